@@ -1,0 +1,27 @@
+"""BudgetFormer: a Transformer classifier that spends, on each text, only the heads that it needs.
+
+Importing the package is light. The names below load torch and Transformers when first used, so that a
+process which only reads manifests (`budgetformer.checkpoint`) never pays for them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BudgetFormerConfig": "budgetformer.configuration",
+    "BudgetFormerModel": "budgetformer.modeling",
+    "BudgetFormerForSequenceClassification": "budgetformer.modeling",
+    "Classifier": "budgetformer.classifier",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'budgetformer' has no attribute {name!r}")

@@ -1,0 +1,117 @@
+"""An item on its way through its budgets: arrival, first step, escalation, answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from budgetformer.compact import PackedPass, PackedTokens
+from budgetformer.cost import decision_macs, dense_macs, encoder_macs
+from budgetformer.modeling import confidence
+from budgetformer.policy import BudgetRule
+
+LAYERWISE = -1
+"""The step of an item whose layers decide for themselves (scope "layer"), until it has run."""
+
+
+@dataclass
+class Work:
+    """One item: its tokens, the rule for its budget, and what has been decided and computed so far.
+
+    Attributes:
+        ids, segments: token and segment ids.
+        rule: how its budget is decided.
+        step: ladder step to run next; once `logits` is set, the step that answered.
+        s: f_o's verdict, None before arrival and with layer-wise budgets.
+        exit_logits: step 0's logits [C], if the network has a step 0.
+        ranking: g_d's order of heads [L, H], if heads are picked per input.
+        heads: heads computed so far in each layer, summed over the passes.
+        chosen: head indices of the last pass, by layer.
+        macs, dense_macs: multiply-adds spent so far, and what the dense network would spend.
+        logits: the answer [C], once there is one.
+    """
+
+    ids: Sequence[int]
+    segments: Sequence[int] | None
+    rule: BudgetRule
+    step: int = LAYERWISE
+    s: float | None = None
+    exit_logits: Tensor | None = None
+    ranking: Tensor | None = None
+    heads: list[int] = field(default_factory=list)
+    chosen: list[tuple[int, ...]] = field(default_factory=list)
+    macs: int = 0
+    dense_macs: int = 0
+    logits: Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is there."""
+        return self.logits is not None
+
+
+def pack(items: Sequence[Work]) -> PackedTokens:
+    """Pack the tokens of some items."""
+    segments = [item.segments or [0] * len(item.ids) for item in items]
+    return PackedTokens.pack([item.ids for item in items], segments)
+
+
+def arrive(network: PackedPass, items: Sequence[Work]) -> None:
+    """Let f_o decide the first step of each item; an item whose step is 0 has its answer afterwards."""
+    config = network.config
+    arrival = network.arrive(pack(items))
+    exits = None if arrival.exit_logits is None else arrival.exit_logits.cpu()
+    budget = None if arrival.budget is None else arrival.budget.tolist()
+    sure = None if exits is None else confidence(exits, config.problem_type).tolist()
+    for place, item in enumerate(items):
+        item.heads = [0] * config.num_hidden_layers
+        item.chosen = [()] * config.num_hidden_layers
+        item.macs = decision_macs(config) if config.budget_scope == "input" else 0
+        item.dense_macs = dense_macs(config, len(item.ids))
+        item.exit_logits = None if exits is None else exits[place]
+        item.ranking = None if arrival.ranking is None else arrival.ranking[place]
+        if budget is None:
+            item.step = LAYERWISE if item.rule.fixed is None else item.rule.fixed
+            continue
+        item.s = budget[place]
+        item.step = item.rule.first_step(budget[place])
+        if item.step == 0 and sure is not None:
+            following = item.rule.next_step(0, sure[place])
+            item.step = following or 0
+        if item.step == 0:
+            item.logits = item.exit_logits
+
+
+def run(network: PackedPass, items: Sequence[Work]) -> None:
+    """Run each item at its step; those that are still unsure get their next step, the others an answer."""
+    config = network.config
+    layerwise = config.budget_scope == "layer"
+    steps = None if items[0].step == LAYERWISE else [item.step for item in items]
+    exits = [item.exit_logits for item in items if item.exit_logits is not None]
+    ranking = [item.ranking for item in items if item.ranking is not None]
+    result = network.run(
+        pack(items),
+        steps,
+        torch.stack(exits) if exits else None,
+        torch.stack(ranking) if ranking else None,
+    )
+    logits = result.logits.cpu()
+    sure = confidence(logits, config.problem_type).tolist()
+    for place, item in enumerate(items):
+        item.chosen = result.heads[place]
+        counts = [len(head_set) for head_set in item.chosen]
+        item.heads = [a + b for a, b in zip(item.heads, counts, strict=True)]
+        item.macs += encoder_macs(config, counts, len(item.ids))
+        if layerwise:
+            item.macs += decision_macs(config) if steps is None else 0
+            item.step = max(counts) if item.step == LAYERWISE else item.step
+            following = None
+        else:
+            following = item.rule.next_step(item.step, sure[place])
+        if following is None:
+            item.logits = logits[place]
+        else:
+            item.step = following

@@ -1,0 +1,270 @@
+"""A checkpoint folder and its manifest: written, read, verified. Needs neither torch nor Transformers.
+
+`model_store/<name>/<version>/` holds `config.json`, `model.safetensors`, `tokenizer.json` (and its config),
+`manifest.json` and `README.md`. The highest version is the one that is served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from budgetformer.errors import CheckpointError
+from budgetformer.policy import OperatingPoint
+
+FORMAT = 1
+CONFIG, WEIGHTS, TOKENIZER, MANIFEST, CARD = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "manifest.json",
+    "README.md",
+)
+_LOADED = (CONFIG, WEIGHTS, TOKENIZER)
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Data):
+    """Size and digest of one file of the folder."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class Provenance(_Data):
+    """Where the starting weights and the data come from, and under which terms."""
+
+    starting_weights: str
+    starting_weights_license: str
+    data: str
+    data_terms: str = "not stated"
+
+
+class FixedStep(_Data):
+    """What one ladder step, given to every input, reached on the calibration data."""
+
+    step: int
+    accuracy: float
+    macs_share: float
+
+
+class Evaluation(_Data):
+    """Accuracy on one data set: rows, accuracy and its 95 % interval."""
+
+    data: str
+    rows: int
+    accuracy: float
+    low: float
+    high: float
+
+
+class Manifest(_Data):
+    """What a checkpoint says of itself.
+
+    Attributes:
+        format: version of this layout.
+        name: model name.
+        version: whole number; the highest is served.
+        created: date, ISO 8601.
+        files: every other file of the folder that is needed to serve, by name.
+        max_tokens: longest input, special tokens included; longer ones are truncated.
+        labels: label names in class order.
+        problem_type: `single_label_classification` or `multi_label_classification`.
+        seed, recipe: what `budgetformer train` was asked.
+        metrics: figures of the run (rows, epochs, accuracies).
+        frontier: fixed steps, for comparison.
+        operating_points: calibrated rules in order of rising cost; some carry a quality level's name.
+        provenance: origin and terms of weights and data.
+    """
+
+    format: int = FORMAT
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    version: int = Field(ge=1)
+    created: str
+    files: dict[str, FileEntry]
+    max_tokens: int = Field(ge=3)
+    labels: tuple[str, ...] = Field(min_length=1)
+    problem_type: str
+    seed: int
+    recipe: dict[str, Any]
+    metrics: dict[str, float]
+    frontier: tuple[FixedStep, ...] = ()
+    operating_points: tuple[OperatingPoint, ...] = ()
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint folder whose manifest and configuration have been read."""
+
+    path: Path
+    manifest: Manifest
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Model name."""
+        return self.manifest.name
+
+    @property
+    def version(self) -> int:
+        """Version number."""
+        return self.manifest.version
+
+    @property
+    def label(self) -> str:
+        """`name:version`, as answers give it."""
+        return f"{self.name}:{self.version}"
+
+    @cached_property
+    def ladder(self) -> list[list[int]]:
+        """Heads per layer of steps 1..S."""
+        return [list(map(int, plan)) for plan in self.config["ladder"]]
+
+    @property
+    def num_layers(self) -> int:
+        """Encoder layers L."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def num_heads(self) -> int:
+        """Heads per layer H."""
+        return int(self.config["num_attention_heads"])
+
+    @property
+    def has_exit(self) -> bool:
+        """Whether step 0 exists."""
+        return bool(self.config["embedding_exit"])
+
+    @property
+    def budgets(self) -> list[int]:
+        """Every ladder step that an answer can name."""
+        return list(range(0 if self.has_exit else 1, len(self.ladder) + 1))
+
+    def verify(self) -> None:
+        """Compare each file with the manifest.
+
+        Raises:
+            CheckpointError: a file is missing or differs, named with what differs.
+        """
+        for name in _LOADED:
+            if name not in self.manifest.files:
+                raise CheckpointError(f"{self.path / MANIFEST}: names no {name}")
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if Path(name).name != name:
+                raise CheckpointError(f"{self.path / MANIFEST}: file name {name!r} leaves the folder")
+            if not path.is_file():
+                raise CheckpointError(f"{path}: missing")
+            size = path.stat().st_size
+            if size != entry.bytes:
+                raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry.bytes}")
+            if _sha256(path) != entry.sha256:
+                raise CheckpointError(f"{path}: sha256 differs from the manifest")
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read manifest and configuration of a checkpoint folder; `Checkpoint.verify` checks the files.
+
+    Raises:
+        CheckpointError: either is missing, is not what it should be, or they contradict each other.
+    """
+    try:
+        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error.strerror or error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise CheckpointError(f"{path / MANIFEST}: {where}: {first['msg']}") from error
+    if manifest.format != FORMAT:
+        raise CheckpointError(f"{path / MANIFEST}: format {manifest.format}, this program reads {FORMAT}")
+    try:
+        config = json.loads((path / CONFIG).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path / CONFIG}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG}: not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("model_type") != "budgetformer":
+        raise CheckpointError(f"{path / CONFIG}: model_type is not 'budgetformer'")
+    for key in ("ladder", "num_hidden_layers", "num_attention_heads", "embedding_exit"):
+        if key not in config:
+            raise CheckpointError(f"{path / CONFIG}: no {key}")
+    top = len(config["ladder"])
+    for point in manifest.operating_points:
+        steps = [band.step for band in point.entry]
+        steps += [point.escalation.step] if point.escalation else []
+        if steps and max(steps) > top:
+            raise CheckpointError(f"{path / MANIFEST}: step {max(steps)} is not on the ladder of {top}")
+    return Checkpoint(path, manifest, config)
+
+
+@dataclass(frozen=True)
+class Store:
+    """What a model store holds: sound checkpoints by name (versions rising), and what was wrong."""
+
+    checkpoints: dict[str, list[Checkpoint]]
+    errors: list[str]
+
+    def latest(self, name: str) -> Checkpoint:
+        """Return the highest version of `name`.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if name not in self.checkpoints:
+            raise CheckpointError(f"no model {name!r} in the store")
+        return self.checkpoints[name][-1]
+
+
+def read_store(path: Path) -> Store:
+    """Read every `<name>/<version>/` below `path`; a broken one is reported and the others stand.
+
+    Raises:
+        CheckpointError: `path` is no folder.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    found: dict[str, list[Checkpoint]] = {}
+    errors = []
+    for folder in sorted(p for p in path.glob("*/*") if p.is_dir() and p.name.isdecimal()):
+        try:
+            checkpoint = read_checkpoint(folder)
+            if (checkpoint.name, str(checkpoint.version)) != (folder.parent.name, folder.name):
+                raise CheckpointError(f"{folder}: the manifest says {checkpoint.label}")
+        except CheckpointError as error:
+            errors.append(str(error))
+        else:
+            found.setdefault(checkpoint.name, []).append(checkpoint)
+    for versions in found.values():
+        versions.sort(key=lambda c: c.version)
+    return Store(found, errors)
+
+
+def file_entries(path: Path) -> dict[str, FileEntry]:
+    """Describe every file of a checkpoint folder that is needed to serve."""
+    kept = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in {".json", ".safetensors"})
+    return {
+        p.name: FileEntry(sha256=_sha256(p), bytes=p.stat().st_size) for p in kept if p.name != MANIFEST
+    }
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, by rename, so that it is whole or not there."""
+    part = path / f"{MANIFEST}.part"
+    part.write_text(manifest.model_dump_json(indent=1) + "\n")
+    part.replace(path / MANIFEST)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,193 @@
+"""Classify texts in this process, with the engine's own passes and without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+
+from budgetformer import cascade
+from budgetformer.cascade import Work
+from budgetformer.checkpoint import WEIGHTS, Checkpoint, read_checkpoint
+from budgetformer.compact import PackedPass, load_pass
+from budgetformer.errors import CheckpointError, PolicyError
+from budgetformer.modeling import BudgetFormerForSequenceClassification, probabilities
+from budgetformer.policy import BudgetRule, choose_point
+
+MAX_BATCH_TOKENS = 4096
+
+
+def load_network(checkpoint: Checkpoint, device: str = "cpu") -> PackedPass:
+    """Load a checkpoint's weights in fp32 and return its compact pass.
+
+    Raises:
+        CheckpointError: a file is damaged, a weight is missing, left over or of another shape.
+    """
+    checkpoint.verify()
+    try:
+        model, report = BudgetFormerForSequenceClassification.from_pretrained(
+            checkpoint.path,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(map(str, report.get(problem, ())))
+        if keys:
+            kind = problem.replace("_keys", "")
+            raise CheckpointError(f"{checkpoint.path / WEIGHTS}: {kind}: {', '.join(keys[:3])}")
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise CheckpointError(f"{checkpoint.path / WEIGHTS}: a weight is not a finite number")
+    return load_pass(model.to(torch.device(device)))
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """Load a checkpoint's tokenizer; it neither pads nor truncates.
+
+    Raises:
+        CheckpointError: the file is not a tokenizer.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise CheckpointError(f"{checkpoint.path / 'tokenizer.json'}: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def budget_rule(
+    checkpoint: Checkpoint,
+    quality: str | float | None = "balanced",
+    heads: int | None = None,
+    max_heads: int | None = None,
+) -> BudgetRule:
+    """Return the rule for one request's budgets.
+
+    Args:
+        checkpoint: whose ladder and operating points count.
+        quality: a level's name or the accuracy points given up; None takes f_o's own ceil(s * S).
+        heads: heads per layer, instead of f_o.
+        max_heads: at most so many heads per layer.
+
+    Raises:
+        PolicyError: there is no such level, or no step with so few heads.
+    """
+    point = None if quality is None else choose_point(checkpoint.manifest.operating_points, quality)
+    fixed = None if heads is None else _step_within(checkpoint, "heads", heads)
+    ceiling = None if max_heads is None else _step_within(checkpoint, "max_heads", max_heads)
+    return BudgetRule(point=point, num_steps=len(checkpoint.ladder), fixed=fixed, ceiling=ceiling)
+
+
+def _step_within(checkpoint: Checkpoint, field: str, heads: int) -> int:
+    if not 0 <= heads <= checkpoint.num_heads:
+        raise PolicyError(f"{field} must be 0..{checkpoint.num_heads}, not {heads}")
+    fitting = [step for step, plan in enumerate(checkpoint.ladder, start=1) if max(plan) <= heads]
+    if fitting:
+        return fitting[-1]
+    if checkpoint.has_exit:
+        return 0
+    raise PolicyError(f"{field}: no budget step computes at most {heads} heads per layer")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one text, and what it cost.
+
+    probs [C] in label order; `budget` the ladder step that answered; `heads` computed, summed over layers;
+    `macs` against `dense_macs`, multiply-adds.
+    """
+
+    label: str
+    score: float
+    probs: list[float]
+    budget: int
+    heads: int
+    macs: int
+    dense_macs: int
+    tokens: int
+    truncated: bool
+
+
+class Classifier:
+    """A checkpoint, ready to classify."""
+
+    def __init__(self, path: Path | str, device: str = "cpu") -> None:
+        """Load the checkpoint folder `path` (`<name>/<version>`, or `<name>` for its highest version).
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        self.checkpoint = read_checkpoint(_version_folder(Path(path)))
+        self.network = load_network(self.checkpoint, device)
+        self.tokenizer = load_tokenizer(self.checkpoint)
+        self.tokenizer.enable_truncation(self.checkpoint.manifest.max_tokens)
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        quality: str | float | None = "balanced",
+        heads: int | None = None,
+        max_heads: int | None = None,
+    ) -> list[Prediction]:
+        """Classify texts, or text pairs; the budget arguments are those of `budget_rule`."""
+        rule = budget_rule(self.checkpoint, quality, heads, max_heads)
+        inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+        encodings = self.tokenizer.encode_batch(inputs)
+        items = [Work(e.ids, e.type_ids, rule) for e in encodings]
+        for batch in _batches(items):
+            cascade.arrive(self.network, batch)
+        waiting = [item for item in items if not item.done]
+        while waiting:
+            for step in sorted({item.step for item in waiting}):
+                for batch in _batches([item for item in waiting if item.step == step]):
+                    cascade.run(self.network, batch)
+            waiting = [item for item in waiting if not item.done]
+        return [
+            self._prediction(item, bool(e.overflowing)) for item, e in zip(items, encodings, strict=True)
+        ]
+
+    def _prediction(self, item: Work, truncated: bool) -> Prediction:
+        assert item.logits is not None
+        probs = probabilities(item.logits, self.checkpoint.manifest.problem_type).tolist()
+        best = max(range(len(probs)), key=probs.__getitem__)
+        return Prediction(
+            label=self.checkpoint.manifest.labels[best],
+            score=probs[best],
+            probs=probs,
+            budget=item.step,
+            heads=sum(item.heads),
+            macs=item.macs,
+            dense_macs=item.dense_macs,
+            tokens=len(item.ids),
+            truncated=truncated,
+        )
+
+
+def _version_folder(path: Path) -> Path:
+    if (path / "manifest.json").exists() or not path.is_dir():
+        return path
+    versions = [p for p in path.iterdir() if p.name.isdecimal()]
+    return max(versions, key=lambda p: int(p.name), default=path)
+
+
+def _batches(items: Sequence[Work]) -> Iterator[list[Work]]:
+    """Group items of like length into batches of at most `MAX_BATCH_TOKENS` tokens."""
+    batch: list[Work] = []
+    tokens = 0
+    for item in sorted(items, key=lambda item: len(item.ids)):
+        if batch and tokens + len(item.ids) > MAX_BATCH_TOKENS:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(item)
+        tokens += len(item.ids)
+    if batch:
+        yield batch

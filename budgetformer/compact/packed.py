@@ -1,0 +1,316 @@
+"""The compact pass in plain torch: packed tokens, and weight slices per head set.
+
+Items of one batch lie one after another, N tokens in all, so no padding is ever multiplied. In each layer
+the items are grouped by the set of heads that they keep; a group is one pass over the rows and columns of
+the weights that belong to those heads. With ranked heads and one step there is one group.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from budgetformer.modeling import (
+    BudgetFormerForSequenceClassification,
+    EncoderLayer,
+    budget_step,
+    exit_evidence,
+)
+
+HeadSet = tuple[int, ...]
+
+SLICE_CACHE_BYTES = 256 * 2**20
+"""Room for weight slices; the least recently used go first."""
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Token and segment ids of B items, one after another: [N] each, with their `lengths`."""
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def pack(
+        cls, items: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None
+    ) -> PackedTokens:
+        """Pack the ids of some items; `segments` None means segment 0 throughout."""
+        flat = [token for item in items for token in item]
+        kinds = [0] * len(flat) if segments is None else [kind for item in segments for kind in item]
+        lengths = tuple(len(item) for item in items)
+        return cls(torch.tensor(flat, dtype=torch.long), torch.tensor(kinds, dtype=torch.long), lengths)
+
+    def to(self, device: torch.device) -> PackedTokens:
+        """Return the same tokens on `device`."""
+        return PackedTokens(self.input_ids.to(device), self.token_type_ids.to(device), self.lengths)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What is known of B items before the encoder runs.
+
+    budget: f_o's s [B]; None when the layers decide for themselves.
+    exit_logits: step 0's answer [B, C]; None without a step 0.
+    ranking: g_d's heads of each layer, best first [B, L, H]; None when ranked or layer-wise.
+    """
+
+    budget: Tensor | None
+    exit_logits: Tensor | None
+    ranking: Tensor | None
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Logits [B, C], and for each item the heads that were computed in each layer."""
+
+    logits: Tensor
+    heads: list[list[HeadSet]]
+
+
+@dataclass(frozen=True)
+class _LayerSlice:
+    """The rows and columns of one layer's weights that belong to one head set of k heads."""
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    output_weight: Tensor
+    output_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
+
+    @property
+    def size(self) -> int:
+        return sum(cast(Tensor, getattr(self, field.name)).nbytes for field in fields(self))
+
+
+class PackedPass:
+    """Run a BudgetFormer over packed tokens, computing the chosen heads only."""
+
+    def __init__(self, model: BudgetFormerForSequenceClassification) -> None:
+        self.model = model.eval()
+        self.config = model.config
+        self.encoder = model.encoder
+        self._slices: OrderedDict[tuple[int, HeadSet], _LayerSlice] = OrderedDict()
+        self._slices_bytes = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @torch.inference_mode()
+    def arrive(self, tokens: PackedTokens) -> Arrival:
+        """Decide budgets and heads for B items from their pooled embeddings, before the encoder runs."""
+        tokens = tokens.to(self.device)
+        owner = self._owner(tokens.lengths)
+        exit_logits = evidence = None
+        if self.model.exit_head is not None:
+            exit_logits = self._exit_logits(tokens, owner)
+            evidence = exit_evidence(exit_logits, self.config.problem_type)
+        decision = self.encoder.decision
+        if decision is None:
+            return Arrival(None, exit_logits, None)
+        pooled = self._pool(self._embed(tokens), owner, tokens.lengths)
+        ranking = None
+        if decision.scorer is not None:
+            ranking = decision.scorer(pooled).argsort(dim=-1, descending=True, stable=True)
+        return Arrival(decision.budget(pooled, evidence), exit_logits, ranking)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        tokens: PackedTokens,
+        steps: Sequence[int] | None = None,
+        exit_logits: Tensor | None = None,
+        ranking: Tensor | None = None,
+    ) -> PassResult:
+        """Run the encoder over B items.
+
+        Args:
+            tokens: the items.
+            steps: ladder step >= 1 of each item; None lets each layer decide (scope "layer").
+            exit_logits: the items' `Arrival.exit_logits` [B, C].
+            ranking: the items' `Arrival.ranking` [B, L, H].
+
+        Raises:
+            ValueError: steps are missing (scope "input") or not on the ladder.
+        """
+        if steps is None and self.config.budget_scope == "input":
+            raise ValueError("a budget is decided before the pass: give the steps")
+        plans = None if steps is None else [self.config.heads_per_layer(step) for step in steps]
+        tokens = tokens.to(self.device)
+        owner = self._owner(tokens.lengths)
+        states = self._embed(tokens)
+        heads: list[list[HeadSet]] = [[] for _ in tokens.lengths]
+        for index, layer in enumerate(self.encoder.layers):
+            counts = None if plans is None else [plan[index] for plan in plans]
+            order = None if ranking is None else ranking[:, index].tolist()
+            if layer.decision is not None:
+                pooled = self._pool(states, owner, tokens.lengths)
+                counts, order = self._decide(layer, index, pooled, counts)
+            sets = self._head_sets(cast(list[int], counts), order)
+            for item, head_set in zip(heads, sets, strict=True):
+                item.append(head_set)
+            states = self._run_layer(index, layer, states, tokens.lengths, sets)
+        states = self.encoder.final_norm(states)
+        logits = self.model.classifier(self._summary(states, owner, tokens.lengths))
+        if exit_logits is not None:
+            logits = logits + self.config.exit_weight * exit_logits.to(self.device)
+        return PassResult(logits, heads)
+
+    def _owner(self, lengths: Sequence[int]) -> Tensor:
+        return torch.arange(len(lengths), device=self.device).repeat_interleave(
+            torch.tensor(lengths, device=self.device)
+        )
+
+    def _embed(self, tokens: PackedTokens) -> Tensor:
+        positions = [torch.arange(length, device=self.device) for length in tokens.lengths]
+        together = torch.cat(positions) if positions else tokens.input_ids
+        return cast(Tensor, self.encoder.embeddings(tokens.input_ids, tokens.token_type_ids, together))
+
+    def _exit_logits(self, tokens: PackedTokens, owner: Tensor) -> Tensor:
+        head = self.model.exit_head
+        assert head is not None
+        total = head.bias.new_zeros(len(tokens.lengths), self.config.num_labels)
+        total.index_add_(0, owner, head.weight(tokens.input_ids))
+        return total / self._counts(tokens.lengths).sqrt() + head.bias
+
+    def _counts(self, lengths: Sequence[int]) -> Tensor:
+        counts = torch.tensor(lengths, dtype=self.model.dtype, device=self.device)
+        return counts.clamp(min=1).unsqueeze(-1)
+
+    def _pool(self, states: Tensor, owner: Tensor, lengths: Sequence[int]) -> Tensor:
+        total = states.new_zeros(len(lengths), states.shape[-1])
+        return total.index_add_(0, owner, states) / self._counts(lengths)
+
+    def _summary(self, states: Tensor, owner: Tensor, lengths: Sequence[int]) -> Tensor:
+        if self.config.pooling == "mean":
+            return self._pool(states, owner, lengths)
+        first = states.new_zeros(len(lengths), states.shape[-1])
+        filled = [i for i, length in enumerate(lengths) if length]
+        starts = [sum(lengths[:i]) for i in filled]
+        first[filled] = states[starts]
+        return first
+
+    def _decide(
+        self, layer: EncoderLayer, index: int, pooled: Tensor, counts: list[int] | None
+    ) -> tuple[list[int], list[HeadSet] | None]:
+        decision = layer.decision
+        assert decision is not None
+        if counts is None:
+            steps = budget_step(decision.budget(pooled), self.config.num_steps)
+            counts = [self.config.heads_per_layer(step)[index] for step in steps.tolist()]
+        if decision.scorer is None:
+            return counts, None
+        scores = decision.scorer(pooled)[:, 0]
+        return counts, scores.argsort(dim=-1, descending=True, stable=True).tolist()
+
+    def _head_sets(self, counts: list[int], order: list[HeadSet] | None) -> list[HeadSet]:
+        if order is None:
+            return [tuple(range(count)) for count in counts]
+        return [tuple(sorted(best[:count])) for count, best in zip(counts, order, strict=True)]
+
+    def _run_layer(
+        self,
+        index: int,
+        layer: EncoderLayer,
+        states: Tensor,
+        lengths: Sequence[int],
+        sets: Sequence[HeadSet],
+    ) -> Tensor:
+        groups: dict[HeadSet, list[int]] = {}
+        for item, head_set in enumerate(sets):
+            groups.setdefault(head_set, []).append(item)
+        if len(groups) == 1:
+            (head_set,) = groups
+            return self._run_group(index, layer, states, lengths, head_set)
+        parts = list(states.split(list(lengths)))
+        for head_set, items in groups.items():
+            group_lengths = [lengths[i] for i in items]
+            packed = torch.cat([parts[i] for i in items])
+            result = self._run_group(index, layer, packed, group_lengths, head_set)
+            for item, part in zip(items, result.split(group_lengths), strict=True):
+                parts[item] = part
+        return torch.cat(parts)
+
+    def _run_group(
+        self,
+        index: int,
+        layer: EncoderLayer,
+        states: Tensor,
+        lengths: Sequence[int],
+        head_set: HeadSet,
+    ) -> Tensor:
+        if not head_set or not states.shape[0]:
+            return states
+        weights = self._slice(index, layer, head_set)
+        if layer.post:
+            attended = self._attend(states, weights, lengths, len(head_set))
+            mixed = layer.attention_norm(states + attended)
+            return cast(Tensor, layer.feed_forward_norm(mixed + self._transform(mixed, layer, weights)))
+        attended = self._attend(layer.attention_norm(states), weights, lengths, len(head_set))
+        mixed = states + attended
+        return mixed + self._transform(layer.feed_forward_norm(mixed), layer, weights)
+
+    def _attend(
+        self, states: Tensor, weights: _LayerSlice, lengths: Sequence[int], heads: int
+    ) -> Tensor:
+        projected = F.linear(states, weights.qkv_weight, weights.qkv_bias)
+        # [N, 3, k, D/H] to one [3, k, T, D/H] per item
+        per_head = projected.view(states.shape[0], 3, heads, -1).permute(1, 2, 0, 3)
+        contexts = [
+            F.scaled_dot_product_attention(query[None], key[None], value[None])[0].transpose(0, 1)
+            for query, key, value in per_head.split(list(lengths), dim=2)
+            if query.shape[1]
+        ]
+        return F.linear(torch.cat(contexts).flatten(1), weights.output_weight, weights.output_bias)
+
+    def _transform(self, states: Tensor, layer: EncoderLayer, weights: _LayerSlice) -> Tensor:
+        neurons = layer.feed_forward.activation(F.linear(states, weights.up_weight, weights.up_bias))
+        return F.linear(neurons, weights.down_weight, weights.down_bias)
+
+    def _slice(self, index: int, layer: EncoderLayer, head_set: HeadSet) -> _LayerSlice:
+        key = (index, head_set)
+        if key in self._slices:
+            self._slices.move_to_end(key)
+            return self._slices[key]
+        made = self._cut(layer, head_set)
+        self._slices[key] = made
+        self._slices_bytes += made.size
+        while self._slices_bytes > SLICE_CACHE_BYTES and len(self._slices) > 1:
+            _, dropped = self._slices.popitem(last=False)
+            self._slices_bytes -= dropped.size
+        return made
+
+    def _cut(self, layer: EncoderLayer, head_set: HeadSet) -> _LayerSlice:
+        attention, net = layer.attention, layer.feed_forward
+        chosen = torch.tensor(head_set, device=self.device).unsqueeze(1)
+        size = self.config.head_size
+        rows = (chosen * size + torch.arange(size, device=self.device)).flatten()
+        projections = (attention.query, attention.key, attention.value)
+        if net.neurons_per_head is None:
+            up_weight, up_bias, down_weight = net.up.weight, net.up.bias, net.down.weight
+        else:
+            owned = torch.arange(net.neurons_per_head, device=self.device)
+            neurons = (chosen * net.neurons_per_head + owned).flatten()
+            up_weight, up_bias = net.up.weight[neurons], net.up.bias[neurons]
+            down_weight = net.down.weight[:, neurons]
+        return _LayerSlice(
+            qkv_weight=torch.cat([linear.weight[rows] for linear in projections]),
+            qkv_bias=torch.cat([linear.bias[rows] for linear in projections]),
+            output_weight=attention.output.weight[:, rows].contiguous(),
+            output_bias=attention.output.bias,
+            up_weight=up_weight,
+            up_bias=up_bias,
+            down_weight=down_weight.contiguous(),
+            down_bias=net.down.bias,
+        )

@@ -1,0 +1,19 @@
+"""The errors that this package raises on purpose."""
+
+from __future__ import annotations
+
+
+class BudgetFormerError(Exception):
+    """Base class: every error that is raised on purpose derives from it."""
+
+
+class CheckpointError(BudgetFormerError):
+    """A checkpoint folder is incomplete, damaged or does not describe a BudgetFormer."""
+
+
+class DataError(BudgetFormerError):
+    """A data file cannot be read, or lacks a column, or holds a value that cannot be used."""
+
+
+class PolicyError(BudgetFormerError, ValueError):
+    """A quality level or a budget was asked for that the checkpoint does not offer."""

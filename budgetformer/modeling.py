@@ -1,0 +1,486 @@
+"""The reference BudgetFormer network, to be read from top to bottom.
+
+Every head is computed here and heads outside the budget are masked, so this file is the truth that the
+compact passes (`budgetformer.compact`) are tested against; it saves no time by itself.
+
+Shapes: B items, T tokens, D width, H heads, L layers, C labels, I feed-forward neurons, k heads kept.
+Source: Faye et al., "Adaptive Head Budgeting for Efficient Multi-Head Attention", 2026 ("the paper").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+
+from budgetformer.configuration import BudgetFormerConfig
+
+EVIDENCE_SIZE = 2
+"""Features of the step-0 answer that f_o reads beside the pooled embeddings (see `exit_evidence`)."""
+
+MULTI_LABEL = "multi_label_classification"
+
+
+def probabilities(logits: Tensor, problem_type: str | None) -> Tensor:
+    """Turn logits [..., C] into probabilities: a softmax, or one sigmoid per label when multi-label."""
+    return logits.sigmoid() if problem_type == MULTI_LABEL else logits.softmax(-1)
+
+
+def confidence(logits: Tensor, problem_type: str | None) -> Tensor:
+    """Return how sure logits [..., C] are of their answer, [...] in (0, 1).
+
+    The largest probability; for multi-label, the least decided label's distance from a coin flip.
+    """
+    p = probabilities(logits, problem_type)
+    if problem_type == MULTI_LABEL:
+        return torch.maximum(p, 1 - p).amin(-1)
+    return p.amax(-1)
+
+
+def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
+    """Summarise step-0 logits [B, C] for f_o: log-odds of its confidence, and its mean entropy, [B, 2]."""
+    sure = confidence(exit_logits, problem_type)
+    p = probabilities(exit_logits, problem_type)
+    entropy = torch.special.entr(p).sum(-1)
+    if problem_type == MULTI_LABEL:
+        entropy = (entropy + torch.special.entr(1 - p).sum(-1)) / p.shape[-1]
+    return torch.stack([torch.logit(sure, eps=1e-6), entropy], dim=-1)
+
+
+def masked_mean(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """Average token states [B, T, D] over the real tokens of [B, T]; no token at all gives zeros."""
+    weights = attention_mask.to(states.dtype).unsqueeze(-1)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def keep_top(scores: Tensor, heads: Tensor) -> Tensor:
+    """Mark the `heads` [...] highest of scores [..., H] with 1, the others with 0; ties go to the lower index."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return (order.argsort(dim=-1) < heads.unsqueeze(-1)).to(scores.dtype)
+
+
+class Embeddings(nn.Module):
+    """Sum word, position and segment embeddings, then (post-norm encoders) normalise."""
+
+    def __init__(self, config: BudgetFormerConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.word = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position = nn.Embedding(config.max_position_embeddings, width)
+        self.segment = nn.Embedding(config.type_vocab_size, width)
+        post = config.norm_position == "post"
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if post else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Embed ids of one shape [...] into states [..., D]."""
+        states = self.word(input_ids) + self.segment(token_type_ids) + self.position(position_ids)
+        return cast(Tensor, self.dropout(self.norm(states)))
+
+
+class BudgetController(nn.Module):
+    """f_o: from a pooled state, the share of the heads that an input needs (paper, budget controller)."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(input_size, hidden_size)
+        self.out = nn.Linear(hidden_size, 1)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map pooled states [B, D'] to s [B] in (0, 1)."""
+        return self.out(F.relu(self.hidden(pooled))).squeeze(-1).sigmoid()
+
+
+class HeadScorer(nn.Module):
+    """g_d: from a pooled state, how relevant each head is (paper, head scorer).
+
+    With `budget_scope = "input"` one scorer speaks for all layers at once.
+    """
+
+    def __init__(self, config: BudgetFormerConfig, num_layers: int) -> None:
+        super().__init__()
+        self.num_layers, self.num_heads = num_layers, config.num_attention_heads
+        self.out = nn.Linear(config.hidden_size, num_layers * self.num_heads)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map pooled states [B, D] to scores [B, layers, H]; their softmax is the relevance."""
+        return cast(Tensor, self.out(pooled)).view(-1, self.num_layers, self.num_heads)
+
+
+@dataclass(frozen=True)
+class Gating:
+    """How budgets become gates while training; evaluation always uses hard gates.
+
+    `mode` "hard" keeps the top k with a straight-through gradient on the relevance; "soft" is the paper's
+    training form, all heads kept and weighted. `temperature` divides the scores before the softmax and
+    `noise` is the standard deviation added to them: high early (exploration), annealed late (exploitation).
+    """
+
+    mode: Literal["hard", "soft"] = "hard"
+    temperature: float = 1.0
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What f_o and g_d said: s [B], relevance [B, layers, H] or None (ranked), gates [B, layers, H]."""
+
+    budget: Tensor
+    relevance: Tensor | None
+    gates: Tensor
+
+
+class BudgetDecision(nn.Module):
+    """Turn a pooled state into head gates, for all layers (scope "input") or for one (scope "layer")."""
+
+    def __init__(self, config: BudgetFormerConfig, layer: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = list(range(config.num_hidden_layers)) if layer is None else [layer]
+        self.evidence = config.embedding_exit
+        size = config.hidden_size + (EVIDENCE_SIZE if self.evidence else 0)
+        self.controller = BudgetController(size, config.controller_hidden_size)
+        picks = config.head_selection == "input"
+        self.scorer = HeadScorer(config, len(self.layers)) if picks else None
+        self.gating = Gating()
+
+    def budget(self, pooled: Tensor, evidence: Tensor | None = None) -> Tensor:
+        """Return s [B] for pooled states [B, D] and, with a step 0, its evidence [B, 2]."""
+        if self.evidence:
+            if evidence is None:
+                evidence = pooled.new_zeros(pooled.shape[0], EVIDENCE_SIZE)
+            pooled = torch.cat([pooled, evidence], dim=-1)
+        return cast(Tensor, self.controller(pooled))
+
+    def heads(self, steps: Tensor) -> Tensor:
+        """Look up ladder steps [B] (0 allowed): heads kept in each of these layers, [B, layers]."""
+        plans = [[0] * self.config.num_hidden_layers, *self.config.ladder]
+        table = torch.tensor(plans, device=steps.device)[:, self.layers]
+        return table[steps]
+
+    def forward(
+        self, pooled: Tensor, steps: Tensor | None = None, evidence: Tensor | None = None
+    ) -> Decision:
+        """Decide for pooled states [B, D]; `steps` [B] overrides f_o."""
+        s = self.budget(pooled, evidence)
+        if steps is None:
+            steps = budget_step(s, self.config.num_steps)
+        heads = self.heads(steps)
+        scores = self._scores(pooled, s)
+        if scores is None:
+            first = torch.arange(self.config.num_attention_heads, device=pooled.device)
+            hard = (first < heads.unsqueeze(-1)).to(pooled.dtype)
+            return Decision(s, None, self._soften(hard, s, None))
+        relevance = (scores / self.gating.temperature).softmax(-1)
+        return Decision(s, relevance, self._soften(keep_top(scores, heads), s, relevance))
+
+    def _scores(self, pooled: Tensor, s: Tensor) -> Tensor | None:
+        if self.scorer is None:
+            return None
+        scores = cast(Tensor, self.scorer(pooled))
+        if self.training and self.gating.noise:
+            scores = scores + self.gating.noise * torch.randn_like(scores)
+        return scores
+
+    def _soften(self, hard: Tensor, s: Tensor, relevance: Tensor | None) -> Tensor:
+        if not self.training:
+            return hard
+        share = s[:, None, None] * self.config.num_attention_heads
+        if relevance is None:
+            place = torch.arange(self.config.num_attention_heads, device=s.device) + 0.5
+            soft = ((share - place) / self.gating.temperature).sigmoid().expand_as(hard)
+        else:
+            soft = share * relevance
+        if self.gating.mode == "soft":
+            return soft
+        return hard + soft - soft.detach()
+
+
+def budget_step(s: Tensor, num_steps: int) -> Tensor:
+    """Apply the paper's rule k = ceil(s * H), on a ladder of S steps: s [B] to steps [B] in 1..S."""
+    return (s * num_steps).ceil().long().clamp(1, num_steps)
+
+
+class AdaptiveMultiHeadAttention(nn.Module):
+    """Multi-head self-attention whose heads are switched by gates."""
+
+    def __init__(self, config: BudgetFormerConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
+        self.dropout = config.attention_probs_dropout_prob
+
+    def forward(self, states: Tensor, bias: Tensor, gates: Tensor) -> Tensor:
+        """Attend over states [B, T, D] with additive mask [B, 1, 1, T] and gates [B, H]."""
+        query, key, value = (
+            project(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        )
+        dropout = self.dropout if self.training else 0.0
+        context = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias.to(query.dtype), dropout_p=dropout
+        )
+        context = context * gates[:, :, None, None]
+        return cast(Tensor, self.output(context.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """The position-wise net; coupled, head h owns neurons h*I/H .. (h+1)*I/H and gates them."""
+
+    def __init__(self, config: BudgetFormerConfig) -> None:
+        super().__init__()
+        self.neurons_per_head = config.neurons_per_head if config.budget_ffn else None
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, states: Tensor, gates: Tensor) -> Tensor:
+        """Transform states [B, T, D] under gates [B, H]."""
+        neurons = self.activation(self.up(states))
+        if self.neurons_per_head is not None:
+            neurons = neurons * gates.repeat_interleave(self.neurons_per_head, dim=-1)[:, None, :]
+        return cast(Tensor, self.down(neurons))
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward net with residuals; an item whose heads are all off passes unchanged."""
+
+    def __init__(self, config: BudgetFormerConfig, index: int) -> None:
+        super().__init__()
+        self.attention = AdaptiveMultiHeadAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.post = config.norm_position == "post"
+        self.decision = BudgetDecision(config, index) if config.budget_scope == "layer" else None
+
+    def forward(self, states: Tensor, bias: Tensor, gates: Tensor) -> Tensor:
+        """Transform states [B, T, D] under additive mask [B, 1, 1, T] and gates [B, H]."""
+        if self.post:
+            mixed = self.attention_norm(states + self.dropout(self.attention(states, bias, gates)))
+            result = self.feed_forward_norm(mixed + self.dropout(self.feed_forward(mixed, gates)))
+        else:
+            mixed = states + self.dropout(self.attention(self.attention_norm(states), bias, gates))
+            result = mixed + self.dropout(self.feed_forward(self.feed_forward_norm(mixed), gates))
+        used = (gates != 0).any(-1)[:, None, None]
+        return torch.where(used, result, states)
+
+
+@dataclass
+class BudgetFormerModelOutput(ModelOutput):
+    """Encoder output.
+
+    last_hidden_state [B, T, D]; pooled [B, D]; budget s [B, 1 or L]; relevance [B, L, H] (None when
+    ranked); gates [B, L, H], the heads that counted.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooled: Tensor | None = None
+    budget: Tensor | None = None
+    relevance: Tensor | None = None
+    gates: Tensor | None = None
+
+
+@dataclass
+class BudgetFormerClassifierOutput(ModelOutput):
+    """Classifier output: loss (with labels), logits [B, C], step-0 exit_logits [B, C], and the encoder's."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    exit_logits: Tensor | None = None
+    budget: Tensor | None = None
+    relevance: Tensor | None = None
+    gates: Tensor | None = None
+
+
+class BudgetFormerPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialising, as everywhere in Transformers."""
+
+    config_class = BudgetFormerConfig
+    config: BudgetFormerConfig
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = False
+    _supports_sdpa = True
+
+    def set_gating(self, gating: Gating) -> None:
+        """Set how every decision in this network turns budgets into gates while training."""
+        for module in self.modules():
+            if isinstance(module, BudgetDecision):
+                module.gating = gating
+
+
+class BudgetFormerModel(BudgetFormerPreTrainedModel):
+    """Embeddings and encoder, with the budget decided once per input or layer by layer."""
+
+    def __init__(self, config: BudgetFormerConfig) -> None:
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.decision = BudgetDecision(config) if config.budget_scope == "input" else None
+        self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.num_hidden_layers))
+        pre = config.norm_position == "pre"
+        self.final_norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pre else nn.Identity()
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the word embeddings."""
+        return self.embeddings.word
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embeddings."""
+        self.embeddings.word = cast(nn.Embedding, value)
+
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """Embed ids [B, T] into states [B, T, D].
+
+        Raises:
+            ValueError: T is more than the network has positions for.
+        """
+        length = input_ids.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(f"{length} tokens, but only {self.config.max_position_embeddings} positions")
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+        return cast(Tensor, self.embeddings(input_ids, token_type_ids, positions))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        steps: Tensor | int | None = None,
+        gates: Tensor | None = None,
+        evidence: Tensor | None = None,
+        **_: Any,
+    ) -> BudgetFormerModelOutput:
+        """Encode ids [B, T].
+
+        Args:
+            input_ids: token ids [B, T].
+            attention_mask: 1 for real tokens, 0 for padding, [B, T]; None: all real.
+            token_type_ids: segment ids [B, T]; None: all 0.
+            steps: ladder step of each item [B], or one for all, in place of f_o's.
+            gates: heads of each item and layer [B, L, H], in place of f_o's and g_d's.
+            evidence: what step 0 found, [B, 2], for f_o (see `exit_evidence`).
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if isinstance(steps, int):
+            steps = torch.full((input_ids.shape[0],), steps, device=input_ids.device)
+        states = self.embed(input_ids, token_type_ids)
+        # A large finite number: a row of -inf (an item without any token) would turn into NaN.
+        bias = torch.where(attention_mask[:, None, None, :] > 0, 0.0, -1e9)
+        decisions: list[Decision] = []
+        if self.decision is not None:
+            decisions.append(self.decision(masked_mean(states, attention_mask), steps, evidence))
+        for index, layer in enumerate(self.layers):
+            if layer.decision is not None:
+                decisions.append(layer.decision(masked_mean(states, attention_mask), steps))
+                own = decisions[-1].gates[:, 0]
+            else:
+                own = decisions[0].gates[:, index]
+            states = layer(states, bias, own if gates is None else gates[:, index])
+        states = self.final_norm(states)
+        if self.config.pooling == "cls":
+            pooled = states[:, 0] * attention_mask[:, :1]
+        else:
+            pooled = masked_mean(states, attention_mask)
+        relevance = [d.relevance for d in decisions if d.relevance is not None]
+        return BudgetFormerModelOutput(
+            last_hidden_state=states,
+            pooled=pooled,
+            budget=torch.stack([d.budget for d in decisions], dim=1),
+            relevance=torch.cat(relevance, dim=1) if relevance else None,
+            gates=torch.cat([d.gates for d in decisions], dim=1) if gates is None else gates,
+        )
+
+
+class ExitHead(nn.Module):
+    """Step 0: a linear classifier on the bag of tokens, before the encoder runs."""
+
+    def __init__(self, config: BudgetFormerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Embedding(config.vocab_size, config.num_labels, padding_idx=config.pad_token_id)
+        self.bias = nn.Parameter(torch.zeros(config.num_labels))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Classify ids [B, T] into logits [B, C]: the sum of token weights over the root of their number."""
+        mask = attention_mask.to(self.bias.dtype)
+        total = (self.weight(input_ids) * mask.unsqueeze(-1)).sum(1)
+        return total / mask.sum(1, keepdim=True).clamp(min=1).sqrt() + self.bias
+
+
+class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
+    """A BudgetFormer with a linear classifier: single-label, multi-label, and text pairs."""
+
+    def __init__(self, config: BudgetFormerConfig) -> None:
+        super().__init__(config)
+        self.encoder = BudgetFormerModel(config)
+        rate = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.exit_head = ExitHead(config) if config.embedding_exit else None
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        steps: Tensor | int | None = None,
+        gates: Tensor | None = None,
+        **_: Any,
+    ) -> BudgetFormerClassifierOutput:
+        """Classify ids [B, T]; arguments as for `BudgetFormerModel.forward`.
+
+        Args:
+            labels: class ids [B], or 0/1 targets [B, C] when multi-label; adds the loss.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if isinstance(steps, int):
+            steps = torch.full((input_ids.shape[0],), steps, device=input_ids.device)
+        exit_logits = evidence = None
+        if self.exit_head is not None:
+            exit_logits = self.exit_head(input_ids, attention_mask)
+            evidence = exit_evidence(exit_logits.detach(), self.config.problem_type)
+        encoded = self.encoder(
+            input_ids, attention_mask, token_type_ids, steps=steps, gates=gates, evidence=evidence
+        )
+        logits = self.classifier(self.dropout(encoded.pooled))
+        if exit_logits is not None:
+            logits = logits + self.config.exit_weight * exit_logits
+            if steps is not None and gates is None:
+                logits = torch.where((steps == 0).unsqueeze(-1), exit_logits, logits)
+        return BudgetFormerClassifierOutput(
+            loss=None if labels is None else self.loss(logits, labels),
+            logits=logits,
+            exit_logits=exit_logits,
+            budget=encoded.budget,
+            relevance=encoded.relevance,
+            gates=encoded.gates,
+        )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of logits [B, C], or the mean binary one over labels when multi-label."""
+        if self.config.problem_type == MULTI_LABEL:
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)
+
+
+AutoConfig.register("budgetformer", BudgetFormerConfig, exist_ok=True)
+AutoModel.register(BudgetFormerConfig, BudgetFormerModel, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    BudgetFormerConfig, BudgetFormerForSequenceClassification, exist_ok=True
+)

@@ -1,0 +1,1 @@
+"""From a pretrained encoder, or from nothing, to a calibrated checkpoint."""

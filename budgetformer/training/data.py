@@ -1,0 +1,163 @@
+"""Labelled texts from Parquet, CSV or JSONL files, and their tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from budgetformer.errors import DataError
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled texts: `labels` holds class ids [N], or 0/1 rows [N, C] when multi-label."""
+
+    texts: list[str]
+    pairs: list[str] | None
+    labels: np.ndarray
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an item may carry several labels."""
+        return self.labels.ndim == 2
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> Examples:
+        """Return the given rows."""
+        return Examples(
+            [self.texts[i] for i in rows],
+            None if self.pairs is None else [self.pairs[i] for i in rows],
+            self.labels[np.asarray(rows)],
+            self.names,
+        )
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a Parquet, CSV or JSONL file.
+
+    Raises:
+        DataError: the file is missing, broken or of another kind.
+    """
+    try:
+        match path.suffix.lower():
+            case ".parquet":
+                return pyarrow.parquet.read_table(path)
+            case ".csv":
+                return pyarrow.csv.read_csv(
+                    path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True)
+                )
+            case ".jsonl" | ".ndjson":
+                return pyarrow.json.read_json(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: {error}") from error
+    raise DataError(f"{path}: not a .parquet, .csv or .jsonl file")
+
+
+def read_examples(path: Path, names: list[str] | None = None) -> Examples:
+    """Read labelled texts: columns `text`, `label` and, for pairs, `text_pair`.
+
+    A label is a class id, a class name, or a list of either (multi-label). Class names come from `names`,
+    else from `labels.json` beside the file, else from the labels themselves.
+
+    Raises:
+        DataError: a column is missing, a text is null, or a label is unknown.
+    """
+    table = read_table(path)
+    for column in ("text", "label"):
+        if column not in table.column_names:
+            raise DataError(f"{path}: no column {column!r} (it has {', '.join(table.column_names)})")
+    beside = path.parent / "labels.json"
+    if names is None and beside.is_file():
+        names = [str(name) for name in json.loads(beside.read_text())]
+    texts = table["text"].to_pylist()
+    pairs = table["text_pair"].to_pylist() if "text_pair" in table.column_names else None
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"{path}: row {row} has no text")
+    raw = table["label"].to_pylist()
+    many = bool(raw) and isinstance(raw[0], list)
+    flat = [label for row in raw for label in (row if many else [row])]
+    if names is None:
+        if flat and isinstance(flat[0], str):
+            names = sorted(set(flat))
+        else:
+            names = [str(i) for i in range(max(flat, default=-1) + 1)]
+    index = {name: i for i, name in enumerate(names)}
+
+    def class_id(label: object, row: int) -> int:
+        number = index.get(label) if isinstance(label, str) else label
+        if not isinstance(number, int) or not 0 <= number < len(index):
+            raise DataError(f"{path}: row {row} has the unknown label {label!r}")
+        return number
+
+    if many:
+        labels = np.zeros((len(raw), len(names)), dtype=np.int64)
+        for row, row_labels in enumerate(raw):
+            labels[row, [class_id(label, row) for label in row_labels]] = 1
+    else:
+        labels = np.array([class_id(label, row) for row, label in enumerate(raw)], dtype=np.int64)
+    return Examples(texts, pairs, labels, names)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Padded tokens [B, T] of the items `rows` [B] of a data set."""
+
+    rows: np.ndarray
+    input_ids: Tensor
+    token_type_ids: Tensor
+    attention_mask: Tensor
+
+
+class TokenizedTexts:
+    """The tokens of a data set, kept once and served in batches of similar length."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None, max_length: int) -> None:
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length)
+        inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
+        encodings = tokenizer.encode_batch(inputs)
+        self.ids = [np.array(e.ids, dtype=np.int64) for e in encodings]
+        self.types = [np.array(e.type_ids, dtype=np.int64) for e in encodings]
+        self.lengths = np.array([len(ids) for ids in self.ids])
+
+    def batch(self, rows: np.ndarray) -> TokenBatch:
+        """Pad the given rows to their longest."""
+        longest = max(int(self.lengths[rows].max()), 1)
+        ids = np.zeros((len(rows), longest), dtype=np.int64)
+        types, mask = np.zeros_like(ids), np.zeros_like(ids)
+        for place, row in enumerate(rows):
+            length = self.lengths[row]
+            ids[place, :length] = self.ids[row]
+            types[place, :length] = self.types[row]
+            mask[place, :length] = 1
+        return TokenBatch(rows, *(torch.from_numpy(a) for a in (ids, types, mask)))
+
+    def batches(self, batch_size: int, seed: int | None = None) -> Iterator[TokenBatch]:
+        """Yield every row once; `seed` shuffles, still grouping like lengths; None goes by length."""
+        order = np.argsort(self.lengths, kind="stable")
+        if seed is not None:
+            random = np.random.default_rng(seed)
+            order = random.permutation(len(order))
+            pool = batch_size * 50
+            chunks = [order[i : i + pool] for i in range(0, len(order), pool)]
+            order = np.concatenate([c[np.argsort(self.lengths[c], kind="stable")] for c in chunks])
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        if seed is not None:
+            batches = [batches[i] for i in random.permutation(len(batches))]
+        for rows in batches:
+            yield self.batch(rows)

@@ -1,0 +1,89 @@
+"""What a training run does, as one value that a TOML file can hold and a manifest can record."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from budgetformer.errors import DataError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run.
+
+    Attributes:
+        seed: everything random follows from it.
+        max_length: tokens kept of a text (and of a pair together).
+        batch_size: items per optimiser step.
+        learning_rate: peak of AdamW's rate, after a linear warm-up and before a linear decay.
+        weight_decay: AdamW's, on matrices only.
+        warmup: share of the steps that warm up.
+        attention_dropout: dropout of attention weights while training (without it attention is faster).
+        precision: "bf16" computes matrix products in bfloat16 (fast where the processor has them).
+        dense_epochs: passes over the data with all heads (the teacher comes out of this).
+        budget_epochs: passes in which every item trains at a random ladder step, taught by the teacher.
+        small_step_bias: exponent b of the random step ceil(S * u^b); above 1 favours small steps.
+        distillation: weight of the teacher's answer against the label's, 0..1.
+        distillation_temperature: softens both answers before they are compared.
+        head_selection, budget_scope, budget_ffn, embedding_exit: see `BudgetFormerConfig`.
+        hold_out: share of the training rows that no weight ever sees, for calibration.
+        exit_epochs: passes over the data for the step-0 head.
+        exit_folds: parts for the out-of-fold step-0 answers that f_o learns from.
+        exit_learning_rate, exit_weight_decay: of the step-0 head.
+        hidden_size, num_layers, num_heads, intermediate_size, vocab_size: of a network from scratch.
+    """
+
+    seed: int = 0
+    max_length: int = 128
+    batch_size: int = 32
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.06
+    attention_dropout: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    dense_epochs: int = 1
+    budget_epochs: int = 2
+    small_step_bias: float = 2.0
+    distillation: float = 0.7
+    distillation_temperature: float = 2.0
+    head_selection: Literal["input", "ranked"] = "ranked"
+    budget_scope: Literal["input", "layer"] = "input"
+    budget_ffn: bool = True
+    embedding_exit: bool = True
+    hold_out: float = 0.1
+    exit_epochs: int = 12
+    exit_folds: int = 4
+    exit_learning_rate: float = 3e-3
+    exit_weight_decay: float = 0.02
+    hidden_size: int = 256
+    num_layers: int = 2
+    num_heads: int = 8
+    intermediate_size: int = 1024
+    vocab_size: int = 8000
+
+    @classmethod
+    def read(cls, path: Path | None, **overrides: Any) -> Recipe:
+        """Read a TOML recipe, if any, then apply the overrides that are not None.
+
+        Raises:
+            DataError: the file cannot be read, or names an unknown key.
+        """
+        values: dict[str, Any] = {}
+        if path is not None:
+            try:
+                values = tomllib.loads(path.read_text())
+            except (OSError, tomllib.TOMLDecodeError) as error:
+                raise DataError(f"{path}: {error}") from error
+        values |= {name: value for name, value in overrides.items() if value is not None}
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise DataError(f"unknown recipe key: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain values."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,235 @@
+"""The training loop: all heads first, then every budget at once, resumable and deterministic."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor, nn
+
+from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.training.conversion import order_by_importance
+from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
+from budgetformer.training.objectives import distillation_loss, random_steps
+from budgetformer.training.recipe import Recipe
+
+SAVE_SECONDS = 120
+IMPORTANCE_BATCHES = 32
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pass over the data with one loss; `teacher` [N, C] holds the logits to be taught, if any."""
+
+    name: str
+    epochs: int
+    loss: Callable[[TokenBatch, Tensor | None], Tensor]
+    teacher: Tensor | None = None
+
+
+def progress_bar() -> Progress:
+    """Return the bar that every long loop of this package shows."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+
+
+def inputs(batch: TokenBatch) -> dict[str, Tensor]:
+    """Name a batch's tensors as `forward` does."""
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "token_type_ids": batch.token_type_ids,
+    }
+
+
+class Trainer:
+    """Train one network on one data set.
+
+    The state of a run lives in `work_dir/state.pt`; a run that finds one goes on from there and ends with
+    the very weights of a run that was never stopped.
+    """
+
+    def __init__(
+        self,
+        model: BudgetFormerForSequenceClassification,
+        tokens: TokenizedTexts,
+        examples: Examples,
+        recipe: Recipe,
+        work_dir: Path,
+        log: Log,
+    ) -> None:
+        self.model, self.tokens, self.recipe, self.log = model, tokens, recipe, log
+        self.labels = torch.from_numpy(examples.labels)
+        self.state_path = work_dir / "state.pt"
+        work_dir.mkdir(parents=True, exist_ok=True)
+        self.steps_per_epoch = -(-len(examples) // recipe.batch_size)
+
+    def train(self) -> None:
+        """Run the stages of the recipe: dense, order by importance, every budget."""
+        resume = self._read_state()
+        done = resume.get("done", [])
+        if "dense" not in done:
+            self._run(Stage("dense", self.recipe.dense_epochs, self._dense_loss), resume, done)
+            self.log("ordering heads and neurons by importance")
+            if self.model.config.head_selection == "ranked" or self.model.config.budget_ffn:
+                order_by_importance(self.model, self._labelled_batches(IMPORTANCE_BATCHES))
+            done = [*done, "dense"]
+            self._save_state({"done": done})
+            resume = {}
+        if "budget" not in done:
+            teacher = resume.get("teacher")
+            if teacher is None:
+                teacher = self.predict(self.tokens, self.model.config.num_steps, "teacher")
+            stage = Stage("budget", self.recipe.budget_epochs, self._budget_loss, teacher)
+            self._run(stage, resume, done)
+            self._save_state({"done": [*done, "budget"]})
+
+    @torch.no_grad()
+    def predict(self, tokens: TokenizedTexts, step: int, title: str) -> Tensor:
+        """Return logits [N, C] of a data set at one ladder step."""
+        self.model.eval()
+        result = torch.zeros(len(tokens.ids), self.model.config.num_labels)
+        with progress_bar() as bar:
+            task = bar.add_task(title, total=len(tokens.ids), note="")
+            for batch in tokens.batches(64):
+                with self._autocast():
+                    logits = self.model(**inputs(batch), steps=step).logits
+                result[batch.rows] = logits.float()
+                bar.advance(task, len(batch.rows))
+        return result
+
+    def _dense_loss(self, batch: TokenBatch, _: Tensor | None) -> Tensor:
+        logits = self._logits(batch, self.model.config.num_steps)
+        return self.model.loss(logits, self.labels[batch.rows])
+
+    def _budget_loss(self, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
+        recipe, config = self.recipe, self.model.config
+        steps = random_steps(len(batch.rows), config.num_steps, recipe.small_step_bias)
+        logits = self._logits(batch, steps)
+        loss = (1 - recipe.distillation) * self.model.loss(logits, self.labels[batch.rows])
+        if teacher is not None:
+            taught = distillation_loss(
+                logits, teacher[batch.rows], recipe.distillation_temperature, config.problem_type
+            )
+            loss = loss + recipe.distillation * taught
+        return loss
+
+    def _logits(self, batch: TokenBatch, steps: int | Tensor) -> Tensor:
+        with self._autocast():
+            logits = self.model(**inputs(batch), steps=steps).logits
+        return logits.float()
+
+    def _autocast(self) -> Any:
+        if self.recipe.precision == "bf16":
+            return torch.autocast("cpu", torch.bfloat16)
+        return nullcontext()
+
+    def _labelled_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
+        for index, batch in enumerate(self.tokens.batches(self.recipe.batch_size, self.recipe.seed)):
+            if index == count:
+                return
+            yield inputs(batch) | {"labels": self.labels[batch.rows]}
+
+    def _run(self, stage: Stage, resume: dict[str, Any], done: list[str]) -> None:
+        optimizer = self._optimizer()
+        total = stage.epochs * self.steps_per_epoch
+        warmup = max(1, int(total * self.recipe.warmup))
+        start = 0
+        if resume.get("stage") == stage.name:
+            optimizer.load_state_dict(resume["optimizer"])
+            start = resume["step"]
+            self.log(f"{stage.name}: going on from step {start} of {total}")
+        saved = logged = time.monotonic()
+        running = 0.0
+        with progress_bar() as bar:
+            task = bar.add_task(stage.name, total=total, completed=start, note="")
+            for step, batch in self._schedule(start, total):
+                # Seeding every step makes a resumed run repeat the noise of an unbroken one.
+                torch.manual_seed(self.recipe.seed * 1_000_003 + step)
+                self.model.train()
+                loss = stage.loss(batch, stage.teacher)
+                rate = min((step + 1) / warmup, (total - step) / max(1, total - warmup))
+                for group in optimizer.param_groups:
+                    group["lr"] = self.recipe.learning_rate * rate
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                optimizer.step()
+                running = 0.98 * running + 0.02 * loss.item()
+                note = f"loss {running / (1 - 0.98 ** (step - start + 1)):.4f}"
+                bar.update(task, completed=step + 1, note=note)
+                now = time.monotonic()
+                if now - logged > 60:
+                    logged = now
+                    self.log(f"{stage.name}: step {step + 1} of {total}, {note}")
+                if now - saved > SAVE_SECONDS:
+                    saved = now
+                    self._save_state(
+                        {
+                            "done": done,
+                            "stage": stage.name,
+                            "step": step + 1,
+                            "optimizer": optimizer.state_dict(),
+                            "teacher": stage.teacher,
+                        }
+                    )
+
+    def _schedule(self, start: int, total: int) -> Iterator[tuple[int, TokenBatch]]:
+        for epoch in range(start // self.steps_per_epoch, -(-total // self.steps_per_epoch)):
+            batches = self.tokens.batches(self.recipe.batch_size, self.recipe.seed + 1 + epoch)
+            for step, batch in enumerate(batches, start=epoch * self.steps_per_epoch):
+                if step >= start:
+                    yield step, batch
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        trained = [
+            (name, parameter)
+            for name, parameter in self.model.named_parameters()
+            if not name.startswith("exit_head") and ".controller." not in name
+        ]
+        groups = [
+            {"params": [p for _, p in trained if p.ndim > 1], "weight_decay": self.recipe.weight_decay},
+            {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.recipe.learning_rate, fused=True)
+
+    def _save_state(self, state: dict[str, Any]) -> None:
+        part = self.state_path.with_suffix(".part")
+        torch.save(state | {"model": self.model.state_dict()}, part)
+        part.replace(self.state_path)
+
+    def _read_state(self) -> dict[str, Any]:
+        if not self.state_path.exists():
+            return {}
+        state: dict[str, Any] = torch.load(self.state_path, weights_only=True)
+        self.model.load_state_dict(state.pop("model"))
+        return state
+
+
+def split_rows(count: int, hold_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split row numbers into (training, held out), shuffled by `seed`."""
+    order = np.random.default_rng(seed).permutation(count)
+    kept = count - int(count * hold_out)
+    return np.sort(order[:kept]), np.sort(order[kept:])
