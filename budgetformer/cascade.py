@@ -17,7 +17,7 @@ LAYERWISE = -1
 """The step of an item whose layers decide for themselves (scope "layer"), until it has run."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Work:
     """One item: its tokens, the rule for its budget, and what has been decided and computed so far.
 

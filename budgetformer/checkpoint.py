@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tokenizers import Tokenizer
 
-from budgetformer.errors import CheckpointError
-from budgetformer.policy import OperatingPoint
+from budgetformer.errors import CheckpointError, PolicyError
+from budgetformer.policy import BudgetRule, OperatingPoint, choose_point
 
 FORMAT = 1
 CONFIG, WEIGHTS, TOKENIZER, MANIFEST, CARD = (
@@ -150,6 +151,37 @@ class Checkpoint:
         """Every ladder step that an answer can name."""
         return list(range(0 if self.has_exit else 1, len(self.ladder) + 1))
 
+    def rule(
+        self,
+        quality: str | float | None = "balanced",
+        heads: int | None = None,
+        max_heads: int | None = None,
+    ) -> BudgetRule:
+        """Return the rule for one request's budgets.
+
+        Args:
+            quality: a level's name or the accuracy points given up; None takes f_o's own ceil(s * S).
+            heads: heads per layer, instead of f_o.
+            max_heads: at most so many heads per layer.
+
+        Raises:
+            PolicyError: there is no such level, or no step with so few heads.
+        """
+        point = None if quality is None else choose_point(self.manifest.operating_points, quality)
+        fixed = None if heads is None else self._step_within("heads", heads)
+        ceiling = None if max_heads is None else self._step_within("max_heads", max_heads)
+        return BudgetRule(point=point, num_steps=len(self.ladder), fixed=fixed, ceiling=ceiling)
+
+    def _step_within(self, field: str, heads: int) -> int:
+        if not 0 <= heads <= self.num_heads:
+            raise PolicyError(f"{field} must be 0..{self.num_heads}, not {heads}")
+        fitting = [step for step, plan in enumerate(self.ladder, start=1) if max(plan) <= heads]
+        if fitting:
+            return fitting[-1]
+        if self.has_exit:
+            return 0
+        raise PolicyError(f"{field}: no budget step computes at most {heads} heads per layer")
+
     def verify(self) -> None:
         """Compare each file with the manifest.
 
@@ -206,6 +238,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if steps and max(steps) > top:
             raise CheckpointError(f"{path / MANIFEST}: step {max(steps)} is not on the ladder of {top}")
     return Checkpoint(path, manifest, config)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """Load a checkpoint's tokenizer; it neither pads nor truncates.
+
+    Raises:
+        CheckpointError: the file is not a tokenizer.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(checkpoint.path / TOKENIZER))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise CheckpointError(f"{checkpoint.path / TOKENIZER}: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 
 from budgetformer import cascade
 from budgetformer.cascade import Work
-from budgetformer.checkpoint import WEIGHTS, Checkpoint, read_checkpoint
+from budgetformer.checkpoint import WEIGHTS, Checkpoint, load_tokenizer, read_checkpoint
 from budgetformer.compact import PackedPass, load_pass
-from budgetformer.errors import CheckpointError, PolicyError
+from budgetformer.errors import CheckpointError
 from budgetformer.modeling import BudgetFormerForSequenceClassification, probabilities
-from budgetformer.policy import BudgetRule, choose_point
 
 MAX_BATCH_TOKENS = 4096
 
@@ -46,55 +44,6 @@ def load_network(checkpoint: Checkpoint, device: str = "cpu") -> PackedPass:
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise CheckpointError(f"{checkpoint.path / WEIGHTS}: a weight is not a finite number")
     return load_pass(model.to(torch.device(device)))
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Load a checkpoint's tokenizer; it neither pads nor truncates.
-
-    Raises:
-        CheckpointError: the file is not a tokenizer.
-    """
-    try:
-        tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise CheckpointError(f"{checkpoint.path / 'tokenizer.json'}: {error}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def budget_rule(
-    checkpoint: Checkpoint,
-    quality: str | float | None = "balanced",
-    heads: int | None = None,
-    max_heads: int | None = None,
-) -> BudgetRule:
-    """Return the rule for one request's budgets.
-
-    Args:
-        checkpoint: whose ladder and operating points count.
-        quality: a level's name or the accuracy points given up; None takes f_o's own ceil(s * S).
-        heads: heads per layer, instead of f_o.
-        max_heads: at most so many heads per layer.
-
-    Raises:
-        PolicyError: there is no such level, or no step with so few heads.
-    """
-    point = None if quality is None else choose_point(checkpoint.manifest.operating_points, quality)
-    fixed = None if heads is None else _step_within(checkpoint, "heads", heads)
-    ceiling = None if max_heads is None else _step_within(checkpoint, "max_heads", max_heads)
-    return BudgetRule(point=point, num_steps=len(checkpoint.ladder), fixed=fixed, ceiling=ceiling)
-
-
-def _step_within(checkpoint: Checkpoint, field: str, heads: int) -> int:
-    if not 0 <= heads <= checkpoint.num_heads:
-        raise PolicyError(f"{field} must be 0..{checkpoint.num_heads}, not {heads}")
-    fitting = [step for step, plan in enumerate(checkpoint.ladder, start=1) if max(plan) <= heads]
-    if fitting:
-        return fitting[-1]
-    if checkpoint.has_exit:
-        return 0
-    raise PolicyError(f"{field}: no budget step computes at most {heads} heads per layer")
 
 
 @dataclass(frozen=True)
@@ -138,8 +87,8 @@ class Classifier:
         heads: int | None = None,
         max_heads: int | None = None,
     ) -> list[Prediction]:
-        """Classify texts, or text pairs; the budget arguments are those of `budget_rule`."""
-        rule = budget_rule(self.checkpoint, quality, heads, max_heads)
+        """Classify texts, or text pairs; the budget arguments are those of `Checkpoint.rule`."""
+        rule = self.checkpoint.rule(quality, heads, max_heads)
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         encodings = self.tokenizer.encode_batch(inputs)
         items = [Work(e.ids, e.type_ids, rule) for e in encodings]

@@ -131,19 +131,6 @@ class BudgetFormerConfig(PreTrainedConfig):
             raise ValueError(f"budget step {step} is not on the ladder ({first}..{self.num_steps})")
         return self.ladder[step - 1]
 
-    def step_within(self, heads: int) -> int:
-        """Return the highest step that computes at most `heads` heads in any layer.
-
-        Raises:
-            ValueError: even the first step computes more.
-        """
-        fitting = [i for i, plan in enumerate(self.ladder, start=1) if max(plan) <= heads]
-        if fitting:
-            return fitting[-1]
-        if self.embedding_exit and heads >= 0:
-            return 0
-        raise ValueError(f"no budget step computes at most {heads} heads per layer")
-
     def _check(self) -> None:
         heads = self.num_attention_heads
         for name, allowed in (

@@ -2,7 +2,8 @@
 
 Items of one batch lie one after another, N tokens in all, so no padding is ever multiplied. In each layer
 the items are grouped by the set of heads that they keep; a group is one pass over the rows and columns of
-the weights that belong to those heads. With ranked heads and one step there is one group.
+the weights that belong to those heads. With ranked heads and one step there is one group, and its
+weights are views of the first rows and columns, not copies.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from budgetformer.modeling import (
 HeadSet = tuple[int, ...]
 
 SLICE_CACHE_BYTES = 256 * 2**20
-"""Room for weight slices; the least recently used go first."""
+"""Room for gathered weight slices; the least recently used go first."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,12 @@ class PassResult:
 
 
 @dataclass(frozen=True)
-class _LayerSlice:
-    """The rows and columns of one layer's weights that belong to one head set of k heads."""
+class _LayerWeights:
+    """One layer's weights for k heads (all of them, or the slice that a head set keeps).
+
+    Queries, keys and values are interleaved by head, [k * 3 * D/H, D], so that the first heads of a ranked
+    layer are its first rows.
+    """
 
     qkv_weight: Tensor
     qkv_bias: Tensor
@@ -87,9 +92,52 @@ class _LayerSlice:
     down_weight: Tensor
     down_bias: Tensor
 
+    @classmethod
+    def of(cls, layer: EncoderLayer, num_heads: int) -> _LayerWeights:
+        attention, net = layer.attention, layer.feed_forward
+        projections = (attention.query, attention.key, attention.value)
+        weight = torch.stack([p.weight.unflatten(0, (num_heads, -1)) for p in projections], dim=1)
+        bias = torch.stack([p.bias.unflatten(0, (num_heads, -1)) for p in projections], dim=1)
+        return cls(
+            weight.flatten(0, 2),
+            bias.flatten(),
+            attention.output.weight,
+            attention.output.bias,
+            net.up.weight,
+            net.up.bias,
+            net.down.weight,
+            net.down.bias,
+        )
+
+    def keep(self, head_set: HeadSet, head_size: int, neurons_per_head: int | None) -> _LayerWeights:
+        if head_set == tuple(range(len(head_set))):
+            heads: slice | Tensor = slice(0, len(head_set) * head_size)
+            fused: slice | Tensor = slice(0, len(head_set) * head_size * 3)
+            neurons: slice | Tensor = slice(0, len(head_set) * (neurons_per_head or 0))
+        else:
+            heads = _spread(head_set, head_size)
+            fused = _spread(head_set, head_size * 3)
+            neurons = _spread(head_set, neurons_per_head or 0)
+        if neurons_per_head is None:
+            neurons = slice(None)
+        return _LayerWeights(
+            self.qkv_weight[fused],
+            self.qkv_bias[fused],
+            self.output_weight[:, heads],
+            self.output_bias,
+            self.up_weight[neurons],
+            self.up_bias[neurons],
+            self.down_weight[:, neurons],
+            self.down_bias,
+        )
+
     @property
-    def size(self) -> int:
+    def bytes(self) -> int:
         return sum(cast(Tensor, getattr(self, field.name)).nbytes for field in fields(self))
+
+
+def _spread(head_set: HeadSet, size: int) -> Tensor:
+    return (torch.tensor(head_set).unsqueeze(1) * size + torch.arange(size)).flatten()
 
 
 class PackedPass:
@@ -99,7 +147,9 @@ class PackedPass:
         self.model = model.eval()
         self.config = model.config
         self.encoder = model.encoder
-        self._slices: OrderedDict[tuple[int, HeadSet], _LayerSlice] = OrderedDict()
+        with torch.no_grad():
+            self._weights = [_LayerWeights.of(x, self.config.num_attention_heads) for x in self.encoder.layers]
+        self._slices: OrderedDict[tuple[int, HeadSet], _LayerWeights] = OrderedDict()
         self._slices_bytes = 0
 
     @property
@@ -262,11 +312,11 @@ class PackedPass:
         return mixed + self._transform(layer.feed_forward_norm(mixed), layer, weights)
 
     def _attend(
-        self, states: Tensor, weights: _LayerSlice, lengths: Sequence[int], heads: int
+        self, states: Tensor, weights: _LayerWeights, lengths: Sequence[int], heads: int
     ) -> Tensor:
         projected = F.linear(states, weights.qkv_weight, weights.qkv_bias)
-        # [N, 3, k, D/H] to one [3, k, T, D/H] per item
-        per_head = projected.view(states.shape[0], 3, heads, -1).permute(1, 2, 0, 3)
+        # [N, k, 3, D/H] to one [3, k, T, D/H] per item
+        per_head = projected.view(states.shape[0], heads, 3, -1).permute(2, 1, 0, 3)
         contexts = [
             F.scaled_dot_product_attention(query[None], key[None], value[None])[0].transpose(0, 1)
             for query, key, value in per_head.split(list(lengths), dim=2)
@@ -274,43 +324,22 @@ class PackedPass:
         ]
         return F.linear(torch.cat(contexts).flatten(1), weights.output_weight, weights.output_bias)
 
-    def _transform(self, states: Tensor, layer: EncoderLayer, weights: _LayerSlice) -> Tensor:
+    def _transform(self, states: Tensor, layer: EncoderLayer, weights: _LayerWeights) -> Tensor:
         neurons = layer.feed_forward.activation(F.linear(states, weights.up_weight, weights.up_bias))
         return F.linear(neurons, weights.down_weight, weights.down_bias)
 
-    def _slice(self, index: int, layer: EncoderLayer, head_set: HeadSet) -> _LayerSlice:
+    def _slice(self, index: int, layer: EncoderLayer, head_set: HeadSet) -> _LayerWeights:
+        size, neurons = self.config.head_size, layer.feed_forward.neurons_per_head
+        if self.config.head_selection == "ranked":
+            return self._weights[index].keep(head_set, size, neurons)
         key = (index, head_set)
         if key in self._slices:
             self._slices.move_to_end(key)
             return self._slices[key]
-        made = self._cut(layer, head_set)
+        made = self._weights[index].keep(head_set, size, neurons)
         self._slices[key] = made
-        self._slices_bytes += made.size
+        self._slices_bytes += made.bytes
         while self._slices_bytes > SLICE_CACHE_BYTES and len(self._slices) > 1:
             _, dropped = self._slices.popitem(last=False)
-            self._slices_bytes -= dropped.size
+            self._slices_bytes -= dropped.bytes
         return made
-
-    def _cut(self, layer: EncoderLayer, head_set: HeadSet) -> _LayerSlice:
-        attention, net = layer.attention, layer.feed_forward
-        chosen = torch.tensor(head_set, device=self.device).unsqueeze(1)
-        size = self.config.head_size
-        rows = (chosen * size + torch.arange(size, device=self.device)).flatten()
-        projections = (attention.query, attention.key, attention.value)
-        if net.neurons_per_head is None:
-            up_weight, up_bias, down_weight = net.up.weight, net.up.bias, net.down.weight
-        else:
-            owned = torch.arange(net.neurons_per_head, device=self.device)
-            neurons = (chosen * net.neurons_per_head + owned).flatten()
-            up_weight, up_bias = net.up.weight[neurons], net.up.bias[neurons]
-            down_weight = net.down.weight[:, neurons]
-        return _LayerSlice(
-            qkv_weight=torch.cat([linear.weight[rows] for linear in projections]),
-            qkv_bias=torch.cat([linear.bias[rows] for linear in projections]),
-            output_weight=attention.output.weight[:, rows].contiguous(),
-            output_bias=attention.output.bias,
-            up_weight=up_weight,
-            up_bias=up_bias,
-            down_weight=down_weight.contiguous(),
-            down_bias=net.down.bias,
-        )

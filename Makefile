@@ -1,0 +1,75 @@
+# Each target is one line that a person could type; `make` alone lists them.
+PYTHON ?= python3
+PORT   ?= 8000
+DATA   ?= data/ag_news
+# Where a host without an NVIDIA GPU looks first for torch: the builds that bring no CUDA libraries.
+TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
+
+BIN   := .venv/bin
+TORCH := $(shell grep ^torch== requirements/torch.in)
+PIP   := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-compose lint bench train docs lock clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+serve: .venv/.serve ## set up .venv with what serving needs, then serve on 127.0.0.1:$(PORT)
+	exec $(BIN)/budgetformer serve --port $(PORT)
+
+test: lint ## lint, types, import rules, then every test that needs no container
+	$(BIN)/python -m pytest
+
+test-compose: .venv/.dev ## build the images, bring the stack up under Docker and ask it
+	$(BIN)/python -m pytest -m compose --timeout 1500
+
+lint: .venv/.dev ## style, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: .venv/.serve ## time the full pass against every step of the ladder on this machine
+	$(BIN)/budgetformer bench
+
+train: .venv/.dev ## train model_store/ag_news/1 again from DATA (Parquet, CSV or JSONL)
+	$(BIN)/budgetformer train --data $(DATA) --output model_store/ag_news/1
+
+docs: .venv/.dev ## build the documentation into site/
+	$(PIP) install --quiet "mkdocs-material>=9.6,<10"
+	$(BIN)/mkdocs build --strict
+
+lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/serve.txt requirements/torch.in pyproject.toml
+	$(PORTABLE) requirements/serve.txt
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra dev --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
+	$(PORTABLE) requirements/dev.txt
+
+clean: ## remove the environment and every cache
+	rm -rf .venv build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+LOCK := --quiet --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+        --no-emit-options --annotation-style line --upgrade
+# The same lock serves CPU and GPU hosts: no build tag on torch, none of the CUDA packages that its GPU build brings.
+PORTABLE := sed -E -i -e 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' -e '/^(cuda|nvidia|triton)[a-z0-9-]*==/d'
+
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "BudgetFormer needs Python 3.11 or newer; point PYTHON= at one")'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# torch comes first and by itself: without a GPU its CUDA libraries would be gigabytes that nothing uses.
+.venv/.torch: .venv/.created requirements/torch.in
+	@if command -v nvidia-smi >/dev/null; then $(PIP) install $(TORCH); \
+	else $(PIP) install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX_URL) $(TORCH)+cpu || $(PIP) install $(TORCH); fi
+	@touch $@
+
+.venv/.serve: requirements/serve.txt pyproject.toml .venv/.torch
+	$(PIP) install --requirement requirements/serve.txt
+	$(PIP) install --no-deps --editable .
+	@touch $@
+
+.venv/.dev: requirements/dev.txt .venv/.serve
+	$(PIP) install --requirement requirements/dev.txt
+	@touch $@

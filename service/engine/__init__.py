@@ -1,0 +1,1 @@
+"""The engine: a process that owns a device, its queue and its models; and what the front holds of it."""

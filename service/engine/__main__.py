@@ -1,0 +1,106 @@
+"""The engine process: `python -m service.engine RUN_DIR INDEX`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import structlog
+import torch
+
+from budgetformer.checkpoint import read_store
+from service.engine import protocol
+from service.engine.core import EngineCore, EngineOptions, Reply
+from service.engine.models import load_all
+from service.engine.protocol import PROTOCOL, Hello, ToFront
+from service.observability.logs import configure_logs
+from service.process import engine_socket, exit_with_parent, read_settings, resident_bytes
+from service.settings import Settings
+
+log = structlog.get_logger()
+
+HEARTBEAT_SECONDS = 1.0
+
+
+class EngineServer:
+    """Speak with the fronts over a local socket on behalf of one core."""
+
+    def __init__(self, core: EngineCore, errors: list[str]) -> None:
+        self.core = core
+        self.errors = errors
+        self._fronts: set[Reply] = set()
+        core.broadcast = self._broadcast
+
+    async def serve(self, socket: Path) -> None:
+        """Listen on `socket` until cancelled."""
+        server = await asyncio.start_unix_server(self._front_came, socket)
+        socket.chmod(0o600)
+        async with server, asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.core.run())
+            tasks.create_task(self._beat())
+
+    async def _front_came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def reply(message: ToFront) -> None:
+            if not writer.is_closing():
+                protocol.write(writer, message)
+
+        reply(self._hello())
+        self._fronts.add(reply)
+        try:
+            while (message := await protocol.read_to_engine(reader)) is not None:
+                self.core.receive(message, reply)
+        except protocol.FrameError as error:
+            log.error("a front sent a bad frame", reason=str(error))
+        finally:
+            self._fronts.discard(reply)
+            self.core.forget(reply)
+            writer.close()
+
+    async def _beat(self) -> None:
+        while True:
+            self._broadcast(self.core.heartbeat(resident_bytes()))
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    def _broadcast(self, message: ToFront) -> None:
+        for reply in self._fronts:
+            reply(message)
+
+    def _hello(self) -> Hello:
+        models = [model.info for model in self.core.models.values()]
+        return Hello(
+            PROTOCOL, os.getpid(), self.core.device, "float32", torch.__version__, models, self.errors
+        )
+
+
+async def _main(run_dir: Path, index: int, settings: Settings) -> None:
+    device = settings.resolved_device()
+    store = read_store(settings.model_store)
+    models, errors = load_all(store, settings.models, device)
+    options = EngineOptions(
+        settings.max_queue_items, settings.batch_milliseconds / 1000, settings.batch_items
+    )
+    server = EngineServer(EngineCore(models, options, device), errors)
+    serving = asyncio.create_task(server.serve(engine_socket(run_dir, index)))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+
+
+def main() -> None:
+    """Run the engine."""
+    run_dir, index = Path(sys.argv[1]), int(sys.argv[2])
+    exit_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor says when
+    settings = read_settings(run_dir)
+    configure_logs(settings.log_level, settings.log_format)
+    structlog.contextvars.bind_contextvars(process=f"engine-{index}")
+    torch.set_num_threads(settings.threads_per_engine)
+    asyncio.run(_main(run_dir, index, settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""What the front holds of the engines: one connection each, requests in flight, health."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from service.engine import protocol
+from service.engine.protocol import (
+    Answer,
+    BatchRan,
+    Cancel,
+    Classify,
+    Done,
+    Expired,
+    Failed,
+    Heartbeat,
+    Hello,
+    ItemTokens,
+    Load,
+    ModelInfo,
+    Refused,
+    ToFront,
+    Unload,
+)
+
+log = structlog.get_logger()
+
+HEARTBEAT_LIMIT = 5.0
+"""Seconds without a word after which an engine does not count as alive."""
+RECONNECT_SECONDS = 0.05
+GRACE_SECONDS = 1.0
+"""How long past its deadline an answer is awaited, for an engine that cannot say so itself."""
+
+Event = Hello | Heartbeat | BatchRan
+
+
+class EngineDownError(Exception):
+    """No engine could answer: none is there, or those that were died with the request twice."""
+
+
+class NotLoadedError(Exception):
+    """Engines are there, but none has the model."""
+
+
+class DeadlineError(Exception):
+    """The deadline passed before the answer was there."""
+
+
+class EngineFailedError(Exception):
+    """The engine says that it cannot do what was asked."""
+
+
+@dataclass
+class RefusedError(Exception):
+    """The engine did not admit the request."""
+
+    reason: str
+    retry_after: int
+
+
+class _DiedError(Exception):
+    """The connection broke while a request was in flight."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to classify; `deadline` on the monotonic clock."""
+
+    model: str
+    version: int
+    items: list[ItemTokens]
+    quality: str | float
+    deadline: float
+    heads: int | None = None
+    max_heads: int | None = None
+    return_heads: bool = False
+
+
+class EngineClient:
+    """The connection to one engine; it is made anew whenever it breaks."""
+
+    def __init__(self, index: int, socket: Path, observe: Callable[[int, Event], None]) -> None:
+        self.index = index
+        self.hello: Hello | None = None
+        self.models: dict[str, ModelInfo] = {}
+        self.heard = 0.0
+        self.items_in_flight = 0
+        self._socket = socket
+        self._observe = observe
+        self._writer: asyncio.StreamWriter | None = None
+        self._pending: dict[int, asyncio.Future[ToFront]] = {}
+        self._numbers = itertools.count()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine has said hello and was heard of lately."""
+        return self.hello is not None and time.monotonic() - self.heard < HEARTBEAT_LIMIT
+
+    async def stay_connected(self) -> None:
+        """Connect, listen, and connect again, until cancelled."""
+        while True:
+            try:
+                reader, writer = await asyncio.open_unix_connection(self._socket)
+            except OSError:
+                await asyncio.sleep(RECONNECT_SECONDS)
+                continue
+            self._writer = writer
+            try:
+                await self._listen(reader)
+            except protocol.FrameError as error:
+                log.error("an engine sent a bad frame", engine=self.index, reason=str(error))
+            finally:
+                self._lose(writer)
+
+    async def ask(self, message: protocol.ToEngine, items: int = 0, timeout: float | None = None) -> ToFront:
+        """Send a message that has an `id` and await what the engine says to it.
+
+        Raises:
+            EngineDownError: the engine is not connected.
+            _DiedError: the connection broke meanwhile.
+            TimeoutError: no answer within `timeout` seconds.
+        """
+        writer = self._writer
+        if writer is None or self.hello is None:
+            raise EngineDownError
+        number = next(self._numbers)
+        future: asyncio.Future[ToFront] = asyncio.get_running_loop().create_future()
+        self._pending[number] = future
+        self.items_in_flight += items
+        try:
+            protocol.write(writer, msgspec.structs.replace(message, id=number))
+            async with asyncio.timeout(timeout):
+                return await future
+        except BaseException:
+            if not writer.is_closing():
+                protocol.write(writer, Cancel(number))
+            raise
+        finally:
+            self.items_in_flight -= items
+            self._pending.pop(number, None)
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        while (message := await protocol.read_to_front(reader)) is not None:
+            self.heard = time.monotonic()
+            match message:
+                case Hello():
+                    self.hello = message
+                    self.models = {info.name: info for info in message.models}
+                    self._observe(self.index, message)
+                case Heartbeat() | BatchRan():
+                    self._observe(self.index, message)
+                case _:
+                    future = self._pending.get(message.id)
+                    if future is not None and not future.done():
+                        future.set_result(message)
+
+    def _lose(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = self.hello = None
+        self.models = {}
+        writer.close()
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(_DiedError())
+
+
+class Engines:
+    """All engines of this server.
+
+    Args:
+        sockets: where each one listens.
+        observe: is told of hellos, heartbeats and batches, with the engine's index.
+    """
+
+    def __init__(self, sockets: list[Path], observe: Callable[[int, Event], None]) -> None:
+        self.clients = [EngineClient(i, socket, observe) for i, socket in enumerate(sockets)]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to connect."""
+        self._tasks = [asyncio.create_task(client.stay_connected()) for client in self.clients]
+
+    async def stop(self) -> None:
+        """Let the connections go."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    @property
+    def alive(self) -> list[EngineClient]:
+        """The engines that were heard of lately."""
+        return [client for client in self.clients if client.alive]
+
+    @property
+    def models(self) -> dict[str, ModelInfo]:
+        """Every model that some live engine serves, by name."""
+        return {name: info for client in self.alive for name, info in client.models.items()}
+
+    @property
+    def errors(self) -> list[str]:
+        """Checkpoints that could not be loaded, and why."""
+        return sorted({e for client in self.alive if client.hello for e in client.hello.errors})
+
+    async def classify(self, job: Job) -> Answer:
+        """Have a job done by the engine with the least in flight; if that dies, once more by another.
+
+        Raises:
+            EngineDownError, NotLoadedError, RefusedError, DeadlineError, EngineFailedError: see there.
+        """
+        for attempt in (1, 2):
+            client = await self._choose(job, wait=attempt == 2)
+            remaining = job.deadline - time.monotonic()
+            if remaining <= 0:
+                raise DeadlineError
+            message = Classify(
+                0, job.model, job.version, job.items, job.quality, remaining,
+                job.heads, job.max_heads, job.return_heads,
+            )  # fmt: skip
+            try:
+                reply = await client.ask(message, len(job.items), remaining + GRACE_SECONDS)
+            except TimeoutError as error:
+                raise DeadlineError from error
+            except _DiedError:
+                log.warning("an engine died with a request in flight", engine=client.index, attempt=attempt)
+                continue
+            match reply:
+                case Answer():
+                    return reply
+                case Refused(reason=reason, retry_after=seconds):
+                    raise RefusedError(reason, seconds)
+                case Expired():
+                    raise DeadlineError
+                case Failed(message=text):
+                    raise EngineFailedError(text)
+                case _:
+                    raise EngineFailedError("an engine gave an answer that does not fit")
+        raise EngineDownError
+
+    async def load(self, path: Path) -> None:
+        """Have every engine load a checkpoint folder.
+
+        Raises:
+            EngineFailedError: one could not; those serve on what they had.
+            EngineDownError: there is none.
+        """
+        for client, reply in await self._ask_all(Load(0, str(path))):
+            if isinstance(reply, Done) and reply.model is not None:
+                client.models = client.models | {reply.model.name: reply.model}
+
+    async def unload(self, name: str) -> None:
+        """Have every engine free a model.
+
+        Raises:
+            EngineFailedError, EngineDownError: as for `load`.
+        """
+        for client, _ in await self._ask_all(Unload(0, name)):
+            client.models = {k: info for k, info in client.models.items() if k != name}
+
+    async def _ask_all(self, message: Load | Unload) -> list[tuple[EngineClient, ToFront]]:
+        clients = self.alive
+        if not clients:
+            raise EngineDownError
+        replies: list[Any] = await asyncio.gather(
+            *(client.ask(message) for client in clients), return_exceptions=True
+        )
+        for reply in replies:
+            if isinstance(reply, BaseException):
+                raise EngineDownError from reply
+        for reply in replies:
+            if isinstance(reply, Failed):
+                raise EngineFailedError(reply.message)
+        return list(zip(clients, replies, strict=True))
+
+    async def _choose(self, job: Job, wait: bool) -> EngineClient:
+        """Return the least loaded engine that has the model; `wait` lets a restart finish first."""
+        while True:
+            alive = self.alive
+            able = [client for client in alive if self._has(client, job)]
+            if able:
+                return min(able, key=lambda client: client.items_in_flight)
+            if alive:
+                raise NotLoadedError
+            if not wait or time.monotonic() >= job.deadline:
+                raise EngineDownError
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    @staticmethod
+    def _has(client: EngineClient, job: Job) -> bool:
+        info = client.models.get(job.model)
+        return info is not None and info.version == job.version

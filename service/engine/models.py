@@ -1,0 +1,96 @@
+"""The models that an engine has loaded."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import structlog
+import torch
+
+from budgetformer import cascade
+from budgetformer.cascade import Work
+from budgetformer.checkpoint import Checkpoint, Store, read_checkpoint
+from budgetformer.classifier import load_network
+from budgetformer.compact import PackedPass
+from budgetformer.errors import CheckpointError
+from budgetformer.policy import BudgetRule
+from service.engine.protocol import ModelInfo
+
+log = structlog.get_logger()
+
+WARM_TOKENS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A checkpoint with its network on the device."""
+
+    checkpoint: Checkpoint
+    network: PackedPass
+    info: ModelInfo
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Name and version."""
+        return self.checkpoint.name, self.checkpoint.version
+
+    def rule(self, quality: str | float, heads: int | None, max_heads: int | None) -> BudgetRule:
+        """Return the rule for a request's budgets.
+
+        Raises:
+            PolicyError: the checkpoint does not offer it.
+        """
+        return _rule(self, quality, heads, max_heads)
+
+
+@lru_cache(maxsize=512)
+def _rule(
+    model: LoadedModel, quality: str | float, heads: int | None, max_heads: int | None
+) -> BudgetRule:
+    # A checkpoint without operating points still serves, by f_o's own rule.
+    calibrated = bool(model.checkpoint.manifest.operating_points)
+    return model.checkpoint.rule(quality if calibrated else None, heads, max_heads)
+
+
+def load_model(path: Path, device: str) -> LoadedModel:
+    """Load, verify and warm one checkpoint folder.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    started = time.monotonic()
+    checkpoint = read_checkpoint(path)
+    network = load_network(checkpoint, device)
+    _warm(checkpoint, network)
+    seconds = time.monotonic() - started
+    memory = sum(parameter.nbytes for parameter in network.model.parameters())
+    info = ModelInfo(checkpoint.name, checkpoint.version, seconds, memory)
+    log.info("model loaded", model=checkpoint.label, seconds=round(seconds, 3))
+    return LoadedModel(checkpoint, network, info)
+
+
+def load_all(store: Store, names: list[str], device: str) -> tuple[dict[str, LoadedModel], list[str]]:
+    """Load the latest version of every model in `names` (empty: all); return them, and what went wrong."""
+    models: dict[str, LoadedModel] = {}
+    errors = list(store.errors)
+    for name in names or list(store.checkpoints):
+        try:
+            models[name] = load_model(store.latest(name).path, device)
+        except CheckpointError as error:
+            log.error("model not loaded", model=name, reason=str(error))
+            errors.append(str(error))
+    return models, errors
+
+
+def _warm(checkpoint: Checkpoint, network: PackedPass) -> None:
+    rules = [BudgetRule(point=None, num_steps=len(checkpoint.ladder), fixed=s) for s in checkpoint.budgets]
+    tokens = [0] * min(WARM_TOKENS, checkpoint.manifest.max_tokens)
+    with torch.inference_mode():
+        for rule in rules:
+            item = Work(tokens, None, rule)
+            cascade.arrive(network, [item])
+            if not item.done:
+                cascade.run(network, [item])

@@ -1,0 +1,55 @@
+"""The front process: `python -m service.front RUN_DIR DESCRIPTOR` serves HTTP on an open socket."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+import structlog
+import uvicorn
+
+from service.app import create_app
+from service.observability.logs import configure_logs
+from service.process import engine_socket, exit_with_parent, read_settings
+
+
+class _DrainingServer(uvicorn.Server):
+    """Uvicorn, with the app told at the signal, before connections close."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.config.loaded_app.state.draining = True
+        super().handle_exit(sig, frame)
+
+
+def main() -> None:
+    """Run the front."""
+    run_dir, descriptor = Path(sys.argv[1]), int(sys.argv[2])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    exit_with_parent()
+    settings = read_settings(run_dir)
+    configure_logs(settings.log_level, settings.log_format)
+    structlog.contextvars.bind_contextvars(process="front")
+    sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]
+    app = create_app(settings, sockets)
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http="httptools",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.drain_seconds) or 1,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor says when
+    server = _DrainingServer(config)
+    server.run(sockets=[socket.socket(fileno=descriptor)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The models as the front knows them: checkpoints, tokenizers and the rules that requests may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Encoding, Tokenizer
+
+from budgetformer.checkpoint import Checkpoint, Store, load_tokenizer, read_checkpoint, read_store
+from budgetformer.errors import CheckpointError
+
+
+class UnknownModelError(Exception):
+    """The store has no such model, or another version of it is served."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A checkpoint and its tokenizer, which truncates to the model's length."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+
+    def encode(self, texts: list[str | tuple[str, str]]) -> list[Encoding]:
+        """Tokenize texts and pairs; an encoding that overflows was truncated."""
+        return self.tokenizer.encode_batch(texts)
+
+
+def open_model(checkpoint: Checkpoint) -> ServedModel:
+    """Load what the front needs of a checkpoint.
+
+    Raises:
+        CheckpointError: its tokenizer is damaged.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    tokenizer.enable_truncation(checkpoint.manifest.max_tokens)
+    return ServedModel(checkpoint, tokenizer)
+
+
+class Models:
+    """The served version of every model, and the default one.
+
+    Args:
+        store: folder of checkpoints.
+        names: models to serve; empty: all.
+        default: model of requests that name none; None: the first by name.
+
+    Raises:
+        CheckpointError: the store is no folder, or the default model is not in it.
+    """
+
+    def __init__(self, store: Path, names: list[str], default: str | None) -> None:
+        self.store = store
+        self.errors: list[str] = []
+        self.served: dict[str, ServedModel] = {}
+        found = read_store(store)
+        self.errors += found.errors
+        for name in names or sorted(found.checkpoints):
+            try:
+                self.served[name] = open_model(found.latest(name))
+            except CheckpointError as error:
+                self.errors.append(str(error))
+        if default is not None and default not in self.served:
+            raise CheckpointError(f"the default model {default!r} is not in {store}")
+        self._default = default
+
+    @property
+    def default(self) -> str | None:
+        """Name of the default model; None when nothing is served."""
+        return self._default or next(iter(sorted(self.served)), None)
+
+    def get(self, spec: str | None) -> ServedModel:
+        """Return the model for `name`, `name:version`, or None, the default.
+
+        Raises:
+            UnknownModelError: there is none.
+        """
+        name, _, version = (spec or self.default or "").partition(":")
+        model = self.served.get(name)
+        if model is None:
+            known = ", ".join(sorted(self.served)) or "none"
+            raise UnknownModelError(f"no model {name!r} is served (there are: {known})")
+        if version and version != str(model.checkpoint.version):
+            raise UnknownModelError(f"{name} is served in version {model.checkpoint.version}, not {version}")
+        return model
+
+    def versions(self, name: str) -> list[int]:
+        """Return the versions of a model in the store."""
+        checkpoints = self._scan().checkpoints.get(name, [])
+        return [checkpoint.version for checkpoint in checkpoints]
+
+    def candidate(self, name: str, version: int | None) -> ServedModel:
+        """Return, opened but not served yet, a model's version (None: the highest) as the store has it now.
+
+        Raises:
+            UnknownModelError: the store has none.
+            CheckpointError: it is damaged.
+        """
+        folder = self.store / name
+        if Path(name).name != name or not folder.is_dir():
+            raise UnknownModelError(f"no model {name!r} in the store")
+        numbers = sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+        if not numbers or (version is not None and version not in numbers):
+            raise UnknownModelError(f"the store has no version {version or ''} of {name!r}")
+        chosen = numbers[-1] if version is None else version
+        return open_model(read_checkpoint(folder / str(chosen)))
+
+    def _scan(self) -> Store:
+        return read_store(self.store)

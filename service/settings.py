@@ -1,0 +1,140 @@
+"""Every setting of the server: one class feeds flags, environment, TOML file, help and `--print-config`."""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from budgetformer.errors import BudgetFormerError
+
+PREFIX = "BUDGETFORMER_"
+CONFIG_FILE = "config"
+
+
+class SettingsError(BudgetFormerError):
+    """A setting is unknown or has a value that it cannot have."""
+
+
+class Settings(BaseSettings):
+    """Serve text classification that spends, on each text, only what it needs.
+
+    Every option is also an environment variable BUDGETFORMER_<NAME> and a key of the TOML file named by
+    --config. The flag wins over the environment, the environment over the file, the file over the default.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_prog_name="budgetformer serve",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    model_store: Path = Path("model_store")
+    """Folder of checkpoints, <name>/<version>/."""
+    models: list[str] = []
+    """Names of the models to load; none means all in the store."""
+    default_model: str | None = None
+    """Model of requests that name none; by default the first by name."""
+    engines: int = Field(default=0, ge=0, le=256)
+    """Engine processes; 0 means one per core on a CPU, one on a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the engines compute; auto takes a GPU if there is one."""
+    threads_per_engine: int = Field(default=1, ge=1, le=256)
+    """Threads of one engine's passes."""
+    quality: Literal["auto", "fast", "balanced", "best"] | float = "auto"
+    """Quality of requests that name none: a level, or the accuracy points that may be given up."""
+    max_batch_items: int = Field(default=2048, ge=1)
+    """Most texts in one request."""
+    max_text_characters: int = Field(default=100_000, ge=1)
+    """Most characters in one text (and its pair together)."""
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1)
+    """Largest request body."""
+    max_queue_items: int = Field(default=4096, ge=1)
+    """Most texts that wait in one engine; more are refused with 429."""
+    batch_milliseconds: float = Field(default=50.0, gt=0)
+    """A batch is filled up to this computing time."""
+    batch_items: int = Field(default=256, ge=1)
+    """Most texts in one batch."""
+    timeout_ms: int = Field(default=10_000, ge=1)
+    """Deadline of requests that name none, in milliseconds."""
+    drain_seconds: float = Field(default=20.0, ge=0)
+    """On SIGTERM, how long requests in flight may take to finish."""
+    admin_key: SecretStr | None = None
+    """Key for loading and unloading models; without one these routes are closed."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least important log line to write."""
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """Form of log lines; auto is readable on a terminal and JSON elsewhere."""
+
+    @field_validator("quality")
+    @classmethod
+    def _sensible_quality(cls, value: str | float) -> str | float:
+        if isinstance(value, float) and not 0 <= value <= 100:
+            raise ValueError("quality as a number is 0..100 accuracy points")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources: flags (given to the constructor), environment, TOML file."""
+        path = os.environ.get(f"{PREFIX}{CONFIG_FILE.upper()}")
+        file = TomlConfigSettingsSource(settings_cls, Path(path)) if path else None
+        return (init_settings, env_settings, *([file] if file else []))
+
+    def resolved_engines(self) -> int:
+        """Return how many engines to run."""
+        if self.engines:
+            return self.engines
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return 1 if self.device == "cuda" else max(1, (cores or 1) // self.threads_per_engine)
+
+    def resolved_device(self) -> str:
+        """Return the device that the engines compute on; imports torch to see whether a GPU is there."""
+        if self.device != "auto":
+            return self.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def printable(self) -> dict[str, Any]:
+        """Return all values as plain JSON, secrets masked."""
+        return self.model_dump(mode="json")
+
+
+def refuse_unknown_environment() -> None:
+    """Check that every BUDGETFORMER_ variable is a setting.
+
+    Raises:
+        SettingsError: one is not, with the nearest known name.
+    """
+    known = {f"{PREFIX}{name.upper()}" for name in (*Settings.model_fields, CONFIG_FILE)}
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            near = get_close_matches(name.upper(), sorted(known), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise SettingsError(f"unknown environment variable {name}{hint}")
