@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import FrameType
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
 from service.app import create_app
 from service.observability.logs import configure_logs
@@ -20,8 +20,12 @@ from service.process import engine_socket, exit_with_parent, read_settings
 class _DrainingServer(uvicorn.Server):
     """Uvicorn, with the app told at the signal, before connections close."""
 
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.config.loaded_app.state.draining = True
+        self._app.state.draining = True
         super().handle_exit(sig, frame)
 
 
@@ -44,11 +48,8 @@ def main() -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=int(settings.drain_seconds) or 1,
-        h11_max_incomplete_event_size=64 * 1024,
     )
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor says when
-    server = _DrainingServer(config)
-    server.run(sockets=[socket.socket(fileno=descriptor)])
+    _DrainingServer(config, app).run(sockets=[socket.socket(fileno=descriptor)])
 
 
 if __name__ == "__main__":

@@ -41,9 +41,13 @@ class _Child:
         backoff = FIRST_BACKOFF
         while not self._stopping:
             started = time.monotonic()
-            # The child watches its stdin: it ends when this process does, however that happens.
+            # The child watches its stdin: it ends when this process does, however that happens. A session
+            # of its own keeps a terminal's Ctrl-C from it; this process says when to stop.
             self._process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=asyncio.subprocess.PIPE, pass_fds=self._descriptors
+                *self._command,
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=self._descriptors,
+                start_new_session=True,
             )
             code = await self._process.wait()
             if self._stopping:

@@ -76,18 +76,13 @@ def read_examples(path: Path, names: list[str] | None = None) -> Examples:
     Raises:
         DataError: a column is missing, a text is null, or a label is unknown.
     """
+    texts, pairs = read_texts(path)
     table = read_table(path)
-    for column in ("text", "label"):
-        if column not in table.column_names:
-            raise DataError(f"{path}: no column {column!r} (it has {', '.join(table.column_names)})")
+    if "label" not in table.column_names:
+        raise DataError(f"{path}: no column 'label' (it has {', '.join(table.column_names)})")
     beside = path.parent / "labels.json"
     if names is None and beside.is_file():
         names = [str(name) for name in json.loads(beside.read_text())]
-    texts = table["text"].to_pylist()
-    pairs = table["text_pair"].to_pylist() if "text_pair" in table.column_names else None
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"{path}: row {row} has no text")
     raw = table["label"].to_pylist()
     many = bool(raw) and isinstance(raw[0], list)
     flat = [label for row in raw for label in (row if many else [row])]
@@ -111,6 +106,23 @@ def read_examples(path: Path, names: list[str] | None = None) -> Examples:
     else:
         labels = np.array([class_id(label, row) for row, label in enumerate(raw)], dtype=np.int64)
     return Examples(texts, pairs, labels, names)
+
+
+def read_texts(path: Path) -> tuple[list[str], list[str] | None]:
+    """Read the columns `text` and, if there is one, `text_pair`.
+
+    Raises:
+        DataError: the file cannot be read, has no such column, or a text is null.
+    """
+    table = read_table(path)
+    if "text" not in table.column_names:
+        raise DataError(f"{path}: no column 'text' (it has {', '.join(table.column_names)})")
+    texts = table["text"].to_pylist()
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"{path}: row {row} has no text")
+    pairs = table["text_pair"].to_pylist() if "text_pair" in table.column_names else None
+    return texts, pairs
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,8 @@ from pathlib import Path
 import structlog
 import torch
 
-from budgetformer.checkpoint import read_store
 from service.engine import protocol
 from service.engine.core import EngineCore, EngineOptions, Reply
-from service.engine.models import load_all
 from service.engine.protocol import PROTOCOL, Hello, ToFront
 from service.observability.logs import configure_logs
 from service.process import engine_socket, exit_with_parent, read_settings, resident_bytes
@@ -29,9 +27,8 @@ HEARTBEAT_SECONDS = 1.0
 class EngineServer:
     """Speak with the fronts over a local socket on behalf of one core."""
 
-    def __init__(self, core: EngineCore, errors: list[str]) -> None:
+    def __init__(self, core: EngineCore) -> None:
         self.core = core
-        self.errors = errors
         self._fronts: set[Reply] = set()
         core.broadcast = self._broadcast
 
@@ -70,20 +67,14 @@ class EngineServer:
             reply(message)
 
     def _hello(self) -> Hello:
-        models = [model.info for model in self.core.models.values()]
-        return Hello(
-            PROTOCOL, os.getpid(), self.core.device, "float32", torch.__version__, models, self.errors
-        )
+        return Hello(PROTOCOL, os.getpid(), self.core.device, "float32", torch.__version__)
 
 
 async def _main(run_dir: Path, index: int, settings: Settings) -> None:
-    device = settings.resolved_device()
-    store = read_store(settings.model_store)
-    models, errors = load_all(store, settings.models, device)
     options = EngineOptions(
         settings.max_queue_items, settings.batch_milliseconds / 1000, settings.batch_items
     )
-    server = EngineServer(EngineCore(models, options, device), errors)
+    server = EngineServer(EngineCore(options, settings.resolved_device()))
     serving = asyncio.create_task(server.serve(engine_socket(run_dir, index)))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
     with contextlib.suppress(asyncio.CancelledError):
@@ -94,7 +85,6 @@ def main() -> None:
     """Run the engine."""
     run_dir, index = Path(sys.argv[1]), int(sys.argv[2])
     exit_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor says when
     settings = read_settings(run_dir)
     configure_logs(settings.log_level, settings.log_format)
     structlog.contextvars.bind_contextvars(process=f"engine-{index}")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ GRACE_SECONDS = 1.0
 """How long past its deadline an answer is awaited, for an engine that cannot say so itself."""
 
 Event = Hello | Heartbeat | BatchRan
+ModelKey = tuple[str, int]
+"""Name and version."""
 
 
 class EngineDownError(Exception):
@@ -92,7 +94,8 @@ class EngineClient:
     def __init__(self, index: int, socket: Path, observe: Callable[[int, Event], None]) -> None:
         self.index = index
         self.hello: Hello | None = None
-        self.models: dict[str, ModelInfo] = {}
+        self.models: dict[ModelKey, ModelInfo] = {}
+        self.errors: dict[ModelKey, str] = {}
         self.heard = 0.0
         self.items_in_flight = 0
         self._socket = socket
@@ -149,13 +152,37 @@ class EngineClient:
             self.items_in_flight -= items
             self._pending.pop(number, None)
 
+    async def load(self, key: ModelKey, path: Path) -> None:
+        """Load a checkpoint folder; what goes wrong is kept in `errors`.
+
+        Raises:
+            EngineFailedError: the checkpoint is damaged.
+            EngineDownError: the engine is, or dies.
+        """
+        try:
+            reply = await self.ask(Load(0, str(path)))
+        except _DiedError as error:
+            raise EngineDownError from error
+        if isinstance(reply, Done) and reply.model is not None:
+            self.models[key] = reply.model
+            self.errors.pop(key, None)
+            return
+        self.errors[key] = reply.message if isinstance(reply, Failed) else "an answer that does not fit"
+        raise EngineFailedError(self.errors[key])
+
+    async def unload(self, key: ModelKey) -> None:
+        """Free a model, if it is there."""
+        self.errors.pop(key, None)
+        if self.models.pop(key, None) is not None:
+            with contextlib.suppress(_DiedError, EngineDownError):
+                await self.ask(Unload(0, *key))
+
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         while (message := await protocol.read_to_front(reader)) is not None:
             self.heard = time.monotonic()
             match message:
                 case Hello():
                     self.hello = message
-                    self.models = {info.name: info for info in message.models}
                     self._observe(self.index, message)
                 case Heartbeat() | BatchRan():
                     self._observe(self.index, message)
@@ -166,7 +193,7 @@ class EngineClient:
 
     def _lose(self, writer: asyncio.StreamWriter) -> None:
         self._writer = self.hello = None
-        self.models = {}
+        self.models, self.errors = {}, {}
         writer.close()
         for future in self._pending.values():
             if not future.done():
@@ -174,7 +201,9 @@ class EngineClient:
 
 
 class Engines:
-    """All engines of this server.
+    """All engines of this server, and the models that each is to have.
+
+    An engine starts with none; whenever one says hello it is told to load what is wanted.
 
     Args:
         sockets: where each one listens.
@@ -182,20 +211,22 @@ class Engines:
     """
 
     def __init__(self, sockets: list[Path], observe: Callable[[int, Event], None]) -> None:
-        self.clients = [EngineClient(i, socket, observe) for i, socket in enumerate(sockets)]
-        self._tasks: list[asyncio.Task[None]] = []
+        self.wanted: dict[ModelKey, Path] = {}
+        self._observe = observe
+        self.clients = [EngineClient(i, socket, self._event) for i, socket in enumerate(sockets)]
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Begin to connect."""
-        self._tasks = [asyncio.create_task(client.stay_connected()) for client in self.clients]
+        for client in self.clients:
+            self._spawn(client.stay_connected())
 
     async def stop(self) -> None:
         """Let the connections go."""
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def alive(self) -> list[EngineClient]:
@@ -203,14 +234,33 @@ class Engines:
         return [client for client in self.clients if client.alive]
 
     @property
-    def models(self) -> dict[str, ModelInfo]:
-        """Every model that some live engine serves, by name."""
-        return {name: info for client in self.alive for name, info in client.models.items()}
+    def models(self) -> dict[ModelKey, ModelInfo]:
+        """Every model that some live engine serves."""
+        return {key: info for client in self.alive for key, info in client.models.items()}
 
     @property
     def errors(self) -> list[str]:
         """Checkpoints that could not be loaded, and why."""
-        return sorted({e for client in self.alive if client.hello for e in client.hello.errors})
+        return sorted({error for client in self.alive for error in client.errors.values()})
+
+    def _event(self, index: int, event: Event) -> None:
+        if isinstance(event, Hello):
+            self._spawn(self._equip(self.clients[index]))
+        self._observe(index, event)
+
+    async def _equip(self, client: EngineClient) -> None:
+        for key, path in list(self.wanted.items()):
+            try:
+                await client.load(key, path)
+            except EngineFailedError as error:
+                log.error("model not loaded", model=key[0], engine=client.index, reason=str(error))
+            except EngineDownError:
+                return
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def classify(self, job: Job) -> Answer:
         """Have a job done by the engine with the least in flight; if that dies, once more by another.
@@ -247,40 +297,30 @@ class Engines:
                     raise EngineFailedError("an engine gave an answer that does not fit")
         raise EngineDownError
 
-    async def load(self, path: Path) -> None:
-        """Have every engine load a checkpoint folder.
+    async def load(self, key: ModelKey, path: Path) -> None:
+        """Have every engine load a checkpoint folder, beside what it has.
 
         Raises:
-            EngineFailedError: one could not; those serve on what they had.
-            EngineDownError: there is none.
+            EngineFailedError: one could not; then none keeps it.
+            EngineDownError: there is none, or one died.
         """
-        for client, reply in await self._ask_all(Load(0, str(path))):
-            if isinstance(reply, Done) and reply.model is not None:
-                client.models = client.models | {reply.model.name: reply.model}
-
-    async def unload(self, name: str) -> None:
-        """Have every engine free a model.
-
-        Raises:
-            EngineFailedError, EngineDownError: as for `load`.
-        """
-        for client, _ in await self._ask_all(Unload(0, name)):
-            client.models = {k: info for k, info in client.models.items() if k != name}
-
-    async def _ask_all(self, message: Load | Unload) -> list[tuple[EngineClient, ToFront]]:
         clients = self.alive
         if not clients:
             raise EngineDownError
-        replies: list[Any] = await asyncio.gather(
-            *(client.ask(message) for client in clients), return_exceptions=True
+        results = await asyncio.gather(
+            *(client.load(key, path) for client in clients), return_exceptions=True
         )
-        for reply in replies:
-            if isinstance(reply, BaseException):
-                raise EngineDownError from reply
-        for reply in replies:
-            if isinstance(reply, Failed):
-                raise EngineFailedError(reply.message)
-        return list(zip(clients, replies, strict=True))
+        failures = [result for result in results if isinstance(result, BaseException)]
+        if failures:
+            if key not in self.wanted:
+                await self.unload(key)
+            raise failures[0]
+        self.wanted[key] = path
+
+    async def unload(self, key: ModelKey) -> None:
+        """Have every engine free a model version."""
+        self.wanted.pop(key, None)
+        await asyncio.gather(*(client.unload(key) for client in self.alive))
 
     async def _choose(self, job: Job, wait: bool) -> EngineClient:
         """Return the least loaded engine that has the model; `wait` lets a restart finish first."""
@@ -297,5 +337,4 @@ class Engines:
 
     @staticmethod
     def _has(client: EngineClient, job: Job) -> bool:
-        info = client.models.get(job.model)
-        return info is not None and info.version == job.version
+        return (job.model, job.version) in client.models

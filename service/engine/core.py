@@ -91,7 +91,6 @@ class EngineCore:
     """Serve requests on one device.
 
     Args:
-        models: what is loaded, by name.
         options: limits.
         device: where `Load` puts further models.
         clock: monotonic seconds.
@@ -99,12 +98,11 @@ class EngineCore:
 
     def __init__(
         self,
-        models: dict[str, LoadedModel],
         options: EngineOptions,
         device: str = "cpu",
         clock: Clock = time.monotonic,
     ) -> None:
-        self.models = models
+        self.models: dict[tuple[str, int], LoadedModel] = {}
         self.options = options
         self.device = device
         self.prices = PriceList()
@@ -142,10 +140,11 @@ class EngineCore:
     def heartbeat(self, memory_bytes: int) -> Heartbeat:
         """Describe the queue."""
         now = self._clock()
-        items: dict[str, int] = dict.fromkeys(self.models, 0)
-        seconds = dict.fromkeys(self.models, 0.0)
-        oldest = dict.fromkeys(self.models, 0.0)
-        in_flight = dict.fromkeys(self.models, 0)
+        names = {name for name, _ in self.models}
+        items: dict[str, int] = dict.fromkeys(names, 0)
+        seconds = dict.fromkeys(names, 0.0)
+        oldest = dict.fromkeys(names, 0.0)
+        in_flight = dict.fromkeys(names, 0)
         running = set(self._running)
         for request in self._requests.values():
             name = request.model.checkpoint.name
@@ -158,8 +157,8 @@ class EngineCore:
         return Heartbeat(items, seconds, oldest, in_flight, memory_bytes)
 
     def _classify(self, message: Classify, reply: Reply) -> None:
-        model = self.models.get(message.model)
-        if model is None or model.checkpoint.version != message.version:
+        model = self.models.get((message.model, message.version))
+        if model is None:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
             return
         try:
@@ -336,13 +335,13 @@ class EngineCore:
         except CheckpointError as error:
             reply(Failed(message.id, str(error)))
             return
-        # Items already here keep the model that they came for; it is freed with the last of them.
-        self.models[model.checkpoint.name] = model
+        self.models[model.key] = model
         reply(Done(message.id, model.info))
 
     def _unload(self, message: Unload, reply: Reply) -> None:
-        if self.models.pop(message.model, None) is None:
-            reply(Failed(message.id, f"model {message.model} is not loaded"))
+        # Items already here keep the model that they came for; it is freed with the last of them.
+        if self.models.pop((message.model, message.version), None) is None:
+            reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
         else:
             reply(Done(message.id))
 

@@ -12,10 +12,9 @@ import torch
 
 from budgetformer import cascade
 from budgetformer.cascade import Work
-from budgetformer.checkpoint import Checkpoint, Store, read_checkpoint
+from budgetformer.checkpoint import Checkpoint, read_checkpoint
 from budgetformer.classifier import load_network
 from budgetformer.compact import PackedPass
-from budgetformer.errors import CheckpointError
 from budgetformer.policy import BudgetRule
 from service.engine.protocol import ModelInfo
 
@@ -70,19 +69,6 @@ def load_model(path: Path, device: str) -> LoadedModel:
     info = ModelInfo(checkpoint.name, checkpoint.version, seconds, memory)
     log.info("model loaded", model=checkpoint.label, seconds=round(seconds, 3))
     return LoadedModel(checkpoint, network, info)
-
-
-def load_all(store: Store, names: list[str], device: str) -> tuple[dict[str, LoadedModel], list[str]]:
-    """Load the latest version of every model in `names` (empty: all); return them, and what went wrong."""
-    models: dict[str, LoadedModel] = {}
-    errors = list(store.errors)
-    for name in names or list(store.checkpoints):
-        try:
-            models[name] = load_model(store.latest(name).path, device)
-        except CheckpointError as error:
-            log.error("model not loaded", model=name, reason=str(error))
-            errors.append(str(error))
-    return models, errors
 
 
 def _warm(checkpoint: Checkpoint, network: PackedPass) -> None:

@@ -56,17 +56,18 @@ class Cancel(_Message, frozen=True):
 
 
 class Load(_Message, frozen=True):
-    """Load, verify and warm the checkpoint folder `path`, then serve it in place of what was."""
+    """Load, verify and warm the checkpoint folder `path`, then serve it beside what was."""
 
     id: int
     path: str
 
 
 class Unload(_Message, frozen=True):
-    """Stop serving a model and free it."""
+    """Stop serving a model version and free it, once nothing waits for it."""
 
     id: int
     model: str
+    version: int
 
 
 class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
@@ -79,15 +80,13 @@ class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hello(_Message, frozen=True):
-    """First message of an engine; `errors` are the checkpoints that it could not load."""
+    """First message of an engine, which has no model yet: the front says what to load."""
 
     protocol: int
     pid: int
     device: str
     dtype: str
     torch: str
-    models: list[ModelInfo]
-    errors: list[str]
 
 
 class Heartbeat(_Message, frozen=True):
@@ -163,9 +162,7 @@ class BatchRan(_Message, frozen=True):
 
 
 ToEngine: TypeAlias = Classify | Cancel | Load | Unload
-ToFront: TypeAlias = (
-    Hello | Heartbeat | Answer | Refused | Expired | Failed | Done | BatchRan
-)
+ToFront: TypeAlias = Hello | Heartbeat | Answer | Refused | Expired | Failed | Done | BatchRan
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToEngine)

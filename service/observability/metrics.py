@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
@@ -109,10 +110,9 @@ class Metrics:
             for metric in (self.batch_items, self.batch_tokens, self.batches):
                 metric.labels(model, budget)
 
-    def forget_model(self, model: str, version: str) -> None:
-        """Drop the gauges of a model that is no longer served; its counters stay."""
-        for gauge in (self.queue_items, self.queue_cost, self.queue_oldest, self.in_flight):
-            _drop(gauge, model)
+    def retire_model(self, model: str, version: str, *info: str) -> None:
+        """Drop what says that a model version is served; its counters stay."""
+        _drop(self.model_info, *info)
         for gauge in (self.model_load, self.model_memory):
             _drop(gauge, model, version)
 
@@ -129,4 +129,5 @@ class Metrics:
 
 
 def _drop(metric: MetricWrapperBase, *labels: str) -> None:
-    metric.remove_by_labels(dict(zip(metric._labelnames, labels, strict=True)))
+    with suppress(KeyError):
+        metric.remove(*labels)

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from budgetformer.configuration import BudgetFormerConfig, uniform_ladder
@@ -100,36 +99,6 @@ def test_step_off_the_ladder(step: int, embedding_exit: bool, offered: str) -> N
     config = small_config(embedding_exit=embedding_exit)
     with pytest.raises(ValueError, match=rf"step {step} is not on the ladder \({offered}\)"):
         config.heads_per_layer(step)
-
-
-@pytest.mark.parametrize(("heads", "step"), [(1, 3), (2, 3), (3, 3), (4, 4), (9, 4)])
-def test_step_within_takes_the_highest_that_fits(heads: int, step: int) -> None:
-    assert small_config(ladder=RAGGED).step_within(heads) == step
-
-
-def test_step_within_falls_back_to_step_zero() -> None:
-    config = small_config(ladder=[[2, 2, 2]], embedding_exit=True)
-    assert [config.step_within(heads) for heads in (0, 1, 2)] == [0, 0, 1]
-
-
-@pytest.mark.parametrize(("heads", "embedding_exit"), [(1, False), (0, False), (-1, True)])
-def test_step_within_what_no_step_computes(heads: int, embedding_exit: bool) -> None:
-    config = small_config(ladder=[[2, 2, 2]], embedding_exit=embedding_exit)
-    with pytest.raises(ValueError, match=f"at most {heads} heads"):
-        config.step_within(heads)
-
-
-@PROPERTY
-@given(configs(), st.integers(0, 4))
-def test_step_within_never_exceeds_its_heads(config: BudgetFormerConfig, heads: int) -> None:
-    try:
-        step = config.step_within(heads)
-    except ValueError:
-        assert not config.embedding_exit
-        assert max(config.ladder[0]) > heads
-    else:
-        assert max(config.heads_per_layer(step)) <= heads
-        assert all(max(plan) > heads for plan in config.ladder[step:])
 
 
 @PROPERTY

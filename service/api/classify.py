@@ -1,0 +1,327 @@
+"""POST /classify."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from tokenizers import Encoding
+
+from budgetformer.errors import PolicyError
+from service.api.bodies import read_body
+from service.api.errors import ApiError
+from service.api.responses import json_response
+from service.api.schemas import ClassifyRequest, ClassifyResponse, ErrorResponse, Input
+from service.api.state import State, state_of
+from service.engine.client import (
+    DeadlineError,
+    EngineDownError,
+    EngineFailedError,
+    Job,
+    NotLoadedError,
+    RefusedError,
+)
+from service.engine.protocol import Answer, ItemAnswer, ItemTokens, pack_ids
+from service.models import ServedModel
+
+router = APIRouter(tags=["classify"])
+
+MULTI_LABEL = "multi_label_classification"
+DEFAULT_QUALITY = "balanced"
+CLIENT_GONE = 499
+
+Text = str | tuple[str, str]
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the answer was there."""
+
+
+@router.post(
+    "/classify",
+    summary="Classify texts, each with the heads that it needs",
+    response_model=ClassifyResponse,
+    responses={
+        status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 415, 422, 429, 503, 504)
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/ClassifyRequest"}}
+            },
+        }
+    },
+)
+async def classify(request: Request) -> Response:
+    """Answer with labels, scores, and what they cost in heads and multiply-adds."""
+    state = state_of(request)
+    body = await read_body(request, ClassifyRequest, state.settings.max_body_bytes)
+    if request.app.state.draining:
+        raise ApiError(503, "the server is shutting down", code="draining", retry_after=1)
+    started = time.monotonic()
+    deadline = started + (body.timeout_ms or state.settings.timeout_ms) / 1000
+    texts = check_texts(state, body.input)
+    model = state.model(body.model)
+    quality = _quality(state, body, model)
+    encodings = await asyncio.get_running_loop().run_in_executor(
+        state.tokenizing, model.encode, texts
+    )
+    if not body.truncate:
+        _refuse_overlong(encodings, model)
+    tokenized = time.monotonic()
+    job = Job(
+        model=model.checkpoint.name,
+        version=model.checkpoint.version,
+        items=[_item(encoding) for encoding in encodings],
+        quality=DEFAULT_QUALITY if quality == "auto" else quality,
+        deadline=deadline,
+        heads=body.heads,
+        max_heads=body.max_heads,
+        return_heads=body.return_heads,
+    )
+    answer = await _ask(request, state, job)
+    computed = time.monotonic()
+    content = _content(request.state.request_id, model, body, quality, encodings, answer)
+    failed = sum("error" in item for item in content["data"])
+    if failed == len(content["data"]):
+        raise ApiError(500, content["data"][0]["error"]["message"], "input", "item_failed")
+    if failed:
+        request.scope["outcome"] = "partial"
+    response = json_response(content)
+    stages = {
+        "tokenize": tokenized - started,
+        "budget": answer.budget_seconds,
+        "queue": answer.queue_seconds,
+        "compute": answer.compute_seconds,
+    }
+    _measure(state, model, answer, encodings, stages | {"respond": time.monotonic() - computed})
+    stages["total"] = time.monotonic() - started
+    response.headers["Server-Timing"] = ", ".join(
+        f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items()
+    )
+    return response
+
+
+def check_texts(state: State, given: Input) -> list[Text]:
+    """Return the texts of a request, after counting items and characters.
+
+    Raises:
+        ApiError: 413 too many items, 422 a text is too long.
+    """
+    items = given if isinstance(given, list) else [given]
+    most = state.settings.max_batch_items
+    if len(items) > most:
+        raise ApiError(413, f"{len(items)} items, at most {most} are taken", "input", "too_many_items")
+    texts: list[Text] = [
+        item
+        if isinstance(item, str)
+        else item.text
+        if item.text_pair is None
+        else (item.text, item.text_pair)
+        for item in items
+    ]
+    limit = state.settings.max_text_characters
+    for index, text in enumerate(texts):
+        length = len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+        if length > limit:
+            message = f"input[{index}] has {length} characters, at most {limit} are taken"
+            raise ApiError(422, message, f"input[{index}]", "text_too_long")
+    return texts
+
+
+def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | float:
+    quality = state.settings.quality if body.quality is None else body.quality
+    checkpoint = model.checkpoint
+    calibrated = bool(checkpoint.manifest.operating_points)
+    if not calibrated and body.quality not in (None, "auto"):
+        message = f"{checkpoint.label} is not calibrated: it has no quality levels"
+        raise ApiError(422, message, "quality", "no_such_quality")
+    try:
+        named = DEFAULT_QUALITY if quality == "auto" else quality
+        checkpoint.rule(named if calibrated else None)
+    except PolicyError as error:
+        raise ApiError(422, str(error), "quality", "no_such_quality") from None
+    for name in ("heads", "max_heads"):
+        value = getattr(body, name)
+        if value is not None:
+            try:
+                checkpoint.rule(None, **{name: value})
+            except PolicyError as error:
+                raise ApiError(422, str(error), name, "invalid_field") from None
+    return quality
+
+
+def _refuse_overlong(encodings: list[Encoding], model: ServedModel) -> None:
+    for index, encoding in enumerate(encodings):
+        if encoding.overflowing:
+            most = model.checkpoint.manifest.max_tokens
+            message = f"input[{index}] has more than {most} tokens, and truncate is false"
+            raise ApiError(422, message, f"input[{index}]", "text_too_long")
+
+
+def _item(encoding: Encoding) -> ItemTokens:
+    segments = encoding.type_ids
+    return ItemTokens(pack_ids(encoding.ids), pack_ids(segments) if any(segments) else b"")
+
+
+async def _ask(request: Request, state: State, job: Job) -> Answer:
+    """Await the engines' answer, or the client's going away, whichever comes first."""
+    asking = asyncio.ensure_future(state.engines.classify(job))
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({asking, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not asking.done():
+            raise ClientGoneError
+        return asking.result()
+    except RefusedError as error:
+        seconds = error.retry_after
+        if error.reason == "deadline":
+            message = f"the deadline cannot be met at the present load; try again in {seconds} s"
+        else:
+            message = f"the queue is full; try again in {seconds} s"
+        raise ApiError(429, message, code=error.reason, retry_after=seconds) from None
+    except DeadlineError:
+        raise ApiError(504, "the deadline passed before the answer was there", "timeout_ms") from None
+    except NotLoadedError:
+        message = f"{job.model} is still loading"
+        raise ApiError(503, message, "model", "loading", retry_after=1) from None
+    except EngineDownError:
+        message = "no engine is running; it is being restarted"
+        raise ApiError(503, message, code="engine_down", retry_after=1) from None
+    except EngineFailedError as error:
+        raise ApiError(503, str(error), code="engine_failed", retry_after=1) from None
+    finally:
+        for task in (asking, leaving):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+@dataclass(frozen=True)
+class _View:
+    """How a request wants its answers."""
+
+    labels: tuple[str, ...]
+    multi_label: bool
+    top_k: int | None
+    threshold: float | None
+    use_activation: bool
+
+
+def _content(
+    request_id: str,
+    model: ServedModel,
+    body: ClassifyRequest,
+    quality: str | float,
+    encodings: list[Encoding],
+    answer: Answer,
+) -> dict[str, Any]:
+    checkpoint = model.checkpoint
+    view = _View(
+        checkpoint.manifest.labels,
+        checkpoint.manifest.problem_type == MULTI_LABEL,
+        body.top_k,
+        body.threshold,
+        body.use_activation,
+    )
+    total = checkpoint.num_layers * checkpoint.num_heads
+    data = []
+    for index, (encoding, item) in enumerate(zip(encodings, answer.items, strict=True)):
+        if item.error:
+            error = ApiError(500, f"input[{index}]: {item.error}", f"input[{index}]", "item_failed")
+            data.append({"index": index, "error": error.body()})
+            continue
+        data.append(
+            {
+                "index": index,
+                **_scores(item, view),
+                "heads": {
+                    "used": sum(item.heads),
+                    "total": total,
+                    "budget": item.budget,
+                    "per_layer": item.chosen,
+                },
+                "macs": item.macs,
+                "dense_macs": item.dense_macs,
+                "tokens": len(encoding.ids),
+                "truncated": bool(encoding.overflowing),
+                "quality": quality,
+            }
+        )
+    tokens = sum(len(encoding.ids) for encoding in encodings)
+    return {
+        "id": f"classify-{request_id}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": checkpoint.label,
+        "data": data,
+        "usage": {
+            "prompt_tokens": tokens,
+            "total_tokens": tokens,
+            "heads_used": sum(sum(item.heads) for item in answer.items),
+            "heads_total": total * sum(not item.error for item in answer.items),
+        },
+    }
+
+
+def _scores(item: ItemAnswer, view: _View) -> dict[str, Any]:
+    probs = _probabilities(item.logits, view.multi_label)
+    ranked = sorted(range(len(probs)), key=lambda i: -probs[i])
+    labels = [{"label": view.labels[i], "score": probs[i]} for i in ranked[: view.top_k]]
+    if view.threshold is not None:
+        labels = [label for label in labels if label["score"] >= view.threshold]
+    return {
+        "label": view.labels[ranked[0]],
+        "score": probs[ranked[0]],
+        "probs": probs if view.use_activation else item.logits,
+        "num_classes": len(probs),
+        "labels": labels,
+    }
+
+
+def _probabilities(logits: list[float], multi_label: bool) -> list[float]:
+    if multi_label:
+        return [0.5 * (1 + math.tanh(0.5 * z)) for z in logits]
+    top = max(logits)
+    powers = [math.exp(z - top) for z in logits]
+    total = sum(powers)
+    return [power / total for power in powers]
+
+
+def _measure(
+    state: State,
+    model: ServedModel,
+    answer: Answer,
+    encodings: list[Encoding],
+    stages: dict[str, float],
+) -> None:
+    metrics, checkpoint = state.metrics, model.checkpoint
+    name, version = checkpoint.name, str(checkpoint.version)
+    for stage, seconds in stages.items():
+        metrics.stage_duration.labels(stage).observe(seconds)
+    metrics.truncated.inc(sum(bool(encoding.overflowing) for encoding in encodings))
+    good = [(e, item) for e, item in zip(encodings, answer.items, strict=True) if not item.error]
+    used = [sum(item.heads) for _, item in good]
+    request_heads = metrics.request_heads.labels(name, version)
+    item_tokens = metrics.item_tokens.labels(name, version)
+    for (encoding, item), heads in zip(good, used, strict=True):
+        request_heads.observe(heads)
+        item_tokens.observe(len(encoding.ids))
+        metrics.items.labels(name, version, item.budget).inc()
+    metrics.heads_used.labels(name, version).inc(sum(used))
+    metrics.heads.labels(name, version).inc(len(good) * checkpoint.num_layers * checkpoint.num_heads)
+    metrics.macs.labels(name, version).inc(sum(item.macs for _, item in good))
+    metrics.dense_macs.labels(name, version).inc(sum(item.dense_macs for _, item in good))
+
+

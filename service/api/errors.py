@@ -1,0 +1,87 @@
+"""Every error that a client can see: one shape, made in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from service.api.responses import json_response
+
+log = structlog.get_logger()
+
+REASONS = {
+    400: "invalid_request",
+    401: "unauthorized",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_media_type",
+    422: "invalid_field",
+    429: "overloaded",
+    500: "internal_error",
+    503: "unavailable",
+    504: "timeout",
+}
+
+
+@dataclass
+class ApiError(Exception):
+    """An answer that is not the one asked for.
+
+    Attributes:
+        status: HTTP status.
+        message: what was wrong, where, and what to do; never the text of an input.
+        param: the field that is to blame.
+        code: a name for programs; by default the status's.
+        retry_after: seconds after which it is worth trying again.
+    """
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    retry_after: int | None = None
+
+    def response(self) -> Response:
+        """Return the answer for HTTP."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == HTTPStatus.UNAUTHORIZED:
+            headers["WWW-Authenticate"] = "Bearer"
+        return json_response({"error": self.body()}, self.status, headers)
+
+    def body(self) -> dict[str, Any]:
+        """Return the error object."""
+        kind = REASONS.get(self.status, "error")
+        return {"message": self.message, "type": kind, "param": self.param, "code": self.code or kind}
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Turn every exception of this app into the one shape."""
+
+    async def api_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        request.scope["refusal"] = error.code
+        return error.response()
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = {
+            404: f"there is no route {request.url.path}",
+            405: f"{request.url.path} does not answer {request.method}",
+        }.get(error.status_code, str(error.detail))
+        response = ApiError(error.status_code, message).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    async def unexpected(request: Request, error: Exception) -> Response:
+        log.error("unexpected error", route=request.url.path, exc_info=error)
+        return ApiError(500, "something went wrong in the server; its log says what").response()
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, unexpected)

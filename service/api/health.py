@@ -1,0 +1,83 @@
+"""Probes and metrics."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client.exposition import choose_encoder
+
+from service.api.errors import ApiError
+from service.api.responses import json_response
+from service.api.state import State, state_of
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/health/live", summary="Is the process alive?")
+async def live() -> Response:
+    """Answer 200 as long as this process answers at all."""
+    return json_response({"status": "ok"})
+
+
+@router.get("/health/ready", summary="Can it classify now?")
+async def ready(request: Request) -> Response:
+    """Answer 200 with a warmed default model, a fresh engine heartbeat, and no drain; else 503."""
+    reason = why_not_ready(state_of(request), request.app.state.draining)
+    if reason:
+        raise ApiError(503, reason, code="not_ready", retry_after=1)
+    return json_response({"status": "ok"})
+
+
+@router.get("/health", summary="The whole picture")
+async def health(request: Request) -> Response:
+    """Describe engines and models; the status is that of `/health/ready`."""
+    state = state_of(request)
+    reason = why_not_ready(state, request.app.state.draining)
+    now = time.monotonic()
+    engines = [
+        {
+            "index": client.index,
+            "alive": client.alive,
+            "pid": client.hello.pid if client.hello else None,
+            "device": client.hello.device if client.hello else None,
+            "heartbeat_age_seconds": round(now - client.heard, 3) if client.heard else None,
+            "in_flight_items": client.items_in_flight,
+        }
+        for client in state.engines.clients
+    ]
+    content: dict[str, Any] = {
+        "status": "ok" if reason is None else "unavailable",
+        "reason": reason,
+        "models": [f"{name}:{version}" for name, version in sorted(state.engines.models)],
+        "errors": sorted({*state.models.errors, *state.engines.errors}),
+        "engines": engines,
+    }
+    return json_response(content, 200 if reason is None else 503)
+
+
+@router.get("/metrics", summary="Prometheus metrics")
+async def metrics(request: Request) -> Response:
+    """Expose all series, as Prometheus text or OpenMetrics, whichever is accepted."""
+    state = state_of(request)
+    now = time.monotonic()
+    for client in state.engines.clients:
+        if client.heard:
+            state.metrics.heartbeat_age.labels(str(client.index)).set(now - client.heard)
+    encode, kind = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(state.metrics.registry), media_type=kind)
+
+
+def why_not_ready(state: State, draining: bool) -> str | None:
+    """Return why this server cannot classify now; None: it can."""
+    if draining:
+        return "the server is shutting down"
+    if state.models.default is None:
+        return "no model is served: " + ("; ".join(state.models.errors) or "the store is empty")
+    if not state.engines.alive:
+        return "no engine is running"
+    checkpoint = state.models.get(None).checkpoint
+    if (checkpoint.name, checkpoint.version) not in state.engines.models:
+        return "; ".join(state.engines.errors) or f"{checkpoint.label} is still loading"
+    return None

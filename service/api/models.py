@@ -1,0 +1,170 @@
+"""What is served, and (with the admin key) loading and unloading; tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict
+
+from budgetformer.checkpoint import Checkpoint
+from budgetformer.errors import CheckpointError
+from service.api.bodies import read_body
+from service.api.classify import check_texts
+from service.api.errors import ApiError
+from service.api.responses import json_response
+from service.api.schemas import TokenizeRequest, TokenizeResponse
+from service.api.state import State, state_of
+from service.engine.client import EngineDownError, EngineFailedError
+from service.models import UnknownModelError
+
+router = APIRouter(tags=["models"])
+
+
+class LoadRequest(BaseModel):
+    """Which version to load; the highest by default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: int | None = None
+
+
+@router.get("/v1/models", summary="Models that are served")
+async def list_models(request: Request) -> Response:
+    """List the served models, as OpenAI's API does."""
+    state = state_of(request)
+    data = [
+        {"id": name, "object": "model", "owned_by": "budgetformer", "version": served.checkpoint.version}
+        for name, served in sorted(state.models.served.items())
+    ]
+    return json_response({"object": "list", "data": data})
+
+
+@router.get("/models/{name}", summary="One model's card")
+async def show_model(request: Request, name: str) -> Response:
+    """Show labels, sizes, versions, and the quality levels with their calibrated accuracy and cost."""
+    state = state_of(request)
+    checkpoint = state.model(name).checkpoint
+    key = (checkpoint.name, checkpoint.version)
+    versions = await asyncio.to_thread(state.models.versions, checkpoint.name)
+    return json_response(_card(checkpoint) | {"versions": versions, "ready": key in state.engines.models})
+
+
+@router.post("/models/{name}/load", summary="Load a version and serve it")
+async def load_model(request: Request, name: str) -> Response:
+    """Verify, load and warm a version in every engine, then serve it; a failure leaves all as it was."""
+    state = state_of(request)
+    require_admin(request, state)
+    version = None
+    if int(request.headers.get("content-length", "0") or 0):
+        version = (await read_body(request, LoadRequest, 4096)).version
+    try:
+        candidate = await asyncio.to_thread(state.models.candidate, name, version)
+    except UnknownModelError as error:
+        raise ApiError(404, str(error), "model", "unknown_model") from None
+    except CheckpointError as error:
+        raise ApiError(422, str(error), "model", "broken_checkpoint") from None
+    checkpoint = candidate.checkpoint
+    try:
+        await state.engines.load((name, checkpoint.version), checkpoint.path)
+    except EngineFailedError as error:
+        raise ApiError(422, str(error), "model", "broken_checkpoint") from None
+    except EngineDownError:
+        raise ApiError(503, "no engine is running", code="engine_down", retry_after=1) from None
+    before = state.models.served.get(name)
+    state.models.served[name] = candidate
+    request.app.state.announce(candidate)
+    if before is not None and before.checkpoint.version != checkpoint.version:
+        request.app.state.retire(before)
+        await state.engines.unload((name, before.checkpoint.version))
+    return json_response({"model": checkpoint.label, "status": "loaded"})
+
+
+@router.post("/models/{name}/unload", summary="Stop serving a model")
+async def unload_model(request: Request, name: str) -> Response:
+    """Take a model out of service; what it has begun is finished, then its memory is freed."""
+    state = state_of(request)
+    require_admin(request, state)
+    served = state.model(name)
+    checkpoint = served.checkpoint
+    del state.models.served[checkpoint.name]
+    request.app.state.retire(served)
+    await state.engines.unload((checkpoint.name, checkpoint.version))
+    return json_response({"model": checkpoint.label, "status": "unloaded"})
+
+
+@router.post(
+    "/tokenize",
+    summary="Tokens of a text",
+    response_model=TokenizeResponse,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/TokenizeRequest"}}
+            },
+        }
+    },
+)
+async def tokenize(request: Request) -> Response:
+    """Answer with the tokens that a model would read, and their number."""
+    state = state_of(request)
+    body = await read_body(request, TokenizeRequest, state.settings.max_body_bytes)
+    texts = check_texts(state, body.input)
+    model = state.model(body.model)
+    encodings = await asyncio.get_running_loop().run_in_executor(
+        state.tokenizing, model.encode, texts
+    )
+    data = [
+        {
+            "index": index,
+            "tokens": encoding.tokens,
+            "ids": encoding.ids,
+            "count": len(encoding.ids),
+            "truncated": bool(encoding.overflowing),
+        }
+        for index, encoding in enumerate(encodings)
+    ]
+    return json_response({"model": model.checkpoint.label, "data": data})
+
+
+def require_admin(request: Request, state: State) -> None:
+    """Check the admin key, given as a Bearer token or in X-API-Key.
+
+    Raises:
+        ApiError: 401.
+    """
+    expected = state.settings.admin_key
+    if expected is None:
+        raise ApiError(401, "this route is closed: the server has no admin key", code="no_admin_key")
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    given = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    if not hmac.compare_digest(given.encode(), expected.get_secret_value().encode()):
+        raise ApiError(401, "the admin key is missing or wrong", code="wrong_key")
+
+
+def _card(checkpoint: Checkpoint) -> dict[str, Any]:
+    manifest = checkpoint.manifest
+    return {
+        "name": checkpoint.name,
+        "version": checkpoint.version,
+        "labels": manifest.labels,
+        "problem_type": manifest.problem_type,
+        "max_tokens": manifest.max_tokens,
+        "layers": checkpoint.num_layers,
+        "heads_per_layer": checkpoint.num_heads,
+        "hidden_size": checkpoint.config["hidden_size"],
+        "ladder": checkpoint.ladder,
+        "step_0": checkpoint.has_exit,
+        "quality_levels": {
+            point.name: point.model_dump(mode="json", exclude={"name"})
+            for point in manifest.operating_points
+            if point.name
+        },
+        "operating_points": [point.model_dump(mode="json") for point in manifest.operating_points],
+        "frontier": [step.model_dump(mode="json") for step in manifest.frontier],
+        "metrics": manifest.metrics,
+        "provenance": manifest.provenance.model_dump(mode="json"),
+    }

@@ -1,0 +1,46 @@
+"""What the routes share: settings, models, engines, metrics."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from service.api.errors import ApiError
+from service.engine.client import Engines
+from service.models import Models, ServedModel, UnknownModelError
+from service.observability.metrics import Metrics
+from service.settings import Settings
+
+
+@dataclass
+class State:
+    """The front's own state, one per app."""
+
+    settings: Settings
+    models: Models
+    engines: Engines
+    metrics: Metrics
+    tokenizing: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+    )
+
+    def model(self, spec: str | None) -> ServedModel:
+        """Return the model that a request names.
+
+        Raises:
+            ApiError: 404 unknown; 503 none is served at all.
+        """
+        if spec is None and self.models.default is None:
+            raise ApiError(503, "no model is served", code="no_model", retry_after=5)
+        try:
+            return self.models.get(spec)
+        except UnknownModelError as error:
+            raise ApiError(404, str(error), "model", "unknown_model") from None
+
+
+def state_of(request: Request) -> State:
+    """Return the state of the app that serves this request."""
+    state: State = request.app.state.shared
+    return state

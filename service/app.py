@@ -1,0 +1,140 @@
+"""The front's application: routes, state and life."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import structlog
+from fastapi import FastAPI
+
+import budgetformer
+from service.api import classify, health, models, playground
+from service.api.classify import DEFAULT_QUALITY
+from service.api.errors import install_error_handlers
+from service.api.middleware import OTHER, Observe
+from service.api.schemas import ClassifyRequest, TokenizeRequest
+from service.api.state import State
+from service.engine.client import Engines, Event
+from service.engine.protocol import BatchRan, Heartbeat, Hello
+from service.models import Models, ServedModel
+from service.observability.metrics import QUALITY_RANK, Metrics
+from service.settings import Settings
+
+log = structlog.get_logger()
+
+
+class _Watcher:
+    """Turn what engines report into metrics."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.hellos: dict[int, Hello] = {}
+        self._beats: dict[int, Heartbeat] = {}
+
+    def __call__(self, index: int, event: Event) -> None:
+        match event:
+            case Hello():
+                if index in self.hellos:
+                    self.metrics.engine_restarts.inc()
+                self.hellos[index] = event
+                build = (budgetformer.__version__, os.environ.get("GIT_COMMIT", "unknown"), event.torch)
+                self.metrics.build_info.labels(*build).set(1)
+            case Heartbeat():
+                self._beats[index] = event
+                self.metrics.device_memory.labels(str(index)).set(event.memory_bytes)
+                self._sum_queues()
+            case BatchRan():
+                self._count_batch(event)
+
+    def _count_batch(self, event: BatchRan) -> None:
+        labels = (event.model, event.budget)
+        self.metrics.batches.labels(*labels).inc()
+        self.metrics.batch_items.labels(*labels).observe(event.items)
+        self.metrics.batch_tokens.labels(*labels).observe(event.tokens)
+        self.metrics.batch_padding.labels(event.model).observe(event.padding)
+
+    def _sum_queues(self) -> None:
+        beats = self._beats.values()
+        for model in {name for beat in beats for name in beat.queue_items}:
+            metrics = self.metrics
+            metrics.queue_items.labels(model).set(sum(b.queue_items.get(model, 0) for b in beats))
+            metrics.queue_cost.labels(model).set(sum(b.queue_seconds.get(model, 0) for b in beats))
+            metrics.in_flight.labels(model).set(sum(b.in_flight.get(model, 0) for b in beats))
+            metrics.queue_oldest.labels(model).set(max(b.oldest_age.get(model, 0) for b in beats))
+
+
+def create_app(settings: Settings, sockets: list[Path]) -> FastAPI:
+    """Build the application of a front whose engines listen on `sockets`.
+
+    Raises:
+        CheckpointError: the model store is no folder, or lacks the default model.
+    """
+    metrics = Metrics()
+    watcher = _Watcher(metrics)
+    engines = Engines(sockets, watcher)
+    served = Models(settings.model_store, settings.models, settings.default_model)
+    for problem in served.errors:
+        log.error("checkpoint left out", reason=problem)
+    state = State(settings, served, engines, metrics)
+
+    def announce(model: ServedModel) -> None:
+        checkpoint = model.checkpoint
+        metrics.know_model(checkpoint.name, str(checkpoint.version), checkpoint.budgets)
+        level = DEFAULT_QUALITY if settings.quality == "auto" else settings.quality
+        rank = QUALITY_RANK.get(level, 0) if isinstance(level, str) else 0
+        metrics.quality_level.labels(checkpoint.name).set(rank)
+        metrics.model_info.labels(*_info(model, settings)).set(1)
+
+    def retire(model: ServedModel) -> None:
+        metrics.retire_model(model.checkpoint.name, str(model.checkpoint.version), *_info(model, settings))
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        for model in served.served.values():
+            announce(model)
+            checkpoint = model.checkpoint
+            engines.wanted[checkpoint.name, checkpoint.version] = checkpoint.path
+        engines.start()
+        yield
+        await engines.stop()
+        state.tokenizing.shutdown()
+
+    app = FastAPI(
+        title="BudgetFormer Serving",
+        version=budgetformer.__version__,
+        summary="Text classification that spends, on each text, only the attention heads that it needs.",
+        lifespan=life,
+        redoc_url=None,
+    )
+    app.state.shared, app.state.draining = state, False
+    app.state.announce, app.state.retire = announce, retire
+    for module in (classify, health, models, playground):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    app.add_middleware(Observe, metrics=metrics)
+    metrics.know_routes([*sorted({getattr(route, "path", OTHER) for route in app.routes}), OTHER])
+    _document_bodies(app)
+    return app
+
+
+def _info(model: ServedModel, settings: Settings) -> tuple[str, ...]:
+    checkpoint = model.checkpoint
+    sizes = (len(checkpoint.manifest.labels), checkpoint.num_layers, checkpoint.num_heads)
+    return (
+        checkpoint.name,
+        str(checkpoint.version),
+        *map(str, sizes),
+        settings.device,
+        "float32",
+    )
+
+
+def _document_bodies(app: FastAPI) -> None:
+    """Add the schemas of bodies that the routes read for themselves."""
+    schema = app.openapi()
+    for model in (ClassifyRequest, TokenizeRequest):
+        described = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema["components"]["schemas"] |= described.pop("$defs", {}) | {model.__name__: described}

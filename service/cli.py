@@ -1,0 +1,257 @@
+"""The command line: `budgetformer`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from pydantic_settings import CliSettingsSource, SettingsError as SourceError
+from rich.console import Console
+from rich.table import Table
+
+import budgetformer
+from budgetformer.checkpoint import Checkpoint, Store, read_checkpoint, read_store
+from budgetformer.errors import BudgetFormerError
+from service.observability.logs import configure_logs
+from service.settings import CONFIG_FILE, PREFIX, Settings, SettingsError, refuse_unknown_environment
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True)
+models_app = typer.Typer(no_args_is_help=True, help="Look at the checkpoints of a model store.")
+app.add_typer(models_app, name="models")
+
+out = Console()
+err = Console(stderr=True)
+
+StoreOption = Annotated[Path, typer.Option("--model-store", help="Folder of checkpoints.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def _root() -> None:
+    """Serve, train and use text classifiers that spend only the heads that a text needs."""
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Serve the models of a store over HTTP; `serve --help` lists all options."""
+    settings, print_config = read_serve_settings(context.args)
+    if print_config:
+        out.print_json(data=settings.printable())
+        return
+    from service.supervisor import supervise
+
+    configure_logs(settings.log_level, settings.log_format)
+    supervise(settings)
+
+
+def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
+    """Read the settings from flags, environment and file; the second value says whether to print them.
+
+    Raises:
+        SettingsError: a key is unknown or a value is wrong.
+    """
+    arguments = list(arguments)
+    print_config = "--print-config" in arguments
+    if print_config:
+        arguments.remove("--print-config")
+    if "--config" in arguments:
+        place = arguments.index("--config")
+        if place + 1 >= len(arguments):
+            raise SettingsError("--config needs a file")
+        os.environ[f"{PREFIX}{CONFIG_FILE.upper()}"] = arguments[place + 1]
+        del arguments[place : place + 2]
+    file = os.environ.get(f"{PREFIX}{CONFIG_FILE.upper()}")
+    if file and not Path(file).is_file():
+        raise SettingsError(f"{file}: no such file")
+    refuse_unknown_environment()
+    try:
+        source: CliSettingsSource[Any] = CliSettingsSource(Settings, cli_parse_args=arguments)
+        return Settings(_cli_settings_source=source), print_config  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise SettingsError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except (SourceError, ValueError) as error:
+        raise SettingsError(str(error)) from error
+
+
+@app.command()
+def classify(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; none: stdin, one per line.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name, or a checkpoint folder.")] = None,
+    file: Annotated[Path | None, typer.Option(help="CSV, JSONL or Parquet with a column `text`.")] = None,
+    quality: Annotated[str, typer.Option(help="fast, balanced, best or points given up.")] = "balanced",
+    heads: Annotated[int | None, typer.Option(help="Heads per layer, instead of f_o.")] = None,
+    as_json: JsonOption = False,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Classify texts here, without a server."""
+    import dataclasses
+
+    from budgetformer.classifier import Classifier
+
+    if file is not None:
+        from budgetformer.training.data import read_texts
+
+        given, pairs = read_texts(file)
+    else:
+        given, pairs = texts or [line.rstrip("\n") for line in sys.stdin], None
+    classifier = Classifier(_resolve(model, model_store).path)
+    level: str | float = quality if quality in ("fast", "balanced", "best") else _points(quality)
+    predictions = classifier(given, pairs, level, heads)
+    if as_json or not out.is_terminal:
+        for text, prediction in zip(given, predictions, strict=True):
+            typer.echo(json.dumps({"text": text, **dataclasses.asdict(prediction)}, ensure_ascii=False))
+        return
+    table = Table("label", "score", "budget", "heads", "of dense", "text")
+    for text, prediction in zip(given, predictions, strict=True):
+        share = f"{prediction.macs / prediction.dense_macs:.1%}"
+        score = f"{prediction.score:.3f}"
+        table.add_row(
+            prediction.label, score, str(prediction.budget), str(prediction.heads), share, text[:80]
+        )
+    out.print(table)
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Option(help="Folder with train and test files, or the training file.")],
+    output: Annotated[Path, typer.Option("--out", help="Checkpoint folder, <store>/<name>/<version>.")],
+    start: Annotated[
+        str | None,
+        typer.Option(help="Folder of a BERT-shaped encoder, or `minilm-l6`; none: from scratch."),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file of the recipe.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Everything random follows from it.")] = None,
+    work_dir: Annotated[Path | None, typer.Option(help="State of the run, to go on from.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads; none: all cores.")] = None,
+) -> None:
+    """Train, calibrate and write a checkpoint; an interrupted run goes on where it was."""
+    from budgetformer.training.pipeline import train_checkpoint
+    from budgetformer.training.recipe import Recipe
+
+    train_checkpoint(
+        data=data,
+        output=output,
+        start=start,
+        recipe=Recipe.read(recipe, seed=seed),
+        work_dir=work_dir or output.parent / f".{output.name}.work",
+        threads=threads,
+        log=err.print,
+    )
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Labelled CSV, JSONL or Parquet file.")],
+    model: Annotated[str | None, typer.Option(help="Model name, or a checkpoint folder.")] = None,
+    url: Annotated[str | None, typer.Option(help="Ask this server instead of computing here.")] = None,
+    as_json: JsonOption = False,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Report accuracy and cost of every quality level, and of the full budget, on labelled texts."""
+    from budgetformer.training.evaluation import evaluate_checkpoint, through_http
+
+    checkpoint = _resolve(model, model_store)
+    ask = None if url is None else through_http(url, checkpoint)
+    rows = evaluate_checkpoint(checkpoint, data, ask)
+    if as_json:
+        out.print_json(data=[row.as_dict() for row in rows])
+        return
+    table = Table("quality", "n", "accuracy", "95 %", "mean heads", "of dense", "budgets in use")
+    for row in rows:
+        table.add_row(*row.cells())
+    out.print(table)
+
+
+@models_app.command("list")
+def list_models(model_store: StoreOption = Path("model_store"), as_json: JsonOption = False) -> None:
+    """List the checkpoints of a store."""
+    store = read_store(model_store)
+    if as_json:
+        out.print_json(
+            data={name: [c.version for c in versions] for name, versions in store.checkpoints.items()}
+        )
+    else:
+        table = Table("model", "version", "labels", "layers x heads", "quality levels")
+        for versions in store.checkpoints.values():
+            for c in versions:
+                levels = ", ".join(p.name for p in c.manifest.operating_points if p.name)
+                sizes = f"{c.num_layers} x {c.num_heads}"
+                table.add_row(c.name, str(c.version), str(len(c.manifest.labels)), sizes, levels)
+        out.print(table)
+    _complain(store)
+
+
+@models_app.command("show")
+def show_model(
+    model: str, model_store: StoreOption = Path("model_store")
+) -> None:
+    """Print a checkpoint's manifest."""
+    out.print_json(_resolve(model, model_store).manifest.model_dump_json())
+
+
+@models_app.command("verify")
+def verify_models(
+    model: Annotated[str | None, typer.Argument(help="Model name or folder; none: all.")] = None,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Check every file of a checkpoint, or of all, against its manifest."""
+    store = read_store(model_store) if model is None else None
+    checkpoints = (
+        [c for versions in store.checkpoints.values() for c in versions]
+        if store
+        else [_resolve(model, model_store)]
+    )
+    for checkpoint in checkpoints:
+        checkpoint.verify()
+        out.print(f"{checkpoint.label}: {len(checkpoint.manifest.files)} files as the manifest says")
+    if store:
+        _complain(store)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(budgetformer.__version__)
+
+
+def _complain(store: Store) -> None:
+    for problem in store.errors:
+        err.print(problem, style="red", markup=False)
+    if store.errors:
+        raise typer.Exit(1)
+
+
+def _resolve(model: str | None, model_store: Path) -> Checkpoint:
+    """Find a checkpoint by folder, `name` or `name:version`; None: the only or first of the store."""
+    if model is not None and (Path(model) / "manifest.json").is_file():
+        return read_checkpoint(Path(model))
+    store = read_store(model_store)
+    name, _, number = (model or next(iter(sorted(store.checkpoints)), "")).partition(":")
+    if number:
+        return read_checkpoint(model_store / name / number)
+    return store.latest(name)
+
+
+def _points(quality: str) -> float:
+    try:
+        return float(quality)
+    except ValueError:
+        raise SettingsError(f"quality {quality!r} is neither a level nor a number") from None
+
+
+def main() -> None:
+    """Run the command line; an expected error is one line and exit code 2."""
+    try:
+        app()
+    except BudgetFormerError as error:
+        err.print(f"budgetformer: {error}", style="red", markup=False, highlight=False)
+        raise SystemExit(2) from None

@@ -1,0 +1,228 @@
+"""`docker compose up`, asked from outside: the service, what Prometheus scrapes, how it stops.
+
+What COMPOSE_FILE names (by default docker-compose.yml) is brought up under a project name and on
+ports of this run alone, so a stack that is already up is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+pytestmark = pytest.mark.compose
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).parents[3]
+TEXTS = [
+    "The striker scored twice in the final.",
+    "Shares of the chip maker fell after a weak forecast.",
+    "Astronomers measured the spin of a distant black hole.",
+    "Ministers from both countries met to discuss the border.",
+    "",
+]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running stack: how to ask its parts, and how to speak to Compose about it."""
+
+    environment: dict[str, str]
+    service: httpx.Client
+    prometheus: httpx.Client
+
+    def compose(self, *arguments: str, check: bool = True) -> str:
+        """Run one command of Docker Compose and return what it printed."""
+        return run("docker", "compose", *arguments, environment=self.environment, check=check)
+
+    def inspect(self, name: str) -> dict[str, Any]:
+        """Return what Docker knows of the one container of a service."""
+        container = self.compose("ps", "--all", "--quiet", name).strip()
+        (found,) = json.loads(run("docker", "inspect", container, environment=self.environment))
+        return dict(found)
+
+    def metrics(self) -> dict[str, float]:
+        """Return every series of /metrics summed over its labels."""
+        totals: dict[str, float] = {}
+        answer = self.service.get("/metrics").raise_for_status()
+        for family in text_string_to_metric_families(answer.text):
+            for sample in family.samples:
+                totals[sample.name] = totals.get(sample.name, 0) + sample.value
+        return totals
+
+    def query(self, expression: str) -> float | None:
+        """Return the value of an expression that yields one number; None while there is none."""
+        answer = self.prometheus.get("/api/v1/query", params={"query": expression})
+        result = answer.raise_for_status().json()["data"]["result"]
+        return float(result[0]["value"][1]) if result else None
+
+    def classify(self, **body: object) -> dict[str, Any]:
+        """Ask for labels, through the published port."""
+        answer = self.service.post("/classify", json=body)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+
+def run(*command: str, environment: dict[str, str], check: bool = True) -> str:
+    finished = subprocess.run(
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if check and finished.returncode:
+        pytest.fail(f"{' '.join(command)}: {finished.stdout[-2000:]}{finished.stderr[-4000:]}")
+    return finished.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def eventually(look: Callable[[], T], wanted: Callable[[T], bool], seconds: float = 60) -> T:
+    """Look every half second until what is seen is as wanted; return what was seen last."""
+    end = time.monotonic() + seconds
+    while not wanted(seen := look()) and time.monotonic() < end:
+        time.sleep(0.5)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    ports = {
+        name: str(free_port()) for name in ("BUDGETFORMER_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
+    }
+    environment = os.environ | ports | {"COMPOSE_PROJECT_NAME": f"budgetformer-test-{os.getpid()}"}
+    with (
+        httpx.Client(
+            base_url=f"http://127.0.0.1:{ports['BUDGETFORMER_PORT']}", timeout=30
+        ) as service,
+        httpx.Client(
+            base_url=f"http://127.0.0.1:{ports['PROMETHEUS_PORT']}", timeout=30
+        ) as prometheus,
+    ):
+        stack = Stack(environment, service, prometheus)
+        try:
+            stack.compose("build")
+            started = stack.compose(
+                "up", "--detach", "--wait", "--wait-timeout", "240", check=False
+            )
+            states = stack.compose("ps", "--all", "--format", "{{.Service}} {{.Status}}")
+            if not states or "unhealthy" in states or "Exited" in states:
+                logs = stack.compose("logs", "--no-color", "--tail", "50")
+                pytest.fail(f"the stack did not come up: {started}\n{states}\n{logs}")
+            yield stack
+        finally:
+            stack.compose("down", "--volumes", "--remove-orphans", check=False)
+
+
+def test_it_classifies_through_the_published_port(stack: Stack) -> None:
+    answer = stack.classify(input=TEXTS[:1])
+    (item,) = answer["data"]
+    assert answer["object"] == "list"
+    assert item["index"] == 0
+    assert item["label"] == "Sports"
+    assert item["score"] == pytest.approx(max(item["probs"]))
+    assert sum(item["probs"]) == pytest.approx(1, abs=1e-3)
+    assert len(item["probs"]) == item["num_classes"]
+    assert 0 <= item["heads"]["used"] <= item["heads"]["total"]
+    assert 0 < item["macs"] <= item["dense_macs"]
+    assert answer["usage"]["heads_used"] == item["heads"]["used"]
+
+
+def test_its_metrics_add_up_to_its_answers(stack: Stack) -> None:
+    before = stack.metrics()
+    answers = [stack.classify(input=TEXTS), stack.classify(input=TEXTS[:2], quality="best")]
+    after = stack.metrics()
+
+    def grown(name: str) -> float:
+        return after[f"budgetformer_{name}"] - before[f"budgetformer_{name}"]
+
+    items = [item for answer in answers for item in answer["data"]]
+    assert grown("items_total") == len(items) == len(TEXTS) + 2
+    assert grown("requests_total") >= len(answers)
+    assert grown("heads_used_total") == sum(item["heads"]["used"] for item in items)
+    assert grown("heads_total") == sum(item["heads"]["total"] for item in items)
+    assert grown("macs_total") == pytest.approx(sum(item["macs"] for item in items), rel=1e-6)
+    assert grown("dense_macs_total") == pytest.approx(sum(item["dense_macs"] for item in items))
+    assert grown("item_tokens_sum") == sum(item["tokens"] for item in items)
+
+
+def test_prometheus_scrapes_what_was_answered(stack: Stack) -> None:
+    stack.classify(input=TEXTS)
+    answered = stack.metrics()["budgetformer_items_total"]
+    scraped = eventually(
+        lambda: stack.query("sum(budgetformer_items_total)"), lambda value: value == answered
+    )
+    assert scraped == answered
+    assert stack.query('up{job="budgetformer"}') == 1
+    assert stack.query("sum(budgetformer_engine_restarts_total)") == 0
+
+
+def test_prometheus_loads_and_evaluates_the_rules(stack: Stack) -> None:
+    def rules() -> list[dict[str, Any]]:
+        groups = stack.prometheus.get("/api/v1/rules").raise_for_status().json()["data"]["groups"]
+        return [rule for group in groups for rule in group["rules"]]
+
+    seen = eventually(rules, lambda found: all(rule["health"] == "ok" for rule in found))
+    assert {rule["name"] for rule in seen} >= {
+        "BudgetFormerDown",
+        "budgetformer:macs_saved:ratio5m",
+    }
+    assert [rule["name"] for rule in seen if rule["health"] != "ok"] == []
+    assert [rule["name"] for rule in seen if rule.get("state") == "firing"] == []
+    stack.compose(
+        *(
+            "exec",
+            "-T",
+            "prometheus",
+            "promtool",
+            "check",
+            "config",
+            "/etc/prometheus/prometheus.yml",
+        )
+    )
+
+
+def test_grafana_has_the_dashboard(stack: Stack) -> None:
+    if "grafana" not in stack.compose("ps", "--services").split():
+        pytest.skip("this stack has no Grafana")
+    with httpx.Client(
+        base_url=f"http://127.0.0.1:{stack.environment['GRAFANA_PORT']}", timeout=30
+    ) as grafana:
+        answer = grafana.get("/api/dashboards/uid/budgetformer-service").raise_for_status()
+    assert answer.json()["dashboard"]["title"] == "BudgetFormer Serving"
+
+
+def test_the_container_can_do_little(stack: Stack) -> None:
+    inside = ("exec", "-T", "service")
+    assert stack.compose(*inside, "id", "-u").strip() == "10001"
+    written = stack.compose(
+        *inside, "sh", "-c", "touch /opt/venv/x /models/x 2>&1; echo", check=False
+    )
+    assert written.count("Read-only file system") == 2
+    found = stack.inspect("service")
+    assert found["HostConfig"]["CapDrop"] == ["ALL"]
+    assert found["HostConfig"]["Privileged"] is False
+    assert found["State"]["Health"]["Status"] == "healthy"
+    for published in found["NetworkSettings"]["Ports"].values():
+        assert {place["HostIp"] for place in published or []} <= {"127.0.0.1"}
+
+
+def test_it_stops_in_order_and_comes_back(stack: Stack) -> None:
+    stack.compose("stop", "service")
+    state = stack.inspect("service")["State"]
+    assert state["ExitCode"] == 0, stack.compose("logs", "--no-color", "--tail", "30", "service")
+    assert not state["OOMKilled"]
+    stack.compose("up", "--detach", "--wait", "--wait-timeout", "120", "--no-build", "service")
+    assert stack.classify(input=TEXTS)["data"][0]["label"] == "Sports"
