@@ -74,7 +74,8 @@ def arrive(network: PackedPass, items: Sequence[Work]) -> None:
         item.exit_logits = None if exits is None else exits[place]
         item.ranking = None if arrival.ranking is None else arrival.ranking[place]
         if budget is None:
-            item.step = LAYERWISE if item.rule.fixed is None else item.rule.fixed
+            constant = item.rule.constant
+            item.step = LAYERWISE if constant is None else constant
             continue
         item.s = budget[place]
         item.step = item.rule.first_step(budget[place])

@@ -194,7 +194,9 @@ class Checkpoint:
         for name, entry in self.manifest.files.items():
             path = self.path / name
             if Path(name).name != name:
-                raise CheckpointError(f"{self.path / MANIFEST}: file name {name!r} leaves the folder")
+                raise CheckpointError(
+                    f"{self.path / MANIFEST}: file name {name!r} leaves the folder"
+                )
             if not path.is_file():
                 raise CheckpointError(f"{path}: missing")
             size = path.stat().st_size
@@ -219,7 +221,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         where = ".".join(map(str, first["loc"])) or "the file"
         raise CheckpointError(f"{path / MANIFEST}: {where}: {first['msg']}") from error
     if manifest.format != FORMAT:
-        raise CheckpointError(f"{path / MANIFEST}: format {manifest.format}, this program reads {FORMAT}")
+        raise CheckpointError(
+            f"{path / MANIFEST}: format {manifest.format}, this program reads {FORMAT}"
+        )
     try:
         config = json.loads((path / CONFIG).read_bytes())
     except OSError as error:
@@ -236,7 +240,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         steps = [band.step for band in point.entry]
         steps += [point.escalation.step] if point.escalation else []
         if steps and max(steps) > top:
-            raise CheckpointError(f"{path / MANIFEST}: step {max(steps)} is not on the ladder of {top}")
+            raise CheckpointError(
+                f"{path / MANIFEST}: step {max(steps)} is not on the ladder of {top}"
+            )
     return Checkpoint(path, manifest, config)
 
 
@@ -299,9 +305,13 @@ def read_store(path: Path) -> Store:
 
 def file_entries(path: Path) -> dict[str, FileEntry]:
     """Describe every file of a checkpoint folder that is needed to serve."""
-    kept = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in {".json", ".safetensors"})
+    kept = sorted(
+        p for p in path.iterdir() if p.is_file() and p.suffix in {".json", ".safetensors"}
+    )
     return {
-        p.name: FileEntry(sha256=_sha256(p), bytes=p.stat().st_size) for p in kept if p.name != MANIFEST
+        p.name: FileEntry(sha256=_sha256(p), bytes=p.stat().st_size)
+        for p in kept
+        if p.name != MANIFEST
     }
 
 

@@ -101,7 +101,8 @@ class Classifier:
                     cascade.run(self.network, batch)
             waiting = [item for item in waiting if not item.done]
         return [
-            self._prediction(item, bool(e.overflowing)) for item, e in zip(items, encodings, strict=True)
+            self._prediction(item, bool(e.overflowing))
+            for item, e in zip(items, encodings, strict=True)
         ]
 
     def _prediction(self, item: Work, truncated: bool) -> Prediction:

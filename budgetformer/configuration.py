@@ -94,7 +94,9 @@ class BudgetFormerConfig(PreTrainedConfig):
         self.budget_ffn = budget_ffn
         self.budget_scope = budget_scope
         self.head_selection = head_selection
-        self.ladder = ladder if ladder is not None else uniform_ladder(num_hidden_layers, num_attention_heads)
+        self.ladder = (
+            ladder if ladder is not None else uniform_ladder(num_hidden_layers, num_attention_heads)
+        )
         self.embedding_exit = embedding_exit
         self.exit_weight = exit_weight
         self.controller_hidden_size = controller_hidden_size
@@ -153,10 +155,14 @@ class BudgetFormerConfig(PreTrainedConfig):
         fewest = 0 if self.budget_ffn else 1
         for step, plan in enumerate(self.ladder, start=1):
             if len(plan) != self.num_hidden_layers:
-                raise ValueError(f"ladder step {step} plans {len(plan)} layers of {self.num_hidden_layers}")
+                raise ValueError(
+                    f"ladder step {step} plans {len(plan)} layers of {self.num_hidden_layers}"
+                )
             if not all(fewest <= k <= heads for k in plan):
                 raise ValueError(f"ladder step {step} leaves {fewest}..{heads} heads: {plan}")
             if step > 1 and sum(plan) < sum(self.ladder[step - 2]):
                 raise ValueError(f"ladder step {step} computes fewer heads than the step before it")
         if self.budget_scope == "layer" and self.embedding_exit:
-            raise ValueError('embedding_exit needs budget_scope "input": step 0 is decided before the encoder')
+            raise ValueError(
+                'embedding_exit needs budget_scope "input": step 0 is decided before the encoder'
+            )

@@ -70,13 +70,23 @@ class MacCounter(TorchFunctionMode):
         self.macs = 0
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run `func`, and add its multiply-adds."""
         result = func(*args, **(kwargs or {}))
         if func is F.linear:
             self.macs += result.numel() * args[1].shape[-1]
-        elif func in (torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__):
+        elif func in (
+            torch.matmul,
+            torch.mm,
+            torch.bmm,
+            torch.Tensor.matmul,
+            torch.Tensor.__matmul__,
+        ):
             self.macs += result.numel() * args[0].shape[-1]
         elif func is torch.addmm:
             self.macs += result.numel() * args[1].shape[-1]

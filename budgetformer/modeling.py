@@ -324,7 +324,9 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         super().__init__(config)
         self.embeddings = Embeddings(config)
         self.decision = BudgetDecision(config) if config.budget_scope == "input" else None
-        self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            EncoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         pre = config.norm_position == "pre"
         self.final_norm = (
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pre else nn.Identity()
@@ -347,7 +349,9 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         """
         length = input_ids.shape[1]
         if length > self.config.max_position_embeddings:
-            raise ValueError(f"{length} tokens, but only {self.config.max_position_embeddings} positions")
+            raise ValueError(
+                f"{length} tokens, but only {self.config.max_position_embeddings} positions"
+            )
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
@@ -410,7 +414,9 @@ class ExitHead(nn.Module):
 
     def __init__(self, config: BudgetFormerConfig) -> None:
         super().__init__()
-        self.weight = nn.Embedding(config.vocab_size, config.num_labels, padding_idx=config.pad_token_id)
+        self.weight = nn.Embedding(
+            config.vocab_size, config.num_labels, padding_idx=config.pad_token_id
+        )
         self.bias = nn.Parameter(torch.zeros(config.num_labels))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -87,6 +87,13 @@ class BudgetRule(_Data):
     fixed: int | None = None
     ceiling: int | None = None
 
+    @property
+    def constant(self) -> int | None:
+        """The step that this rule gives to every input, if it needs no f_o for that."""
+        if self.fixed is None and self.point is not None and len(self.point.entry) == 1:
+            return self.first_step(0.0)
+        return self.fixed
+
     def first_step(self, s: float) -> int:
         """Return the step at which an input with f_o's `s` starts."""
         if self.fixed is not None:

@@ -18,7 +18,7 @@ from service.api.middleware import OTHER, Observe
 from service.api.schemas import ClassifyRequest, TokenizeRequest
 from service.api.state import State
 from service.engine.client import Engines, Event
-from service.engine.protocol import BatchRan, Heartbeat, Hello
+from service.engine.protocol import BatchRan, Heartbeat, Hello, ModelInfo
 from service.models import Models, ServedModel
 from service.observability.metrics import QUALITY_RANK, Metrics
 from service.settings import Settings
@@ -29,18 +29,23 @@ log = structlog.get_logger()
 class _Watcher:
     """Turn what engines report into metrics."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, served: Models) -> None:
         self.metrics = metrics
-        self.hellos: dict[int, Hello] = {}
+        self._served = served
+        self._hellos: dict[int, Hello] = {}
         self._beats: dict[int, Heartbeat] = {}
 
     def __call__(self, index: int, event: Event) -> None:
         match event:
             case Hello():
-                if index in self.hellos:
+                if index in self._hellos:
                     self.metrics.engine_restarts.inc()
-                self.hellos[index] = event
-                build = (budgetformer.__version__, os.environ.get("GIT_COMMIT", "unknown"), event.torch)
+                self._hellos[index] = event
+                build = (
+                    budgetformer.__version__,
+                    os.environ.get("GIT_COMMIT", "unknown"),
+                    event.torch,
+                )
                 self.metrics.build_info.labels(*build).set(1)
             case Heartbeat():
                 self._beats[index] = event
@@ -48,6 +53,16 @@ class _Watcher:
                 self._sum_queues()
             case BatchRan():
                 self._count_batch(event)
+            case ModelInfo():
+                self._loaded(event, self._hellos[index])
+
+    def _loaded(self, event: ModelInfo, engine: Hello) -> None:
+        key = (event.name, str(event.version))
+        self.metrics.model_load.labels(*key).set(event.load_seconds)
+        self.metrics.model_memory.labels(*key).set(event.memory_bytes)
+        checkpoint = self._served.known[event.name, event.version].checkpoint
+        sizes = (len(checkpoint.manifest.labels), checkpoint.num_layers, checkpoint.num_heads)
+        self.metrics.model_info.labels(*key, *map(str, sizes), engine.device, engine.dtype).set(1)
 
     def _count_batch(self, event: BatchRan) -> None:
         labels = (event.model, event.budget)
@@ -73,9 +88,8 @@ def create_app(settings: Settings, sockets: list[Path]) -> FastAPI:
         CheckpointError: the model store is no folder, or lacks the default model.
     """
     metrics = Metrics()
-    watcher = _Watcher(metrics)
-    engines = Engines(sockets, watcher)
     served = Models(settings.model_store, settings.models, settings.default_model)
+    engines = Engines(sockets, _Watcher(metrics, served))
     for problem in served.errors:
         log.error("checkpoint left out", reason=problem)
     state = State(settings, served, engines, metrics)
@@ -86,10 +100,9 @@ def create_app(settings: Settings, sockets: list[Path]) -> FastAPI:
         level = DEFAULT_QUALITY if settings.quality == "auto" else settings.quality
         rank = QUALITY_RANK.get(level, 0) if isinstance(level, str) else 0
         metrics.quality_level.labels(checkpoint.name).set(rank)
-        metrics.model_info.labels(*_info(model, settings)).set(1)
 
     def retire(model: ServedModel) -> None:
-        metrics.retire_model(model.checkpoint.name, str(model.checkpoint.version), *_info(model, settings))
+        metrics.retire_model(model.checkpoint.name, str(model.checkpoint.version))
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -115,21 +128,9 @@ def create_app(settings: Settings, sockets: list[Path]) -> FastAPI:
         app.include_router(module.router)
     install_error_handlers(app)
     app.add_middleware(Observe, metrics=metrics)
-    metrics.know_routes([*sorted({getattr(route, "path", OTHER) for route in app.routes}), OTHER])
     _document_bodies(app)
+    metrics.know_routes([*app.openapi()["paths"], OTHER])
     return app
-
-
-def _info(model: ServedModel, settings: Settings) -> tuple[str, ...]:
-    checkpoint = model.checkpoint
-    sizes = (len(checkpoint.manifest.labels), checkpoint.num_layers, checkpoint.num_heads)
-    return (
-        checkpoint.name,
-        str(checkpoint.version),
-        *map(str, sizes),
-        settings.device,
-        "float32",
-    )
 
 
 def _document_bodies(app: FastAPI) -> None:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from pydantic_settings import CliSettingsSource, SettingsError as SourceError
+from pydantic_settings import CliSettingsSource
+from pydantic_settings import SettingsError as SourceError
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +19,13 @@ import budgetformer
 from budgetformer.checkpoint import Checkpoint, Store, read_checkpoint, read_store
 from budgetformer.errors import BudgetFormerError
 from service.observability.logs import configure_logs
-from service.settings import CONFIG_FILE, PREFIX, Settings, SettingsError, refuse_unknown_environment
+from service.settings import (
+    CONFIG_FILE,
+    PREFIX,
+    Settings,
+    SettingsError,
+    refuse_unknown_environment,
+)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True)
 models_app = typer.Typer(no_args_is_help=True, help="Look at the checkpoints of a model store.")
@@ -84,10 +91,16 @@ def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
 
 @app.command()
 def classify(
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; none: stdin, one per line.")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts; none: stdin, one per line.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model name, or a checkpoint folder.")] = None,
-    file: Annotated[Path | None, typer.Option(help="CSV, JSONL or Parquet with a column `text`.")] = None,
-    quality: Annotated[str, typer.Option(help="fast, balanced, best or points given up.")] = "balanced",
+    file: Annotated[
+        Path | None, typer.Option(help="CSV, JSONL or Parquet with a column `text`.")
+    ] = None,
+    quality: Annotated[
+        str, typer.Option(help="fast, balanced, best or points given up.")
+    ] = "balanced",
     heads: Annotated[int | None, typer.Option(help="Heads per layer, instead of f_o.")] = None,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
@@ -108,7 +121,9 @@ def classify(
     predictions = classifier(given, pairs, level, heads)
     if as_json or not out.is_terminal:
         for text, prediction in zip(given, predictions, strict=True):
-            typer.echo(json.dumps({"text": text, **dataclasses.asdict(prediction)}, ensure_ascii=False))
+            typer.echo(
+                json.dumps({"text": text, **dataclasses.asdict(prediction)}, ensure_ascii=False)
+            )
         return
     table = Table("label", "score", "budget", "heads", "of dense", "text")
     for text, prediction in zip(given, predictions, strict=True):
@@ -122,8 +137,12 @@ def classify(
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Option(help="Folder with train and test files, or the training file.")],
-    output: Annotated[Path, typer.Option("--out", help="Checkpoint folder, <store>/<name>/<version>.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder with train and test files, or the training file.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--out", help="Checkpoint folder, <store>/<name>/<version>.")
+    ],
     start: Annotated[
         str | None,
         typer.Option(help="Folder of a BERT-shaped encoder, or `minilm-l6`; none: from scratch."),
@@ -152,7 +171,9 @@ def train(
 def evaluate(
     data: Annotated[Path, typer.Option(help="Labelled CSV, JSONL or Parquet file.")],
     model: Annotated[str | None, typer.Option(help="Model name, or a checkpoint folder.")] = None,
-    url: Annotated[str | None, typer.Option(help="Ask this server instead of computing here.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Ask this server instead of computing here.")
+    ] = None,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
@@ -172,12 +193,16 @@ def evaluate(
 
 
 @models_app.command("list")
-def list_models(model_store: StoreOption = Path("model_store"), as_json: JsonOption = False) -> None:
+def list_models(
+    model_store: StoreOption = Path("model_store"), as_json: JsonOption = False
+) -> None:
     """List the checkpoints of a store."""
     store = read_store(model_store)
     if as_json:
         out.print_json(
-            data={name: [c.version for c in versions] for name, versions in store.checkpoints.items()}
+            data={
+                name: [c.version for c in versions] for name, versions in store.checkpoints.items()
+            }
         )
     else:
         table = Table("model", "version", "labels", "layers x heads", "quality levels")
@@ -191,9 +216,7 @@ def list_models(model_store: StoreOption = Path("model_store"), as_json: JsonOpt
 
 
 @models_app.command("show")
-def show_model(
-    model: str, model_store: StoreOption = Path("model_store")
-) -> None:
+def show_model(model: str, model_store: StoreOption = Path("model_store")) -> None:
     """Print a checkpoint's manifest."""
     out.print_json(_resolve(model, model_store).manifest.model_dump_json())
 
@@ -212,7 +235,9 @@ def verify_models(
     )
     for checkpoint in checkpoints:
         checkpoint.verify()
-        out.print(f"{checkpoint.label}: {len(checkpoint.manifest.files)} files as the manifest says")
+        out.print(
+            f"{checkpoint.label}: {len(checkpoint.manifest.files)} files as the manifest says"
+        )
     if store:
         _complain(store)
 
@@ -250,6 +275,7 @@ def _points(quality: str) -> float:
 
 def main() -> None:
     """Run the command line; an expected error is one line and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except BudgetFormerError as error:

@@ -54,6 +54,7 @@ class Models:
         self.store = store
         self.errors: list[str] = []
         self.served: dict[str, ServedModel] = {}
+        self.loading: dict[tuple[str, int], ServedModel] = {}
         found = read_store(store)
         self.errors += found.errors
         for name in names or sorted(found.checkpoints):
@@ -82,8 +83,16 @@ class Models:
             known = ", ".join(sorted(self.served)) or "none"
             raise UnknownModelError(f"no model {name!r} is served (there are: {known})")
         if version and version != str(model.checkpoint.version):
-            raise UnknownModelError(f"{name} is served in version {model.checkpoint.version}, not {version}")
+            raise UnknownModelError(
+                f"{name} is served in version {model.checkpoint.version}, not {version}"
+            )
         return model
+
+    @property
+    def known(self) -> dict[tuple[str, int], ServedModel]:
+        """Every model that engines may speak of, by name and version: the served, and one being loaded."""
+        served = {(name, m.checkpoint.version): m for name, m in self.served.items()}
+        return served | self.loading
 
     def versions(self, name: str) -> list[int]:
         """Return the versions of a model in the store."""

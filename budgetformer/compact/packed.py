@@ -44,9 +44,13 @@ class PackedTokens:
     ) -> PackedTokens:
         """Pack the ids of some items; `segments` None means segment 0 throughout."""
         flat = [token for item in items for token in item]
-        kinds = [0] * len(flat) if segments is None else [kind for item in segments for kind in item]
+        kinds = (
+            [0] * len(flat) if segments is None else [kind for item in segments for kind in item]
+        )
         lengths = tuple(len(item) for item in items)
-        return cls(torch.tensor(flat, dtype=torch.long), torch.tensor(kinds, dtype=torch.long), lengths)
+        return cls(
+            torch.tensor(flat, dtype=torch.long), torch.tensor(kinds, dtype=torch.long), lengths
+        )
 
     def to(self, device: torch.device) -> PackedTokens:
         """Return the same tokens on `device`."""
@@ -109,7 +113,9 @@ class _LayerWeights:
             net.down.bias,
         )
 
-    def keep(self, head_set: HeadSet, head_size: int, neurons_per_head: int | None) -> _LayerWeights:
+    def keep(
+        self, head_set: HeadSet, head_size: int, neurons_per_head: int | None
+    ) -> _LayerWeights:
         if head_set == tuple(range(len(head_set))):
             heads: slice | Tensor = slice(0, len(head_set) * head_size)
             fused: slice | Tensor = slice(0, len(head_set) * head_size * 3)
@@ -148,7 +154,9 @@ class PackedPass:
         self.config = model.config
         self.encoder = model.encoder
         with torch.no_grad():
-            self._weights = [_LayerWeights.of(x, self.config.num_attention_heads) for x in self.encoder.layers]
+            self._weights = [
+                _LayerWeights.of(x, self.config.num_attention_heads) for x in self.encoder.layers
+            ]
         self._slices: OrderedDict[tuple[int, HeadSet], _LayerWeights] = OrderedDict()
         self._slices_bytes = 0
 
@@ -225,7 +233,9 @@ class PackedPass:
     def _embed(self, tokens: PackedTokens) -> Tensor:
         positions = [torch.arange(length, device=self.device) for length in tokens.lengths]
         together = torch.cat(positions) if positions else tokens.input_ids
-        return cast(Tensor, self.encoder.embeddings(tokens.input_ids, tokens.token_type_ids, together))
+        return cast(
+            Tensor, self.encoder.embeddings(tokens.input_ids, tokens.token_type_ids, together)
+        )
 
     def _exit_logits(self, tokens: PackedTokens, owner: Tensor) -> Tensor:
         head = self.model.exit_head
@@ -306,7 +316,9 @@ class PackedPass:
         if layer.post:
             attended = self._attend(states, weights, lengths, len(head_set))
             mixed = layer.attention_norm(states + attended)
-            return cast(Tensor, layer.feed_forward_norm(mixed + self._transform(mixed, layer, weights)))
+            return cast(
+                Tensor, layer.feed_forward_norm(mixed + self._transform(mixed, layer, weights))
+            )
         attended = self._attend(layer.attention_norm(states), weights, lengths, len(head_set))
         mixed = states + attended
         return mixed + self._transform(layer.feed_forward_norm(mixed), layer, weights)
@@ -325,7 +337,9 @@ class PackedPass:
         return F.linear(torch.cat(contexts).flatten(1), weights.output_weight, weights.output_bias)
 
     def _transform(self, states: Tensor, layer: EncoderLayer, weights: _LayerWeights) -> Tensor:
-        neurons = layer.feed_forward.activation(F.linear(states, weights.up_weight, weights.up_bias))
+        neurons = layer.feed_forward.activation(
+            F.linear(states, weights.up_weight, weights.up_bias)
+        )
         return F.linear(neurons, weights.down_weight, weights.down_bias)
 
     def _slice(self, index: int, layer: EncoderLayer, head_set: HeadSet) -> _LayerWeights:

@@ -48,7 +48,9 @@ _SIZES = (
 )
 
 
-def convert_encoder(folder: Path, names: list[str], **choices: Any) -> BudgetFormerForSequenceClassification:
+def convert_encoder(
+    folder: Path, names: list[str], **choices: Any
+) -> BudgetFormerForSequenceClassification:
     """Build a BudgetFormer that computes, at its full budget, what the BERT encoder in `folder` does.
 
     Args:
@@ -65,10 +67,15 @@ def convert_encoder(folder: Path, names: list[str], **choices: Any) -> BudgetFor
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not an encoder folder: {error}") from error
     if source.get("model_type") != "bert":
-        raise CheckpointError(f"{folder}: model_type {source.get('model_type')!r}, only 'bert' can be converted")
+        raise CheckpointError(
+            f"{folder}: model_type {source.get('model_type')!r}, only 'bert' can be converted"
+        )
     config = BudgetFormerConfig(
         **{name: source[name] for name in _SIZES if name in source}
-        | {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        | {
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
         | choices
     )
     model = BudgetFormerForSequenceClassification(config)
@@ -86,7 +93,9 @@ def convert_encoder(folder: Path, names: list[str], **choices: Any) -> BudgetFor
     result = model.encoder.load_state_dict(renamed, strict=False)
     missing = [key for key in result.missing_keys if "decision" not in key]
     if missing:
-        raise CheckpointError(f"{folder}: the weights lack {missing[0]} and {len(missing) - 1} more")
+        raise CheckpointError(
+            f"{folder}: the weights lack {missing[0]} and {len(missing) - 1} more"
+        )
     return model
 
 

@@ -138,7 +138,9 @@ class TokenBatch:
 class TokenizedTexts:
     """The tokens of a data set, kept once and served in batches of similar length."""
 
-    def __init__(self, tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None, max_length: int
+    ) -> None:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length)
         inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))

@@ -147,7 +147,9 @@ class Trainer:
         return nullcontext()
 
     def _labelled_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
-        for index, batch in enumerate(self.tokens.batches(self.recipe.batch_size, self.recipe.seed)):
+        for index, batch in enumerate(
+            self.tokens.batches(self.recipe.batch_size, self.recipe.seed)
+        ):
             if index == count:
                 return
             yield inputs(batch) | {"labels": self.labels[batch.rows]}
@@ -210,7 +212,10 @@ class Trainer:
             if not name.startswith("exit_head") and ".controller." not in name
         ]
         groups = [
-            {"params": [p for _, p in trained if p.ndim > 1], "weight_decay": self.recipe.weight_decay},
+            {
+                "params": [p for _, p in trained if p.ndim > 1],
+                "weight_decay": self.recipe.weight_decay,
+            },
             {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=self.recipe.learning_rate, fused=True)

@@ -62,7 +62,9 @@ def parse(body: bytes, schema: type[Body]) -> Body:
         raise _field_error(error, schema, value) from None
 
 
-def _field_error(error: ValidationError, schema: type[BaseModel], value: dict[str, Any]) -> ApiError:
+def _field_error(
+    error: ValidationError, schema: type[BaseModel], value: dict[str, Any]
+) -> ApiError:
     details = error.errors(include_url=False, include_context=False, include_input=False)
     # A union reports every branch that failed; what got furthest into the value is what the caller meant.
     detail = max(details, key=lambda d: (d["type"] == "extra_forbidden", len(_param(d["loc"]))))
@@ -95,5 +97,3 @@ def _param(location: tuple[int | str, ...]) -> str:
         elif not part.startswith(_UNION_NOISE):
             path += f".{part}" if path else part
     return path
-
-

@@ -117,7 +117,9 @@ def check_texts(state: State, given: Input) -> list[Text]:
     items = given if isinstance(given, list) else [given]
     most = state.settings.max_batch_items
     if len(items) > most:
-        raise ApiError(413, f"{len(items)} items, at most {most} are taken", "input", "too_many_items")
+        raise ApiError(
+            413, f"{len(items)} items, at most {most} are taken", "input", "too_many_items"
+        )
     texts: list[Text] = [
         item
         if isinstance(item, str)
@@ -187,7 +189,9 @@ async def _ask(request: Request, state: State, job: Job) -> Answer:
             message = f"the queue is full; try again in {seconds} s"
         raise ApiError(429, message, code=error.reason, retry_after=seconds) from None
     except DeadlineError:
-        raise ApiError(504, "the deadline passed before the answer was there", "timeout_ms") from None
+        raise ApiError(
+            504, "the deadline passed before the answer was there", "timeout_ms"
+        ) from None
     except NotLoadedError:
         message = f"{job.model} is still loading"
         raise ApiError(503, message, "model", "loading", retry_after=1) from None
@@ -320,8 +324,8 @@ def _measure(
         item_tokens.observe(len(encoding.ids))
         metrics.items.labels(name, version, item.budget).inc()
     metrics.heads_used.labels(name, version).inc(sum(used))
-    metrics.heads.labels(name, version).inc(len(good) * checkpoint.num_layers * checkpoint.num_heads)
+    metrics.heads.labels(name, version).inc(
+        len(good) * checkpoint.num_layers * checkpoint.num_heads
+    )
     metrics.macs.labels(name, version).inc(sum(item.macs for _, item in good))
     metrics.dense_macs.labels(name, version).inc(sum(item.dense_macs for _, item in good))
-
-

@@ -57,7 +57,12 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """Return the error object."""
         kind = REASONS.get(self.status, "error")
-        return {"message": self.message, "type": kind, "param": self.param, "code": self.code or kind}
+        return {
+            "message": self.message,
+            "type": kind,
+            "param": self.param,
+            "code": self.code or kind,
+        }
 
 
 def install_error_handlers(app: FastAPI) -> None:

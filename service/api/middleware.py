@@ -65,7 +65,11 @@ class Observe:
         self.metrics.requests.labels(route, outcome).inc()
         self.metrics.request_duration.labels(route).observe(seconds)
         log.debug(
-            "request", route=route, status=status, ms=round(seconds * 1000, 2), request_id=request_id
+            "request",
+            route=route,
+            status=status,
+            ms=round(seconds * 1000, 2),
+            request_id=request_id,
         )
 
 

@@ -36,7 +36,12 @@ async def list_models(request: Request) -> Response:
     """List the served models, as OpenAI's API does."""
     state = state_of(request)
     data = [
-        {"id": name, "object": "model", "owned_by": "budgetformer", "version": served.checkpoint.version}
+        {
+            "id": name,
+            "object": "model",
+            "owned_by": "budgetformer",
+            "version": served.checkpoint.version,
+        }
         for name, served in sorted(state.models.served.items())
     ]
     return json_response({"object": "list", "data": data})
@@ -49,7 +54,9 @@ async def show_model(request: Request, name: str) -> Response:
     checkpoint = state.model(name).checkpoint
     key = (checkpoint.name, checkpoint.version)
     versions = await asyncio.to_thread(state.models.versions, checkpoint.name)
-    return json_response(_card(checkpoint) | {"versions": versions, "ready": key in state.engines.models})
+    return json_response(
+        _card(checkpoint) | {"versions": versions, "ready": key in state.engines.models}
+    )
 
 
 @router.post("/models/{name}/load", summary="Load a version and serve it")
@@ -67,12 +74,16 @@ async def load_model(request: Request, name: str) -> Response:
     except CheckpointError as error:
         raise ApiError(422, str(error), "model", "broken_checkpoint") from None
     checkpoint = candidate.checkpoint
+    key = (name, checkpoint.version)
+    state.models.loading[key] = candidate
     try:
-        await state.engines.load((name, checkpoint.version), checkpoint.path)
+        await state.engines.load(key, checkpoint.path)
     except EngineFailedError as error:
         raise ApiError(422, str(error), "model", "broken_checkpoint") from None
     except EngineDownError:
         raise ApiError(503, "no engine is running", code="engine_down", retry_after=1) from None
+    finally:
+        del state.models.loading[key]
     before = state.models.served.get(name)
     state.models.served[name] = candidate
     request.app.state.announce(candidate)
@@ -138,7 +149,9 @@ def require_admin(request: Request, state: State) -> None:
     """
     expected = state.settings.admin_key
     if expected is None:
-        raise ApiError(401, "this route is closed: the server has no admin key", code="no_admin_key")
+        raise ApiError(
+            401, "this route is closed: the server has no admin key", code="no_admin_key"
+        )
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
     if not hmac.compare_digest(given.encode(), expected.get_secret_value().encode()):

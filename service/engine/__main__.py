@@ -67,7 +67,7 @@ class EngineServer:
             reply(message)
 
     def _hello(self) -> Hello:
-        return Hello(PROTOCOL, os.getpid(), self.core.device, "float32", torch.__version__)
+        return Hello(PROTOCOL, os.getpid(), self.core.device, "float32", str(torch.__version__))
 
 
 async def _main(run_dir: Path, index: int, settings: Settings) -> None:

@@ -41,7 +41,7 @@ RECONNECT_SECONDS = 0.05
 GRACE_SECONDS = 1.0
 """How long past its deadline an answer is awaited, for an engine that cannot say so itself."""
 
-Event = Hello | Heartbeat | BatchRan
+Event = Hello | Heartbeat | BatchRan | ModelInfo
 ModelKey = tuple[str, int]
 """Name and version."""
 
@@ -112,10 +112,10 @@ class EngineClient:
     async def stay_connected(self) -> None:
         """Connect, listen, and connect again, until cancelled."""
         while True:
+            await asyncio.sleep(RECONNECT_SECONDS)
             try:
                 reader, writer = await asyncio.open_unix_connection(self._socket)
             except OSError:
-                await asyncio.sleep(RECONNECT_SECONDS)
                 continue
             self._writer = writer
             try:
@@ -125,7 +125,9 @@ class EngineClient:
             finally:
                 self._lose(writer)
 
-    async def ask(self, message: protocol.ToEngine, items: int = 0, timeout: float | None = None) -> ToFront:
+    async def ask(
+        self, message: protocol.ToEngine, items: int = 0, timeout: float | None = None
+    ) -> ToFront:
         """Send a message that has an `id` and await what the engine says to it.
 
         Raises:
@@ -166,8 +168,11 @@ class EngineClient:
         if isinstance(reply, Done) and reply.model is not None:
             self.models[key] = reply.model
             self.errors.pop(key, None)
+            self._observe(self.index, reply.model)
             return
-        self.errors[key] = reply.message if isinstance(reply, Failed) else "an answer that does not fit"
+        self.errors[key] = (
+            reply.message if isinstance(reply, Failed) else "an answer that does not fit"
+        )
         raise EngineFailedError(self.errors[key])
 
     async def unload(self, key: ModelKey) -> None:
@@ -207,7 +212,7 @@ class Engines:
 
     Args:
         sockets: where each one listens.
-        observe: is told of hellos, heartbeats and batches, with the engine's index.
+        observe: is told of hellos, loaded models, heartbeats and batches, with the engine's index.
     """
 
     def __init__(self, sockets: list[Path], observe: Callable[[int, Event], None]) -> None:
@@ -282,7 +287,9 @@ class Engines:
             except TimeoutError as error:
                 raise DeadlineError from error
             except _DiedError:
-                log.warning("an engine died with a request in flight", engine=client.index, attempt=attempt)
+                log.warning(
+                    "an engine died with a request in flight", engine=client.index, attempt=attempt
+                )
                 continue
             match reply:
                 case Answer():

@@ -173,7 +173,9 @@ class EngineCore:
         for tokens in message.items:
             ids = protocol.unpack_ids(tokens.ids)
             segments = protocol.unpack_ids(tokens.segments) if tokens.segments else None
-            price = self.prices.seconds(int(self._share * dense_macs(model.network.config, len(ids))))
+            price = self.prices.seconds(
+                int(self._share * dense_macs(model.network.config, len(ids)))
+            )
             request.slots.append(_Slot(request, Work(ids, segments, rule), price))
         refusal = self._admit(request, message.remaining)
         if refusal is not None:
@@ -243,7 +245,10 @@ class EngineCore:
             self._settle(slot)
 
     async def _on_device(
-        self, work: Callable[[PackedPass, Sequence[Work]], None], network: PackedPass, slots: list[_Slot]
+        self,
+        work: Callable[[PackedPass, Sequence[Work]], None],
+        network: PackedPass,
+        slots: list[_Slot],
     ) -> float:
         def compute() -> float:
             started = self._clock()
@@ -278,7 +283,9 @@ class EngineCore:
             ahead = self._macs_of(slot)
             slot.price = self.prices.seconds(ahead)
             self._buckets.add(
-                Entry(slot, (request.model, work.step), slot.price, request.arrived, request.deadline)
+                Entry(
+                    slot, (request.model, work.step), slot.price, request.arrived, request.deadline
+                )
             )
             return
         if not slot.error:

@@ -72,7 +72,10 @@ def load_model(path: Path, device: str) -> LoadedModel:
 
 
 def _warm(checkpoint: Checkpoint, network: PackedPass) -> None:
-    rules = [BudgetRule(point=None, num_steps=len(checkpoint.ladder), fixed=s) for s in checkpoint.budgets]
+    rules = [
+        BudgetRule(point=None, num_steps=len(checkpoint.ladder), fixed=s)
+        for s in checkpoint.budgets
+    ]
     tokens = [0] * min(WARM_TOKENS, checkpoint.manifest.max_tokens)
     with torch.inference_mode():
         for rule in rules:

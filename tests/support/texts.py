@@ -1,0 +1,47 @@
+"""Synthetic labelled sentences and a small WordPiece tokenizer for them."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import BertProcessing
+from tokenizers.trainers import WordPieceTrainer
+
+from budgetformer.training.data import Examples
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+TOPICS = {
+    "garden": (["The gardener", "A neighbour", "My aunt"], ["planted", "watered"], ["roses", "beans"]),
+    "harbour": (["The captain", "A sailor", "The crew"], ["anchored", "painted"], ["a ferry", "a tug"]),
+    "kitchen": (["The cook", "A baker", "Our guest"], ["baked", "tasted"], ["bread", "a pie"]),
+}
+ENDINGS = ["", " today", " again before noon", " while the others were still asleep upstairs"]
+
+
+def sentences(topic: str) -> list[str]:
+    """Return 48 sentences of 3 to 9 words about one topic."""
+    who, did, what = TOPICS[topic]
+    return [f"{a} {b} {c}{d}." for a, b, c, d in product(who, did, what, ENDINGS)]
+
+
+def topic_examples() -> Examples:
+    """Return 144 sentences labelled with their topic, the topics taking turns."""
+    names = list(TOPICS)
+    rows = [(s, i) for group in zip(*map(sentences, names), strict=True) for i, s in enumerate(group)]
+    return Examples([s for s, _ in rows], None, np.array([i for _, i in rows]), names)
+
+
+def small_tokenizer() -> Tokenizer:
+    """Train a WordPiece tokenizer of at most 150 entries on the synthetic sentences."""
+    tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    trainer = WordPieceTrainer(vocab_size=150, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(topic_examples().texts, trainer)
+    tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return tokenizer

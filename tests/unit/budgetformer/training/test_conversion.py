@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from budgetformer.errors import CheckpointError
+from budgetformer.modeling import MULTI_LABEL, BudgetFormerForSequenceClassification, masked_mean
+from budgetformer.training.conversion import convert_encoder, order_by_importance
+from tests.support.networks import (
+    VOCABULARY,
+    assert_close,
+    pad,
+    random_items,
+    random_network,
+    small_config,
+)
+
+NAMES = ["no", "yes", "maybe"]
+BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "max_position_embeddings": 20,
+    "layer_norm_eps": 1e-6,
+    "initializer_range": 0.4,
+}
+BATCH = pad(random_items([5, 12, 1, 8]))
+
+
+def random_bert(**changes: Any) -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(**BERT | changes)).eval()
+
+
+@pytest.fixture
+def encoder_folder(tmp_path: Path) -> Path:
+    random_bert().save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+class TestConversion:
+    @pytest.mark.parametrize("activation", ["gelu", "relu"])
+    @pytest.mark.parametrize("coupled", [True, False])
+    @torch.no_grad()
+    def test_full_budget_is_the_very_encoder(
+        self, tmp_path: Path, activation: str, coupled: bool
+    ) -> None:
+        bert = random_bert(hidden_act=activation)
+        bert.save_pretrained(tmp_path)
+        model = convert_encoder(tmp_path, NAMES, budget_ffn=coupled).eval()
+        mask = BATCH["attention_mask"]
+        expected = bert(**BATCH).last_hidden_state
+        encoded = model.encoder(**BATCH, steps=4)
+        assert_close(encoded.last_hidden_state * mask[..., None], expected * mask[..., None])
+        assert_close(encoded.pooled, masked_mean(expected, mask))
+
+    @torch.no_grad()
+    def test_cls_pooling_takes_the_first_state(self, encoder_folder: Path) -> None:
+        model = convert_encoder(encoder_folder, NAMES, pooling="cls").eval()
+        expected = random_bert()(**BATCH).last_hidden_state[:, 0]
+        assert_close(model.encoder(**BATCH, steps=4).pooled, expected)
+
+    @torch.no_grad()
+    def test_smaller_budgets_are_other_functions(self, encoder_folder: Path) -> None:
+        model = convert_encoder(encoder_folder, NAMES).eval()
+        full = model.encoder(**BATCH, steps=4).pooled
+        assert not torch.allclose(model.encoder(**BATCH, steps=2).pooled, full, atol=1e-2)
+
+    @torch.no_grad()
+    def test_weights_under_a_bert_prefix(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        whole = BertForSequenceClassification(BertConfig(**BERT)).eval()
+        whole.save_pretrained(tmp_path)
+        assert any(key.startswith("bert.") for key in load_file(tmp_path / "model.safetensors"))
+        model = convert_encoder(tmp_path, NAMES).eval()
+        expected = whole.bert(**BATCH).last_hidden_state
+        actual = model.encoder(**BATCH, steps=4).last_hidden_state
+        mask = BATCH["attention_mask"][..., None]
+        assert_close(actual * mask, expected * mask)
+
+    def test_half_precision_weights_become_single(self, tmp_path: Path) -> None:
+        random_bert().half().save_pretrained(tmp_path)
+        model = convert_encoder(tmp_path, NAMES)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+    def test_sizes_come_from_the_encoder(self, encoder_folder: Path) -> None:
+        config = convert_encoder(encoder_folder, NAMES).config
+        assert {name: getattr(config, name) for name in BERT if name != "initializer_range"} == {
+            name: value for name, value in BERT.items() if name != "initializer_range"
+        }
+        assert config.norm_position == "post"
+
+    def test_label_names(self, encoder_folder: Path) -> None:
+        model = convert_encoder(encoder_folder, NAMES)
+        assert model.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
+        assert model.config.label2id == {"no": 0, "yes": 1, "maybe": 2}
+        assert model.classifier.out_features == 3
+
+    def test_choices_are_passed_on(self, encoder_folder: Path) -> None:
+        ladder = [[0, 1, 0], [4, 4, 4]]
+        config = convert_encoder(
+            encoder_folder,
+            NAMES,
+            ladder=ladder,
+            embedding_exit=True,
+            problem_type=MULTI_LABEL,
+            head_selection="input",
+            attention_probs_dropout_prob=0.0,
+        ).config
+        assert config.ladder == ladder
+        assert config.embedding_exit
+        assert config.problem_type == MULTI_LABEL
+        assert config.head_selection == "input"
+        assert config.attention_probs_dropout_prob == 0.0
+
+
+def lose_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def lose_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def break_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"no tensors here")
+
+
+def rename_model(folder: Path) -> None:
+    source = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(source | {"model_type": "gpt2"}))
+
+
+def drop_tensors(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "layer.1.output" not in name}
+    save_file(kept, folder / "model.safetensors")
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lose_config, "not an encoder folder"),
+            (lose_weights, "not an encoder folder"),
+            (break_config, "not an encoder folder"),
+            (break_weights, "not an encoder folder"),
+            (rename_model, "model_type 'gpt2', only 'bert' can be converted"),
+            (drop_tensors, r"weights lack layers\.1\..* and 3 more"),
+        ],
+    )
+    def test_says_what_is_wrong_with_the_folder(
+        self, encoder_folder: Path, damage: Callable[[Path], None], message: str
+    ) -> None:
+        damage(encoder_folder)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            convert_encoder(encoder_folder, NAMES)
+        assert str(encoder_folder) in str(caught.value)
+
+    def test_no_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="nowhere"):
+            convert_encoder(tmp_path / "nowhere", NAMES)
+
+
+def labelled(problem_type: str | None = None) -> dict[str, Tensor]:
+    """Return a batch with labels."""
+    labels = torch.tensor([0, 2, 1, 2])
+    if problem_type == MULTI_LABEL:
+        labels = torch.nn.functional.one_hot(labels, 3)
+    return BATCH | {"labels": labels}
+
+
+@torch.no_grad()
+def silence_heads_but(model: BudgetFormerForSequenceClassification, deciding: list[int]) -> None:
+    """Let the attention of each layer depend on one head only."""
+    size = model.config.head_size
+    for layer, head in zip(model.encoder.layers, deciding, strict=True):
+        kept = torch.zeros(model.config.hidden_size)
+        kept[head * size : (head + 1) * size] = 1
+        layer.attention.output.weight.mul_(kept)
+
+
+class TestImportance:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"norm_position": "pre"},
+            {"budget_ffn": False},
+            {"pooling": "cls"},
+            {"embedding_exit": True, "exit_weight": 0.5},
+            {"problem_type": MULTI_LABEL},
+            {"budget_scope": "layer"},
+        ],
+    )
+    def test_full_budget_stays_the_same_function(self, changes: dict[str, Any]) -> None:
+        network = random_network(small_config(**changes))
+        with torch.no_grad():
+            before = network(**BATCH, steps=4).logits
+        moved = network.encoder.layers[0].attention.query.weight.detach().clone()
+        order_by_importance(network, [labelled(network.config.problem_type)] * 2)
+        with torch.no_grad():
+            assert_close(network(**BATCH, steps=4).logits, before)
+        assert not torch.equal(network.encoder.layers[0].attention.query.weight, moved)
+
+    @pytest.mark.parametrize("deciding", [[3, 2, 1], [0, 3, 0], [1, 1, 1]])
+    def test_the_deciding_head_comes_first(self, deciding: list[int]) -> None:
+        network = random_network(small_config(budget_ffn=False))
+        silence_heads_but(network, deciding)
+        with torch.no_grad():
+            full = network(**BATCH, steps=4).logits
+        order_by_importance(network, [labelled()])
+        with torch.no_grad():
+            assert_close(network(**BATCH, steps=1).logits, full)
+
+    def test_the_deciding_neurons_come_first(self) -> None:
+        network = random_network(small_config(num_hidden_layers=1))
+        net = network.encoder.layers[0].feed_forward
+        silence_heads_but(network, [2])
+        with torch.no_grad():
+            deciding = torch.zeros(24)
+            deciding[[5, 11, 17, 18, 20, 23]] = 1  # one head's share, scattered over all heads
+            net.down.weight.mul_(deciding)
+            full = network(**BATCH, steps=4).logits
+        order_by_importance(network, [labelled()])
+        with torch.no_grad():
+            assert_close(network(**BATCH, steps=1).logits, full)
+
+    def test_is_repeatable(self) -> None:
+        networks = [random_network(small_config()) for _ in range(2)]
+        for network in networks:
+            order_by_importance(network, [labelled()])
+        first, second = (network.state_dict() for network in networks)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_leaves_the_mode_and_no_gradient(self, training: bool) -> None:
+        network = random_network(small_config()).train(training)
+        order_by_importance(network, [labelled()])
+        assert network.training == training
+        assert all(parameter.grad is None for parameter in network.parameters())
+
+    def test_leaves_no_hook(self) -> None:
+        network = random_network(small_config())
+        order_by_importance(network, [labelled()])
+        assert not any(module._forward_pre_hooks for module in network.modules())
+
+    def test_ignores_dropout(self) -> None:
+        networks = [random_network(small_config(hidden_dropout_prob=0.5)) for _ in range(2)]
+        for network in networks:
+            order_by_importance(network.train(), [labelled()])
+        first, second = (network.state_dict() for network in networks)
+        assert all(torch.equal(first[name], second[name]) for name in first)

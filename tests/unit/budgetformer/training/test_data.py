@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from budgetformer.errors import BudgetFormerError, DataError
+from budgetformer.training.data import Examples, TokenizedTexts, read_examples, read_table
+from tests.support.networks import PROPERTY
+from tests.support.texts import topic_examples
+
+Rows = list[dict[str, Any]]
+
+GREETINGS: Rows = [
+    {"text": "Good morning, everyone.", "label": "hello"},
+    {"text": 'See you "soon",\nmy friend', "label": "bye"},
+    {"text": "", "label": "hello"},
+]
+
+
+def write_parquet(path: Path, rows: Rows) -> None:
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    pyarrow.csv.write_csv(pa.Table.from_pylist(rows), path)
+
+
+def write_jsonl(path: Path, rows: Rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+WRITERS: dict[str, Callable[[Path, Rows], None]] = {
+    "parquet": write_parquet,
+    "csv": write_csv,
+    "jsonl": write_jsonl,
+}
+
+
+@pytest.fixture(params=WRITERS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def write(folder: Path, kind: str, rows: Rows) -> Path:
+    path = folder / f"rows.{kind}"
+    WRITERS[kind](path, rows)
+    return path
+
+
+class TestReading:
+    def test_texts_and_labels(self, tmp_path: Path, kind: str) -> None:
+        examples = read_examples(write(tmp_path, kind, GREETINGS))
+        assert examples.texts == [row["text"] for row in GREETINGS]
+        assert examples.names == ["bye", "hello"]
+        assert examples.labels.tolist() == [1, 0, 1]
+        assert examples.pairs is None
+        assert not examples.multi_label
+        assert len(examples) == 3
+
+    def test_class_ids(self, tmp_path: Path, kind: str) -> None:
+        rows = [{"text": f"text {i}", "label": i} for i in (2, 0, 2)]
+        examples = read_examples(write(tmp_path, kind, rows))
+        assert examples.labels.tolist() == [2, 0, 2]
+        assert examples.names == ["0", "1", "2"]
+
+    def test_pairs(self, tmp_path: Path, kind: str) -> None:
+        rows = [{"text": "A dog runs.", "text_pair": "An animal moves.", "label": "yes"}]
+        examples = read_examples(write(tmp_path, kind, rows))
+        assert examples.pairs == ["An animal moves."]
+
+    def test_other_columns_are_left_alone(self, tmp_path: Path, kind: str) -> None:
+        rows = [{"id": 7, "text": "One.", "label": "a", "source": "here"}]
+        assert read_examples(write(tmp_path, kind, rows)).texts == ["One."]
+
+    @pytest.mark.parametrize("many_kind", ["parquet", "jsonl"])
+    def test_several_names_per_text(self, tmp_path: Path, many_kind: str) -> None:
+        rows = [
+            {"text": "one", "label": ["sad", "long"]},
+            {"text": "two", "label": []},
+            {"text": "three", "label": ["happy"]},
+        ]
+        examples = read_examples(write(tmp_path, many_kind, rows))
+        assert examples.multi_label
+        assert examples.names == ["happy", "long", "sad"]
+        assert examples.labels.tolist() == [[0, 1, 1], [0, 0, 0], [1, 0, 0]]
+
+    @pytest.mark.parametrize("many_kind", ["parquet", "jsonl"])
+    def test_several_ids_per_text(self, tmp_path: Path, many_kind: str) -> None:
+        rows = [{"text": "one", "label": [0, 2]}, {"text": "two", "label": [1]}]
+        examples = read_examples(write(tmp_path, many_kind, rows))
+        assert examples.labels.tolist() == [[1, 0, 1], [0, 1, 0]]
+
+    def test_given_names_decide_the_order(self, tmp_path: Path, kind: str) -> None:
+        path = write(tmp_path, kind, GREETINGS)
+        examples = read_examples(path, ["hello", "bye", "thanks"])
+        assert examples.names == ["hello", "bye", "thanks"]
+        assert examples.labels.tolist() == [0, 1, 0]
+
+    def test_given_names_for_ids(self, tmp_path: Path, kind: str) -> None:
+        path = write(tmp_path, kind, [{"text": "x", "label": 1}])
+        assert read_examples(path, ["no", "yes"]).names == ["no", "yes"]
+
+    def test_names_beside_the_file(self, tmp_path: Path, kind: str) -> None:
+        (tmp_path / "labels.json").write_text('["hello", "bye"]')
+        examples = read_examples(write(tmp_path, kind, GREETINGS))
+        assert examples.names == ["hello", "bye"]
+        assert examples.labels.tolist() == [0, 1, 0]
+
+    def test_given_names_win_over_the_file_beside(self, tmp_path: Path) -> None:
+        (tmp_path / "labels.json").write_text('["hello", "bye"]')
+        examples = read_examples(write(tmp_path, "jsonl", GREETINGS), ["bye", "hello"])
+        assert examples.names == ["bye", "hello"]
+
+    @pytest.mark.parametrize("suffix", [".ndjson", ".JSONL"])
+    def test_other_spellings_of_jsonl(self, tmp_path: Path, suffix: str) -> None:
+        path = tmp_path / f"rows{suffix}"
+        write_jsonl(path, GREETINGS)
+        assert len(read_examples(path)) == 3
+
+    def test_text_of_any_script(self, tmp_path: Path, kind: str) -> None:
+        texts = ["Ünïcödé — “quotes”", "日本語のテキスト", "🙂 emoji", "tab\there"]
+        path = write(tmp_path, kind, [{"text": text, "label": "a"} for text in texts])
+        assert read_examples(path).texts == texts
+
+    def test_table_holds_the_columns(self, tmp_path: Path, kind: str) -> None:
+        table = read_table(write(tmp_path, kind, GREETINGS))
+        assert table.column_names == ["text", "label"]
+        assert table.num_rows == 3
+
+    def test_subset_keeps_the_rows_asked_for(self) -> None:
+        examples = Examples(["a", "b", "c"], ["x", "y", "z"], np.array([0, 1, 2]), ["p", "q", "r"])
+        some = examples.subset([2, 0])
+        assert (some.texts, some.pairs, some.labels.tolist()) == (["c", "a"], ["z", "x"], [2, 0])
+        assert some.names == examples.names
+
+    def test_subset_by_array_without_pairs(self) -> None:
+        some = topic_examples().subset(np.array([5, 3]))
+        assert some.pairs is None
+        assert some.labels.tolist() == [2, 0]
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ([{"text": "one"}], r"no column 'label' \(it has text\)"),
+            ([{"label": "a"}], r"no column 'text' \(it has label\)"),
+            ([{"sentence": "one", "label": "a"}], "no column 'text'"),
+        ],
+    )
+    def test_missing_column(self, tmp_path: Path, kind: str, rows: Rows, message: str) -> None:
+        path = write(tmp_path, kind, rows)
+        with pytest.raises(DataError, match=message) as caught:
+            read_examples(path)
+        assert str(path) in str(caught.value)
+
+    @pytest.mark.parametrize("null_kind", ["parquet", "jsonl"])
+    def test_null_text(self, tmp_path: Path, null_kind: str) -> None:
+        rows = [{"text": "one", "label": "a"}, {"text": None, "label": "a"}]
+        with pytest.raises(DataError, match="row 1 has no text"):
+            read_examples(write(tmp_path, null_kind, rows))
+
+    @pytest.mark.parametrize("label", ["c", "A", ""])
+    def test_unknown_name(self, tmp_path: Path, kind: str, label: str) -> None:
+        rows = [{"text": "one", "label": "a"}, {"text": "two", "label": label}]
+        with pytest.raises(DataError, match=f"row 1 has the unknown label '{label}'"):
+            read_examples(write(tmp_path, kind, rows), ["a", "b"])
+
+    @pytest.mark.parametrize("label", [2, -1, 99])
+    def test_unknown_id(self, tmp_path: Path, kind: str, label: int) -> None:
+        rows = [{"text": "one", "label": 1}, {"text": "two", "label": label}]
+        with pytest.raises(DataError, match=f"row 1 has the unknown label {label}"):
+            read_examples(write(tmp_path, kind, rows), ["a", "b"])
+
+    @pytest.mark.parametrize("many_kind", ["parquet", "jsonl"])
+    def test_unknown_name_among_several(self, tmp_path: Path, many_kind: str) -> None:
+        rows = [{"text": "one", "label": ["a"]}, {"text": "two", "label": ["a", "z"]}]
+        with pytest.raises(DataError, match="row 1 has the unknown label 'z'"):
+            read_examples(write(tmp_path, many_kind, rows), ["a", "b"])
+
+    def test_null_label(self, tmp_path: Path) -> None:
+        rows = [{"text": "one", "label": "a"}, {"text": "two", "label": None}]
+        with pytest.raises(DataError, match="row 1 has the unknown label None"):
+            read_examples(write(tmp_path, "jsonl", rows), ["a", "b"])
+
+    @pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.json", "rows.tsv", "rows.csv.gz"])
+    def test_other_kind_of_file(self, tmp_path: Path, name: str) -> None:
+        path = tmp_path / name
+        path.write_text("text,label\none,a\n")
+        with pytest.raises(DataError, match=r"not a \.parquet, \.csv or \.jsonl file"):
+            read_table(path)
+
+    def test_missing_file(self, tmp_path: Path, kind: str) -> None:
+        with pytest.raises(DataError, match=f"nowhere.{kind}"):
+            read_table(tmp_path / f"nowhere.{kind}")
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("rows.parquet", b"not a parquet file at all"),
+            ("rows.parquet", b""),
+            ("rows.jsonl", b'{"text": "one", "label": '),
+            ("rows.jsonl", b"no json\n"),
+            ("rows.csv", b""),
+            ("rows.csv", b"text,label\none,a,too,many\n"),
+        ],
+    )
+    def test_broken_file(self, tmp_path: Path, name: str, content: bytes) -> None:
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=name):
+            read_table(path)
+
+    def test_is_one_of_ours(self) -> None:
+        assert issubclass(DataError, BudgetFormerError)
+
+
+def word_tokenizer() -> Tokenizer:
+    """Return a tokenizer that gives the word `w` token 1, so that lengths are what a test says."""
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "w": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return tokenizer
+
+
+def words(lengths: list[int], max_length: int = 16) -> TokenizedTexts:
+    """Return texts of so many tokens."""
+    return TokenizedTexts(word_tokenizer(), ["w " * n for n in lengths], None, max_length)
+
+
+LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=40)
+
+
+class TestTokens:
+    def test_special_tokens_frame_a_text(self, tokenizer: Tokenizer) -> None:
+        tokens = TokenizedTexts(tokenizer, ["The cook baked bread."], None, 32)
+        assert tokens.ids[0][[0, -1]].tolist() == [2, 3]
+        assert not tokens.types[0].any()
+
+    def test_pairs_have_two_segments(self, tokenizer: Tokenizer) -> None:
+        tokens = TokenizedTexts(tokenizer, ["bread"], ["a pie"], 32)
+        ids, types = tokens.ids[0].tolist(), tokens.types[0].tolist()
+        first = ids.index(3) + 1
+        assert types == [0] * first + [1] * (len(ids) - first)
+        assert 0 < first < len(ids)
+
+    @pytest.mark.parametrize("paired", [False, True])
+    def test_long_inputs_are_cut(self, tokenizer: Tokenizer, paired: bool) -> None:
+        pairs = ["my aunt planted roses"] if paired else None
+        tokens = TokenizedTexts(tokenizer, ["The cook baked bread again"], pairs, 8)
+        assert tokens.lengths.tolist() == [8]
+        assert tokens.ids[0][-1] == 3
+
+    def test_lengths(self) -> None:
+        assert words([3, 0, 12, 20]).lengths.tolist() == [3, 0, 12, 16]
+
+    def test_texts_and_pairs_must_match(self) -> None:
+        with pytest.raises(ValueError, match="zip"):
+            TokenizedTexts(word_tokenizer(), ["w", "w"], ["w"], 16)
+
+
+class TestBatches:
+    def test_pads_to_the_longest_row(self) -> None:
+        batch = words([2, 4, 0, 9]).batch(np.array([0, 1, 2]))
+        assert batch.rows.tolist() == [0, 1, 2]
+        assert batch.input_ids.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
+        assert batch.attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
+        assert batch.token_type_ids.tolist() == [[0] * 4] * 3
+
+    def test_rows_without_tokens_get_one_place(self) -> None:
+        batch = words([0, 0]).batch(np.array([0, 1]))
+        assert batch.input_ids.shape == (2, 1)
+        assert not batch.attention_mask.any()
+
+    def test_holds_whole_numbers(self) -> None:
+        batch = words([3]).batch(np.array([0]))
+        for tensor in (batch.input_ids, batch.token_type_ids, batch.attention_mask):
+            assert tensor.dtype == torch.long
+
+    @PROPERTY
+    @given(LENGTHS, st.integers(1, 9), st.none() | st.integers(0, 1000))
+    def test_every_row_comes_once(self, lengths: list[int], size: int, seed: int | None) -> None:
+        seen = [row for batch in words(lengths).batches(size, seed) for row in batch.rows.tolist()]
+        assert sorted(seen) == list(range(len(lengths)))
+
+    @PROPERTY
+    @given(LENGTHS, st.integers(1, 9), st.none() | st.integers(0, 1000))
+    def test_sizes_and_masks(self, lengths: list[int], size: int, seed: int | None) -> None:
+        batches = list(words(lengths).batches(size, seed))
+        assert sorted(len(batch.rows) for batch in batches)[1:] == [size] * (len(batches) - 1)
+        for batch in batches:
+            own = [lengths[row] for row in batch.rows]
+            assert batch.input_ids.shape[1] == max(1, *own, 0)
+            assert batch.attention_mask.sum(1).tolist() == own
+            assert torch.equal(batch.input_ids, batch.attention_mask)
+
+    @PROPERTY
+    @given(LENGTHS, st.integers(1, 9), st.integers(0, 1000))
+    def test_a_seed_fixes_the_order(self, lengths: list[int], size: int, seed: int) -> None:
+        tokens = words(lengths)
+        first, second = ([b.rows.tolist() for b in tokens.batches(size, seed)] for _ in range(2))
+        assert first == second
+
+    def test_other_seeds_give_other_orders(self) -> None:
+        tokens = words([n % 7 for n in range(40)])
+        orders = [[b.rows.tolist() for b in tokens.batches(4, seed)] for seed in range(4)]
+        assert all(orders.count(order) == 1 for order in orders)
+
+    def test_without_a_seed_lengths_rise(self) -> None:
+        tokens = words([5, 1, 4, 2, 3, 1])
+        rows = [row for batch in tokens.batches(2) for row in batch.rows.tolist()]
+        assert rows == [1, 5, 3, 4, 2, 0]
+
+    @pytest.mark.parametrize("seed", [None, 0, 1])
+    def test_like_lengths_go_together(self, seed: int | None) -> None:
+        tokens = words([1, 12] * 20)
+        assert all(len(set(tokens.lengths[b.rows])) == 1 for b in tokens.batches(4, seed))

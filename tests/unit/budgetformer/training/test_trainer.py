@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from budgetformer.configuration import BudgetFormerConfig
+from budgetformer.modeling import MULTI_LABEL, BudgetFormerForSequenceClassification
+from budgetformer.training import trainer as trainer_module
+from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
+from budgetformer.training.recipe import Recipe
+from budgetformer.training.trainer import Trainer, inputs, split_rows
+from tests.support.networks import PROPERTY
+from tests.support.texts import topic_examples
+
+RECIPE = Recipe(
+    seed=3,
+    max_length=16,
+    batch_size=12,
+    learning_rate=5e-3,
+    dense_epochs=2,
+    budget_epochs=2,
+    distillation=0.5,
+)
+
+
+class PowerCut(Exception):
+    """Ends a run from outside."""
+
+
+class FailingTexts(TokenizedTexts):
+    """Texts that cut the power once so many batches have been served."""
+
+    left = 10**9
+
+    def batches(self, batch_size: int, seed: int | None = None) -> Iterator[TokenBatch]:
+        for batch in super().batches(batch_size, seed):
+            if self.left == 0:
+                raise PowerCut
+            self.left -= 1
+            yield batch
+
+
+def new_network(seed: int = 0, **changes: Any) -> BudgetFormerForSequenceClassification:
+    """Return an untrained network for the synthetic sentences."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 150,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+        "max_position_embeddings": 16,
+        "controller_hidden_size": 4,
+        "num_labels": 3,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(seed)
+    return BudgetFormerForSequenceClassification(BudgetFormerConfig(**sizes | changes))
+
+
+def drop(_: str) -> None:
+    """Take a log line and forget it."""
+
+
+class Run:
+    """One training run in a folder, from the same untrained network every time."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, examples: Examples, **changes: Any) -> None:
+        self.folder, self.examples = folder, examples
+        self.recipe = Recipe(**RECIPE.as_dict() | changes)
+        self.tokens = FailingTexts(tokenizer, examples.texts, examples.pairs, 16)
+        self.lines: list[str] = []
+
+    def trainer(self, model: BudgetFormerForSequenceClassification) -> Trainer:
+        return Trainer(
+            model, self.tokens, self.examples, self.recipe, self.folder, self.lines.append
+        )
+
+    def weights(self, after: int | None = None, **network: Any) -> dict[str, Tensor]:
+        """Train, with a power cut after so many batches if asked for, and return the weights."""
+        model = new_network(**network)
+        if after is not None:
+            self.tokens.left = after
+            with pytest.raises(PowerCut):
+                self.trainer(model).train()
+            self.tokens.left = 10**9
+            # whoever goes on knows nothing but the folder, and starts from any weights
+            model = new_network(seed=99, **network)
+            torch.manual_seed(1234)
+        self.trainer(model).train()
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def examples() -> Examples:
+    return topic_examples().subset(range(48))
+
+
+@pytest.fixture
+def new_run(tmp_path: Path, tokenizer: Tokenizer, examples: Examples) -> Callable[..., Run]:
+    """Return a maker of runs, each in its own folder unless told."""
+    made: list[Run] = []
+
+    def make(folder: Path | None = None, **changes: Any) -> Run:
+        place = folder or tmp_path / str(len(made))
+        made.append(Run(place, tokenizer, changes.pop("examples", examples), **changes))
+        return made[-1]
+
+    return make
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Compare weights bit by bit."""
+    assert first.keys() == second.keys()
+    differing = [name for name in first if not torch.equal(first[name], second[name])]
+    assert differing == []
+
+
+@torch.no_grad()
+def accuracy(run: Run, model: BudgetFormerForSequenceClassification, step: int) -> float:
+    answers = run.trainer(model).predict(run.tokens, step, "test").argmax(-1).numpy()
+    return float((answers == run.examples.labels).mean())
+
+
+def mean_loss(run: Run, model: BudgetFormerForSequenceClassification, step: int) -> float:
+    logits = run.trainer(model).predict(run.tokens, step, "test")
+    return float(model.loss(logits, torch.from_numpy(run.examples.labels)))
+
+
+class TestLearning:
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_loss_falls_at_every_step(self, new_run: Callable[..., Run], precision: str) -> None:
+        run, model = new_run(precision=precision, dense_epochs=3, budget_epochs=6), new_network()
+        before = [mean_loss(run, model, step) for step in range(1, 5)]
+        run.trainer(model).train()
+        after = [mean_loss(run, model, step) for step in range(1, 5)]
+        assert all(late < 0.5 * early for late, early in zip(after, before, strict=True))
+        assert accuracy(run, model, 4) > 0.9
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"head_selection": "input"},
+            {"budget_scope": "layer", "head_selection": "input"},
+            {"budget_ffn": False, "norm_position": "pre"},
+            {"ladder": [[0, 1], [1, 2], [4, 4]]},
+        ],
+    )
+    def test_each_form_learns(self, new_run: Callable[..., Run], changes: dict[str, Any]) -> None:
+        run, model = new_run(dense_epochs=3, budget_epochs=3), new_network(**changes)
+        full = model.config.num_steps
+        before = mean_loss(run, model, full)
+        run.trainer(model).train()
+        assert mean_loss(run, model, full) < 0.7 * before
+
+    def test_several_labels_learn(
+        self, new_run: Callable[..., Run], examples: Examples
+    ) -> None:
+        labels = np.eye(3, dtype=np.int64)[examples.labels]
+        several = Examples(examples.texts, None, labels, examples.names)
+        run = new_run(examples=several, dense_epochs=4, budget_epochs=4)
+        model = new_network(problem_type=MULTI_LABEL)
+        before = mean_loss(run, model, 4)
+        run.trainer(model).train()
+        assert mean_loss(run, model, 4) < 0.7 * before
+
+    def test_budget_and_exit_heads_are_left_to_calibration(
+        self, new_run: Callable[..., Run]
+    ) -> None:
+        model = new_network(embedding_exit=True)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        new_run().trainer(model).train()
+        for name, tensor in model.state_dict().items():
+            untouched = name.startswith("exit_head") or ".controller." in name
+            assert torch.equal(tensor, before[name]) == untouched, name
+
+    def test_no_epoch_changes_nothing_but_the_order(self, new_run: Callable[..., Run]) -> None:
+        run, model = new_run(dense_epochs=0, budget_epochs=0), new_network()
+        before = mean_loss(run, model, 4)
+        run.trainer(model).train()
+        assert mean_loss(run, model, 4) == pytest.approx(before, rel=1e-5)
+
+    def test_says_what_it_does(self, new_run: Callable[..., Run]) -> None:
+        run = new_run()
+        run.weights()
+        assert run.lines == ["ordering heads and neurons by importance"]
+
+
+class TestDeterminism:
+    def test_a_seed_gives_the_same_weights(self, new_run: Callable[..., Run]) -> None:
+        first = new_run().weights()
+        torch.manual_seed(77)
+        np.random.default_rng(5).random()
+        assert_same(first, new_run().weights())
+
+    def test_another_seed_gives_others(self, new_run: Callable[..., Run]) -> None:
+        first, second = new_run().weights(), new_run(seed=4).weights()
+        assert not torch.equal(first["classifier.weight"], second["classifier.weight"])
+
+
+# 48 rows in batches of 12: 8 batches of dense training, 4 for the importance of heads, 1 for the
+# teacher's answers (batches of 64), 8 of budget training; each case cuts at another place of a run.
+CUTS = {
+    "at once": 0,
+    "in the first epoch": 2,
+    "between epochs": 4,
+    "in the second epoch": 7,
+    "while ordering": 9,
+    "before the teacher answers": 12,
+    "before the first budget step": 13,
+    "in the budget stage": 15,
+    "between budget epochs": 17,
+    "before the last step": 20,
+}
+
+
+class TestResuming:
+    @pytest.fixture(autouse=True)
+    def _save_every_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(trainer_module, "SAVE_SECONDS", -1)
+
+    @pytest.fixture(scope="class")
+    def unbroken(
+        self, tmp_path_factory: pytest.TempPathFactory, _tokenizer_text: str
+    ) -> dict[str, Tensor]:
+        folder = tmp_path_factory.mktemp("unbroken")
+        rows = topic_examples().subset(range(48))
+        return Run(folder, Tokenizer.from_str(_tokenizer_text), rows).weights()
+
+    @pytest.mark.parametrize("after", CUTS.values(), ids=CUTS.keys())
+    def test_ends_with_the_weights_of_an_unbroken_run(
+        self, new_run: Callable[..., Run], unbroken: dict[str, Tensor], after: int
+    ) -> None:
+        run = new_run()
+        if after == 0:
+            # nothing was saved yet, so the run begins anew from the same network
+            run.tokens.left = 0
+            with pytest.raises(PowerCut):
+                run.trainer(new_network()).train()
+            run.tokens.left = 10**9
+            assert_same(run.weights(), unbroken)
+        else:
+            assert_same(run.weights(after=after), unbroken)
+
+    def test_cut_every_few_batches(
+        self, new_run: Callable[..., Run], unbroken: dict[str, Tensor]
+    ) -> None:
+        run = new_run()
+        for _ in range(20):
+            run.tokens.left = 6
+            model = new_network()
+            try:
+                run.trainer(model).train()
+            except PowerCut:
+                continue
+            break
+        assert_same(model.state_dict(), unbroken)
+
+    @pytest.mark.parametrize("changes", [{"head_selection": "input"}, {"hidden_dropout_prob": 0.5}])
+    def test_other_networks(self, new_run: Callable[..., Run], changes: dict[str, Any]) -> None:
+        assert_same(new_run().weights(after=6, **changes), new_run().weights(**changes))
+
+    def test_seldom_saved_runs_repeat_what_was_lost(
+        self,
+        new_run: Callable[..., Run],
+        unbroken: dict[str, Tensor],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        run = new_run()
+        run.tokens.left = 5
+        with pytest.raises(PowerCut):
+            run.trainer(new_network()).train()
+        monkeypatch.setattr(trainer_module, "SAVE_SECONDS", 10**6)
+        run.tokens.left = 2
+        with pytest.raises(PowerCut):
+            run.trainer(new_network(seed=9)).train()
+        assert_same(run.weights(), unbroken)
+
+    def test_says_where_it_goes_on(self, new_run: Callable[..., Run]) -> None:
+        run = new_run()
+        run.weights(after=6)
+        assert run.lines[0].startswith("dense: going on from step ")
+        assert run.lines[0].endswith(" of 8")
+
+    def test_a_finished_run_is_not_repeated(
+        self, new_run: Callable[..., Run], unbroken: dict[str, Tensor]
+    ) -> None:
+        run = new_run()
+        run.weights()
+        run.tokens.left = 0
+        model = new_network(seed=50)
+        run.trainer(model).train()
+        assert_same(model.state_dict(), unbroken)
+
+    def test_leaves_one_whole_file(self, new_run: Callable[..., Run]) -> None:
+        run = new_run()
+        run.weights(after=6)
+        assert [path.name for path in run.folder.iterdir()] == ["state.pt"]
+        torch.load(run.folder / "state.pt", weights_only=True)
+
+    def test_makes_its_folder(self, new_run: Callable[..., Run], tmp_path: Path) -> None:
+        run = new_run(folder=tmp_path / "deep" / "down")
+        run.weights()
+        assert (tmp_path / "deep" / "down" / "state.pt").is_file()
+
+
+class TestPredict:
+    def test_answers_in_row_order(self, new_run: Callable[..., Run]) -> None:
+        run, model = new_run(), new_network().eval()
+        answers = run.trainer(model).predict(run.tokens, 2, "test")
+        assert answers.shape == (48, 3)
+        with torch.no_grad():
+            for row in (0, 17, 47):
+                own = model(**inputs(run.tokens.batch(np.array([row]))), steps=2).logits
+                torch.testing.assert_close(answers[row], own[0], rtol=1e-4, atol=1e-5)
+
+    def test_ignores_dropout(self, new_run: Callable[..., Run]) -> None:
+        run, model = new_run(), new_network(hidden_dropout_prob=0.5).train()
+        trainer = run.trainer(model)
+        first, second = (trainer.predict(run.tokens, 4, "test") for _ in range(2))
+        assert torch.equal(first, second)
+
+    def test_step_zero_answers_with_the_exit_head(self, new_run: Callable[..., Run]) -> None:
+        run, model = new_run(), new_network(embedding_exit=True).eval()
+        answers = run.trainer(model).predict(run.tokens, 0, "test")
+        batch = run.tokens.batch(np.arange(48))
+        assert model.exit_head is not None
+        with torch.no_grad():
+            expected = model.exit_head(batch.input_ids, batch.attention_mask)
+        torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-5)
+
+    def test_of_an_unseen_set(self, new_run: Callable[..., Run], tokenizer: Tokenizer) -> None:
+        run = new_run()
+        other = TokenizedTexts(tokenizer, ["The crew painted a tug."], None, 16)
+        assert run.trainer(new_network()).predict(other, 1, "test").shape == (1, 3)
+
+
+class TestSplit:
+    @PROPERTY
+    @given(st.integers(0, 200), st.floats(0, 1), st.integers(0, 100))
+    def test_every_row_is_on_one_side(self, count: int, hold_out: float, seed: int) -> None:
+        kept, held = split_rows(count, hold_out, seed)
+        assert sorted([*kept.tolist(), *held.tolist()]) == list(range(count))
+        assert len(held) == int(count * hold_out)
+        assert kept.tolist() == sorted(kept.tolist())
+        assert held.tolist() == sorted(held.tolist())
+
+    def test_follows_the_seed(self) -> None:
+        first, again, other = (split_rows(100, 0.2, seed)[1].tolist() for seed in (1, 1, 2))
+        assert first == again
+        assert first != other
