@@ -7,7 +7,7 @@ TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
 BIN   := .venv/bin
 TORCH := $(shell grep ^torch== requirements/torch.in)
-PIP   := $(BIN)/python -m pip --disable-pip-version-check
+PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-compose lint bench train docs lock clean
@@ -22,7 +22,7 @@ test: lint ## lint, types, import rules, then every test that needs no container
 	$(BIN)/python -m pytest
 
 test-compose: .venv/.dev ## build the images, bring the stack up under Docker and ask it
-	$(BIN)/python -m pytest -m compose --timeout 1500
+	$(BIN)/python -m pytest tests/e2e/compose -m compose --timeout 1500
 
 lint: .venv/.dev ## style, types and import rules
 	$(BIN)/ruff check .
@@ -37,7 +37,7 @@ train: .venv/.dev ## train model_store/ag_news/1 again from DATA (Parquet, CSV o
 	$(BIN)/budgetformer train --data $(DATA) --start minilm-l6 --out model_store/ag_news/1
 
 docs: .venv/.dev ## build the documentation into site/
-	$(PIP) install --quiet "mkdocs-material>=9.6,<10"
+	$(PIP) install --editable ".[docs]"
 	$(BIN)/mkdocs build --strict
 
 lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
@@ -61,6 +61,7 @@ PORTABLE := sed -E -i -e 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' -e '/^(cuda|nvidia
 
 # torch comes first and by itself: without a GPU its CUDA libraries would be gigabytes that nothing uses.
 .venv/.torch: .venv/.created requirements/torch.in
+	@echo "installing $(TORCH), the packages of requirements/ follow: a minute or two"
 	@if command -v nvidia-smi >/dev/null; then $(PIP) install $(TORCH); \
 	else $(PIP) install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX_URL) $(TORCH)+cpu || $(PIP) install $(TORCH); fi
 	@touch $@

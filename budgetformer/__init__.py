@@ -1,7 +1,7 @@
 """BudgetFormer: a Transformer classifier that spends, on each text, only the heads that it needs.
 
-Importing the package is light. The names below load torch and Transformers when first used, so that a
-process which only reads manifests (`budgetformer.checkpoint`) never pays for them.
+Importing the package is light. The names below load torch and Transformers when first used, so that
+a process which only reads manifests (`budgetformer.checkpoint`) never pays for them.
 """
 
 from __future__ import annotations

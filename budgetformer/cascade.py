@@ -60,7 +60,10 @@ def pack(items: Sequence[Work]) -> PackedTokens:
 
 
 def arrive(network: PackedPass, items: Sequence[Work]) -> None:
-    """Let f_o decide the first step of each item; an item whose step is 0 has its answer afterwards."""
+    """Let f_o decide the first step of each item.
+
+    An item whose step is 0 has its answer afterwards.
+    """
     config = network.config
     arrival = network.arrive(pack(items))
     exits = None if arrival.exit_logits is None else arrival.exit_logits.cpu()
@@ -87,7 +90,10 @@ def arrive(network: PackedPass, items: Sequence[Work]) -> None:
 
 
 def run(network: PackedPass, items: Sequence[Work]) -> None:
-    """Run each item at its step; those that are still unsure get their next step, the others an answer."""
+    """Run each item at its step.
+
+    Those that are still unsure get their next step, the others an answer.
+    """
     config = network.config
     layerwise = config.budget_scope == "layer"
     steps = None if items[0].step == LAYERWISE else [item.step for item in items]

@@ -1,7 +1,7 @@
-"""A checkpoint folder and its manifest: written, read, verified. Needs neither torch nor Transformers.
+"""A checkpoint folder and its manifest, without torch or Transformers.
 
-`model_store/<name>/<version>/` holds `config.json`, `model.safetensors`, `tokenizer.json` (and its config),
-`manifest.json` and `README.md`. The highest version is the one that is served.
+`model_store/<name>/<version>/` holds `config.json`, `model.safetensors`, `tokenizer.json` (and its
+config), `manifest.json` and `README.md`. The highest version is the one that is served.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Manifest(_Data):
         seed, recipe: what `budgetformer train` was asked.
         metrics: figures of the run (rows, epochs, accuracies).
         frontier: fixed steps, for comparison.
-        operating_points: calibrated rules in order of rising cost; some carry a quality level's name.
+        operating_points: calibrated rules in order of rising cost; some carry a quality level's
+            name.
         provenance: origin and terms of weights and data.
     """
 
@@ -160,7 +161,8 @@ class Checkpoint:
         """Return the rule for one request's budgets.
 
         Args:
-            quality: a level's name or the accuracy points given up; None takes f_o's own ceil(s * S).
+            quality: a level's name or the accuracy points given up; None takes f_o's own ceil(s *
+                S).
             heads: heads per layer, instead of f_o.
             max_heads: at most so many heads per layer.
 

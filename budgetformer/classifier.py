@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +28,7 @@ def load_network(checkpoint: Checkpoint, device: str = "cpu") -> PackedPass:
     """
     checkpoint.verify()
     try:
-        model, report = BudgetFormerForSequenceClassification.from_pretrained(
+        loaded: Any = BudgetFormerForSequenceClassification.from_pretrained(
             checkpoint.path,
             dtype=torch.float32,
             local_files_only=True,
@@ -36,6 +37,7 @@ def load_network(checkpoint: Checkpoint, device: str = "cpu") -> PackedPass:
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    model, report = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(map(str, report.get(problem, ())))
         if keys:
@@ -50,8 +52,8 @@ def load_network(checkpoint: Checkpoint, device: str = "cpu") -> PackedPass:
 class Prediction:
     """The answer for one text, and what it cost.
 
-    probs [C] in label order; `budget` the ladder step that answered; `heads` computed, summed over layers;
-    `macs` against `dense_macs`, multiply-adds.
+    probs [C] in label order; `budget` the ladder step that answered; `heads` computed, summed over
+    layers; `macs` against `dense_macs`, multiply-adds.
     """
 
     label: str
@@ -69,7 +71,7 @@ class Classifier:
     """A checkpoint, ready to classify."""
 
     def __init__(self, path: Path | str, device: str = "cpu") -> None:
-        """Load the checkpoint folder `path` (`<name>/<version>`, or `<name>` for its highest version).
+        """Load the checkpoint folder `path`: `<name>/<version>`, or `<name>` for the highest one.
 
         Raises:
             CheckpointError: there is none, or it is damaged.

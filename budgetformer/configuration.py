@@ -20,27 +20,30 @@ def uniform_ladder(num_layers: int, num_heads: int) -> list[list[int]]:
 class BudgetFormerConfig(PreTrainedConfig):
     """Configure a BudgetFormer encoder and its classification head.
 
-    Sizes (`vocab_size`, `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `intermediate_size`,
-    `max_position_embeddings`, `type_vocab_size`, `layer_norm_eps`, `hidden_act`, dropouts) mean what
-    they mean for BERT. What is special to this network:
+    Sizes (`vocab_size`, `hidden_size`, `num_hidden_layers`, `num_attention_heads`,
+    `intermediate_size`, `max_position_embeddings`, `type_vocab_size`, `layer_norm_eps`,
+    `hidden_act`, dropouts) mean what they mean for BERT. What is special to this network:
 
     Args:
         norm_position: `"post"` (BERT: layer norm after each residual sum) or `"pre"`.
         pooling: how token states become one vector for the classifier, `"mean"` or `"cls"`.
         budget_ffn: couple the feed-forward net to the heads. Each head owns 1/H of the neurons, and
-            a head that is not computed takes its neurons with it. False: the paper's form, always whole.
+            a head that is not computed takes its neurons with it. False: the paper's form, always
+            whole.
         budget_scope: `"input"` decides budget and heads once per input, from the pooled embeddings;
             `"layer"` is the paper's form, each layer decides from its own pooled input.
-        head_selection: `"input"` lets the head scorer g_d choose heads per input (paper); `"ranked"`
-            orders the heads of each layer once, and a budget of k computes the first k.
+        head_selection: `"input"` lets the head scorer g_d choose heads per input (paper);
+            `"ranked"` orders the heads of each layer once, and a budget of k computes the first k.
         ladder: heads per layer for each budget step 1..S, in order of rising cost. None: the
-            uniform ladder, step k = k heads in every layer. A plan may name 0 heads for a layer when
-            `budget_ffn` is true; that layer is then skipped.
+            uniform ladder, step k = k heads in every layer. A plan may name 0 heads for a layer
+            when `budget_ffn` is true; that layer is then skipped.
         embedding_exit: add step 0, a linear head on the bag of token embeddings that answers
             before the encoder runs.
-        exit_weight: how much the step-0 logits count beside the encoder's in the answer of a step >= 1.
+        exit_weight: how much the step-0 logits count beside the encoder's in the answer of a step
+            >= 1.
         controller_hidden_size: width of f_o's hidden layer.
-        budget_bounds: (s_min, s_max), outside which the budget regulariser pushes s back (paper: 0.1, 0.9).
+        budget_bounds: (s_min, s_max), outside which the budget regulariser pushes s back (paper:
+            0.1, 0.9).
 
     Raises:
         ValueError: a size does not divide, a choice is unknown, or the ladder does not fit.
@@ -109,6 +112,11 @@ class BudgetFormerConfig(PreTrainedConfig):
     def head_size(self) -> int:
         """Width of one attention head, D / H."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels C."""
+        return len(self.id2label or ())
 
     @property
     def neurons_per_head(self) -> int:

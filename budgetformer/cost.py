@@ -1,7 +1,8 @@
 """Multiply-adds of a pass, counted exactly from configuration, heads and tokens.
 
-A multiply-add (MAC) is one product that is added to a sum, in a projection, an attention score, a weighted
-sum of values, or a linear head. Table look-ups, sums, norms and activations are not counted.
+A multiply-add (MAC) is one product that is added to a sum, in a projection, an attention score, a
+weighted sum of values, or a linear head. Table look-ups, sums, norms and activations are not
+counted.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def layer_macs(config: BudgetFormerConfig, heads: int, tokens: int) -> int:
 
 
 def decision_macs(config: BudgetFormerConfig) -> int:
-    """Count f_o and g_d for one item: once (scope "input"), or once in every layer (scope "layer")."""
+    """Count f_o and g_d for one item.
+
+    Once (scope "input"), or once in every layer (scope "layer").
+    """
     evidence = EVIDENCE_SIZE if config.embedding_exit else 0
     controller = (config.hidden_size + evidence + 1) * config.controller_hidden_size
     times = 1 if config.budget_scope == "input" else config.num_hidden_layers
@@ -40,13 +44,13 @@ def decision_macs(config: BudgetFormerConfig) -> int:
 def encoder_macs(config: BudgetFormerConfig, heads: Sequence[int], tokens: int) -> int:
     """Count the encoder and the classifier for one item with `heads` per layer; no decision."""
     layers = sum(layer_macs(config, k, tokens) for k in heads)
-    return layers + config.hidden_size * config.num_labels
+    return layers + config.hidden_size * config.num_classes
 
 
 def step_macs(config: BudgetFormerConfig, steps: Sequence[int], tokens: int) -> int:
-    """Count one item that is decided once and run at each of `steps` in turn (an escalation has several).
+    """Count one item that is decided once and run at each of `steps` in turn.
 
-    Step 0 costs no more than the decision.
+    An escalation has several steps; step 0 costs no more than the decision.
     """
     passes = (encoder_macs(config, config.heads_per_layer(s), tokens) for s in steps if s > 0)
     return decision_macs(config) + sum(passes)
@@ -61,8 +65,8 @@ def dense_macs(config: BudgetFormerConfig, tokens: int) -> int:
 class MacCounter(TorchFunctionMode):
     """Count the multiply-adds that torch functions really execute inside a `with` block.
 
-    It sees the shapes of linear maps, matrix products and attention, and knows nothing of budgets, so it
-    is an independent check of this module's formulas.
+    It sees the shapes of linear maps, matrix products and attention, and knows nothing of budgets,
+    so it is an independent check of this module's formulas.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,12 @@
 """The reference BudgetFormer network, to be read from top to bottom.
 
-Every head is computed here and heads outside the budget are masked, so this file is the truth that the
-compact passes (`budgetformer.compact`) are tested against; it saves no time by itself.
+Every head is computed here and heads outside the budget are masked, so this file is the truth that
+the compact passes (`budgetformer.compact`) are tested against; it saves no time by itself.
 
-Shapes: B items, T tokens, D width, H heads, L layers, C labels, I feed-forward neurons, k heads kept.
-Source: Faye et al., "Adaptive Head Budgeting for Efficient Multi-Head Attention", 2026 ("the paper").
+Shapes: B items, T tokens, D width, H heads, L layers, C labels, I feed-forward neurons, k heads
+kept.
+Source: Faye et al., "Adaptive Head Budgeting for Efficient Multi-Head Attention", 2026 ("the
+paper").
 """
 
 from __future__ import annotations
@@ -17,18 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from budgetformer.configuration import BudgetFormerConfig
 
 EVIDENCE_SIZE = 2
-"""Features of the step-0 answer that f_o reads beside the pooled embeddings (see `exit_evidence`)."""
+"""Features of step 0's answer that f_o reads beside the pooled embeddings (`exit_evidence`)."""
 
 MULTI_LABEL = "multi_label_classification"
 
 
 def probabilities(logits: Tensor, problem_type: str | None) -> Tensor:
-    """Turn logits [..., C] into probabilities: a softmax, or one sigmoid per label when multi-label."""
+    """Turn logits [..., C] into probabilities.
+
+    A softmax, or one sigmoid per label when multi-label.
+    """
     return logits.sigmoid() if problem_type == MULTI_LABEL else logits.softmax(-1)
 
 
@@ -44,7 +49,10 @@ def confidence(logits: Tensor, problem_type: str | None) -> Tensor:
 
 
 def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
-    """Summarise step-0 logits [B, C] for f_o: log-odds of its confidence, and its mean entropy, [B, 2]."""
+    """Summarise step-0 logits [B, C] for f_o.
+
+    Log-odds of its confidence, and its mean entropy, [B, 2].
+    """
     sure = confidence(exit_logits, problem_type)
     p = probabilities(exit_logits, problem_type)
     entropy = torch.special.entr(p).sum(-1)
@@ -54,13 +62,19 @@ def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
 
 
 def masked_mean(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """Average token states [B, T, D] over the real tokens of [B, T]; no token at all gives zeros."""
+    """Average token states [B, T, D] over the real tokens of [B, T].
+
+    No token at all gives zeros.
+    """
     weights = attention_mask.to(states.dtype).unsqueeze(-1)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def keep_top(scores: Tensor, heads: Tensor) -> Tensor:
-    """Mark the `heads` [...] highest of scores [..., H] with 1, the others with 0; ties go to the lower index."""
+    """Mark the `heads` [...] highest of scores [..., H] with 1, the others with 0.
+
+    Ties go to the lower index.
+    """
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return (order.argsort(dim=-1) < heads.unsqueeze(-1)).to(scores.dtype)
 
@@ -85,7 +99,7 @@ class Embeddings(nn.Module):
 
 
 class BudgetController(nn.Module):
-    """f_o: from a pooled state, the share of the heads that an input needs (paper, budget controller)."""
+    """f_o: from a pooled state, the share of the heads that an input needs (paper)."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -94,7 +108,8 @@ class BudgetController(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Map pooled states [B, D'] to s [B] in (0, 1)."""
-        return self.out(F.relu(self.hidden(pooled))).squeeze(-1).sigmoid()
+        logit = cast(Tensor, self.out(F.relu(self.hidden(pooled))))
+        return logit.squeeze(-1).sigmoid()
 
 
 class HeadScorer(nn.Module):
@@ -117,9 +132,10 @@ class HeadScorer(nn.Module):
 class Gating:
     """How budgets become gates while training; evaluation always uses hard gates.
 
-    `mode` "hard" keeps the top k with a straight-through gradient on the relevance; "soft" is the paper's
-    training form, all heads kept and weighted. `temperature` divides the scores before the softmax and
-    `noise` is the standard deviation added to them: high early (exploration), annealed late (exploitation).
+    `mode` "hard" keeps the top k with a straight-through gradient on the relevance; "soft" is the
+    paper's training form, all heads kept and weighted. `temperature` divides the scores before the
+    softmax and `noise` is the standard deviation added to them: high early (exploration), annealed
+    late (exploitation).
     """
 
     mode: Literal["hard", "soft"] = "hard"
@@ -129,7 +145,10 @@ class Gating:
 
 @dataclass(frozen=True)
 class Decision:
-    """What f_o and g_d said: s [B], relevance [B, layers, H] or None (ranked), gates [B, layers, H]."""
+    """What f_o and g_d said.
+
+    budget s [B], relevance [B, layers, H] or None (ranked), gates [B, layers, H].
+    """
 
     budget: Tensor
     relevance: Tensor | None
@@ -137,7 +156,10 @@ class Decision:
 
 
 class BudgetDecision(nn.Module):
-    """Turn a pooled state into head gates, for all layers (scope "input") or for one (scope "layer")."""
+    """Turn a pooled state into head gates.
+
+    For all layers (scope "input") or for one (scope "layer").
+    """
 
     def __init__(self, config: BudgetFormerConfig, layer: int | None = None) -> None:
         super().__init__()
@@ -172,7 +194,7 @@ class BudgetDecision(nn.Module):
         if steps is None:
             steps = budget_step(s, self.config.num_steps)
         heads = self.heads(steps)
-        scores = self._scores(pooled, s)
+        scores = self._scores(pooled)
         if scores is None:
             first = torch.arange(self.config.num_attention_heads, device=pooled.device)
             hard = (first < heads.unsqueeze(-1)).to(pooled.dtype)
@@ -180,7 +202,7 @@ class BudgetDecision(nn.Module):
         relevance = (scores / self.gating.temperature).softmax(-1)
         return Decision(s, relevance, self._soften(keep_top(scores, heads), s, relevance))
 
-    def _scores(self, pooled: Tensor, s: Tensor) -> Tensor | None:
+    def _scores(self, pooled: Tensor) -> Tensor | None:
         if self.scorer is None:
             return None
         scores = cast(Tensor, self.scorer(pooled))
@@ -203,7 +225,10 @@ class BudgetDecision(nn.Module):
 
 
 def budget_step(s: Tensor, num_steps: int) -> Tensor:
-    """Apply the paper's rule k = ceil(s * H), on a ladder of S steps: s [B] to steps [B] in 1..S."""
+    """Apply the paper's rule k = ceil(s * H), on a ladder of S steps.
+
+    Maps s [B] to steps [B] in 1..S.
+    """
     return (s * num_steps).ceil().long().clamp(1, num_steps)
 
 
@@ -250,7 +275,10 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention and feed-forward net with residuals; an item whose heads are all off passes unchanged."""
+    """Attention and feed-forward net with residuals.
+
+    An item whose heads are all off passes unchanged.
+    """
 
     def __init__(self, config: BudgetFormerConfig, index: int) -> None:
         super().__init__()
@@ -291,7 +319,10 @@ class BudgetFormerModelOutput(ModelOutput):
 
 @dataclass
 class BudgetFormerClassifierOutput(ModelOutput):
-    """Classifier output: loss (with labels), logits [B, C], step-0 exit_logits [B, C], and the encoder's."""
+    """Classifier output.
+
+    Loss (with labels), logits [B, C], step-0 exit_logits [B, C], and the encoder's.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -332,6 +363,11 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if pre else nn.Identity()
         )
         self.post_init()
+
+    @property
+    def encoder_layers(self) -> list[EncoderLayer]:
+        """The layers, first to last."""
+        return [cast(EncoderLayer, layer) for layer in self.layers]
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the word embeddings."""
@@ -387,7 +423,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
         decisions: list[Decision] = []
         if self.decision is not None:
             decisions.append(self.decision(masked_mean(states, attention_mask), steps, evidence))
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.encoder_layers):
             if layer.decision is not None:
                 decisions.append(layer.decision(masked_mean(states, attention_mask), steps))
                 own = decisions[-1].gates[:, 0]
@@ -415,14 +451,15 @@ class ExitHead(nn.Module):
     def __init__(self, config: BudgetFormerConfig) -> None:
         super().__init__()
         self.weight = nn.Embedding(
-            config.vocab_size, config.num_labels, padding_idx=config.pad_token_id
+            config.vocab_size, config.num_classes, padding_idx=config.pad_token_id
         )
-        self.bias = nn.Parameter(torch.zeros(config.num_labels))
+        self.bias = nn.Parameter(torch.zeros(config.num_classes))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Classify ids [B, T] into logits [B, C]: the sum of token weights over the root of their number."""
+        """Classify ids [B, T] into logits [B, C]: summed token weights over the root of T."""
         mask = attention_mask.to(self.bias.dtype)
-        total = (self.weight(input_ids) * mask.unsqueeze(-1)).sum(1)
+        weights = cast(Tensor, self.weight(input_ids))
+        total = (weights * mask.unsqueeze(-1)).sum(1)
         return total / mask.sum(1, keepdim=True).clamp(min=1).sqrt() + self.bias
 
 
@@ -434,7 +471,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         self.encoder = BudgetFormerModel(config)
         rate = config.classifier_dropout
         self.dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_classes)
         self.exit_head = ExitHead(config) if config.embedding_exit else None
         self.post_init()
 

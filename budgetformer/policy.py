@@ -1,8 +1,8 @@
 """Which budget an input gets: f_o's calibrated rule, as plain data and pure functions.
 
-A decision is made where something new is known. On arrival f_o gives s, and the operating point's entry
-bands turn it into a first ladder step (0 answers from the embeddings). After a step has run, an answer that
-is not sure enough is run once more at a larger one (escalation).
+A decision is made where something new is known. On arrival f_o gives s, and the operating point's
+entry bands turn it into a first ladder step (0 answers from the embeddings). After a step has run,
+an answer that is not sure enough is run once more at a larger one (escalation).
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ class OperatingPoint(_Data):
         return next((band.step for band in self.entry if s <= band.upto), None)
 
     def next_step(self, step: int, confidence: float) -> int | None:
-        """Return the step to run after `step` answered with `confidence`; None: the answer stands."""
+        """Return the step to run after `step` answered with `confidence`.
+
+        None: the answer stands.
+        """
         escalation = self.escalation
         if escalation is None or step >= escalation.step or confidence >= escalation.below:
             return None
@@ -117,8 +120,8 @@ class BudgetRule(_Data):
 def choose_point(points: Sequence[OperatingPoint], quality: str | float) -> OperatingPoint:
     """Return the operating point for a quality level's name, or for the accuracy points given up.
 
-    A number chooses the cheapest point that loses at most so many points against the full budget; when
-    every point loses more, the most accurate one.
+    A number chooses the cheapest point that loses at most so many points against the full budget;
+    when every point loses more, the most accurate one.
 
     Raises:
         PolicyError: the checkpoint has no such level.

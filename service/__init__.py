@@ -1,1 +1,4 @@
-"""The BudgetFormer server: HTTP in front, engines that own a device behind, a supervisor over both."""
+"""The BudgetFormer server.
+
+HTTP in front, engines that own a device behind, a supervisor over both.
+"""

@@ -118,7 +118,7 @@ def create_app(settings: Settings, sockets: list[Path]) -> FastAPI:
     app = FastAPI(
         title="BudgetFormer Serving",
         version=budgetformer.__version__,
-        summary="Text classification that spends, on each text, only the attention heads that it needs.",
+        summary="Text classification that spends, on each text, only the heads that it needs.",
         lifespan=life,
         redoc_url=None,
     )

@@ -60,7 +60,7 @@ def serve(context: typer.Context) -> None:
 
 
 def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
-    """Read the settings from flags, environment and file; the second value says whether to print them.
+    """Read the settings from flags, environment and file, and whether they are to be printed.
 
     Raises:
         SettingsError: a key is unknown or a value is wrong.
@@ -177,7 +177,10 @@ def evaluate(
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
-    """Report accuracy and cost of every quality level, and of the full budget, on labelled texts."""
+    """Report accuracy and cost of every quality level, and of the full budget.
+
+    On labelled texts.
+    """
     from budgetformer.training.evaluation import evaluate_checkpoint, through_http
 
     checkpoint = _resolve(model, model_store)
@@ -256,7 +259,10 @@ def _complain(store: Store) -> None:
 
 
 def _resolve(model: str | None, model_store: Path) -> Checkpoint:
-    """Find a checkpoint by folder, `name` or `name:version`; None: the only or first of the store."""
+    """Find a checkpoint by folder, `name` or `name:version`.
+
+    None: the only or first of the store.
+    """
     if model is not None and (Path(model) / "manifest.json").is_file():
         return read_checkpoint(Path(model))
     store = read_store(model_store)

@@ -1,4 +1,7 @@
-"""The models as the front knows them: checkpoints, tokenizers and the rules that requests may ask for."""
+"""The models as the front knows them.
+
+Checkpoints, tokenizers and the rules that requests may ask for.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,10 @@ class Models:
 
     @property
     def known(self) -> dict[tuple[str, int], ServedModel]:
-        """Every model that engines may speak of, by name and version: the served, and one being loaded."""
+        """Every model that engines may speak of, by name and version.
+
+        The served, and one being loaded.
+        """
         served = {(name, m.checkpoint.version): m for name, m in self.served.items()}
         return served | self.loading
 
@@ -100,7 +106,7 @@ class Models:
         return [checkpoint.version for checkpoint in checkpoints]
 
     def candidate(self, name: str, version: int | None) -> ServedModel:
-        """Return, opened but not served yet, a model's version (None: the highest) as the store has it now.
+        """Open a version (None: the highest) as the store has it now; it is not served yet.
 
         Raises:
             UnknownModelError: the store has none.

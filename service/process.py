@@ -22,7 +22,10 @@ def engine_socket(run_dir: Path, index: int) -> Path:
 
 
 def write_settings(run_dir: Path, settings: Settings) -> None:
-    """Leave the settings, secrets in the clear, for the other processes; only this user may read them."""
+    """Leave the settings, secrets in the clear, for the other processes.
+
+    Only this user may read them.
+    """
     values = settings.model_dump(mode="json")
     if settings.admin_key is not None:
         values["admin_key"] = settings.admin_key.get_secret_value()
@@ -37,7 +40,10 @@ def read_settings(run_dir: Path) -> Settings:
 
 
 def exit_with_parent() -> None:
-    """End this process, by SIGTERM, when its parent ends: the parent holds the other side of stdin."""
+    """End this process, by SIGTERM, when its parent ends.
+
+    The parent holds the other side of stdin.
+    """
 
     def watch() -> None:
         while os.read(0, 4096):

@@ -1,4 +1,7 @@
-"""Every setting of the server: one class feeds flags, environment, TOML file, help and `--print-config`."""
+"""Every setting of the server.
+
+One class feeds flags, environment, TOML file, help and `--print-config`.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,10 @@ class SettingsError(BudgetFormerError):
 class Settings(BaseSettings):
     """Serve text classification that spends, on each text, only what it needs.
 
-    Every option is also an environment variable BUDGETFORMER_<NAME> and a key of the TOML file named by
-    --config. The flag wins over the environment, the environment over the file, the file over the default.
+    Every option is also an environment variable BUDGETFORMER_<NAME> and a key of the TOML file
+    named by
+    --config. The flag wins over the environment, the environment over the file, the file over the
+    default.
     """
 
     model_config = SettingsConfigDict(
@@ -98,8 +103,8 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Order the sources: flags (given to the constructor), environment, TOML file."""
         path = os.environ.get(f"{PREFIX}{CONFIG_FILE.upper()}")
@@ -114,7 +119,10 @@ class Settings(BaseSettings):
         return 1 if self.device == "cuda" else max(1, (cores or 1) // self.threads_per_engine)
 
     def resolved_device(self) -> str:
-        """Return the device that the engines compute on; imports torch to see whether a GPU is there."""
+        """Return the device that the engines compute on.
+
+        Imports torch to see whether a GPU is there.
+        """
         if self.device != "auto":
             return self.device
         import torch

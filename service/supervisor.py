@@ -1,4 +1,7 @@
-"""The parent of a server's processes: it holds the socket, starts front and engines, and replaces the dead."""
+"""The parent of a server's processes.
+
+It holds the socket, starts front and engines, and replaces the dead.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,8 @@ class _Child:
         backoff = FIRST_BACKOFF
         while not self._stopping:
             started = time.monotonic()
-            # The child watches its stdin: it ends when this process does, however that happens. A session
-            # of its own keeps a terminal's Ctrl-C from it; this process says when to stop.
+            # The child watches its stdin: it ends when this process does, however that happens. A
+            # session of its own keeps a terminal's Ctrl-C from it; this process says when to stop.
             self._process = await asyncio.create_subprocess_exec(
                 *self._command,
                 stdin=asyncio.subprocess.PIPE,

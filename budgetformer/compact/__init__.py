@@ -1,7 +1,7 @@
 """Fast passes: they compute only the chosen heads, over tokens packed without padding.
 
-A pass is looked up by name; each gives the answer of the reference network (`budgetformer.modeling`) run
-with all heads and a mask, and the tests hold it to that.
+A pass is looked up by name; each gives the answer of the reference network
+(`budgetformer.modeling`) run with all heads and a mask, and the tests hold it to that.
 """
 
 from __future__ import annotations

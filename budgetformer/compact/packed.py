@@ -1,9 +1,9 @@
 """The compact pass in plain torch: packed tokens, and weight slices per head set.
 
-Items of one batch lie one after another, N tokens in all, so no padding is ever multiplied. In each layer
-the items are grouped by the set of heads that they keep; a group is one pass over the rows and columns of
-the weights that belong to those heads. With ranked heads and one step there is one group, and its
-weights are views of the first rows and columns, not copies.
+Items of one batch lie one after another, N tokens in all, so no padding is ever multiplied. In each
+layer the items are grouped by the set of heads that they keep; a group is one pass over the rows
+and columns of the weights that belong to those heads. With ranked heads and one step there is one
+group, and its weights are views of the first rows and columns, not copies.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +83,8 @@ class PassResult:
 class _LayerWeights:
     """One layer's weights for k heads (all of them, or the slice that a head set keeps).
 
-    Queries, keys and values are interleaved by head, [k * 3 * D/H, D], so that the first heads of a ranked
-    layer are its first rows.
+    Queries, keys and values are interleaved by head, [k * 3 * D/H, D], so that the first heads of a
+    ranked layer are its first rows.
     """
 
     qkv_weight: Tensor
@@ -155,7 +155,8 @@ class PackedPass:
         self.encoder = model.encoder
         with torch.no_grad():
             self._weights = [
-                _LayerWeights.of(x, self.config.num_attention_heads) for x in self.encoder.layers
+                _LayerWeights.of(x, self.config.num_attention_heads)
+                for x in self.encoder.encoder_layers
             ]
         self._slices: OrderedDict[tuple[int, HeadSet], _LayerWeights] = OrderedDict()
         self._slices_bytes = 0
@@ -163,11 +164,14 @@ class PackedPass:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.device
+        return torch.device(self.model.device)
 
     @torch.inference_mode()
     def arrive(self, tokens: PackedTokens) -> Arrival:
-        """Decide budgets and heads for B items from their pooled embeddings, before the encoder runs."""
+        """Decide budgets and heads for B items before the encoder runs.
+
+        Pooled embeddings are all that this needs.
+        """
         tokens = tokens.to(self.device)
         owner = self._owner(tokens.lengths)
         exit_logits = evidence = None
@@ -209,13 +213,14 @@ class PackedPass:
         owner = self._owner(tokens.lengths)
         states = self._embed(tokens)
         heads: list[list[HeadSet]] = [[] for _ in tokens.lengths]
-        for index, layer in enumerate(self.encoder.layers):
+        for index, layer in enumerate(self.encoder.encoder_layers):
             counts = None if plans is None else [plan[index] for plan in plans]
-            order = None if ranking is None else ranking[:, index].tolist()
+            order: list[Any] | None = None if ranking is None else ranking[:, index].tolist()
             if layer.decision is not None:
                 pooled = self._pool(states, owner, tokens.lengths)
                 counts, order = self._decide(layer, index, pooled, counts)
-            sets = self._head_sets(cast(list[int], counts), order)
+            assert counts is not None
+            sets = self._head_sets(counts, order)
             for item, head_set in zip(heads, sets, strict=True):
                 item.append(head_set)
             states = self._run_layer(index, layer, states, tokens.lengths, sets)
@@ -240,9 +245,9 @@ class PackedPass:
     def _exit_logits(self, tokens: PackedTokens, owner: Tensor) -> Tensor:
         head = self.model.exit_head
         assert head is not None
-        total = head.bias.new_zeros(len(tokens.lengths), self.config.num_labels)
+        total: Tensor = head.bias.new_zeros(len(tokens.lengths), self.config.num_classes)
         total.index_add_(0, owner, head.weight(tokens.input_ids))
-        return total / self._counts(tokens.lengths).sqrt() + head.bias
+        return total / self._counts(tokens.lengths).sqrt() + cast(Tensor, head.bias)
 
     def _counts(self, lengths: Sequence[int]) -> Tensor:
         counts = torch.tensor(lengths, dtype=self.model.dtype, device=self.device)

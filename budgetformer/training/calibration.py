@@ -1,7 +1,8 @@
 """Find the rules for budgets that are worth naming, on texts that no weight has seen.
 
-Every held-out text is run once at every ladder step. Any rule can then be priced and scored by look-up, so
-thousands are; the best at each cost make the frontier, and three of those get the quality levels' names.
+Every held-out text is run once at every ladder step. Any rule can then be priced and scored by
+look-up, so thousands are; the best at each cost make the frontier, and three of those get the
+quality levels' names.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ MOST_POINTS = 24
 class Runs:
     """What every step says of N texts.
 
-    logits [S+1, N, C], without the step-0 share (row 0 is step 0 itself); s [N]; lengths [N] in tokens.
+    logits [S+1, N, C], without the step-0 share (row 0 is step 0 itself); s [N]; lengths [N] in
+    tokens.
     """
 
     logits: Tensor
@@ -47,7 +49,7 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
     """Run N texts at every step of the ladder (scope "input")."""
     config = network.config
     count = len(tokens.ids)
-    logits = torch.zeros(config.num_steps + 1, count, config.num_labels)
+    logits = torch.zeros(config.num_steps + 1, count, config.num_classes)
     s = torch.zeros(count)
     order = np.argsort(tokens.lengths, kind="stable")
     with progress_bar() as bar:
@@ -76,7 +78,7 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
 
 
 def tune_exit_weight(runs: Runs, labels: Tensor, problem_type: str | None) -> float:
-    """Return the weight of step 0's logits beside the encoder's that gives the labels most likelihood."""
+    """Return the weight of step 0's logits beside the encoder's that fits the labels best."""
     best, best_loss = 0.0, float("inf")
     for weight in np.linspace(0, 2, 21):
         mixed = runs.logits[1:] + float(weight) * runs.logits[0]
@@ -168,9 +170,10 @@ class Calibration:
         )
 
     def frontier(self) -> list[OperatingPoint]:
-        """Return the rules that no other beats at their cost, in order of rising cost, three of them named.
+        """Return the rules that no other beats at their cost, by rising cost, three of them named.
 
-        Accuracy counts to a tenth of a standard error only; below that, the cheaper rule is the better one.
+        Accuracy counts to a tenth of a standard error only; below that, the cheaper rule is the
+        better one.
         """
         grain = 0.1 * float(np.sqrt(self.full_accuracy * (1 - self.full_accuracy) / len(self.rows)))
         scored = sorted(

@@ -11,7 +11,10 @@ PLOT = "frontier.png"
 
 
 def write_card(folder: Path, manifest: Manifest, test: list[Row]) -> None:
-    """Write `README.md` and `frontier.png` for a checkpoint; `test` is its report on test texts, if any."""
+    """Write `README.md` and `frontier.png` for a checkpoint.
+
+    `test` is its report on test texts, if any.
+    """
     _plot(folder / PLOT, manifest)
     (folder / CARD).write_text(_text(manifest, test))
 
@@ -19,7 +22,8 @@ def write_card(folder: Path, manifest: Manifest, test: list[Row]) -> None:
 def _text(manifest: Manifest, test: list[Row]) -> str:
     origin = manifest.provenance
     levels = "\n".join(
-        f"| {p.name} | {p.accuracy:.4f} | {p.points_lost:+.2f} | {p.macs_share:.1%} | {p.mean_heads:.1f} |"
+        f"| {p.name} | {p.accuracy:.4f} | {p.points_lost:+.2f} | {p.macs_share:.1%} "
+        f"| {p.mean_heads:.1f} |"
         for p in manifest.operating_points
         if p.name
     )
@@ -47,7 +51,8 @@ def _text(manifest: Manifest, test: list[Row]) -> str:
     return f"""# {manifest.name}, version {manifest.version}
 
 A BudgetFormer text classifier with the labels {", ".join(manifest.labels)}.
-It spends on each text only the attention heads (and with them the feed-forward neurons) that it needs.
+It spends on each text only the attention heads, and with them the feed-forward neurons, that the
+text needs.
 
 - Starting weights: {origin.starting_weights} ({origin.starting_weights_license})
 - Data: {origin.data}. Terms: {origin.data_terms}
@@ -69,8 +74,8 @@ Calibrated on {manifest.metrics.get("calibration_rows", 0):.0f} held-out texts.
 {steps}
 
 ## Limits
-Trained for the labels above; any other text gets one of them all the same. Accuracy is that of the data
-named above and says nothing of texts of another kind or time.
+Trained for the labels above; any other text gets one of them all the same. Accuracy is that of
+the data named above and says nothing of texts of another kind or time.
 
 ## Recipe
 ```

@@ -1,4 +1,7 @@
-"""A BERT-shaped encoder becomes a BudgetFormer: same function, its heads and neurons put in order."""
+"""A BERT-shaped encoder becomes a BudgetFormer.
+
+Same function, its heads and neurons put in order.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ _SIZES = (
 def convert_encoder(
     folder: Path, names: list[str], **choices: Any
 ) -> BudgetFormerForSequenceClassification:
-    """Build a BudgetFormer that computes, at its full budget, what the BERT encoder in `folder` does.
+    """Build a BudgetFormer that computes at its full budget what a BERT encoder does.
 
     Args:
         folder: `config.json` and `model.safetensors` of a BERT-shaped encoder.
@@ -100,7 +103,10 @@ def convert_encoder(
 
 
 class _UnitImportance:
-    """First-order importance of the inputs of a linear map: |sum over tokens of value * gradient|."""
+    """First-order importance of the inputs of a linear map.
+
+    |sum over tokens of value * gradient|.
+    """
 
     def __init__(self, linear: nn.Linear, group: int) -> None:
         self.group = group
@@ -129,16 +135,16 @@ def order_by_importance(
 ) -> None:
     """Permute every layer's heads, and its neurons, so that the most important come first.
 
-    The network computes the same function afterwards; a ladder step, which keeps the first heads and
-    with them the first neurons, then keeps what matters most. Importance is the mean size of the
-    first-order change in the loss when a head or neuron is removed (Michel et al., 2019).
+    The network computes the same function afterwards; a ladder step, which keeps the first heads
+    and with them the first neurons, then keeps what matters most. Importance is the mean size of
+    the first-order change in the loss when a head or neuron is removed (Michel et al., 2019).
 
     Args:
         model: any BudgetFormer.
         batches: arguments of `forward`, labels among them.
     """
     meters: list[tuple[EncoderLayer, _UnitImportance, _UnitImportance]] = []
-    for layer in model.encoder.layers:
+    for layer in model.encoder.encoder_layers:
         heads = _UnitImportance(layer.attention.output, model.config.head_size)
         meters.append((layer, heads, _UnitImportance(layer.feed_forward.down, 1)))
     training = model.training

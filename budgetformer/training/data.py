@@ -70,8 +70,8 @@ def read_table(path: Path) -> pa.Table:
 def read_examples(path: Path, names: list[str] | None = None) -> Examples:
     """Read labelled texts: columns `text`, `label` and, for pairs, `text_pair`.
 
-    A label is a class id, a class name, or a list of either (multi-label). Class names come from `names`,
-    else from `labels.json` beside the file, else from the labels themselves.
+    A label is a class id, a class name, or a list of either (multi-label). Class names come from
+    `names`, else from `labels.json` beside the file, else from the labels themselves.
 
     Raises:
         DataError: a column is missing, a text is null, or a label is unknown.
@@ -162,7 +162,10 @@ class TokenizedTexts:
         return TokenBatch(rows, *(torch.from_numpy(a) for a in (ids, types, mask)))
 
     def batches(self, batch_size: int, seed: int | None = None) -> Iterator[TokenBatch]:
-        """Yield every row once; `seed` shuffles, still grouping like lengths; None goes by length."""
+        """Yield every row once.
+
+        `seed` shuffles, still grouping like lengths; None goes by length.
+        """
         order = np.argsort(self.lengths, kind="stable")
         if seed is not None:
             random = np.random.default_rng(seed)

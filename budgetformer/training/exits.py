@@ -30,12 +30,12 @@ def fit_exit_head(
 ) -> Tensor:
     """Train step 0 on all rows, and return out-of-fold logits [N, C] for every row.
 
-    The second come from heads that never saw the row, so that they are as right and as sure as step 0 will
-    be on new texts; f_o learns from them.
+    The second come from heads that never saw the row, so that they are as right and as sure as step
+    0 will be on new texts; f_o learns from them.
     """
     rows = np.arange(len(examples))
     folds = np.random.default_rng(recipe.seed).permutation(len(rows)) % recipe.exit_folds
-    unseen = torch.zeros(len(rows), model.config.num_labels)
+    unseen = torch.zeros(len(rows), model.config.num_classes)
     with progress_bar() as bar:
         task = bar.add_task("step 0", total=recipe.exit_folds + 1, note="")
         for fold in range(recipe.exit_folds):
@@ -100,7 +100,8 @@ def pooled_states(
 ) -> list[Tensor]:
     """Return what each decision of the network reads: pooled states [N, D], one per decision.
 
-    With scope "input" that needs the embeddings alone; with scope "layer" a pass at the full budget.
+    With scope "input" that needs the embeddings alone; with scope "layer" a pass at the full
+    budget.
     """
     decisions = [m for m in model.modules() if isinstance(m, BudgetDecision)]
     states = [torch.zeros(len(tokens.ids), model.config.hidden_size) for _ in decisions]

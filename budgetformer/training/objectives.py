@@ -25,7 +25,10 @@ def distillation_loss(
 
 
 def random_steps(count: int, num_steps: int, bias: float) -> Tensor:
-    """Draw `count` ladder steps ceil(S * u^bias), u uniform: above 1, small steps are drawn more often."""
+    """Draw `count` ladder steps ceil(S * u^bias), u uniform.
+
+    Above 1, small steps are drawn more often.
+    """
     return (torch.rand(count) ** bias * num_steps).ceil().long().clamp(1, num_steps)
 
 
@@ -37,4 +40,5 @@ def budget_penalty(budget: Tensor, bounds: tuple[float, float]) -> Tensor:
 
 def relevance_entropy(relevance: Tensor) -> Tensor:
     """Mean entropy of relevance distributions [..., H] (paper, regularisers)."""
-    return torch.special.entr(relevance).sum(-1).mean()
+    entropy: Tensor = torch.special.entr(relevance).sum(-1)
+    return entropy.mean()

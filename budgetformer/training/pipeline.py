@@ -78,7 +78,8 @@ def train_checkpoint(
 
     Args:
         data: a training file, or a folder with `train.*` and, for the report, `test.*`. A file
-            `provenance.json` ({"data": ..., "data_terms": ...}) beside them is quoted in the manifest.
+            `provenance.json` ({"data": ..., "data_terms": ...}) beside them is quoted in the
+            manifest.
         output: what to write; its last two parts are the model's name and version.
         start: folder of a BERT-shaped encoder, "minilm-l6", or None, from scratch.
         recipe: see there.
@@ -106,7 +107,8 @@ def train_checkpoint(
     tokens = TokenizedTexts(tokenizer, seen.texts, seen.pairs, recipe.max_length)
     unseen_tokens = TokenizedTexts(tokenizer, unseen.texts, unseen.pairs, recipe.max_length)
     log(
-        f"{len(seen)} texts to train on, {len(unseen)} to calibrate on, {tokens.lengths.mean():.1f} tokens each"
+        f"{len(seen)} texts to train on, {len(unseen)} to calibrate on, "
+        f"{tokens.lengths.mean():.1f} tokens each"
     )
 
     torch.manual_seed(recipe.seed)
@@ -251,7 +253,8 @@ def _calibrate(
         pooled = pooled_states(model, tokens, "pooled embeddings")
         fit_controllers(model, pooled, target, out_of_fold, recipe.seed)
     else:
-        # Without a step 0 the cheapest answer is step 1's, and on training texts it is too often right.
+        # Without a step 0 the cheapest answer is step 1's, and on training texts it is too often
+        # right.
         rule = BudgetRule(point=None, num_steps=config.num_steps, fixed=1)
         items = answer_all(PackedPass(model), unseen_tokens, rule)
         logits = torch.stack([item.logits for item in items if item.logits is not None])

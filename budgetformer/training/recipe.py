@@ -22,10 +22,12 @@ class Recipe:
         learning_rate: peak of AdamW's rate, after a linear warm-up and before a linear decay.
         weight_decay: AdamW's, on matrices only.
         warmup: share of the steps that warm up.
-        attention_dropout: dropout of attention weights while training (without it attention is faster).
+        attention_dropout: dropout of attention weights while training (without it attention is
+            faster).
         precision: "bf16" computes matrix products in bfloat16 (fast where the processor has them).
         dense_epochs: passes over the data with all heads (the teacher comes out of this).
-        budget_epochs: passes in which every item trains at a random ladder step, taught by the teacher.
+        budget_epochs: passes in which every item trains at a random ladder step, taught by the
+            teacher.
         small_step_bias: exponent b of the random step ceil(S * u^b); above 1 favours small steps.
         distillation: weight of the teacher's answer against the label's, 0..1.
         distillation_temperature: softens both answers before they are compared.
@@ -34,7 +36,8 @@ class Recipe:
         exit_epochs: passes over the data for the step-0 head.
         exit_folds: parts for the out-of-fold step-0 answers that f_o learns from.
         exit_learning_rate, exit_weight_decay: of the step-0 head.
-        hidden_size, num_layers, num_heads, intermediate_size, vocab_size: of a network from scratch.
+        hidden_size, num_layers, num_heads, intermediate_size, vocab_size: of a network from
+            scratch.
     """
 
     seed: int = 0

@@ -35,7 +35,10 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass over the data with one loss; `teacher` [N, C] holds the logits to be taught, if any."""
+    """One pass over the data with one loss.
+
+    `teacher` [N, C] holds the logits to be taught, if any.
+    """
 
     name: str
     epochs: int
@@ -67,8 +70,8 @@ def inputs(batch: TokenBatch) -> dict[str, Tensor]:
 class Trainer:
     """Train one network on one data set.
 
-    The state of a run lives in `work_dir/state.pt`; a run that finds one goes on from there and ends with
-    the very weights of a run that was never stopped.
+    The state of a run lives in `work_dir/state.pt`; a run that finds one goes on from there and
+    ends with the very weights of a run that was never stopped.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class Trainer:
     def predict(self, tokens: TokenizedTexts, step: int, title: str) -> Tensor:
         """Return logits [N, C] of a data set at one ladder step."""
         self.model.eval()
-        result = torch.zeros(len(tokens.ids), self.model.config.num_labels)
+        result = torch.zeros(len(tokens.ids), self.model.config.num_classes)
         with progress_bar() as bar:
             task = bar.add_task(title, total=len(tokens.ids), note="")
             for batch in tokens.batches(64):
@@ -138,7 +141,7 @@ class Trainer:
 
     def _logits(self, batch: TokenBatch, steps: int | Tensor) -> Tensor:
         with self._autocast():
-            logits = self.model(**inputs(batch), steps=steps).logits
+            logits: Tensor = self.model(**inputs(batch), steps=steps).logits
         return logits.float()
 
     def _autocast(self) -> Any:

@@ -20,8 +20,8 @@ async def read_body(request: Request, schema: type[Body], max_bytes: int) -> Bod
     """Read, parse and validate a JSON body.
 
     Raises:
-        ApiError: 413 too many bytes (as soon as that is known), 415 another media type, 400 not JSON,
-            422 a field is unknown or wrong.
+        ApiError: 413 too many bytes (as soon as that is known), 415 another media type, 400 not
+            JSON, 422 a field is unknown or wrong.
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
@@ -66,7 +66,8 @@ def _field_error(
     error: ValidationError, schema: type[BaseModel], value: dict[str, Any]
 ) -> ApiError:
     details = error.errors(include_url=False, include_context=False, include_input=False)
-    # A union reports every branch that failed; what got furthest into the value is what the caller meant.
+    # A union reports every branch that failed; what got furthest into the value is what the caller
+    # meant.
     detail = max(details, key=lambda d: (d["type"] == "extra_forbidden", len(_param(d["loc"]))))
     param = _param(detail["loc"])
     if detail["type"] == "extra_forbidden":

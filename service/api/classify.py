@@ -282,9 +282,12 @@ def _content(
 def _scores(item: ItemAnswer, view: _View) -> dict[str, Any]:
     probs = _probabilities(item.logits, view.multi_label)
     ranked = sorted(range(len(probs)), key=lambda i: -probs[i])
-    labels = [{"label": view.labels[i], "score": probs[i]} for i in ranked[: view.top_k]]
-    if view.threshold is not None:
-        labels = [label for label in labels if label["score"] >= view.threshold]
+    least = 0.0 if view.threshold is None else view.threshold
+    labels = [
+        {"label": view.labels[i], "score": probs[i]}
+        for i in ranked[: view.top_k]
+        if probs[i] >= least
+    ]
     return {
         "label": view.labels[ranked[0]],
         "score": probs[ranked[0]],

@@ -1,4 +1,7 @@
-"""Around every request: its id, its outcome, its duration. Plain ASGI, so that nothing is buffered."""
+"""Around every request.
+
+Its id, its outcome, its duration. Plain ASGI, so that nothing is buffered.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ class Observe:
     def _count(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
         route = getattr(scope.get("route"), "path", OTHER)
         outcome = scope.get("outcome") or _outcome(status)
-        refusal = scope.get("refusal")
+        refusal = str(scope.get("refusal"))
         reason = _REFUSALS.get(refusal, refusal)
         if reason in REASONS:
             self.metrics.rejected.labels(reason).inc()

@@ -49,7 +49,7 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/models/{name}", summary="One model's card")
 async def show_model(request: Request, name: str) -> Response:
-    """Show labels, sizes, versions, and the quality levels with their calibrated accuracy and cost."""
+    """Show labels, sizes, versions, and what each quality level reaches and costs."""
     state = state_of(request)
     checkpoint = state.model(name).checkpoint
     key = (checkpoint.name, checkpoint.version)
@@ -61,7 +61,10 @@ async def show_model(request: Request, name: str) -> Response:
 
 @router.post("/models/{name}/load", summary="Load a version and serve it")
 async def load_model(request: Request, name: str) -> Response:
-    """Verify, load and warm a version in every engine, then serve it; a failure leaves all as it was."""
+    """Verify, load and warm a version in every engine, then serve it.
+
+    A failure leaves all as it was.
+    """
     state = state_of(request)
     require_admin(request, state)
     version = None

@@ -64,7 +64,10 @@ class LabelScore(BaseModel):
 
 
 class Heads(BaseModel):
-    """Heads computed for an item, of all the network has; `budget` is the ladder step that answered."""
+    """Heads computed for an item, of all the network has.
+
+    `budget` is the ladder step that answered.
+    """
 
     used: int
     total: int

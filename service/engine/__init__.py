@@ -1,1 +1,4 @@
-"""The engine: a process that owns a device, its queue and its models; and what the front holds of it."""
+"""The engine: a process that owns a device, its queue and its models.
+
+And what the front holds of it.
+"""

@@ -268,10 +268,11 @@ class Engines:
         task.add_done_callback(self._tasks.discard)
 
     async def classify(self, job: Job) -> Answer:
-        """Have a job done by the engine with the least in flight; if that dies, once more by another.
+        """Have a job done by the engine with the least in flight; if it dies, by another.
 
         Raises:
-            EngineDownError, NotLoadedError, RefusedError, DeadlineError, EngineFailedError: see there.
+            EngineDownError, NotLoadedError, RefusedError, DeadlineError, EngineFailedError: see
+                there.
         """
         for attempt in (1, 2):
             client = await self._choose(job, wait=attempt == 2)

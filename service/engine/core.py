@@ -1,7 +1,9 @@
 """The engine's heart: inbox, f_o on arrival, buckets, passes, answers.
 
-One coroutine owns all state. It hands the device one piece of work at a time in a thread of its own, and what
-arrives meanwhile is decided and batched next: a batch forms because the device is busy, never by waiting.
+One coroutine owns all state. It hands the device one piece of work at a time in a thread of its
+own, and what
+arrives meanwhile is decided and batched next: a batch forms because the device is busy, never by
+waiting.
 """
 
 from __future__ import annotations
@@ -49,7 +51,10 @@ Reply = Callable[[ToFront], None]
 Clock = Callable[[], float]
 
 ARRIVAL_TOKENS = 8192
-"""Most tokens whose budgets are decided in one go, so that a huge request does not hold up the device."""
+"""Most tokens whose budgets are decided in one go.
+
+So that a huge request does not hold up the device.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What front and engine say to each other: one binary frame per message over a local stream socket.
 
-A frame is a little-endian uint32 length and that many bytes: one of the messages below, MessagePack-encoded
-as an array whose first element is the message's tag. Token ids travel as raw little-endian int32.
+A frame is a little-endian uint32 length and that many bytes: one of the messages below,
+MessagePack-encoded as an array whose first element is the message's tag. Token ids travel as raw
+little-endian int32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The only place that names a metric. One process, the front, owns the registry that /metrics shows."""
+"""The only place that names a metric.
+
+One process, the front, owns the registry that /metrics shows.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class Metrics:
     """All metrics of one front, in a registry of their own."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # a second series per counter that nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody asks for
         self.registry = CollectorRegistry()
         self.requests = self._counter(
             "requests", "Requests by route and outcome.", "route", "outcome"

@@ -34,8 +34,8 @@ def admit(
         remaining: seconds until the answer is worthless.
 
     Returns:
-        None when admitted. A request larger than the whole queue is admitted when the queue is empty, since
-        no later moment would suit it better.
+        None when admitted. A request larger than the whole queue is admitted when the queue is
+        empty, since no later moment would suit it better.
     """
     if queued_items and queued_items + items > max_items:
         # Room for it opens when this share of what is queued has drained.

@@ -1,7 +1,7 @@
-"""Buckets of waiting items, one per model version and ladder step, and the batches formed from them.
+"""Buckets of waiting items, one per model version and ladder step, and batches from them.
 
-Tokens are packed without padding, so a bucket needs no length bands: a batch of short and long texts
-multiplies nothing that a batch of equal ones would not.
+Tokens are packed without padding, so a bucket needs no length bands: a batch of short and long
+texts multiplies nothing that a batch of equal ones would not.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Buckets(Generic[Item]):
     """Hold waiting entries and hand them out as batches.
 
     Args:
-        batch_seconds: a batch is filled up to this price (one item always fits), so that nobody waits longer
-            than that for a device which has just begun.
+        batch_seconds: a batch is filled up to this price (one item always fits), so that nobody
+            waits longer than that for a device which has just begun.
         batch_items: most items in a batch.
     """
 
@@ -85,7 +85,8 @@ class Buckets(Generic[Item]):
     def take(self) -> list[Entry[Item]]:
         """Return the next batch, oldest first; empty when nothing waits.
 
-        The bucket whose front entry has the earliest of (arrival + half of its time to the deadline) is
+        The bucket whose front entry has the earliest of (arrival + half of its time to the
+        deadline) is
         served: the oldest goes first, unless another is about to be late.
         """
         if not self._queues:

@@ -18,7 +18,10 @@ class PriceList:
         self.overhead = overhead
 
     def seconds(self, macs: int) -> float:
-        """Return the share of an item of `macs` multiply-adds in a batch's time, without the constant."""
+        """Return the share of an item of `macs` multiply-adds in a batch's time.
+
+        Without the constant.
+        """
         return macs * self.seconds_per_mac
 
     def observe(self, macs: int, seconds: float) -> None:
