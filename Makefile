@@ -34,7 +34,7 @@ bench: .venv/.serve ## time the full pass against every step of the ladder on th
 	$(BIN)/budgetformer bench
 
 train: .venv/.dev ## train model_store/ag_news/1 again from DATA (Parquet, CSV or JSONL)
-	$(BIN)/budgetformer train --data $(DATA) --start minilm-l6 --out model_store/ag_news/1
+	$(BIN)/budgetformer train --data $(DATA) --start minilm-l6 --recipe model_store/ag_news/recipe.toml --out model_store/ag_news/1
 
 docs: .venv/.dev ## build the documentation into site/
 	$(PIP) install --editable ".[docs]"

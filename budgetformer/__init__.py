@@ -7,7 +7,10 @@ a process which only reads manifests (`budgetformer.checkpoint`) never pays for 
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import Any
+
+from wrapt import register_post_import_hook
 
 __version__ = "0.1.0"
 
@@ -19,6 +22,14 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES, "__version__"]
+
+
+def _register(auto: ModuleType) -> None:
+    import_module(f"budgetformer.{auto.__name__.rpartition('.')[2].removesuffix('_auto')}")
+
+
+for _auto in ("configuration_auto", "modeling_auto"):
+    register_post_import_hook(_register, f"transformers.models.auto.{_auto}")
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 BudgetScope = Literal["input", "layer"]
 HeadSelection = Literal["input", "ranked"]
@@ -174,3 +174,6 @@ class BudgetFormerConfig(PreTrainedConfig):
             raise ValueError(
                 'embedding_exit needs budget_scope "input": step 0 is decided before the encoder'
             )
+
+
+AutoConfig.register("budgetformer", BudgetFormerConfig, exist_ok=True)

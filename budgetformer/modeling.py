@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils.generic import ModelOutput
 
@@ -522,7 +522,6 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         return F.cross_entropy(logits, labels)
 
 
-AutoConfig.register("budgetformer", BudgetFormerConfig, exist_ok=True)
 AutoModel.register(BudgetFormerConfig, BudgetFormerModel, exist_ok=True)
 AutoModelForSequenceClassification.register(
     BudgetFormerConfig, BudgetFormerForSequenceClassification, exist_ok=True

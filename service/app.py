@@ -38,9 +38,11 @@ class _Watcher:
     def __call__(self, index: int, event: Event) -> None:
         match event:
             case Hello():
-                if index in self._hellos:
+                before = self._hellos.get(index)
+                if before is not None and before.pid != event.pid:
                     self.metrics.engine_restarts.inc()
                 self._hellos[index] = event
+                self._beats.pop(index, None)
                 build = (
                     budgetformer.__version__,
                     os.environ.get("GIT_COMMIT", "unknown"),

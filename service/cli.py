@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource
 from pydantic_settings import SettingsError as SourceError
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 import budgetformer
@@ -33,6 +34,8 @@ app.add_typer(models_app, name="models")
 
 out = Console()
 err = Console(stderr=True)
+
+CLASSIFY_BATCH = 512
 
 StoreOption = Annotated[Path, typer.Option("--model-store", help="Folder of checkpoints.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -108,7 +111,7 @@ def classify(
     """Classify texts here, without a server."""
     import dataclasses
 
-    from budgetformer.classifier import Classifier
+    from budgetformer.classifier import Classifier, Prediction
 
     if file is not None:
         from budgetformer.training.data import read_texts
@@ -118,19 +121,27 @@ def classify(
         given, pairs = texts or [line.rstrip("\n") for line in sys.stdin], None
     classifier = Classifier(_resolve(model, model_store).path)
     level: str | float = quality if quality in ("fast", "balanced", "best") else _points(quality)
-    predictions = classifier(given, pairs, level, heads)
+    predictions: list[Prediction] = []
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("classifying", total=len(given))
+        for start in range(0, len(given), CLASSIFY_BATCH):
+            rows = slice(start, start + CLASSIFY_BATCH)
+            predictions += classifier(given[rows], pairs[rows] if pairs else None, level, heads)
+            bar.update(task, completed=len(predictions))
     if as_json or not out.is_terminal:
         for text, prediction in zip(given, predictions, strict=True):
-            typer.echo(
-                json.dumps({"text": text, **dataclasses.asdict(prediction)}, ensure_ascii=False)
-            )
+            line = {"text": text, **dataclasses.asdict(prediction)}
+            typer.echo(json.dumps(line, ensure_ascii=False))
         return
     table = Table("label", "score", "budget", "heads", "of dense", "text")
     for text, prediction in zip(given, predictions, strict=True):
-        share = f"{prediction.macs / prediction.dense_macs:.1%}"
-        score = f"{prediction.score:.3f}"
         table.add_row(
-            prediction.label, score, str(prediction.budget), str(prediction.heads), share, text[:80]
+            prediction.label,
+            f"{prediction.score:.3f}",
+            str(prediction.budget),
+            str(prediction.heads),
+            f"{prediction.macs / prediction.dense_macs:.1%}",
+            text[:80],
         )
     out.print(table)
 
@@ -192,6 +203,26 @@ def evaluate(
     table = Table("quality", "n", "accuracy", "95 %", "mean heads", "of dense", "budgets in use")
     for row in rows:
         table.add_row(*row.cells())
+    out.print(table)
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Option(help="Model name, or a checkpoint folder.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of the pass.")] = 1,
+    as_json: JsonOption = False,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Time the compact pass at every ladder step, as ratios to the full step."""
+    from budgetformer.bench import time_steps
+
+    timings = time_steps(_resolve(model, model_store), threads=threads)
+    if as_json:
+        out.print_json(data=[timing.as_dict() for timing in timings])
+        return
+    table = Table("batch", "step", "time / full", "multiply-adds / full", "median ms", "quartiles")
+    for timing in timings:
+        table.add_row(*timing.cells())
     out.print(table)
 
 

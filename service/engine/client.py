@@ -337,10 +337,8 @@ class Engines:
             able = [client for client in alive if self._has(client, job)]
             if able:
                 return min(able, key=lambda client: client.items_in_flight)
-            if alive:
-                raise NotLoadedError
             if not wait or time.monotonic() >= job.deadline:
-                raise EngineDownError
+                raise NotLoadedError if alive else EngineDownError
             await asyncio.sleep(RECONNECT_SECONDS)
 
     @staticmethod

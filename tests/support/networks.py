@@ -1,4 +1,4 @@
-"""Small random networks, and hypothesis strategies for their configurations, batches and budgets."""
+"""Small random networks, and hypothesis strategies for configurations, batches and budgets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROPERTY = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-"""How every property test of the library runs: the same examples each time, whatever the machine's speed."""
+"""How the library's property tests run: the same examples each time, however slow the machine."""
 
 
 def small_config(**changes: Any) -> BudgetFormerConfig:
@@ -44,8 +44,10 @@ def small_config(**changes: Any) -> BudgetFormerConfig:
 
 
 @torch.no_grad()
-def random_network(config: BudgetFormerConfig, seed: int = 0) -> BudgetFormerForSequenceClassification:
-    """Return a network in evaluation mode whose every parameter is random and large, biases included."""
+def random_network(
+    config: BudgetFormerConfig, seed: int = 0
+) -> BudgetFormerForSequenceClassification:
+    """Return a network in evaluation mode; every parameter is random and large, biases included."""
     model = BudgetFormerForSequenceClassification(config).eval()
     random = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -72,7 +74,7 @@ def pack(items: Sequence[Item]) -> PackedTokens:
 
 
 def pad(items: Sequence[Item]) -> dict[str, Tensor]:
-    """Pad items for the reference network; what lies in the padding is not zero, so that masks matter."""
+    """Pad items for the reference network; the padding holds no zeros, so that masks matter."""
     longest = max([1, *map(len, items)])
     ids = torch.full((len(items), longest), 7)
     segments = torch.ones_like(ids)
@@ -122,7 +124,7 @@ def ladders(draw: st.DrawFn, layers: int, heads: int, fewest: int = 0) -> list[l
 
 @st.composite
 def configs(draw: st.DrawFn, **fixed: Any) -> BudgetFormerConfig:
-    """Draw a configuration over every choice that the architecture offers; `fixed` arguments stay."""
+    """Draw a configuration over every choice of the architecture; `fixed` arguments stay."""
     heads = draw(st.integers(1, 4))
     layers = draw(st.integers(1, 3))
     coupled = fixed.get("budget_ffn", draw(st.booleans()))

@@ -16,8 +16,16 @@ from budgetformer.training.data import Examples
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOPICS = {
-    "garden": (["The gardener", "A neighbour", "My aunt"], ["planted", "watered"], ["roses", "beans"]),
-    "harbour": (["The captain", "A sailor", "The crew"], ["anchored", "painted"], ["a ferry", "a tug"]),
+    "garden": (
+        ["The gardener", "A neighbour", "My aunt"],
+        ["planted", "watered"],
+        ["roses", "beans"],
+    ),
+    "harbour": (
+        ["The captain", "A sailor", "The crew"],
+        ["anchored", "painted"],
+        ["a ferry", "a tug"],
+    ),
     "kitchen": (["The cook", "A baker", "Our guest"], ["baked", "tasted"], ["bread", "a pie"]),
 }
 ENDINGS = ["", " today", " again before noon", " while the others were still asleep upstairs"]
@@ -32,7 +40,9 @@ def sentences(topic: str) -> list[str]:
 def topic_examples() -> Examples:
     """Return 144 sentences labelled with their topic, the topics taking turns."""
     names = list(TOPICS)
-    rows = [(s, i) for group in zip(*map(sentences, names), strict=True) for i, s in enumerate(group)]
+    rows = [
+        (s, i) for group in zip(*map(sentences, names), strict=True) for i, s in enumerate(group)
+    ]
     return Examples([s for s, _ in rows], None, np.array([i for _, i in rows]), names)
 
 

@@ -13,6 +13,7 @@ from budgetformer.compact import packed as packed_module
 from budgetformer.cost import MacCounter, decision_macs, encoder_macs
 from budgetformer.modeling import BudgetFormerForSequenceClassification
 from tests.support.networks import (
+    POSITIONS,
     PROPERTY,
     Item,
     assert_close,
@@ -391,6 +392,29 @@ def test_a_step_off_the_ladder(step: int) -> None:
     compact = load_pass(random_network(small_config()))
     with pytest.raises(ValueError, match=f"step {step} is not on the ladder"):
         compact.run(pack(random_items([3])), [step])
+
+
+def test_a_choice_per_input_needs_its_ranking() -> None:
+    compact = load_pass(random_network(small_config(head_selection="input")))
+    with pytest.raises(ValueError, match="ranking"):
+        compact.run(pack(random_items([3])), [2])
+
+
+def test_step_zero_has_no_pass() -> None:
+    compact = load_pass(random_network(small_config(embedding_exit=True)))
+    tokens = pack(random_items([3]))
+    with pytest.raises(ValueError, match="step 0"):
+        compact.run(tokens, [0], compact.arrive(tokens).exit_logits)
+
+
+@pytest.mark.parametrize("length", [POSITIONS + 1, 10 * POSITIONS])
+def test_too_many_tokens(length: int) -> None:
+    compact = load_pass(random_network(small_config()))
+    tokens = pack(random_items([2, length]))
+    with pytest.raises(ValueError, match=f"{length} tokens, but only {POSITIONS} positions"):
+        compact.arrive(tokens)
+    with pytest.raises(ValueError, match=f"{length} tokens, but only {POSITIONS} positions"):
+        compact.run(tokens, [1, 1])
 
 
 def test_a_pass_is_looked_up_by_name() -> None:

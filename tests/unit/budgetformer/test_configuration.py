@@ -93,7 +93,13 @@ def test_step_zero_computes_no_head() -> None:
 
 @pytest.mark.parametrize(
     ("step", "embedding_exit", "offered"),
-    [(0, False, "1..4"), (5, False, "1..4"), (-1, False, "1..4"), (5, True, "0..4"), (-1, True, "0..4")],
+    [
+        (0, False, "1..4"),
+        (5, False, "1..4"),
+        (-1, False, "1..4"),
+        (5, True, "0..4"),
+        (-1, True, "0..4"),
+    ],
 )
 def test_step_off_the_ladder(step: int, embedding_exit: bool, offered: str) -> None:
     config = small_config(embedding_exit=embedding_exit)
@@ -110,7 +116,11 @@ def test_a_configuration_survives_its_dictionary(config: BudgetFormerConfig) -> 
 
 def test_a_configuration_survives_its_folder(tmp_path: Path) -> None:
     config = small_config(
-        ladder=RAGGED, embedding_exit=True, exit_weight=0.25, budget_bounds=(0.2, 0.7), pooling="cls"
+        ladder=RAGGED,
+        embedding_exit=True,
+        exit_weight=0.25,
+        budget_bounds=(0.2, 0.7),
+        pooling="cls",
     )
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)

@@ -41,7 +41,11 @@ def count(*calls: object) -> int:
         (torch.addmm, [(7,), (5, 3), (3, 7)], 5 * 3 * 7),
         (torch.Tensor.matmul, [(5, 3), (3, 7)], 5 * 3 * 7),
         (torch.Tensor.__matmul__, [(5, 3), (3, 7)], 5 * 3 * 7),
-        (F.scaled_dot_product_attention, [(1, 2, 5, 3), (1, 2, 6, 3), (1, 2, 6, 3)], 2 * 2 * 5 * 6 * 3),
+        (
+            F.scaled_dot_product_attention,
+            [(1, 2, 5, 3), (1, 2, 6, 3), (1, 2, 6, 3)],
+            2 * 2 * 5 * 6 * 3,
+        ),
         (torch.add, [(5, 3), (5, 3)], 0),
         (torch.mul, [(5, 3), (5, 3)], 0),
         (F.relu, [(5, 3)], 0),

@@ -536,7 +536,9 @@ class TestSaving:
 
     def test_label_names_survive(self, tmp_path: Path) -> None:
         names = {0: "World", 1: "Sports"}
-        config = small_config(num_labels=2, id2label=names, label2id={v: k for k, v in names.items()})
+        config = small_config(
+            num_labels=2, id2label=names, label2id={v: k for k, v in names.items()}
+        )
         random_network(config).save_pretrained(tmp_path)
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
         assert again.config.id2label == names

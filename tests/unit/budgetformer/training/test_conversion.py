@@ -151,6 +151,16 @@ def drop_tensors(folder: Path) -> None:
     save_file(kept, folder / "model.safetensors")
 
 
+def reshape_tensor(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layer.0.attention.self.query.weight"))
+    save_file(weights | {name: torch.zeros(8, 16)}, folder / "model.safetensors")
+
+
+def list_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("damage", "message"),
@@ -160,6 +170,8 @@ class TestErrors:
             (break_config, "not an encoder folder"),
             (break_weights, "not an encoder folder"),
             (rename_model, "model_type 'gpt2', only 'bert' can be converted"),
+            (list_config, "not an encoder folder"),
+            (reshape_tensor, r"layers\.0\.attention\.query\.weight"),
             (drop_tensors, r"weights lack layers\.1\..* and 3 more"),
         ],
     )
@@ -211,11 +223,22 @@ class TestImportance:
         network = random_network(small_config(**changes))
         with torch.no_grad():
             before = network(**BATCH, steps=4).logits
-        moved = network.encoder.layers[0].attention.query.weight.detach().clone()
+        queries = [layer.attention.query.weight for layer in network.encoder.layers]
+        earlier = [query.detach().clone() for query in queries]
         order_by_importance(network, [labelled(network.config.problem_type)] * 2)
         with torch.no_grad():
             assert_close(network(**BATCH, steps=4).logits, before)
-        assert not torch.equal(network.encoder.layers[0].attention.query.weight, moved)
+        assert not all(map(torch.equal, queries, earlier))
+
+    def test_the_scorer_still_picks_the_same_heads(self) -> None:
+        # the neurons stay out of it, so only the heads' new places could change an answer
+        network = random_network(small_config(head_selection="input", budget_ffn=False))
+        with torch.no_grad():
+            before = [network(**BATCH, steps=step).logits for step in (1, 2, 3)]
+        order_by_importance(network, [labelled()])
+        with torch.no_grad():
+            for step, logits in zip((1, 2, 3), before, strict=True):
+                assert_close(network(**BATCH, steps=step).logits, logits)
 
     @pytest.mark.parametrize("deciding", [[3, 2, 1], [0, 3, 0], [1, 1, 1]])
     def test_the_deciding_head_comes_first(self, deciding: list[int]) -> None:

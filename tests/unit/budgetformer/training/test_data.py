@@ -197,6 +197,25 @@ class TestErrors:
         with pytest.raises(DataError, match="row 1 has the unknown label None"):
             read_examples(write(tmp_path, "jsonl", rows), ["a", "b"])
 
+    @pytest.mark.parametrize(
+        "labels", [["a", None], [1, None], [["a"], None], [["a", None]], [1.5, 2.0]]
+    )
+    def test_unusable_label_without_names(self, tmp_path: Path, labels: list[Any]) -> None:
+        rows = [{"text": "one", "label": label} for label in labels]
+        with pytest.raises(DataError, match="row . has the unknown label"):
+            read_examples(write(tmp_path, "jsonl", rows))
+
+    def test_null_second_text(self, tmp_path: Path) -> None:
+        rows = [{"text": "one", "text_pair": pair, "label": "a"} for pair in ("two", None)]
+        with pytest.raises(DataError, match="row 1 has no text_pair"):
+            read_examples(write(tmp_path, "jsonl", rows))
+
+    @pytest.mark.parametrize("content", ["{", "3", '{"hello": 1}', ""])
+    def test_broken_names_beside_the_file(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "labels.json").write_text(content)
+        with pytest.raises(DataError, match=r"labels\.json"):
+            read_examples(write(tmp_path, "jsonl", GREETINGS))
+
     @pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.json", "rows.tsv", "rows.csv.gz"])
     def test_other_kind_of_file(self, tmp_path: Path, name: str) -> None:
         path = tmp_path / name

@@ -32,7 +32,7 @@ RECIPE = Recipe(
 )
 
 
-class PowerCut(Exception):
+class PowerCutError(Exception):
     """Ends a run from outside."""
 
 
@@ -44,7 +44,7 @@ class FailingTexts(TokenizedTexts):
     def batches(self, batch_size: int, seed: int | None = None) -> Iterator[TokenBatch]:
         for batch in super().batches(batch_size, seed):
             if self.left == 0:
-                raise PowerCut
+                raise PowerCutError
             self.left -= 1
             yield batch
 
@@ -66,14 +66,12 @@ def new_network(seed: int = 0, **changes: Any) -> BudgetFormerForSequenceClassif
     return BudgetFormerForSequenceClassification(BudgetFormerConfig(**sizes | changes))
 
 
-def drop(_: str) -> None:
-    """Take a log line and forget it."""
-
-
 class Run:
     """One training run in a folder, from the same untrained network every time."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, examples: Examples, **changes: Any) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, examples: Examples, **changes: Any
+    ) -> None:
         self.folder, self.examples = folder, examples
         self.recipe = Recipe(**RECIPE.as_dict() | changes)
         self.tokens = FailingTexts(tokenizer, examples.texts, examples.pairs, 16)
@@ -89,7 +87,7 @@ class Run:
         model = new_network(**network)
         if after is not None:
             self.tokens.left = after
-            with pytest.raises(PowerCut):
+            with pytest.raises(PowerCutError):
                 self.trainer(model).train()
             self.tokens.left = 10**9
             # whoever goes on knows nothing but the folder, and starts from any weights
@@ -161,9 +159,7 @@ class TestLearning:
         run.trainer(model).train()
         assert mean_loss(run, model, full) < 0.7 * before
 
-    def test_several_labels_learn(
-        self, new_run: Callable[..., Run], examples: Examples
-    ) -> None:
+    def test_several_labels_learn(self, new_run: Callable[..., Run], examples: Examples) -> None:
         labels = np.eye(3, dtype=np.int64)[examples.labels]
         several = Examples(examples.texts, None, labels, examples.names)
         run = new_run(examples=several, dense_epochs=4, budget_epochs=4)
@@ -206,6 +202,14 @@ class TestDeterminism:
         assert not torch.equal(first["classifier.weight"], second["classifier.weight"])
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, _tokenizer_text: str) -> dict[str, Tensor]:
+    """Return the weights of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    rows = topic_examples().subset(range(48))
+    return Run(folder, Tokenizer.from_str(_tokenizer_text), rows).weights()
+
+
 # 48 rows in batches of 12: 8 batches of dense training, 4 for the importance of heads, 1 for the
 # teacher's answers (batches of 64), 8 of budget training; each case cuts at another place of a run.
 CUTS = {
@@ -227,14 +231,6 @@ class TestResuming:
     def _save_every_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(trainer_module, "SAVE_SECONDS", -1)
 
-    @pytest.fixture(scope="class")
-    def unbroken(
-        self, tmp_path_factory: pytest.TempPathFactory, _tokenizer_text: str
-    ) -> dict[str, Tensor]:
-        folder = tmp_path_factory.mktemp("unbroken")
-        rows = topic_examples().subset(range(48))
-        return Run(folder, Tokenizer.from_str(_tokenizer_text), rows).weights()
-
     @pytest.mark.parametrize("after", CUTS.values(), ids=CUTS.keys())
     def test_ends_with_the_weights_of_an_unbroken_run(
         self, new_run: Callable[..., Run], unbroken: dict[str, Tensor], after: int
@@ -243,7 +239,7 @@ class TestResuming:
         if after == 0:
             # nothing was saved yet, so the run begins anew from the same network
             run.tokens.left = 0
-            with pytest.raises(PowerCut):
+            with pytest.raises(PowerCutError):
                 run.trainer(new_network()).train()
             run.tokens.left = 10**9
             assert_same(run.weights(), unbroken)
@@ -259,7 +255,7 @@ class TestResuming:
             model = new_network()
             try:
                 run.trainer(model).train()
-            except PowerCut:
+            except PowerCutError:
                 continue
             break
         assert_same(model.state_dict(), unbroken)
@@ -276,12 +272,13 @@ class TestResuming:
     ) -> None:
         run = new_run()
         run.tokens.left = 5
-        with pytest.raises(PowerCut):
+        with pytest.raises(PowerCutError):
             run.trainer(new_network()).train()
         monkeypatch.setattr(trainer_module, "SAVE_SECONDS", 10**6)
         run.tokens.left = 2
-        with pytest.raises(PowerCut):
+        with pytest.raises(PowerCutError):
             run.trainer(new_network(seed=9)).train()
+        run.tokens.left = 10**9
         assert_same(run.weights(), unbroken)
 
     def test_says_where_it_goes_on(self, new_run: Callable[..., Run]) -> None:

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.support.serving import Service, service
+from tests.support.stores import model_store
+
+__all__ = ["model_store"]
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def shared(model_store: Path) -> AsyncIterator[Service]:
+    """Return a service with every model, for tests that leave it as it was."""
+    limits = {"max_batch_items": 64, "max_text_characters": 10_000, "max_body_bytes": 500_000}
+    async with service(model_store, **limits) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def fresh(model_store: Path) -> AsyncIterator[Service]:
+    """Return a service with one model for one test alone."""
+    async with service(model_store, models=["topics"]) as running:
+        yield running
+
+
+@pytest.fixture
+def store(model_store: Path, tmp_path: Path) -> Path:
+    """Return a store that a test may change: topics 1 and 2, and pairs."""
+    copy = tmp_path / "store"
+    for name in ("topics/1", "topics/2", "pairs/1"):
+        shutil.copytree(model_store / name, copy / name)
+    return copy

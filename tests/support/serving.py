@@ -1,0 +1,213 @@
+"""The whole service in one event loop: application, engines, and sockets between them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from budgetformer.compact import PackedPass, PackedTokens, PassResult
+from service.app import create_app
+from service.engine.__main__ import EngineServer
+from service.engine.core import EngineCore, EngineOptions
+from service.settings import Settings
+from tests.support.exposition import Exposition
+from tests.support.waiting import until
+
+ADMIN_KEY = "open-sesame"
+ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
+ERROR_FIELDS = {"message", "type", "param", "code"}
+
+
+@dataclass
+class Service:
+    """A running service and a client of it."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    cores: list[EngineCore]
+
+    @property
+    def core(self) -> EngineCore:
+        """The only engine."""
+        (core,) = self.cores
+        return core
+
+    async def ask(self, given: Any, **fields: Any) -> httpx.Response:
+        """Send a request to classify."""
+        return await self.client.post("/classify", json={"input": given, **fields})
+
+    async def answer(self, given: Any, **fields: Any) -> dict[str, Any]:
+        """Return the answer of a request that succeeds."""
+        response = await self.ask(given, **fields)
+        assert response.status_code == 200, response.text
+        body = response.json()
+        assert isinstance(body, dict)
+        return body
+
+    async def item(self, text: Any, **fields: Any) -> dict[str, Any]:
+        """Return the answer for a single item."""
+        (item,) = (await self.answer(text, **fields))["data"]
+        assert isinstance(item, dict)
+        return item
+
+    async def scrape(self) -> Exposition:
+        """Read all metrics."""
+        return Exposition((await self.client.get("/metrics")).text)
+
+    async def ready(self) -> bool:
+        """Ask whether the service can classify."""
+        return (await self.client.get("/health/ready")).status_code == 200
+
+    def in_flight(self) -> int:
+        """Count the items that the engines have not answered yet."""
+        return sum(sum(core.heartbeat(0).in_flight.values()) for core in self.cores)
+
+
+def error_of(
+    response: httpx.Response, status: int, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """Check that an answer is an error of the one shape, and return its object."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == ERROR_FIELDS
+    assert isinstance(error["message"], str)
+    assert isinstance(error["type"], str)
+    assert isinstance(error["code"], str)
+    assert error["message"]
+    assert "Traceback" not in error["message"]
+    assert response.headers["x-request-id"]
+    if code is not None:
+        assert error["code"] == code
+    if param is not None:
+        assert error["param"] == param
+    if status in (429, 503):
+        assert int(response.headers["retry-after"]) >= 1
+    return dict(error)
+
+
+@asynccontextmanager
+async def engine(socket: Path, options: EngineOptions | None = None) -> AsyncIterator[EngineCore]:
+    """Run an engine that listens on a socket."""
+    core = EngineCore(options or EngineOptions())
+    serving = asyncio.create_task(EngineServer(core).serve(socket))
+    try:
+        yield core
+    finally:
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+
+
+@asynccontextmanager
+async def application(settings: Settings, sockets: list[Path]) -> AsyncIterator[FastAPI]:
+    """Run an application, without HTTP and without engines."""
+    app = create_app(settings, sockets)
+    async with app.router.lifespan_context(app):
+        yield app
+
+
+@asynccontextmanager
+async def service(
+    store: Path,
+    *,
+    engines: int = 1,
+    options: EngineOptions | None = None,
+    wait: bool = True,
+    **settings: Any,
+) -> AsyncIterator[Service]:
+    """Run a service over a store, ready for requests."""
+    chosen = {"model_store": store, "default_model": "topics", "admin_key": ADMIN_KEY} | settings
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bf-")))
+        sockets = [folder / f"{index}.sock" for index in range(max(engines, 1))]
+        cores = [
+            await stack.enter_async_context(engine(socket, options)) for socket in sockets[:engines]
+        ]
+        app = await stack.enter_async_context(application(Settings(**chosen), sockets))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        client = await stack.enter_async_context(
+            httpx.AsyncClient(transport=transport, base_url="http://service", timeout=60)
+        )
+        running = Service(app, client, cores)
+        if wait and engines:
+            await until(running.ready, "readiness")
+            await until(lambda: _all_loaded(running), "every model in every engine")
+        yield running
+
+
+async def _all_loaded(running: Service) -> bool:
+    served = (await running.client.get("/v1/models")).json()["data"]
+    return all(len(core.models) == len(served) for core in running.cores)
+
+
+@contextmanager
+def held(core: EngineCore) -> Iterator[None]:
+    """Let whatever the engine's device does take as long as this block."""
+    gate = threading.Event()
+
+    def wait() -> None:
+        gate.wait(60)
+
+    with contextlib.ExitStack() as stack:
+        for model in core.models.values():
+            stack.enter_context(_before(model.network, wait))
+        stack.callback(gate.set)
+        yield
+
+
+@contextmanager
+def _before(network: PackedPass, act: Callable[[], None]) -> Iterator[None]:
+    arrive, run = network.arrive, network.run
+
+    def later(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            act()
+            return method(*arguments, **named)
+
+        return call
+
+    with _replaced(network, arrive=later(arrive), run=later(run)):
+        yield
+
+
+@contextmanager
+def poison(network: PackedPass, tokens: int, how: str) -> Iterator[None]:
+    """Let every item of exactly so many tokens fail: by an exception, or by answering NaN."""
+    run = network.run
+
+    def poisoned(packed: PackedTokens, *arguments: Any) -> PassResult:
+        if tokens in packed.lengths and how == "raise":
+            raise RuntimeError("the text of the item would be here")
+        result = run(packed, *arguments)
+        logits = result.logits.clone()
+        for place, length in enumerate(packed.lengths):
+            if length == tokens:
+                logits[place] = float("nan")
+        return replace(result, logits=logits)
+
+    with _replaced(network, run=poisoned):
+        yield
+
+
+@contextmanager
+def _replaced(network: PackedPass, **methods: Callable[..., Any]) -> Iterator[None]:
+    for name, method in methods.items():
+        setattr(network, name, method)
+    try:
+        yield
+    finally:
+        for name in methods:
+            delattr(network, name)

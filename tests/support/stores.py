@@ -1,0 +1,186 @@
+"""A real, tiny model store, trained once per test session on sentences made from templates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from budgetformer import cascade
+from budgetformer.cascade import Work
+from budgetformer.checkpoint import read_checkpoint, write_manifest
+from budgetformer.classifier import Classifier
+from budgetformer.modeling import confidence
+from budgetformer.policy import BudgetRule, OperatingPoint
+from budgetformer.training.pipeline import train_checkpoint
+from budgetformer.training.recipe import Recipe
+
+LABELS = ("animals", "music", "weather")
+LAYERS, HEADS = 2, 4
+MAX_TOKENS = 32
+TOPICS, TAGS, PAIRS, PICKY = "topics", "tags", "pairs", "picky"
+"""Single-label (versions 1 and 2), multi-label, text pairs; PICKY has no step 0, heads by input."""
+
+_WORDS = {
+    "animals": (
+        ["The otter", "A young fox", "Our old donkey"],
+        ["slept under", "ran past"],
+        "the hedge",
+    ),
+    "music": (
+        ["The cellist", "A choir", "This drummer"],
+        ["rehearsed beside", "tuned near"],
+        "the organ",
+    ),
+    "weather": (
+        ["A cold front", "The drizzle", "Thick fog"],
+        ["settled over", "drifted off"],
+        "the coast",
+    ),
+}
+_ENDINGS = ("", " at dawn", " again", " for three long days", " while nobody looked", " once more")
+
+_TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_layers": LAYERS,
+    "num_heads": HEADS,
+    "intermediate_size": 64,
+    "vocab_size": 200,
+    "max_length": MAX_TOKENS,
+    "learning_rate": 1e-3,
+    "batch_size": 16,
+    "dense_epochs": 6,
+    "budget_epochs": 4,
+    "exit_epochs": 6,
+    "exit_folds": 2,
+    "hold_out": 0.25,
+}
+
+
+def sentences(label: str) -> list[str]:
+    """Return 36 sentences of one class."""
+    who, did, where = _WORDS[label]
+    return [f"{a} {b} {where}{c}." for a, b, c in product(who, did, _ENDINGS)]
+
+
+def labelled_sentences() -> list[tuple[str, str]]:
+    """Return all sentences with their class, the classes taking turns."""
+    return [
+        (text, label)
+        for group in zip(*map(sentences, LABELS), strict=True)
+        for text, label in zip(group, LABELS, strict=True)
+    ]
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write one JSON object per line."""
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def single_label_rows() -> list[dict[str, Any]]:
+    return [{"text": text, "label": label} for text, label in labelled_sentences()]
+
+
+def _multi_label_rows() -> list[dict[str, Any]]:
+    one = [{"text": text, "label": [label]} for text, label in labelled_sentences()]
+    two = [
+        {"text": f"{a} {b}", "label": ["animals", "weather"]}
+        for a, b in zip(sentences("animals"), sentences("weather"), strict=True)
+    ]
+    return [row for group in zip(one[::3], one[1::3], two, strict=True) for row in group]
+
+
+def _pair_rows() -> list[dict[str, Any]]:
+    animals, music = sentences("animals"), sentences("music")
+    same = [
+        {"text": a, "text_pair": b, "label": "same"}
+        for a, b in zip(animals, animals[1:], strict=False)
+    ]
+    other = [
+        {"text": a, "text_pair": b, "label": "other"} for a, b in zip(animals, music, strict=True)
+    ]
+    return [row for group in zip(same, other, strict=False) for row in group]
+
+
+def train(output: Path, rows: list[dict[str, Any]], **recipe: Any) -> None:
+    """Train the checkpoint folder `output` (`<store>/<name>/<version>`) on some rows."""
+    scratch = output.parents[2]
+    train_checkpoint(
+        data=write_jsonl(scratch / f"{output.parent.name}-{output.name}.jsonl", rows),
+        output=output,
+        start=None,
+        recipe=Recipe(**_TINY | recipe),
+        work_dir=scratch / f"{output.parent.name}-{output.name}.work",
+        threads=None,
+        log=lambda _: None,
+    )
+
+
+def calibrate_by_hand(path: Path) -> None:
+    """Give a checkpoint levels of known form: an exit, an exit with a second look, bands with one.
+
+    Thresholds are medians, so that about half of the sentences go either way; the figures of
+    accuracy and cost are made up, and only in order.
+    """
+    classifier = Classifier(path)
+    texts = [text for text, _ in labelled_sentences()]
+    rule = BudgetRule(point=None, num_steps=HEADS, fixed=0)
+    items = [
+        Work(encoding.ids, None, rule) for encoding in classifier.tokenizer.encode_batch(texts)
+    ]
+    cascade.arrive(classifier.network, items)
+    exits = torch.stack([item.exit_logits for item in items if item.exit_logits is not None])
+    verdict = median(item.s for item in items if item.s is not None)
+    sure_of_exit = median(confidence(exits, "single_label_classification").tolist())
+    sure_of_step_1 = median(prediction.score for prediction in classifier(texts, heads=1))
+    levels = [
+        ("fast", [(1.0, 0)], None, 8.0, 0.02),
+        ("balanced", [(1.0, 0)], (sure_of_exit, 2), 2.0, 0.3),
+        (None, [(1.0, 1)], None, 1.0, 0.4),
+        ("best", [(verdict, 1), (1.0, 3)], (sure_of_step_1, 4), 0.0, 0.9),
+    ]
+    points = [
+        OperatingPoint.model_validate(
+            {
+                "name": name,
+                "entry": [{"upto": upto, "step": step} for upto, step in bands],
+                "escalation": look and {"below": look[0], "step": look[1]},
+                "accuracy": 0.9 - lost / 100,
+                "points_lost": lost,
+                "macs_share": share,
+                "mean_heads": share * LAYERS * HEADS,
+            }
+        )
+        for name, bands, look, lost, share in levels
+    ]
+    manifest = read_checkpoint(path).manifest
+    write_manifest(path, manifest.model_copy(update={"operating_points": tuple(points)}))
+
+
+@cache
+def _trained(root: Path) -> Path:
+    store = root / "store"
+    train(store / TOPICS / "1", single_label_rows(), seed=1)
+    train(store / TOPICS / "2", single_label_rows(), seed=2)
+    for version in ("1", "2"):
+        calibrate_by_hand(store / TOPICS / version)
+    train(store / TAGS / "1", _multi_label_rows())
+    train(store / PAIRS / "1", _pair_rows())
+    train(store / PICKY / "1", single_label_rows(), head_selection="input", embedding_exit=False)
+    return store
+
+
+@pytest.fixture(scope="session")
+def model_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model store that tests read only."""
+    root = tmp_path_factory.getbasetemp() / "trained"
+    root.mkdir(exist_ok=True)
+    return _trained(root)

@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from budgetformer.checkpoint import (
+    file_entries,
+    load_tokenizer,
+    read_checkpoint,
+    read_store,
+    write_manifest,
+)
+from budgetformer.classifier import load_network
+from budgetformer.errors import CheckpointError, PolicyError
+from tests.support.stores import HEADS, LABELS, LAYERS, MAX_TOKENS, PICKY, TOPICS
+
+Damage = Callable[[Path], None]
+
+
+@pytest.fixture
+def store(model_store: Path, tmp_path: Path) -> Path:
+    """Return a store of three checkpoints that a test may damage."""
+    copy = tmp_path / "store"
+    for name in ("topics/1", "topics/2", "pairs/1"):
+        shutil.copytree(model_store / name, copy / name)
+    return copy
+
+
+def edit(file: str, /, **changes: Any) -> Damage:
+    """Change, or with None leave out, top-level keys of a JSON file."""
+
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / file).read_text()) | changes
+        kept = {key: value for key, value in content.items() if value is not None}
+        (folder / file).write_text(json.dumps(kept))
+
+    return damage
+
+
+def write(name: str, content: bytes) -> Damage:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+def without(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+def rename_in_manifest(new: str) -> Damage:
+    """Let the manifest call the tokenizer's configuration something else."""
+
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"][new] = manifest["files"].pop("tokenizer_config.json")
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def flip_a_byte(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[-1] ^= 1
+        (folder / name).write_bytes(bytes(content))
+
+    return damage
+
+
+def append(name: str) -> Damage:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes() + b" ") and None
+
+
+def unlisted(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["files"][name]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def assert_one_line(message: str, *parts: str) -> None:
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+UNREADABLE = {
+    "no manifest": (without("manifest.json"), "manifest.json", "No such file"),
+    "manifest not JSON": (write("manifest.json", b"{"), "manifest.json", "JSON"),
+    "manifest empty": (write("manifest.json", b""), "manifest.json", "JSON"),
+    "manifest not UTF-8": (write("manifest.json", b"\xff\xfe{}"), "manifest.json", ""),
+    "manifest a list": (write("manifest.json", b"[]"), "manifest.json", ""),
+    "later format": (edit("manifest.json", format=2), "manifest.json", "format 2"),
+    "no files": (edit("manifest.json", files=None), "manifest.json", "files"),
+    "no labels": (edit("manifest.json", labels=[]), "manifest.json", "labels"),
+    "unknown key": (edit("manifest.json", colour="red"), "manifest.json", "colour"),
+    "bad name": (edit("manifest.json", name="../topics"), "manifest.json", "name"),
+    "other name": (edit("manifest.json", name="tropics"), "topics/2", "tropics:2"),
+    "other version": (edit("manifest.json", version=3), "topics/2", "topics:3"),
+    "no configuration": (without("config.json"), "config.json", "No such file"),
+    "configuration not JSON": (write("config.json", b"}"), "config.json", "JSON"),
+    "configuration not UTF-8": (write("config.json", b'"\xff"'), "config.json", ""),
+    "configuration a list": (write("config.json", b"[]"), "config.json", "model_type"),
+    "another network": (edit("config.json", model_type="bert"), "config.json", "model_type"),
+    "no ladder": (edit("config.json", ladder=None), "config.json", "ladder"),
+    "ladder a number": (edit("config.json", ladder=3), "config.json", "ladder"),
+    "ladder of words": (edit("config.json", ladder=["a"] * 4), "config.json", "ladder"),
+    "ladder empty": (edit("config.json", ladder=[]), "", ""),
+    "ladder too short": (edit("config.json", ladder=[[1, 1]]), "", "step"),
+    "layers not a number": (
+        edit("config.json", num_hidden_layers="two"),
+        "config.json",
+        "num_hidden_layers",
+    ),
+}
+
+DAMAGED = {
+    "missing": (without("tokenizer_config.json"), "tokenizer_config.json", "missing"),
+    "shorter": (write("tokenizer_config.json", b"{}"), "tokenizer_config.json", "2 bytes"),
+    "longer": (append("model.safetensors"), "model.safetensors", "bytes"),
+    "one bit": (flip_a_byte("model.safetensors"), "model.safetensors", "sha256"),
+    "configuration edited": (append("config.json"), "config.json", "bytes"),
+    "weights not listed": (unlisted("model.safetensors"), "manifest.json", "model.safetensors"),
+    "tokenizer not listed": (unlisted("tokenizer.json"), "manifest.json", "tokenizer.json"),
+    "leaves upwards": (rename_in_manifest("../tokenizer_config.json"), "manifest.json", ".."),
+    "leaves to the root": (rename_in_manifest("/etc/passwd"), "manifest.json", "/etc/passwd"),
+    "leaves below": (rename_in_manifest("a/b.json"), "manifest.json", "a/b.json"),
+    "names itself upwards": (rename_in_manifest(".."), "", ""),
+}
+
+
+class TestSound:
+    def test_what_it_says_of_itself(self, model_store: Path) -> None:
+        checkpoint = read_checkpoint(model_store / TOPICS / "2")
+        assert (checkpoint.name, checkpoint.version, checkpoint.label) == ("topics", 2, "topics:2")
+        assert checkpoint.manifest.labels == LABELS
+        assert checkpoint.manifest.max_tokens == MAX_TOKENS
+        assert (checkpoint.num_layers, checkpoint.num_heads) == (LAYERS, HEADS)
+        assert checkpoint.ladder == [[k] * LAYERS for k in range(1, HEADS + 1)]
+        assert checkpoint.budgets == [0, 1, 2, 3, 4]
+
+    def test_without_step_0_budgets_start_at_1(self, model_store: Path) -> None:
+        assert read_checkpoint(model_store / PICKY / "1").budgets == [1, 2, 3, 4]
+
+    def test_every_file_is_as_the_manifest_says(self, model_store: Path) -> None:
+        for versions in read_store(model_store).checkpoints.values():
+            for checkpoint in versions:
+                checkpoint.verify()
+                assert set(checkpoint.manifest.files) == {
+                    "config.json",
+                    "model.safetensors",
+                    "tokenizer.json",
+                    "tokenizer_config.json",
+                }
+                assert (checkpoint.path / "README.md").is_file()
+
+    def test_it_loads_with_the_automatic_classes(self, model_store: Path) -> None:
+        path = model_store / TOPICS / "1"
+        assert AutoConfig.from_pretrained(path).model_type == "budgetformer"
+        model = AutoModelForSequenceClassification.from_pretrained(path)
+        assert type(model).__name__ == "BudgetFormerForSequenceClassification"
+
+    def test_its_tokenizer_neither_pads_nor_truncates(self, model_store: Path) -> None:
+        tokenizer = load_tokenizer(read_checkpoint(model_store / TOPICS / "1"))
+        encodings = tokenizer.encode_batch(["word " * 100, "word"])
+        assert len(encodings[0].ids) > MAX_TOKENS
+        assert len(encodings[1].ids) < 20
+
+    def test_a_manifest_is_written_whole_and_reads_back(self, store: Path) -> None:
+        path = store / TOPICS / "1"
+        manifest = read_checkpoint(path).manifest
+        write_manifest(path, manifest.model_copy(update={"metrics": {"x": 1.0}}))
+        assert read_checkpoint(path).manifest.metrics == {"x": 1.0}
+        assert not list(path.glob("*.part"))
+
+
+class TestRule:
+    @pytest.mark.parametrize(("heads", "step"), [(0, 0), (1, 1), (3, 3), (4, 4)])
+    def test_fixed_heads_are_a_step(self, model_store: Path, heads: int, step: int) -> None:
+        rule = read_checkpoint(model_store / TOPICS / "1").rule(heads=heads)
+        assert rule.fixed == step
+
+    @pytest.mark.parametrize("field", ["heads", "max_heads"])
+    @pytest.mark.parametrize("value", [-1, HEADS + 1, 1000])
+    def test_heads_beyond_the_network_are_refused(
+        self, model_store: Path, field: str, value: int
+    ) -> None:
+        checkpoint = read_checkpoint(model_store / TOPICS / "1")
+        with pytest.raises(PolicyError, match=f"{field} must be 0..{HEADS}"):
+            checkpoint.rule(**{field: value})
+
+    @pytest.mark.parametrize("field", ["heads", "max_heads"])
+    def test_no_heads_need_a_step_0(self, model_store: Path, field: str) -> None:
+        with pytest.raises(PolicyError, match=field):
+            read_checkpoint(model_store / PICKY / "1").rule(**{field: 0})
+
+    def test_an_uneven_ladder_gives_the_largest_step_that_fits(self, store: Path) -> None:
+        edit("config.json", ladder=[[0, 1], [1, 2], [4, 1], [4, 4]])(store / TOPICS / "1")
+        checkpoint = read_checkpoint(store / TOPICS / "1")
+        assert [checkpoint.rule(heads=k).fixed for k in range(HEADS + 1)] == [0, 1, 2, 2, 4]
+
+
+class TestDamage:
+    @pytest.mark.parametrize("kind", UNREADABLE)
+    def test_what_cannot_be_read_is_one_line_and_the_rest_stands(
+        self, store: Path, kind: str
+    ) -> None:
+        damage, file, cause = UNREADABLE[kind]
+        damage(store / TOPICS / "2")
+        found = read_store(store)
+        (problem,) = found.errors
+        assert_one_line(problem, str(store / TOPICS / "2"), file, cause)
+        assert {n: [c.version for c in vs] for n, vs in found.checkpoints.items()} == {
+            "pairs": [1],
+            "topics": [1],
+        }
+        assert found.latest(TOPICS).version == 1
+
+    @pytest.mark.parametrize("kind", DAMAGED)
+    def test_what_differs_from_the_manifest_is_one_line(self, store: Path, kind: str) -> None:
+        damage, file, cause = DAMAGED[kind]
+        damage(store / TOPICS / "2")
+        checkpoint = read_checkpoint(store / TOPICS / "2")
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.verify()
+        assert_one_line(str(caught.value), str(store / TOPICS / "2"), file, cause)
+
+    @pytest.mark.parametrize("kind", DAMAGED)
+    def test_what_differs_from_the_manifest_is_never_loaded(self, store: Path, kind: str) -> None:
+        DAMAGED[kind][0](store / TOPICS / "2")
+        with pytest.raises(CheckpointError):
+            load_network(read_checkpoint(store / TOPICS / "2"))
+
+    @pytest.mark.parametrize("folder", ["topics/3", "topics/02", "tropics/1"])
+    def test_a_folder_of_another_name_or_version_is_reported(
+        self, store: Path, folder: str
+    ) -> None:
+        shutil.copytree(store / "topics/2", store / folder)
+        (problem,) = read_store(store).errors
+        assert_one_line(problem, str(store / folder), "topics:2")
+
+    @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"version": "1.0"}'])
+    def test_a_file_that_is_no_tokenizer(self, store: Path, content: bytes) -> None:
+        path = store / TOPICS / "2" / "tokenizer.json"
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError) as caught:
+            load_tokenizer(read_checkpoint(store / TOPICS / "2"))
+        assert_one_line(str(caught.value), str(path))
+
+
+class TestDamagedWeights:
+    """Weights that the manifest vouches for, and that still do not fit."""
+
+    @pytest.fixture
+    def folder(self, store: Path) -> Path:
+        return store / TOPICS / "2"
+
+    def refusal(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> str:
+        """Sign what is there, and return why it is not loaded."""
+        if weights is not None:
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        manifest = read_checkpoint(folder).manifest
+        write_manifest(folder, manifest.model_copy(update={"files": file_entries(folder)}))
+        with pytest.raises(CheckpointError) as caught:
+            load_network(read_checkpoint(folder))
+        return str(caught.value)
+
+    def test_a_missing_weight(self, folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        name = sorted(weights)[0]
+        del weights[name]
+        assert_one_line(self.refusal(folder, weights), "model.safetensors", "missing", name)
+
+    def test_a_weight_too_many(self, folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors") | {"stray.weight": torch.zeros(2)}
+        message = self.refusal(folder, weights)
+        assert_one_line(message, "model.safetensors", "unexpected", "stray.weight")
+
+    def test_a_weight_of_another_shape(self, folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        name = next(name for name in sorted(weights) if weights[name].ndim == 2)
+        weights[name] = weights[name][:1].clone()
+        assert_one_line(self.refusal(folder, weights), str(folder), name)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_weight_that_is_no_number(self, folder: Path, value: float) -> None:
+        weights = load_file(folder / "model.safetensors")
+        weights[sorted(weights)[0]].view(-1)[0] = value
+        assert_one_line(self.refusal(folder, weights), "model.safetensors", "finite")
+
+    @pytest.mark.parametrize("content", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{}", b"\x80\x04."])
+    def test_a_file_of_another_kind(self, folder: Path, content: bytes) -> None:
+        (folder / "model.safetensors").write_bytes(content)
+        assert_one_line(self.refusal(folder), str(folder))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"hidden_size": 33},
+            {"hidden_size": 64},
+            {"num_attention_heads": 5},
+            {"ladder": [[9, 9]]},
+            {"norm_position": "beside"},
+            {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}},
+        ],
+        ids=lambda changes: next(iter(changes)),
+    )
+    def test_a_configuration_that_does_not_fit(self, folder: Path, changes: dict[str, Any]) -> None:
+        points = read_checkpoint(folder).manifest.model_copy(update={"operating_points": ()})
+        write_manifest(folder, points)
+        edit("config.json", **changes)(folder)
+        assert_one_line(self.refusal(folder), str(folder))
+
+    def test_labels_that_are_not_as_many_as_the_networks(self, folder: Path) -> None:
+        manifest = read_checkpoint(folder).manifest
+        write_manifest(folder, manifest.model_copy(update={"labels": LABELS[:2]}))
+        assert_one_line(self.refusal(folder), str(folder), "labels")
+
+    def test_more_tokens_than_the_network_has_positions(self, folder: Path) -> None:
+        manifest = read_checkpoint(folder).manifest
+        write_manifest(folder, manifest.model_copy(update={"max_tokens": MAX_TOKENS + 1}))
+        assert_one_line(self.refusal(folder), str(folder), "max_tokens")
+
+
+class TestStore:
+    def test_versions_rise_by_number(self, store: Path) -> None:
+        shutil.copytree(store / "topics/2", store / "topics/10")
+        edit("manifest.json", version=10)(store / "topics/10")
+        assert [c.version for c in read_store(store).checkpoints[TOPICS]] == [1, 2, 10]
+        assert read_store(store).latest(TOPICS).version == 10
+
+    def test_what_is_no_version_folder_is_none_of_its_business(self, store: Path) -> None:
+        (store / TOPICS / ".3.work").mkdir()
+        (store / TOPICS / "notes").mkdir()
+        (store / "README.md").write_text("models")
+        assert read_store(store).errors == []
+
+    def test_an_empty_store(self, tmp_path: Path) -> None:
+        assert read_store(tmp_path).checkpoints == {}
+
+    def test_no_store(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="no such folder"):
+            read_store(tmp_path / "none")
+
+    def test_a_model_that_is_not_there(self, store: Path) -> None:
+        with pytest.raises(CheckpointError, match="'nothing'"):
+            read_store(store).latest("nothing")

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.scheduling.admission import Refusal, admit
+
+PROPERTY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+
+seconds = st.floats(0, 1000)
+
+
+def ask(**changes: Any) -> Refusal | None:
+    """Ask for one item at a half full queue with much time, but for what is changed."""
+    asked: dict[str, Any] = {
+        "items": 1,
+        "queued_items": 5,
+        "max_items": 10,
+        "queued_seconds": 1.0,
+        "price": 0.1,
+        "remaining": 60.0,
+    }
+    return admit(**asked | changes)
+
+
+def test_there_is_room() -> None:
+    assert ask() is None
+
+
+@pytest.mark.parametrize("items", [1, 4, 5])
+def test_room_is_filled_to_the_last_item(items: int) -> None:
+    assert ask(items=items) is None
+
+
+@pytest.mark.parametrize("items", [6, 7, 100])
+def test_more_than_the_room_is_refused_whole(items: int) -> None:
+    refusal = ask(items=items)
+    assert refusal is not None
+    assert refusal.reason == "queue_full"
+
+
+def test_a_request_larger_than_the_queue_is_let_in_when_the_queue_is_empty() -> None:
+    assert ask(items=11, queued_items=0, queued_seconds=0.0) is None
+
+
+@pytest.mark.parametrize("remaining", [1.0, 0.5, 0.0, -3.0])
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(remaining: float) -> None:
+    refusal = ask(remaining=remaining)
+    assert refusal is not None
+    assert refusal.reason == "deadline"
+
+
+def test_a_deadline_that_can_just_be_met_is_accepted() -> None:
+    assert ask(queued_seconds=1.0, price=0.5, remaining=1.5) is None
+
+
+def test_the_price_alone_may_be_too_much_for_a_deadline() -> None:
+    assert ask(queued_items=0, queued_seconds=0.0, price=2.0, remaining=1.0) is not None
+
+
+@PROPERTY
+@given(
+    items=st.integers(1, 5000),
+    queued_items=st.integers(0, 5000),
+    max_items=st.integers(1, 5000),
+    queued_seconds=seconds,
+    price=seconds,
+    remaining=st.floats(-10, 100),
+)
+def test_a_refusal_says_when_to_come_back_in_whole_positive_seconds(**asked: Any) -> None:
+    refusal = admit(**asked)
+    if refusal is not None:
+        assert isinstance(refusal.retry_after, int)
+        assert refusal.retry_after >= 1
+        assert refusal.retry_after <= asked["queued_seconds"] + asked["price"] + 11
+
+
+@PROPERTY
+@given(st.integers(1, 100), st.integers(0, 100), st.integers(1, 100), seconds, seconds, seconds)
+def test_an_admitted_request_has_room_and_time(
+    items: int, queued: int, most: int, queued_seconds: float, price: float, remaining: float
+) -> None:
+    if admit(items, queued, most, queued_seconds, price, remaining) is None:
+        assert queued == 0 or queued + items <= most
+        assert queued_seconds + price <= remaining
+
+
+@PROPERTY
+@given(st.integers(1, 20), st.floats(1, 1000))
+def test_the_fuller_the_queue_must_drain_the_longer_the_wait(
+    items: int, queued_seconds: float
+) -> None:
+    waits = []
+    for more in (0, 5):
+        refusal = ask(items=items + more, queued_items=10, queued_seconds=queued_seconds)
+        assert refusal is not None
+        waits.append(refusal.retry_after)
+    assert waits == sorted(waits)
+
+
+def test_the_wait_is_the_time_in_which_room_opens() -> None:
+    # Of ten items that take 40 s, five must be done before five more fit.
+    refusal = ask(items=5, queued_items=10, queued_seconds=40.0)
+    assert refusal == Refusal("queue_full", 20)
+
+
+def test_the_wait_for_a_deadline_is_what_is_missing() -> None:
+    assert ask(queued_seconds=7.2, price=0.3, remaining=5.0) == Refusal("deadline", 3)
+
+
+def test_nobody_is_told_to_wait_longer_than_the_whole_queue_takes() -> None:
+    refusal = ask(items=1000, queued_items=10, queued_seconds=12.0)
+    assert refusal is not None
+    assert refusal.retry_after == 12

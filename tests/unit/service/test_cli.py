@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import budgetformer
+from budgetformer.classifier import Classifier
+from tests.support.command_line import CommandLine, Outcome
+from tests.support.stores import (
+    LABELS,
+    PAIRS,
+    TOPICS,
+    labelled_sentences,
+    sentences,
+    single_label_rows,
+    write_jsonl,
+)
+
+TEXTS = [sentences(label)[3] for label in LABELS]
+
+
+def lines(outcome: Outcome) -> list[dict[str, Any]]:
+    assert outcome.code == 0, outcome
+    return [json.loads(line) for line in outcome.out.splitlines()]
+
+
+@pytest.fixture
+def copied_store(model_store: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_store, tmp_path / "store"))
+
+
+def test_version(command: CommandLine) -> None:
+    assert command("version").out == f"{budgetformer.__version__}\n"
+
+
+def test_without_a_command_it_says_what_there_is(command: CommandLine) -> None:
+    outcome = command()
+    for name in ("serve", "classify", "train", "evaluate", "models", "version"):
+        assert name in outcome.out + outcome.err
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["models", "nonsense"], ["version", "--x"]])
+def test_what_is_unknown_ends_with_code_2(command: CommandLine, arguments: list[str]) -> None:
+    assert command(*arguments).code == 2
+
+
+class TestModels:
+    def test_list_shows_every_version(self, command: CommandLine, model_store: Path) -> None:
+        outcome = command("models", "list", "--model-store", model_store)
+        assert outcome.code == 0
+        for word in ("topics", "tags", "pairs", "picky", "balanced", "2 x 4"):
+            assert word in outcome.out
+
+    def test_list_as_json(self, command: CommandLine, model_store: Path) -> None:
+        outcome = command("models", "list", "--json", "--model-store", model_store)
+        assert json.loads(outcome.out) == {
+            "pairs": [1],
+            "picky": [1],
+            "tags": [1],
+            "topics": [1, 2],
+        }
+
+    def test_list_of_an_empty_store(self, command: CommandLine, tmp_path: Path) -> None:
+        assert json.loads(command("models", "list", "--json", "--model-store", tmp_path).out) == {}
+
+    def test_list_names_what_is_broken_and_lists_the_rest(
+        self, command: CommandLine, copied_store: Path
+    ) -> None:
+        broken = copied_store / TOPICS / "2" / "manifest.json"
+        broken.write_text("{")
+        outcome = command("models", "list", "--json", "--model-store", copied_store)
+        assert outcome.code == 1
+        assert json.loads(outcome.out)["topics"] == [1]
+        (complaint,) = outcome.err.splitlines()
+        assert complaint.startswith(f"{broken}: ")
+
+    @pytest.mark.parametrize(("name", "version"), [("topics", 2), ("topics:1", 1), ("tags", 1)])
+    def test_show(self, command: CommandLine, model_store: Path, name: str, version: int) -> None:
+        manifest = json.loads(command("models", "show", name, "--model-store", model_store).out)
+        assert manifest["name"] == name.partition(":")[0]
+        assert manifest["version"] == version
+        assert manifest["operating_points"]
+
+    @pytest.mark.parametrize("name", ["nothing", "topics:9"])
+    def test_show_of_what_is_not_there(
+        self, command: CommandLine, model_store: Path, name: str
+    ) -> None:
+        line = command("models", "show", name, "--model-store", model_store).complaint()
+        assert name.partition(":")[0] in line
+
+    def test_verify_all(self, command: CommandLine, model_store: Path) -> None:
+        outcome = command("models", "verify", "--model-store", model_store)
+        assert outcome.code == 0
+        assert [line.partition(": ")[0] for line in outcome.out.splitlines()] == [
+            "pairs:1",
+            "picky:1",
+            "tags:1",
+            "topics:1",
+            "topics:2",
+        ]
+
+    def test_verify_one(self, command: CommandLine, model_store: Path) -> None:
+        outcome = command("models", "verify", "topics:1", "--model-store", model_store)
+        assert outcome.out.startswith("topics:1: ")
+
+    def test_verify_a_folder(self, command: CommandLine, model_store: Path) -> None:
+        assert command("models", "verify", model_store / TOPICS / "1").code == 0
+
+    def test_verify_names_the_damaged_file(self, command: CommandLine, copied_store: Path) -> None:
+        damaged = copied_store / TOPICS / "1" / "model.safetensors"
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+        outcome = command("models", "verify", "topics:1", "--model-store", copied_store)
+        assert str(damaged) in outcome.complaint()
+
+    def test_verify_goes_on_after_a_damaged_model(
+        self, command: CommandLine, copied_store: Path
+    ) -> None:
+        (copied_store / PAIRS / "1" / "tokenizer.json").unlink()
+        outcome = command("models", "verify", "--model-store", copied_store)
+        assert outcome.code != 0
+        assert "tokenizer.json: missing" in outcome.err
+        assert "topics:2" in outcome.out
+
+
+class TestClassify:
+    def test_arguments(self, command: CommandLine, model_store: Path) -> None:
+        outcome = command("classify", *TEXTS, "--model", TOPICS, "--model-store", model_store)
+        answers = lines(outcome)
+        assert [answer["text"] for answer in answers] == TEXTS
+        for answer in answers:
+            assert answer["label"] in LABELS
+            assert answer["score"] == max(answer["probs"])
+            assert sum(answer["probs"]) == pytest.approx(1)
+
+    def test_stdin(self, command: CommandLine, model_store: Path) -> None:
+        given = "\n".join(TEXTS) + "\n"
+        outcome = command("classify", "--model", TOPICS, "--model-store", model_store, stdin=given)
+        assert [answer["text"] for answer in lines(outcome)] == TEXTS
+
+    @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+    def test_file(self, command: CommandLine, model_store: Path, tmp_path: Path, kind: str) -> None:
+        path = tmp_path / f"texts.{kind}"
+        if kind == "csv":
+            path.write_text("".join(f'"{text}"\n' for text in ["text", *TEXTS]))
+        elif kind == "jsonl":
+            write_jsonl(path, [{"text": text} for text in TEXTS])
+        else:
+            pyarrow = pytest.importorskip("pyarrow")
+            parquet = pytest.importorskip("pyarrow.parquet")
+            parquet.write_table(pyarrow.table({"text": TEXTS}), path)
+        outcome = command(
+            "classify", "--file", path, "--model", TOPICS, "--model-store", model_store
+        )
+        assert [answer["text"] for answer in lines(outcome)] == TEXTS
+
+    def test_a_file_of_pairs(self, command: CommandLine, model_store: Path, tmp_path: Path) -> None:
+        rows = [{"text": TEXTS[0], "text_pair": TEXTS[1]}]
+        path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+        outcome = command(
+            "classify", "--file", path, "--model", PAIRS, "--model-store", model_store
+        )
+        (answer,) = lines(outcome)
+        assert answer["label"] in ("same", "other")
+
+    def test_nothing_on_stdin_is_no_answer(self, command: CommandLine, model_store: Path) -> None:
+        assert lines(command("classify", "--model", TOPICS, "--model-store", model_store)) == []
+
+    def test_the_highest_version_answers_unless_one_is_named(
+        self, command: CommandLine, model_store: Path
+    ) -> None:
+        probs = {
+            name: lines(
+                command("classify", TEXTS[0], "--model", name, "--model-store", model_store)
+            )[0]["probs"]
+            for name in ("topics", "topics:1", "topics:2")
+        }
+        assert probs["topics"] == probs["topics:2"] != probs["topics:1"]
+
+    @pytest.mark.parametrize("quality", ["fast", "balanced", "best", "1.5"])
+    def test_answers_are_those_of_the_library(
+        self, command: CommandLine, model_store: Path, quality: str
+    ) -> None:
+        level = 1.5 if quality == "1.5" else quality
+        expected = Classifier(model_store / TOPICS)(TEXTS, quality=level)
+        outcome = command(
+            "classify",
+            *TEXTS,
+            "--model",
+            TOPICS,
+            "--quality",
+            quality,
+            "--model-store",
+            model_store,
+        )
+        assert [(a["label"], a["budget"], a["macs"]) for a in lines(outcome)] == [
+            (p.label, p.budget, p.macs) for p in expected
+        ]
+
+    @pytest.mark.parametrize("heads", [0, 1, 4])
+    def test_a_fixed_budget(self, command: CommandLine, model_store: Path, heads: int) -> None:
+        outcome = command(
+            "classify", TEXTS[0], "--model", TOPICS, "--heads", heads, "--model-store", model_store
+        )
+        assert [answer["budget"] for answer in lines(outcome)] == [heads]
+
+    @pytest.mark.parametrize(
+        ("arguments", "word"),
+        [
+            (["--quality", "superb"], "superb"),
+            (["--heads", "5"], "heads"),
+            (["--heads", "-1"], "heads"),
+            (["--model", "nothing"], "nothing"),
+            (["--file", "nowhere.csv"], "nowhere.csv"),
+        ],
+    )
+    def test_what_cannot_be_done_is_one_line(
+        self, command: CommandLine, model_store: Path, arguments: list[str], word: str
+    ) -> None:
+        outcome = command("classify", "text", *arguments, "--model-store", model_store)
+        assert word in outcome.complaint()
+
+    def test_an_empty_store_is_one_line(self, command: CommandLine, tmp_path: Path) -> None:
+        command("classify", "text", "--model-store", tmp_path).complaint()
+
+
+class TestEvaluate:
+    def test_every_level_and_the_full_budget(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
+        data = write_jsonl(tmp_path / "test.jsonl", single_label_rows())
+        outcome = command(
+            "evaluate",
+            "--data",
+            data,
+            "--model",
+            "topics:1",
+            "--json",
+            "--model-store",
+            model_store,
+        )
+        assert outcome.code == 0
+        rows = json.loads(outcome.out)
+        assert [row["quality"] for row in rows] == ["fast", "balanced", "best", "full budget"]
+        for row in rows:
+            assert row["rows"] == len(labelled_sentences())
+            assert 0 <= row["low"] <= row["accuracy"] <= row["high"] + 1e-9 <= 1 + 1e-9
+            assert sum(row["budgets"].values()) == pytest.approx(1)
+        assert rows[0]["budgets"] == {"0": 1.0}
+        assert rows[-1]["budgets"] == {"4": 1.0}
+        assert rows[-1]["accuracy"] > 0.9
+        assert rows[0]["macs_share"] < rows[1]["macs_share"] < rows[-1]["macs_share"]
+
+    def test_labels_that_the_model_does_not_have(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
+        data = write_jsonl(tmp_path / "test.jsonl", [{"text": "a", "label": "cooking"}])
+        outcome = command(
+            "evaluate", "--data", data, "--model", TOPICS, "--model-store", model_store
+        )
+        assert "cooking" in outcome.complaint()
+
+    def test_data_that_is_not_there(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
+        outcome = command(
+            "evaluate", "--data", tmp_path / "none.csv", "--model", TOPICS,
+            "--model-store", model_store,
+        )  # fmt: skip
+        assert "none.csv" in outcome.complaint()
+
+    def test_a_server_that_is_not_there(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
+        data = write_jsonl(tmp_path / "test.jsonl", single_label_rows()[:3])
+        outcome = command(
+            "evaluate", "--data", data, "--model", TOPICS, "--url", "http://127.0.0.1:9",
+            "--model-store", model_store,
+        )  # fmt: skip
+        assert "127.0.0.1:9" in outcome.complaint()

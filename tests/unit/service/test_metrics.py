@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+from prometheus_client import generate_latest
+
+from service.observability.metrics import Metrics
+from tests.support.exposition import Exposition
+
+DURATIONS = [
+    0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
+    0.1, 0.2, 0.5, 1, 2.5, 5, 10,
+]  # fmt: skip
+
+CONTRACT = {
+    "requests": ("counter", {"route", "outcome"}),
+    "request_duration_seconds": ("histogram", {"route"}),
+    "request_heads": ("histogram", {"model", "version"}),
+    "items": ("counter", {"model", "version", "budget"}),
+    "item_tokens": ("histogram", {"model", "version"}),
+    "stage_duration_seconds": ("histogram", {"stage"}),
+    "macs": ("counter", {"model", "version"}),
+    "dense_macs": ("counter", {"model", "version"}),
+    "heads_used": ("counter", {"model", "version"}),
+    "heads": ("counter", {"model", "version"}),
+    "batch_items": ("histogram", {"model", "budget"}),
+    "batch_tokens": ("histogram", {"model", "budget"}),
+    "batch_padding_ratio": ("histogram", {"model"}),
+    "batches": ("counter", {"model", "budget"}),
+    "queue_items": ("gauge", {"model"}),
+    "queue_cost_seconds": ("gauge", {"model"}),
+    "queue_oldest_age_seconds": ("gauge", {"model"}),
+    "in_flight_items": ("gauge", {"model"}),
+    "rejected": ("counter", {"reason"}),
+    "cancelled": ("counter", set()),
+    "deadline_exceeded": ("counter", set()),
+    "truncated": ("counter", set()),
+    "engine_restarts": ("counter", set()),
+}
+"""What reads 0 from the start, once routes and models are known."""
+
+
+def scrape(metrics: Metrics) -> Exposition:
+    return Exposition(generate_latest(metrics.registry).decode())
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    metrics = Metrics()
+    metrics.know_routes(["/classify", "other"])
+    metrics.know_model("topics", "1", [0, 1, 2])
+    return metrics
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_every_series_reads_0_from_the_start(metrics: Metrics, name: str) -> None:
+    kind, labels = CONTRACT[name]
+    shown = scrape(metrics)
+    assert shown.kinds[name] == kind
+    suffix = {"counter": "_total", "histogram": "_count", "gauge": ""}[kind]
+    series = shown.select(name + suffix)
+    assert series
+    for sample in series:
+        assert set(sample.labels) == labels
+        assert sample.value == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "values"),
+    [
+        (
+            "requests_total",
+            "outcome",
+            {"ok", "partial", "invalid", "rejected", "timeout", "cancelled", "error"},
+        ),
+        ("requests_total", "route", {"/classify", "other"}),
+        (
+            "stage_duration_seconds_count",
+            "stage",
+            {"tokenize", "budget", "queue", "compute", "respond"},
+        ),
+        ("rejected_total", "reason", {"queue_full", "deadline", "draining", "too_large", "rate"}),
+        ("items_total", "budget", {"0", "1", "2"}),
+        ("batches_total", "budget", {"0", "1", "2"}),
+    ],
+)
+def test_every_value_of_a_label_is_there_from_the_start(
+    metrics: Metrics, name: str, label: str, values: set[str]
+) -> None:
+    assert {sample.labels[label] for sample in scrape(metrics).select(name)} == values
+
+
+@pytest.mark.parametrize("name", ["request_duration_seconds", "stage_duration_seconds"])
+def test_durations_use_the_ladder_from_half_a_millisecond(metrics: Metrics, name: str) -> None:
+    assert scrape(metrics).buckets(name) == DURATIONS
+
+
+def test_heads_are_counted_in_whole_numbers(metrics: Metrics) -> None:
+    bounds = scrape(metrics).buckets("request_heads")
+    assert bounds[0] == 0
+    assert all(bound == int(bound) for bound in bounds)
+
+
+def test_every_metric_has_the_prefix_and_a_help_text(metrics: Metrics) -> None:
+    text = generate_latest(metrics.registry).decode()
+    helps = [line.split(" ", 3) for line in text.splitlines() if line.startswith("# HELP")]
+    assert len(helps) > 25
+    for _, _, name, explanation in helps:
+        assert name.startswith("budgetformer_")
+        assert explanation.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("model_info", {"model", "version", "labels", "layers", "heads", "device", "dtype"}),
+        ("build_info", {"version", "commit", "torch"}),
+        ("quality_level", {"model"}),
+    ],
+)
+def test_what_is_known_later_has_its_labels(metrics: Metrics, name: str, labels: set[str]) -> None:
+    gauge = getattr(metrics, name)
+    gauge.labels(*sorted(labels)).set(1)
+    (sample,) = scrape(metrics).select(name)
+    assert set(sample.labels) == labels
+
+
+def test_a_retired_model_keeps_its_counters_and_loses_what_says_that_it_is_served(
+    metrics: Metrics,
+) -> None:
+    metrics.macs.labels("topics", "1").inc(5)
+    metrics.model_info.labels("topics", "1", "3", "2", "4", "cpu", "float32").set(1)
+    metrics.model_load.labels("topics", "1").set(0.5)
+    metrics.retire_model("topics", "1")
+    shown = scrape(metrics)
+    assert shown.total("macs_total", model="topics") == 5
+    assert not shown.select("model_info")
+    assert not shown.select("model_load_seconds")
+
+
+def test_two_servers_in_one_process_count_apart() -> None:
+    one, other = Metrics(), Metrics()
+    one.cancelled.inc()
+    assert scrape(other).total("cancelled_total") == 0

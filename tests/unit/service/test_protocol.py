@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.engine import protocol
+from service.engine.protocol import (
+    Answer,
+    BatchRan,
+    Cancel,
+    Classify,
+    Done,
+    Expired,
+    Failed,
+    FrameError,
+    Heartbeat,
+    Hello,
+    ItemAnswer,
+    ItemTokens,
+    Load,
+    ModelInfo,
+    Refused,
+    Unload,
+)
+
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+Reader = Callable[[asyncio.StreamReader], Awaitable[object]]
+
+numbers = st.integers(0, 2**63 - 1)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+words = st.text(max_size=20)
+by_model = st.dictionaries(words, numbers, max_size=3)
+seconds_by_model = st.dictionaries(words, finite, max_size=3)
+items = st.builds(ItemTokens, ids=st.binary(max_size=32), segments=st.binary(max_size=32))
+model_info = st.builds(ModelInfo, words, numbers, finite, numbers)
+answers = st.builds(
+    ItemAnswer,
+    logits=st.lists(finite, max_size=4),
+    budget=numbers,
+    heads=st.lists(numbers, max_size=4),
+    chosen=st.none() | st.lists(st.lists(numbers, max_size=3), max_size=3),
+    macs=numbers,
+    dense_macs=numbers,
+    error=words,
+)
+TO_ENGINE = {
+    Classify: st.builds(
+        Classify,
+        id=numbers,
+        model=words,
+        version=numbers,
+        items=st.lists(items, max_size=4),
+        quality=words | finite,
+        remaining=finite,
+        heads=st.none() | numbers,
+        max_heads=st.none() | numbers,
+        return_heads=st.booleans(),
+    ),
+    Cancel: st.builds(Cancel, numbers),
+    Load: st.builds(Load, numbers, words),
+    Unload: st.builds(Unload, numbers, words, numbers),
+}
+TO_FRONT = {
+    Hello: st.builds(Hello, numbers, numbers, words, words, words),
+    Heartbeat: st.builds(
+        Heartbeat, by_model, seconds_by_model, seconds_by_model, by_model, numbers
+    ),
+    Answer: st.builds(Answer, numbers, st.lists(answers, max_size=4), finite, finite, finite),
+    Refused: st.builds(Refused, numbers, words, numbers),
+    Expired: st.builds(Expired, numbers),
+    Failed: st.builds(Failed, numbers, words),
+    Done: st.builds(Done, numbers, st.none() | model_info),
+    BatchRan: st.builds(BatchRan, words, numbers, numbers, numbers, numbers, finite, finite),
+}
+EXAMPLE = Load(7, "/models/topics/1")
+
+
+class Wire:
+    """Stands where a stream writer would, and keeps what is written."""
+
+    def __init__(self) -> None:
+        self.sent = b""
+
+    def write(self, data: bytes) -> None:
+        self.sent += data
+
+
+def frame(*messages: Any) -> bytes:
+    wire = Wire()
+    for message in messages:
+        protocol.write(cast(asyncio.StreamWriter, wire), message)
+    return wire.sent
+
+
+def read_all(data: bytes, read: Reader, chunk: int = 2**16) -> list[object]:
+    """Read messages until the stream ends."""
+
+    async def reading() -> list[object]:
+        reader = asyncio.StreamReader()
+        for start in range(0, len(data), chunk):
+            reader.feed_data(data[start : start + chunk])
+        reader.feed_eof()
+        messages = []
+        while (message := await read(reader)) is not None:
+            messages.append(message)
+        return messages
+
+    return asyncio.run(reading())
+
+
+def test_every_message_has_a_round_trip_below() -> None:
+    declared = set(protocol.ToEngine.__args__) | set(protocol.ToFront.__args__)
+    assert declared == {*TO_ENGINE, *TO_FRONT}
+
+
+@pytest.mark.parametrize("kind", list(TO_ENGINE), ids=lambda kind: kind.__name__)
+@PROPERTY
+@given(data=st.data())
+def test_messages_to_an_engine_come_out_as_they_went_in(kind: type, data: st.DataObject) -> None:
+    message = data.draw(TO_ENGINE[kind])
+    assert read_all(frame(message), protocol.read_to_engine) == [message]
+
+
+@pytest.mark.parametrize("kind", list(TO_FRONT), ids=lambda kind: kind.__name__)
+@PROPERTY
+@given(data=st.data())
+def test_messages_to_a_front_come_out_as_they_went_in(kind: type, data: st.DataObject) -> None:
+    message = data.draw(TO_FRONT[kind])
+    assert read_all(frame(message), protocol.read_to_front) == [message]
+
+
+@PROPERTY
+@given(st.lists(st.one_of(*TO_ENGINE.values()), max_size=6), st.integers(1, 50))
+def test_a_stream_keeps_the_order_of_messages_however_it_is_cut(
+    messages: list[Any], chunk: int
+) -> None:
+    assert read_all(frame(*messages), protocol.read_to_engine, chunk) == messages
+
+
+def test_a_frame_is_its_length_and_messagepack_of_an_array_with_the_tag_first() -> None:
+    sent = frame(EXAMPLE)
+    assert struct.unpack("<I", sent[:4]) == (len(sent) - 4,)
+    assert msgspec.msgpack.decode(sent[4:]) == ["Load", 7, "/models/topics/1"]
+
+
+@pytest.mark.parametrize("kept", range(len(frame(EXAMPLE))))
+def test_a_stream_that_breaks_off_reads_as_its_end(kept: int) -> None:
+    assert read_all(frame(EXAMPLE)[:kept], protocol.read_to_engine) == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1",
+        b"\x00",
+        b"hello",
+        msgspec.msgpack.encode([]),
+        msgspec.msgpack.encode({}),
+        msgspec.msgpack.encode(["Load"]),
+        msgspec.msgpack.encode(["Load", "seven", "/"]),
+        msgspec.msgpack.encode(["Load", 7, None]),
+        msgspec.msgpack.encode(["Nonsense", 1]),
+        msgspec.msgpack.encode(["Load", 7, "/"]) + b"\x00",
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("read", [protocol.read_to_engine, protocol.read_to_front])
+def test_a_frame_that_is_no_message_is_an_error(body: bytes, read: Reader) -> None:
+    with pytest.raises(FrameError):
+        read_all(struct.pack("<I", len(body)) + body, read)
+
+
+def test_a_message_of_the_other_direction_is_an_error() -> None:
+    with pytest.raises(FrameError):
+        read_all(frame(Expired(1)), protocol.read_to_engine)
+    with pytest.raises(FrameError):
+        read_all(frame(Cancel(1)), protocol.read_to_front)
+
+
+@pytest.mark.parametrize("length", [protocol.MAX_FRAME_BYTES + 1, 2**32 - 1])
+def test_a_length_beyond_reason_is_an_error_before_anything_is_read(length: int) -> None:
+    with pytest.raises(FrameError, match=str(length)):
+        read_all(struct.pack("<I", length), protocol.read_to_engine)
+
+
+@PROPERTY
+@given(st.binary(max_size=64))
+def test_noise_is_an_error_or_the_end_and_never_anything_else(noise: bytes) -> None:
+    try:
+        read_all(struct.pack("<I", len(noise)) + noise, protocol.read_to_front)
+    except FrameError:
+        return
+
+
+@PROPERTY
+@given(st.lists(st.integers(-(2**31), 2**31 - 1)))
+def test_token_ids_come_back(ids: list[int]) -> None:
+    assert protocol.unpack_ids(protocol.pack_ids(ids)) == ids
+
+
+def test_token_ids_travel_little_endian() -> None:
+    assert protocol.pack_ids([1, 258]) == b"\x01\x00\x00\x00\x02\x01\x00\x00"
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 7])
+def test_token_ids_cut_in_the_middle_are_an_error(length: int) -> None:
+    with pytest.raises(FrameError):
+        protocol.unpack_ids(bytes(length))

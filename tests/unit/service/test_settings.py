@@ -1,0 +1,230 @@
+"""The settings of `budgetformer serve`, seen through `--print-config`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.settings import Settings
+from tests.support.command_line import CommandLine
+
+OPTIONS = sorted(Settings.model_fields)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "server.toml"
+    path.write_text('port = 7001\nhost = "0.0.0.0"\nengines = 3\n')
+    return path
+
+
+def printed(command: CommandLine, *arguments: Any) -> dict[str, Any]:
+    """Return what `serve --print-config` shows."""
+    outcome = command("serve", "--print-config", *arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    shown = json.loads(outcome.out)
+    assert isinstance(shown, dict)
+    return shown
+
+
+def test_every_setting_is_printed(command: CommandLine) -> None:
+    assert sorted(printed(command)) == OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("host", "127.0.0.1"),
+        ("port", 8000),
+        ("model_store", "model_store"),
+        ("models", []),
+        ("default_model", None),
+        ("engines", 0),
+        ("device", "auto"),
+        ("quality", "auto"),
+        ("admin_key", None),
+    ],
+)
+def test_defaults(command: CommandLine, name: str, value: object) -> None:
+    assert printed(command)[name] == value
+
+
+def test_file_wins_over_default(command: CommandLine, config_file: Path) -> None:
+    shown = printed(command, "--config", config_file)
+    assert (shown["port"], shown["host"], shown["engines"]) == (7001, "0.0.0.0", 3)
+
+
+def test_environment_wins_over_file(
+    command: CommandLine, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUDGETFORMER_PORT", "7002")
+    shown = printed(command, "--config", config_file)
+    assert (shown["port"], shown["engines"]) == (7002, 3)
+
+
+def test_flag_wins_over_environment_and_file(
+    command: CommandLine, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUDGETFORMER_PORT", "7002")
+    shown = printed(command, "--config", config_file, "--port", "7003")
+    assert (shown["port"], shown["engines"]) == (7003, 3)
+
+
+def test_the_file_can_be_named_by_the_environment(
+    command: CommandLine, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUDGETFORMER_CONFIG", str(config_file))
+    assert printed(command)["port"] == 7001
+
+
+def test_the_file_can_be_named_with_an_equals_sign(command: CommandLine, config_file: Path) -> None:
+    assert printed(command, f"--config={config_file}")["port"] == 7001
+
+
+def test_options_can_be_given_with_an_equals_sign(command: CommandLine) -> None:
+    assert printed(command, "--max-queue-items=9")["max_queue_items"] == 9
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "value"),
+    [
+        ("--quality", "best", "best"),
+        ("--quality", "1.5", 1.5),
+        ("--quality", "0", 0.0),
+        ("--drain-seconds", "0", 0.0),
+        ("--log-format", "json", "json"),
+        ("--device", "cpu", "cpu"),
+        ("--default-model", "topics", "topics"),
+    ],
+)
+def test_values_of_flags(command: CommandLine, flag: str, text: str, value: object) -> None:
+    assert printed(command, flag, text)[flag[2:].replace("-", "_")] == value
+
+
+def test_a_flag_for_several_models_is_repeated(command: CommandLine) -> None:
+    assert printed(command, "--models", "topics", "--models", "tags")["models"] == [
+        "topics",
+        "tags",
+    ]
+
+
+@pytest.mark.parametrize("place", ["flag", "environment", "file"])
+def test_secrets_are_masked(
+    command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    arguments: list[object] = []
+    match place:
+        case "flag":
+            arguments = ["--admin-key", "open-sesame"]
+        case "environment":
+            monkeypatch.setenv("BUDGETFORMER_ADMIN_KEY", "open-sesame")
+        case _:
+            path = tmp_path / "server.toml"
+            path.write_text('admin_key = "open-sesame"\n')
+            arguments = ["--config", path]
+    outcome = command("serve", "--print-config", *arguments)
+    assert "sesame" not in outcome.out + outcome.err
+    assert json.loads(outcome.out)["admin_key"] == "**********"
+
+
+def test_help_shows_every_option_with_its_text(command: CommandLine) -> None:
+    outcome = command("serve", "--help")
+    assert outcome.code == 0
+    unwrapped = " ".join(outcome.out.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in outcome.out
+        assert field.description
+        assert " ".join(field.description.split()) in unwrapped
+
+
+class TestRefused:
+    def test_an_unknown_flag(self, command: CommandLine) -> None:
+        outcome = command("serve", "--print-config", "--prot", "1")
+        assert outcome.code == 2
+        assert "--prot" in outcome.err
+
+    @pytest.mark.parametrize(
+        ("name", "near"),
+        [
+            ("BUDGETFORMER_PROT", "BUDGETFORMER_PORT"),
+            ("BUDGETFORMER_MAX_QUEUE_ITEM", "BUDGETFORMER_MAX_QUEUE_ITEMS"),
+            ("BUDGETFORMER_ENGINE", "BUDGETFORMER_ENGINES"),
+            ("budgetformer_adminkey", "BUDGETFORMER_ADMIN_KEY"),
+        ],
+    )
+    def test_an_unknown_variable_with_the_nearest_known(
+        self, command: CommandLine, monkeypatch: pytest.MonkeyPatch, name: str, near: str
+    ) -> None:
+        monkeypatch.setenv(name, "1")
+        line = command("serve", "--print-config").complaint()
+        assert name in line
+        assert f"did you mean {near}?" in line
+
+    def test_an_unknown_key_of_the_file(self, command: CommandLine, tmp_path: Path) -> None:
+        path = tmp_path / "server.toml"
+        path.write_text("prot = 1\n")
+        assert "prot" in command("serve", "--print-config", "--config", path).complaint()
+
+    def test_a_file_that_is_not_there(self, command: CommandLine, tmp_path: Path) -> None:
+        path = tmp_path / "none.toml"
+        assert str(path) in command("serve", "--print-config", "--config", path).complaint()
+
+    def test_a_file_that_is_not_toml(self, command: CommandLine, tmp_path: Path) -> None:
+        path = tmp_path / "server.toml"
+        path.write_text("port: 7001\n")
+        command("serve", "--print-config", "--config", path).complaint()
+
+    def test_config_without_a_file(self, command: CommandLine) -> None:
+        assert "--config" in command("serve", "--print-config", "--config").complaint()
+
+    @pytest.mark.parametrize(
+        ("flag", "value"),
+        [
+            ("--port", "many"),
+            ("--port", "-1"),
+            ("--port", "65536"),
+            ("--engines", "-1"),
+            ("--max-batch-items", "0"),
+            ("--max-queue-items", "0"),
+            ("--batch-milliseconds", "0"),
+            ("--timeout-ms", "0"),
+            ("--drain-seconds", "-1"),
+            ("--device", "abacus"),
+            ("--quality", "superb"),
+            ("--quality", "101"),
+            ("--quality", "-0.1"),
+            ("--quality", "nan"),
+            ("--log-level", "loud"),
+        ],
+    )
+    def test_a_bad_value_of_a_flag(self, command: CommandLine, flag: str, value: str) -> None:
+        outcome = command("serve", "--print-config", f"{flag}={value}")
+        assert flag[2:].replace("-", "_") in outcome.complaint()
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("PORT", "many"), ("ENGINES", "1.5"), ("DEVICE", "")]
+    )
+    def test_a_bad_value_of_a_variable(
+        self, command: CommandLine, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+    ) -> None:
+        monkeypatch.setenv(f"BUDGETFORMER_{name}", value)
+        assert name.lower() in command("serve", "--print-config").complaint()
+
+    def test_a_bad_value_in_the_file(self, command: CommandLine, tmp_path: Path) -> None:
+        path = tmp_path / "server.toml"
+        path.write_text('port = "many"\n')
+        assert "port" in command("serve", "--print-config", "--config", path).complaint()
+
+    def test_a_secret_is_not_repeated(self, command: CommandLine) -> None:
+        outcome = command("serve", "--print-config", "--admin-key", "open-sesame", "--port=many")
+        assert "sesame" not in outcome.complaint()
+
+    def test_a_store_that_is_not_there(self, command: CommandLine, tmp_path: Path) -> None:
+        store = (
+            tmp_path / "a" / "deep" / "folder" / "that" / "is" / "named" / "but" / "not" / "there"
+        )
+        line = command("serve", "--port=0", "--model-store", store).complaint()
+        assert f"{store}: no such folder" in line
