@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 
 from budgetformer.checkpoint import (
     FixedStep,
@@ -249,20 +250,9 @@ def _calibrate(
 ) -> tuple[PackedPass, list[FixedStep], list[OperatingPoint]]:
     config = model.config
     labels = torch.from_numpy(unseen.labels)
-    if config.embedding_exit:
-        out_of_fold = fit_exit_head(model, tokens, seen, recipe)
-        target = wrong(out_of_fold, torch.from_numpy(seen.labels), config.problem_type)
-        pooled = pooled_states(model, tokens, "pooled embeddings")
-        fit_controllers(model, pooled, target, out_of_fold, recipe.seed)
-    else:
-        # Without a step 0 the cheapest answer is step 1's, and on training texts it is too often
-        # right.
-        rule = BudgetRule(point=None, num_steps=config.num_steps, fixed=1)
-        items = answer_all(PackedPass(model), unseen_tokens, rule)
-        logits = torch.stack([item.logits for item in items if item.logits is not None])
-        target = wrong(logits, labels, config.problem_type)
-        pooled = pooled_states(model, unseen_tokens, "pooled states")
-        fit_controllers(model, pooled, target, None, recipe.seed)
+    out_of_fold = fit_exit_head(model, tokens, seen, recipe) if config.embedding_exit else None
+    if recipe.gating == "hard":  # with soft gates f_o was trained together with the network
+        _teach_controllers(model, out_of_fold, (tokens, seen), (unseen_tokens, unseen), recipe)
     # The checkpoint holds 16-bit weights; what is calibrated must be what will be served.
     model.half().float()
     network = PackedPass(model)
@@ -273,6 +263,28 @@ def _calibrate(
         config.exit_weight = tune_exit_weight(runs, labels, config.problem_type)
     calibration = Calibration(network, runs, labels)
     return network, calibration.fixed_steps(), calibration.frontier()
+
+
+def _teach_controllers(
+    model: BudgetFormerForSequenceClassification,
+    out_of_fold: Tensor | None,
+    seen: tuple[TokenizedTexts, Examples],
+    unseen: tuple[TokenizedTexts, Examples],
+    recipe: Recipe,
+) -> None:
+    config = model.config
+    if out_of_fold is not None:
+        tokens, examples = seen
+        cheapest = out_of_fold
+    else:
+        # Without a step 0 the cheapest answer is step 1's; on training texts it is too often right.
+        tokens, examples = unseen
+        rule = BudgetRule(point=None, num_steps=config.num_steps, fixed=1)
+        items = answer_all(PackedPass(model), tokens, rule)
+        cheapest = torch.stack([item.logits for item in items if item.logits is not None])
+    target = wrong(cheapest, torch.from_numpy(examples.labels), config.problem_type)
+    pooled = pooled_states(model, tokens, "pooled states")
+    fit_controllers(model, pooled, target, out_of_fold, recipe.seed)
 
 
 def _write_files(

@@ -31,6 +31,11 @@ class Recipe:
         budget_epochs: passes in which every item trains at a random ladder step, taught by the
             teacher.
         small_step_bias: exponent b of the random step ceil(S * u^b); above 1 favours small steps.
+        gating: "hard" trains random steps with a straight-through gradient on g_d's relevance;
+            "soft" is the paper's form: f_o chooses and is trained too, all heads are weighted.
+        temperature: of the relevance softmax at the start and at the end of the budget epochs.
+        noise: standard deviation on g_d's scores at the start; it ends at 0.
+        entropy_weight, budget_weight: of the paper's two regularisers.
         distillation: weight of the teacher's answer against the label's, 0..1.
         distillation_temperature: softens both answers before they are compared.
         head_selection, budget_scope, budget_ffn, embedding_exit: see `BudgetFormerConfig`.
@@ -55,6 +60,11 @@ class Recipe:
     dense_epochs: int = 1
     budget_epochs: int = 2
     small_step_bias: float = 2.0
+    gating: Literal["hard", "soft"] = "hard"
+    temperature: tuple[float, float] = (2.0, 0.5)
+    noise: float = 0.5
+    entropy_weight: float = 0.0
+    budget_weight: float = 0.0
     distillation: float = 0.7
     distillation_temperature: float = 2.0
     head_selection: Literal["input", "ranked"] = "ranked"

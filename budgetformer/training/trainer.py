@@ -21,10 +21,19 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modeling import (
+    BudgetFormerClassifierOutput,
+    BudgetFormerForSequenceClassification,
+    Gating,
+)
 from budgetformer.training.conversion import order_by_importance
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
-from budgetformer.training.objectives import distillation_loss, random_steps
+from budgetformer.training.objectives import (
+    budget_penalty,
+    distillation_loss,
+    random_steps,
+    relevance_entropy,
+)
 from budgetformer.training.recipe import Recipe
 
 SAVE_SECONDS = 120
@@ -124,25 +133,42 @@ class Trainer:
         return result
 
     def _dense_loss(self, batch: TokenBatch, _: Tensor | None) -> Tensor:
-        logits = self._logits(batch, self.model.config.num_steps)
-        return self.model.loss(logits, self.labels[batch.rows])
+        output = self._forward(batch, self.model.config.num_steps)
+        assert output.logits is not None
+        return self.model.loss(output.logits.float(), self.labels[batch.rows])
 
     def _budget_loss(self, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
         recipe, config = self.recipe, self.model.config
-        steps = random_steps(len(batch.rows), config.num_steps, recipe.small_step_bias)
-        logits = self._logits(batch, steps)
+        steps = None
+        if recipe.gating == "hard":
+            steps = random_steps(len(batch.rows), config.num_steps, recipe.small_step_bias)
+        output = self._forward(batch, steps)
+        assert output.logits is not None
+        assert output.budget is not None
+        logits = output.logits.float()
         loss = (1 - recipe.distillation) * self.model.loss(logits, self.labels[batch.rows])
         if teacher is not None:
             taught = distillation_loss(
                 logits, teacher[batch.rows], recipe.distillation_temperature, config.problem_type
             )
             loss = loss + recipe.distillation * taught
-        return loss
+        if output.relevance is not None:
+            loss = loss + recipe.entropy_weight * relevance_entropy(output.relevance)
+        low, high = config.budget_bounds
+        return loss + recipe.budget_weight * budget_penalty(output.budget, (low, high))
 
-    def _logits(self, batch: TokenBatch, steps: int | Tensor) -> Tensor:
+    def _forward(
+        self, batch: TokenBatch, steps: int | Tensor | None
+    ) -> BudgetFormerClassifierOutput:
         with self._autocast():
-            logits: Tensor = self.model(**inputs(batch), steps=steps).logits
-        return logits.float()
+            output: BudgetFormerClassifierOutput = self.model(**inputs(batch), steps=steps)
+        return output
+
+    def _gating(self, progress: float) -> Gating:
+        """Go from exploration to exploitation (paper) as `progress` goes from 0 to 1."""
+        first, last = self.recipe.temperature
+        temperature = first + (last - first) * progress
+        return Gating(self.recipe.gating, temperature, self.recipe.noise * (1 - progress))
 
     def _autocast(self) -> Any:
         if self.recipe.precision == "bf16":
@@ -174,6 +200,7 @@ class Trainer:
                 # Seeding every step makes a resumed run repeat the noise of an unbroken one.
                 torch.manual_seed(self.recipe.seed * 1_000_003 + step)
                 self.model.train()
+                self.model.set_gating(self._gating(step / total))
                 loss = stage.loss(batch, stage.teacher)
                 rate = min((step + 1) / warmup, (total - step) / max(1, total - warmup))
                 for group in optimizer.param_groups:
@@ -212,7 +239,8 @@ class Trainer:
         trained = [
             (name, parameter)
             for name, parameter in self.model.named_parameters()
-            if not name.startswith("exit_head") and ".controller." not in name
+            if not name.startswith("exit_head")
+            and (self.recipe.gating == "soft" or ".controller." not in name)
         ]
         groups = [
             {

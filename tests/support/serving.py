@@ -204,10 +204,13 @@ def poison(network: PackedPass, tokens: int, how: str) -> Iterator[None]:
 
 @contextmanager
 def _replaced(network: PackedPass, **methods: Callable[..., Any]) -> Iterator[None]:
-    for name, method in methods.items():
-        setattr(network, name, method)
+    before = {name: vars(network).get(name) for name in methods}
+    vars(network).update(methods)
     try:
         yield
     finally:
-        for name in methods:
-            delattr(network, name)
+        for name, method in before.items():
+            if method is None:
+                del vars(network)[name]
+            else:
+                vars(network)[name] = method

@@ -1,0 +1,291 @@
+"""Probes, metrics, documentation, the page, and what is never in a log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+import budgetformer
+from tests.support.exposition import Exposition
+from tests.support.serving import Service, held, poison, service
+from tests.support.stores import HEADS, LAYERS, TAGS, TOPICS, labelled_sentences, sentences
+from tests.support.waiting import until
+
+TEXTS = [text for text, _ in labelled_sentences()][:24]
+TEXT = TEXTS[0]
+
+
+class TestHealth:
+    pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+    @pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/health"])
+    async def test_all_is_well(self, shared: Service, path: str) -> None:
+        response = await shared.client.get(path)
+        assert response.status_code == 200
+        assert response.json()["status"] == "ok"
+
+    async def test_the_whole_picture(self, shared: Service) -> None:
+        body = (await shared.client.get("/health")).json()
+        assert "topics:2" in body["models"]
+        assert body["errors"] == []
+        (engine,) = body["engines"]
+        assert engine["alive"] is True
+        assert engine["heartbeat_age_seconds"] >= 0
+
+
+class TestPage:
+    pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+    async def test_the_playground(self, shared: Service) -> None:
+        response = await shared.client.get("/")
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/html")
+        assert "/classify" in response.text
+        assert "http://" not in response.text
+        assert "https://" not in response.text
+
+    async def test_the_documentation_page(self, shared: Service) -> None:
+        assert (await shared.client.get("/docs")).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def documented() -> list[tuple[str, str]]:
+    return [
+        ("post", "/classify"),
+        ("get", "/"),
+        ("get", "/health/live"),
+        ("get", "/health/ready"),
+        ("get", "/health"),
+        ("get", "/metrics"),
+        ("get", "/v1/models"),
+        ("get", "/models/{name}"),
+        ("post", "/models/{name}/load"),
+        ("post", "/models/{name}/unload"),
+        ("post", "/tokenize"),
+    ]
+
+
+class TestOpenApi:
+    pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+    async def schema(self, shared: Service) -> Any:
+        response = await shared.client.get("/openapi.json")
+        assert response.status_code == 200
+        return response.json()
+
+    async def test_every_route_is_described(
+        self, shared: Service, documented: list[tuple[str, str]]
+    ) -> None:
+        paths = (await self.schema(shared))["paths"]
+        for method, path in documented:
+            assert paths[path][method]["summary"]
+
+    async def test_the_version(self, shared: Service) -> None:
+        assert (await self.schema(shared))["info"]["version"] == budgetformer.__version__
+
+    @pytest.mark.parametrize("name", ["ClassifyRequest", "TokenizeRequest"])
+    async def test_requests_have_an_example(self, shared: Service, name: str) -> None:
+        described = (await self.schema(shared))["components"]["schemas"][name]
+        assert described["examples"][0]["input"]
+        assert described["additionalProperties"] is False
+
+    async def test_the_examples_work(self, shared: Service) -> None:
+        schemas = (await self.schema(shared))["components"]["schemas"]
+        for name, path in (("ClassifyRequest", "/classify"), ("TokenizeRequest", "/tokenize")):
+            for example in schemas[name]["examples"]:
+                assert (await shared.client.post(path, json=example)).status_code == 200
+
+    async def test_every_field_of_classify_is_described(self, shared: Service) -> None:
+        described = (await self.schema(shared))["components"]["schemas"]["ClassifyRequest"]
+        assert set(described["properties"]) == {
+            "input", "model", "top_k", "threshold", "use_activation", "truncate", "quality",
+            "max_heads", "heads", "timeout_ms", "return_heads",
+        }  # fmt: skip
+        for field in described["properties"].values():
+            assert field["description"]
+
+    @pytest.mark.parametrize("status", [200, 400, 404, 413, 415, 422, 429, 503, 504])
+    async def test_every_status_of_classify_is_described(
+        self, shared: Service, status: int
+    ) -> None:
+        described = (await self.schema(shared))["paths"]["/classify"]["post"]["responses"]
+        assert str(status) in described
+
+    async def test_every_reference_leads_somewhere(self, shared: Service) -> None:
+        schema = await self.schema(shared)
+        text = json.dumps(schema)
+        for part in text.split('"$ref": "#/components/schemas/')[1:]:
+            assert part.partition('"')[0] in schema["components"]["schemas"]
+
+    async def test_every_request_body_has_an_example(
+        self, shared: Service, documented: list[tuple[str, str]]
+    ) -> None:
+        schema = await self.schema(shared)
+        for method, path in documented:
+            operation = schema["paths"][path][method]
+            if path in ("/classify", "/tokenize", "/models/{name}/load"):
+                assert "requestBody" in operation, path
+                assert "example" in json.dumps(_resolved(operation["requestBody"], schema)), path
+
+
+def _resolved(part: Any, schema: Any) -> Any:
+    """Replace references by what they refer to, one level deep."""
+    if isinstance(part, dict):
+        if "$ref" in part:
+            return schema["components"]["schemas"][part["$ref"].rpartition("/")[2]]
+        return {key: _resolved(value, schema) for key, value in part.items()}
+    return [_resolved(value, schema) for value in part] if isinstance(part, list) else part
+
+
+class TestMetrics:
+    pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+    async def test_prometheus_text(self, shared: Service) -> None:
+        response = await shared.client.get("/metrics")
+        assert response.headers["content-type"].startswith("text/plain")
+        assert Exposition(response.text).select("requests_total")
+
+    async def test_openmetrics_for_those_who_accept_it(self, shared: Service) -> None:
+        headers = {"Accept": "application/openmetrics-text; version=1.0.0"}
+        response = await shared.client.get("/metrics", headers=headers)
+        assert response.headers["content-type"].startswith("application/openmetrics-text")
+        assert response.text.endswith("# EOF\n")
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "requests_total", "request_duration_seconds_count", "request_heads_count",
+            "items_total", "item_tokens_count", "stage_duration_seconds_count", "macs_total",
+            "dense_macs_total", "heads_used_total", "heads_total", "batch_items_count",
+            "batch_tokens_count", "batch_padding_ratio_count", "batches_total", "queue_items",
+            "queue_cost_seconds", "queue_oldest_age_seconds", "in_flight_items",
+            "rejected_total", "cancelled_total", "deadline_exceeded_total", "truncated_total",
+            "engine_restarts_total", "quality_level", "model_info", "build_info",
+            "model_load_seconds", "model_memory_bytes", "device_memory_bytes",
+            "engine_heartbeat_age_seconds",
+        ],
+    )  # fmt: skip
+    async def test_every_series_is_there(self, shared: Service, name: str) -> None:
+        async def shown() -> bool:
+            return bool((await shared.scrape()).select(name))
+
+        await until(shown, name)
+
+    async def test_what_is_served(self, shared: Service) -> None:
+        shown = await shared.scrape()
+        (info,) = shown.select("model_info", model=TAGS)
+        assert info.value == 1
+        assert info.labels["version"] == "1"
+        assert info.labels["layers"] == str(LAYERS)
+        assert info.labels["heads"] == str(HEADS)
+        assert info.labels["device"] == "cpu"
+        (build,) = shown.select("build_info")
+        assert build.labels["version"] == budgetformer.__version__
+        assert build.labels["torch"]
+
+    async def test_routes_are_templates(self, shared: Service) -> None:
+        for path in ("/models/topics", "/models/nothing", "/nowhere/1", "/nowhere/2", "/docs"):
+            await shared.client.get(path)
+        await shared.client.get("/classify")
+        routes = {s.labels["route"] for s in (await shared.scrape()).select("requests_total")}
+        assert "/models/{name}" in routes
+        assert not [route for route in routes if "nothing" in route or "nowhere" in route]
+
+
+async def test_everything_reads_0_before_the_first_request(fresh: Service) -> None:
+    shown = await fresh.scrape()
+    for name in ("requests_total", "items_total", "batches_total", "stage_duration_seconds_count"):
+        wanted = {"route": "/classify"} if name == "requests_total" else {}
+        assert shown.total(name, **wanted) == 0
+    assert {s.labels["budget"] for s in shown.select("items_total", model=TOPICS)} == set("01234")
+    assert shown.total("quality_level", model=TOPICS) == 2
+
+
+async def test_metrics_add_up_to_the_answers(fresh: Service) -> None:
+    before = await fresh.scrape()
+    requests: list[dict[str, Any]] = [
+        {"input": TEXTS},
+        {"input": TEXTS[:5], "quality": "best"},
+        {"input": TEXTS[3], "quality": "fast"},
+        {"input": "otter " * 100, "heads": 3},
+        {"input": ["", TEXTS[0]], "quality": 1.5},
+        {"input": TEXTS, "quality": "best", "max_heads": 2},
+    ]
+    bodies = await asyncio.gather(*(fresh.answer(r.pop("input"), **r) for r in requests))
+    await fresh.ask([])
+    await fresh.ask(TEXT, model="nothing")
+    items = [item for body in bodies for item in body["data"]]
+
+    shown = await fresh.scrape()
+    budgets: dict[str, float] = {}
+    for item in items:
+        budget = str(item["heads"]["budget"])
+        budgets[budget] = budgets.get(budget, 0) + 1
+    assert len(budgets) >= 4
+    assert shown.by("budget", "items_total", model=TOPICS, version=2) == budgets
+    sums = {
+        "heads_used_total": sum(item["heads"]["used"] for item in items),
+        "heads_total": sum(item["heads"]["total"] for item in items),
+        "macs_total": sum(item["macs"] for item in items),
+        "dense_macs_total": sum(item["dense_macs"] for item in items),
+        "request_heads_sum": sum(item["heads"]["used"] for item in items),
+        "request_heads_count": len(items),
+        "item_tokens_sum": sum(item["tokens"] for item in items),
+        "item_tokens_count": len(items),
+    }
+    for name, value in sums.items():
+        assert shown.minus(before, name, model=TOPICS, version=2) == value, name
+    assert shown.total("truncated_total") == 1
+    assert shown.by("outcome", "requests_total", route="/classify") == {"ok": 6, "invalid": 2}
+    assert shown.total("request_duration_seconds_count", route="/classify") == 8
+    for stage in ("tokenize", "budget", "queue", "compute", "respond"):
+        assert shown.total("stage_duration_seconds_count", stage=stage) == 6
+
+    async def batches_counted() -> bool:
+        shown = await fresh.scrape()
+        return shown.total("batch_items_sum", budget=0) == budgets["0"]
+
+    await until(batches_counted, "the report of the last batch")
+    shown = await fresh.scrape()
+    for budget in "01234":
+        ran = shown.total("batches_total", budget=budget)
+        assert ran == shown.total("batch_items_count", budget=budget)
+        assert shown.total("batch_items_sum", budget=budget) >= max(budgets.get(budget, 0), ran)
+    assert shown.total("in_flight_items", model=TOPICS) >= 0
+
+
+async def test_two_engines_share_the_work(model_store: Path) -> None:
+    async with service(model_store, engines=2, models=["topics"]) as pair:
+        first, second = pair.cores
+        with held(first), held(second):
+            tasks = [asyncio.create_task(pair.ask(text)) for text in TEXTS[:4]]
+            await until(lambda: pair.in_flight() == 4, "arrival at the engines")
+            in_flight = [sum(c.heartbeat(0).in_flight.values()) for c in pair.cores]
+            assert in_flight == [2, 2]
+        assert {(await task).status_code for task in tasks} == {200}
+        assert (await pair.scrape()).total("items_total") == 4
+
+
+async def test_no_log_line_holds_a_text(fresh: Service) -> None:
+    secret = "xyzzy"
+    bad = f"{secret} {secret} " * 3
+    tokens = (await fresh.item(bad))["tokens"]
+    with capture_logs() as lines:
+        await fresh.ask(f"{secret} otter")
+        await fresh.ask([secret, {"text": secret, "text_pair": secret}], quality="best")
+        await fresh.ask([secret, 5])
+        await fresh.ask(secret, topk=secret)
+        await fresh.ask(secret, model=secret)
+        await fresh.ask(f"{secret} " * 100, truncate=False)
+        await fresh.client.post("/classify", content=b'{"input": "xyzzy')
+        await fresh.client.post("/tokenize", json={"input": secret})
+        with poison(fresh.core.models["topics", 2].network, tokens, "raise"):
+            await fresh.ask([bad, sentences("music")[0]], heads=HEADS)
+    assert lines
+    assert any(line["event"] == "an item failed" for line in lines)
+    assert secret not in json.dumps(lines, default=str)

@@ -1,0 +1,284 @@
+"""What a loaded, broken, draining or missing engine means to a client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.engine.core import EngineOptions
+from service.scheduling.price import PriceList
+from tests.support.serving import Service, error_of, held, poison, service
+from tests.support.stores import HEADS, LABELS, sentences
+from tests.support.waiting import until
+
+TEXT = sentences("music")[0]
+OTHERS = sentences("weather")[:3]
+
+
+async def begin(fresh: Service, given: Any, **fields: Any) -> asyncio.Task[Any]:
+    """Send a request, and return when an engine has it."""
+    before = fresh.in_flight()
+    count = len(given) if isinstance(given, list) else 1
+    task = asyncio.create_task(fresh.ask(given, **fields))
+    await until(lambda: fresh.in_flight() >= before + count or task.done(), "arrival at the engine")
+    return task
+
+
+class TestFullQueue:
+    @pytest.fixture
+    def small(self) -> EngineOptions:
+        return EngineOptions(max_queue_items=3)
+
+    async def test_what_does_not_fit_is_refused_with_a_time_to_come_back(
+        self, model_store: Path, small: EngineOptions
+    ) -> None:
+        async with service(model_store, options=small, models=["topics"]) as fresh:
+            with held(fresh.core):
+                first = await begin(fresh, [TEXT] * 2)
+                refused = await fresh.ask([TEXT] * 2)
+                error_of(refused, 429, "queue_full")
+                fitting = await begin(fresh, TEXT)
+            assert (await first).status_code == 200
+            assert (await fitting).status_code == 200
+            shown = await fresh.scrape()
+            assert shown.total("rejected_total", reason="queue_full") == 1
+            assert shown.by("outcome", "requests_total", route="/classify") == {
+                "ok": 2,
+                "rejected": 1,
+            }
+
+    async def test_a_request_larger_than_the_queue_is_taken_by_an_idle_engine(
+        self, model_store: Path, small: EngineOptions
+    ) -> None:
+        async with service(model_store, options=small, models=["topics"]) as fresh:
+            assert len((await fresh.answer([TEXT] * 10))["data"]) == 10
+
+    async def test_once_it_has_drained_there_is_room_again(
+        self, model_store: Path, small: EngineOptions
+    ) -> None:
+        async with service(model_store, options=small, models=["topics"]) as fresh:
+            with held(fresh.core):
+                first = await begin(fresh, [TEXT] * 3)
+                error_of(await fresh.ask(TEXT), 429, "queue_full")
+            await first
+            assert (await fresh.ask(TEXT)).status_code == 200
+
+
+class TestDeadlines:
+    async def test_an_answer_that_comes_too_late_is_a_504(self, fresh: Service) -> None:
+        with held(fresh.core):
+            error = error_of(await fresh.ask(TEXT, timeout_ms=1), 504)
+        assert error["param"] == "timeout_ms"
+        shown = await fresh.scrape()
+        assert shown.total("deadline_exceeded_total") == 1
+        assert shown.by("outcome", "requests_total", route="/classify") == {"timeout": 1}
+
+    async def test_what_is_not_computed_yet_is_dropped(self, fresh: Service) -> None:
+        with held(fresh.core):
+            running = await begin(fresh, TEXT)
+            late = await begin(fresh, OTHERS, timeout_ms=1)
+            error_of(await late, 504)
+            assert fresh.in_flight() == 1
+        assert (await running).status_code == 200
+        shown = await fresh.scrape()
+        assert shown.total("items_total") == shown.total("batch_items_sum") == 1
+
+    async def test_a_deadline_that_cannot_be_met_is_refused_at_once(self, fresh: Service) -> None:
+        fresh.core.prices = PriceList(seconds_per_mac=1.0)
+        error_of(await fresh.ask(TEXT), 429, "deadline")
+        shown = await fresh.scrape()
+        assert shown.total("rejected_total", reason="deadline") == 1
+        assert shown.by("outcome", "requests_total", route="/classify") == {"rejected": 1}
+
+    async def test_the_servers_own_deadline(self, model_store: Path) -> None:
+        async with service(model_store, models=["topics"], timeout_ms=1) as fresh:
+            with held(fresh.core):
+                error_of(await fresh.ask(TEXT), 504)
+
+
+class TestWithoutAnEngine:
+    async def test_nobody_is_there(self, model_store: Path) -> None:
+        async with service(model_store, engines=0, models=["topics"]) as alone:
+            error_of(await alone.ask(TEXT), 503, "engine_down")
+            error_of(await alone.client.get("/health/ready"), 503, "not_ready")
+            assert (await alone.client.get("/health/live")).status_code == 200
+            assert (await alone.client.get("/health")).status_code == 503
+            assert (await alone.client.get("/metrics")).status_code == 200
+            assert (await alone.client.get("/v1/models")).status_code == 200
+            shown = await alone.scrape()
+            assert shown.total("requests_total", route="/classify", outcome="error") == 1
+
+    async def test_a_wrong_request_is_still_a_wrong_request(self, model_store: Path) -> None:
+        async with service(model_store, engines=0, models=["topics"]) as alone:
+            error_of(await alone.ask([]), 422)
+            error_of(await alone.ask(TEXT, model="nothing"), 404)
+
+    async def test_loading(self, model_store: Path) -> None:
+        async with service(model_store, models=["topics"]) as fresh:
+            await fresh.app.state.shared.engines.unload(("topics", 2))
+            error_of(await fresh.ask(TEXT), 503, "loading", "model")
+            error_of(await fresh.client.get("/health/ready"), 503, "not_ready")
+
+    async def test_an_empty_store(self, tmp_path: Path) -> None:
+        async with service(tmp_path, wait=False, default_model=None) as empty:
+            error_of(await empty.ask(TEXT), 503, "no_model")
+            error_of(await empty.client.get("/health/ready"), 503, "not_ready")
+
+
+async def test_draining_refuses_what_is_new_and_finishes_what_was_begun(fresh: Service) -> None:
+    with held(fresh.core):
+        begun = await begin(fresh, TEXT)
+        fresh.app.state.draining = True
+        error_of(await fresh.ask(TEXT), 503, "draining")
+        error_of(await fresh.client.get("/health/ready"), 503, "not_ready")
+        assert (await fresh.client.get("/health/live")).status_code == 200
+    assert (await begun).status_code == 200
+    assert (await fresh.scrape()).total("rejected_total", reason="draining") == 1
+
+
+class TestPoison:
+    """An item whose computation fails, recognised by its number of tokens."""
+
+    @pytest.fixture
+    def others(self) -> list[str]:
+        return OTHERS
+
+    @pytest.mark.parametrize("how", ["raise", "nan"])
+    async def test_it_fails_alone_in_its_place(
+        self, fresh: Service, others: list[str], how: str
+    ) -> None:
+        bad = "cellist " * 20
+        network = fresh.core.models["topics", 2].network
+        tokens = (await fresh.item(bad))["tokens"]
+        expected = [(await fresh.item(text, heads=HEADS))["probs"] for text in others]
+        with poison(network, tokens, how):
+            answer = await fresh.answer([others[0], bad, *others[1:]], heads=HEADS)
+        failed = answer["data"].pop(1)
+        assert set(failed) == {"index", "error"}
+        assert failed["index"] == 1
+        assert set(failed["error"]) == {"message", "type", "param", "code"}
+        assert failed["error"]["param"] == "input[1]"
+        assert "text of the item" not in failed["error"]["message"]
+        assert [item["index"] for item in answer["data"]] == [0, 2, 3]
+        for item, probs in zip(answer["data"], expected, strict=True):
+            assert item["probs"] == pytest.approx(probs, rel=1e-4)
+        assert answer["usage"]["heads_used"] == 3 * HEADS * 2
+        assert answer["usage"]["heads_total"] == 3 * HEADS * 2
+        shown = await fresh.scrape()
+        assert shown.total("requests_total", route="/classify", outcome="partial") == 1
+        assert shown.total("items_total", budget=HEADS) == len(expected) + len(others)
+
+    @pytest.mark.parametrize("how", ["raise", "nan"])
+    async def test_other_requests_of_the_batch_are_not_harmed(
+        self, fresh: Service, others: list[str], how: str
+    ) -> None:
+        bad = "cellist " * 20
+        tokens = (await fresh.item(bad))["tokens"]
+        with poison(fresh.core.models["topics", 2].network, tokens, how):
+            with held(fresh.core):
+                tasks = [await begin(fresh, text, heads=HEADS) for text in [others[0], bad]]
+            good, failed = [await task for task in tasks]
+        assert good.status_code == 200
+        error_of(failed, 500, "item_failed")
+
+    async def test_alone_it_is_a_500_that_says_nothing_of_the_inside(self, fresh: Service) -> None:
+        tokens = (await fresh.item(TEXT))["tokens"]
+        with poison(fresh.core.models["topics", 2].network, tokens, "raise"):
+            error = error_of(await fresh.ask(TEXT, heads=1), 500, "item_failed")
+        assert "text of the item" not in error["message"]
+        assert (await fresh.ask(TEXT, heads=1)).status_code == 200
+
+
+class Browser:
+    """A client at the level of ASGI, which can go away."""
+
+    def __init__(self, fresh: Service, body: bytes, whole: bool = True) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self._fresh = fresh
+        self._gone = asyncio.Event()
+        self._parts = [{"type": "http.request", "body": body, "more_body": not whole}]
+
+    def leave(self) -> None:
+        self._gone.set()
+
+    async def run(self) -> None:
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": "/classify",
+            "raw_path": b"/classify",
+            "root_path": "",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("service", 80),
+        }
+        await self._fresh.app(scope, self._receive, self._send)
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._parts:
+            return self._parts.pop()
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        self.sent.append(dict(message))
+
+
+class TestDisconnect:
+    async def test_what_nobody_waits_for_is_dropped_from_the_queue(self, fresh: Service) -> None:
+        with held(fresh.core):
+            running = await begin(fresh, TEXT)
+            browser = Browser(fresh, json.dumps({"input": OTHERS}).encode())
+            visit = asyncio.create_task(browser.run())
+            await until(lambda: fresh.in_flight() == 1 + len(OTHERS), "arrival at the engine")
+            browser.leave()
+            await visit
+            await until(lambda: fresh.in_flight() == 1, "the drop")
+        assert (await running).status_code == 200
+        assert browser.sent == []
+        shown = await fresh.scrape()
+        assert shown.total("cancelled_total") == 1
+        assert shown.by("outcome", "requests_total", route="/classify") == {
+            "ok": 1,
+            "cancelled": 1,
+        }
+        assert shown.total("items_total") == 1
+
+    async def test_one_who_leaves_while_it_is_computed_harms_nobody(self, fresh: Service) -> None:
+        browser = Browser(fresh, json.dumps({"input": OTHERS}).encode())
+        with held(fresh.core):
+            visit = asyncio.create_task(browser.run())
+            await until(lambda: fresh.in_flight() == len(OTHERS), "arrival at the engine")
+            browser.leave()
+            await visit
+        assert (await fresh.item(TEXT))["label"] in LABELS
+        assert (await fresh.scrape()).total("cancelled_total") == 1
+
+    async def test_one_who_leaves_while_sending_is_cancelled_too(self, fresh: Service) -> None:
+        browser = Browser(fresh, b'{"input": ', whole=False)
+        browser.leave()
+        await browser.run()
+        shown = await fresh.scrape()
+        assert shown.by("outcome", "requests_total", route="/classify") == {"cancelled": 1}
+
+
+async def test_an_unexpected_failure_is_a_plain_500_with_an_id(
+    fresh: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the inside of the server")
+
+    monkeypatch.setattr(type(fresh.app.state.shared.models.served["topics"]), "encode", broken)
+    error = error_of(await fresh.ask(TEXT), 500, "internal_error")
+    assert "inside" not in error["message"]
+    monkeypatch.undo()
+    shown = await fresh.scrape()
+    assert shown.by("outcome", "requests_total", route="/classify") == {"error": 1}
