@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from budgetformer.compact import PackedPass, PackedTokens
-from budgetformer.cost import decision_macs, dense_macs, encoder_macs
+from budgetformer.cost import decision_macs, dense_macs, encoder_macs, scorer_macs
 from budgetformer.modeling import confidence
 from budgetformer.policy import BudgetRule
 
@@ -113,7 +113,7 @@ def run(network: PackedPass, items: Sequence[Work]) -> None:
         item.heads = [a + b for a, b in zip(item.heads, counts, strict=True)]
         item.macs += encoder_macs(config, counts, len(item.ids))
         if layerwise:
-            item.macs += decision_macs(config) if steps is None else 0
+            item.macs += decision_macs(config) if steps is None else scorer_macs(config)
             item.step = max(counts) if item.step == LAYERWISE else item.step
             following = None
         else:

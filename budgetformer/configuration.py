@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -151,6 +152,10 @@ class BudgetFormerConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        if heads < 1:
+            raise ValueError(f"num_attention_heads must be at least 1, not {heads}")
+        if not math.isfinite(self.exit_weight):
+            raise ValueError(f"exit_weight must be a finite number, not {self.exit_weight}")
         if self.hidden_size % heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {heads} heads")
         if self.budget_ffn and self.intermediate_size % heads:
@@ -166,7 +171,7 @@ class BudgetFormerConfig(PreTrainedConfig):
                 raise ValueError(
                     f"ladder step {step} plans {len(plan)} layers of {self.num_hidden_layers}"
                 )
-            if not all(fewest <= k <= heads for k in plan):
+            if not all(isinstance(k, int) and fewest <= k <= heads for k in plan):
                 raise ValueError(f"ladder step {step} leaves {fewest}..{heads} heads: {plan}")
             if step > 1 and sum(plan) < sum(self.ladder[step - 2]):
                 raise ValueError(f"ladder step {step} computes fewer heads than the step before it")

@@ -37,8 +37,14 @@ def decision_macs(config: BudgetFormerConfig) -> int:
     evidence = EVIDENCE_SIZE if config.embedding_exit else 0
     controller = (config.hidden_size + evidence + 1) * config.controller_hidden_size
     times = 1 if config.budget_scope == "input" else config.num_hidden_layers
-    scorer = config.hidden_size * config.num_hidden_layers * config.num_attention_heads
-    return times * controller + (scorer if config.head_selection == "input" else 0)
+    return times * controller + scorer_macs(config)
+
+
+def scorer_macs(config: BudgetFormerConfig) -> int:
+    """Count g_d alone, over all layers; 0 when heads are ranked once for all inputs."""
+    if config.head_selection == "ranked":
+        return 0
+    return config.hidden_size * config.num_hidden_layers * config.num_attention_heads
 
 
 def encoder_macs(config: BudgetFormerConfig, heads: Sequence[int], tokens: int) -> int:

@@ -26,6 +26,9 @@ from budgetformer.configuration import BudgetFormerConfig
 EVIDENCE_SIZE = 2
 """Features of step 0's answer that f_o reads beside the pooled embeddings (`exit_evidence`)."""
 
+MOST_ODDS = 14.0
+"""Log-odds of a confidence beyond which surer makes no difference (about 1 - 1e-6)."""
+
 MULTI_LABEL = "multi_label_classification"
 
 
@@ -53,12 +56,18 @@ def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
 
     Log-odds of its confidence, and its mean entropy, [B, 2].
     """
-    sure = confidence(exit_logits, problem_type)
+    if problem_type == MULTI_LABEL:
+        odds = exit_logits.abs().amin(-1)
+    else:
+        # From the logits: 1 - p would lose all its digits where step 0 is sure.
+        top = exit_logits.argmax(-1, keepdim=True)
+        others = exit_logits.scatter(-1, top, float("-inf")).logsumexp(-1)
+        odds = exit_logits.gather(-1, top).squeeze(-1) - others
     p = probabilities(exit_logits, problem_type)
     entropy = torch.special.entr(p).sum(-1)
     if problem_type == MULTI_LABEL:
         entropy = (entropy + torch.special.entr(1 - p).sum(-1)) / p.shape[-1]
-    return torch.stack([torch.logit(sure, eps=1e-6), entropy], dim=-1)
+    return torch.stack([odds.clamp(max=MOST_ODDS), entropy], dim=-1)
 
 
 def masked_mean(states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -190,17 +199,19 @@ class BudgetDecision(nn.Module):
         self, pooled: Tensor, steps: Tensor | None = None, evidence: Tensor | None = None
     ) -> Decision:
         """Decide for pooled states [B, D]; `steps` [B] overrides f_o."""
-        s = self.budget(pooled, evidence)
+        s = share = self.budget(pooled, evidence)
         if steps is None:
             steps = budget_step(s, self.config.num_steps)
+        else:
+            share = s.detach()  # f_o had no say: no gradient flows through it
         heads = self.heads(steps)
         scores = self._scores(pooled)
         if scores is None:
             first = torch.arange(self.config.num_attention_heads, device=pooled.device)
             hard = (first < heads.unsqueeze(-1)).to(pooled.dtype)
-            return Decision(s, None, self._soften(hard, s, None))
+            return Decision(s, None, self._soften(hard, share, None))
         relevance = (scores / self.gating.temperature).softmax(-1)
-        return Decision(s, relevance, self._soften(keep_top(scores, heads), s, relevance))
+        return Decision(s, relevance, self._soften(keep_top(scores, heads), share, relevance))
 
     def _scores(self, pooled: Tensor) -> Tensor | None:
         if self.scorer is None:
@@ -432,7 +443,7 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             states = layer(states, bias, own if gates is None else gates[:, index])
         states = self.final_norm(states)
         if self.config.pooling == "cls":
-            pooled = states[:, 0] * attention_mask[:, :1]
+            pooled = (states[:, :1] * attention_mask[:, :1, None]).sum(1)
         else:
             pooled = masked_mean(states, attention_mask)
         relevance = [d.relevance for d in decisions if d.relevance is not None]

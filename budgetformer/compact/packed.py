@@ -208,6 +208,10 @@ class PackedPass:
         """
         if steps is None and self.config.budget_scope == "input":
             raise ValueError("a budget is decided before the pass: give the steps")
+        if steps is not None and 0 in steps and self.config.embedding_exit:
+            raise ValueError("step 0 answers on arrival, it has no pass")
+        if self.config.budget_scope == self.config.head_selection == "input" and ranking is None:
+            raise ValueError("heads are chosen before the pass: give the ranking")
         plans = None if steps is None else [self.config.heads_per_layer(step) for step in steps]
         tokens = tokens.to(self.device)
         owner = self._owner(tokens.lengths)
@@ -232,10 +236,15 @@ class PackedPass:
 
     def _owner(self, lengths: Sequence[int]) -> Tensor:
         return torch.arange(len(lengths), device=self.device).repeat_interleave(
-            torch.tensor(lengths, device=self.device)
+            torch.tensor(lengths, dtype=torch.long, device=self.device)
         )
 
     def _embed(self, tokens: PackedTokens) -> Tensor:
+        longest = max(tokens.lengths, default=0)
+        if longest > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{longest} tokens, but only {self.config.max_position_embeddings} positions"
+            )
         positions = [torch.arange(length, device=self.device) for length in tokens.lengths]
         together = torch.cat(positions) if positions else tokens.input_ids
         return cast(

@@ -20,13 +20,22 @@ from budgetformer.checkpoint import FixedStep
 from budgetformer.compact import PackedPass
 from budgetformer.cost import decision_macs, dense_macs, encoder_macs
 from budgetformer.modeling import MULTI_LABEL, confidence
-from budgetformer.policy import BudgetRule, EntryBand, Escalation, OperatingPoint, QualityName
+from budgetformer.policy import (
+    QUALITY_NAMES,
+    BudgetRule,
+    EntryBand,
+    Escalation,
+    OperatingPoint,
+    QualityName,
+)
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.exits import wrong
 from budgetformer.training.trainer import progress_bar
 
-ALLOWED_LOSS: dict[QualityName, float] = {"best": 0.0005, "balanced": 0.003, "fast": 0.01}
-"""Accuracy that each level may lose against the best rule found, at the least cost."""
+MOST_COST: dict[QualityName, float] = {"best": float("inf"), "balanced": 0.3, "fast": 0.1}
+"""Each level is the most accurate rule whose mean multiply-adds are at most this share of dense."""
+BEST_SLACK = 0.0005
+"""Accuracy that `best` may lose against the most accurate rule, for the sake of cost."""
 BATCH = 32
 MOST_POINTS = 24
 
@@ -190,20 +199,20 @@ class Calibration:
             yield entry, None
             top = max(band.step for band in entry)
             for step in self._larger_steps(top):
-                for below in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
+                for below in (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
                     yield entry, Escalation(below=below, step=step)
 
     def _entries(self) -> Iterator[list[EntryBand]]:
         last = self.config.num_steps
         first = [0] if self.config.embedding_exit else []
-        small = sorted({1, 2, max(1, last // 4), max(1, last // 3), max(1, last // 2), last})
-        exits = [0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9] if first else [0.0]
+        small = sorted({1, min(2, last), *(max(1, last * i // 12) for i in (3, 4, 6, 8)), last})
+        exits = [0.0, *(i / 20 for i in range(2, 19))] if first else [0.0]
         for share in exits:
             below = [EntryBand(upto=self._quantile(share), step=0)] if share else []
             for low in small:
                 yield [*below, EntryBand(upto=1, step=low)]
                 for high in (step for step in small if step > low):
-                    for split in (0.3, 0.5, 0.7):
+                    for split in (0.3, 0.5, 0.7, 0.85):
                         at = self._quantile(share + split * (1 - share))
                         yield [*below, EntryBand(upto=at, step=low), EntryBand(upto=1, step=high)]
         if first:
@@ -218,17 +227,18 @@ class Calibration:
 
 
 def _named(points: list[OperatingPoint]) -> list[OperatingPoint]:
-    best = max(point.accuracy for point in points)
-    chosen: dict[int, QualityName] = {}
-    for name, loss in ALLOWED_LOSS.items():
-        good = [i for i, p in enumerate(points) if p.accuracy >= best - loss and i not in chosen]
-        if good:
-            chosen[good[0]] = name
-        else:
-            # Fewer points than names: the cheapest one stands for all that are left.
-            points = [points[0], *points]
-            chosen = {i + 1: n for i, n in chosen.items()} | {0: name}
-    return [p.model_copy(update={"name": chosen.get(i)}) for i, p in enumerate(points)]
+    """Name three points of a frontier; where it has fewer, one point stands for several levels."""
+    most = max(point.accuracy for point in points)
+    places: dict[QualityName, int] = {}
+    for name, cost in MOST_COST.items():
+        affordable = [i for i, p in enumerate(points) if p.macs_share <= cost] or [0]
+        good = [i for i in affordable if points[i].accuracy >= most - BEST_SLACK]
+        places[name] = good[0] if good else affordable[-1]
+    named = [points[i].model_copy(update={"name": name}) for name, i in places.items()]
+    unnamed = [p for i, p in enumerate(points) if i not in places.values()]
+    return sorted(
+        [*named, *unnamed], key=lambda p: (p.macs_share, QUALITY_NAMES.index(p.name or "fast"))
+    )
 
 
 def _thin(points: list[OperatingPoint]) -> list[OperatingPoint]:

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.errors import CheckpointError
-from budgetformer.modeling import BudgetFormerForSequenceClassification, EncoderLayer
+from budgetformer.modeling import (
+    BudgetFormerForSequenceClassification,
+    EncoderLayer,
+    HeadScorer,
+)
 
 _EMBEDDINGS = {
     "embeddings.word_embeddings": "embeddings.word",
@@ -69,6 +73,8 @@ def convert_encoder(
         weights = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not an encoder folder: {error}") from error
+    if not isinstance(source, dict):
+        raise CheckpointError(f"{folder}: not an encoder folder: config.json holds no object")
     if source.get("model_type") != "bert":
         raise CheckpointError(
             f"{folder}: model_type {source.get('model_type')!r}, only 'bert' can be converted"
@@ -93,7 +99,10 @@ def convert_encoder(
             tensor = weights.get(f"{old}.{kind}", weights.get(f"bert.{old}.{kind}"))
             if tensor is not None:
                 renamed[f"{new}.{kind}"] = tensor.float()
-    result = model.encoder.load_state_dict(renamed, strict=False)
+    try:
+        result = model.encoder.load_state_dict(renamed, strict=False)
+    except RuntimeError as error:  # torch's word for a weight of another shape
+        raise CheckpointError(f"{folder}: {error}") from error
     missing = [key for key in result.missing_keys if "decision" not in key]
     if missing:
         raise CheckpointError(
@@ -158,11 +167,23 @@ def order_by_importance(
             neurons.collect()
     model.zero_grad()
     model.train(training)
-    for layer, heads, neurons in meters:
-        size = model.config.head_size
+    size = model.config.head_size
+    for index, (layer, heads, neurons) in enumerate(meters):
         order = heads.close().argsort(descending=True, stable=True)
+        shared = model.encoder.decision
+        if shared is not None and shared.scorer is not None:
+            _permute_scores(shared.scorer, index * len(order), order)
+        if layer.decision is not None and layer.decision.scorer is not None:
+            _permute_scores(layer.decision.scorer, 0, order)
         rows = (order[:, None] * size + torch.arange(size)).flatten()
         _permute(layer, rows, neurons.close().argsort(descending=True, stable=True))
+
+
+@torch.no_grad()
+def _permute_scores(scorer: HeadScorer, start: int, order: Tensor) -> None:
+    rows = slice(start, start + len(order))
+    scorer.out.weight[rows] = scorer.out.weight[rows][order].clone()
+    scorer.out.bias[rows] = scorer.out.bias[rows][order].clone()
 
 
 @torch.no_grad()

@@ -58,7 +58,11 @@ def read_table(path: Path) -> pa.Table:
                 return pyarrow.parquet.read_table(path)
             case ".csv":
                 return pyarrow.csv.read_csv(
-                    path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True)
+                    path,
+                    parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+                    convert_options=pyarrow.csv.ConvertOptions(
+                        column_types={"text": pa.string(), "text_pair": pa.string()}
+                    ),
                 )
             case ".jsonl" | ".ndjson":
                 return pyarrow.json.read_json(path)
@@ -82,15 +86,22 @@ def read_examples(path: Path, names: list[str] | None = None) -> Examples:
         raise DataError(f"{path}: no column 'label' (it has {', '.join(table.column_names)})")
     beside = path.parent / "labels.json"
     if names is None and beside.is_file():
-        names = [str(name) for name in json.loads(beside.read_text())]
+        names = _read_names(beside)
     raw = table["label"].to_pylist()
     many = bool(raw) and isinstance(raw[0], list)
-    flat = [label for row in raw for label in (row if many else [row])]
+    rows = raw if many else [[label] for label in raw]
+    for row, labels_of_row in enumerate(rows):
+        if not isinstance(labels_of_row, list):
+            raise DataError(f"{path}: row {row} has the unknown label {labels_of_row!r}")
+    flat = [(label, row) for row, labels_of_row in enumerate(rows) for label in labels_of_row]
     if names is None:
-        if flat and isinstance(flat[0], str):
-            names = sorted(set(flat))
-        else:
-            names = [str(i) for i in range(max(flat, default=-1) + 1)]
+        kind = str if flat and isinstance(flat[0][0], str) else int
+        for label, row in flat:
+            if not isinstance(label, kind):
+                raise DataError(f"{path}: row {row} has the unknown label {label!r}")
+        known = [label for label, _ in flat]
+        numbered = [str(i) for i in range(max(known, default=-1) + 1)] if kind is int else []
+        names = numbered if kind is int else sorted(set(known))
     index = {name: i for i, name in enumerate(names)}
 
     def class_id(label: object, row: int) -> int:
@@ -122,7 +133,20 @@ def read_texts(path: Path) -> tuple[list[str], list[str] | None]:
         if not isinstance(text, str):
             raise DataError(f"{path}: row {row} has no text")
     pairs = table["text_pair"].to_pylist() if "text_pair" in table.column_names else None
+    for row, pair in enumerate(pairs or ()):
+        if not isinstance(pair, str):
+            raise DataError(f"{path}: row {row} has no text_pair")
     return texts, pairs
+
+
+def _read_names(path: Path) -> list[str]:
+    try:
+        names = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from error
+    if not isinstance(names, list):
+        raise DataError(f"{path}: not a list of label names")
+    return [str(name) for name in names]
 
 
 @dataclass(frozen=True)

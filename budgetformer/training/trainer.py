@@ -164,8 +164,10 @@ class Trainer:
             output: BudgetFormerClassifierOutput = self.model(**inputs(batch), steps=steps)
         return output
 
-    def _gating(self, progress: float) -> Gating:
+    def _gating(self, stage: Stage, progress: float) -> Gating:
         """Go from exploration to exploitation (paper) as `progress` goes from 0 to 1."""
+        if stage.teacher is None:
+            return Gating()  # all heads are on: nothing to explore
         first, last = self.recipe.temperature
         temperature = first + (last - first) * progress
         return Gating(self.recipe.gating, temperature, self.recipe.noise * (1 - progress))
@@ -200,12 +202,13 @@ class Trainer:
                 # Seeding every step makes a resumed run repeat the noise of an unbroken one.
                 torch.manual_seed(self.recipe.seed * 1_000_003 + step)
                 self.model.train()
-                self.model.set_gating(self._gating(step / total))
+                self.model.set_gating(self._gating(stage, step / total))
                 loss = stage.loss(batch, stage.teacher)
                 rate = min((step + 1) / warmup, (total - step) / max(1, total - warmup))
                 for group in optimizer.param_groups:
                     group["lr"] = self.recipe.learning_rate * rate
-                optimizer.zero_grad(set_to_none=True)
+                # f_o and step 0 get gradients too, and clipping would count what they pile up.
+                self.model.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 optimizer.step()

@@ -31,6 +31,13 @@ async def read_body(request: Request, schema: type[Body], max_bytes: int) -> Bod
     return parse(await _read(request, max_bytes), schema)
 
 
+def describe_body(schema: type[BaseModel]) -> dict[str, Any]:
+    """Return what OpenAPI says of a route that reads its body with `read_body`."""
+    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
+    content = {"application/json": {"schema": reference}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 async def _read(request: Request, max_bytes: int) -> bytes:
     refusal = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
     declared = request.headers.get("content-length", "")

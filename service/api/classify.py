@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from tokenizers import Encoding
 
 from budgetformer.errors import PolicyError
-from service.api.bodies import read_body
+from service.api.bodies import describe_body, read_body
 from service.api.errors import ApiError, ClientGoneError
 from service.api.responses import json_response
 from service.api.schemas import ClassifyRequest, ClassifyResponse, ErrorResponse, Input
@@ -44,14 +44,7 @@ Text = str | tuple[str, str]
     responses={
         status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 415, 422, 429, 503, 504)
     },
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": {"$ref": "#/components/schemas/ClassifyRequest"}}
-            },
-        }
-    },
+    openapi_extra=describe_body(ClassifyRequest),
 )
 async def classify(request: Request) -> Response:
     """Answer with labels, scores, and what they cost in heads and multiply-adds."""

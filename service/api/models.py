@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from budgetformer.checkpoint import Checkpoint
 from budgetformer.errors import CheckpointError
-from service.api.bodies import read_body
+from service.api.bodies import describe_body, read_body
 from service.api.classify import check_texts
 from service.api.errors import ApiError
 from service.api.responses import json_response
@@ -113,14 +113,7 @@ async def unload_model(request: Request, name: str) -> Response:
     "/tokenize",
     summary="Tokens of a text",
     response_model=TokenizeResponse,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": {"$ref": "#/components/schemas/TokenizeRequest"}}
-            },
-        }
-    },
+    openapi_extra=describe_body(TokenizeRequest),
 )
 async def tokenize(request: Request) -> Response:
     """Answer with the tokens that a model would read, and their number."""

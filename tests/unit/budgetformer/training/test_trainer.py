@@ -159,6 +159,18 @@ class TestLearning:
         run.trainer(model).train()
         assert mean_loss(run, model, full) < 0.7 * before
 
+    @pytest.mark.parametrize("selection", ["input", "ranked"])
+    def test_soft_gates_teach_the_budget_too(
+        self, new_run: Callable[..., Run], selection: str
+    ) -> None:
+        run = new_run(gating="soft", noise=0.5, temperature=(2.0, 0.5), budget_epochs=4)
+        model = new_network(head_selection=selection)
+        before = mean_loss(run, model, 4)
+        controller = model.encoder.decision.controller.out.weight.detach().clone()
+        run.trainer(model).train()
+        assert mean_loss(run, model, 4) < 0.9 * before
+        assert not torch.equal(model.encoder.decision.controller.out.weight, controller)
+
     def test_several_labels_learn(self, new_run: Callable[..., Run], examples: Examples) -> None:
         labels = np.eye(3, dtype=np.int64)[examples.labels]
         several = Examples(examples.texts, None, labels, examples.names)
@@ -259,6 +271,13 @@ class TestResuming:
                 continue
             break
         assert_same(model.state_dict(), unbroken)
+
+    @pytest.mark.parametrize("after", [6, 16])
+    def test_soft_gates(self, new_run: Callable[..., Run], after: int) -> None:
+        recipe = {"gating": "soft", "noise": 0.5, "temperature": (2.0, 0.5)}
+        picks = {"head_selection": "input"}
+        broken = new_run(**recipe).weights(after=after, **picks)
+        assert_same(broken, new_run(**recipe).weights(**picks))
 
     @pytest.mark.parametrize("changes", [{"head_selection": "input"}, {"hidden_dropout_prob": 0.5}])
     def test_other_networks(self, new_run: Callable[..., Run], changes: dict[str, Any]) -> None:

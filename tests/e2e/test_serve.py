@@ -1,0 +1,256 @@
+"""`budgetformer serve`, asked from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.support.command_line import CommandLine
+from tests.support.processes import COMMAND, Server, clean_environment, server
+from tests.support.stores import (
+    LABELS,
+    labelled_sentences,
+    sentences,
+    single_label_rows,
+    write_jsonl,
+)
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.timeout(300)
+
+ROWS = labelled_sentences()
+TEXT = sentences("animals")[0]
+
+
+@pytest.fixture(scope="module")
+def running(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Return a server with two engines."""
+    folder = tmp_path_factory.mktemp("served")
+    with server(model_store, folder, engines=2, default_model="topics", log_level="debug") as it:
+        yield it
+
+
+async def send_all(url: str, bodies: list[dict[str, Any]], at_once: int) -> list[httpx.Response]:
+    limits = httpx.Limits(max_connections=at_once)
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120) as client:
+        return await asyncio.gather(*(client.post("/classify", json=body) for body in bodies))
+
+
+def test_metrics_add_up_to_the_answers_of_many_at_once(running: Server) -> None:
+    before = running.scrape()
+    qualities = ["fast", "balanced", "best", 1.5]
+    bodies = [
+        {"input": [text for text, _ in ROWS[start : start + 9]], "quality": quality}
+        for quality in qualities
+        for start in range(0, len(ROWS), 9)
+    ]
+    responses = asyncio.run(send_all(running.url, bodies, at_once=12))
+    assert {response.status_code for response in responses} == {200}
+    items = [item for response in responses for item in response.json()["data"]]
+    assert len(items) == len(qualities) * len(ROWS)
+
+    best = [
+        item
+        for body, response in zip(bodies, responses, strict=True)
+        if body["quality"] == "best"
+        for item in response.json()["data"]
+    ]
+    right = sum(item["label"] == label for item, (_, label) in zip(best, ROWS, strict=True))
+    assert right > 0.9 * len(ROWS)
+
+    after = running.scrape()
+    where = {"model": "topics", "version": 2}
+    budgets = {item["heads"]["budget"] for item in items}
+    assert budgets == {0, 1, 2, 3, 4}
+    for budget in budgets:
+        answered = sum(item["heads"]["budget"] == budget for item in items)
+        assert after.minus(before, "items_total", budget=budget, **where) == answered
+    for name, value in {
+        "heads_used_total": sum(item["heads"]["used"] for item in items),
+        "heads_total": sum(item["heads"]["total"] for item in items),
+        "macs_total": sum(item["macs"] for item in items),
+        "dense_macs_total": sum(item["dense_macs"] for item in items),
+        "item_tokens_sum": sum(item["tokens"] for item in items),
+    }.items():
+        assert after.minus(before, name, **where) == value, name
+    grown = after.minus(before, "requests_total", route="/classify", outcome="ok")
+    assert grown == len(bodies)
+
+
+def test_both_engines_run_as_processes_of_their_own(running: Server) -> None:
+    engines = running.engines()
+    assert set(engines) == {0, 1}
+    assert set(engines.values()) <= {child.pid for child in running.children}
+    assert running.process.pid not in engines.values()
+
+
+def test_a_bad_request_over_a_real_connection(running: Server) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"[" * 100_000
+
+    for response, status in (
+        (httpx.post(f"{running.url}/classify", content=chunks()), 400),
+        (httpx.post(f"{running.url}/classify", content=b"[" * 100_000), 400),
+        (httpx.post(f"{running.url}/classify", json={"input": []}), 422),
+        (httpx.get(f"{running.url}/nowhere"), 404),
+    ):
+        assert response.status_code == status
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_body_of_64_megabytes_is_refused(running: Server) -> None:
+    host, port = running.url.removeprefix("http://").split(":")
+    head = f"POST /classify HTTP/1.1\r\nHost: {host}\r\nContent-Length: {64 * 2**20}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head.encode() + b" " * 1000)
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_the_command_line_can_ask_the_server(
+    running: Server, model_store: Path, tmp_path: Path, command: CommandLine
+) -> None:
+    data = write_jsonl(tmp_path / "test.jsonl", single_label_rows()[:30])
+    arguments = ["evaluate", "--data", data, "--model", "topics", "--model-store", model_store]
+    here = json.loads(command(*arguments, "--json").out)
+    there = json.loads(command(*arguments, "--json", "--url", running.url).out)
+    assert [row["quality"] for row in here] == ["fast", "balanced", "best", "full budget"]
+    for mine, theirs in zip(here, there, strict=True):
+        assert theirs["budgets"] == mine["budgets"]
+        assert theirs["accuracy"] == mine["accuracy"]
+        assert theirs["mean_macs"] == pytest.approx(mine["mean_macs"])
+
+
+def test_a_killed_engine_takes_no_answer_with_it(running: Server) -> None:
+    before = running.scrape()
+    victim = running.engines()[0]
+    bodies = [{"input": [text for text, _ in ROWS], "heads": 4} for _ in range(40)]
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(lambda: asyncio.run(send_all(running.url, bodies, at_once=8)))
+        wait_until(lambda: running.in_flight() > 0 or sending.done(), "requests in flight")
+        psutil.Process(victim).kill()
+        responses = sending.result()
+    assert len(responses) == len(bodies)
+    assert {response.status_code for response in responses} <= {200, 503}
+    for response in responses:
+        if response.status_code == 503:
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["type"] == "unavailable"
+    running.wait_ready(engines=2)
+    assert victim not in running.engines().values()
+    assert running.scrape().minus(before, "engine_restarts_total") == 1
+    assert httpx.post(f"{running.url}/classify", json={"input": TEXT}).status_code == 200
+
+
+def test_with_every_engine_killed_the_answer_is_503_until_one_is_back(running: Server) -> None:
+    for pid in running.engines().values():
+        psutil.Process(pid).kill()
+    wait_until(lambda: not running.ready(), "the loss of readiness")
+    response = httpx.post(f"{running.url}/classify", json={"input": TEXT}, timeout=60)
+    assert response.status_code in (200, 503)
+    running.wait_ready(engines=2)
+    assert httpx.post(f"{running.url}/classify", json={"input": TEXT}).status_code == 200
+
+
+def test_no_text_is_ever_logged(running: Server) -> None:
+    for body in (
+        {"input": "xyzzy plugh"},
+        {"input": ["xyzzy", 5]},
+        {"input": "xyzzy", "topk": "xyzzy"},
+        {"input": "xyzzy", "model": "nothing"},
+    ):
+        httpx.post(f"{running.url}/classify", json=body)
+    httpx.post(f"{running.url}/classify", content=b'{"input": "xyzzy')
+    log = running.log.read_text()
+    assert '"route": "/classify"' in log
+    assert "xyzzy" not in log
+
+
+def test_every_log_line_is_json(running: Server) -> None:
+    for line in running.log.read_text().splitlines():
+        assert isinstance(json.loads(line), dict)
+
+
+def test_it_drains_when_asked_to_stop(model_store: Path, tmp_path: Path) -> None:
+    texts = [text for text, _ in ROWS] * 8
+    body = {"input": texts, "heads": 4, "timeout_ms": 100_000}
+    with server(model_store, tmp_path, engines=1, default_model="topics") as running:
+        family = running.children
+        with ThreadPoolExecutor(4) as pool:
+            url = f"{running.url}/classify"
+            futures = [pool.submit(httpx.post, url, json=body, timeout=120) for _ in range(4)]
+            wait_until(lambda: _all_begun(running, futures, len(texts)), "requests in flight")
+            code = running.terminate()
+            responses = [future.result() for future in futures]
+        assert code == 0
+        assert [response.status_code for response in responses] == [200] * 4
+        for response in responses:
+            assert len(response.json()["data"]) == len(texts)
+        assert not [child for child in family if child.is_running()]
+
+
+def _all_begun(running: Server, futures: list[Future[httpx.Response]], items: int) -> bool:
+    """Say whether every request is answered or in flight."""
+    done = sum(future.done() for future in futures)
+    return running.in_flight() >= (len(futures) - done) * items
+
+
+def test_when_the_supervisor_is_killed_no_child_stays(model_store: Path, tmp_path: Path) -> None:
+    with server(model_store, tmp_path, engines=1, default_model="topics") as running:
+        family = running.children
+        assert len(family) >= 2
+        running.process.kill()
+        assert running.process.wait(30) == -signal.SIGKILL
+        wait_until(lambda: not any(map(_alive, family)), "the end of all children")
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def refused(*arguments: str) -> str:
+    """Run a server that cannot start, and return the only line that it writes."""
+    done = subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=60,
+        check=False, env=clean_environment(),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_a_port_in_use_is_one_line(model_store: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}" in refused(f"--port={port}", f"--model-store={model_store}")
+
+
+def test_a_missing_store_is_one_line(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    assert f"{missing}: no such folder" in refused("--port=0", f"--model-store={missing}")
+
+
+def test_a_default_model_that_is_not_in_the_store_is_one_line(model_store: Path) -> None:
+    line = refused("--port=0", f"--model-store={model_store}", "--default-model=nothing")
+    assert "nothing" in line
+
+
+def test_labels_are_those_of_the_training_data(running: Server) -> None:
+    response = httpx.get(f"{running.url}/models/topics")
+    assert response.json()["labels"] == list(LABELS)

@@ -1,0 +1,263 @@
+"""What the front makes of engines that refuse, fail, lie or die: played by scripted engines."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+from service.engine import protocol
+from service.engine.client import (
+    DeadlineError,
+    EngineDownError,
+    EngineFailedError,
+    Engines,
+    Event,
+    Job,
+    NotLoadedError,
+    RefusedError,
+)
+from service.engine.protocol import (
+    Answer,
+    Cancel,
+    Classify,
+    Done,
+    Expired,
+    Failed,
+    Hello,
+    ItemAnswer,
+    ItemTokens,
+    Load,
+    ModelInfo,
+    Refused,
+    ToEngine,
+    ToFront,
+    Unload,
+)
+from tests.support.waiting import until
+
+KEY = ("topics", 1)
+Script = Callable[[Classify], ToFront | bytes | None]
+"""What an engine does when asked: a message, bytes that are none, or None, its death."""
+
+
+class ScriptedEngine:
+    """An engine that loads whatever it is told to, and answers by script."""
+
+    def __init__(self, script: Script, load: Callable[[Load], ToFront] | None = None) -> None:
+        self.heard: list[ToEngine] = []
+        self._script = script
+        self._load = load or (lambda m: Done(m.id, ModelInfo(*KEY, 0.1, 100)))
+
+    async def came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        protocol.write(writer, Hello(protocol.PROTOCOL, 1, "cpu", "float32", "2"))
+        while (message := await protocol.read_to_engine(reader)) is not None:
+            self.heard.append(message)
+            match message:
+                case Load():
+                    protocol.write(writer, self._load(message))
+                case Unload():
+                    protocol.write(writer, Done(message.id))
+                case Classify():
+                    reply = self._script(message)
+                    if reply is None:
+                        break
+                    if isinstance(reply, bytes):
+                        writer.write(reply)
+                    else:
+                        protocol.write(writer, reply)
+        writer.close()
+
+    @property
+    def asked(self) -> int:
+        return sum(isinstance(message, Classify) for message in self.heard)
+
+
+def answers(message: Classify) -> ToFront:
+    return Answer(message.id, [ItemAnswer([0.0, 1.0])] * len(message.items), 0.1, 0.2, 0.3)
+
+
+def dies(_: Classify) -> None:
+    return None
+
+
+def job(seconds: float = 20.0, items: int = 1) -> Job:
+    tokens = [ItemTokens(protocol.pack_ids([2, 5, 3]))] * items
+    return Job(*KEY, tokens, "balanced", monotonic() + seconds)
+
+
+@asynccontextmanager
+async def engines(*scripted: ScriptedEngine, loaded: bool = True) -> AsyncIterator[Engines]:
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bf-")))
+        sockets = [folder / str(index) for index in range(len(scripted))]
+        for one, socket in zip(scripted, sockets, strict=True):
+            listening = await asyncio.start_unix_server(one.came, socket)
+            stack.callback(listening.close)
+        events: list[tuple[int, Event]] = []
+        held = Engines(sockets, lambda index, event: events.append((index, event)))
+        if loaded:
+            held.wanted[KEY] = Path("/models/topics/1")
+        held.start()
+        stack.push_async_callback(held.stop)
+        await until(lambda: len(held.alive) == len(scripted), "hellos")
+        if loaded:
+            await until(lambda: all(c.models or c.errors for c in held.clients), "loads")
+        yield held
+
+
+async def test_an_answer() -> None:
+    async with engines(ScriptedEngine(answers)) as held:
+        answer = await held.classify(job(items=3))
+    assert len(answer.items) == 3
+    assert (answer.budget_seconds, answer.queue_seconds, answer.compute_seconds) == (0.1, 0.2, 0.3)
+
+
+async def test_what_the_engine_is_told() -> None:
+    engine = ScriptedEngine(answers)
+    async with engines(engine) as held:
+        await held.classify(job(seconds=20.0))
+    message = engine.heard[-1]
+    assert isinstance(message, Classify)
+    assert (message.model, message.version, message.quality) == (*KEY, "balanced")
+    assert 0 < message.remaining <= 20
+
+
+async def test_a_refusal() -> None:
+    async with engines(ScriptedEngine(lambda m: Refused(m.id, "queue_full", 7))) as held:
+        with pytest.raises(RefusedError) as caught:
+            await held.classify(job())
+    assert (caught.value.reason, caught.value.retry_after) == ("queue_full", 7)
+
+
+async def test_a_deadline_that_passed() -> None:
+    async with engines(ScriptedEngine(lambda m: Expired(m.id))) as held:
+        with pytest.raises(DeadlineError):
+            await held.classify(job())
+
+
+async def test_a_deadline_that_passed_before_it_was_sent() -> None:
+    engine = ScriptedEngine(answers)
+    async with engines(engine) as held:
+        with pytest.raises(DeadlineError):
+            await held.classify(job(seconds=-1))
+    assert engine.asked == 0
+
+
+async def test_a_failure_with_its_reason() -> None:
+    async with engines(ScriptedEngine(lambda m: Failed(m.id, "no such level"))) as held:
+        with pytest.raises(EngineFailedError, match="no such level"):
+            await held.classify(job())
+
+
+async def test_an_answer_that_does_not_fit() -> None:
+    async with engines(ScriptedEngine(lambda m: Done(m.id))) as held:
+        with pytest.raises(EngineFailedError):
+            await held.classify(job())
+
+
+@pytest.mark.parametrize("last_words", [None, b"\xff\xff\xff\xff", b"\x01\x00\x00\x00\xc1"])
+async def test_a_request_whose_engine_dies_is_done_by_another(last_words: bytes | None) -> None:
+    def fails(_: Classify) -> bytes | None:
+        return last_words
+
+    first, second = ScriptedEngine(fails), ScriptedEngine(answers)
+    async with engines(first, second) as held:
+        assert len((await held.classify(job())).items) == 1
+    assert (first.asked, second.asked) == (1, 1)
+
+
+async def test_one_that_dies_is_asked_again_when_it_is_back() -> None:
+    replies = iter([dies, answers])
+    engine = ScriptedEngine(lambda message: next(replies)(message))
+    async with engines(engine) as held:
+        answer = await held.classify(job())
+    assert len(answer.items) == 1
+    assert engine.asked == 2
+
+
+async def test_a_request_that_kills_two_engines_is_not_tried_on_a_third() -> None:
+    all_three = [ScriptedEngine(dies) for _ in range(3)]
+    async with engines(*all_three) as held:
+        with pytest.raises(EngineDownError):
+            await held.classify(job())
+    assert sum(engine.asked for engine in all_three) == 2
+
+
+async def test_without_the_model_nobody_is_asked() -> None:
+    engine = ScriptedEngine(answers)
+    async with engines(engine, loaded=False) as held:
+        with pytest.raises(NotLoadedError):
+            await held.classify(job())
+    assert engine.asked == 0
+
+
+async def test_a_model_that_cannot_be_loaded_is_known_by_its_reason() -> None:
+    engine = ScriptedEngine(answers, load=lambda m: Failed(m.id, "config.json: missing"))
+    async with engines(engine) as held:
+        assert held.errors == ["config.json: missing"]
+        assert held.models == {}
+        with pytest.raises(NotLoadedError):
+            await held.classify(job())
+
+
+async def test_a_load_that_one_engine_cannot_do_is_undone_in_the_others() -> None:
+    sound = ScriptedEngine(answers)
+    broken = ScriptedEngine(answers, load=lambda m: Failed(m.id, "out of memory"))
+    async with engines(sound, broken, loaded=False) as held:
+        with pytest.raises(EngineFailedError, match="out of memory"):
+            await held.load(KEY, Path("/models/topics/1"))
+        assert held.models == {}
+        assert held.wanted == {}
+    assert any(isinstance(message, Unload) for message in sound.heard)
+
+
+async def test_one_that_comes_back_is_given_its_models_again() -> None:
+    replies = iter([dies, answers])
+    engine = ScriptedEngine(lambda message: next(replies)(message))
+    async with engines(engine) as held:
+        await held.classify(job())
+    assert sum(isinstance(message, Load) for message in engine.heard) == 2
+
+
+async def test_a_caller_that_gives_up_cancels_its_request() -> None:
+    waiting = asyncio.Event()
+
+    def never(_: Classify) -> bytes:
+        waiting.set()
+        return b""
+
+    engine = ScriptedEngine(never)
+    async with engines(engine) as held:
+        asking = asyncio.create_task(held.classify(job()))
+        await waiting.wait()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await until(lambda: any(isinstance(m, Cancel) for m in engine.heard), "the cancellation")
+        assert held.clients[0].items_in_flight == 0
+    (request,) = [m for m in engine.heard if isinstance(m, Classify)]
+    (cancelled,) = [m for m in engine.heard if isinstance(m, Cancel)]
+    assert cancelled.id == request.id
+
+
+async def test_an_engine_that_never_answers_is_not_waited_for_beyond_the_deadline() -> None:
+    async with engines(ScriptedEngine(lambda _: b"")) as held:
+        with pytest.raises(DeadlineError):
+            await held.classify(job(seconds=0.05))
+
+
+async def test_work_goes_to_the_engine_with_the_least_in_flight() -> None:
+    first, second = ScriptedEngine(lambda _: b""), ScriptedEngine(lambda _: b"")
+    async with engines(first, second) as held:
+        tasks = [asyncio.create_task(held.classify(job(items=n))) for n in (8, 1, 1, 1)]
+        await until(lambda: first.asked + second.asked == 4, "arrival")
+        assert sorted([first.asked, second.asked]) == [1, 3]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

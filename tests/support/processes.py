@@ -1,0 +1,118 @@
+"""`budgetformer serve` as real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from tests.support.exposition import Exposition
+from tests.support.waiting import wait_until
+
+START_PATIENCE = 90.0
+COMMAND = (sys.executable, "-c", "from service.cli import main; main()", "serve")
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def clean_environment() -> dict[str, str]:
+    """Return this process's environment without settings of the server."""
+    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith("BUDGETFORMER_")}
+    return kept | {"PYTHONUNBUFFERED": "1"}
+
+
+@dataclass
+class Server:
+    """A server and all its processes."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    @property
+    def children(self) -> list[psutil.Process]:
+        """The processes of this server, the supervisor left out."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def engines(self) -> dict[int, int]:
+        """Return the process ids of the live engines, by index."""
+        try:
+            body = httpx.get(f"{self.url}/health", timeout=30).json()
+        except httpx.TransportError:
+            return {}
+        return {engine["index"]: engine["pid"] for engine in body["engines"] if engine["alive"]}
+
+    def in_flight(self) -> int:
+        """Count the items that the front waits for."""
+        body = httpx.get(f"{self.url}/health", timeout=30).json()
+        return sum(int(engine["in_flight_items"]) for engine in body["engines"])
+
+    def ready(self) -> bool:
+        """Ask whether it can classify."""
+        try:
+            return httpx.get(f"{self.url}/health/ready", timeout=30).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def scrape(self) -> Exposition:
+        """Read all metrics."""
+        return Exposition(httpx.get(f"{self.url}/metrics", timeout=30).text)
+
+    def wait_ready(self, engines: int) -> None:
+        """Return when every engine is there and can classify."""
+
+        def all_there() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            return self.ready() and len(self.engines()) == engines
+
+        wait_until(all_there, "readiness of the server", START_PATIENCE)
+
+    def terminate(self) -> int:
+        """Ask it to stop, and return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(START_PATIENCE)
+
+
+@contextmanager
+def server(store: Path, folder: Path, *, engines: int, **options: str) -> Iterator[Server]:
+    """Run a server, ready for requests; whatever is left of it afterwards is killed."""
+    port = free_port()
+    log = folder / "server.log"
+    flags = {"port": port, "model-store": store, "engines": engines, "log-format": "json"} | options
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env=clean_environment(),
+        )
+    running = Server(process, f"http://127.0.0.1:{port}", log)
+    family: list[psutil.Process] = []
+    try:
+        running.wait_ready(engines)
+        family = running.children
+        yield running
+    finally:
+        if process.poll() is None:
+            family = running.children
+            process.kill()
+        process.wait()
+        for child in family:
+            if child.is_running():
+                child.kill()
