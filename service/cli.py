@@ -200,7 +200,8 @@ def evaluate(
     if as_json:
         out.print_json(data=[row.as_dict() for row in rows])
         return
-    table = Table("quality", "n", "accuracy", "95 %", "mean heads", "of dense", "budgets in use")
+    columns = ("quality", "n", "accuracy", "95 %", "mean heads", "mean MACs", "of dense")
+    table = Table(*columns, "budgets in use")
     for row in rows:
         table.add_row(*row.cells())
     out.print(table)

@@ -64,6 +64,7 @@ class Row:
             f"{self.accuracy:.4f}",
             f"{self.low:.4f}..{self.high:.4f}",
             f"{self.mean_heads:.2f}",
+            f"{self.mean_macs / 1e6:.1f} M",
             f"{self.macs_share:.1%}",
             budgets,
         )

@@ -221,10 +221,3 @@ class TestRefused:
     def test_a_secret_is_not_repeated(self, command: CommandLine) -> None:
         outcome = command("serve", "--print-config", "--admin-key", "open-sesame", "--port=many")
         assert "sesame" not in outcome.complaint()
-
-    def test_a_store_that_is_not_there(self, command: CommandLine, tmp_path: Path) -> None:
-        store = (
-            tmp_path / "a" / "deep" / "folder" / "that" / "is" / "named" / "but" / "not" / "there"
-        )
-        line = command("serve", "--port=0", "--model-store", store).complaint()
-        assert f"{store}: no such folder" in line
