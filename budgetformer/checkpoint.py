@@ -104,6 +104,25 @@ class Manifest(_Data):
     provenance: Provenance
 
 
+class _Shape(BaseModel):
+    """What this module needs to know of `config.json`."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    ladder: list[list[int]] = Field(min_length=1)
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_size: int
+    max_position_embeddings: int
+    embedding_exit: bool
+    id2label: dict[str, str]
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One checkpoint folder whose manifest and configuration have been read."""
@@ -219,9 +238,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{path / MANIFEST}: {error.strerror or error}") from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise CheckpointError(f"{path / MANIFEST}: {where}: {first['msg']}") from error
+        raise CheckpointError(f"{path / MANIFEST}: {_first_problem(error)}") from error
     if manifest.format != FORMAT:
         raise CheckpointError(
             f"{path / MANIFEST}: format {manifest.format}, this program reads {FORMAT}"
@@ -234,10 +251,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path / CONFIG}: not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("model_type") != "budgetformer":
         raise CheckpointError(f"{path / CONFIG}: model_type is not 'budgetformer'")
-    for key in ("ladder", "num_hidden_layers", "num_attention_heads", "embedding_exit"):
-        if key not in config:
-            raise CheckpointError(f"{path / CONFIG}: no {key}")
-    top = len(config["ladder"])
+    try:
+        shape = _Shape.model_validate(config)
+    except ValidationError as error:
+        raise CheckpointError(f"{path / CONFIG}: {_first_problem(error)}") from error
+    labels = len(shape.id2label)
+    if len(manifest.labels) != labels:
+        count = len(manifest.labels)
+        raise CheckpointError(f"{path / MANIFEST}: {count} labels, the network has {labels}")
+    if manifest.max_tokens > shape.max_position_embeddings:
+        raise CheckpointError(
+            f"{path / MANIFEST}: max_tokens {manifest.max_tokens}, "
+            f"the network has {shape.max_position_embeddings} positions"
+        )
+    top = len(shape.ladder)
     for point in manifest.operating_points:
         steps = [band.step for band in point.entry]
         steps += [point.escalation.step] if point.escalation else []
@@ -276,9 +303,19 @@ class Store:
         Raises:
             CheckpointError: there is none.
         """
-        if name not in self.checkpoints:
-            raise CheckpointError(f"no model {name!r} in the store")
-        return self.checkpoints[name][-1]
+        return self.find(name)
+
+    def find(self, spec: str) -> Checkpoint:
+        """Return the model for `name` (its highest version) or `name:version`.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        name, _, version = spec.partition(":")
+        for checkpoint in reversed(self.checkpoints.get(name, [])):
+            if not version or version == str(checkpoint.version):
+                return checkpoint
+        raise CheckpointError(f"no model {spec!r} in the store")
 
 
 def read_store(path: Path) -> Store:

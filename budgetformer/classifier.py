@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers.utils import logging as hf_logging
 
 from budgetformer import cascade
 from budgetformer.cascade import Work
@@ -27,19 +28,26 @@ def load_network(checkpoint: Checkpoint, device: str = "cpu") -> PackedPass:
         CheckpointError: a file is damaged, a weight is missing, left over or of another shape.
     """
     checkpoint.verify()
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     try:
         loaded: Any = BudgetFormerForSequenceClassification.from_pretrained(
             checkpoint.path,
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
     model, report = loaded
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(map(str, report.get(problem, ())))
+    for problem in ("mismatched_keys", "missing_keys", "unexpected_keys"):
+        found = report.get(problem, ())
+        keys = sorted(key if isinstance(key, str) else str(key[0]) for key in found)
         if keys:
             kind = problem.replace("_keys", "")
             raise CheckpointError(f"{checkpoint.path / WEIGHTS}: {kind}: {', '.join(keys[:3])}")

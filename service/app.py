@@ -15,6 +15,7 @@ from service.api import classify, health, models, playground
 from service.api.classify import DEFAULT_QUALITY
 from service.api.errors import install_error_handlers
 from service.api.middleware import OTHER, Observe
+from service.api.models import LoadRequest
 from service.api.schemas import ClassifyRequest, TokenizeRequest
 from service.api.state import State
 from service.engine.client import Engines, Event
@@ -114,6 +115,8 @@ def create_app(settings: Settings, sockets: list[Path]) -> FastAPI:
             engines.wanted[checkpoint.name, checkpoint.version] = checkpoint.path
         engines.start()
         yield
+        for task in state.background:
+            task.cancel()
         await engines.stop()
         state.tokenizing.shutdown()
 
@@ -123,6 +126,7 @@ def create_app(settings: Settings, sockets: list[Path]) -> FastAPI:
         summary="Text classification that spends, on each text, only the heads that it needs.",
         lifespan=life,
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.shared, app.state.draining = state, False
     app.state.announce, app.state.retire = announce, retire
@@ -138,6 +142,6 @@ def create_app(settings: Settings, sockets: list[Path]) -> FastAPI:
 def _document_bodies(app: FastAPI) -> None:
     """Add the schemas of bodies that the routes read for themselves."""
     schema = app.openapi()
-    for model in (ClassifyRequest, TokenizeRequest):
+    for model in (ClassifyRequest, TokenizeRequest, LoadRequest):
         described = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schema["components"]["schemas"] |= described.pop("$defs", {}) | {model.__name__: described}

@@ -17,8 +17,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import budgetformer
-from budgetformer.checkpoint import Checkpoint, Store, read_checkpoint, read_store
-from budgetformer.errors import BudgetFormerError
+from budgetformer.checkpoint import Checkpoint, read_checkpoint, read_store
+from budgetformer.errors import BudgetFormerError, CheckpointError
+from budgetformer.policy import QUALITY_NAMES
 from service.observability.logs import configure_logs
 from service.settings import (
     CONFIG_FILE,
@@ -72,6 +73,7 @@ def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
     print_config = "--print-config" in arguments
     if print_config:
         arguments.remove("--print-config")
+    arguments = [part for a in arguments for part in _split_config(a)]
     if "--config" in arguments:
         place = arguments.index("--config")
         if place + 1 >= len(arguments):
@@ -87,7 +89,7 @@ def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
         return Settings(_cli_settings_source=source), print_config  # type: ignore[call-arg]
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise SettingsError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise SettingsError(f"{first['loc'][0]}: {first['msg']}") from error
     except (SourceError, ValueError) as error:
         raise SettingsError(str(error)) from error
 
@@ -119,8 +121,10 @@ def classify(
         given, pairs = read_texts(file)
     else:
         given, pairs = texts or [line.rstrip("\n") for line in sys.stdin], None
-    classifier = Classifier(_resolve(model, model_store).path)
-    level: str | float = quality if quality in ("fast", "balanced", "best") else _points(quality)
+    checkpoint = _resolve(model, model_store)
+    level: str | float = quality if quality in QUALITY_NAMES else _points(quality)
+    checkpoint.rule(level if checkpoint.manifest.operating_points else None, heads)
+    classifier = Classifier(checkpoint.path)
     predictions: list[Prediction] = []
     with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("classifying", total=len(given))
@@ -247,7 +251,7 @@ def list_models(
                 sizes = f"{c.num_layers} x {c.num_heads}"
                 table.add_row(c.name, str(c.version), str(len(c.manifest.labels)), sizes, levels)
         out.print(table)
-    _complain(store)
+    _complain(store.errors)
 
 
 @models_app.command("show")
@@ -268,13 +272,16 @@ def verify_models(
         if store
         else [_resolve(model, model_store)]
     )
+    problems = list(store.errors) if store else []
     for checkpoint in checkpoints:
-        checkpoint.verify()
-        out.print(
-            f"{checkpoint.label}: {len(checkpoint.manifest.files)} files as the manifest says"
-        )
-    if store:
-        _complain(store)
+        try:
+            checkpoint.verify()
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            files = len(checkpoint.manifest.files)
+            out.print(f"{checkpoint.label}: {files} files as the manifest says", soft_wrap=True)
+    _complain(problems)
 
 
 @app.command()
@@ -283,11 +290,21 @@ def version() -> None:
     typer.echo(budgetformer.__version__)
 
 
-def _complain(store: Store) -> None:
-    for problem in store.errors:
-        err.print(problem, style="red", markup=False)
-    if store.errors:
-        raise typer.Exit(1)
+def _complain(problems: list[str]) -> None:
+    for problem in problems:
+        _say(problem)
+    if problems:
+        raise typer.Exit(2)
+
+
+def _split_config(argument: str) -> list[str]:
+    name, equals, value = argument.partition("=")
+    return [name, value] if equals and name == "--config" else [argument]
+
+
+def _say(problem: str) -> None:
+    """Print one error on one line, however long it is."""
+    err.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _resolve(model: str | None, model_store: Path) -> Checkpoint:
@@ -313,9 +330,8 @@ def _points(quality: str) -> float:
 
 def main() -> None:
     """Run the command line; an expected error is one line and exit code 2."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except BudgetFormerError as error:
-        err.print(f"budgetformer: {error}", style="red", markup=False, highlight=False)
+        _say(f"budgetformer: {error}")
         raise SystemExit(2) from None

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from service.app import create_app
 from service.observability.logs import configure_logs
-from service.process import engine_socket, exit_with_parent, read_settings
+from service.process import engine_socket, exit_with_parent, receive_settings
 
 
 class _DrainingServer(uvicorn.Server):
@@ -33,8 +33,8 @@ def main() -> None:
     """Run the front."""
     run_dir, descriptor = Path(sys.argv[1]), int(sys.argv[2])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settings = receive_settings()
     exit_with_parent()
-    settings = read_settings(run_dir)
     configure_logs(settings.log_level, settings.log_format)
     structlog.contextvars.bind_contextvars(process="front")
     sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]

@@ -5,7 +5,10 @@ Checkpoints, tokenizers and the rules that requests may ask for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
@@ -18,12 +21,34 @@ class UnknownModelError(Exception):
     """The store has no such model, or another version of it is served."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ServedModel:
-    """A checkpoint and its tokenizer, which truncates to the model's length."""
+    """A checkpoint and its tokenizer, which truncates to the model's length.
+
+    It counts who uses it, so that it is not taken from the engines before the last is done.
+    """
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
+    _users: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Count a request that is on its way."""
+        self._users += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._idle.set()
+
+    async def until_idle(self) -> None:
+        """Wait for the requests on their way."""
+        if self._users:
+            await self._idle.wait()
 
     def encode(self, texts: list[str | tuple[str, str]]) -> list[Encoding]:
         """Tokenize texts and pairs; an encoding that overflows was truncated."""
@@ -46,7 +71,7 @@ class Models:
 
     Args:
         store: folder of checkpoints.
-        names: models to serve; empty: all.
+        names: models to serve, each `name` (its highest version) or `name:version`; empty: all.
         default: model of requests that name none; None: the first by name.
 
     Raises:
@@ -60,11 +85,13 @@ class Models:
         self.loading: dict[tuple[str, int], ServedModel] = {}
         found = read_store(store)
         self.errors += found.errors
-        for name in names or sorted(found.checkpoints):
+        for spec in names or sorted(found.checkpoints):
             try:
-                self.served[name] = open_model(found.latest(name))
+                checkpoint = found.find(spec)
+                self.served[checkpoint.name] = open_model(checkpoint)
             except CheckpointError as error:
                 self.errors.append(str(error))
+        default = default and default.partition(":")[0]
         if default is not None and default not in self.served:
             raise CheckpointError(f"the default model {default!r} is not in {store}")
         self._default = default

@@ -13,30 +13,29 @@ import psutil
 
 from service.settings import Settings
 
-_SETTINGS_FILE = "settings.json"
-
 
 def engine_socket(run_dir: Path, index: int) -> Path:
     """Return where engine `index` listens."""
     return run_dir / f"engine-{index}.sock"
 
 
-def write_settings(run_dir: Path, settings: Settings) -> None:
-    """Leave the settings, secrets in the clear, for the other processes.
-
-    Only this user may read them.
-    """
+def encode_settings(settings: Settings) -> bytes:
+    """Return the settings, secrets in the clear, as the line that a child reads from its stdin."""
     values = settings.model_dump(mode="json")
     if settings.admin_key is not None:
         values["admin_key"] = settings.admin_key.get_secret_value()
-    path = run_dir / _SETTINGS_FILE
-    path.touch(0o600)
-    path.write_text(json.dumps(values))
+    return json.dumps(values).encode() + b"\n"
 
 
-def read_settings(run_dir: Path) -> Settings:
-    """Read what `write_settings` left."""
-    return Settings(**json.loads((run_dir / _SETTINGS_FILE).read_text()))
+def receive_settings() -> Settings:
+    """Read the settings from stdin, where the parent writes them: no secret is left on a disk."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        part = os.read(0, 1)
+        if not part:
+            raise SystemExit("this process is started by `budgetformer serve`")
+        line += part
+    return Settings(**json.loads(line))
 
 
 def exit_with_parent() -> None:

@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     model_store: Path = Path("model_store")
     """Folder of checkpoints, <name>/<version>/."""
     models: list[str] = []
-    """Names of the models to load; none means all in the store."""
+    """Models to load, `name` or `name:version`; none means all in the store."""
     default_model: str | None = None
     """Model of requests that name none; by default the first by name."""
     engines: int = Field(default=0, ge=0, le=256)

@@ -17,7 +17,7 @@ from pathlib import Path
 import structlog
 
 from budgetformer.checkpoint import read_store
-from service.process import child_command, write_settings
+from service.process import child_command, encode_settings
 from service.settings import Settings, SettingsError
 
 log = structlog.get_logger()
@@ -32,8 +32,11 @@ KILL_SECONDS = 3.0
 class _Child:
     """One process that is kept running."""
 
-    def __init__(self, name: str, command: list[str], descriptors: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, name: str, command: list[str], settings: bytes, descriptors: tuple[int, ...] = ()
+    ) -> None:
         self.name = name
+        self._settings = settings
         self._command = command
         self._descriptors = descriptors
         self._process: asyncio.subprocess.Process | None = None
@@ -52,6 +55,8 @@ class _Child:
                 pass_fds=self._descriptors,
                 start_new_session=True,
             )
+            assert self._process.stdin is not None
+            self._process.stdin.write(self._settings)
             code = await self._process.wait()
             if self._stopping:
                 return
@@ -101,9 +106,10 @@ async def _supervise(settings: Settings, listener: socket.socket, run_dir: Path)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     front_command = child_command("service.front", str(run_dir), str(listener.fileno()))
-    front = _Child("front", front_command, (listener.fileno(),))
+    line = encode_settings(settings)
+    front = _Child("front", front_command, line, (listener.fileno(),))
     engines = [
-        _Child(f"engine-{i}", child_command("service.engine", str(run_dir), str(i)))
+        _Child(f"engine-{i}", child_command("service.engine", str(run_dir), str(i)), line)
         for i in range(settings.resolved_engines())
     ]
     async with asyncio.TaskGroup() as tasks:
@@ -125,7 +131,9 @@ def supervise(settings: Settings) -> None:
         SettingsError: the address cannot be had.
         CheckpointError: the model store is no folder.
     """
-    read_store(settings.model_store)
+    store = read_store(settings.model_store)
+    if settings.default_model is not None:
+        store.find(settings.default_model)
     listener = bind(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     with tempfile.TemporaryDirectory(prefix="budgetformer-") as folder:
@@ -133,8 +141,7 @@ def supervise(settings: Settings) -> None:
         resolved = settings.model_copy(
             update={"port": port, "engines": settings.resolved_engines()}
         )
-        write_settings(run_dir, resolved)
-        # Children read their settings from the run directory alone.
+        # Children get their settings from this process alone.
         for name in [n for n in os.environ if n.upper().startswith("BUDGETFORMER_")]:
             del os.environ[name]
         log.info("starting", url=f"http://{host}:{port}", engines=resolved.engines)

@@ -18,8 +18,10 @@ _TELLING = ("extra_forbidden", "too_short")
 _UNION_NOISE = ("str", "TextPair", "list[", "literal[", "float", "constrained-")
 
 
-async def read_body(request: Request, schema: type[Body], max_bytes: int) -> Body:
-    """Read, parse and validate a JSON body.
+async def read_body(
+    request: Request, schema: type[Body], max_bytes: int, default: Body | None = None
+) -> Body:
+    """Read, parse and validate a JSON body; an empty one is `default`, if there is a default.
 
     Raises:
         ApiError: 413 too many bytes (as soon as that is known), 415 another media type, 400 not
@@ -28,14 +30,15 @@ async def read_body(request: Request, schema: type[Body], max_bytes: int) -> Bod
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
-    return parse(await _read(request, max_bytes), schema)
+    body = await _read(request, max_bytes)
+    return default if default is not None and not body else parse(body, schema)
 
 
-def describe_body(schema: type[BaseModel]) -> dict[str, Any]:
+def describe_body(schema: type[BaseModel], required: bool = True) -> dict[str, Any]:
     """Return what OpenAPI says of a route that reads its body with `read_body`."""
     reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
     content = {"application/json": {"schema": reference}}
-    return {"requestBody": {"required": True, "content": content}}
+    return {"requestBody": {"required": required, "content": content}}
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
@@ -83,7 +86,8 @@ def _field_error(
     detail = max(details, key=lambda d: (d["type"] in _TELLING, len(_param(d["loc"]))))
     param = _param(detail["loc"])
     if detail["type"] == "extra_forbidden":
-        name = str(detail["loc"][-1])
+        *outer, name = map(str, detail["loc"])
+        param = f"{_param(detail['loc'][:-1])}.{name}" if outer else name
         known = list(schema.model_fields) if len(detail["loc"]) == 1 else ["text", "text_pair"]
         near = get_close_matches(name, known, 1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"

@@ -53,9 +53,21 @@ async def classify(request: Request) -> Response:
     if request.app.state.draining:
         raise ApiError(503, "the server is shutting down", code="draining", retry_after=1)
     started = time.monotonic()
-    deadline = started + (body.timeout_ms or state.settings.timeout_ms) / 1000
     texts = check_texts(state, body.input)
     model = state.model(body.model)
+    with model.in_use():
+        return await _classify(request, state, body, texts, model, started)
+
+
+async def _classify(
+    request: Request,
+    state: State,
+    body: ClassifyRequest,
+    texts: list[Text],
+    model: ServedModel,
+    started: float,
+) -> Response:
+    deadline = started + (body.timeout_ms or state.settings.timeout_ms) / 1000
     quality = _quality(state, body, model)
     encodings = await asyncio.get_running_loop().run_in_executor(
         state.tokenizing, model.encode, texts

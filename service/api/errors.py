@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-import structlog
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from service.api.responses import json_response
-
-log = structlog.get_logger()
 
 REASONS = {
     400: "invalid_request",
@@ -74,7 +71,7 @@ class ApiError(Exception):
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Turn every exception of this app into the one shape."""
+    """Turn every expected exception of this app into the one shape; `Observe` does the others."""
 
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -91,10 +88,5 @@ def install_error_handlers(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    async def unexpected(request: Request, error: Exception) -> Response:
-        log.error("unexpected error", route=request.url.path, exc_info=error)
-        return ApiError(500, "something went wrong in the server; its log says what").response()
-
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(Exception, unexpected)

@@ -77,7 +77,10 @@ def why_not_ready(state: State, draining: bool) -> str | None:
         return "no model is served: " + ("; ".join(state.models.errors) or "the store is empty")
     if not state.engines.alive:
         return "no engine is running"
-    checkpoint = state.models.get(None).checkpoint
+    served = state.models.served.get(state.models.default)
+    if served is None:
+        return f"the default model {state.models.default} is not served"
+    checkpoint = served.checkpoint
     if (checkpoint.name, checkpoint.version) not in state.engines.models:
         return "; ".join(state.engines.errors) or f"{checkpoint.label} is still loading"
     return None

@@ -13,7 +13,7 @@ import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import CLIENT_GONE, ClientGoneError
+from service.api.errors import CLIENT_GONE, ApiError, ClientGoneError
 from service.observability.metrics import REASONS, Metrics
 
 log = structlog.get_logger()
@@ -39,12 +39,12 @@ class Observe:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _SOUND_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        status = 500
+        status, begun = 500, False
 
         async def send_named(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
@@ -53,6 +53,14 @@ class Observe:
         except ClientGoneError:
             status = CLIENT_GONE
             self.metrics.cancelled.inc()
+        except Exception as error:  # the last stop: whatever it is, the client gets its answer
+            log.error("unexpected error", request_id=request_id, exc_info=error)
+            if begun:
+                raise
+            response = ApiError(
+                500, "something went wrong in the server; its log says what"
+            ).response()
+            await response(scope, receive, send_named)
         finally:
             self._count(scope, status, time.monotonic() - started, request_id)
 

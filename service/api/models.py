@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from budgetformer.checkpoint import Checkpoint
 from budgetformer.errors import CheckpointError
@@ -18,17 +18,21 @@ from service.api.responses import json_response
 from service.api.schemas import TokenizeRequest, TokenizeResponse
 from service.api.state import State, state_of
 from service.engine.client import EngineDownError, EngineFailedError
-from service.models import UnknownModelError
+from service.models import ServedModel, UnknownModelError
 
 router = APIRouter(tags=["models"])
+
+MOST_LOAD_BYTES = 4096
 
 
 class LoadRequest(BaseModel):
     """Which version to load; the highest by default."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"version": 1}]}
+    )
 
-    version: int | None = None
+    version: Annotated[int, Field(ge=1)] | None = None
 
 
 @router.get("/v1/models", summary="Models that are served")
@@ -59,7 +63,11 @@ async def show_model(request: Request, name: str) -> Response:
     )
 
 
-@router.post("/models/{name}/load", summary="Load a version and serve it")
+@router.post(
+    "/models/{name}/load",
+    summary="Load a version and serve it",
+    openapi_extra=describe_body(LoadRequest, required=False),
+)
 async def load_model(request: Request, name: str) -> Response:
     """Verify, load and warm a version in every engine, then serve it.
 
@@ -67,9 +75,13 @@ async def load_model(request: Request, name: str) -> Response:
     """
     state = state_of(request)
     require_admin(request, state)
-    version = None
-    if int(request.headers.get("content-length", "0") or 0):
-        version = (await read_body(request, LoadRequest, 4096)).version
+    body = await read_body(request, LoadRequest, MOST_LOAD_BYTES, default=LoadRequest())
+    async with state.changing_models:
+        checkpoint = await _load(request, state, name, body.version)
+    return json_response({"model": checkpoint.label, "status": "loaded"})
+
+
+async def _load(request: Request, state: State, name: str, version: int | None) -> Checkpoint:
     try:
         candidate = await asyncio.to_thread(state.models.candidate, name, version)
     except UnknownModelError as error:
@@ -92,8 +104,18 @@ async def load_model(request: Request, name: str) -> Response:
     request.app.state.announce(candidate)
     if before is not None and before.checkpoint.version != checkpoint.version:
         request.app.state.retire(before)
-        await state.engines.unload((name, before.checkpoint.version))
-    return json_response({"model": checkpoint.label, "status": "loaded"})
+        state.in_background(_free(state, before))
+    return checkpoint
+
+
+async def _free(state: State, retired: ServedModel) -> None:
+    """Take a model from the engines once the last request that came for it has its answer."""
+    await retired.until_idle()
+    checkpoint = retired.checkpoint
+    async with state.changing_models:
+        again = state.models.served.get(checkpoint.name)
+        if again is None or again.checkpoint.version != checkpoint.version:
+            await state.engines.unload((checkpoint.name, checkpoint.version))
 
 
 @router.post("/models/{name}/unload", summary="Stop serving a model")
@@ -101,11 +123,12 @@ async def unload_model(request: Request, name: str) -> Response:
     """Take a model out of service; what it has begun is finished, then its memory is freed."""
     state = state_of(request)
     require_admin(request, state)
-    served = state.model(name)
-    checkpoint = served.checkpoint
-    del state.models.served[checkpoint.name]
-    request.app.state.retire(served)
-    await state.engines.unload((checkpoint.name, checkpoint.version))
+    async with state.changing_models:
+        served = state.model(name)
+        checkpoint = served.checkpoint
+        del state.models.served[checkpoint.name]
+        request.app.state.retire(served)
+        state.in_background(_free(state, served))
     return json_response({"model": checkpoint.label, "status": "unloaded"})
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request
 
@@ -25,6 +28,18 @@ class State:
     tokenizing: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
     )
+
+    changing_models: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a model is loaded or unloaded: one change at a time."""
+
+    background: set[asyncio.Task[None]] = field(default_factory=set)
+    """Work that no request waits for."""
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start work that no request waits for."""
+        task = asyncio.create_task(work)
+        self.background.add(task)
+        task.add_done_callback(self.background.discard)
 
     def model(self, spec: str | None) -> ServedModel:
         """Return the model that a request names.

@@ -16,7 +16,7 @@ from service.engine import protocol
 from service.engine.core import EngineCore, EngineOptions, Reply
 from service.engine.protocol import PROTOCOL, Hello, ToFront
 from service.observability.logs import configure_logs
-from service.process import engine_socket, exit_with_parent, read_settings, resident_bytes
+from service.process import engine_socket, exit_with_parent, receive_settings, resident_bytes
 from service.settings import Settings
 
 log = structlog.get_logger()
@@ -84,8 +84,8 @@ async def _main(run_dir: Path, index: int, settings: Settings) -> None:
 def main() -> None:
     """Run the engine."""
     run_dir, index = Path(sys.argv[1]), int(sys.argv[2])
+    settings = receive_settings()
     exit_with_parent()
-    settings = read_settings(run_dir)
     configure_logs(settings.log_level, settings.log_format)
     structlog.contextvars.bind_contextvars(process=f"engine-{index}")
     torch.set_num_threads(settings.threads_per_engine)

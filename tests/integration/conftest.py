@@ -10,6 +10,7 @@ import structlog
 
 from tests.support.serving import Service, service
 from tests.support.stores import model_store
+from tests.support.waiting import until
 
 __all__ = ["model_store"]
 
@@ -29,11 +30,21 @@ def _plain_logs() -> Iterator[None]:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def shared(model_store: Path) -> AsyncIterator[Service]:
-    """Return a service with every model, for tests that leave it as it was."""
+async def _shared(model_store: Path) -> AsyncIterator[Service]:
     limits = {"max_batch_items": 64, "max_text_characters": 10_000, "max_body_bytes": 500_000}
     async with service(model_store, **limits) as running:
         yield running
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def shared(_shared: Service) -> Service:
+    """Return a service with every model, for tests that leave it as it was.
+
+    Its event loop stands still while other tests run in theirs, so it may have heartbeats to catch
+    up on.
+    """
+    await until(_shared.ready, "readiness")
+    return _shared
 
 
 @pytest_asyncio.fixture

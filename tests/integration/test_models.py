@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+from tokenizers import Encoding
 
+from service.models import ServedModel
 from tests.support.serving import ADMIN, ADMIN_KEY, Service, error_of, held, service
 from tests.support.stores import (
     HEADS,
@@ -219,6 +222,26 @@ class TestLoad:
             assert (await load(one)).status_code == 200
         assert (await begun).json()["model"] == "topics:1"
         assert (await one.answer(TEXT))["model"] == "topics:2"
+
+    async def test_what_is_being_tokenized_while_versions_change_is_answered(
+        self, one: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        entered, gate = threading.Event(), threading.Event()
+        encode = ServedModel.encode
+
+        def slow(model: ServedModel, texts: list[str | tuple[str, str]]) -> list[Encoding]:
+            entered.set()
+            gate.wait(60)
+            return encode(model, texts)
+
+        monkeypatch.setattr(ServedModel, "encode", slow)
+        begun = asyncio.create_task(one.ask(TEXT))
+        await until(entered.is_set, "the tokenizer")
+        changing = asyncio.create_task(load(one))
+        await until(lambda: changing.done() or ("topics", 2) in one.core.models, "the new version")
+        gate.set()
+        assert (await begun).status_code == 200
+        assert (await changing).status_code == 200
 
     async def test_no_request_is_lost_while_versions_change(self, one: Service) -> None:
         async def ask_on() -> list[int]:

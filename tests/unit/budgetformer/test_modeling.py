@@ -484,7 +484,8 @@ class TestLoss:
             for name, parameter in network.named_parameters()
             if parameter.grad is None or not parameter.grad.any()
         }
-        assert idle == set()
+        # The steps were given, so f_o had no say and learns nothing.
+        assert {name for name in idle if ".controller." not in name} == set()
 
 
 class TestSaving:

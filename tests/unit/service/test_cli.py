@@ -73,7 +73,7 @@ class TestModels:
         broken = copied_store / TOPICS / "2" / "manifest.json"
         broken.write_text("{")
         outcome = command("models", "list", "--json", "--model-store", copied_store)
-        assert outcome.code == 1
+        assert outcome.code == 2
         assert json.loads(outcome.out)["topics"] == [1]
         (complaint,) = outcome.err.splitlines()
         assert complaint.startswith(f"{broken}: ")
