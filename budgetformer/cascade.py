@@ -104,6 +104,7 @@ def run(network: PackedPass, items: Sequence[Work]) -> None:
         steps,
         torch.stack(exits) if exits else None,
         torch.stack(ranking) if ranking else None,
+        [item.rule.ceiling or config.num_steps for item in items] if steps is None else None,
     )
     logits = result.logits.cpu()
     sure = confidence(logits, config.problem_type).tolist()

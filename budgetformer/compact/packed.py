@@ -194,6 +194,7 @@ class PackedPass:
         steps: Sequence[int] | None = None,
         exit_logits: Tensor | None = None,
         ranking: Tensor | None = None,
+        ceilings: Sequence[int] | None = None,
     ) -> PassResult:
         """Run the encoder over B items.
 
@@ -202,6 +203,7 @@ class PackedPass:
             steps: ladder step >= 1 of each item; None lets each layer decide (scope "layer").
             exit_logits: the items' `Arrival.exit_logits` [B, C].
             ranking: the items' `Arrival.ranking` [B, L, H].
+            ceilings: highest step of each item where the layers decide; None: the ladder's last.
 
         Raises:
             ValueError: steps are missing (scope "input") or not on the ladder.
@@ -222,7 +224,9 @@ class PackedPass:
             order: list[Any] | None = None if ranking is None else ranking[:, index].tolist()
             if layer.decision is not None:
                 pooled = self._pool(states, owner, tokens.lengths)
-                counts, order = self._decide(layer, index, pooled, counts)
+                if counts is None:
+                    counts = self._own_counts(layer, index, pooled, ceilings)
+                order = self._own_order(layer, pooled)
             assert counts is not None
             sets = self._head_sets(counts, order)
             for item, head_set in zip(heads, sets, strict=True):
@@ -275,18 +279,24 @@ class PackedPass:
         first[filled] = states[starts]
         return first
 
-    def _decide(
-        self, layer: EncoderLayer, index: int, pooled: Tensor, counts: list[int] | None
-    ) -> tuple[list[int], list[HeadSet] | None]:
-        decision = layer.decision
-        assert decision is not None
-        if counts is None:
-            steps = budget_step(decision.budget(pooled), self.config.num_steps)
-            counts = [self.config.heads_per_layer(step)[index] for step in steps.tolist()]
-        if decision.scorer is None:
-            return counts, None
-        scores = decision.scorer(pooled)[:, 0]
-        return counts, scores.argsort(dim=-1, descending=True, stable=True).tolist()
+    def _own_counts(
+        self, layer: EncoderLayer, index: int, pooled: Tensor, ceilings: Sequence[int] | None
+    ) -> list[int]:
+        """Let a layer's own f_o say how many heads each item keeps in it."""
+        assert layer.decision is not None
+        steps = budget_step(layer.decision.budget(pooled), self.config.num_steps)
+        if ceilings is not None:
+            steps = torch.minimum(steps, torch.tensor(ceilings, device=steps.device))
+        return [self.config.heads_per_layer(step)[index] for step in steps.tolist()]
+
+    def _own_order(self, layer: EncoderLayer, pooled: Tensor) -> list[HeadSet] | None:
+        """Let a layer's own g_d order its heads for each item, best first."""
+        assert layer.decision is not None
+        if layer.decision.scorer is None:
+            return None
+        scores = layer.decision.scorer(pooled)[:, 0]
+        order: list[HeadSet] = scores.argsort(dim=-1, descending=True, stable=True).tolist()
+        return order
 
     def _head_sets(self, counts: list[int], order: list[HeadSet] | None) -> list[HeadSet]:
         if order is None:

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from budgetformer import cascade
+from budgetformer.cascade import Work
+from budgetformer.compact import PackedPass
+from budgetformer.cost import MacCounter, dense_macs
+from budgetformer.modeling import BudgetFormerForSequenceClassification, confidence
+from budgetformer.policy import BudgetRule, EntryBand, Escalation, OperatingPoint
+from tests.support.networks import (
+    PROPERTY,
+    Item,
+    assert_close,
+    batches,
+    networks,
+    pad,
+    random_items,
+    random_network,
+    small_config,
+)
+
+FIGURES = {"accuracy": 0.0, "points_lost": 0.0, "macs_share": 0.0, "mean_heads": 0.0}
+
+
+def rule(steps: int, below: float = 0.0, step: int = 1, first: int = 1) -> BudgetRule:
+    escalation = Escalation(below=below, step=step) if below else None
+    entry = (EntryBand(upto=0.5, step=first), EntryBand(upto=1, step=min(first + 1, steps)))
+    point = OperatingPoint(entry=entry, escalation=escalation, **FIGURES)
+    return BudgetRule(point=point, num_steps=steps)
+
+
+def works(items: list[Item], wanted: BudgetRule) -> list[Work]:
+    return [Work(item.ids, item.segments, wanted) for item in items]
+
+
+def finish(network: PackedPass, items: list[Work]) -> None:
+    cascade.arrive(network, items)
+    while waiting := [item for item in items if not item.done]:
+        cascade.run(network, [item for item in waiting if item.step == waiting[0].step])
+
+
+@st.composite
+def rules(draw: st.DrawFn, model: BudgetFormerForSequenceClassification) -> BudgetRule:
+    steps = model.config.num_steps
+    if draw(st.booleans()):
+        return BudgetRule(point=None, num_steps=steps, fixed=draw(st.integers(1, steps)))
+    first = (
+        0 if model.config.embedding_exit and draw(st.booleans()) else draw(st.integers(1, steps))
+    )
+    return rule(steps, draw(st.floats(0, 1)), draw(st.integers(1, steps)), first)
+
+
+@PROPERTY
+@given(networks(budget_scope="input"), batches(), st.data())
+def test_an_answer_is_the_reference_networks_at_the_step_that_answered(
+    model: BudgetFormerForSequenceClassification, items: list[Item], data: st.DataObject
+) -> None:
+    answered = works(items, data.draw(rules(model)))
+    finish(PackedPass(model), answered)
+    with torch.no_grad():
+        steps = torch.tensor([item.step for item in answered])
+        expected = model(**pad(items), steps=steps).logits
+    assert_close(torch.stack([item.logits for item in answered]), expected)
+
+
+@PROPERTY
+@given(networks(), batches(), st.data())
+def test_multiply_adds_are_what_was_executed(
+    model: BudgetFormerForSequenceClassification, items: list[Item], data: st.DataObject
+) -> None:
+    steps = model.config.num_steps
+    if model.config.budget_scope == "layer":
+        fixed = data.draw(st.none() | st.integers(1, steps))
+        wanted = BudgetRule(point=None, num_steps=steps, fixed=fixed)
+    else:
+        wanted = data.draw(rules(model))
+    answered = works(items, wanted)
+    with MacCounter() as counter:
+        finish(PackedPass(model), answered)
+    assert sum(item.macs for item in answered) == counter.macs
+    for item in answered:
+        assert item.dense_macs == dense_macs(model.config, len(item.ids))
+
+
+@PROPERTY
+@given(networks(budget_scope="layer"), batches(), st.data())
+def test_a_ceiling_holds_where_layers_decide(
+    model: BudgetFormerForSequenceClassification, items: list[Item], data: st.DataObject
+) -> None:
+    config = model.config
+    ceiling = data.draw(st.integers(1, config.num_steps))
+    answered = works(items, BudgetRule(point=None, num_steps=config.num_steps, ceiling=ceiling))
+    finish(PackedPass(model), answered)
+    most = [
+        max(plan[layer] for plan in config.ladder[:ceiling])
+        for layer in range(config.num_hidden_layers)
+    ]
+    for item in answered:
+        assert all(len(kept) <= k for kept, k in zip(item.chosen, most, strict=True))
+
+
+def test_an_unsure_answer_is_run_again_and_both_passes_count() -> None:
+    model = random_network(small_config())
+    network = PackedPass(model)
+    (once,) = works(random_items([6]), rule(4))
+    (twice,) = works(random_items([6]), rule(4, below=1.0, step=4))
+    finish(network, [once])
+    finish(network, [twice])
+    assert twice.step == 4
+    assert sum(twice.heads) == sum(once.heads) + 3 * 4
+    assert twice.macs > once.macs
+
+
+def test_a_sure_answer_stands() -> None:
+    model = random_network(small_config())
+    (item,) = works(random_items([6]), rule(4, below=0.01, step=4))
+    finish(PackedPass(model), [item])
+    assert item.step in (1, 2)
+    assert confidence(item.logits, None) >= 0.01
+
+
+def test_step_0_answers_on_arrival() -> None:
+    model = random_network(small_config(embedding_exit=True))
+    items = works(random_items([6, 3]), BudgetRule(point=None, num_steps=4, fixed=0))
+    cascade.arrive(PackedPass(model), items)
+    assert all(item.done for item in items)
+    assert all(sum(item.heads) == 0 for item in items)
+    assert_close(
+        torch.stack([item.logits for item in items]),
+        model(**pad(random_items([6, 3])), steps=0).logits.detach(),
+    )
+
+
+def test_an_unsure_step_0_goes_on_at_once() -> None:
+    model = random_network(small_config(embedding_exit=True))
+    (item,) = works(random_items([6]), rule(4, below=1.0, step=3, first=0))
+    cascade.arrive(PackedPass(model), [item])
+    assert not item.done
+    assert item.step in (1, 3)
