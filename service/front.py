@@ -16,6 +16,10 @@ from service.app import create_app
 from service.observability.logs import configure_logs
 from service.process import engine_socket, exit_with_parent, receive_settings
 
+KEEP_ALIVE_SECONDS = 75
+"""Longer than the minute after which load balancers let an idle connection go, so that a request
+never meets a connection that is just being closed."""
+
 
 class _DrainingServer(uvicorn.Server):
     """Uvicorn, with the app told at the signal, before connections close."""
@@ -47,6 +51,7 @@ def main() -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.drain_seconds) or 1,
     )
     _DrainingServer(config, app).run(sockets=[socket.socket(fileno=descriptor)])

@@ -48,7 +48,7 @@ class _Child:
         while not self._stopping:
             started = time.monotonic()
             # The child watches its stdin: it ends when this process does, however that happens. A
-            # session of its own keeps a terminal's Ctrl-C from it; this process says when to stop.
+            # session of its own keeps a terminal's Ctrl-C from it: this process says when to stop.
             self._process = await asyncio.create_subprocess_exec(
                 *self._command,
                 stdin=asyncio.subprocess.PIPE,

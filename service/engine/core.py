@@ -117,7 +117,6 @@ class EngineCore:
         self._arrivals: list[_Slot] = []
         self._running: list[_Slot] = []
         self._requests: dict[tuple[Reply, int], _Request] = {}
-        self._share = 0.3
         self._work_came = asyncio.Event()
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="loading")
@@ -171,6 +170,7 @@ class EngineCore:
         except PolicyError as error:
             reply(Failed(message.id, str(error)))
             return
+        share = model.expected_share(rule)
         now = self._clock()
         request = _Request(
             message.id, reply, model, now, now + message.remaining, message.return_heads
@@ -178,9 +178,8 @@ class EngineCore:
         for tokens in message.items:
             ids = protocol.unpack_ids(tokens.ids)
             segments = protocol.unpack_ids(tokens.segments) if tokens.segments else None
-            price = self.prices.seconds(
-                int(self._share * dense_macs(model.network.config, len(ids)))
-            )
+            dense = dense_macs(model.network.config, len(ids))
+            price = self.prices.seconds(int(share * dense))
             request.slots.append(_Slot(request, Work(ids, segments, rule), price))
         refusal = self._admit(request, message.remaining)
         if refusal is not None:
@@ -293,8 +292,6 @@ class EngineCore:
                 )
             )
             return
-        if not slot.error:
-            self._share += 0.01 * (work.macs / work.dense_macs - self._share)
         slot.finished = self._clock()
         request.open -= 1
         if not request.open:

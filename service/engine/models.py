@@ -44,6 +44,16 @@ class LoadedModel:
         """
         return _rule(self, quality, heads, max_heads)
 
+    def expected_share(self, rule: BudgetRule) -> float:
+        """Return what an item under this rule will cost, as a share of the dense network.
+
+        Before f_o has seen the item, calibration is all that is known; without it, expect the most.
+        """
+        if rule.fixed is not None:
+            plan = self.checkpoint.ladder[rule.fixed - 1] if rule.fixed else []
+            return sum(plan) / (self.checkpoint.num_layers * self.checkpoint.num_heads)
+        return 1.0 if rule.point is None else rule.point.macs_share
+
 
 @lru_cache(maxsize=512)
 def _rule(
