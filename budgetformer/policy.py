@@ -45,6 +45,7 @@ class OperatingPoint(_Data):
         entry: bands over s, in rising order, the last one up to 1; empty: f_o's own ceil(s * S).
         escalation: the second look at unsure answers, if any.
         accuracy: share of right answers, 0..1.
+        interval: its 95 % confidence interval, if known.
         points_lost: accuracy points (of 100) below the full budget; negative when above.
         macs_share: mean multiply-adds as a share of the dense network's.
         mean_heads: mean heads computed per input, summed over layers.
@@ -55,6 +56,7 @@ class OperatingPoint(_Data):
     entry: tuple[EntryBand, ...] = ()
     escalation: Escalation | None = None
     accuracy: float
+    interval: tuple[float, float] | None = None
     points_lost: float
     macs_share: float
     mean_heads: float

@@ -183,6 +183,32 @@ def train(
 
 
 @app.command()
+def calibrate(
+    data: Annotated[Path, typer.Option(help="Labelled texts that training never saw.")],
+    output: Annotated[Path, typer.Option("--out", help="New checkpoint folder.")],
+    model: Annotated[str | None, typer.Option(help="Model name, or a checkpoint folder.")] = None,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Find a checkpoint's quality levels anew, on your own texts."""
+    from budgetformer.training.pipeline import recalibrate
+
+    manifest = recalibrate(_resolve(model, model_store), data, output, err.print)
+    table = Table("quality", "accuracy", "95 %", "points lost", "of dense", "mean heads")
+    for point in manifest.operating_points:
+        if point.name:
+            low, high = point.interval or (0.0, 1.0)
+            table.add_row(
+                point.name,
+                f"{point.accuracy:.4f}",
+                f"{low:.4f}..{high:.4f}",
+                f"{point.points_lost:+.2f}",
+                f"{point.macs_share:.1%}",
+                f"{point.mean_heads:.2f}",
+            )
+    out.print(table)
+
+
+@app.command()
 def evaluate(
     data: Annotated[Path, typer.Option(help="Labelled CSV, JSONL or Parquet file.")],
     model: Annotated[str | None, typer.Option(help="Model name, or a checkpoint folder.")] = None,

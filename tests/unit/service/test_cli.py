@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import budgetformer
+from budgetformer.checkpoint import read_checkpoint
 from budgetformer.classifier import Classifier
 from tests.support.command_line import CommandLine, Outcome
 from tests.support.stores import (
@@ -281,3 +282,51 @@ class TestEvaluate:
             "--model-store", model_store,
         )  # fmt: skip
         assert "127.0.0.1:9" in outcome.complaint()
+
+
+class TestCalibrate:
+    def test_levels_are_found_anew_and_weights_stay(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
+        data = write_jsonl(tmp_path / "mine.jsonl", single_label_rows())
+        made = tmp_path / "store" / "mine" / "3"
+        source = ("--model", "topics:1", "--model-store", model_store)
+        outcome = command("calibrate", "--data", data, "--out", made, *source)
+        assert outcome.code == 0
+        before, after = read_checkpoint(model_store / "topics" / "1"), read_checkpoint(made)
+        after.verify()
+        assert after.label == "mine:3"
+        assert after.manifest.metrics["calibration_rows"] == len(labelled_sentences())
+        assert {p.name for p in after.manifest.operating_points} >= {"fast", "balanced", "best"}
+        for point in after.manifest.operating_points:
+            low, high = point.interval
+            assert low - 1e-9 <= point.accuracy <= high + 1e-9
+        weights = "model.safetensors"
+        assert after.manifest.files[weights] == before.manifest.files[weights]
+
+    def test_what_is_there_is_not_overwritten(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
+        data = write_jsonl(tmp_path / "mine.jsonl", single_label_rows())
+        source = ("--model", "topics:1", "--model-store", model_store)
+        there = model_store / "topics" / "2"
+        outcome = command("calibrate", "--data", data, "--out", there, *source)
+        assert "exists" in outcome.complaint()
+
+    @pytest.mark.parametrize(
+        ("rows", "version", "word"), [(3, "3", "3 rows"), (None, "next", "version number")]
+    )
+    def test_what_cannot_be_done_is_one_line(
+        self,
+        command: CommandLine,
+        model_store: Path,
+        tmp_path: Path,
+        rows: int | None,
+        version: str,
+        word: str,
+    ) -> None:
+        data = write_jsonl(tmp_path / "mine.jsonl", single_label_rows()[:rows])
+        source = ("--model", "topics:1", "--model-store", model_store)
+        made = tmp_path / "store" / "mine" / version
+        assert word in command("calibrate", "--data", data, "--out", made, *source).complaint()
+        assert not made.exists()
