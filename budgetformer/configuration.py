@@ -28,6 +28,8 @@ class BudgetFormerConfig(PreTrainedConfig):
     Args:
         norm_position: `"post"` (BERT: layer norm after each residual sum) or `"pre"`.
         pooling: how token states become one vector for the classifier, `"mean"` or `"cls"`.
+        head_activation: put a dense layer and this activation between pooled state and classifier,
+            as BERT ("tanh") and DistilBERT ("relu") do; None: nothing is between them.
         budget_ffn: couple the feed-forward net to the heads. Each head owns 1/H of the neurons, and
             a head that is not computed takes its neurons with it. False: the paper's form, always
             whole.
@@ -69,6 +71,7 @@ class BudgetFormerConfig(PreTrainedConfig):
         classifier_dropout: float | None = None,
         norm_position: NormPosition = "post",
         pooling: Pooling = "mean",
+        head_activation: str | None = None,
         budget_ffn: bool = True,
         budget_scope: BudgetScope = "input",
         head_selection: HeadSelection = "ranked",
@@ -95,6 +98,7 @@ class BudgetFormerConfig(PreTrainedConfig):
         self.classifier_dropout = classifier_dropout
         self.norm_position = norm_position
         self.pooling = pooling
+        self.head_activation = head_activation
         self.budget_ffn = budget_ffn
         self.budget_scope = budget_scope
         self.head_selection = head_selection

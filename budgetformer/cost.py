@@ -50,7 +50,8 @@ def scorer_macs(config: BudgetFormerConfig) -> int:
 def encoder_macs(config: BudgetFormerConfig, heads: Sequence[int], tokens: int) -> int:
     """Count the encoder and the classifier for one item with `heads` per layer; no decision."""
     layers = sum(layer_macs(config, k, tokens) for k in heads)
-    return layers + config.hidden_size * config.num_classes
+    head = 0 if config.head_activation is None else config.hidden_size**2
+    return layers + head + config.hidden_size * config.num_classes
 
 
 def step_macs(config: BudgetFormerConfig, steps: Sequence[int], tokens: int) -> int:

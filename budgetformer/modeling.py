@@ -482,7 +482,9 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         self.encoder = BudgetFormerModel(config)
         rate = config.classifier_dropout
         self.dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
-        self.classifier = nn.Linear(config.hidden_size, config.num_classes)
+        width = config.hidden_size
+        self.head = None if config.head_activation is None else nn.Linear(width, width)
+        self.classifier = nn.Linear(width, config.num_classes)
         self.exit_head = ExitHead(config) if config.embedding_exit else None
         self.post_init()
 
@@ -512,7 +514,7 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         encoded = self.encoder(
             input_ids, attention_mask, token_type_ids, steps=steps, gates=gates, evidence=evidence
         )
-        logits = self.classifier(self.dropout(encoded.pooled))
+        logits = self.classify(self.dropout(encoded.pooled))
         if exit_logits is not None:
             logits = logits + self.config.exit_weight * exit_logits
             if steps is not None and gates is None:
@@ -525,6 +527,12 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
             relevance=encoded.relevance,
             gates=encoded.gates,
         )
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Map pooled states [B, D] to the encoder's logits [B, C], step 0's share not added."""
+        if self.head is not None:
+            pooled = ACT2FN[self.config.head_activation](self.head(pooled))
+        return cast(Tensor, self.classifier(pooled))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of logits [B, C], or the mean binary one over labels when multi-label."""

@@ -233,7 +233,7 @@ class PackedPass:
                 item.append(head_set)
             states = self._run_layer(index, layer, states, tokens.lengths, sets)
         states = self.encoder.final_norm(states)
-        logits = self.model.classifier(self._summary(states, owner, tokens.lengths))
+        logits = self.model.classify(self._summary(states, owner, tokens.lengths))
         if exit_logits is not None:
             logits = logits + self.config.exit_weight * exit_logits.to(self.device)
         return PassResult(logits, heads)

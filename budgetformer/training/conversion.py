@@ -1,4 +1,4 @@
-"""A BERT-shaped encoder becomes a BudgetFormer.
+"""A BERT-shaped encoder or classifier becomes a BudgetFormer.
 
 Same function, its heads and neurons put in order.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,95 @@ from budgetformer.modeling import (
     HeadScorer,
 )
 
-_EMBEDDINGS = {
-    "embeddings.word_embeddings": "embeddings.word",
-    "embeddings.position_embeddings": "embeddings.position",
-    "embeddings.token_type_embeddings": "embeddings.segment",
-    "embeddings.LayerNorm": "embeddings.norm",
-}
-_LAYER = {
-    "attention.self.query": "attention.query",
-    "attention.self.key": "attention.key",
-    "attention.self.value": "attention.value",
-    "attention.output.dense": "attention.output",
-    "attention.output.LayerNorm": "attention_norm",
-    "intermediate.dense": "feed_forward.up",
-    "output.dense": "feed_forward.down",
-    "output.LayerNorm": "feed_forward_norm",
+
+@dataclass(frozen=True)
+class _Family:
+    """How one family of encoders names its weights and sizes, and what sits on its encoder.
+
+    Attributes:
+        prefix: of the encoder's weights inside a classifier.
+        embeddings, layer: our names by theirs; `layers` is where its layers are.
+        sizes: our configuration's names by theirs, where they differ.
+        head, activation: the dense map before its classifier, and what follows it.
+        classifier: its last map.
+        first_position: rows of the position table that come before a text's first token.
+    """
+
+    prefix: str
+    layers: str
+    embeddings: dict[str, str]
+    layer: dict[str, str]
+    sizes: dict[str, str]
+    head: str
+    activation: str
+    classifier: str
+    first_position: int = 0
+
+
+_BERT = _Family(
+    prefix="bert.",
+    layers="encoder.layer",
+    embeddings={
+        "embeddings.word_embeddings": "embeddings.word",
+        "embeddings.position_embeddings": "embeddings.position",
+        "embeddings.token_type_embeddings": "embeddings.segment",
+        "embeddings.LayerNorm": "embeddings.norm",
+    },
+    layer={
+        "attention.self.query": "attention.query",
+        "attention.self.key": "attention.key",
+        "attention.self.value": "attention.value",
+        "attention.output.dense": "attention.output",
+        "attention.output.LayerNorm": "attention_norm",
+        "intermediate.dense": "feed_forward.up",
+        "output.dense": "feed_forward.down",
+        "output.LayerNorm": "feed_forward_norm",
+    },
+    sizes={},
+    head="bert.pooler.dense",
+    activation="tanh",
+    classifier="classifier",
+)
+_FAMILIES = {
+    "bert": _BERT,
+    "roberta": replace(
+        _BERT,
+        prefix="roberta.",
+        head="classifier.dense",
+        classifier="classifier.out_proj",
+        first_position=2,
+    ),
+    "distilbert": _Family(
+        prefix="distilbert.",
+        layers="transformer.layer",
+        embeddings={
+            "embeddings.word_embeddings": "embeddings.word",
+            "embeddings.position_embeddings": "embeddings.position",
+            "embeddings.LayerNorm": "embeddings.norm",
+        },
+        layer={
+            "attention.q_lin": "attention.query",
+            "attention.k_lin": "attention.key",
+            "attention.v_lin": "attention.value",
+            "attention.out_lin": "attention.output",
+            "sa_layer_norm": "attention_norm",
+            "ffn.lin1": "feed_forward.up",
+            "ffn.lin2": "feed_forward.down",
+            "output_layer_norm": "feed_forward_norm",
+        },
+        sizes={
+            "hidden_size": "dim",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "intermediate_size": "hidden_dim",
+            "hidden_act": "activation",
+            "hidden_dropout_prob": "dropout",
+            "attention_probs_dropout_prob": "attention_dropout",
+        },
+        head="pre_classifier",
+        activation="relu",
+        classifier="classifier",
+    ),
 }
 _SIZES = (
     "vocab_size",
@@ -58,15 +133,18 @@ _SIZES = (
 def convert_encoder(
     folder: Path, names: list[str], **choices: Any
 ) -> BudgetFormerForSequenceClassification:
-    """Build a BudgetFormer that computes at its full budget what a BERT encoder does.
+    """Build a BudgetFormer that computes at its full budget what an encoder or classifier does.
+
+    A fine-tuned classifier with as many labels as `names` keeps its head; otherwise the classifier
+    on top is new, on the mean of the token states.
 
     Args:
-        folder: `config.json` and `model.safetensors` of a BERT-shaped encoder.
-        names: label names; the classifier on top is new.
+        folder: `config.json` and `model.safetensors` of a BERT, MiniLM, RoBERTa or DistilBERT.
+        names: label names.
         choices: further `BudgetFormerConfig` arguments.
 
     Raises:
-        CheckpointError: the folder holds no such encoder.
+        CheckpointError: the folder holds no such network.
     """
     try:
         source = json.loads((folder / "config.json").read_text())
@@ -75,32 +153,24 @@ def convert_encoder(
         raise CheckpointError(f"{folder}: not an encoder folder: {error}") from error
     if not isinstance(source, dict):
         raise CheckpointError(f"{folder}: not an encoder folder: config.json holds no object")
-    if source.get("model_type") != "bert":
+    family = _FAMILIES.get(str(source.get("model_type")))
+    if family is None:
+        known = ", ".join(_FAMILIES)
         raise CheckpointError(
-            f"{folder}: model_type {source.get('model_type')!r}, only 'bert' can be converted"
+            f"{folder}: model_type {source.get('model_type')!r}, only {known} can be converted"
         )
-    config = BudgetFormerConfig(
-        **{name: source[name] for name in _SIZES if name in source}
-        | {
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-        }
-        | choices
-    )
-    model = BudgetFormerForSequenceClassification(config)
-    layers = {
-        f"encoder.layer.{i}.{old}": f"layers.{i}.{new}"
-        for i in range(config.num_hidden_layers)
-        for old, new in _LAYER.items()
-    }
-    renamed: dict[str, Tensor] = {}
-    for old, new in (_EMBEDDINGS | layers).items():
-        for kind in ("weight", "bias"):
-            tensor = weights.get(f"{old}.{kind}", weights.get(f"bert.{old}.{kind}"))
-            if tensor is not None:
-                renamed[f"{new}.{kind}"] = tensor.float()
+    renamed = _rename(family, weights)
+    head = _rename_head(family, weights)
+    if len(head.get("classifier.bias", ())) == len(names):
+        choices = {"pooling": "cls", "head_activation": family.activation} | choices
+    else:
+        head = {}
+    model = BudgetFormerForSequenceClassification(_configure(family, source, names, choices))
+    if "embeddings.segment.weight" not in renamed:
+        renamed["embeddings.segment.weight"] = torch.zeros(1, model.config.hidden_size)
     try:
         result = model.encoder.load_state_dict(renamed, strict=False)
+        model.load_state_dict(head, strict=False)
     except RuntimeError as error:  # torch's word for a weight of another shape
         raise CheckpointError(f"{folder}: {error}") from error
     missing = [key for key in result.missing_keys if "decision" not in key]
@@ -109,6 +179,47 @@ def convert_encoder(
             f"{folder}: the weights lack {missing[0]} and {len(missing) - 1} more"
         )
     return model
+
+
+def _configure(
+    family: _Family, source: dict[str, Any], names: list[str], choices: dict[str, Any]
+) -> BudgetFormerConfig:
+    theirs = {ours: family.sizes.get(ours, ours) for ours in _SIZES}
+    sizes = {ours: source[name] for ours, name in theirs.items() if name in source}
+    if "embeddings.token_type_embeddings" not in family.embeddings:
+        sizes["type_vocab_size"] = 1
+    if "max_position_embeddings" in sizes:
+        sizes["max_position_embeddings"] -= family.first_position
+    labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    return BudgetFormerConfig(**sizes | labels | choices)
+
+
+def _rename(family: _Family, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the encoder's weights our names, whether or not a classifier's prefix is on them."""
+    renamed: dict[str, Tensor] = {}
+    for full_name, tensor in weights.items():
+        name, _, kind = full_name.removeprefix(family.prefix).rpartition(".")
+        ours = family.embeddings.get(name)
+        if name.startswith(f"{family.layers}."):
+            index, _, part = name.removeprefix(f"{family.layers}.").partition(".")
+            ours = f"layers.{index}.{family.layer[part]}" if part in family.layer else None
+        if ours is not None:
+            renamed[f"{ours}.{kind}"] = tensor.float()
+    positions = renamed.get("embeddings.position.weight")
+    if positions is not None:
+        renamed["embeddings.position.weight"] = positions[family.first_position :].clone()
+    return renamed
+
+
+def _rename_head(family: _Family, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the weights on top of a fine-tuned classifier our names; empty where one is missing."""
+    head = {
+        f"{ours}.{kind}": weights.get(f"{theirs}.{kind}")
+        for ours, theirs in (("head", family.head), ("classifier", family.classifier))
+        for kind in ("weight", "bias")
+    }
+    found = {name: tensor.float() for name, tensor in head.items() if tensor is not None}
+    return found if len(found) == len(head) else {}
 
 
 class _UnitImportance:

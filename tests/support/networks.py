@@ -146,6 +146,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> BudgetFormerConfig:
         "head_selection": draw(st.sampled_from(["input", "ranked"])),
         "norm_position": draw(st.sampled_from(["post", "pre"])),
         "pooling": draw(st.sampled_from(["mean", "cls"])),
+        "head_activation": draw(st.sampled_from([None, "tanh"])),
         "ladder": draw(st.none() | ladders(layers, heads, fewest=0 if coupled else 1)),
         "embedding_exit": scope == "input" and draw(st.booleans()),
         "exit_weight": draw(st.sampled_from([0.0, 0.7])),

@@ -168,17 +168,22 @@ def test_coupling_saves_until_all_heads_are_kept(config: BudgetFormerConfig, tok
         assert saved == 2 * tokens * config.hidden_size * (heads - fewer) * config.neurons_per_head
 
 
+def top_macs(config: BudgetFormerConfig) -> int:
+    """Return what lies between the pooled state and the logits."""
+    width = config.hidden_size
+    return width * config.num_labels + (width * width if config.head_activation else 0)
+
+
 @PROPERTY
 @given(configs(), TOKENS)
 def test_a_layer_without_heads_costs_nothing(config: BudgetFormerConfig, tokens: int) -> None:
     assert layer_macs(config, 0, tokens) == 0
     none = [0] * config.num_hidden_layers
-    assert encoder_macs(config, none, tokens) == config.hidden_size * config.num_labels
+    assert encoder_macs(config, none, tokens) == top_macs(config)
 
 
 @PROPERTY
 @given(configs())
 def test_an_empty_item_costs_its_decision_and_the_classifier(config: BudgetFormerConfig) -> None:
-    classifier = config.hidden_size * config.num_labels
-    assert dense_macs(config, 0) == classifier
-    assert step_macs(config, [config.num_steps], 0) == decision_macs(config) + classifier
+    assert dense_macs(config, 0) == top_macs(config)
+    assert step_macs(config, [config.num_steps], 0) == decision_macs(config) + top_macs(config)

@@ -9,7 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from budgetformer.errors import CheckpointError
 from budgetformer.modeling import MULTI_LABEL, BudgetFormerForSequenceClassification, masked_mean
@@ -35,6 +43,32 @@ BERT = {
     "initializer_range": 0.4,
 }
 BATCH = pad(random_items([5, 12, 1, 8]))
+
+
+def small_roberta() -> RobertaForSequenceClassification:
+    sizes = BERT | {"type_vocab_size": 1, "max_position_embeddings": 22, "pad_token_id": 1}
+    return RobertaForSequenceClassification(RobertaConfig(**sizes, num_labels=3))
+
+
+def small_distilbert() -> DistilBertForSequenceClassification:
+    config = DistilBertConfig(
+        vocab_size=BERT["vocab_size"],
+        dim=BERT["hidden_size"],
+        n_layers=BERT["num_hidden_layers"],
+        n_heads=BERT["num_attention_heads"],
+        hidden_dim=BERT["intermediate_size"],
+        max_position_embeddings=16,
+        initializer_range=0.3,
+        num_labels=3,
+    )
+    return DistilBertForSequenceClassification(config)
+
+
+CLASSIFIERS = {
+    "bert": lambda: BertForSequenceClassification(BertConfig(**BERT, num_labels=3)),
+    "roberta": small_roberta,
+    "distilbert": small_distilbert,
+}
 
 
 def random_bert(**changes: Any) -> BertModel:
@@ -75,6 +109,31 @@ class TestConversion:
         model = convert_encoder(encoder_folder, NAMES).eval()
         full = model.encoder(**BATCH, steps=4).pooled
         assert not torch.allclose(model.encoder(**BATCH, steps=2).pooled, full, atol=1e-2)
+
+    @pytest.mark.parametrize("family", sorted(CLASSIFIERS))
+    @torch.no_grad()
+    def test_a_fine_tuned_classifier_stays_the_very_classifier(
+        self, tmp_path: Path, family: str
+    ) -> None:
+        torch.manual_seed(0)
+        whole = CLASSIFIERS[family]().eval()
+        whole.save_pretrained(tmp_path)
+        model = convert_encoder(tmp_path, NAMES).eval()
+        batch = {name: tensor.clone() for name, tensor in BATCH.items()}
+        if family != "bert":  # these know no segments
+            batch["token_type_ids"].zero_()
+        given = {k: v for k, v in batch.items() if k != "token_type_ids" or family == "bert"}
+        if family == "roberta":  # and this one finds the padding by its token
+            given["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 1)
+        assert_close(model(**batch, steps=4).logits, whole(**given).logits)
+
+    @pytest.mark.parametrize("family", sorted(CLASSIFIERS))
+    def test_other_labels_get_a_new_classifier(self, tmp_path: Path, family: str) -> None:
+        CLASSIFIERS[family]().save_pretrained(tmp_path)
+        model = convert_encoder(tmp_path, [*NAMES, "never"])
+        assert model.classifier.out_features == 4
+        assert model.head is None
+        assert model.config.pooling == "mean"
 
     @torch.no_grad()
     def test_weights_under_a_bert_prefix(self, tmp_path: Path) -> None:
@@ -169,7 +228,7 @@ class TestErrors:
             (lose_weights, "not an encoder folder"),
             (break_config, "not an encoder folder"),
             (break_weights, "not an encoder folder"),
-            (rename_model, "model_type 'gpt2', only 'bert' can be converted"),
+            (rename_model, "model_type 'gpt2', only bert, roberta, distilbert can be converted"),
             (list_config, "not an encoder folder"),
             (reshape_tensor, r"layers\.0\.attention\.query\.weight"),
             (drop_tensors, r"weights lack layers\.1\..* and 3 more"),
