@@ -64,16 +64,17 @@ def arrive(network: PackedPass, items: Sequence[Work]) -> None:
 
     An item whose step is 0 has its answer afterwards.
     """
-    config = network.config
+    sizes, problem_type = network.sizes, network.config.problem_type
+    decided = 0 if sizes.layerwise else decision_macs(sizes)
     arrival = network.arrive(pack(items))
     exits = None if arrival.exit_logits is None else arrival.exit_logits.cpu()
     budget = None if arrival.budget is None else arrival.budget.tolist()
-    sure = None if exits is None else confidence(exits, config.problem_type).tolist()
+    sure = None if exits is None else confidence(exits, problem_type).tolist()
     for place, item in enumerate(items):
-        item.heads = [0] * config.num_hidden_layers
-        item.chosen = [()] * config.num_hidden_layers
-        item.macs = decision_macs(config) if config.budget_scope == "input" else 0
-        item.dense_macs = dense_macs(config, len(item.ids))
+        item.heads = [0] * sizes.layers
+        item.chosen = [()] * sizes.layers
+        item.macs = decided
+        item.dense_macs = dense_macs(sizes, len(item.ids))
         item.exit_logits = None if exits is None else exits[place]
         item.ranking = None if arrival.ranking is None else arrival.ranking[place]
         if budget is None:
@@ -95,7 +96,7 @@ def run(network: PackedPass, items: Sequence[Work]) -> None:
     Those that are still unsure get their next step, the others an answer.
     """
     config = network.config
-    layerwise = config.budget_scope == "layer"
+    sizes = network.sizes
     steps = None if items[0].step == LAYERWISE else [item.step for item in items]
     exits = [item.exit_logits for item in items if item.exit_logits is not None]
     ranking = [item.ranking for item in items if item.ranking is not None]
@@ -112,9 +113,9 @@ def run(network: PackedPass, items: Sequence[Work]) -> None:
         item.chosen = result.heads[place]
         counts = [len(head_set) for head_set in item.chosen]
         item.heads = [a + b for a, b in zip(item.heads, counts, strict=True)]
-        item.macs += encoder_macs(config, counts, len(item.ids))
-        if layerwise:
-            item.macs += decision_macs(config) if steps is None else scorer_macs(config)
+        item.macs += encoder_macs(sizes, counts, len(item.ids))
+        if sizes.layerwise:
+            item.macs += decision_macs(sizes) if steps is None else scorer_macs(sizes)
             item.step = max(counts) if item.step == LAYERWISE else item.step
             following = None
         else:

@@ -8,6 +8,7 @@ counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,40 +19,79 @@ from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.modeling import EVIDENCE_SIZE
 
 
-def layer_macs(config: BudgetFormerConfig, heads: int, tokens: int) -> int:
+@dataclass(frozen=True)
+class Sizes:
+    """The plain numbers of a configuration that cost depends on; quick to read, unlike it."""
+
+    width: int
+    head_size: int
+    neurons_per_head: int | None
+    neurons: int
+    layers: int
+    heads: int
+    classes: int
+    dense_head: bool
+    decision_inputs: int
+    controller: int
+    layerwise: bool
+    picks_heads: bool
+
+    @classmethod
+    def of(cls, config: BudgetFormerConfig | Sizes) -> Sizes:
+        """Read them from a configuration, once."""
+        if isinstance(config, Sizes):
+            return config
+        return cls(
+            width=config.hidden_size,
+            head_size=config.head_size,
+            neurons_per_head=config.neurons_per_head if config.budget_ffn else None,
+            neurons=config.intermediate_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            classes=config.num_classes,
+            dense_head=config.head_activation is not None,
+            decision_inputs=config.hidden_size + (EVIDENCE_SIZE if config.embedding_exit else 0),
+            controller=config.controller_hidden_size,
+            layerwise=config.budget_scope == "layer",
+            picks_heads=config.head_selection == "input",
+        )
+
+
+Costed = BudgetFormerConfig | Sizes
+
+
+def layer_macs(config: Costed, heads: int, tokens: int) -> int:
     """Count one encoder layer that computes `heads` heads over `tokens` tokens of one item."""
     if heads == 0:
         return 0
-    width, kept = config.hidden_size, heads * config.head_size
-    neurons = heads * config.neurons_per_head if config.budget_ffn else config.intermediate_size
-    projections = 4 * tokens * width * kept
+    sizes = Sizes.of(config)
+    kept = heads * sizes.head_size
+    per_head = sizes.neurons_per_head
+    neurons = sizes.neurons if per_head is None else heads * per_head
+    projections = 4 * tokens * sizes.width * kept
     attention = 2 * tokens * tokens * kept
-    return projections + attention + 2 * tokens * width * neurons
+    return projections + attention + 2 * tokens * sizes.width * neurons
 
 
-def decision_macs(config: BudgetFormerConfig) -> int:
-    """Count f_o and g_d for one item.
-
-    Once (scope "input"), or once in every layer (scope "layer").
-    """
-    evidence = EVIDENCE_SIZE if config.embedding_exit else 0
-    controller = (config.hidden_size + evidence + 1) * config.controller_hidden_size
-    times = 1 if config.budget_scope == "input" else config.num_hidden_layers
-    return times * controller + scorer_macs(config)
+def decision_macs(config: Costed) -> int:
+    """Count f_o and g_d for one item: once (scope "input"), or in every layer (scope "layer")."""
+    sizes = Sizes.of(config)
+    controller = (sizes.decision_inputs + 1) * sizes.controller
+    return (sizes.layers if sizes.layerwise else 1) * controller + scorer_macs(sizes)
 
 
-def scorer_macs(config: BudgetFormerConfig) -> int:
+def scorer_macs(config: Costed) -> int:
     """Count g_d alone, over all layers; 0 when heads are ranked once for all inputs."""
-    if config.head_selection == "ranked":
-        return 0
-    return config.hidden_size * config.num_hidden_layers * config.num_attention_heads
+    sizes = Sizes.of(config)
+    return sizes.width * sizes.layers * sizes.heads if sizes.picks_heads else 0
 
 
-def encoder_macs(config: BudgetFormerConfig, heads: Sequence[int], tokens: int) -> int:
+def encoder_macs(config: Costed, heads: Sequence[int], tokens: int) -> int:
     """Count the encoder and the classifier for one item with `heads` per layer; no decision."""
-    layers = sum(layer_macs(config, k, tokens) for k in heads)
-    head = 0 if config.head_activation is None else config.hidden_size**2
-    return layers + head + config.hidden_size * config.num_classes
+    sizes = Sizes.of(config)
+    layers = sum(layer_macs(sizes, k, tokens) for k in heads)
+    head = sizes.width**2 if sizes.dense_head else 0
+    return layers + head + sizes.width * sizes.classes
 
 
 def step_macs(config: BudgetFormerConfig, steps: Sequence[int], tokens: int) -> int:
@@ -63,10 +103,10 @@ def step_macs(config: BudgetFormerConfig, steps: Sequence[int], tokens: int) -> 
     return decision_macs(config) + sum(passes)
 
 
-def dense_macs(config: BudgetFormerConfig, tokens: int) -> int:
+def dense_macs(config: Costed, tokens: int) -> int:
     """Count the dense network, which has all heads and decides nothing, for one item."""
-    full = [config.num_attention_heads] * config.num_hidden_layers
-    return encoder_macs(config, full, tokens)
+    sizes = Sizes.of(config)
+    return encoder_macs(sizes, [sizes.heads] * sizes.layers, tokens)
 
 
 class MacCounter(TorchFunctionMode):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from budgetformer.cost import Sizes
 from budgetformer.modeling import (
     BudgetFormerForSequenceClassification,
     EncoderLayer,
@@ -153,6 +154,7 @@ class PackedPass:
         self.model = model.eval()
         self.config = model.config
         self.encoder = model.encoder
+        self.sizes = Sizes.of(self.config)
         with torch.no_grad():
             self._weights = [
                 _LayerWeights.of(x, self.config.num_attention_heads)
@@ -367,8 +369,8 @@ class PackedPass:
         return F.linear(neurons, weights.down_weight, weights.down_bias)
 
     def _slice(self, index: int, layer: EncoderLayer, head_set: HeadSet) -> _LayerWeights:
-        size, neurons = self.config.head_size, layer.feed_forward.neurons_per_head
-        if self.config.head_selection == "ranked":
+        size, neurons = self.sizes.head_size, layer.feed_forward.neurons_per_head
+        if not self.sizes.picks_heads:
             return self._weights[index].keep(head_set, size, neurons)
         key = (index, head_set)
         if key in self._slices:

@@ -178,7 +178,7 @@ class EngineCore:
         for tokens in message.items:
             ids = protocol.unpack_ids(tokens.ids)
             segments = protocol.unpack_ids(tokens.segments) if tokens.segments else None
-            dense = dense_macs(model.network.config, len(ids))
+            dense = dense_macs(model.network.sizes, len(ids))
             price = self.prices.seconds(int(share * dense))
             request.slots.append(_Slot(request, Work(ids, segments, rule), price))
         refusal = self._admit(request, message.remaining)
@@ -298,11 +298,11 @@ class EngineCore:
             self._answer(request)
 
     def _macs_of(self, slot: _Slot) -> int:
-        config, work = slot.request.model.network.config, slot.work
+        model, work = slot.request.model, slot.work
         if work.step == cascade.LAYERWISE:
             return work.dense_macs
-        kept = sum(config.heads_per_layer(work.step))
-        return work.dense_macs * kept // (config.num_attention_heads * config.num_hidden_layers)
+        sizes, plan = model.network.sizes, model.checkpoint.ladder[work.step - 1]
+        return work.dense_macs * sum(plan) // (sizes.heads * sizes.layers)
 
     def _answer(self, request: _Request) -> None:
         del self._requests[request.reply, request.id]
