@@ -167,6 +167,16 @@ class Checkpoint:
         return bool(self.config["embedding_exit"])
 
     @property
+    def calibrated(self) -> bool:
+        """Whether it has quality levels; otherwise only f_o's own rule can be asked for."""
+        return bool(self.manifest.operating_points)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a text may carry several labels."""
+        return self.manifest.problem_type == "multi_label_classification"
+
+    @property
     def budgets(self) -> list[int]:
         """Every ladder step that an answer can name."""
         return list(range(0 if self.has_exit else 1, len(self.ladder) + 1))

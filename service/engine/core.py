@@ -1,9 +1,8 @@
 """The engine's heart: inbox, f_o on arrival, buckets, passes, answers.
 
 One coroutine owns all state. It hands the device one piece of work at a time in a thread of its
-own, and what
-arrives meanwhile is decided and batched next: a batch forms because the device is busy, never by
-waiting.
+own, and what arrives meanwhile is decided and batched next: a batch forms because the device is
+busy, never by waiting.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from budgetformer.cascade import Work
 from budgetformer.compact import PackedPass
 from budgetformer.cost import dense_macs
 from budgetformer.errors import CheckpointError, PolicyError
+from service.background import Background
 from service.engine import protocol
 from service.engine.models import LoadedModel, load_model
 from service.engine.protocol import (
@@ -120,7 +120,7 @@ class EngineCore:
         self._work_came = asyncio.Event()
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="loading")
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     # Messages of the fronts
 
@@ -132,7 +132,7 @@ class EngineCore:
             case Cancel():
                 self._drop(self._requests.get((reply, message.id)))
             case Load():
-                self._spawn(self._load(message, reply))
+                self._background.start(self._load(message, reply))
             case Unload():
                 self._unload(message, reply)
 
@@ -211,9 +211,7 @@ class EngineCore:
                 await self._work_came.wait()
             self._expire()
             await self._decide_arrivals()
-            batch = [entry.item for entry in self._buckets.take()]
-            if batch:
-                await self._run_batch(batch)
+            await self._run_batch()
 
     async def _decide_arrivals(self) -> None:
         tokens = count = 0
@@ -236,7 +234,10 @@ class EngineCore:
                 self._report(model, 0, exits, seconds)
         self._running = []
 
-    async def _run_batch(self, batch: list[_Slot]) -> None:
+    async def _run_batch(self) -> None:
+        batch = [entry.item for entry in self._buckets.take()]
+        if not batch:
+            return
         self._running = batch
         model, step = batch[0].request.model, batch[0].work.step
         before = sum(slot.work.macs for slot in batch)
@@ -353,11 +354,6 @@ class EngineCore:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
         else:
             reply(Done(message.id))
-
-    def _spawn(self, coroutine: object) -> None:
-        task = asyncio.ensure_future(coroutine)  # type: ignore[call-overload]
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def _item_answer(slot: _Slot, return_heads: bool) -> ItemAnswer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import structlog
@@ -42,7 +41,9 @@ class LoadedModel:
         Raises:
             PolicyError: the checkpoint does not offer it.
         """
-        return _rule(self, quality, heads, max_heads)
+        # A checkpoint without operating points still serves, by f_o's own rule.
+        named = quality if self.checkpoint.calibrated else None
+        return self.checkpoint.rule(named, heads, max_heads)
 
     def expected_share(self, rule: BudgetRule) -> float:
         """Return what an item under this rule will cost, as a share of the dense network.
@@ -53,15 +54,6 @@ class LoadedModel:
             plan = self.checkpoint.ladder[rule.fixed - 1] if rule.fixed else []
             return sum(plan) / (self.checkpoint.num_layers * self.checkpoint.num_heads)
         return 1.0 if rule.point is None else rule.point.macs_share
-
-
-@lru_cache(maxsize=512)
-def _rule(
-    model: LoadedModel, quality: str | float, heads: int | None, max_heads: int | None
-) -> BudgetRule:
-    # A checkpoint without operating points still serves, by f_o's own rule.
-    calibrated = bool(model.checkpoint.manifest.operating_points)
-    return model.checkpoint.rule(quality if calibrated else None, heads, max_heads)
 
 
 def load_model(path: Path, device: str) -> LoadedModel:

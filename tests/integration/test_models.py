@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -340,6 +342,14 @@ class TestUnload:
         error_of(await one.client.get("/health/ready"), 503)
         assert (await one.client.get("/health")).status_code == 503
         assert (await one.ask(TEXT)).status_code in (404, 503)
+
+    async def test_its_memory_is_freed(self, one: Service) -> None:
+        await one.item(TEXT, heads=2)
+        (loaded,) = (weakref.ref(model) for model in one.core.models.values())
+        assert (await self.unload(one)).status_code == 200
+        await until(lambda: not one.core.models, "the engine to let go")
+        gc.collect()
+        assert loaded() is None
 
     async def test_what_was_begun_is_finished(self, one: Service) -> None:
         with held(one.core):
