@@ -101,15 +101,8 @@ def _items(network: PackedPass, batch: int) -> list[Work]:
 
 
 def _time(network: PackedPass, items: list[Work], step: int) -> float:
-    exits = [item.exit_logits for item in items if item.exit_logits is not None]
-    ranking = [item.ranking for item in items if item.ranking is not None]
     started = time.perf_counter()
-    network.run(
-        cascade.pack(items),
-        [step] * len(items),
-        torch.stack(exits) if exits else None,
-        torch.stack(ranking) if ranking else None,
-    )
+    cascade.compute(network, items, [step] * len(items))
     return time.perf_counter() - started
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from budgetformer.compact import PackedPass, PackedTokens
+from budgetformer.compact import PackedPass, PackedTokens, PassResult
 from budgetformer.cost import decision_macs, dense_macs, encoder_macs, scorer_macs
 from budgetformer.modeling import confidence
 from budgetformer.policy import BudgetRule
@@ -90,25 +90,30 @@ def arrive(network: PackedPass, items: Sequence[Work]) -> None:
             item.logits = item.exit_logits
 
 
+def compute(network: PackedPass, items: Sequence[Work], steps: Sequence[int] | None) -> PassResult:
+    """Run arrived items at the given ladder steps, or (None) as their layers decide."""
+    exits = [item.exit_logits for item in items if item.exit_logits is not None]
+    ranking = [item.ranking for item in items if item.ranking is not None]
+    last = network.config.num_steps
+    return network.run(
+        pack(items),
+        steps,
+        torch.stack(exits) if exits else None,
+        torch.stack(ranking) if ranking else None,
+        [item.rule.ceiling or last for item in items] if steps is None else None,
+    )
+
+
 def run(network: PackedPass, items: Sequence[Work]) -> None:
     """Run each item at its step.
 
     Those that are still unsure get their next step, the others an answer.
     """
-    config = network.config
     sizes = network.sizes
     steps = None if items[0].step == LAYERWISE else [item.step for item in items]
-    exits = [item.exit_logits for item in items if item.exit_logits is not None]
-    ranking = [item.ranking for item in items if item.ranking is not None]
-    result = network.run(
-        pack(items),
-        steps,
-        torch.stack(exits) if exits else None,
-        torch.stack(ranking) if ranking else None,
-        [item.rule.ceiling or config.num_steps for item in items] if steps is None else None,
-    )
+    result = compute(network, items, steps)
     logits = result.logits.cpu()
-    sure = confidence(logits, config.problem_type).tolist()
+    sure = confidence(logits, network.config.problem_type).tolist()
     for place, item in enumerate(items):
         item.chosen = result.heads[place]
         counts = [len(head_set) for head_set in item.chosen]

@@ -115,8 +115,7 @@ def create_app(settings: Settings, sockets: list[Path]) -> FastAPI:
             engines.wanted[checkpoint.name, checkpoint.version] = checkpoint.path
         engines.start()
         yield
-        for task in state.background:
-            task.cancel()
+        await state.background.stop()
         await engines.stop()
         state.tokenizing.shutdown()
 

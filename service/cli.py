@@ -123,7 +123,7 @@ def classify(
         given, pairs = texts or [line.rstrip("\n") for line in sys.stdin], None
     checkpoint = _resolve(model, model_store)
     level: str | float = quality if quality in QUALITY_NAMES else _points(quality)
-    checkpoint.rule(level if checkpoint.manifest.operating_points else None, heads)
+    checkpoint.rule(level if checkpoint.calibrated else None, heads)
     classifier = Classifier(checkpoint.path)
     predictions: list[Prediction] = []
     with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
@@ -218,10 +218,7 @@ def evaluate(
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
-    """Report accuracy and cost of every quality level, and of the full budget.
-
-    On labelled texts.
-    """
+    """Report accuracy and cost of every quality level, and of the full budget."""
     from budgetformer.training.evaluation import evaluate_checkpoint, through_http
 
     checkpoint = _resolve(model, model_store)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
-from budgetformer.checkpoint import Checkpoint, Store, load_tokenizer, read_checkpoint, read_store
+from budgetformer.checkpoint import Checkpoint, load_tokenizer, read_checkpoint, read_store
 from budgetformer.errors import CheckpointError
 
 
@@ -129,7 +129,7 @@ class Models:
 
     def versions(self, name: str) -> list[int]:
         """Return the versions of a model in the store."""
-        checkpoints = self._scan().checkpoints.get(name, [])
+        checkpoints = read_store(self.store).checkpoints.get(name, [])
         return [checkpoint.version for checkpoint in checkpoints]
 
     def candidate(self, name: str, version: int | None) -> ServedModel:
@@ -147,6 +147,3 @@ class Models:
             raise UnknownModelError(f"the store has no version {version or ''} of {name!r}")
         chosen = numbers[-1] if version is None else version
         return open_model(read_checkpoint(folder / str(chosen)))
-
-    def _scan(self) -> Store:
-        return read_store(self.store)

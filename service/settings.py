@@ -32,9 +32,8 @@ class Settings(BaseSettings):
     """Serve text classification that spends, on each text, only what it needs.
 
     Every option is also an environment variable BUDGETFORMER_<NAME> and a key of the TOML file
-    named by
-    --config. The flag wins over the environment, the environment over the file, the file over the
-    default.
+    named by --config. The flag wins over the environment, the environment over the file, the file
+    over the default.
     """
 
     model_config = SettingsConfigDict(

@@ -110,7 +110,7 @@ async def _supervise(settings: Settings, listener: socket.socket, run_dir: Path)
     front = _Child("front", front_command, line, (listener.fileno(),))
     engines = [
         _Child(f"engine-{i}", child_command("service.engine", str(run_dir), str(i)), line)
-        for i in range(settings.resolved_engines())
+        for i in range(settings.engines)
     ]
     async with asyncio.TaskGroup() as tasks:
         for child in (*engines, front):

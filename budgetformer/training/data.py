@@ -80,8 +80,8 @@ def read_examples(path: Path, names: list[str] | None = None) -> Examples:
     Raises:
         DataError: a column is missing, a text is null, or a label is unknown.
     """
-    texts, pairs = read_texts(path)
     table = read_table(path)
+    texts, pairs = _texts_of(table, path)
     if "label" not in table.column_names:
         raise DataError(f"{path}: no column 'label' (it has {', '.join(table.column_names)})")
     beside = path.parent / "labels.json"
@@ -125,7 +125,10 @@ def read_texts(path: Path) -> tuple[list[str], list[str] | None]:
     Raises:
         DataError: the file cannot be read, has no such column, or a text is null.
     """
-    table = read_table(path)
+    return _texts_of(read_table(path), path)
+
+
+def _texts_of(table: pa.Table, path: Path) -> tuple[list[str], list[str] | None]:
     if "text" not in table.column_names:
         raise DataError(f"{path}: no column 'text' (it has {', '.join(table.column_names)})")
     texts = table["text"].to_pylist()

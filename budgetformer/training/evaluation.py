@@ -103,8 +103,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, data: Path, ask: Ask | None = No
 
 def in_process(classifier: Classifier) -> Ask:
     """Answer with a classifier of this process."""
-    manifest = classifier.checkpoint.manifest
-    many = manifest.problem_type == "multi_label_classification"
+    many = classifier.checkpoint.multi_label
 
     def ask(examples: Examples, level: str | None) -> list[Verdict]:
         heads = classifier.checkpoint.num_heads if level is None else None
@@ -122,7 +121,7 @@ def through_http(url: str, checkpoint: Checkpoint) -> Ask:
 
     The returned function raises `BudgetFormerError` when the server does not answer as it should.
     """
-    many = checkpoint.manifest.problem_type == "multi_label_classification"
+    many = checkpoint.multi_label
 
     def ask(examples: Examples, level: str | None) -> list[Verdict]:
         extra: dict[str, Any] = {"quality": level} if level else {"heads": checkpoint.num_heads}

@@ -6,12 +6,12 @@ import asyncio
 import math
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from tokenizers import Encoding
 
+from budgetformer.checkpoint import Checkpoint
 from budgetformer.errors import PolicyError
 from service.api.bodies import describe_body, read_body
 from service.api.errors import ApiError, ClientGoneError
@@ -31,7 +31,6 @@ from service.models import ServedModel
 
 router = APIRouter(tags=["classify"])
 
-MULTI_LABEL = "multi_label_classification"
 DEFAULT_QUALITY = "balanced"
 
 Text = str | tuple[str, str]
@@ -140,13 +139,12 @@ def check_texts(state: State, given: Input) -> list[Text]:
 def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | float:
     quality = state.settings.quality if body.quality is None else body.quality
     checkpoint = model.checkpoint
-    calibrated = bool(checkpoint.manifest.operating_points)
-    if not calibrated and body.quality not in (None, "auto"):
+    if not checkpoint.calibrated and body.quality not in (None, "auto"):
         message = f"{checkpoint.label} is not calibrated: it has no quality levels"
         raise ApiError(422, message, "quality", "no_such_quality")
     try:
         named = DEFAULT_QUALITY if quality == "auto" else quality
-        checkpoint.rule(named if calibrated else None)
+        checkpoint.rule(named if checkpoint.calibrated else None)
     except PolicyError as error:
         raise ApiError(422, str(error), "quality", "no_such_quality") from None
     for name in ("heads", "max_heads"):
@@ -212,17 +210,6 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-@dataclass(frozen=True)
-class _View:
-    """How a request wants its answers."""
-
-    labels: tuple[str, ...]
-    multi_label: bool
-    top_k: int | None
-    threshold: float | None
-    use_activation: bool
-
-
 def _content(
     request_id: str,
     model: ServedModel,
@@ -232,13 +219,6 @@ def _content(
     answer: Answer,
 ) -> dict[str, Any]:
     checkpoint = model.checkpoint
-    view = _View(
-        checkpoint.manifest.labels,
-        checkpoint.manifest.problem_type == MULTI_LABEL,
-        body.top_k,
-        body.threshold,
-        body.use_activation,
-    )
     total = checkpoint.num_layers * checkpoint.num_heads
     data = []
     for index, (encoding, item) in enumerate(zip(encodings, answer.items, strict=True)):
@@ -249,7 +229,7 @@ def _content(
         data.append(
             {
                 "index": index,
-                **_scores(item, view),
+                **_scores(item, checkpoint, body),
                 "heads": {
                     "used": sum(item.heads),
                     "total": total,
@@ -279,19 +259,18 @@ def _content(
     }
 
 
-def _scores(item: ItemAnswer, view: _View) -> dict[str, Any]:
-    probs = _probabilities(item.logits, view.multi_label)
+def _scores(item: ItemAnswer, checkpoint: Checkpoint, body: ClassifyRequest) -> dict[str, Any]:
+    names = checkpoint.manifest.labels
+    probs = _probabilities(item.logits, checkpoint.multi_label)
     ranked = sorted(range(len(probs)), key=lambda i: -probs[i])
-    least = 0.0 if view.threshold is None else view.threshold
+    least = 0.0 if body.threshold is None else body.threshold
     labels = [
-        {"label": view.labels[i], "score": probs[i]}
-        for i in ranked[: view.top_k]
-        if probs[i] >= least
+        {"label": names[i], "score": probs[i]} for i in ranked[: body.top_k] if probs[i] >= least
     ]
     return {
-        "label": view.labels[ranked[0]],
+        "label": names[ranked[0]],
         "score": probs[ranked[0]],
-        "probs": probs if view.use_activation else item.logits,
+        "probs": probs if body.use_activation else item.logits,
         "num_classes": len(probs),
         "labels": labels,
     }

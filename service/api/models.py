@@ -104,7 +104,7 @@ async def _load(request: Request, state: State, name: str, version: int | None) 
     request.app.state.announce(candidate)
     if before is not None and before.checkpoint.version != checkpoint.version:
         request.app.state.retire(before)
-        state.in_background(_free(state, before))
+        state.background.start(_free(state, before))
     return checkpoint
 
 
@@ -128,7 +128,7 @@ async def unload_model(request: Request, name: str) -> Response:
         checkpoint = served.checkpoint
         del state.models.served[checkpoint.name]
         request.app.state.retire(served)
-        state.in_background(_free(state, served))
+        state.background.start(_free(state, served))
     return json_response({"model": checkpoint.label, "status": "unloaded"})
 
 

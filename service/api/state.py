@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 from fastapi import Request
 
 from service.api.errors import ApiError
+from service.background import Background
 from service.engine.client import Engines
 from service.models import Models, ServedModel, UnknownModelError
 from service.observability.metrics import Metrics
@@ -32,14 +31,8 @@ class State:
     changing_models: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a model is loaded or unloaded: one change at a time."""
 
-    background: set[asyncio.Task[None]] = field(default_factory=set)
+    background: Background = field(default_factory=Background)
     """Work that no request waits for."""
-
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Start work that no request waits for."""
-        task = asyncio.create_task(work)
-        self.background.add(task)
-        task.add_done_callback(self.background.discard)
 
     def model(self, spec: str | None) -> ServedModel:
         """Return the model that a request names.

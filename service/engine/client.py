@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import structlog
 
+from service.background import Background
 from service.engine import protocol
 from service.engine.protocol import (
     Answer,
@@ -219,19 +219,16 @@ class Engines:
         self.wanted: dict[ModelKey, Path] = {}
         self._observe = observe
         self.clients = [EngineClient(i, socket, self._event) for i, socket in enumerate(sockets)]
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     def start(self) -> None:
         """Begin to connect."""
         for client in self.clients:
-            self._spawn(client.stay_connected())
+            self._background.start(client.stay_connected())
 
     async def stop(self) -> None:
         """Let the connections go."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._background.stop()
 
     @property
     def alive(self) -> list[EngineClient]:
@@ -250,7 +247,7 @@ class Engines:
 
     def _event(self, index: int, event: Event) -> None:
         if isinstance(event, Hello):
-            self._spawn(self._equip(self.clients[index]))
+            self._background.start(self._equip(self.clients[index]))
         self._observe(index, event)
 
     async def _equip(self, client: EngineClient) -> None:
@@ -261,11 +258,6 @@ class Engines:
                 log.error("model not loaded", model=key[0], engine=client.index, reason=str(error))
             except EngineDownError:
                 return
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def classify(self, job: Job) -> Answer:
         """Have a job done by the engine with the least in flight; if it dies, by another.
@@ -334,13 +326,9 @@ class Engines:
         """Return the least loaded engine that has the model; `wait` lets a restart finish first."""
         while True:
             alive = self.alive
-            able = [client for client in alive if self._has(client, job)]
+            able = [client for client in alive if (job.model, job.version) in client.models]
             if able:
                 return min(able, key=lambda client: client.items_in_flight)
             if not wait or time.monotonic() >= job.deadline:
                 raise NotLoadedError if alive else EngineDownError
             await asyncio.sleep(RECONNECT_SECONDS)
-
-    @staticmethod
-    def _has(client: EngineClient, job: Job) -> bool:
-        return (job.model, job.version) in client.models
