@@ -40,8 +40,10 @@ class BudgetFormerConfig(PreTrainedConfig):
         ladder: heads per layer for each budget step 1..S, in order of rising cost. None: the
             uniform ladder, step k = k heads in every layer. A plan may name 0 heads for a layer
             when `budget_ffn` is true; that layer is then skipped.
-        embedding_exit: add step 0, a linear head on the bag of token embeddings that answers
-            before the encoder runs.
+        embedding_exit: add step 0, a linear head on the bag of tokens that answers before the
+            encoder runs.
+        exit_buckets: rows of step 0's table for pairs of neighbouring tokens, which are hashed into
+            them; 0: step 0 reads single tokens only.
         exit_weight: how much the step-0 logits count beside the encoder's in the answer of a step
             >= 1.
         controller_hidden_size: width of f_o's hidden layer.
@@ -77,6 +79,7 @@ class BudgetFormerConfig(PreTrainedConfig):
         head_selection: HeadSelection = "ranked",
         ladder: list[list[int]] | None = None,
         embedding_exit: bool = False,
+        exit_buckets: int = 0,
         exit_weight: float = 0.0,
         controller_hidden_size: int = 64,
         budget_bounds: tuple[float, float] = (0.1, 0.9),
@@ -106,6 +109,7 @@ class BudgetFormerConfig(PreTrainedConfig):
             ladder if ladder is not None else uniform_ladder(num_hidden_layers, num_attention_heads)
         )
         self.embedding_exit = embedding_exit
+        self.exit_buckets = exit_buckets
         self.exit_weight = exit_weight
         self.controller_hidden_size = controller_hidden_size
         self.budget_bounds = list(budget_bounds)
@@ -158,6 +162,8 @@ class BudgetFormerConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
         if heads < 1:
             raise ValueError(f"num_attention_heads must be at least 1, not {heads}")
+        if self.exit_buckets < 0:
+            raise ValueError(f"exit_buckets must not be negative, it is {self.exit_buckets}")
         if not math.isfinite(self.exit_weight):
             raise ValueError(f"exit_weight must be a finite number, not {self.exit_weight}")
         if self.hidden_size % heads:

@@ -457,20 +457,44 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
 
 
 class ExitHead(nn.Module):
-    """Step 0: a linear classifier on the bag of tokens, before the encoder runs."""
+    """Step 0: a linear classifier on the bag of tokens and of neighbours, before the encoder runs.
+
+    Neighbouring tokens share a table of `exit_buckets` rows by their hash (as fastText does): word
+    order is where a bag of single tokens is weakest, and a look-up multiplies nothing.
+    """
 
     def __init__(self, config: BudgetFormerConfig) -> None:
         super().__init__()
+        self.vocab_size, self.buckets = config.vocab_size, config.exit_buckets
         self.weight = nn.Embedding(
-            config.vocab_size, config.num_classes, padding_idx=config.pad_token_id
+            config.vocab_size + config.exit_buckets,
+            config.num_classes,
+            padding_idx=config.pad_token_id,
         )
         self.bias = nn.Parameter(torch.zeros(config.num_classes))
 
+    def neighbours(self, input_ids: Tensor) -> Tensor:
+        """Return the table rows of each token and its right neighbour: ids [..., T] to [..., T-1].
+
+        Raises:
+            ValueError: this head reads single tokens only.
+        """
+        if not self.buckets:
+            raise ValueError("this step 0 has no rows for neighbours")
+        left, right = input_ids[..., :-1], input_ids[..., 1:]
+        return self.vocab_size + (left * 1_000_003 + right * 7_919) % self.buckets
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Classify ids [B, T] into logits [B, C]: summed token weights over the root of T."""
+        """Classify ids [B, T] into logits [B, C].
+
+        The weights of n tokens and neighbours are summed and divided by the root of n.
+        """
         mask = attention_mask.to(self.bias.dtype)
-        weights = cast(Tensor, self.weight(input_ids))
-        total = (weights * mask.unsqueeze(-1)).sum(1)
+        rows = input_ids
+        if self.buckets:
+            rows = torch.cat([input_ids, self.neighbours(input_ids)], dim=1)
+            mask = torch.cat([mask, mask[:, :-1] * mask[:, 1:]], dim=1)
+        total = (cast(Tensor, self.weight(rows)) * mask.unsqueeze(-1)).sum(1)
         return total / mask.sum(1, keepdim=True).clamp(min=1).sqrt() + self.bias
 
 

@@ -260,9 +260,15 @@ class PackedPass:
     def _exit_logits(self, tokens: PackedTokens, owner: Tensor) -> Tensor:
         head = self.model.exit_head
         assert head is not None
-        total: Tensor = head.bias.new_zeros(len(tokens.lengths), self.config.num_classes)
-        total.index_add_(0, owner, head.weight(tokens.input_ids))
-        return total / self._counts(tokens.lengths).sqrt() + cast(Tensor, head.bias)
+        rows, counts = tokens.input_ids, tokens.lengths
+        if head.buckets and len(rows):
+            together = owner[:-1] == owner[1:]
+            rows = torch.cat([rows, head.neighbours(rows)[together]])
+            owner = torch.cat([owner, owner[:-1][together]])
+            counts = tuple(2 * length - 1 if length else 0 for length in counts)
+        total: Tensor = head.bias.new_zeros(len(counts), self.config.num_classes)
+        total.index_add_(0, owner, head.weight(rows))
+        return total / self._counts(counts).sqrt() + cast(Tensor, head.bias)
 
     def _counts(self, lengths: Sequence[int]) -> Tensor:
         counts = torch.tensor(lengths, dtype=self.model.dtype, device=self.device)

@@ -252,7 +252,7 @@ class _UnitImportance:
 
 def order_by_importance(
     model: BudgetFormerForSequenceClassification, batches: Iterable[dict[str, Tensor]]
-) -> None:
+) -> Tensor:
     """Permute every layer's heads, and its neurons, so that the most important come first.
 
     The network computes the same function afterwards; a ladder step, which keeps the first heads
@@ -262,6 +262,10 @@ def order_by_importance(
     Args:
         model: any BudgetFormer.
         batches: arguments of `forward`, labels among them.
+
+    Returns:
+        The importance of every head, with the neurons in its place where they are coupled, [L, H],
+        falling within each layer.
     """
     meters: list[tuple[EncoderLayer, _UnitImportance, _UnitImportance]] = []
     for layer in model.encoder.encoder_layers:
@@ -279,15 +283,35 @@ def order_by_importance(
     model.zero_grad()
     model.train(training)
     size = model.config.head_size
-    for index, (layer, heads, neurons) in enumerate(meters):
-        order = heads.close().argsort(descending=True, stable=True)
+    units: list[Tensor] = []
+    for index, (layer, head_meter, neuron_meter) in enumerate(meters):
+        unit, order = head_meter.close().sort(descending=True, stable=True)
+        neurons, neuron_order = neuron_meter.close().sort(descending=True, stable=True)
+        if model.config.budget_ffn:
+            unit = unit + neurons.unflatten(0, (len(unit), -1)).sum(1)
+        units.append(unit)
         shared = model.encoder.decision
         if shared is not None and shared.scorer is not None:
             _permute_scores(shared.scorer, index * len(order), order)
         if layer.decision is not None and layer.decision.scorer is not None:
             _permute_scores(layer.decision.scorer, 0, order)
         rows = (order[:, None] * size + torch.arange(size)).flatten()
-        _permute(layer, rows, neurons.close().argsort(descending=True, stable=True))
+        _permute(layer, rows, neuron_order)
+    return torch.stack(units)
+
+
+def ladder_by_importance(units: Tensor) -> list[list[int]]:
+    """Return H steps of as many heads in all as the uniform ladder's, where they matter most.
+
+    Args:
+        units: importance of the heads [L, H], falling within each layer; step k keeps the k * L
+            most important of them all.
+    """
+    layers, heads = units.shape
+    order = units.flatten().argsort(descending=True, stable=True) // heads
+    return [
+        order[: step * layers].bincount(minlength=layers).tolist() for step in range(1, heads + 1)
+    ]
 
 
 @torch.no_grad()

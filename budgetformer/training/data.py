@@ -161,15 +161,33 @@ class TokenBatch:
     token_type_ids: Tensor
     attention_mask: Tensor
 
+    def split(self, parts: int) -> list[TokenBatch]:
+        """Cut the batch into at most `parts` batches of like size."""
+        size = -(-len(self.rows) // parts)
+        return [
+            TokenBatch(
+                self.rows[i : i + size],
+                self.input_ids[i : i + size],
+                self.token_type_ids[i : i + size],
+                self.attention_mask[i : i + size],
+            )
+            for i in range(0, len(self.rows), size)
+        ]
+
 
 class TokenizedTexts:
     """The tokens of a data set, kept once and served in batches of similar length."""
 
     def __init__(
-        self, tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None, max_length: int
+        self,
+        tokenizer: Tokenizer,
+        texts: list[str],
+        pairs: list[str] | None,
+        max_length: int,
+        truncation_side: str = "right",
     ) -> None:
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length)
+        tokenizer.enable_truncation(max_length, direction=truncation_side)
         inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
         encodings = tokenizer.encode_batch(inputs)
         self.ids = [np.array(e.ids, dtype=np.int64) for e in encodings]

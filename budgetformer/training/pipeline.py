@@ -113,8 +113,9 @@ def train_checkpoint(
         )
     seen, unseen = examples.subset(kept), examples.subset(held)
     tokenizer = _tokenizer(beginning, seen, recipe)
-    tokens = TokenizedTexts(tokenizer, seen.texts, seen.pairs, recipe.max_length)
-    unseen_tokens = TokenizedTexts(tokenizer, unseen.texts, unseen.pairs, recipe.max_length)
+    cut = (recipe.max_length, recipe.truncation_side)
+    tokens = TokenizedTexts(tokenizer, seen.texts, seen.pairs, *cut)
+    unseen_tokens = TokenizedTexts(tokenizer, unseen.texts, unseen.pairs, *cut)
     log(
         f"{len(seen)} texts to train on, {len(unseen)} to calibrate on, "
         f"{tokens.lengths.mean():.1f} tokens each"
@@ -236,11 +237,16 @@ def build_model(
     start: Start, examples: Examples, recipe: Recipe, vocab_size: int
 ) -> BudgetFormerForSequenceClassification:
     """Build the network that a recipe asks for, converted or new."""
+    if recipe.ladder == "importance" and not (
+        recipe.budget_ffn and recipe.head_selection == "ranked"
+    ):
+        raise DataError("a ladder by importance needs ranked heads and a coupled feed-forward net")
     choices: dict[str, Any] = {
         "head_selection": recipe.head_selection,
         "budget_scope": recipe.budget_scope,
         "budget_ffn": recipe.budget_ffn,
         "embedding_exit": recipe.embedding_exit and recipe.budget_scope == "input",
+        "exit_buckets": recipe.exit_weights // len(examples.names),
         "attention_probs_dropout_prob": recipe.attention_dropout,
         "problem_type": MULTI_LABEL if examples.multi_label else "single_label_classification",
     }

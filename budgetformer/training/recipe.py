@@ -20,6 +20,7 @@ class Recipe:
         data_terms: under which terms the data may be used.
         seed: everything random follows from it.
         max_length: tokens kept of a text (and of a pair together).
+        truncation_side: end of a longer text that is cut off, "right" or "left".
         batch_size: items per optimiser step.
         learning_rate: peak of AdamW's rate, after a linear warm-up and before a linear decay.
         weight_decay: AdamW's, on matrices only.
@@ -39,10 +40,13 @@ class Recipe:
         distillation: weight of the teacher's answer against the label's, 0..1.
         distillation_temperature: softens both answers before they are compared.
         head_selection, budget_scope, budget_ffn, embedding_exit: see `BudgetFormerConfig`.
+        ladder: "uniform" keeps as many heads in every layer; "importance" gives each step's heads
+            to the layers where the loss misses them most (a layer may get none).
         hold_out: share of the training rows that no weight ever sees, for calibration.
         exit_epochs: passes over the data for the step-0 head.
         exit_folds: parts for the out-of-fold step-0 answers that f_o learns from.
         exit_learning_rate, exit_weight_decay: of the step-0 head.
+        exit_weights: size of step 0's table for neighbouring tokens, rows times labels; 0: none.
         hidden_size, num_layers, num_heads, intermediate_size, vocab_size: of a network from
             scratch.
     """
@@ -51,6 +55,7 @@ class Recipe:
     data_terms: str = "not stated"
     seed: int = 0
     max_length: int = 128
+    truncation_side: Literal["right", "left"] = "right"
     batch_size: int = 32
     learning_rate: float = 5e-5
     weight_decay: float = 0.01
@@ -71,11 +76,13 @@ class Recipe:
     budget_scope: Literal["input", "layer"] = "input"
     budget_ffn: bool = True
     embedding_exit: bool = True
+    ladder: Literal["uniform", "importance"] = "uniform"
     hold_out: float = 0.1
     exit_epochs: int = 12
     exit_folds: int = 4
-    exit_learning_rate: float = 3e-3
+    exit_learning_rate: float = 1e-2
     exit_weight_decay: float = 0.02
+    exit_weights: int = 2**20
     hidden_size: int = 256
     num_layers: int = 2
     num_heads: int = 8

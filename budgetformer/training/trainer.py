@@ -26,7 +26,7 @@ from budgetformer.modeling import (
     BudgetFormerForSequenceClassification,
     Gating,
 )
-from budgetformer.training.conversion import order_by_importance
+from budgetformer.training.conversion import ladder_by_importance, order_by_importance
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
 from budgetformer.training.objectives import (
     budget_penalty,
@@ -35,9 +35,11 @@ from budgetformer.training.objectives import (
     relevance_entropy,
 )
 from budgetformer.training.recipe import Recipe
+from budgetformer.training.sliced import sliced_logits
 
 SAVE_SECONDS = 120
 IMPORTANCE_BATCHES = 32
+STEPS_PER_BATCH = 2
 
 Log = Callable[[str], None]
 
@@ -98,15 +100,22 @@ class Trainer:
         work_dir.mkdir(parents=True, exist_ok=True)
         self.steps_per_epoch = -(-len(examples) // recipe.batch_size)
 
-    def train(self) -> None:
-        """Run the stages of the recipe: dense, order by importance, every budget."""
+    def train(self, keep_dense: Callable[[], None] | None = None) -> None:
+        """Run the stages of the recipe: dense, order by importance, every budget.
+
+        `keep_dense` is called when the dense network is trained, before a budget changes it.
+        """
         resume = self._read_state()
         done = resume.get("done", [])
         if "dense" not in done:
             self._run(Stage("dense", self.recipe.dense_epochs, self._dense_loss), resume, done)
+            if keep_dense is not None:
+                keep_dense()
             self.log("ordering heads and neurons by importance")
             if self.model.config.head_selection == "ranked" or self.model.config.budget_ffn:
-                order_by_importance(self.model, self._labelled_batches(IMPORTANCE_BATCHES))
+                units = order_by_importance(self.model, self._labelled_batches(IMPORTANCE_BATCHES))
+                if self.recipe.ladder == "importance":
+                    self.model.config.ladder = ladder_by_importance(units)
             done = [*done, "dense"]
             self._save_state({"done": done})
             resume = {}
@@ -141,21 +150,42 @@ class Trainer:
         recipe, config = self.recipe, self.model.config
         steps = None
         if recipe.gating == "hard":
+            if config.head_selection == "ranked" and config.budget_scope == "input":
+                return self._sliced_loss(batch, teacher)
             steps = random_steps(len(batch.rows), config.num_steps, recipe.small_step_bias)
         output = self._forward(batch, steps)
         assert output.logits is not None
         assert output.budget is not None
-        logits = output.logits.float()
-        loss = (1 - recipe.distillation) * self.model.loss(logits, self.labels[batch.rows])
-        if teacher is not None:
-            taught = distillation_loss(
-                logits, teacher[batch.rows], recipe.distillation_temperature, config.problem_type
-            )
-            loss = loss + recipe.distillation * taught
+        loss = self._taught_loss(output.logits.float(), batch, teacher)
         if output.relevance is not None:
             loss = loss + recipe.entropy_weight * relevance_entropy(output.relevance)
         low, high = config.budget_bounds
         return loss + recipe.budget_weight * budget_penalty(output.budget, (low, high))
+
+    def _sliced_loss(self, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
+        """Train each part of a batch at one random step, and at that step's cost."""
+        parts = batch.split(STEPS_PER_BATCH)
+        steps = random_steps(len(parts), self.model.config.num_steps, self.recipe.small_step_bias)
+        total = torch.zeros(())
+        for part, step in zip(parts, steps.tolist(), strict=True):
+            with self._autocast():
+                logits = sliced_logits(self.model, part, step)
+            loss = self._taught_loss(logits.float(), part, teacher)
+            total = total + loss * (len(part.rows) / len(batch.rows))
+        return total
+
+    def _taught_loss(self, logits: Tensor, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
+        recipe = self.recipe
+        loss = (1 - recipe.distillation) * self.model.loss(logits, self.labels[batch.rows])
+        if teacher is None:
+            return loss
+        taught = distillation_loss(
+            logits,
+            teacher[batch.rows],
+            recipe.distillation_temperature,
+            self.model.config.problem_type,
+        )
+        return loss + recipe.distillation * taught
 
     def _forward(
         self, batch: TokenBatch, steps: int | Tensor | None
@@ -256,7 +286,8 @@ class Trainer:
 
     def _save_state(self, state: dict[str, Any]) -> None:
         part = self.state_path.with_suffix(".part")
-        torch.save(state | {"model": self.model.state_dict()}, part)
+        weights = {"model": self.model.state_dict(), "ladder": self.model.config.ladder}
+        torch.save(state | weights, part)
         part.replace(self.state_path)
 
     def _read_state(self) -> dict[str, Any]:
@@ -264,6 +295,7 @@ class Trainer:
             return {}
         state: dict[str, Any] = torch.load(self.state_path, weights_only=True)
         self.model.load_state_dict(state.pop("model"))
+        self.model.config.ladder = state.pop("ladder")
         return state
 
 
