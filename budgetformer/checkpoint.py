@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenizers import Tokenizer
@@ -78,6 +78,7 @@ class Manifest(_Data):
         created: date, ISO 8601.
         files: every other file of the folder that is needed to serve, by name.
         max_tokens: longest input, special tokens included; longer ones are truncated.
+        truncation_side: the end that is cut off then.
         labels: label names in class order.
         problem_type: `single_label_classification` or `multi_label_classification`.
         seed, recipe: what `budgetformer train` was asked.
@@ -94,6 +95,7 @@ class Manifest(_Data):
     created: str
     files: dict[str, FileEntry]
     max_tokens: int = Field(ge=3)
+    truncation_side: Literal["right", "left"] = "right"
     labels: tuple[str, ...] = Field(min_length=1)
     problem_type: str
     seed: int
@@ -286,7 +288,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Load a checkpoint's tokenizer; it neither pads nor truncates.
+    """Load a checkpoint's tokenizer; it truncates to the model's length and does not pad.
 
     Raises:
         CheckpointError: the file is not a tokenizer.
@@ -296,7 +298,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     except Exception as error:  # the Rust library raises plain Exception
         raise CheckpointError(f"{checkpoint.path / TOKENIZER}: {error}") from error
     tokenizer.no_padding()
-    tokenizer.no_truncation()
+    manifest = checkpoint.manifest
+    tokenizer.enable_truncation(manifest.max_tokens, direction=manifest.truncation_side)
     return tokenizer
 
 

@@ -87,7 +87,6 @@ class Classifier:
         self.checkpoint = read_checkpoint(_version_folder(Path(path)))
         self.network = load_network(self.checkpoint, device)
         self.tokenizer = load_tokenizer(self.checkpoint)
-        self.tokenizer.enable_truncation(self.checkpoint.manifest.max_tokens)
 
     def __call__(
         self,

@@ -6,13 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource
 from pydantic_settings import SettingsError as SourceError
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import Progress
 from rich.table import Table
 
@@ -28,6 +29,9 @@ from service.settings import (
     SettingsError,
     refuse_unknown_environment,
 )
+
+if TYPE_CHECKING:
+    from budgetformer.training.data import Examples
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True)
 models_app = typer.Typer(no_args_is_help=True, help="Look at the checkpoints of a model store.")
@@ -166,6 +170,10 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Everything random follows from it.")] = None,
     work_dir: Annotated[Path | None, typer.Option(help="State of the run, to go on from.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads; none: all cores.")] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="Also keep the dense network here, for `evaluate --report`."),
+    ] = None,
 ) -> None:
     """Train, calibrate and write a checkpoint; an interrupted run goes on where it was."""
     from budgetformer.training.pipeline import train_checkpoint
@@ -179,6 +187,7 @@ def train(
         work_dir=work_dir or output.parent / f".{output.name}.work",
         threads=threads,
         log=err.print,
+        baseline=baseline,
     )
 
 
@@ -215,15 +224,32 @@ def evaluate(
     url: Annotated[
         str | None, typer.Option(help="Ask this server instead of computing here.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the frontier report (Markdown, JSON, plots) to this folder."),
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="Dense network that `train --baseline` kept, for the report."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use this many rows, evenly chosen.")
+    ] = None,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
     """Report accuracy and cost of every quality level, and of the full budget."""
-    from budgetformer.training.evaluation import evaluate_checkpoint, through_http
+    from budgetformer.training.evaluation import evaluate_checkpoint, read_test, through_http
 
     checkpoint = _resolve(model, model_store)
+    examples = read_test(checkpoint, data, limit)
+    if report is not None:
+        if url is not None:
+            raise typer.BadParameter("a report is made here, it cannot ask a server")
+        _report(checkpoint, examples, report, baseline)
+        return
     ask = None if url is None else through_http(url, checkpoint)
-    rows = evaluate_checkpoint(checkpoint, data, ask)
+    rows = evaluate_checkpoint(checkpoint, examples, ask)
     if as_json:
         out.print_json(data=[row.as_dict() for row in rows])
         return
@@ -232,6 +258,18 @@ def evaluate(
     for row in rows:
         table.add_row(*row.cells())
     out.print(table)
+
+
+def _report(
+    checkpoint: Checkpoint, examples: Examples, folder: Path, baseline: Path | None
+) -> None:
+    from budgetformer.training.baseline import read_baseline
+    from budgetformer.training.report import report_checkpoint
+    from budgetformer.training.report_files import write_report
+
+    dense = None if baseline is None else read_baseline(baseline)
+    write_report(report_checkpoint(checkpoint, examples, dense), folder)
+    out.print(Markdown((folder / "README.md").read_text()))
 
 
 @app.command()

@@ -61,9 +61,7 @@ def open_model(checkpoint: Checkpoint) -> ServedModel:
     Raises:
         CheckpointError: its tokenizer is damaged.
     """
-    tokenizer = load_tokenizer(checkpoint)
-    tokenizer.enable_truncation(checkpoint.manifest.max_tokens)
-    return ServedModel(checkpoint, tokenizer)
+    return ServedModel(checkpoint, load_tokenizer(checkpoint))
 
 
 class Models:

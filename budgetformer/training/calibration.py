@@ -33,8 +33,6 @@ from budgetformer.training.evaluation import interval
 from budgetformer.training.exits import wrong
 from budgetformer.training.trainer import progress_bar
 
-MOST_COST: dict[QualityName, float] = {"best": float("inf"), "balanced": 0.3, "fast": 0.1}
-"""Each level is the most accurate rule whose mean multiply-adds are at most this share of dense."""
 BEST_SLACK = 0.0005
 """Accuracy that `best` may lose against the most accurate rule, for the sake of cost."""
 BATCH = 32
@@ -104,6 +102,19 @@ def tune_exit_weight(runs: Runs, labels: Tensor, problem_type: str | None) -> fl
     return round(best, 3)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a rule gives each of N texts, [N] each.
+
+    The ladder step that answers, whether it is right, multiply-adds and heads spent on the way.
+    """
+
+    step: np.ndarray
+    right: np.ndarray
+    macs: np.ndarray
+    heads: np.ndarray
+
+
 class Calibration:
     """Score rules on the runs of N held-out texts.
 
@@ -119,6 +130,7 @@ class Calibration:
         mixed = runs.logits.clone()
         if config.embedding_exit:
             mixed[1:] += config.exit_weight * runs.logits[0]
+        self.logits = mixed
         self.right = np.stack(
             [1 - wrong(step, labels, config.problem_type).numpy() for step in mixed]
         ).astype(bool)
@@ -157,6 +169,21 @@ class Calibration:
 
     def score(self, entry: Sequence[EntryBand], escalation: Escalation | None) -> OperatingPoint:
         """Score one rule."""
+        answers = self.answer(entry, escalation)
+        accuracy = float(answers.right.mean())
+        used, counts = np.unique(answers.step, return_counts=True)
+        return OperatingPoint(
+            entry=tuple(entry),
+            escalation=escalation,
+            accuracy=accuracy,
+            points_lost=100 * (self.full_accuracy - accuracy),
+            macs_share=float(answers.macs.sum() / self.dense.sum()),
+            mean_heads=float(answers.heads.mean()),
+            budgets={int(k): float(n / len(self.rows)) for k, n in zip(used, counts, strict=True)},
+        )
+
+    def answer(self, entry: Sequence[EntryBand], escalation: Escalation | None) -> Answers:
+        """Look up what one rule gives each text."""
         bounds = np.array([band.upto for band in entry])
         steps = np.array([band.step for band in entry])
         step = steps[np.searchsorted(bounds, self.s, side="left").clip(max=len(steps) - 1)]
@@ -167,21 +194,13 @@ class Calibration:
             step = np.where(unsure, escalation.step, step)
             macs += np.where(unsure, self.macs[escalation.step], 0)
             heads += np.where(unsure, self.heads[escalation.step], 0)
-        accuracy = float(self.right[step, self.rows].mean())
-        used, counts = np.unique(step, return_counts=True)
-        return OperatingPoint(
-            entry=tuple(entry),
-            escalation=escalation,
-            accuracy=accuracy,
-            points_lost=100 * (self.full_accuracy - accuracy),
-            macs_share=float(macs.sum() / self.dense.sum()),
-            mean_heads=float(heads.mean()),
-            budgets={int(k): float(n / len(step)) for k, n in zip(used, counts, strict=True)},
-        )
+        return Answers(step, self.right[step, self.rows], macs, heads)
 
-    def frontier(self) -> list[OperatingPoint]:
+    def frontier(self, level_costs: Sequence[float]) -> list[OperatingPoint]:
         """Return the rules that no other beats at their cost, by rising cost, three of them named.
 
+        `fast` and `balanced` are the most accurate rules whose mean multiply-adds are at most the
+        share `level_costs` of the dense network's; `best` is the most accurate of all.
         Accuracy counts to a tenth of a standard error only; below that, the cheaper rule is the
         better one.
         """
@@ -196,7 +215,7 @@ class Calibration:
         rows = len(self.rows)
         return [
             point.model_copy(update={"interval": interval(point.accuracy, rows)})
-            for point in _thin(_named(kept))
+            for point in _thin(_named(kept, level_costs))
         ]
 
     def _rules(self) -> Iterator[tuple[list[EntryBand], Escalation | None]]:
@@ -231,11 +250,13 @@ class Calibration:
         return round(float(np.quantile(self.s, min(share, 1.0))), 5)
 
 
-def _named(points: list[OperatingPoint]) -> list[OperatingPoint]:
+def _named(points: list[OperatingPoint], level_costs: Sequence[float]) -> list[OperatingPoint]:
     """Name three points of a frontier; where it has fewer, one point stands for several levels."""
     most = max(point.accuracy for point in points)
     places: dict[QualityName, int] = {}
-    for name, cost in MOST_COST.items():
+    fast, balanced = level_costs
+    caps: dict[QualityName, float] = {"best": float("inf"), "balanced": balanced, "fast": fast}
+    for name, cost in caps.items():
         affordable = [i for i, p in enumerate(points) if p.macs_share <= cost] or [0]
         good = [i for i in affordable if points[i].accuracy >= most - BEST_SLACK]
         places[name] = good[0] if good else affordable[-1]
@@ -255,16 +276,20 @@ def _thin(points: list[OperatingPoint]) -> list[OperatingPoint]:
     return [p for p in points if id(p) not in unwanted]
 
 
-def answer_all(network: PackedPass, tokens: TokenizedTexts, rule: BudgetRule) -> list[Work]:
-    """Answer N texts under one rule."""
+def answer_all(
+    network: PackedPass, tokens: TokenizedTexts, rule: BudgetRule, batch: int = BATCH
+) -> list[Work]:
+    """Answer N texts under one rule, `batch` at a time; those of one step run together."""
     items = [
         Work(tokens.ids[i].tolist(), tokens.types[i].tolist(), rule) for i in range(len(tokens.ids))
     ]
-    for start in range(0, len(items), BATCH):
-        waiting = items[start : start + BATCH]
-        cascade.arrive(network, waiting)
-        while waiting := [item for item in waiting if not item.done]:
-            cascade.run(network, waiting)
+    for start in range(0, len(items), batch):
+        cascade.arrive(network, items[start : start + batch])
+    while waiting := [item for item in items if not item.done]:
+        step = min(item.step for item in waiting)
+        same = [item for item in waiting if item.step == step]
+        for start in range(0, len(same), batch):
+            cascade.run(network, same[start : start + batch])
     return items
 
 

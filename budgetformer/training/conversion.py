@@ -277,19 +277,19 @@ def order_by_importance(
         model.zero_grad()
         loss = model(**batch, steps=model.config.num_steps).loss
         loss.backward()
-        for _, heads, neurons in meters:
-            heads.collect()
-            neurons.collect()
+        for _, head_meter, neuron_meter in meters:
+            head_meter.collect()
+            neuron_meter.collect()
     model.zero_grad()
     model.train(training)
     size = model.config.head_size
     units: list[Tensor] = []
     for index, (layer, head_meter, neuron_meter) in enumerate(meters):
-        unit, order = head_meter.close().sort(descending=True, stable=True)
+        units_of_layer, order = head_meter.close().sort(descending=True, stable=True)
         neurons, neuron_order = neuron_meter.close().sort(descending=True, stable=True)
         if model.config.budget_ffn:
-            unit = unit + neurons.unflatten(0, (len(unit), -1)).sum(1)
-        units.append(unit)
+            units_of_layer = units_of_layer + neurons.unflatten(0, (len(order), -1)).sum(1)
+        units.append(units_of_layer)
         shared = model.encoder.decision
         if shared is not None and shared.scorer is not None:
             _permute_scores(shared.scorer, index * len(order), order)

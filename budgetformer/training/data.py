@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -193,6 +194,14 @@ class TokenizedTexts:
         self.ids = [np.array(e.ids, dtype=np.int64) for e in encodings]
         self.types = [np.array(e.type_ids, dtype=np.int64) for e in encodings]
         self.lengths = np.array([len(ids) for ids in self.ids])
+
+    def some(self, count: int) -> TokenizedTexts:
+        """Return an even choice of at most `count` texts."""
+        rows = np.linspace(0, len(self.ids) - 1, min(count, len(self.ids))).astype(int)
+        chosen = copy.copy(self)
+        chosen.ids, chosen.types = [self.ids[i] for i in rows], [self.types[i] for i in rows]
+        chosen.lengths = self.lengths[rows]
+        return chosen
 
     def batch(self, rows: np.ndarray) -> TokenBatch:
         """Pad the given rows to their longest."""

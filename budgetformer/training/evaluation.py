@@ -82,13 +82,8 @@ def interval(accuracy: float, rows: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def evaluate_checkpoint(checkpoint: Checkpoint, data: Path, ask: Ask | None = None) -> list[Row]:
-    """Score every quality level, then the full budget, on a labelled file.
-
-    Args:
-        checkpoint: whose levels and labels count.
-        data: file of labelled texts.
-        ask: who answers; None: the checkpoint, in this process.
+def read_test(checkpoint: Checkpoint, data: Path, limit: int | None = None) -> Examples:
+    """Read a file of labelled texts with a checkpoint's labels; `limit` keeps so many rows, evenly.
 
     Raises:
         DataError: the file has no rows, or labels that the checkpoint does not know.
@@ -96,6 +91,21 @@ def evaluate_checkpoint(checkpoint: Checkpoint, data: Path, ask: Ask | None = No
     examples = read_examples(data, list(checkpoint.manifest.labels))
     if not len(examples):
         raise DataError(f"{data}: no rows")
+    if limit is None or limit >= len(examples):
+        return examples
+    return examples.subset(np.linspace(0, len(examples) - 1, limit).astype(int))
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint, examples: Examples, ask: Ask | None = None
+) -> list[Row]:
+    """Score every quality level, then the full budget, on labelled texts.
+
+    Args:
+        checkpoint: whose levels and labels count.
+        examples: the texts.
+        ask: who answers; None: the checkpoint, in this process.
+    """
     answer = ask or in_process(Classifier(checkpoint.path))
     levels: list[str | None] = [p.name for p in checkpoint.manifest.operating_points if p.name]
     return [_row(level or FULL, answer(examples, level), examples) for level in [*levels, None]]

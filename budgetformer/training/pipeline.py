@@ -6,7 +6,7 @@ import datetime
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.errors import DataError
 from budgetformer.modeling import MULTI_LABEL, BudgetFormerForSequenceClassification
 from budgetformer.policy import BudgetRule, OperatingPoint
+from budgetformer.training.baseline import write_baseline
 from budgetformer.training.calibration import (
     Calibration,
     answer_all,
@@ -41,7 +42,7 @@ from budgetformer.training.calibration import (
 from budgetformer.training.card import write_card
 from budgetformer.training.conversion import convert_encoder
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
-from budgetformer.training.evaluation import Row, evaluate_checkpoint
+from budgetformer.training.evaluation import Row, evaluate_checkpoint, read_test
 from budgetformer.training.exits import (
     fit_controllers,
     fit_exit_head,
@@ -85,6 +86,7 @@ def train_checkpoint(
     work_dir: Path,
     threads: int | None,
     log: Log,
+    baseline: Path | None = None,
 ) -> None:
     """Train, calibrate and write the checkpoint folder `output` (`<store>/<name>/<version>`).
 
@@ -96,6 +98,7 @@ def train_checkpoint(
         work_dir: state of the run; a second call goes on from it.
         threads: of torch; None: its own choice.
         log: gets one line per event.
+        baseline: also keep the dense network here, with early exits, for `report_checkpoint`.
 
     Raises:
         DataError, CheckpointError: something is missing or does not fit.
@@ -123,7 +126,13 @@ def train_checkpoint(
 
     torch.manual_seed(recipe.seed)
     model = build_model(beginning, examples, recipe, tokenizer.get_vocab_size())
-    Trainer(model, tokens, seen, recipe, work_dir, log).train()
+
+    def keep_dense() -> None:
+        if baseline is not None:
+            log("fitting early exits on the dense network")
+            write_baseline(model, tokens, seen, baseline, recipe.seed)
+
+    Trainer(model, tokens, seen, recipe, work_dir, log).train(keep_dense)
     log("fitting step 0 and f_o, calibrating budgets")
     network, frontier, points = _calibrate(model, tokens, seen, unseen_tokens, unseen, recipe)
 
@@ -132,13 +141,15 @@ def train_checkpoint(
         "calibration_rows": float(len(unseen)),
         "full_budget_accuracy": frontier[-1].accuracy if frontier else points[-1].accuracy,
     }
-    _write_files(network.model, tokenizer, output)
+    max_tokens = min(recipe.max_length, network.config.max_position_embeddings)
+    _write_files(network.model, tokenizer, output, max_tokens, recipe.truncation_side)
     manifest = Manifest(
         name=output.parent.name,
         version=int(output.name),
         created=_today(),
         files=file_entries(output),
-        max_tokens=network.config.max_position_embeddings,
+        max_tokens=max_tokens,
+        truncation_side=recipe.truncation_side,
         labels=tuple(examples.names),
         problem_type=network.config.problem_type or "single_label_classification",
         seed=recipe.seed,
@@ -157,7 +168,8 @@ def train_checkpoint(
     report: list[Row] = []
     if test_file is not None:
         log(f"scoring {test_file.name}")
-        report = evaluate_checkpoint(read_checkpoint(output), test_file)
+        made = read_checkpoint(output)
+        report = evaluate_checkpoint(made, read_test(made, test_file))
         tested = {f"test_accuracy_{row.quality.replace(' ', '_')}": row.accuracy for row in report}
         manifest = manifest.model_copy(
             update={"metrics": metrics | {"test_rows": float(report[0].rows)} | tested}
@@ -191,11 +203,23 @@ def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> M
         raise DataError(f"{data}: {len(examples)} rows, calibration needs {FEWEST_ROWS} at least")
     network = load_network(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
-    length = checkpoint.manifest.max_tokens
-    tokens = TokenizedTexts(tokenizer, examples.texts, examples.pairs, length)
+    tokens = TokenizedTexts(
+        tokenizer,
+        examples.texts,
+        examples.pairs,
+        checkpoint.manifest.max_tokens,
+        checkpoint.manifest.truncation_side,
+    )
     log(f"calibrating on {len(examples)} texts")
-    frontier, points = _find_points(network, tokens, examples)
-    _write_files(network.model, tokenizer, output)
+    costs = checkpoint.manifest.recipe.get("level_costs", Recipe.level_costs)
+    frontier, points = _find_points(network, tokens, examples, costs)
+    _write_files(
+        network.model,
+        tokenizer,
+        output,
+        checkpoint.manifest.max_tokens,
+        checkpoint.manifest.truncation_side,
+    )
     manifest = checkpoint.manifest.model_copy(
         update={
             "name": output.parent.name,
@@ -317,11 +341,14 @@ def _calibrate(
     # The checkpoint holds 16-bit weights; what is calibrated must be what will be served.
     model.half().float()
     network = PackedPass(model)
-    return network, *_find_points(network, unseen_tokens, unseen)
+    return network, *_find_points(network, unseen_tokens, unseen, recipe.level_costs)
 
 
 def _find_points(
-    network: PackedPass, tokens: TokenizedTexts, examples: Examples
+    network: PackedPass,
+    tokens: TokenizedTexts,
+    examples: Examples,
+    level_costs: Sequence[float],
 ) -> tuple[list[FixedStep], list[OperatingPoint]]:
     config = network.config
     labels = torch.from_numpy(examples.labels)
@@ -331,7 +358,7 @@ def _find_points(
     if config.embedding_exit:
         config.exit_weight = tune_exit_weight(runs, labels, config.problem_type)
     calibration = Calibration(network, runs, labels)
-    return calibration.fixed_steps(), calibration.frontier()
+    return calibration.fixed_steps(), calibration.frontier(level_costs)
 
 
 def _check_output(output: Path) -> None:
@@ -366,7 +393,11 @@ def _teach_controllers(
 
 
 def _write_files(
-    model: BudgetFormerForSequenceClassification, tokenizer: Tokenizer, output: Path
+    model: BudgetFormerForSequenceClassification,
+    tokenizer: Tokenizer,
+    output: Path,
+    max_tokens: int,
+    truncation_side: str,
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(output)
@@ -375,7 +406,8 @@ def _write_files(
     tokenizer.save(str(output / "tokenizer.json"))
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.config.max_position_embeddings,
+        "model_max_length": max_tokens,
+        "truncation_side": truncation_side,
     }
     for name, spellings in _SPECIAL_TOKENS.items():
         known = [token for token in spellings if tokenizer.token_to_id(token) is not None]

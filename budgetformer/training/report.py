@@ -1,0 +1,437 @@
+"""The frontier report: what budgets buy on test texts, beside everything one would use instead.
+
+Every text is run once at every ladder step and once through the dense network; each way to spend a
+budget is then a look-up in those answers. Thresholds of the quality levels come from the
+checkpoint, which chose them on other texts. Those of the rivals (early exit, confidence cascade)
+are chosen here, on the test texts themselves, so comparisons lean towards the rivals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from budgetformer.checkpoint import Checkpoint, load_tokenizer
+from budgetformer.classifier import load_network
+from budgetformer.compact import PackedPass
+from budgetformer.cost import layer_macs
+from budgetformer.errors import DataError
+from budgetformer.modeling import MULTI_LABEL, confidence, probabilities
+from budgetformer.policy import BudgetRule, EntryBand, Escalation, OperatingPoint
+from budgetformer.training.baseline import Baseline
+from budgetformer.training.calibration import Answers, Calibration, answer_all, run_every_step
+from budgetformer.training.data import Examples, TokenizedTexts
+from budgetformer.training.evaluation import interval
+from budgetformer.training.exits import wrong
+
+ECE_BINS = 15
+THRESHOLDS = tuple(np.linspace(0.3, 0.995, 140).tolist())
+EQUAL_COSTS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+"""Shares of the dense network's multiply-adds at which rivals are compared."""
+TIMED_BATCHES = {1: 16, 32: 64}
+"""Batch size, and how many texts are timed at it."""
+TIMED_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to answer N texts, and what it reached.
+
+    macs_share: mean multiply-adds of the dense network's; milliseconds: per text, by batch size.
+    """
+
+    name: str
+    rows: int
+    accuracy: float
+    low: float
+    high: float
+    macro_f1: float
+    ece: float
+    macs_share: float
+    mean_heads: float
+    milliseconds: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The budget per text against one rival at equal mean cost.
+
+    gain: accuracy points (of 100), with its paired 95 % interval.
+    """
+
+    rival: str
+    level: str
+    macs_share: float
+    accuracy: float
+    rival_accuracy: float
+    gain: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """What a level spends on texts that the dense network gets wrong, and right."""
+
+    level: str
+    heads_if_wrong: float
+    heads_if_right: float
+    macs_if_wrong: float
+    macs_if_right: float
+
+    @property
+    def ratio(self) -> float:
+        """Multiply-adds on the wrong ones per multiply-add on the right ones."""
+        return self.macs_if_wrong / self.macs_if_right
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy against the share of dense multiply-adds, of one family of rules."""
+
+    name: str
+    cost: list[float]
+    accuracy: list[float]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All figures of one checkpoint on one set of texts."""
+
+    model: str
+    rows: int
+    ways: list[Way]
+    comparisons: list[Comparison]
+    difficulty: list[Difficulty]
+    curves: list[Curve]
+    heads_by_confidence: dict[str, list[float]]
+    heads_by_class: dict[str, dict[str, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a way to answer gives each text: logits [N, C], right [N], cost [N], heads [N]."""
+
+    logits: Tensor
+    right: np.ndarray
+    macs: np.ndarray
+    heads: np.ndarray
+
+
+def report_checkpoint(
+    checkpoint: Checkpoint, examples: Examples, baseline: Baseline | None, *, timed: bool = True
+) -> Report:
+    """Measure a checkpoint on labelled texts that neither training nor calibration saw.
+
+    Args:
+        checkpoint: with scope "input" (layers that decide for themselves have no fixed steps).
+        examples: the texts; each is run at every ladder step, so the cost is many passes.
+        baseline: the dense network that the checkpoint came from; None: its own full budget.
+        timed: also measure milliseconds per text on this machine.
+
+    Raises:
+        DataError: there is no text, or the checkpoint's layers decide for themselves.
+    """
+    if not len(examples):
+        raise DataError("a report needs texts")
+    network = load_network(checkpoint)
+    if network.config.budget_scope == "layer":
+        raise DataError("a report compares fixed steps, which layer-wise budgets do not have")
+    manifest = checkpoint.manifest
+    tokens = TokenizedTexts(
+        load_tokenizer(checkpoint),
+        examples.texts,
+        examples.pairs,
+        manifest.max_tokens,
+        manifest.truncation_side,
+    )
+    bench = _Bench(network, tokens, examples, baseline)
+    levels = [point for point in manifest.operating_points if point.name]
+    times = bench.time(levels) if timed else {}
+    return bench.report(checkpoint.label, levels, list(manifest.operating_points), times)
+
+
+class _Bench:
+    """The answers of all steps, layers and levels to the same texts."""
+
+    def __init__(
+        self,
+        network: PackedPass,
+        tokens: TokenizedTexts,
+        examples: Examples,
+        baseline: Baseline | None,
+    ) -> None:
+        self.network, self.tokens, self.examples = network, tokens, examples
+        self.config = network.config
+        self.labels = torch.from_numpy(examples.labels)
+        self.runs = run_every_step(network, tokens)
+        self.table = Calibration(network, self.runs, self.labels)
+        self.full = self._step(self.config.num_steps)
+        self.baseline = baseline
+        self.layers = None if baseline is None else baseline.layer_logits(tokens)
+        logits = self.full.logits if self.layers is None else self.layers[-1]
+        self.dense = self._outcome(logits, self.table.dense, self.full.heads)
+
+    def report(
+        self,
+        model: str,
+        levels: Sequence[OperatingPoint],
+        points: Sequence[OperatingPoint],
+        times: dict[str, dict[int, float]],
+    ) -> Report:
+        first = 0 if self.config.embedding_exit else 1
+        steps = {f"step {i}": self._step(i) for i in range(first, self.config.num_steps + 1)}
+        named = {str(p.name): self._level(p) for p in levels}
+        oracle = self._oracle(first)
+        dense = {"dense": self.dense} if self.baseline else {}
+        outcomes = {**named, **dense, **steps, "oracle": oracle}
+        rivals = {"fixed step": list(steps.values())}
+        rivals["confidence cascade"] = self._cascades()
+        if self.layers is not None:
+            rivals["early exit"] = list(self._early_exits())
+        ours = [(p, self._level(p)) for p in points]
+        curves = [
+            Curve("budget per text", [self._share(o) for _, o in ours], [_mean(o) for _, o in ours])
+        ]
+        for name, family in rivals.items():
+            hull = _hull([(self._share(o), _mean(o)) for o in family])
+            best = [(self._share(family[i]), _mean(family[i])) for i in hull]
+            curves.append(Curve(name, [c for c, _ in best], [a for _, a in best]))
+        return Report(
+            model=model,
+            rows=len(self.examples),
+            ways=[self._way(name, o, times.get(name, {})) for name, o in outcomes.items()],
+            comparisons=list(self._compare(ours, rivals)),
+            difficulty=[self._difficulty(name, o) for name, o in named.items()],
+            curves=curves,
+            heads_by_confidence={n: self._by_confidence(o) for n, o in named.items()},
+            heads_by_class={n: self._by_class(o) for n, o in named.items()},
+        )
+
+    def time(self, levels: Sequence[OperatingPoint]) -> dict[str, dict[int, float]]:
+        """Time each level and each fixed step per text, interleaved, in the packed pass.
+
+        The dense network is timed as our own full step; medians of a few rounds, in milliseconds.
+        """
+        last = self.config.num_steps
+        rules = {str(p.name): BudgetRule(point=p, num_steps=last) for p in levels}
+        for step in range(1, last + 1):
+            rules[f"step {step}"] = BudgetRule(point=None, num_steps=last, fixed=step)
+        found: dict[str, dict[int, float]] = {name: {} for name in rules}
+        for batch, count in TIMED_BATCHES.items():
+            some = self.tokens.some(count)
+            taken: dict[str, list[float]] = {name: [] for name in rules}
+            for _ in range(TIMED_ROUNDS):
+                for name, rule in rules.items():
+                    begun = time.perf_counter()
+                    answer_all(self.network, some, rule, batch)
+                    taken[name].append(time.perf_counter() - begun)
+            for name, seconds in taken.items():
+                found[name][batch] = 1000 * statistics.median(seconds) / len(some.ids)
+        found["dense"] = found[f"step {last}"]
+        return found
+
+    def _outcome(self, logits: Tensor, macs: np.ndarray, heads: np.ndarray) -> _Outcome:
+        right = 1 - wrong(logits, self.labels, self.config.problem_type).numpy()
+        return _Outcome(logits, right.astype(bool), macs, heads)
+
+    def _picked(self, answers: Answers) -> _Outcome:
+        logits = self.table.logits[torch.from_numpy(answers.step), torch.arange(len(answers.step))]
+        return _Outcome(logits, answers.right, answers.macs, answers.heads)
+
+    def _step(self, step: int) -> _Outcome:
+        return self._picked(self.table.answer([EntryBand(upto=1, step=step)], None))
+
+    def _level(self, point: OperatingPoint) -> _Outcome:
+        return self._picked(self.table.answer(point.entry, point.escalation))
+
+    def _oracle(self, first: int) -> _Outcome:
+        """Give each text the smallest step that is right, or the smallest of all."""
+        right = self.table.right[first:]
+        step = np.where(right.any(0), right.argmax(0), 0) + first
+        rows = self.table.rows
+        macs = self.table.macs[step, rows] + self.table.decision
+        heads = self.table.heads[step].astype(np.float64)
+        return self._picked(Answers(step, self.table.right[step, rows], macs, heads))
+
+    def _cascades(self) -> list[_Outcome]:
+        """Run a small step, then the last one where the answer is not sure; both are paid for."""
+        last = self.config.num_steps
+        return [
+            self._picked(
+                self.table.answer([EntryBand(upto=1, step=low)], Escalation(below=below, step=last))
+            )
+            for low in range(1, last)
+            for below in THRESHOLDS
+        ]
+
+    def _early_exits(self) -> Iterator[_Outcome]:
+        """Leave the dense network after the first layer that is sure enough."""
+        assert self.layers is not None
+        count = len(self.layers)
+        sure = torch.stack([confidence(x, self.config.problem_type) for x in self.layers]).numpy()
+        heads = self.config.num_attention_heads
+        layer = np.array([layer_macs(self.config, heads, int(n)) for n in self.tokens.lengths])
+        head = self.config.hidden_size * self.config.num_classes
+        for below in THRESHOLDS:
+            leaves = sure >= below
+            leaves[-1] = True
+            at = leaves.argmax(0)
+            logits = self.layers[torch.from_numpy(at), torch.arange(len(at))]
+            macs = ((at + 1) * (layer + head)).astype(np.float64)
+            yield self._outcome(logits, macs, (at + 1) * (self.table.heads[-1] / count))
+
+    def _compare(
+        self,
+        ours: Sequence[tuple[OperatingPoint, _Outcome]],
+        rivals: dict[str, list[_Outcome]],
+    ) -> Iterator[Comparison]:
+        chosen = [
+            max(affordable, key=lambda pair: pair[0].accuracy)
+            for cost in EQUAL_COSTS
+            if (affordable := [pair for pair in ours if pair[0].macs_share <= cost])
+        ]
+        unique = list({id(point): (point, outcome) for point, outcome in chosen}.values())
+        for point, outcome in unique:
+            cost = self._share(outcome)
+            for name, family in rivals.items():
+                rival = self._at_cost(family, cost)
+                if rival is None:
+                    continue
+                gain, low, high = _paired(outcome.right, rival)
+                accuracy = float(rival.mean())
+                yield Comparison(
+                    name, point.name or "", cost, _mean(outcome), accuracy, gain, low, high
+                )
+
+    def _at_cost(self, family: Sequence[_Outcome], cost: float) -> np.ndarray | None:
+        """Return how right [N] the best mixture of a family is at exactly this mean cost.
+
+        Between two members, texts are split between them at random; None: all cost more.
+        """
+        places = [(self._share(o), _mean(o)) for o in family]
+        hull = _hull(places)
+        costs = [places[i][0] for i in hull]
+        above = int(np.searchsorted(costs, cost, side="right"))
+        if above == 0:
+            return None
+        low = family[hull[above - 1]].right.astype(float)
+        if above == len(hull):
+            return low
+        weight = (cost - costs[above - 1]) / (costs[above] - costs[above - 1])
+        return (1 - weight) * low + weight * family[hull[above]].right
+
+    def _share(self, outcome: _Outcome) -> float:
+        return float(outcome.macs.sum() / self.table.dense.sum())
+
+    def _way(self, name: str, outcome: _Outcome, milliseconds: dict[int, float]) -> Way:
+        low, high = interval(_mean(outcome), len(outcome.right))
+        return Way(
+            name=name,
+            rows=len(outcome.right),
+            accuracy=_mean(outcome),
+            low=low,
+            high=high,
+            macro_f1=macro_f1(outcome.logits, self.labels, self.config.problem_type),
+            ece=calibration_error(outcome.logits, outcome.right, self.config.problem_type),
+            macs_share=self._share(outcome),
+            mean_heads=float(outcome.heads.mean()),
+            milliseconds=milliseconds,
+        )
+
+    def _difficulty(self, name: str, outcome: _Outcome) -> Difficulty:
+        right = self.dense.right
+        share = outcome.macs / self.table.dense
+
+        def mean(values: np.ndarray) -> float:
+            return float(values.mean()) if len(values) else float("nan")
+
+        return Difficulty(
+            name,
+            mean(outcome.heads[~right]),
+            mean(outcome.heads[right]),
+            mean(share[~right]),
+            mean(share[right]),
+        )
+
+    def _by_confidence(self, outcome: _Outcome) -> list[float]:
+        """Average the heads over tenths of the texts, from the dense network's least sure ones."""
+        order = confidence(self.dense.logits, self.config.problem_type).argsort().numpy()
+        return [float(outcome.heads[part].mean()) for part in np.array_split(order, 10)]
+
+    def _by_class(self, outcome: _Outcome) -> dict[str, float]:
+        labels = self.examples.labels
+        found = {}
+        for number, name in enumerate(self.examples.names):
+            rows = labels[:, number] == 1 if labels.ndim == 2 else labels == number
+            if rows.any():
+                found[name] = float(outcome.heads[rows].mean())
+        return found
+
+
+def macro_f1(logits: Tensor, labels: Tensor, problem_type: str | None) -> float:
+    """Return the F1 score averaged over the classes that occur in labels or answers."""
+    if problem_type == MULTI_LABEL:
+        said, true = logits > 0, labels > 0
+    else:
+        classes = logits.shape[-1]
+        said = torch.nn.functional.one_hot(logits.argmax(-1), classes) > 0
+        true = torch.nn.functional.one_hot(labels, classes) > 0
+    both = (said & true).sum(0).double()
+    either = said.sum(0).double() + true.sum(0).double()
+    occurs = either > 0
+    return float((2 * both[occurs] / either[occurs]).mean())
+
+
+def calibration_error(logits: Tensor, right: np.ndarray, problem_type: str | None) -> float:
+    """Return the expected calibration error: |confidence - accuracy| over 15 equal bins."""
+    p = probabilities(logits, problem_type)
+    sure = (torch.maximum(p, 1 - p).prod(-1) if problem_type == MULTI_LABEL else p.amax(-1)).numpy()
+    bins = np.minimum((sure * ECE_BINS).astype(int), ECE_BINS - 1)
+    gaps = [
+        abs(sure[rows].mean() - right[rows].mean()) * rows.sum()
+        for b in range(ECE_BINS)
+        if (rows := bins == b).any()
+    ]
+    return float(sum(gaps) / len(sure))
+
+
+def _mean(outcome: _Outcome) -> float:
+    return float(outcome.right.mean())
+
+
+def _hull(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the points (cost, accuracy) on the rising upper hull, by rising cost."""
+    kept: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if kept and points[i][1] <= points[kept[-1]][1]:
+            continue
+        while len(kept) > 1 and _slope(points, kept[-2], i) >= _slope(points, kept[-2], kept[-1]):
+            kept.pop()
+        kept.append(i)
+    return kept
+
+
+def _slope(points: Sequence[tuple[float, float]], a: int, b: int) -> float:
+    run = points[b][0] - points[a][0]
+    return (points[b][1] - points[a][1]) / run if run else float("inf")
+
+
+def _paired(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """Return the difference of two accuracies in points, with its paired 95 % interval."""
+    difference = ours.astype(float) - theirs.astype(float)
+    half = 1.96 * float(difference.std()) / float(np.sqrt(len(difference)))
+    gain = float(difference.mean())
+    return 100 * gain, 100 * (gain - half), 100 * (gain + half)
