@@ -42,7 +42,7 @@ class Examples:
         return Examples(
             [self.texts[i] for i in rows],
             None if self.pairs is None else [self.pairs[i] for i in rows],
-            self.labels[np.asarray(rows)],
+            self.labels[np.asarray(rows, dtype=np.intp)],
             self.names,
         )
 

@@ -79,7 +79,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """What a level spends on texts that the dense network gets wrong, and right."""
+    """What a level spends on texts that the dense network gets wrong, and right.
+
+    Multiply-adds are shares of the dense network's on the same text.
+    """
 
     level: str
     heads_if_wrong: float
@@ -209,12 +212,14 @@ class _Bench:
             hull = _hull([(self._share(o), _mean(o)) for o in family])
             best = [(self._share(family[i]), _mean(family[i])) for i in hull]
             curves.append(Curve(name, [c for c, _ in best], [a for _, a in best]))
+        both_kinds = self.dense.right.any() and not self.dense.right.all()
+        difficulty = [self._difficulty(name, o) for name, o in named.items()] if both_kinds else []
         return Report(
             model=model,
             rows=len(self.examples),
             ways=[self._way(name, o, times.get(name, {})) for name, o in outcomes.items()],
             comparisons=list(self._compare(ours, rivals)),
-            difficulty=[self._difficulty(name, o) for name, o in named.items()],
+            difficulty=difficulty,
             curves=curves,
             heads_by_confidence={n: self._by_confidence(o) for n, o in named.items()},
             heads_by_class={n: self._by_class(o) for n, o in named.items()},
@@ -355,21 +360,19 @@ class _Bench:
         right = self.dense.right
         share = outcome.macs / self.table.dense
 
-        def mean(values: np.ndarray) -> float:
-            return float(values.mean()) if len(values) else float("nan")
-
         return Difficulty(
             name,
-            mean(outcome.heads[~right]),
-            mean(outcome.heads[right]),
-            mean(share[~right]),
-            mean(share[right]),
+            float(outcome.heads[~right].mean()),
+            float(outcome.heads[right].mean()),
+            float(share[~right].mean()),
+            float(share[right].mean()),
         )
 
     def _by_confidence(self, outcome: _Outcome) -> list[float]:
         """Average the heads over tenths of the texts, from the dense network's least sure ones."""
+        parts = min(10, len(self.examples))
         order = confidence(self.dense.logits, self.config.problem_type).argsort().numpy()
-        return [float(outcome.heads[part].mean()) for part in np.array_split(order, 10)]
+        return [float(outcome.heads[part].mean()) for part in np.array_split(order, parts)]
 
     def _by_class(self, outcome: _Outcome) -> dict[str, float]:
         labels = self.examples.labels

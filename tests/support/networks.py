@@ -149,6 +149,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> BudgetFormerConfig:
         "head_activation": draw(st.sampled_from([None, "tanh"])),
         "ladder": draw(st.none() | ladders(layers, heads, fewest=0 if coupled else 1)),
         "embedding_exit": scope == "input" and draw(st.booleans()),
+        "exit_buckets": draw(st.sampled_from([0, 11])),
         "exit_weight": draw(st.sampled_from([0.0, 0.7])),
         "num_labels": draw(st.integers(2, 5)),
         "problem_type": f"{'multi' if several else 'single'}_label_classification",

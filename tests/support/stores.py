@@ -60,6 +60,7 @@ _TINY: dict[str, Any] = {
     "budget_epochs": 4,
     "exit_epochs": 6,
     "exit_folds": 2,
+    "exit_weights": 300,
     "hold_out": 0.25,
 }
 

@@ -255,6 +255,42 @@ class TestEvaluate:
         assert rows[-1]["accuracy"] > 0.9
         assert rows[0]["macs_share"] < rows[1]["macs_share"] < rows[-1]["macs_share"]
 
+    def test_a_report_beside_the_dense_network_of_a_training_run(
+        self, command: CommandLine, tmp_path: Path
+    ) -> None:
+        data = write_jsonl(tmp_path / "rows.jsonl", single_label_rows())
+        recipe = tmp_path / "recipe.toml"
+        recipe.write_text(
+            "hidden_size = 16\nnum_heads = 2\nintermediate_size = 16\nvocab_size = 200\n"
+            'max_length = 12\ntruncation_side = "left"\nbudget_epochs = 1\nexit_epochs = 2\n'
+            'exit_weights = 300\nladder = "importance"\nlevel_costs = [0.3, 0.6]\n'
+        )
+        made, dense = tmp_path / "store" / "mine" / "1", tmp_path / "dense"
+        outcome = command(
+            "train", "--data", data, "--recipe", recipe, "--out", made, "--baseline", dense,
+            "--threads", 1,
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        manifest = read_checkpoint(made).manifest
+        assert (manifest.max_tokens, manifest.truncation_side) == (12, "left")
+        named = {p.name: p.macs_share for p in manifest.operating_points}
+        assert named["fast"] <= 0.3
+        assert named["balanced"] <= 0.6
+        report = tmp_path / "report"
+        outcome = command(
+            "evaluate", "--data", data, "--model", made, "--report", report, "--baseline", dense,
+            "--limit", 60,
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        assert "60 test texts" in outcome.out
+        found = json.loads((report / "report.json").read_text())
+        assert {way["rows"] for way in found["ways"]} == {60}
+        assert {c["rival"] for c in found["comparisons"]} <= {
+            "fixed step", "early exit", "confidence cascade",
+        }  # fmt: skip
+        assert "dense" in {way["name"] for way in found["ways"]}
+        assert "early exit" in {curve["name"] for curve in found["curves"]}
+
     def test_labels_that_the_model_does_not_have(
         self, command: CommandLine, model_store: Path, tmp_path: Path
     ) -> None:

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from budgetformer.checkpoint import read_checkpoint
+from budgetformer.errors import DataError
+from budgetformer.modeling import MULTI_LABEL
+from budgetformer.training.data import Examples
+from budgetformer.training.evaluation import evaluate_checkpoint
+from budgetformer.training.report import (
+    Report,
+    calibration_error,
+    macro_f1,
+    report_checkpoint,
+)
+from budgetformer.training.report_files import write_report
+from tests.support.stores import TAGS, TOPICS, labelled_sentences, model_store
+
+__all__ = ["model_store"]
+
+
+@pytest.fixture(scope="module")
+def examples(model_store: Path) -> Examples:
+    names = list(read_checkpoint(model_store / TOPICS / "1").manifest.labels)
+    rows = labelled_sentences()
+    labels = np.array([names.index(label) for _, label in rows])
+    return Examples([text for text, _ in rows], None, labels, names)
+
+
+@pytest.fixture(scope="module")
+def report(model_store: Path, examples: Examples) -> Report:
+    return report_checkpoint(read_checkpoint(model_store / TOPICS / "1"), examples, None)
+
+
+class TestReport:
+    def test_levels_are_what_evaluate_says(
+        self, report: Report, model_store: Path, examples: Examples
+    ) -> None:
+        ways = {way.name: way for way in report.ways}
+        for row in evaluate_checkpoint(read_checkpoint(model_store / TOPICS / "1"), examples):
+            way = ways.get(row.quality, ways["step 4"])
+            assert way.accuracy == pytest.approx(row.accuracy)
+            assert way.mean_heads == pytest.approx(row.mean_heads)
+            if row.quality in ways:  # the full budget is priced with f_o in a report, without here
+                assert way.macs_share == pytest.approx(row.macs_share, rel=1e-6)
+
+    def test_nothing_beats_the_oracle(self, report: Report) -> None:
+        ways = {way.name: way for way in report.ways}
+        assert ways["oracle"].accuracy == max(way.accuracy for way in report.ways)
+
+    def test_every_step_and_level_is_there_and_timed(self, report: Report) -> None:
+        names = [way.name for way in report.ways]
+        steps = [f"step {i}" for i in range(5)]
+        assert names == ["fast", "balanced", "best", *steps, "oracle"]
+        timed = [way for way in report.ways if way.milliseconds]
+        assert [way.name for way in timed] == [n for n in names if n not in ("step 0", "oracle")]
+        assert all(ms > 0 for way in timed for ms in way.milliseconds.values())
+
+    def test_curves_rise(self, report: Report) -> None:
+        for curve in report.curves:
+            if curve.name != "budget per text":
+                assert all(a < b for a, b in pairwise(curve.cost))
+                assert all(a < b for a, b in pairwise(curve.accuracy))
+
+    def test_a_comparison_is_at_equal_cost(self, report: Report) -> None:
+        curves = {curve.name: curve for curve in report.curves}
+        assert report.comparisons
+        for c in report.comparisons:
+            curve = curves[c.rival]
+            expected = np.interp(c.macs_share, curve.cost, curve.accuracy)
+            assert c.rival_accuracy == pytest.approx(expected)
+            assert c.gain == pytest.approx(100 * (c.accuracy - c.rival_accuracy))
+            assert c.low <= c.gain <= c.high
+
+    def test_heads_by_class_and_confidence_average_to_the_mean(self, report: Report) -> None:
+        for way in report.ways:
+            if way.name in report.heads_by_confidence:
+                tenths = report.heads_by_confidence[way.name]
+                assert np.mean(tenths) == pytest.approx(way.mean_heads, rel=0.05)
+                assert set(report.heads_by_class[way.name]) == {"animals", "music", "weather"}
+
+    def test_files(self, report: Report, tmp_path: Path) -> None:
+        write_report(report, tmp_path / "deep" / "report")
+        folder = tmp_path / "deep" / "report"
+        names = {path.name for path in folder.iterdir()}
+        plots = {f"{n}.{s}" for n in ("frontier", "difficulty", "classes") for s in ("png", "svg")}
+        assert names == plots | {"README.md", "report.json"}
+        again = json.loads((folder / "report.json").read_text())
+        assert [way["name"] for way in again["ways"]] == [way.name for way in report.ways]
+        text = (folder / "README.md").read_text()
+        for way in report.ways:
+            assert f"| {way.name} | {way.accuracy:.4f} |" in text
+
+    def test_refuses_no_text(self, model_store: Path, examples: Examples) -> None:
+        with pytest.raises(DataError, match="needs texts"):
+            report_checkpoint(
+                read_checkpoint(model_store / TOPICS / "1"), examples.subset([]), None
+            )
+
+    def test_several_labels(self, model_store: Path) -> None:
+        checkpoint = read_checkpoint(model_store / TAGS / "1")
+        names = list(checkpoint.manifest.labels)
+        texts = [text for text, _ in labelled_sentences()[:8]]
+        labels = np.zeros((8, len(names)), dtype=np.int64)
+        labels[:, 0] = 1
+        report = report_checkpoint(
+            checkpoint, Examples(texts, None, labels, names), None, timed=False
+        )
+        assert set(report.heads_by_class["balanced"]) == {names[0]}
+
+
+class TestMacroF1:
+    def test_by_hand(self) -> None:
+        # class 0: one hit, one miss, no false alarm; class 1: one hit, one false alarm
+        logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 2.0, 0.0]])
+        labels = torch.tensor([0, 0, 1])
+        assert macro_f1(logits, labels, None) == pytest.approx((2 / 3 + 2 / 3) / 2)
+
+    def test_several_labels(self) -> None:
+        logits = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
+        labels = torch.tensor([[1, 0], [1, 0]])
+        assert macro_f1(logits, labels, MULTI_LABEL) == pytest.approx((1 + 0) / 2)
+
+
+class TestCalibrationError:
+    def test_sure_and_right(self) -> None:
+        logits = torch.tensor([[50.0, 0.0]] * 4)
+        assert calibration_error(logits, np.ones(4), None) == pytest.approx(0)
+
+    def test_sure_and_wrong(self) -> None:
+        logits = torch.tensor([[50.0, 0.0]] * 4)
+        assert calibration_error(logits, np.zeros(4), None) == pytest.approx(1)
+
+    def test_half_sure(self) -> None:
+        logits = torch.zeros(4, 2)
+        right = np.array([1, 1, 1, 0])
+        assert calibration_error(logits, right, None) == pytest.approx(0.25)
