@@ -1,7 +1,8 @@
 # Each target is one line that a person could type; `make` alone lists them.
 PYTHON ?= python3
 PORT   ?= 8000
-DATA   ?= data/ag_news
+# Holds one folder per data set, each with train.parquet and test.parquet.
+DATA   ?= data
 # Where a host without an NVIDIA GPU looks first for torch: the builds that bring no CUDA libraries.
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
@@ -10,10 +11,10 @@ TORCH := $(shell grep ^torch== requirements/torch.in)
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compose lint bench train docs lock clean
+.PHONY: help serve test test-compose lint bench docs lock clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 serve: .venv/.serve ## set up .venv with what serving needs, then serve on 127.0.0.1:$(PORT)
 	exec $(BIN)/budgetformer serve --port $(PORT)
@@ -33,8 +34,11 @@ lint: .venv/.dev ## style, types and import rules
 bench: .venv/.serve ## time the full pass against every step of the ladder on this machine
 	$(BIN)/budgetformer bench
 
-train: .venv/.dev ## train model_store/ag_news/1 again from DATA (Parquet, CSV or JSONL)
-	$(BIN)/budgetformer train --data $(DATA) --start minilm-l6 --recipe model_store/ag_news/recipe.toml --out model_store/ag_news/1
+train-%: .venv/.dev ## train a shipped model again (train-ag_news, ...) from DATA/<name>; stopped, it goes on
+	$(BIN)/budgetformer train --data $(DATA)/$* --start minilm-l6 --recipe model_store/$*/recipe.toml --out model_store/$*/$(call version,$*) --baseline build/dense/$*
+
+report-%: .venv/.serve .venv/.dev ## the frontier report of a shipped model on its test texts (report-ag_news, ...)
+	$(BIN)/budgetformer evaluate --data $(DATA)/$*/test.parquet --model $* --report docs/benchmarks/$* $(if $(wildcard build/dense/$*),--baseline build/dense/$*) $(if $(LIMIT),--limit $(LIMIT))
 
 docs: .venv/.dev ## build the documentation into site/
 	$(PIP) install --editable ".[docs]"
@@ -48,6 +52,9 @@ lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
 
 clean: ## remove the environment and every cache
 	rm -rf .venv build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+# The version that is served: the highest, or the first to come.
+version = $(or $(shell ls model_store/$1 | grep -x '[0-9]*' | sort -n | tail -1),1)
 
 LOCK := --quiet --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
         --no-emit-options --annotation-style line --upgrade

@@ -137,6 +137,7 @@ class Calibration:
         self.sure = confidence(mixed, config.problem_type).numpy()
         self.s = runs.s.numpy()
         plans = [[0] * config.num_hidden_layers, *config.ladder]
+        self.lengths = runs.lengths
         lengths, inverse = np.unique(runs.lengths, return_inverse=True)
         by_length = np.array(
             [
@@ -182,11 +183,18 @@ class Calibration:
             budgets={int(k): float(n / len(self.rows)) for k, n in zip(used, counts, strict=True)},
         )
 
-    def answer(self, entry: Sequence[EntryBand], escalation: Escalation | None) -> Answers:
-        """Look up what one rule gives each text."""
+    def answer(
+        self,
+        entry: Sequence[EntryBand],
+        escalation: Escalation | None,
+        signal: np.ndarray | None = None,
+    ) -> Answers:
+        """Look up what one rule gives each text; its bands are over `signal` [N], or f_o's s."""
         bounds = np.array([band.upto for band in entry])
         steps = np.array([band.step for band in entry])
-        step = steps[np.searchsorted(bounds, self.s, side="left").clip(max=len(steps) - 1)]
+        step = steps[
+            np.searchsorted(bounds, self.s if signal is None else signal).clip(max=len(steps) - 1)
+        ]
         macs = self.macs[step, self.rows] + self.decision
         heads = self.heads[step].astype(np.float64)
         if escalation is not None:
@@ -206,7 +214,8 @@ class Calibration:
         """
         grain = 0.1 * float(np.sqrt(self.full_accuracy * (1 - self.full_accuracy) / len(self.rows)))
         scored = sorted(
-            (self.score(*rule) for rule in self._rules()), key=lambda p: (p.macs_share, -p.accuracy)
+            (self.score(*rule) for rule in self.rules(self.s)),
+            key=lambda p: (p.macs_share, -p.accuracy),
         )
         kept: list[OperatingPoint] = []
         for point in scored:
@@ -218,26 +227,30 @@ class Calibration:
             for point in _thin(_named(kept, level_costs))
         ]
 
-    def _rules(self) -> Iterator[tuple[list[EntryBand], Escalation | None]]:
-        for entry in self._entries():
+    def rules(self, signal: np.ndarray) -> Iterator[tuple[list[EntryBand], Escalation | None]]:
+        """Yield the rules that are tried: bands between quantiles of a signal [N] in 0..1."""
+        for entry in self._entries(signal):
             yield entry, None
             top = max(band.step for band in entry)
             for step in self._larger_steps(top):
                 for below in (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
                     yield entry, Escalation(below=below, step=step)
 
-    def _entries(self) -> Iterator[list[EntryBand]]:
+    def _entries(self, signal: np.ndarray) -> Iterator[list[EntryBand]]:
+        def quantile(share: float) -> float:
+            return round(float(np.quantile(signal, min(share, 1.0))), 5)
+
         last = self.config.num_steps
         first = [0] if self.config.embedding_exit else []
         small = sorted({1, min(2, last), *(max(1, last * i // 12) for i in (3, 4, 6, 8)), last})
         exits = [0.0, *(i / 20 for i in range(2, 19))] if first else [0.0]
         for share in exits:
-            below = [EntryBand(upto=self._quantile(share), step=0)] if share else []
+            below = [EntryBand(upto=quantile(share), step=0)] if share else []
             for low in small:
                 yield [*below, EntryBand(upto=1, step=low)]
                 for high in (step for step in small if step > low):
                     for split in (0.3, 0.5, 0.7, 0.85):
-                        at = self._quantile(share + split * (1 - share))
+                        at = quantile(share + split * (1 - share))
                         yield [*below, EntryBand(upto=at, step=low), EntryBand(upto=1, step=high)]
         if first:
             yield [EntryBand(upto=1, step=0)]
@@ -245,9 +258,6 @@ class Calibration:
     def _larger_steps(self, step: int) -> list[int]:
         last = self.config.num_steps
         return sorted({s for s in (last // 3, last // 2, 2 * last // 3, last) if s > max(step, 0)})
-
-    def _quantile(self, share: float) -> float:
-        return round(float(np.quantile(self.s, min(share, 1.0))), 5)
 
 
 def _named(points: list[OperatingPoint], level_costs: Sequence[float]) -> list[OperatingPoint]:

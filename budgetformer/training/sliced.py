@@ -39,22 +39,41 @@ def sliced_logits(
     Raises:
         ValueError: the network picks heads per input or per layer, or has no such step.
     """
+    states, mask = model.encoder.final_norm(_run(model, batch, step)), batch.attention_mask
+    if model.config.pooling == "cls":
+        pooled = (states[:, :1] * mask[:, :1, None]).sum(1)
+    else:
+        pooled = masked_mean(states, mask)
+    return model.classify(model.dropout(pooled))
+
+
+def sliced_states(
+    model: BudgetFormerForSequenceClassification, batch: TokenBatch, step: int, layers: int
+) -> Tensor:
+    """Return mean token states [B, D] after the first `layers` layers at ladder step `step`.
+
+    Raises:
+        ValueError: as for `sliced_logits`.
+    """
+    return masked_mean(_run(model, batch, step, layers), batch.attention_mask)
+
+
+def _run(
+    model: BudgetFormerForSequenceClassification,
+    batch: TokenBatch,
+    step: int,
+    layers: int | None = None,
+) -> Tensor:
     config, encoder = model.config, model.encoder
     if config.head_selection != "ranked" or config.budget_scope != "input":
         raise ValueError("only ranked heads, decided once per input, are a prefix of the weights")
     states = encoder.embed(batch.input_ids, batch.token_type_ids)
     bias = torch.where(batch.attention_mask[:, None, None, :] > 0, 0.0, -1e9)
     plan = config.heads_per_layer(step)
-    for layer, heads in zip(encoder.encoder_layers, plan, strict=True):
+    for layer, heads in list(zip(encoder.encoder_layers, plan, strict=True))[:layers]:
         if heads:
             states = _layer(layer, states, bias, heads, config.head_size)
-    states = encoder.final_norm(states)
-    mask = batch.attention_mask
-    if config.pooling == "cls":
-        pooled = (states[:, :1] * mask[:, :1, None]).sum(1)
-    else:
-        pooled = masked_mean(states, mask)
-    return model.classify(model.dropout(pooled))
+    return states
 
 
 def _layer(layer: EncoderLayer, states: Tensor, bias: Tensor, heads: int, size: int) -> Tensor:
