@@ -21,7 +21,11 @@ from transformers import (
 
 from budgetformer.errors import CheckpointError
 from budgetformer.modeling import MULTI_LABEL, BudgetFormerForSequenceClassification, masked_mean
-from budgetformer.training.conversion import convert_encoder, order_by_importance
+from budgetformer.training.conversion import (
+    convert_encoder,
+    ladder_by_importance,
+    order_by_importance,
+)
 from tests.support.networks import (
     VOCABULARY,
     assert_close,
@@ -347,3 +351,29 @@ class TestImportance:
             order_by_importance(network.train(), [labelled()])
         first, second = (network.state_dict() for network in networks)
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class TestLadderByImportance:
+    def test_heads_go_where_they_matter(self) -> None:
+        units = torch.tensor([[9.0, 2.0, 1.0], [8.0, 7.0, 3.0]])
+        assert ladder_by_importance(units) == [[1, 1], [1, 3], [3, 3]]
+
+    def test_a_layer_may_get_none(self) -> None:
+        units = torch.tensor([[1.0, 0.5], [9.0, 8.0]])
+        assert ladder_by_importance(units) == [[0, 2], [2, 2]]
+
+    @pytest.mark.parametrize("coupled", [True, False])
+    def test_ordering_returns_falling_importance(self, encoder_folder: Path, coupled: bool) -> None:
+        model = convert_encoder(encoder_folder, ["a", "b"], budget_ffn=coupled)
+        batch = {
+            "input_ids": torch.randint(5, 40, (6, 8)),
+            "attention_mask": torch.ones(6, 8, dtype=torch.long),
+            "labels": torch.tensor([0, 1] * 3),
+        }
+        units = order_by_importance(model, [batch])
+        config = model.config
+        assert units.shape == (config.num_hidden_layers, config.num_attention_heads)
+        assert (units.diff(dim=1) <= 0).all()
+        assert (units >= 0).all()
+        again = order_by_importance(model, [batch])
+        torch.testing.assert_close(again, units, rtol=1e-3, atol=1e-6)
