@@ -124,7 +124,11 @@ class Trainer:
             if teacher is None:
                 teacher = self.predict(self.tokens, self.model.config.num_steps, "teacher")
             stage = Stage("budget", self.recipe.budget_epochs, self._budget_loss, teacher)
+            frozen = self.recipe.freeze_embeddings and self.recipe.dense_epochs > 0
+            embeddings = self.model.encoder.embeddings
+            embeddings.requires_grad_(not frozen)
             self._run(stage, resume, done)
+            embeddings.requires_grad_(True)
             self._save_state({"done": [*done, "budget"]})
 
     @torch.no_grad()
@@ -272,7 +276,8 @@ class Trainer:
         trained = [
             (name, parameter)
             for name, parameter in self.model.named_parameters()
-            if not name.startswith("exit_head")
+            if parameter.requires_grad
+            and not name.startswith("exit_head")
             and (self.recipe.gating == "soft" or ".controller." not in name)
         ]
         groups = [

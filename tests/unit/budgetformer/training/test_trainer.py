@@ -190,6 +190,19 @@ class TestLearning:
             untouched = name.startswith("exit_head") or ".controller." in name
             assert torch.equal(tensor, before[name]) == untouched, name
 
+    @pytest.mark.parametrize("freeze", [True, False])
+    def test_budgets_leave_frozen_embeddings_alone(
+        self, new_run: Callable[..., Run], freeze: bool
+    ) -> None:
+        model = new_network()
+        dense: list[Tensor] = []
+        word = model.encoder.embeddings.word.weight
+        new_run(freeze_embeddings=freeze).trainer(model).train(
+            lambda: dense.append(word.detach().clone())
+        )
+        assert torch.equal(word, dense[0]) == freeze
+        assert word.requires_grad
+
     def test_no_epoch_changes_nothing_but_the_order(self, new_run: Callable[..., Run]) -> None:
         run, model = new_run(dense_epochs=0, budget_epochs=0), new_network()
         before = mean_loss(run, model, 4)
