@@ -44,6 +44,8 @@ class BudgetFormerConfig(PreTrainedConfig):
             encoder runs.
         exit_buckets: rows of step 0's table for pairs of neighbouring tokens, which are hashed into
             them; 0: step 0 reads single tokens only.
+        exit_rank: width of step 0's token vectors, which a linear map turns into logits; 0: each
+            token has a weight per label.
         exit_weight: how much the step-0 logits count beside the encoder's in the answer of a step
             >= 1.
         controller_hidden_size: width of f_o's hidden layer.
@@ -80,6 +82,7 @@ class BudgetFormerConfig(PreTrainedConfig):
         ladder: list[list[int]] | None = None,
         embedding_exit: bool = False,
         exit_buckets: int = 0,
+        exit_rank: int = 0,
         exit_weight: float = 0.0,
         controller_hidden_size: int = 64,
         budget_bounds: tuple[float, float] = (0.1, 0.9),
@@ -110,6 +113,7 @@ class BudgetFormerConfig(PreTrainedConfig):
         )
         self.embedding_exit = embedding_exit
         self.exit_buckets = exit_buckets
+        self.exit_rank = exit_rank
         self.exit_weight = exit_weight
         self.controller_hidden_size = controller_hidden_size
         self.budget_bounds = list(budget_bounds)
@@ -162,8 +166,9 @@ class BudgetFormerConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
         if heads < 1:
             raise ValueError(f"num_attention_heads must be at least 1, not {heads}")
-        if self.exit_buckets < 0:
-            raise ValueError(f"exit_buckets must not be negative, it is {self.exit_buckets}")
+        for name in ("exit_buckets", "exit_rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
         if not math.isfinite(self.exit_weight):
             raise ValueError(f"exit_weight must be a finite number, not {self.exit_weight}")
         if self.hidden_size % heads:

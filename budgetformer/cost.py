@@ -32,6 +32,7 @@ class Sizes:
     classes: int
     dense_head: bool
     decision_inputs: int
+    exit_rank: int
     controller: int
     layerwise: bool
     picks_heads: bool
@@ -51,6 +52,7 @@ class Sizes:
             classes=config.num_classes,
             dense_head=config.head_activation is not None,
             decision_inputs=config.hidden_size + (EVIDENCE_SIZE if config.embedding_exit else 0),
+            exit_rank=config.exit_rank if config.embedding_exit else 0,
             controller=config.controller_hidden_size,
             layerwise=config.budget_scope == "layer",
             picks_heads=config.head_selection == "input",
@@ -74,10 +76,11 @@ def layer_macs(config: Costed, heads: int, tokens: int) -> int:
 
 
 def decision_macs(config: Costed) -> int:
-    """Count f_o and g_d for one item: once (scope "input"), or in every layer (scope "layer")."""
+    """Count f_o, g_d and step 0's map for one item: once, or (scope "layer") in every layer."""
     sizes = Sizes.of(config)
     controller = (sizes.decision_inputs + 1) * sizes.controller
-    return (sizes.layers if sizes.layerwise else 1) * controller + scorer_macs(sizes)
+    decisions = (sizes.layers if sizes.layerwise else 1) * controller + scorer_macs(sizes)
+    return decisions + sizes.exit_rank * sizes.classes
 
 
 def scorer_macs(config: Costed) -> int:

@@ -460,7 +460,8 @@ class ExitHead(nn.Module):
     """Step 0: a linear classifier on the bag of tokens and of neighbours, before the encoder runs.
 
     Neighbouring tokens share a table of `exit_buckets` rows by their hash (as fastText does): word
-    order is where a bag of single tokens is weakest, and a look-up multiplies nothing.
+    order is where a bag of single tokens is weakest, and a look-up multiplies nothing. With many
+    labels the table holds short vectors, and one linear map makes logits of their sum.
     """
 
     def __init__(self, config: BudgetFormerConfig) -> None:
@@ -468,8 +469,13 @@ class ExitHead(nn.Module):
         self.vocab_size, self.buckets = config.vocab_size, config.exit_buckets
         self.weight = nn.Embedding(
             config.vocab_size + config.exit_buckets,
-            config.num_classes,
+            config.exit_rank or config.num_classes,
             padding_idx=config.pad_token_id,
+        )
+        self.map = (
+            nn.Linear(config.exit_rank, config.num_classes, bias=False)
+            if config.exit_rank
+            else nn.Identity()
         )
         self.bias = nn.Parameter(torch.zeros(config.num_classes))
 
@@ -485,17 +491,21 @@ class ExitHead(nn.Module):
         return self.vocab_size + (left * 1_000_003 + right * 7_919) % self.buckets
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Classify ids [B, T] into logits [B, C].
-
-        The weights of n tokens and neighbours are summed and divided by the root of n.
-        """
+        """Classify ids [B, T] into logits [B, C]."""
         mask = attention_mask.to(self.bias.dtype)
         rows = input_ids
         if self.buckets:
             rows = torch.cat([input_ids, self.neighbours(input_ids)], dim=1)
             mask = torch.cat([mask, mask[:, :-1] * mask[:, 1:]], dim=1)
         total = (cast(Tensor, self.weight(rows)) * mask.unsqueeze(-1)).sum(1)
-        return total / mask.sum(1, keepdim=True).clamp(min=1).sqrt() + self.bias
+        return self.logits(total, mask.sum(1, keepdim=True))
+
+    def logits(self, total: Tensor, counts: Tensor) -> Tensor:
+        """Turn the summed rows [B, R] of n tokens and neighbours [B, 1] into logits [B, C].
+
+        The sum is divided by the root of n.
+        """
+        return cast(Tensor, self.map(total / counts.clamp(min=1).sqrt())) + self.bias
 
 
 class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):

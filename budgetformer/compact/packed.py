@@ -266,9 +266,9 @@ class PackedPass:
             rows = torch.cat([rows, head.neighbours(rows)[together]])
             owner = torch.cat([owner, owner[:-1][together]])
             counts = tuple(2 * length - 1 if length else 0 for length in counts)
-        total: Tensor = head.bias.new_zeros(len(counts), self.config.num_classes)
+        total: Tensor = head.bias.new_zeros(len(counts), head.weight.embedding_dim)
         total.index_add_(0, owner, head.weight(rows))
-        return total / self._counts(counts).sqrt() + cast(Tensor, head.bias)
+        return cast(Tensor, head.logits(total, self._counts(counts)))
 
     def _counts(self, lengths: Sequence[int]) -> Tensor:
         counts = torch.tensor(lengths, dtype=self.model.dtype, device=self.device)

@@ -57,7 +57,7 @@ def _fit_head(
 ) -> ExitHead:
     torch.manual_seed(recipe.seed)
     head = ExitHead(model.config)
-    torch.nn.init.zeros_(head.weight.weight)
+    torch.nn.init.zeros_(head.weight.weight)  # tokens never seen say nothing
     optimizer = torch.optim.AdamW(
         head.parameters(), recipe.exit_learning_rate, weight_decay=recipe.exit_weight_decay
     )

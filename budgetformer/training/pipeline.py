@@ -265,12 +265,14 @@ def build_model(
         recipe.budget_ffn and recipe.head_selection == "ranked"
     ):
         raise DataError("a ladder by importance needs ranked heads and a coupled feed-forward net")
+    rank = recipe.exit_rank if len(examples.names) > recipe.exit_rank else 0
     choices: dict[str, Any] = {
         "head_selection": recipe.head_selection,
         "budget_scope": recipe.budget_scope,
         "budget_ffn": recipe.budget_ffn,
         "embedding_exit": recipe.embedding_exit and recipe.budget_scope == "input",
-        "exit_buckets": recipe.exit_weights // len(examples.names),
+        "exit_buckets": recipe.exit_weights // (rank or len(examples.names)),
+        "exit_rank": rank,
         "attention_probs_dropout_prob": recipe.attention_dropout,
         "problem_type": MULTI_LABEL if examples.multi_label else "single_label_classification",
     }

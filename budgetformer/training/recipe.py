@@ -50,7 +50,8 @@ class Recipe:
         exit_learning_rate, exit_weight_decay: of the step-0 head.
         level_costs: most that `fast` and `balanced` may cost on average, as shares of the dense
             network's multiply-adds.
-        exit_weights: size of step 0's table for neighbouring tokens, rows times labels; 0: none.
+        exit_weights: size of step 0's table for neighbouring tokens, in weights; 0: none.
+        exit_rank: width of step 0's token vectors where there are more labels than this.
         hidden_size, num_layers, num_heads, intermediate_size, vocab_size: of a network from
             scratch.
     """
@@ -88,6 +89,7 @@ class Recipe:
     exit_learning_rate: float = 1e-2
     exit_weight_decay: float = 0.02
     exit_weights: int = 2**20
+    exit_rank: int = 16
     level_costs: tuple[float, float] = (0.1, 0.3)
     hidden_size: int = 256
     num_layers: int = 2

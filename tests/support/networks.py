@@ -150,6 +150,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> BudgetFormerConfig:
         "ladder": draw(st.none() | ladders(layers, heads, fewest=0 if coupled else 1)),
         "embedding_exit": scope == "input" and draw(st.booleans()),
         "exit_buckets": draw(st.sampled_from([0, 11])),
+        "exit_rank": draw(st.sampled_from([0, 3])),
         "exit_weight": draw(st.sampled_from([0.0, 0.7])),
         "num_labels": draw(st.integers(2, 5)),
         "problem_type": f"{'multi' if several else 'single'}_label_classification",

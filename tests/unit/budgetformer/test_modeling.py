@@ -442,6 +442,40 @@ class TestStepZero:
         torch.testing.assert_close(actual[0], expected)
 
     @torch.no_grad()
+    def test_neighbours_count_like_tokens(self) -> None:
+        network = random_network(small_config(embedding_exit=True, exit_buckets=11))
+        head = network.exit_head
+        assert head is not None
+        rows = [
+            3,
+            4,
+            5,
+            40 + (3 * 1_000_003 + 4 * 7_919) % 11,
+            40 + (4 * 1_000_003 + 5 * 7_919) % 11,
+        ]
+        expected = head.weight.weight[rows].sum(0) / 5**0.5 + head.bias
+        actual = head(torch.tensor([[3, 4, 5, 9]]), torch.tensor([[1, 1, 1, 0]]))
+        torch.testing.assert_close(actual[0], expected)
+
+    @torch.no_grad()
+    def test_short_vectors_go_through_one_map(self) -> None:
+        network = random_network(small_config(embedding_exit=True, exit_rank=2))
+        head = network.exit_head
+        assert head is not None
+        assert head.weight.weight.shape == (40, 2)
+        expected = head.map(head.weight.weight[[3, 4]].sum(0) / 2**0.5) + head.bias
+        actual = head(torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.long))
+        torch.testing.assert_close(actual[0], expected)
+
+    def test_order_matters_with_neighbours_only(self) -> None:
+        mask = torch.ones(1, 3, dtype=torch.long)
+        there, back = torch.tensor([[3, 4, 5]]), torch.tensor([[5, 4, 3]])
+        for buckets, same in ((0, True), (101, False)):
+            head = random_network(small_config(embedding_exit=True, exit_buckets=buckets)).exit_head
+            assert head is not None
+            assert torch.allclose(head(there, mask), head(back, mask)) == same
+
+    @torch.no_grad()
     def test_of_nothing_is_the_bias(self) -> None:
         head = self.network().exit_head
         assert head is not None
