@@ -1,4 +1,4 @@
-"""The checkpoint that comes with the project, and what the README says of it."""
+"""The checkpoints that come with the project, and what the README says of one of them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from budgetformer.checkpoint import Checkpoint, read_store
 from budgetformer.classifier import Classifier
+from budgetformer.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ROOT / "model_store" / "ag_news" / "1"
+SHIPPED = ROOT / "model_store" / "ag_news" / "2"
+STORE = read_store(ROOT / "model_store")
+CHECKPOINTS = [c for versions in STORE.checkpoints.values() for c in versions]
+each = pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=[c.label for c in CHECKPOINTS])
 README = (ROOT / "README.md").read_text()
 
 SENTENCES = {
@@ -27,22 +32,44 @@ def classifier() -> Classifier:
     return Classifier(SHIPPED)
 
 
-def test_it_is_small_enough_to_live_in_the_repository() -> None:
-    assert (SHIPPED / "model.safetensors").stat().st_size < 50e6
+def test_nothing_in_the_store_is_broken() -> None:
+    assert not STORE.errors
+    assert "ag_news" in STORE.checkpoints
 
 
-def test_it_has_a_card_with_its_plot() -> None:
-    card = (SHIPPED / "README.md").read_text()
+@each
+def test_it_is_small_enough_to_live_in_the_repository(checkpoint: Checkpoint) -> None:
+    assert sum(path.stat().st_size for path in checkpoint.path.iterdir()) < 50e6
+
+
+@each
+def test_it_is_what_its_manifest_says(checkpoint: Checkpoint) -> None:
+    checkpoint.verify()
+
+
+@each
+def test_it_has_a_card_with_its_plot(checkpoint: Checkpoint) -> None:
+    card = (checkpoint.path / "README.md").read_text()
     (plot,) = re.findall(r"!\[.*\]\((.*)\)", card)
-    assert (SHIPPED / plot).read_bytes().startswith(b"\x89PNG")
+    assert (checkpoint.path / plot).read_bytes().startswith(b"\x89PNG")
 
 
-def test_its_levels_cost_more_and_reach_more(classifier: Classifier) -> None:
-    points = {p.name: p for p in classifier.checkpoint.manifest.operating_points if p.name}
+@each
+def test_its_recipe_is_the_one_beside_it(checkpoint: Checkpoint) -> None:
+    recipe = Recipe.read(checkpoint.path.parent / "recipe.toml").as_dict()
+    written = json.loads(json.dumps(recipe))
+    known = checkpoint.manifest.recipe
+    assert {name: written[name] for name in known} == known
+
+
+@each
+def test_its_levels_cost_more_and_reach_more(checkpoint: Checkpoint) -> None:
+    points = {p.name: p for p in checkpoint.manifest.operating_points if p.name}
     fast, balanced, best = (points[name] for name in ("fast", "balanced", "best"))
-    assert fast.macs_share < balanced.macs_share <= 0.3 < best.macs_share
+    cap, next_cap = checkpoint.manifest.recipe["level_costs"]
+    assert fast.macs_share <= cap
+    assert fast.macs_share < balanced.macs_share <= next_cap
     assert fast.accuracy < balanced.accuracy <= best.accuracy
-    assert len({step for p in points.values() for step in p.budgets}) >= 5
 
 
 @pytest.mark.parametrize("label", SENTENCES)
