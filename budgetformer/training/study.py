@@ -27,7 +27,7 @@ from budgetformer.modeling import confidence, exit_evidence
 from budgetformer.policy import EntryBand, Escalation
 from budgetformer.training.calibration import Calibration, Runs, run_every_step
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
-from budgetformer.training.evaluation import read_test
+from budgetformer.training.evaluation import evenly, read_test
 from budgetformer.training.exits import pooled_states
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.sliced import sliced_states
@@ -286,15 +286,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m budgetformer.training.study")
     parser.add_argument("checkpoint", type=Path, help="checkpoint folder, <name>/<version>")
     parser.add_argument("--data", type=Path, required=True, help="folder it was trained on")
-    parser.add_argument("--limit", type=int, help="use this many test rows, evenly chosen")
+    parser.add_argument("--limit", type=int, help="rows of either side, evenly chosen")
     arguments = parser.parse_args()
     checkpoint = read_checkpoint(arguments.checkpoint)
     recipe = Recipe(**checkpoint.manifest.recipe)
     examples = read_examples(arguments.data / "train.parquet", list(checkpoint.manifest.labels))
-    _, unseen = split_rows(len(examples), recipe.hold_out, recipe.seed)
+    _, rows = split_rows(len(examples), recipe.hold_out, recipe.seed)
+    held = evenly(examples.subset(rows), arguments.limit)
     test = read_test(checkpoint, arguments.data / "test.parquet", arguments.limit)
     lines = [["way", *(f"{cap:.0%}" for cap in CAPS)], ["---"] * (1 + len(CAPS))]
-    for name, row in study(checkpoint, examples.subset(unseen), test).items():
+    for name, row in study(checkpoint, held, test).items():
         lines.append([name, *("" if math.isnan(x) else f"{x:.4f}" for x in row)])
     sys.stdout.write("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
