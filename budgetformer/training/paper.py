@@ -24,7 +24,7 @@ from budgetformer.errors import DataError
 from budgetformer.modeling import BudgetFormerForSequenceClassification, Gating
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts, read_examples
 from budgetformer.training.evaluation import interval
-from budgetformer.training.pipeline import build_model, find_data, find_start, train_tokenizer
+from budgetformer.training.pipeline import build_model, find_data, find_start, kept_tokenizer
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import Log, Trainer, inputs
 
@@ -94,8 +94,8 @@ class DataSet:
     vocab_size: int
 
     @classmethod
-    def read(cls, folder: Path, recipe: Recipe) -> DataSet:
-        """Read a folder with training and test file.
+    def read(cls, folder: Path, recipe: Recipe, work_dir: Path) -> DataSet:
+        """Read a folder with training and test file; the tokenizer is kept in `work_dir`.
 
         Raises:
             DataError: a file is missing, or the labels are not one per text.
@@ -109,10 +109,10 @@ class DataSet:
         if recipe.max_train_rows:
             train = train.sample(recipe.max_train_rows, recipe.seed)
         test = read_examples(test_file, train.names)
-        tokenizer = train_tokenizer(train.texts + (train.pairs or []), recipe.vocab_size)
+        tokenizer = kept_tokenizer(train, recipe.vocab_size, work_dir)
         cut = (recipe.max_length, recipe.truncation_side)
         return cls(
-            name=folder.resolve().name,
+            name=folder.name,
             train=train,
             tokens=TokenizedTexts(tokenizer, train.texts, train.pairs, *cut),
             test=test,
@@ -210,12 +210,14 @@ def study(
     folder: Path, base: Recipe, work_dir: Path, log: Log
 ) -> tuple[DataSet, dict[str, Outcome]]:
     """Run every variant on one data set; one whose result is in `work_dir` is not run again."""
-    data = DataSet.read(folder, base)
+    folder = folder.resolve()
+    results = work_dir / folder.name
+    data = DataSet.read(folder, base, results)
     outcomes: dict[str, Outcome] = {}
     for name in VARIANTS:
         recipe = variant_recipe(base, name)
         slug = "-".join("".join(c if c.isalnum() else " " for c in name).split())
-        file = work_dir / data.name / f"{slug}.json"
+        file = results / f"{slug}.json"
         outcome = _read_outcome(file, recipe)
         if outcome is None:
             log(f"{data.name}: {name}")

@@ -123,7 +123,7 @@ def train_checkpoint(
             f"{train_file}: {len(examples)} rows are too few to hold some out for calibration"
         )
     seen, unseen = examples.subset(kept), examples.subset(held)
-    tokenizer = _tokenizer(beginning, seen, recipe)
+    tokenizer = _tokenizer(beginning, seen, recipe, work_dir)
     cut = (recipe.max_length, recipe.truncation_side)
     tokens = TokenizedTexts(tokenizer, seen.texts, seen.pairs, *cut)
     unseen_tokens = TokenizedTexts(tokenizer, unseen.texts, unseen.pairs, *cut)
@@ -327,6 +327,20 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def kept_tokenizer(examples: Examples, vocab_size: int, work_dir: Path) -> Tokenizer:
+    """Train a tokenizer, or read the one that an earlier call kept in `work_dir`.
+
+    Training breaks ties between pieces at random, and a run that goes on needs the same ids.
+    """
+    path = work_dir / "tokenizer.json"
+    if not path.is_file():
+        work_dir.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        train_tokenizer(examples.texts + (examples.pairs or []), vocab_size).save(str(part))
+        part.replace(path)
+    return Tokenizer.from_file(str(path))
+
+
 def find_data(data: Path) -> tuple[Path, Path | None]:
     """Return the training file and, if there is one, the test file of a folder (or a file).
 
@@ -344,9 +358,9 @@ def find_data(data: Path) -> tuple[Path, Path | None]:
     return found["train"], found["test"]
 
 
-def _tokenizer(start: Start, examples: Examples, recipe: Recipe) -> Tokenizer:
+def _tokenizer(start: Start, examples: Examples, recipe: Recipe, work_dir: Path) -> Tokenizer:
     if start.folder is None:
-        return train_tokenizer(examples.texts + (examples.pairs or []), recipe.vocab_size)
+        return kept_tokenizer(examples, recipe.vocab_size, work_dir)
     path = start.folder / "tokenizer.json"
     if not path.is_file():
         raise DataError(f"{path}: missing")

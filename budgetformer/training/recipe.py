@@ -127,6 +127,9 @@ class Recipe:
             path = _PACKAGED / f"{source}.toml" if named else Path(source)
             try:
                 values = tomllib.loads(path.read_text())
+            except FileNotFoundError as error:
+                names = ", ".join(packaged_recipes())
+                raise DataError(f"{path}: no such file (packaged: {names})") from error
             except (OSError, tomllib.TOMLDecodeError) as error:
                 raise DataError(f"{path}: {error}") from error
         values |= {name: value for name, value in overrides.items() if value is not None}
