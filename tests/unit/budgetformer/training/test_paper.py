@@ -9,7 +9,9 @@ import pytest
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.errors import DataError
 from budgetformer.training import paper
+from budgetformer.training.pipeline import build_model, find_start
 from budgetformer.training.recipe import Recipe
+from budgetformer.training.trainer import inputs
 from tests.support.texts import topic_examples
 
 TINY = """
@@ -145,6 +147,18 @@ class TestStudy:
         recipe.write_text(TINY.replace("budget_epochs = 1", "budget_epochs = 2"))
         with pytest.raises(DataError, match="another recipe"):
             paper.main([*arguments, "--out", str(second)])
+
+    @pytest.mark.parametrize("random_heads", [True, False])
+    def test_scores_as_it_trained(
+        self, folder: Path, recipe: Path, tmp_path: Path, random_heads: bool
+    ) -> None:
+        made = Recipe.read(recipe, random_heads=random_heads)
+        data = paper.DataSet.read(folder, made, tmp_path)
+        model = build_model(find_start(None), data.train, made, data.vocab_size)
+        paper.score(model, data, made)
+        batch = inputs(data.test_tokens.batch(np.zeros(32, dtype=np.int64)))
+        choices = model(**batch, steps=2).gates.flatten(1)
+        assert (len(choices.unique(dim=0)) > 1) == random_heads
 
     def test_needs_a_test_file(self, folder: Path, recipe: Path, tmp_path: Path) -> None:
         (folder / "test.jsonl").unlink()

@@ -51,11 +51,16 @@ def test_a_network_takes_the_fixed_share_of_its_recipe(scope: str) -> None:
     torch.testing.assert_close(budget, torch.full_like(budget, 0.3))
 
 
-def test_a_fixed_share_is_served(tmp_path: Path) -> None:
-    train(tmp_path / "store/fixed/1", rows(), **PAPER | {"fixed_share": 1.0})
+@pytest.mark.parametrize("gating", ["soft", "hard"])
+def test_a_fixed_share_is_served(tmp_path: Path, gating: str) -> None:
+    # with hard gates f_o would be fitted after the training
+    changes = {"fixed_share": 1.0, "gating": gating}
+    train(tmp_path / "store/fixed/1", rows(), **PAPER | changes)
     classifier = Classifier(tmp_path / "store/fixed/1")
     heads = classifier.checkpoint.num_heads
-    assert {p.budget for p in classifier(topic_examples().texts[:9])} == {heads}
+    assert {p.budget for p in classifier(topic_examples().texts)} == {heads}
+    tokens = torch.randint(1, 50, (5, 8))
+    assert (classifier.network.model(tokens).budget > 0.999).all()
 
 
 def test_rows_are_limited(tmp_path: Path) -> None:
