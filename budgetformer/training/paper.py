@@ -206,6 +206,17 @@ def ranking(score: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
 
 
+def explained(values: np.ndarray, groups: np.ndarray) -> float:
+    """Return the share of the variance of values [N] that lies between groups [N]."""
+    total = float(values.var())
+    if not total:
+        return 0.0
+    means = np.zeros(len(values))
+    for group in np.unique(groups):
+        means[groups == group] = values[groups == group].mean()
+    return float(means.var()) / total
+
+
 def study(
     folder: Path, base: Recipe, work_dir: Path, log: Log
 ) -> tuple[DataSet, dict[str, Outcome]]:
@@ -253,11 +264,13 @@ def report(data: DataSet, outcomes: dict[str, Outcome]) -> str:
     lines += [
         "",
         f"| variant | {' | '.join(f'k = {k}' for k in steps)} | s where full is wrong "
-        "| s where full is right | AUC |",
-        "|---|" + "---|" * (len(steps) + 3),
+        "| s where full is right | AUC | s explained by label |",
+        "|---|" + "---|" * (len(steps) + 4),
     ]
     failed = np.array(outcomes[FULL].right) == 0
-    lines += [_second_row(name, outcome, failed) for name, outcome in outcomes.items()]
+    lines += [
+        _second_row(name, outcome, failed, data.test.labels) for name, outcome in outcomes.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -287,7 +300,7 @@ def _main_row(data_name: str, name: str, outcome: Outcome) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _second_row(name: str, outcome: Outcome, failed: np.ndarray) -> str:
+def _second_row(name: str, outcome: Outcome, failed: np.ndarray, labels: np.ndarray) -> str:
     cells = [name, *(f"{accuracy:.4f}" for accuracy in outcome.forced.values())]
     if outcome.s:
         s = np.array(outcome.s).mean(1)
@@ -295,9 +308,10 @@ def _second_row(name: str, outcome: Outcome, failed: np.ndarray) -> str:
             f"{s[failed].mean():.4f}",
             f"{s[~failed].mean():.4f}",
             f"{ranking(s, failed):.3f}",
+            f"{explained(s, labels):.1%}",
         ]
     else:
-        cells += [""] * 3
+        cells += [""] * 4
     return f"| {' | '.join(cells)} |"
 
 

@@ -86,6 +86,18 @@ class TestRanking:
         assert paper.ranking(np.array([1.0, 2.0]), np.array([True, True])) == 0.5
 
 
+class TestExplained:
+    GROUPS = np.array([0, 0, 1, 1])
+
+    def test_all_nothing_and_half(self) -> None:
+        assert paper.explained(np.array([1.0, 1.0, 3.0, 3.0]), self.GROUPS) == 1
+        assert paper.explained(np.array([1.0, 3.0, 1.0, 3.0]), self.GROUPS) == 0
+        assert paper.explained(np.array([0.0, 2.0, 2.0, 4.0]), self.GROUPS) == pytest.approx(0.5)
+
+    def test_a_constant_has_nothing_to_explain(self) -> None:
+        assert paper.explained(np.ones(4), self.GROUPS) == 0
+
+
 class TestSavedShares:
     CONFIG = BudgetFormerConfig(
         vocab_size=50,
