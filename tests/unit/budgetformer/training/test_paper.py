@@ -94,8 +94,10 @@ class TestExplained:
         assert paper.explained(np.array([1.0, 3.0, 1.0, 3.0]), self.GROUPS) == 0
         assert paper.explained(np.array([0.0, 2.0, 2.0, 4.0]), self.GROUPS) == pytest.approx(0.5)
 
-    def test_a_constant_has_nothing_to_explain(self) -> None:
-        assert paper.explained(np.ones(4), self.GROUPS) == 0
+    @pytest.mark.parametrize("value", [1.0, 0.1])
+    def test_a_constant_has_nothing_to_explain(self, value: float) -> None:
+        values, groups = np.full(1001, value), np.arange(1001) % 7
+        assert paper.explained(values, groups) == 0
 
 
 class TestSavedShares:
