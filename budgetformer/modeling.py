@@ -120,6 +120,15 @@ class BudgetController(nn.Module):
         logit = cast(Tensor, self.out(F.relu(self.hidden(pooled))))
         return logit.squeeze(-1).sigmoid()
 
+    def fix(self, share: float) -> None:
+        """Answer `share` to every input, and learn no more: the ablation without f_o (paper).
+
+        The weights say so, so every pass and every saved copy of this network does the same.
+        """
+        self.requires_grad_(False)
+        self.out.weight.zero_()
+        self.out.bias.fill_(torch.logit(torch.tensor(share), eps=1e-6).item())
+
 
 class HeadScorer(nn.Module):
     """g_d: from a pooled state, how relevant each head is (paper, head scorer).
@@ -144,12 +153,14 @@ class Gating:
     `mode` "hard" keeps the top k with a straight-through gradient on the relevance; "soft" is the
     paper's training form, all heads kept and weighted. `temperature` divides the scores before the
     softmax and `noise` is the standard deviation added to them: high early (exploration), annealed
-    late (exploitation).
+    late (exploitation). `random_heads` puts noise alone in place of g_d's scores, in evaluation
+    too: the paper's ablation without g_d.
     """
 
     mode: Literal["hard", "soft"] = "hard"
     temperature: float = 1.0
     noise: float = 0.0
+    random_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,6 +228,8 @@ class BudgetDecision(nn.Module):
         if self.scorer is None:
             return None
         scores = cast(Tensor, self.scorer(pooled))
+        if self.gating.random_heads:
+            return torch.randn_like(scores)
         if self.training and self.gating.noise:
             scores = scores + self.gating.noise * torch.randn_like(scores)
         return scores

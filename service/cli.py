@@ -166,7 +166,10 @@ def train(
         str | None,
         typer.Option(help="Folder of a BERT-shaped encoder, or `minilm-l6`; none: from scratch."),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML file of the recipe.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="TOML file of the recipe, or a packaged one: `paper`, `paper-small`."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Everything random follows from it.")] = None,
     work_dir: Annotated[Path | None, typer.Option(help="State of the run, to go on from.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads; none: all cores.")] = None,

@@ -46,6 +46,12 @@ class Examples:
             self.names,
         )
 
+    def sample(self, count: int, seed: int) -> Examples:
+        """Return `count` rows drawn by `seed`, in their order; all of them if there are no more."""
+        if count >= len(self):
+            return self
+        return self.subset(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
+
 
 def read_table(path: Path) -> pa.Table:
     """Read a Parquet, CSV or JSONL file.

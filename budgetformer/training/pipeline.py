@@ -29,7 +29,11 @@ from budgetformer.classifier import load_network
 from budgetformer.compact import PackedPass
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.errors import DataError
-from budgetformer.modeling import MULTI_LABEL, BudgetFormerForSequenceClassification
+from budgetformer.modeling import (
+    MULTI_LABEL,
+    BudgetController,
+    BudgetFormerForSequenceClassification,
+)
 from budgetformer.policy import BudgetRule, OperatingPoint
 from budgetformer.training.baseline import write_baseline
 from budgetformer.training.calibration import (
@@ -104,18 +108,22 @@ def train_checkpoint(
         DataError, CheckpointError: something is missing or does not fit.
     """
     _check_output(output)
+    if recipe.random_heads:
+        raise DataError("random_heads is for budgetformer.training.paper: no checkpoint serves it")
     if threads is not None:
         torch.set_num_threads(threads)
-    train_file, test_file = _find_data(data)
+    train_file, test_file = find_data(data)
     beginning = find_start(start)
     examples = read_examples(train_file)
+    if recipe.max_train_rows:
+        examples = examples.sample(recipe.max_train_rows, recipe.seed)
     kept, held = split_rows(len(examples), recipe.hold_out, recipe.seed)
     if len(held) < 2:
         raise DataError(
             f"{train_file}: {len(examples)} rows are too few to hold some out for calibration"
         )
     seen, unseen = examples.subset(kept), examples.subset(held)
-    tokenizer = _tokenizer(beginning, seen, recipe)
+    tokenizer = _tokenizer(beginning, seen, recipe, work_dir)
     cut = (recipe.max_length, recipe.truncation_side)
     tokens = TokenizedTexts(tokenizer, seen.texts, seen.pairs, *cut)
     unseen_tokens = TokenizedTexts(tokenizer, unseen.texts, unseen.pairs, *cut)
@@ -261,6 +269,17 @@ def build_model(
     start: Start, examples: Examples, recipe: Recipe, vocab_size: int
 ) -> BudgetFormerForSequenceClassification:
     """Build the network that a recipe asks for, converted or new."""
+    model = _build_model(start, examples, recipe, vocab_size)
+    if recipe.fixed_share is not None:
+        for module in model.modules():
+            if isinstance(module, BudgetController):
+                module.fix(recipe.fixed_share)
+    return model
+
+
+def _build_model(
+    start: Start, examples: Examples, recipe: Recipe, vocab_size: int
+) -> BudgetFormerForSequenceClassification:
     if recipe.ladder == "importance" and not (
         recipe.budget_ffn and recipe.head_selection == "ranked"
     ):
@@ -271,6 +290,7 @@ def build_model(
         "budget_scope": recipe.budget_scope,
         "budget_ffn": recipe.budget_ffn,
         "embedding_exit": recipe.embedding_exit and recipe.budget_scope == "input",
+        "budget_bounds": recipe.budget_bounds,
         "exit_buckets": recipe.exit_weights // (rank or len(examples.names)),
         "exit_rank": rank,
         "attention_probs_dropout_prob": recipe.attention_dropout,
@@ -307,7 +327,26 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _find_data(data: Path) -> tuple[Path, Path | None]:
+def kept_tokenizer(examples: Examples, vocab_size: int, work_dir: Path) -> Tokenizer:
+    """Train a tokenizer, or read the one that an earlier call kept in `work_dir`.
+
+    Training breaks ties between pieces at random, and a run that goes on needs the same ids.
+    """
+    path = work_dir / "tokenizer.json"
+    if not path.is_file():
+        work_dir.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        train_tokenizer(examples.texts + (examples.pairs or []), vocab_size).save(str(part))
+        part.replace(path)
+    return Tokenizer.from_file(str(path))
+
+
+def find_data(data: Path) -> tuple[Path, Path | None]:
+    """Return the training file and, if there is one, the test file of a folder (or a file).
+
+    Raises:
+        DataError: there is no training file.
+    """
     if data.is_file():
         return data, None
     found = {
@@ -319,9 +358,9 @@ def _find_data(data: Path) -> tuple[Path, Path | None]:
     return found["train"], found["test"]
 
 
-def _tokenizer(start: Start, examples: Examples, recipe: Recipe) -> Tokenizer:
+def _tokenizer(start: Start, examples: Examples, recipe: Recipe, work_dir: Path) -> Tokenizer:
     if start.folder is None:
-        return train_tokenizer(examples.texts + (examples.pairs or []), recipe.vocab_size)
+        return kept_tokenizer(examples, recipe.vocab_size, work_dir)
     path = start.folder / "tokenizer.json"
     if not path.is_file():
         raise DataError(f"{path}: missing")
@@ -338,7 +377,8 @@ def _calibrate(
 ) -> tuple[PackedPass, list[FixedStep], list[OperatingPoint]]:
     config = model.config
     out_of_fold = fit_exit_head(model, tokens, seen, recipe) if config.embedding_exit else None
-    if recipe.gating == "hard":  # with soft gates f_o was trained together with the network
+    # With soft gates f_o was trained together with the network.
+    if recipe.gating == "hard" and recipe.fixed_share is None:
         _teach_controllers(model, out_of_fold, (tokens, seen), (unseen_tokens, unseen), recipe)
     # The checkpoint holds 16-bit weights; what is calibrated must be what will be served.
     model.half().float()

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from budgetformer.errors import DataError
 
+_PACKAGED = Path(__file__).parent / "recipes"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -19,6 +21,7 @@ class Recipe:
         data_name: what the data is called in the manifest; empty: the name of its folder.
         data_terms: under which terms the data may be used.
         seed: everything random follows from it.
+        max_train_rows: train on so many rows, drawn by `seed`; 0: on all.
         max_length: tokens kept of a text (and of a pair together).
         truncation_side: end of a longer text that is cut off, "right" or "left".
         batch_size: items per optimiser step.
@@ -28,7 +31,8 @@ class Recipe:
         attention_dropout: dropout of attention weights while training (without it attention is
             faster).
         precision: "bf16" computes matrix products in bfloat16 (fast where the processor has them).
-        dense_epochs: passes over the data with all heads (the teacher comes out of this).
+        dense_epochs: passes over the data with all heads (the teacher comes out of this); with no
+            `budget_epochs` the result is the plain multi-head network.
         budget_epochs: passes in which every item trains at a random ladder step, taught by the
             teacher.
         small_step_bias: exponent b of the random step ceil(S * u^b); above 1 favours small steps.
@@ -39,7 +43,12 @@ class Recipe:
         temperature: of the relevance softmax at the start and at the end of the budget epochs.
         noise: standard deviation on g_d's scores at the start; it ends at 0.
         entropy_weight, budget_weight: of the paper's two regularisers.
-        distillation: weight of the teacher's answer against the label's, 0..1.
+        budget_bounds: shares of the heads outside which the second of them pushes f_o back.
+        fixed_share: the share that f_o answers to every input, untrained; None: f_o learns. An
+            ablation of the paper.
+        random_heads: heads are drawn at random instead of by g_d. An ablation of the paper, for
+            `budgetformer.training.paper` only: no checkpoint can serve it.
+        distillation: weight of the teacher's answer against the label's, 0..1; 0: no teacher.
         distillation_temperature: softens both answers before they are compared.
         head_selection, budget_scope, budget_ffn, embedding_exit: see `BudgetFormerConfig`.
         ladder: "uniform" keeps as many heads in every layer; "importance" gives each step's heads
@@ -59,6 +68,7 @@ class Recipe:
     data_name: str = ""
     data_terms: str = "not stated"
     seed: int = 0
+    max_train_rows: int = 0
     max_length: int = 128
     truncation_side: Literal["right", "left"] = "right"
     batch_size: int = 32
@@ -76,6 +86,9 @@ class Recipe:
     noise: float = 0.5
     entropy_weight: float = 0.0
     budget_weight: float = 0.0
+    budget_bounds: tuple[float, float] = (0.1, 0.9)
+    fixed_share: float | None = None
+    random_heads: bool = False
     distillation: float = 0.7
     distillation_temperature: float = 2.0
     head_selection: Literal["input", "ranked"] = "ranked"
@@ -98,24 +111,41 @@ class Recipe:
     vocab_size: int = 8000
 
     @classmethod
-    def read(cls, path: Path | None, **overrides: Any) -> Recipe:
+    def read(cls, source: Path | str | None, **overrides: Any) -> Recipe:
         """Read a TOML recipe, if any, then apply the overrides that are not None.
+
+        Args:
+            source: the file, or the name of a packaged recipe (see `packaged_recipes`).
+            overrides: fields of the recipe.
 
         Raises:
             DataError: the file cannot be read, or names an unknown key.
         """
         values: dict[str, Any] = {}
-        if path is not None:
+        if source is not None:
+            named = str(source) in packaged_recipes()
+            path = _PACKAGED / f"{source}.toml" if named else Path(source)
             try:
                 values = tomllib.loads(path.read_text())
+            except FileNotFoundError as error:
+                names = ", ".join(packaged_recipes())
+                raise DataError(f"{path}: no such file (packaged: {names})") from error
             except (OSError, tomllib.TOMLDecodeError) as error:
                 raise DataError(f"{path}: {error}") from error
         values |= {name: value for name, value in overrides.items() if value is not None}
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise DataError(f"unknown recipe key: {', '.join(sorted(unknown))}")
+        for name, value in values.items():
+            if isinstance(value, list):  # TOML has no tuples
+                values[name] = tuple(value)
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as plain values."""
         return dataclasses.asdict(self)
+
+
+def packaged_recipes() -> list[str]:
+    """Return the names of the recipes that come with this package."""
+    return sorted(path.stem for path in _PACKAGED.glob("*.toml"))

@@ -111,8 +111,8 @@ class Trainer:
             self._run(Stage("dense", self.recipe.dense_epochs, self._dense_loss), resume, done)
             if keep_dense is not None:
                 keep_dense()
-            self.log("ordering heads and neurons by importance")
             if self.model.config.head_selection == "ranked" or self.model.config.budget_ffn:
+                self.log("ordering heads and neurons by importance")
                 units = order_by_importance(self.model, self._labelled_batches(IMPORTANCE_BATCHES))
                 if self.recipe.ladder == "importance":
                     self.model.config.ladder = ladder_by_importance(units)
@@ -121,7 +121,7 @@ class Trainer:
             resume = {}
         if "budget" not in done:
             teacher = resume.get("teacher")
-            if teacher is None:
+            if teacher is None and self.recipe.distillation:
                 teacher = self.predict(self.tokens, self.model.config.num_steps, "teacher")
             stage = Stage("budget", self.recipe.budget_epochs, self._budget_loss, teacher)
             frozen = self.recipe.freeze_embeddings and self.recipe.dense_epochs > 0
@@ -200,11 +200,12 @@ class Trainer:
 
     def _gating(self, stage: Stage, progress: float) -> Gating:
         """Go from exploration to exploitation (paper) as `progress` goes from 0 to 1."""
-        if stage.teacher is None:
+        if stage.name == "dense":
             return Gating()  # all heads are on: nothing to explore
         first, last = self.recipe.temperature
         temperature = first + (last - first) * progress
-        return Gating(self.recipe.gating, temperature, self.recipe.noise * (1 - progress))
+        noise = self.recipe.noise * (1 - progress)
+        return Gating(self.recipe.gating, temperature, noise, self.recipe.random_heads)
 
     def _autocast(self) -> Any:
         if self.recipe.precision == "bf16":

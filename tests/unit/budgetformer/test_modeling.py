@@ -15,6 +15,7 @@ import budgetformer
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.modeling import (
     MULTI_LABEL,
+    BudgetController,
     BudgetDecision,
     BudgetFormerForSequenceClassification,
     BudgetFormerModel,
@@ -285,6 +286,17 @@ class TestGating:
         gate = decision(head_selection="input")
         assert torch.equal(gate(POOLED).relevance, gate(POOLED).relevance)
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_random_heads_ignore_the_scorer(self, training: bool) -> None:
+        made = decision(head_selection="input").train(training)
+        made.gating = Gating(random_heads=True)
+        pooled = torch.ones(64, 16)
+        gates = (made(pooled, torch.full((64,), 2)).gates > 0.5).float()
+        assert (gates.sum(-1) == 2).all()
+        # the same text 64 times: every head of every layer has its turn
+        assert (gates.mean(0) > 0.2).all()
+        assert (gates.mean(0) < 0.8).all()
+
     @pytest.mark.parametrize(("scope", "decisions"), [("input", 1), ("layer", 3)])
     def test_is_set_for_every_decision(self, scope: str, decisions: int) -> None:
         network = random_network(small_config(budget_scope=scope))
@@ -301,6 +313,28 @@ class TestGating:
         without = gate.budget(POOLED)
         assert torch.equal(gate.budget(POOLED, torch.zeros(6, 2)), without)
         assert not torch.equal(gate.budget(POOLED, torch.ones(6, 2)), without)
+
+
+class TestFixedShare:
+    @pytest.mark.parametrize(("share", "heads"), [(0.1, 1), (0.3, 2), (0.5001, 3), (1.0, 4)])
+    @pytest.mark.parametrize("scope", ["input", "layer"])
+    def test_every_input_gets_it(self, scope: str, share: float, heads: int) -> None:
+        model = random_network(small_config(budget_scope=scope))
+        for module in model.modules():
+            if isinstance(module, BudgetController):
+                module.fix(share)
+        output = model.half().float()(torch.randint(1, 40, (9, 7)))
+        assert output.budget is not None
+        assert output.gates is not None
+        torch.testing.assert_close(
+            output.budget, torch.full_like(output.budget, share), rtol=0, atol=1e-3
+        )
+        assert (output.gates.sum(-1) == heads).all()
+
+    def test_learns_no_more(self) -> None:
+        controller = BudgetController(4, 3)
+        controller.fix(0.4)
+        assert not any(parameter.requires_grad for parameter in controller.parameters())
 
 
 class TestForward:

@@ -347,3 +347,22 @@ class TestBatches:
     def test_like_lengths_go_together(self, seed: int | None) -> None:
         tokens = words([1, 12] * 20)
         assert all(len(set(tokens.lengths[b.rows])) == 1 for b in tokens.batches(4, seed))
+
+
+class TestSample:
+    def test_draws_rows_in_their_order(self) -> None:
+        rows = topic_examples()
+        drawn = rows.sample(20, seed=1)
+        places = [rows.texts.index(text) for text in drawn.texts]
+        assert len(set(places)) == 20
+        assert places == sorted(places)
+        assert drawn.labels.tolist() == rows.labels[places].tolist()
+
+    def test_follows_the_seed(self) -> None:
+        first, again, other = (topic_examples().sample(20, seed).texts for seed in (1, 1, 2))
+        assert first == again
+        assert first != other
+
+    @pytest.mark.parametrize("count", [144, 1000])
+    def test_no_more_than_there_are(self, count: int) -> None:
+        assert topic_examples().sample(count, seed=1).texts == topic_examples().texts

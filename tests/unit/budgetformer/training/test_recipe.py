@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from budgetformer.errors import DataError
-from budgetformer.training.recipe import Recipe
+from budgetformer.training.recipe import Recipe, packaged_recipes
 
 
 def test_without_a_file_the_defaults_hold() -> None:
@@ -47,3 +47,50 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_plain_values_make_the_recipe_again() -> None:
     recipe = Recipe(seed=5, precision="bf16", budget_ffn=False)
     assert Recipe(**recipe.as_dict()) == recipe
+
+
+def test_lists_of_a_file_become_the_tuples_they_mean(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("temperature = [3.0, 1.0]\n")
+    assert Recipe.read(path) == Recipe(temperature=(3.0, 1.0))
+
+
+def test_the_paper_is_packaged_at_both_sizes() -> None:
+    assert packaged_recipes() == ["paper", "paper-small"]
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_a_packaged_recipe_is_the_papers_form(name: str) -> None:
+    recipe = Recipe.read(name, seed=4)
+    assert (recipe.seed, recipe.gating, recipe.budget_scope) == (4, "soft", "layer")
+    assert (recipe.head_selection, recipe.budget_ffn, recipe.embedding_exit) == (
+        "input",
+        False,
+        False,
+    )
+    assert (recipe.dense_epochs, recipe.distillation) == (0, 0.0)
+    assert (recipe.num_layers, recipe.num_heads) == (4, 8)
+
+
+def test_the_paper_has_its_own_size() -> None:
+    recipe = Recipe.read("paper")
+    assert (recipe.hidden_size, recipe.batch_size, recipe.budget_epochs) == (768, 16, 10)
+    assert recipe.learning_rate == 2e-5
+
+
+def test_the_small_paper_differs_in_size_and_schedule_only() -> None:
+    paper, small = Recipe.read("paper").as_dict(), Recipe.read("paper-small").as_dict()
+    assert {name for name in paper if paper[name] != small[name]} == {
+        "max_train_rows",
+        "max_length",
+        "hidden_size",
+        "intermediate_size",
+        "vocab_size",
+        "budget_epochs",
+        "learning_rate",
+    }
+
+
+def test_neither_file_nor_packaged() -> None:
+    with pytest.raises(DataError, match=r"papyrus.*packaged: paper, paper-small"):
+        Recipe.read("papyrus")

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from budgetformer.configuration import BudgetFormerConfig
-from budgetformer.modeling import MULTI_LABEL, BudgetFormerForSequenceClassification
+from budgetformer.modeling import MULTI_LABEL, BudgetFormerForSequenceClassification, Gating
 from budgetformer.training import trainer as trainer_module
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
 from budgetformer.training.recipe import Recipe
@@ -213,6 +213,73 @@ class TestLearning:
         run = new_run()
         run.weights()
         assert run.lines == ["ordering heads and neurons by importance"]
+
+
+class TestFromScratch:
+    """The paper's way: one stage, no dense network and no teacher before it."""
+
+    PAPER: dict[str, Any] = {
+        "gating": "soft",
+        "dense_epochs": 0,
+        "distillation": 0.0,
+        "temperature": (2.0, 0.5),
+        "noise": 0.5,
+    }
+    FORM: dict[str, Any] = {
+        "head_selection": "input",
+        "budget_scope": "layer",
+        "budget_ffn": False,
+    }
+
+    def test_learns_and_goes_from_exploration_to_exploitation(
+        self, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run, model = new_run(budget_epochs=4, **self.PAPER), new_network(**self.FORM)
+        seen: list[Gating] = []
+        monkeypatch.setattr(model, "set_gating", lambda g: seen.append(g))
+        before = mean_loss(run, model, 4)
+        run.trainer(model).train()
+        assert mean_loss(run, model, 4) < 0.9 * before
+        assert {gating.mode for gating in seen} == {"soft"}
+        assert seen[0] == Gating("soft", 2.0, 0.5)
+        assert seen[-1].temperature == pytest.approx(0.5, abs=0.1)
+        assert seen[-1].noise == pytest.approx(0, abs=0.04)
+        assert run.lines == []
+
+    def test_asks_no_teacher(self, new_run: Callable[..., Run]) -> None:
+        run = new_run(budget_epochs=1, **self.PAPER)
+        run.tokens.left = 4  # the batches of the one epoch, and no more
+        run.trainer(new_network(**self.FORM)).train()
+
+    def test_resumes(self, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(trainer_module, "SAVE_SECONDS", -1)
+        broken = new_run(**self.PAPER).weights(after=5, **self.FORM)
+        assert_same(broken, new_run(**self.PAPER).weights(**self.FORM))
+
+    def test_a_fixed_share_stays(self, new_run: Callable[..., Run]) -> None:
+        run, model = new_run(**self.PAPER), new_network(**self.FORM)
+        for layer in model.encoder.encoder_layers:
+            assert layer.decision is not None
+            layer.decision.controller.fix(0.6)
+        run.trainer(model).train()
+        output = model.eval()(**inputs(run.tokens.batch(np.arange(9))))
+        torch.testing.assert_close(output.budget, torch.full((9, 2), 0.6))
+
+    def test_random_heads_teach_the_scorer_nothing(self, new_run: Callable[..., Run]) -> None:
+        run = new_run(random_heads=True, weight_decay=0.0, **self.PAPER)
+        model = new_network(**self.FORM)
+        layer = model.encoder.encoder_layers[0]
+        assert layer.decision is not None
+        assert layer.decision.scorer is not None
+        before = layer.decision.scorer.out.weight.detach().clone()
+        run.trainer(model).train()
+        assert torch.equal(layer.decision.scorer.out.weight, before)
+
+    def test_only_dense_epochs_make_the_plain_network(self, new_run: Callable[..., Run]) -> None:
+        run, model = new_run(dense_epochs=4, budget_epochs=0), new_network()
+        before = mean_loss(run, model, 4)
+        run.trainer(model).train()
+        assert mean_loss(run, model, 4) < 0.7 * before
 
 
 class TestDeterminism:
