@@ -264,20 +264,19 @@ def _probed(held: Side) -> Iterator[Setting]:
 
 def _at_caps(settings: Sequence[Setting], held: Side, test: Side) -> list[float]:
     """Choose the best setting under each cap on the held-out texts, and score it on the test."""
-    tried = [(setting(held), setting) for setting in settings]
-    costs = [float(choice.macs.sum() / held.table.dense.sum()) for choice, _ in tried]
+    tried: list[tuple[float, float, int]] = []
+    for place, setting in enumerate(settings):
+        choice = setting(held)
+        cost = float(choice.macs.sum() / held.table.dense.sum())
+        tried.append((float(choice.right.mean()), -cost, place))
     found = []
     for cap in CAPS:
-        affordable = [
-            (float(choice.right.mean()), -cost, setting)
-            for (choice, setting), cost in zip(tried, costs, strict=True)
-            if cost <= cap
-        ]
-        if not affordable:
+        affordable = [entry for entry in tried if -entry[1] <= cap]
+        if affordable:
+            best = settings[max(affordable)[2]]
+            found.append(float(best(test).right.mean()))
+        else:
             found.append(float("nan"))
-            continue
-        _, _, best = max(affordable, key=lambda x: x[:2])
-        found.append(float(best(test).right.mean()))
     return found
 
 
