@@ -169,11 +169,21 @@ class TestSound:
         model = AutoModelForSequenceClassification.from_pretrained(path)
         assert type(model).__name__ == "BudgetFormerForSequenceClassification"
 
-    def test_its_tokenizer_neither_pads_nor_truncates(self, model_store: Path) -> None:
-        tokenizer = load_tokenizer(read_checkpoint(model_store / TOPICS / "1"))
-        encodings = tokenizer.encode_batch(["word " * 100, "word"])
-        assert len(encodings[0].ids) > MAX_TOKENS
-        assert len(encodings[1].ids) < 20
+    @pytest.mark.parametrize("side", ["right", "left"])
+    def test_its_tokenizer_cuts_at_the_end_that_the_manifest_names(
+        self, store: Path, side: str
+    ) -> None:
+        path = store / TOPICS / "1"
+        manifest = read_checkpoint(path).manifest
+        write_manifest(path, manifest.model_copy(update={"truncation_side": side}))
+        tokenizer = load_tokenizer(read_checkpoint(path))
+        first, last, short = tokenizer.encode_batch(
+            ["the " * 100 + "cat", "cat " + "the " * 100, "the cat"]
+        )
+        assert len(first.ids) == len(last.ids) == MAX_TOKENS
+        assert len(short.ids) < MAX_TOKENS  # not padded
+        kept, cut = (last, first) if side == "right" else (first, last)
+        assert len(set(kept.ids)) > len(set(cut.ids))
 
     def test_a_manifest_is_written_whole_and_reads_back(self, store: Path) -> None:
         path = store / TOPICS / "1"
