@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -129,3 +129,23 @@ def run(network: PackedPass, items: Sequence[Work]) -> None:
             item.logits = logits[place]
         else:
             item.step = following
+
+
+def answer(
+    network: PackedPass,
+    items: Sequence[Work],
+    batches: Callable[[Sequence[Work]], Iterable[Sequence[Work]]],
+) -> None:
+    """Take items all the way to their answers; those of one step run together.
+
+    Args:
+        network: what computes them.
+        items: new ones.
+        batches: how to cut items that run together into batches.
+    """
+    for batch in batches(items):
+        arrive(network, batch)
+    while waiting := [item for item in items if not item.done]:
+        for step in sorted({item.step for item in waiting}):
+            for batch in batches([item for item in waiting if item.step == step]):
+                run(network, batch)

@@ -101,14 +101,7 @@ class Classifier:
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         encodings = self.tokenizer.encode_batch(inputs)
         items = [Work(e.ids, e.type_ids, rule) for e in encodings]
-        for batch in _batches(items):
-            cascade.arrive(self.network, batch)
-        waiting = [item for item in items if not item.done]
-        while waiting:
-            for step in sorted({item.step for item in waiting}):
-                for batch in _batches([item for item in waiting if item.step == step]):
-                    cascade.run(self.network, batch)
-            waiting = [item for item in waiting if not item.done]
+        cascade.answer(self.network, items, _batches)
         return [
             self._prediction(item, bool(e.overflowing))
             for item, e in zip(items, encodings, strict=True)

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from budgetformer.errors import DataError
 from budgetformer.modeling import BudgetFormerForSequenceClassification, masked_mean
-from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
+from budgetformer.training.data import Examples, TokenizedTexts, drawn_rows
 from budgetformer.training.trainer import inputs, progress_bar
 
 EXITS = "exits.safetensors"
@@ -44,8 +43,7 @@ class Baseline:
 
     def layer_logits(self, tokens: TokenizedTexts) -> Tensor:
         """Return what each layer would answer, [L, N, C]; the last one is the network itself."""
-        rows = np.arange(len(tokens.ids))
-        states, logits = _layer_states(self.model, tokens, rows, "dense twin")
+        states, logits = _layer_states(self.model, tokens, "dense twin")
         early = torch.einsum("lnd,lcd->lnc", states[:-1], self.weight) + self.bias[:, None]
         return torch.cat([early, logits[None]])
 
@@ -58,9 +56,8 @@ def write_baseline(
     seed: int,
 ) -> None:
     """Fit early exits on a trained dense network and write both to `folder`."""
-    count = min(len(examples), EXIT_ROWS)
-    rows = np.sort(np.random.default_rng(seed).permutation(len(examples))[:count])
-    states, _ = _layer_states(model, tokens, rows, "early exits")
+    rows = drawn_rows(len(examples), EXIT_ROWS, seed)
+    states, _ = _layer_states(model, tokens.subset(rows), "early exits")
     labels = torch.from_numpy(examples.labels[rows])
     fitted = [_fit(model, layer, labels) for layer in states[:-1]]
     weights = {
@@ -103,29 +100,24 @@ def _tapped(model: BudgetFormerForSequenceClassification) -> Iterator[list[Tenso
 
 @torch.no_grad()
 def _layer_states(
-    model: BudgetFormerForSequenceClassification,
-    tokens: TokenizedTexts,
-    rows: np.ndarray,
-    title: str,
+    model: BudgetFormerForSequenceClassification, tokens: TokenizedTexts, title: str
 ) -> tuple[Tensor, Tensor]:
     """Return mean states after each layer [L, N, D], and logits [N, C], at the full budget."""
     config = model.config
     training = model.training
     model.eval()
-    states = torch.zeros(config.num_hidden_layers, len(rows), config.hidden_size)
-    logits = torch.zeros(len(rows), config.num_classes)
-    order = np.argsort(tokens.lengths[rows], kind="stable")
+    count = len(tokens.ids)
+    states = torch.zeros(config.num_hidden_layers, count, config.hidden_size)
+    logits = torch.zeros(count, config.num_classes)
     with progress_bar() as bar, _tapped(model) as taken:
-        task = bar.add_task(title, total=len(rows), note="")
-        for start in range(0, len(rows), BATCH):
-            places = order[start : start + BATCH]
-            batch: TokenBatch = tokens.batch(rows[places])
+        task = bar.add_task(title, total=count, note="")
+        for batch in tokens.batches(BATCH):
             taken.clear()
             encoded = model.encoder(**inputs(batch), steps=config.num_steps)
-            logits[places] = model.classify(encoded.pooled)
+            logits[batch.rows] = model.classify(encoded.pooled)
             for index, layer in enumerate(taken):
-                states[index, places] = masked_mean(layer, batch.attention_mask)
-            bar.advance(task, len(places))
+                states[index, batch.rows] = masked_mean(layer, batch.attention_mask)
+            bar.advance(task, len(batch.rows))
     model.train(training)
     return states, logits
 

@@ -293,13 +293,11 @@ def answer_all(
     items = [
         Work(tokens.ids[i].tolist(), tokens.types[i].tolist(), rule) for i in range(len(tokens.ids))
     ]
-    for start in range(0, len(items), batch):
-        cascade.arrive(network, items[start : start + batch])
-    while waiting := [item for item in items if not item.done]:
-        step = min(item.step for item in waiting)
-        same = [item for item in waiting if item.step == step]
-        for start in range(0, len(same), batch):
-            cascade.run(network, same[start : start + batch])
+
+    def batches(some: Sequence[Work]) -> Iterator[Sequence[Work]]:
+        return (some[start : start + batch] for start in range(0, len(some), batch))
+
+    cascade.answer(network, items, batches)
     return items
 
 

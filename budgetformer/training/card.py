@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from budgetformer.checkpoint import CARD, Manifest
 from budgetformer.training.evaluation import Row
+from budgetformer.training.pages import draw
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PLOT = "frontier.png"
 
@@ -15,7 +21,7 @@ def write_card(folder: Path, manifest: Manifest, test: list[Row]) -> None:
 
     `test` is its report on test texts, if any.
     """
-    _plot(folder / PLOT, manifest)
+    draw([folder / PLOT], partial(_plot, manifest=manifest), size=(7, 4.2))
     (folder / CARD).write_text(_text(manifest, test))
 
 
@@ -84,13 +90,7 @@ the data named above and says nothing of texts of another kind or time.
 """
 
 
-def _plot(path: Path, manifest: Manifest) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=110)
+def _plot(axes: Axes, manifest: Manifest) -> None:
     points, steps = manifest.operating_points, manifest.frontier
     axes.plot(
         [100 * s.macs_share for s in steps],
@@ -117,7 +117,3 @@ def _plot(path: Path, manifest: Manifest) -> None:
     axes.set_xlabel("multiply-adds, % of the dense network")
     axes.set_ylabel("accuracy on held-out texts")
     axes.legend(loc="lower right")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)

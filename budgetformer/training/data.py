@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from budgetformer.checkpoint import Checkpoint, load_tokenizer
 from budgetformer.errors import DataError
 
 
@@ -48,9 +49,23 @@ class Examples:
 
     def sample(self, count: int, seed: int) -> Examples:
         """Return `count` rows drawn by `seed`, in their order; all of them if there are no more."""
-        if count >= len(self):
+        return self if count >= len(self) else self.subset(drawn_rows(len(self), count, seed))
+
+    def evenly(self, count: int | None) -> Examples:
+        """Return an even choice of at most `count` rows; None: all."""
+        if count is None or count >= len(self):
             return self
-        return self.subset(np.sort(np.random.default_rng(seed).permutation(len(self))[:count]))
+        return self.subset(even_rows(len(self), count))
+
+
+def drawn_rows(total: int, count: int, seed: int) -> np.ndarray:
+    """Draw at most `count` of the rows 0..total-1 by `seed`, in their order."""
+    return np.sort(np.random.default_rng(seed).permutation(total)[:count])
+
+
+def even_rows(total: int, count: int) -> np.ndarray:
+    """Choose at most `count` of the rows 0..total-1, evenly."""
+    return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
 def read_table(path: Path) -> pa.Table:
@@ -201,9 +216,20 @@ class TokenizedTexts:
         self.types = [np.array(e.type_ids, dtype=np.int64) for e in encodings]
         self.lengths = np.array([len(ids) for ids in self.ids])
 
-    def some(self, count: int) -> TokenizedTexts:
-        """Return an even choice of at most `count` texts."""
-        rows = np.linspace(0, len(self.ids) - 1, min(count, len(self.ids))).astype(int)
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, examples: Examples) -> TokenizedTexts:
+        """Tokenize texts as a checkpoint does."""
+        manifest = checkpoint.manifest
+        return cls(
+            load_tokenizer(checkpoint),
+            examples.texts,
+            examples.pairs,
+            manifest.max_tokens,
+            manifest.truncation_side,
+        )
+
+    def subset(self, rows: np.ndarray) -> TokenizedTexts:
+        """Return the given texts."""
         chosen = copy.copy(self)
         chosen.ids, chosen.types = [self.ids[i] for i in rows], [self.types[i] for i in rows]
         chosen.lengths = self.lengths[rows]

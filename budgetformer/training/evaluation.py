@@ -91,14 +91,7 @@ def read_test(checkpoint: Checkpoint, data: Path, limit: int | None = None) -> E
     examples = read_examples(data, list(checkpoint.manifest.labels))
     if not len(examples):
         raise DataError(f"{data}: no rows")
-    return evenly(examples, limit)
-
-
-def evenly(examples: Examples, limit: int | None) -> Examples:
-    """Return an even choice of at most `limit` rows; None: all."""
-    if limit is None or limit >= len(examples):
-        return examples
-    return examples.subset(np.linspace(0, len(examples) - 1, limit).astype(int))
+    return examples.evenly(limit)
 
 
 def evaluate_checkpoint(

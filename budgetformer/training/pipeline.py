@@ -210,20 +210,13 @@ def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> M
     if len(examples) < FEWEST_ROWS:
         raise DataError(f"{data}: {len(examples)} rows, calibration needs {FEWEST_ROWS} at least")
     network = load_network(checkpoint)
-    tokenizer = load_tokenizer(checkpoint)
-    tokens = TokenizedTexts(
-        tokenizer,
-        examples.texts,
-        examples.pairs,
-        checkpoint.manifest.max_tokens,
-        checkpoint.manifest.truncation_side,
-    )
+    tokens = TokenizedTexts.of(checkpoint, examples)
     log(f"calibrating on {len(examples)} texts")
     costs = checkpoint.manifest.recipe.get("level_costs", Recipe.level_costs)
     frontier, points = _find_points(network, tokens, examples, costs)
     _write_files(
         network.model,
-        tokenizer,
+        load_tokenizer(checkpoint),
         output,
         checkpoint.manifest.max_tokens,
         checkpoint.manifest.truncation_side,

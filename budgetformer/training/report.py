@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from budgetformer.checkpoint import Checkpoint, load_tokenizer
+from budgetformer.checkpoint import Checkpoint
 from budgetformer.classifier import load_network
 from budgetformer.compact import PackedPass
 from budgetformer.cost import layer_macs
@@ -28,7 +28,7 @@ from budgetformer.modeling import MULTI_LABEL, confidence, probabilities
 from budgetformer.policy import BudgetRule, EntryBand, Escalation, OperatingPoint
 from budgetformer.training.baseline import Baseline
 from budgetformer.training.calibration import Answers, Calibration, answer_all, run_every_step
-from budgetformer.training.data import Examples, TokenizedTexts
+from budgetformer.training.data import Examples, TokenizedTexts, even_rows
 from budgetformer.training.evaluation import interval
 from budgetformer.training.exits import wrong
 
@@ -152,18 +152,10 @@ def report_checkpoint(
     network = load_network(checkpoint)
     if network.config.budget_scope == "layer":
         raise DataError("a report compares fixed steps, which layer-wise budgets do not have")
-    manifest = checkpoint.manifest
-    tokens = TokenizedTexts(
-        load_tokenizer(checkpoint),
-        examples.texts,
-        examples.pairs,
-        manifest.max_tokens,
-        manifest.truncation_side,
-    )
-    bench = _Bench(network, tokens, examples, baseline)
-    levels = [point for point in manifest.operating_points if point.name]
-    times = bench.time(levels) if timed else {}
-    return bench.report(checkpoint.label, levels, list(manifest.operating_points), times)
+    bench = _Bench(network, TokenizedTexts.of(checkpoint, examples), examples, baseline)
+    points = checkpoint.manifest.operating_points
+    times = bench.time([point for point in points if point.name]) if timed else {}
+    return bench.report(checkpoint.label, points, times)
 
 
 class _Bench:
@@ -190,28 +182,27 @@ class _Bench:
     def report(
         self,
         model: str,
-        levels: Sequence[OperatingPoint],
         points: Sequence[OperatingPoint],
         times: dict[str, dict[int, float]],
     ) -> Report:
         first = 0 if self.config.embedding_exit else 1
         steps = {f"step {i}": self._step(i) for i in range(first, self.config.num_steps + 1)}
-        named = {str(p.name): self._level(p) for p in levels}
+        ours = [(p, self._level(p)) for p in points]
+        named = {str(p.name): outcome for p, outcome in ours if p.name}
         oracle = self._oracle(first)
         dense = {"dense": self.dense} if self.baseline else {}
         outcomes = {**named, **dense, **steps, "oracle": oracle}
-        rivals = {"fixed step": list(steps.values())}
-        rivals["confidence cascade"] = self._cascades()
+        rivals = {
+            "fixed step": self._best(list(steps.values())),
+            "confidence cascade": self._best(self._cascades()),
+        }
         if self.layers is not None:
-            rivals["early exit"] = list(self._early_exits())
-        ours = [(p, self._level(p)) for p in points]
+            rivals["early exit"] = self._best(list(self._early_exits()))
         curves = [
             Curve("budget per text", [self._share(o) for _, o in ours], [_mean(o) for _, o in ours])
         ]
-        for name, family in rivals.items():
-            hull = _hull([(self._share(o), _mean(o)) for o in family])
-            best = [(self._share(family[i]), _mean(family[i])) for i in hull]
-            curves.append(Curve(name, [c for c, _ in best], [a for _, a in best]))
+        for name, best in rivals.items():
+            curves.append(Curve(name, [self._share(o) for o in best], [_mean(o) for o in best]))
         both_kinds = self.dense.right.any() and not self.dense.right.all()
         difficulty = [self._difficulty(name, o) for name, o in named.items()] if both_kinds else []
         return Report(
@@ -236,7 +227,7 @@ class _Bench:
             rules[f"step {step}"] = BudgetRule(point=None, num_steps=last, fixed=step)
         found: dict[str, dict[int, float]] = {name: {} for name in rules}
         for batch, count in TIMED_BATCHES.items():
-            some = self.tokens.some(count)
+            some = self.tokens.subset(even_rows(len(self.tokens.ids), count))
             taken: dict[str, list[float]] = {name: [] for name in rules}
             for _ in range(TIMED_ROUNDS):
                 for name, rule in rules.items():
@@ -311,8 +302,8 @@ class _Bench:
         unique = list({id(point): (point, outcome) for point, outcome in chosen}.values())
         for point, outcome in unique:
             cost = self._share(outcome)
-            for name, family in rivals.items():
-                rival = self._at_cost(family, cost)
+            for name, best in rivals.items():
+                rival = self._at_cost(best, cost)
                 if rival is None:
                     continue
                 gain, low, high = _paired(outcome.right, rival)
@@ -321,22 +312,24 @@ class _Bench:
                     name, point.name or "", cost, _mean(outcome), accuracy, gain, low, high
                 )
 
-    def _at_cost(self, family: Sequence[_Outcome], cost: float) -> np.ndarray | None:
-        """Return how right [N] the best mixture of a family is at exactly this mean cost.
+    def _best(self, family: Sequence[_Outcome]) -> list[_Outcome]:
+        """Keep the members on the upper hull of accuracy against cost, by rising cost."""
+        return [family[i] for i in _hull([(self._share(o), _mean(o)) for o in family])]
+
+    def _at_cost(self, best: Sequence[_Outcome], cost: float) -> np.ndarray | None:
+        """Return how right [N] the best mixture of a hull's members is at exactly this mean cost.
 
         Between two members, texts are split between them at random; None: all cost more.
         """
-        places = [(self._share(o), _mean(o)) for o in family]
-        hull = _hull(places)
-        costs = [places[i][0] for i in hull]
+        costs = [self._share(outcome) for outcome in best]
         above = int(np.searchsorted(costs, cost, side="right"))
         if above == 0:
             return None
-        low = family[hull[above - 1]].right.astype(float)
-        if above == len(hull):
+        low = best[above - 1].right.astype(float)
+        if above == len(best):
             return low
         weight = (cost - costs[above - 1]) / (costs[above] - costs[above - 1])
-        return (1 - weight) * low + weight * family[hull[above]].right
+        return (1 - weight) * low + weight * best[above].right
 
     def _share(self, outcome: _Outcome) -> float:
         return float(outcome.macs.sum() / self.table.dense.sum())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from budgetformer.training.pages import draw, markdown_table
 from budgetformer.training.report import Report
 
 if TYPE_CHECKING:
@@ -22,9 +23,8 @@ def write_report(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     (folder / PAGE).write_text(report_text(report))
-    _draw(folder, "frontier", lambda axes: _frontier(axes, report))
-    _draw(folder, "difficulty", lambda axes: _difficulty(axes, report))
-    _draw(folder, "classes", lambda axes: _classes(axes, report))
+    for name, fill in (("frontier", _frontier), ("difficulty", _difficulty), ("classes", _classes)):
+        draw([folder / f"{name}.png", folder / f"{name}.svg"], partial(fill, report=report))
 
 
 def report_text(report: Report) -> str:
@@ -78,7 +78,7 @@ the fine-tuned network that the checkpoint came from; its time is that of our ow
 computes as much. The oracle gives each text the smallest step that is right.
 
 ## Every way to answer
-{_table(heads, ways)}
+{markdown_table(heads, ways)}
 
 ![Accuracy against cost](frontier.png)
 
@@ -88,7 +88,7 @@ the same mean multiply-adds. The rivals' thresholds and mixtures are chosen on t
 a gain here is a lower bound. Gains are in accuracy points, intervals paired, 95 %.
 
 {
-        _table(
+        markdown_table(
             ["level", "multiply-adds", "accuracy", "rival", "its accuracy", "gain", "interval"],
             rivals,
         )
@@ -98,7 +98,7 @@ a gain here is a lower bound. Gains are in accuracy points, intervals paired, 95
 What is spent on the texts that the dense network gets wrong, and right.
 
 {
-        _table(
+        markdown_table(
             [
                 "level",
                 "heads if wrong",
@@ -114,31 +114,10 @@ What is spent on the texts that the dense network gets wrong, and right.
 ![Heads by confidence of the dense network](difficulty.png)
 
 ## Budget by class, level "balanced"
-{_table(["class", "mean heads"], [[name, f"{heads_:.1f}"] for name, heads_ in classes])}
+{markdown_table(["class", "mean heads"], [[name, f"{heads_:.1f}"] for name, heads_ in classes])}
 
 ![Heads by class](classes.png)
 """
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _draw(folder: Path, name: str, fill: Callable[[Axes], None]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = name  # the same figures make the same file
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), dpi=110)
-    fill(axes)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / f"{name}.png")
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    plt.close(figure)
 
 
 def _frontier(axes: Axes, report: Report) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from budgetformer.checkpoint import Checkpoint, load_tokenizer, read_checkpoint
+from budgetformer.checkpoint import Checkpoint, read_checkpoint
 from budgetformer.classifier import load_network
 from budgetformer.compact import PackedPass
 from budgetformer.cost import encoder_macs
@@ -27,8 +27,9 @@ from budgetformer.modeling import confidence, exit_evidence
 from budgetformer.policy import EntryBand, Escalation
 from budgetformer.training.calibration import Calibration, Runs, run_every_step
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
-from budgetformer.training.evaluation import evenly, read_test
+from budgetformer.training.evaluation import read_test
 from budgetformer.training.exits import pooled_states
+from budgetformer.training.pages import markdown_table
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.sliced import sliced_states
 from budgetformer.training.trainer import progress_bar, split_rows
@@ -83,14 +84,7 @@ def study(checkpoint: Checkpoint, held: Examples, test: Examples) -> dict[str, l
 
 
 def _side(network: PackedPass, checkpoint: Checkpoint, examples: Examples) -> Side:
-    manifest = checkpoint.manifest
-    tokens = TokenizedTexts(
-        load_tokenizer(checkpoint),
-        examples.texts,
-        examples.pairs,
-        manifest.max_tokens,
-        manifest.truncation_side,
-    )
+    tokens = TokenizedTexts.of(checkpoint, examples)
     labels = torch.from_numpy(examples.labels)
     runs: Runs = run_every_step(network, tokens)
     table = Calibration(network, runs, labels)
@@ -291,12 +285,13 @@ def main() -> None:
     recipe = Recipe(**checkpoint.manifest.recipe)
     examples = read_examples(arguments.data / "train.parquet", list(checkpoint.manifest.labels))
     _, rows = split_rows(len(examples), recipe.hold_out, recipe.seed)
-    held = evenly(examples.subset(rows), arguments.limit)
+    held = examples.subset(rows).evenly(arguments.limit)
     test = read_test(checkpoint, arguments.data / "test.parquet", arguments.limit)
-    lines = [["way", *(f"{cap:.0%}" for cap in CAPS)], ["---"] * (1 + len(CAPS))]
-    for name, row in study(checkpoint, held, test).items():
-        lines.append([name, *("" if math.isnan(x) else f"{x:.4f}" for x in row)])
-    sys.stdout.write("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    lines = [
+        [name, *("" if math.isnan(x) else f"{x:.4f}" for x in row)]
+        for name, row in study(checkpoint, held, test).items()
+    ]
+    sys.stdout.write(markdown_table(["way", *(f"{cap:.0%}" for cap in CAPS)], lines) + "\n")
 
 
 if __name__ == "__main__":

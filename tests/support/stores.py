@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from budgetformer.checkpoint import read_checkpoint, write_manifest
 from budgetformer.classifier import Classifier
 from budgetformer.modeling import confidence
 from budgetformer.policy import BudgetRule, OperatingPoint
+from budgetformer.training.data import Examples
 from budgetformer.training.pipeline import train_checkpoint
 from budgetformer.training.recipe import Recipe
 
@@ -78,6 +80,13 @@ def labelled_sentences() -> list[tuple[str, str]]:
         for group in zip(*map(sentences, LABELS), strict=True)
         for text, label in zip(group, LABELS, strict=True)
     ]
+
+
+def labelled_examples(names: list[str]) -> Examples:
+    """Return the labelled sentences with the class ids of `names`."""
+    rows = labelled_sentences()
+    labels = np.array([names.index(label) for _, label in rows])
+    return Examples([text for text, _ in rows], None, labels, names)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:

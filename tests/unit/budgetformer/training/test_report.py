@@ -20,17 +20,14 @@ from budgetformer.training.report import (
     report_checkpoint,
 )
 from budgetformer.training.report_files import write_report
-from tests.support.stores import TAGS, TOPICS, labelled_sentences, model_store
+from tests.support.stores import TAGS, TOPICS, labelled_examples, labelled_sentences, model_store
 
 __all__ = ["model_store"]
 
 
 @pytest.fixture(scope="module")
 def examples(model_store: Path) -> Examples:
-    names = list(read_checkpoint(model_store / TOPICS / "1").manifest.labels)
-    rows = labelled_sentences()
-    labels = np.array([names.index(label) for _, label in rows])
-    return Examples([text for text, _ in rows], None, labels, names)
+    return labelled_examples(list(read_checkpoint(model_store / TOPICS / "1").manifest.labels))
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from budgetformer.checkpoint import read_checkpoint
-from budgetformer.training.data import Examples
 from budgetformer.training.study import CAPS, study
-from tests.support.stores import TOPICS, labelled_sentences, model_store
+from tests.support.stores import TOPICS, labelled_examples, model_store
 
 __all__ = ["model_store"]
 
@@ -17,11 +16,7 @@ __all__ = ["model_store"]
 def table(model_store: Path) -> dict[str, list[float]]:
     """Return a study whose held-out and test texts are the same ones."""
     checkpoint = read_checkpoint(model_store / TOPICS / "1")
-    names = list(checkpoint.manifest.labels)
-    rows = labelled_sentences()
-    examples = Examples(
-        [text for text, _ in rows], None, np.array([names.index(x) for _, x in rows]), names
-    )
+    examples = labelled_examples(list(checkpoint.manifest.labels))
     return study(checkpoint, examples, examples)
 
 
