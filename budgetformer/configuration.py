@@ -47,7 +47,7 @@ class BudgetFormerConfig(PreTrainedConfig):
         exit_rank: width of step 0's token vectors, which a linear map turns into logits; 0: each
             token has a weight per label.
         exit_weight: how much the step-0 logits count beside the encoder's in the answer of a step
-            >= 1.
+            >= 1: one number for all steps, or one for each of 1..S.
         controller_hidden_size: width of f_o's hidden layer.
         budget_bounds: (s_min, s_max), outside which the budget regulariser pushes s back (paper:
             0.1, 0.9).
@@ -83,7 +83,7 @@ class BudgetFormerConfig(PreTrainedConfig):
         embedding_exit: bool = False,
         exit_buckets: int = 0,
         exit_rank: int = 0,
-        exit_weight: float = 0.0,
+        exit_weight: float | list[float] = 0.0,
         controller_hidden_size: int = 64,
         budget_bounds: tuple[float, float] = (0.1, 0.9),
         pad_token_id: int | None = 0,
@@ -141,6 +141,12 @@ class BudgetFormerConfig(PreTrainedConfig):
         """Number of ladder steps S, step 0 not counted."""
         return len(self.ladder)
 
+    @property
+    def exit_weights(self) -> list[float]:
+        """What step 0's logits count beside the encoder's at each step 1..S."""
+        weight = self.exit_weight
+        return weight if isinstance(weight, list) else [weight] * self.num_steps
+
     def heads_per_layer(self, step: int) -> list[int]:
         """Return the heads of each layer at ladder step `step`; step 0 computes none.
 
@@ -169,8 +175,6 @@ class BudgetFormerConfig(PreTrainedConfig):
         for name in ("exit_buckets", "exit_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
-        if not math.isfinite(self.exit_weight):
-            raise ValueError(f"exit_weight must be a finite number, not {self.exit_weight}")
         if self.hidden_size % heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {heads} heads")
         if self.budget_ffn and self.intermediate_size % heads:
@@ -190,6 +194,13 @@ class BudgetFormerConfig(PreTrainedConfig):
                 raise ValueError(f"ladder step {step} leaves {fewest}..{heads} heads: {plan}")
             if step > 1 and sum(plan) < sum(self.ladder[step - 2]):
                 raise ValueError(f"ladder step {step} computes fewer heads than the step before it")
+        if len(self.exit_weights) != self.num_steps or not all(
+            map(math.isfinite, self.exit_weights)
+        ):
+            raise ValueError(
+                f"exit_weight must be a finite number, or one for each of {self.num_steps} steps, "
+                f"not {self.exit_weight}"
+            )
         if self.budget_scope == "layer" and self.embedding_exit:
             raise ValueError(
                 'embedding_exit needs budget_scope "input": step 0 is decided before the encoder'

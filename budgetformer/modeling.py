@@ -434,7 +434,8 @@ class BudgetFormerModel(BudgetFormerPreTrainedModel):
             attention_mask: 1 for real tokens, 0 for padding, [B, T]; None: all real.
             token_type_ids: segment ids [B, T]; None: all 0.
             steps: ladder step of each item [B], or one for all, in place of f_o's.
-            gates: heads of each item and layer [B, L, H], in place of f_o's and g_d's.
+            gates: heads of each item and layer [B, L, H], in place of f_o's and g_d's. The steps
+                still say how much step 0 counts.
             evidence: what step 0 found, [B, 2], for f_o (see `exit_evidence`).
         """
         if attention_mask is None:
@@ -563,7 +564,11 @@ class BudgetFormerForSequenceClassification(BudgetFormerPreTrainedModel):
         )
         logits = self.classify(self.dropout(encoded.pooled))
         if exit_logits is not None:
-            logits = logits + self.config.exit_weight * exit_logits
+            answering = steps
+            if answering is None:
+                answering = budget_step(encoded.budget[:, 0], self.config.num_steps)
+            weights = exit_logits.new_tensor([0.0, *self.config.exit_weights])[answering]
+            logits = logits + weights.unsqueeze(-1) * exit_logits
             if steps is not None and gates is None:
                 logits = torch.where((steps == 0).unsqueeze(-1), exit_logits, logits)
         return BudgetFormerClassifierOutput(

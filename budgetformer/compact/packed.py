@@ -236,8 +236,10 @@ class PackedPass:
             states = self._run_layer(index, layer, states, tokens.lengths, sets)
         states = self.encoder.final_norm(states)
         logits = self.model.classify(self._summary(states, owner, tokens.lengths))
-        if exit_logits is not None:
-            logits = logits + self.config.exit_weight * exit_logits.to(self.device)
+        if exit_logits is not None and steps is not None:
+            shares = self.config.exit_weights
+            weights = logits.new_tensor([shares[step - 1] for step in steps])
+            logits = logits + weights.unsqueeze(-1) * exit_logits.to(self.device)
         return PassResult(logits, heads)
 
     def _owner(self, lengths: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from budgetformer import cascade
@@ -85,21 +86,23 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
     return Runs(logits, s, tokens.lengths)
 
 
-def tune_exit_weight(runs: Runs, labels: Tensor, problem_type: str | None) -> float:
-    """Return the weight of step 0's logits beside the encoder's that fits the labels best."""
-    best, best_loss = 0.0, float("inf")
-    for weight in np.linspace(0, 2, 21):
-        mixed = runs.logits[1:] + float(weight) * runs.logits[0]
+def tune_exit_weights(runs: Runs, labels: Tensor, problem_type: str | None) -> list[float]:
+    """Return, for each step 1..S, the weight of step 0's logits that fits the labels best."""
+    exits, steps = runs.logits[0], runs.logits[1:]
+    return [_tune_exit_weight(step, exits, labels, problem_type) for step in steps]
+
+
+def _tune_exit_weight(
+    logits: Tensor, exit_logits: Tensor, labels: Tensor, problem_type: str | None
+) -> float:
+    def loss(weight: float) -> float:
+        mixed = logits + weight * exit_logits
         if problem_type == MULTI_LABEL:
-            target = labels.expand(len(mixed), -1, -1).float()
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(mixed, target).item()
-        else:
-            loss = torch.nn.functional.cross_entropy(
-                mixed.flatten(0, 1), labels.repeat(len(mixed))
-            ).item()
-        if loss < best_loss - 1e-4:
-            best, best_loss = float(weight), loss
-    return round(best, 3)
+            return F.binary_cross_entropy_with_logits(mixed, labels.float()).item()
+        return F.cross_entropy(mixed, labels).item()
+
+    # Coarse, so that a few texts do not decide it; the smaller weight where two fit as well.
+    return min((i / 10 for i in range(21)), key=lambda weight: (round(loss(weight), 4), weight))
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Calibration:
     """Score rules on the runs of N held-out texts.
 
     Args:
-        network: whose configuration (with the tuned exit weight) prices the steps.
+        network: whose configuration (with the tuned exit weights) prices the steps.
         runs: its answers.
         labels: the right ones, [N] or [N, C].
     """
@@ -129,7 +132,7 @@ class Calibration:
         self.config = config
         mixed = runs.logits.clone()
         if config.embedding_exit:
-            mixed[1:] += config.exit_weight * runs.logits[0]
+            mixed[1:] += torch.tensor(config.exit_weights)[:, None, None] * runs.logits[0]
         self.logits = mixed
         self.right = np.stack(
             [1 - wrong(step, labels, config.problem_type).numpy() for step in mixed]

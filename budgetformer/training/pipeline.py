@@ -41,7 +41,7 @@ from budgetformer.training.calibration import (
     answer_all,
     layerwise_points,
     run_every_step,
-    tune_exit_weight,
+    tune_exit_weights,
 )
 from budgetformer.training.card import write_card
 from budgetformer.training.conversion import convert_encoder
@@ -273,10 +273,10 @@ def build_model(
 def _build_model(
     start: Start, examples: Examples, recipe: Recipe, vocab_size: int
 ) -> BudgetFormerForSequenceClassification:
-    if recipe.ladder == "importance" and not (
-        recipe.budget_ffn and recipe.head_selection == "ranked"
-    ):
-        raise DataError("a ladder by importance needs ranked heads and a coupled feed-forward net")
+    if recipe.ladder != "uniform" and not (recipe.budget_ffn and recipe.head_selection == "ranked"):
+        raise DataError(
+            f"a ladder by {recipe.ladder} needs ranked heads and a coupled feed-forward net"
+        )
     rank = recipe.exit_rank if len(examples.names) > recipe.exit_rank else 0
     choices: dict[str, Any] = {
         "head_selection": recipe.head_selection,
@@ -391,7 +391,7 @@ def _find_points(
         return [], layerwise_points(network, tokens, labels)
     runs = run_every_step(network, tokens)
     if config.embedding_exit:
-        config.exit_weight = tune_exit_weight(runs, labels, config.problem_type)
+        config.exit_weight = tune_exit_weights(runs, labels, config.problem_type)
     calibration = Calibration(network, runs, labels)
     return calibration.fixed_steps(), calibration.frontier(level_costs)
 

@@ -131,6 +131,9 @@ def configs(draw: st.DrawFn, **fixed: Any) -> BudgetFormerConfig:
     scope = fixed.get("budget_scope", draw(st.sampled_from(["input", "layer"])))
     neurons = heads * draw(st.integers(1, 6)) if coupled else draw(st.integers(1, 20))
     several = draw(st.booleans())
+    ladder = draw(st.none() | ladders(layers, heads, fewest=0 if coupled else 1))
+    ladder = fixed.get("ladder", ladder)
+    steps = heads if ladder is None else len(ladder)
     drawn: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": heads * draw(st.sampled_from([2, 4, 6])),
@@ -147,11 +150,11 @@ def configs(draw: st.DrawFn, **fixed: Any) -> BudgetFormerConfig:
         "norm_position": draw(st.sampled_from(["post", "pre"])),
         "pooling": draw(st.sampled_from(["mean", "cls"])),
         "head_activation": draw(st.sampled_from([None, "tanh"])),
-        "ladder": draw(st.none() | ladders(layers, heads, fewest=0 if coupled else 1)),
+        "ladder": ladder,
         "embedding_exit": scope == "input" and draw(st.booleans()),
         "exit_buckets": draw(st.sampled_from([0, 11])),
         "exit_rank": draw(st.sampled_from([0, 3])),
-        "exit_weight": draw(st.sampled_from([0.0, 0.7])),
+        "exit_weight": draw(st.sampled_from([0.0, 0.7, [0.1 * step for step in range(steps)]])),
         "num_labels": draw(st.integers(2, 5)),
         "problem_type": f"{'multi' if several else 'single'}_label_classification",
     }

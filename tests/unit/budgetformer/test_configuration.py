@@ -61,6 +61,9 @@ def test_sizes_per_head() -> None:
         ({"ladder": [[0, 1, 1]], "budget_ffn": False}, r"ladder step 1 leaves 1\.\.4 heads"),
         ({"ladder": [[2, 2, 2], [1, 2, 2]]}, "ladder step 2 computes fewer heads"),
         ({"budget_scope": "layer", "embedding_exit": True}, "embedding_exit needs budget_scope"),
+        ({"exit_weight": [0.5]}, "one for each of 4 steps"),
+        ({"exit_weight": [0.5, 0.5, 0.5, float("inf")]}, "one for each of 4 steps"),
+        ({"exit_weight": float("nan")}, "exit_weight must be a finite number"),
     ],
 )
 def test_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
@@ -85,6 +88,11 @@ def test_accepts_what_fits(changes: dict[str, Any]) -> None:
 def test_heads_per_layer_reads_the_ladder() -> None:
     config = small_config(ladder=RAGGED)
     assert [config.heads_per_layer(step) for step in (1, 2, 3, 4)] == RAGGED
+
+
+def test_one_exit_weight_is_every_steps() -> None:
+    assert small_config(exit_weight=0.5).exit_weights == [0.5] * 4
+    assert small_config(exit_weight=[0.1, 0.2, 0.3, 0.4]).exit_weights == [0.1, 0.2, 0.3, 0.4]
 
 
 def test_step_zero_computes_no_head() -> None:

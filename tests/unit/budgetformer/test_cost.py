@@ -129,7 +129,8 @@ def test_full_step_costs_the_dense_network_and_the_decision(
     config: BudgetFormerConfig, tokens: int
 ) -> None:
     full = [config.num_attention_heads] * config.num_hidden_layers
-    config = BudgetFormerConfig.from_dict(config.to_dict() | {"ladder": [full]})
+    changes = {"ladder": [full], "exit_weight": 0.0}
+    config = BudgetFormerConfig.from_dict(config.to_dict() | changes)
     assert step_macs(config, [1], tokens) == dense_macs(config, tokens) + decision_macs(config)
 
 

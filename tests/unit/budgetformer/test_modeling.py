@@ -466,6 +466,17 @@ class TestStepZero:
         assert_close(weighed.logits, bare.logits + 0.7 * bare.exit_logits)
 
     @torch.no_grad()
+    def test_may_weigh_in_differently_at_each_step(self) -> None:
+        network, batch = self.network(), pad(random_items([5, 2]))
+        network.config.exit_weight = [0.1, 0.2, 0.3, 0.4]
+        steps = torch.tensor([1, 3])
+        weighed = network(**batch, steps=steps)
+        network.config.exit_weight = 0.0
+        bare = network(**batch, steps=steps)
+        expected = bare.logits + torch.tensor([[0.1], [0.3]]) * bare.exit_logits
+        assert_close(weighed.logits, expected)
+
+    @torch.no_grad()
     def test_is_a_sum_over_the_root_of_the_number_of_tokens(self) -> None:
         network = self.network()
         head = network.exit_head
