@@ -142,7 +142,7 @@ class MacCounter(TorchFunctionMode):
             torch.Tensor.__matmul__,
         ):
             self.macs += result.numel() * args[0].shape[-1]
-        elif func is torch.addmm:
+        elif func in (torch.addmm, torch.ops.mkldnn._linear_pointwise):
             self.macs += result.numel() * args[1].shape[-1]
         elif func is F.scaled_dot_product_attention:
             query, key = args[0], args[1]

@@ -1,25 +1,26 @@
 """Fast passes: they compute only the chosen heads, over tokens packed without padding.
 
-A pass is looked up by name; each gives the answer of the reference network
-(`budgetformer.modeling`) run with all heads and a mask, and the tests hold it to that.
+A pass gives the answer of the reference network (`budgetformer.modeling`) run with all heads and a
+mask, within the bound of its precision, and the tests hold it to that.
 """
 
 from __future__ import annotations
 
+from budgetformer.compact.linear import LINEARS
 from budgetformer.compact.packed import Arrival, PackedPass, PackedTokens, PassResult
 from budgetformer.modeling import BudgetFormerForSequenceClassification
 
-__all__ = ["PASSES", "Arrival", "PackedPass", "PackedTokens", "PassResult", "load_pass"]
-
-PASSES = {"packed": PackedPass}
+__all__ = ["LINEARS", "Arrival", "PackedPass", "PackedTokens", "PassResult", "load_pass"]
 
 
-def load_pass(model: BudgetFormerForSequenceClassification, name: str = "packed") -> PackedPass:
-    """Return the compact pass called `name` over the weights of `model`.
+def load_pass(
+    model: BudgetFormerForSequenceClassification, precision: str = "float32"
+) -> PackedPass:
+    """Return the compact pass over the weights of `model`, in one of the precisions of `LINEARS`.
 
     Raises:
-        ValueError: there is no such pass.
+        ValueError: there is no such precision.
     """
-    if name not in PASSES:
-        raise ValueError(f"unknown compact pass {name!r}; there are: {', '.join(PASSES)}")
-    return PASSES[name](model)
+    if precision not in LINEARS:
+        raise ValueError(f"unknown precision {precision!r}; there are: {', '.join(LINEARS)}")
+    return PackedPass(model, precision)

@@ -1,22 +1,26 @@
-"""The compact pass in plain torch: packed tokens, and weight slices per head set.
+"""The compact pass: packed tokens, and of each layer the heads that are kept.
 
-Items of one batch lie one after another, N tokens in all, so no padding is ever multiplied. In each
-layer the items are grouped by the set of heads that they keep; a group is one pass over the rows
-and columns of the weights that belong to those heads. With ranked heads and one step there is one
-group, and its weights are views of the first rows and columns, not copies.
+Items of one batch lie one after another, N tokens in all, so no padding is ever multiplied. With
+ranked heads the items of one step keep the same heads, and a layer is one pass over the rows and
+columns of its weights that belong to them. Where items keep different heads, a few sets are run one
+after the other and many are routed (`budgetformer.compact.routed`).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from budgetformer.compact.attention import attend
+from budgetformer.compact.linear import padded_rows
+from budgetformer.compact.routed import RoutedLayer, Routing
+from budgetformer.compact.weights import HeadSet, SliceCache
 from budgetformer.cost import Sizes
 from budgetformer.modeling import (
     BudgetFormerForSequenceClassification,
@@ -25,10 +29,16 @@ from budgetformer.modeling import (
     exit_evidence,
 )
 
-HeadSet = tuple[int, ...]
+MOST_SETS = 2
+"""Up to so many sets of heads in a layer are run one after the other; more are routed."""
 
-SLICE_CACHE_BYTES = 256 * 2**20
-"""Room for gathered weight slices; the least recently used go first."""
+CPU_ROWS, CPU_ROUTED_ROWS = 512, 2048
+"""Tokens that are passed together on a CPU: more stay in no cache, and gain no speed.
+
+Routed among heads it takes more of them to fill a product.
+"""
+
+Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,14 @@ class PackedTokens:
     input_ids: Tensor
     token_type_ids: Tensor
     lengths: tuple[int, ...]
+
+    def part(self, start: int, stop: int) -> PackedTokens:
+        """Return the items from `start` to `stop`, not included."""
+        ends = [0, *accumulate(self.lengths)]
+        rows = slice(ends[start], ends[stop])
+        return PackedTokens(
+            self.input_ids[rows], self.token_type_ids[rows], self.lengths[start:stop]
+        )
 
     @classmethod
     def pack(
@@ -79,89 +97,42 @@ class PassResult:
     logits: Tensor
     heads: list[list[HeadSet]]
 
-
-@dataclass(frozen=True)
-class _LayerWeights:
-    """One layer's weights for k heads (all of them, or the slice that a head set keeps).
-
-    Queries, keys and values are interleaved by head, [k * 3 * D/H, D], so that the first heads of a
-    ranked layer are its first rows.
-    """
-
-    qkv_weight: Tensor
-    qkv_bias: Tensor
-    output_weight: Tensor
-    output_bias: Tensor
-    up_weight: Tensor
-    up_bias: Tensor
-    down_weight: Tensor
-    down_bias: Tensor
-
     @classmethod
-    def of(cls, layer: EncoderLayer, num_heads: int) -> _LayerWeights:
-        attention, net = layer.attention, layer.feed_forward
-        projections = (attention.query, attention.key, attention.value)
-        weight = torch.stack([p.weight.unflatten(0, (num_heads, -1)) for p in projections], dim=1)
-        bias = torch.stack([p.bias.unflatten(0, (num_heads, -1)) for p in projections], dim=1)
+    def join(cls, parts: Sequence[PassResult]) -> PassResult:
+        """Put the results of several passes one after the other."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(
-            weight.flatten(0, 2),
-            bias.flatten(),
-            attention.output.weight,
-            attention.output.bias,
-            net.up.weight,
-            net.up.bias,
-            net.down.weight,
-            net.down.bias,
+            torch.cat([part.logits for part in parts]), [h for part in parts for h in part.heads]
         )
-
-    def keep(
-        self, head_set: HeadSet, head_size: int, neurons_per_head: int | None
-    ) -> _LayerWeights:
-        if head_set == tuple(range(len(head_set))):
-            heads: slice | Tensor = slice(0, len(head_set) * head_size)
-            fused: slice | Tensor = slice(0, len(head_set) * head_size * 3)
-            neurons: slice | Tensor = slice(0, len(head_set) * (neurons_per_head or 0))
-        else:
-            heads = _spread(head_set, head_size)
-            fused = _spread(head_set, head_size * 3)
-            neurons = _spread(head_set, neurons_per_head or 0)
-        if neurons_per_head is None:
-            neurons = slice(None)
-        return _LayerWeights(
-            self.qkv_weight[fused],
-            self.qkv_bias[fused],
-            self.output_weight[:, heads],
-            self.output_bias,
-            self.up_weight[neurons],
-            self.up_bias[neurons],
-            self.down_weight[:, neurons],
-            self.down_bias,
-        )
-
-    @property
-    def bytes(self) -> int:
-        return sum(cast(Tensor, getattr(self, field.name)).nbytes for field in fields(self))
-
-
-def _spread(head_set: HeadSet, size: int) -> Tensor:
-    return (torch.tensor(head_set).unsqueeze(1) * size + torch.arange(size)).flatten()
 
 
 class PackedPass:
-    """Run a BudgetFormer over packed tokens, computing the chosen heads only."""
+    """Run a BudgetFormer over packed tokens, computing the chosen heads only.
 
-    def __init__(self, model: BudgetFormerForSequenceClassification) -> None:
+    Args:
+        model: the network; in float32 its weights are shared, not copied.
+        precision: of the matrix products, a key of `LINEARS`.
+    """
+
+    def __init__(
+        self, model: BudgetFormerForSequenceClassification, precision: str = "float32"
+    ) -> None:
         self.model = model.eval()
         self.config = model.config
         self.encoder = model.encoder
+        self.precision = precision
+        # Plain values of our own: to read a Transformers configuration takes microseconds.
         self.sizes = Sizes.of(self.config)
+        self._layers = self.encoder.encoder_layers
+        self._post = self.config.norm_position == "post"
+        self._mean = self.config.pooling == "mean"
+        self._most_tokens = self.config.max_position_embeddings
+        self._positions = torch.arange(self._most_tokens, device=self.device)
+        self._first: list[HeadSet] = [tuple(range(k)) for k in range(self.sizes.heads + 1)]
+        self._plans: dict[int, list[int]] = {}
         with torch.no_grad():
-            self._weights = [
-                _LayerWeights.of(x, self.config.num_attention_heads)
-                for x in self.encoder.encoder_layers
-            ]
-        self._slices: OrderedDict[tuple[int, HeadSet], _LayerWeights] = OrderedDict()
-        self._slices_bytes = 0
+            self._slices = SliceCache(self._layers, self.sizes, precision)
 
     @property
     def device(self) -> torch.device:
@@ -210,30 +181,67 @@ class PackedPass:
         Raises:
             ValueError: steps are missing (scope "input") or not on the ladder.
         """
-        if steps is None and self.config.budget_scope == "input":
+        if steps is None and not self.sizes.layerwise:
             raise ValueError("a budget is decided before the pass: give the steps")
-        if steps is not None and 0 in steps and self.config.embedding_exit:
+        if steps is not None and 0 in steps and self.model.exit_head is not None:
             raise ValueError("step 0 answers on arrival, it has no pass")
-        if self.config.budget_scope == self.config.head_selection == "input" and ranking is None:
+        if not self.sizes.layerwise and self.sizes.picks_heads and ranking is None:
             raise ValueError("heads are chosen before the pass: give the ranking")
-        plans = None if steps is None else [self.config.heads_per_layer(step) for step in steps]
         tokens = tokens.to(self.device)
+
+        def run_part(part: slice) -> PassResult:
+            return self._run(
+                tokens.part(part.start, part.stop),
+                None if steps is None else steps[part],
+                None if exit_logits is None else exit_logits[part],
+                None if ranking is None else ranking[part],
+                None if ceilings is None else ceilings[part],
+            )
+
+        return PassResult.join([run_part(part) for part in self._parts(tokens.lengths)])
+
+    def _parts(self, lengths: Sequence[int]) -> list[slice]:
+        """Cut a batch into runs of items that are passed together."""
+        if self.device.type != "cpu":
+            return [slice(0, len(lengths))]
+        most = CPU_ROUTED_ROWS if self.sizes.picks_heads else CPU_ROWS
+        parts, start, rows = [], 0, 0
+        for item, length in enumerate(lengths):
+            if item > start and rows + length > most:
+                parts.append(slice(start, item))
+                start, rows = item, 0
+            rows += length
+        return [*parts, slice(start, len(lengths))]
+
+    def _run(
+        self,
+        tokens: PackedTokens,
+        steps: Sequence[int] | None,
+        exit_logits: Tensor | None,
+        ranking: Tensor | None,
+        ceilings: Sequence[int] | None,
+    ) -> PassResult:
+        plans = None if steps is None else [self._plan(step) for step in steps]
+        order: list[list[HeadSet]] | None = None if ranking is None else ranking.tolist()
         owner = self._owner(tokens.lengths)
         states = self._embed(tokens)
+        if self.precision == "bfloat16":
+            spare = padded_rows(len(states)) - len(states)
+            states = F.pad(states, (0, 0, 0, spare))
         heads: list[list[HeadSet]] = [[] for _ in tokens.lengths]
-        for index, layer in enumerate(self.encoder.encoder_layers):
+        for index, layer in enumerate(self._layers):
             counts = None if plans is None else [plan[index] for plan in plans]
-            order: list[Any] | None = None if ranking is None else ranking[:, index].tolist()
+            best = None if order is None else [of_item[index] for of_item in order]
             if layer.decision is not None:
                 pooled = self._pool(states, owner, tokens.lengths)
                 if counts is None:
                     counts = self._own_counts(layer, index, pooled, ceilings)
-                order = self._own_order(layer, pooled)
+                best = self._own_order(layer, pooled)
             assert counts is not None
-            sets = self._head_sets(counts, order)
+            sets = self._head_sets(counts, best)
             for item, head_set in zip(heads, sets, strict=True):
                 item.append(head_set)
-            states = self._run_layer(index, layer, states, tokens.lengths, sets)
+            states = self._run_layer(index, states, owner, tokens.lengths, sets)
         states = self.encoder.final_norm(states)
         logits = self.model.classify(self._summary(states, owner, tokens.lengths))
         if exit_logits is not None and steps is not None:
@@ -242,6 +250,11 @@ class PackedPass:
             logits = logits + weights.unsqueeze(-1) * exit_logits.to(self.device)
         return PassResult(logits, heads)
 
+    def _plan(self, step: int) -> list[int]:
+        if step not in self._plans:
+            self._plans[step] = self.config.heads_per_layer(step)
+        return self._plans[step]
+
     def _owner(self, lengths: Sequence[int]) -> Tensor:
         return torch.arange(len(lengths), device=self.device).repeat_interleave(
             torch.tensor(lengths, dtype=torch.long, device=self.device)
@@ -249,12 +262,10 @@ class PackedPass:
 
     def _embed(self, tokens: PackedTokens) -> Tensor:
         longest = max(tokens.lengths, default=0)
-        if longest > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{longest} tokens, but only {self.config.max_position_embeddings} positions"
-            )
-        positions = [torch.arange(length, device=self.device) for length in tokens.lengths]
-        together = torch.cat(positions) if positions else tokens.input_ids
+        if longest > self._most_tokens:
+            raise ValueError(f"{longest} tokens, but only {self._most_tokens} positions")
+        places = [self._positions[:length] for length in tokens.lengths]
+        together = torch.cat(places) if places else tokens.input_ids
         return cast(
             Tensor, self.encoder.embeddings(tokens.input_ids, tokens.token_type_ids, together)
         )
@@ -278,15 +289,15 @@ class PackedPass:
 
     def _pool(self, states: Tensor, owner: Tensor, lengths: Sequence[int]) -> Tensor:
         total = states.new_zeros(len(lengths), states.shape[-1])
-        return total.index_add_(0, owner, states) / self._counts(lengths)
+        return total.index_add_(0, owner, states[: len(owner)]) / self._counts(lengths)
 
     def _summary(self, states: Tensor, owner: Tensor, lengths: Sequence[int]) -> Tensor:
-        if self.config.pooling == "mean":
+        if self._mean:
             return self._pool(states, owner, lengths)
         first = states.new_zeros(len(lengths), states.shape[-1])
-        filled = [i for i, length in enumerate(lengths) if length]
-        starts = [sum(lengths[:i]) for i in filled]
-        first[filled] = states[starts]
+        starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+        filled = [item for item, length in enumerate(lengths) if length]
+        first[filled] = states[[starts[item] for item in filled]]
         return first
 
     def _own_counts(
@@ -297,7 +308,7 @@ class PackedPass:
         steps = budget_step(layer.decision.budget(pooled), self.config.num_steps)
         if ceilings is not None:
             steps = torch.minimum(steps, torch.tensor(ceilings, device=steps.device))
-        return [self.config.heads_per_layer(step)[index] for step in steps.tolist()]
+        return [self._plan(step)[index] for step in steps.tolist()]
 
     def _own_order(self, layer: EncoderLayer, pooled: Tensor) -> list[HeadSet] | None:
         """Let a layer's own g_d order its heads for each item, best first."""
@@ -310,84 +321,83 @@ class PackedPass:
 
     def _head_sets(self, counts: list[int], order: list[HeadSet] | None) -> list[HeadSet]:
         if order is None:
-            return [tuple(range(count)) for count in counts]
+            return [self._first[count] for count in counts]
         return [tuple(sorted(best[:count])) for count, best in zip(counts, order, strict=True)]
 
     def _run_layer(
         self,
         index: int,
-        layer: EncoderLayer,
         states: Tensor,
+        owner: Tensor,
         lengths: Sequence[int],
         sets: Sequence[HeadSet],
     ) -> Tensor:
         groups: dict[HeadSet, list[int]] = {}
         for item, head_set in enumerate(sets):
             groups.setdefault(head_set, []).append(item)
+        if not len(owner):
+            return states
         if len(groups) == 1:
             (head_set,) = groups
-            return self._run_group(index, layer, states, lengths, head_set)
-        parts = list(states.split(list(lengths)))
+            return self._run_set(index, states, lengths, head_set)
+        if len(groups) > MOST_SETS:
+            spare_rows = len(states) - len(owner)
+            routing = Routing.of(sets, lengths, owner, self.sizes.heads, spare_rows)
+            return self._run_routed(index, states, routing)
+        *parts, spare = states.split([*lengths, len(states) - len(owner)])
         for head_set, items in groups.items():
             group_lengths = [lengths[i] for i in items]
             packed = torch.cat([parts[i] for i in items])
-            result = self._run_group(index, layer, packed, group_lengths, head_set)
+            result = self._run_set(index, packed, group_lengths, head_set)
             for item, part in zip(items, result.split(group_lengths), strict=True):
                 parts[item] = part
-        return torch.cat(parts)
+        return torch.cat([*parts, spare])
 
-    def _run_group(
-        self,
-        index: int,
-        layer: EncoderLayer,
-        states: Tensor,
-        lengths: Sequence[int],
-        head_set: HeadSet,
+    def _run_set(
+        self, index: int, states: Tensor, lengths: Sequence[int], head_set: HeadSet
     ) -> Tensor:
-        if not head_set or not states.shape[0]:
+        """Run items that all keep the same heads."""
+        if not head_set:
             return states
-        weights = self._slice(index, layer, head_set)
-        if layer.post:
-            attended = self._attend(states, weights, lengths, len(head_set))
-            mixed = layer.attention_norm(states + attended)
-            return cast(
-                Tensor, layer.feed_forward_norm(mixed + self._transform(mixed, layer, weights))
-            )
-        attended = self._attend(layer.attention_norm(states), weights, lengths, len(head_set))
-        mixed = states + attended
-        return mixed + self._transform(layer.feed_forward_norm(mixed), layer, weights)
-
-    def _attend(
-        self, states: Tensor, weights: _LayerWeights, lengths: Sequence[int], heads: int
-    ) -> Tensor:
-        projected = F.linear(states, weights.qkv_weight, weights.qkv_bias)
-        # [N, k, 3, D/H] to one [3, k, T, D/H] per item
-        per_head = projected.view(states.shape[0], heads, 3, -1).permute(2, 1, 0, 3)
-        contexts = [
-            F.scaled_dot_product_attention(query[None], key[None], value[None])[0].transpose(0, 1)
-            for query, key, value in per_head.split(list(lengths), dim=2)
-            if query.shape[1]
-        ]
-        return F.linear(torch.cat(contexts).flatten(1), weights.output_weight, weights.output_bias)
-
-    def _transform(self, states: Tensor, layer: EncoderLayer, weights: _LayerWeights) -> Tensor:
-        neurons = layer.feed_forward.activation(
-            F.linear(states, weights.up_weight, weights.up_bias)
+        kept, activation = self._slices.get(index, head_set), self._activation(index)
+        return self._around(
+            index,
+            states,
+            lambda x: kept.output(attend(kept.qkv(x), lengths, kept.heads)),
+            lambda x: kept.down(activation(kept.up(x))),
         )
-        return F.linear(neurons, weights.down_weight, weights.down_bias)
 
-    def _slice(self, index: int, layer: EncoderLayer, head_set: HeadSet) -> _LayerWeights:
-        size, neurons = self.sizes.head_size, layer.feed_forward.neurons_per_head
-        if not self.sizes.picks_heads:
-            return self._weights[index].keep(head_set, size, neurons)
-        key = (index, head_set)
-        if key in self._slices:
-            self._slices.move_to_end(key)
-            return self._slices[key]
-        made = self._weights[index].keep(head_set, size, neurons)
-        self._slices[key] = made
-        self._slices_bytes += made.bytes
-        while self._slices_bytes > SLICE_CACHE_BYTES and len(self._slices) > 1:
-            _, dropped = self._slices.popitem(last=False)
-            self._slices_bytes -= dropped.bytes
-        return made
+    def _run_routed(self, index: int, states: Tensor, routing: Routing) -> Tensor:
+        """Run items that keep many different sets of heads."""
+        routed, activation = RoutedLayer(self._slices, index, routing), self._activation(index)
+
+        def whole_net(x: Tensor) -> Tensor:
+            whole = self._slices.get(index, self._first[-1])
+            return whole.down(activation(whole.up(x)))
+
+        coupled = self.sizes.neurons_per_head is not None
+        result = self._around(
+            index,
+            states,
+            routed.attend,
+            (lambda x: routed.transform(x, activation)) if coupled else whole_net,
+        )
+        return result if routing.used is None else torch.where(routing.used, result, states)
+
+    def _activation(self, index: int) -> Map:
+        return cast(Map, self._layers[index].feed_forward.activation)
+
+    def _around(self, index: int, states: Tensor, attention: Map, net: Map) -> Tensor:
+        """Put residuals and norms around a layer's two maps."""
+        layer = self._layers[index]
+        first, second = layer.attention_norm, layer.feed_forward_norm
+        if self._post:
+            mixed = _norm(first, states + attention(states))
+            return _norm(second, mixed + net(mixed))
+        mixed = states + attention(_norm(first, states))
+        return mixed + net(_norm(second, mixed))
+
+
+def _norm(norm: torch.nn.LayerNorm, states: Tensor) -> Tensor:
+    # Not through the module: its call takes as long as the norm of a short text.
+    return F.layer_norm(states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

@@ -314,17 +314,6 @@ def ladder_by_importance(units: Tensor) -> list[list[int]]:
     ]
 
 
-def ladder_by_depth(layers: int, heads: int) -> list[list[int]]:
-    """Return H steps of as many heads in all as the uniform ladder's, first layers filled first.
-
-    Early exit is this ladder: a step computes some whole layers, and at most one in part.
-    """
-    return [
-        [min(heads, max(0, step * layers - layer * heads)) for layer in range(layers)]
-        for step in range(1, heads + 1)
-    ]
-
-
 @torch.no_grad()
 def _permute_scores(scorer: HeadScorer, start: int, order: Tensor) -> None:
     rows = slice(start, start + len(order))

@@ -273,10 +273,10 @@ def build_model(
 def _build_model(
     start: Start, examples: Examples, recipe: Recipe, vocab_size: int
 ) -> BudgetFormerForSequenceClassification:
-    if recipe.ladder != "uniform" and not (recipe.budget_ffn and recipe.head_selection == "ranked"):
-        raise DataError(
-            f"a ladder by {recipe.ladder} needs ranked heads and a coupled feed-forward net"
-        )
+    if recipe.ladder == "importance" and not (
+        recipe.budget_ffn and recipe.head_selection == "ranked"
+    ):
+        raise DataError("a ladder by importance needs ranked heads and a coupled feed-forward net")
     rank = recipe.exit_rank if len(examples.names) > recipe.exit_rank else 0
     choices: dict[str, Any] = {
         "head_selection": recipe.head_selection,

@@ -52,8 +52,7 @@ class Recipe:
         distillation_temperature: softens both answers before they are compared.
         head_selection, budget_scope, budget_ffn, embedding_exit: see `BudgetFormerConfig`.
         ladder: "uniform" keeps as many heads in every layer; "importance" gives each step's heads
-            to the layers where the loss misses them most (a layer may get none); "depth" fills the
-            first layers first, as early exits do.
+            to the layers where the loss misses them most (a layer may get none).
         hold_out: share of the training rows that no weight ever sees, for calibration.
         exit_epochs: passes over the data for the step-0 head.
         exit_folds: parts for the out-of-fold step-0 answers that f_o learns from.
@@ -96,7 +95,7 @@ class Recipe:
     budget_scope: Literal["input", "layer"] = "input"
     budget_ffn: bool = True
     embedding_exit: bool = True
-    ladder: Literal["uniform", "importance", "depth"] = "uniform"
+    ladder: Literal["uniform", "importance"] = "uniform"
     hold_out: float = 0.1
     exit_epochs: int = 12
     exit_folds: int = 4

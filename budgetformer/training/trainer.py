@@ -26,11 +26,7 @@ from budgetformer.modeling import (
     BudgetFormerForSequenceClassification,
     Gating,
 )
-from budgetformer.training.conversion import (
-    ladder_by_depth,
-    ladder_by_importance,
-    order_by_importance,
-)
+from budgetformer.training.conversion import ladder_by_importance, order_by_importance
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
 from budgetformer.training.objectives import (
     budget_penalty,
@@ -120,8 +116,6 @@ class Trainer:
                 units = order_by_importance(self.model, self._labelled_batches(IMPORTANCE_BATCHES))
                 if self.recipe.ladder == "importance":
                     self.model.config.ladder = ladder_by_importance(units)
-                elif self.recipe.ladder == "depth":
-                    self.model.config.ladder = ladder_by_depth(*units.shape)
             done = [*done, "dense"]
             self._save_state({"done": done})
             resume = {}

@@ -8,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from budgetformer.compact import PASSES, Arrival, PackedPass, PackedTokens, PassResult, load_pass
-from budgetformer.compact import packed as packed_module
+from budgetformer.compact import Arrival, PackedTokens, PassResult, load_pass
+from budgetformer.compact import weights as weights_module
 from budgetformer.cost import MacCounter, decision_macs, encoder_macs
 from budgetformer.modeling import BudgetFormerForSequenceClassification
 from tests.support.networks import (
@@ -31,11 +31,18 @@ from tests.support.networks import (
 Network = BudgetFormerForSequenceClassification
 
 
+BFLOAT16_BOUND = 0.05
+"""Of random networks' logits in bfloat16; their states are of the order of 1."""
+
+
 def classify(
-    network: Network, items: list[Item], steps: list[int] | None = None
+    network: Network,
+    items: list[Item],
+    steps: list[int] | None = None,
+    precision: str = "float32",
 ) -> tuple[Arrival, PassResult]:
     """Take items through a fresh compact pass: arrival, then the encoder."""
-    compact = load_pass(network)
+    compact = load_pass(network, precision)
     tokens = pack(items)
     arrival = compact.arrive(tokens)
     return arrival, compact.run(tokens, steps, arrival.exit_logits, arrival.ranking)
@@ -66,6 +73,18 @@ def test_equals_the_reference_at_the_same_steps(
     steps = draw_steps(data, network, items)
     _, result = classify(network, items, steps)
     assert_close(result.logits, reference_logits(network, items, steps=torch.tensor(steps)))
+
+
+@PROPERTY
+@given(networks(budget_scope="input"), batches(), st.data())
+def test_stays_near_the_reference_in_bfloat16(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    steps = draw_steps(data, network, items)
+    _, result = classify(network, items, steps, "bfloat16")
+    expected = reference_logits(network, items, steps=torch.tensor(steps))
+    scale = max(1.0, expected.abs().max().item())
+    assert (result.logits - expected).abs().max().item() <= BFLOAT16_BOUND * scale
 
 
 @PROPERTY
@@ -378,7 +397,7 @@ def test_answers_survive_a_slice_cache_without_room(monkeypatch: pytest.MonkeyPa
     network = random_network(small_config())
     items, steps = random_items([3, 8, 5]), [1, 2, 4]
     roomy = classify(network, items, steps)[1]
-    monkeypatch.setattr(packed_module, "SLICE_CACHE_BYTES", 1)
+    monkeypatch.setattr(weights_module, "CACHE_BYTES", 1)
     compact = load_pass(network)
     for _ in range(2):
         assert torch.equal(compact.run(pack(items), steps).logits, roomy.logits)
@@ -420,14 +439,8 @@ def test_too_many_tokens(length: int) -> None:
         compact.run(tokens, [1, 1])
 
 
-def test_a_pass_is_looked_up_by_name() -> None:
-    network = random_network(small_config())
-    assert {"packed"} <= set(PASSES)
-    assert isinstance(load_pass(network, "packed"), PackedPass)
-
-
-def test_an_unknown_pass() -> None:
-    with pytest.raises(ValueError, match="unknown compact pass 'telepathy'; there are: .*packed"):
+def test_an_unknown_precision() -> None:
+    with pytest.raises(ValueError, match="unknown precision 'telepathy'; there are: .*float32"):
         load_pass(random_network(small_config()), "telepathy")
 
 

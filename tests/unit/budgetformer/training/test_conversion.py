@@ -19,12 +19,10 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from budgetformer.configuration import uniform_ladder
 from budgetformer.errors import CheckpointError
 from budgetformer.modeling import MULTI_LABEL, BudgetFormerForSequenceClassification, masked_mean
 from budgetformer.training.conversion import (
     convert_encoder,
-    ladder_by_depth,
     ladder_by_importance,
     order_by_importance,
 )
@@ -353,15 +351,6 @@ class TestImportance:
             order_by_importance(network.train(), [labelled()])
         first, second = (network.state_dict() for network in networks)
         assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-class TestLadderByDepth:
-    def test_fills_the_first_layers_first(self) -> None:
-        assert ladder_by_depth(3, 4) == [[3, 0, 0], [4, 2, 0], [4, 4, 1], [4, 4, 4]]
-
-    def test_costs_what_the_uniform_ladder_costs(self) -> None:
-        depth, uniform = ladder_by_depth(6, 12), uniform_ladder(6, 12)
-        assert [sum(plan) for plan in depth] == [sum(plan) for plan in uniform]
 
 
 class TestLadderByImportance:

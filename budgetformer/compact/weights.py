@@ -1,0 +1,134 @@
+"""A network's weights as passes read them: one slice per layer and set of heads, laid out once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from budgetformer.compact.linear import LINEARS, Linear
+from budgetformer.cost import Sizes
+from budgetformer.modeling import EncoderLayer
+
+HeadSet = tuple[int, ...]
+
+CACHE_BYTES = 128 * 2**20
+"""Room for slices that are copies; the least recently used go first."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One layer's maps for k heads and the neurons that they own.
+
+    Attributes:
+        heads: k.
+        qkv: [N, D] to queries, keys and values, interleaved by head, [N, k * 3 * D/H].
+        output: [N, k * D/H] to [N, D].
+        up, down: the feed-forward net's.
+        nbytes: memory of its own.
+    """
+
+    heads: int
+    qkv: Linear
+    output: Linear
+    up: Linear
+    down: Linear
+    nbytes: int
+
+
+class LayerWeights:
+    """One layer's weights for all heads, of which slices are taken.
+
+    Queries, keys and values are interleaved by head, [H * 3 * D/H, D], so that the first heads of a
+    ranked layer are its first rows.
+    """
+
+    def __init__(self, layer: EncoderLayer, sizes: Sizes, precision: str) -> None:
+        attention, net = layer.attention, layer.feed_forward
+        projections = (attention.query, attention.key, attention.value)
+        weight = torch.stack([p.weight.unflatten(0, (sizes.heads, -1)) for p in projections], dim=1)
+        bias = torch.stack([p.bias.unflatten(0, (sizes.heads, -1)) for p in projections], dim=1)
+        self._qkv = weight.detach().flatten(0, 2), bias.detach().flatten()
+        self._output = attention.output.weight.detach(), attention.output.bias.detach()
+        self._up = net.up.weight.detach(), net.up.bias.detach()
+        self._down = net.down.weight.detach(), net.down.bias.detach()
+        self._sizes = sizes
+        self._dtype: torch.dtype = getattr(torch, precision)
+        self._lay_out: Callable[[Tensor, Tensor | None], Linear] = LINEARS[precision]
+
+    @property
+    def biases(self) -> tuple[Tensor, Tensor]:
+        """What `output` and `down` add, [D] each; slices `without_bias` leave it to the caller."""
+        return self._output[1], self._down[1]
+
+    def keep(self, head_set: HeadSet, with_bias: bool = True) -> Slice:
+        """Lay out the rows and columns of some heads, those of the first heads without a copy."""
+        sizes = self._sizes
+        heads = self._places(head_set, sizes.head_size)
+        fused = self._places(head_set, sizes.head_size * 3)
+        qkv, output = self._qkv[0][fused], self._output[0][:, heads]
+        copied = [qkv, output]
+        if sizes.neurons_per_head is None:
+            up, down = self._whole_net
+        else:
+            neurons = self._places(head_set, sizes.neurons_per_head)
+            up_weight, down_weight = self._up[0][neurons], self._down[0][:, neurons]
+            copied += [up_weight, down_weight]
+            up = self._lay_out(up_weight, self._up[1][neurons])
+            down = self._lay_out(down_weight, self._down[1] if with_bias else None)
+        if self._dtype == torch.float32 and isinstance(heads, slice):
+            copied = []  # views
+        return Slice(
+            heads=len(head_set),
+            qkv=self._lay_out(qkv, self._qkv[1][fused]),
+            output=self._lay_out(output, self._output[1] if with_bias else None),
+            up=up,
+            down=down,
+            nbytes=sum(self._dtype.itemsize * weight.numel() for weight in copied),
+        )
+
+    @cached_property
+    def _whole_net(self) -> tuple[Linear, Linear]:
+        """The feed-forward net where it is not coupled to heads: the same for every slice."""
+        return self._lay_out(*self._up), self._lay_out(*self._down)
+
+    def _places(self, head_set: HeadSet, size: int) -> slice | Tensor:
+        if head_set == tuple(range(len(head_set))):
+            return slice(0, len(head_set) * size)
+        starts = torch.tensor(head_set, device=self._qkv[0].device).unsqueeze(1) * size
+        return (starts + torch.arange(size, device=starts.device)).flatten()
+
+
+class SliceCache:
+    """The slices in use; copies among them in bounded memory.
+
+    Args:
+        layers: a network's.
+        sizes: its sizes.
+        precision: a key of `LINEARS`.
+    """
+
+    def __init__(self, layers: list[EncoderLayer], sizes: Sizes, precision: str) -> None:
+        self.layers = [LayerWeights(layer, sizes, precision) for layer in layers]
+        self.dtype: torch.dtype = getattr(torch, precision)
+        self.nbytes = 0
+        self._slices: OrderedDict[tuple[int, HeadSet, bool], Slice] = OrderedDict()
+
+    def get(self, layer: int, head_set: HeadSet, with_bias: bool = True) -> Slice:
+        """Return a layer's slice for a set of heads."""
+        key = (layer, head_set, with_bias)
+        found = self._slices.get(key)
+        if found is not None:
+            self._slices.move_to_end(key)
+            return found
+        made = self.layers[layer].keep(head_set, with_bias)
+        self._slices[key] = made
+        self.nbytes += made.nbytes
+        while self.nbytes > CACHE_BYTES and len(self._slices) > 1:
+            _, dropped = self._slices.popitem(last=False)
+            self.nbytes -= dropped.nbytes
+        return made
