@@ -14,15 +14,17 @@ from transformers.utils import logging as hf_logging
 from budgetformer import cascade
 from budgetformer.cascade import Work
 from budgetformer.checkpoint import WEIGHTS, Checkpoint, load_tokenizer, read_checkpoint
-from budgetformer.compact import PackedPass, load_pass
+from budgetformer.compact import PackedPass, Precision, load_pass
 from budgetformer.errors import CheckpointError
 from budgetformer.modeling import BudgetFormerForSequenceClassification, probabilities
 
 MAX_BATCH_TOKENS = 4096
 
 
-def load_network(checkpoint: Checkpoint, device: str = "cpu") -> PackedPass:
-    """Load a checkpoint's weights in fp32 and return its compact pass.
+def load_network(
+    checkpoint: Checkpoint, device: str = "cpu", precision: Precision = "float32"
+) -> PackedPass:
+    """Load a checkpoint's weights and return its compact pass, in a precision of `load_pass`.
 
     Raises:
         CheckpointError: a file is damaged, a weight is missing, left over or of another shape.
@@ -53,7 +55,7 @@ def load_network(checkpoint: Checkpoint, device: str = "cpu") -> PackedPass:
             raise CheckpointError(f"{checkpoint.path / WEIGHTS}: {kind}: {', '.join(keys[:3])}")
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise CheckpointError(f"{checkpoint.path / WEIGHTS}: a weight is not a finite number")
-    return load_pass(model.to(torch.device(device)))
+    return load_pass(model.to(torch.device(device)), precision)
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,18 @@ class Prediction:
 class Classifier:
     """A checkpoint, ready to classify."""
 
-    def __init__(self, path: Path | str, device: str = "cpu") -> None:
+    def __init__(
+        self, path: Path | str, device: str = "cpu", precision: Precision = "auto"
+    ) -> None:
         """Load the checkpoint folder `path`: `<name>/<version>`, or `<name>` for the highest one.
+
+        `precision` "auto" takes what is fastest here, as the server does.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
         self.checkpoint = read_checkpoint(_version_folder(Path(path)))
-        self.network = load_network(self.checkpoint, device)
+        self.network = load_network(self.checkpoint, device, precision)
         self.tokenizer = load_tokenizer(self.checkpoint)
 
     def __call__(

@@ -65,7 +65,7 @@ class _Watcher:
         self.metrics.model_memory.labels(*key).set(event.memory_bytes)
         checkpoint = self._served.known[event.name, event.version].checkpoint
         sizes = (len(checkpoint.manifest.labels), checkpoint.num_layers, checkpoint.num_heads)
-        self.metrics.model_info.labels(*key, *map(str, sizes), engine.device, engine.dtype).set(1)
+        self.metrics.model_info.labels(*key, *map(str, sizes), engine.device, event.dtype).set(1)
 
     def _count_batch(self, event: BatchRan) -> None:
         labels = (event.model, event.budget)

@@ -6,21 +6,38 @@ mask, within the bound of its precision, and the tests hold it to that.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
+from budgetformer.compact.choice import fastest_pass
 from budgetformer.compact.linear import LINEARS
 from budgetformer.compact.packed import Arrival, PackedPass, PackedTokens, PassResult
 from budgetformer.modeling import BudgetFormerForSequenceClassification
 
-__all__ = ["LINEARS", "Arrival", "PackedPass", "PackedTokens", "PassResult", "load_pass"]
+__all__ = [
+    "LINEARS",
+    "Arrival",
+    "PackedPass",
+    "PackedTokens",
+    "PassResult",
+    "Precision",
+    "load_pass",
+]
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def load_pass(
     model: BudgetFormerForSequenceClassification, precision: str = "float32"
 ) -> PackedPass:
-    """Return the compact pass over the weights of `model`, in one of the precisions of `LINEARS`.
+    """Return the compact pass over the weights of `model`.
+
+    Args:
+        model: the network.
+        precision: of its matrix products, one of `LINEARS`, or "auto", whichever is fastest here.
 
     Raises:
         ValueError: there is no such precision.
     """
-    if precision not in LINEARS:
-        raise ValueError(f"unknown precision {precision!r}; there are: {', '.join(LINEARS)}")
-    return PackedPass(model, precision)
+    if precision not in get_args(Precision):
+        raise ValueError(f"unknown precision {precision!r}; there are: auto, {', '.join(LINEARS)}")
+    return fastest_pass(model) if precision == "auto" else PackedPass(model, precision)

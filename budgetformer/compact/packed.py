@@ -139,6 +139,32 @@ class PackedPass:
         """Where the weights are."""
         return torch.device(self.model.device)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights, and of what is laid out of them by now."""
+        weights = sum(int(parameter.nbytes) for parameter in self.model.parameters())
+        return weights + self._slices.nbytes
+
+    def warm(self, steps: Sequence[int]) -> None:
+        """Lay out the weights of some ladder steps, and compile what is compiled on first use.
+
+        In bfloat16 on a CPU that is a product for every number of rows (see `padded_rows`).
+        """
+        most = min(self._most_tokens, CPU_ROWS - 1)
+        sizes = {min(most, 32)}
+        if self.precision == "bfloat16":
+            sizes = {padded_rows(rows) - 1 for rows in range(most)}
+        for step in steps:
+            for rows in sorted(sizes):
+                self._run_nonsense(rows, step)
+
+    def _run_nonsense(self, rows: int, step: int) -> None:
+        items = -(-rows // self._most_tokens)
+        lengths = tuple(len(part) for part in torch.arange(rows).tensor_split(items))
+        ids = torch.zeros(rows, dtype=torch.long)
+        tokens = PackedTokens(ids, ids, lengths)
+        self.run(tokens, [step] * items, ranking=self.arrive(tokens).ranking)
+
     @torch.inference_mode()
     def arrive(self, tokens: PackedTokens) -> Arrival:
         """Decide budgets and heads for B items before the encoder runs.

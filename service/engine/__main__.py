@@ -67,14 +67,14 @@ class EngineServer:
             reply(message)
 
     def _hello(self) -> Hello:
-        return Hello(PROTOCOL, os.getpid(), self.core.device, "float32", str(torch.__version__))
+        return Hello(PROTOCOL, os.getpid(), self.core.device, str(torch.__version__))
 
 
 async def _main(run_dir: Path, index: int, settings: Settings) -> None:
     options = EngineOptions(
         settings.max_queue_items, settings.batch_milliseconds / 1000, settings.batch_items
     )
-    server = EngineServer(EngineCore(options, settings.resolved_device()))
+    server = EngineServer(EngineCore(options, settings.resolved_device(), settings.dtype))
     serving = asyncio.create_task(server.serve(engine_socket(run_dir, index)))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
     with contextlib.suppress(asyncio.CancelledError):

@@ -20,7 +20,7 @@ import structlog
 
 from budgetformer import cascade
 from budgetformer.cascade import Work
-from budgetformer.compact import PackedPass
+from budgetformer.compact import PackedPass, Precision
 from budgetformer.cost import dense_macs
 from budgetformer.errors import CheckpointError, PolicyError
 from service.background import Background
@@ -98,6 +98,7 @@ class EngineCore:
     Args:
         options: limits.
         device: where `Load` puts further models.
+        precision: of their passes.
         clock: monotonic seconds.
     """
 
@@ -105,11 +106,13 @@ class EngineCore:
         self,
         options: EngineOptions,
         device: str = "cpu",
+        precision: Precision = "float32",
         clock: Clock = time.monotonic,
     ) -> None:
         self.models: dict[tuple[str, int], LoadedModel] = {}
         self.options = options
         self.device = device
+        self.precision = precision
         self.prices = PriceList()
         self.broadcast: Reply = lambda _: None
         self._clock = clock
@@ -340,7 +343,7 @@ class EngineCore:
         loop = asyncio.get_running_loop()
         try:
             model = await loop.run_in_executor(
-                self._loading, load_model, Path(message.path), self.device
+                self._loading, load_model, Path(message.path), self.device, self.precision
             )
         except CheckpointError as error:
             reply(Failed(message.id, str(error)))

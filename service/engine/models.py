@@ -7,19 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-import torch
 
-from budgetformer import cascade
-from budgetformer.cascade import Work
 from budgetformer.checkpoint import Checkpoint, read_checkpoint
 from budgetformer.classifier import load_network
-from budgetformer.compact import PackedPass
+from budgetformer.compact import PackedPass, Precision
 from budgetformer.policy import BudgetRule
 from service.engine.protocol import ModelInfo
 
 log = structlog.get_logger()
-
-WARM_TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +51,7 @@ class LoadedModel:
         return 1.0 if rule.point is None else rule.point.macs_share
 
 
-def load_model(path: Path, device: str) -> LoadedModel:
+def load_model(path: Path, device: str, precision: Precision) -> LoadedModel:
     """Load, verify and warm one checkpoint folder.
 
     Raises:
@@ -64,24 +59,25 @@ def load_model(path: Path, device: str) -> LoadedModel:
     """
     started = time.monotonic()
     checkpoint = read_checkpoint(path)
-    network = load_network(checkpoint, device)
-    _warm(checkpoint, network)
+    network = load_network(checkpoint, device, precision)
+    network.warm(_steps_in_use(checkpoint))
     seconds = time.monotonic() - started
-    memory = sum(parameter.nbytes for parameter in network.model.parameters())
-    info = ModelInfo(checkpoint.name, checkpoint.version, seconds, memory)
-    log.info("model loaded", model=checkpoint.label, seconds=round(seconds, 3))
+    memory = network.nbytes
+    info = ModelInfo(checkpoint.name, checkpoint.version, seconds, memory, network.precision)
+    log.info(
+        "model loaded",
+        model=checkpoint.label,
+        seconds=round(seconds, 3),
+        dtype=network.precision,
+    )
     return LoadedModel(checkpoint, network, info)
 
 
-def _warm(checkpoint: Checkpoint, network: PackedPass) -> None:
-    rules = [
-        BudgetRule(point=None, num_steps=len(checkpoint.ladder), fixed=s)
-        for s in checkpoint.budgets
-    ]
-    tokens = [0] * min(WARM_TOKENS, checkpoint.manifest.max_tokens)
-    with torch.inference_mode():
-        for rule in rules:
-            item = Work(tokens, None, rule)
-            cascade.arrive(network, [item])
-            if not item.done:
-                cascade.run(network, [item])
+def _steps_in_use(checkpoint: Checkpoint) -> list[int]:
+    """Return the steps that the quality levels use, and the full one; others are for who asks."""
+    steps = {len(checkpoint.ladder)}
+    for point in checkpoint.manifest.operating_points:
+        if point.name:
+            steps |= {band.step for band in point.entry}
+            steps |= {point.escalation.step} if point.escalation else set()
+    return sorted(steps - {0})

@@ -78,6 +78,7 @@ class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
     version: int
     load_seconds: float
     memory_bytes: int
+    dtype: str
 
 
 class Hello(_Message, frozen=True):
@@ -86,7 +87,6 @@ class Hello(_Message, frozen=True):
     protocol: int
     pid: int
     device: str
-    dtype: str
     torch: str
 
 

@@ -52,10 +52,10 @@ class ScriptedEngine:
     def __init__(self, script: Script, load: Callable[[Load], ToFront] | None = None) -> None:
         self.heard: list[ToEngine] = []
         self._script = script
-        self._load = load or (lambda m: Done(m.id, ModelInfo(*KEY, 0.1, 100)))
+        self._load = load or (lambda m: Done(m.id, ModelInfo(*KEY, 0.1, 100, "float32")))
 
     async def came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        protocol.write(writer, Hello(protocol.PROTOCOL, 1, "cpu", "float32", "2"))
+        protocol.write(writer, Hello(protocol.PROTOCOL, 1, "cpu", "2"))
         while (message := await protocol.read_to_engine(reader)) is not None:
             self.heard.append(message)
             match message:

@@ -40,7 +40,7 @@ words = st.text(max_size=20)
 by_model = st.dictionaries(words, numbers, max_size=3)
 seconds_by_model = st.dictionaries(words, finite, max_size=3)
 items = st.builds(ItemTokens, ids=st.binary(max_size=32), segments=st.binary(max_size=32))
-model_info = st.builds(ModelInfo, words, numbers, finite, numbers)
+model_info = st.builds(ModelInfo, words, numbers, finite, numbers, words)
 answers = st.builds(
     ItemAnswer,
     logits=st.lists(finite, max_size=4),
@@ -69,7 +69,7 @@ TO_ENGINE = {
     Unload: st.builds(Unload, numbers, words, numbers),
 }
 TO_FRONT = {
-    Hello: st.builds(Hello, numbers, numbers, words, words, words),
+    Hello: st.builds(Hello, numbers, numbers, words, words),
     Heartbeat: st.builds(
         Heartbeat, by_model, seconds_by_model, seconds_by_model, by_model, numbers
     ),

@@ -1,0 +1,54 @@
+"""Choose the precision that runs a network fastest on the machine at hand."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from budgetformer.compact.linear import LINEARS
+from budgetformer.compact.packed import PackedPass, PackedTokens
+from budgetformer.modeling import BudgetFormerForSequenceClassification
+
+BATCHES = ((40,), (40,) * 8)
+"""Tokens of the items that are timed: a lone text, and a small batch."""
+ROUNDS = 5
+GAIN = 1.2
+"""A lower precision must be so many times as fast as float32, or it is not worth its error."""
+
+
+def fastest_pass(model: BudgetFormerForSequenceClassification) -> PackedPass:
+    """Time every precision on made-up texts at the middle step, and return the pass of the best.
+
+    A fraction of a second, for a small encoder.
+    """
+    passes = {precision: PackedPass(model, precision) for precision in LINEARS}
+    seconds = _time(list(passes.values()))
+    plain = seconds[list(passes).index("float32")]
+    best, least = min(zip(passes.values(), seconds, strict=True), key=lambda pair: pair[1])
+    return best if plain / least >= GAIN else passes["float32"]
+
+
+def _time(passes: list[PackedPass]) -> list[float]:
+    taken: list[list[float]] = [[] for _ in passes]
+    for turn in range(ROUNDS + 1):
+        for network, own in zip(passes, taken, strict=True):
+            started = time.perf_counter()
+            for lengths in BATCHES:
+                _run(network, lengths)
+            if turn:  # the first round lays out weights and compiles
+                own.append(time.perf_counter() - started)
+    return [statistics.median(own) for own in taken]
+
+
+def _run(network: PackedPass, lengths: tuple[int, ...]) -> None:
+    most = network.config.max_position_embeddings
+    lengths = tuple(min(length, most) for length in lengths)
+    ids = torch.ones(sum(lengths), dtype=torch.long)
+    tokens = PackedTokens(ids, torch.zeros_like(ids), lengths)
+    ranking = network.arrive(tokens).ranking
+    step = (network.config.num_steps + 1) // 2
+    network.run(tokens, [step] * len(lengths), ranking=ranking)
+    if network.device.type == "cuda":
+        torch.cuda.synchronize()
