@@ -23,6 +23,7 @@ class EngineWatch:
         self._hellos: dict[int, Hello] = {}
         self._beats: dict[int, Heartbeat] = {}
         self._names: set[str] = set()
+        self._infos: dict[tuple[int, str, str], tuple[str, ...]] = {}
 
     def __call__(self, index: int, event: Event) -> None:
         """Count one event."""
@@ -48,7 +49,7 @@ class EngineWatch:
                 batch.count(event.items, event.tokens, event.padding)
                 self._metrics.device_busy.labels(str(index)).inc(event.seconds)
             case ModelInfo():
-                self._loaded(event, self._hellos[index])
+                self._loaded(index, event)
 
     def refresh(self, clients: Sequence[EngineClient]) -> None:
         """Bring up to date what changes without an event: how long each engine has been silent."""
@@ -57,13 +58,19 @@ class EngineWatch:
             age = now - (client.heard or self._began)
             self._metrics.heartbeat_age.labels(str(client.index)).set(age)
 
-    def _loaded(self, event: ModelInfo, engine: Hello) -> None:
+    def _loaded(self, index: int, event: ModelInfo) -> None:
         key = (event.name, str(event.version))
         self._metrics.model_load.labels(*key).set(event.load_seconds)
         self._metrics.model_memory.labels(*key).set(event.memory_bytes)
         checkpoint = self._served.known[event.name, event.version].checkpoint
         sizes = (len(checkpoint.manifest.labels), checkpoint.num_layers, checkpoint.num_heads)
-        self._metrics.model_info.labels(*key, *map(str, sizes), engine.device, event.dtype).set(1)
+        info = (*key, *map(str, sizes), self._hellos[index].device, event.dtype)
+        before = self._infos.get((index, *key))
+        self._infos[index, *key] = info
+        if before is not None and before not in self._infos.values():
+            # An engine that came back may have chosen another precision.
+            self._metrics.model_info.remove(*before)
+        self._metrics.model_info.labels(*info).set(1)
 
     def _sum_queues(self) -> None:
         metrics, beats = self._metrics, self._beats.values()

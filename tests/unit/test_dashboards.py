@@ -1,9 +1,8 @@
-"""The dashboard and the rules ask only for what the service measures."""
+"""The dashboards and the rules ask only for what the service measures."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,20 +12,19 @@ import pytest
 import yaml
 
 from service.observability.metrics import Metrics
+from tests.support.dashboards import BOARDS, MEASURING, Query, annotations, queries, read_board
 
 DOCKER = Path(__file__).parents[2] / "docker"
 RULES = sorted((DOCKER / "prometheus" / "rules").glob("*.yml"))
+RECORDED = re.compile(r"budgetformer:\w+|ALERTS")
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "gauge": ("",)}
 
 
 @pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", DOCKER / "grafana" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def generator() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCKER / "grafana")
+        yield importlib.import_module("generate")
 
 
 @pytest.fixture(scope="module")
@@ -38,61 +36,66 @@ def series() -> set[str]:
     }
 
 
-@pytest.fixture(scope="module")
-def dashboard() -> dict[str, object]:
-    text = (DOCKER / "grafana" / "dashboards" / "service.json").read_text(encoding="utf-8")
-    return dict(json.loads(text))
-
-
-def strings(value: object, key: str) -> Iterator[str]:
-    """Yield every string that lies under `key`, however deep."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            if name == key and isinstance(inner, str):
-                yield inner
-            else:
-                yield from strings(inner, key)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from strings(inner, key)
-
-
 def asked_for(query: str) -> set[str]:
     """Return the metrics that a query names; a recorded one has colons and is not ours."""
     return set(re.findall(r"(?<![\w:])budgetformer_\w+", query))
 
 
-def test_the_file_is_what_the_generator_writes(generator: ModuleType) -> None:
-    assert generator.OUTPUT.read_text(encoding="utf-8") == generator.render(), (
-        "run: python docker/grafana/generate.py"
-    )
+def test_the_files_are_what_the_generator_writes(generator: ModuleType) -> None:
+    rendered = generator.render()
+    assert set(rendered) == set(BOARDS.values())
+    for path, text in rendered.items():
+        assert path.read_text(encoding="utf-8") == text, "run: python docker/grafana/generate.py"
 
 
-def test_every_panel_asks_for_metrics_that_exist(
-    dashboard: dict[str, object], series: set[str]
-) -> None:
-    queries = [*strings(dashboard, "expr"), *strings(dashboard, "query")]
-    assert len(queries) > 20
-    for query in queries:
-        assert asked_for(query), query
-        assert asked_for(query) <= series, query
+@pytest.mark.parametrize("query", [*queries(), *annotations()], ids=str)
+def test_every_query_asks_for_metrics_that_exist(query: Query, series: set[str]) -> None:
+    assert asked_for(query.expression) <= series
+    assert asked_for(query.expression) or RECORDED.search(query.expression)
 
 
-def test_every_chart_reads_the_provisioned_data_source(dashboard: dict[str, object]) -> None:
+@pytest.mark.parametrize("name", MEASURING)
+def test_a_dashboard_is_filtered_by_model_and_version(name: str, series: set[str]) -> None:
+    variables = read_board(name)["templating"]["list"]
+    assert [variable["name"] for variable in variables] == ["model", "version"]
+    for variable in variables:
+        assert asked_for(variable["query"]) <= series
+        assert variable["multi"]
+        assert variable["includeAll"]
+
+
+@pytest.mark.parametrize("name", MEASURING)
+def test_a_dashboard_shows_model_loads_and_brown_outs(name: str) -> None:
+    events = [event for event in annotations() if event.board == name]
+    assert {event.panel for event in events} == {"Model loads", "Brown-outs"}
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_a_dashboard_leads_to_the_others_and_to_the_runbooks(name: str) -> None:
+    board = read_board(name)
+    links = board["links"]
+    assert {"dashboards", "link"} == {link["type"] for link in links}
+    assert any(link.get("url") == "/d/budgetformer-runbooks" for link in links)
+    assert board["uid"] == f"budgetformer-{name}"
+    assert all(set(link["tags"]) <= set(board["tags"]) for link in links if link.get("tags"))
+
+
+@pytest.mark.parametrize("name", MEASURING)
+def test_every_chart_reads_the_provisioned_data_source(name: str) -> None:
     provisioned = yaml.safe_load(
         (DOCKER / "grafana/provisioning/datasources/prometheus.yml").read_text(encoding="utf-8")
     )
-    panels = dashboard["panels"]
-    assert isinstance(panels, list)
     asked = {
-        target["datasource"]["uid"] for panel in panels for target in panel.get("targets") or []
+        target["datasource"]["uid"]
+        for panel in read_board(name)["panels"]
+        for target in panel.get("targets") or []
     }
     assert asked == {source["uid"] for source in provisioned["datasources"]}
 
 
-def test_panels_have_titles_and_places_of_their_own(dashboard: dict[str, object]) -> None:
-    panels = dashboard["panels"]
-    assert isinstance(panels, list)
+@pytest.mark.parametrize("name", BOARDS)
+def test_panels_have_titles_and_places_of_their_own(name: str) -> None:
+    panels = read_board(name)["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [
         (x, y)
@@ -105,6 +108,12 @@ def test_panels_have_titles_and_places_of_their_own(dashboard: dict[str, object]
     assert all(panel["title"] for panel in panels)
 
 
+@pytest.mark.parametrize("name", MEASURING)
+def test_every_panel_says_what_it_shows(name: str) -> None:
+    for panel in read_board(name)["panels"]:
+        assert panel["type"] == "row" or panel["description"].endswith("."), panel["title"]
+
+
 @pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
 def test_every_rule_asks_for_metrics_that_exist(path: Path, series: set[str]) -> None:
     rules = [
@@ -115,7 +124,3 @@ def test_every_rule_asks_for_metrics_that_exist(path: Path, series: set[str]) ->
     assert rules
     for rule in rules:
         assert asked_for(rule["expr"]) <= series, rule["expr"]
-        if "alert" in rule:
-            assert rule["annotations"]["summary"]
-            assert rule["annotations"]["description"]
-            assert rule["labels"]["severity"] in {"info", "warning", "critical"}

@@ -1,0 +1,188 @@
+"""The queries that panels are made of, and the kinds of panel, each with its looks in one place.
+
+An idle service shows 0 rather than "No data": every series that is known reads 0 from the start, a
+rate of it is 0 by itself, and what divides by one falls back to 0 under the same labels.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias, TypeVar
+
+from grafana_foundation_sdk.builders.bargauge import Panel as BarGauge
+from grafana_foundation_sdk.builders.common import (
+    ReduceDataOptions,
+    ScaleDistributionConfig,
+    StackingConfig,
+    VizLegendOptions,
+    VizTooltipOptions,
+)
+from grafana_foundation_sdk.builders.dashboard import ThresholdsConfig
+from grafana_foundation_sdk.builders.heatmap import (
+    HeatmapColorOptions,
+    RowsHeatmapOptions,
+    YAxisConfig,
+)
+from grafana_foundation_sdk.builders.heatmap import Panel as Heatmap
+from grafana_foundation_sdk.builders.prometheus import Dataquery
+from grafana_foundation_sdk.builders.stat import Panel as Stat
+from grafana_foundation_sdk.builders.table import Panel as Table
+from grafana_foundation_sdk.builders.text import Panel as Text
+from grafana_foundation_sdk.builders.timeseries import Panel as Timeseries
+from grafana_foundation_sdk.models.common import (
+    BigValueGraphMode,
+    DataSourceRef,
+    HeatmapCellLayout,
+    LegendDisplayMode,
+    LegendPlacement,
+    ScaleDistribution,
+    SortOrder,
+    StackingMode,
+    TooltipDisplayMode,
+    VizOrientation,
+)
+from grafana_foundation_sdk.models.dashboard import (
+    DataTransformerConfig,
+    Threshold,
+    ThresholdsMode,
+)
+from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+from grafana_foundation_sdk.models.text import TextMode
+
+DATASOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")
+WINDOW = "$__rate_interval"
+MODEL = 'model=~"$model"'
+VERSION = f'{MODEL}, version=~"$version"'
+SERVING = 'route=~"/classify|/predict|/|/v2/models/.+/infer|/invocations"'
+
+Queries: TypeAlias = dict[str, str]
+"""Legend to PromQL."""
+Panel: TypeAlias = BarGauge | Heatmap | Stat | Table | Text | Timeseries
+Asking = TypeVar("Asking", BarGauge, Heatmap, Stat, Table, Timeseries)
+Levels: TypeAlias = tuple[float, float]
+"""From where on a value is worth a look, and from where on it is bad."""
+
+
+def rate(metric: str, by: str = "", where: str = "", over: str = WINDOW) -> str:
+    grouped = f"sum by ({by})" if by else "sum"
+    selected = f"{{{where}}}" if where else ""
+    return f"{grouped} (rate(budgetformer_{metric}{selected}[{over}]))"
+
+
+def share(part: str, whole: str) -> str:
+    """Divide two rates of the same labels; 0 where nothing happens."""
+    return f"{part} / ({whole} > 0) or 0 * {whole}"
+
+
+def mean(histogram: str, by: str = "", where: str = "") -> str:
+    parts = (rate(f"{histogram}_{part}", by, where) for part in ("sum", "count"))
+    return share(*parts)
+
+
+def quantile(q: float, histogram: str, where: str = "") -> str:
+    buckets = rate(f"{histogram}_bucket", "le", where)
+    return f"histogram_quantile({q}, {buckets}) >= 0 or vector(0)"
+
+
+def gauge(metric: str, by: str, where: str = "", fold: str = "sum") -> str:
+    selected = f"{{{where}}}" if where else ""
+    return f"{fold} by ({by}) (budgetformer_{metric}{selected})"
+
+
+def stat(
+    title: str,
+    description: str,
+    unit: str,
+    query: str,
+    decimals: int = 1,
+    levels: Levels | None = None,
+) -> Stat:
+    panel = Stat().title(title).description(description).unit(unit).decimals(decimals)
+    panel.graph_mode(BigValueGraphMode.AREA).span(4).height(4)
+    panel.reduce_options(ReduceDataOptions().calcs(["lastNotNull"]))
+    if levels is not None:
+        panel.thresholds(_thresholds(levels))
+    return _asking(panel, {"": query})
+
+
+def chart(
+    title: str,
+    description: str,
+    unit: str,
+    queries: Queries,
+    *,
+    stacked: bool = False,
+    exemplars: bool = False,
+) -> Timeseries:
+    panel = Timeseries().title(title).description(description).unit(unit)
+    panel.min(0).line_width(1).fill_opacity(30 if stacked else 8).span(8).height(8)
+    panel.tooltip(VizTooltipOptions().mode(TooltipDisplayMode.MULTI).sort(SortOrder.DESCENDING))
+    panel.legend(
+        VizLegendOptions()
+        .display_mode(LegendDisplayMode.LIST)
+        .placement(LegendPlacement.BOTTOM)
+        .show_legend(True)
+    )
+    if stacked:
+        panel.stacking(StackingConfig().mode(StackingMode.NORMAL).group("all"))
+    return _asking(panel, queries, exemplars=exemplars)
+
+
+def heat_map(
+    title: str, description: str, unit: str, histogram: str, where: str = "", *, log: bool = False
+) -> Heatmap:
+    """Show a histogram's buckets over time, with dots where exemplars lead to traces."""
+    selected = f"{{{where}}}" if where else ""
+    query = f"sum by (le) (increase(budgetformer_{histogram}_bucket{selected}[{WINDOW}]))"
+    axis = YAxisConfig().unit(unit)
+    if log:
+        axis.scale_distribution(ScaleDistributionConfig().type(ScaleDistribution.LOG).log(2))
+    panel = Heatmap().title(title).description(description).span(8).height(8).calculate(False)
+    panel.y_axis(axis).rows_frame(RowsHeatmapOptions().layout(HeatmapCellLayout.LE))
+    panel.color(HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Viridis").steps(64))
+    return _asking(panel, {"{{le}}": query}, form=PromQueryFormat.HEATMAP, exemplars=True)
+
+
+def bars(title: str, description: str, unit: str, queries: Queries) -> BarGauge:
+    panel = BarGauge().title(title).description(description).unit(unit).min(0).span(8).height(8)
+    panel.orientation(VizOrientation.HORIZONTAL)
+    panel.reduce_options(ReduceDataOptions().calcs(["lastNotNull"]))
+    return _asking(panel, queries, instant=True)
+
+
+def table(title: str, description: str, query: str, hidden: tuple[str, ...]) -> Table:
+    """List the labels of some series; `hidden` names those that tell nothing."""
+    without = dict.fromkeys(("Time", "Value", "__name__", *hidden), True)
+    panel = Table().title(title).description(description).span(12).height(8)
+    panel.with_transformation(
+        DataTransformerConfig(id_val="organize", options={"excludeByName": without})
+    )
+    return _asking(panel, {"": query}, form=PromQueryFormat.TABLE, instant=True)
+
+
+def text(title: str, markdown: str) -> Text:
+    return Text().title(title).mode(TextMode.MARKDOWN).content(markdown).span(12).height(9)
+
+
+def _thresholds(levels: Levels) -> ThresholdsConfig:
+    colors = ((None, "green"), (levels[0], "orange"), (levels[1], "red"))
+    steps = [Threshold(value=value, color=color) for value, color in colors]
+    return ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
+
+
+def _asking(
+    panel: Asking,
+    queries: Queries,
+    *,
+    form: PromQueryFormat = PromQueryFormat.TIME_SERIES,
+    exemplars: bool = False,
+    instant: bool = False,
+) -> Asking:
+    for number, (legend, expression) in enumerate(queries.items()):
+        query = Dataquery().ref_id(chr(ord("A") + number)).expr(expression).legend_format(legend)
+        query.datasource(DATASOURCE).format(form)
+        if exemplars:
+            query.exemplar(True)
+        panel.with_target(query.instant() if instant else query.range())
+    panel.datasource(DATASOURCE)
+    return panel

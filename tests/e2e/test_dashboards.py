@@ -1,0 +1,177 @@
+"""Every query of every panel, asked of a real Prometheus that scrapes the real service."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.dashboards import Query, annotations, queries
+from tests.support.monitoring import Prometheus, prometheus
+from tests.support.processes import Server, server
+from tests.support.programs import program
+from tests.support.stores import labelled_sentences
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.timeout(300)
+
+QUERIES = queries()
+EVENTS = annotations()
+TEXTS = [text for text, _ in labelled_sentences()]
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+WINDOW = {"window": "6s", "span": "5m"}
+
+LOADED = {
+    "service": {"Requests", "Latency p99", "Saturation", "Requests by outcome", "Latency", "Stages",
+                "Latency, all requests", "Texts"},
+    "budgets": {"Compute saved", "Heads per text", "Answered at step 0", "Texts", "Texts by step",
+                "Distribution over steps", "Texts per batch", "Tokens per batch", "Batches",
+                "Compute spent", "Tokens per text", "Truncated", "Steps answered, in this range",
+                "Steps as calibrated, in this range"},
+    "engines": {"Engines alive", "Models", "Memory", "Batches", "Versions served", "Program",
+                "Loads", "Weights", "Texts by version"},
+}  # fmt: skip
+"""Panels that show more than 0 while requests come."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What each query returned before the first request, and while many came."""
+
+    idle: dict[Query, list[float]]
+    loaded: dict[Query, list[float]]
+    prometheus: Prometheus
+
+
+def ask_all(monitor: Prometheus) -> dict[Query, list[float]]:
+    return {query: monitor.values(query.filled(**WINDOW)) for query in QUERIES}
+
+
+@contextmanager
+def load(url: str) -> Iterator[None]:
+    """Send requests, one after the other, of every quality, until the block ends."""
+    enough = threading.Event()
+
+    def send() -> None:
+        headers = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
+        with httpx.Client(base_url=url, headers=headers, timeout=30) as client:
+            for quality in itertools.cycle(["fast", "balanced", "best"]):
+                if enough.is_set():
+                    return
+                body = {"input": [*TEXTS[:12], "otter " * 100], "quality": quality}
+                assert client.post("/classify", json=body).status_code == 200
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        sending.join()
+
+
+@pytest.fixture(scope="module")
+def seen(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+    program("prometheus")
+    folder = tmp_path_factory.mktemp("monitored")
+    with (
+        server(model_store, folder, engines=2, default_model="topics") as running,
+        prometheus(running.url, folder) as monitor,
+    ):
+        wait_until(lambda: _scrapes(monitor) >= 4, "some scrapes of an idle service")
+        idle = ask_all(monitor)
+        before = _scrapes(monitor)
+        with load(running.url):
+            wait_until(lambda: _scrapes(monitor) >= before + 6, "some scrapes under load")
+            loaded = ask_all(monitor)
+        _wait_for_reports(running, monitor)
+        yield Seen(idle, loaded, monitor)
+
+
+def _scrapes(monitor: Prometheus) -> float:
+    (count,) = monitor.values('count_over_time(up{job="budgetformer"}[10m])')
+    return count
+
+
+def _wait_for_reports(running: Server, monitor: Prometheus) -> None:
+    answered = running.scrape().total("items_total")
+    wait_until(
+        lambda: monitor.values("sum(budgetformer_items_total)") == [answered], "the last scrape"
+    )
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=str)
+def test_a_panel_of_an_idle_service_shows_a_number(seen: Seen, query: Query) -> None:
+    assert seen.idle[query], query.filled(**WINDOW)
+    assert all(math.isfinite(value) and value >= 0 for value in seen.idle[query])
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=str)
+def test_a_panel_shows_what_happens_under_load(seen: Seen, query: Query) -> None:
+    values = seen.loaded[query]
+    assert values, query.filled(**WINDOW)
+    assert all(map(math.isfinite, values))
+    if query.panel in LOADED[query.board]:
+        assert max(values) > 0, query.filled(**WINDOW)
+
+
+def test_every_panel_that_must_show_something_exists() -> None:
+    panels = {(query.board, query.panel) for query in QUERIES}
+    assert {(board, panel) for board, names in LOADED.items() for panel in names} <= panels
+
+
+@pytest.mark.parametrize("query", EVENTS, ids=str)
+def test_events_are_read_from_what_prometheus_has(seen: Seen, query: Query) -> None:
+    asked = query.filled(**WINDOW)
+    seen.prometheus.values(asked)
+    for series in set(re.findall(r"budgetformer_\w+", asked)):
+        assert seen.prometheus.values(series), series
+
+
+def test_a_model_load_is_an_event(seen: Seen) -> None:
+    (loads,) = {event.filled(**WINDOW) for event in EVENTS if event.panel == "Model loads"}
+    assert seen.prometheus.values(f"count(count by (model) ({loads}))") == [4]
+
+
+def test_shares_are_shares(seen: Seen) -> None:
+    by_panel = {query.panel: seen.loaded[query] for query in QUERIES}
+    assert sum(by_panel["Distribution over steps"]) == pytest.approx(1)
+    for panel in ("Compute saved", "Answered at step 0", "Drift", "Saturation", "Compute spent"):
+        assert all(0 <= value <= 1.05 for value in by_panel[panel]), panel
+
+
+def test_answered_and_calibrated_texts_are_as_many(seen: Seen) -> None:
+    answered, expected = (
+        seen.prometheus.values(f"sum(budgetformer_{name}_total)")
+        for name in ("items", "items_expected")
+    )
+    assert expected == pytest.approx(answered)
+
+
+def test_prometheus_stores_the_traces_that_exemplars_name(seen: Seen) -> None:
+    found = seen.prometheus.api(
+        "query_exemplars",
+        query="budgetformer_request_duration_seconds_bucket",
+        start="0",
+        end="9999999999",
+    )
+    traces = {
+        exemplar["labels"]["trace_id"] for series in found for exemplar in series["exemplars"]
+    }
+    assert traces == {TRACE}
+
+
+def test_the_rules_are_evaluated_and_nothing_fires(seen: Seen) -> None:
+    groups = seen.prometheus.api("rules")["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert len(rules) > 30
+    assert {rule["health"] for rule in rules} == {"ok"}
+    assert [rule["name"] for rule in rules if rule.get("state") == "firing"] == []
