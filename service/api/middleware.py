@@ -25,6 +25,8 @@ log = structlog.get_logger()
 
 _SOUND_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OTHER = "other"
+PROBES = "/health"
+"""Routes whose errors are answers."""
 _REFUSALS = {"body_too_large": "too_large", "too_many_items": "too_large"}
 
 
@@ -97,7 +99,8 @@ class Observe:
         if status == 504:
             self.metrics.deadline_exceeded.inc()
         self.metrics.count_request(route, outcome, seconds, current_request())
-        chosen = outcome == "error" or random.random() < self.log_share
+        failed = outcome == "error" and not route.startswith(PROBES)
+        chosen = failed or random.random() < self.log_share
         write = log.info if chosen else log.debug
         milliseconds = round(seconds * 1000, 2)
         write("request", route=route, status=status, outcome=outcome, ms=milliseconds)

@@ -93,8 +93,7 @@ def main() -> None:
     run_dir, index = Path(sys.argv[1]), int(sys.argv[2])
     settings = receive_settings()
     exit_with_parent()
-    configure_logs(settings.log_level, settings.log_format)
-    structlog.contextvars.bind_contextvars(process=f"engine-{index}")
+    configure_logs(settings.log_level, settings.log_format, f"engine-{index}")
     torch.set_num_threads(settings.threads_per_engine)
     asyncio.run(_main(run_dir, index, settings))
 

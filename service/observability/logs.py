@@ -11,10 +11,21 @@ import structlog
 from structlog.typing import EventDict, WrappedLogger
 
 
-def configure_logs(level: str, form: str) -> None:
-    """Send structlog and the standard library's loggers to stderr in one form."""
+def configure_logs(level: str, form: str, process: str | None = None) -> None:
+    """Send structlog and the standard library's loggers to stderr in one form.
+
+    Args:
+        level: the least important line to write.
+        form: `json`, `console` (for reading), or `auto`: the latter on a terminal.
+        process: name of this process in its lines, whichever thread writes them.
+    """
     readable = form == "console" or (form == "auto" and sys.stderr.isatty())
+
+    def name_process(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        return event if process is None else {"process": process, **event}
+
     shared: list[Any] = [
+        name_process,
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

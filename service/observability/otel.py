@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -32,6 +33,7 @@ from service.observability.traces import PassRun, Rider
 
 MOST_LINKS = 1024
 """A batch names every request in it; the SDK's own limit of 128 would cut some off."""
+CLOSE_SECONDS = 1.0
 
 
 def make_exporter(name: str) -> SpanExporter:
@@ -76,8 +78,10 @@ class Tracing:
         return OtelPassSpans(self.provider.get_tracer("budgetformer"), clock)
 
     def close(self) -> None:
-        """Export what is left."""
-        self.provider.shutdown()
+        """Export what is left; a collector that does not answer is not waited for."""
+        closing = threading.Thread(target=self.provider.shutdown, daemon=True, name="last-spans")
+        closing.start()
+        closing.join(CLOSE_SECONDS)
 
 
 class OtelPassSpans:

@@ -31,7 +31,8 @@ def free_port() -> int:
 
 def clean_environment() -> dict[str, str]:
     """Return this process's environment without settings of the server."""
-    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith("BUDGETFORMER_")}
+    ours = ("BUDGETFORMER_", "OTEL_")
+    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(ours)}
     return kept | {"PYTHONUNBUFFERED": "1"}
 
 
@@ -88,7 +89,14 @@ class Server:
 
 
 @contextmanager
-def server(store: Path, folder: Path, *, engines: int, **options: str) -> Iterator[Server]:
+def server(
+    store: Path,
+    folder: Path,
+    *,
+    engines: int,
+    environment: dict[str, str] | None = None,
+    **options: str,
+) -> Iterator[Server]:
     """Run a server, ready for requests; whatever is left of it afterwards is killed."""
     port = free_port()
     log = folder / "server.log"
@@ -100,7 +108,7 @@ def server(store: Path, folder: Path, *, engines: int, **options: str) -> Iterat
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,
-            env=clean_environment(),
+            env=clean_environment() | (environment or {}),
         )
     running = Server(process, f"http://127.0.0.1:{port}", log)
     family: list[psutil.Process] = []

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from opentelemetry.trace import TracerProvider
 
 from budgetformer.compact import PackedPass, PackedTokens, PassResult
 from service.app import create_app
@@ -112,9 +113,11 @@ async def engine(socket: Path, options: EngineOptions | None = None) -> AsyncIte
 
 
 @asynccontextmanager
-async def application(settings: Settings, sockets: list[Path]) -> AsyncIterator[FastAPI]:
+async def application(
+    settings: Settings, sockets: list[Path], tracer_provider: TracerProvider | None = None
+) -> AsyncIterator[FastAPI]:
     """Run an application, without HTTP and without engines."""
-    app = create_app(settings, sockets)
+    app = create_app(settings, sockets, tracer_provider)
     async with app.router.lifespan_context(app):
         yield app
 
@@ -126,6 +129,7 @@ async def service(
     engines: int = 1,
     options: EngineOptions | None = None,
     wait: bool = True,
+    tracer_provider: TracerProvider | None = None,
     **settings: Any,
 ) -> AsyncIterator[Service]:
     """Run a service over a store, ready for requests."""
@@ -136,7 +140,9 @@ async def service(
         cores = [
             await stack.enter_async_context(engine(socket, options)) for socket in sockets[:engines]
         ]
-        app = await stack.enter_async_context(application(Settings(**chosen), sockets))
+        app = await stack.enter_async_context(
+            application(Settings(**chosen), sockets, tracer_provider)
+        )
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         client = await stack.enter_async_context(
             httpx.AsyncClient(transport=transport, base_url="http://service", timeout=60)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 PROGRAM = """
-import logging, sys, structlog
+import logging, sys, structlog, threading
+from service.observability.context import RequestContext, serving
 from service.observability.logs import configure_logs
 configure_logs(*sys.argv[1:])
 log = structlog.get_logger()
@@ -23,11 +24,31 @@ try:
 except ZeroDivisionError as error:
     log.error("a failure", exc_info=error)
 """
+IN_A_REQUEST = """
+trace = "0af7651916cd43dd8448eb211c80319c"
+
+def fails():
+    try:
+        raise KeyError("xyzzy")
+    except KeyError as error:
+        raise ValueError("the text was xyzzy") from error
+
+with serving(RequestContext("r-1", f"00-{trace}-b7ad6b7169203331-01")):
+    log.warning("served")
+    logging.getLogger("elsewhere").warning("served elsewhere")
+    try:
+        fails()
+    except ValueError as error:
+        log.error("failed", exc_info=error)
+        log.error("failed again", exc_info=True)
+        logging.getLogger("elsewhere").exception("failed elsewhere")
+threading.Thread(target=log.warning, args=("beside",)).start()
+"""
 
 
-def written(level: str, form: str) -> list[str]:
+def written(*arguments: str, program: str = PROGRAM) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, level, form],
+        [sys.executable, "-c", program, *arguments],
         capture_output=True,
         text=True,
         check=True,
@@ -37,8 +58,8 @@ def written(level: str, form: str) -> list[str]:
     return done.stderr.splitlines()
 
 
-def parsed(level: str, form: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in written(level, form)]
+def parsed(*arguments: str, program: str = PROGRAM) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in written(*arguments, program=program)]
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +94,42 @@ def test_console_is_for_reading() -> None:
     lines = written("info", "console")
     assert any("an event" in line for line in lines)
     assert not lines[0].startswith("{")
+
+
+@pytest.fixture(scope="module")
+def in_a_request() -> dict[str, dict[str, Any]]:
+    lines = parsed("warning", "json", "front", program=PROGRAM + IN_A_REQUEST)
+    return {line["event"]: line for line in lines}
+
+
+@pytest.mark.parametrize("event", ["served", "served elsewhere", "failed", "failed elsewhere"])
+def test_a_line_of_a_request_carries_its_id_and_trace(
+    in_a_request: dict[str, dict[str, Any]], event: str
+) -> None:
+    assert in_a_request[event]["request_id"] == "r-1"
+    assert in_a_request[event]["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
+
+
+def test_other_lines_carry_none(in_a_request: dict[str, dict[str, Any]]) -> None:
+    assert "request_id" not in in_a_request["beside"]
+
+
+def test_every_line_names_its_process_whatever_thread_wrote_it(
+    in_a_request: dict[str, dict[str, Any]],
+) -> None:
+    assert {line["process"] for line in in_a_request.values()} == {"front"}
+
+
+@pytest.mark.parametrize("event", ["failed", "failed again", "failed elsewhere"])
+def test_what_failed_in_a_request_is_named_without_its_message(
+    in_a_request: dict[str, dict[str, Any]], event: str
+) -> None:
+    stack = in_a_request[event]["exception"]
+    assert "KeyError" in stack
+    assert "ValueError" in stack
+    assert "in fails" in stack
+    assert "xyzzy" not in json.dumps(in_a_request[event])
+
+
+def test_outside_of_a_request_the_message_stays(in_a_request: dict[str, dict[str, Any]]) -> None:
+    assert "division by zero" in in_a_request["a failure"]["exception"]
