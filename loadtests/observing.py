@@ -1,0 +1,159 @@
+"""What observing costs: microseconds of processor time for one request, by what is switched on.
+
+python loadtests/observing.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from prometheus_client import generate_latest
+
+from service.api.middleware import Observe
+from service.observability.context import RequestContext, serving
+from service.observability.metrics import ItemSpent, Metrics
+from service.observability.otel import Tracing
+from service.observability.traces import PassRun, Rider
+
+REPEATS, CALLS = 15, 2000
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+STAGES = {"tokenize": 4e-4, "budget": 6e-4, "queue": 2e-4, "compute": 3e-3, "respond": 1e-4}
+ITEM = ItemSpent(budget=2, heads=12, tokens=41, macs=11_000_000, dense_macs=66_000_000)
+EXPECTED = {0: 0.76, 8: 0.24}
+
+
+class Nowhere(SpanExporter):
+    """Take spans and drop them: what is left is what making them costs."""
+
+    def export(self, spans: Any) -> SpanExportResult:  # noqa: ARG002
+        return SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        pass
+
+
+def microseconds(call: Callable[[], object], calls: int = CALLS) -> float:
+    """Return the median cost of a call over some rounds."""
+    rounds = []
+    for _ in range(REPEATS):
+        started = time.process_time()
+        for _ in range(calls):
+            call()
+        rounds.append((time.process_time() - started) / calls * 1e6)
+    return statistics.median(rounds)
+
+
+def metrics_known() -> Metrics:
+    metrics = Metrics()
+    metrics.know_routes(["/classify"])
+    for model in ("ag_news", "banking77"):
+        metrics.know_model(model, "1", range(13))
+    return metrics
+
+
+def count(metrics: Metrics, context: RequestContext) -> None:
+    """Count one request of one text, as the front does."""
+    with serving(context):
+        metrics.count_stages(STAGES)
+        metrics.truncated.inc(0)
+        metrics.model("ag_news", "1").count([ITEM], 72, EXPECTED)
+        metrics.batch("ag_news", 2).count(1, 41, 0.0)
+        metrics.count_request("/classify", "ok", 5e-3, context)
+
+
+def app(tracing: Tracing | None) -> FastAPI:
+    """Make an application whose only route answers at once."""
+    telemetry = {
+        "tracer_provider": tracing.provider if tracing else None,
+        "tracing": tracing is not None,
+        "metrics": False,
+        "logs": False,
+        "operation_spans": False,
+        "auto_configure": False,
+    }
+    made = FastAPI(telemetry=telemetry)  # type: ignore[arg-type]
+
+    @made.get("/")
+    async def answer(_: Request) -> dict[str, str]:
+        return {}
+
+    return made
+
+
+def http(application: Any) -> Callable[[], None]:
+    """Return a call that sends one request through an application, without a socket."""
+    scope = {
+        "type": "http", "method": "GET", "path": "/", "raw_path": b"/", "query_string": b"",
+        "headers": [(b"host", b"localhost")], "http_version": "1.1", "scheme": "http",
+        "server": ("localhost", 80), "client": ("localhost", 1), "root_path": "",
+    }  # fmt: skip
+    loop = asyncio.new_event_loop()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(_: Any) -> None:
+        return None
+
+    return lambda: loop.run_until_complete(application(dict(scope), receive, send))
+
+
+def rows() -> dict[str, float]:
+    metrics = metrics_known()
+    front, engine = Tracing(Nowhere(), "front"), Tracing(Nowhere(), "engine-0", follow=True)
+    spans = engine.pass_spans()
+    now = time.monotonic()
+    rider = Rider(RequestContext("r", TRACEPARENT), now, 2)
+    decided, computed = (
+        PassRun(stage, "ag_news:1", 2, 41, [rider], now, now) for stage in ("budget", "compute")
+    )
+    tracer = front.provider.get_tracer("budgetformer")
+    bare, traced = app(None), app(front)
+    observed = Observe(app(None), metrics, log_share=0.01)
+    logged = Observe(app(None), metrics, log_share=1.0)
+    floor = microseconds(http(bare))
+    return {
+        "metrics": microseconds(lambda: count(metrics, RequestContext("r"))),
+        "metrics, with exemplars": microseconds(
+            lambda: count(metrics, RequestContext("r", TRACEPARENT))
+        ),
+        "middleware (id, context, count, 1 % logged)": microseconds(http(observed)) - floor,
+        "middleware, every request logged": microseconds(http(logged)) - floor,
+        "tracing on: HTTP span": microseconds(http(traced)) - floor,
+        "tracing on: span of a stage": microseconds(lambda: tracer.start_span("tokenize").end()),
+        "tracing on: engine, both passes of one text": microseconds(
+            lambda: (spans.ran(decided), spans.ran(computed))
+        ),
+        "one scrape": microseconds(lambda: generate_latest(metrics.registry), calls=2),
+    }
+
+
+def main() -> None:
+    with Path(os.devnull).open("w") as nowhere:
+        structlog.configure(
+            processors=[
+                structlog.contextvars.merge_contextvars,
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                structlog.processors.JSONRenderer(),
+            ],
+            wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+            logger_factory=structlog.PrintLoggerFactory(nowhere),
+            cache_logger_on_first_use=True,
+        )
+        for name, cost in rows().items():
+            print(f"{name:48} {cost:9.1f} us")
+
+
+if __name__ == "__main__":
+    main()
