@@ -31,8 +31,8 @@ lint: .venv/.dev ## style, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: .venv/.serve ## time the full pass against every step of the ladder on this machine
-	$(BIN)/budgetformer bench
+bench: .venv/.dev ## time every step and level beside the dense network in Transformers and ONNX Runtime
+	$(BIN)/budgetformer bench pass --model ag_news $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
 
 train-%: .venv/.dev ## train a shipped model again (train-ag_news, ...) from DATA/<name>; stopped, it goes on
 	$(BIN)/budgetformer train --data $(DATA)/$* --start minilm-l6 --recipe model_store/$*/recipe.toml --out model_store/$*/$(call version,$*) --baseline build/dense/$*
@@ -47,7 +47,7 @@ docs: .venv/.dev ## build the documentation into site/
 lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/serve.txt requirements/torch.in pyproject.toml
 	$(PORTABLE) requirements/serve.txt
-	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra dev --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra dev --extra bench --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
 	$(PORTABLE) requirements/dev.txt
 
 clean: ## remove the environment and every cache

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True)
 models_app = typer.Typer(no_args_is_help=True, help="Look at the checkpoints of a model store.")
 app.add_typer(models_app, name="models")
+bench_app = typer.Typer(no_args_is_help=True, help="Time this machine.")
+app.add_typer(bench_app, name="bench")
 
 out = Console()
 err = Console(stderr=True)
@@ -275,24 +277,50 @@ def _report(
     out.print(Markdown((folder / "README.md").read_text()))
 
 
-@app.command()
-def bench(
+@bench_app.command("pass")
+def bench_pass(
     model: Annotated[str | None, typer.Option(help="Model name, or a checkpoint folder.")] = None,
-    threads: Annotated[int, typer.Option(help="Threads of the pass.")] = 1,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Real texts, CSV, JSONL or Parquet; none: random tokens."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Also write Markdown, JSON and a plot here.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Texts in a batch; may be repeated.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Turns that each way takes.")] = 9,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of every way.")] = 1,
+    rivals: Annotated[
+        bool, typer.Option(help="Time the dense network in Transformers and ONNX Runtime too.")
+    ] = True,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
-    """Time the compact pass at every ladder step, as ratios to the full step."""
-    from budgetformer.bench import time_steps
+    """Time every ladder step and quality level beside the dense network in other libraries."""
+    from budgetformer.bench.report import BATCHES, COLUMNS, compare_passes, write_bench_report
 
-    timings = time_steps(_resolve(model, model_store), threads=threads)
+    texts = None
+    batches = tuple(batch or BATCHES)
+    if data is not None:
+        from budgetformer.training.data import read_texts
+
+        texts, _ = read_texts(data)
+        if len(texts) < max(batches):
+            raise typer.BadParameter(f"{data}: {len(texts)} texts, a batch takes {max(batches)}")
+    checkpoint = _resolve(model, model_store)
+    report = compare_passes(checkpoint, texts, batches, rounds, threads, rivals)
+    if folder is not None:
+        write_bench_report(report, folder)
     if as_json:
-        out.print_json(data=[timing.as_dict() for timing in timings])
+        out.print_json(data=report.as_dict())
         return
-    table = Table("batch", "step", "time / full", "multiply-adds / full", "median ms", "quartiles")
-    for timing in timings:
-        table.add_row(*timing.cells())
-    out.print(table)
+    for size in report.batches:
+        table = Table(*COLUMNS, title=f"batches of {size}")
+        for row in report.rows(size):
+            table.add_row(*row)
+        out.print(table)
 
 
 @models_app.command("list")

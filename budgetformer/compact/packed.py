@@ -418,10 +418,15 @@ class PackedPass:
         layer = self._layers[index]
         first, second = layer.attention_norm, layer.feed_forward_norm
         if self._post:
-            mixed = _norm(first, states + attention(states))
-            return _norm(second, mixed + net(mixed))
-        mixed = states + attention(_norm(first, states))
-        return mixed + net(_norm(second, mixed))
+            mixed = _norm(first, _add(states, attention(states)))
+            return _norm(second, _add(mixed, net(mixed)))
+        mixed = _add(states, attention(_norm(first, states)))
+        return _add(mixed, net(_norm(second, mixed)))
+
+
+def _add(states: Tensor, change: Tensor) -> Tensor:
+    """Add in place of a change that nobody else holds, converted first: a mixed sum is slow."""
+    return change.to(states.dtype).add_(states)
 
 
 def _norm(norm: torch.nn.LayerNorm, states: Tensor) -> Tensor:
