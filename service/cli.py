@@ -21,6 +21,7 @@ import budgetformer
 from budgetformer.checkpoint import Checkpoint, read_checkpoint, read_store
 from budgetformer.errors import BudgetFormerError, CheckpointError
 from budgetformer.policy import QUALITY_NAMES
+from budgetformer.precision import Precision
 from service.observability.logs import configure_logs
 from service.settings import (
     CONFIG_FILE,
@@ -275,6 +276,42 @@ def _report(
     dense = None if baseline is None else read_baseline(baseline)
     write_report(report_checkpoint(checkpoint, examples, dense), folder)
     out.print(Markdown((folder / "README.md").read_text()))
+
+
+@app.command()
+def tune(
+    output: Annotated[
+        Path, typer.Option("--out", help="Folder for the table, which `serve --cost-tables` reads.")
+    ],
+    model: Annotated[str | None, typer.Option(help="Model name, or a checkpoint folder.")] = None,
+    dtype: Annotated[
+        Precision, typer.Option(help="Precision of the pass; auto takes the fastest here.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of an engine.")] = 1,
+    as_json: JsonOption = False,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Measure what a model's batches cost in seconds on this device, for the scheduler."""
+    import torch
+
+    from budgetformer.classifier import load_network
+    from budgetformer.tune import measure_costs
+
+    torch.set_num_threads(threads)
+    checkpoint = _resolve(model, model_store)
+    costs = measure_costs(load_network(checkpoint, device, dtype), checkpoint.label)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{checkpoint.name}-{checkpoint.version}.json").write_text(costs.dump())
+    if as_json:
+        out.print_json(costs.dump())
+        return
+    title = f"{costs.model} on {costs.device} in {costs.dtype}, microseconds"
+    table = Table("step", "per batch", "per token", "per item", title=title)
+    for step, cost in enumerate(costs.steps):
+        micro = (1e6 * cost.constant, 1e6 * cost.token, 1e6 * cost.item)
+        table.add_row(str(step), *(f"{value:.2f}" for value in micro))
+    out.print(table)
 
 
 @bench_app.command("pass")

@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from budgetformer.errors import BudgetFormerError
+from budgetformer.precision import Precision
 
 PREFIX = "BUDGETFORMER_"
 CONFIG_FILE = "config"
@@ -62,7 +63,7 @@ class Settings(BaseSettings):
     """Engine processes; 0 means one per core on a CPU, one on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the engines compute; auto takes a GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Precision = "auto"
     """Precision of the matrix products; auto times them as a model loads and takes the fastest."""
     threads_per_engine: int = Field(default=1, ge=1, le=256)
     """Threads of one engine's passes."""

@@ -89,6 +89,22 @@ class Arrival:
     exit_logits: Tensor | None
     ranking: Tensor | None
 
+    @classmethod
+    def join(cls, parts: Sequence[Arrival]) -> Arrival:
+        """Put what is known of several batches one after the other."""
+
+        def together(values: list[Tensor | None]) -> Tensor | None:
+            known = [value for value in values if value is not None]
+            return torch.cat(known) if known else None
+
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            together([part.budget for part in parts]),
+            together([part.exit_logits for part in parts]),
+            together([part.ranking for part in parts]),
+        )
+
 
 @dataclass(frozen=True)
 class PassResult:
@@ -172,6 +188,10 @@ class PackedPass:
         Pooled embeddings are all that this needs.
         """
         tokens = tokens.to(self.device)
+        parts = self._parts(tokens.lengths)
+        return Arrival.join([self._arrive(tokens.part(p.start, p.stop)) for p in parts])
+
+    def _arrive(self, tokens: PackedTokens) -> Arrival:
         owner = self._owner(tokens.lengths)
         exit_logits = evidence = None
         if self.model.exit_head is not None:

@@ -20,9 +20,10 @@ import structlog
 
 from budgetformer import cascade
 from budgetformer.cascade import Work
-from budgetformer.compact import PackedPass, Precision
+from budgetformer.compact import PackedPass
 from budgetformer.cost import dense_macs
 from budgetformer.errors import CheckpointError, PolicyError
+from budgetformer.precision import Precision
 from service.background import Background
 from service.engine import protocol
 from service.engine.models import LoadedModel, load_model

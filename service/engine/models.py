@@ -10,8 +10,9 @@ import structlog
 
 from budgetformer.checkpoint import Checkpoint, read_checkpoint
 from budgetformer.classifier import load_network
-from budgetformer.compact import PackedPass, Precision
+from budgetformer.compact import PackedPass
 from budgetformer.policy import BudgetRule
+from budgetformer.precision import Precision
 from service.engine.protocol import ModelInfo
 
 log = structlog.get_logger()
