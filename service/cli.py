@@ -344,8 +344,6 @@ def bench_pass(
         from budgetformer.training.data import read_texts
 
         texts, _ = read_texts(data)
-        if len(texts) < max(batches):
-            raise typer.BadParameter(f"{data}: {len(texts)} texts, a batch takes {max(batches)}")
     checkpoint = _resolve(model, model_store)
     report = compare_passes(checkpoint, texts, batches, rounds, threads, rivals)
     if folder is not None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BATCHES = (1, 4, 8, 16, 32, 64)
+MOST_ROUNDS = 64
 LENGTHS = (12, 80)
 """Tokens of the made-up texts, from and to."""
 
@@ -60,7 +61,7 @@ class BenchReport:
         """Return a contender's time as a share of another's at the same batch size."""
         for other in self.timings:
             if other.name == to and other.batch == timing.batch:
-                return timing.median / other.median
+                return timing.mean / other.mean
         return None
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,8 +79,9 @@ class BenchReport:
                     "batch": t.batch,
                     "to_dense": self.ratio(t, DENSE),
                     "to_full": self.ratio(t, self.full),
-                    "ms_per_text": [1000 * q / t.batch for q in t.quartiles],
-                    "limit_share": t.limit / t.median if t.limit else None,
+                    "ms_per_text": 1000 * t.mean / t.batch,
+                    "quartiles_ms_per_text": [1000 * q / t.batch for q in t.quartiles],
+                    "limit_share": t.limit / t.mean if t.limit else None,
                 }
                 for t in self.timings
             ],
@@ -93,15 +95,15 @@ class BenchReport:
 
         lines = []
         for timing in (t for t in self.timings if t.batch == batch):
-            low, median, high = (1000 * q / batch for q in timing.quartiles)
+            low, _, high = (1000 * q / batch for q in timing.quartiles)
             lines.append(
                 [
                     timing.name,
                     share(self.ratio(timing, DENSE)),
                     share(self.ratio(timing, self.full)),
-                    f"{median:.3f}",
+                    f"{1000 * timing.mean / batch:.3f}",
                     f"{low:.3f} to {high:.3f}",
-                    share(timing.limit / timing.median if timing.limit else None),
+                    share(timing.limit / timing.mean if timing.limit else None),
                 ]
             )
         return lines
@@ -129,16 +131,16 @@ def compare_passes(
         checkpoint: what to time.
         texts: real ones; None: random tokens, and no quality levels, which mean nothing on them.
         batches: numbers of texts.
-        rounds: of turns.
+        rounds: of turns, each on other texts; small batches take more of them, for as many texts.
         threads: of every contender.
         rivals: whether to time the dense network in other libraries.
 
     Raises:
-        ValueError: there are fewer texts than the largest batch takes.
+        ValueError: there are fewer than two texts.
     """
     torch.set_num_threads(threads)
     chosen = load_network(checkpoint, precision="auto")
-    items = _items(checkpoint, texts, max(batches), chosen.config.vocab_size)
+    items = _items(checkpoint, texts, rounds * max(batches), chosen.config.vocab_size)
     networks = [chosen]
     if chosen.precision != "float32":
         networks.insert(0, load_network(checkpoint))
@@ -154,7 +156,8 @@ def compare_passes(
         contenders += rival_contenders(networks[0].model, threads, "bfloat16" in precisions)
     timings: list[Timing] = []
     for batch in batches:
-        timings += time_in_turns(contenders, items[:batch], rounds)
+        turns = max(rounds, min(MOST_ROUNDS, len(items) // batch))
+        timings += time_in_turns(contenders, [_round(items, turn, batch) for turn in range(turns)])
     return BenchReport(
         model=checkpoint.label,
         texts="random tokens" if texts is None else f"{len(texts)} texts given",
@@ -183,10 +186,10 @@ def write_bench_report(report: BenchReport, folder: Path) -> None:
 On {report.texts}, {report.tokens:.0f} tokens on average; {facts}. One large matrix product reaches,
 in billions of multiply-adds a second, {rates}; one large copy {machine.bandwidth / 1e9:.1f} GB/s.
 
-Contenders took turns; medians. "To dense" is the time as a share of the dense network's in
-Transformers (float32, padded to the longest text), "to own full step" of `{report.full}`. "Of the
-limit" is the least time that the multiply-adds, or reading the weights once, take at those rates,
-as a share of the time.
+Contenders took turns on the same texts, others in each round; means. "To dense" is the time as a
+share of the dense network's in Transformers (float32, padded to the longest text), "to own full
+step" of `{report.full}`. "Of the limit" is the least time that the multiply-adds, or reading the
+weights once, take at those rates, as a share of the time.
 
 ![time against batch size](passes.svg)
 
@@ -202,7 +205,7 @@ def _plot(axes: Axes, report: BenchReport) -> None:
     for name in shown:
         own = [t for t in report.timings if t.name == name]
         style = "--" if name.startswith("dense") else "-"
-        xs, ys = [t.batch for t in own], [1000 * t.median / t.batch for t in own]
+        xs, ys = [t.batch for t in own], [1000 * t.mean / t.batch for t in own]
         axes.plot(xs, ys, style, marker="o", markersize=3, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -217,10 +220,15 @@ def _items(
     if texts is None:
         longest = min(LENGTHS[1], checkpoint.manifest.max_tokens)
         return made_up_texts(count, min(LENGTHS[0], longest), longest, vocabulary)
-    if len(texts) < count:
-        raise ValueError(f"{len(texts)} texts, but the largest batch takes {count}")
+    if len(texts) < 2:
+        raise ValueError("two texts are needed at least")
     encodings = load_tokenizer(checkpoint).encode_batch(list(texts[:count]))
     return [encoding.ids for encoding in encodings]
+
+
+def _round(items: Sequence[TokenIds], turn: int, batch: int) -> list[TokenIds]:
+    """Return the texts of a turn; where they run out, they begin again."""
+    return [items[(turn * batch + place) % len(items)] for place in range(batch)]
 
 
 def _facts(threads: int) -> dict[str, str]:

@@ -31,7 +31,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one contender took for a batch, in seconds: every round, and the limit."""
+    """What one contender took for batches, in seconds: every round's, and the mean limit."""
 
     name: str
     batch: int
@@ -45,24 +45,32 @@ class Timing:
         return low, median, high
 
     @property
-    def median(self) -> float:
-        """Seconds for the batch."""
-        return self.quartiles[1]
+    def mean(self) -> float:
+        """Seconds for a batch, over rounds of different texts."""
+        return statistics.fmean(self.rounds)
 
 
 def time_in_turns(
-    contenders: Sequence[Contender], items: Sequence[TokenIds], rounds: int
+    contenders: Sequence[Contender], batches: Sequence[Sequence[TokenIds]]
 ) -> list[Timing]:
-    """Time every contender on one batch, `rounds` >= 2 times in turns after a warm-up."""
+    """Time every contender on each of two batches or more, in turns after a warm-up on the first.
+
+    A batch is a round: texts differ in what they need, so each round has others.
+    """
     taken: list[list[float]] = [[] for _ in contenders]
-    for turn in range(rounds + 1):
+    for turn, items in enumerate([batches[0], *batches]):
         for contender, own in zip(contenders, taken, strict=True):
             started = time.perf_counter()
             contender.run(items)
             if turn:
                 own.append(time.perf_counter() - started)
     return [
-        Timing(c.name, len(items), tuple(own), c.limit(items) if c.limit else None)
+        Timing(
+            c.name,
+            len(batches[0]),
+            tuple(own),
+            statistics.fmean(map(c.limit, batches)) if c.limit else None,
+        )
         for c, own in zip(contenders, taken, strict=True)
     ]
 
