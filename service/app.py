@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import structlog
 from fastapi import FastAPI
+from opentelemetry.trace import NoOpTracer, TracerProvider
 
 import budgetformer
 from service.api import classify, health, models, playground
@@ -18,94 +19,52 @@ from service.api.middleware import OTHER, Observe
 from service.api.models import LoadRequest
 from service.api.schemas import ClassifyRequest, TokenizeRequest
 from service.api.state import State
-from service.engine.client import Engines, Event
-from service.engine.protocol import BatchRan, Heartbeat, Hello, ModelInfo
+from service.engine.client import Engines
 from service.models import Models, ServedModel
 from service.observability.metrics import QUALITY_RANK, Metrics
+from service.observability.watch import EngineWatch
 from service.settings import Settings
 
 log = structlog.get_logger()
 
 
-class _Watcher:
-    """Turn what engines report into metrics."""
-
-    def __init__(self, metrics: Metrics, served: Models) -> None:
-        self.metrics = metrics
-        self._served = served
-        self._hellos: dict[int, Hello] = {}
-        self._beats: dict[int, Heartbeat] = {}
-
-    def __call__(self, index: int, event: Event) -> None:
-        match event:
-            case Hello():
-                before = self._hellos.get(index)
-                if before is not None and before.pid != event.pid:
-                    self.metrics.engine_restarts.inc()
-                self._hellos[index] = event
-                self._beats.pop(index, None)
-                build = (
-                    budgetformer.__version__,
-                    os.environ.get("GIT_COMMIT", "unknown"),
-                    event.torch,
-                )
-                self.metrics.build_info.labels(*build).set(1)
-            case Heartbeat():
-                self._beats[index] = event
-                self.metrics.device_memory.labels(str(index)).set(event.memory_bytes)
-                self._sum_queues()
-            case BatchRan():
-                self._count_batch(event)
-            case ModelInfo():
-                self._loaded(event, self._hellos[index])
-
-    def _loaded(self, event: ModelInfo, engine: Hello) -> None:
-        key = (event.name, str(event.version))
-        self.metrics.model_load.labels(*key).set(event.load_seconds)
-        self.metrics.model_memory.labels(*key).set(event.memory_bytes)
-        checkpoint = self._served.known[event.name, event.version].checkpoint
-        sizes = (len(checkpoint.manifest.labels), checkpoint.num_layers, checkpoint.num_heads)
-        self.metrics.model_info.labels(*key, *map(str, sizes), engine.device, event.dtype).set(1)
-
-    def _count_batch(self, event: BatchRan) -> None:
-        labels = (event.model, event.budget)
-        self.metrics.batches.labels(*labels).inc()
-        self.metrics.batch_items.labels(*labels).observe(event.items)
-        self.metrics.batch_tokens.labels(*labels).observe(event.tokens)
-        self.metrics.batch_padding.labels(event.model).observe(event.padding)
-
-    def _sum_queues(self) -> None:
-        beats = self._beats.values()
-        for model in {name for beat in beats for name in beat.queue_items}:
-            metrics = self.metrics
-            metrics.queue_items.labels(model).set(sum(b.queue_items.get(model, 0) for b in beats))
-            metrics.queue_cost.labels(model).set(sum(b.queue_seconds.get(model, 0) for b in beats))
-            metrics.in_flight.labels(model).set(sum(b.in_flight.get(model, 0) for b in beats))
-            metrics.queue_oldest.labels(model).set(max(b.oldest_age.get(model, 0) for b in beats))
-
-
-def create_app(settings: Settings, sockets: list[Path]) -> FastAPI:
+def create_app(
+    settings: Settings, sockets: list[Path], tracer_provider: TracerProvider | None = None
+) -> FastAPI:
     """Build the application of a front whose engines listen on `sockets`.
+
+    Args:
+        settings: of the whole server.
+        sockets: where its engines listen.
+        tracer_provider: where spans go; None: nobody traces.
 
     Raises:
         CheckpointError: the model store is no folder, or lacks the default model.
     """
     metrics = Metrics()
+    metrics.know_engines(len(sockets))
     served = Models(settings.model_store, settings.models, settings.default_model)
-    engines = Engines(sockets, _Watcher(metrics, served))
+    watch = EngineWatch(metrics, served)
+    engines = Engines(sockets, watch)
     for problem in served.errors:
         log.error("checkpoint left out", reason=problem)
-    state = State(settings, served, engines, metrics)
+    tracer = NoOpTracer() if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
+    state = State(settings, served, engines, metrics, tracer)
 
     def announce(model: ServedModel) -> None:
         checkpoint = model.checkpoint
         metrics.know_model(checkpoint.name, str(checkpoint.version), checkpoint.budgets)
         level = DEFAULT_QUALITY if settings.quality == "auto" else settings.quality
         rank = QUALITY_RANK.get(level, 0) if isinstance(level, str) else 0
-        metrics.quality_level.labels(checkpoint.name).set(rank)
+        for gauge in (metrics.quality_level, metrics.quality_configured):
+            gauge.labels(checkpoint.name).set(rank)
 
     def retire(model: ServedModel) -> None:
-        metrics.retire_model(model.checkpoint.name, str(model.checkpoint.version))
+        name = model.checkpoint.name
+        metrics.retire_model(name, str(model.checkpoint.version))
+        if name not in served.served:
+            for gauge in (metrics.quality_level, metrics.quality_configured):
+                gauge.remove(name)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -126,16 +85,31 @@ def create_app(settings: Settings, sockets: list[Path]) -> FastAPI:
         lifespan=life,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry={
+            "tracer_provider": tracer_provider,
+            "tracing": tracer_provider is not None,
+            "operation_spans": False,
+            "metrics": False,
+            "logs": False,
+            "auto_configure": False,
+            "exclude": _operational,
+        },
     )
-    app.state.shared, app.state.draining = state, False
+    app.state.shared, app.state.draining, app.state.watch = state, False, watch
     app.state.announce, app.state.retire = announce, retire
     for module in (classify, health, models, playground):
         app.include_router(module.router)
     install_error_handlers(app)
-    app.add_middleware(Observe, metrics=metrics)
+    app.add_middleware(Observe, metrics=metrics, log_share=settings.access_log)
     _document_bodies(app)
     metrics.know_routes([*app.openapi()["paths"], OTHER])
     return app
+
+
+def _operational(scope: MutableMapping[str, Any]) -> bool:
+    """Say whether a request is a probe or a scrape, which would drown the traces of the others."""
+    path = str(scope.get("path"))
+    return path == "/metrics" or path.startswith("/health")
 
 
 def _document_bodies(app: FastAPI) -> None:

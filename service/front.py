@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from service.app import create_app
 from service.observability.logs import configure_logs
+from service.observability.traces import open_tracing
 from service.process import engine_socket, exit_with_parent, receive_settings
 
 KEEP_ALIVE_SECONDS = 75
@@ -42,7 +43,8 @@ def main() -> None:
     configure_logs(settings.log_level, settings.log_format)
     structlog.contextvars.bind_contextvars(process="front")
     sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]
-    app = create_app(settings, sockets)
+    tracing = open_tracing("front")
+    app = create_app(settings, sockets, tracing.provider if tracing else None)
     config = uvicorn.Config(
         app,
         loop="uvloop",
@@ -55,6 +57,8 @@ def main() -> None:
         timeout_graceful_shutdown=int(settings.drain_seconds) or 1,
     )
     _DrainingServer(config, app).run(sockets=[socket.socket(fileno=descriptor)])
+    if tracing is not None:
+        tracing.close()
 
 
 if __name__ == "__main__":

@@ -91,6 +91,8 @@ class Settings(BaseSettings):
     """Least important log line to write."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """Form of log lines; auto is readable on a terminal and JSON elsewhere."""
+    access_log: float = Field(default=0.01, ge=0, le=1)
+    """Share of the requests that get a log line; those that end in an error always do."""
 
     @field_validator("quality")
     @classmethod

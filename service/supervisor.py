@@ -17,6 +17,7 @@ from pathlib import Path
 import structlog
 
 from budgetformer.checkpoint import read_store
+from service.observability.traces import check_tracing
 from service.process import child_command, encode_settings
 from service.settings import Settings, SettingsError
 
@@ -130,7 +131,9 @@ def supervise(settings: Settings) -> None:
     Raises:
         SettingsError: the address cannot be had.
         CheckpointError: the model store is no folder.
+        TracingError: the environment asks for traces that cannot be had.
     """
+    check_tracing()
     store = read_store(settings.model_store)
     if settings.default_model is not None:
         store.find(settings.default_model)

@@ -28,6 +28,8 @@ from service.engine.client import (
 )
 from service.engine.protocol import Answer, ItemAnswer, ItemTokens, pack_ids
 from service.models import ServedModel
+from service.observability.drift import expected_budgets
+from service.observability.metrics import ItemSpent
 
 router = APIRouter(tags=["classify"])
 
@@ -68,9 +70,12 @@ async def _classify(
 ) -> Response:
     deadline = started + (body.timeout_ms or state.settings.timeout_ms) / 1000
     quality = _quality(state, body, model)
-    encodings = await asyncio.get_running_loop().run_in_executor(
-        state.tokenizing, model.encode, texts
-    )
+    with state.tracer.start_as_current_span("tokenize") as span:
+        encodings = await asyncio.get_running_loop().run_in_executor(
+            state.tokenizing, model.encode, texts
+        )
+        span.set_attribute("budgetformer.items", len(encodings))
+        span.set_attribute("budgetformer.tokens", sum(len(e.ids) for e in encodings))
     if not body.truncate:
         _refuse_overlong(encodings, model)
     tokenized = time.monotonic()
@@ -93,13 +98,14 @@ async def _classify(
     if failed:
         request.scope["outcome"] = "partial"
     response = json_response(content)
+    responded = time.monotonic()
     stages = {
         "tokenize": tokenized - started,
         "budget": answer.budget_seconds,
         "queue": answer.queue_seconds,
         "compute": answer.compute_seconds,
     }
-    _measure(state, model, answer, encodings, stages | {"respond": time.monotonic() - computed})
+    _measure(state, model, job, answer, encodings, stages | {"respond": responded - computed})
     stages["total"] = time.monotonic() - started
     response.headers["Server-Timing"] = ", ".join(
         f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items()
@@ -288,26 +294,20 @@ def _probabilities(logits: list[float], multi_label: bool) -> list[float]:
 def _measure(
     state: State,
     model: ServedModel,
+    job: Job,
     answer: Answer,
     encodings: list[Encoding],
     stages: dict[str, float],
 ) -> None:
-    metrics, checkpoint = state.metrics, model.checkpoint
-    name, version = checkpoint.name, str(checkpoint.version)
-    for stage, seconds in stages.items():
-        metrics.stage_duration.labels(stage).observe(seconds)
-    metrics.truncated.inc(sum(bool(encoding.overflowing) for encoding in encodings))
-    good = [(e, item) for e, item in zip(encodings, answer.items, strict=True) if not item.error]
-    used = [sum(item.heads) for _, item in good]
-    request_heads = metrics.request_heads.labels(name, version)
-    item_tokens = metrics.item_tokens.labels(name, version)
-    for (encoding, item), heads in zip(good, used, strict=True):
-        request_heads.observe(heads)
-        item_tokens.observe(len(encoding.ids))
-        metrics.items.labels(name, version, item.budget).inc()
-    metrics.heads_used.labels(name, version).inc(sum(used))
-    metrics.heads.labels(name, version).inc(
-        len(good) * checkpoint.num_layers * checkpoint.num_heads
-    )
-    metrics.macs.labels(name, version).inc(sum(item.macs for _, item in good))
-    metrics.dense_macs.labels(name, version).inc(sum(item.dense_macs for _, item in good))
+    checkpoint = model.checkpoint
+    state.metrics.count_stages(stages)
+    state.metrics.truncated.inc(sum(bool(encoding.overflowing) for encoding in encodings))
+    items = [
+        ItemSpent(item.budget, sum(item.heads), len(encoding.ids), item.macs, item.dense_macs)
+        for encoding, item in zip(encodings, answer.items, strict=True)
+        if not item.error
+    ]
+    quality = job.quality if checkpoint.calibrated else None
+    expected = expected_budgets(checkpoint.rule(quality, job.heads, job.max_heads))
+    series = state.metrics.model(checkpoint.name, str(checkpoint.version))
+    series.count(items, checkpoint.num_layers * checkpoint.num_heads, expected)

@@ -61,10 +61,7 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Expose all series, as Prometheus text or OpenMetrics, whichever is accepted."""
     state = state_of(request)
-    now = time.monotonic()
-    for client in state.engines.clients:
-        if client.heard:
-            state.metrics.heartbeat_age.labels(str(client.index)).set(now - client.heard)
+    request.app.state.watch.refresh(state.engines.clients)
     encode, kind = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(state.metrics.registry), media_type=kind)
 

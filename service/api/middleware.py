@@ -1,19 +1,24 @@
 """Around every request.
 
-Its id, its outcome, its duration. Plain ASGI, so that nothing is buffered.
+Its id and trace, its outcome, its duration, its line in the log. Plain ASGI, so that nothing is
+buffered.
 """
 
 from __future__ import annotations
 
+import random
 import re
 import time
 import uuid
 
 import structlog
+from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import CLIENT_GONE, ApiError, ClientGoneError
+from service.observability.context import RequestContext, current_request, serving
 from service.observability.metrics import REASONS, Metrics
 
 log = structlog.get_logger()
@@ -23,22 +28,38 @@ OTHER = "other"
 _REFUSALS = {"body_too_large": "too_large", "too_many_items": "too_large"}
 
 
-class Observe:
-    """Name, time and count every request."""
+_W3C = TraceContextTextMapPropagator()
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+
+class Observe:
+    """Name, time, count and log every request.
+
+    Args:
+        app: what serves it.
+        metrics: where it is counted.
+        log_share: share of the requests that get a line in the log; one that ended in an error
+            always does.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, log_share: float) -> None:
         self.app = app
         self.metrics = metrics
+        self.log_share = log_share
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = time.monotonic()
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _SOUND_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        with serving(RequestContext(request_id, _traceparent(scope, headers))):
+            await self._serve(scope, receive, send, request_id)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        started = time.monotonic()
         status, begun = 500, False
 
         async def send_named(message: Message) -> None:
@@ -54,34 +75,48 @@ class Observe:
             status = CLIENT_GONE
             self.metrics.cancelled.inc()
         except Exception as error:  # the last stop: whatever it is, the client gets its answer
-            log.error("unexpected error", request_id=request_id, exc_info=error)
+            log.error("unexpected error", exc_info=error)
             if begun:
-                raise
+                # A fresh one: whoever logs it next would write what the first one says.
+                raise ConnectionAbortedError("the answer was cut off") from None
             response = ApiError(
                 500, "something went wrong in the server; its log says what"
             ).response()
             await response(scope, receive, send_named)
         finally:
-            self._count(scope, status, time.monotonic() - started, request_id)
+            self._count(scope, status, time.monotonic() - started)
 
-    def _count(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", OTHER)
         outcome = scope.get("outcome") or _outcome(status)
         refusal = str(scope.get("refusal"))
         reason = _REFUSALS.get(refusal, refusal)
         if reason in REASONS:
+            outcome = "rejected"
             self.metrics.rejected.labels(reason).inc()
         if status == 504:
             self.metrics.deadline_exceeded.inc()
-        self.metrics.requests.labels(route, outcome).inc()
-        self.metrics.request_duration.labels(route).observe(seconds)
-        log.debug(
-            "request",
-            route=route,
-            status=status,
-            ms=round(seconds * 1000, 2),
-            request_id=request_id,
-        )
+        self.metrics.count_request(route, outcome, seconds, current_request())
+        chosen = outcome == "error" or random.random() < self.log_share
+        write = log.info if chosen else log.debug
+        milliseconds = round(seconds * 1000, 2)
+        write("request", route=route, status=status, outcome=outcome, ms=milliseconds)
+
+
+def _traceparent(scope: Scope, headers: dict[bytes, bytes]) -> str:
+    """Return the place of a request in its trace: the span around it, else what the caller says."""
+    span = trace.get_current_span()
+    context = span.get_span_context()
+    if context.is_valid:
+        if scope["query_string"]:  # no route reads it, so it may hold anything, a text too
+            span.set_attribute("url.query", "REDACTED")
+    elif b"traceparent" in headers:
+        carrier = {"traceparent": headers[b"traceparent"].decode("latin-1")}
+        context = trace.get_current_span(_W3C.extract(carrier)).get_span_context()
+    if not context.is_valid:
+        return ""
+    ids = trace.format_trace_id(context.trace_id), trace.format_span_id(context.span_id)
+    return f"00-{ids[0]}-{ids[1]}-{context.trace_flags:02x}"
 
 
 def _outcome(status: int) -> str:

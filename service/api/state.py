@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from fastapi import Request
+from opentelemetry.trace import Tracer
 
 from service.api.errors import ApiError
 from service.background import Background
@@ -24,6 +25,7 @@ class State:
     models: Models
     engines: Engines
     metrics: Metrics
+    tracer: Tracer
     tokenizing: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
     )

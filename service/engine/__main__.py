@@ -16,6 +16,7 @@ from service.engine import protocol
 from service.engine.core import EngineCore, EngineOptions, Reply
 from service.engine.protocol import PROTOCOL, Hello, ToFront
 from service.observability.logs import configure_logs
+from service.observability.traces import open_tracing
 from service.process import engine_socket, exit_with_parent, receive_settings, resident_bytes
 from service.settings import Settings
 
@@ -74,11 +75,17 @@ async def _main(run_dir: Path, index: int, settings: Settings) -> None:
     options = EngineOptions(
         settings.max_queue_items, settings.batch_milliseconds / 1000, settings.batch_items
     )
-    server = EngineServer(EngineCore(options, settings.resolved_device(), settings.dtype))
+    core = EngineCore(options, settings.resolved_device(), settings.dtype)
+    tracing = open_tracing(f"engine-{index}", follow=True)
+    if tracing is not None:
+        core.spans = tracing.pass_spans()
+    server = EngineServer(core)
     serving = asyncio.create_task(server.serve(engine_socket(run_dir, index)))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
     with contextlib.suppress(asyncio.CancelledError):
         await serving
+    if tracing is not None:
+        tracing.close()
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from service.engine.protocol import (
     ToFront,
     Unload,
 )
+from service.observability.context import current_request
 
 log = structlog.get_logger()
 
@@ -41,7 +42,13 @@ RECONNECT_SECONDS = 0.05
 GRACE_SECONDS = 1.0
 """How long past its deadline an answer is awaited, for an engine that cannot say so itself."""
 
-Event = Hello | Heartbeat | BatchRan | ModelInfo
+
+@dataclass(frozen=True)
+class Lost:
+    """The connection to an engine broke."""
+
+
+Event = Hello | Lost | Heartbeat | BatchRan | ModelInfo
 ModelKey = tuple[str, int]
 """Name and version."""
 
@@ -187,6 +194,8 @@ class EngineClient:
             self.heard = time.monotonic()
             match message:
                 case Hello():
+                    if message.protocol != protocol.PROTOCOL:
+                        raise protocol.FrameError(f"it speaks protocol {message.protocol}")
                     self.hello = message
                     self._observe(self.index, message)
                 case Heartbeat() | BatchRan():
@@ -199,6 +208,7 @@ class EngineClient:
     def _lose(self, writer: asyncio.StreamWriter) -> None:
         self._writer = self.hello = None
         self.models, self.errors = {}, {}
+        self._observe(self.index, Lost())
         writer.close()
         for future in self._pending.values():
             if not future.done():
@@ -212,7 +222,8 @@ class Engines:
 
     Args:
         sockets: where each one listens.
-        observe: is told of hellos, loaded models, heartbeats and batches, with the engine's index.
+        observe: is told of hellos, loaded models, heartbeats, batches and broken connections, with
+            the engine's index.
     """
 
     def __init__(self, sockets: list[Path], observe: Callable[[int, Event], None]) -> None:
@@ -266,6 +277,7 @@ class Engines:
             EngineDownError, NotLoadedError, RefusedError, DeadlineError, EngineFailedError: see
                 there.
         """
+        context = current_request()
         for attempt in (1, 2):
             client = await self._choose(job, wait=attempt == 2)
             remaining = job.deadline - time.monotonic()
@@ -273,7 +285,7 @@ class Engines:
                 raise DeadlineError
             message = Classify(
                 0, job.model, job.version, job.items, job.quality, remaining,
-                job.heads, job.max_heads, job.return_heads,
+                job.heads, job.max_heads, job.return_heads, context.request_id, context.traceparent,
             )  # fmt: skip
             try:
                 reply = await client.ask(message, len(job.items), remaining + GRACE_SECONDS)

@@ -42,6 +42,8 @@ from service.engine.protocol import (
     ToFront,
     Unload,
 )
+from service.observability.context import RequestContext
+from service.observability.traces import PassRun, PassSpans, Rider, Stage
 from service.scheduling.admission import Refusal, admit
 from service.scheduling.buckets import Buckets, Entry
 from service.scheduling.price import PriceList
@@ -75,6 +77,7 @@ class _Request:
     arrived: float
     deadline: float
     return_heads: bool
+    context: RequestContext
     slots: list[_Slot] = field(default_factory=list)
     open: int = 0
     gone: bool = False
@@ -87,6 +90,7 @@ class _Slot:
     request: _Request
     work: Work
     price: float
+    waits_since: float
     budget_seconds: float = 0.0
     compute_seconds: float = 0.0
     finished: float = 0.0
@@ -116,6 +120,7 @@ class EngineCore:
         self.precision = precision
         self.prices = PriceList()
         self.broadcast: Reply = lambda _: None
+        self.spans: PassSpans | None = None
         self._clock = clock
         self._buckets: Buckets[_Slot] = Buckets(options.batch_seconds, options.batch_items)
         self._arrivals: list[_Slot] = []
@@ -177,14 +182,20 @@ class EngineCore:
         share = model.expected_share(rule)
         now = self._clock()
         request = _Request(
-            message.id, reply, model, now, now + message.remaining, message.return_heads
+            message.id,
+            reply,
+            model,
+            now,
+            now + message.remaining,
+            message.return_heads,
+            RequestContext(message.request_id, message.traceparent),
         )
         for tokens in message.items:
             ids = protocol.unpack_ids(tokens.ids)
             segments = protocol.unpack_ids(tokens.segments) if tokens.segments else None
             dense = dense_macs(model.network.sizes, len(ids))
             price = self.prices.seconds(int(share * dense))
-            request.slots.append(_Slot(request, Work(ids, segments, rule), price))
+            request.slots.append(_Slot(request, Work(ids, segments, rule), price, now))
         refusal = self._admit(request, message.remaining)
         if refusal is not None:
             reply(Refused(message.id, refusal.reason, refusal.retry_after))
@@ -259,7 +270,9 @@ class EngineCore:
         network: PackedPass,
         slots: list[_Slot],
     ) -> float:
-        def compute() -> float:
+        step = slots[0].work.step
+
+        def compute() -> tuple[float, float]:
             started = self._clock()
             try:
                 work(network, [slot.work for slot in slots])
@@ -267,9 +280,20 @@ class EngineCore:
                 log.warning("a batch failed, trying its items alone", reason=type(error).__name__)
                 for slot in slots:
                     self._alone(work, network, slot)
-            return self._clock() - started
+            return started, self._clock()
 
-        return await asyncio.get_running_loop().run_in_executor(self._compute, compute)
+        loop = asyncio.get_running_loop()
+        started, ended = await loop.run_in_executor(self._compute, compute)
+        if self.spans is not None:
+            stage: Stage = "budget" if work is cascade.arrive else "compute"
+            name, version = slots[0].request.model.key
+            tokens = sum(len(slot.work.ids) for slot in slots)
+            self.spans.ran(
+                PassRun(stage, f"{name}:{version}", step, tokens, _riders(slots), started, ended)
+            )
+        for slot in slots:
+            slot.waits_since = ended
+        return ended - started
 
     @staticmethod
     def _alone(
@@ -278,7 +302,12 @@ class EngineCore:
         try:
             work(network, [slot.work])
         except Exception as error:  # whatever it is, it is this item's own failure
-            log.warning("an item failed", reason=type(error).__name__)
+            log.warning(
+                "an item failed",
+                reason=type(error).__name__,
+                request_id=slot.request.context.request_id,
+                trace_id=slot.request.context.trace_id,
+            )
             slot.error = "the item could not be computed"
 
     def _settle(self, slot: _Slot) -> None:
@@ -358,6 +387,10 @@ class EngineCore:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
         else:
             reply(Done(message.id))
+
+
+def _riders(slots: list[_Slot]) -> list[Rider]:
+    return [Rider(slot.request.context, slot.waits_since, slot.work.step) for slot in slots]
 
 
 def _item_answer(slot: _Slot, return_heads: bool) -> ItemAnswer:

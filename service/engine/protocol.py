@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_FRAME_BYTES = 256 * 2**20
 _LENGTH = struct.Struct("<I")
 
@@ -37,7 +37,10 @@ class ItemTokens(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Classify(_Message, frozen=True):
-    """Classify some items with one model; `remaining` seconds until the answer is worthless."""
+    """Classify some items with one model; `remaining` seconds until the answer is worthless.
+
+    `request_id` and the W3C `traceparent` name the request in logs and traces.
+    """
 
     id: int
     model: str
@@ -48,6 +51,8 @@ class Classify(_Message, frozen=True):
     heads: int | None = None
     max_heads: int | None = None
     return_heads: bool = False
+    request_id: str = ""
+    traceparent: str = ""
 
 
 class Cancel(_Message, frozen=True):

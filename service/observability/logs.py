@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from typing import Any
 
 import structlog
+from structlog.typing import EventDict, WrappedLogger
 
 
 def configure_logs(level: str, form: str) -> None:
@@ -21,7 +23,7 @@ def configure_logs(level: str, form: str) -> None:
         structlog.dev.ConsoleRenderer() if readable else structlog.processors.JSONRenderer()
     )
     structlog.configure(
-        processors=[*shared, structlog.processors.format_exc_info, renderer],
+        processors=[*shared, _format_exception, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
@@ -31,7 +33,7 @@ def configure_logs(level: str, form: str) -> None:
         structlog.stdlib.ProcessorFormatter(
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,
+                _format_exception,
                 renderer,
             ],
             foreign_pre_chain=shared,
@@ -39,3 +41,25 @@ def configure_logs(level: str, form: str) -> None:
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.getLogger("uvicorn.access").disabled = True
+
+
+def _format_exception(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
+    """Write an exception's stack; one that a request met goes without its message.
+
+    Whatever raised it may have quoted the text that it was given.
+    """
+    if "request_id" not in event or not event.get("exc_info"):
+        return structlog.processors.format_exc_info(logger, name, event)
+    given = event.pop("exc_info")
+    error = given if isinstance(given, BaseException) else sys.exc_info()[1]
+    if isinstance(given, tuple):
+        error = given[1]
+    if error is not None:
+        event["exception"] = "".join(_stack(error)).rstrip()
+    return event
+
+
+def _stack(error: BaseException) -> list[str]:
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    before = [*_stack(cause), "\nwhile that was handled:\n\n"] if cause else []
+    return [*before, *traceback.format_tb(error.__traceback__), f"{type(error).__qualname__}\n"]

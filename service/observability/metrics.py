@@ -5,15 +5,19 @@ One process, the front, owns the registry that /metrics shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
 )
+
+from service.observability.context import RequestContext, current_request
 
 PREFIX = "budgetformer"
 
@@ -33,8 +37,23 @@ REASONS = ("queue_full", "deadline", "draining", "too_large", "rate")
 QUALITY_RANK = {"fast": 1, "balanced": 2, "best": 3}
 
 
+@dataclass(frozen=True)
+class ItemSpent:
+    """What one answered item took: its ladder step, heads, tokens and multiply-adds."""
+
+    budget: int
+    heads: int
+    tokens: int
+    macs: int
+    dense_macs: int
+
+
 class Metrics:
-    """All metrics of one front, in a registry of their own."""
+    """All metrics of one front, in a registry of their own.
+
+    Looking up a series by its labels costs more than counting in it, so what every request needs
+    is looked up once.
+    """
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody asks for
@@ -55,6 +74,13 @@ class Metrics:
         self.items = self._counter(
             "items",
             "Items answered, by the ladder step that answered.",
+            "model",
+            "version",
+            "budget",
+        )
+        self.items_expected = self._counter(
+            "items_expected",
+            "Items that calibration would have answered at the ladder step.",
             "model",
             "version",
             "budget",
@@ -98,7 +124,10 @@ class Metrics:
             "engine_restarts", "Engines that came back after dying."
         )
         self.quality_level = self._gauge(
-            "quality_level", "Level in force: 1 fast, 2 balanced, 3 best.", "model"
+            "quality_level", "Level in force: 1 fast, 2 balanced, 3 best, 0 a number.", "model"
+        )
+        self.quality_configured = self._gauge(
+            "quality_level_configured", "Level in force when there is no overload.", "model"
         )
         self.model_info = self._gauge(
             "model_info", "Models served.",
@@ -110,11 +139,20 @@ class Metrics:
             "model_memory_bytes", "Size of the weights.", "model", "version"
         )
         self.device_memory = self._gauge("device_memory_bytes", "Memory of an engine.", "engine")
-        self.heartbeat_age = self._gauge(
-            "engine_heartbeat_age_seconds", "Time since an engine was last heard.", "engine"
+        self.device_busy = self._counter(
+            "device_busy_seconds", "Time that an engine's device spent on passes.", "engine"
         )
-        for stage in STAGES:
-            self.stage_duration.labels(stage)
+        self.heartbeat_age = self._gauge(
+            "engine_heartbeat_age_seconds",
+            "Time since an engine was last heard, or since the front waits for it.",
+            "engine",
+        )
+        ProcessCollector(namespace=PREFIX, registry=self.registry)
+        self._stages = {stage: self.stage_duration.labels(stage) for stage in STAGES}
+        self._models: dict[tuple[str, str], ModelSeries] = {}
+        self._batches: dict[tuple[str, int], BatchSeries] = {}
+        self._requests: dict[tuple[str, str], Counter] = {}
+        self._durations: dict[str, Histogram] = {}
         for reason in REASONS:
             self.rejected.labels(reason)
 
@@ -125,24 +163,57 @@ class Metrics:
             for outcome in OUTCOMES:
                 self.requests.labels(route, outcome)
 
+    def know_engines(self, count: int) -> None:
+        """Let every engine's series read 0 from the start."""
+        for index in map(str, range(count)):
+            self.device_busy.labels(index)
+            self.device_memory.labels(index)
+            self.heartbeat_age.labels(index)
+
     def know_model(self, model: str, version: str, budgets: Iterable[int]) -> None:
         """Let every series of a model read 0 from the start."""
-        for metric in (self.request_heads, self.item_tokens, self.macs, self.dense_macs):
-            metric.labels(model, version)
-        for metric in (self.heads_used, self.heads):
-            metric.labels(model, version)
+        known = self.model(model, version)
         for gauge in (self.queue_items, self.queue_cost, self.queue_oldest, self.in_flight):
             gauge.labels(model)
-        self.batch_padding.labels(model)
         for budget in budgets:
-            self.items.labels(model, version, budget)
-            for metric in (self.batch_items, self.batch_tokens, self.batches):
-                metric.labels(model, budget)
+            known.know(budget)
+            self.batch(model, budget)
 
     def retire_model(self, model: str, version: str) -> None:
         """Drop what says that a model version is served; its counters stay."""
         for gauge in (self.model_info, self.model_load, self.model_memory):
             gauge.remove_by_labels({"model": model, "version": version})
+
+    def model(self, model: str, version: str) -> ModelSeries:
+        """Return the series of one model version."""
+        key = model, version
+        if key not in self._models:
+            self._models[key] = ModelSeries(self, model, version)
+        return self._models[key]
+
+    def batch(self, model: str, budget: int) -> BatchSeries:
+        """Return the series of a model's batches at one ladder step."""
+        key = model, budget
+        if key not in self._batches:
+            self._batches[key] = BatchSeries(self, model, budget)
+        return self._batches[key]
+
+    def count_request(
+        self, route: str, outcome: str, seconds: float, context: RequestContext
+    ) -> None:
+        """Count a request that has ended."""
+        counter = self._requests.get((route, outcome))
+        if counter is None:
+            counter = self._requests[route, outcome] = self.requests.labels(route, outcome)
+            self._durations[route] = self.request_duration.labels(route)
+        counter.inc()
+        self._durations[route].observe(seconds, context.exemplar)
+
+    def count_stages(self, seconds: Mapping[str, float]) -> None:
+        """Count how long the stages of the current request took."""
+        exemplar = current_request().exemplar
+        for stage, duration in seconds.items():
+            self._stages[stage].observe(duration, exemplar)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
@@ -154,3 +225,73 @@ class Metrics:
         return Histogram(
             name, text, labels, namespace=PREFIX, buckets=tuple(buckets), registry=self.registry
         )
+
+
+class ModelSeries:
+    """The series of one model version."""
+
+    def __init__(self, metrics: Metrics, model: str, version: str) -> None:
+        key = model, version
+        self._metrics, self._key = metrics, key
+        self._heads = metrics.request_heads.labels(*key)
+        self._tokens = metrics.item_tokens.labels(*key)
+        self._macs = metrics.macs.labels(*key)
+        self._dense_macs = metrics.dense_macs.labels(*key)
+        self._heads_used = metrics.heads_used.labels(*key)
+        self._heads_total = metrics.heads.labels(*key)
+        self._items: dict[int, Counter] = {}
+        self._expected: dict[int, Counter] = {}
+
+    def know(self, budget: int) -> None:
+        """Let the series of a ladder step read 0 until it is used."""
+        self._items[budget] = self._metrics.items.labels(*self._key, budget)
+        self._expected[budget] = self._metrics.items_expected.labels(*self._key, budget)
+
+    def count(
+        self, items: list[ItemSpent], heads_of_one: int, expected: Mapping[int, float] | None = None
+    ) -> None:
+        """Count the answered items of the current request.
+
+        Args:
+            items: what each took.
+            heads_of_one: heads of the dense network.
+            expected: share of the items that calibration answers at each ladder step; None: it is
+                not known, and what happened counts as expected.
+        """
+        exemplar = current_request().exemplar
+        counted: dict[int, float] = {}
+        for item in items:
+            self._heads.observe(item.heads, exemplar)
+            self._tokens.observe(item.tokens)
+            counted[item.budget] = counted.get(item.budget, 0) + 1
+        for budget, count in counted.items():
+            if budget not in self._items:
+                self.know(budget)
+            self._items[budget].inc(count)
+        shares = counted if expected is None else expected
+        scale = 1 if expected is None else len(items)
+        for budget, share in shares.items():
+            if budget not in self._expected:
+                self.know(budget)
+            self._expected[budget].inc(share * scale)
+        self._heads_used.inc(sum(item.heads for item in items))
+        self._heads_total.inc(len(items) * heads_of_one)
+        self._macs.inc(sum(item.macs for item in items))
+        self._dense_macs.inc(sum(item.dense_macs for item in items))
+
+
+class BatchSeries:
+    """The series of a model's batches at one ladder step."""
+
+    def __init__(self, metrics: Metrics, model: str, budget: int) -> None:
+        self._batches = metrics.batches.labels(model, budget)
+        self._items = metrics.batch_items.labels(model, budget)
+        self._tokens = metrics.batch_tokens.labels(model, budget)
+        self._padding = metrics.batch_padding.labels(model)
+
+    def count(self, items: int, tokens: int, padding: float) -> None:
+        """Count a batch that ran."""
+        self._batches.inc()
+        self._items.observe(items)
+        self._tokens.observe(tokens)
+        self._padding.observe(padding)

@@ -63,6 +63,8 @@ TO_ENGINE = {
         heads=st.none() | numbers,
         max_heads=st.none() | numbers,
         return_heads=st.booleans(),
+        request_id=words,
+        traceparent=words,
     ),
     Cancel: st.builds(Cancel, numbers),
     Load: st.builds(Load, numbers, words),
