@@ -355,10 +355,14 @@ class InferError(BaseModel):
 class IndexRequest(RequestBody):
     """Which entries of the repository to list."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"ready": True}]})
+
     ready: bool = False
 
 
 class RepositoryRequest(RequestBody):
     """What Triton's clients send to load and unload."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"parameters": {}}]})
 
     parameters: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -32,16 +33,17 @@ def predict_error(error: ApiError) -> dict[str, str]:
 router = APIRouter(tags=["compatibility"], dependencies=[errors_as(predict_error)])
 
 
-@router.post(
-    "/predict",
-    summary="Classify, as Text Embeddings Inference does",
-    response_model=list[LabelScore] | list[list[LabelScore]],
-    responses={
+_PREDICT: dict[str, Any] = {
+    "response_model": list[LabelScore] | list[list[LabelScore]],
+    "responses": {
         status: {"model": PredictError} for status in (400, 404, 413, 415, 422, 429, 500, 503, 504)
     },
-    openapi_extra=describe_body(PredictRequest),
-)
-@router.post("/", summary="The same as /predict", include_in_schema=False)
+    "openapi_extra": describe_body(PredictRequest),
+}
+
+
+@router.post("/predict", summary="Classify, as Text Embeddings Inference does", **_PREDICT)
+@router.post("/", summary="Classify, as Hugging Face's clients ask for it", **_PREDICT)
 async def predict(request: Request) -> Response:
     """Answer with labels and scores, best first.
 
