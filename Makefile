@@ -11,7 +11,7 @@ TORCH := $(shell grep ^torch== requirements/torch.in)
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compose lint bench docs lock clean
+.PHONY: help serve test test-compose lint bench openapi docs lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -39,6 +39,9 @@ train-%: .venv/.dev ## train a shipped model again (train-ag_news, ...) from DAT
 
 report-%: .venv/.dev ## the frontier report of a shipped model on its test texts (report-ag_news, ...)
 	$(BIN)/budgetformer evaluate --data $(DATA)/$*/test.parquet --model $* --report docs/benchmarks/$* $(if $(wildcard build/dense/$*),--baseline build/dense/$*) $(if $(LIMIT),--limit $(LIMIT))
+
+openapi: .venv/.serve ## write docs/openapi.json anew from the routes
+	$(BIN)/python -m service.openapi docs/openapi.json
 
 docs: .venv/.dev ## build the documentation into site/
 	$(PIP) install --editable ".[docs]"
