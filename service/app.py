@@ -51,7 +51,7 @@ def create_app(
     metrics = Metrics()
     metrics.know_engines(len(sockets))
     served = Models(settings.model_store, settings.models, settings.default_model)
-    watch = EngineWatch(metrics, served)
+    watch = EngineWatch(metrics, served, settings.quality == "auto")
     engines = Engines(sockets, watch)
     for problem in served.errors:
         log.error("checkpoint left out", reason=problem)

@@ -19,6 +19,7 @@ from rich.table import Table
 
 import budgetformer
 from budgetformer.checkpoint import Checkpoint, read_checkpoint, read_store
+from budgetformer.cost_table import read_tables
 from budgetformer.errors import BudgetFormerError, CheckpointError
 from budgetformer.policy import QUALITY_NAMES
 from budgetformer.precision import Precision
@@ -66,6 +67,8 @@ def serve(context: typer.Context) -> None:
         return
     from service.supervisor import supervise
 
+    if settings.cost_tables is not None:
+        read_tables(settings.cost_tables)  # better refused here than by every engine
     configure_logs(settings.log_level, settings.log_format)
     supervise(settings)
 

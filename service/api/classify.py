@@ -113,15 +113,19 @@ async def _respond(
         model=model.checkpoint.name,
         version=model.checkpoint.version,
         items=[_item(encoding) for encoding in encodings],
-        quality=DEFAULT_QUALITY if quality == "auto" else quality,
+        quality=quality,
         deadline=deadline,
         heads=body.heads,
         max_heads=body.max_heads,
         return_heads=body.return_heads,
+        target=None if body.target_ms is None else body.target_ms / 1000,
     )
     answer = await _ask(request, state, job)
     computed = time.monotonic()
-    response = write(Answered(request.state.request_id, model, body, quality, encodings, answer))
+    # A level that is not the usual one is named: overload lowered it, or a target chose it.
+    usual = body.target_ms is None and answer.quality == DEFAULT_QUALITY
+    shown = quality if usual else answer.quality
+    response = write(Answered(request.state.request_id, model, body, shown, encodings, answer))
     responded = time.monotonic()
     stages = {
         "tokenize": tokenized - started,
@@ -131,6 +135,7 @@ async def _respond(
     }
     _measure(state, model, job, answer, encodings, stages | {"respond": responded - computed})
     stages["total"] = time.monotonic() - started
+    response.headers["X-Quality"] = str(answer.quality)
     response.headers["Server-Timing"] = ", ".join(
         f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items()
     )
@@ -167,7 +172,12 @@ def check_texts(state: State, given: Input) -> list[Text]:
 
 
 def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | float:
+    if body.target_ms is not None and body.quality not in (None, "auto"):
+        message = "target_ms lets the server choose a quality, so none can be named beside it"
+        raise ApiError(422, message, "target_ms", "invalid_field")
     quality = state.settings.quality if body.quality is None else body.quality
+    if body.target_ms is not None:
+        quality = "auto"
     checkpoint = model.checkpoint
     if not checkpoint.calibrated and body.quality not in (None, "auto"):
         message = f"{checkpoint.label} is not calibrated: it has no quality levels"
@@ -327,7 +337,7 @@ def _measure(
         for encoding, item in zip(encodings, answer.items, strict=True)
         if not item.error
     ]
-    quality = job.quality if checkpoint.calibrated else None
+    quality = answer.quality if checkpoint.calibrated else None
     expected = expected_budgets(checkpoint.rule(quality, job.heads, job.max_heads))
     series = state.metrics.model(checkpoint.name, str(checkpoint.version))
     series.count(items, checkpoint.num_layers * checkpoint.num_heads, expected)

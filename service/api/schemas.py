@@ -59,6 +59,8 @@ class ClassifyRequest(RequestBody):
     """False refuses a text over the model's length."""
     quality: Quality | None = None
     """Quality level, or the accuracy points that may be given up against the full budget."""
+    target_ms: Annotated[int, Field(ge=1)] | None = None
+    """Milliseconds that the answer should take: the best quality that the load allows in them."""
     max_heads: Annotated[int, Field(ge=0)] | None = None
     """Most heads per layer that f_o may choose."""
     heads: Annotated[int, Field(ge=0)] | None = None

@@ -35,12 +35,18 @@ class Outlook:
             return cls({rule.fixed: 1.0} if rule.fixed else {})
         if rule.point is None:
             return cls({rule.num_steps: 1.0})
-        steps = {step: share for step, share in rule.point.budgets.items() if step}
+        if not rule.point.budgets:
+            return cls({rule.num_steps: rule.point.macs_share})
+        most = rule.num_steps if rule.ceiling is None else rule.ceiling
+        steps: dict[int, float] = {}
+        for step, share in rule.point.budgets.items():
+            if step:
+                steps[min(step, most)] = steps.get(min(step, most), 0.0) + share
         escalation = rule.point.escalation
         if escalation is None or escalation.step not in steps:
             return cls(steps)
         again, begun = steps[escalation.step], sum(steps.values())
-        first = max((band.step for band in rule.point.entry), default=0)
+        first = min(max((band.step for band in rule.point.entry), default=0), most)
         if first:
             steps[first] = steps.get(first, 0.0) + again
         return cls(steps, again / begun if begun else 0.0, escalation.step)
@@ -60,10 +66,6 @@ class Prices:
     def know(self, key: Hashable, table: CostTable) -> None:
         """Price a model by this table from now on."""
         self._tables[key], self._scales[key] = table, 1.0
-
-    def forget(self, key: Hashable) -> None:
-        """Drop a model."""
-        del self._tables[key], self._scales[key]
 
     def expected(self, key: Hashable, outlook: Outlook, tokens: int) -> float:
         """Return the seconds that an item of so many tokens will take, before f_o has seen it."""
@@ -89,9 +91,7 @@ class Prices:
 
     def observe(self, key: Hashable, step: int, tokens: int, items: int, seconds: float) -> None:
         """Learn from a batch that ran."""
-        table = self._tables.get(key)
-        if table is None:
-            return  # unloaded while its last batch ran
+        table = self._tables[key]
         ratio = seconds / max(table.batch(self._step(table, step), tokens, items), 1e-9)
         scale = self._scales[key]
         ratio = min(max(ratio, scale / MOST_OFF), scale * MOST_OFF)

@@ -126,7 +126,7 @@ class TestOpenApi:
         described = (await self.schema(shared))["components"]["schemas"]["ClassifyRequest"]
         assert set(described["properties"]) == {
             "input", "model", "top_k", "threshold", "use_activation", "truncate", "quality",
-            "max_heads", "heads", "timeout_ms", "return_heads",
+            "target_ms", "max_heads", "heads", "timeout_ms", "return_heads",
             *FOREIGN_FIELDS,
         }  # fmt: skip
         for field in described["properties"].values():

@@ -50,6 +50,10 @@ def test_without_calibration_the_whole_ladder_is_expected() -> None:
     assert Outlook.of(BudgetRule(point=None, num_steps=3)).steps == {3: 1.0}
 
 
+def test_where_calibration_kept_no_steps_its_mean_cost_counts() -> None:
+    assert Outlook.of(rule({})).steps == {3: 0.2}
+
+
 def test_step_zero_costs_no_pass() -> None:
     assert Outlook.of(rule({0: 0.6, 1: 0.4})).steps == {1: 0.4}
 
@@ -116,12 +120,14 @@ def test_layers_that_decide_for_themselves_are_priced_at_the_whole_ladder() -> N
     assert prices().item(KEY, -1, Outlook({}), 40) == pytest.approx(TABLE.share(3, 40))
 
 
-def test_models_are_priced_apart_and_forgotten() -> None:
+def test_models_are_priced_apart() -> None:
     made = prices()
     made.know("other", TABLE)
     made.observe("other", 1, 10, 1, 1.0)
     assert made.constant(KEY, 1) == TABLE.constant(1)
-    made.forget("other")
-    made.observe("other", 1, 10, 1, 1.0)
-    with pytest.raises(KeyError):
-        made.constant("other", 1)
+    assert made.constant("other", 1) > TABLE.constant(1)
+
+
+def test_a_ceiling_bounds_what_is_expected() -> None:
+    capped = BudgetRule(point=rule({0: 0.5, 1: 0.2, 3: 0.3}).point, num_steps=3, ceiling=2)
+    assert Outlook.of(capped).steps == {1: 0.2, 2: 0.3}
