@@ -11,7 +11,7 @@ TORCH := $(shell grep ^torch== requirements/torch.in)
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compose lint bench docs lock clean
+.PHONY: help serve test test-compose lint bench openapi docs lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,14 +31,17 @@ lint: .venv/.dev ## style, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: .venv/.serve ## time the full pass against every step of the ladder on this machine
-	$(BIN)/budgetformer bench
+bench: .venv/.dev ## time every step and level beside the dense network in Transformers and ONNX Runtime
+	$(BIN)/budgetformer bench pass --model ag_news $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
 
 train-%: .venv/.dev ## train a shipped model again (train-ag_news, ...) from DATA/<name>; stopped, it goes on
 	$(BIN)/budgetformer train --data $(DATA)/$* --start minilm-l6 --recipe model_store/$*/recipe.toml --out model_store/$*/$(call version,$*) --baseline build/dense/$*
 
 report-%: .venv/.dev ## the frontier report of a shipped model on its test texts (report-ag_news, ...)
 	$(BIN)/budgetformer evaluate --data $(DATA)/$*/test.parquet --model $* --report docs/benchmarks/$* $(if $(wildcard build/dense/$*),--baseline build/dense/$*) $(if $(LIMIT),--limit $(LIMIT))
+
+openapi: .venv/.serve ## write docs/openapi.json anew from the routes
+	$(BIN)/python -m service.openapi docs/openapi.json
 
 docs: .venv/.dev ## build the documentation into site/
 	$(PIP) install --editable ".[docs]"
@@ -47,7 +50,7 @@ docs: .venv/.dev ## build the documentation into site/
 lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/serve.txt requirements/torch.in pyproject.toml
 	$(PORTABLE) requirements/serve.txt
-	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra dev --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra dev --extra bench --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
 	$(PORTABLE) requirements/dev.txt
 
 clean: ## remove the environment and every cache

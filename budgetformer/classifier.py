@@ -14,9 +14,10 @@ from transformers.utils import logging as hf_logging
 from budgetformer import cascade
 from budgetformer.cascade import Work
 from budgetformer.checkpoint import WEIGHTS, Checkpoint, load_tokenizer, read_checkpoint
-from budgetformer.compact import PackedPass, Precision, load_pass
+from budgetformer.compact import PackedPass, load_pass
 from budgetformer.errors import CheckpointError
 from budgetformer.modeling import BudgetFormerForSequenceClassification, probabilities
+from budgetformer.precision import Precision
 
 MAX_BATCH_TOKENS = 4096
 

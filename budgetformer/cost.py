@@ -75,6 +75,14 @@ def layer_macs(config: Costed, heads: int, tokens: int) -> int:
     return projections + attention + 2 * tokens * sizes.width * neurons
 
 
+def layer_weights(config: Costed, heads: int) -> int:
+    """Count the weights that one encoder layer multiplies by when it computes `heads` heads."""
+    sizes = Sizes.of(config)
+    per_head = sizes.neurons_per_head
+    neurons = sizes.neurons if per_head is None else heads * per_head
+    return sizes.width * (4 * heads * sizes.head_size + 2 * neurons) if heads else 0
+
+
 def decision_macs(config: Costed) -> int:
     """Count f_o, g_d and step 0's map for one item: once, or (scope "layer") in every layer."""
     sizes = Sizes.of(config)

@@ -12,12 +12,19 @@ from fastapi import FastAPI
 from opentelemetry.trace import NoOpTracer, TracerProvider
 
 import budgetformer
-from service.api import classify, health, models, playground
+from service.api import classify, health, kserve, models, playground, sagemaker, tei
 from service.api.classify import DEFAULT_QUALITY
 from service.api.errors import install_error_handlers
 from service.api.middleware import OTHER, Observe
 from service.api.models import LoadRequest
-from service.api.schemas import ClassifyRequest, TokenizeRequest
+from service.api.schemas import (
+    ClassifyRequest,
+    IndexRequest,
+    InferRequest,
+    PredictRequest,
+    RepositoryRequest,
+    TokenizeRequest,
+)
 from service.api.state import State
 from service.engine.client import Engines
 from service.models import Models, ServedModel
@@ -44,7 +51,7 @@ def create_app(
     metrics = Metrics()
     metrics.know_engines(len(sockets))
     served = Models(settings.model_store, settings.models, settings.default_model)
-    watch = EngineWatch(metrics, served)
+    watch = EngineWatch(metrics, served, settings.quality == "auto")
     engines = Engines(sockets, watch)
     for problem in served.errors:
         log.error("checkpoint left out", reason=problem)
@@ -97,7 +104,7 @@ def create_app(
     )
     app.state.shared, app.state.draining, app.state.watch = state, False, watch
     app.state.announce, app.state.retire = announce, retire
-    for module in (classify, health, models, playground):
+    for module in (classify, health, models, tei, kserve, sagemaker, playground):
         app.include_router(module.router)
     install_error_handlers(app)
     app.add_middleware(Observe, metrics=metrics, log_share=settings.access_log)
@@ -115,6 +122,9 @@ def _operational(scope: MutableMapping[str, Any]) -> bool:
 def _document_bodies(app: FastAPI) -> None:
     """Add the schemas of bodies that the routes read for themselves."""
     schema = app.openapi()
-    for model in (ClassifyRequest, TokenizeRequest, LoadRequest):
+    for model in (
+        ClassifyRequest, TokenizeRequest, LoadRequest, PredictRequest, InferRequest,
+        IndexRequest, RepositoryRequest,
+    ):  # fmt: skip
         described = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schema["components"]["schemas"] |= described.pop("$defs", {}) | {model.__name__: described}

@@ -130,6 +130,14 @@ class Models:
         checkpoints = read_store(self.store).checkpoints.get(name, [])
         return [checkpoint.version for checkpoint in checkpoints]
 
+    def stored(self) -> list[tuple[str, int]]:
+        """Return the name and version of every sound checkpoint in the store."""
+        return [
+            (name, checkpoint.version)
+            for name, versions in sorted(read_store(self.store).checkpoints.items())
+            for checkpoint in versions
+        ]
+
     def candidate(self, name: str, version: int | None) -> ServedModel:
         """Open a version (None: the highest) as the store has it now; it is not served yet.
 

@@ -19,6 +19,8 @@ from pydantic_settings import (
 )
 
 from budgetformer.errors import BudgetFormerError
+from budgetformer.policy import QualityName
+from budgetformer.precision import Precision
 
 PREFIX = "BUDGETFORMER_"
 CONFIG_FILE = "config"
@@ -62,12 +64,18 @@ class Settings(BaseSettings):
     """Engine processes; 0 means one per core on a CPU, one on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the engines compute; auto takes a GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Precision = "auto"
     """Precision of the matrix products; auto times them as a model loads and takes the fastest."""
     threads_per_engine: int = Field(default=1, ge=1, le=256)
     """Threads of one engine's passes."""
     quality: Literal["auto", "fast", "balanced", "best"] | float = "auto"
     """Quality of requests that name none: a level, or the accuracy points that may be given up."""
+    quality_floor: QualityName = "fast"
+    """Lowest level that overload may make of `auto`."""
+    brownout_queue_ms: float = Field(default=500.0, gt=0)
+    """Seconds of queue, in milliseconds, beyond which requests of quality `auto` get less."""
+    cost_tables: Path | None = None
+    """Tables of `budgetformer tune`, a file or a folder; without, costs are learned in service."""
     max_batch_items: int = Field(default=2048, ge=1)
     """Most texts in one request."""
     max_text_characters: int = Field(default=100_000, ge=1)

@@ -6,12 +6,13 @@ mask, within the bound of its precision, and the tests hold it to that.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 from budgetformer.compact.choice import fastest_pass
 from budgetformer.compact.linear import LINEARS
 from budgetformer.compact.packed import Arrival, PackedPass, PackedTokens, PassResult
 from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.precision import Precision
 
 __all__ = [
     "LINEARS",
@@ -19,11 +20,8 @@ __all__ = [
     "PackedPass",
     "PackedTokens",
     "PassResult",
-    "Precision",
     "load_pass",
 ]
-
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def load_pass(

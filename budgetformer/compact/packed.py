@@ -89,6 +89,22 @@ class Arrival:
     exit_logits: Tensor | None
     ranking: Tensor | None
 
+    @classmethod
+    def join(cls, parts: Sequence[Arrival]) -> Arrival:
+        """Put what is known of several batches one after the other."""
+
+        def together(values: list[Tensor | None]) -> Tensor | None:
+            known = [value for value in values if value is not None]
+            return torch.cat(known) if known else None
+
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            together([part.budget for part in parts]),
+            together([part.exit_logits for part in parts]),
+            together([part.ranking for part in parts]),
+        )
+
 
 @dataclass(frozen=True)
 class PassResult:
@@ -172,6 +188,10 @@ class PackedPass:
         Pooled embeddings are all that this needs.
         """
         tokens = tokens.to(self.device)
+        parts = self._parts(tokens.lengths)
+        return Arrival.join([self._arrive(tokens.part(p.start, p.stop)) for p in parts])
+
+    def _arrive(self, tokens: PackedTokens) -> Arrival:
         owner = self._owner(tokens.lengths)
         exit_logits = evidence = None
         if self.model.exit_head is not None:
@@ -418,10 +438,15 @@ class PackedPass:
         layer = self._layers[index]
         first, second = layer.attention_norm, layer.feed_forward_norm
         if self._post:
-            mixed = _norm(first, states + attention(states))
-            return _norm(second, mixed + net(mixed))
-        mixed = states + attention(_norm(first, states))
-        return mixed + net(_norm(second, mixed))
+            mixed = _norm(first, _add(states, attention(states)))
+            return _norm(second, _add(mixed, net(mixed)))
+        mixed = _add(states, attention(_norm(first, states)))
+        return _add(mixed, net(_norm(second, mixed)))
+
+
+def _add(states: Tensor, change: Tensor) -> Tensor:
+    """Add in place of a change that nobody else holds, converted first: a mixed sum is slow."""
+    return change.to(states.dtype).add_(states)
 
 
 def _norm(norm: torch.nn.LayerNorm, states: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from budgetformer.modeling import EncoderLayer
 
 HeadSet = tuple[int, ...]
 
-CACHE_BYTES = 128 * 2**20
+CACHE_BYTES = 256 * 2**20
 """Room for slices that are copies; the least recently used go first."""
 
 

@@ -26,7 +26,7 @@ from budgetformer.checkpoint import (
     write_manifest,
 )
 from budgetformer.classifier import load_network
-from budgetformer.compact import PackedPass
+from budgetformer.compact import PackedPass, load_pass
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.errors import DataError
 from budgetformer.modeling import (
@@ -209,7 +209,7 @@ def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> M
     examples = read_examples(data, list(checkpoint.manifest.labels))
     if len(examples) < FEWEST_ROWS:
         raise DataError(f"{data}: {len(examples)} rows, calibration needs {FEWEST_ROWS} at least")
-    network = load_network(checkpoint)
+    network = load_network(checkpoint, precision="auto")
     tokens = TokenizedTexts.of(checkpoint, examples)
     log(f"calibrating on {len(examples)} texts")
     costs = checkpoint.manifest.recipe.get("level_costs", Recipe.level_costs)
@@ -373,9 +373,9 @@ def _calibrate(
     # With soft gates f_o was trained together with the network.
     if recipe.gating == "hard" and recipe.fixed_share is None:
         _teach_controllers(model, out_of_fold, (tokens, seen), (unseen_tokens, unseen), recipe)
-    # The checkpoint holds 16-bit weights; what is calibrated must be what will be served.
+    # The checkpoint holds 16-bit weights and is served in the fastest precision: calibrate that.
     model.half().float()
-    network = PackedPass(model)
+    network = load_pass(model, "auto")
     return network, *_find_points(network, unseen_tokens, unseen, recipe.level_costs)
 
 

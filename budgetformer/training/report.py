@@ -149,7 +149,7 @@ def report_checkpoint(
     """
     if not len(examples):
         raise DataError("a report needs texts")
-    network = load_network(checkpoint)
+    network = load_network(checkpoint, precision="auto")
     if network.config.budget_scope == "layer":
         raise DataError("a report compares fixed steps, which layer-wise budgets do not have")
     bench = _Bench(network, TokenizedTexts.of(checkpoint, examples), examples, baseline)

@@ -77,7 +77,7 @@ def study(checkpoint: Checkpoint, held: Examples, test: Examples) -> dict[str, l
         held: texts that training never saw, to learn decisions and thresholds on.
         test: texts that neither saw.
     """
-    network = load_network(checkpoint)
+    network = load_network(checkpoint, precision="auto")
     sides = [_side(network, checkpoint, examples) for examples in (held, test)]
     _predict_signals(*sides)
     return {name: _at_caps(list(settings), *sides) for name, settings in _ways(sides[0]).items()}

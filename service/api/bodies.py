@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -11,9 +12,11 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from service.api.errors import ApiError, ClientGoneError
+from service.api.schemas import RequestBody
 
-Body = TypeVar("Body", bound=BaseModel)
+Body = TypeVar("Body", bound=RequestBody)
 
+_WINDOW_BITS = {"gzip": 31, "deflate": 15}
 _TELLING = ("extra_forbidden", "too_short")
 _UNION_NOISE = ("str", "TextPair", "list[", "literal[", "float", "constrained-")
 
@@ -27,22 +30,62 @@ async def read_body(
         ApiError: 413 too many bytes (as soon as that is known), 415 another media type, 400 not
             JSON, 422 a field is unknown or wrong.
     """
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
-    body = await _read(request, max_bytes)
+    body = await read_json(request, max_bytes)
     return default if default is not None and not body else parse(body, schema)
 
 
-def describe_body(schema: type[BaseModel], required: bool = True) -> dict[str, Any]:
-    """Return what OpenAPI says of a route that reads its body with `read_body`."""
-    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    content = {"application/json": {"schema": reference}}
-    return {"requestBody": {"required": required, "content": content}}
+async def read_json(request: Request, max_bytes: int) -> bytes:
+    """Read a body that says that it is JSON.
+
+    Raises:
+        ApiError: 415 another media type, and as `read_bytes` does.
+        ClientGoneError: the client closed its connection.
+    """
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
+    return await read_bytes(request, max_bytes)
+
+
+def describe_body(*schemas: type[BaseModel], required: bool = True) -> dict[str, Any]:
+    """Return what OpenAPI says of a route that reads its body, one of `schemas`, for itself."""
+    references = [{"$ref": f"#/components/schemas/{schema.__name__}"} for schema in schemas]
+    one = references[0] if len(references) == 1 else {"oneOf": references}
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": one}}}}
+
+
+async def read_bytes(request: Request, max_bytes: int) -> bytes:
+    """Read a body, which may be compressed; the limit holds for both of its sizes.
+
+    Raises:
+        ApiError: 413 too many bytes, 415 an unknown encoding, 400 not what its encoding says.
+        ClientGoneError: the client closed its connection.
+    """
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity" and encoding not in _WINDOW_BITS:
+        known = ", ".join(_WINDOW_BITS)
+        raise ApiError(415, f"the body may be encoded as {known}", code="unsupported_media_type")
+    body = await _read(request, max_bytes)
+    if encoding == "identity":
+        return body
+    unpacking = zlib.decompressobj(_WINDOW_BITS[encoding])
+    try:
+        unpacked = unpacking.decompress(body, max_bytes + 1)
+    except zlib.error:
+        unpacked = b""
+    if len(unpacked) > max_bytes:
+        raise _too_large(max_bytes)
+    if not unpacking.eof or unpacking.unused_data:
+        raise ApiError(400, f"the body is not what {encoding} makes", code="invalid_encoding")
+    return unpacked
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
-    refusal = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
+    refusal = _too_large(max_bytes)
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise refusal
@@ -65,12 +108,30 @@ def parse(body: bytes, schema: type[Body]) -> Body:
     Raises:
         ApiError: 400 not JSON, 422 a field is unknown or wrong.
     """
+    return validate(parse_object(body), schema)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Parse JSON that is an object.
+
+    Raises:
+        ApiError: 400 not JSON, 422 no object.
+    """
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(422, "the body must be a JSON object", code="invalid_field")
+    return value
+
+
+def validate(value: dict[str, Any], schema: type[Body]) -> Body:
+    """Check the fields of an object.
+
+    Raises:
+        ApiError: 422 a field is unknown or wrong.
+    """
     try:
         return schema.model_validate(value)
     except ValidationError as error:
@@ -78,31 +139,36 @@ def parse(body: bytes, schema: type[Body]) -> Body:
 
 
 def _field_error(
-    error: ValidationError, schema: type[BaseModel], value: dict[str, Any]
+    error: ValidationError, schema: type[RequestBody], value: dict[str, Any]
 ) -> ApiError:
     details = error.errors(include_url=False, include_context=False, include_input=False)
     # A union reports every branch that failed; what got furthest into the value is what the caller
     # meant.
     detail = max(details, key=lambda d: (d["type"] in _TELLING, len(_param(d["loc"]))))
     param = _param(detail["loc"])
+    root = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         *outer, name = map(str, detail["loc"])
         param = f"{_param(detail['loc'][:-1])}.{name}" if outer else name
-        known = list(schema.model_fields) if len(detail["loc"]) == 1 else ["text", "text_pair"]
+        known = list(_innermost(schema, outer).model_fields)
         near = get_close_matches(name, known, 1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
         return ApiError(422, f"unknown field {param!r}{hint}", param, "unknown_field")
-    if param.startswith("input") and detail["type"] != "too_short":
-        place = param if "[" in param else "input"
-        if "input" not in value:
-            return ApiError(422, "field 'input' is required", "input", "missing_field")
-        text = 'must be a string, {"text": ..., "text_pair": ...}, or a list of these'
-        return ApiError(422, f"field {place!r} {text}", place, "invalid_field")
-    if param == "quality":
-        text = "must be 'auto', 'fast', 'balanced', 'best' or a number 0..100"
-        return ApiError(422, f"field 'quality' {text}", param, "invalid_field")
+    if detail["type"] == "missing" and root not in value:
+        return ApiError(422, f"field {root!r} is required", root, "missing_field")
+    if root in schema.hints and detail["type"] != "too_short":
+        place = param if "[" in param else root
+        return ApiError(422, f"field {place!r} {schema.hints[root]}", place, "invalid_field")
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return ApiError(422, f"field {param!r}: {message}", param, "invalid_field")
+
+
+def _innermost(schema: type[BaseModel], names: list[str]) -> type[BaseModel]:
+    """Follow a location to the model that its last part was given to."""
+    for name in names:
+        if issubclass(schema, RequestBody):
+            schema = schema.nested.get(name, schema)
+    return schema
 
 
 def _param(location: tuple[int | str, ...]) -> str:

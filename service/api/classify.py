@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from tokenizers import Encoding
 
-from budgetformer.checkpoint import Checkpoint
 from budgetformer.errors import PolicyError
+from service.api import infinity
+from service.api.answered import Answered, best_first
 from service.api.bodies import describe_body, read_body
 from service.api.errors import ApiError, ClientGoneError
 from service.api.responses import json_response
@@ -49,24 +51,52 @@ Text = str | tuple[str, str]
 )
 async def classify(request: Request) -> Response:
     """Answer with labels, scores, and what they cost in heads and multiply-adds."""
-    state = state_of(request)
-    body = await read_body(request, ClassifyRequest, state.settings.max_body_bytes)
+    body = await read_body(request, ClassifyRequest, state_of(request).settings.max_body_bytes)
+    return await respond_to_classify(request, body)
+
+
+async def respond_to_classify(request: Request, body: ClassifyRequest) -> Response:
+    """Answer in our own shape, which is vLLM's and more, or in Infinity's if its client asks.
+
+    Raises:
+        ApiError, ClientGoneError: as `respond` does.
+    """
+    if body.raw_scores is None:
+        return await respond(request, body, partial(classify_response, request))
+    if body.model == infinity.NO_MODEL:
+        body.model = None
+    return await respond(request, body, infinity.infinity_response)
+
+
+async def respond(
+    request: Request, body: ClassifyRequest, write: Callable[[Answered], Response]
+) -> Response:
+    """Classify what a request asks for: the one way there, whatever shape a route speaks.
+
+    `write` makes the response of what came back.
+
+    Raises:
+        ApiError: see docs/api.md for all that can be wrong.
+        ClientGoneError: the client did not wait.
+    """
     if request.app.state.draining:
         raise ApiError(503, "the server is shutting down", code="draining", retry_after=1)
+    state = state_of(request)
     started = time.monotonic()
     texts = check_texts(state, body.input)
     model = state.model(body.model)
     with model.in_use():
-        return await _classify(request, state, body, texts, model, started)
+        return await _respond(request, state, body, texts, model, started, write)
 
 
-async def _classify(
+async def _respond(
     request: Request,
     state: State,
     body: ClassifyRequest,
     texts: list[Text],
     model: ServedModel,
     started: float,
+    write: Callable[[Answered], Response],
 ) -> Response:
     deadline = started + (body.timeout_ms or state.settings.timeout_ms) / 1000
     quality = _quality(state, body, model)
@@ -83,21 +113,19 @@ async def _classify(
         model=model.checkpoint.name,
         version=model.checkpoint.version,
         items=[_item(encoding) for encoding in encodings],
-        quality=DEFAULT_QUALITY if quality == "auto" else quality,
+        quality=quality,
         deadline=deadline,
         heads=body.heads,
         max_heads=body.max_heads,
         return_heads=body.return_heads,
+        target=None if body.target_ms is None else body.target_ms / 1000,
     )
     answer = await _ask(request, state, job)
     computed = time.monotonic()
-    content = _content(request.state.request_id, model, body, quality, encodings, answer)
-    failed = sum("error" in item for item in content["data"])
-    if failed == len(content["data"]):
-        raise ApiError(500, content["data"][0]["error"]["message"], "input", "item_failed")
-    if failed:
-        request.scope["outcome"] = "partial"
-    response = json_response(content)
+    # A level that is not the usual one is named: overload lowered it, or a target chose it.
+    usual = body.target_ms is None and answer.quality == DEFAULT_QUALITY
+    shown = quality if usual else answer.quality
+    response = write(Answered(request.state.request_id, model, body, shown, encodings, answer))
     responded = time.monotonic()
     stages = {
         "tokenize": tokenized - started,
@@ -107,6 +135,7 @@ async def _classify(
     }
     _measure(state, model, job, answer, encodings, stages | {"respond": responded - computed})
     stages["total"] = time.monotonic() - started
+    response.headers["X-Quality"] = str(answer.quality)
     response.headers["Server-Timing"] = ", ".join(
         f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items()
     )
@@ -143,7 +172,12 @@ def check_texts(state: State, given: Input) -> list[Text]:
 
 
 def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | float:
+    if body.target_ms is not None and body.quality not in (None, "auto"):
+        message = "target_ms lets the server choose a quality, so none can be named beside it"
+        raise ApiError(422, message, "target_ms", "invalid_field")
     quality = state.settings.quality if body.quality is None else body.quality
+    if body.target_ms is not None:
+        quality = "auto"
     checkpoint = model.checkpoint
     if not checkpoint.calibrated and body.quality not in (None, "auto"):
         message = f"{checkpoint.label} is not calibrated: it has no quality levels"
@@ -216,26 +250,25 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _content(
-    request_id: str,
-    model: ServedModel,
-    body: ClassifyRequest,
-    quality: str | float,
-    encodings: list[Encoding],
-    answer: Answer,
-) -> dict[str, Any]:
-    checkpoint = model.checkpoint
-    total = checkpoint.num_layers * checkpoint.num_heads
-    data = []
-    for index, (encoding, item) in enumerate(zip(encodings, answer.items, strict=True)):
-        if item.error:
-            error = ApiError(500, f"input[{index}]: {item.error}", f"input[{index}]", "item_failed")
-            data.append({"index": index, "error": error.body()})
+def classify_response(request: Request, answered: Answered) -> Response:
+    """Write the answer of POST /classify: failed items stand among the others.
+
+    Raises:
+        ApiError: 500, every item failed.
+    """
+    answer, body = answered.answer, answered.body
+    total = answered.checkpoint.num_layers * answered.checkpoint.num_heads
+    data: list[dict[str, Any]] = []
+    failures = []
+    for index, (encoding, item) in enumerate(zip(answered.encodings, answer.items, strict=True)):
+        if failure := answered.failure(index):
+            failures.append(failure)
+            data.append({"index": index, "error": failure.body()})
             continue
         data.append(
             {
                 "index": index,
-                **_scores(item, checkpoint, body),
+                **_scores(answered, item),
                 "heads": {
                     "used": sum(item.heads),
                     "total": total,
@@ -246,29 +279,35 @@ def _content(
                 "dense_macs": item.dense_macs,
                 "tokens": len(encoding.ids),
                 "truncated": bool(encoding.overflowing),
-                "quality": quality,
+                "quality": answered.quality,
             }
         )
-    tokens = sum(len(encoding.ids) for encoding in encodings)
-    return {
-        "id": f"classify-{request_id}",
-        "object": "list",
-        "created": int(time.time()),
-        "model": checkpoint.label,
-        "data": data,
-        "usage": {
-            "prompt_tokens": tokens,
-            "total_tokens": tokens,
-            "heads_used": sum(sum(item.heads) for item in answer.items),
-            "heads_total": total * sum(not item.error for item in answer.items),
-        },
-    }
+    if len(failures) == len(data):
+        raise ApiError(500, failures[0].message, "input", "item_failed")
+    if failures:
+        request.scope["outcome"] = "partial"
+    return json_response(
+        {
+            "id": f"classify-{body.request_id or answered.request_id}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": answered.checkpoint.label,
+            "data": data,
+            "usage": {
+                "prompt_tokens": answered.tokens,
+                "total_tokens": answered.tokens,
+                "heads_used": sum(sum(item.heads) for item in answer.items),
+                "heads_total": total * (len(data) - len(failures)),
+            },
+        }
+    )
 
 
-def _scores(item: ItemAnswer, checkpoint: Checkpoint, body: ClassifyRequest) -> dict[str, Any]:
-    names = checkpoint.manifest.labels
-    probs = _probabilities(item.logits, checkpoint.multi_label)
-    ranked = sorted(range(len(probs)), key=lambda i: -probs[i])
+def _scores(answered: Answered, item: ItemAnswer) -> dict[str, Any]:
+    body = answered.body
+    names = answered.checkpoint.manifest.labels
+    probs = answered.activate(item)
+    ranked = best_first(probs)
     least = 0.0 if body.threshold is None else body.threshold
     labels = [
         {"label": names[i], "score": probs[i]} for i in ranked[: body.top_k] if probs[i] >= least
@@ -276,19 +315,10 @@ def _scores(item: ItemAnswer, checkpoint: Checkpoint, body: ClassifyRequest) -> 
     return {
         "label": names[ranked[0]],
         "score": probs[ranked[0]],
-        "probs": probs if body.use_activation else item.logits,
+        "probs": item.logits if body.use_activation is False else probs,
         "num_classes": len(probs),
         "labels": labels,
     }
-
-
-def _probabilities(logits: list[float], multi_label: bool) -> list[float]:
-    if multi_label:
-        return [0.5 * (1 + math.tanh(0.5 * z)) for z in logits]
-    top = max(logits)
-    powers = [math.exp(z - top) for z in logits]
-    total = sum(powers)
-    return [power / total for power in powers]
 
 
 def _measure(
@@ -307,7 +337,7 @@ def _measure(
         for encoding, item in zip(encodings, answer.items, strict=True)
         if not item.error
     ]
-    quality = job.quality if checkpoint.calibrated else None
+    quality = answer.quality if checkpoint.calibrated else None
     expected = expected_budgets(checkpoint.rule(quality, job.heads, job.max_heads))
     series = state.metrics.model(checkpoint.name, str(checkpoint.version))
     series.count(items, checkpoint.num_layers * checkpoint.num_heads, expected)

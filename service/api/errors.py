@@ -1,12 +1,16 @@
-"""Every error that a client can see: one shape, made in one place."""
+"""Every error that a client can see: one shape, made in one place.
+
+Routes that speak another server's language write the same errors in that server's shape.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from service.api.responses import json_response
@@ -52,12 +56,13 @@ class ApiError(Exception):
     code: str | None = None
     retry_after: int | None = None
 
-    def response(self) -> Response:
-        """Return the answer for HTTP."""
+    def response(self, state: Mapping[str, Any]) -> Response:
+        """Return the answer for HTTP; `state` is the request's."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
-        return json_response({"error": self.body()}, self.status, headers)
+        write: Shape = state.get(_SHAPE, _own_shape)
+        return json_response(write(self), self.status, headers)
 
     def body(self) -> dict[str, Any]:
         """Return the error object."""
@@ -70,13 +75,32 @@ class ApiError(Exception):
         }
 
 
+Shape = Callable[[ApiError], Any]
+"""Writes an error as JSON."""
+
+_SHAPE = "error_shape"
+
+
+def _own_shape(error: ApiError) -> dict[str, Any]:
+    return {"error": error.body()}
+
+
+def errors_as(shape: Shape) -> Any:
+    """Return a dependency that has a router's errors written in another shape."""
+
+    async def choose(request: Request) -> None:
+        setattr(request.state, _SHAPE, shape)
+
+    return Depends(choose)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Turn every expected exception of this app into the one shape; `Observe` does the others."""
 
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
         request.scope["refusal"] = error.code
-        return error.response()
+        return error.response(request.scope["state"])
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -84,7 +108,7 @@ def install_error_handlers(app: FastAPI) -> None:
             404: f"there is no route {request.url.path}",
             405: f"{request.url.path} does not answer {request.method}",
         }.get(error.status_code, str(error.detail))
-        response = ApiError(error.status_code, message).response()
+        response = ApiError(error.status_code, message).response(request.scope["state"])
         response.headers.update(error.headers or {})
         return response
 

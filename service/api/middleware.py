@@ -83,7 +83,7 @@ class Observe:
                 raise ConnectionAbortedError("the answer was cut off") from None
             response = ApiError(
                 500, "something went wrong in the server; its log says what"
-            ).response()
+            ).response(scope["state"])
             await response(scope, receive, send_named)
         finally:
             self._count(scope, status, time.monotonic() - started)

@@ -7,7 +7,7 @@ import hmac
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from budgetformer.checkpoint import Checkpoint
 from budgetformer.errors import CheckpointError
@@ -15,7 +15,7 @@ from service.api.bodies import describe_body, read_body
 from service.api.classify import check_texts
 from service.api.errors import ApiError
 from service.api.responses import json_response
-from service.api.schemas import TokenizeRequest, TokenizeResponse
+from service.api.schemas import RequestBody, TokenizeRequest, TokenizeResponse
 from service.api.state import State, state_of
 from service.engine.client import EngineDownError, EngineFailedError
 from service.models import ServedModel, UnknownModelError
@@ -25,12 +25,10 @@ router = APIRouter(tags=["models"])
 MOST_LOAD_BYTES = 4096
 
 
-class LoadRequest(BaseModel):
+class LoadRequest(RequestBody):
     """Which version to load; the highest by default."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, json_schema_extra={"examples": [{"version": 1}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 1}]})
 
     version: Annotated[int, Field(ge=1)] | None = None
 
@@ -73,12 +71,21 @@ async def load_model(request: Request, name: str) -> Response:
 
     A failure leaves all as it was.
     """
-    state = state_of(request)
-    require_admin(request, state)
+    require_admin(request)
     body = await read_body(request, LoadRequest, MOST_LOAD_BYTES, default=LoadRequest())
-    async with state.changing_models:
-        checkpoint = await _load(request, state, name, body.version)
+    checkpoint = await load(request, name, body.version)
     return json_response({"model": checkpoint.label, "status": "loaded"})
+
+
+async def load(request: Request, name: str, version: int | None) -> Checkpoint:
+    """Load a version (None: the highest) and serve it; what was served before is freed.
+
+    Raises:
+        ApiError: 404 the store has none, 422 it is broken, 503 no engine is running.
+    """
+    state = state_of(request)
+    async with state.changing_models:
+        return await _load(request, state, name, version)
 
 
 async def _load(request: Request, state: State, name: str, version: int | None) -> Checkpoint:
@@ -121,15 +128,25 @@ async def _free(state: State, retired: ServedModel) -> None:
 @router.post("/models/{name}/unload", summary="Stop serving a model")
 async def unload_model(request: Request, name: str) -> Response:
     """Take a model out of service; what it has begun is finished, then its memory is freed."""
+    require_admin(request)
+    checkpoint = await unload(request, name)
+    return json_response({"model": checkpoint.label, "status": "unloaded"})
+
+
+async def unload(request: Request, name: str) -> Checkpoint:
+    """Take a model out of service, and free it once what it has begun is finished.
+
+    Raises:
+        ApiError: 404 it is not served.
+    """
     state = state_of(request)
-    require_admin(request, state)
     async with state.changing_models:
         served = state.model(name)
         checkpoint = served.checkpoint
         del state.models.served[checkpoint.name]
         request.app.state.retire(served)
         state.background.start(_free(state, served))
-    return json_response({"model": checkpoint.label, "status": "unloaded"})
+    return checkpoint
 
 
 @router.post(
@@ -160,13 +177,13 @@ async def tokenize(request: Request) -> Response:
     return json_response({"model": model.checkpoint.label, "data": data})
 
 
-def require_admin(request: Request, state: State) -> None:
+def require_admin(request: Request) -> None:
     """Check the admin key, given as a Bearer token or in X-API-Key.
 
     Raises:
         ApiError: 401.
     """
-    expected = state.settings.admin_key
+    expected = state_of(request).settings.admin_key
     if expected is None:
         raise ApiError(
             401, "this route is closed: the server has no admin key", code="no_admin_key"

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 _EXAMPLE_TEXT = "The striker scored twice as the home side won the final."
 
 
-class _Request(BaseModel):
+class RequestBody(BaseModel):
+    """Base of what clients send: nothing unknown, nothing converted."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    hints: ClassVar[dict[str, str]] = {}
+    """What fields must be, where the message that follows from the schema would not say it well."""
+    nested: ClassVar[dict[str, type[BaseModel]]] = {}
+    """Which model the objects in a field are of."""
 
-class TextPair(_Request):
+
+class TextPair(RequestBody):
     """A text, and for pair models the second one."""
 
     text: str
@@ -22,15 +29,21 @@ class TextPair(_Request):
 
 Input = str | TextPair | Annotated[list[str | TextPair], Field(min_length=1)]
 Points = Annotated[float, Field(ge=0, le=100)]
+Quality = Literal["auto", "fast", "balanced", "best"] | Points
+
+_QUALITY_HINT = "must be 'auto', 'fast', 'balanced', 'best' or a number 0..100"
+_INPUT_HINT = 'must be a string, {"text": ..., "text_pair": ...}, or a list of these'
 
 
-class ClassifyRequest(_Request):
+class ClassifyRequest(RequestBody):
     """What to classify, and how much it may cost."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"input": [_EXAMPLE_TEXT], "quality": "balanced"}]},
         use_attribute_docstrings=True,
     )
+    hints = {"input": _INPUT_HINT, "quality": _QUALITY_HINT}
+    nested = {"input": TextPair}
 
     input: Input
     """A text, or a list of them; an item is a string or {"text": ..., "text_pair": ...}."""
@@ -40,12 +53,14 @@ class ClassifyRequest(_Request):
     """Keep only the best k labels in `labels`."""
     threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     """Drop labels scored below it from `labels`."""
-    use_activation: bool = True
+    use_activation: bool | None = True
     """False puts raw logits into `probs`."""
     truncate: bool = True
     """False refuses a text over the model's length."""
-    quality: Literal["auto", "fast", "balanced", "best"] | Points | None = None
+    quality: Quality | None = None
     """Quality level, or the accuracy points that may be given up against the full budget."""
+    target_ms: Annotated[int, Field(ge=1)] | None = None
+    """Milliseconds that the answer should take: the best quality that the load allows in them."""
     max_heads: Annotated[int, Field(ge=0)] | None = None
     """Most heads per layer that f_o may choose."""
     heads: Annotated[int, Field(ge=0)] | None = None
@@ -54,6 +69,78 @@ class ClassifyRequest(_Request):
     """Milliseconds after which the answer is worthless."""
     return_heads: bool = False
     """Name the heads that were computed, by layer."""
+    raw_scores: bool | None = None
+    """Sent by Infinity's clients: if given, the answer has Infinity's shape; true: raw logits."""
+    user: str | None = None
+    """Sent by OpenAI's and vLLM's clients; nothing depends on it."""
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
+    """vLLM's way to name a request: the `id` of the answer is made of it."""
+    priority: Literal[0] = 0
+    """Sent by vLLM's clients; there is one priority."""
+    add_special_tokens: Literal[True] = True
+    """Sent by vLLM's clients; the model cannot do without its special tokens."""
+    truncate_prompt_tokens: Literal[-1] | None = None
+    """Sent by vLLM's clients; -1 cuts at the model's length, as `truncate` does."""
+
+
+Sequence = str | TextPair | list[str]
+"""For TEI, a text; or a list of a text and maybe its pair."""
+
+
+class PipelineParameters(RequestBody):
+    """What Hugging Face's clients can ask of a text classification."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Keep only the best k labels."""
+    function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
+    """What makes scores of logits; by default what the model was trained with."""
+    truncation: bool | None = None
+    """False refuses a text over the model's length."""
+
+
+class PredictRequest(RequestBody):
+    """What to classify, as TEI and Hugging Face's clients say it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"inputs": _EXAMPLE_TEXT}]},
+        use_attribute_docstrings=True,
+    )
+    hints = {
+        "inputs": "must be a string, [text, text_pair], or a batch [[text], [text, text_pair]]",
+        "quality": _QUALITY_HINT,
+    }
+    nested = {"inputs": TextPair, "parameters": PipelineParameters}
+
+    inputs: str | TextPair | Annotated[list[Sequence], Field(min_length=1)]
+    """A text, [text, text_pair], or a batch of [text] and [text, text_pair].
+
+    With `parameters`, a list of strings is a batch.
+    """
+    truncate: bool | None = None
+    """False refuses a text over the model's length."""
+    truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
+    """The end that is cut off; it must be the one that the model was trained with."""
+    raw_scores: bool | None = None
+    """True: raw logits as scores."""
+    parameters: PipelineParameters | None = None
+    """Sent by Hugging Face's clients: if given, even by {}, the answer is a list of lists."""
+    options: dict[str, Any] | None = None
+    """Sent by older clients of Hugging Face; nothing depends on it."""
+    model: str | None = None
+    """`name` or `name:version`; by default the server's default model."""
+    quality: Quality | None = None
+    """As for POST /classify."""
+    timeout_ms: Annotated[int, Field(ge=1)] | None = None
+    """As for POST /classify."""
+
+
+class PredictError(BaseModel):
+    """TEI's shape of an error."""
+
+    error: str
+    error_type: str
 
 
 class LabelScore(BaseModel):
@@ -134,7 +221,7 @@ class ClassifyResponse(BaseModel):
     usage: Usage
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(RequestBody):
     """What to tokenize."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": _EXAMPLE_TEXT}]})
@@ -158,3 +245,126 @@ class TokenizeResponse(BaseModel):
 
     model: str
     data: list[TokenizedText]
+
+
+class TensorParameters(RequestBody):
+    """How a tensor's values are sent."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    binary_data_size: Annotated[int, Field(ge=0)] | None = None
+    """Bytes of this tensor after the JSON, in place of `data`."""
+
+
+class InferInput(RequestBody):
+    """A tensor of texts: `text`, and for pair models `text_pair` ("": this item has none)."""
+
+    nested = {"parameters": TensorParameters}
+
+    name: str
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=8)]
+    datatype: Literal["BYTES"]
+    data: list[Any] | None = None
+    parameters: TensorParameters = TensorParameters()
+
+
+class OutputParameters(RequestBody):
+    """How a tensor's values are to be answered."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    binary_data: bool | None = None
+    """Whether they come as binary data after the JSON."""
+    classification: Annotated[int, Field(ge=0)] = 0
+    """For `probs`: so many best classes, each as the string score:index:label."""
+
+
+class InferOutput(RequestBody):
+    """A tensor that is wanted."""
+
+    nested = {"parameters": OutputParameters}
+
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+    @property
+    def top_classes(self) -> int:
+        """How many classes are to be named; 0: the tensor itself is wanted."""
+        return self.parameters.classification
+
+    def binary(self, default: bool) -> bool:
+        """Say whether the values are to be binary."""
+        return default if self.parameters.binary_data is None else self.parameters.binary_data
+
+
+class InferParameters(RequestBody):
+    """What a request to infer may ask for beside its tensors."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+    hints = {"quality": _QUALITY_HINT}
+
+    quality: Quality | None = None
+    """As for POST /classify."""
+    max_heads: Annotated[int, Field(ge=0)] | None = None
+    """As for POST /classify."""
+    heads: Annotated[int, Field(ge=0)] | None = None
+    """As for POST /classify."""
+    truncate: bool = True
+    """As for POST /classify."""
+    timeout: Annotated[int, Field(ge=0)] = 0
+    """Microseconds after which the answer is worthless; 0: the server's own."""
+    priority: Literal[0] = 0
+    """There is one priority."""
+    binary_data_output: bool = False
+    """Whether outputs come as binary data where they do not say it themselves."""
+
+
+class InferRequest(RequestBody):
+    """What to classify, as tensors."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "inputs": [
+                        {
+                            "name": "text",
+                            "shape": [1, 1],
+                            "datatype": "BYTES",
+                            "data": [_EXAMPLE_TEXT],
+                        }
+                    ],
+                    "outputs": [{"name": "label"}, {"name": "score"}],
+                }
+            ]
+        }
+    )
+
+    nested = {"inputs": InferInput, "outputs": InferOutput}
+
+    id: str = ""
+    inputs: Annotated[list[InferInput], Field(min_length=1)]
+    outputs: list[InferOutput] = []
+    parameters: dict[str, Any] = {}
+
+
+class InferError(BaseModel):
+    """The protocol's shape of an error."""
+
+    error: str
+
+
+class IndexRequest(RequestBody):
+    """Which entries of the repository to list."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"ready": True}]})
+
+    ready: bool = False
+
+
+class RepositoryRequest(RequestBody):
+    """What Triton's clients send to load and unload."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"parameters": {}}]})
+
+    parameters: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 import torch
 
+from budgetformer.cost_table import read_tables
 from service.engine import protocol
 from service.engine.core import EngineCore, EngineOptions, Reply
 from service.engine.protocol import PROTOCOL, Hello, ToFront
@@ -73,9 +74,14 @@ class EngineServer:
 
 async def _main(run_dir: Path, index: int, settings: Settings) -> None:
     options = EngineOptions(
-        settings.max_queue_items, settings.batch_milliseconds / 1000, settings.batch_items
+        settings.max_queue_items,
+        settings.batch_milliseconds / 1000,
+        settings.batch_items,
+        quality_floor=settings.quality_floor,
+        brownout_seconds=settings.brownout_queue_ms / 1000,
     )
-    core = EngineCore(options, settings.resolved_device(), settings.dtype)
+    tables = read_tables(settings.cost_tables) if settings.cost_tables else {}
+    core = EngineCore(options, settings.resolved_device(), settings.dtype, tables)
     tracing = open_tracing(f"engine-{index}", follow=True)
     if tracing is not None:
         core.spans = tracing.pass_spans()

@@ -93,6 +93,7 @@ class Job:
     heads: int | None = None
     max_heads: int | None = None
     return_heads: bool = False
+    target: float | None = None
 
 
 class EngineClient:
@@ -285,7 +286,8 @@ class Engines:
                 raise DeadlineError
             message = Classify(
                 0, job.model, job.version, job.items, job.quality, remaining,
-                job.heads, job.max_heads, job.return_heads, context.request_id, context.traceparent,
+                job.heads, job.max_heads, job.return_heads, job.target,
+                context.request_id, context.traceparent,
             )  # fmt: skip
             try:
                 reply = await client.ask(message, len(job.items), remaining + GRACE_SECONDS)

@@ -11,7 +11,7 @@ import asyncio
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,11 @@ import structlog
 
 from budgetformer import cascade
 from budgetformer.cascade import Work
-from budgetformer.compact import PackedPass, Precision
-from budgetformer.cost import dense_macs
+from budgetformer.compact import PackedPass
+from budgetformer.cost_table import CostTable
 from budgetformer.errors import CheckpointError, PolicyError
+from budgetformer.policy import QualityName
+from budgetformer.precision import Precision
 from service.background import Background
 from service.engine import protocol
 from service.engine.models import LoadedModel, load_model
@@ -44,8 +46,9 @@ from service.engine.protocol import (
 from service.observability.context import RequestContext
 from service.observability.traces import PassRun, PassSpans, Rider, Stage
 from service.scheduling.admission import Refusal, admit
-from service.scheduling.buckets import Buckets, Entry
-from service.scheduling.price import PriceList
+from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
+from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
+from service.scheduling.price import Outlook, Prices
 
 log = structlog.get_logger()
 
@@ -61,11 +64,22 @@ So that a huge request does not hold up the device.
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How much may wait, and how large a batch may be."""
+    """How much may wait, how large a batch may be, and when quality gives way.
+
+    Attributes:
+        max_queue_items: items that wait at most.
+        batch_seconds, batch_items: see `Buckets`.
+        quality: level of requests that leave it to the engine, while there is no overload.
+        quality_floor: the lowest that overload may make of it.
+        brownout_seconds: of queue, beyond which it does.
+    """
 
     max_queue_items: int = 4096
     batch_seconds: float = 0.05
     batch_items: int = 256
+    quality: QualityName = "balanced"
+    quality_floor: QualityName = "fast"
+    brownout_seconds: float = 0.5
 
 
 @dataclass(eq=False)
@@ -77,6 +91,9 @@ class _Request:
     deadline: float
     return_heads: bool
     context: RequestContext
+    quality: str | float
+    outlook: Outlook
+    lane: Lane
     slots: list[_Slot] = field(default_factory=list)
     open: int = 0
     gone: bool = False
@@ -103,6 +120,7 @@ class EngineCore:
         options: limits.
         device: where `Load` puts further models.
         precision: of their passes.
+        tables: measured costs, by `name:version`.
         clock: monotonic seconds.
     """
 
@@ -111,17 +129,24 @@ class EngineCore:
         options: EngineOptions,
         device: str = "cpu",
         precision: Precision = "float32",
+        tables: Mapping[str, CostTable] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self.models: dict[tuple[str, int], LoadedModel] = {}
         self.options = options
         self.device = device
         self.precision = precision
-        self.prices = PriceList()
+        self.tables = tables or {}
+        self.prices = Prices()
+        limits = BrownOutLimits(options.brownout_seconds, options.brownout_seconds / 4)
+        levels = levels_down_to(options.quality_floor, options.quality)
+        self.brownout = BrownOut(levels, limits)
         self.broadcast: Reply = lambda _: None
         self.spans: PassSpans | None = None
         self._clock = clock
-        self._buckets: Buckets[_Slot] = Buckets(options.batch_seconds, options.batch_items)
+        self._buckets: Buckets[_Slot] = Buckets(
+            options.batch_seconds, options.batch_items, self._constant
+        )
         self._arrivals: list[_Slot] = []
         self._running: list[_Slot] = []
         self._requests: dict[tuple[Reply, int], _Request] = {}
@@ -166,19 +191,20 @@ class EngineCore:
             in_flight[name] = in_flight.get(name, 0) + request.open
             if waiting:
                 oldest[name] = max(oldest.get(name, 0.0), now - request.arrived)
-        return Heartbeat(items, seconds, oldest, in_flight, memory_bytes)
+        level = self.brownout.observe(self._queued_seconds(), now)
+        return Heartbeat(items, seconds, oldest, in_flight, memory_bytes, level)
 
     def _classify(self, message: Classify, reply: Reply) -> None:
         model = self.models.get((message.model, message.version))
         if model is None:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
             return
+        quality = self._quality(message, model)
         try:
-            rule = model.rule(message.quality, message.heads, message.max_heads)
+            rule = model.rule(quality, message.heads, message.max_heads)
         except PolicyError as error:
             reply(Failed(message.id, str(error)))
             return
-        share = model.expected_share(rule)
         now = self._clock()
         request = _Request(
             message.id,
@@ -188,12 +214,14 @@ class EngineCore:
             now + message.remaining,
             message.return_heads,
             RequestContext(message.request_id, message.traceparent),
+            quality,
+            Outlook.of(rule),
+            lane_of(len(message.items)),
         )
         for tokens in message.items:
             ids = protocol.unpack_ids(tokens.ids)
             segments = protocol.unpack_ids(tokens.segments) if tokens.segments else None
-            dense = dense_macs(model.network.sizes, len(ids))
-            price = self.prices.seconds(int(share * dense))
+            price = self.prices.expected(model.key, request.outlook, len(ids))
             request.slots.append(_Slot(request, Work(ids, segments, rule), price, now))
         refusal = self._admit(request, message.remaining)
         if refusal is not None:
@@ -205,15 +233,46 @@ class EngineCore:
         self._work_came.set()
 
     def _admit(self, request: _Request, remaining: float) -> Refusal | None:
-        waiting = [*self._arrivals, *self._running]
         return admit(
             items=len(request.slots),
-            queued_items=len(self._buckets) + len(waiting),
+            queued_items=len(self._buckets) + len(self._arrivals) + len(self._running),
             max_items=self.options.max_queue_items,
-            queued_seconds=self._buckets.seconds + sum(slot.price for slot in waiting),
+            queued_seconds=self._queued_seconds(),
             price=sum(slot.price for slot in request.slots),
             remaining=remaining,
         )
+
+    def _queued_seconds(self) -> float:
+        """Return the device time of all that is here."""
+        waiting = sum(slot.price for slot in (*self._arrivals, *self._running))
+        return self._buckets.seconds + waiting
+
+    def _constant(self, bucket: Hashable) -> float:
+        assert isinstance(bucket, tuple)
+        model, step = bucket
+        return self.prices.constant(model.key, step)
+
+    def _quality(self, message: Classify, model: LoadedModel) -> str | float:
+        """Return the quality that a request gets: its own, or the level that the load allows."""
+        if message.quality != "auto":
+            return message.quality
+        level = self.brownout.observe(self._queued_seconds(), self._clock())
+        if message.target is None or not model.checkpoint.calibrated:
+            return level
+        tokens = [len(item.ids) // protocol.ID_BYTES for item in message.items]
+        return self._best_within(message.target, model, tokens)
+
+    def _best_within(self, target: float, model: LoadedModel, tokens: Sequence[int]) -> QualityName:
+        """Return the best level at which items are answered within `target` seconds from now."""
+        left = target - self._queued_seconds()
+        levels: tuple[QualityName, ...] = ("best", "balanced")
+        for level in levels:
+            outlook = Outlook.of(model.rule(level, None, None))
+            passes = sum(self.prices.constant(model.key, step) for step in outlook.steps)
+            seconds = sum(self.prices.expected(model.key, outlook, count) for count in tokens)
+            if passes + seconds <= left:
+                return level
+        return "fast"
 
     # The loop
 
@@ -254,9 +313,9 @@ class EngineCore:
             return
         self._running = batch
         model, step = batch[0].request.model, batch[0].work.step
-        before = sum(slot.work.macs for slot in batch)
         seconds = await self._on_device(cascade.run, model.network, batch)
-        self.prices.observe(max(1, sum(slot.work.macs for slot in batch) - before), seconds)
+        tokens = sum(len(slot.work.ids) for slot in batch)
+        self.prices.observe(model.key, step, tokens, len(batch), seconds)
         self._report(model, step, batch, seconds)
         self._running = []
         for slot in batch:
@@ -317,12 +376,12 @@ class EngineCore:
         if work.logits is not None and not all(map(math.isfinite, work.logits.tolist())):
             slot.error = "the network's answer is not a finite number"
         if not slot.error and not work.done:
-            ahead = self._macs_of(slot)
-            slot.price = self.prices.seconds(ahead)
+            slot.price = self.prices.item(
+                request.model.key, work.step, request.outlook, len(work.ids)
+            )
+            bucket = (request.model, work.step)
             self._buckets.add(
-                Entry(
-                    slot, (request.model, work.step), slot.price, request.arrived, request.deadline
-                )
+                Entry(slot, bucket, slot.price, request.arrived, request.deadline, request.lane)
             )
             return
         slot.finished = self._clock()
@@ -330,20 +389,20 @@ class EngineCore:
         if not request.open:
             self._answer(request)
 
-    def _macs_of(self, slot: _Slot) -> int:
-        model, work = slot.request.model, slot.work
-        if work.step == cascade.LAYERWISE:
-            return work.dense_macs
-        sizes, plan = model.network.sizes, model.checkpoint.ladder[work.step - 1]
-        return work.dense_macs * sum(plan) // (sizes.heads * sizes.layers)
-
     def _answer(self, request: _Request) -> None:
         del self._requests[request.reply, request.id]
         last = max(request.slots, key=lambda slot: slot.finished)
         waited = last.finished - request.arrived - last.budget_seconds - last.compute_seconds
         items = [_item_answer(slot, request.return_heads) for slot in request.slots]
         request.reply(
-            Answer(request.id, items, last.budget_seconds, max(waited, 0.0), last.compute_seconds)
+            Answer(
+                request.id,
+                items,
+                last.budget_seconds,
+                max(waited, 0.0),
+                last.compute_seconds,
+                request.quality,
+            )
         )
 
     def _expire(self) -> None:
@@ -372,11 +431,17 @@ class EngineCore:
         loop = asyncio.get_running_loop()
         try:
             model = await loop.run_in_executor(
-                self._loading, load_model, Path(message.path), self.device, self.precision
+                self._loading,
+                load_model,
+                Path(message.path),
+                self.device,
+                self.precision,
+                self.tables,
             )
         except CheckpointError as error:
             reply(Failed(message.id, str(error)))
             return
+        self.prices.know(model.key, model.costs)
         self.models[model.key] = model
         reply(Done(message.id, model.info))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,18 @@ import structlog
 
 from budgetformer.checkpoint import Checkpoint, read_checkpoint
 from budgetformer.classifier import load_network
-from budgetformer.compact import PackedPass, Precision
+from budgetformer.compact import PackedPass
+from budgetformer.cost import encoder_macs
+from budgetformer.cost_table import CostTable, guess_table
 from budgetformer.policy import BudgetRule
+from budgetformer.precision import Precision
 from service.engine.protocol import ModelInfo
 
 log = structlog.get_logger()
+
+TYPICAL_TOKENS = 64
+SECONDS_PER_MAC, BATCH_CONSTANT = 1e-11, 2e-3
+"""First guess of a device that was never measured; prices follow what batches really take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +32,7 @@ class LoadedModel:
     checkpoint: Checkpoint
     network: PackedPass
     info: ModelInfo
+    costs: CostTable
 
     @property
     def key(self) -> tuple[str, int]:
@@ -40,19 +49,11 @@ class LoadedModel:
         named = quality if self.checkpoint.calibrated else None
         return self.checkpoint.rule(named, heads, max_heads)
 
-    def expected_share(self, rule: BudgetRule) -> float:
-        """Return what an item under this rule will cost, as a share of the dense network.
 
-        Before f_o has seen the item, calibration is all that is known; without it, expect the most.
-        """
-        if rule.fixed is not None:
-            plan = self.checkpoint.ladder[rule.fixed - 1] if rule.fixed else []
-            return sum(plan) / (self.checkpoint.num_layers * self.checkpoint.num_heads)
-        return 1.0 if rule.point is None else rule.point.macs_share
-
-
-def load_model(path: Path, device: str, precision: Precision) -> LoadedModel:
-    """Load, verify and warm one checkpoint folder.
+def load_model(
+    path: Path, device: str, precision: Precision, tables: Mapping[str, CostTable]
+) -> LoadedModel:
+    """Load, verify and warm one checkpoint folder; price it by the table of its name, if any.
 
     Raises:
         CheckpointError: it is damaged.
@@ -70,7 +71,26 @@ def load_model(path: Path, device: str, precision: Precision) -> LoadedModel:
         seconds=round(seconds, 3),
         dtype=network.precision,
     )
-    return LoadedModel(checkpoint, network, info)
+    return LoadedModel(checkpoint, network, info, _costs(checkpoint, network, tables))
+
+
+def _costs(
+    checkpoint: Checkpoint, network: PackedPass, tables: Mapping[str, CostTable]
+) -> CostTable:
+    """Return the measured table if it is of this network as it runs here, or a guess."""
+    measured = tables.get(checkpoint.label)
+    if measured is not None:
+        here = (str(network.device), network.precision, len(checkpoint.ladder) + 1)
+        if here == (measured.device, measured.dtype, len(measured.steps)):
+            return measured
+        log.warning(
+            "cost table left out, it was measured on another device or precision",
+            model=checkpoint.label,
+        )
+    plans = [[0] * checkpoint.num_layers, *checkpoint.ladder]
+    per_token = [encoder_macs(network.sizes, plan, TYPICAL_TOKENS) for plan in plans]
+    macs = [0.0, *(count / TYPICAL_TOKENS for count in per_token[1:])]
+    return guess_table(checkpoint.label, macs, SECONDS_PER_MAC, BATCH_CONSTANT)
 
 
 def _steps_in_use(checkpoint: Checkpoint) -> list[int]:

@@ -39,7 +39,8 @@ class ItemTokens(msgspec.Struct, frozen=True, array_like=True):
 class Classify(_Message, frozen=True):
     """Classify some items with one model; `remaining` seconds until the answer is worthless.
 
-    `request_id` and the W3C `traceparent` name the request in logs and traces.
+    A quality of "auto" leaves the level to the engine; so does `target`, the seconds that the
+    answer should take. `request_id` and the W3C `traceparent` name the request in logs and traces.
     """
 
     id: int
@@ -51,6 +52,7 @@ class Classify(_Message, frozen=True):
     heads: int | None = None
     max_heads: int | None = None
     return_heads: bool = False
+    target: float | None = None
     request_id: str = ""
     traceparent: str = ""
 
@@ -96,13 +98,17 @@ class Hello(_Message, frozen=True):
 
 
 class Heartbeat(_Message, frozen=True):
-    """An engine lives; the state of its queue, by model where it differs."""
+    """An engine lives; the state of its queue, by model where it differs.
+
+    `quality` is the level in force for requests that leave it to the engine.
+    """
 
     queue_items: dict[str, int]
     queue_seconds: dict[str, float]
     oldest_age: dict[str, float]
     in_flight: dict[str, int]
     memory_bytes: int
+    quality: str
 
 
 class ItemAnswer(msgspec.Struct, frozen=True, array_like=True):
@@ -118,13 +124,17 @@ class ItemAnswer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Answer(_Message, frozen=True):
-    """The answers of a request, and the seconds of its stages (the slowest item's)."""
+    """The answers of a request, and the seconds of its stages (the slowest item's).
+
+    `quality` is what decided the budgets: a level, or the points given up.
+    """
 
     id: int
     items: list[ItemAnswer]
     budget_seconds: float
     queue_seconds: float
     compute_seconds: float
+    quality: str | float
 
 
 class Refused(_Message, frozen=True):
@@ -175,6 +185,9 @@ _to_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToEngine)
 _to_front: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToFront)
 
 
+ID_BYTES = 4
+
+
 def pack_ids(ids: Sequence[int]) -> bytes:
     """Encode token ids as little-endian int32."""
     packed = array.array("i", ids)
@@ -189,7 +202,7 @@ def unpack_ids(data: bytes) -> list[int]:
     Raises:
         FrameError: the length is not a multiple of four.
     """
-    if len(data) % 4:
+    if len(data) % ID_BYTES:
         raise FrameError("token ids are not whole int32 numbers")
     unpacked = array.array("i")
     unpacked.frombytes(data)

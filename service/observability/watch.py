@@ -10,14 +10,21 @@ import budgetformer
 from service.engine.client import EngineClient, Event, Lost
 from service.engine.protocol import BatchRan, Heartbeat, Hello, ModelInfo
 from service.models import Models
-from service.observability.metrics import Metrics
+from service.observability.metrics import QUALITY_RANK, Metrics
 
 
 class EngineWatch:
-    """Keep the metrics of the engines: it is told of every event, with the engine's index."""
+    """Keep the metrics of the engines: it is told of every event, with the engine's index.
 
-    def __init__(self, metrics: Metrics, served: Models) -> None:
+    Args:
+        metrics: to keep.
+        served: the models.
+        auto: whether the engines choose the quality of requests that name none.
+    """
+
+    def __init__(self, metrics: Metrics, served: Models, auto: bool) -> None:
         self._metrics = metrics
+        self._auto = auto
         self._served = served
         self._began = time.monotonic()
         self._hellos: dict[int, Hello] = {}
@@ -81,3 +88,6 @@ class EngineWatch:
             metrics.in_flight.labels(model).set(sum(b.in_flight.get(model, 0) for b in beats))
             oldest = max((b.oldest_age.get(model, 0.0) for b in beats), default=0.0)
             metrics.queue_oldest.labels(model).set(oldest)
+            if self._auto and beats:
+                lowest = min(QUALITY_RANK[b.quality] for b in beats)
+                metrics.quality_level.labels(model).set(lowest)

@@ -1,37 +1,103 @@
-"""What a batch costs in seconds on this device, learned from the batches that ran."""
+"""What items and batches cost in seconds on this device, likely escalations included."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+from budgetformer.cost_table import CostTable
+from budgetformer.policy import BudgetRule
+
 SMOOTHING = 0.1
+MOST_OFF = 20.0
+"""A batch that took so many times its price, or that fraction of it, says no more than that."""
 
 
-class PriceList:
-    """Seconds of a batch: a constant, plus multiply-adds over a rate. Both follow what is measured.
+@dataclass(frozen=True)
+class Outlook:
+    """Which ladder steps an item runs, as calibration saw it.
 
-    Args:
-        seconds_per_mac: first guess.
-        overhead: first guess of the seconds that any batch takes.
+    Attributes:
+        steps: how often each step >= 1 is run, before anything is known of the item; an escalated
+            item runs two.
+        escalated: share of those that run a first step which are run again.
+        last: the step that they are run at then.
     """
 
-    def __init__(self, seconds_per_mac: float = 2e-11, overhead: float = 1e-3) -> None:
-        self.seconds_per_mac = seconds_per_mac
-        self.overhead = overhead
+    steps: Mapping[int, float]
+    escalated: float = 0.0
+    last: int = 0
 
-    def seconds(self, macs: int) -> float:
-        """Return the share of an item of `macs` multiply-adds in a batch's time.
+    @classmethod
+    def of(cls, rule: BudgetRule) -> Outlook:
+        """Read a rule's; without calibration, expect the whole ladder of everyone."""
+        if rule.fixed is not None:
+            return cls({rule.fixed: 1.0} if rule.fixed else {})
+        if rule.point is None:
+            return cls({rule.num_steps: 1.0})
+        if not rule.point.budgets:
+            return cls({rule.num_steps: rule.point.macs_share})
+        most = rule.num_steps if rule.ceiling is None else rule.ceiling
+        steps: dict[int, float] = {}
+        for step, share in rule.point.budgets.items():
+            if step:
+                steps[min(step, most)] = steps.get(min(step, most), 0.0) + share
+        escalation = rule.point.escalation
+        if escalation is None or escalation.step not in steps:
+            return cls(steps)
+        again, begun = steps[escalation.step], sum(steps.values())
+        first = min(max((band.step for band in rule.point.entry), default=0), most)
+        if first:
+            steps[first] = steps.get(first, 0.0) + again
+        return cls(steps, again / begun if begun else 0.0, escalation.step)
 
-        Without the constant.
-        """
-        return macs * self.seconds_per_mac
 
-    def observe(self, macs: int, seconds: float) -> None:
-        """Learn from a batch of `macs` multiply-adds that took `seconds`.
+class Prices:
+    """The cost table of every model, scaled to what its batches really take.
 
-        Batches too small to show the rate correct the constant, the others the rate.
-        """
-        if self.seconds(macs) < self.overhead:
-            seen = max(seconds - self.seconds(macs), 0.0)
-            self.overhead += SMOOTHING * (seen - self.overhead)
-        else:
-            rate = max(seconds - self.overhead, 0.1 * seconds) / macs
-            self.seconds_per_mac += SMOOTHING * (rate - self.seconds_per_mac)
+    A table that is a guess, a slower machine, a busy one: the scale follows, and so does every
+    price. A key is a model version.
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[Hashable, CostTable] = {}
+        self._scales: dict[Hashable, float] = {}
+
+    def know(self, key: Hashable, table: CostTable) -> None:
+        """Price a model by this table from now on."""
+        self._tables[key], self._scales[key] = table, 1.0
+
+    def expected(self, key: Hashable, outlook: Outlook, tokens: int) -> float:
+        """Return the seconds that an item of so many tokens will take, before f_o has seen it."""
+        table = self._tables[key]
+        run = sum(
+            share * table.share(self._step(table, step), tokens)
+            for step, share in outlook.steps.items()
+        )
+        return self._scales[key] * (table.share(0, tokens) + run)
+
+    def item(self, key: Hashable, step: int, outlook: Outlook, tokens: int) -> float:
+        """Return the seconds that an item takes from its step on, a likely escalation included."""
+        table = self._tables[key]
+        seconds = table.share(self._step(table, step), tokens)
+        if step < outlook.last:
+            seconds += outlook.escalated * table.share(outlook.last, tokens)
+        return self._scales[key] * seconds
+
+    def constant(self, key: Hashable, step: int) -> float:
+        """Return the seconds that a batch at a step takes whatever is in it."""
+        table = self._tables[key]
+        return self._scales[key] * table.constant(self._step(table, step))
+
+    def observe(self, key: Hashable, step: int, tokens: int, items: int, seconds: float) -> None:
+        """Learn from a batch that ran."""
+        table = self._tables[key]
+        ratio = seconds / max(table.batch(self._step(table, step), tokens, items), 1e-9)
+        scale = self._scales[key]
+        ratio = min(max(ratio, scale / MOST_OFF), scale * MOST_OFF)
+        self._scales[key] += SMOOTHING * (ratio - scale)
+
+    @staticmethod
+    def _step(table: CostTable, step: int) -> int:
+        # Where layers decide for themselves (a step below 0), any of them may take all heads.
+        return step if 0 <= step < len(table.steps) else len(table.steps) - 1

@@ -79,7 +79,7 @@ class ScriptedEngine:
 
 
 def answers(message: Classify) -> ToFront:
-    return Answer(message.id, [ItemAnswer([0.0, 1.0])] * len(message.items), 0.1, 0.2, 0.3)
+    return Answer(message.id, [ItemAnswer([0.0, 1.0])] * len(message.items), 0.1, 0.2, 0.3, "fast")
 
 
 def dies(_: Classify) -> None:

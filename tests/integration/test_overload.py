@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from budgetformer.cost_table import StepCost
 from service.engine.core import EngineOptions
-from service.scheduling.price import PriceList
 from tests.support.serving import Service, error_of, held, poison, service
 from tests.support.stores import HEADS, LABELS, sentences
 from tests.support.waiting import until
@@ -26,6 +27,13 @@ async def begin(fresh: Service, given: Any, **fields: Any) -> asyncio.Task[Any]:
     task = asyncio.create_task(fresh.ask(given, **fields))
     await until(lambda: fresh.in_flight() >= before + count or task.done(), "arrival at the engine")
     return task
+
+
+def slow(fresh: Service, factor: float = 1e9) -> None:
+    """Let an engine believe that its device is so much slower than it is."""
+    for model in fresh.core.models.values():
+        steps = tuple(StepCost(*(factor * x for x in astuple(step))) for step in model.costs.steps)
+        fresh.core.prices.know(model.key, replace(model.costs, steps=steps))
 
 
 class TestFullQueue:
@@ -88,7 +96,7 @@ class TestDeadlines:
         assert shown.total("items_total") == shown.total("batch_items_sum") == 1
 
     async def test_a_deadline_that_cannot_be_met_is_refused_at_once(self, fresh: Service) -> None:
-        fresh.core.prices = PriceList(seconds_per_mac=1.0)
+        slow(fresh)
         error_of(await fresh.ask(TEXT), 429, "deadline")
         shown = await fresh.scrape()
         assert shown.total("rejected_total", reason="deadline") == 1
@@ -98,6 +106,73 @@ class TestDeadlines:
         async with service(model_store, models=["topics"], timeout_ms=1) as fresh:
             with held(fresh.core):
                 error_of(await fresh.ask(TEXT), 504)
+
+
+class TestBrownOut:
+    @pytest.fixture
+    def touchy(self) -> EngineOptions:
+        return EngineOptions(brownout_seconds=1e-9)
+
+    async def test_overload_lowers_what_was_left_to_the_server_and_says_so(
+        self, model_store: Path, touchy: EngineOptions
+    ) -> None:
+        async with service(model_store, options=touchy, models=["topics"]) as fresh:
+            with held(fresh.core):
+                first = await begin(fresh, TEXT)
+                second = await begin(fresh, TEXT)
+            usual, lowered = await first, await second
+            assert usual.headers["x-quality"] == "balanced"
+            assert usual.json()["data"][0]["quality"] == "auto"
+            assert lowered.headers["x-quality"] == "fast"
+            assert lowered.json()["data"][0]["quality"] == "fast"
+
+    async def test_the_metric_follows(self, model_store: Path, touchy: EngineOptions) -> None:
+        async with service(model_store, options=touchy, models=["topics"]) as fresh:
+            with held(fresh.core):
+                tasks = [await begin(fresh, TEXT) for _ in range(2)]
+                fresh.app.state.watch(0, fresh.core.heartbeat(0))
+                assert (await fresh.scrape()).total("quality_level", model="topics") == 1
+            await asyncio.gather(*tasks)
+
+    async def test_a_quality_that_was_named_is_kept(
+        self, model_store: Path, touchy: EngineOptions
+    ) -> None:
+        async with service(model_store, options=touchy, models=["topics"]) as fresh:
+            with held(fresh.core):
+                tasks = [await begin(fresh, TEXT, quality="best") for _ in range(3)]
+            for task in tasks:
+                assert (await task).json()["data"][0]["quality"] == "best"
+
+    async def test_the_floor_holds(self, model_store: Path) -> None:
+        floored = EngineOptions(brownout_seconds=1e-9, quality_floor="balanced")
+        async with service(model_store, options=floored, models=["topics"]) as fresh:
+            with held(fresh.core):
+                tasks = [await begin(fresh, TEXT) for _ in range(3)]
+            for task in tasks:
+                assert (await task).headers["x-quality"] == "balanced"
+
+
+class TestLatencyTarget:
+    async def test_with_time_enough_the_answer_is_the_best(self, fresh: Service) -> None:
+        response = await fresh.ask(TEXT, target_ms=60_000)
+        assert response.json()["data"][0]["quality"] == "best"
+
+    async def test_without_time_it_is_fast(self, fresh: Service) -> None:
+        slow(fresh, 1000.0)
+        response = await fresh.ask(TEXT, target_ms=1, timeout_ms=3_600_000)
+        assert response.headers["x-quality"] == "fast"
+
+    async def test_it_goes_with_no_quality_of_ones_own(self, fresh: Service) -> None:
+        response = await fresh.ask(TEXT, target_ms=10, quality="best")
+        error_of(response, 422, "invalid_field", "target_ms")
+
+
+async def test_a_large_request_does_not_hold_up_a_single_text(fresh: Service) -> None:
+    with held(fresh.core):
+        large = await begin(fresh, [TEXT] * 600)
+        single = await begin(fresh, TEXT)
+    assert (await single).status_code == 200
+    assert (await large).status_code == 200
 
 
 class TestWithoutAnEngine:

@@ -73,9 +73,11 @@ TO_ENGINE = {
 TO_FRONT = {
     Hello: st.builds(Hello, numbers, numbers, words, words),
     Heartbeat: st.builds(
-        Heartbeat, by_model, seconds_by_model, seconds_by_model, by_model, numbers
+        Heartbeat, by_model, seconds_by_model, seconds_by_model, by_model, numbers, words
     ),
-    Answer: st.builds(Answer, numbers, st.lists(answers, max_size=4), finite, finite, finite),
+    Answer: st.builds(
+        Answer, numbers, st.lists(answers, max_size=4), finite, finite, finite, words
+    ),
     Refused: st.builds(Refused, numbers, words, numbers),
     Expired: st.builds(Expired, numbers),
     Failed: st.builds(Failed, numbers, words),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduling.buckets import Buckets, Entry
+from service.scheduling.buckets import Buckets, Entry, lane_of
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
@@ -228,3 +228,55 @@ def test_an_empty_queue_has_no_price_left_over_from_rounding() -> None:
     buckets = filled([entry(i, seconds=0.1 + i * 1e-9) for i in range(1000)], batch_items=7)
     drain(buckets)
     assert buckets.seconds == 0.0
+
+
+class TestLanes:
+    def bulk(self, count: int, bucket: str = "a", seconds: float = 0.01) -> list[Entry[int]]:
+        return [replace(entry(1000 + i, bucket, seconds), lane="bulk") for i in range(count)]
+
+    @pytest.mark.parametrize(
+        ("items", "lane"), [(1, "interactive"), (15, "interactive"), (16, "bulk"), (2048, "bulk")]
+    )
+    def test_large_requests_have_a_lane_of_their_own(self, items: int, lane: str) -> None:
+        assert lane_of(items) == lane
+
+    def test_a_single_text_does_not_wait_for_thousands(self) -> None:
+        buckets = filled(self.bulk(2000, seconds=0.05))
+        buckets.take()
+        buckets.add(entry(1, "b", arrived=50.0))
+        taken = [one.item for _ in range(2) for one in buckets.take()]
+        assert 1 in taken
+
+    def test_both_lanes_share_the_device_by_weight(self) -> None:
+        singles = [entry(i, "a") for i in range(400)]
+        buckets = filled([*singles, *self.bulk(400, "b")])
+        order = [one for batch in drain(buckets) for one in batch]
+        first = order[:200]
+        share = sum(one.lane == "interactive" for one in first) / len(first)
+        assert share == pytest.approx(4 / 5, abs=0.05)
+
+    def test_an_idle_lane_gathers_no_credit(self) -> None:
+        buckets = filled(self.bulk(1000, "b"))
+        for _ in range(100):
+            buckets.take()
+        for item in range(100):
+            buckets.add(entry(item, "a"))
+        order = [one.lane for batch in drain(buckets) for one in batch][:100]
+        assert "bulk" in order
+
+    def test_a_small_batch_takes_bulk_items_along(self) -> None:
+        buckets: Buckets[int] = Buckets(1.0, 100, lambda _: 0.05)
+        for one in [entry(1), *self.bulk(100)]:
+            buckets.add(one)
+        batch = buckets.take()
+        assert batch[0].item == 1
+        assert sum(one.seconds for one in batch[1:]) == pytest.approx(0.05)
+
+    def test_a_lone_lane_has_the_whole_device(self) -> None:
+        assert len(filled(self.bulk(8), 1.0, 8).take()) == 8
+
+    def test_waiting_buckets_cost_a_batch_each(self) -> None:
+        buckets: Buckets[int] = Buckets(1.0, 100, lambda _: 0.5)
+        for one in [entry(1), entry(2), entry(3, "b")]:
+            buckets.add(one)
+        assert buckets.seconds == pytest.approx(0.03 + 2 * 0.5)

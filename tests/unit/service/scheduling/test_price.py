@@ -4,59 +4,130 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduling.price import PriceList
+from budgetformer.cost_table import CostTable, StepCost
+from budgetformer.policy import BudgetRule, EntryBand, Escalation, OperatingPoint
+from service.scheduling.price import Outlook, Prices
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
-macs = st.integers(1, 10**12)
+KEY = ("news", 1)
+STEPS = (
+    StepCost(1e-4, 1e-6, 1e-6),
+    StepCost(1e-3, 1e-5, 1e-4),
+    StepCost(2e-3, 2e-5, 1e-4),
+    StepCost(4e-3, 4e-5, 1e-4),
+)
+TABLE = CostTable("news:1", "cpu", "float32", STEPS)
 
 
-def test_nothing_costs_nothing() -> None:
-    assert PriceList().seconds(0) == 0.0
+def prices() -> Prices:
+    made = Prices()
+    made.know(KEY, TABLE)
+    return made
+
+
+def rule(
+    budgets: dict[int, float], escalation: Escalation | None = None, first: int = 1
+) -> BudgetRule:
+    point = OperatingPoint(
+        entry=(EntryBand(upto=0.5, step=0), EntryBand(upto=1, step=first)),
+        escalation=escalation,
+        accuracy=0.9,
+        points_lost=0.0,
+        macs_share=0.2,
+        mean_heads=1.0,
+        budgets=budgets,
+    )
+    return BudgetRule(point=point, num_steps=3)
+
+
+def test_a_fixed_step_is_run_by_everyone() -> None:
+    assert Outlook.of(BudgetRule(point=None, num_steps=3, fixed=2)).steps == {2: 1.0}
+    assert Outlook.of(BudgetRule(point=None, num_steps=3, fixed=0)).steps == {}
+
+
+def test_without_calibration_the_whole_ladder_is_expected() -> None:
+    assert Outlook.of(BudgetRule(point=None, num_steps=3)).steps == {3: 1.0}
+
+
+def test_where_calibration_kept_no_steps_its_mean_cost_counts() -> None:
+    assert Outlook.of(rule({})).steps == {3: 0.2}
+
+
+def test_step_zero_costs_no_pass() -> None:
+    assert Outlook.of(rule({0: 0.6, 1: 0.4})).steps == {1: 0.4}
+
+
+def test_an_escalated_item_runs_its_first_step_too() -> None:
+    outlook = Outlook.of(rule({0: 0.5, 1: 0.3, 3: 0.2}, Escalation(below=0.7, step=3)))
+    assert outlook.steps == {1: 0.5, 3: 0.2}
+    assert (outlook.escalated, outlook.last) == (pytest.approx(0.4), 3)
+
+
+def test_an_escalation_that_never_happened_costs_nothing() -> None:
+    outlook = Outlook.of(rule({0: 0.5, 1: 0.5}, Escalation(below=0.7, step=3)))
+    assert (outlook.steps, outlook.escalated) == ({1: 0.5}, 0.0)
+
+
+def test_what_is_expected_is_the_mean_over_the_steps() -> None:
+    outlook = Outlook({1: 0.5, 3: 0.2})
+    shares = 0.5 * TABLE.share(1, 40) + 0.2 * TABLE.share(3, 40)
+    assert prices().expected(KEY, outlook, 40) == pytest.approx(TABLE.share(0, 40) + shares)
+
+
+def test_a_likely_escalation_is_in_an_items_price() -> None:
+    outlook = Outlook({1: 0.5, 3: 0.2}, escalated=0.4, last=3)
+    once, again = TABLE.share(1, 40), TABLE.share(3, 40)
+    assert prices().item(KEY, 1, outlook, 40) == pytest.approx(once + 0.4 * again)
+    assert prices().item(KEY, 3, outlook, 40) == pytest.approx(again)
 
 
 @PROPERTY
-@given(macs, macs)
-def test_more_multiply_adds_never_cost_less(a: int, b: int) -> None:
-    prices = PriceList()
-    assert prices.seconds(min(a, b)) <= prices.seconds(max(a, b))
+@given(st.integers(1, 3), st.integers(1, 500), st.integers(1, 500))
+def test_longer_texts_never_cost_less(step: int, a: int, b: int) -> None:
+    made, outlook = prices(), Outlook({})
+    cheap, dear = (made.item(KEY, step, outlook, n) for n in sorted((a, b)))
+    assert cheap <= dear
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.0, 7.0])
+def test_prices_follow_what_batches_really_take(factor: float) -> None:
+    made = prices()
+    for _ in range(200):
+        made.observe(KEY, 2, 400, 8, factor * TABLE.batch(2, 400, 8))
+    assert made.constant(KEY, 3) == pytest.approx(factor * TABLE.constant(3), rel=0.01)
+    assert made.item(KEY, 1, Outlook({}), 40) == pytest.approx(
+        factor * TABLE.share(1, 40), rel=0.01
+    )
 
 
 @PROPERTY
-@given(macs, macs)
-def test_items_priced_apart_or_together_cost_the_same(a: int, b: int) -> None:
-    prices = PriceList()
-    assert prices.seconds(a) + prices.seconds(b) == pytest.approx(prices.seconds(a + b))
+@given(st.lists(st.floats(0, 1e6), max_size=50))
+def test_prices_stay_positive_whatever_is_measured(seconds: list[float]) -> None:
+    made = prices()
+    for taken in seconds:
+        made.observe(KEY, 1, 10, 1, taken)
+        assert 0 < made.constant(KEY, 1) < float("inf")
 
 
-@PROPERTY
-@given(st.lists(st.tuples(macs, st.floats(0, 100)), max_size=40))
-def test_prices_stay_positive_whatever_is_measured(batches: list[tuple[int, float]]) -> None:
-    prices = PriceList()
-    for work, seconds in batches:
-        prices.observe(work, seconds)
-        assert prices.overhead >= 0
-        assert prices.seconds_per_mac >= 0
-        assert prices.seconds(10**9) >= 0
+def test_one_hiccup_does_not_turn_prices_upside_down() -> None:
+    made = prices()
+    made.observe(KEY, 1, 10, 1, 60.0)
+    assert made.constant(KEY, 1) < 3 * TABLE.constant(1)
 
 
-@pytest.mark.parametrize("true_rate", [1e-12, 2e-11, 5e-10])
-def test_the_rate_follows_what_is_measured(true_rate: float) -> None:
-    prices = PriceList(seconds_per_mac=2e-11, overhead=1e-3)
-    for _ in range(300):
-        prices.observe(10**10, 1e-3 + 10**10 * true_rate)
-    assert prices.seconds(10**10) == pytest.approx(10**10 * true_rate, rel=0.05)
+def test_layers_that_decide_for_themselves_are_priced_at_the_whole_ladder() -> None:
+    assert prices().item(KEY, -1, Outlook({}), 40) == pytest.approx(TABLE.share(3, 40))
 
 
-def test_the_overhead_follows_small_batches() -> None:
-    prices = PriceList(seconds_per_mac=2e-11, overhead=1e-3)
-    for _ in range(300):
-        prices.observe(1000, 2e-3)
-    assert prices.overhead == pytest.approx(2e-3, rel=0.05)
+def test_models_are_priced_apart() -> None:
+    made = prices()
+    made.know("other", TABLE)
+    made.observe("other", 1, 10, 1, 1.0)
+    assert made.constant(KEY, 1) == TABLE.constant(1)
+    assert made.constant("other", 1) > TABLE.constant(1)
 
 
-def test_one_slow_batch_does_not_turn_prices_upside_down() -> None:
-    prices = PriceList(seconds_per_mac=2e-11, overhead=1e-3)
-    before = prices.seconds(10**9)
-    prices.observe(10**9, before * 3)
-    assert before < prices.seconds(10**9) < before * 1.5
+def test_a_ceiling_bounds_what_is_expected() -> None:
+    capped = BudgetRule(point=rule({0: 0.5, 1: 0.2, 3: 0.3}).point, num_steps=3, ceiling=2)
+    assert Outlook.of(capped).steps == {1: 0.2, 2: 0.3}

@@ -1,0 +1,1 @@
+"""Time the compact pass beside what a user would run instead, interleaved, as ratios."""

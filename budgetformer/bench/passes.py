@@ -1,0 +1,59 @@
+"""The compact pass as contenders: every ladder step, and the quality levels on real texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from budgetformer import cascade
+from budgetformer.bench.timing import Contender, Machine, TokenIds
+from budgetformer.cascade import Work
+from budgetformer.checkpoint import Checkpoint
+from budgetformer.compact import PackedPass, PackedTokens
+from budgetformer.cost import encoder_macs, layer_weights
+from budgetformer.policy import BudgetRule
+
+
+def step_name(precision: str, step: int) -> str:
+    """Return what a step's contender is called."""
+    return f"step {step}, {precision}"
+
+
+def step_contenders(
+    network: PackedPass, steps: Sequence[int], machine: Machine
+) -> Iterator[Contender]:
+    """Yield the pass at each of some ladder steps, from token ids to logits."""
+    precision = network.precision
+
+    def contender(step: int) -> Contender:
+        plan = network.config.heads_per_layer(step)
+        weights = sum(layer_weights(network.sizes, heads) for heads in plan)
+        size = 2 if precision == "bfloat16" else 4
+
+        def run(items: Sequence[TokenIds]) -> object:
+            tokens = PackedTokens.pack(items)
+            ranking = network.arrive(tokens).ranking if network.sizes.picks_heads else None
+            return network.run(tokens, [step] * len(items), ranking=ranking)
+
+        def limit(items: Sequence[TokenIds]) -> float:
+            macs = sum(encoder_macs(network.sizes, plan, len(ids)) for ids in items)
+            return machine.limit(precision, macs, size * weights)
+
+        return Contender(step_name(precision, step), run, limit)
+
+    yield from map(contender, steps)
+
+
+def level_contenders(network: PackedPass, checkpoint: Checkpoint) -> Iterator[Contender]:
+    """Yield the quality levels, each with its decision, its steps and its escalations."""
+
+    def contender(name: str, rule: BudgetRule) -> Contender:
+        def run(items: Sequence[TokenIds]) -> object:
+            works = [Work(ids, None, rule) for ids in items]
+            cascade.answer(network, works, lambda some: [some])
+            return works
+
+        return Contender(f"{name}, {network.precision}", run)
+
+    for point in checkpoint.manifest.operating_points:
+        if point.name:
+            yield contender(point.name, checkpoint.rule(point.name))

@@ -1,0 +1,249 @@
+"""Run the whole comparison, and write it as Markdown, JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from budgetformer.bench.passes import level_contenders, step_contenders, step_name
+from budgetformer.bench.rivals import DENSE, rival_contenders
+from budgetformer.bench.timing import (
+    Contender,
+    Machine,
+    Timing,
+    TokenIds,
+    made_up_texts,
+    time_in_turns,
+)
+from budgetformer.checkpoint import Checkpoint, load_tokenizer
+from budgetformer.classifier import load_network
+from budgetformer.training.pages import draw, markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BATCHES = (1, 4, 8, 16, 32, 64)
+MOST_ROUNDS = 64
+LENGTHS = (12, 80)
+"""Tokens of the made-up texts, from and to."""
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Every contender at every batch size.
+
+    Attributes:
+        model: the checkpoint.
+        texts: where the texts are from.
+        tokens: mean length.
+        machine: what the device reaches at best.
+        facts: what it is.
+        full: the full step's name, in the precision that a server would choose here.
+        timings: in order.
+    """
+
+    model: str
+    texts: str
+    tokens: float
+    machine: Machine
+    facts: dict[str, str]
+    full: str
+    timings: tuple[Timing, ...]
+
+    def ratio(self, timing: Timing, to: str) -> float | None:
+        """Return a contender's time as a share of another's at the same batch size."""
+        for other in self.timings:
+            if other.name == to and other.batch == timing.batch:
+                return timing.mean / other.mean
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, times in milliseconds per text."""
+        return {
+            "model": self.model,
+            "texts": self.texts,
+            "mean_tokens": self.tokens,
+            "machine": self.facts
+            | {f"{p}_gmacs_per_second": rate / 1e9 for p, rate in self.machine.macs.items()}
+            | {"copy_gbytes_per_second": self.machine.bandwidth / 1e9},
+            "timings": [
+                {
+                    "name": t.name,
+                    "batch": t.batch,
+                    "to_dense": self.ratio(t, DENSE),
+                    "to_full": self.ratio(t, self.full),
+                    "ms_per_text": 1000 * t.mean / t.batch,
+                    "quartiles_ms_per_text": [1000 * q / t.batch for q in t.quartiles],
+                    "limit_share": t.limit / t.mean if t.limit else None,
+                }
+                for t in self.timings
+            ],
+        }
+
+    def rows(self, batch: int) -> list[list[str]]:
+        """Return the table lines of one batch size."""
+
+        def share(value: float | None) -> str:
+            return "" if value is None else f"{value:.2f}"
+
+        lines = []
+        for timing in (t for t in self.timings if t.batch == batch):
+            low, _, high = (1000 * q / batch for q in timing.quartiles)
+            lines.append(
+                [
+                    timing.name,
+                    share(self.ratio(timing, DENSE)),
+                    share(self.ratio(timing, self.full)),
+                    f"{1000 * timing.mean / batch:.3f}",
+                    f"{low:.3f} to {high:.3f}",
+                    share(timing.limit / timing.mean if timing.limit else None),
+                ]
+            )
+        return lines
+
+    @property
+    def batches(self) -> list[int]:
+        """The batch sizes."""
+        return sorted({timing.batch for timing in self.timings})
+
+
+COLUMNS = ["way", "to dense", "to own full step", "ms per text", "quartiles", "of the limit"]
+
+
+def compare_passes(
+    checkpoint: Checkpoint,
+    texts: Sequence[str] | None = None,
+    batches: Sequence[int] = BATCHES,
+    rounds: int = 9,
+    threads: int = 1,
+    rivals: bool = True,
+) -> BenchReport:
+    """Time every step, every quality level and the dense network, all in turns, on this CPU.
+
+    Args:
+        checkpoint: what to time.
+        texts: real ones; None: random tokens, and no quality levels, which mean nothing on them.
+        batches: numbers of texts.
+        rounds: of turns, each on other texts; small batches take more of them, for as many texts.
+        threads: of every contender.
+        rivals: whether to time the dense network in other libraries.
+
+    Raises:
+        ValueError: there are fewer than two texts.
+    """
+    torch.set_num_threads(threads)
+    chosen = load_network(checkpoint, precision="auto")
+    items = _items(checkpoint, texts, rounds * max(batches), chosen.config.vocab_size)
+    networks = [chosen]
+    if chosen.precision != "float32":
+        networks.insert(0, load_network(checkpoint))
+    precisions = [network.precision for network in networks]
+    machine = Machine.measure(precisions)
+    last = chosen.config.num_steps
+    contenders: list[Contender] = []
+    for network in networks:
+        contenders += step_contenders(network, range(1, last + 1), machine)
+        if texts is not None:
+            contenders += level_contenders(network, checkpoint)
+    if rivals:
+        contenders += rival_contenders(networks[0].model, threads, "bfloat16" in precisions)
+    timings: list[Timing] = []
+    for batch in batches:
+        turns = max(rounds, min(MOST_ROUNDS, len(items) // batch))
+        timings += time_in_turns(contenders, [_round(items, turn, batch) for turn in range(turns)])
+    return BenchReport(
+        model=checkpoint.label,
+        texts="random tokens" if texts is None else f"{len(texts)} texts given",
+        tokens=sum(map(len, items)) / len(items),
+        machine=machine,
+        facts=_facts(threads),
+        full=step_name(chosen.precision, last),
+        timings=tuple(timings),
+    )
+
+
+def write_bench_report(report: BenchReport, folder: Path) -> None:
+    """Write `README.md`, `report.json` and the plot to `folder`, which is made where needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    tables = "\n\n".join(
+        f"## Batches of {batch}\n\n{markdown_table(COLUMNS, report.rows(batch))}"
+        for batch in report.batches
+    )
+    facts = ", ".join(f"{name} {value}" for name, value in report.facts.items())
+    machine = report.machine
+    rates = ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in machine.macs.items())
+    (folder / "README.md").write_text(
+        f"""# The compact pass of {report.model}, timed
+
+On {report.texts}, {report.tokens:.0f} tokens on average; {facts}. One large matrix product reaches,
+in billions of multiply-adds a second, {rates}; one large copy {machine.bandwidth / 1e9:.1f} GB/s.
+
+Contenders took turns on the same texts, others in each round; means. "To dense" is the time as a
+share of the dense network's in Transformers (float32, padded to the longest text), "to own full
+step" of `{report.full}`. "Of the limit" is the least time that the multiply-adds, or reading the
+weights once, take at those rates, as a share of the time.
+
+![time against batch size](passes.svg)
+
+{tables}
+"""
+    )
+    draw([folder / "passes.png", folder / "passes.svg"], partial(_plot, report=report))
+
+
+def _plot(axes: Axes, report: BenchReport) -> None:
+    names = [t.name for t in report.timings if t.batch == report.batches[0]]
+    shown = [n for n in names if not n.startswith("step ") or n == report.full]
+    for name in shown:
+        own = [t for t in report.timings if t.name == name]
+        style = "--" if name.startswith("dense") else "-"
+        xs, ys = [t.batch for t in own], [1000 * t.mean / t.batch for t in own]
+        axes.plot(xs, ys, style, marker="o", markersize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("texts in a batch")
+    axes.set_ylabel("ms per text")
+    axes.legend(fontsize=7)
+
+
+def _items(
+    checkpoint: Checkpoint, texts: Sequence[str] | None, count: int, vocabulary: int
+) -> list[TokenIds]:
+    if texts is None:
+        longest = min(LENGTHS[1], checkpoint.manifest.max_tokens)
+        return made_up_texts(count, min(LENGTHS[0], longest), longest, vocabulary)
+    if len(texts) < 2:
+        raise ValueError("two texts are needed at least")
+    encodings = load_tokenizer(checkpoint).encode_batch(list(texts[:count]))
+    return [encoding.ids for encoding in encodings]
+
+
+def _round(items: Sequence[TokenIds], turn: int, batch: int) -> list[TokenIds]:
+    """Return the texts of a turn; where they run out, they begin again."""
+    return [items[(turn * batch + place) % len(items)] for place in range(batch)]
+
+
+def _facts(threads: int) -> dict[str, str]:
+    return {
+        "processor": _processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(threads),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

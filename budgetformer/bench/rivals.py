@@ -1,0 +1,175 @@
+"""What a user would run instead: the dense network in Transformers and in ONNX Runtime.
+
+They pad a batch to its longest text, as those libraries do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from budgetformer.bench.timing import Contender, TokenIds
+from budgetformer.modeling import BudgetFormerForSequenceClassification, masked_mean
+
+DENSE = "dense, Transformers sdpa"
+DENSE_BFLOAT16 = "dense, Transformers sdpa bfloat16"
+ONNX_FLOAT32 = "dense, ONNX Runtime float32"
+ONNX_INT8 = "dense, ONNX Runtime int8"
+
+
+class DenseTwin(nn.Module):
+    """The full step of a network as a BERT of Transformers with the same weights.
+
+    Raises:
+        ValueError: the network is no BERT: pre-norm, or with another summary than the mean.
+    """
+
+    def __init__(self, model: BudgetFormerForSequenceClassification) -> None:
+        super().__init__()
+        config = model.config
+        if config.norm_position != "post" or config.pooling != "mean":
+            raise ValueError("only a post-norm network with mean pooling has a twin here")
+        bert = BertConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            hidden_act=config.hidden_act,
+            max_position_embeddings=config.max_position_embeddings,
+            type_vocab_size=config.type_vocab_size,
+            layer_norm_eps=config.layer_norm_eps,
+        )
+        bert._attn_implementation = "sdpa"
+        self.bert = BertModel(bert, add_pooling_layer=False)
+        _copy_encoder(model, self.bert)
+        self.classify = model.classify
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        """Classify padded ids [B, T] into logits [B, C]."""
+        states = self.bert(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+        ).last_hidden_state
+        return self.classify(masked_mean(states, attention_mask))
+
+
+def _copy_encoder(model: BudgetFormerForSequenceClassification, bert: Any) -> None:
+    ours, theirs = model.encoder.embeddings, bert.embeddings
+    pairs: list[tuple[Any, Any]] = [
+        (ours.word, theirs.word_embeddings),
+        (ours.position, theirs.position_embeddings),
+        (ours.segment, theirs.token_type_embeddings),
+        (ours.norm, theirs.LayerNorm),
+    ]
+    for layer, twin in zip(model.encoder.encoder_layers, bert.encoder.layer, strict=True):
+        attention, net = layer.attention, layer.feed_forward
+        pairs += [
+            (attention.query, twin.attention.self.query),
+            (attention.key, twin.attention.self.key),
+            (attention.value, twin.attention.self.value),
+            (attention.output, twin.attention.output.dense),
+            (layer.attention_norm, twin.attention.output.LayerNorm),
+            (net.up, twin.intermediate.dense),
+            (net.down, twin.output.dense),
+            (layer.feed_forward_norm, twin.output.LayerNorm),
+        ]
+    for source, target in pairs:
+        target.load_state_dict(source.state_dict())
+
+
+def padded(items: Sequence[TokenIds]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ids, attention mask and segment ids of some items, [B, T] each."""
+    longest = max(len(ids) for ids in items)
+    ids = np.zeros((len(items), longest), np.int64)
+    mask = np.zeros_like(ids)
+    for row, item in enumerate(items):
+        ids[row, : len(item)] = item
+        mask[row, : len(item)] = 1
+    return ids, mask, np.zeros_like(ids)
+
+
+def rival_contenders(
+    model: BudgetFormerForSequenceClassification, threads: int, bfloat16: bool
+) -> Iterator[Contender]:
+    """Yield the dense network in Transformers and, where that is installed, in ONNX Runtime.
+
+    Args:
+        model: whose full step they compute.
+        threads: of ONNX Runtime; torch's own are not changed.
+        bfloat16: whether this machine multiplies fast in it.
+
+    Raises:
+        ValueError: as for `DenseTwin`.
+    """
+    twin = DenseTwin(model).eval()
+
+    @torch.inference_mode()
+    def dense(items: Sequence[TokenIds]) -> object:
+        return twin(*map(torch.from_numpy, padded(items)))
+
+    yield Contender(DENSE, dense)
+    if bfloat16:
+        half = DenseTwin(model).eval()
+        half.bert.bfloat16()
+        half.classify = lambda pooled: model.classify(pooled.float())
+
+        @torch.inference_mode()
+        def dense_bfloat16(items: Sequence[TokenIds]) -> object:
+            return half(*map(torch.from_numpy, padded(items)))
+
+        yield Contender(DENSE_BFLOAT16, dense_bfloat16)
+    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
+        yield from _onnx_contenders(twin, threads)
+
+
+def _onnx_contenders(twin: DenseTwin, threads: int) -> Iterator[Contender]:
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+
+    def contender(name: str, path: Path) -> Contender:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+        def run(items: Sequence[TokenIds]) -> object:
+            return session.run(None, dict(zip(NAMES, padded(items), strict=True)))
+
+        return Contender(name, run)
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain, small = Path(folder) / "plain.onnx", Path(folder) / "int8.onnx"
+        _export(twin, plain)
+        quantize_dynamic(plain, small, per_channel=True, weight_type=QuantType.QInt8)
+        yield contender(ONNX_FLOAT32, plain)
+        yield contender(ONNX_INT8, small)
+
+
+NAMES = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def _export(twin: DenseTwin, path: Path) -> None:
+    example = tuple(torch.ones(2, 9, dtype=torch.long) for _ in NAMES)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about its own parts
+        torch.onnx.export(
+            twin,
+            example,
+            path,
+            input_names=NAMES,
+            output_names=("logits",),
+            dynamic_shapes=tuple(sizes for _ in NAMES),
+            external_data=False,
+            verbose=False,
+        )

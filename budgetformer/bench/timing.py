@@ -1,0 +1,118 @@
+"""Time several ways to do the same work, in turns: a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+
+TokenIds = list[int]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to classify a batch.
+
+    Attributes:
+        name: as tables show it.
+        run: classifies items, given their token ids; it returns when they are done.
+        limit: least seconds that the hardware needs for these items, if that is known.
+    """
+
+    name: str
+    run: Callable[[Sequence[TokenIds]], object]
+    limit: Callable[[Sequence[TokenIds]], float] | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one contender took for batches, in seconds: every round's, and the mean limit."""
+
+    name: str
+    batch: int
+    rounds: tuple[float, ...]
+    limit: float | None
+
+    @cached_property
+    def quartiles(self) -> tuple[float, float, float]:
+        """Lower quartile, median and upper quartile of the rounds."""
+        low, median, high = statistics.quantiles(self.rounds, n=4)
+        return low, median, high
+
+    @property
+    def mean(self) -> float:
+        """Seconds for a batch, over rounds of different texts."""
+        return statistics.fmean(self.rounds)
+
+
+def time_in_turns(
+    contenders: Sequence[Contender], batches: Sequence[Sequence[TokenIds]]
+) -> list[Timing]:
+    """Time every contender on each of two batches or more, in turns after a warm-up on the first.
+
+    A batch is a round: texts differ in what they need, so each round has others.
+    """
+    taken: list[list[float]] = [[] for _ in contenders]
+    for turn, items in enumerate([batches[0], *batches]):
+        for contender, own in zip(contenders, taken, strict=True):
+            started = time.perf_counter()
+            contender.run(items)
+            if turn:
+                own.append(time.perf_counter() - started)
+    return [
+        Timing(
+            c.name,
+            len(batches[0]),
+            tuple(own),
+            statistics.fmean(map(c.limit, batches)) if c.limit else None,
+        )
+        for c, own in zip(contenders, taken, strict=True)
+    ]
+
+
+def made_up_texts(count: int, shortest: int, longest: int, vocabulary: int) -> list[TokenIds]:
+    """Return items of random tokens and of lengths between two bounds; always the same ones."""
+    draw = random.Random(0)
+    return [
+        [draw.randrange(1, vocabulary) for _ in range(draw.randint(shortest, longest))]
+        for _ in range(count)
+    ]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this device reaches at best: multiply-adds per second by precision, bytes per second."""
+
+    macs: dict[str, float]
+    bandwidth: float
+
+    @classmethod
+    def measure(cls, precisions: Sequence[str]) -> Machine:
+        """Time one large matrix product in each precision, and one large copy."""
+        rows, inner, columns = 2048, 1024, 1024
+        macs = {}
+        for precision in precisions:
+            dtype: torch.dtype = getattr(torch, precision)
+            a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
+            macs[precision] = rows * inner * columns / _least(partial(torch.mm, a, b))
+        source = torch.empty(64 * 2**20, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        return cls(macs, source.numel() / _least(lambda: target.copy_(source)))
+
+    def limit(self, precision: str, macs: float, nbytes: float) -> float:
+        """Return the least seconds for so many multiply-adds on weights of so many bytes."""
+        return max(macs / self.macs[precision], nbytes / self.bandwidth)
+
+
+def _least(run: Callable[[], object], rounds: int = 10) -> float:
+    taken = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - started)
+    return min(taken)

@@ -1,0 +1,152 @@
+"""What a pass costs in seconds on the device at hand: a table that is measured once and kept.
+
+Seconds of a batch at a ladder step are a constant, plus so much per token, plus so much per item.
+That is all a scheduler or a simulator needs to know of a device, and this module knows no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from budgetformer.errors import DataError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of a batch at one step: `constant`, and `token` and `item` for each of those."""
+
+    constant: float
+    token: float
+    item: float
+
+    def seconds(self, tokens: int, items: int) -> float:
+        """Return what a batch takes."""
+        return self.constant + self.token * tokens + self.item * items
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One timed batch: its step (0: the decision), tokens and items in all, and seconds."""
+
+    step: int
+    tokens: int
+    items: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Seconds by ladder step on one device.
+
+    Attributes:
+        model: `name:version`.
+        device, dtype: where and in which precision it was measured; "" for a guess.
+        steps: of steps 0..S; step 0 is the decision on arrival, which every item pays.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    steps: tuple[StepCost, ...]
+
+    def batch(self, step: int, tokens: int, items: int) -> float:
+        """Return the seconds of a batch at a step."""
+        return self.steps[step].seconds(tokens, items)
+
+    def share(self, step: int, tokens: int) -> float:
+        """Return what an item of so many tokens adds to a batch at a step."""
+        return self.steps[step].token * tokens + self.steps[step].item
+
+    def constant(self, step: int) -> float:
+        """Return the seconds that a batch at a step takes whatever is in it."""
+        return self.steps[step].constant
+
+    def dump(self) -> str:
+        """Return the table as JSON."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+
+
+def fit_table(model: str, device: str, dtype: str, measured: Sequence[Measurement]) -> CostTable:
+    """Fit every step's costs to timed batches, by least relative squares, none below zero.
+
+    Raises:
+        ValueError: a step from 0 to the highest one has fewer than three batches.
+    """
+    last = max((m.step for m in measured), default=0)
+    by_step = [[m for m in measured if m.step == step] for step in range(last + 1)]
+    if any(len(own) < 3 for own in by_step):
+        raise ValueError("a step needs three timed batches at least")
+    return CostTable(model, device, dtype, tuple(_fit(own) for own in by_step))
+
+
+def _fit(measured: Sequence[Measurement]) -> StepCost:
+    seconds = np.array([m.seconds for m in measured])
+    sizes = np.array([[1.0, m.tokens, m.items] for m in measured]) / seconds[:, None]
+    columns = [0, 1, 2]
+    while True:
+        found = np.linalg.lstsq(sizes[:, columns], np.ones(len(measured)), rcond=None)[0]
+        if (found >= 0).all() or len(columns) == 1:
+            break
+        # The most negative term explains nothing: fit the others without it.
+        del columns[int(found.argmin())]
+    costs = np.zeros(3)
+    costs[columns] = np.maximum(found, 0.0)
+    return StepCost(*map(float, costs))
+
+
+def guess_table(
+    model: str, token_macs: Sequence[float], seconds_per_mac: float, constant: float
+) -> CostTable:
+    """Return a table from multiply-adds alone, for a device that was never measured.
+
+    Args:
+        model: `name:version`.
+        token_macs: multiply-adds per token at steps 0..S.
+        seconds_per_mac: the device's.
+        constant: seconds that any batch takes.
+    """
+    steps = tuple(StepCost(constant, macs * seconds_per_mac, 0.0) for macs in token_macs)
+    return CostTable(model, "", "", steps)
+
+
+def read_tables(path: Path) -> dict[str, CostTable]:
+    """Read the tables of a file or of every JSON file of a folder, by model.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path}: no cost table in it")
+    tables = [_read(file) for file in files]
+    return {table.model: table for table in tables}
+
+
+def _read(path: Path) -> CostTable:
+    try:
+        values = json.loads(path.read_text())
+        return _parse(values)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: no cost table: {error}") from error
+
+
+def _parse(values: Mapping[str, object]) -> CostTable:
+    if values["format"] != FORMAT:
+        raise ValueError(f"format {values['format']}, this program reads {FORMAT}")
+    rows = values["steps"]
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("steps must be a list")
+    steps = tuple(StepCost(**{k: float(v) for k, v in row.items()}) for row in rows)
+    if not all(math.isfinite(x) and x >= 0 for step in steps for x in asdict(step).values()):
+        raise ValueError("costs must be finite and not negative")
+    return CostTable(str(values["model"]), str(values["device"]), str(values["dtype"]), steps)

@@ -1,0 +1,41 @@
+"""GET /ping and POST /invocations: what SageMaker asks of a container."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from service.api.bodies import describe_body, parse_object, read_json, validate
+from service.api.classify import respond_to_classify
+from service.api.errors import ApiError
+from service.api.health import why_not_ready
+from service.api.responses import json_response
+from service.api.schemas import ClassifyRequest, ErrorResponse, PredictRequest
+from service.api.state import state_of
+from service.api.tei import respond_to_predict
+
+router = APIRouter(tags=["compatibility"])
+
+
+@router.get("/ping", summary="Can it classify now? (SageMaker)")
+async def ping(request: Request) -> Response:
+    """Answer as `/health/ready` does."""
+    reason = why_not_ready(state_of(request), request.app.state.draining)
+    if reason:
+        raise ApiError(503, reason, code="not_ready", retry_after=1)
+    return json_response({"status": "ok"})
+
+
+@router.post(
+    "/invocations",
+    summary="Classify (SageMaker)",
+    responses={
+        status: {"model": ErrorResponse} for status in (400, 404, 413, 415, 422, 429, 503, 504)
+    },
+    openapi_extra=describe_body(ClassifyRequest, PredictRequest),
+)
+async def invocations(request: Request) -> Response:
+    """Take the body of POST /predict, if it has `inputs`, or else that of POST /classify."""
+    value = parse_object(await read_json(request, state_of(request).settings.max_body_bytes))
+    if "inputs" in value:
+        return await respond_to_predict(request, validate(value, PredictRequest))
+    return await respond_to_classify(request, validate(value, ClassifyRequest))

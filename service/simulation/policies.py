@@ -1,0 +1,179 @@
+"""Compare ways to form batches, in virtual time, on one device.
+
+python -m service.simulation.policies CHECKPOINT COST_TABLE
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from budgetformer.checkpoint import Checkpoint, read_checkpoint
+from budgetformer.cost_table import CostTable, read_tables
+from budgetformer.policy import QUALITY_NAMES, BudgetRule
+from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
+from service.scheduling.price import Outlook
+from service.simulation.device import Scheduler, SimDevice, SimItem, SimRequest
+
+BATCH_SECONDS, BATCH_ITEMS = 0.05, 256
+SECONDS = 60.0
+BULK = 512
+
+
+class OneQueue:
+    """First come, first served: a batch is whatever is at the front, of all steps."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Entry[SimItem]] = deque()
+
+    def __len__(self) -> int:
+        """Return how many entries wait."""
+        return len(self._queue)
+
+    def add(self, entry: Entry[SimItem]) -> None:
+        """Let an entry wait at the end."""
+        self._queue.append(entry)
+
+    def take(self) -> list[Entry[SimItem]]:
+        """Return the front of the queue, as much as fits into a batch."""
+        batch: list[Entry[SimItem]] = []
+        seconds = 0.0
+        while self._queue and len(batch) < BATCH_ITEMS:
+            if batch and seconds + self._queue[0].seconds > BATCH_SECONDS:
+                break
+            batch.append(self._queue.popleft())
+            seconds += batch[-1].seconds
+        return batch
+
+
+class OneLane(Buckets[SimItem]):
+    """Buckets by step, and no lane of its own for large requests."""
+
+    def add(self, entry: Entry[SimItem]) -> None:
+        """Let an entry wait in its bucket."""
+        super().add(replace(entry, lane="interactive"))
+
+
+def policies(table: CostTable) -> dict[str, Callable[[], Scheduler]]:
+    """Return what is compared, by name."""
+
+    def constant(step: object) -> float:
+        assert isinstance(step, int)
+        return table.constant(step)
+
+    return {
+        "one queue": OneQueue,
+        "buckets by step": lambda: OneLane(BATCH_SECONDS, BATCH_ITEMS, constant),
+        "buckets and lanes": lambda: Buckets(BATCH_SECONDS, BATCH_ITEMS, constant),
+    }
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What texts need: how often each path of steps is taken, and lengths in tokens."""
+
+    paths: Sequence[tuple[float, tuple[int, ...]]]
+    mean_tokens: float = 50.0
+
+    @classmethod
+    def of(cls, rules: Sequence[BudgetRule]) -> Mix:
+        """Read those of calibrated rules, which are asked for equally often."""
+        paths: list[tuple[float, tuple[int, ...]]] = []
+        for rule in rules:
+            assert rule.point is not None
+            outlook = Outlook.of(rule)
+            first = max((band.step for band in rule.point.entry), default=0)
+            for step, share in rule.point.budgets.items():
+                again = step == outlook.last and outlook.escalated
+                paths.append((share, (first, step) if again and first else (step,) if step else ()))
+        return cls(paths)
+
+    def item(self, draw: random.Random) -> SimItem:
+        """Draw a text."""
+        shares = [share for share, _ in self.paths]
+        steps = draw.choices([steps for _, steps in self.paths], shares)[0]
+        tokens = max(4, min(256, round(draw.lognormvariate(0, 0.5) * self.mean_tokens)))
+        return SimItem(tokens, steps)
+
+
+def trace(mix: Mix, rate: float, bulk_share: float, seed: int = 0) -> list[SimRequest]:
+    """Draw a minute of Poisson arrivals: `rate` texts a second, a share in large requests."""
+    draw = random.Random(seed)
+    requests: list[SimRequest] = []
+    for size, texts in ((1, rate * (1 - bulk_share)), (BULK, rate * bulk_share)):
+        time = 0.0
+        while texts and (time := time + draw.expovariate(texts / size)) < SECONDS:
+            lane: Lane = lane_of(size)
+            requests.append(SimRequest(time, [mix.item(draw) for _ in range(size)], lane))
+    return requests
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Texts a second, and seconds of latency of single texts and of large requests."""
+
+    throughput: float
+    p50: float
+    p99: float
+    bulk_p50: float
+
+
+def simulate(table: CostTable, scheduler: Scheduler, requests: Sequence[SimRequest]) -> Outcome:
+    """Serve a trace to its end."""
+    device = SimDevice(table, scheduler)
+    device.run(requests)
+    items = sum(len(request.items) for request in requests)
+
+    def latencies(lane: Lane) -> list[float]:
+        return sorted(r.latency or 0.0 for r in requests if r.lane == lane) or [0.0]
+
+    single = latencies("interactive")
+    return Outcome(
+        throughput=items / device.now,
+        p50=statistics.median(single),
+        p99=single[int(0.99 * (len(single) - 1))],
+        bulk_p50=statistics.median(latencies("bulk")),
+    )
+
+
+def capacity(table: CostTable, mix: Mix) -> float:
+    """Return the texts a second that full batches reach with buckets by step."""
+    most = trace(mix, 20_000.0, 0.0)[:20_000]
+    return simulate(table, policies(table)["buckets by step"](), most).throughput
+
+
+def compare(checkpoint: Checkpoint, table: CostTable) -> str:
+    """Return a Markdown table of every policy under several loads."""
+    mix = Mix.of([checkpoint.rule(name) for name in QUALITY_NAMES])
+    most = capacity(table, mix)
+    lines = [
+        f"Capacity in full batches: {most:.0f} texts a second.",
+        "",
+        "| load | large requests | policy | texts/s | p50 ms | p99 ms | large requests, p50 ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for load in (0.5, 0.8, 1.5):
+        for bulk in (0.0, 0.5):
+            for name, make in policies(table).items():
+                seen = simulate(table, make(), trace(mix, load * most, bulk))
+                cells = [f"{load:.0%}", f"{bulk:.0%}", name, f"{seen.throughput:.0f}"]
+                cells += [f"{1000 * s:.1f}" for s in (seen.p50, seen.p99)]
+                cells += [f"{1000 * seen.bulk_p50:.0f}" if bulk else ""]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the comparison."""
+    checkpoint = read_checkpoint(Path(sys.argv[1]))
+    table = read_tables(Path(sys.argv[2]))[checkpoint.label]
+    sys.stdout.write(compare(checkpoint, table) + "\n")
+
+
+if __name__ == "__main__":
+    main()

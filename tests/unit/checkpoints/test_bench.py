@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from budgetformer.bench.passes import step_name
+from budgetformer.bench.report import BenchReport, compare_passes, write_bench_report
+from budgetformer.bench.rivals import DENSE, ONNX_INT8, DenseTwin, padded, rival_contenders
+from budgetformer.bench.timing import Contender, Machine, Timing, made_up_texts, time_in_turns
+from budgetformer.checkpoint import read_checkpoint
+from budgetformer.modeling import BudgetFormerForSequenceClassification
+from tests.support.networks import assert_close, pad, random_items, random_network, small_config
+from tests.support.stores import TOPICS
+
+ITEMS = [[4, 5, 6], [7, 8]]
+
+
+def _as_many(items: Sequence[list[int]]) -> float:
+    return float(len(items))
+
+
+def test_contenders_take_turns_after_a_round_of_warm_up() -> None:
+    seen: list[str] = []
+    contenders = [
+        Contender("a", lambda _: seen.append("a")),
+        Contender(
+            "b", lambda items: seen.append(f"b{len(items)}"), lambda items: float(len(items))
+        ),
+    ]
+    first, second = time_in_turns(contenders, [ITEMS] * 3)
+    assert seen == ["a", "b2"] * 4
+    assert (first.name, first.batch, len(first.rounds), first.limit) == ("a", 2, 3, None)
+    assert second.limit == 2.0
+
+
+def test_the_mean_of_the_rounds_counts() -> None:
+    assert Timing("a", 1, (3.0, 1.0, 2.0, 2.0), None).mean == 2.0
+
+
+def test_every_round_has_other_texts() -> None:
+    seen: list[list[list[int]]] = []
+    time_in_turns([Contender("a", lambda items: seen.append(list(items)))], [[[1]], [[2]], [[3]]])
+    assert seen == [[[1]], [[1]], [[2]], [[3]]]
+
+
+def test_made_up_texts_are_the_same_every_time() -> None:
+    texts = made_up_texts(5, 3, 6, 40)
+    assert texts == made_up_texts(5, 3, 6, 40)
+    assert all(3 <= len(ids) <= 6 and all(0 < i < 40 for i in ids) for ids in texts)
+
+
+def test_a_limit_is_the_larger_of_multiplying_and_reading() -> None:
+    machine = Machine({"float32": 100.0}, 10.0)
+    assert machine.limit("float32", 1000, 5) == 10.0
+    assert machine.limit("float32", 10, 50) == 5.0
+
+
+def test_a_machine_is_measured() -> None:
+    machine = Machine.measure(["float32"])
+    assert machine.macs["float32"] > 0
+    assert machine.bandwidth > 0
+
+
+def test_padding_marks_the_real_tokens() -> None:
+    ids, mask, segments = padded(ITEMS)
+    assert ids.tolist() == [[4, 5, 6], [7, 8, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert not segments.any()
+
+
+@pytest.mark.parametrize("head", [None, "tanh"])
+@torch.no_grad()
+def test_the_dense_twin_answers_as_the_full_step(head: str | None) -> None:
+    network = random_network(small_config(head_activation=head))
+    batch = pad(random_items([5, 9, 1]))
+    ids, mask, segments = batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
+    answer = DenseTwin(network).eval()(ids, mask, segments)
+    assert_close(answer, network(**batch, steps=network.config.num_steps).logits)
+
+
+@pytest.mark.parametrize("changes", [{"norm_position": "pre"}, {"pooling": "cls"}])
+def test_what_is_no_bert_has_no_twin(changes: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="no|only a post-norm network"):
+        DenseTwin(random_network(small_config(**changes)))
+
+
+def test_every_rival_gives_the_same_answers() -> None:
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
+        pytest.skip("ONNX Runtime is not installed (extra: bench)")
+    network: BudgetFormerForSequenceClassification = random_network(small_config())
+    rivals = {c.name: c.run(ITEMS) for c in rival_contenders(network, 1, bfloat16=False)}
+    expected = rivals.pop(DENSE)
+    assert isinstance(expected, torch.Tensor)
+    for name, answer in rivals.items():
+        assert isinstance(answer, list)
+        near = 0.2 if name == ONNX_INT8 else 1e-5
+        assert_close(torch.from_numpy(answer[0]), expected, near)
+
+
+@pytest.fixture(scope="module")
+def report(model_store: Path) -> BenchReport:
+    checkpoint = read_checkpoint(model_store / TOPICS / "1")
+    texts = ["the match was won in the last minute", "shares fell again"]
+    return compare_passes(checkpoint, texts, batches=(1, 2), rounds=2, rivals=False)
+
+
+def test_every_step_and_level_is_timed_at_every_batch_size(report: BenchReport) -> None:
+    names = {timing.name for timing in report.timings}
+    assert {step_name("float32", step) for step in (1, 2, 3, 4)} <= names
+    assert "balanced, float32" in names
+    assert report.batches == [1, 2]
+    assert len(report.timings) == 2 * len(names)
+
+
+def test_the_full_step_is_the_measure(report: BenchReport) -> None:
+    for timing in report.timings:
+        ratio = report.ratio(timing, report.full)
+        assert ratio is not None
+        assert (ratio == 1) == (timing.name == report.full)
+        assert report.ratio(timing, DENSE) is None
+
+
+def test_a_report_is_a_page_with_its_figures(report: BenchReport, tmp_path: Path) -> None:
+    write_bench_report(report, tmp_path)
+    page, plain = (
+        (tmp_path / "README.md").read_text(),
+        json.loads((tmp_path / "report.json").read_text()),
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "report.json",
+        "passes.png",
+        "passes.svg",
+    }
+    assert "## Batches of 2" in page
+    assert plain["timings"][0]["ms_per_text"] > 0
+
+
+def test_one_text_is_not_enough(model_store: Path) -> None:
+    with pytest.raises(ValueError, match="two texts"):
+        compare_passes(read_checkpoint(model_store / TOPICS / "1"), ["one"])
