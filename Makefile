@@ -50,6 +50,8 @@ docs: .venv/.dev ## build the documentation into site/
 lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/serve.txt requirements/torch.in pyproject.toml
 	$(PORTABLE) requirements/serve.txt
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra tracing --constraint requirements/serve.txt --output-file requirements/image.txt requirements/torch.in pyproject.toml
+	$(PORTABLE) requirements/image.txt
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra dev --extra bench --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
 	$(PORTABLE) requirements/dev.txt
 

@@ -15,7 +15,7 @@ import budgetformer
 from service.api import classify, health, kserve, models, playground, sagemaker, tei
 from service.api.classify import DEFAULT_QUALITY
 from service.api.errors import install_error_handlers
-from service.api.middleware import OTHER, Observe
+from service.api.middleware import OTHER, PROBES, Observe
 from service.api.models import LoadRequest
 from service.api.schemas import (
     ClassifyRequest,
@@ -116,7 +116,7 @@ def create_app(
 def _operational(scope: MutableMapping[str, Any]) -> bool:
     """Say whether a request is a probe or a scrape, which would drown the traces of the others."""
     path = str(scope.get("path"))
-    return path == "/metrics" or path.startswith("/health")
+    return path == "/metrics" or path.startswith(PROBES)
 
 
 def _document_bodies(app: FastAPI) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -94,6 +94,8 @@ class Settings(BaseSettings):
     """On SIGTERM, how long requests in flight may take to finish."""
     admin_key: SecretStr | None = None
     """Key for loading and unloading models; without one these routes are closed."""
+    admin_key_file: Path | None = None
+    """File that holds the admin key, as container secrets do; an empty one holds none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least important log line to write."""
     log_format: Literal["auto", "json", "console"] = "auto"
@@ -107,6 +109,24 @@ class Settings(BaseSettings):
         if isinstance(value, float) and not 0 <= value <= 100:
             raise ValueError("quality as a number is 0..100 accuracy points")
         return value
+
+    @field_validator("admin_key_file")
+    @classmethod
+    def _readable(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            try:
+                value.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "this is no text"
+                raise ValueError(f"{value}: {reason}") from None
+        return value
+
+    @model_validator(mode="after")
+    def _take_admin_key(self) -> Self:
+        if self.admin_key is None and self.admin_key_file is not None:
+            key = self.admin_key_file.read_text(encoding="utf-8").strip()
+            self.admin_key = SecretStr(key) if key else None
+        return self
 
     @classmethod
     def settings_customise_sources(

@@ -100,7 +100,10 @@ async def _respond(
 ) -> Response:
     deadline = started + (body.timeout_ms or state.settings.timeout_ms) / 1000
     quality = _quality(state, body, model)
-    with state.tracer.start_as_current_span("tokenize") as span:
+    # An exception could quote a text, so it is not recorded.
+    with state.tracer.start_as_current_span(
+        "tokenize", record_exception=False, set_status_on_exception=False
+    ) as span:
         encodings = await asyncio.get_running_loop().run_in_executor(
             state.tokenizing, model.encode, texts
         )

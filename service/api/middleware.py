@@ -25,8 +25,8 @@ log = structlog.get_logger()
 
 _SOUND_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OTHER = "other"
-PROBES = "/health"
-"""Routes whose errors are answers."""
+PROBES = ("/health", "/v2/health", "/ping")
+"""How the paths of probes begin, whose errors are answers."""
 _REFUSALS = {"body_too_large": "too_large", "too_many_items": "too_large"}
 
 

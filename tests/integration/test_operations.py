@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +313,30 @@ async def test_no_log_line_holds_a_text(fresh: Service) -> None:
     assert lines
     assert any(line["event"] == "an item failed" for line in lines)
     assert secret not in json.dumps(lines, default=str)
+
+
+def lines_of_requests(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [line for line in lines if line["event"] == "request" and line["route"] == "/classify"]
+
+
+@pytest.mark.parametrize(("share", "level"), [(0.0, "debug"), (1.0, "info")])
+async def test_a_share_of_the_requests_is_logged(
+    model_store: Path, share: float, level: str
+) -> None:
+    async with service(model_store, models=["topics"], access_log=share) as some:
+        with capture_logs() as lines:
+            await some.ask(TEXT)
+            await some.ask(TEXT, model="nothing")
+    logged = lines_of_requests(lines)
+    assert [line["outcome"] for line in logged] == ["ok", "invalid"]
+    assert {line["log_level"] for line in logged} == {level}
+
+
+async def test_a_request_that_ends_in_an_error_is_always_logged(fresh: Service) -> None:
+    with capture_logs() as lines, poison(fresh.core.models["topics", 2].network, 4, "raise"):
+        answer = await fresh.ask("otter fox", heads=HEADS)
+        await fresh.client.get("/health/ready")
+    (line,) = lines_of_requests(lines)
+    assert answer.status_code == 500, answer.text
+    assert line["log_level"] == "info"
+    assert line["status"] == 500

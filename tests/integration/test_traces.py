@@ -169,7 +169,7 @@ async def test_a_batch_is_linked_to_every_request_in_it(traced: Traced) -> None:
 
 
 async def test_probes_and_scrapes_are_not_traced(traced: Traced) -> None:
-    for path in ("/metrics", "/health", "/health/ready", "/health/live"):
+    for path in ("/metrics", "/health", "/health/ready", "/v2/health/live", "/ping"):
         await traced.service.client.get(path)
     assert not traced.spans()
 

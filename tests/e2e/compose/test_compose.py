@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +21,8 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.dashboards import BOARDS, queries, read_board
 
 pytestmark = pytest.mark.compose
 
@@ -194,14 +198,26 @@ def test_prometheus_loads_and_evaluates_the_rules(stack: Stack) -> None:
     )
 
 
-def test_grafana_has_the_dashboard(stack: Stack) -> None:
+def test_every_panel_of_the_dashboards_shows_a_number(stack: Stack) -> None:
+    for quality in ("fast", "balanced", "best"):
+        stack.classify(input=TEXTS, quality=quality)
+    asked = {query: query.filled("1m", "30m") for query in queries()}
+
+    def unanswered() -> list[str]:
+        return [str(query) for query, text in asked.items() if stack.query(text) is None]
+
+    assert eventually(unanswered, lambda names: not names, 90) == []
+
+
+def test_grafana_has_the_dashboards(stack: Stack) -> None:
     if "grafana" not in stack.compose("ps", "--services").split():
         pytest.skip("this stack has no Grafana")
     with httpx.Client(
         base_url=f"http://127.0.0.1:{stack.environment['GRAFANA_PORT']}", timeout=30
     ) as grafana:
-        answer = grafana.get("/api/dashboards/uid/budgetformer-service").raise_for_status()
-    assert answer.json()["dashboard"]["title"] == "BudgetFormer Serving"
+        for name in BOARDS:
+            answer = grafana.get(f"/api/dashboards/uid/budgetformer-{name}").raise_for_status()
+            assert answer.json()["dashboard"]["title"] == read_board(name)["title"]
 
 
 def test_the_container_can_do_little(stack: Stack) -> None:
@@ -217,6 +233,44 @@ def test_the_container_can_do_little(stack: Stack) -> None:
     assert found["State"]["Health"]["Status"] == "healthy"
     for published in found["NetworkSettings"]["Ports"].values():
         assert {place["HostIp"] for place in published or []} <= {"127.0.0.1"}
+
+
+def test_a_killed_container_comes_back_and_prometheus_saw_it(stack: Stack) -> None:
+    started = 'changes(budgetformer_process_start_time_seconds{job="budgetformer"}[10m])'
+    process = int(stack.inspect("service")["State"]["Pid"])
+    try:
+        os.kill(process, signal.SIGKILL)  # a crash; after `docker kill` it would stay down
+    except PermissionError:
+        pytest.skip("may not kill a container's process from here")
+    ready = eventually(lambda: _is_ready(stack), bool, 120)
+    assert ready
+    assert stack.classify(input=TEXTS)["data"][0]["label"] == "Sports"
+    assert eventually(lambda: stack.query(started), lambda seen: bool(seen)) == 1
+
+
+def _is_ready(stack: Stack) -> bool:
+    try:
+        return stack.service.get("/health/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _in_flight(stack: Stack) -> int:
+    engines = stack.service.get("/health").json()["engines"]
+    return sum(int(engine["in_flight_items"]) for engine in engines)
+
+
+def test_it_answers_what_it_has_begun_before_it_stops(stack: Stack) -> None:
+    texts = TEXTS[:4] * 128
+    body = {"input": texts, "heads": 12, "timeout_ms": 60_000}
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(stack.service.post, "/classify", json=body, timeout=90)
+        eventually(lambda: sent.done() or _in_flight(stack) > 0, bool)
+        stack.compose("stop", "service")
+        answer = sent.result()
+    assert answer.status_code == 200
+    assert len(answer.json()["data"]) == len(texts)
+    stack.compose("up", "--detach", "--wait", "--wait-timeout", "120", "--no-build", "service")
 
 
 def test_it_stops_in_order_and_comes_back(stack: Stack) -> None:

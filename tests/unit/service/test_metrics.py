@@ -1,21 +1,30 @@
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 from prometheus_client import generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from service.observability.metrics import Metrics
+from service.observability.context import RequestContext, serving
+from service.observability.metrics import ItemSpent, Metrics
 from tests.support.exposition import Exposition
+from tests.support.programs import program
 
 DURATIONS = [
     0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
     0.1, 0.2, 0.5, 1, 2.5, 5, 10,
 ]  # fmt: skip
 
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
 CONTRACT = {
     "requests": ("counter", {"route", "outcome"}),
     "request_duration_seconds": ("histogram", {"route"}),
     "request_heads": ("histogram", {"model", "version"}),
     "items": ("counter", {"model", "version", "budget"}),
+    "items_expected": ("counter", {"model", "version", "budget"}),
     "item_tokens": ("histogram", {"model", "version"}),
     "stage_duration_seconds": ("histogram", {"stage"}),
     "macs": ("counter", {"model", "version"}),
@@ -35,6 +44,9 @@ CONTRACT = {
     "deadline_exceeded": ("counter", set()),
     "truncated": ("counter", set()),
     "engine_restarts": ("counter", set()),
+    "device_busy_seconds": ("counter", {"engine"}),
+    "device_memory_bytes": ("gauge", {"engine"}),
+    "engine_heartbeat_age_seconds": ("gauge", {"engine"}),
 }
 """What reads 0 from the start, once routes and models are known."""
 
@@ -47,6 +59,7 @@ def scrape(metrics: Metrics) -> Exposition:
 def metrics() -> Metrics:
     metrics = Metrics()
     metrics.know_routes(["/classify", "other"])
+    metrics.know_engines(2)
     metrics.know_model("topics", "1", [0, 1, 2])
     return metrics
 
@@ -135,6 +148,82 @@ def test_a_retired_model_keeps_its_counters_and_loses_what_says_that_it_is_serve
     assert shown.total("macs_total", model="topics") == 5
     assert not shown.select("model_info")
     assert not shown.select("model_load_seconds")
+
+
+@pytest.fixture
+def counted(metrics: Metrics) -> Metrics:
+    """Count one request of three texts, two answered at step 0 and one at step 2, traced."""
+    context = RequestContext("r-1", f"00-{TRACE}-b7ad6b7169203331-01")
+    items = [
+        ItemSpent(0, 0, 12, 10, 600),
+        ItemSpent(2, 5, 41, 300, 900),
+        ItemSpent(0, 0, 9, 8, 400),
+    ]
+    with serving(context):
+        metrics.count_stages({"tokenize": 0.001, "compute": 0.004})
+        metrics.model("topics", "1").count(items, 8, {0: 0.5, 1: 0.5})
+        metrics.count_request("/classify", "ok", 0.006, context)
+    metrics.batch("topics", 2).count(1, 41, 0.0)
+    return metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("heads_used_total", 5),
+        ("heads_total", 24),
+        ("macs_total", 318),
+        ("dense_macs_total", 1900),
+        ("request_heads_sum", 5),
+        ("request_heads_count", 3),
+        ("item_tokens_sum", 62),
+        ("batches_total", 1),
+        ("batch_tokens_sum", 41),
+        ("stage_duration_seconds_sum", 0.005),
+        ("request_duration_seconds_sum", 0.006),
+    ],
+)
+def test_a_request_is_counted_once_everywhere(counted: Metrics, name: str, value: float) -> None:
+    assert scrape(counted).total(name) == pytest.approx(value)
+
+
+def test_texts_are_counted_by_the_step_that_answered_and_by_the_one_expected(
+    counted: Metrics,
+) -> None:
+    shown = scrape(counted)
+    assert shown.by("budget", "items_total") == {"0": 2, "2": 1}
+    assert shown.by("budget", "items_expected_total") == {"0": 1.5, "1": 1.5}
+
+
+def test_where_nothing_was_calibrated_what_happens_is_expected(metrics: Metrics) -> None:
+    metrics.model("topics", "1").count([ItemSpent(1, 4, 5, 6, 7)], 8)
+    shown = scrape(metrics)
+    assert shown.by("budget", "items_expected_total") == shown.by("budget", "items_total")
+
+
+def test_exemplars_name_the_trace(counted: Metrics) -> None:
+    text = generate_openmetrics(counted.registry).decode()
+    named = {
+        sample.name
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.exemplar is not None and sample.exemplar.labels == {"trace_id": TRACE}
+    }
+    assert named == {
+        "budgetformer_request_duration_seconds_bucket",
+        "budgetformer_stage_duration_seconds_bucket",
+        "budgetformer_request_heads_bucket",
+    }
+
+
+def test_promtool_finds_nothing_to_complain_about(counted: Metrics) -> None:
+    done = subprocess.run(
+        [program("promtool"), "check", "metrics"],
+        input=generate_latest(counted.registry),
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
 
 def test_two_servers_in_one_process_count_apart() -> None:

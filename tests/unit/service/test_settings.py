@@ -221,3 +221,26 @@ class TestRefused:
     def test_a_secret_is_not_repeated(self, command: CommandLine) -> None:
         outcome = command("serve", "--print-config", "--admin-key", "open-sesame", "--port=many")
         assert "sesame" not in outcome.complaint()
+
+
+def test_the_admin_key_can_come_from_a_file(command: CommandLine, tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("open-sesame\n")
+    outcome = command("serve", "--print-config", f"--admin-key-file={path}")
+    assert json.loads(outcome.out)["admin_key"] == "**********"
+    assert "open-sesame" not in outcome.out
+    settings = Settings(admin_key_file=path)
+    assert settings.admin_key is not None
+    assert settings.admin_key.get_secret_value() == "open-sesame"
+
+
+def test_an_empty_file_holds_no_admin_key(command: CommandLine, tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("\n")
+    assert printed(command, f"--admin-key-file={path}")["admin_key"] is None
+
+
+def test_a_missing_file_of_the_admin_key_is_one_line(command: CommandLine, tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    complaint = command("serve", "--print-config", f"--admin-key-file={missing}").complaint()
+    assert f"{missing}: No such file" in complaint

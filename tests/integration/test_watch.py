@@ -1,0 +1,110 @@
+"""What the metrics say of engines that come, go and change."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from prometheus_client import generate_latest
+
+from service.engine.client import EngineClient, Lost
+from service.engine.protocol import PROTOCOL, BatchRan, Heartbeat, Hello, ModelInfo
+from service.models import Models
+from service.observability.metrics import Metrics
+from service.observability.watch import EngineWatch
+from tests.support.exposition import Exposition
+
+BEAT = Heartbeat({"topics": 3}, {"topics": 0.5}, {"topics": 2.0}, {"topics": 4}, 1000, "balanced")
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    metrics = Metrics()
+    metrics.know_engines(2)
+    return metrics
+
+
+@pytest.fixture
+def watch(metrics: Metrics, model_store: Path) -> EngineWatch:
+    return EngineWatch(metrics, Models(model_store, ["topics"], "topics"), auto=True)
+
+
+def shown(metrics: Metrics) -> Exposition:
+    return Exposition(generate_latest(metrics.registry).decode())
+
+
+def hello(pid: int) -> Hello:
+    return Hello(PROTOCOL, pid, "cpu", "2")
+
+
+def test_queues_of_all_engines_are_added_up(metrics: Metrics, watch: EngineWatch) -> None:
+    watch(0, BEAT)
+    watch(1, BEAT)
+    seen = shown(metrics)
+    assert seen.total("queue_items", model="topics") == 6
+    assert seen.total("queue_cost_seconds", model="topics") == 1.0
+    assert seen.total("in_flight_items", model="topics") == 8
+    assert seen.total("queue_oldest_age_seconds", model="topics") == 2.0
+
+
+def test_the_queue_of_an_engine_that_died_is_gone(metrics: Metrics, watch: EngineWatch) -> None:
+    watch(0, BEAT)
+    watch(1, BEAT)
+    watch(0, Lost())
+    assert shown(metrics).total("queue_items") == 3
+    watch(1, Lost())
+    seen = shown(metrics)
+    for name in ("queue_items", "queue_cost_seconds", "queue_oldest_age_seconds"):
+        assert seen.total(name, model="topics") == 0
+    assert seen.total("device_memory_bytes") == 0
+
+
+def test_a_restart_is_another_process_under_the_same_index(
+    metrics: Metrics, watch: EngineWatch
+) -> None:
+    for index, pid in ((0, 11), (1, 12), (0, 11), (0, 13)):
+        watch(index, hello(pid))
+    assert shown(metrics).total("engine_restarts_total") == 1
+
+
+def test_the_time_of_passes_is_the_time_that_a_device_is_busy(
+    metrics: Metrics, watch: EngineWatch
+) -> None:
+    watch(1, BatchRan("topics", 2, 1, 8, 80, 0.0, 0.25))
+    watch(1, BatchRan("topics", 2, 0, 8, 80, 0.0, 0.05))
+    busy = shown(metrics).by("engine", "device_busy_seconds_total")
+    assert busy == {"1": pytest.approx(0.3)}
+
+
+def test_an_engine_that_never_came_grows_silent(
+    metrics: Metrics, watch: EngineWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = [EngineClient(i, Path("nowhere"), watch) for i in range(2)]
+    now = time.monotonic()
+    clients[1].heard = now + 60
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    watch.refresh(clients)
+    ages = shown(metrics).by("engine", "engine_heartbeat_age_seconds")
+    assert ages["0"] >= 61
+    assert ages["1"] == pytest.approx(1)
+
+
+def test_an_engine_that_came_back_with_another_precision_is_described_once(
+    metrics: Metrics, watch: EngineWatch
+) -> None:
+    for dtype in ("float32", "bfloat16"):
+        watch(0, hello(11))
+        watch(0, ModelInfo("topics", 2, 0.5, 100, dtype))
+    (info,) = shown(metrics).select("model_info")
+    assert info.labels["dtype"] == "bfloat16"
+
+
+def test_engines_of_two_precisions_are_both_described(metrics: Metrics, watch: EngineWatch) -> None:
+    for index, dtype in enumerate(("float32", "bfloat16")):
+        watch(index, hello(11 + index))
+        watch(index, ModelInfo("topics", 2, 0.5, 100, dtype))
+    assert {s.labels["dtype"] for s in shown(metrics).select("model_info")} == {
+        "float32",
+        "bfloat16",
+    }

@@ -1,0 +1,82 @@
+"""What docker-compose.yml promises of its containers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.programs import program
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+SERVICES: dict[str, Any] = COMPOSE["services"]
+each = pytest.mark.parametrize("name", SERVICES)
+
+
+@each
+def test_an_image_has_an_exact_version(name: str) -> None:
+    tag = SERVICES[name]["image"].rpartition(":")[2]
+    assert tag == "local" or re.fullmatch(r"v?\d+\.\d+\.\d+", tag)
+
+
+@each
+def test_a_container_can_do_little(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["mem_limit"]
+    assert service["pids_limit"]
+
+
+@each
+def test_a_port_is_open_on_this_host_alone(name: str) -> None:
+    assert all(port.startswith("127.0.0.1:") for port in SERVICES[name].get("ports", []))
+
+
+@each
+def test_what_is_waited_for_is_healthy(name: str) -> None:
+    conditions = SERVICES[name].get("depends_on", {}).values()
+    assert all(condition["condition"] == "service_healthy" for condition in conditions)
+
+
+def test_only_service_prometheus_and_grafana_come_without_a_profile() -> None:
+    plain = {name for name, service in SERVICES.items() if "profiles" not in service}
+    assert plain == {"service", "prometheus", "grafana"}
+
+
+def test_named_volumes_are_declared() -> None:
+    mounted = {
+        volume.partition(":")[0]
+        for service in SERVICES.values()
+        for volume in service.get("volumes", [])
+        if not volume.startswith(".")
+    }
+    assert mounted == set(COMPOSE["volumes"])
+
+
+def test_secrets_come_from_files_that_are_there() -> None:
+    used = {name for service in SERVICES.values() for name in service.get("secrets", [])}
+    assert used == set(COMPOSE["secrets"])
+    for secret in COMPOSE["secrets"].values():
+        default = secret["file"].partition(":-")[2].rstrip("}")
+        assert (ROOT / default).is_file()
+
+
+def test_mounted_files_are_there() -> None:
+    for service in SERVICES.values():
+        for volume in service.get("volumes", []):
+            if volume.startswith("."):
+                assert (ROOT / volume.partition(":")[0]).exists(), volume
+
+
+def test_alertmanager_takes_its_configuration() -> None:
+    configuration = ROOT / "docker" / "alertmanager" / "alertmanager.yml"
+    command = [program("amtool"), "check-config", str(configuration)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
