@@ -399,3 +399,7 @@ def main() -> None:
     except BudgetFormerError as error:
         _say(f"budgetformer: {error}")
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
