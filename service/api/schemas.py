@@ -31,6 +31,9 @@ Input = str | TextPair | Annotated[list[str | TextPair], Field(min_length=1)]
 Points = Annotated[float, Field(ge=0, le=100)]
 Quality = Literal["auto", "fast", "balanced", "best"] | Points
 
+Milliseconds = Annotated[int, Field(ge=1, le=2**53)]
+Size = Annotated[int, Field(ge=0, le=2**53)]
+
 _QUALITY_HINT = "must be 'auto', 'fast', 'balanced', 'best' or a number 0..100"
 _INPUT_HINT = 'must be a string, {"text": ..., "text_pair": ...}, or a list of these'
 
@@ -65,7 +68,7 @@ class ClassifyRequest(RequestBody):
     """Most heads per layer that f_o may choose."""
     heads: Annotated[int, Field(ge=0)] | None = None
     """Heads per layer, in place of f_o."""
-    timeout_ms: Annotated[int, Field(ge=1)] | None = None
+    timeout_ms: Milliseconds | None = None
     """Milliseconds after which the answer is worthless."""
     return_heads: bool = False
     """Name the heads that were computed, by layer."""
@@ -132,7 +135,7 @@ class PredictRequest(RequestBody):
     """`name` or `name:version`; by default the server's default model."""
     quality: Quality | None = None
     """As for POST /classify."""
-    timeout_ms: Annotated[int, Field(ge=1)] | None = None
+    timeout_ms: Milliseconds | None = None
     """As for POST /classify."""
 
 
@@ -252,7 +255,7 @@ class TensorParameters(RequestBody):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    binary_data_size: Annotated[int, Field(ge=0)] | None = None
+    binary_data_size: Size | None = None
     """Bytes of this tensor after the JSON, in place of `data`."""
 
 
@@ -262,7 +265,7 @@ class InferInput(RequestBody):
     nested = {"parameters": TensorParameters}
 
     name: str
-    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=8)]
+    shape: Annotated[list[Size], Field(max_length=8)]
     datatype: Literal["BYTES"]
     data: list[Any] | None = None
     parameters: TensorParameters = TensorParameters()
@@ -311,7 +314,7 @@ class InferParameters(RequestBody):
     """As for POST /classify."""
     truncate: bool = True
     """As for POST /classify."""
-    timeout: Annotated[int, Field(ge=0)] = 0
+    timeout: Size = 0
     """Microseconds after which the answer is worthless; 0: the server's own."""
     priority: Literal[0] = 0
     """There is one priority."""

@@ -1,4 +1,22 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
 from tests.support.command_line import command
-from tests.support.stores import model_store
+from tests.support.processes import Server, server
+from tests.support.serving import ADMIN_KEY
+from tests.support.stores import TOPICS, model_store
 
 __all__ = ["command", "model_store"]
+
+
+@pytest.fixture(scope="package")
+def running(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Return a server with one engine and an admin key, for tests that leave it as it was."""
+    folder = tmp_path_factory.mktemp("running")
+    options = {"default_model": TOPICS, "admin_key": ADMIN_KEY, "log_level": "debug"}
+    with server(model_store, folder, engines=1, **options) as it:
+        yield it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,23 +16,14 @@ from infinity_client.models import ClassifyInput, ClassifyResult
 from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
-from tests.support.processes import Server, server
-from tests.support.serving import ADMIN, ADMIN_KEY
+from tests.support.processes import Server
+from tests.support.serving import ADMIN
 from tests.support.stores import LABELS, LAYERS, MAX_TOKENS, PAIRS, TOPICS, sentences
 
 pytestmark = pytest.mark.timeout(300)
 
 TEXTS = [sentences(label)[7] for label in LABELS]
 LONG = "the otter slept " * 30
-
-
-@pytest.fixture(scope="module")
-def running(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Return a server with one engine and an admin key."""
-    folder = tmp_path_factory.mktemp("foreign")
-    options = {"default_model": TOPICS, "admin_key": ADMIN_KEY, "log_level": "debug"}
-    with server(model_store, folder, engines=1, **options) as it:
-        yield it
 
 
 def classify(running: Server, given: Any, **fields: Any) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.support.serving import Service, held, poison, service
 from tests.support.stores import HEADS, LABELS, PAIRS, TAGS, TOPICS, labelled_sentences, sentences
@@ -288,6 +290,39 @@ async def test_what_we_cannot_do_for_vllm_is_refused(
     response = await shared.ask(TEXT, **field)
     assert response.status_code == 422
     assert response.json()["error"]["param"] == next(iter(field))
+
+
+_SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, 1, -1, 2, 2**31, 10**25, 10**400, 0.5, "", "text", "BYTES", "a", "fast"]),
+)
+_KEYS = st.sampled_from([
+    "input", "inputs", "text", "text_pair", "parameters", "outputs", "name", "shape", "datatype",
+    "data", "binary_data_size", "classification", "top_k", "truncate", "raw_scores", "timeout",
+    "timeout_ms", "quality", "heads", "options", "id", "ready", "str", "TextPair", "zzz",
+])  # fmt: skip
+_ANYTHING = st.recursive(
+    _SCALARS,
+    lambda part: st.lists(part, max_size=4) | st.dictionaries(_KEYS, part, max_size=5),
+    max_leaves=12,
+)
+_BODIES = st.dictionaries(_KEYS, _ANYTHING, max_size=6) | st.builds(
+    lambda tensor, rest: {"inputs": [text_tensor([TEXT]) | tensor], **rest},
+    st.dictionaries(_KEYS, _ANYTHING, max_size=2),
+    st.dictionaries(st.sampled_from(["parameters", "outputs", "id"]), _ANYTHING),
+)
+
+
+@pytest.mark.parametrize("path", ["/predict", "/", "/invocations", INFER, "/classify"])
+@given(body=_BODIES)
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+async def test_no_body_is_a_server_error(shared: Service, path: str, body: Any) -> None:
+    response = await shared.client.post(path, json=body)
+    # A deadline of a millisecond, which some bodies ask for, may pass or be refused.
+    assert response.status_code < 500 or response.status_code == 504, response.text
 
 
 class TestCompressedBodies:

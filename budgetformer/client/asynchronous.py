@@ -1,0 +1,243 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Unpack
+
+import httpx
+
+from budgetformer.client import pipeline
+from budgetformer.client.calls import (
+    DEFAULT_RETRY,
+    PATIENCE,
+    Attempts,
+    Budget,
+    Options,
+    Outcome,
+    Retry,
+    Send,
+    Text,
+    Wait,
+    attempts,
+    read_body,
+    size_of,
+    split,
+    texts_of,
+    unreachable,
+)
+from budgetformer.client.progress import Tell, progress_of
+from budgetformer.client.results import Result
+
+
+class AsyncClient:
+    """Classify over HTTP; connections are kept and used again.
+
+    Use it as an asynchronous context manager, or call `close`; it belongs to one event loop.
+
+    Args:
+        url: where the server is, such as "http://127.0.0.1:8000".
+        timeout: seconds that a call may take altogether, waits and retries included; `math.inf`
+            for no end. The server is told what is left of it, and drops what would come too late.
+        retry: when to try again.
+        batch_items, batch_characters: a longer list is split into requests of at most that.
+        concurrency: requests in flight at once.
+        headers: sent with every request.
+        http: an httpx client to use instead of one of its own; it is not closed.
+        clock, sleep, chance: time and randomness (0..1), for tests.
+    """
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        *,
+        timeout: float = 60.0,
+        retry: Retry = DEFAULT_RETRY,
+        batch_items: int = 64,
+        batch_characters: int = 500_000,
+        concurrency: int = 4,
+        headers: Mapping[str, str] | None = None,
+        http: httpx.AsyncClient | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self.timeout = timeout
+        self.retry = retry
+        self.batch_items, self.batch_characters = batch_items, batch_characters
+        self.concurrency = concurrency
+        self._url = url.rstrip("/")
+        self._headers = dict(headers or {})
+        self._owned = http is None
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        self._http = http or httpx.AsyncClient(limits=limits)
+        self._room = asyncio.Semaphore(concurrency)
+        self._clock, self._sleep, self._chance = clock, sleep, chance
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Let the connections go."""
+        if self._owned:
+            await self._http.aclose()
+
+    async def classify(
+        self,
+        texts: Text | Iterable[Text],
+        *,
+        timeout: float | None = None,
+        progress: bool | Tell = False,
+        **options: Unpack[Options],
+    ) -> list[Result]:
+        """Classify texts; the results come in their order.
+
+        Args:
+            texts: one text or many.
+            timeout: in place of the client's.
+            progress: True shows a bar on stderr; a function is called with done and total.
+            options: fields of POST /classify.
+
+        Raises:
+            DeadlineExceededError, OverloadedError, UnreachableError, ServerError: see there.
+        """
+        given = texts_of(texts)
+        stream = self.stream(given, timeout=timeout, progress=progress, **options)
+        return [result async for result in stream]
+
+    async def stream(
+        self,
+        texts: Iterable[Text],
+        *,
+        timeout: float | None = None,
+        progress: bool | Tell = False,
+        **options: Unpack[Options],
+    ) -> AsyncGenerator[Result, None]:
+        """Classify texts as they are drawn, with few of them in memory at once.
+
+        Arguments and errors are those of `classify`; the time runs from the first result asked for.
+        """
+        budget = Budget.of(self._clock, self.timeout if timeout is None else timeout)
+        chunks = split(texts, self.batch_items, self.batch_characters)
+        tasks = (
+            asyncio.create_task(
+                self._drive(attempts(chunk, options, budget, self.retry, self._chance))
+            )
+            for chunk in chunks
+        )
+        done = 0
+        with progress_of(progress, size_of(texts)) as tell:
+            async with aclosing(self._in_order(tasks)) as answered:
+                async for results in answered:
+                    done += len(results)
+                    tell(done)
+                    for result in results:
+                        yield result
+
+    async def _in_order(
+        self, tasks: Iterator[asyncio.Task[list[Result]]]
+    ) -> AsyncGenerator[list[Result], None]:
+        """Yield results in order, with enough requests begun to keep every connection busy."""
+        begun: deque[asyncio.Task[list[Result]]] = deque()
+        try:
+            for task in tasks:
+                begun.append(task)
+                if len(begun) == 2 * self.concurrency:
+                    yield await begun.popleft()
+            while begun:
+                yield await begun.popleft()
+        finally:
+            for task in begun:
+                task.cancel()
+            await asyncio.gather(*begun, return_exceptions=True)
+
+    async def __call__(
+        self,
+        inputs: Text | Sequence[Text],
+        *,
+        function_to_apply: pipeline.Function | None = None,
+        **options: Unpack[Options],
+    ) -> pipeline.PipelineOutput:
+        """Answer as `transformers.pipeline("text-classification")` does.
+
+        Without `top_k`, each text gets its best label; with it a list, None for every label.
+
+        Raises:
+            ItemFailedError: an item failed alone.
+            ClientError: as `classify` does.
+        """
+        wanted = pipeline.asked(function_to_apply, options)
+        results = await self.classify(texts_of(inputs), **wanted)
+        return pipeline.shaped(inputs, results, "top_k" in options, function_to_apply)
+
+    async def models(self) -> list[str]:
+        """Return the names of the models that are served.
+
+        Raises:
+            UnreachableError, ServerError: see there.
+        """
+        listed = await self._get("/v1/models")
+        return [model["id"] for model in listed["data"]]
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """Return a model's card: labels, sizes, quality levels with their accuracy and cost.
+
+        Raises:
+            UnreachableError, ServerError: see there.
+        """
+        return await self._get(f"/models/{name}")
+
+    async def _get(self, path: str) -> dict[str, Any]:
+        try:
+            response = await self._http.get(
+                self._url + path, headers=self._headers, timeout=PATIENCE
+            )
+        except httpx.TransportError as error:
+            raise unreachable(error) from error
+        return read_body(response)
+
+    async def _drive(self, steps: Attempts) -> list[Result]:
+        outcome: Outcome = None
+        while True:
+            try:
+                step = steps.send(outcome)
+            except StopIteration as end:
+                return list(end.value)
+            outcome = await self._do(step)
+
+    async def _do(self, step: Send | Wait) -> Outcome:
+        if isinstance(step, Wait):
+            await self._sleep(step.seconds)
+            return None
+        try:
+            async with self._room:
+                return await self._http.post(
+                    f"{self._url}/classify",
+                    json=step.body,
+                    headers=self._headers,
+                    timeout=step.timeout,
+                )
+        except httpx.TransportError as error:
+            return error

@@ -1,0 +1,223 @@
+"""The client that blocks."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Unpack
+
+import httpx
+
+from budgetformer.client import pipeline
+from budgetformer.client.calls import (
+    DEFAULT_RETRY,
+    PATIENCE,
+    Attempts,
+    Budget,
+    Options,
+    Outcome,
+    Retry,
+    Send,
+    Text,
+    Wait,
+    attempts,
+    read_body,
+    size_of,
+    split,
+    texts_of,
+    unreachable,
+)
+from budgetformer.client.progress import Tell, progress_of
+from budgetformer.client.results import Result
+
+
+class Client:
+    """Classify over HTTP; connections are kept and used again.
+
+    Use it as a context manager, or call `close`. It may be shared by threads.
+
+    Args:
+        url: where the server is, such as "http://127.0.0.1:8000".
+        timeout: seconds that a call may take altogether, waits and retries included; `math.inf`
+            for no end. The server is told what is left of it, and drops what would come too late.
+        retry: when to try again.
+        batch_items, batch_characters: a longer list is split into requests of at most that.
+        concurrency: requests in flight at once.
+        headers: sent with every request.
+        http: an httpx client to use instead of one of its own; it is not closed.
+        clock, sleep, chance: time and randomness (0..1), for tests.
+    """
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        *,
+        timeout: float = 60.0,
+        retry: Retry = DEFAULT_RETRY,
+        batch_items: int = 64,
+        batch_characters: int = 500_000,
+        concurrency: int = 4,
+        headers: Mapping[str, str] | None = None,
+        http: httpx.Client | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self.timeout = timeout
+        self.retry = retry
+        self.batch_items, self.batch_characters = batch_items, batch_characters
+        self.concurrency = concurrency
+        self._url = url.rstrip("/")
+        self._headers = dict(headers or {})
+        self._owned = http is None
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        self._http = http or httpx.Client(limits=limits)
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="budgetformer-client")
+        self._clock, self._sleep, self._chance = clock, sleep, chance
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self._pool.shutdown(cancel_futures=True)
+        if self._owned:
+            self._http.close()
+
+    def classify(
+        self,
+        texts: Text | Iterable[Text],
+        *,
+        timeout: float | None = None,
+        progress: bool | Tell = False,
+        **options: Unpack[Options],
+    ) -> list[Result]:
+        """Classify texts; the results come in their order.
+
+        Args:
+            texts: one text or many.
+            timeout: in place of the client's.
+            progress: True shows a bar on stderr; a function is called with done and total.
+            options: fields of POST /classify.
+
+        Raises:
+            DeadlineExceededError, OverloadedError, UnreachableError, ServerError: see there.
+        """
+        given = texts_of(texts)
+        return list(self.stream(given, timeout=timeout, progress=progress, **options))
+
+    def stream(
+        self,
+        texts: Iterable[Text],
+        *,
+        timeout: float | None = None,
+        progress: bool | Tell = False,
+        **options: Unpack[Options],
+    ) -> Iterator[Result]:
+        """Classify texts as they are drawn, with few of them in memory at once.
+
+        Arguments and errors are those of `classify`; the time runs from the first result asked for.
+        """
+        budget = Budget.of(self._clock, self.timeout if timeout is None else timeout)
+        chunks = split(texts, self.batch_items, self.batch_characters)
+        futures = (
+            self._pool.submit(
+                self._drive, attempts(chunk, options, budget, self.retry, self._chance)
+            )
+            for chunk in chunks
+        )
+        done = 0
+        with progress_of(progress, size_of(texts)) as tell:
+            for results in self._in_order(futures):
+                done += len(results)
+                tell(done)
+                yield from results
+
+    def _in_order(self, futures: Iterator[Future[list[Result]]]) -> Iterator[list[Result]]:
+        """Yield results in order, with enough requests begun to keep every connection busy."""
+        begun: deque[Future[list[Result]]] = deque()
+        try:
+            for future in futures:
+                begun.append(future)
+                if len(begun) == 2 * self.concurrency:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for future in begun:
+                future.cancel()
+
+    def __call__(
+        self,
+        inputs: Text | Sequence[Text],
+        *,
+        function_to_apply: pipeline.Function | None = None,
+        **options: Unpack[Options],
+    ) -> pipeline.PipelineOutput:
+        """Answer as `transformers.pipeline("text-classification")` does.
+
+        Without `top_k`, each text gets its best label; with it a list, None for every label.
+
+        Raises:
+            ItemFailedError: an item failed alone.
+            ClientError: as `classify` does.
+        """
+        wanted = pipeline.asked(function_to_apply, options)
+        results = self.classify(texts_of(inputs), **wanted)
+        return pipeline.shaped(inputs, results, "top_k" in options, function_to_apply)
+
+    def models(self) -> list[str]:
+        """Return the names of the models that are served.
+
+        Raises:
+            UnreachableError, ServerError: see there.
+        """
+        listed = self._get("/v1/models")
+        return [model["id"] for model in listed["data"]]
+
+    def model(self, name: str) -> dict[str, Any]:
+        """Return a model's card: labels, sizes, quality levels with their accuracy and cost.
+
+        Raises:
+            UnreachableError, ServerError: see there.
+        """
+        return self._get(f"/models/{name}")
+
+    def _get(self, path: str) -> dict[str, Any]:
+        try:
+            response = self._http.get(self._url + path, headers=self._headers, timeout=PATIENCE)
+        except httpx.TransportError as error:
+            raise unreachable(error) from error
+        return read_body(response)
+
+    def _drive(self, steps: Attempts) -> list[Result]:
+        outcome: Outcome = None
+        while True:
+            try:
+                step = steps.send(outcome)
+            except StopIteration as end:
+                return list(end.value)
+            outcome = self._do(step)
+
+    def _do(self, step: Send | Wait) -> Outcome:
+        if isinstance(step, Wait):
+            self._sleep(step.seconds)
+            return None
+        try:
+            return self._http.post(
+                f"{self._url}/classify", json=step.body, headers=self._headers, timeout=step.timeout
+            )
+        except httpx.TransportError as error:
+            return error

@@ -1,0 +1,374 @@
+"""The client against a server that answers as told: splitting, retries, deadlines, progress.
+
+Against the service itself it is tested in tests/e2e/test_client.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from threading import Barrier, Lock
+from typing import Any
+
+import pytest
+
+from budgetformer.client import (
+    AsyncClient,
+    Classification,
+    Client,
+    DeadlineExceededError,
+    Failure,
+    ItemFailedError,
+    OverloadedError,
+    Retry,
+    ServerError,
+    UnreachableError,
+)
+from budgetformer.client.calls import read_retry_after, split
+from tests.support.scripted import Reply, Scripted, answer, refusal, scripted
+
+TEXTS = [f"text {index}" for index in range(23)]
+JITTER = Retry().jitter
+
+
+class Clock:
+    """Time that passes only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.waits: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+    async def sleep_async(self, seconds: float) -> None:
+        self.sleep(seconds)
+
+
+class Both:
+    """The blocking and the awaiting client behind one face."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.clock = Clock()
+
+    def run(self, url: str, *call: Any, method: str = "classify", **settings: Any) -> Any:
+        """Make a client with some settings, call it, close it."""
+        fields = settings.pop("fields", {})
+        common = {"clock": self.clock, "chance": lambda: 0.5, **settings}
+        if self.kind == "blocking":
+            with Client(url, sleep=self.clock.sleep, **common) as client:
+                return getattr(client, method)(*call, **fields)
+
+        async def main() -> Any:
+            async with AsyncClient(url, sleep=self.clock.sleep_async, **common) as client:
+                return await getattr(client, method)(*call, **fields)
+
+        return asyncio.run(main())
+
+
+@pytest.fixture(params=["blocking", "awaiting"])
+def both(request: pytest.FixtureRequest) -> Both:
+    return Both(request.param)
+
+
+def echo(_: int, body: dict[str, Any]) -> Reply:
+    return answer(body["input"])
+
+
+@pytest.fixture
+def echoing() -> Iterator[Scripted]:
+    with scripted(echo) as server:
+        yield server
+
+
+def first(*replies: Reply) -> Callable[[int, dict[str, Any]], Reply]:
+    """Answer with these, and then as one should."""
+    return lambda number, body: replies[number] if number < len(replies) else echo(number, body)
+
+
+def labels(results: Any) -> list[str]:
+    return [result.label for result in results]
+
+
+class TestResults:
+    def test_they_are_typed_and_come_in_order(self, both: Both, echoing: Scripted) -> None:
+        results = both.run(echoing.url, TEXTS)
+        assert labels(results) == TEXTS
+        assert [result.index for result in results] == list(range(len(TEXTS)))
+        assert results[3] == Classification(
+            index=3, label="text 3", score=1.0, probs=(1.0,), labels=results[3].labels,
+            budget=1, heads=2, heads_total=8, per_layer=None, macs=10, dense_macs=100,
+            tokens=3, truncated=False, quality="auto", model="echo:1",
+        )  # fmt: skip
+
+    def test_one_text_gives_one_result(self, both: Both, echoing: Scripted) -> None:
+        assert labels(both.run(echoing.url, "alone")) == ["alone"]
+        assert labels(both.run(echoing.url, ("a", "b"))) == ["a+b"]
+        assert labels(both.run(echoing.url, {"text": "a", "text_pair": "b"})) == ["a+b"]
+
+    def test_no_text_asks_nothing(self, both: Both, echoing: Scripted) -> None:
+        assert both.run(echoing.url, []) == []
+        assert echoing.bodies == []
+
+    def test_an_item_that_fails_alone_stands_among_the_others(
+        self, both: Both, echoing: Scripted
+    ) -> None:
+        results = both.run(echoing.url, [*TEXTS[:5], "broken", "last"], batch_items=4)
+        assert results[5] == Failure(5, "input[5]: it failed", "item_failed")
+        assert labels([*results[:5], results[6]]) == [*TEXTS[:5], "last"]
+
+    def test_options_are_sent_as_they_are(self, both: Both, echoing: Scripted) -> None:
+        both.run(echoing.url, "a", fields={"quality": 1.5, "return_heads": True, "model": "m"})
+        (body,) = echoing.bodies
+        del body["timeout_ms"]
+        assert body == {"input": ["a"], "quality": 1.5, "return_heads": True, "model": "m"}
+
+
+class TestSplitting:
+    def test_by_items(self, both: Both, echoing: Scripted) -> None:
+        assert labels(both.run(echoing.url, TEXTS, batch_items=5)) == TEXTS
+        assert sorted(len(body["input"]) for body in echoing.bodies) == [3, 5, 5, 5, 5]
+
+    def test_by_characters(self) -> None:
+        texts = ["a" * 4, "b" * 4, ("c" * 5, "d" * 5), {"text": "e" * 30, "text_pair": ""}, "f"]
+        chunks = list(split(texts, most_items=100, most_characters=10))
+        assert [chunk.start for chunk in chunks] == [0, 2, 3, 4]
+        assert [len(chunk.texts) for chunk in chunks] == [2, 1, 1, 1]
+
+    def test_no_more_requests_are_in_flight_than_allowed(self, both: Both) -> None:
+        lock, barrier = Lock(), Barrier(3)
+        now, most = 0, 0
+
+        def together(number: int, body: dict[str, Any]) -> Reply:
+            nonlocal now, most
+            with lock:
+                now += 1
+                most = max(most, now)
+            barrier.wait(20)
+            with lock:
+                now -= 1
+            return echo(number, body)
+
+        with scripted(together) as server:
+            results = both.run(server.url, TEXTS[:18], batch_items=2, concurrency=3)
+        assert labels(results) == TEXTS[:18]
+        assert most == 3
+
+    def test_connections_are_used_again(self, both: Both, echoing: Scripted) -> None:
+        both.run(echoing.url, TEXTS, batch_items=1, concurrency=2)
+        assert len(echoing.bodies) == len(TEXTS)
+        assert len(echoing.connections) <= 2
+
+    def test_texts_are_drawn_as_they_are_needed(self, echoing: Scripted) -> None:
+        drawn = 0
+
+        def endless() -> Iterator[str]:
+            nonlocal drawn
+            while True:
+                drawn += 1
+                yield f"text {drawn}"
+
+        with Client(echoing.url, batch_items=5, concurrency=2) as client:
+            stream = client.stream(endless())
+            assert [next(stream).index for _ in range(12)] == list(range(12))
+            stream.close()
+        assert drawn <= 40
+
+    async def test_a_stream_can_be_left(self, echoing: Scripted) -> None:
+        async with AsyncClient(echoing.url, batch_items=1, concurrency=2) as client:
+            stream = client.stream(TEXTS)
+            assert labels([await anext(stream), await anext(stream)]) == TEXTS[:2]
+            await stream.aclose()
+        assert len(echoing.bodies) < len(TEXTS)
+
+    def test_places_in_errors_are_those_of_the_caller(self, both: Both) -> None:
+        def refuse(number: int, body: dict[str, Any]) -> Reply:
+            if TEXTS[11] in body["input"]:
+                return refusal(422, "text_too_long")
+            return echo(number, body)
+
+        with scripted(refuse) as server, pytest.raises(ServerError) as caught:
+            both.run(server.url, TEXTS, batch_items=10)
+        error = caught.value
+        assert (error.status, error.code, error.param) == (422, "text_too_long", "input[11]")
+        assert error.message == "text_too_long at input[11]"
+        assert str(error.request_id).startswith("request-")
+
+
+class TestRetries:
+    @pytest.mark.parametrize(("status", "code"), [(429, "queue_full"), (503, "draining")])
+    def test_what_retry_after_says_is_waited_for_with_jitter(
+        self, both: Both, status: int, code: str
+    ) -> None:
+        with scripted(first(refusal(status, code, "2"), refusal(status, code, "4"))) as server:
+            assert labels(both.run(server.url, "a")) == ["a"]
+        assert both.clock.waits == [2 * (1 + JITTER / 2), 4 * (1 + JITTER / 2)]
+
+    def test_without_it_waits_double(self, both: Both) -> None:
+        with scripted(first(*[Reply(503)] * 4)) as server:
+            assert labels(both.run(server.url, "a")) == ["a"]
+        assert both.clock.waits == [0.05, 0.1, 0.2, 0.4]
+
+    def test_waits_do_not_grow_for_ever(self) -> None:
+        assert Retry().wait(50, None, 1.0) == Retry().longest_wait
+
+    def test_jitter_stays_within_its_share(self) -> None:
+        retry = Retry()
+        assert retry.wait(0, 8.0, 0.0) == 8.0
+        assert retry.wait(0, 8.0, 1.0) == 8.0 * (1 + JITTER)
+        assert retry.wait(0, 0.0, 1.0) == retry.first_wait
+
+    def test_broken_connections_are_made_anew(self, both: Both) -> None:
+        with scripted(first(Reply(0), Reply(0))) as server:
+            assert labels(both.run(server.url, "a")) == ["a"]
+        assert len(both.clock.waits) == 2
+
+    def test_at_last_the_error_is_told(self, both: Both) -> None:
+        with scripted(lambda *_: refusal(429, "queue_full", "3")) as server:
+            with pytest.raises(OverloadedError) as caught:
+                both.run(server.url, "a", retry=Retry(attempts=3))
+            assert len(server.bodies) == 3
+        assert (caught.value.code, caught.value.retry_after) == ("queue_full", 3.0)
+
+    def test_nobody_there(self, both: Both) -> None:
+        with scripted(echo) as server:
+            pass
+        with pytest.raises(UnreachableError):
+            both.run(server.url, "a", retry=Retry(attempts=2))
+        assert len(both.clock.waits) == 1
+
+    @pytest.mark.parametrize("status", [400, 404, 413, 422, 500])
+    def test_what_would_fail_again_is_not_tried_again(self, both: Both, status: int) -> None:
+        with scripted(lambda *_: refusal(status, "no")) as server:
+            with pytest.raises(ServerError, match="no at input") as caught:
+                both.run(server.url, "a")
+            assert len(server.bodies) == 1
+        assert caught.value.status == status
+
+    @pytest.mark.parametrize("body", ["<html>", {"error": "plain"}, [1], None])
+    def test_errors_of_something_in_between_are_errors_too(self, both: Both, body: Any) -> None:
+        with scripted(lambda *_: Reply(502, body)) as server, pytest.raises(ServerError):
+            both.run(server.url, "a")
+
+    @pytest.mark.parametrize(
+        ("value", "seconds"),
+        [(None, None), ("7", 7.0), ("0.5", 0.5), ("-3", 0.0), ("soon", None), ("", None)],
+    )
+    def test_retry_after_in_seconds(self, value: str | None, seconds: float | None) -> None:
+        assert read_retry_after(value) == seconds
+
+    def test_retry_after_as_a_date(self) -> None:
+        now = datetime(2030, 1, 1, tzinfo=UTC)
+        date = format_datetime(now + timedelta(seconds=90), usegmt=True)
+        assert read_retry_after(date, now.timestamp) == 90
+        assert read_retry_after(date, lambda: now.timestamp() + 1000) == 0
+
+
+class TestDeadlines:
+    def test_the_server_is_told_what_is_left(self, both: Both) -> None:
+        with scripted(first(refusal(503, "loading", "4"))) as server:
+            both.run(server.url, "a", timeout=10)
+            told = [body["timeout_ms"] for body in server.bodies]
+        assert told == [10_000, int(10_000 - 4000 * (1 + JITTER / 2))]
+
+    def test_a_wait_beyond_the_deadline_is_not_begun(self, both: Both) -> None:
+        with scripted(lambda *_: refusal(429, "queue_full", "30")) as server:
+            with pytest.raises(OverloadedError):
+                both.run(server.url, "a", fields={"timeout": 20.0})
+            assert len(server.bodies) == 1
+        assert both.clock.waits == []
+
+    def test_with_no_time_nothing_is_asked(self, both: Both, echoing: Scripted) -> None:
+        with pytest.raises(DeadlineExceededError):
+            both.run(echoing.url, "a", timeout=0)
+        assert echoing.bodies == []
+
+    def test_a_deadline_that_passed_on_the_server(self, both: Both) -> None:
+        with (
+            scripted(lambda *_: refusal(504, "timeout")) as server,
+            pytest.raises(DeadlineExceededError),
+        ):
+            both.run(server.url, "a")
+
+    def test_without_end_the_server_decides(self, both: Both, echoing: Scripted) -> None:
+        both.run(echoing.url, "a", timeout=float("inf"))
+        assert "timeout_ms" not in echoing.bodies[0]
+
+
+class TestProgress:
+    def test_a_function_is_told(self, both: Both, echoing: Scripted) -> None:
+        told: list[tuple[int, int | None]] = []
+
+        def tell(done: int, total: int | None) -> None:
+            told.append((done, total))
+
+        both.run(echoing.url, TEXTS, batch_items=10, fields={"progress": tell})
+        assert told == [(10, 23), (20, 23), (23, 23)]
+        told.clear()
+        both.run(echoing.url, iter(TEXTS), batch_items=20, fields={"progress": tell})
+        assert told == [(20, None), (23, None)]
+
+    def test_a_bar_is_shown_on_stderr(
+        self, both: Both, echoing: Scripted, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        both.run(echoing.url, TEXTS, fields={"progress": True})
+        shown = capsys.readouterr()
+        assert "23/23" in shown.err
+        assert shown.out == ""
+
+
+class TestPipeline:
+    @pytest.mark.parametrize(
+        ("inputs", "options", "expected"),
+        [
+            ("a", {}, [{"label": "a", "score": 1.0}]),
+            (["a", "b"], {}, [{"label": "a", "score": 1.0}, {"label": "b", "score": 1.0}]),
+            ("a", {"top_k": None}, [{"label": "a", "score": 1.0}]),
+            (["a"], {"top_k": 1}, [[{"label": "a", "score": 1.0}]]),
+            ({"text": "a", "text_pair": "b"}, {}, {"label": "a+b", "score": 1.0}),
+            ({"text": "a", "text_pair": "b"}, {"top_k": 1}, [{"label": "a+b", "score": 1.0}]),
+            ("a", {"function_to_apply": "sigmoid"}, [{"label": "a", "score": 0.7310585786300049}]),
+        ],
+        ids=str,
+    )
+    def test_shapes(
+        self, both: Both, echoing: Scripted, inputs: Any, options: Any, expected: Any
+    ) -> None:
+        assert both.run(echoing.url, inputs, method="__call__", fields=options) == expected
+
+    def test_a_failed_item_has_no_place_there(self, both: Both, echoing: Scripted) -> None:
+        with pytest.raises(ItemFailedError, match=r"input\[1\]"):
+            both.run(echoing.url, ["a", "broken"], method="__call__")
+
+
+async def test_calls_of_one_client_run_side_by_side(echoing: Scripted) -> None:
+    async with AsyncClient(echoing.url) as client:
+        calls: list[Awaitable[Any]] = [client.classify(text) for text in TEXTS]
+        assert [result.label for (result,) in await asyncio.gather(*calls)] == TEXTS
+
+
+def test_the_library_alone_needs_no_httpx() -> None:
+    program = (
+        "import sys; sys.modules['httpx'] = None\n"
+        "import budgetformer\n"
+        "try:\n    import budgetformer.client\n"
+        "except ImportError as error:\n    assert 'budgetformer-serving[client]' in str(error)\n"
+        "else:\n    raise SystemExit('it was imported')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_client_needs_no_torch() -> None:
+    program = (
+        "import sys, budgetformer.client; assert not {'torch', 'transformers'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
