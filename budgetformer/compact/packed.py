@@ -161,25 +161,21 @@ class PackedPass:
         weights = sum(int(parameter.nbytes) for parameter in self.model.parameters())
         return weights + self._slices.nbytes
 
+    @torch.inference_mode()
     def warm(self, steps: Sequence[int]) -> None:
         """Lay out the weights of some ladder steps, and compile what is compiled on first use.
 
-        In bfloat16 on a CPU that is a product for every number of rows (see `padded_rows`).
+        In bfloat16 on a CPU that is every product, for every number of rows (see `padded_rows`).
         """
-        most = min(self._most_tokens, CPU_ROWS - 1)
-        sizes = {min(most, 32)}
-        if self.precision == "bfloat16":
-            sizes = {padded_rows(rows) - 1 for rows in range(most)}
         for step in steps:
-            for rows in sorted(sizes):
-                self._run_nonsense(rows, step)
-
-    def _run_nonsense(self, rows: int, step: int) -> None:
-        items = -(-rows // self._most_tokens)
-        lengths = tuple(len(part) for part in torch.arange(rows).tensor_split(items))
-        ids = torch.zeros(rows, dtype=torch.long)
-        tokens = PackedTokens(ids, ids, lengths)
-        self.run(tokens, [step] * items, ranking=self.arrive(tokens).ranking)
+            ids = torch.zeros(min(self._most_tokens, 32), dtype=torch.long)
+            tokens = PackedTokens(ids, ids, (len(ids),))
+            self.run(tokens, [step], ranking=self.arrive(tokens).ranking)
+        if self.precision == "bfloat16" and self.device.type == "cpu":
+            sizes = sorted({padded_rows(rows) for rows in range(CPU_ROWS + 1)})
+            kept = {k: i for s in steps for i, k in enumerate(self._plan(s)) if k}
+            for heads, index in kept.items():
+                self._slices.get(index, self._first[heads]).warm(sizes, self.sizes)
 
     @torch.inference_mode()
     def arrive(self, tokens: PackedTokens) -> Arrival:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,6 +38,15 @@ class Slice:
     up: Linear
     down: Linear
     nbytes: int
+
+    def warm(self, rows: Sequence[int], sizes: Sizes) -> None:
+        """Run every map once for each of some numbers of rows."""
+        per_head = sizes.neurons_per_head
+        neurons = sizes.neurons if per_head is None else self.heads * per_head
+        widths = (sizes.width, self.heads * sizes.head_size, sizes.width, neurons)
+        for apply, width in zip((self.qkv, self.output, self.up, self.down), widths, strict=True):
+            for count in rows:
+                apply(torch.zeros(count, width))
 
 
 class LayerWeights:

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from budgetformer.compact import Arrival, PackedTokens, PassResult, load_pass
+from budgetformer.compact import LINEARS, Arrival, PackedTokens, PassResult, load_pass
 from budgetformer.compact import weights as weights_module
 from budgetformer.cost import MacCounter, decision_macs, encoder_macs
 from budgetformer.modeling import BudgetFormerForSequenceClassification
@@ -401,6 +401,28 @@ def test_answers_survive_a_slice_cache_without_room(monkeypatch: pytest.MonkeyPa
     compact = load_pass(network)
     for _ in range(2):
         assert torch.equal(compact.run(pack(items), steps).logits, roomy.logits)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("coupled", [True, False])
+def test_a_warm_pass_answers_as_a_cold_one(precision: str, coupled: bool) -> None:
+    network = random_network(small_config(budget_ffn=coupled))
+    items, steps = random_items([3, 8, 5]), [2, 2, 2]
+    cold = classify(network, items, steps, precision)[1]
+    compact = load_pass(network, precision)
+    compact.warm([2, 4])
+    assert torch.equal(compact.run(pack(items), steps).logits, cold.logits)
+
+
+def test_the_fastest_precision_is_one_of_them() -> None:
+    assert load_pass(random_network(small_config()), "auto").precision in LINEARS
+
+
+def test_memory_grows_with_what_is_laid_out() -> None:
+    compact = load_pass(random_network(small_config()), "bfloat16")
+    before = compact.nbytes
+    compact.warm([4])
+    assert compact.nbytes > before
 
 
 def test_a_budget_needs_its_steps() -> None:
