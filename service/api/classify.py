@@ -85,7 +85,7 @@ async def respond(
     started = time.monotonic()
     texts = check_texts(state, body.input)
     model = state.model(body.model)
-    with model.in_use():
+    with model.in_use(), state.room_for(len(texts)):
         return await _respond(request, state, body, texts, model, started, write)
 
 

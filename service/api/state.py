@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -35,6 +37,29 @@ class State:
 
     background: Background = field(default_factory=Background)
     """Work that no request waits for."""
+
+    texts: int = 0
+    """Texts that are here, from their arrival to their answer."""
+
+    @contextmanager
+    def room_for(self, count: int) -> Iterator[None]:
+        """Hold some texts, no more in all than the engines' queues take.
+
+        What they would refuse is refused before it is tokenized: under overload that work alone
+        would make everybody late.
+
+        Raises:
+            ApiError: 429, there is no room.
+        """
+        most = self.settings.max_queue_items * max(1, len(self.engines.alive))
+        if self.texts and self.texts + count > most:
+            message = "the server holds all the texts that it can; try again in 1 s"
+            raise ApiError(429, message, code="queue_full", retry_after=1)
+        self.texts += count
+        try:
+            yield
+        finally:
+            self.texts -= count
 
     def model(self, spec: str | None) -> ServedModel:
         """Return the model that a request names.

@@ -65,6 +65,17 @@ class TestFullQueue:
         async with service(model_store, options=small, models=["topics"]) as fresh:
             assert len((await fresh.answer([TEXT] * 10))["data"]) == 10
 
+    async def test_what_no_engine_has_room_for_is_refused_before_it_is_tokenized(
+        self, model_store: Path, small: EngineOptions
+    ) -> None:
+        async with service(
+            model_store, options=small, models=["topics"], max_queue_items=3
+        ) as fresh:
+            with fresh.app.state.shared.room_for(2):
+                error_of(await fresh.ask([TEXT] * 2), 429, "queue_full")
+                assert (await fresh.ask(TEXT)).status_code == 200
+            assert (await fresh.ask([TEXT] * 10)).status_code == 200
+
     async def test_once_it_has_drained_there_is_room_again(
         self, model_store: Path, small: EngineOptions
     ) -> None:
