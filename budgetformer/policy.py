@@ -8,7 +8,7 @@ an answer that is not sure enough is run once more at a larger one (escalation).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -69,6 +69,11 @@ class OperatingPoint(_Data):
             raise ValueError("entry bands must rise and end at 1")
         return self
 
+    @property
+    def top_entry(self) -> int:
+        """The highest step at which an input starts; 0 where f_o's own rule holds."""
+        return max((band.step for band in self.entry), default=0)
+
     def first_step(self, s: float) -> int | None:
         """Return the step at which an input with f_o's `s` starts; None: f_o's own rule holds."""
         return next((band.step for band in self.entry if s <= band.upto), None)
@@ -117,6 +122,23 @@ class BudgetRule(_Data):
             return following
         following = min(following, self.ceiling)
         return following if following > step else None
+
+    def expected_budgets(self) -> Mapping[int, float] | None:
+        """Return the share of inputs that calibration saw end at each step under this rule.
+
+        None: nothing was calibrated for it.
+        """
+        if self.fixed is not None:
+            return {self.fixed: 1.0}
+        if self.point is None or not self.point.budgets:
+            return None
+        if self.ceiling is None:
+            return self.point.budgets
+        shares: dict[int, float] = {}
+        for budget, share in self.point.budgets.items():
+            step = min(budget, self.ceiling)
+            shares[step] = shares.get(step, 0.0) + share
+        return shares
 
 
 def choose_point(points: Sequence[OperatingPoint], quality: str | float) -> OperatingPoint:

@@ -43,8 +43,7 @@ def measure_costs(network: PackedPass, model: str) -> CostTable:
 
 
 def _time(network: PackedPass, step: int, items: int, tokens: int) -> float:
-    ids = torch.ones(items * tokens, dtype=torch.long)
-    packed = PackedTokens(ids, torch.zeros_like(ids), (tokens,) * items)
+    packed = PackedTokens.filler([tokens] * items)
     ranking = network.arrive(packed).ranking if step and network.sizes.picks_heads else None
     _wait(network)
     started = time.perf_counter()

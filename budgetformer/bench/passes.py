@@ -30,9 +30,7 @@ def step_contenders(
         size = 2 if precision == "bfloat16" else 4
 
         def run(items: Sequence[TokenIds]) -> object:
-            tokens = PackedTokens.pack(items)
-            ranking = network.arrive(tokens).ranking if network.sizes.picks_heads else None
-            return network.run(tokens, [step] * len(items), ranking=ranking)
+            return network.run_at(step, PackedTokens.pack(items))
 
         def limit(items: Sequence[TokenIds]) -> float:
             macs = sum(encoder_macs(network.sizes, plan, len(ids)) for ids in items)

@@ -24,6 +24,7 @@ from budgetformer.bench.timing import (
 )
 from budgetformer.checkpoint import Checkpoint, load_tokenizer
 from budgetformer.classifier import load_network
+from budgetformer.compact import load_pass
 from budgetformer.training.pages import draw, markdown_table
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def compare_passes(
     items = _items(checkpoint, texts, rounds * max(batches), chosen.config.vocab_size)
     networks = [chosen]
     if chosen.precision != "float32":
-        networks.insert(0, load_network(checkpoint))
+        networks.insert(0, load_pass(chosen.model))
     precisions = [network.precision for network in networks]
     machine = Machine.measure(precisions)
     last = chosen.config.num_steps

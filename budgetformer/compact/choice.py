@@ -47,11 +47,7 @@ def _time(passes: list[PackedPass]) -> list[float]:
 
 def _run(network: PackedPass, lengths: tuple[int, ...]) -> None:
     most = network.config.max_position_embeddings
-    lengths = tuple(min(length, most) for length in lengths)
-    ids = torch.ones(sum(lengths), dtype=torch.long)
-    tokens = PackedTokens(ids, torch.zeros_like(ids), lengths)
-    ranking = network.arrive(tokens).ranking
-    step = (network.config.num_steps + 1) // 2
-    network.run(tokens, [step] * len(lengths), ranking=ranking)
+    tokens = PackedTokens.filler([min(length, most) for length in lengths])
+    network.run_at((network.config.num_steps + 1) // 2, tokens)
     if network.device.type == "cuda":
         torch.cuda.synchronize()

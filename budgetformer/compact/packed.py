@@ -71,6 +71,12 @@ class PackedTokens:
             torch.tensor(flat, dtype=torch.long), torch.tensor(kinds, dtype=torch.long), lengths
         )
 
+    @classmethod
+    def filler(cls, lengths: Sequence[int]) -> PackedTokens:
+        """Return items of these lengths that say nothing, to time or to warm a pass."""
+        ids = torch.zeros(sum(lengths), dtype=torch.long)
+        return cls(ids, ids, tuple(lengths))
+
     def to(self, device: torch.device) -> PackedTokens:
         """Return the same tokens on `device`."""
         return PackedTokens(self.input_ids.to(device), self.token_type_ids.to(device), self.lengths)
@@ -168,9 +174,7 @@ class PackedPass:
         In bfloat16 on a CPU that is every product, for every number of rows (see `padded_rows`).
         """
         for step in steps:
-            ids = torch.zeros(min(self._most_tokens, 32), dtype=torch.long)
-            tokens = PackedTokens(ids, ids, (len(ids),))
-            self.run(tokens, [step], ranking=self.arrive(tokens).ranking)
+            self.run_at(step, PackedTokens.filler([min(self._most_tokens, 32)]))
         if self.precision == "bfloat16" and self.device.type == "cpu":
             sizes = sorted({padded_rows(rows) for rows in range(CPU_ROWS + 1)})
             kept = {k: i for s in steps for i, k in enumerate(self._plan(s)) if k}
@@ -241,6 +245,11 @@ class PackedPass:
             )
 
         return PassResult.join([run_part(part) for part in self._parts(tokens.lengths)])
+
+    def run_at(self, step: int, tokens: PackedTokens) -> PassResult:
+        """Run all items at one step, with the heads that g_d ranks first; step 0 has no say."""
+        ranking = self.arrive(tokens).ranking if self.sizes.picks_heads else None
+        return self.run(tokens, [step] * len(tokens.lengths), ranking=ranking)
 
     def _parts(self, lengths: Sequence[int]) -> list[slice]:
         """Cut a batch into runs of items that are passed together."""
@@ -414,8 +423,8 @@ class PackedPass:
         routed, activation = RoutedLayer(self._slices, index, routing), self._activation(index)
 
         def whole_net(x: Tensor) -> Tensor:
-            whole = self._slices.get(index, self._first[-1])
-            return whole.down(activation(whole.up(x)))
+            up, down = self._slices.layers[index].whole_net
+            return down(activation(up(x)))
 
         coupled = self.sizes.neurons_per_head is not None
         result = self._around(

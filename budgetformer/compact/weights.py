@@ -82,7 +82,7 @@ class LayerWeights:
         qkv, output = self._qkv[0][fused], self._output[0][:, heads]
         copied = [qkv, output]
         if sizes.neurons_per_head is None:
-            up, down = self._whole_net
+            up, down = self.whole_net
         else:
             neurons = self._places(head_set, sizes.neurons_per_head)
             up_weight, down_weight = self._up[0][neurons], self._down[0][:, neurons]
@@ -101,7 +101,7 @@ class LayerWeights:
         )
 
     @cached_property
-    def _whole_net(self) -> tuple[Linear, Linear]:
+    def whole_net(self) -> tuple[Linear, Linear]:
         """The feed-forward net where it is not coupled to heads: the same for every slice."""
         return self._lay_out(*self._up), self._lay_out(*self._down)
 

@@ -30,7 +30,6 @@ from service.engine.client import (
 )
 from service.engine.protocol import Answer, ItemAnswer, ItemTokens, pack_ids
 from service.models import ServedModel
-from service.observability.drift import expected_budgets
 from service.observability.metrics import ItemSpent
 
 router = APIRouter(tags=["classify"])
@@ -341,6 +340,6 @@ def _measure(
         if not item.error
     ]
     quality = answer.quality if checkpoint.calibrated else None
-    expected = expected_budgets(checkpoint.rule(quality, job.heads, job.max_heads))
+    expected = checkpoint.rule(quality, job.heads, job.max_heads).expected_budgets()
     series = state.metrics.model(checkpoint.name, str(checkpoint.version))
     series.count(items, checkpoint.num_layers * checkpoint.num_heads, expected)

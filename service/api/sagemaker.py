@@ -6,9 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.bodies import describe_body, parse_object, read_json, validate
 from service.api.classify import respond_to_classify
-from service.api.errors import ApiError
-from service.api.health import why_not_ready
-from service.api.responses import json_response
+from service.api.health import ready
 from service.api.schemas import ClassifyRequest, ErrorResponse, PredictRequest
 from service.api.state import state_of
 from service.api.tei import respond_to_predict
@@ -19,10 +17,7 @@ router = APIRouter(tags=["compatibility"])
 @router.get("/ping", summary="Can it classify now? (SageMaker)")
 async def ping(request: Request) -> Response:
     """Answer as `/health/ready` does."""
-    reason = why_not_ready(state_of(request), request.app.state.draining)
-    if reason:
-        raise ApiError(503, reason, code="not_ready", retry_after=1)
-    return json_response({"status": "ok"})
+    return await ready(request)
 
 
 @router.post(

@@ -199,7 +199,8 @@ class EngineCore:
         if model is None:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
             return
-        quality = self._quality(message, model)
+        queued = self._queued_seconds()
+        quality = self._quality(message, model, queued)
         try:
             rule = model.rule(quality, message.heads, message.max_heads)
         except PolicyError as error:
@@ -223,7 +224,7 @@ class EngineCore:
             segments = protocol.unpack_ids(tokens.segments) if tokens.segments else None
             price = self.prices.expected(model.key, request.outlook, len(ids))
             request.slots.append(_Slot(request, Work(ids, segments, rule), price, now))
-        refusal = self._admit(request, message.remaining)
+        refusal = self._admit(request, queued, message.remaining)
         if refusal is not None:
             reply(Refused(message.id, refusal.reason, refusal.retry_after))
             return
@@ -232,12 +233,12 @@ class EngineCore:
         self._arrivals += request.slots
         self._work_came.set()
 
-    def _admit(self, request: _Request, remaining: float) -> Refusal | None:
+    def _admit(self, request: _Request, queued: float, remaining: float) -> Refusal | None:
         return admit(
             items=len(request.slots),
             queued_items=len(self._buckets) + len(self._arrivals) + len(self._running),
             max_items=self.options.max_queue_items,
-            queued_seconds=self._queued_seconds(),
+            queued_seconds=queued,
             price=sum(slot.price for slot in request.slots),
             remaining=remaining,
         )
@@ -252,19 +253,18 @@ class EngineCore:
         model, step = bucket
         return self.prices.constant(model.key, step)
 
-    def _quality(self, message: Classify, model: LoadedModel) -> str | float:
+    def _quality(self, message: Classify, model: LoadedModel, queued: float) -> str | float:
         """Return the quality that a request gets: its own, or the level that the load allows."""
         if message.quality != "auto":
             return message.quality
-        level = self.brownout.observe(self._queued_seconds(), self._clock())
+        level = self.brownout.observe(queued, self._clock())
         if message.target is None or not model.checkpoint.calibrated:
             return level
         tokens = [len(item.ids) // protocol.ID_BYTES for item in message.items]
-        return self._best_within(message.target, model, tokens)
+        return self._best_within(message.target - queued, model, tokens)
 
-    def _best_within(self, target: float, model: LoadedModel, tokens: Sequence[int]) -> QualityName:
+    def _best_within(self, left: float, model: LoadedModel, tokens: Sequence[int]) -> QualityName:
         """Return the best level at which items are answered within `target` seconds from now."""
-        left = target - self._queued_seconds()
         levels: tuple[QualityName, ...] = ("best", "balanced")
         for level in levels:
             outlook = Outlook.of(model.rule(level, None, None))

@@ -31,22 +31,16 @@ class Outlook:
     @classmethod
     def of(cls, rule: BudgetRule) -> Outlook:
         """Read a rule's; without calibration, expect the whole ladder of everyone."""
-        if rule.fixed is not None:
-            return cls({rule.fixed: 1.0} if rule.fixed else {})
-        if rule.point is None:
-            return cls({rule.num_steps: 1.0})
-        if not rule.point.budgets:
-            return cls({rule.num_steps: rule.point.macs_share})
-        most = rule.num_steps if rule.ceiling is None else rule.ceiling
-        steps: dict[int, float] = {}
-        for step, share in rule.point.budgets.items():
-            if step:
-                steps[min(step, most)] = steps.get(min(step, most), 0.0) + share
-        escalation = rule.point.escalation
-        if escalation is None or escalation.step not in steps:
+        ends = rule.expected_budgets()
+        if ends is None:
+            return cls({rule.num_steps: 1.0 if rule.point is None else rule.point.macs_share})
+        steps = {step: share for step, share in ends.items() if step}
+        point = rule.point if rule.fixed is None else None
+        escalation = point.escalation if point else None
+        if point is None or escalation is None or escalation.step not in steps:
             return cls(steps)
         again, begun = steps[escalation.step], sum(steps.values())
-        first = min(max((band.step for band in rule.point.entry), default=0), most)
+        first = min(point.top_entry, max(steps))
         if first:
             steps[first] = steps.get(first, 0.0) + again
         return cls(steps, again / begun if begun else 0.0, escalation.step)

@@ -87,7 +87,7 @@ class Mix:
         for rule in rules:
             assert rule.point is not None
             outlook = Outlook.of(rule)
-            first = max((band.step for band in rule.point.entry), default=0)
+            first = rule.point.top_entry
             for step, share in rule.point.budgets.items():
                 again = step == outlook.last and outlook.escalated
                 paths.append((share, (first, step) if again and first else (step,) if step else ()))

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 
 from budgetformer.policy import BudgetRule, OperatingPoint
-from service.observability.drift import expected_budgets
 
 POINT = OperatingPoint(
     accuracy=0.9, points_lost=0, macs_share=0.1, mean_heads=3, budgets={0: 0.7, 2: 0.2, 6: 0.1}
@@ -23,10 +22,10 @@ POINT = OperatingPoint(
 def test_what_calibration_says_of_a_rule(
     rule: BudgetRule, expected: dict[int, float] | None
 ) -> None:
-    found = expected_budgets(rule)
+    found = rule.expected_budgets()
     assert found == (None if expected is None else pytest.approx(expected))
 
 
 def test_a_checkpoint_that_recorded_no_budgets_expects_nothing() -> None:
     point = POINT.model_copy(update={"budgets": {}})
-    assert expected_budgets(BudgetRule(point=point, num_steps=6)) is None
+    assert BudgetRule(point=point, num_steps=6).expected_budgets() is None
