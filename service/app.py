@@ -7,13 +7,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import structlog
 from fastapi import FastAPI
 from opentelemetry.trace import NoOpTracer, TracerProvider
 
 import budgetformer
-from service.api import classify, health, kserve, models, playground, sagemaker, tei
-from service.api.classify import DEFAULT_QUALITY
+from service.api import classify, health, kserve, playground, sagemaker, tei
+from service.api import models as api_models
 from service.api.errors import install_error_handlers
 from service.api.middleware import OTHER, PROBES, Observe
 from service.api.models import LoadRequest
@@ -27,61 +26,40 @@ from service.api.schemas import (
 )
 from service.api.state import State
 from service.engine.client import Engines
-from service.models import Models, ServedModel
-from service.observability.metrics import QUALITY_RANK, Metrics
-from service.observability.watch import EngineWatch
+from service.follow import Follow
+from service.hub.link import HubLink
+from service.models import Models
 from service.settings import Settings
-
-log = structlog.get_logger()
 
 
 def create_app(
-    settings: Settings, sockets: list[Path], tracer_provider: TracerProvider | None = None
+    settings: Settings,
+    sockets: list[Path],
+    hub_socket: Path,
+    tracer_provider: TracerProvider | None = None,
 ) -> FastAPI:
-    """Build the application of a front whose engines listen on `sockets`.
+    """Build the application of a front.
 
     Args:
         settings: of the whole server.
         sockets: where its engines listen.
+        hub_socket: where its hub listens.
         tracer_provider: where spans go; None: nobody traces.
-
-    Raises:
-        CheckpointError: the model store is no folder, or lacks the default model.
     """
-    metrics = Metrics()
-    metrics.know_engines(len(sockets))
-    served = Models(settings.model_store, settings.models, settings.default_model)
-    watch = EngineWatch(metrics, served, settings.quality == "auto")
-    engines = Engines(sockets, watch)
-    for problem in served.errors:
-        log.error("checkpoint left out", reason=problem)
+    models, engines = Models(settings.model_store, settings.default_model), Engines(sockets)
+    routes: list[str] = []
+    hub = HubLink(hub_socket, lambda serving: follow(serving), routes)
+    follow = Follow(models, engines, hub)
     tracer = NoOpTracer() if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
-    state = State(settings, served, engines, metrics, tracer)
-
-    def announce(model: ServedModel) -> None:
-        checkpoint = model.checkpoint
-        metrics.know_model(checkpoint.name, str(checkpoint.version), checkpoint.budgets)
-        level = DEFAULT_QUALITY if settings.quality == "auto" else settings.quality
-        rank = QUALITY_RANK.get(level, 0) if isinstance(level, str) else 0
-        for gauge in (metrics.quality_level, metrics.quality_configured):
-            gauge.labels(checkpoint.name).set(rank)
-
-    def retire(model: ServedModel) -> None:
-        name = model.checkpoint.name
-        metrics.retire_model(name, str(model.checkpoint.version))
-        if name not in served.served:
-            for gauge in (metrics.quality_level, metrics.quality_configured):
-                gauge.remove(name)
+    state = State(settings, models, engines, hub, tracer)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        for model in served.served.values():
-            announce(model)
-            checkpoint = model.checkpoint
-            engines.wanted[checkpoint.name, checkpoint.version] = checkpoint.path
         engines.start()
+        await hub.start()
         yield
-        await state.background.stop()
+        await hub.stop()
+        await follow.stop()
         await engines.stop()
         state.tokenizing.shutdown()
 
@@ -102,14 +80,13 @@ def create_app(
             "exclude": _operational,
         },
     )
-    app.state.shared, app.state.draining, app.state.watch = state, False, watch
-    app.state.announce, app.state.retire = announce, retire
-    for module in (classify, health, models, tei, kserve, sagemaker, playground):
+    app.state.shared, app.state.draining = state, False
+    for module in (classify, health, api_models, tei, kserve, sagemaker, playground):
         app.include_router(module.router)
     install_error_handlers(app)
-    app.add_middleware(Observe, metrics=metrics, log_share=settings.access_log)
+    app.add_middleware(Observe, hub=hub, log_share=settings.access_log)
     _document_bodies(app)
-    metrics.know_routes([*app.openapi()["paths"], OTHER])
+    routes += [*app.openapi()["paths"], OTHER]
     return app
 
 

@@ -1,4 +1,4 @@
-"""The front process: `python -m service.front RUN_DIR DESCRIPTOR` serves HTTP on an open socket."""
+"""A front process: `python -m service.front RUN_DIR DESCRIPTOR INDEX` serves HTTP on a socket."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from service.app import create_app
 from service.observability.logs import configure_logs
 from service.observability.traces import open_tracing
-from service.process import engine_socket, exit_with_parent, receive_settings
+from service.process import engine_socket, exit_with_parent, hub_socket, receive_settings
 
 if TYPE_CHECKING:
     from service.observability.otel import Tracing
@@ -46,14 +46,15 @@ class _DrainingServer(uvicorn.Server):
 
 def main() -> None:
     """Run the front."""
-    run_dir, descriptor = Path(sys.argv[1]), int(sys.argv[2])
+    run_dir, descriptor, index = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = receive_settings()
     exit_with_parent()
-    configure_logs(settings.log_level, settings.log_format, "front")
+    configure_logs(settings.log_level, settings.log_format, f"front-{index}")
     sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]
-    tracing = open_tracing("front")
-    app = create_app(settings, sockets, tracing.provider if tracing else None)
+    tracing = open_tracing(f"front-{index}")
+    provider = tracing.provider if tracing else None
+    app = create_app(settings, sockets, hub_socket(run_dir), provider)
     config = uvicorn.Config(
         app,
         loop="uvloop",

@@ -1,7 +1,4 @@
-"""The models as the front knows them.
-
-Checkpoints, tokenizers and the rules that requests may ask for.
-"""
+"""The models as a front knows them: checkpoints, tokenizers, and who uses them."""
 
 from __future__ import annotations
 
@@ -11,14 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import structlog
 from tokenizers import Encoding, Tokenizer
 
 from budgetformer.checkpoint import Checkpoint, load_tokenizer, read_checkpoint, read_store
 from budgetformer.errors import CheckpointError
+from service.hub.messages import ServedVersion
+
+log = structlog.get_logger()
 
 
 class UnknownModelError(Exception):
-    """The store has no such model, or another version of it is served."""
+    """No such model is served, or it is in another version."""
 
 
 @dataclass(eq=False)
@@ -55,12 +56,13 @@ class ServedModel:
         return self.tokenizer.encode_batch(texts)
 
 
-def open_model(checkpoint: Checkpoint) -> ServedModel:
-    """Load what the front needs of a checkpoint.
+def open_model(path: Path) -> ServedModel:
+    """Load what the front needs of a checkpoint folder.
 
     Raises:
-        CheckpointError: its tokenizer is damaged.
+        CheckpointError: it is damaged.
     """
+    checkpoint = read_checkpoint(path)
     return ServedModel(checkpoint, load_tokenizer(checkpoint))
 
 
@@ -69,30 +71,14 @@ class Models:
 
     Args:
         store: folder of checkpoints.
-        names: models to serve, each `name` (its highest version) or `name:version`; empty: all.
-        default: model of requests that name none; None: the first by name.
-
-    Raises:
-        CheckpointError: the store is no folder, or the default model is not in it.
+        default: model of requests that name none, `name` or `name:version`; None: the first by
+            name.
     """
 
-    def __init__(self, store: Path, names: list[str], default: str | None) -> None:
+    def __init__(self, store: Path, default: str | None) -> None:
         self.store = store
-        self.errors: list[str] = []
         self.served: dict[str, ServedModel] = {}
-        self.loading: dict[tuple[str, int], ServedModel] = {}
-        found = read_store(store)
-        self.errors += found.errors
-        for spec in names or sorted(found.checkpoints):
-            try:
-                checkpoint = found.find(spec)
-                self.served[checkpoint.name] = open_model(checkpoint)
-            except CheckpointError as error:
-                self.errors.append(str(error))
-        default = default and default.partition(":")[0]
-        if default is not None and default not in self.served:
-            raise CheckpointError(f"the default model {default!r} is not in {store}")
-        self._default = default
+        self._default = default and default.partition(":")[0]
 
     @property
     def default(self) -> str | None:
@@ -116,14 +102,20 @@ class Models:
             )
         return model
 
-    @property
-    def known(self) -> dict[tuple[str, int], ServedModel]:
-        """Every model that engines may speak of, by name and version.
-
-        The served, and one being loaded.
-        """
-        served = {(name, m.checkpoint.version): m for name, m in self.served.items()}
-        return served | self.loading
+    async def serve(self, versions: list[ServedVersion]) -> list[ServedModel]:
+        """Serve exactly these from now on, and return those that are served no more."""
+        now: dict[str, ServedModel] = {}
+        for wanted in versions:
+            served = self.served.get(wanted.name)
+            if served is not None and served.checkpoint.version == wanted.version:
+                now[wanted.name] = served
+                continue
+            try:
+                now[wanted.name] = await asyncio.to_thread(open_model, Path(wanted.path))
+            except CheckpointError as error:  # the hub has read it a moment ago
+                log.error("checkpoint left out", reason=str(error))
+        before, self.served = self.served, now
+        return [model for name, model in before.items() if now.get(name) is not model]
 
     def versions(self, name: str) -> list[int]:
         """Return the versions of a model in the store."""
@@ -137,19 +129,3 @@ class Models:
             for name, versions in sorted(read_store(self.store).checkpoints.items())
             for checkpoint in versions
         ]
-
-    def candidate(self, name: str, version: int | None) -> ServedModel:
-        """Open a version (None: the highest) as the store has it now; it is not served yet.
-
-        Raises:
-            UnknownModelError: the store has none.
-            CheckpointError: it is damaged.
-        """
-        folder = self.store / name
-        if Path(name).name != name or not folder.is_dir():
-            raise UnknownModelError(f"no model {name!r} in the store")
-        numbers = sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
-        if not numbers or (version is not None and version not in numbers):
-            raise UnknownModelError(f"the store has no version {version or ''} of {name!r}")
-        chosen = numbers[-1] if version is None else version
-        return open_model(read_checkpoint(folder / str(chosen)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from service.app import create_app
 from service.settings import Settings
@@ -13,9 +12,8 @@ from service.settings import Settings
 
 def document() -> str:
     """Return the document as the routes make it, whatever is served."""
-    with TemporaryDirectory() as store:
-        app = create_app(Settings.model_construct(model_store=Path(store)), [])
-        return json.dumps(app.openapi(), indent=1, ensure_ascii=False) + "\n"
+    app = create_app(Settings.model_construct(), [], Path("hub"))
+    return json.dumps(app.openapi(), indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

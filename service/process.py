@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
 from service.settings import Settings
 
+WATCH_SECONDS = 0.5
+_T = TypeVar("_T")
+
 
 def engine_socket(run_dir: Path, index: int) -> Path:
     """Return where engine `index` listens."""
     return run_dir / f"engine-{index}.sock"
+
+
+def hub_socket(run_dir: Path) -> Path:
+    """Return where the hub listens."""
+    return run_dir / "hub.sock"
 
 
 def encode_settings(settings: Settings) -> bytes:
@@ -50,6 +62,30 @@ def exit_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+
+
+async def on_silence(
+    last_words: Callable[[], Mapping[_T, float]], limit: float, act: Callable[[_T], None]
+) -> None:
+    """Act on everyone who has been silent for too long, until cancelled.
+
+    While this process itself stood still nobody could be heard, so that time does not count.
+
+    Args:
+        last_words: says when each was heard last, on the monotonic clock.
+        limit: seconds.
+        act: is called for each, again and again while the silence lasts.
+    """
+    still = time.monotonic()
+    while True:
+        before = time.monotonic()
+        await asyncio.sleep(WATCH_SECONDS)
+        now = time.monotonic()
+        if now - before > 2 * WATCH_SECONDS:
+            still = now
+        for one, heard in last_words().items():
+            if now - max(heard, still) > limit:
+                act(one)
 
 
 def resident_bytes() -> int:

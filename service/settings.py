@@ -24,6 +24,8 @@ from budgetformer.precision import Precision
 
 PREFIX = "BUDGETFORMER_"
 CONFIG_FILE = "config"
+DEFAULT_QUALITY: QualityName = "balanced"
+"""What `auto` is while there is no overload."""
 
 
 class SettingsError(BudgetFormerError):
@@ -60,6 +62,8 @@ class Settings(BaseSettings):
     """Models to load, `name` or `name:version`; none means all in the store."""
     default_model: str | None = None
     """Model of requests that name none; by default the first by name."""
+    fronts: int = Field(default=1, ge=1, le=64)
+    """Front processes, which parse, tokenize and answer; they share the address."""
     engines: int = Field(default=0, ge=0, le=256)
     """Engine processes; 0 means one per core on a CPU, one on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -90,6 +94,8 @@ class Settings(BaseSettings):
     """Most texts in one batch."""
     timeout_ms: int = Field(default=10_000, ge=1)
     """Deadline of requests that name none, in milliseconds."""
+    hang_seconds: float = Field(default=10.0, ge=2)
+    """A process that has not been heard of for so long is killed and started again."""
     drain_seconds: float = Field(default=20.0, ge=0)
     """On SIGTERM, how long requests in flight may take to finish."""
     admin_key: SecretStr | None = None

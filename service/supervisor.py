@@ -1,6 +1,6 @@
 """The parent of a server's processes.
 
-It holds the socket, starts front and engines, and replaces the dead.
+It holds the socket and the hub, starts fronts and engines, and replaces those that die or hang.
 """
 
 from __future__ import annotations
@@ -12,42 +12,69 @@ import signal
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 
-from budgetformer.checkpoint import read_store
+from service.hub.catalog import Catalog
+from service.hub.hub import Hub
 from service.observability.traces import check_tracing
-from service.process import child_command, encode_settings
+from service.process import child_command, encode_settings, engine_socket, hub_socket, on_silence
 from service.settings import Settings, SettingsError
 
 log = structlog.get_logger()
 
 FIRST_BACKOFF = 0.1
 LONGEST_BACKOFF = 5.0
-STEADY_SECONDS = 30.0
-"""A child that lived this long is started again at once when it dies."""
+CRASH_LOOP = 3
+"""Lives in a row that end before the process could serve."""
+START_SECONDS = 120.0
+"""How long a process may take until it is heard of."""
+LOOK_SECONDS = 0.1
 KILL_SECONDS = 3.0
 
 
 class _Child:
-    """One process that is kept running."""
+    """One process that is kept running.
+
+    Args:
+        name: for people.
+        command: its command line.
+        settings: the line that it reads from its stdin.
+        report: is told why it does not stay up, and None when it does again.
+        descriptors: open files that it gets.
+    """
 
     def __init__(
-        self, name: str, command: list[str], settings: bytes, descriptors: tuple[int, ...] = ()
+        self,
+        name: str,
+        command: list[str],
+        settings: bytes,
+        report: Callable[[str, str | None], None],
+        descriptors: tuple[int, ...] = (),
     ) -> None:
         self.name = name
+        self.started = 0.0
         self._settings = settings
         self._command = command
+        self._report = report
         self._descriptors = descriptors
         self._process: asyncio.subprocess.Process | None = None
+        self._served = False
         self._stopping = False
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None: it does not run now."""
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else None
 
     async def keep_running(self) -> None:
         """Start the process, and again whenever it ends, until `stop` or cancelled."""
-        backoff = FIRST_BACKOFF
+        backoff, in_vain = FIRST_BACKOFF, 0
         while not self._stopping:
-            started = time.monotonic()
+            self.started, self._served = time.monotonic(), False
             # The child watches its stdin: it ends when this process does, however that happens. A
             # session of its own keeps a terminal's Ctrl-C from it: this process says when to stop.
             self._process = await asyncio.create_subprocess_exec(
@@ -61,11 +88,30 @@ class _Child:
             code = await self._process.wait()
             if self._stopping:
                 return
-            if time.monotonic() - started > STEADY_SECONDS:
-                backoff = FIRST_BACKOFF
+            if self._served:
+                backoff, in_vain = FIRST_BACKOFF, 0
+            in_vain += not self._served
             log.error("a process died", process=self.name, code=code, restart_in=backoff)
+            if in_vain >= CRASH_LOOP:
+                reason = (
+                    f"{self.name} has ended {in_vain} times in a row before it could serve, "
+                    f"the last time with code {code}; it is started every {backoff:g} s"
+                )
+                self._report(self.name, reason)
             await asyncio.sleep(backoff)
             backoff = min(backoff * 2, LONGEST_BACKOFF)
+
+    def serves(self) -> None:
+        """Say that the process has come up: should it die, it is started again at once."""
+        if not self._served:
+            self._served = True
+            self._report(self.name, None)
+
+    def kill(self) -> None:
+        """Kill the process, which hangs."""
+        if self.pid is not None and self._process is not None:
+            log.error("a process hangs, it is killed", process=self.name)
+            self._process.kill()
 
     async def stop(self, patience: float) -> None:
         """Ask the process to end, wait for `patience` seconds, then kill it."""
@@ -82,6 +128,86 @@ class _Child:
                 log.error("a process did not end in time", process=self.name)
                 process.kill()
                 await process.wait()
+
+
+class _Server:
+    """All processes of one server, and the hub that they meet in."""
+
+    def __init__(
+        self, settings: Settings, catalog: Catalog, listener: socket.socket, run_dir: Path
+    ) -> None:
+        self._settings = settings
+        self._run_dir = run_dir
+        line = encode_settings(settings)
+        sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]
+        self.hub = Hub(settings, catalog, sockets, self._family)
+        report = self.hub.report_crash_loop
+        descriptor = listener.fileno()
+        self._engines = [
+            _Child(
+                f"engine-{i}", child_command("service.engine", str(run_dir), str(i)), line, report
+            )
+            for i in range(settings.engines)
+        ]
+        self._fronts = [
+            _Child(
+                f"front-{i}",
+                child_command("service.front", str(run_dir), str(descriptor), str(i)),
+                line,
+                report,
+                (descriptor,),
+            )
+            for i in range(settings.fronts)
+        ]
+
+    async def run(self) -> None:
+        """Keep everything running, until cancelled."""
+        socket = hub_socket(self._run_dir)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.hub.serve(socket))
+            for child in (*self._engines, *self._fronts):
+                tasks.create_task(child.keep_running())
+            tasks.create_task(self._look_after())
+            tasks.create_task(
+                on_silence(self._last_words, self._settings.hang_seconds, _Child.kill)
+            )
+
+    async def stop(self) -> None:
+        """Let the fronts finish what they have begun, then end all."""
+        patience = self._settings.drain_seconds + KILL_SECONDS
+        await asyncio.gather(*(front.stop(patience) for front in self._fronts))
+        await asyncio.gather(*(engine.stop(KILL_SECONDS) for engine in self._engines))
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            for child, client in zip(self._engines, self.hub.fleet.clients, strict=True):
+                if self.hub.fleet.equipped(client):
+                    child.serves()
+            there = {front.pid for front in self.hub.fronts}
+            for child in self._fronts:
+                if child.pid in there:
+                    child.serves()
+
+    def _last_words(self) -> dict[_Child, float]:
+        patience = START_SECONDS - self._settings.hang_seconds
+        words = {
+            child: child.started + patience
+            for child in (*self._engines, *self._fronts)
+            if child.pid is not None
+        }
+        for child, client in zip(self._engines, self.hub.fleet.clients, strict=True):
+            if child in words and client.heard > child.started:
+                words[child] = client.heard
+        heard = {front.pid: front.heard for front in self.hub.fronts}
+        for child in self._fronts:
+            if child in words and child.pid in heard:
+                words[child] = heard[child.pid]
+        return words
+
+    def _family(self) -> dict[str, int]:
+        children = {c.name: c.pid for c in (*self._fronts, *self._engines)}
+        return {"supervisor": os.getpid()} | {n: pid for n, pid in children.items() if pid}
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -101,27 +227,25 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _supervise(settings: Settings, listener: socket.socket, run_dir: Path) -> None:
+async def _supervise(
+    settings: Settings, catalog: Catalog, listener: socket.socket, run_dir: Path
+) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    front_command = child_command("service.front", str(run_dir), str(listener.fileno()))
-    line = encode_settings(settings)
-    front = _Child("front", front_command, line, (listener.fileno(),))
-    engines = [
-        _Child(f"engine-{i}", child_command("service.engine", str(run_dir), str(i)), line)
-        for i in range(settings.engines)
-    ]
-    async with asyncio.TaskGroup() as tasks:
-        for child in (*engines, front):
-            tasks.create_task(child.keep_running())
-        await stopping.wait()
-        log.info("draining", seconds=settings.drain_seconds)
-        # Without this the kernel would go on taking connections that nobody answers.
-        listener.close()
-        await front.stop(settings.drain_seconds + KILL_SECONDS)
-        await asyncio.gather(*(engine.stop(KILL_SECONDS) for engine in engines))
+    server = _Server(settings, catalog, listener, run_dir)
+    running = asyncio.create_task(server.run())
+    waiting = asyncio.create_task(stopping.wait())
+    await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    log.info("draining", seconds=settings.drain_seconds)
+    # Without this the kernel would go on taking connections that nobody answers.
+    listener.close()
+    await server.stop()
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
     log.info("stopped")
 
 
@@ -130,13 +254,11 @@ def supervise(settings: Settings) -> None:
 
     Raises:
         SettingsError: the address cannot be had.
-        CheckpointError: the model store is no folder.
+        CheckpointError: the model store is no folder, or lacks the default model.
         TracingError: the environment asks for traces that cannot be had.
     """
     check_tracing()
-    store = read_store(settings.model_store)
-    if settings.default_model is not None:
-        store.find(settings.default_model)
+    catalog = Catalog(settings)
     listener = bind(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     with tempfile.TemporaryDirectory(prefix="budgetformer-") as folder:
@@ -148,4 +270,4 @@ def supervise(settings: Settings) -> None:
         for name in [n for n in os.environ if n.upper().startswith("BUDGETFORMER_")]:
             del os.environ[name]
         log.info("starting", url=f"http://{host}:{port}", engines=resolved.engines)
-        asyncio.run(_supervise(resolved, listener, run_dir))
+        asyncio.run(_supervise(resolved, catalog, listener, run_dir))

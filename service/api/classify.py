@@ -29,12 +29,13 @@ from service.engine.client import (
     RefusedError,
 )
 from service.engine.protocol import Answer, ItemAnswer, ItemTokens, pack_ids
+from service.hub.messages import ItemsAnswered, ItemSpent
 from service.models import ServedModel
-from service.observability.metrics import ItemSpent
+from service.observability.context import current_request
+from service.settings import DEFAULT_QUALITY
 
 router = APIRouter(tags=["classify"])
 
-DEFAULT_QUALITY = "balanced"
 
 Text = str | tuple[str, str]
 
@@ -332,8 +333,6 @@ def _measure(
     stages: dict[str, float],
 ) -> None:
     checkpoint = model.checkpoint
-    state.metrics.count_stages(stages)
-    state.metrics.truncated.inc(sum(bool(encoding.overflowing) for encoding in encodings))
     items = [
         ItemSpent(item.budget, sum(item.heads), len(encoding.ids), item.macs, item.dense_macs)
         for encoding, item in zip(encodings, answer.items, strict=True)
@@ -341,5 +340,15 @@ def _measure(
     ]
     quality = answer.quality if checkpoint.calibrated else None
     expected = checkpoint.rule(quality, job.heads, job.max_heads).expected_budgets()
-    series = state.metrics.model(checkpoint.name, str(checkpoint.version))
-    series.count(items, checkpoint.num_layers * checkpoint.num_heads, expected)
+    state.hub.observe(
+        ItemsAnswered(
+            checkpoint.name,
+            checkpoint.version,
+            items,
+            checkpoint.num_layers * checkpoint.num_heads,
+            None if expected is None else dict(expected),
+            stages,
+            sum(bool(encoding.overflowing) for encoding in encodings),
+            current_request().traceparent,
+        )
+    )

@@ -6,11 +6,12 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client.exposition import choose_encoder
 
 from service.api.errors import ApiError
 from service.api.responses import json_response
 from service.api.state import State, state_of
+from service.connection import ConnectionBrokeError, NotConnectedError
+from service.hub.messages import Scraped
 
 router = APIRouter(tags=["operations"])
 
@@ -51,7 +52,8 @@ async def health(request: Request) -> Response:
         "status": "ok" if reason is None else "unavailable",
         "reason": reason,
         "models": [f"{name}:{version}" for name, version in sorted(state.engines.models)],
-        "errors": sorted({*state.models.errors, *state.engines.errors}),
+        "errors": state.hub.serving.errors if state.hub.serving else [],
+        "crash_loops": state.hub.serving.crash_loops if state.hub.serving else [],
         "engines": engines,
     }
     return json_response(content, 200 if reason is None else 503)
@@ -60,18 +62,26 @@ async def health(request: Request) -> Response:
 @router.get("/metrics", summary="Prometheus metrics")
 async def metrics(request: Request) -> Response:
     """Expose all series, as Prometheus text or OpenMetrics, whichever is accepted."""
-    state = state_of(request)
-    request.app.state.watch.refresh(state.engines.clients)
-    encode, kind = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(state.metrics.registry), media_type=kind)
+    try:
+        shown = await state_of(request).hub.scrape(request.headers.get("accept", ""))
+    except (NotConnectedError, ConnectionBrokeError):
+        message = "the server's hub is not there"
+        raise ApiError(503, message, code="hub_down", retry_after=1) from None
+    assert isinstance(shown, Scraped)
+    return Response(shown.text, media_type=shown.media_type)
 
 
 def why_not_ready(state: State, draining: bool) -> str | None:
     """Return why this server cannot classify now; None: it can."""
     if draining:
         return "the server is shutting down"
+    serving = state.hub.serving
+    if serving is None:
+        return "the server is starting"
     if state.models.default is None:
-        return "no model is served: " + ("; ".join(state.models.errors) or "the store is empty")
+        return "no model is served: " + ("; ".join(serving.errors) or "the store is empty")
+    if serving.crash_loops and len(serving.crash_loops) >= len(state.engines.clients):
+        return "; ".join(serving.crash_loops)
     if not state.engines.alive:
         return "no engine is running"
     served = state.models.served.get(state.models.default)
@@ -79,5 +89,5 @@ def why_not_ready(state: State, draining: bool) -> str | None:
         return f"the default model {state.models.default} is not served"
     checkpoint = served.checkpoint
     if (checkpoint.name, checkpoint.version) not in state.engines.models:
-        return "; ".join(state.engines.errors) or f"{checkpoint.label} is still loading"
+        return "; ".join(serving.errors) or f"{checkpoint.label} is still loading"
     return None

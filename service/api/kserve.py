@@ -286,7 +286,7 @@ async def repository_index(request: Request) -> Response:
 
 def _index_row(state: State, name: str, version: int) -> dict[str, str]:
     served = state.models.served.get(name)
-    loading = (name, version) in state.models.loading
+    loading = state.hub.serving is not None and f"{name}:{version}" in state.hub.serving.loading
     phase, reason = "UNAVAILABLE", "not served"
     if served is not None and served.checkpoint.version == version:
         ready = (name, version) in state.engines.models

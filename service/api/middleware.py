@@ -18,8 +18,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import CLIENT_GONE, ApiError, ClientGoneError
+from service.hub.link import HubLink
+from service.hub.messages import REASONS, RequestEnded
 from service.observability.context import RequestContext, current_request, serving
-from service.observability.metrics import REASONS, Metrics
 
 log = structlog.get_logger()
 
@@ -38,14 +39,14 @@ class Observe:
 
     Args:
         app: what serves it.
-        metrics: where it is counted.
+        hub: where it is counted.
         log_share: share of the requests that get a line in the log; one that ended in an error
             always does.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, log_share: float) -> None:
+    def __init__(self, app: ASGIApp, hub: HubLink, log_share: float) -> None:
         self.app = app
-        self.metrics = metrics
+        self.hub = hub
         self.log_share = log_share
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +76,6 @@ class Observe:
             await self.app(scope, receive, send_named)
         except ClientGoneError:
             status = CLIENT_GONE
-            self.metrics.cancelled.inc()
         except Exception as error:  # the last stop: whatever it is, the client gets its answer
             log.error("unexpected error", exc_info=error)
             if begun:
@@ -93,12 +93,13 @@ class Observe:
         outcome = scope.get("outcome") or _outcome(status)
         refusal = str(scope.get("refusal"))
         reason = _REFUSALS.get(refusal, refusal)
-        if reason in REASONS:
+        refused = reason in REASONS
+        if refused:
             outcome = "rejected"
-            self.metrics.rejected.labels(reason).inc()
-        if status == 504:
-            self.metrics.deadline_exceeded.inc()
-        self.metrics.count_request(route, outcome, seconds, current_request())
+        traceparent = current_request().traceparent
+        self.hub.observe(
+            RequestEnded(route, outcome, seconds, traceparent, reason if refused else "")
+        )
         failed = outcome == "error" and not route.startswith(PROBES)
         chosen = failed or random.random() < self.log_share
         write = log.info if chosen else log.debug

@@ -10,19 +10,19 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 
 from budgetformer.checkpoint import Checkpoint
-from budgetformer.errors import CheckpointError
 from service.api.bodies import describe_body, read_body
 from service.api.classify import check_texts
 from service.api.errors import ApiError
 from service.api.responses import json_response
 from service.api.schemas import RequestBody, TokenizeRequest, TokenizeResponse
-from service.api.state import State, state_of
-from service.engine.client import EngineDownError, EngineFailedError
-from service.models import ServedModel, UnknownModelError
+from service.api.state import state_of
+from service.connection import ConnectionBrokeError, NotConnectedError
+from service.hub.messages import Changed, ChangeFailed, ChangeModel
 
 router = APIRouter(tags=["models"])
 
 MOST_LOAD_BYTES = 4096
+CHANGE_STATUS = {"unknown_model": 404, "broken_checkpoint": 422, "engine_down": 503}
 
 
 class LoadRequest(RequestBody):
@@ -73,80 +73,58 @@ async def load_model(request: Request, name: str) -> Response:
     """
     require_admin(request)
     body = await read_body(request, LoadRequest, MOST_LOAD_BYTES, default=LoadRequest())
-    checkpoint = await load(request, name, body.version)
-    return json_response({"model": checkpoint.label, "status": "loaded"})
+    label = await load(request, name, body.version)
+    return json_response({"model": label, "status": "loaded"})
 
 
-async def load(request: Request, name: str, version: int | None) -> Checkpoint:
+async def load(request: Request, name: str, version: int | None) -> str:
     """Load a version (None: the highest) and serve it; what was served before is freed.
+
+    Returns:
+        The version that is served now, as `name:version`.
 
     Raises:
         ApiError: 404 the store has none, 422 it is broken, 503 no engine is running.
     """
-    state = state_of(request)
-    async with state.changing_models:
-        return await _load(request, state, name, version)
+    return await _change(request, ChangeModel(0, "load", name, version))
 
 
-async def _load(request: Request, state: State, name: str, version: int | None) -> Checkpoint:
+async def unload(request: Request, name: str) -> str:
+    """Take a model out of service, and free it once what it has begun is finished.
+
+    Returns:
+        The version that was served, as `name:version`.
+
+    Raises:
+        ApiError: 404 it is not served.
+    """
+    return await _change(request, ChangeModel(0, "unload", name))
+
+
+async def _change(request: Request, wanted: ChangeModel) -> str:
     try:
-        candidate = await asyncio.to_thread(state.models.candidate, name, version)
-    except UnknownModelError as error:
-        raise ApiError(404, str(error), "model", "unknown_model") from None
-    except CheckpointError as error:
-        raise ApiError(422, str(error), "model", "broken_checkpoint") from None
-    checkpoint = candidate.checkpoint
-    key = (name, checkpoint.version)
-    state.models.loading[key] = candidate
-    try:
-        await state.engines.load(key, checkpoint.path)
-    except EngineFailedError as error:
-        raise ApiError(422, str(error), "model", "broken_checkpoint") from None
-    except EngineDownError:
-        raise ApiError(503, "no engine is running", code="engine_down", retry_after=1) from None
-    finally:
-        del state.models.loading[key]
-    before = state.models.served.get(name)
-    state.models.served[name] = candidate
-    request.app.state.announce(candidate)
-    if before is not None and before.checkpoint.version != checkpoint.version:
-        request.app.state.retire(before)
-        state.background.start(_free(state, before))
-    return checkpoint
-
-
-async def _free(state: State, retired: ServedModel) -> None:
-    """Take a model from the engines once the last request that came for it has its answer."""
-    await retired.until_idle()
-    checkpoint = retired.checkpoint
-    async with state.changing_models:
-        again = state.models.served.get(checkpoint.name)
-        if again is None or again.checkpoint.version != checkpoint.version:
-            await state.engines.unload((checkpoint.name, checkpoint.version))
+        answer = await state_of(request).hub.change(wanted)
+    except (NotConnectedError, ConnectionBrokeError):
+        message = "the server's hub is not there"
+        raise ApiError(503, message, code="hub_down", retry_after=1) from None
+    if isinstance(answer, ChangeFailed):
+        raise ApiError(
+            CHANGE_STATUS[answer.reason],
+            answer.message,
+            None if answer.reason == "engine_down" else "model",
+            answer.reason,
+            retry_after=1 if answer.reason == "engine_down" else None,
+        )
+    assert isinstance(answer, Changed)
+    return answer.label
 
 
 @router.post("/models/{name}/unload", summary="Stop serving a model")
 async def unload_model(request: Request, name: str) -> Response:
     """Take a model out of service; what it has begun is finished, then its memory is freed."""
     require_admin(request)
-    checkpoint = await unload(request, name)
-    return json_response({"model": checkpoint.label, "status": "unloaded"})
-
-
-async def unload(request: Request, name: str) -> Checkpoint:
-    """Take a model out of service, and free it once what it has begun is finished.
-
-    Raises:
-        ApiError: 404 it is not served.
-    """
-    state = state_of(request)
-    async with state.changing_models:
-        served = state.model(name)
-        checkpoint = served.checkpoint
-        del state.models.served[checkpoint.name]
-        request.app.state.retire(served)
-        state.background.start(_free(state, served))
-    return checkpoint
+    label = await unload(request, name)
+    return json_response({"model": label, "status": "unloaded"})
 
 
 @router.post(

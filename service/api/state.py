@@ -1,8 +1,7 @@
-"""What the routes share: settings, models, engines, metrics."""
+"""What the routes share: settings, models, engines, the hub."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,10 +11,9 @@ from fastapi import Request
 from opentelemetry.trace import Tracer
 
 from service.api.errors import ApiError
-from service.background import Background
 from service.engine.client import Engines
+from service.hub.link import HubLink
 from service.models import Models, ServedModel, UnknownModelError
-from service.observability.metrics import Metrics
 from service.settings import Settings
 
 
@@ -26,17 +24,11 @@ class State:
     settings: Settings
     models: Models
     engines: Engines
-    metrics: Metrics
+    hub: HubLink
     tracer: Tracer
     tokenizing: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
     )
-
-    changing_models: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while a model is loaded or unloaded: one change at a time."""
-
-    background: Background = field(default_factory=Background)
-    """Work that no request waits for."""
 
     texts: int = 0
     """Texts that are here, from their arrival to their answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -13,9 +14,10 @@ import structlog
 import torch
 
 from budgetformer.cost_table import read_tables
-from service.engine import protocol
+from service import frames
+from service.connection import listening
 from service.engine.core import EngineCore, EngineOptions, Reply
-from service.engine.protocol import PROTOCOL, Hello, ToFront
+from service.engine.protocol import PROTOCOL, TO_ENGINE, BatchRan, Hello, ToFront, Watch
 from service.observability.logs import configure_logs
 from service.observability.traces import open_tracing
 from service.process import engine_socket, exit_with_parent, receive_settings, resident_bytes
@@ -27,49 +29,58 @@ HEARTBEAT_SECONDS = 1.0
 
 
 class EngineServer:
-    """Speak with the fronts over a local socket on behalf of one core."""
+    """Speak with the fronts and the hub over a local socket on behalf of one core.
 
-    def __init__(self, core: EngineCore) -> None:
+    Args:
+        core: the engine.
+        hang_seconds: a pass that takes longer hangs.
+    """
+
+    def __init__(self, core: EngineCore, hang_seconds: float = math.inf) -> None:
         self.core = core
-        self._fronts: set[Reply] = set()
+        self._hang_seconds = hang_seconds
+        self._peers: set[Reply] = set()
+        self._watchers: set[Reply] = set()
         core.broadcast = self._broadcast
 
     async def serve(self, socket: Path) -> None:
         """Listen on `socket` until cancelled."""
-        server = await asyncio.start_unix_server(self._front_came, socket)
-        socket.chmod(0o600)
-        async with server, asyncio.TaskGroup() as tasks:
+        async with listening(socket, self._came), asyncio.TaskGroup() as tasks:
             tasks.create_task(self.core.run())
             tasks.create_task(self._beat())
 
-    async def _front_came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         def reply(message: ToFront) -> None:
             if not writer.is_closing():
-                protocol.write(writer, message)
+                frames.write(writer, message)
 
         reply(self._hello())
-        self._fronts.add(reply)
+        self._peers.add(reply)
         try:
-            while (message := await protocol.read_to_engine(reader)) is not None:
-                self.core.receive(message, reply)
-        except protocol.FrameError as error:
-            log.error("a front sent a bad frame", reason=str(error))
+            while (message := await frames.read(reader, TO_ENGINE)) is not None:
+                if isinstance(message, Watch):
+                    self._watchers.add(reply)
+                else:
+                    self.core.receive(message, reply)
         finally:
-            self._fronts.discard(reply)
+            self._peers.discard(reply)
+            self._watchers.discard(reply)
             self.core.forget(reply)
-            writer.close()
 
     async def _beat(self) -> None:
         while True:
-            self._broadcast(self.core.heartbeat(resident_bytes()))
+            # Whose device does not come back is as good as dead, so its heart stops too.
+            if self.core.busy_seconds < self._hang_seconds:
+                self._broadcast(self.core.heartbeat(resident_bytes()))
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def _broadcast(self, message: ToFront) -> None:
-        for reply in self._fronts:
+        for reply in self._watchers if isinstance(message, BatchRan) else self._peers:
             reply(message)
 
     def _hello(self) -> Hello:
-        return Hello(PROTOCOL, os.getpid(), self.core.device, str(torch.__version__))
+        core = self.core
+        return Hello(PROTOCOL, os.getpid(), core.device, str(torch.__version__), core.infos)
 
 
 async def _main(run_dir: Path, index: int, settings: Settings) -> None:
@@ -85,7 +96,7 @@ async def _main(run_dir: Path, index: int, settings: Settings) -> None:
     tracing = open_tracing(f"engine-{index}", follow=True)
     if tracing is not None:
         core.spans = tracing.pass_spans()
-    server = EngineServer(core)
+    server = EngineServer(core, settings.hang_seconds)
     serving = asyncio.create_task(server.serve(engine_socket(run_dir, index)))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
     with contextlib.suppress(asyncio.CancelledError):

@@ -39,6 +39,8 @@ from service.engine.protocol import (
     Heartbeat,
     ItemAnswer,
     Load,
+    ModelInfo,
+    Models,
     Refused,
     ToFront,
     Unload,
@@ -149,16 +151,27 @@ class EngineCore:
         )
         self._arrivals: list[_Slot] = []
         self._running: list[_Slot] = []
+        self._began: float | None = None
         self._requests: dict[tuple[Reply, int], _Request] = {}
         self._work_came = asyncio.Event()
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self._background = Background()
 
-    # Messages of the fronts
+    @property
+    def infos(self) -> list[ModelInfo]:
+        """What is loaded."""
+        return [model.info for model in self.models.values()]
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the device has been at its present pass."""
+        return 0.0 if self._began is None else self._clock() - self._began
+
+    # Messages of the fronts and the hub
 
     def receive(self, message: protocol.ToEngine, reply: Reply) -> None:
-        """Take one message of a front; `reply` sends messages back to it."""
+        """Take one message; `reply` sends messages back to whom it came from."""
         match message:
             case Classify():
                 self._classify(message, reply)
@@ -341,7 +354,9 @@ class EngineCore:
             return started, self._clock()
 
         loop = asyncio.get_running_loop()
+        self._began = self._clock()
         started, ended = await loop.run_in_executor(self._compute, compute)
+        self._began = None
         if self.spans is not None:
             stage: Stage = "budget" if work is cascade.arrive else "compute"
             name, version = slots[0].request.model.key
@@ -443,13 +458,15 @@ class EngineCore:
             return
         self.prices.know(model.key, model.costs)
         self.models[model.key] = model
-        reply(Done(message.id, model.info))
+        self.broadcast(Models(self.infos))
+        reply(Done(message.id))
 
     def _unload(self, message: Unload, reply: Reply) -> None:
         # Items already here keep the model that they came for; it is freed with the last of them.
         if self.models.pop((message.model, message.version), None) is None:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
         else:
+            self.broadcast(Models(self.infos))
             reply(Done(message.id))
 
 

@@ -1,32 +1,20 @@
-"""What front and engine say to each other: one binary frame per message over a local stream socket.
+"""What fronts and the hub say to an engine, and it to them; see `service.frames` for the form.
 
-A frame is a little-endian uint32 length and that many bytes: one of the messages below,
-MessagePack-encoded as an array whose first element is the message's tag. Token ids travel as raw
-little-endian int32.
+Token ids travel as raw little-endian int32.
 """
 
 from __future__ import annotations
 
 import array
-import asyncio
-import struct
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
-PROTOCOL = 2
-MAX_FRAME_BYTES = 256 * 2**20
-_LENGTH = struct.Struct("<I")
+from service.frames import FrameError, Message, decoder
 
-
-class FrameError(Exception):
-    """The other side sent something that is no frame of this protocol."""
-
-
-class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Base of all messages."""
+PROTOCOL = 3
 
 
 class ItemTokens(msgspec.Struct, frozen=True, array_like=True):
@@ -36,7 +24,7 @@ class ItemTokens(msgspec.Struct, frozen=True, array_like=True):
     segments: bytes = b""
 
 
-class Classify(_Message, frozen=True):
+class Classify(Message, frozen=True):
     """Classify some items with one model; `remaining` seconds until the answer is worthless.
 
     A quality of "auto" leaves the level to the engine; so does `target`, the seconds that the
@@ -57,20 +45,20 @@ class Classify(_Message, frozen=True):
     traceparent: str = ""
 
 
-class Cancel(_Message, frozen=True):
+class Cancel(Message, frozen=True):
     """Nobody waits for this request any more."""
 
     id: int
 
 
-class Load(_Message, frozen=True):
+class Load(Message, frozen=True):
     """Load, verify and warm the checkpoint folder `path`, then serve it beside what was."""
 
     id: int
     path: str
 
 
-class Unload(_Message, frozen=True):
+class Unload(Message, frozen=True):
     """Stop serving a model version and free it, once nothing waits for it."""
 
     id: int
@@ -88,16 +76,27 @@ class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
     dtype: str
 
 
-class Hello(_Message, frozen=True):
-    """First message of an engine, which has no model yet: the front says what to load."""
+class Watch(Message, frozen=True):
+    """Whoever sends this is told of every batch from now on."""
+
+
+class Hello(Message, frozen=True):
+    """First message of an engine; one that has just begun has no model yet."""
 
     protocol: int
     pid: int
     device: str
     torch: str
+    models: list[ModelInfo]
 
 
-class Heartbeat(_Message, frozen=True):
+class Models(Message, frozen=True):
+    """The models of an engine have changed to these."""
+
+    models: list[ModelInfo]
+
+
+class Heartbeat(Message, frozen=True):
     """An engine lives; the state of its queue, by model where it differs.
 
     `quality` is the level in force for requests that leave it to the engine.
@@ -123,7 +122,7 @@ class ItemAnswer(msgspec.Struct, frozen=True, array_like=True):
     error: str = ""
 
 
-class Answer(_Message, frozen=True):
+class Answer(Message, frozen=True):
     """The answers of a request, and the seconds of its stages (the slowest item's).
 
     `quality` is what decided the budgets: a level, or the points given up.
@@ -137,7 +136,7 @@ class Answer(_Message, frozen=True):
     quality: str | float
 
 
-class Refused(_Message, frozen=True):
+class Refused(Message, frozen=True):
     """A request was not admitted."""
 
     id: int
@@ -145,28 +144,27 @@ class Refused(_Message, frozen=True):
     retry_after: int
 
 
-class Expired(_Message, frozen=True):
+class Expired(Message, frozen=True):
     """A request's deadline passed before it was computed."""
 
     id: int
 
 
-class Failed(_Message, frozen=True):
+class Failed(Message, frozen=True):
     """A load or unload did not succeed, or a request named what the engine does not have."""
 
     id: int
     message: str
 
 
-class Done(_Message, frozen=True):
-    """A load or unload succeeded; `model` is None for an unload."""
+class Done(Message, frozen=True):
+    """A load or unload succeeded."""
 
     id: int
-    model: ModelInfo | None = None
 
 
-class BatchRan(_Message, frozen=True):
-    """One batch ran, for the metrics."""
+class BatchRan(Message, frozen=True):
+    """One batch ran; only those who watch are told."""
 
     model: str
     version: int
@@ -177,13 +175,13 @@ class BatchRan(_Message, frozen=True):
     seconds: float
 
 
-ToEngine: TypeAlias = Classify | Cancel | Load | Unload
-ToFront: TypeAlias = Hello | Heartbeat | Answer | Refused | Expired | Failed | Done | BatchRan
+ToEngine: TypeAlias = Classify | Cancel | Load | Unload | Watch
+ToFront: TypeAlias = (
+    Hello | Models | Heartbeat | Answer | Refused | Expired | Failed | Done | BatchRan
+)
 
-_encoder = msgspec.msgpack.Encoder()
-_to_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToEngine)
-_to_front: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToFront)
-
+TO_ENGINE = decoder(ToEngine)
+TO_FRONT = decoder(ToFront)
 
 ID_BYTES = 4
 
@@ -209,42 +207,3 @@ def unpack_ids(data: bytes) -> list[int]:
     if sys.byteorder == "big":
         unpacked.byteswap()
     return unpacked.tolist()
-
-
-def write(writer: asyncio.StreamWriter, message: ToEngine | ToFront) -> None:
-    """Put one message on the stream."""
-    body = _encoder.encode(message)
-    writer.write(_LENGTH.pack(len(body)) + body)
-
-
-async def read_to_engine(reader: asyncio.StreamReader) -> ToEngine | None:
-    """Read one message of a front; None at the end of the stream.
-
-    Raises:
-        FrameError: it is none.
-    """
-    message: ToEngine | None = await _read(reader, _to_engine)
-    return message
-
-
-async def read_to_front(reader: asyncio.StreamReader) -> ToFront | None:
-    """Read one message of an engine; None at the end of the stream.
-
-    Raises:
-        FrameError: it is none.
-    """
-    message: ToFront | None = await _read(reader, _to_front)
-    return message
-
-
-async def _read(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
-    try:
-        header = await reader.readexactly(_LENGTH.size)
-        (length,) = _LENGTH.unpack(header)
-        if length > MAX_FRAME_BYTES:
-            raise FrameError(f"a frame of {length} bytes")
-        return decoder.decode(await reader.readexactly(length))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
-    except msgspec.MsgspecError as error:
-        raise FrameError(str(error)) from error

@@ -1,23 +1,24 @@
 """The only place that names a metric.
 
-One process, the front, owns the registry that /metrics shows.
+One process, the hub, owns the registry that /metrics shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from typing import assert_never
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
-    ProcessCollector,
     disable_created_metrics,
 )
 
-from service.observability.context import RequestContext, current_request
+from service.hub.messages import REASONS, ItemsAnswered, ItemSpent, Observation, RequestEnded
+from service.observability.context import RequestContext
+from service.observability.processes import Family, FamilyCollector, only_this_process
 
 PREFIX = "budgetformer"
 
@@ -33,29 +34,24 @@ RATIOS = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1)
 
 OUTCOMES = ("ok", "partial", "invalid", "rejected", "timeout", "cancelled", "error")
 STAGES = ("tokenize", "budget", "queue", "compute", "respond")
-REASONS = ("queue_full", "deadline", "draining", "too_large", "rate")
 QUALITY_RANK = {"fast": 1, "balanced": 2, "best": 3}
 
 
-@dataclass(frozen=True)
-class ItemSpent:
-    """What one answered item took: its ladder step, heads, tokens and multiply-adds."""
-
-    budget: int
-    heads: int
-    tokens: int
-    macs: int
-    dense_macs: int
+Exemplar = dict[str, str] | None
+"""What an observation points to: a trace."""
 
 
 class Metrics:
-    """All metrics of one front, in a registry of their own.
+    """All metrics of a server, in a registry of their own.
 
     Looking up a series by its labels costs more than counting in it, so what every request needs
     is looked up once.
+
+    Args:
+        family: the processes of the server.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, family: Family = only_this_process) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody asks for
         self.registry = CollectorRegistry()
         self.requests = self._counter(
@@ -144,10 +140,10 @@ class Metrics:
         )
         self.heartbeat_age = self._gauge(
             "engine_heartbeat_age_seconds",
-            "Time since an engine was last heard, or since the front waits for it.",
+            "Time since an engine was last heard, or since it is waited for.",
             "engine",
         )
-        ProcessCollector(namespace=PREFIX, registry=self.registry)
+        self.registry.register(FamilyCollector(PREFIX, family))
         self._stages = {stage: self.stage_duration.labels(stage) for stage in STAGES}
         self._models: dict[tuple[str, str], ModelSeries] = {}
         self._batches: dict[tuple[str, int], BatchSeries] = {}
@@ -179,11 +175,6 @@ class Metrics:
             known.know(budget)
             self.batch(model, budget)
 
-    def retire_model(self, model: str, version: str) -> None:
-        """Drop what says that a model version is served; its counters stay."""
-        for gauge in (self.model_info, self.model_load, self.model_memory):
-            gauge.remove_by_labels({"model": model, "version": version})
-
     def model(self, model: str, version: str) -> ModelSeries:
         """Return the series of one model version."""
         key = model, version
@@ -198,22 +189,39 @@ class Metrics:
             self._batches[key] = BatchSeries(self, model, budget)
         return self._batches[key]
 
-    def count_request(
-        self, route: str, outcome: str, seconds: float, context: RequestContext
-    ) -> None:
-        """Count a request that has ended."""
-        counter = self._requests.get((route, outcome))
-        if counter is None:
-            counter = self._requests[route, outcome] = self.requests.labels(route, outcome)
-            self._durations[route] = self.request_duration.labels(route)
-        counter.inc()
-        self._durations[route].observe(seconds, context.exemplar)
+    def take(self, observations: Iterable[Observation]) -> None:
+        """Count what a front has seen."""
+        for seen in observations:
+            exemplar = RequestContext(traceparent=seen.traceparent).exemplar
+            match seen:
+                case RequestEnded():
+                    self._request_ended(seen, exemplar)
+                case ItemsAnswered():
+                    self._items_answered(seen, exemplar)
+                case _:
+                    assert_never(seen)
 
-    def count_stages(self, seconds: Mapping[str, float]) -> None:
-        """Count how long the stages of the current request took."""
-        exemplar = current_request().exemplar
-        for stage, duration in seconds.items():
-            self._stages[stage].observe(duration, exemplar)
+    def _request_ended(self, seen: RequestEnded, exemplar: Exemplar) -> None:
+        key = seen.route, seen.outcome
+        counter = self._requests.get(key)
+        if counter is None:
+            counter = self._requests[key] = self.requests.labels(*key)
+            self._durations[seen.route] = self.request_duration.labels(seen.route)
+        counter.inc()
+        self._durations[seen.route].observe(seen.seconds, exemplar)
+        if seen.outcome == "cancelled":
+            self.cancelled.inc()
+        elif seen.outcome == "timeout":
+            self.deadline_exceeded.inc()
+        elif seen.refusal:
+            self.rejected.labels(seen.refusal).inc()
+
+    def _items_answered(self, seen: ItemsAnswered, exemplar: Exemplar) -> None:
+        for stage, seconds in seen.stages.items():
+            self._stages[stage].observe(seconds, exemplar)
+        self.truncated.inc(seen.truncated)
+        series = self.model(seen.model, str(seen.version))
+        series.count(seen.items, seen.heads_of_one, seen.expected, exemplar)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
@@ -248,17 +256,13 @@ class ModelSeries:
         self._expected[budget] = self._metrics.items_expected.labels(*self._key, budget)
 
     def count(
-        self, items: list[ItemSpent], heads_of_one: int, expected: Mapping[int, float] | None = None
+        self,
+        items: Sequence[ItemSpent],
+        heads_of_one: int,
+        expected: Mapping[int, float] | None = None,
+        exemplar: Exemplar = None,
     ) -> None:
-        """Count the answered items of the current request.
-
-        Args:
-            items: what each took.
-            heads_of_one: heads of the dense network.
-            expected: share of the items that calibration answers at each ladder step; None: it is
-                not known, and what happened counts as expected.
-        """
-        exemplar = current_request().exemplar
+        """Count the answered items of a request; see `ItemsAnswered`."""
         counted: dict[int, float] = {}
         for item in items:
             self._heads.observe(item.heads, exemplar)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import budgetformer
 from service.engine.client import EngineClient, Event, Lost
-from service.engine.protocol import BatchRan, Heartbeat, Hello, ModelInfo
-from service.models import Models
+from service.engine.protocol import BatchRan, Heartbeat, Hello, ModelInfo, Models
+from service.hub.catalog import Catalog
 from service.observability.metrics import QUALITY_RANK, Metrics
 
 
@@ -18,31 +18,29 @@ class EngineWatch:
 
     Args:
         metrics: to keep.
-        served: the models.
+        catalog: what is served.
         auto: whether the engines choose the quality of requests that name none.
     """
 
-    def __init__(self, metrics: Metrics, served: Models, auto: bool) -> None:
+    def __init__(self, metrics: Metrics, catalog: Catalog, auto: bool) -> None:
         self._metrics = metrics
         self._auto = auto
-        self._served = served
+        self._catalog = catalog
         self._began = time.monotonic()
         self._hellos: dict[int, Hello] = {}
         self._beats: dict[int, Heartbeat] = {}
         self._names: set[str] = set()
-        self._infos: dict[tuple[int, str, str], tuple[str, ...]] = {}
+        self._models: dict[int, list[ModelInfo]] = {}
+        self._shown: set[tuple[str, ...]] = set()
 
     def __call__(self, index: int, event: Event) -> None:
         """Count one event."""
         match event:
             case Hello():
-                before = self._hellos.get(index)
-                if before is not None and before.pid != event.pid:
-                    self._metrics.engine_restarts.inc()
-                self._hellos[index] = event
-                commit = os.environ.get("GIT_COMMIT", "unknown")
-                build = (budgetformer.__version__, commit, event.torch)
-                self._metrics.build_info.labels(*build).set(1)
+                self._hello(index, event)
+            case Models():
+                self._models[index] = event.models
+                self.show_models()
             case Lost():
                 self._beats.pop(index, None)
                 self._metrics.device_memory.labels(str(index)).set(0)
@@ -55,8 +53,6 @@ class EngineWatch:
                 batch = self._metrics.batch(event.model, event.budget)
                 batch.count(event.items, event.tokens, event.padding)
                 self._metrics.device_busy.labels(str(index)).inc(event.seconds)
-            case ModelInfo():
-                self._loaded(index, event)
 
     def refresh(self, clients: Sequence[EngineClient]) -> None:
         """Bring up to date what changes without an event: how long each engine has been silent."""
@@ -65,19 +61,43 @@ class EngineWatch:
             age = now - (client.heard or self._began)
             self._metrics.heartbeat_age.labels(str(client.index)).set(age)
 
-    def _loaded(self, index: int, event: ModelInfo) -> None:
-        key = (event.name, str(event.version))
-        self._metrics.model_load.labels(*key).set(event.load_seconds)
-        self._metrics.model_memory.labels(*key).set(event.memory_bytes)
-        checkpoint = self._served.known[event.name, event.version].checkpoint
-        sizes = (len(checkpoint.manifest.labels), checkpoint.num_layers, checkpoint.num_heads)
-        info = (*key, *map(str, sizes), self._hellos[index].device, event.dtype)
-        before = self._infos.get((index, *key))
-        self._infos[index, *key] = info
-        if before is not None and before not in self._infos.values():
-            # An engine that came back may have chosen another precision.
-            self._metrics.model_info.remove(*before)
-        self._metrics.model_info.labels(*info).set(1)
+    def show_models(self) -> None:
+        """Let the metrics describe what is served now, as the engines have it.
+
+        An engine that is away counts with what it had: another precision may come back with it.
+        """
+        described: set[tuple[str, ...]] = set()
+        for index, models in self._models.items():
+            for model in models:
+                checkpoint = self._catalog.served.get(model.name)
+                if checkpoint is None or checkpoint.version != model.version:
+                    continue
+                key = (model.name, str(model.version))
+                self._metrics.model_load.labels(*key).set(model.load_seconds)
+                self._metrics.model_memory.labels(*key).set(model.memory_bytes)
+                labels = len(checkpoint.manifest.labels)
+                sizes = map(str, (labels, checkpoint.num_layers, checkpoint.num_heads))
+                described.add((*key, *sizes, self._hellos[index].device, model.dtype))
+        for info in described:
+            self._metrics.model_info.labels(*info).set(1)
+        for info in self._shown - described:
+            self._metrics.model_info.remove(*info)
+        gone = {info[:2] for info in self._shown} - {info[:2] for info in described}
+        for name, version in gone:
+            self._metrics.model_load.remove(name, version)
+            self._metrics.model_memory.remove(name, version)
+        self._shown = described
+
+    def _hello(self, index: int, hello: Hello) -> None:
+        before = self._hellos.get(index)
+        if before is not None and before.pid != hello.pid:
+            self._metrics.engine_restarts.inc()
+        self._hellos[index] = hello
+        commit = os.environ.get("GIT_COMMIT", "unknown")
+        self._metrics.build_info.labels(budgetformer.__version__, commit, hello.torch).set(1)
+        if hello.models:
+            self._models[index] = hello.models
+            self.show_models()
 
     def _sum_queues(self) -> None:
         metrics, beats = self._metrics, self._beats.values()

@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from budgetformer.cost_table import CostTable, StepCost
 from tests.support.command_line import CommandLine
 from tests.support.processes import COMMAND, Server, clean_environment, server
 from tests.support.stores import (
@@ -160,6 +161,70 @@ def test_with_every_engine_killed_the_answer_is_503_until_one_is_back(running: S
     assert response.status_code in (200, 503)
     running.wait_ready(engines=2)
     assert httpx.post(f"{running.url}/classify", json={"input": TEXT}).status_code == 200
+
+
+def test_a_hung_engine_is_replaced_and_what_it_held_is_answered_by_another(
+    model_store: Path, tmp_path: Path
+) -> None:
+    options = {"default_model": "topics", "hang_seconds": "8"}
+    with server(model_store, tmp_path, engines=2, **options) as running:
+        victim = running.engines()[0]
+        psutil.Process(victim).suspend()
+        bodies = [{"input": TEXT, "heads": 4, "timeout_ms": 60_000}] * 20
+        responses = asyncio.run(send_all(running.url, bodies, at_once=20))
+        assert [response.status_code for response in responses] == [200] * 20
+        wait_until(lambda: running.engines().get(0) not in (victim, None), "another in its place")
+        running.wait_ready(engines=2)
+        assert "a process hangs" in running.log.read_text()
+        assert running.scrape().total("engine_restarts_total") == 1
+
+
+def test_an_engine_that_cannot_start_takes_readiness_away_and_says_why(
+    model_store: Path, tmp_path: Path
+) -> None:
+    tables = tmp_path / "tables.json"
+    tables.write_text(CostTable("topics:2", "cpu", "float32", (StepCost(1e-3, 0, 0),) * 5).dump())
+    with server(model_store, tmp_path, engines=1, cost_tables=str(tables)) as running:
+        tables.rename(tmp_path / "away")
+        psutil.Process(running.engines()[0]).kill()
+
+        def reason() -> str:
+            loops = httpx.get(f"{running.url}/health", timeout=30).json()["crash_loops"]
+            return str(loops)
+
+        wait_until(lambda: "engine-0 has ended 3 times in a row" in reason(), "the reason", 60)
+        refused = httpx.get(f"{running.url}/health/ready", timeout=30)
+        assert refused.status_code == 503
+        assert "engine-0" in refused.json()["error"]["message"]
+        (tmp_path / "away").rename(tables)
+        running.wait_ready(engines=1)
+        assert httpx.get(f"{running.url}/health", timeout=30).json()["crash_loops"] == []
+
+
+def test_a_killed_front_is_replaced_while_another_answers(
+    model_store: Path, tmp_path: Path
+) -> None:
+    options = {"default_model": "topics", "fronts": "2"}
+    with server(model_store, tmp_path, engines=1, **options) as running:
+        for _ in range(4):
+            assert httpx.post(f"{running.url}/classify", json={"input": TEXT}).status_code == 200
+
+        def fronts() -> dict[str, float]:
+            return running.scrape().by("process", "process_start_time_seconds")
+
+        wait_until(lambda: {"front-0", "front-1"} <= set(fronts()), "both fronts")
+        before = fronts()
+        victim = next(c for c in running.children if "service.front" in c.cmdline())
+        victim.kill()
+        wait_until(lambda: running.ready() and fronts().keys() >= before.keys(), "both fronts")
+        (replaced,) = [name for name, start in fronts().items() if start != before[name]]
+        assert replaced.startswith("front-")
+
+        def counted() -> bool:
+            shown = running.scrape()
+            return shown.total("requests_total", route="/classify", outcome="ok") == 4
+
+        wait_until(counted, "what the dead front had counted")
 
 
 def test_no_text_is_ever_logged(running: Server) -> None:

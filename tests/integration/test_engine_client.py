@@ -11,12 +11,12 @@ from time import monotonic
 
 import pytest
 
+from service import frames
 from service.engine import protocol
 from service.engine.client import (
     DeadlineError,
     EngineDownError,
     EngineFailedError,
-    Engines,
     Event,
     Job,
     NotLoadedError,
@@ -34,11 +34,13 @@ from service.engine.protocol import (
     ItemTokens,
     Load,
     ModelInfo,
+    Models,
     Refused,
     ToEngine,
     ToFront,
     Unload,
 )
+from service.hub.fleet import Fleet, LoadFailedError
 from tests.support.waiting import until
 
 KEY = ("topics", 1)
@@ -47,22 +49,29 @@ Script = Callable[[Classify], ToFront | bytes | None]
 
 
 class ScriptedEngine:
-    """An engine that loads whatever it is told to, and answers by script."""
+    """An engine that loads whatever it is told to, and answers by script.
 
-    def __init__(self, script: Script, load: Callable[[Load], ToFront] | None = None) -> None:
+    Whoever connects anew meets one that has just begun.
+    """
+
+    def __init__(self, script: Script, broken: str = "") -> None:
         self.heard: list[ToEngine] = []
         self._script = script
-        self._load = load or (lambda m: Done(m.id, ModelInfo(*KEY, 0.1, 100, "float32")))
+        self._broken = broken
 
     async def came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        protocol.write(writer, Hello(protocol.PROTOCOL, 1, "cpu", "2"))
-        while (message := await protocol.read_to_engine(reader)) is not None:
+        frames.write(writer, Hello(protocol.PROTOCOL, 1, "cpu", "2", []))
+        while (message := await frames.read(reader, protocol.TO_ENGINE)) is not None:
             self.heard.append(message)
             match message:
+                case Load() if self._broken:
+                    frames.write(writer, Failed(message.id, self._broken))
                 case Load():
-                    protocol.write(writer, self._load(message))
+                    frames.write(writer, Models([ModelInfo(*KEY, 0.1, 100, "float32")]))
+                    frames.write(writer, Done(message.id))
                 case Unload():
-                    protocol.write(writer, Done(message.id))
+                    frames.write(writer, Models([]))
+                    frames.write(writer, Done(message.id))
                 case Classify():
                     reply = self._script(message)
                     if reply is None:
@@ -70,7 +79,7 @@ class ScriptedEngine:
                     if isinstance(reply, bytes):
                         writer.write(reply)
                     else:
-                        protocol.write(writer, reply)
+                        frames.write(writer, reply)
         writer.close()
 
     @property
@@ -92,7 +101,7 @@ def job(seconds: float = 20.0, items: int = 1) -> Job:
 
 
 @asynccontextmanager
-async def engines(*scripted: ScriptedEngine, loaded: bool = True) -> AsyncIterator[Engines]:
+async def engines(*scripted: ScriptedEngine, loaded: bool = True) -> AsyncIterator[Fleet]:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bf-")))
         sockets = [folder / str(index) for index in range(len(scripted))]
@@ -100,14 +109,14 @@ async def engines(*scripted: ScriptedEngine, loaded: bool = True) -> AsyncIterat
             listening = await asyncio.start_unix_server(one.came, socket)
             stack.callback(listening.close)
         events: list[tuple[int, Event]] = []
-        held = Engines(sockets, lambda index, event: events.append((index, event)))
+        held = Fleet(sockets, lambda index, event: events.append((index, event)))
         if loaded:
             held.wanted[KEY] = Path("/models/topics/1")
         held.start()
         stack.push_async_callback(held.stop)
         await until(lambda: len(held.alive) == len(scripted), "hellos")
         if loaded:
-            await until(lambda: all(c.models or c.errors for c in held.clients), "loads")
+            await until(lambda: all(map(held.equipped, held.clients)), "loads")
         yield held
 
 
@@ -198,7 +207,7 @@ async def test_without_the_model_nobody_is_asked() -> None:
 
 
 async def test_a_model_that_cannot_be_loaded_is_known_by_its_reason() -> None:
-    engine = ScriptedEngine(answers, load=lambda m: Failed(m.id, "config.json: missing"))
+    engine = ScriptedEngine(answers, broken="config.json: missing")
     async with engines(engine) as held:
         assert held.errors == ["config.json: missing"]
         assert held.models == {}
@@ -208,9 +217,9 @@ async def test_a_model_that_cannot_be_loaded_is_known_by_its_reason() -> None:
 
 async def test_a_load_that_one_engine_cannot_do_is_undone_in_the_others() -> None:
     sound = ScriptedEngine(answers)
-    broken = ScriptedEngine(answers, load=lambda m: Failed(m.id, "out of memory"))
+    broken = ScriptedEngine(answers, broken="out of memory")
     async with engines(sound, broken, loaded=False) as held:
-        with pytest.raises(EngineFailedError, match="out of memory"):
+        with pytest.raises(LoadFailedError, match="out of memory"):
             await held.load(KEY, Path("/models/topics/1"))
         assert held.models == {}
         assert held.wanted == {}

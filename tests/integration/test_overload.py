@@ -141,7 +141,7 @@ class TestBrownOut:
         async with service(model_store, options=touchy, models=["topics"]) as fresh:
             with held(fresh.core):
                 tasks = [await begin(fresh, TEXT) for _ in range(2)]
-                fresh.app.state.watch(0, fresh.core.heartbeat(0))
+                fresh.hub.watch(0, fresh.core.heartbeat(0))
                 assert (await fresh.scrape()).total("quality_level", model="topics") == 1
             await asyncio.gather(*tasks)
 
@@ -205,7 +205,8 @@ class TestWithoutAnEngine:
 
     async def test_loading(self, model_store: Path) -> None:
         async with service(model_store, models=["topics"]) as fresh:
-            await fresh.app.state.shared.engines.unload(("topics", 2))
+            await fresh.hub.fleet.unload(("topics", 2))
+            await until(lambda: not fresh.app.state.shared.engines.models, "the engine's word")
             error_of(await fresh.ask(TEXT), 503, "loading", "model")
             error_of(await fresh.client.get("/health/ready"), 503, "not_ready")
 

@@ -9,10 +9,11 @@ import pytest
 from prometheus_client import generate_latest
 
 from service.engine.client import EngineClient, Lost
-from service.engine.protocol import PROTOCOL, BatchRan, Heartbeat, Hello, ModelInfo
-from service.models import Models
+from service.engine.protocol import PROTOCOL, BatchRan, Heartbeat, Hello, ModelInfo, Models
+from service.hub.catalog import Catalog
 from service.observability.metrics import Metrics
 from service.observability.watch import EngineWatch
+from service.settings import Settings
 from tests.support.exposition import Exposition
 
 BEAT = Heartbeat({"topics": 3}, {"topics": 0.5}, {"topics": 2.0}, {"topics": 4}, 1000, "balanced")
@@ -26,8 +27,13 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def watch(metrics: Metrics, model_store: Path) -> EngineWatch:
-    return EngineWatch(metrics, Models(model_store, ["topics"], "topics"), auto=True)
+def catalog(model_store: Path) -> Catalog:
+    return Catalog(Settings(model_store=model_store, models=["topics"]))
+
+
+@pytest.fixture
+def watch(metrics: Metrics, catalog: Catalog) -> EngineWatch:
+    return EngineWatch(metrics, catalog, auto=True)
 
 
 def shown(metrics: Metrics) -> Exposition:
@@ -35,7 +41,7 @@ def shown(metrics: Metrics) -> Exposition:
 
 
 def hello(pid: int) -> Hello:
-    return Hello(PROTOCOL, pid, "cpu", "2")
+    return Hello(PROTOCOL, pid, "cpu", "2", [])
 
 
 def test_queues_of_all_engines_are_added_up(metrics: Metrics, watch: EngineWatch) -> None:
@@ -95,7 +101,7 @@ def test_an_engine_that_came_back_with_another_precision_is_described_once(
 ) -> None:
     for dtype in ("float32", "bfloat16"):
         watch(0, hello(11))
-        watch(0, ModelInfo("topics", 2, 0.5, 100, dtype))
+        watch(0, Models([ModelInfo("topics", 2, 0.5, 100, dtype)]))
     (info,) = shown(metrics).select("model_info")
     assert info.labels["dtype"] == "bfloat16"
 
@@ -103,8 +109,22 @@ def test_an_engine_that_came_back_with_another_precision_is_described_once(
 def test_engines_of_two_precisions_are_both_described(metrics: Metrics, watch: EngineWatch) -> None:
     for index, dtype in enumerate(("float32", "bfloat16")):
         watch(index, hello(11 + index))
-        watch(index, ModelInfo("topics", 2, 0.5, 100, dtype))
+        watch(index, Models([ModelInfo("topics", 2, 0.5, 100, dtype)]))
     assert {s.labels["dtype"] for s in shown(metrics).select("model_info")} == {
         "float32",
         "bfloat16",
     }
+
+
+def test_a_model_that_is_served_no_more_keeps_its_counters_and_is_described_no_more(
+    metrics: Metrics, watch: EngineWatch, catalog: Catalog
+) -> None:
+    watch(0, hello(11))
+    watch(0, Models([ModelInfo("topics", 2, 0.5, 100, "float32")]))
+    metrics.macs.labels("topics", "2").inc(5)
+    catalog.withdraw("topics")
+    watch.show_models()
+    seen = shown(metrics)
+    assert seen.total("macs_total", model="topics") == 5
+    for name in ("model_info", "model_load_seconds", "model_memory_bytes"):
+        assert not seen.select(name)

@@ -20,6 +20,8 @@ from budgetformer.compact import PackedPass, PackedTokens, PassResult
 from service.app import create_app
 from service.engine.__main__ import EngineServer
 from service.engine.core import EngineCore, EngineOptions
+from service.hub.catalog import Catalog
+from service.hub.hub import Hub
 from service.settings import Settings
 from tests.support.exposition import Exposition
 from tests.support.waiting import until
@@ -31,11 +33,13 @@ ERROR_FIELDS = {"message", "type", "param", "code"}
 
 @dataclass
 class Service:
-    """A running service and a client of it."""
+    """A running service, a client of its first front, and one of each other front."""
 
     app: FastAPI
     client: httpx.AsyncClient
     cores: list[EngineCore]
+    hub: Hub
+    other_clients: list[httpx.AsyncClient]
 
     @property
     def core(self) -> EngineCore:
@@ -113,11 +117,24 @@ async def engine(socket: Path, options: EngineOptions | None = None) -> AsyncIte
 
 
 @asynccontextmanager
+async def hub(settings: Settings, sockets: list[Path], socket: Path) -> AsyncIterator[Hub]:
+    """Run a hub that listens on a socket."""
+    running = Hub(settings, Catalog(settings), sockets)
+    serving = asyncio.create_task(running.serve(socket))
+    try:
+        yield running
+    finally:
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+
+
+@asynccontextmanager
 async def application(
-    settings: Settings, sockets: list[Path], tracer_provider: TracerProvider | None = None
+    settings: Settings, sockets: list[Path], hub_socket: Path, tracer: TracerProvider | None = None
 ) -> AsyncIterator[FastAPI]:
-    """Run an application, without HTTP and without engines."""
-    app = create_app(settings, sockets, tracer_provider)
+    """Run an application, without HTTP."""
+    app = create_app(settings, sockets, hub_socket, tracer)
     async with app.router.lifespan_context(app):
         yield app
 
@@ -127,6 +144,7 @@ async def service(
     store: Path,
     *,
     engines: int = 1,
+    fronts: int = 1,
     options: EngineOptions | None = None,
     wait: bool = True,
     tracer_provider: TracerProvider | None = None,
@@ -140,14 +158,21 @@ async def service(
         cores = [
             await stack.enter_async_context(engine(socket, options)) for socket in sockets[:engines]
         ]
-        app = await stack.enter_async_context(
-            application(Settings(**chosen), sockets, tracer_provider)
-        )
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        client = await stack.enter_async_context(
-            httpx.AsyncClient(transport=transport, base_url="http://service", timeout=60)
-        )
-        running = Service(app, client, cores)
+        meeting = folder / "hub.sock"
+        its_hub = await stack.enter_async_context(hub(Settings(**chosen), sockets, meeting))
+        apps, clients = [], []
+        for _ in range(fronts):
+            app = await stack.enter_async_context(
+                application(Settings(**chosen), sockets, meeting, tracer_provider)
+            )
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            apps.append(app)
+            clients.append(
+                await stack.enter_async_context(
+                    httpx.AsyncClient(transport=transport, base_url="http://service", timeout=60)
+                )
+            )
+        running = Service(apps[0], clients[0], cores, its_hub, clients[1:])
         if wait and engines:
             await until(running.ready, "readiness")
             await until(lambda: _all_loaded(running), "every model in every engine")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 
 import pytest
@@ -7,8 +8,8 @@ from prometheus_client import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from service.observability.context import RequestContext, serving
-from service.observability.metrics import ItemSpent, Metrics
+from service.hub.messages import ItemsAnswered, ItemSpent, RequestEnded
+from service.observability.metrics import Metrics
 from tests.support.exposition import Exposition
 from tests.support.programs import program
 
@@ -137,32 +138,23 @@ def test_what_is_known_later_has_its_labels(metrics: Metrics, name: str, labels:
     assert set(sample.labels) == labels
 
 
-def test_a_retired_model_keeps_its_counters_and_loses_what_says_that_it_is_served(
-    metrics: Metrics,
-) -> None:
-    metrics.macs.labels("topics", "1").inc(5)
-    metrics.model_info.labels("topics", "1", "3", "2", "4", "cpu", "float32").set(1)
-    metrics.model_load.labels("topics", "1").set(0.5)
-    metrics.retire_model("topics", "1")
-    shown = scrape(metrics)
-    assert shown.total("macs_total", model="topics") == 5
-    assert not shown.select("model_info")
-    assert not shown.select("model_load_seconds")
-
-
 @pytest.fixture
 def counted(metrics: Metrics) -> Metrics:
     """Count one request of three texts, two answered at step 0 and one at step 2, traced."""
-    context = RequestContext("r-1", f"00-{TRACE}-b7ad6b7169203331-01")
+    place = f"00-{TRACE}-b7ad6b7169203331-01"
     items = [
         ItemSpent(0, 0, 12, 10, 600),
         ItemSpent(2, 5, 41, 300, 900),
         ItemSpent(0, 0, 9, 8, 400),
     ]
-    with serving(context):
-        metrics.count_stages({"tokenize": 0.001, "compute": 0.004})
-        metrics.model("topics", "1").count(items, 8, {0: 0.5, 1: 0.5})
-        metrics.count_request("/classify", "ok", 0.006, context)
+    stages = {"tokenize": 0.001, "compute": 0.004}
+    expected = {0: 0.5, 1: 0.5}
+    metrics.take(
+        [
+            ItemsAnswered("topics", 1, items, 8, expected, stages, 1, place),
+            RequestEnded("/classify", "ok", 0.006, place),
+        ]
+    )
     metrics.batch("topics", 2).count(1, 41, 0.0)
     return metrics
 
@@ -181,6 +173,7 @@ def counted(metrics: Metrics) -> Metrics:
         ("batch_tokens_sum", 41),
         ("stage_duration_seconds_sum", 0.005),
         ("request_duration_seconds_sum", 0.006),
+        ("truncated_total", 1),
     ],
 )
 def test_a_request_is_counted_once_everywhere(counted: Metrics, name: str, value: float) -> None:
@@ -230,3 +223,29 @@ def test_two_servers_in_one_process_count_apart() -> None:
     one, other = Metrics(), Metrics()
     one.cancelled.inc()
     assert scrape(other).total("cancelled_total") == 0
+
+
+@pytest.mark.parametrize(
+    ("ended", "counter"),
+    [
+        (RequestEnded("/classify", "cancelled", 0.1), "cancelled_total"),
+        (RequestEnded("/classify", "timeout", 0.1), "deadline_exceeded_total"),
+        (RequestEnded("/classify", "rejected", 0.1, refusal="queue_full"), "rejected_total"),
+    ],
+)
+def test_how_a_request_ended_is_counted(
+    metrics: Metrics, ended: RequestEnded, counter: str
+) -> None:
+    metrics.take([ended])
+    shown = scrape(metrics)
+    assert shown.total(counter) == 1
+    assert shown.total("requests_total", outcome=ended.outcome) == 1
+
+
+def test_what_every_process_takes_is_shown_by_its_name() -> None:
+    mine = os.getpid()
+    shown = scrape(Metrics(lambda: {"supervisor": mine, "front-0": mine, "engine-0": 2**22 + 1}))
+    for name in ("cpu_seconds_total", "resident_memory_bytes", "start_time_seconds", "open_fds"):
+        values = shown.by("process", f"process_{name}")
+        assert set(values) == {"supervisor", "front-0"}, "one that is gone is left out"
+        assert all(value > 0 for value in values.values())

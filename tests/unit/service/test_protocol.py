@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import msgspec
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service import frames
 from service.engine import protocol
 from service.engine.protocol import (
     Answer,
@@ -19,20 +19,21 @@ from service.engine.protocol import (
     Done,
     Expired,
     Failed,
-    FrameError,
     Heartbeat,
     Hello,
     ItemAnswer,
     ItemTokens,
     Load,
     ModelInfo,
+    Models,
     Refused,
     Unload,
+    Watch,
 )
+from service.frames import Decoder, FrameError
+from service.hub import messages as hub
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
-
-Reader = Callable[[asyncio.StreamReader], Awaitable[object]]
 
 numbers = st.integers(0, 2**63 - 1)
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -69,9 +70,11 @@ TO_ENGINE = {
     Cancel: st.builds(Cancel, numbers),
     Load: st.builds(Load, numbers, words),
     Unload: st.builds(Unload, numbers, words, numbers),
+    Watch: st.builds(Watch),
 }
 TO_FRONT = {
-    Hello: st.builds(Hello, numbers, numbers, words, words),
+    Hello: st.builds(Hello, numbers, numbers, words, words, st.lists(model_info, max_size=2)),
+    Models: st.builds(Models, st.lists(model_info, max_size=2)),
     Heartbeat: st.builds(
         Heartbeat, by_model, seconds_by_model, seconds_by_model, by_model, numbers, words
     ),
@@ -81,8 +84,43 @@ TO_FRONT = {
     Refused: st.builds(Refused, numbers, words, numbers),
     Expired: st.builds(Expired, numbers),
     Failed: st.builds(Failed, numbers, words),
-    Done: st.builds(Done, numbers, st.none() | model_info),
+    Done: st.builds(Done, numbers),
     BatchRan: st.builds(BatchRan, words, numbers, numbers, numbers, numbers, finite, finite),
+}
+lines = st.lists(words, max_size=2)
+spent = st.builds(hub.ItemSpent, numbers, numbers, numbers, numbers, numbers)
+served = st.builds(hub.ServedVersion, words, numbers, words)
+observations = st.builds(hub.RequestEnded, words, words, finite, words, words) | st.builds(
+    hub.ItemsAnswered,
+    words,
+    numbers,
+    st.lists(spent, max_size=2),
+    numbers,
+    st.none() | st.dictionaries(numbers, finite, max_size=2),
+    seconds_by_model,
+    numbers,
+    words,
+)
+TO_HUB = {
+    hub.Here: st.builds(hub.Here, numbers, lines),
+    hub.Swapped: st.builds(hub.Swapped, numbers),
+    hub.Drained: st.builds(hub.Drained, numbers),
+    hub.ChangeModel: st.builds(
+        hub.ChangeModel, numbers, st.sampled_from(["load", "unload"]), words, st.none() | numbers
+    ),
+    hub.Scrape: st.builds(hub.Scrape, numbers, words),
+    hub.Observed: st.builds(hub.Observed, st.lists(observations, max_size=3)),
+}
+FROM_HUB = {
+    hub.Serving: st.builds(hub.Serving, numbers, st.lists(served, max_size=2), lines, lines, lines),
+    hub.Changed: st.builds(hub.Changed, numbers, words),
+    hub.ChangeFailed: st.builds(
+        hub.ChangeFailed,
+        numbers,
+        st.sampled_from(["unknown_model", "broken_checkpoint", "engine_down"]),
+        words,
+    ),
+    hub.Scraped: st.builds(hub.Scraped, numbers, st.binary(max_size=20), words),
 }
 EXAMPLE = Load(7, "/models/topics/1")
 
@@ -100,11 +138,11 @@ class Wire:
 def frame(*messages: Any) -> bytes:
     wire = Wire()
     for message in messages:
-        protocol.write(cast(asyncio.StreamWriter, wire), message)
+        frames.write(cast(asyncio.StreamWriter, wire), message)
     return wire.sent
 
 
-def read_all(data: bytes, read: Reader, chunk: int = 2**16) -> list[object]:
+def read_all(data: bytes, messages: Decoder, chunk: int = 2**16) -> list[object]:
     """Read messages until the stream ends."""
 
     async def reading() -> list[object]:
@@ -112,33 +150,42 @@ def read_all(data: bytes, read: Reader, chunk: int = 2**16) -> list[object]:
         for start in range(0, len(data), chunk):
             reader.feed_data(data[start : start + chunk])
         reader.feed_eof()
-        messages = []
-        while (message := await read(reader)) is not None:
-            messages.append(message)
-        return messages
+        read = []
+        while (message := await frames.read(reader, messages)) is not None:
+            read.append(message)
+        return read
 
     return asyncio.run(reading())
 
 
-def test_every_message_has_a_round_trip_below() -> None:
-    declared = set(protocol.ToEngine.__args__) | set(protocol.ToFront.__args__)
-    assert declared == {*TO_ENGINE, *TO_FRONT}
+PAIRS = [
+    (protocol.ToEngine, TO_ENGINE, protocol.TO_ENGINE),
+    (protocol.ToFront, TO_FRONT, protocol.TO_FRONT),
+    (hub.ToHub, TO_HUB, hub.TO_HUB),
+    (hub.FromHub, FROM_HUB, hub.FROM_HUB),
+]
+KINDS = [
+    pytest.param(strategy, messages, id=kind.__name__)
+    for _, strategies, messages in PAIRS
+    for kind, strategy in strategies.items()
+]
 
 
-@pytest.mark.parametrize("kind", list(TO_ENGINE), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("declared", "strategies", "_messages"), PAIRS)
+def test_every_message_has_a_round_trip_below(
+    declared: Any, strategies: dict[type, Any], _messages: Decoder
+) -> None:
+    assert set(declared.__args__) == set(strategies)
+
+
+@pytest.mark.parametrize(("strategy", "messages"), KINDS)
 @PROPERTY
 @given(data=st.data())
-def test_messages_to_an_engine_come_out_as_they_went_in(kind: type, data: st.DataObject) -> None:
-    message = data.draw(TO_ENGINE[kind])
-    assert read_all(frame(message), protocol.read_to_engine) == [message]
-
-
-@pytest.mark.parametrize("kind", list(TO_FRONT), ids=lambda kind: kind.__name__)
-@PROPERTY
-@given(data=st.data())
-def test_messages_to_a_front_come_out_as_they_went_in(kind: type, data: st.DataObject) -> None:
-    message = data.draw(TO_FRONT[kind])
-    assert read_all(frame(message), protocol.read_to_front) == [message]
+def test_messages_come_out_as_they_went_in(
+    strategy: Any, messages: Decoder, data: st.DataObject
+) -> None:
+    message = data.draw(strategy)
+    assert read_all(frame(message), messages) == [message]
 
 
 @PROPERTY
@@ -146,7 +193,7 @@ def test_messages_to_a_front_come_out_as_they_went_in(kind: type, data: st.DataO
 def test_a_stream_keeps_the_order_of_messages_however_it_is_cut(
     messages: list[Any], chunk: int
 ) -> None:
-    assert read_all(frame(*messages), protocol.read_to_engine, chunk) == messages
+    assert read_all(frame(*messages), protocol.TO_ENGINE, chunk) == messages
 
 
 def test_a_frame_is_its_length_and_messagepack_of_an_array_with_the_tag_first() -> None:
@@ -157,7 +204,7 @@ def test_a_frame_is_its_length_and_messagepack_of_an_array_with_the_tag_first() 
 
 @pytest.mark.parametrize("kept", range(len(frame(EXAMPLE))))
 def test_a_stream_that_breaks_off_reads_as_its_end(kept: int) -> None:
-    assert read_all(frame(EXAMPLE)[:kept], protocol.read_to_engine) == []
+    assert read_all(frame(EXAMPLE)[:kept], protocol.TO_ENGINE) == []
 
 
 @pytest.mark.parametrize(
@@ -177,30 +224,30 @@ def test_a_stream_that_breaks_off_reads_as_its_end(kept: int) -> None:
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("read", [protocol.read_to_engine, protocol.read_to_front])
-def test_a_frame_that_is_no_message_is_an_error(body: bytes, read: Reader) -> None:
+@pytest.mark.parametrize("messages", [protocol.TO_ENGINE, protocol.TO_FRONT])
+def test_a_frame_that_is_no_message_is_an_error(body: bytes, messages: Decoder) -> None:
     with pytest.raises(FrameError):
-        read_all(struct.pack("<I", len(body)) + body, read)
+        read_all(struct.pack("<I", len(body)) + body, messages)
 
 
 def test_a_message_of_the_other_direction_is_an_error() -> None:
     with pytest.raises(FrameError):
-        read_all(frame(Expired(1)), protocol.read_to_engine)
+        read_all(frame(Expired(1)), protocol.TO_ENGINE)
     with pytest.raises(FrameError):
-        read_all(frame(Cancel(1)), protocol.read_to_front)
+        read_all(frame(Cancel(1)), protocol.TO_FRONT)
 
 
-@pytest.mark.parametrize("length", [protocol.MAX_FRAME_BYTES + 1, 2**32 - 1])
+@pytest.mark.parametrize("length", [frames.MAX_FRAME_BYTES + 1, 2**32 - 1])
 def test_a_length_beyond_reason_is_an_error_before_anything_is_read(length: int) -> None:
     with pytest.raises(FrameError, match=str(length)):
-        read_all(struct.pack("<I", length), protocol.read_to_engine)
+        read_all(struct.pack("<I", length), protocol.TO_ENGINE)
 
 
 @PROPERTY
 @given(st.binary(max_size=64))
 def test_noise_is_an_error_or_the_end_and_never_anything_else(noise: bytes) -> None:
     try:
-        read_all(struct.pack("<I", len(noise)) + noise, protocol.read_to_front)
+        read_all(struct.pack("<I", len(noise)) + noise, protocol.TO_FRONT)
     except FrameError:
         return
 

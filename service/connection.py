@@ -1,0 +1,163 @@
+"""Connections between the processes of this server, over local sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from service import frames
+from service.frames import Decoder, FrameError, Message
+
+log = structlog.get_logger()
+
+RECONNECT_SECONDS = 0.05
+
+
+class NotConnectedError(Exception):
+    """The other side is not there."""
+
+
+class ConnectionBrokeError(Exception):
+    """The connection broke while an answer was awaited."""
+
+
+@asynccontextmanager
+async def listening(
+    socket: Path, came: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+) -> AsyncIterator[None]:
+    """Listen on a local socket, which only this user may reach, for as long as this block.
+
+    Args:
+        socket: where.
+        came: serves one connection; it is cancelled when the block ends.
+    """
+    serving: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        serving.add(task)
+        try:
+            await came(reader, writer)
+        except FrameError as error:
+            log.error("a bad frame came", at=socket.name, reason=str(error))
+        except asyncio.CancelledError:
+            return  # nobody awaits a connection's task, and its end is no news
+        finally:
+            serving.discard(task)
+            writer.close()
+
+    async with await asyncio.start_unix_server(serve, socket):
+        socket.chmod(0o600)
+        try:
+            yield
+        finally:
+            for task in serving:
+                task.cancel()
+            await asyncio.gather(*serving)
+
+
+class Connection:
+    """Keep connected to what listens on a local socket, again whenever the connection breaks.
+
+    Args:
+        name: of the other side, for the log.
+        socket: where it listens.
+        decoder: of what it says.
+    """
+
+    def __init__(self, name: str, socket: Path, decoder: Decoder) -> None:
+        self.heard = 0.0
+        self._name = name
+        self._socket = socket
+        self._decoder = decoder
+        self._writer: asyncio.StreamWriter | None = None
+        self._pending: dict[int, asyncio.Future[Any]] = {}
+        self._numbers = itertools.count()
+
+    async def stay_connected(self) -> None:
+        """Connect, listen, and connect again, until cancelled."""
+        while True:
+            try:
+                reader, writer = await asyncio.open_unix_connection(self._socket)
+            except OSError:
+                await asyncio.sleep(RECONNECT_SECONDS)
+                continue
+            self._writer = writer
+            try:
+                self._came()
+                while (message := await frames.read(reader, self._decoder)) is not None:
+                    self.heard = time.monotonic()
+                    self._take(message)
+            except FrameError as error:
+                log.error("a bad frame came", sender=self._name, reason=str(error))
+            finally:
+                self._lose(writer)
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    def say(self, message: Message) -> bool:
+        """Send a message that is not answered; False: nobody is there."""
+        if self._writer is None or self._writer.is_closing():
+            return False
+        frames.write(self._writer, message)
+        return True
+
+    def close(self) -> None:
+        """Break the connection; it is made anew."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+    async def ask(self, message: Message, timeout: float | None = None) -> Any:
+        """Send a message that has an `id`, and await the one that comes back with it.
+
+        Raises:
+            NotConnectedError: the other side is not there.
+            ConnectionBrokeError: it went away meanwhile.
+            TimeoutError: no answer within `timeout` seconds.
+        """
+        number = next(self._numbers)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if not self.say(msgspec.structs.replace(message, id=number)):
+            raise NotConnectedError
+        self._pending[number] = future
+        try:
+            async with asyncio.timeout(timeout):
+                return await future
+        except ConnectionBrokeError:
+            raise
+        except BaseException:
+            self._given_up(number)
+            raise
+        finally:
+            self._pending.pop(number, None)
+
+    def _came(self) -> None:
+        """Act when the connection was made."""
+
+    def _take(self, message: Any) -> None:
+        """Act on a message; by default it is the answer to a question."""
+        future = self._pending.get(message.id)
+        if future is not None and not future.done():
+            future.set_result(message)
+
+    def _given_up(self, number: int) -> None:
+        """Act when nobody waits for an answer any more."""
+
+    def _lost(self) -> None:
+        """Act when the connection broke."""
+
+    def _lose(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = None
+        self._lost()
+        writer.close()
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(ConnectionBrokeError())

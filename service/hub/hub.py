@@ -1,0 +1,257 @@
+"""The hub itself: connections of the fronts, and what they ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+from prometheus_client.exposition import choose_encoder
+
+from budgetformer.checkpoint import Checkpoint
+from budgetformer.errors import CheckpointError
+from service import frames
+from service.background import Background
+from service.connection import listening
+from service.hub.catalog import Catalog, UnknownModelError
+from service.hub.fleet import Fleet, LoadFailedError, NoEngineError
+from service.hub.messages import (
+    TO_HUB,
+    Changed,
+    ChangeFailed,
+    ChangeModel,
+    Drained,
+    FromHub,
+    Here,
+    Observed,
+    Scrape,
+    Scraped,
+    ServedVersion,
+    Serving,
+    Swapped,
+    ToHub,
+)
+from service.observability.metrics import QUALITY_RANK, Metrics
+from service.observability.processes import Family, only_this_process
+from service.observability.watch import EngineWatch
+from service.settings import DEFAULT_QUALITY, Settings
+
+log = structlog.get_logger()
+
+SWAP_PATIENCE = 30.0
+"""Seconds that a change waits for every front; one that hangs is not waited for longer."""
+
+
+class FrontPeer:
+    """A front that is connected."""
+
+    def __init__(self, say: Callable[[FromHub], None]) -> None:
+        self.say = say
+        self.pid = 0
+        self.heard = time.monotonic()
+        self.swapped = self.drained = 0
+
+
+class Hub:
+    """Own the metrics, say what is served, change it on request.
+
+    Args:
+        settings: of the whole server.
+        catalog: what it begins with.
+        sockets: where its engines listen.
+        family: its processes.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        sockets: list[Path],
+        family: Family = only_this_process,
+    ) -> None:
+        self.metrics = Metrics(family)
+        self.metrics.know_engines(len(sockets))
+        self.catalog = catalog
+        self.watch = EngineWatch(self.metrics, self.catalog, settings.quality == "auto")
+        self.fleet = Fleet(sockets, self.watch, self._tell_all)
+        self.fronts: set[FrontPeer] = set()
+        self._quality = DEFAULT_QUALITY if settings.quality == "auto" else settings.quality
+        self._crash_loops: dict[str, str] = {}
+        self._loading: list[str] = []
+        self._generation = 0
+        self._moved = asyncio.Event()
+        self._changing = asyncio.Lock()
+        self._background = Background()
+        for problem in self.catalog.errors:
+            log.error("checkpoint left out", reason=problem)
+        for checkpoint in self.catalog.served.values():
+            self._announce(checkpoint)
+            self.fleet.wanted[checkpoint.name, checkpoint.version] = checkpoint.path
+
+    async def serve(self, socket: Path) -> None:
+        """Listen on `socket` until cancelled."""
+        self.fleet.start()
+        try:
+            async with listening(socket, self._came):
+                await asyncio.Event().wait()
+        finally:
+            await self._background.stop()
+            await self.fleet.stop()
+
+    def report_crash_loop(self, process: str, reason: str | None) -> None:
+        """Tell the fronts that a process does not stay up (None: that it does again)."""
+        before = self._crash_loops.get(process)
+        if reason is None:
+            self._crash_loops.pop(process, None)
+        else:
+            self._crash_loops[process] = reason
+        if self._crash_loops.get(process) != before:
+            self._tell_all()
+
+    # Changes of what is served
+
+    async def load(self, name: str, version: int | None = None) -> Checkpoint:
+        """Verify, load and warm a version in every engine, then serve it in every front.
+
+        What was served before is freed once its last request is answered; a failure leaves all as
+        it was.
+
+        Raises:
+            UnknownModelError: the store does not have it.
+            CheckpointError: it is damaged.
+            LoadFailedError: an engine cannot load it.
+            NoEngineError: there is no engine, or one died meanwhile.
+        """
+        async with self._changing:
+            checkpoint = await asyncio.to_thread(self.catalog.candidate, name, version)
+            key = (checkpoint.name, checkpoint.version)
+            self._loading = [checkpoint.label]
+            self._tell_all()
+            try:
+                await self.fleet.load(key, checkpoint.path)
+            finally:
+                self._loading = []
+                self._tell_all()
+            before = self.catalog.serve(checkpoint)
+            self._announce(checkpoint)
+            await self._publish()
+            if before is not None and before.version != checkpoint.version:
+                self._retire(before)
+        return checkpoint
+
+    async def unload(self, name: str) -> Checkpoint:
+        """Take a model out of service, and free it once its last request is answered.
+
+        Raises:
+            UnknownModelError: it is not served.
+        """
+        async with self._changing:
+            checkpoint = self.catalog.withdraw(name)
+            await self._publish()
+            self._retire(checkpoint)
+        return checkpoint
+
+    def _announce(self, checkpoint: Checkpoint) -> None:
+        self.metrics.know_model(checkpoint.name, str(checkpoint.version), checkpoint.budgets)
+        rank = QUALITY_RANK.get(self._quality, 0) if isinstance(self._quality, str) else 0
+        for gauge in (self.metrics.quality_level, self.metrics.quality_configured):
+            gauge.labels(checkpoint.name).set(rank)
+        self.watch.show_models()
+
+    def _retire(self, checkpoint: Checkpoint) -> None:
+        self.watch.show_models()
+        if checkpoint.name not in self.catalog.served:
+            for gauge in (self.metrics.quality_level, self.metrics.quality_configured):
+                gauge.remove(checkpoint.name)
+        self._background.start(self._free(checkpoint, self._generation))
+
+    async def _free(self, checkpoint: Checkpoint, generation: int) -> None:
+        """Take a model from the engines once no front has a request for it."""
+        await self._until(lambda front: front.drained >= generation)
+        async with self._changing:
+            again = self.catalog.served.get(checkpoint.name)
+            if again is None or again.version != checkpoint.version:
+                await self.fleet.unload((checkpoint.name, checkpoint.version))
+
+    async def _publish(self) -> None:
+        """Return when every front serves what is to be served now."""
+        self._generation += 1
+        generation = self._generation
+        self._tell_all()
+        try:
+            async with asyncio.timeout(SWAP_PATIENCE):
+                await self._until(lambda front: front.swapped >= generation)
+        except TimeoutError:
+            log.error("a front does not take what is served", generation=generation)
+
+    async def _until(self, reached: Callable[[FrontPeer], bool]) -> None:
+        while not all(map(reached, self.fronts)):
+            self._moved.clear()
+            await self._moved.wait()
+
+    # Connections of the fronts
+
+    async def _came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def say(message: FromHub) -> None:
+            if not writer.is_closing():
+                frames.write(writer, message)
+
+        front = FrontPeer(say)
+        say(self._serving())
+        self.fronts.add(front)
+        try:
+            while (message := await frames.read(reader, TO_HUB)) is not None:
+                front.heard = time.monotonic()
+                self._take(front, message)
+        finally:
+            self.fronts.discard(front)
+            self._moved.set()
+
+    def _take(self, front: FrontPeer, message: ToHub) -> None:
+        match message:
+            case Observed():
+                self.metrics.take(message.observations)
+            case Here():
+                front.pid = message.pid
+                self.metrics.know_routes(message.routes)
+            case Swapped():
+                front.swapped = message.generation
+                self._moved.set()
+            case Drained():
+                front.drained = message.generation
+                self._moved.set()
+            case Scrape():
+                self.watch.refresh(self.fleet.clients)
+                encode, kind = choose_encoder(message.accept)
+                front.say(Scraped(message.id, encode(self.metrics.registry), kind))
+            case ChangeModel():
+                self._background.start(self._change(front, message))
+
+    async def _change(self, front: FrontPeer, wanted: ChangeModel) -> None:
+        try:
+            if wanted.action == "load":
+                checkpoint = await self.load(wanted.name, wanted.version)
+            else:
+                checkpoint = await self.unload(wanted.name)
+        except UnknownModelError as error:
+            front.say(ChangeFailed(wanted.id, "unknown_model", str(error)))
+        except (CheckpointError, LoadFailedError) as error:
+            front.say(ChangeFailed(wanted.id, "broken_checkpoint", str(error)))
+        except NoEngineError:
+            front.say(ChangeFailed(wanted.id, "engine_down", "no engine is running"))
+        else:
+            front.say(Changed(wanted.id, checkpoint.label))
+
+    def _tell_all(self) -> None:
+        for front in self.fronts:
+            front.say(self._serving())
+
+    def _serving(self) -> Serving:
+        models = [
+            ServedVersion(c.name, c.version, str(c.path)) for c in self.catalog.served.values()
+        ]
+        errors = sorted({*self.catalog.errors, *self.fleet.errors})
+        loops = sorted(self._crash_loops.values())
+        return Serving(self._generation, models, self._loading, errors, loops)

@@ -1,0 +1,111 @@
+"""What a front holds of the hub: one connection."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import structlog
+
+from service.background import Background
+from service.connection import Connection
+from service.hub.messages import (
+    FROM_HUB,
+    ChangeModel,
+    FromHub,
+    Here,
+    Observation,
+    Observed,
+    Scrape,
+    Serving,
+)
+
+log = structlog.get_logger()
+
+REPORT_SECONDS = 0.05
+MOST_OBSERVATIONS = 100_000
+"""Held at most while the hub does not take them; the oldest go first."""
+
+
+class HubLink(Connection):
+    """The connection to the hub.
+
+    Args:
+        socket: where it listens.
+        serve: is told what is to be served, once per change and in their order.
+        routes: that requests are counted by.
+    """
+
+    def __init__(
+        self, socket: Path, serve: Callable[[Serving], Awaitable[None]], routes: list[str]
+    ) -> None:
+        super().__init__("hub", socket, FROM_HUB)
+        self.serving: Serving | None = None
+        self._serve = serve
+        self._routes = routes
+        self._seen: deque[Observation] = deque(maxlen=MOST_OBSERVATIONS)
+        self._changes: asyncio.Queue[Serving] = asyncio.Queue()
+        self._first = asyncio.Event()
+        self._background = Background()
+
+    async def start(self) -> None:
+        """Connect, and return when the first word of what is to be served was heeded."""
+        for work in (self.stay_connected(), self._follow(), self._report()):
+            self._background.start(work)
+        await self._first.wait()
+
+    async def stop(self) -> None:
+        """Tell what is left to tell, and let the connection go."""
+        self._flush()
+        await self._background.stop()
+
+    def observe(self, seen: Observation) -> None:
+        """Have something counted."""
+        self._seen.append(seen)
+
+    async def scrape(self, accept: str) -> FromHub:
+        """Ask for the metrics; what this front has seen by now is in them.
+
+        Raises:
+            NotConnectedError, ConnectionBrokeError: the hub is not there.
+        """
+        self._flush()
+        answer: FromHub = await self.ask(Scrape(0, accept))
+        return answer
+
+    async def change(self, wanted: ChangeModel) -> FromHub:
+        """Ask for a change of what is served; it is made everywhere when the answer comes.
+
+        Raises:
+            NotConnectedError, ConnectionBrokeError: the hub is not there.
+        """
+        answer: FromHub = await self.ask(wanted)
+        return answer
+
+    def _came(self) -> None:
+        self.say(Here(os.getpid(), self._routes))
+
+    def _take(self, message: FromHub) -> None:
+        if isinstance(message, Serving):
+            self._changes.put_nowait(message)
+        else:
+            super()._take(message)
+
+    async def _follow(self) -> None:
+        while True:
+            serving = await self._changes.get()
+            await self._serve(serving)
+            self.serving = serving
+            self._first.set()
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_SECONDS)
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.say(Observed(list(self._seen))):
+            self._seen.clear()

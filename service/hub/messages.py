@@ -1,0 +1,152 @@
+"""What fronts say to the hub, and it to them; see `service.frames` for the form."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from service.frames import Message, decoder
+
+REASONS = ("queue_full", "deadline", "draining", "too_large", "rate")
+"""Why requests are refused."""
+
+
+class ServedVersion(msgspec.Struct, frozen=True, array_like=True):
+    """A model version that is served, and its folder."""
+
+    name: str
+    version: int
+    path: str
+
+
+class Serving(Message, frozen=True):
+    """What is served from now on; it replaces what the hub said before.
+
+    `loading` names what may come next, as `name:version`; `errors` are checkpoints that are left
+    out, `crash_loops` processes that do not stay up, each a line for people.
+    """
+
+    generation: int
+    models: list[ServedVersion]
+    loading: list[str]
+    errors: list[str]
+    crash_loops: list[str]
+
+
+class Here(Message, frozen=True):
+    """First message of a front: its process, and the routes that it counts requests by."""
+
+    pid: int
+    routes: list[str]
+
+
+class Swapped(Message, frozen=True):
+    """New requests meet the models of this generation."""
+
+    generation: int
+
+
+class Drained(Message, frozen=True):
+    """No request is on its way any more that met the models before this generation."""
+
+    generation: int
+
+
+class ChangeModel(Message, frozen=True):
+    """Load a version (None: the highest) and serve it, or stop serving a model."""
+
+    id: int
+    action: Literal["load", "unload"]
+    name: str
+    version: int | None = None
+
+
+class Changed(Message, frozen=True):
+    """A change was made in every front and engine: of this model version."""
+
+    id: int
+    label: str
+
+
+class ChangeFailed(Message, frozen=True):
+    """A change was not made, and everything is as it was."""
+
+    id: int
+    reason: Literal["unknown_model", "broken_checkpoint", "engine_down"]
+    message: str
+
+
+class Scrape(Message, frozen=True):
+    """Show the metrics in the format that an Accept header asks for."""
+
+    id: int
+    accept: str
+
+
+class Scraped(Message, frozen=True):
+    """The metrics."""
+
+    id: int
+    text: bytes
+    media_type: str
+
+
+class RequestEnded(Message, frozen=True):
+    """A request has ended after so many seconds; `refusal` says why it was rejected, if it was."""
+
+    route: str
+    outcome: str
+    seconds: float
+    traceparent: str = ""
+    refusal: str = ""
+
+
+class ItemSpent(msgspec.Struct, frozen=True, array_like=True):
+    """What one answered item took: its ladder step, heads, tokens and multiply-adds."""
+
+    budget: int
+    heads: int
+    tokens: int
+    macs: int
+    dense_macs: int
+
+
+class ItemsAnswered(Message, frozen=True):
+    """The items of a request were answered.
+
+    Attributes:
+        model, version: by which model.
+        items: what each took; those that failed are left out.
+        heads_of_one: heads of the dense network.
+        expected: share of the items that calibration answers at each ladder step; None: it is not
+            known, and what happened counts as expected.
+        stages: seconds of each stage of the request.
+        truncated: items that were longer than the model reads.
+        traceparent: the request's place in a trace.
+    """
+
+    model: str
+    version: int
+    items: list[ItemSpent]
+    heads_of_one: int
+    expected: dict[int, float] | None
+    stages: dict[str, float]
+    truncated: int
+    traceparent: str = ""
+
+
+Observation: TypeAlias = RequestEnded | ItemsAnswered
+
+
+class Observed(Message, frozen=True):
+    """What a front has seen since it last said so; it says so, if only of nothing, all the time."""
+
+    observations: list[Observation]
+
+
+ToHub: TypeAlias = Here | Swapped | Drained | ChangeModel | Scrape | Observed
+FromHub: TypeAlias = Serving | Changed | ChangeFailed | Scraped
+
+TO_HUB = decoder(ToHub)
+FROM_HUB = decoder(FromHub)

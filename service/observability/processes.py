@@ -1,0 +1,68 @@
+"""What the processes of this server take from the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+
+import psutil
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+Family = Callable[[], Mapping[str, int]]
+"""Says the names of the server's processes and their ids."""
+
+
+def only_this_process() -> Mapping[str, int]:
+    """Return this process as all there is."""
+    return {"supervisor": os.getpid()}
+
+
+class FamilyCollector(Collector):
+    """Prometheus' usual process metrics, for every process of a server by its name.
+
+    Args:
+        prefix: of the metrics' names.
+        family: the processes.
+    """
+
+    def __init__(self, prefix: str, family: Family) -> None:
+        self._prefix = prefix
+        self._family = family
+
+    def describe(self) -> Iterator[Metric]:
+        """Name the metrics without looking at any process."""
+        yield from self._metrics()
+
+    def collect(self) -> Iterator[Metric]:
+        """Look at every process that is there."""
+        cpu, memory, start, descriptors = metrics = self._metrics()
+        for name, pid in self._family().items():
+            with suppress(psutil.Error):  # it ended meanwhile
+                process = psutil.Process(pid)
+                with process.oneshot():
+                    times = process.cpu_times()
+                    values = (
+                        times.user + times.system,
+                        process.memory_info().rss,
+                        process.create_time(),
+                        process.num_fds(),
+                    )
+                cpu.add_metric([name], values[0])
+                memory.add_metric([name], values[1])
+                start.add_metric([name], values[2])
+                descriptors.add_metric([name], values[3])
+        yield from metrics
+
+    def _metrics(
+        self,
+    ) -> tuple[CounterMetricFamily, GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
+        prefix, labels = f"{self._prefix}_process", ["process"]
+        return (
+            CounterMetricFamily(f"{prefix}_cpu_seconds", "CPU time.", labels=labels),
+            GaugeMetricFamily(f"{prefix}_resident_memory_bytes", "Memory.", labels=labels),
+            GaugeMetricFamily(f"{prefix}_start_time_seconds", "Start, Unix time.", labels=labels),
+            GaugeMetricFamily(f"{prefix}_open_fds", "Open file descriptors.", labels=labels),
+        )

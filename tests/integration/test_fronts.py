@@ -1,0 +1,105 @@
+"""Several fronts of one server: what one is told, all know, and what each sees is counted once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from tokenizers import Encoding
+
+from service.models import ServedModel
+from tests.support.serving import ADMIN, Service, error_of, service
+from tests.support.stores import TOPICS, sentences
+from tests.support.waiting import until
+
+TEXT = sentences("animals")[0]
+
+
+async def model_of(client: httpx.AsyncClient) -> str:
+    response = await client.post("/classify", json={"input": TEXT})
+    assert response.status_code == 200, response.text
+    return str(response.json()["model"])
+
+
+async def all_ready(running: Service) -> bool:
+    answers = [await client.get("/health/ready") for client in running.other_clients]
+    return all(answer.status_code == 200 for answer in answers)
+
+
+async def test_a_change_at_one_front_is_made_in_all(store: Path) -> None:
+    async with service(store, models=["topics:1"], fronts=3) as running:
+        await until(lambda: all_ready(running), "every front")
+        for version in (2, 1, 2):
+            changed = await running.client.post(
+                f"/models/{TOPICS}/load", json={"version": version}, headers=ADMIN
+            )
+            assert changed.status_code == 200
+            for client in (running.client, *running.other_clients):
+                assert await model_of(client) == f"topics:{version}"
+
+
+async def test_what_one_front_has_begun_outlives_a_change_at_another(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, gate = threading.Event(), threading.Event()
+    encode = ServedModel.encode
+
+    def slow(model: ServedModel, texts: list[str | tuple[str, str]]) -> list[Encoding]:
+        entered.set()
+        gate.wait(60)
+        return encode(model, texts)
+
+    async with service(store, models=["topics:1"], fronts=2) as running:
+        await until(lambda: all_ready(running), "every front")
+        monkeypatch.setattr(ServedModel, "encode", slow)
+        begun = asyncio.create_task(model_of(running.other_clients[0]))
+        await until(entered.is_set, "the tokenizer")
+        changed = await running.client.post(f"/models/{TOPICS}/load", headers=ADMIN)
+        assert changed.json()["model"] == "topics:2"
+        assert set(running.core.models) == {("topics", 1), ("topics", 2)}
+        gate.set()
+        assert await begun == "topics:1"
+        await until(lambda: set(running.core.models) == {("topics", 2)}, "the old one to be freed")
+
+
+async def test_requests_of_all_fronts_are_counted_in_one_place(model_store: Path) -> None:
+    async with service(model_store, models=["topics"], fronts=2) as running:
+        await until(lambda: all_ready(running), "every front")
+        for client in (running.client, *running.other_clients):
+            for _ in range(3):
+                await model_of(client)
+
+        async def counted() -> bool:
+            shown = await running.scrape()
+            return shown.total("requests_total", route="/classify", outcome="ok") == 6
+
+        await until(counted, "the count of both fronts")
+        shown = await running.scrape()
+        assert shown.total("items_total") == 6
+        assert shown.total("batches_total") == 6
+
+
+async def test_crash_loops_of_every_engine_take_readiness_away(model_store: Path) -> None:
+    async with service(model_store, models=["topics"], engines=2) as running:
+        running.hub.report_crash_loop("engine-0", "engine-0 has ended 3 times in a row")
+
+        async def said() -> bool:
+            body = (await running.client.get("/health")).json()
+            return bool(body["crash_loops"] == ["engine-0 has ended 3 times in a row"])
+
+        await until(said, "the reason")
+        assert await running.ready(), "the other engine serves"
+        running.hub.report_crash_loop("engine-1", "engine-1 has ended 3 times in a row")
+
+        async def refused() -> bool:
+            return not await running.ready()
+
+        await until(refused, "the loss of readiness")
+        error = error_of(await running.client.get("/health/ready"), 503, "not_ready")
+        assert "engine-0 has ended" in error["message"]
+        assert "engine-1 has ended" in error["message"]
+        running.hub.report_crash_loop("engine-0", None)
+        await until(running.ready, "readiness")
