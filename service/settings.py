@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
@@ -58,6 +58,8 @@ class Settings(BaseSettings):
     """Port to listen on; 0 takes a free one."""
     model_store: Path = Path("model_store")
     """Folder of checkpoints, <name>/<version>/."""
+    poll_store_seconds: float = Field(default=0.0, ge=0)
+    """Look into the store so often for higher versions, and serve them; 0 never does."""
     models: list[str] = []
     """Models to load, `name` or `name:version`; none means all in the store."""
     default_model: str | None = None
@@ -88,6 +90,9 @@ class Settings(BaseSettings):
     """Largest request body."""
     max_queue_items: int = Field(default=4096, ge=1)
     """Most texts that wait in one engine; more are refused with 429."""
+    model_queue_items: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Most texts of one model that wait in one engine, `name=number`; a busy one then leaves room
+    for the others."""
     batch_milliseconds: float = Field(default=50.0, gt=0)
     """A batch is filled up to this computing time."""
     batch_items: int = Field(default=256, ge=1)

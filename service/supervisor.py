@@ -19,6 +19,7 @@ import structlog
 
 from service.hub.catalog import Catalog
 from service.hub.hub import Hub
+from service.hub.poll import StorePoll
 from service.observability.traces import check_tracing
 from service.process import child_command, encode_settings, engine_socket, hub_socket, on_silence
 from service.settings import Settings, SettingsError
@@ -168,6 +169,9 @@ class _Server:
             for child in (*self._engines, *self._fronts):
                 tasks.create_task(child.keep_running())
             tasks.create_task(self._look_after())
+            if self._settings.poll_store_seconds:
+                poll = StorePoll(self.hub, self._settings.models)
+                tasks.create_task(poll.run(self._settings.poll_store_seconds))
             tasks.create_task(
                 on_silence(self._last_words, self._settings.hang_seconds, _Child.kill)
             )

@@ -90,6 +90,7 @@ async def _main(run_dir: Path, index: int, settings: Settings) -> None:
         settings.batch_items,
         quality_floor=settings.quality_floor,
         brownout_seconds=settings.brownout_queue_ms / 1000,
+        model_queue_items=settings.model_queue_items,
     )
     tables = read_tables(settings.cost_tables) if settings.cost_tables else {}
     core = EngineCore(options, settings.resolved_device(), settings.dtype, tables)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -45,6 +45,7 @@ from service.engine.protocol import (
     ToFront,
     Unload,
 )
+from service.engine.salvage import salvage
 from service.observability.context import RequestContext
 from service.observability.traces import PassRun, PassSpans, Rider, Stage
 from service.scheduling.admission import Refusal, admit
@@ -70,6 +71,7 @@ class EngineOptions:
 
     Attributes:
         max_queue_items: items that wait at most.
+        model_queue_items: of these, items of one model at most, by its name.
         batch_seconds, batch_items: see `Buckets`.
         quality: level of requests that leave it to the engine, while there is no overload.
         quality_floor: the lowest that overload may make of it.
@@ -82,6 +84,7 @@ class EngineOptions:
     quality: QualityName = "balanced"
     quality_floor: QualityName = "fast"
     brownout_seconds: float = 0.5
+    model_queue_items: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -153,6 +156,7 @@ class EngineCore:
         self._running: list[_Slot] = []
         self._began: float | None = None
         self._requests: dict[tuple[Reply, int], _Request] = {}
+        self._open: Counter[str] = Counter()
         self._work_came = asyncio.Event()
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="loading")
@@ -242,19 +246,28 @@ class EngineCore:
             reply(Refused(message.id, refusal.reason, refusal.retry_after))
             return
         request.open = len(request.slots)
+        self._open[request.model.checkpoint.name] += request.open
         self._requests[reply, message.id] = request
         self._arrivals += request.slots
         self._work_came.set()
 
     def _admit(self, request: _Request, queued: float, remaining: float) -> Refusal | None:
-        return admit(
-            items=len(request.slots),
-            queued_items=len(self._buckets) + len(self._arrivals) + len(self._running),
-            max_items=self.options.max_queue_items,
-            queued_seconds=queued,
-            price=sum(slot.price for slot in request.slots),
-            remaining=remaining,
+        name, most = request.model.checkpoint.name, self.options.max_queue_items
+        rooms = [(len(self._buckets) + len(self._arrivals) + len(self._running), most)]
+        if name in self.options.model_queue_items:
+            rooms.append((self._open[name], self.options.model_queue_items[name]))
+        refusals = (
+            admit(
+                items=len(request.slots),
+                queued_items=queued_items,
+                max_items=max_items,
+                queued_seconds=queued,
+                price=sum(slot.price for slot in request.slots),
+                remaining=remaining,
+            )
+            for queued_items, max_items in rooms
         )
+        return next(filter(None, refusals), None)
 
     def _queued_seconds(self) -> float:
         """Return the device time of all that is here."""
@@ -343,20 +356,18 @@ class EngineCore:
     ) -> float:
         step = slots[0].work.step
 
-        def compute() -> tuple[float, float]:
+        def compute() -> tuple[float, float, int | None]:
             started = self._clock()
-            try:
-                work(network, [slot.work for slot in slots])
-            except Exception as error:  # one poisoned item must not take its batch with it
-                log.warning("a batch failed, trying its items alone", reason=type(error).__name__)
-                for slot in slots:
-                    self._alone(work, network, slot)
-            return started, self._clock()
+            room = salvage(lambda some: work(network, [s.work for s in some]), slots, _fail)
+            return started, self._clock(), room
 
         loop = asyncio.get_running_loop()
         self._began = self._clock()
-        started, ended = await loop.run_in_executor(self._compute, compute)
+        started, ended, room = await loop.run_in_executor(self._compute, compute)
         self._began = None
+        if room is not None:
+            self._buckets.batch_items = min(room, self._buckets.batch_items)
+            log.warning("memory is short, batches shrink", batch_items=self._buckets.batch_items)
         if self.spans is not None:
             stage: Stage = "budget" if work is cascade.arrive else "compute"
             name, version = slots[0].request.model.key
@@ -367,21 +378,6 @@ class EngineCore:
         for slot in slots:
             slot.waits_since = ended
         return ended - started
-
-    @staticmethod
-    def _alone(
-        work: Callable[[PackedPass, Sequence[Work]], None], network: PackedPass, slot: _Slot
-    ) -> None:
-        try:
-            work(network, [slot.work])
-        except Exception as error:  # whatever it is, it is this item's own failure
-            log.warning(
-                "an item failed",
-                reason=type(error).__name__,
-                request_id=slot.request.context.request_id,
-                trace_id=slot.request.context.trace_id,
-            )
-            slot.error = "the item could not be computed"
 
     def _settle(self, slot: _Slot) -> None:
         """After a pass: an item is finished, or waits in the bucket of its next step."""
@@ -401,6 +397,7 @@ class EngineCore:
             return
         slot.finished = self._clock()
         request.open -= 1
+        self._open[request.model.checkpoint.name] -= 1
         if not request.open:
             self._answer(request)
 
@@ -430,6 +427,7 @@ class EngineCore:
         if request is None:
             return
         request.gone = True
+        self._open[request.model.checkpoint.name] -= request.open
         del self._requests[request.reply, request.id]
         self._arrivals = [slot for slot in self._arrivals if slot.request is not request]
         self._buckets.remove(lambda entry: entry.item.request is request)
@@ -468,6 +466,17 @@ class EngineCore:
         else:
             self.broadcast(Models(self.infos))
             reply(Done(message.id))
+
+
+def _fail(slot: _Slot, error: Exception) -> None:
+    context = slot.request.context
+    log.warning(
+        "an item failed",
+        reason=type(error).__name__,
+        request_id=context.request_id,
+        trace_id=context.trace_id,
+    )
+    slot.error = "the item could not be computed"
 
 
 def _riders(slots: list[_Slot]) -> list[Rider]:

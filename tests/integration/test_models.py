@@ -15,8 +15,10 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 from tokenizers import Encoding
 
+from service.hub.poll import StorePoll
 from service.models import ServedModel
 from tests.support.serving import ADMIN, ADMIN_KEY, Service, error_of, held, service
 from tests.support.stores import (
@@ -420,3 +422,72 @@ async def test_a_checkpoint_that_comes_later_is_found(store: Path) -> None:
         card = (await running.client.get("/models/topics")).json()
         assert (card["version"], card["versions"]) == (2, [1, 2, 3])
         assert (await load(running)).json()["model"] == "topics:3"
+
+
+class TestPolling:
+    """A server that began with topics:1."""
+
+    def bring(self, store: Path, version: int) -> Path:
+        folder = store / TOPICS / str(version)
+        shutil.copytree(store / TOPICS / "1", store / "away")
+        manifest = json.loads((store / "away" / "manifest.json").read_text())
+        (store / "away" / "manifest.json").write_text(json.dumps(manifest | {"version": version}))
+        (store / "away").rename(folder)
+        return folder
+
+    async def test_a_higher_version_is_served(self, one: Service, store: Path) -> None:
+        poll = StorePoll(one.hub, [TOPICS])
+        await poll.look()
+        assert (await one.answer(TEXT))["model"] == "topics:2"
+        self.bring(store, 3)
+        await poll.look()
+        assert (await one.answer(TEXT))["model"] == "topics:3"
+
+    async def test_what_was_put_back_by_hand_stays(self, one: Service, store: Path) -> None:
+        poll = StorePoll(one.hub, [TOPICS])
+        await poll.look()
+        await load(one, version=1)
+        await poll.look()
+        assert (await one.answer(TEXT))["model"] == "topics:1"
+        self.bring(store, 3)
+        await poll.look()
+        assert (await one.answer(TEXT))["model"] == "topics:3"
+
+    async def test_a_broken_version_is_tried_again_when_it_has_changed(
+        self, one: Service, store: Path
+    ) -> None:
+        poll = StorePoll(one.hub, [TOPICS])
+        weights = store / TOPICS / "2" / "model.safetensors"
+        sound = weights.read_bytes()
+        weights.write_bytes(sound[: len(sound) // 2])
+        with capture_logs() as lines:
+            await poll.look()
+            await poll.look()
+        refusals = [line for line in lines if line["event"] == "a new version cannot be served"]
+        assert len(refusals) == 1
+        assert (await one.answer(TEXT))["model"] == "topics:1"
+        weights.write_bytes(sound)
+        await poll.look()
+        assert (await one.answer(TEXT))["model"] == "topics:2"
+
+    @pytest.mark.parametrize(
+        ("names", "served"),
+        [([TOPICS], {TOPICS}), ([], {TOPICS, PAIRS}), (["topics:1"], {TOPICS})],
+        ids=["one", "all", "pinned"],
+    )
+    async def test_models_that_were_not_asked_for_are_left_alone(
+        self, one: Service, names: list[str], served: set[str]
+    ) -> None:
+        await StorePoll(one.hub, names).look()
+        assert set(one.hub.catalog.served) == served
+        pinned = names == ["topics:1"]
+        assert one.hub.catalog.served[TOPICS].version == (1 if pinned else 2)
+
+    async def test_a_store_that_went_away_is_reported_and_nothing_else(
+        self, one: Service, store: Path
+    ) -> None:
+        store.rename(store.with_name("gone"))
+        with capture_logs() as lines:
+            await StorePoll(one.hub, []).look()
+        assert [line["event"] for line in lines] == ["the store cannot be read"]
+        assert (await one.ask(TEXT)).status_code == 200

@@ -76,6 +76,16 @@ class TestFullQueue:
                 assert (await fresh.ask(TEXT)).status_code == 200
             assert (await fresh.ask([TEXT] * 10)).status_code == 200
 
+    async def test_a_model_that_is_full_leaves_room_for_the_others(self, model_store: Path) -> None:
+        options = EngineOptions(model_queue_items={"topics": 2})
+        async with service(model_store, options=options, models=["topics", "tags"]) as fresh:
+            with held(fresh.core):
+                first = await begin(fresh, [TEXT] * 2)
+                error_of(await fresh.ask(TEXT), 429, "queue_full")
+                other = await begin(fresh, [TEXT] * 3, model="tags")
+            assert (await first).status_code == (await other).status_code == 200
+            assert (await fresh.ask(TEXT)).status_code == 200
+
     async def test_once_it_has_drained_there_is_room_again(
         self, model_store: Path, small: EngineOptions
     ) -> None:

@@ -1,0 +1,92 @@
+"""New versions that come into the store are served by themselves, where that is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import structlog
+
+from budgetformer.checkpoint import MANIFEST
+from budgetformer.errors import CheckpointError
+from service.hub.catalog import UnknownModelError
+from service.hub.fleet import LoadFailedError, NoEngineError
+from service.hub.hub import Hub
+
+log = structlog.get_logger()
+
+Stamp = tuple[tuple[str, int, int], ...]
+"""Name, size and time of every file of a checkpoint folder."""
+
+
+class StorePoll:
+    """Look into the store from time to time, and serve what is newer than all before.
+
+    A version that was put back or taken away by hand stays so until a higher one comes. A folder
+    that cannot be loaded is tried again when something in it has changed.
+
+    Args:
+        hub: serves it.
+        names: models to look for, as `Settings.models`: those with a version are pinned to it;
+            empty: every model.
+    """
+
+    def __init__(self, hub: Hub, names: list[str]) -> None:
+        self._hub = hub
+        self._pinned = {name for name, _, version in (n.partition(":") for n in names) if version}
+        self._wanted = {name.partition(":")[0] for name in names}
+        self._highest = {c.name: c.version for c in hub.catalog.served.values()}
+        self._failed: dict[Path, Stamp] = {}
+
+    async def run(self, seconds: float) -> None:
+        """Look every so many seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(seconds)
+            await self.look()
+
+    async def look(self) -> None:
+        """Look once."""
+        try:
+            found = await asyncio.to_thread(self._newest)
+        except OSError as error:
+            log.error("the store cannot be read", reason=error.strerror or str(error))
+            return
+        for folder, stamp in found:
+            if self._failed.get(folder) == stamp:
+                continue
+            name, version = folder.parent.name, int(folder.name)
+            try:
+                await self._hub.load(name, version)
+            except NoEngineError:
+                return  # it is tried again
+            except (CheckpointError, LoadFailedError, UnknownModelError) as error:
+                self._failed[folder] = stamp
+                log.error("a new version cannot be served", model=name, reason=str(error))
+                continue
+            self._highest[name] = version
+            log.info("a new version is served", model=name, version=version)
+
+    def _newest(self) -> list[tuple[Path, Stamp]]:
+        """Return the highest version of each model whose version is higher than all before."""
+        found = []
+        for model in sorted(self._hub.catalog.store.iterdir()):
+            name = model.name
+            if name in self._pinned or (self._wanted and name not in self._wanted):
+                continue
+            versions = [int(p.parent.name) for p in model.glob(f"*/{MANIFEST}") if _numbered(p)]
+            served = self._hub.catalog.served.get(name)
+            known = max(self._highest.get(name, 0), served.version if served else 0)
+            highest = max(versions, default=0)
+            if highest > known:
+                folder = model / str(highest)
+                found.append((folder, _stamp(folder)))
+        return found
+
+
+def _numbered(manifest: Path) -> bool:
+    return manifest.parent.name.isdecimal()
+
+
+def _stamp(folder: Path) -> Stamp:
+    files = ((path.name, path.stat()) for path in sorted(folder.iterdir()))
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
