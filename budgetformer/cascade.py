@@ -10,7 +10,7 @@ from torch import Tensor
 
 from budgetformer.compact import PackedPass, PackedTokens, PassResult
 from budgetformer.cost import decision_macs, dense_macs, encoder_macs, scorer_macs
-from budgetformer.modeling import confidence
+from budgetformer.modules import confidence
 from budgetformer.policy import BudgetRule
 
 LAYERWISE = -1

@@ -5,58 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from transformers.utils import logging as hf_logging
 
 from budgetformer import cascade
 from budgetformer.cascade import Work
-from budgetformer.checkpoint import WEIGHTS, Checkpoint, load_tokenizer, read_checkpoint
-from budgetformer.compact import PackedPass, load_pass
-from budgetformer.errors import CheckpointError
-from budgetformer.modeling import BudgetFormerForSequenceClassification, probabilities
+from budgetformer.checkpoint import load_tokenizer, read_checkpoint
+from budgetformer.loading import load_network
+from budgetformer.modules import probabilities
 from budgetformer.precision import Precision
 
 MAX_BATCH_TOKENS = 4096
-
-
-def load_network(
-    checkpoint: Checkpoint, device: str = "cpu", precision: Precision = "float32"
-) -> PackedPass:
-    """Load a checkpoint's weights and return its compact pass, in a precision of `load_pass`.
-
-    Raises:
-        CheckpointError: a file is damaged, a weight is missing, left over or of another shape.
-    """
-    checkpoint.verify()
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        loaded: Any = BudgetFormerForSequenceClassification.from_pretrained(
-            checkpoint.path,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are reported below, by name
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
-    model, report = loaded
-    for problem in ("mismatched_keys", "missing_keys", "unexpected_keys"):
-        found = report.get(problem, ())
-        keys = sorted(key if isinstance(key, str) else str(key[0]) for key in found)
-        if keys:
-            kind = problem.replace("_keys", "")
-            raise CheckpointError(f"{checkpoint.path / WEIGHTS}: {kind}: {', '.join(keys[:3])}")
-    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-        raise CheckpointError(f"{checkpoint.path / WEIGHTS}: a weight is not a finite number")
-    return load_pass(model.to(torch.device(device)), precision)
 
 
 @dataclass(frozen=True)

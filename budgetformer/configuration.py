@@ -1,56 +1,20 @@
-"""The configuration of a BudgetFormer network, and the budget ladder that it carries."""
+"""The configuration of a BudgetFormer network, as Transformers reads and writes it."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-BudgetScope = Literal["input", "layer"]
-HeadSelection = Literal["input", "ranked"]
-Pooling = Literal["mean", "cls"]
-NormPosition = Literal["post", "pre"]
+from budgetformer.architecture import FIELDS, Architecture
 
 
-def uniform_ladder(num_layers: int, num_heads: int) -> list[list[int]]:
-    """Return the paper's ladder: step k keeps k heads in every layer, for k = 1..H."""
-    return [[step] * num_layers for step in range(1, num_heads + 1)]
-
-
-class BudgetFormerConfig(PreTrainedConfig):
+class BudgetFormerConfig(Architecture, PreTrainedConfig):  # type: ignore[misc]  # labels are known here
     """Configure a BudgetFormer encoder and its classification head.
 
-    Sizes (`vocab_size`, `hidden_size`, `num_hidden_layers`, `num_attention_heads`,
-    `intermediate_size`, `max_position_embeddings`, `type_vocab_size`, `layer_norm_eps`,
-    `hidden_act`, dropouts) mean what they mean for BERT. What is special to this network:
-
     Args:
-        norm_position: `"post"` (BERT: layer norm after each residual sum) or `"pre"`.
-        pooling: how token states become one vector for the classifier, `"mean"` or `"cls"`.
-        head_activation: put a dense layer and this activation between pooled state and classifier,
-            as BERT ("tanh") and DistilBERT ("relu") do; None: nothing is between them.
-        budget_ffn: couple the feed-forward net to the heads. Each head owns 1/H of the neurons, and
-            a head that is not computed takes its neurons with it. False: the paper's form, always
-            whole.
-        budget_scope: `"input"` decides budget and heads once per input, from the pooled embeddings;
-            `"layer"` is the paper's form, each layer decides from its own pooled input.
-        head_selection: `"input"` lets the head scorer g_d choose heads per input (paper);
-            `"ranked"` orders the heads of each layer once, and a budget of k computes the first k.
-        ladder: heads per layer for each budget step 1..S, in order of rising cost. None: the
-            uniform ladder, step k = k heads in every layer. A plan may name 0 heads for a layer
-            when `budget_ffn` is true; that layer is then skipped.
-        embedding_exit: add step 0, a linear head on the bag of tokens that answers before the
-            encoder runs.
-        exit_buckets: rows of step 0's table for pairs of neighbouring tokens, which are hashed into
-            them; 0: step 0 reads single tokens only.
-        exit_rank: width of step 0's token vectors, which a linear map turns into logits; 0: each
-            token has a weight per label.
-        exit_weight: how much the step-0 logits count beside the encoder's in the answer of a step
-            >= 1: one number for all steps, or one for each of 1..S.
-        controller_hidden_size: width of f_o's hidden layer.
-        budget_bounds: (s_min, s_max), outside which the budget regulariser pushes s back (paper:
-            0.1, 0.9).
+        fields: those of `Architecture`, and those that every configuration has (`id2label`,
+            `problem_type`, ...).
 
     Raises:
         ValueError: a size does not divide, a choice is unknown, or the ladder does not fit.
@@ -58,153 +22,10 @@ class BudgetFormerConfig(PreTrainedConfig):
 
     model_type = "budgetformer"
 
-    def __init__(
-        self,
-        vocab_size: int = 30522,
-        hidden_size: int = 256,
-        num_hidden_layers: int = 4,
-        num_attention_heads: int = 8,
-        intermediate_size: int = 1024,
-        hidden_act: str = "gelu",
-        max_position_embeddings: int = 512,
-        type_vocab_size: int = 2,
-        layer_norm_eps: float = 1e-12,
-        initializer_range: float = 0.02,
-        hidden_dropout_prob: float = 0.1,
-        attention_probs_dropout_prob: float = 0.1,
-        classifier_dropout: float | None = None,
-        norm_position: NormPosition = "post",
-        pooling: Pooling = "mean",
-        head_activation: str | None = None,
-        budget_ffn: bool = True,
-        budget_scope: BudgetScope = "input",
-        head_selection: HeadSelection = "ranked",
-        ladder: list[list[int]] | None = None,
-        embedding_exit: bool = False,
-        exit_buckets: int = 0,
-        exit_rank: int = 0,
-        exit_weight: float | list[float] = 0.0,
-        controller_hidden_size: int = 64,
-        budget_bounds: tuple[float, float] = (0.1, 0.9),
-        pad_token_id: int | None = 0,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.hidden_act = hidden_act
-        self.max_position_embeddings = max_position_embeddings
-        self.type_vocab_size = type_vocab_size
-        self.layer_norm_eps = layer_norm_eps
-        self.initializer_range = initializer_range
-        self.hidden_dropout_prob = hidden_dropout_prob
-        self.attention_probs_dropout_prob = attention_probs_dropout_prob
-        self.classifier_dropout = classifier_dropout
-        self.norm_position = norm_position
-        self.pooling = pooling
-        self.head_activation = head_activation
-        self.budget_ffn = budget_ffn
-        self.budget_scope = budget_scope
-        self.head_selection = head_selection
-        self.ladder = (
-            ladder if ladder is not None else uniform_ladder(num_hidden_layers, num_attention_heads)
-        )
-        self.embedding_exit = embedding_exit
-        self.exit_buckets = exit_buckets
-        self.exit_rank = exit_rank
-        self.exit_weight = exit_weight
-        self.controller_hidden_size = controller_hidden_size
-        self.budget_bounds = list(budget_bounds)
-        self.pad_token_id = pad_token_id
-        self._check()
-        super().__init__(**kwargs)
-
-    @property
-    def head_size(self) -> int:
-        """Width of one attention head, D / H."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def num_classes(self) -> int:
-        """Number of labels C."""
-        return len(self.id2label or ())
-
-    @property
-    def neurons_per_head(self) -> int:
-        """Feed-forward neurons that one head owns when the feed-forward net is coupled."""
-        return self.intermediate_size // self.num_attention_heads
-
-    @property
-    def num_steps(self) -> int:
-        """Number of ladder steps S, step 0 not counted."""
-        return len(self.ladder)
-
-    @property
-    def exit_weights(self) -> list[float]:
-        """What step 0's logits count beside the encoder's at each step 1..S."""
-        weight = self.exit_weight
-        return weight if isinstance(weight, list) else [weight] * self.num_steps
-
-    def heads_per_layer(self, step: int) -> list[int]:
-        """Return the heads of each layer at ladder step `step`; step 0 computes none.
-
-        Raises:
-            ValueError: the ladder has no such step.
-        """
-        if step == 0 and self.embedding_exit:
-            return [0] * self.num_hidden_layers
-        if not 1 <= step <= self.num_steps:
-            first = 0 if self.embedding_exit else 1
-            raise ValueError(f"budget step {step} is not on the ladder ({first}..{self.num_steps})")
-        return self.ladder[step - 1]
-
-    def _check(self) -> None:
-        heads = self.num_attention_heads
-        for name, allowed in (
-            ("norm_position", get_args(NormPosition)),
-            ("pooling", get_args(Pooling)),
-            ("budget_scope", get_args(BudgetScope)),
-            ("head_selection", get_args(HeadSelection)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
-        if heads < 1:
-            raise ValueError(f"num_attention_heads must be at least 1, not {heads}")
-        for name in ("exit_buckets", "exit_rank"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
-        if self.hidden_size % heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {heads} heads")
-        if self.budget_ffn and self.intermediate_size % heads:
-            raise ValueError(
-                f"intermediate_size {self.intermediate_size} is not a multiple of {heads} heads, "
-                "which a coupled feed-forward net needs"
-            )
-        if not self.ladder:
-            raise ValueError("the ladder has no step")
-        fewest = 0 if self.budget_ffn else 1
-        for step, plan in enumerate(self.ladder, start=1):
-            if len(plan) != self.num_hidden_layers:
-                raise ValueError(
-                    f"ladder step {step} plans {len(plan)} layers of {self.num_hidden_layers}"
-                )
-            if not all(isinstance(k, int) and fewest <= k <= heads for k in plan):
-                raise ValueError(f"ladder step {step} leaves {fewest}..{heads} heads: {plan}")
-            if step > 1 and sum(plan) < sum(self.ladder[step - 2]):
-                raise ValueError(f"ladder step {step} computes fewer heads than the step before it")
-        if len(self.exit_weights) != self.num_steps or not all(
-            map(math.isfinite, self.exit_weights)
-        ):
-            raise ValueError(
-                f"exit_weight must be a finite number, or one for each of {self.num_steps} steps, "
-                f"not {self.exit_weight}"
-            )
-        if self.budget_scope == "layer" and self.embedding_exit:
-            raise ValueError(
-                'embedding_exit needs budget_scope "input": step 0 is decided before the encoder'
-            )
+    def __init__(self, **fields: Any) -> None:
+        own = {name: fields.pop(name) for name in FIELDS if name in fields}
+        Architecture.__init__(self, **own)
+        PreTrainedConfig.__init__(self, **fields)
 
 
 AutoConfig.register("budgetformer", BudgetFormerConfig, exist_ok=True)

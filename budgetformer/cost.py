@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from budgetformer.configuration import BudgetFormerConfig
-from budgetformer.modeling import EVIDENCE_SIZE
+from budgetformer.architecture import Architecture
+from budgetformer.modules import EVIDENCE_SIZE
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Sizes:
     picks_heads: bool
 
     @classmethod
-    def of(cls, config: BudgetFormerConfig | Sizes) -> Sizes:
+    def of(cls, config: Architecture | Sizes) -> Sizes:
         """Read them from a configuration, once."""
         if isinstance(config, Sizes):
             return config
@@ -59,7 +59,7 @@ class Sizes:
         )
 
 
-Costed = BudgetFormerConfig | Sizes
+Costed = Architecture | Sizes
 
 
 def layer_macs(config: Costed, heads: int, tokens: int) -> int:
@@ -105,7 +105,7 @@ def encoder_macs(config: Costed, heads: Sequence[int], tokens: int) -> int:
     return layers + head + sizes.width * sizes.classes
 
 
-def step_macs(config: BudgetFormerConfig, steps: Sequence[int], tokens: int) -> int:
+def step_macs(config: Architecture, steps: Sequence[int], tokens: int) -> int:
     """Count one item that is decided once and run at each of `steps` in turn.
 
     An escalation has several steps; step 0 costs no more than the decision.

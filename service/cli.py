@@ -298,7 +298,7 @@ def tune(
     """Measure what a model's batches cost in seconds on this device, for the scheduler."""
     import torch
 
-    from budgetformer.classifier import load_network
+    from budgetformer.loading import load_network
     from budgetformer.tune import measure_costs
 
     torch.set_num_threads(threads)

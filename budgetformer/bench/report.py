@@ -23,8 +23,8 @@ from budgetformer.bench.timing import (
     time_in_turns,
 )
 from budgetformer.checkpoint import Checkpoint, load_tokenizer
-from budgetformer.classifier import load_network
 from budgetformer.compact import load_pass
+from budgetformer.modeling import load_model
 from budgetformer.training.pages import draw, markdown_table
 
 if TYPE_CHECKING:
@@ -140,11 +140,12 @@ def compare_passes(
         ValueError: there are fewer than two texts.
     """
     torch.set_num_threads(threads)
-    chosen = load_network(checkpoint, precision="auto")
+    model = load_model(checkpoint.path)
+    chosen = load_pass(model, "auto")
     items = _items(checkpoint, texts, rounds * max(batches), chosen.config.vocab_size)
     networks = [chosen]
     if chosen.precision != "float32":
-        networks.insert(0, load_pass(chosen.model))
+        networks.insert(0, load_pass(model))
     precisions = [network.precision for network in networks]
     machine = Machine.measure(precisions)
     last = chosen.config.num_steps
@@ -154,7 +155,7 @@ def compare_passes(
         if texts is not None:
             contenders += level_contenders(network, checkpoint)
     if rivals:
-        contenders += rival_contenders(networks[0].model, threads, "bfloat16" in precisions)
+        contenders += rival_contenders(model, threads, "bfloat16" in precisions)
     timings: list[Timing] = []
     for batch in batches:
         turns = max(rounds, min(MOST_ROUNDS, len(items) // batch))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from budgetformer.bench.timing import Contender, TokenIds
-from budgetformer.modeling import BudgetFormerForSequenceClassification, masked_mean
+from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modules import masked_mean
 
 DENSE = "dense, Transformers sdpa"
 DENSE_BFLOAT16 = "dense, Transformers sdpa bfloat16"

@@ -11,7 +11,7 @@ from typing import get_args
 from budgetformer.compact.choice import fastest_pass
 from budgetformer.compact.linear import LINEARS
 from budgetformer.compact.packed import Arrival, PackedPass, PackedTokens, PassResult
-from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modules import SequenceClassifier
 from budgetformer.precision import Precision
 
 __all__ = [
@@ -24,9 +24,7 @@ __all__ = [
 ]
 
 
-def load_pass(
-    model: BudgetFormerForSequenceClassification, precision: str = "float32"
-) -> PackedPass:
+def load_pass(model: SequenceClassifier, precision: str = "float32") -> PackedPass:
     """Return the compact pass over the weights of `model`.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 
 from budgetformer.compact.linear import LINEARS
 from budgetformer.compact.packed import PackedPass, PackedTokens
-from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modules import SequenceClassifier
 
 BATCHES = ((40,), (40,) * 8)
 """Tokens of the items that are timed: a lone text, and a small batch."""
@@ -19,7 +19,7 @@ FEWEST_WEIGHTS = 2**20
 """An encoder with fewer gains nothing: its time is that of the calls."""
 
 
-def fastest_pass(model: BudgetFormerForSequenceClassification) -> PackedPass:
+def fastest_pass(model: SequenceClassifier) -> PackedPass:
     """Time every precision on made-up texts at the middle step, and return the pass of the best.
 
     A fraction of a second, for a small encoder.

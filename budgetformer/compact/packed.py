@@ -22,12 +22,7 @@ from budgetformer.compact.linear import padded_rows
 from budgetformer.compact.routed import RoutedLayer, Routing
 from budgetformer.compact.weights import HeadSet, SliceCache
 from budgetformer.cost import Sizes
-from budgetformer.modeling import (
-    BudgetFormerForSequenceClassification,
-    EncoderLayer,
-    budget_step,
-    exit_evidence,
-)
+from budgetformer.modules import EncoderLayer, SequenceClassifier, budget_step, exit_evidence
 
 MOST_SETS = 2
 """Up to so many sets of heads in a layer are run one after the other; more are routed."""
@@ -137,9 +132,7 @@ class PackedPass:
         precision: of the matrix products, a key of `LINEARS`.
     """
 
-    def __init__(
-        self, model: BudgetFormerForSequenceClassification, precision: str = "float32"
-    ) -> None:
+    def __init__(self, model: SequenceClassifier, precision: str = "float32") -> None:
         self.model = model.eval()
         self.config = model.config
         self.encoder = model.encoder
@@ -159,7 +152,7 @@ class PackedPass:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return torch.device(self.model.device)
+        return self.model.where
 
     @property
     def nbytes(self) -> int:
@@ -332,10 +325,10 @@ class PackedPass:
             counts = tuple(2 * length - 1 if length else 0 for length in counts)
         total: Tensor = head.bias.new_zeros(len(counts), head.weight.embedding_dim)
         total.index_add_(0, owner, head.weight(rows))
-        return cast(Tensor, head.logits(total, self._counts(counts)))
+        return head.logits(total, self._counts(counts))
 
     def _counts(self, lengths: Sequence[int]) -> Tensor:
-        counts = torch.tensor(lengths, dtype=self.model.dtype, device=self.device)
+        counts = torch.tensor(lengths, dtype=self.model.classifier.weight.dtype, device=self.device)
         return counts.clamp(min=1).unsqueeze(-1)
 
     def _pool(self, states: Tensor, owner: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -436,7 +429,7 @@ class PackedPass:
         return result if routing.used is None else torch.where(routing.used, result, states)
 
     def _activation(self, index: int) -> Map:
-        return cast(Map, self._layers[index].feed_forward.activation)
+        return self._layers[index].feed_forward.activation
 
     def _around(self, index: int, states: Tensor, attention: Map, net: Map) -> Tensor:
         """Put residuals and norms around a layer's two maps."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from budgetformer.compact.linear import LINEARS, Linear
 from budgetformer.cost import Sizes
-from budgetformer.modeling import EncoderLayer
+from budgetformer.modules import EncoderLayer
 
 HeadSet = tuple[int, ...]
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from budgetformer.errors import DataError
-from budgetformer.modeling import BudgetFormerForSequenceClassification, masked_mean
+from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modules import masked_mean
 from budgetformer.training.data import Examples, TokenizedTexts, drawn_rows
 from budgetformer.training.trainer import inputs, progress_bar
 

@@ -20,7 +20,7 @@ from budgetformer.cascade import Work
 from budgetformer.checkpoint import FixedStep
 from budgetformer.compact import PackedPass
 from budgetformer.cost import decision_macs, dense_macs, encoder_macs
-from budgetformer.modeling import MULTI_LABEL, confidence
+from budgetformer.modules import MULTI_LABEL, confidence
 from budgetformer.policy import (
     QUALITY_NAMES,
     BudgetRule,

@@ -18,11 +18,8 @@ from torch import Tensor, nn
 
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.errors import CheckpointError
-from budgetformer.modeling import (
-    BudgetFormerForSequenceClassification,
-    EncoderLayer,
-    HeadScorer,
-)
+from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modules import EncoderLayer, HeadScorer
 
 
 @dataclass(frozen=True)

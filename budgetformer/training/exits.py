@@ -7,13 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budgetformer.modeling import (
-    MULTI_LABEL,
-    BudgetDecision,
-    BudgetFormerForSequenceClassification,
-    ExitHead,
-    exit_evidence,
-)
+from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modules import MULTI_LABEL, BudgetDecision, ExitHead, exit_evidence
 from budgetformer.training.data import Examples, TokenizedTexts
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import inputs, progress_bar

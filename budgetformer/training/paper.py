@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from budgetformer.configuration import BudgetFormerConfig
+from budgetformer.architecture import Architecture
 from budgetformer.cost import decision_macs, dense_macs, encoder_macs
 from budgetformer.errors import DataError
-from budgetformer.modeling import BudgetFormerForSequenceClassification, Gating
+from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modules import Gating
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts, read_examples
 from budgetformer.training.evaluation import interval
 from budgetformer.training.pipeline import build_model, find_data, find_start, kept_tokenizer
@@ -164,7 +165,7 @@ def score(model: BudgetFormerForSequenceClassification, data: DataSet, recipe: R
 
 
 def saved_shares(
-    config: BudgetFormerConfig, heads: np.ndarray, lengths: np.ndarray
+    config: Architecture, heads: np.ndarray, lengths: np.ndarray
 ) -> tuple[float, float]:
     """Return what heads [N, L] on texts of lengths [N] save: attention only, and compact."""
     dense = sum(dense_macs(config, int(n)) for n in lengths)

@@ -25,15 +25,11 @@ from budgetformer.checkpoint import (
     read_checkpoint,
     write_manifest,
 )
-from budgetformer.classifier import load_network
 from budgetformer.compact import PackedPass, load_pass
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.errors import DataError
-from budgetformer.modeling import (
-    MULTI_LABEL,
-    BudgetController,
-    BudgetFormerForSequenceClassification,
-)
+from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
+from budgetformer.modules import MULTI_LABEL, BudgetController
 from budgetformer.policy import BudgetRule, OperatingPoint
 from budgetformer.training.baseline import write_baseline
 from budgetformer.training.calibration import (
@@ -150,7 +146,7 @@ def train_checkpoint(
         "full_budget_accuracy": frontier[-1].accuracy if frontier else points[-1].accuracy,
     }
     max_tokens = min(recipe.max_length, network.config.max_position_embeddings)
-    _write_files(network.model, tokenizer, output, max_tokens, recipe.truncation_side)
+    _write_files(model, tokenizer, output, max_tokens, recipe.truncation_side)
     manifest = Manifest(
         name=output.parent.name,
         version=int(output.name),
@@ -209,13 +205,15 @@ def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> M
     examples = read_examples(data, list(checkpoint.manifest.labels))
     if len(examples) < FEWEST_ROWS:
         raise DataError(f"{data}: {len(examples)} rows, calibration needs {FEWEST_ROWS} at least")
-    network = load_network(checkpoint, precision="auto")
+    checkpoint.verify()
+    model = load_model(checkpoint.path)
+    network = load_pass(model, "auto")
     tokens = TokenizedTexts.of(checkpoint, examples)
     log(f"calibrating on {len(examples)} texts")
     costs = checkpoint.manifest.recipe.get("level_costs", Recipe.level_costs)
     frontier, points = _find_points(network, tokens, examples, costs)
     _write_files(
-        network.model,
+        model,
         load_tokenizer(checkpoint),
         output,
         checkpoint.manifest.max_tokens,

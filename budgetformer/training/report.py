@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from budgetformer.checkpoint import Checkpoint
-from budgetformer.classifier import load_network
 from budgetformer.compact import PackedPass
 from budgetformer.cost import layer_macs
 from budgetformer.errors import DataError
-from budgetformer.modeling import MULTI_LABEL, confidence, probabilities
+from budgetformer.loading import load_network
+from budgetformer.modules import MULTI_LABEL, confidence, probabilities
 from budgetformer.policy import BudgetRule, EntryBand, Escalation, OperatingPoint
 from budgetformer.training.baseline import Baseline
 from budgetformer.training.calibration import Answers, Calibration, answer_all, run_every_step

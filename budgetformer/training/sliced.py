@@ -13,13 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budgetformer.modeling import (
-    AdaptiveMultiHeadAttention,
-    BudgetFormerForSequenceClassification,
-    EncoderLayer,
-    FeedForward,
-    masked_mean,
-)
+from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modules import AdaptiveMultiHeadAttention, EncoderLayer, FeedForward, masked_mean
 from budgetformer.training.data import TokenBatch
 
 

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from budgetformer.checkpoint import Checkpoint, read_checkpoint
-from budgetformer.classifier import load_network
-from budgetformer.compact import PackedPass
+from budgetformer.compact import load_pass
 from budgetformer.cost import encoder_macs
-from budgetformer.modeling import confidence, exit_evidence
+from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
+from budgetformer.modules import confidence, exit_evidence
 from budgetformer.policy import EntryBand, Escalation
 from budgetformer.training.calibration import Calibration, Runs, run_every_step
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
@@ -77,27 +77,30 @@ def study(checkpoint: Checkpoint, held: Examples, test: Examples) -> dict[str, l
         held: texts that training never saw, to learn decisions and thresholds on.
         test: texts that neither saw.
     """
-    network = load_network(checkpoint, precision="auto")
-    sides = [_side(network, checkpoint, examples) for examples in (held, test)]
+    checkpoint.verify()
+    model = load_model(checkpoint.path)
+    sides = [_side(model, checkpoint, examples) for examples in (held, test)]
     _predict_signals(*sides)
     return {name: _at_caps(list(settings), *sides) for name, settings in _ways(sides[0]).items()}
 
 
-def _side(network: PackedPass, checkpoint: Checkpoint, examples: Examples) -> Side:
+def _side(
+    model: BudgetFormerForSequenceClassification, checkpoint: Checkpoint, examples: Examples
+) -> Side:
+    network = load_pass(model, "auto")
     tokens = TokenizedTexts.of(checkpoint, examples)
     labels = torch.from_numpy(examples.labels)
     runs: Runs = run_every_step(network, tokens)
     table = Calibration(network, runs, labels)
-    pooled = pooled_states(network.model, tokens, "pooled states")[0]
+    pooled = pooled_states(model, tokens, "pooled states")[0]
     evidence = exit_evidence(runs.logits[0], network.config.problem_type)
     features = torch.cat([pooled, evidence], dim=1)
-    return Side(table, features, _probe_states(network, tokens), labels, {"f_o": table.s})
+    return Side(table, features, _probe_states(model, tokens), labels, {"f_o": table.s})
 
 
 @torch.no_grad()
-def _probe_states(network: PackedPass, tokens: TokenizedTexts) -> Tensor:
+def _probe_states(model: BudgetFormerForSequenceClassification, tokens: TokenizedTexts) -> Tensor:
     """Return mean token states after the first half of the layers at a small step, [N, D]."""
-    model = network.model
     states = torch.zeros(len(tokens.ids), model.config.hidden_size)
     with progress_bar() as bar:
         task = bar.add_task("probe", total=len(tokens.ids), note="")

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from budgetformer.modeling import (
     BudgetFormerClassifierOutput,
     BudgetFormerForSequenceClassification,
-    Gating,
 )
+from budgetformer.modules import Gating
 from budgetformer.training.conversion import ladder_by_importance, order_by_importance
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
 from budgetformer.training.objectives import (

@@ -10,10 +10,10 @@ from pathlib import Path
 import structlog
 
 from budgetformer.checkpoint import Checkpoint, read_checkpoint
-from budgetformer.classifier import load_network
 from budgetformer.compact import PackedPass
 from budgetformer.cost import encoder_macs
 from budgetformer.cost_table import CostTable, guess_table
+from budgetformer.loading import load_network
 from budgetformer.policy import BudgetRule
 from budgetformer.precision import Precision
 from service.engine.protocol import ModelInfo

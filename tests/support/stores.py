@@ -18,7 +18,7 @@ from budgetformer import cascade
 from budgetformer.cascade import Work
 from budgetformer.checkpoint import read_checkpoint, write_manifest
 from budgetformer.classifier import Classifier
-from budgetformer.modeling import confidence
+from budgetformer.modules import confidence
 from budgetformer.policy import BudgetRule, OperatingPoint
 from budgetformer.training.data import Examples
 from budgetformer.training.pipeline import train_checkpoint

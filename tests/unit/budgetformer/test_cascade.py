@@ -8,7 +8,8 @@ from budgetformer import cascade
 from budgetformer.cascade import Work
 from budgetformer.compact import PackedPass
 from budgetformer.cost import MacCounter, dense_macs
-from budgetformer.modeling import BudgetFormerForSequenceClassification, confidence
+from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modules import confidence
 from budgetformer.policy import BudgetRule, EntryBand, Escalation, OperatingPoint
 from tests.support.networks import (
     PROPERTY,

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from transformers import AutoConfig
 
-from budgetformer.configuration import BudgetFormerConfig, uniform_ladder
+from budgetformer.architecture import uniform_ladder
+from budgetformer.configuration import BudgetFormerConfig
 from tests.support.networks import PROPERTY, configs, small_config
 
 RAGGED = [[0, 1, 0], [1, 1, 1], [1, 1, 1], [4, 2, 3]]

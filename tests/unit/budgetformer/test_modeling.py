@@ -13,12 +13,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 import budgetformer
 from budgetformer.configuration import BudgetFormerConfig
-from budgetformer.modeling import (
+from budgetformer.modeling import BudgetFormerForSequenceClassification, BudgetFormerModel
+from budgetformer.modules import (
     MULTI_LABEL,
     BudgetController,
     BudgetDecision,
-    BudgetFormerForSequenceClassification,
-    BudgetFormerModel,
     Gating,
     budget_step,
     confidence,

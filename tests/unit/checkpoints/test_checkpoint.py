@@ -19,8 +19,8 @@ from budgetformer.checkpoint import (
     read_store,
     write_manifest,
 )
-from budgetformer.classifier import load_network
 from budgetformer.errors import CheckpointError, PolicyError
+from budgetformer.loading import load_network
 from tests.support.stores import HEADS, LABELS, LAYERS, MAX_TOKENS, PICKY, TOPICS
 
 Damage = Callable[[Path], None]

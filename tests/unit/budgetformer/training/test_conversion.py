@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from budgetformer.errors import CheckpointError
-from budgetformer.modeling import MULTI_LABEL, BudgetFormerForSequenceClassification, masked_mean
+from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modules import MULTI_LABEL, masked_mean
 from budgetformer.training.conversion import (
     convert_encoder,
     ladder_by_importance,

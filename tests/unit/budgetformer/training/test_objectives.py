@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from budgetformer.modeling import MULTI_LABEL
+from budgetformer.modules import MULTI_LABEL
 from budgetformer.training.objectives import (
     budget_penalty,
     distillation_loss,

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from budgetformer.checkpoint import read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import DataError
-from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.training.pipeline import build_model, find_start, kept_tokenizer
 from budgetformer.training.recipe import Recipe
 from tests.support.stores import train
@@ -60,7 +60,7 @@ def test_a_fixed_share_is_served(tmp_path: Path, gating: str) -> None:
     heads = classifier.checkpoint.num_heads
     assert {p.budget for p in classifier(topic_examples().texts)} == {heads}
     tokens = torch.randint(1, 50, (5, 8))
-    assert (classifier.network.model(tokens).budget > 0.999).all()
+    assert (load_model(classifier.checkpoint.path)(tokens).budget > 0.999).all()
 
 
 def test_rows_are_limited(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from budgetformer.checkpoint import read_checkpoint
 from budgetformer.errors import DataError
-from budgetformer.modeling import MULTI_LABEL
+from budgetformer.modules import MULTI_LABEL
 from budgetformer.training.data import Examples
 from budgetformer.training.evaluation import evaluate_checkpoint
 from budgetformer.training.report import (

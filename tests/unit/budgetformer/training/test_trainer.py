@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from budgetformer.configuration import BudgetFormerConfig
-from budgetformer.modeling import MULTI_LABEL, BudgetFormerForSequenceClassification, Gating
+from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modules import MULTI_LABEL, Gating
 from budgetformer.training import trainer as trainer_module
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
 from budgetformer.training.recipe import Recipe
