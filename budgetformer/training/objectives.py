@@ -24,12 +24,15 @@ def distillation_loss(
     return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
 
 
-def random_steps(count: int, num_steps: int, bias: float) -> Tensor:
-    """Draw `count` ladder steps ceil(S * u^bias), u uniform.
+def random_steps(count: int, num_steps: int, bias: float, full_share: float = 0.0) -> Tensor:
+    """Draw `count` ladder steps ceil(S * u^bias), u uniform; a share of them is the full step.
 
-    Above 1, small steps are drawn more often.
+    A bias above 1 draws small steps more often.
     """
-    return (torch.rand(count) ** bias * num_steps).ceil().long().clamp(1, num_steps)
+    steps = (torch.rand(count) ** bias * num_steps).ceil().long().clamp(1, num_steps)
+    if full_share:
+        steps[torch.rand(count) < full_share] = num_steps
+    return steps
 
 
 def budget_penalty(budget: Tensor, bounds: tuple[float, float]) -> Tensor:

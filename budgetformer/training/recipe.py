@@ -36,6 +36,8 @@ class Recipe:
         budget_epochs: passes in which every item trains at a random ladder step, taught by the
             teacher.
         small_step_bias: exponent b of the random step ceil(S * u^b); above 1 favours small steps.
+        full_step_share: share of the random steps that is the full one whatever was drawn: it
+            keeps the network that it came from, and teaches the small steps by shared weights.
         freeze_embeddings: leave the embeddings as the dense epochs made them while budgets train;
             half of a small encoder's weights are theirs, and so is much of a cheap step's time.
         gating: "hard" trains random steps with a straight-through gradient on g_d's relevance;
@@ -80,6 +82,7 @@ class Recipe:
     dense_epochs: int = 1
     budget_epochs: int = 2
     small_step_bias: float = 2.0
+    full_step_share: float = 0.0
     freeze_embeddings: bool = True
     gating: Literal["hard", "soft"] = "hard"
     temperature: tuple[float, float] = (2.0, 0.5)

@@ -156,7 +156,7 @@ class Trainer:
         if recipe.gating == "hard":
             if config.head_selection == "ranked" and config.budget_scope == "input":
                 return self._sliced_loss(batch, teacher)
-            steps = random_steps(len(batch.rows), config.num_steps, recipe.small_step_bias)
+            steps = self._random_steps(len(batch.rows))
         output = self._forward(batch, steps)
         assert output.logits is not None
         assert output.budget is not None
@@ -169,7 +169,7 @@ class Trainer:
     def _sliced_loss(self, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
         """Train each part of a batch at one random step, and at that step's cost."""
         parts = batch.split(STEPS_PER_BATCH)
-        steps = random_steps(len(parts), self.model.config.num_steps, self.recipe.small_step_bias)
+        steps = self._random_steps(len(parts))
         total = torch.zeros(())
         for part, step in zip(parts, steps.tolist(), strict=True):
             with self._autocast():
@@ -177,6 +177,10 @@ class Trainer:
             loss = self._taught_loss(logits.float(), part, teacher)
             total = total + loss * (len(part.rows) / len(batch.rows))
         return total
+
+    def _random_steps(self, count: int) -> Tensor:
+        recipe, last = self.recipe, self.model.config.num_steps
+        return random_steps(count, last, recipe.small_step_bias, recipe.full_step_share)
 
     def _taught_loss(self, logits: Tensor, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
         recipe = self.recipe

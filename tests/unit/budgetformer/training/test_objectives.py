@@ -86,6 +86,12 @@ class TestRandomSteps:
         expected = [(k / 4) ** (1 / bias) - ((k - 1) / 4) ** (1 / bias) for k in range(1, 5)]
         torch.testing.assert_close(shares, torch.tensor(expected), rtol=0, atol=0.02)
 
+    def test_a_share_of_them_is_the_full_step(self) -> None:
+        torch.manual_seed(0)
+        shares = torch.bincount(random_steps(40_000, 4, 1.0, full_share=0.4))[1:] / 40_000
+        expected = torch.tensor([0.15, 0.15, 0.15, 0.55])
+        torch.testing.assert_close(shares, expected, rtol=0, atol=0.02)
+
     def test_follow_the_seed(self) -> None:
         drawn = []
         for _ in range(2):
