@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -31,23 +35,51 @@ def load_network(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     _check(path.as_posix(), network, weights)
-    floats = {name: weight.to(torch.float32) for name, weight in weights.items()}
-    network.load_state_dict(floats, assign=True)
+    # A copy of the file, which is only mapped and may change while the network is used.
+    kept = {n: w.clone() if _stays(n, w) else w.float() for n, w in weights.items()}
+    network.load_state_dict(kept, assign=True)
     return load_pass(network.to(torch.device(device)), precision)
+
+
+def _stays(name: str, weight: Tensor) -> bool:
+    """Say whether a weight keeps the precision of its file, which takes half of the memory.
+
+    The tables do, of which a text reads few rows, and the matrices of which passes lay out copies.
+    """
+    table = name.startswith("encoder.embeddings.") or name == "exit_head.weight.weight"
+    laid_out = ".attention." in name or ".feed_forward." in name
+    return weight.dim() == 2 and (table or laid_out)
 
 
 def _assemble(checkpoint: Checkpoint) -> SequenceClassifier:
     """Put the modules together, without weights."""
     try:
         architecture = Architecture.read(checkpoint.config)
-        # Without a device no memory is taken and nothing drawn at random: the weights come anyway.
-        with torch.device("meta"):
+        with _unfilled():
             encoder, network = Encoder(), SequenceClassifier()
             encoder.build(architecture)
             network.build(encoder, architecture)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path / CONFIG}: {error}") from error
     return network
+
+
+@contextmanager
+def _unfilled() -> Iterator[None]:
+    """Make modules without drawing their weights, which come from a file.
+
+    Memory that nothing was written to is not taken. The "meta" device would do as much, and import
+    a computer algebra system to do it.
+    """
+    kinds: list[Any] = [nn.Linear, nn.Embedding, nn.LayerNorm]
+    drawing = [kind.reset_parameters for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.reset_parameters = lambda _: None
+        yield
+    finally:
+        for kind, draw in zip(kinds, drawing, strict=True):
+            kind.reset_parameters = draw
 
 
 def _check(label: str, network: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -97,6 +97,11 @@ def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
     return torch.stack([odds.clamp(max=MOST_ODDS), entropy], dim=-1)
 
 
+def full_precision(rows: Tensor) -> Tensor:
+    """Return the rows of a table that lies in half precision as float32, others as they are."""
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+
+
 def masked_mean(states: Tensor, attention_mask: Tensor) -> Tensor:
     """Average token states [B, T, D] over the real tokens of [B, T].
 
@@ -130,7 +135,8 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Embed ids of one shape [...] into states [..., D]."""
-        states = self.word(input_ids) + self.segment(token_type_ids) + self.position(position_ids)
+        rows = self.word(input_ids), self.segment(token_type_ids), self.position(position_ids)
+        states = sum(map(full_precision, rows[1:]), full_precision(rows[0]))
         return cast(Tensor, self.dropout(self.norm(states)))
 
 

@@ -22,7 +22,13 @@ from budgetformer.compact.linear import padded_rows
 from budgetformer.compact.routed import RoutedLayer, Routing
 from budgetformer.compact.weights import HeadSet, SliceCache
 from budgetformer.cost import Sizes
-from budgetformer.modules import EncoderLayer, SequenceClassifier, budget_step, exit_evidence
+from budgetformer.modules import (
+    EncoderLayer,
+    SequenceClassifier,
+    budget_step,
+    exit_evidence,
+    full_precision,
+)
 
 MOST_SETS = 2
 """Up to so many sets of heads in a layer are run one after the other; more are routed."""
@@ -324,7 +330,7 @@ class PackedPass:
             owner = torch.cat([owner, owner[:-1][together]])
             counts = tuple(2 * length - 1 if length else 0 for length in counts)
         total: Tensor = head.bias.new_zeros(len(counts), head.weight.embedding_dim)
-        total.index_add_(0, owner, head.weight(rows))
+        total.index_add_(0, owner, full_precision(head.weight(rows)))
         return head.logits(total, self._counts(counts))
 
     def _counts(self, lengths: Sequence[int]) -> Tensor:

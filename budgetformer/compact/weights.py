@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from budgetformer.compact.linear import LINEARS, Linear
 from budgetformer.cost import Sizes
@@ -58,15 +58,15 @@ class LayerWeights:
 
     def __init__(self, layer: EncoderLayer, sizes: Sizes, precision: str) -> None:
         attention, net = layer.attention, layer.feed_forward
-        projections = (attention.query, attention.key, attention.value)
-        weight = torch.stack([p.weight.unflatten(0, (sizes.heads, -1)) for p in projections], dim=1)
-        bias = torch.stack([p.bias.unflatten(0, (sizes.heads, -1)) for p in projections], dim=1)
-        self._qkv = weight.detach().flatten(0, 2), bias.detach().flatten()
-        self._output = attention.output.weight.detach(), attention.output.bias.detach()
-        self._up = net.up.weight.detach(), net.up.bias.detach()
-        self._down = net.down.weight.detach(), net.down.bias.detach()
-        self._sizes = sizes
         self._dtype: torch.dtype = getattr(torch, precision)
+        maps = [self._read(m) for m in (attention.query, attention.key, attention.value)]
+        weight, bias = (
+            torch.stack([part.unflatten(0, (sizes.heads, -1)) for part in parts], dim=1)
+            for parts in zip(*maps, strict=True)
+        )
+        self._qkv = weight.flatten(0, 2), bias.flatten()
+        self._output, self._up, self._down = map(self._read, (attention.output, net.up, net.down))
+        self._sizes = sizes
         self._lay_out: Callable[[Tensor, Tensor | None], Linear] = LINEARS[precision]
 
     @property
@@ -104,6 +104,11 @@ class LayerWeights:
     def whole_net(self) -> tuple[Linear, Linear]:
         """The feed-forward net where it is not coupled to heads: the same for every slice."""
         return self._lay_out(*self._up), self._lay_out(*self._down)
+
+    def _read(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Return weight and bias; a weight that is laid out as a copy may wait as it lies."""
+        weight = linear.weight.detach()
+        return weight.float() if self._dtype == torch.float32 else weight, linear.bias.detach()
 
     def _places(self, head_set: HeadSet, size: int) -> slice | Tensor:
         if head_set == tuple(range(len(head_set))):
