@@ -24,6 +24,7 @@ from service.api.middleware import Observe
 from service.observability.context import RequestContext, serving
 from service.observability.metrics import ItemSpent, Metrics
 from service.observability.otel import Tracing
+from service.observability.recent import Recent
 from service.observability.traces import PassRun, Rider
 
 REPEATS, CALLS = 15, 2000
@@ -131,6 +132,7 @@ def rows() -> dict[str, float]:
     bare, traced = app(None), app(front)
     observed = Observe(app(None), metrics, log_share=0.01)
     logged = Observe(app(None), metrics, log_share=1.0)
+    recent = Recent(metrics)
     floor = microseconds(http(bare))
     return {
         "metrics": microseconds(lambda: count(metrics, RequestContext("r"))),
@@ -144,6 +146,9 @@ def rows() -> dict[str, float]:
         "tracing on: span of a stage": microseconds(lambda: stage(tracer)),
         "tracing on: engine, both passes of one text": microseconds(
             lambda: (spans.ran(decided), spans.ran(computed))
+        ),
+        "the playground's strip, once in five seconds": microseconds(
+            lambda: recent.sample(now), calls=20
         ),
         "one scrape": microseconds(lambda: generate_latest(metrics.registry), calls=2),
     }

@@ -29,6 +29,7 @@ from service.api.state import State
 from service.engine.client import Engines
 from service.models import Models, ServedModel
 from service.observability.metrics import QUALITY_RANK, Metrics
+from service.observability.recent import Recent
 from service.observability.watch import EngineWatch
 from service.settings import Settings
 
@@ -56,7 +57,7 @@ def create_app(
     for problem in served.errors:
         log.error("checkpoint left out", reason=problem)
     tracer = NoOpTracer() if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
-    state = State(settings, served, engines, metrics, tracer)
+    state = State(settings, served, engines, metrics, tracer, Recent(metrics))
 
     def announce(model: ServedModel) -> None:
         checkpoint = model.checkpoint
@@ -80,6 +81,7 @@ def create_app(
             checkpoint = model.checkpoint
             engines.wanted[checkpoint.name, checkpoint.version] = checkpoint.path
         engines.start()
+        state.background.start(state.recent.keep())
         yield
         await state.background.stop()
         await engines.stop()
@@ -109,7 +111,7 @@ def create_app(
     install_error_handlers(app)
     app.add_middleware(Observe, metrics=metrics, log_share=settings.access_log)
     _document_bodies(app)
-    metrics.know_routes([*app.openapi()["paths"], OTHER])
+    metrics.know_routes([*app.openapi()["paths"], *playground.UNLISTED, OTHER])
     return app
 
 

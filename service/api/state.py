@@ -16,6 +16,7 @@ from service.background import Background
 from service.engine.client import Engines
 from service.models import Models, ServedModel, UnknownModelError
 from service.observability.metrics import Metrics
+from service.observability.recent import Recent
 from service.settings import Settings
 
 
@@ -28,6 +29,7 @@ class State:
     engines: Engines
     metrics: Metrics
     tracer: Tracer
+    recent: Recent
     tokenizing: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
     )
