@@ -23,7 +23,7 @@ test: lint ## lint, types, import rules, then every test that needs no container
 	$(BIN)/python -m pytest
 
 test-compose: .venv/.dev ## build the images, bring the stack up under Docker and ask it
-	$(BIN)/python -m pytest tests/e2e/compose -m compose --timeout 1500
+	$(BIN)/python -m pytest tests/e2e/compose -m compose --timeout 1500 -v --log-cli-level INFO --durations 0
 
 lint: .venv/.dev ## style, types and import rules
 	$(BIN)/ruff check .
@@ -52,6 +52,7 @@ lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
 	$(PORTABLE) requirements/serve.txt
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra tracing --constraint requirements/serve.txt --output-file requirements/image.txt requirements/torch.in pyproject.toml
 	$(PORTABLE) requirements/image.txt
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/loadtest.txt requirements/loadtest.in
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra dev --extra bench --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
 	$(PORTABLE) requirements/dev.txt
 

@@ -6,34 +6,10 @@ locust -f loadtests/locustfile.py --headless -u 16 -r 4 -t 60s -H http://127.0.0
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 from locust import FastHttpUser, constant, task
-
-SUBJECTS = ("The council", "A young striker", "The central bank", "The space agency", "Its rival")
-VERBS = ("announced", "postponed", "welcomed", "rejected", "played down")
-OBJECTS = (
-    "a new plan for the harbour",
-    "the result of the final",
-    "higher interest rates",
-    "the first test of the engine",
-    "a merger worth billions",
-)
-ENDINGS = (
-    "",
-    " on Tuesday",
-    " after weeks of talks",
-    " and promised details by the end of the month",
-)
-
-
-def sentence() -> str:
-    return (
-        " ".join(random.choice(part) for part in (SUBJECTS, VERBS, OBJECTS))
-        + random.choice(ENDINGS)
-        + "."
-    )
+from texts import sentence
 
 
 class Caller(FastHttpUser):

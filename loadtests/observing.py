@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 from fastapi import FastAPI, Request
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
@@ -21,9 +22,20 @@ from opentelemetry.trace import NoOpTracer, Tracer
 from prometheus_client import generate_latest
 
 from service.api.middleware import Observe
-from service.observability.context import RequestContext, serving
-from service.observability.metrics import ItemSpent, Metrics
+from service.hub.link import HubLink
+from service.hub.messages import (
+    TO_HUB,
+    ItemsAnswered,
+    ItemSpent,
+    Observation,
+    Observed,
+    RequestEnded,
+    Serving,
+)
+from service.observability.context import RequestContext
+from service.observability.metrics import Metrics
 from service.observability.otel import Tracing
+from service.observability.recent import Recent
 from service.observability.traces import PassRun, Rider
 
 REPEATS, CALLS = 15, 2000
@@ -62,14 +74,23 @@ def metrics_known() -> Metrics:
     return metrics
 
 
-def count(metrics: Metrics, context: RequestContext) -> None:
-    """Count one request of one text, as the front does."""
-    with serving(context):
-        metrics.count_stages(STAGES)
-        metrics.truncated.inc(0)
-        metrics.model("ag_news", "1").count([ITEM], 72, EXPECTED)
-        metrics.batch("ag_news", 2).count(1, 41, 0.0)
-        metrics.count_request("/classify", "ok", 5e-3, context)
+def seen(traceparent: str = "") -> list[Observation]:
+    """Return what a front sees of one request of one text."""
+    return [
+        ItemsAnswered("ag_news", 1, [ITEM], 72, EXPECTED, STAGES, 0, traceparent),
+        RequestEnded("/classify", "ok", 5e-3, traceparent),
+    ]
+
+
+def count(metrics: Metrics, observations: list[Observation]) -> None:
+    """Count one request, as the hub does."""
+    metrics.take(observations)
+    metrics.batch("ag_news", 2).count(1, 41, 0.0)
+
+
+def travel() -> None:
+    """Take one request's observations from a front to the hub, which reports many at once."""
+    TO_HUB.decode(msgspec.msgpack.encode(Observed(seen())))
 
 
 def app(tracing: Tracing | None) -> FastAPI:
@@ -118,6 +139,10 @@ def stage(tracer: Tracer) -> None:
         span.set_attribute("budgetformer.tokens", 41)
 
 
+async def never(_: Serving) -> None:
+    """Serve nothing: no hub says anything here."""
+
+
 def rows() -> dict[str, float]:
     metrics = metrics_known()
     front, engine = Tracing(Nowhere(), "front"), Tracing(Nowhere(), "engine-0", follow=True)
@@ -128,15 +153,18 @@ def rows() -> dict[str, float]:
         PassRun(stage, "ag_news:1", 2, 41, [rider], now, now) for stage in ("budget", "compute")
     )
     tracer, nobody = front.provider.get_tracer("budgetformer"), NoOpTracer()
+    hub = HubLink(Path("nowhere"), never, [])
     bare, traced = app(None), app(front)
-    observed = Observe(app(None), metrics, log_share=0.01)
-    logged = Observe(app(None), metrics, log_share=1.0)
+    observed = Observe(app(None), hub, log_share=0.01)
+    logged = Observe(app(None), hub, log_share=1.0)
+    recent = Recent(metrics)
     floor = microseconds(http(bare))
     return {
-        "metrics": microseconds(lambda: count(metrics, RequestContext("r"))),
-        "metrics, with exemplars": microseconds(
-            lambda: count(metrics, RequestContext("r", TRACEPARENT))
+        "metrics, in the hub": microseconds(lambda: count(metrics, seen())),
+        "metrics, in the hub, with exemplars": microseconds(
+            lambda: count(metrics, seen(TRACEPARENT))
         ),
+        "metrics, from the front to the hub": microseconds(travel),
         "middleware (id, context, count, 1 % logged)": microseconds(http(observed)) - floor,
         "middleware, every request logged": microseconds(http(logged)) - floor,
         "tracing off: the stage's place in the code": microseconds(lambda: stage(nobody)),
@@ -144,6 +172,9 @@ def rows() -> dict[str, float]:
         "tracing on: span of a stage": microseconds(lambda: stage(tracer)),
         "tracing on: engine, both passes of one text": microseconds(
             lambda: (spans.ran(decided), spans.ran(computed))
+        ),
+        "the playground's strip, once in five seconds": microseconds(
+            lambda: recent.sample(now), calls=20
         ),
         "one scrape": microseconds(lambda: generate_latest(metrics.registry), calls=2),
     }

@@ -86,7 +86,7 @@ def create_app(
     install_error_handlers(app)
     app.add_middleware(Observe, hub=hub, log_share=settings.access_log)
     _document_bodies(app)
-    routes += [*app.openapi()["paths"], OTHER]
+    routes += [*app.openapi()["paths"], *playground.UNLISTED, OTHER]
     return app
 
 

@@ -355,7 +355,11 @@ def budgets() -> Rows:
 def engines() -> Rows:
     age = "budgetformer_engine_heartbeat_age_seconds"
     restarts = "sum(increase(budgetformer_engine_restarts_total[{}]))"
-    starts = "sum(changes(budgetformer_process_start_time_seconds[{}])) or vector(0)"
+    front = 'process=~"front-.*"'
+    own = 'process!~"engine-.*"'
+    starts = (
+        f"sum(changes(budgetformer_process_start_time_seconds{{{{{front}}}}}[{{}}])) or vector(0)"
+    )
     return {
         "Overview": [
             stat(
@@ -391,10 +395,9 @@ def engines() -> Rows:
             ),
             stat(
                 "Memory",
-                "Of all engines and the front together.",
+                "Of all processes together, in which pages that they share count for each.",
                 "bytes",
-                "sum(budgetformer_device_memory_bytes)"
-                " + sum(budgetformer_process_resident_memory_bytes)",
+                "sum(budgetformer_process_resident_memory_bytes)",
             ),
         ],
         "Engines": [
@@ -408,15 +411,15 @@ def engines() -> Rows:
                 "Restarts",
                 "Processes that were replaced, in five minutes.",
                 "short",
-                {"engines": restarts.format("5m"), "front": starts.format("5m")},
+                {"engines": restarts.format("5m"), "fronts": starts.format("5m")},
             ),
             chart(
                 "Memory",
-                "Of each engine, and of the front.",
+                "Of each engine, each front and the supervisor.",
                 "bytes",
                 {
                     "engine {{engine}}": gauge("device_memory_bytes", "engine", fold="max"),
-                    "front": "sum(budgetformer_process_resident_memory_bytes)",
+                    "{{process}}": gauge("process_resident_memory_bytes", "process", own, "max"),
                 },
             ),
             chart(
@@ -426,18 +429,18 @@ def engines() -> Rows:
                 {"{{model}}": rate("batches_total", "model", MODEL)},
             ),
             chart(
-                "Front, processor time",
-                "Cores that the front uses.",
+                "Processor time",
+                "Cores that each process uses.",
                 "short",
-                {"front": rate("process_cpu_seconds_total")},
+                {"{{process}}": rate("process_cpu_seconds_total", "process")},
             ),
             chart(
-                "Front, open files",
-                "Connections and files that the front holds, and how many it may.",
+                "Open files",
+                "Connections and files that fronts and supervisor hold, and how many each may.",
                 "short",
                 {
-                    "open": "sum(budgetformer_process_open_fds)",
-                    "limit": "sum(budgetformer_process_max_fds)",
+                    "{{process}}": gauge("process_open_fds", "process", own, "max"),
+                    "limit": "min(budgetformer_process_max_fds)",
                 },
             ),
         ],

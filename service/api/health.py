@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,7 +12,7 @@ from service.api.errors import ApiError
 from service.api.responses import json_response
 from service.api.state import State, state_of
 from service.connection import ConnectionBrokeError, NotConnectedError
-from service.hub.messages import Scraped
+from service.hub.messages import Shown
 
 router = APIRouter(tags=["operations"])
 
@@ -62,13 +63,22 @@ async def health(request: Request) -> Response:
 @router.get("/metrics", summary="Prometheus metrics")
 async def metrics(request: Request) -> Response:
     """Expose all series, as Prometheus text or OpenMetrics, whichever is accepted."""
+    accept = request.headers.get("accept", "")
+    return await shown(state_of(request).hub.scrape(accept))
+
+
+async def shown(asking: Awaitable[Shown]) -> Response:
+    """Return what the hub has to show.
+
+    Raises:
+        ApiError: 503, it is not there.
+    """
     try:
-        shown = await state_of(request).hub.scrape(request.headers.get("accept", ""))
+        answer = await asking
     except (NotConnectedError, ConnectionBrokeError):
         message = "the server's hub is not there"
         raise ApiError(503, message, code="hub_down", retry_after=1) from None
-    assert isinstance(shown, Scraped)
-    return Response(shown.text, media_type=shown.media_type)
+    return Response(answer.content, media_type=answer.media_type)
 
 
 def why_not_ready(state: State, draining: bool) -> str | None:

@@ -35,7 +35,7 @@ class LoadRequest(RequestBody):
 
 @router.get("/v1/models", summary="Models that are served")
 async def list_models(request: Request) -> Response:
-    """List the served models, as OpenAI's API does."""
+    """List the served models, as OpenAI's API does; requests that name none get the `default`."""
     state = state_of(request)
     data = [
         {
@@ -43,6 +43,7 @@ async def list_models(request: Request) -> Response:
             "object": "model",
             "owned_by": "budgetformer",
             "version": served.checkpoint.version,
+            "default": name == state.models.default,
         }
         for name, served in sorted(state.models.served.items())
     ]

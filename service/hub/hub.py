@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import structlog
 from prometheus_client.exposition import choose_encoder
 
@@ -27,14 +28,16 @@ from service.hub.messages import (
     Here,
     Observed,
     Scrape,
-    Scraped,
     ServedVersion,
     Serving,
+    Shown,
     Swapped,
+    TellRecent,
     ToHub,
 )
 from service.observability.metrics import QUALITY_RANK, Metrics
 from service.observability.processes import Family, only_this_process
+from service.observability.recent import Recent
 from service.observability.watch import EngineWatch
 from service.settings import DEFAULT_QUALITY, Settings
 
@@ -74,6 +77,7 @@ class Hub:
         self.metrics = Metrics(family)
         self.metrics.know_engines(len(sockets))
         self.catalog = catalog
+        self.recent = Recent(self.metrics)
         self.watch = EngineWatch(self.metrics, self.catalog, settings.quality == "auto")
         self.fleet = Fleet(sockets, self.watch, self._tell_all)
         self.fronts: set[FrontPeer] = set()
@@ -93,6 +97,7 @@ class Hub:
     async def serve(self, socket: Path) -> None:
         """Listen on `socket` until cancelled."""
         self.fleet.start()
+        self._background.start(self.recent.keep())
         try:
             async with listening(socket, self._came):
                 await asyncio.Event().wait()
@@ -225,7 +230,10 @@ class Hub:
             case Scrape():
                 self.watch.refresh(self.fleet.clients)
                 encode, kind = choose_encoder(message.accept)
-                front.say(Scraped(message.id, encode(self.metrics.registry), kind))
+                front.say(Shown(message.id, encode(self.metrics.registry), kind))
+            case TellRecent():
+                told = msgspec.json.encode(self.recent.tell(message.model))
+                front.say(Shown(message.id, told, "application/json"))
             case ChangeModel():
                 self._background.start(self._change(front, message))
 

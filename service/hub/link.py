@@ -21,6 +21,8 @@ from service.hub.messages import (
     Observed,
     Scrape,
     Serving,
+    Shown,
+    TellRecent,
 )
 
 log = structlog.get_logger()
@@ -66,14 +68,24 @@ class HubLink(Connection):
         """Have something counted."""
         self._seen.append(seen)
 
-    async def scrape(self, accept: str) -> FromHub:
+    async def scrape(self, accept: str) -> Shown:
         """Ask for the metrics; what this front has seen by now is in them.
 
         Raises:
             NotConnectedError, ConnectionBrokeError: the hub is not there.
         """
         self._flush()
-        answer: FromHub = await self.ask(Scrape(0, accept))
+        answer: Shown = await self.ask(Scrape(0, accept))
+        return answer
+
+    async def recent(self, model: str) -> Shown:
+        """Ask what a model's texts took in the last minutes.
+
+        Raises:
+            NotConnectedError, ConnectionBrokeError: the hub is not there.
+        """
+        self._flush()
+        answer: Shown = await self.ask(TellRecent(0, model))
         return answer
 
     async def change(self, wanted: ChangeModel) -> FromHub:

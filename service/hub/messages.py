@@ -84,11 +84,18 @@ class Scrape(Message, frozen=True):
     accept: str
 
 
-class Scraped(Message, frozen=True):
-    """The metrics."""
+class TellRecent(Message, frozen=True):
+    """Show what a model's texts took in the last minutes, as JSON."""
 
     id: int
-    text: bytes
+    model: str
+
+
+class Shown(Message, frozen=True):
+    """What was to be shown."""
+
+    id: int
+    content: bytes
     media_type: str
 
 
@@ -145,8 +152,8 @@ class Observed(Message, frozen=True):
     observations: list[Observation]
 
 
-ToHub: TypeAlias = Here | Swapped | Drained | ChangeModel | Scrape | Observed
-FromHub: TypeAlias = Serving | Changed | ChangeFailed | Scraped
+ToHub: TypeAlias = Here | Swapped | Drained | ChangeModel | Scrape | TellRecent | Observed
+FromHub: TypeAlias = Serving | Changed | ChangeFailed | Shown
 
 TO_HUB = decoder(ToHub)
 FROM_HUB = decoder(FromHub)

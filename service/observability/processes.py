@@ -38,7 +38,7 @@ class FamilyCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Look at every process that is there."""
-        cpu, memory, start, descriptors = metrics = self._metrics()
+        metrics = self._metrics()
         for name, pid in self._family().items():
             with suppress(psutil.Error):  # it ended meanwhile
                 process = psutil.Process(pid)
@@ -49,20 +49,18 @@ class FamilyCollector(Collector):
                         process.memory_info().rss,
                         process.create_time(),
                         process.num_fds(),
+                        process.rlimit(psutil.RLIMIT_NOFILE)[0],
                     )
-                cpu.add_metric([name], values[0])
-                memory.add_metric([name], values[1])
-                start.add_metric([name], values[2])
-                descriptors.add_metric([name], values[3])
+                for metric, value in zip(metrics, values, strict=True):
+                    metric.add_metric([name], value)
         yield from metrics
 
-    def _metrics(
-        self,
-    ) -> tuple[CounterMetricFamily, GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
+    def _metrics(self) -> list[CounterMetricFamily | GaugeMetricFamily]:
         prefix, labels = f"{self._prefix}_process", ["process"]
-        return (
+        return [
             CounterMetricFamily(f"{prefix}_cpu_seconds", "CPU time.", labels=labels),
             GaugeMetricFamily(f"{prefix}_resident_memory_bytes", "Memory.", labels=labels),
             GaugeMetricFamily(f"{prefix}_start_time_seconds", "Start, Unix time.", labels=labels),
             GaugeMetricFamily(f"{prefix}_open_fds", "Open file descriptors.", labels=labels),
-        )
+            GaugeMetricFamily(f"{prefix}_max_fds", "Most open files.", labels=labels),
+        ]

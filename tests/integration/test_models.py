@@ -48,6 +48,7 @@ class TestList:
             assert model["object"] == "model"
             assert model["owned_by"]
         assert body["data"][-1]["version"] == 2
+        assert [model["id"] for model in body["data"] if model["default"]] == [TOPICS]
 
     async def test_a_card(self, shared: Service) -> None:
         card = (await shared.client.get("/models/topics")).json()

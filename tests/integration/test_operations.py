@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from structlog.testing import capture_logs
 
 import budgetformer
 from tests.support.exposition import Exposition
-from tests.support.serving import Service, held, poison, service
+from tests.support.serving import Service, error_of, held, poison, service
 from tests.support.stores import HEADS, LAYERS, TAGS, TOPICS, labelled_sentences, sentences
 from tests.support.waiting import until
 
@@ -42,13 +43,38 @@ class TestHealth:
 class TestPage:
     pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-    async def test_the_playground(self, shared: Service) -> None:
-        response = await shared.client.get("/")
-        assert response.status_code == 200
-        assert response.headers["content-type"].startswith("text/html")
-        assert "/classify" in response.text
-        assert "http://" not in response.text
-        assert "https://" not in response.text
+    async def test_the_playground_and_its_files(self, shared: Service) -> None:
+        page = await shared.client.get("/")
+        named = re.findall(r'"(playground/[^"]+)"', page.text)
+        assert {name.rpartition(".")[2] for name in named} == {"css", "js", "svg"}
+        module = (await shared.client.get("/playground/main.js")).text
+        named += [f"playground/{name}" for name in re.findall(r'from "\./(.+?)"', module)]
+        assert len(named) > 5
+        kinds = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+        for file in ("", *named):
+            response = await shared.client.get(f"/{file}")
+            assert response.status_code == 200, file
+            kind = kinds.get(file.rpartition(".")[2], "text/html")
+            assert response.headers["content-type"].startswith(kind)
+            assert "default-src 'none'" in response.headers["content-security-policy"]
+            assert "unsafe" not in response.headers["content-security-policy"]
+            assert response.headers["x-content-type-options"] == "nosniff"
+            assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", response.text), file
+            tag = {"if-none-match": response.headers["etag"]}
+            again = await shared.client.get(f"/{file}", headers=tag)
+            assert (again.status_code, again.content) == (304, b"")
+
+    @pytest.mark.parametrize("name", ["nothing.js", "..%2Fplayground.py", "%2Fetc%2Fpasswd"])
+    async def test_the_playground_has_no_other_files(self, shared: Service, name: str) -> None:
+        error_of(await shared.client.get(f"/playground/{name}"), 404)
+
+    async def test_the_playground_hears_of_the_last_minutes(self, shared: Service) -> None:
+        told = (await shared.client.get("/playground/recent")).json()
+        assert told["model"] == "topics"
+        other = await shared.client.get("/playground/recent", params={"model": "tags:1"})
+        assert other.json()["model"] == "tags"
+        unknown = await shared.client.get("/playground/recent", params={"model": "no"})
+        error_of(unknown, 404, param="model")
 
     async def test_the_documentation_page(self, shared: Service) -> None:
         assert (await shared.client.get("/docs")).status_code == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ from types import ModuleType
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from service.observability.metrics import Metrics
 from tests.support.dashboards import BOARDS, MEASURING, Query, annotations, queries, read_board
@@ -46,6 +50,13 @@ def test_the_files_are_what_the_generator_writes(generator: ModuleType) -> None:
     assert set(rendered) == set(BOARDS.values())
     for path, text in rendered.items():
         assert path.read_text(encoding="utf-8") == text, "run: python docker/grafana/generate.py"
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_a_dashboard_has_only_what_grafanas_schema_has(name: str) -> None:
+    register_default_plugins()
+    read = Dashboard.from_json(read_board(name))
+    assert json.loads(JSONEncoder().encode(read)) == read_board(name)
 
 
 @pytest.mark.parametrize("query", [*queries(), *annotations()], ids=str)

@@ -7,6 +7,7 @@ ports of this run alone, so a stack that is already up is left alone.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -28,6 +29,9 @@ pytestmark = pytest.mark.compose
 
 T = TypeVar("T")
 
+log = logging.getLogger("stack")
+logging.getLogger("httpx").setLevel(logging.WARNING)
+
 ROOT = Path(__file__).parents[3]
 TEXTS = [
     "The striker scored twice in the final.",
@@ -36,6 +40,12 @@ TEXTS = [
     "Ministers from both countries met to discuss the border.",
     "",
 ]
+
+
+ADMIN_KEY = "a key of this test alone"
+PORTS = (
+    "BUDGETFORMER_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT", "ALERTMANAGER_PORT", "JAEGER_PORT",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,17 @@ class Stack:
         container = self.compose("ps", "--all", "--quiet", name).strip()
         (found,) = json.loads(run("docker", "inspect", container, environment=self.environment))
         return dict(found)
+
+    def client(self, port: str) -> httpx.Client:
+        """Return a client of the part whose port on this host the variable `port` names."""
+        return httpx.Client(base_url=f"http://127.0.0.1:{self.environment[port]}", timeout=30)
+
+    def need_image(self, name: str) -> None:
+        """Skip the test where the image of a service is not on this machine."""
+        config = json.loads(self.compose("--profile", "*", "config", "--format", "json"))
+        image = config["services"][name]["image"]
+        if not run("docker", "images", "--quiet", image, environment=self.environment).strip():
+            pytest.skip(f"needs the image {image}, which is not on this machine")
 
     def metrics(self) -> dict[str, float]:
         """Return every series of /metrics summed over its labels."""
@@ -102,17 +123,18 @@ def eventually(look: Callable[[], T], wanted: Callable[[T], bool], seconds: floa
 
 
 @pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    ports = {
-        name: str(free_port()) for name in ("BUDGETFORMER_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
-    }
-    environment = os.environ | ports | {"COMPOSE_PROJECT_NAME": f"budgetformer-test-{os.getpid()}"}
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    key = tmp_path_factory.mktemp("secrets", numbered=True) / "admin_key"
+    key.write_text(f"{ADMIN_KEY}\n")
+    environment = os.environ | {port: str(free_port()) for port in PORTS}
+    environment |= {"COMPOSE_PROJECT_NAME": f"budgetformer-test-{os.getpid()}"}
+    environment |= {"LOADTEST_TIME": "15s", "BUDGETFORMER_ADMIN_KEY_FILE": str(key)}
     with (
         httpx.Client(
-            base_url=f"http://127.0.0.1:{ports['BUDGETFORMER_PORT']}", timeout=30
+            base_url=f"http://127.0.0.1:{environment['BUDGETFORMER_PORT']}", timeout=30
         ) as service,
         httpx.Client(
-            base_url=f"http://127.0.0.1:{ports['PROMETHEUS_PORT']}", timeout=30
+            base_url=f"http://127.0.0.1:{environment['PROMETHEUS_PORT']}", timeout=30
         ) as prometheus,
     ):
         stack = Stack(environment, service, prometheus)
@@ -127,7 +149,7 @@ def stack() -> Iterator[Stack]:
                 pytest.fail(f"the stack did not come up: {started}\n{states}\n{logs}")
             yield stack
         finally:
-            stack.compose("down", "--volumes", "--remove-orphans", check=False)
+            stack.compose("--profile", "*", "down", "--volumes", "--remove-orphans", check=False)
 
 
 def test_it_classifies_through_the_published_port(stack: Stack) -> None:
@@ -142,6 +164,11 @@ def test_it_classifies_through_the_published_port(stack: Stack) -> None:
     assert 0 <= item["heads"]["used"] <= item["heads"]["total"]
     assert 0 < item["macs"] <= item["dense_macs"]
     assert answer["usage"]["heads_used"] == item["heads"]["used"]
+
+
+def test_the_page_comes_with_the_image(stack: Stack) -> None:
+    for path in ("/", "/playground/main.js", "/playground/style.css", "/playground/recent"):
+        assert stack.service.get(path).status_code == 200, path
 
 
 def test_its_metrics_add_up_to_its_answers(stack: Stack) -> None:
@@ -198,6 +225,34 @@ def test_prometheus_loads_and_evaluates_the_rules(stack: Stack) -> None:
     )
 
 
+def test_the_load_profile_loads_what_prometheus_sees(stack: Stack) -> None:
+    before = stack.metrics()
+    stack.compose("--profile", "load", "build", "loadtest")
+    printed = stack.compose("--profile", "load", "run", "--rm", "--no-TTY", "loadtest")
+    after = stack.metrics()
+    texts = after["budgetformer_items_total"] - before["budgetformer_items_total"]
+    assert texts > 0, printed
+    scraped = eventually(
+        lambda: stack.query("sum(budgetformer_items_total)"),
+        lambda value: value == after["budgetformer_items_total"],
+    )
+    assert scraped == after["budgetformer_items_total"]
+    rate = stack.query('sum(rate(budgetformer_requests_total{route="/classify",outcome="ok"}[1m]))')
+    saved = stack.query(
+        "1 - sum(increase(budgetformer_macs_total[1m]))"
+        " / sum(increase(budgetformer_dense_macs_total[1m]))"
+    )
+    assert rate is not None
+    assert rate > 0
+    assert saved is not None
+    assert 0 < saved < 1
+    failed = 'sum(budgetformer_requests_total{route="/classify",outcome="error"})'
+    assert stack.query(failed) == 0
+    log.info(
+        "%.0f texts, %.1f requests a second, %.1f %% of the work saved", texts, rate, 100 * saved
+    )
+
+
 def test_every_panel_of_the_dashboards_shows_a_number(stack: Stack) -> None:
     for quality in ("fast", "balanced", "best"):
         stack.classify(input=TEXTS, quality=quality)
@@ -207,14 +262,53 @@ def test_every_panel_of_the_dashboards_shows_a_number(stack: Stack) -> None:
         return [str(query) for query, text in asked.items() if stack.query(text) is None]
 
     assert eventually(unanswered, lambda names: not names, 90) == []
+    for query, text in asked.items():
+        log.info("%s: %s", query, stack.query(text))
+
+
+def test_alertmanager_hears_of_prometheus_and_routes_by_severity(stack: Stack) -> None:
+    stack.need_image("alertmanager")
+    stack.compose("--profile", "alerts", "up", "--detach", "--wait", "--no-build", "alertmanager")
+
+    def known() -> list[str]:
+        answer = stack.prometheus.get("/api/v1/alertmanagers").raise_for_status()
+        return [found["url"] for found in answer.json()["data"]["activeAlertmanagers"]]
+
+    # Prometheus asks the name server every half minute.
+    assert len(eventually(known, bool, 90)) == 1
+    severities = {"page": "critical", "ticket": "warning"}
+    with stack.client("ALERTMANAGER_PORT") as alertmanager:
+        labels = [
+            {"alertname": f"Test{name}", "job": "test", "severity": severity}
+            for name, severity in severities.items()
+        ]
+        posted = alertmanager.post("/api/v2/alerts", json=[{"labels": one} for one in labels])
+        assert posted.status_code == 200, posted.text
+        heard = alertmanager.get("/api/v2/alerts", params={"filter": 'job="test"'}).json()
+    routed = {alert["receivers"][0]["name"]: alert["labels"]["severity"] for alert in heard}
+    assert routed == severities
+
+
+def test_jaeger_takes_the_traces(stack: Stack) -> None:
+    stack.need_image("jaeger")
+    traced = Stack(
+        stack.environment | {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://jaeger:4318"},
+        stack.service,
+        stack.prometheus,
+    )
+    traced.compose("--profile", "traces", "up", "--detach", "--wait", "--no-build")
+    traced.classify(input=TEXTS)
+    with stack.client("JAEGER_PORT") as jaeger:
+        names = eventually(
+            lambda: jaeger.get("/api/services").raise_for_status().json()["data"] or [], bool
+        )
+    assert "budgetformer" in names
 
 
 def test_grafana_has_the_dashboards(stack: Stack) -> None:
     if "grafana" not in stack.compose("ps", "--services").split():
         pytest.skip("this stack has no Grafana")
-    with httpx.Client(
-        base_url=f"http://127.0.0.1:{stack.environment['GRAFANA_PORT']}", timeout=30
-    ) as grafana:
+    with stack.client("GRAFANA_PORT") as grafana:
         for name in BOARDS:
             answer = grafana.get(f"/api/dashboards/uid/budgetformer-{name}").raise_for_status()
             assert answer.json()["dashboard"]["title"] == read_board(name)["title"]
@@ -228,11 +322,35 @@ def test_the_container_can_do_little(stack: Stack) -> None:
     )
     assert written.count("Read-only file system") == 2
     found = stack.inspect("service")
-    assert found["HostConfig"]["CapDrop"] == ["ALL"]
-    assert found["HostConfig"]["Privileged"] is False
+    limits = found["HostConfig"]
+    assert limits["CapDrop"] == ["ALL"]
+    assert limits["Privileged"] is False
+    assert limits["ReadonlyRootfs"] is True
+    assert limits["SecurityOpt"] == ["no-new-privileges:true"]
+    assert limits["Memory"] == 4 * 2**30
+    assert limits["PidsLimit"] == 512
     assert found["State"]["Health"]["Status"] == "healthy"
     for published in found["NetworkSettings"]["Ports"].values():
         assert {place["HostIp"] for place in published or []} <= {"127.0.0.1"}
+
+
+def test_the_admin_key_is_the_one_in_the_file(stack: Stack) -> None:
+    environment = stack.inspect("service")["Config"]["Env"]
+    assert [entry for entry in environment if ADMIN_KEY in entry] == []
+    for key, status in (("wrong", 401), (ADMIN_KEY, 404)):
+        headers = {"authorization": f"Bearer {key}"}
+        answer = stack.service.post("/models/nothing/load", headers=headers)
+        assert answer.status_code == status, answer.text
+
+
+def test_the_override_file_asks_for_every_gpu(stack: Stack) -> None:
+    files = ("-f", "docker-compose.yml", "-f", "docker/compose.gpu.yml")
+    service = json.loads(stack.compose(*files, "config", "--format", "json"))["services"]["service"]
+    assert service["build"]["target"] == "cuda"
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    assert device["count"] == -1  # all
+    assert service["read_only"] is True
 
 
 def test_a_killed_container_comes_back_and_prometheus_saw_it(stack: Stack) -> None:
@@ -242,8 +360,8 @@ def test_a_killed_container_comes_back_and_prometheus_saw_it(stack: Stack) -> No
         os.kill(process, signal.SIGKILL)  # a crash; after `docker kill` it would stay down
     except PermissionError:
         pytest.skip("may not kill a container's process from here")
-    ready = eventually(lambda: _is_ready(stack), bool, 120)
-    assert ready
+    assert eventually(lambda: stack.inspect("service")["RestartCount"], bool) == 1
+    assert eventually(lambda: _is_ready(stack), bool, 120)
     assert stack.classify(input=TEXTS)["data"][0]["label"] == "Sports"
     assert eventually(lambda: stack.query(started), lambda seen: bool(seen)) == 1
 

@@ -108,6 +108,7 @@ TO_HUB = {
     hub.ChangeModel: st.builds(
         hub.ChangeModel, numbers, st.sampled_from(["load", "unload"]), words, st.none() | numbers
     ),
+    hub.TellRecent: st.builds(hub.TellRecent, numbers, words),
     hub.Scrape: st.builds(hub.Scrape, numbers, words),
     hub.Observed: st.builds(hub.Observed, st.lists(observations, max_size=3)),
 }
@@ -120,7 +121,7 @@ FROM_HUB = {
         st.sampled_from(["unknown_model", "broken_checkpoint", "engine_down"]),
         words,
     ),
-    hub.Scraped: st.builds(hub.Scraped, numbers, st.binary(max_size=20), words),
+    hub.Shown: st.builds(hub.Shown, numbers, st.binary(max_size=20), words),
 }
 EXAMPLE = Load(7, "/models/topics/1")
 

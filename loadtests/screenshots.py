@@ -1,0 +1,70 @@
+"""Pictures of the playground for docs/images: of a running server, after some minutes of load.
+
+python loadtests/screenshots.py --chromium "$(command -v chromium)"
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import httpx
+from playwright.sync_api import Browser, expect, sync_playwright
+from texts import sentence
+
+FOLDER = Path(__file__).parents[1] / "docs" / "images"
+PHASE_SECONDS = 45.0
+
+
+def load(url: str, seconds: float) -> None:
+    """Send texts of every quality, more and fewer by turns."""
+    end = time.monotonic() + seconds
+    with httpx.Client(base_url=url, timeout=30) as client:
+        while (left := end - time.monotonic()) > 0:
+            busy = int(left / PHASE_SECONDS) % 2
+            body = {
+                "input": [sentence() for _ in range(random.choice([1, 2, 4]))],
+                "quality": random.choice(["fast", "balanced", "best"]),
+            }
+            client.post("/classify", json=body).raise_for_status()
+            time.sleep(random.expovariate(40 if busy else 8))
+
+
+def take(browser: Browser, url: str, scheme: str) -> None:
+    """Take one picture of an answer, and one of two compared."""
+    context = browser.new_context(
+        viewport={"width": 1240, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
+    )  # type: ignore[arg-type]
+    page = context.new_page()
+    page.goto(url)
+    expect(page.locator("#ticks span")).not_to_have_count(0)
+    page.wait_for_load_state("networkidle")
+    page.get_by_role("button", name="Classify").click()  # anew, now that the browser has started
+    answered = page.locator("#columns .says:not(:empty)")
+    expect(answered).to_have_count(page.locator("#ticks span").count())
+    expect(page.locator("#live-budgets rect")).not_to_have_count(0)
+    page.screenshot(path=FOLDER / f"playground-{scheme}.png", full_page=True)
+    page.click("#compare")
+    page.screenshot(path=FOLDER / f"playground-compare-{scheme}.png", full_page=True)
+    context.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--chromium", required=True, help="the browser's program")
+    parser.add_argument("--seconds", type=float, default=600.0, help="of load before")
+    given = parser.parse_args()
+    load(given.url, given.seconds)
+    FOLDER.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=given.chromium)
+        for scheme in ("light", "dark"):
+            take(browser, given.url, scheme)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
