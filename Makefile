@@ -44,7 +44,6 @@ openapi: .venv/.serve ## write docs/openapi.json anew from the routes
 	$(BIN)/python -m service.openapi docs/openapi.json
 
 docs: .venv/.dev ## build the documentation into site/
-	$(PIP) install --editable ".[docs]"
 	$(BIN)/mkdocs build --strict
 
 lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
@@ -53,7 +52,7 @@ lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra tracing --constraint requirements/serve.txt --output-file requirements/image.txt requirements/torch.in pyproject.toml
 	$(PORTABLE) requirements/image.txt
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/loadtest.txt requirements/loadtest.in
-	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra dev --extra bench --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra dev --extra bench --extra docs --extra remote --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
 	$(PORTABLE) requirements/dev.txt
 
 clean: ## remove the environment and every cache

@@ -17,3 +17,7 @@ class DataError(BudgetFormerError):
 
 class PolicyError(BudgetFormerError, ValueError):
     """A quality level or a budget was asked for that the checkpoint does not offer."""
+
+
+class WorkerError(BudgetFormerError):
+    """A worker process died."""

@@ -157,8 +157,7 @@ class Settings(BaseSettings):
         """Return how many engines to run."""
         if self.engines:
             return self.engines
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return 1 if self.device == "cuda" else max(1, (cores or 1) // self.threads_per_engine)
+        return 1 if self.device == "cuda" else max(1, usable_cores() // self.threads_per_engine)
 
     def resolved_device(self) -> str:
         """Return the device that the engines compute on.
@@ -174,6 +173,12 @@ class Settings(BaseSettings):
     def printable(self) -> dict[str, Any]:
         """Return all values as plain JSON, secrets masked."""
         return self.model_dump(mode="json")
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores or 1
 
 
 def refuse_unknown_environment() -> None:

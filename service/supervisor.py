@@ -220,6 +220,7 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         SettingsError: the address cannot be had.
     """
+    listener = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family)
@@ -227,6 +228,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
         listener.listen(2048)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     return listener
 

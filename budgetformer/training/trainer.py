@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -58,7 +59,8 @@ class Stage:
 
 
 def progress_bar() -> Progress:
-    """Return the bar that every long loop of this package shows."""
+    """Return the bar that every long loop of this package shows, on a terminal only."""
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -66,6 +68,8 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
+from transformers import pipeline
 
 from budgetformer.checkpoint import Checkpoint, read_store
 from budgetformer.classifier import Classifier
@@ -30,6 +32,15 @@ SENTENCES = {
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
     return Classifier(SHIPPED)
+
+
+def test_plain_transformers_gives_the_same_labels(classifier: Classifier) -> None:
+    labelled = pipeline("text-classification", model=str(SHIPPED), device="cpu")
+    labelled.model.forward = partial(labelled.model.forward, steps=classifier.checkpoint.num_heads)
+    texts = list(SENTENCES.values())
+    answers = classifier(texts, heads=classifier.checkpoint.num_heads)
+    assert [found["label"] for found in labelled(texts)] == [one.label for one in answers]
+    assert {one.label for one in answers} == set(classifier.checkpoint.manifest.labels)
 
 
 def test_nothing_in_the_store_is_broken() -> None:

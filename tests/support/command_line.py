@@ -22,9 +22,9 @@ class Outcome:
     out: str
     err: str
 
-    def complaint(self) -> str:
-        """Return the only line of an expected error: exit code 2, nothing else written."""
-        assert self.code == 2, self
+    def complaint(self, code: int = 1) -> str:
+        """Return the only line of an expected error, and check its exit code; 2: wrong usage."""
+        assert self.code == code, self
         assert self.out == ""
         line = self.err.removesuffix("\n")
         assert line
@@ -42,7 +42,8 @@ class CommandLine:
     def __call__(self, *arguments: Any, stdin: str = "") -> Outcome:
         """Run one command."""
         self.monkeypatch.setattr(sys, "argv", ["budgetformer", *map(str, arguments)])
-        self.monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        given = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+        self.monkeypatch.setattr(sys, "stdin", given)
         self.capsys.readouterr()
         with pytest.raises(SystemExit) as ending:
             main()

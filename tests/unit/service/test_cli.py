@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import budgetformer
 from budgetformer.checkpoint import read_checkpoint
 from budgetformer.classifier import Classifier
 from tests.support.command_line import CommandLine, Outcome
+from tests.support.processes import clean_environment
 from tests.support.stores import (
     LABELS,
     PAIRS,
@@ -74,7 +77,7 @@ class TestModels:
         broken = copied_store / TOPICS / "2" / "manifest.json"
         broken.write_text("{")
         outcome = command("models", "list", "--json", "--model-store", copied_store)
-        assert outcome.code == 2
+        assert outcome.code == 1
         assert json.loads(outcome.out)["topics"] == [1]
         (complaint,) = outcome.err.splitlines()
         assert complaint.startswith(f"{broken}: ")
@@ -209,23 +212,148 @@ class TestClassify:
         assert [answer["budget"] for answer in lines(outcome)] == [heads]
 
     @pytest.mark.parametrize(
-        ("arguments", "word"),
+        ("arguments", "code", "word"),
         [
-            (["--quality", "superb"], "superb"),
-            (["--heads", "5"], "heads"),
-            (["--heads", "-1"], "heads"),
-            (["--model", "nothing"], "nothing"),
-            (["--file", "nowhere.csv"], "nowhere.csv"),
+            (["text", "--quality", "superb"], 2, "superb"),
+            (["text", "--heads", "5"], 2, "heads"),
+            (["text", "--heads", "-1"], 2, "heads"),
+            (["text", "--model", "nothing"], 1, "nothing"),
+            (["--file", "nowhere.csv"], 1, "nowhere.csv"),
+            (["text", "--output", "answers.xlsx"], 1, "answers.xlsx"),
+            (["text", "--output", "nowhere/answers.csv"], 1, "nowhere"),
         ],
     )
     def test_what_cannot_be_done_is_one_line(
-        self, command: CommandLine, model_store: Path, arguments: list[str], word: str
+        self, command: CommandLine, model_store: Path, arguments: list[str], code: int, word: str
     ) -> None:
-        outcome = command("classify", "text", *arguments, "--model-store", model_store)
-        assert word in outcome.complaint()
+        outcome = command("classify", *arguments, "--model-store", model_store)
+        assert word in outcome.complaint(code)
 
     def test_an_empty_store_is_one_line(self, command: CommandLine, tmp_path: Path) -> None:
         command("classify", "text", "--model-store", tmp_path).complaint()
+
+
+class TestClassifyToAFile:
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Path:
+        return write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+
+    def run(
+        self, command: CommandLine, store: Path, source: Path, output: Path, *more: str
+    ) -> Outcome:
+        return command(
+            "classify", "--file", source, "--output", output, "--model", TOPICS,
+            "--model-store", store, *more,
+        )  # fmt: skip
+
+    def test_a_summary(
+        self, command: CommandLine, model_store: Path, source: Path, tmp_path: Path
+    ) -> None:
+        outcome = self.run(command, model_store, source, tmp_path / "a.jsonl", "--json")
+        assert (outcome.code, outcome.err) == (0, "")
+        found = json.loads(outcome.out)
+        assert (found["rows"], found["rows_resumed"]) == (len(TEXTS), 0)
+        assert found["labels"] == dict.fromkeys(LABELS, 1)
+        written = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+        assert [row["text"] for row in written] == TEXTS
+        assert found["mean_heads"] == pytest.approx(sum(r["heads"] for r in written) / len(TEXTS))
+        shown = self.run(command, model_store, source, tmp_path / "b.csv")
+        assert "b.csv" in shown.out
+        assert "\x1b" not in shown.out
+
+    def test_only_with_resume_what_is_there_is_left_alone(
+        self, command: CommandLine, model_store: Path, source: Path, tmp_path: Path
+    ) -> None:
+        output = tmp_path / "a.csv"
+        assert self.run(command, model_store, source, output).code == 0
+        before = output.read_bytes()
+        assert "exists" in self.run(command, model_store, source, output).complaint()
+        outcome = self.run(command, model_store, source, output, "--resume")
+        assert (outcome.code, outcome.out) == (0, "")
+        assert "nothing is left" in outcome.err
+        assert output.read_bytes() == before
+
+    def test_a_bad_row_can_be_mended_and_the_run_goes_on(
+        self, command: CommandLine, model_store: Path, source: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr("budgetformer.bulk.run.CHUNK_ROWS", 1)
+        sound = source.read_text()
+        source.write_text(sound.replace(TEXTS[2], 'now" "what'))
+        output = tmp_path / "a.jsonl"
+        more = ("--workers", "1", "--json", "--resume")
+        line = self.run(command, model_store, source, output, *more).complaint()
+        assert "row 2" in line
+        assert not output.exists()
+        source.write_text(sound)
+        found = json.loads(self.run(command, model_store, source, output, *more).out)
+        assert found["rows"] == len(TEXTS)
+        assert found["rows_resumed"] > 0
+        written = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [row["text"] for row in written] == TEXTS
+
+    def test_an_empty_file(self, command: CommandLine, model_store: Path, tmp_path: Path) -> None:
+        source = write_jsonl(tmp_path / "none.jsonl", [])
+        outcome = self.run(command, model_store, source, tmp_path / "a.csv", "--json")
+        assert json.loads(outcome.out)["rows"] == 0
+        assert (tmp_path / "a.csv").read_text().startswith("text,label,score,")
+
+    @pytest.mark.parametrize("wrong", [["--resume"], ["text", "--file", "x.csv"]])
+    def test_what_does_not_go_together(self, command: CommandLine, wrong: list[str]) -> None:
+        assert command("classify", *wrong).code == 2
+
+
+class TestAdd:
+    def test_a_folder_and_again(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
+        add = ("models", "add", model_store / TOPICS / "1", "--model-store", tmp_path / "new")
+        assert "topics:1" in command(*add).out
+        found = json.loads(command(*add, "--json").out)
+        assert (found["name"], found["version"]) == (TOPICS, 2)
+        listed = command("models", "list", "--json", "--model-store", tmp_path / "new")
+        assert json.loads(listed.out) == {TOPICS: [1, 2]}
+
+    def test_what_cannot_be_added_is_one_line(self, command: CommandLine, tmp_path: Path) -> None:
+        line = command(
+            "models", "add", tmp_path / "none.zip", "--model-store", tmp_path
+        ).complaint()
+        assert "none.zip" in line
+
+
+def complete(line: str, cwd: Path) -> list[str]:
+    """Return what bash would be offered after this line."""
+    words = line.split(" ")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'budgetformer'; "
+         "from service.cli import main; main()"],
+        env=clean_environment() | {
+            "_BUDGETFORMER_COMPLETE": "complete_bash",
+            "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1),
+        },
+        capture_output=True, text=True, cwd=cwd, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("budgetformer ev", ["evaluate"]),
+        ("budgetformer models v", ["verify"]),
+        ("budgetformer serve --engi", ["--engines"]),
+        ("budgetformer doctor --js", ["--json"]),
+        ("budgetformer classify --model to", ["topics", "topics:1", "topics:2"]),
+        ("budgetformer models show pa", ["pairs", "pairs:1"]),
+    ],
+)
+def test_the_shell_completes(model_store: Path, line: str, offered: list[str]) -> None:
+    assert model_store.name == "store"
+    (model_store.parent / "model_store").is_symlink() or (
+        model_store.parent / "model_store"
+    ).symlink_to(model_store)
+    assert complete(line, model_store.parent) == offered
 
 
 class TestEvaluate:

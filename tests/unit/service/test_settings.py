@@ -159,26 +159,26 @@ class TestRefused:
         self, command: CommandLine, monkeypatch: pytest.MonkeyPatch, name: str, near: str
     ) -> None:
         monkeypatch.setenv(name, "1")
-        line = command("serve", "--print-config").complaint()
+        line = command("serve", "--print-config").complaint(2)
         assert name in line
         assert f"did you mean {near}?" in line
 
     def test_an_unknown_key_of_the_file(self, command: CommandLine, tmp_path: Path) -> None:
         path = tmp_path / "server.toml"
         path.write_text("prot = 1\n")
-        assert "prot" in command("serve", "--print-config", "--config", path).complaint()
+        assert "prot" in command("serve", "--print-config", "--config", path).complaint(2)
 
     def test_a_file_that_is_not_there(self, command: CommandLine, tmp_path: Path) -> None:
         path = tmp_path / "none.toml"
-        assert str(path) in command("serve", "--print-config", "--config", path).complaint()
+        assert str(path) in command("serve", "--print-config", "--config", path).complaint(2)
 
     def test_a_file_that_is_not_toml(self, command: CommandLine, tmp_path: Path) -> None:
         path = tmp_path / "server.toml"
         path.write_text("port: 7001\n")
-        command("serve", "--print-config", "--config", path).complaint()
+        command("serve", "--print-config", "--config", path).complaint(2)
 
     def test_config_without_a_file(self, command: CommandLine) -> None:
-        assert "--config" in command("serve", "--print-config", "--config").complaint()
+        assert "--config" in command("serve", "--print-config", "--config").complaint(2)
 
     @pytest.mark.parametrize(
         ("flag", "value"),
@@ -202,7 +202,7 @@ class TestRefused:
     )
     def test_a_bad_value_of_a_flag(self, command: CommandLine, flag: str, value: str) -> None:
         outcome = command("serve", "--print-config", f"{flag}={value}")
-        assert flag[2:].replace("-", "_") in outcome.complaint()
+        assert flag[2:].replace("-", "_") in outcome.complaint(2)
 
     @pytest.mark.parametrize(
         ("name", "value"), [("PORT", "many"), ("ENGINES", "1.5"), ("DEVICE", "")]
@@ -211,16 +211,16 @@ class TestRefused:
         self, command: CommandLine, monkeypatch: pytest.MonkeyPatch, name: str, value: str
     ) -> None:
         monkeypatch.setenv(f"BUDGETFORMER_{name}", value)
-        assert name.lower() in command("serve", "--print-config").complaint()
+        assert name.lower() in command("serve", "--print-config").complaint(2)
 
     def test_a_bad_value_in_the_file(self, command: CommandLine, tmp_path: Path) -> None:
         path = tmp_path / "server.toml"
         path.write_text('port = "many"\n')
-        assert "port" in command("serve", "--print-config", "--config", path).complaint()
+        assert "port" in command("serve", "--print-config", "--config", path).complaint(2)
 
     def test_a_secret_is_not_repeated(self, command: CommandLine) -> None:
         outcome = command("serve", "--print-config", "--admin-key", "open-sesame", "--port=many")
-        assert "sesame" not in outcome.complaint()
+        assert "sesame" not in outcome.complaint(2)
 
 
 def test_the_admin_key_can_come_from_a_file(command: CommandLine, tmp_path: Path) -> None:
@@ -242,5 +242,5 @@ def test_an_empty_file_holds_no_admin_key(command: CommandLine, tmp_path: Path) 
 
 def test_a_missing_file_of_the_admin_key_is_one_line(command: CommandLine, tmp_path: Path) -> None:
     missing = tmp_path / "nowhere"
-    complaint = command("serve", "--print-config", f"--admin-key-file={missing}").complaint()
+    complaint = command("serve", "--print-config", f"--admin-key-file={missing}").complaint(2)
     assert f"{missing}: No such file" in complaint

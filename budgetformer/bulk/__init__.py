@@ -1,0 +1,22 @@
+"""Classify more rows than fit into memory, on all cores, so that a run that was stopped goes on."""
+
+from __future__ import annotations
+
+from budgetformer.bulk.journal import Journal
+from budgetformer.bulk.outputs import check_output, finish
+from budgetformer.bulk.rows import Row, RowFile, lines_of, open_rows
+from budgetformer.bulk.run import Answered, Asked, Totals, classify_rows
+
+__all__ = [
+    "Answered",
+    "Asked",
+    "Journal",
+    "Row",
+    "RowFile",
+    "Totals",
+    "check_output",
+    "classify_rows",
+    "finish",
+    "lines_of",
+    "open_rows",
+]

@@ -1,0 +1,69 @@
+"""The command line: `budgetformer`, a module per family of commands."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version as version_of
+
+import typer
+
+import budgetformer
+from budgetformer.errors import BudgetFormerError, PolicyError
+from service.cli.classify import classify
+from service.cli.models import models_app
+from service.cli.serve import SettingsCommand, doctor, serve
+from service.cli.terminal import FAILED, USAGE, JsonOption, say
+from service.cli.timing import bench_app, tune
+from service.cli.training import calibrate, evaluate, import_encoder, train
+from service.observability.traces import TracingError
+from service.settings import SettingsError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    epilog="Exit codes: 0 done, 1 failed, 2 asked for in a way that cannot be, 130 interrupted.",
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Serve, train and use text classifiers that spend only the heads that a text needs."""
+
+
+_open = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(cls=SettingsCommand, context_settings=_open, add_help_option=False)(serve)
+app.command(cls=SettingsCommand, context_settings=_open)(doctor)
+for _command in (classify, train, calibrate, evaluate, tune):
+    app.command()(_command)
+app.command("import")(import_encoder)
+app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
+
+
+@app.command()
+def version(as_json: JsonOption = False) -> None:
+    """Print the version."""
+    if not as_json:
+        typer.echo(budgetformer.__version__)
+        return
+    beside = {name: version_of(name) for name in ("torch", "transformers", "tokenizers")}
+    found = {
+        "budgetformer": budgetformer.__version__,
+        "python": platform.python_version(),
+        **beside,
+    }
+    typer.echo(json.dumps(found))
+
+
+def main() -> None:
+    """Run the command line; an expected error is one line, and its exit code says of which kind."""
+    try:
+        app()
+    except BudgetFormerError as error:
+        say(f"budgetformer: {error}")
+        misused = isinstance(error, (SettingsError, PolicyError, TracingError))
+        raise SystemExit(USAGE if misused else FAILED) from None

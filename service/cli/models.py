@@ -1,0 +1,122 @@
+"""`budgetformer models`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
+from rich.table import Table
+
+from budgetformer.checkpoint import read_store
+from budgetformer.errors import CheckpointError
+from service.cli.terminal import (
+    JsonOption,
+    StoreOption,
+    complain,
+    complete_model,
+    err,
+    out,
+    resolve,
+)
+
+models_app = typer.Typer(no_args_is_help=True, help="Look at the checkpoints of a model store.")
+
+
+@models_app.command("list")
+def list_models(
+    model_store: StoreOption = Path("model_store"), as_json: JsonOption = False
+) -> None:
+    """List the checkpoints of a store."""
+    store = read_store(model_store)
+    if as_json:
+        out.print_json(
+            data={
+                name: [c.version for c in versions] for name, versions in store.checkpoints.items()
+            }
+        )
+    else:
+        table = Table("model", "version", "labels", "layers x heads", "quality levels")
+        for versions in store.checkpoints.values():
+            for c in versions:
+                levels = ", ".join(p.name for p in c.manifest.operating_points if p.name)
+                sizes = f"{c.num_layers} x {c.num_heads}"
+                table.add_row(c.name, str(c.version), str(len(c.manifest.labels)), sizes, levels)
+        out.print(table)
+    complain(store.errors)
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(help="Model name, or a checkpoint folder.", autocompletion=complete_model),
+]
+
+
+@models_app.command("show")
+def show_model(model: ModelArgument, model_store: StoreOption = Path("model_store")) -> None:
+    """Print a checkpoint's manifest, as JSON."""
+    out.print_json(resolve(model, model_store).manifest.model_dump_json())
+
+
+@models_app.command("verify")
+def verify_models(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Model name or folder; none: all.", autocompletion=complete_model),
+    ] = None,
+    as_json: JsonOption = False,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Check every file of a checkpoint, or of all, against its manifest."""
+    store = read_store(model_store) if model is None else None
+    checkpoints = (
+        [c for versions in store.checkpoints.values() for c in versions]
+        if store
+        else [resolve(model, model_store)]
+    )
+    problems = list(store.errors) if store else []
+    sound = []
+    for checkpoint in checkpoints:
+        try:
+            checkpoint.verify()
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            sound.append(checkpoint.label)
+            if not as_json:
+                files = len(checkpoint.manifest.files)
+                out.print(f"{checkpoint.label}: {files} files as the manifest says", soft_wrap=True)
+    if as_json:
+        out.print_json(data={"sound": sound, "problems": problems})
+    complain(problems)
+
+
+@models_app.command("add")
+def add_model(
+    source: Annotated[
+        str, typer.Argument(help="Folder, tar or zip file, or the URL of one of them.")
+    ],
+    version: Annotated[
+        int | None, typer.Option(min=1, help="Version to add it as; none: the next one.")
+    ] = None,
+    as_json: JsonOption = False,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Add a checkpoint to a store, whole and verified, or not at all."""
+    from budgetformer.install import install
+
+    columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("fetching", total=None)
+        added = install(
+            source,
+            model_store,
+            version,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        found = {"name": added.name, "version": added.version, "path": str(added.path)}
+        out.print_json(data=found)
+    else:
+        out.print(f"{added.label} is in {added.path}", soft_wrap=True)

@@ -1,0 +1,106 @@
+"""`budgetformer serve` and `doctor`, which share the server's settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic import ValidationError
+from pydantic_settings import CliSettingsSource
+from pydantic_settings import SettingsError as SourceError
+from rich.table import Table
+from rich.text import Text
+from typer.core import CompletionItem, TyperCommand  # type: ignore[attr-defined]
+
+from budgetformer.cost_table import read_tables
+from service.cli.terminal import FAILED, JsonOption, out
+from service.observability.logs import configure_logs
+from service.settings import (
+    CONFIG_FILE,
+    PREFIX,
+    Settings,
+    SettingsError,
+    refuse_unknown_environment,
+)
+
+
+class SettingsCommand(TyperCommand):
+    """A command whose options are the fields of `Settings`, which the shell then completes."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[CompletionItem]:
+        """Return the options that begin like this."""
+        own = super().shell_complete(ctx, incomplete)
+        flags = [f"--{name.replace('_', '-')}" for name in (*Settings.model_fields, CONFIG_FILE)]
+        flags = [flag for flag in flags if incomplete and flag.startswith(incomplete)]
+        return [*own, *map(CompletionItem, flags)]
+
+
+def serve(context: typer.Context) -> None:
+    """Serve the models of a store over HTTP; `serve --help` lists all options."""
+    settings, print_config = read_serve_settings(context.args)
+    if print_config:
+        out.print_json(data=settings.printable())
+        return
+    from service.supervisor import supervise
+
+    if settings.cost_tables is not None:
+        read_tables(settings.cost_tables)  # better refused here than by every engine
+    configure_logs(settings.log_level, settings.log_format)
+    supervise(settings)
+
+
+def doctor(context: typer.Context, as_json: JsonOption = False) -> None:
+    """Check if `serve` with the same options would run well here, and say what to change."""
+    settings, _ = read_serve_settings(context.args)
+    from service.doctor import examine
+
+    findings = list(examine(settings))
+    if as_json:
+        out.print_json(data=[dataclasses.asdict(finding) for finding in findings])
+    else:
+        table = Table("check", "", "found", "what to change")
+        for f in findings:
+            style = {"ok": "green", "warn": "yellow", "fail": "red"}[f.state]
+            table.add_row(f.check, Text(f.state, style), Text(f.found), Text(f.advice or ""))
+        out.print(table)
+    if any(finding.state == "fail" for finding in findings):
+        raise typer.Exit(FAILED)
+
+
+def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
+    """Read the settings from flags, environment and file, and whether they are to be printed.
+
+    Raises:
+        SettingsError: a key is unknown or a value is wrong.
+    """
+    arguments = list(arguments)
+    print_config = "--print-config" in arguments
+    if print_config:
+        arguments.remove("--print-config")
+    arguments = [part for a in arguments for part in _split_config(a)]
+    if "--config" in arguments:
+        place = arguments.index("--config")
+        if place + 1 >= len(arguments):
+            raise SettingsError("--config needs a file")
+        os.environ[f"{PREFIX}{CONFIG_FILE.upper()}"] = arguments[place + 1]
+        del arguments[place : place + 2]
+    file = os.environ.get(f"{PREFIX}{CONFIG_FILE.upper()}")
+    if file and not Path(file).is_file():
+        raise SettingsError(f"{file}: no such file")
+    refuse_unknown_environment()
+    try:
+        source: CliSettingsSource[Any] = CliSettingsSource(Settings, cli_parse_args=arguments)
+        return Settings(_cli_settings_source=source), print_config  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise SettingsError(f"{first['loc'][0]}: {first['msg']}") from error
+    except (SourceError, ValueError) as error:
+        raise SettingsError(str(error)) from error
+
+
+def _split_config(argument: str) -> list[str]:
+    name, equals, value = argument.partition("=")
+    return [name, value] if equals and name == "--config" else [argument]

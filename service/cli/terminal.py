@@ -1,0 +1,67 @@
+"""What all commands share: where they write, their common options, and how they find a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from budgetformer.checkpoint import Checkpoint, read_checkpoint, read_store
+from budgetformer.errors import BudgetFormerError
+
+out = Console()
+err = Console(stderr=True)
+
+FAILED, USAGE = 1, 2
+"""Exit codes: what was asked for did not succeed, or could not be asked for like that."""
+
+
+def say(problem: str) -> None:
+    """Print one error on one line, however long it is."""
+    err.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def complain(problems: list[str]) -> None:
+    """Print some errors and, if there are any, end with the code of a failure."""
+    for problem in problems:
+        say(problem)
+    if problems:
+        raise typer.Exit(FAILED)
+
+
+def complete_model(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the models of the store that begin like this, for the shell."""
+    try:
+        store = read_store(context.params.get("model_store") or Path("model_store"))
+    except BudgetFormerError:
+        return []
+    names = [*store.checkpoints]
+    names += [c.label for versions in store.checkpoints.values() for c in versions]
+    return [name for name in sorted(names) if name.startswith(incomplete)]
+
+
+StoreOption = Annotated[Path, typer.Option("--model-store", help="Folder of checkpoints.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Model name, or a checkpoint folder.", autocompletion=complete_model),
+]
+
+
+def resolve(model: str | None, model_store: Path) -> Checkpoint:
+    """Find a checkpoint by folder, `name` or `name:version`.
+
+    None: the only or first of the store.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if model is not None and (Path(model) / "manifest.json").is_file():
+        return read_checkpoint(Path(model))
+    store = read_store(model_store)
+    name, _, number = (model or next(iter(sorted(store.checkpoints)), "")).partition(":")
+    if number:
+        return read_checkpoint(model_store / name / number)
+    return store.latest(name)

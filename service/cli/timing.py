@@ -1,0 +1,93 @@
+"""`budgetformer tune` and `bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from budgetformer.precision import Precision
+from service.cli.terminal import JsonOption, ModelOption, StoreOption, out, resolve
+
+bench_app = typer.Typer(no_args_is_help=True, help="Time this machine.")
+
+
+def tune(
+    output: Annotated[
+        Path, typer.Option("--out", help="Folder for the table, which `serve --cost-tables` reads.")
+    ],
+    model: ModelOption = None,
+    dtype: Annotated[
+        Precision, typer.Option(help="Precision of the pass; auto takes the fastest here.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of an engine.")] = 1,
+    as_json: JsonOption = False,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Measure what a model's batches cost in seconds on this device, for the scheduler."""
+    import torch
+
+    from budgetformer.loading import load_network
+    from budgetformer.tune import measure_costs
+
+    torch.set_num_threads(threads)
+    checkpoint = resolve(model, model_store)
+    costs = measure_costs(load_network(checkpoint, device, dtype), checkpoint.label)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{checkpoint.name}-{checkpoint.version}.json").write_text(costs.dump())
+    if as_json:
+        out.print_json(costs.dump())
+        return
+    title = f"{costs.model} on {costs.device} in {costs.dtype}, microseconds"
+    table = Table("step", "per batch", "per token", "per item", title=title)
+    for step, cost in enumerate(costs.steps):
+        micro = (1e6 * cost.constant, 1e6 * cost.token, 1e6 * cost.item)
+        table.add_row(str(step), *(f"{value:.2f}" for value in micro))
+    out.print(table)
+
+
+@bench_app.command("pass")
+def bench_pass(
+    model: ModelOption = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Real texts, CSV, JSONL or Parquet; none: random tokens."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Also write Markdown, JSON and a plot here.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Texts in a batch; may be repeated.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Turns that each way takes.")] = 9,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of every way.")] = 1,
+    rivals: Annotated[
+        bool, typer.Option(help="Time the dense network in Transformers and ONNX Runtime too.")
+    ] = True,
+    as_json: JsonOption = False,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Time every ladder step and quality level beside the dense network in other libraries."""
+    from budgetformer.bench.report import BATCHES, COLUMNS, compare_passes, write_bench_report
+
+    texts = None
+    batches = tuple(batch or BATCHES)
+    if data is not None:
+        from budgetformer.training.data import read_texts
+
+        texts, _ = read_texts(data)
+    checkpoint = resolve(model, model_store)
+    report = compare_passes(checkpoint, texts, batches, rounds, threads, rivals)
+    if folder is not None:
+        write_bench_report(report, folder)
+    if as_json:
+        out.print_json(data=report.as_dict())
+        return
+    for size in report.batches:
+        table = Table(*COLUMNS, title=f"batches of {size}")
+        for row in report.rows(size):
+            table.add_row(*row)
+        out.print(table)

@@ -1,0 +1,170 @@
+"""`budgetformer train`, `import`, `calibrate` and `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markdown import Markdown
+from rich.table import Table
+
+from budgetformer.checkpoint import Checkpoint, Manifest, read_checkpoint
+from service.cli.terminal import JsonOption, ModelOption, StoreOption, err, out, resolve
+
+if TYPE_CHECKING:
+    from budgetformer.training.data import Examples
+
+
+DataOption = Annotated[
+    Path, typer.Option(help="Folder with train and test files, or the training file.")
+]
+OutOption = Annotated[
+    Path, typer.Option("--out", help="Checkpoint folder, <store>/<name>/<version>.")
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(help="TOML file of the recipe, or a packaged one: `paper`, `paper-small`."),
+]
+SeedOption = Annotated[int | None, typer.Option(help="Everything random follows from it.")]
+WorkOption = Annotated[Path | None, typer.Option(help="State of the run, to go on from.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads; none: all cores.")]
+BaselineOption = Annotated[
+    Path | None,
+    typer.Option(help="Also keep the dense network here, for `evaluate --report`."),
+]
+
+
+def train(
+    data: DataOption,
+    output: OutOption,
+    start: Annotated[
+        str | None,
+        typer.Option(help="Folder of a BERT-shaped encoder, or `minilm-l6`; none: from scratch."),
+    ] = None,
+    recipe: RecipeOption = None,
+    seed: SeedOption = None,
+    work_dir: WorkOption = None,
+    threads: ThreadsOption = None,
+    baseline: BaselineOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train, calibrate and write a checkpoint; an interrupted run goes on where it was."""
+    from budgetformer.training.pipeline import train_checkpoint
+    from budgetformer.training.recipe import Recipe
+
+    train_checkpoint(
+        data=data,
+        output=output,
+        start=start,
+        recipe=Recipe.read(recipe, seed=seed),
+        work_dir=work_dir or output.parent / f".{output.name}.work",
+        threads=threads,
+        log=err.print,
+        baseline=baseline,
+    )
+    _show_levels(read_checkpoint(output).manifest, as_json)
+
+
+def import_encoder(
+    encoder: Annotated[
+        str, typer.Argument(help="Folder of a BERT-shaped encoder or classifier, or `minilm-l6`.")
+    ],
+    data: DataOption,
+    output: OutOption,
+    recipe: RecipeOption = None,
+    seed: SeedOption = None,
+    work_dir: WorkOption = None,
+    threads: ThreadsOption = None,
+    baseline: BaselineOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn an encoder into a checkpoint, on your data: `train` with a start that must be there."""
+    train(data, output, encoder, recipe, seed, work_dir, threads, baseline, as_json)
+
+
+def calibrate(
+    data: Annotated[Path, typer.Option(help="Labelled texts that training never saw.")],
+    output: Annotated[Path, typer.Option("--out", help="New checkpoint folder.")],
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Find a checkpoint's quality levels anew, on your own texts."""
+    from budgetformer.training.pipeline import recalibrate
+
+    manifest = recalibrate(resolve(model, model_store), data, output, err.print)
+    _show_levels(manifest, as_json)
+
+
+def _show_levels(manifest: Manifest, as_json: bool) -> None:
+    levels = [point for point in manifest.operating_points if point.name]
+    if as_json:
+        out.print_json(data=[level.model_dump(mode="json") for level in levels])
+        return
+    table = Table("quality", "accuracy", "95 %", "points lost", "of dense", "mean heads")
+    for point in levels:
+        low, high = point.interval or (0.0, 1.0)
+        table.add_row(
+            point.name,
+            f"{point.accuracy:.4f}",
+            f"{low:.4f}..{high:.4f}",
+            f"{point.points_lost:+.2f}",
+            f"{point.macs_share:.1%}",
+            f"{point.mean_heads:.2f}",
+        )
+    out.print(table)
+
+
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Labelled CSV, JSONL or Parquet file.")],
+    model: ModelOption = None,
+    url: Annotated[
+        str | None, typer.Option(help="Ask this server instead of computing here.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the frontier report (Markdown, JSON, plots) to this folder."),
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="Dense network that `train --baseline` kept, for the report."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use this many rows, evenly chosen.")
+    ] = None,
+    as_json: JsonOption = False,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Report accuracy and cost of every quality level, and of the full budget."""
+    from budgetformer.training.evaluation import evaluate_checkpoint, read_test, through_http
+
+    checkpoint = resolve(model, model_store)
+    examples = read_test(checkpoint, data, limit)
+    if report is not None:
+        if url is not None:
+            raise typer.BadParameter("a report is made here, it cannot ask a server")
+        _report(checkpoint, examples, report, baseline)
+        return
+    ask = None if url is None else through_http(url, checkpoint)
+    rows = evaluate_checkpoint(checkpoint, examples, ask)
+    if as_json:
+        out.print_json(data=[row.as_dict() for row in rows])
+        return
+    columns = ("quality", "n", "accuracy", "95 %", "mean heads", "mean MACs", "of dense")
+    table = Table(*columns, "budgets in use")
+    for row in rows:
+        table.add_row(*row.cells())
+    out.print(table)
+
+
+def _report(
+    checkpoint: Checkpoint, examples: Examples, folder: Path, baseline: Path | None
+) -> None:
+    from budgetformer.training.baseline import read_baseline
+    from budgetformer.training.report import report_checkpoint
+    from budgetformer.training.report_files import write_report
+
+    dense = None if baseline is None else read_baseline(baseline)
+    write_report(report_checkpoint(checkpoint, examples, dense), folder)
+    out.print(Markdown((folder / "README.md").read_text()))

@@ -1,0 +1,242 @@
+"""Checks whether a server with some settings would run well on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from budgetformer.checkpoint import Checkpoint, Store, read_store
+from budgetformer.errors import BudgetFormerError, CheckpointError
+from service.observability.traces import check_tracing, exporter_asked_for
+from service.settings import Settings, usable_cores
+from service.supervisor import bind
+
+LIBRARIES_BYTES = 450 * 2**20
+"""Resident size of an engine before its first model."""
+MEMORY_PER_WEIGHT = 4.0
+"""Of a model in an engine, in sizes of its weight file: weights, slices in use, a pass's states."""
+OPEN_FILES = 4096
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found, and what to change if that is not well."""
+
+    check: str
+    state: Literal["ok", "warn", "fail"]
+    found: str
+    advice: str | None = None
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Yield a finding per check; what is `fail` would keep the server from serving.
+
+    The devices are asked through torch, files are hashed, the port is bound for a moment.
+    """
+    store: Store | None = None
+    try:
+        store = read_store(settings.model_store)
+    except CheckpointError as error:
+        yield Finding("store", "fail", str(error), "name another --model-store")
+    yield _device(settings)
+    yield _threads(settings)
+    yield _dtype(settings)
+    if store is not None:
+        yield from _store(settings, store)
+        yield _memory(settings, store)
+    yield _port(settings)
+    yield _open_files()
+    yield _run_folder()
+    yield _traces()
+
+
+def _device(settings: Settings) -> Finding:
+    import torch
+
+    device = settings.resolved_device()
+    if device == "cuda" and not torch.cuda.is_available():
+        advice = "--device cpu, or install the driver and a CUDA build of torch"
+        return Finding("device", "fail", "--device cuda, but torch sees no GPU", advice)
+    if device == "cuda":
+        return Finding("device", "ok", f"cuda: {torch.cuda.get_device_name()}")
+    if shutil.which("nvidia-smi") and settings.device == "auto":
+        advice = "install a CUDA build of torch to use the GPU, or say --device cpu"
+        return Finding("device", "warn", "cpu, though there is a GPU that torch cannot see", advice)
+    return Finding("device", "ok", f"cpu: {torch.backends.cpu.get_cpu_capability()}")
+
+
+def _threads(settings: Settings) -> Finding:
+    engines, each, cores = settings.resolved_engines(), settings.threads_per_engine, usable_cores()
+    found = f"{engines} engines of {each} threads, {cores} cores"
+    if settings.device != "cuda" and engines * each > cores:
+        advice = f"--engines {max(1, cores // each)}: more threads than cores only wait"
+        return Finding("threads", "warn", found, advice)
+    quota = cpu_quota()
+    if quota is not None and engines * each > quota:
+        advice = f"--engines {max(1, int(quota / each))}, or raise the container's CPU limit"
+        return Finding(
+            "threads", "warn", f"{found}, of which the container may use {quota:g}", advice
+        )
+    if engines * each < cores and settings.device != "cuda":
+        return Finding("threads", "ok", f"{found}; the front runs on what is left")
+    return Finding("threads", "ok", found)
+
+
+def _dtype(settings: Settings) -> Finding:
+    import torch
+
+    if settings.resolved_device() == "cuda":
+        known = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+        found = f"{settings.dtype}; the GPU {'has' if known else 'has no'} bfloat16"
+        state: Literal["ok", "warn"] = "ok" if known or settings.dtype != "bfloat16" else "warn"
+        return Finding("dtype", state, found, None if state == "ok" else "--dtype auto")
+    flags = cpu_flags()
+    fast = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
+    has = f"the processor has {', '.join(fast) if fast else 'no bfloat16 instructions'}"
+    if settings.dtype == "bfloat16" and not fast:
+        return Finding("dtype", "warn", f"bfloat16; {has}", "--dtype auto: float32 is faster here")
+    if settings.dtype == "float32" and fast:
+        return Finding(
+            "dtype", "warn", f"float32; {has}", "--dtype auto times both and takes the faster"
+        )
+    return Finding("dtype", "ok", f"{settings.dtype}; {has}")
+
+
+def _store(settings: Settings, store: Store) -> Iterator[Finding]:
+    advice = "`budgetformer models add` it again, or remove its folder"
+    for problem in store.errors:
+        yield Finding("store", "fail", problem, advice)
+    try:
+        served = served_models(settings, store)
+    except CheckpointError as error:
+        yield Finding("store", "fail", str(error), "see `budgetformer models list`")
+        return
+    if not served:
+        found = f"{settings.model_store}: no checkpoint"
+        yield Finding("store", "fail", found, "`budgetformer models add` one, or --model-store")
+    for checkpoint in served:
+        try:
+            checkpoint.verify()
+        except CheckpointError as error:
+            yield Finding("store", "fail", str(error), advice)
+            continue
+        found = f"{checkpoint.label}: {len(checkpoint.manifest.files)} files as the manifest says"
+        if checkpoint.calibrated:
+            yield Finding("store", "ok", found)
+        else:
+            without = "`budgetformer calibrate` gives it quality levels"
+            yield Finding("store", "warn", f"{found}, but it has no quality levels", without)
+
+
+def served_models(settings: Settings, store: Store) -> list[Checkpoint]:
+    """Return the checkpoints that a server with these settings loads.
+
+    Raises:
+        CheckpointError: one that the settings name is not there.
+    """
+    specs = settings.models or sorted(store.checkpoints)
+    if settings.default_model is not None:
+        store.find(settings.default_model)
+    return [store.find(spec) for spec in specs]
+
+
+def _memory(settings: Settings, store: Store) -> Finding:
+    try:
+        served = served_models(settings, store)
+    except CheckpointError:
+        served = []
+    weights = sum(e.bytes for c in served for e in c.manifest.files.values())
+    engine = LIBRARIES_BYTES + int(MEMORY_PER_WEIGHT * weights)
+    engines = settings.resolved_engines()
+    free = available_memory()
+    found = (
+        f"about {_mib(engine)} MiB per engine, {_mib(engine * engines)} in all; {_mib(free)} free"
+    )
+    if engine > free:
+        return Finding("memory", "fail", found, "serve fewer --models, or give it more memory")
+    if engine * engines > free:
+        advice = f"--engines {free // engine}, or fewer --models"
+        return Finding("memory", "warn", found, advice)
+    return Finding("memory", "ok", found)
+
+
+def _port(settings: Settings) -> Finding:
+    where = f"{settings.host}:{settings.port}"
+    try:
+        bind(settings.host, settings.port).close()
+    except BudgetFormerError as error:
+        return Finding("port", "fail", str(error), "another --port or --host, or stop what has it")
+    return Finding("port", "ok", f"{where} is free")
+
+
+def _open_files() -> Finding:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    endless = soft == resource.RLIM_INFINITY
+    found = f"{'no limit' if endless else soft} (a connection takes one)"
+    if not endless and soft < OPEN_FILES:
+        least = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+        return Finding("open files", "warn", found, f"ulimit -n {least}")
+    return Finding("open files", "ok", found)
+
+
+def _run_folder() -> Finding:
+    try:
+        with tempfile.TemporaryDirectory(prefix="budgetformer-") as folder:
+            return Finding("run folder", "ok", f"{Path(folder).parent} can be written")
+    except OSError as error:
+        return Finding(
+            "run folder", "fail", str(error), "set TMPDIR to a folder that can be written"
+        )
+
+
+def _traces() -> Finding:
+    try:
+        check_tracing()
+    except BudgetFormerError as error:
+        return Finding("traces", "fail", str(error), "change the OTEL_* variables, or install that")
+    exporter = exporter_asked_for(os.environ)
+    return Finding("traces", "ok", "off" if exporter is None else f"sent by {exporter}")
+
+
+def cpu_flags() -> set[str]:
+    """Return the instruction sets that Linux names; none where it is not Linux."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    lines = (line.partition(":") for line in text.splitlines())
+    return next((set(v.split()) for k, _, v in lines if k.strip() in ("flags", "Features")), set())
+
+
+def cpu_quota() -> float | None:
+    """Return the cores that this container may use, or None without a limit."""
+    try:
+        quota, period = (CGROUPS / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def available_memory() -> int:
+    """Return the bytes that can be had: of the machine, or what the container's limit leaves."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        most = (CGROUPS / "memory.max").read_text().strip()
+        used = int((CGROUPS / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if most == "max" else min(free, max(0, int(most) - used))
+
+
+def _mib(size: int) -> int:
+    return round(size / 2**20)
