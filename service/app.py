@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import structlog
 from fastapi import FastAPI
 from opentelemetry.trace import NoOpTracer, TracerProvider
+from starlette.middleware.cors import CORSMiddleware
 
 import budgetformer
+from service.access import ANONYMOUS, KeyRing
 from service.api import classify, health, kserve, models, playground, sagemaker, tei
 from service.api.classify import DEFAULT_QUALITY
+from service.api.connections import ConnectionLimits, GuardedProtocol
 from service.api.errors import install_error_handlers
-from service.api.middleware import OTHER, PROBES, Observe
+from service.api.middleware import OTHER, PROBES, Observe, OperationsPort, Secure
 from service.api.models import LoadRequest
 from service.api.schemas import (
     ClassifyRequest,
@@ -47,8 +51,15 @@ def create_app(
 
     Raises:
         CheckpointError: the model store is no folder, or lacks the default model.
+        KeysError: the keys are none.
     """
     metrics = Metrics()
+    keys = KeyRing(
+        settings.all_keys(),
+        settings.keys_file,
+        anonymous=settings.anonymous,
+        changed=lambda names: metrics.know_keys([*names, ANONYMOUS]),
+    )
     metrics.know_engines(len(sockets))
     served = Models(settings.model_store, settings.models, settings.default_model)
     watch = EngineWatch(metrics, served, settings.quality == "auto")
@@ -56,7 +67,7 @@ def create_app(
     for problem in served.errors:
         log.error("checkpoint left out", reason=problem)
     tracer = NoOpTracer() if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
-    state = State(settings, served, engines, metrics, tracer)
+    state = State(settings, served, engines, metrics, tracer, keys)
 
     def announce(model: ServedModel) -> None:
         checkpoint = model.checkpoint
@@ -107,10 +118,38 @@ def create_app(
     for module in (classify, health, models, tei, kserve, sagemaker, playground):
         app.include_router(module.router)
     install_error_handlers(app)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id"],
+            expose_headers=["Retry-After", "Server-Timing", "X-Quality", "X-Request-Id"],
+        )
+    if settings.metrics_port is not None:
+        app.add_middleware(OperationsPort, port=settings.metrics_port)
     app.add_middleware(Observe, metrics=metrics, log_share=settings.access_log)
+    app.add_middleware(Secure)
     _document_bodies(app)
     metrics.know_routes([*app.openapi()["paths"], OTHER])
     return app
+
+
+def protocol_of(app: FastAPI, settings: Settings) -> Any:
+    """Return what is to read HTTP from each connection, for uvicorn."""
+    limits = ConnectionLimits(
+        settings.max_connections,
+        settings.max_header_bytes,
+        # Chunks may be as small as the sizes and line ends between them.
+        settings.max_header_bytes + 2 * settings.max_body_bytes,
+        settings.receive_seconds,
+    )
+    metrics = app.state.shared.metrics
+
+    def count(reason: str) -> None:
+        metrics.broken_connections.labels(reason).inc()
+
+    return partial(GuardedProtocol, limits=limits, count=count)
 
 
 def _operational(scope: MutableMapping[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from budgetformer.cost_table import read_tables
 from budgetformer.errors import BudgetFormerError, CheckpointError
 from budgetformer.policy import QUALITY_NAMES
 from budgetformer.precision import Precision
+from service.access import check_keys, key_line, new_key
 from service.observability.logs import configure_logs
 from service.settings import (
     CONFIG_FILE,
@@ -40,6 +41,8 @@ models_app = typer.Typer(no_args_is_help=True, help="Look at the checkpoints of 
 app.add_typer(models_app, name="models")
 bench_app = typer.Typer(no_args_is_help=True, help="Time this machine.")
 app.add_typer(bench_app, name="bench")
+keys_app = typer.Typer(no_args_is_help=True, help="Make keys for callers of a server.")
+app.add_typer(keys_app, name="keys")
 
 out = Console()
 err = Console(stderr=True)
@@ -67,6 +70,7 @@ def serve(context: typer.Context) -> None:
         return
     from service.supervisor import supervise
 
+    settings.check_access()
     if settings.cost_tables is not None:
         read_tables(settings.cost_tables)  # better refused here than by every engine
     configure_logs(settings.log_level, settings.log_format)
@@ -99,7 +103,8 @@ def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
         return Settings(_cli_settings_source=source), print_config  # type: ignore[call-arg]
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise SettingsError(f"{first['loc'][0]}: {first['msg']}") from error
+        where = ".".join(map(str, first["loc"]))
+        raise SettingsError(f"{where}: {first['msg']}" if where else first["msg"]) from error
     except (SourceError, ValueError) as error:
         raise SettingsError(str(error)) from error
 
@@ -412,6 +417,39 @@ def verify_models(
             files = len(checkpoint.manifest.files)
             out.print(f"{checkpoint.label}: {files} files as the manifest says", soft_wrap=True)
     _complain(problems)
+
+
+@keys_app.callback()
+def _keys_root() -> None:
+    """Make keys for callers of a server."""
+
+
+@keys_app.command("new")
+def make_key(
+    name: Annotated[str, typer.Argument(help="Name of the key, as metrics and logs show it.")],
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="What it opens, classify or admin; may be repeated; none: classify."),
+    ] = None,
+    texts_per_second: Annotated[
+        float | None, typer.Option(help="Texts that it may ask for in the long run.")
+    ] = None,
+    burst: Annotated[
+        int | None, typer.Option(help="Texts that it may ask for at once; none: a second's.")
+    ] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(help="Requests that it may have under way at once.")
+    ] = None,
+) -> None:
+    """Make a key: it is shown once, on stderr; its line for the key file goes to stdout."""
+    limits = {
+        "texts_per_second": texts_per_second, "burst": burst, "max_requests": max_requests,
+    }  # fmt: skip
+    secret, key = new_key(scope or ["classify"], **limits)
+    check_keys({name: key})
+    typer.echo(key_line(name, key))
+    err.print("The key, shown this once:", style="dim")
+    typer.echo(secret, err=True)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from tokenizers import Encoding
 
 from budgetformer.errors import PolicyError
 from service.api import infinity
+from service.api.access import needs, spend
 from service.api.answered import Answered, best_first
 from service.api.bodies import describe_body, read_body
 from service.api.errors import ApiError, ClientGoneError
@@ -32,7 +33,7 @@ from service.engine.protocol import Answer, ItemAnswer, ItemTokens, pack_ids
 from service.models import ServedModel
 from service.observability.metrics import ItemSpent
 
-router = APIRouter(tags=["classify"])
+router = APIRouter(tags=["classify"], dependencies=[needs("classify")])
 
 DEFAULT_QUALITY = "balanced"
 
@@ -85,6 +86,7 @@ async def respond(
     texts = check_texts(state, body.input)
     model = state.model(body.model)
     with model.in_use(), state.room_for(len(texts)):
+        spend(request, len(texts))
         return await _respond(request, state, body, texts, model, started, write)
 
 

@@ -1,7 +1,7 @@
 """Around every request.
 
-Its id and trace, its outcome, its duration, its line in the log. Plain ASGI, so that nothing is
-buffered.
+Its id and trace, its outcome, its duration, its line in the log, what its answer tells browsers.
+Plain ASGI, so that nothing is buffered.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import CLIENT_GONE, ApiError, ClientGoneError
 from service.observability.context import RequestContext, current_request, serving
-from service.observability.metrics import REASONS, Metrics
+from service.observability.metrics import DENIALS, REASONS, Metrics
 
 log = structlog.get_logger()
 
@@ -27,7 +27,17 @@ _SOUND_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OTHER = "other"
 PROBES = ("/health", "/v2/health", "/ping")
 """How the paths of probes begin, whose errors are answers."""
-_REFUSALS = {"body_too_large": "too_large", "too_many_items": "too_large"}
+_REFUSALS = {
+    "body_too_large": "too_large",
+    "too_many_items": "too_large",
+    "too_many_requests": "rate",
+}
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+)
+_HSTS = (b"strict-transport-security", b"max-age=31536000")
 
 
 _W3C = TraceContextTextMapPropagator()
@@ -98,12 +108,64 @@ class Observe:
             self.metrics.rejected.labels(reason).inc()
         if status == 504:
             self.metrics.deadline_exceeded.inc()
+        if refusal in DENIALS:
+            self.metrics.denied.labels(refusal).inc()
         self.metrics.count_request(route, outcome, seconds, current_request())
+        caller = scope["state"].get("caller")
+        names: dict[str, str] = {}
+        if caller is not None:
+            self.metrics.count_caller(caller.name, outcome)
+            names = {"key": caller.name}
+        if scope.get("client"):
+            names["client"] = scope["client"][0]
         failed = outcome == "error" and not route.startswith(PROBES)
         chosen = failed or random.random() < self.log_share
         write = log.info if chosen else log.debug
         milliseconds = round(seconds * 1000, 2)
-        write("request", route=route, status=status, outcome=outcome, ms=milliseconds)
+        write("request", route=route, status=status, outcome=outcome, ms=milliseconds, **names)
+
+
+class Secure:
+    """Put on every answer the headers that keep browsers from being used against its reader."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        added = [*SECURITY_HEADERS, _HSTS] if scope.get("scheme") == "https" else SECURITY_HEADERS
+
+        async def send_secured(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *added]
+            await send(message)
+
+        await self.app(scope, receive, send_secured)
+
+
+class OperationsPort:
+    """Keep to a port of its own what only operators need: the metrics there alone, probes too.
+
+    Args:
+        app: what serves it.
+        port: the port of probes and metrics.
+    """
+
+    def __init__(self, app: ASGIApp, port: int) -> None:
+        self.app = app
+        self.port = port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, unless it came to the wrong port."""
+        if scope["type"] == "http":
+            path = scope["path"]
+            here = (scope.get("server") or ("", None))[1] == self.port
+            fits = path == "/metrics" or path.startswith(PROBES) if here else path != "/metrics"
+            if not fits:
+                error = ApiError(404, f"there is no route {path} on this port")
+                await error.response({})(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 def _traceparent(scope: Scope, headers: dict[bytes, bytes]) -> str:

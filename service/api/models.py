@@ -1,9 +1,8 @@
-"""What is served, and (with the admin key) loading and unloading; tokens."""
+"""What is served, and (with the scope `admin`) loading and unloading; tokens."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,6 +10,7 @@ from pydantic import ConfigDict, Field
 
 from budgetformer.checkpoint import Checkpoint
 from budgetformer.errors import CheckpointError
+from service.api.access import needs, spend
 from service.api.bodies import describe_body, read_body
 from service.api.classify import check_texts
 from service.api.errors import ApiError
@@ -33,7 +33,7 @@ class LoadRequest(RequestBody):
     version: Annotated[int, Field(ge=1)] | None = None
 
 
-@router.get("/v1/models", summary="Models that are served")
+@router.get("/v1/models", summary="Models that are served", dependencies=[needs("classify")])
 async def list_models(request: Request) -> Response:
     """List the served models, as OpenAI's API does."""
     state = state_of(request)
@@ -49,7 +49,7 @@ async def list_models(request: Request) -> Response:
     return json_response({"object": "list", "data": data})
 
 
-@router.get("/models/{name}", summary="One model's card")
+@router.get("/models/{name}", summary="One model's card", dependencies=[needs("classify")])
 async def show_model(request: Request, name: str) -> Response:
     """Show labels, sizes, versions, and what each quality level reaches and costs."""
     state = state_of(request)
@@ -64,6 +64,7 @@ async def show_model(request: Request, name: str) -> Response:
 @router.post(
     "/models/{name}/load",
     summary="Load a version and serve it",
+    dependencies=[needs("admin")],
     openapi_extra=describe_body(LoadRequest, required=False),
 )
 async def load_model(request: Request, name: str) -> Response:
@@ -71,7 +72,6 @@ async def load_model(request: Request, name: str) -> Response:
 
     A failure leaves all as it was.
     """
-    require_admin(request)
     body = await read_body(request, LoadRequest, MOST_LOAD_BYTES, default=LoadRequest())
     checkpoint = await load(request, name, body.version)
     return json_response({"model": checkpoint.label, "status": "loaded"})
@@ -125,10 +125,9 @@ async def _free(state: State, retired: ServedModel) -> None:
             await state.engines.unload((checkpoint.name, checkpoint.version))
 
 
-@router.post("/models/{name}/unload", summary="Stop serving a model")
+@router.post("/models/{name}/unload", summary="Stop serving a model", dependencies=[needs("admin")])
 async def unload_model(request: Request, name: str) -> Response:
     """Take a model out of service; what it has begun is finished, then its memory is freed."""
-    require_admin(request)
     checkpoint = await unload(request, name)
     return json_response({"model": checkpoint.label, "status": "unloaded"})
 
@@ -152,6 +151,7 @@ async def unload(request: Request, name: str) -> Checkpoint:
 @router.post(
     "/tokenize",
     summary="Tokens of a text",
+    dependencies=[needs("classify")],
     response_model=TokenizeResponse,
     openapi_extra=describe_body(TokenizeRequest),
 )
@@ -161,6 +161,7 @@ async def tokenize(request: Request) -> Response:
     body = await read_body(request, TokenizeRequest, state.settings.max_body_bytes)
     texts = check_texts(state, body.input)
     model = state.model(body.model)
+    spend(request, len(texts))
     encodings = await asyncio.get_running_loop().run_in_executor(
         state.tokenizing, model.encode, texts
     )
@@ -175,23 +176,6 @@ async def tokenize(request: Request) -> Response:
         for index, encoding in enumerate(encodings)
     ]
     return json_response({"model": model.checkpoint.label, "data": data})
-
-
-def require_admin(request: Request) -> None:
-    """Check the admin key, given as a Bearer token or in X-API-Key.
-
-    Raises:
-        ApiError: 401.
-    """
-    expected = state_of(request).settings.admin_key
-    if expected is None:
-        raise ApiError(
-            401, "this route is closed: the server has no admin key", code="no_admin_key"
-        )
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    given = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-    if not hmac.compare_digest(given.encode(), expected.get_secret_value().encode()):
-        raise ApiError(401, "the admin key is missing or wrong", code="wrong_key")
 
 
 def _card(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
+from service.api.access import needs
 from service.api.bodies import describe_body, parse_object, read_json, validate
 from service.api.classify import respond_to_classify
 from service.api.health import ready
@@ -23,6 +24,7 @@ async def ping(request: Request) -> Response:
 @router.post(
     "/invocations",
     summary="Classify (SageMaker)",
+    dependencies=[needs("classify")],
     responses={
         status: {"model": ErrorResponse} for status in (400, 404, 413, 415, 422, 429, 503, 504)
     },

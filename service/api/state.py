@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 from opentelemetry.trace import Tracer
 
+from service.access import KeyRing
 from service.api.errors import ApiError
 from service.background import Background
 from service.engine.client import Engines
@@ -28,6 +29,7 @@ class State:
     engines: Engines
     metrics: Metrics
     tracer: Tracer
+    keys: KeyRing
     tokenizing: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from service.api.access import needs
 from service.api.answered import Answered
 from service.api.bodies import describe_body, read_body
 from service.api.classify import respond
@@ -30,7 +31,9 @@ def predict_error(error: ApiError) -> dict[str, str]:
     return {"error": error.message, "error_type": special.get(error.status, usual)}
 
 
-router = APIRouter(tags=["compatibility"], dependencies=[errors_as(predict_error)])
+router = APIRouter(
+    tags=["compatibility"], dependencies=[errors_as(predict_error), needs("classify")]
+)
 
 
 _PREDICT: dict[str, Any] = {

@@ -5,7 +5,7 @@ One process, the front, owns the registry that /metrics shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import (
@@ -34,6 +34,8 @@ RATIOS = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1)
 OUTCOMES = ("ok", "partial", "invalid", "rejected", "timeout", "cancelled", "error")
 STAGES = ("tokenize", "budget", "queue", "compute", "respond")
 REASONS = ("queue_full", "deadline", "draining", "too_large", "rate")
+DENIALS = ("no_key", "wrong_key", "missing_scope")
+BREAKS = ("too_many", "slow", "head_too_large", "malformed")
 QUALITY_RANK = {"fast": 1, "balanced": 2, "best": 3}
 
 
@@ -115,6 +117,16 @@ class Metrics:
         self.queue_oldest = self._gauge("queue_oldest_age_seconds", "Longest wait by now.", "model")
         self.in_flight = self._gauge("in_flight_items", "Items that are not answered yet.", "model")
         self.rejected = self._counter("rejected", "Requests refused, by reason.", "reason")
+        self.denied = self._counter(
+            "denied", "Requests of callers who may not, by reason.", "reason"
+        )
+        self.broken_connections = self._counter(
+            "broken_connections", "Connections ended before a request was there.", "reason"
+        )
+        self.key_requests = self._counter(
+            "key_requests", "Requests by the caller's key and outcome.", "key", "outcome"
+        )
+        self.key_texts = self._counter("key_texts", "Texts asked for, by the caller's key.", "key")
         self.cancelled = self._counter("cancelled", "Requests whose client went away.")
         self.deadline_exceeded = self._counter(
             "deadline_exceeded", "Requests whose deadline passed."
@@ -153,8 +165,14 @@ class Metrics:
         self._batches: dict[tuple[str, int], BatchSeries] = {}
         self._requests: dict[tuple[str, str], Counter] = {}
         self._durations: dict[str, Histogram] = {}
-        for reason in REASONS:
-            self.rejected.labels(reason)
+        self._keys: set[str] = set()
+        for counter, reasons in (
+            (self.rejected, REASONS),
+            (self.denied, DENIALS),
+            (self.broken_connections, BREAKS),
+        ):
+            for reason in reasons:
+                counter.labels(reason)
 
     def know_routes(self, routes: Iterable[str]) -> None:
         """Let every route's series read 0 from the start."""
@@ -162,6 +180,30 @@ class Metrics:
             self.request_duration.labels(route)
             for outcome in OUTCOMES:
                 self.requests.labels(route, outcome)
+
+    def know_keys(self, names: Collection[str]) -> None:
+        """Let the series of every key read 0 from the start, and drop those of keys that are gone.
+
+        So they stay as few as the keys are.
+        """
+        for name in names:
+            self.key_texts.labels(name)
+            for outcome in OUTCOMES:
+                self.key_requests.labels(name, outcome)
+        for gone in self._keys.difference(names):
+            for counter in (self.key_texts, self.key_requests):
+                counter.remove_by_labels({"key": gone})
+        self._keys = set(names)
+
+    def count_caller(self, name: str, outcome: str) -> None:
+        """Count a request of a key that is known."""
+        if name in self._keys:
+            self.key_requests.labels(name, outcome).inc()
+
+    def count_texts(self, name: str, texts: int) -> None:
+        """Count the texts that a key asked for."""
+        if name in self._keys:
+            self.key_texts.labels(name).inc(texts)
 
     def know_engines(self, count: int) -> None:
         """Let every engine's series read 0 from the start."""
