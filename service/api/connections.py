@@ -163,6 +163,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._count(reason)
         if self._answered:
             self.transport.write(_written(error))
+        elif not self.pipeline and not self.cycle.response_started:
+            self.cycle.disconnected = True  # whoever reads the body is told, and says nothing
+            self.transport.write(_written(error))
         self._end()
 
     def _end(self) -> None:

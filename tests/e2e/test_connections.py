@@ -337,7 +337,7 @@ def test_metrics_have_a_port_of_their_own(model_store: Path, tmp_path: Path) -> 
 
 
 class TestTls:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def certificates(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         """Return a folder with an authority, and a server's and a client's certificate by it."""
         folder = tmp_path_factory.mktemp("certificates")
