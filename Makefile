@@ -1,6 +1,7 @@
 # Each target is one line that a person could type; `make` alone lists them.
 PYTHON ?= python3
 PORT   ?= 8000
+FUZZ_INPUTS ?= 100000
 # Holds one folder per data set, each with train.parquet and test.parquet.
 DATA   ?= data
 # Where a host without an NVIDIA GPU looks first for torch: the builds that bring no CUDA libraries.
@@ -11,7 +12,7 @@ TORCH := $(shell grep ^torch== requirements/torch.in)
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compose lint bench openapi docs lock clean
+.PHONY: help serve test test-compose fuzz audit sbom lint bench openapi docs lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -24,6 +25,9 @@ test: lint ## lint, types, import rules, then every test that needs no container
 
 test-compose: .venv/.dev ## build the images, bring the stack up under Docker and ask it
 	$(BIN)/python -m pytest tests/e2e/compose -m compose --timeout 1500
+
+fuzz: .venv/.dev ## 100,000 broken frames, checkpoints, settings and bodies, and the contract with many requests
+	FUZZ_INPUTS=$(FUZZ_INPUTS) $(BIN)/python -m pytest tests/fuzz --timeout 7200
 
 lint: .venv/.dev ## style, types and import rules
 	$(BIN)/ruff check .
@@ -39,6 +43,13 @@ train-%: .venv/.dev ## train a shipped model again (train-ag_news, ...) from DAT
 
 report-%: .venv/.dev ## the frontier report of a shipped model on its test texts (report-ag_news, ...)
 	$(BIN)/budgetformer evaluate --data $(DATA)/$*/test.parquet --model $* --report docs/benchmarks/$* $(if $(wildcard build/dense/$*),--baseline build/dense/$*) $(if $(LIMIT),--limit $(LIMIT))
+
+audit: .venv/.audit ## look for known weaknesses of the locked packages; needs the network
+	$(BIN)/pip-audit --requirement requirements/dev.txt --no-deps --disable-pip --progress-spinner off
+
+sbom: .venv/.audit ## write the bill of materials of the image, CycloneDX, to build/sbom.json
+	mkdir -p build
+	$(BIN)/cyclonedx-py requirements requirements/image.txt --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json
 
 openapi: .venv/.serve ## write docs/openapi.json anew from the routes
 	$(BIN)/python -m service.openapi docs/openapi.json
@@ -81,6 +92,10 @@ PORTABLE := sed -E -i -e 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' -e '/^(cuda|nvidia
 .venv/.serve: requirements/serve.txt pyproject.toml .venv/.torch
 	$(PIP) install --requirement requirements/serve.txt
 	$(PIP) install --no-deps --editable .
+	@touch $@
+
+.venv/.audit: pyproject.toml .venv/.dev
+	$(PIP) install --editable ".[audit]"
 	@touch $@
 
 .venv/.dev: requirements/dev.txt .venv/.serve

@@ -17,9 +17,15 @@ from service.api import infinity
 from service.api.access import needs, spend
 from service.api.answered import Answered, best_first
 from service.api.bodies import describe_body, read_body
-from service.api.errors import ApiError, ClientGoneError
+from service.api.errors import ApiError, ClientGoneError, errors_documented_as
 from service.api.responses import json_response
-from service.api.schemas import ClassifyRequest, ClassifyResponse, ErrorResponse, Input
+from service.api.schemas import (
+    ClassifyRequest,
+    ClassifyResponse,
+    ErrorResponse,
+    InfinityResponse,
+    Input,
+)
 from service.api.state import State, state_of
 from service.engine.client import (
     DeadlineError,
@@ -33,7 +39,11 @@ from service.engine.protocol import Answer, ItemAnswer, ItemTokens, pack_ids
 from service.models import ServedModel
 from service.observability.metrics import ItemSpent
 
-router = APIRouter(tags=["classify"], dependencies=[needs("classify")])
+router = APIRouter(
+    tags=["classify"],
+    dependencies=[needs("classify")],
+    responses=errors_documented_as(ErrorResponse),
+)
 
 DEFAULT_QUALITY = "balanced"
 
@@ -43,10 +53,7 @@ Text = str | tuple[str, str]
 @router.post(
     "/classify",
     summary="Classify texts, each with the heads that it needs",
-    response_model=ClassifyResponse,
-    responses={
-        status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 415, 422, 429, 503, 504)
-    },
+    response_model=ClassifyResponse | InfinityResponse,
     openapi_extra=describe_body(ClassifyRequest),
 )
 async def classify(request: Request) -> Response:

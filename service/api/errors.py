@@ -11,7 +11,9 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from service.api.responses import json_response
 
@@ -97,6 +99,21 @@ def errors_as(shape: Shape) -> Any:
     return Depends(choose)
 
 
+def _methods(request: Request) -> list[str]:
+    """Return the methods of every route with the path of a request."""
+    fitting = (
+        methods
+        for path, methods in request.app.openapi()["paths"].items()
+        if compile_path(path)[0].match(request.url.path)
+    )
+    return sorted({method.upper() for methods in fitting for method in methods})
+
+
+def errors_documented_as(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Return what OpenAPI says of a router's answers that are no success."""
+    return {"default": {"model": model, "description": "Why there is no answer"}}
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Turn every expected exception of this app into the one shape; `Observe` does the others."""
 
@@ -113,6 +130,8 @@ def install_error_handlers(app: FastAPI) -> None:
         }.get(error.status_code, str(error.detail))
         response = ApiError(error.status_code, message).response(request.scope["state"])
         response.headers.update(error.headers or {})
+        if error.status_code == 405:  # the router names the methods of the first route that fits
+            response.headers["Allow"] = ", ".join(_methods(request))
         return response
 
     app.add_exception_handler(ApiError, api_error)

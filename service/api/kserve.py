@@ -16,7 +16,7 @@ from service.api.access import needs
 from service.api.answered import Answered, best_first
 from service.api.bodies import describe_body, parse, read_body, read_bytes, validate
 from service.api.classify import respond
-from service.api.errors import ApiError, errors_as
+from service.api.errors import ApiError, errors_as, errors_documented_as
 from service.api.health import why_not_ready
 from service.api.models import MOST_LOAD_BYTES, load, unload
 from service.api.responses import json_response
@@ -46,7 +46,12 @@ def infer_error(error: ApiError) -> dict[str, str]:
     return {"error": error.message}
 
 
-router = APIRouter(prefix="/v2", tags=["compatibility"], dependencies=[errors_as(infer_error)])
+router = APIRouter(
+    prefix="/v2",
+    tags=["compatibility"],
+    dependencies=[errors_as(infer_error)],
+    responses=errors_documented_as(InferError),
+)
 _CALLERS: dict[str, Any] = {"dependencies": [needs("classify")]}
 _ADMINS: dict[str, Any] = {"dependencies": [needs("admin")]}
 
@@ -169,9 +174,6 @@ async def model_config(request: Request, name: str, version: str | None = None) 
 
 
 _INFER: dict[str, Any] = _CALLERS | {
-    "responses": {
-        status: {"model": InferError} for status in (400, 404, 413, 415, 422, 429, 500, 503, 504)
-    },
     "openapi_extra": describe_body(InferRequest),
 }
 

@@ -13,14 +13,14 @@ from budgetformer.errors import CheckpointError
 from service.api.access import needs, spend
 from service.api.bodies import describe_body, read_body
 from service.api.classify import check_texts
-from service.api.errors import ApiError
+from service.api.errors import ApiError, errors_documented_as
 from service.api.responses import json_response
-from service.api.schemas import RequestBody, TokenizeRequest, TokenizeResponse
+from service.api.schemas import ErrorResponse, RequestBody, TokenizeRequest, TokenizeResponse
 from service.api.state import State, state_of
 from service.engine.client import EngineDownError, EngineFailedError
 from service.models import ServedModel, UnknownModelError
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], responses=errors_documented_as(ErrorResponse))
 
 MOST_LOAD_BYTES = 4096
 
