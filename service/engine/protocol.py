@@ -246,5 +246,5 @@ async def _read(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[A
         return decoder.decode(await reader.readexactly(length))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise FrameError(str(error)) from error

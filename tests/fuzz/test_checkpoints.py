@@ -61,7 +61,7 @@ def open_it(folder: Path, whole: bool = False) -> None:
                 checkpoint.rule(quality)
         load_tokenizer(checkpoint)
         if whole:
-            load_network(checkpoint, dtype="float32")
+            load_network(checkpoint, "cpu", "float32")
     except CheckpointError as error:
         message = str(error)
         assert message
