@@ -60,11 +60,9 @@ docs: .venv/.dev ## build the documentation into site/
 
 lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/serve.txt requirements/torch.in pyproject.toml
-	$(PORTABLE) requirements/serve.txt
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra tracing --constraint requirements/serve.txt --output-file requirements/image.txt requirements/torch.in pyproject.toml
-	$(PORTABLE) requirements/image.txt
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra dev --extra bench --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
-	$(PORTABLE) requirements/dev.txt
+	$(BIN)/python requirements/hashes.py requirements/serve.txt requirements/image.txt requirements/dev.txt
 
 clean: ## remove the environment and every cache
 	rm -rf .venv build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
@@ -74,8 +72,8 @@ version = $(or $(shell ls model_store/$1 | grep -x '[0-9]*' | sort -n | tail -1)
 
 LOCK := --quiet --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
         --no-emit-options --annotation-style line --upgrade
-# The same lock serves CPU and GPU hosts: no build tag on torch, none of the CUDA packages that its GPU build brings.
-PORTABLE := sed -E -i -e 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' -e '/^(cuda|nvidia|triton)[a-z0-9-]*==/d'
+# The locks are whole and hold hashes; torch, of which each host takes its own build, is not in them.
+LOCKED := --no-deps --require-hashes --requirement
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "BudgetFormer needs Python 3.11 or newer; point PYTHON= at one")'
@@ -90,7 +88,7 @@ PORTABLE := sed -E -i -e 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' -e '/^(cuda|nvidia
 	@touch $@
 
 .venv/.serve: requirements/serve.txt pyproject.toml .venv/.torch
-	$(PIP) install --requirement requirements/serve.txt
+	$(PIP) install $(LOCKED) requirements/serve.txt
 	$(PIP) install --no-deps --editable .
 	@touch $@
 
@@ -99,5 +97,5 @@ PORTABLE := sed -E -i -e 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' -e '/^(cuda|nvidia
 	@touch $@
 
 .venv/.dev: requirements/dev.txt .venv/.serve
-	$(PIP) install --requirement requirements/dev.txt
+	$(PIP) install $(LOCKED) requirements/dev.txt
 	@touch $@

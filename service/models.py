@@ -6,6 +6,7 @@ Checkpoints, tokenizers and the rules that requests may ask for.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
-from budgetformer.checkpoint import Checkpoint, load_tokenizer, read_checkpoint, read_store
+from budgetformer.checkpoint import NAME, Checkpoint, load_tokenizer, read_checkpoint, read_store
 from budgetformer.errors import CheckpointError
 
 
@@ -146,10 +147,13 @@ class Models:
             CheckpointError: it is damaged.
         """
         folder = self.store / name
-        if Path(name).name != name or not folder.is_dir():
+        if not re.fullmatch(NAME, name) or not folder.is_dir():
             raise UnknownModelError(f"no model {name!r} in the store")
         numbers = sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
         if not numbers or (version is not None and version not in numbers):
             raise UnknownModelError(f"the store has no version {version or ''} of {name!r}")
         chosen = numbers[-1] if version is None else version
-        return open_model(read_checkpoint(folder / str(chosen)))
+        folder /= str(chosen)
+        if not folder.resolve().is_relative_to(self.store.resolve()):
+            raise CheckpointError(f"{folder}: leads out of the store")
+        return open_model(read_checkpoint(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -380,3 +381,31 @@ async def test_the_document_says_which_routes_take_a_key(locked: Service) -> Non
 
 def test_a_line_of_the_key_file_holds_no_secret() -> None:
     assert "secret" not in key_line("web", key("classify-secret"))
+
+
+@pytest.mark.parametrize(
+    "name", ["%2e%2e", "..%2f..", "%2fetc", "a%00b", "x" * 300, ".hidden", "%ff", "a%0ab"]
+)
+@pytest.mark.parametrize("path", ["/models/{}/load", "/v2/repository/models/{}/load"])
+async def test_no_name_leads_out_of_the_store(
+    model_store: Path, tmp_path: Path, path: str, name: str
+) -> None:
+    store = tmp_path / "outer" / "store"
+    store.mkdir(parents=True)
+    shutil.copytree(model_store / TOPICS / "1", tmp_path / "outer" / "1")
+    async with service(store, engines=0, default_model=None) as running:
+        response = await running.client.post(
+            path.format(name), headers={"X-API-Key": "open-sesame"}
+        )
+        assert response.status_code == 404, response.text
+
+
+async def test_a_link_out_of_the_store_is_not_loaded(model_store: Path, tmp_path: Path) -> None:
+    (tmp_path / TOPICS).mkdir()
+    (tmp_path / TOPICS / "1").symlink_to(model_store / TOPICS / "1")
+    async with service(tmp_path, engines=0, default_model=None) as running:
+        response = await running.client.post(
+            f"/models/{TOPICS}/load", headers={"X-API-Key": "open-sesame"}
+        )
+        error_of(response, 422, "broken_checkpoint")
+        assert "leads out of the store" in response.text

@@ -44,7 +44,7 @@ odd = st.sampled_from(
         "NaN",
         "1e400",
     ]
-)
+).map(copy.deepcopy)  # what is drawn may be changed
 junk = st.recursive(
     odd | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
     lambda inner: (
