@@ -70,7 +70,7 @@ clean: ## remove the environment and every cache
 # The version that is served: the highest, or the first to come.
 version = $(or $(shell ls model_store/$1 | grep -x '[0-9]*' | sort -n | tail -1),1)
 
-LOCK := --quiet --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+LOCK := --quiet --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
         --no-emit-options --annotation-style line --upgrade
 # The locks are whole and hold hashes; torch, of which each host takes its own build, is not in them.
 LOCKED := --no-deps --require-hashes --requirement

@@ -99,14 +99,14 @@ def errors_as(shape: Shape) -> Any:
     return Depends(choose)
 
 
-def _methods(request: Request) -> list[str]:
-    """Return the methods of every route with the path of a request."""
+def _methods(request: Request) -> set[str]:
+    """Return the methods of every documented route with the path of a request."""
     fitting = (
         methods
         for path, methods in request.app.openapi()["paths"].items()
         if compile_path(path)[0].match(request.url.path)
     )
-    return sorted({method.upper() for methods in fitting for method in methods})
+    return {method.upper() for methods in fitting for method in methods}
 
 
 def errors_documented_as(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
@@ -131,7 +131,8 @@ def install_error_handlers(app: FastAPI) -> None:
         response = ApiError(error.status_code, message).response(request.scope["state"])
         response.headers.update(error.headers or {})
         if error.status_code == 405:  # the router names the methods of the first route that fits
-            response.headers["Allow"] = ", ".join(_methods(request))
+            known = set(response.headers.get("Allow", "").split(", ")) - {""}
+            response.headers["Allow"] = ", ".join(sorted(known | _methods(request)))
         return response
 
     app.add_exception_handler(ApiError, api_error)

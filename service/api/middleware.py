@@ -137,7 +137,10 @@ class Secure:
 
         async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *added]
+                headers = list(message.get("headers", ()))
+                given = {name.lower() for name, _ in headers}
+                headers += [header for header in added if header[0] not in given]
+                message["headers"] = headers
             await send(message)
 
         await self.app(scope, receive, send_secured)
