@@ -45,11 +45,12 @@ report-%: .venv/.dev ## the frontier report of a shipped model on its test texts
 	$(BIN)/budgetformer evaluate --data $(DATA)/$*/test.parquet --model $* --report docs/benchmarks/$* $(if $(wildcard build/dense/$*),--baseline build/dense/$*) $(if $(LIMIT),--limit $(LIMIT))
 
 audit: .venv/.audit ## look for known weaknesses of the locked packages; needs the network
-	$(BIN)/pip-audit --requirement requirements/dev.txt --no-deps --disable-pip --progress-spinner off
+	@$(BIN)/pip-audit --strict --requirement requirements/dev.txt --requirement requirements/torch.in --no-deps --disable-pip --progress-spinner off \
+	|| { echo "audit: a weakness is listed above, or the service that knows them could not be asked (it needs the network)" >&2; exit 1; }
 
 sbom: .venv/.audit ## write the bill of materials of the image, CycloneDX, to build/sbom.json
 	mkdir -p build
-	$(BIN)/cyclonedx-py requirements requirements/image.txt --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json
+	cat requirements/image.txt requirements/torch.in | $(BIN)/cyclonedx-py requirements - --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json
 
 openapi: .venv/.serve ## write docs/openapi.json anew from the routes
 	$(BIN)/python -m service.openapi docs/openapi.json

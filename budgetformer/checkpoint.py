@@ -116,17 +116,18 @@ class _Shape(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     ladder: list[list[int]] = Field(min_length=1)
-    num_hidden_layers: int
-    num_attention_heads: int
-    hidden_size: int
-    max_position_embeddings: int
+    num_hidden_layers: int = Field(ge=1, le=1024)
+    num_attention_heads: int = Field(ge=1, le=1024)
+    hidden_size: int = Field(ge=1, le=2**16)
+    max_position_embeddings: int = Field(ge=1, le=2**20)
     embedding_exit: bool
     id2label: dict[str, str]
 
 
 def _first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+    place = ".".join(map(str, first["loc"])) or "the file"
+    return f"{place.encode('unicode_escape').decode()}: {first['msg']}"
 
 
 @dataclass(frozen=True)
