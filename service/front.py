@@ -64,18 +64,13 @@ class _DrainingServer(uvicorn.Server):
         self._app = app
         self._tracing = tracing
         self._side = side
+        self._beside: asyncio.Task[None] | None = None
 
-    async def main_loop(self) -> None:
-        if self._side is None:
-            await super().main_loop()
-            return
-        server, listener = self._side
-        beside = asyncio.create_task(server.serve([listener]))
-        try:
-            await super().main_loop()
-        finally:
-            server.should_exit = True
-            await beside
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._side is not None:
+            server, listener = self._side
+            self._beside = asyncio.create_task(server.serve([listener]))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.state.draining = True
@@ -83,6 +78,9 @@ class _DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
+        if self._side is not None and self._beside is not None:
+            self._side[0].should_exit = True
+            await self._beside
         if self._tracing is not None:  # here, as uvicorn ends the process by the signal it caught
             await asyncio.to_thread(self._tracing.close)
 

@@ -94,11 +94,13 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         raise refusal
     chunks = []
     size = 0
-    seconds = state_of(request).settings.receive_seconds
+    state = state_of(request)
+    seconds = state.settings.receive_seconds
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
                 size += len(chunk)
+                state.receive(len(chunk))
                 if size > max_bytes:
                     raise refusal
                 chunks.append(chunk)
@@ -107,6 +109,8 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     except TimeoutError:
         message = f"the body did not arrive in {seconds:g} s"
         raise ApiError(408, message, code="request_timeout") from None
+    finally:
+        state.receive(-size)
     return b"".join(chunks)
 
 
