@@ -17,7 +17,7 @@ from service.api import infinity
 from service.api.access import needs, spend
 from service.api.answered import Answered, best_first
 from service.api.bodies import describe_body, read_body
-from service.api.errors import ApiError, ClientGoneError, errors_documented_as
+from service.api.errors import CLASSIFYING, ApiError, ClientGoneError, errors_documented_as
 from service.api.responses import json_response
 from service.api.schemas import (
     ClassifyRequest,
@@ -42,7 +42,7 @@ from service.observability.metrics import ItemSpent
 router = APIRouter(
     tags=["classify"],
     dependencies=[needs("classify")],
-    responses=errors_documented_as(ErrorResponse),
+    responses=errors_documented_as(ErrorResponse, CLASSIFYING),
 )
 
 DEFAULT_QUALITY = "balanced"

@@ -5,7 +5,7 @@ Routes that speak another server's language write the same errors in that server
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -109,9 +109,18 @@ def _methods(request: Request) -> set[str]:
     return {method.upper() for methods in fitting for method in methods}
 
 
-def errors_documented_as(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """Return what OpenAPI says of a router's answers that are no success."""
-    return {"default": {"model": model, "description": "Why there is no answer"}}
+CLASSIFYING = (400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504)
+"""What a route that classifies may answer instead."""
+
+
+def errors_documented_as(
+    model: type[BaseModel], statuses: Iterable[int] = ()
+) -> dict[int | str, dict[str, Any]]:
+    """Return what OpenAPI says of answers that are no success; `statuses` are named one by one."""
+    any_other: dict[int | str, Any] = {
+        "default": {"model": model, "description": "Why there is no answer"}
+    }
+    return {status: {"model": model} for status in statuses} | any_other
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -16,7 +16,7 @@ from service.api.access import needs
 from service.api.answered import Answered, best_first
 from service.api.bodies import describe_body, parse, read_body, read_bytes, validate
 from service.api.classify import respond
-from service.api.errors import ApiError, errors_as, errors_documented_as
+from service.api.errors import CLASSIFYING, ApiError, errors_as, errors_documented_as
 from service.api.health import why_not_ready
 from service.api.models import MOST_LOAD_BYTES, load, unload
 from service.api.responses import json_response
@@ -174,6 +174,7 @@ async def model_config(request: Request, name: str, version: str | None = None) 
 
 
 _INFER: dict[str, Any] = _CALLERS | {
+    "responses": errors_documented_as(InferError, CLASSIFYING),
     "openapi_extra": describe_body(InferRequest),
 }
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from service.api.access import needs
 from service.api.bodies import describe_body, parse_object, read_json, validate
 from service.api.classify import respond_to_classify
-from service.api.errors import errors_documented_as
+from service.api.errors import CLASSIFYING, errors_documented_as
 from service.api.health import ready
 from service.api.schemas import (
     ClassifyRequest,
@@ -32,6 +32,7 @@ async def ping(request: Request) -> Response:
 @router.post(
     "/invocations",
     summary="Classify (SageMaker)",
+    responses=errors_documented_as(ErrorResponse, CLASSIFYING),
     response_model=ClassifyResponse | InfinityResponse | list[LabelScore] | list[list[LabelScore]],
     dependencies=[needs("classify")],
     openapi_extra=describe_body(ClassifyRequest, PredictRequest),

@@ -11,7 +11,7 @@ from service.api.access import needs
 from service.api.answered import Answered
 from service.api.bodies import describe_body, read_body
 from service.api.classify import respond
-from service.api.errors import ApiError, errors_as, errors_documented_as
+from service.api.errors import CLASSIFYING, ApiError, errors_as, errors_documented_as
 from service.api.responses import json_response
 from service.api.schemas import (
     ClassifyRequest,
@@ -34,7 +34,7 @@ def predict_error(error: ApiError) -> dict[str, str]:
 router = APIRouter(
     tags=["compatibility"],
     dependencies=[errors_as(predict_error), needs("classify")],
-    responses=errors_documented_as(PredictError),
+    responses=errors_documented_as(PredictError, CLASSIFYING),
 )
 
 
