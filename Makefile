@@ -1,6 +1,7 @@
 # Each target is one line that a person could type; `make` alone lists them.
 PYTHON ?= python3
 PORT   ?= 8000
+FUZZ_INPUTS ?= 100000
 # Holds one folder per data set, each with train.parquet and test.parquet.
 DATA   ?= data
 # Where a host without an NVIDIA GPU looks first for torch: the builds that bring no CUDA libraries.
@@ -11,7 +12,7 @@ TORCH := $(shell grep ^torch== requirements/torch.in)
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compose lint bench openapi docs lock clean
+.PHONY: help serve test test-compose fuzz audit sbom lint bench openapi docs lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -24,6 +25,9 @@ test: lint ## lint, types, import rules, then every test that needs no container
 
 test-compose: .venv/.dev ## build the images, bring the stack up under Docker and ask it
 	$(BIN)/python -m pytest tests/e2e/compose -m compose --timeout 1500 -v --log-cli-level INFO --durations 0
+
+fuzz: .venv/.dev ## 100,000 broken frames, checkpoints, settings and bodies, and the contract with many requests
+	FUZZ_INPUTS=$(FUZZ_INPUTS) $(BIN)/python -m pytest tests/fuzz --timeout 7200
 
 lint: .venv/.dev ## style, types and import rules
 	$(BIN)/ruff check .
@@ -40,6 +44,14 @@ train-%: .venv/.dev ## train a shipped model again (train-ag_news, ...) from DAT
 report-%: .venv/.dev ## the frontier report of a shipped model on its test texts (report-ag_news, ...)
 	$(BIN)/budgetformer evaluate --data $(DATA)/$*/test.parquet --model $* --report docs/benchmarks/$* $(if $(wildcard build/dense/$*),--baseline build/dense/$*) $(if $(LIMIT),--limit $(LIMIT))
 
+audit: .venv/.audit ## look for known weaknesses of the locked packages; needs the network
+	@$(BIN)/pip-audit --strict --requirement requirements/dev.txt --requirement requirements/torch.in --no-deps --disable-pip --progress-spinner off \
+	|| { echo "audit: a weakness is listed above, or the service that knows them could not be asked (it needs the network)" >&2; exit 1; }
+
+sbom: .venv/.audit ## write the bill of materials of the image, CycloneDX, to build/sbom.json
+	mkdir -p build
+	cat requirements/image.txt requirements/torch.in | $(BIN)/cyclonedx-py requirements - --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json
+
 openapi: .venv/.serve ## write docs/openapi.json anew from the routes
 	$(BIN)/python -m service.openapi docs/openapi.json
 
@@ -48,12 +60,10 @@ docs: .venv/.dev ## build the documentation into site/
 
 lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/serve.txt requirements/torch.in pyproject.toml
-	$(PORTABLE) requirements/serve.txt
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra tracing --constraint requirements/serve.txt --output-file requirements/image.txt requirements/torch.in pyproject.toml
-	$(PORTABLE) requirements/image.txt
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/loadtest.txt requirements/loadtest.in
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra dev --extra bench --extra docs --extra remote --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
-	$(PORTABLE) requirements/dev.txt
+	$(BIN)/python requirements/hashes.py requirements/serve.txt requirements/image.txt requirements/dev.txt requirements/loadtest.txt
 
 clean: ## remove the environment and every cache
 	rm -rf .venv build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
@@ -61,10 +71,10 @@ clean: ## remove the environment and every cache
 # The version that is served: the highest, or the first to come.
 version = $(or $(shell ls model_store/$1 | grep -x '[0-9]*' | sort -n | tail -1),1)
 
-LOCK := --quiet --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+LOCK := --quiet --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
         --no-emit-options --annotation-style line --upgrade
-# The same lock serves CPU and GPU hosts: no build tag on torch, none of the CUDA packages that its GPU build brings.
-PORTABLE := sed -E -i -e 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' -e '/^(cuda|nvidia|triton)[a-z0-9-]*==/d'
+# The locks are whole and hold hashes; torch, of which each host takes its own build, is not in them.
+LOCKED := --no-deps --require-hashes --requirement
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "BudgetFormer needs Python 3.11 or newer; point PYTHON= at one")'
@@ -79,10 +89,14 @@ PORTABLE := sed -E -i -e 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' -e '/^(cuda|nvidia
 	@touch $@
 
 .venv/.serve: requirements/serve.txt pyproject.toml .venv/.torch
-	$(PIP) install --requirement requirements/serve.txt
+	$(PIP) install $(LOCKED) requirements/serve.txt
 	$(PIP) install --no-deps --editable .
 	@touch $@
 
+.venv/.audit: pyproject.toml .venv/.dev
+	$(PIP) install --editable ".[audit]"
+	@touch $@
+
 .venv/.dev: requirements/dev.txt .venv/.serve
-	$(PIP) install --requirement requirements/dev.txt
+	$(PIP) install $(LOCKED) requirements/dev.txt
 	@touch $@

@@ -28,6 +28,10 @@ CONFIG, WEIGHTS, TOKENIZER, MANIFEST, CARD = (
     "README.md",
 )
 _LOADED = (CONFIG, WEIGHTS, TOKENIZER)
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What a model may be called; nothing of it leads elsewhere on a disk."""
+MOST_READ_BYTES = 64 * 2**20
+"""Of a manifest or a configuration, which are read whole."""
 
 
 class _Data(BaseModel):
@@ -90,7 +94,7 @@ class Manifest(_Data):
     """
 
     format: int = FORMAT
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME)
     version: int = Field(ge=1)
     created: str
     files: dict[str, FileEntry]
@@ -112,17 +116,18 @@ class _Shape(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     ladder: list[list[int]] = Field(min_length=1)
-    num_hidden_layers: int
-    num_attention_heads: int
-    hidden_size: int
-    max_position_embeddings: int
+    num_hidden_layers: int = Field(ge=1, le=1024)
+    num_attention_heads: int = Field(ge=1, le=1024)
+    hidden_size: int = Field(ge=1, le=2**16)
+    max_position_embeddings: int = Field(ge=1, le=2**20)
     embedding_exit: bool
     id2label: dict[str, str]
 
 
 def _first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+    place = ".".join(map(str, first["loc"])) or "the file"
+    return f"{place.encode('unicode_escape').decode()}: {first['msg']}"
 
 
 @dataclass(frozen=True)
@@ -225,18 +230,41 @@ class Checkpoint:
             if name not in self.manifest.files:
                 raise CheckpointError(f"{self.path / MANIFEST}: names no {name}")
         for name, entry in self.manifest.files.items():
-            path = self.path / name
             if Path(name).name != name:
                 raise CheckpointError(
                     f"{self.path / MANIFEST}: file name {name!r} leaves the folder"
                 )
-            if not path.is_file():
-                raise CheckpointError(f"{path}: missing")
+            path = _own_file(self.path, name)
             size = path.stat().st_size
             if size != entry.bytes:
                 raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry.bytes}")
             if _sha256(path) != entry.sha256:
                 raise CheckpointError(f"{path}: sha256 differs from the manifest")
+
+
+def _own_file(folder: Path, name: str) -> Path:
+    """Return the path of a folder's own file.
+
+    Raises:
+        CheckpointError: it is missing, no file, or a link that leads out of the folder.
+    """
+    path = folder / name
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{path}: leads out of its folder")
+    except (OSError, ValueError) as error:  # a name that no disk can hold
+        raise CheckpointError(f"{folder}: file name {name[:80]!r}: {error}") from error
+    return path
+
+
+def _read_own(folder: Path, name: str) -> bytes:
+    with _own_file(folder, name).open("rb") as file:
+        content = file.read(MOST_READ_BYTES + 1)
+    if len(content) > MOST_READ_BYTES:
+        raise CheckpointError(f"{folder / name}: larger than {MOST_READ_BYTES} bytes")
+    return content
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -246,7 +274,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: either is missing, is not what it should be, or they contradict each other.
     """
     try:
-        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
+        manifest = Manifest.model_validate_json(_read_own(path, MANIFEST))
     except OSError as error:
         raise CheckpointError(f"{path / MANIFEST}: {error.strerror or error}") from error
     except ValidationError as error:
@@ -256,7 +284,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path / MANIFEST}: format {manifest.format}, this program reads {FORMAT}"
         )
     try:
-        config = json.loads((path / CONFIG).read_bytes())
+        config = json.loads(_read_own(path, CONFIG))
     except OSError as error:
         raise CheckpointError(f"{path / CONFIG}: {error.strerror or error}") from error
     except ValueError as error:
@@ -343,6 +371,8 @@ def read_store(path: Path) -> Store:
     errors = []
     for folder in sorted(p for p in path.glob("*/*") if p.is_dir() and p.name.isdecimal()):
         try:
+            if not folder.resolve().is_relative_to(path.resolve()):
+                raise CheckpointError(f"{folder}: leads out of the store")
             checkpoint = read_checkpoint(folder)
             if (checkpoint.name, str(checkpoint.version)) != (folder.parent.name, folder.name):
                 raise CheckpointError(f"{folder}: the manifest says {checkpoint.label}")

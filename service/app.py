@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from opentelemetry.trace import NoOpTracer, TracerProvider
+from starlette.middleware.cors import CORSMiddleware
 
 import budgetformer
+from service.access import ANONYMOUS, KeyRing
 from service.api import classify, health, kserve, playground, sagemaker, tei
 from service.api import models as api_models
+from service.api.connections import ConnectionLimits, GuardedProtocol
 from service.api.errors import install_error_handlers
-from service.api.middleware import OTHER, PROBES, Observe
+from service.api.middleware import OTHER, PROBES, Observe, OperationsPort, Secure
 from service.api.models import LoadRequest
 from service.api.schemas import (
     ClassifyRequest,
@@ -28,6 +32,7 @@ from service.api.state import State
 from service.engine.client import Engines
 from service.follow import Follow
 from service.hub.link import HubLink
+from service.hub.messages import ConnectionEnded, KeysKnown
 from service.models import Models
 from service.settings import Settings
 
@@ -45,13 +50,22 @@ def create_app(
         sockets: where its engines listen.
         hub_socket: where its hub listens.
         tracer_provider: where spans go; None: nobody traces.
+
+    Raises:
+        KeysError: the keys are none.
     """
     models, engines = Models(settings.model_store, settings.default_model), Engines(sockets)
     routes: list[str] = []
     hub = HubLink(hub_socket, lambda serving: follow(serving), routes)
     follow = Follow(models, engines, hub)
+    keys = KeyRing(
+        settings.all_keys(),
+        settings.keys_file,
+        anonymous=settings.anonymous,
+        changed=lambda names: hub.observe(KeysKnown([*names, ANONYMOUS])),
+    )
     tracer = NoOpTracer() if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
-    state = State(settings, models, engines, hub, tracer)
+    state = State(settings, models, engines, hub, tracer, keys)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -84,10 +98,38 @@ def create_app(
     for module in (classify, health, api_models, tei, kserve, sagemaker, playground):
         app.include_router(module.router)
     install_error_handlers(app)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id"],
+            expose_headers=["Retry-After", "Server-Timing", "X-Quality", "X-Request-Id"],
+        )
+    if settings.metrics_port is not None:
+        app.add_middleware(OperationsPort, port=settings.metrics_port)
     app.add_middleware(Observe, hub=hub, log_share=settings.access_log)
+    app.add_middleware(Secure)
     _document_bodies(app)
     routes += [*app.openapi()["paths"], *playground.UNLISTED, OTHER]
     return app
+
+
+def protocol_of(app: FastAPI, settings: Settings) -> Any:
+    """Return what is to read HTTP from each connection, for uvicorn."""
+    limits = ConnectionLimits(
+        settings.max_connections,
+        settings.max_header_bytes,
+        # Chunks may be as small as the sizes and line ends between them.
+        settings.max_header_bytes + 2 * settings.max_body_bytes,
+        settings.receive_seconds,
+    )
+    hub: HubLink = app.state.shared.hub
+
+    def count(reason: str) -> None:
+        hub.observe(ConnectionEnded(reason))
+
+    return partial(GuardedProtocol, limits=limits, count=count)
 
 
 def _operational(scope: MutableMapping[str, Any]) -> bool:

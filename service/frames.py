@@ -54,5 +54,5 @@ async def read(reader: asyncio.StreamReader, messages: Decoder) -> Any:
         return messages.decode(await reader.readexactly(length))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise FrameError(str(error)) from error

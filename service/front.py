@@ -3,36 +3,74 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import socket
+import ssl
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from service.app import create_app
+from service.app import create_app, protocol_of
 from service.observability.logs import configure_logs
 from service.observability.traces import open_tracing
 from service.process import engine_socket, exit_with_parent, hub_socket, receive_settings
+from service.settings import Settings
+from service.supervisor import bind
 
 if TYPE_CHECKING:
     from service.observability.otel import Tracing
+
+log = structlog.get_logger()
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than the minute after which load balancers let an idle connection go, so that a request
 never meets a connection that is just being closed."""
 
 
-class _DrainingServer(uvicorn.Server):
-    """Uvicorn, with the app told at the signal, before connections close, and spans kept."""
+SPARE_DESCRIPTORS = 256
+"""Open files of a front besides its connections."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, tracing: Tracing | None) -> None:
+
+class _SideServer(uvicorn.Server):
+    """Uvicorn on a second port: it leaves signals to the first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _DrainingServer(uvicorn.Server):
+    """Uvicorn, with the app told at the signal, before connections close, and spans kept.
+
+    Another server may stand beside it, and stays until it has drained.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: FastAPI,
+        tracing: Tracing | None,
+        side: tuple[_SideServer, socket.socket] | None,
+    ) -> None:
         super().__init__(config)
         self._app = app
         self._tracing = tracing
+        self._side = side
+        self._beside: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._side is not None:
+            server, listener = self._side
+            self._beside = asyncio.create_task(server.serve([listener]))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.state.draining = True
@@ -40,6 +78,9 @@ class _DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
+        if self._side is not None and self._beside is not None:
+            self._side[0].should_exit = True
+            await self._beside
         if self._tracing is not None:  # here, as uvicorn ends the process by the signal it caught
             await asyncio.to_thread(self._tracing.close)
 
@@ -55,18 +96,48 @@ def main() -> None:
     tracing = open_tracing(f"front-{index}")
     provider = tracing.provider if tracing else None
     app = create_app(settings, sockets, hub_socket(run_dir), provider)
-    config = uvicorn.Config(
-        app,
-        loop="uvloop",
-        http="httptools",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=int(settings.drain_seconds) or 1,
-    )
-    _DrainingServer(config, app, tracing).run(sockets=[socket.socket(fileno=descriptor)])
+    _raise_descriptors(settings.max_connections)
+    common: dict[str, Any] = {
+        "loop": "uvloop",
+        "http": protocol_of(app, settings),
+        "ws": "none",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        # What no trusted proxy said is not believed, whatever uvicorn takes for one by itself.
+        "proxy_headers": bool(settings.trusted_proxies),
+        "forwarded_allow_ips": settings.trusted_proxies,
+        "timeout_keep_alive": KEEP_ALIVE_SECONDS,
+        "timeout_graceful_shutdown": int(settings.drain_seconds) or 1,
+    }
+    config = uvicorn.Config(app, lifespan="on", **common, **_tls(settings))
+    side = None
+    if settings.metrics_port is not None:
+        listener = bind(settings.host, settings.metrics_port)
+        side = _SideServer(uvicorn.Config(app, lifespan="off", **common)), listener
+    server = _DrainingServer(config, app, tracing, side)
+    server.run(sockets=[socket.socket(fileno=descriptor)])
+
+
+def _tls(settings: Settings) -> dict[str, Any]:
+    """Return what uvicorn is told of certificates."""
+    if settings.tls_cert is None:
+        return {}
+    shown = {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key}
+    if settings.tls_client_ca is None:
+        return shown
+    return shown | {"ssl_ca_certs": settings.tls_client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+
+
+def _raise_descriptors(connections: int) -> None:
+    """Allow this process as many open files as its connections take, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + SPARE_DESCRIPTORS
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        log.warning("fewer open files than connections", files=most, connections=connections)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,11 @@ One class feeds flags, environment, TOML file, help and `--print-config`.
 from __future__ import annotations
 
 import os
+import re
+import socket
+import ssl
 from difflib import get_close_matches
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,11 +25,13 @@ from pydantic_settings import (
 from budgetformer.errors import BudgetFormerError
 from budgetformer.policy import QualityName
 from budgetformer.precision import Precision
+from service.access import ADMIN, Key, KeyRing, Keys, digest
 
 PREFIX = "BUDGETFORMER_"
 CONFIG_FILE = "config"
 DEFAULT_QUALITY: QualityName = "balanced"
 """What `auto` is while there is no overload."""
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+")
 
 
 class SettingsError(BudgetFormerError):
@@ -52,8 +58,8 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
-    host: str = "127.0.0.1"
-    """Address to listen on."""
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """Address to listen on; one that others can reach takes keys, or `allow_anonymous`."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
     model_store: Path = Path("model_store")
@@ -103,10 +109,34 @@ class Settings(BaseSettings):
     """A process that has not been heard of for so long is killed and started again."""
     drain_seconds: float = Field(default=20.0, ge=0)
     """On SIGTERM, how long requests in flight may take to finish."""
+    keys_file: Path | None = None
+    """Keys that callers need, as `budgetformer keys new` writes them; read anew when it changes."""
+    keys: Keys = {}
+    """Such keys by name, here instead of in a file of their own."""
+    allow_anonymous: bool = False
+    """Let callers classify without a key; with no keys at all, they may on loopback."""
     admin_key: SecretStr | None = None
-    """Key for loading and unloading models; without one these routes are closed."""
+    """The key `admin`, in the clear, for loading and unloading models."""
     admin_key_file: Path | None = None
     """File that holds the admin key, as container secrets do; an empty one holds none."""
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
+    """Serve probes and metrics on this port too, always in plain HTTP, and metrics there alone."""
+    tls_cert: Path | None = None
+    """Certificate chain, PEM: speak TLS."""
+    tls_key: Path | None = None
+    """Private key of the certificate, PEM, without a password."""
+    tls_client_ca: Path | None = None
+    """Authorities, PEM, one of which must have signed the certificate that a client shows."""
+    trusted_proxies: list[str] = []
+    """Proxies, by address or network, whose X-Forwarded-For and X-Forwarded-Proto are believed."""
+    cors_origins: list[str] = []
+    """Origins whose pages may ask, such as https://example.org; none means only our own."""
+    max_connections: int = Field(default=4096, ge=1)
+    """Most connections at once."""
+    max_header_bytes: int = Field(default=32 * 2**10, ge=1024)
+    """Largest head of a request, its line and headers together."""
+    receive_seconds: float = Field(default=30.0, gt=0)
+    """How long a request's head may take to arrive, and then its body."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least important log line to write."""
     log_format: Literal["auto", "json", "console"] = "auto"
@@ -119,6 +149,21 @@ class Settings(BaseSettings):
     def _sensible_quality(cls, value: str | float) -> str | float:
         if isinstance(value, float) and not 0 <= value <= 100:
             raise ValueError("quality as a number is 0..100 accuracy points")
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: list[str]) -> list[str]:
+        for network in value:
+            ip_network(network)  # its ValueError says what is wrong
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin; one looks like https://example.org")
         return value
 
     @field_validator("admin_key_file")
@@ -139,6 +184,16 @@ class Settings(BaseSettings):
             self.admin_key = SecretStr(key) if key else None
         return self
 
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("TLS takes both tls_cert and tls_key")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca takes tls_cert and tls_key")
+        if self.metrics_port is not None and self.metrics_port == self.port:
+            raise ValueError("metrics_port must be another port than port")
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -152,6 +207,48 @@ class Settings(BaseSettings):
         path = os.environ.get(f"{PREFIX}{CONFIG_FILE.upper()}")
         file = TomlConfigSettingsSource(settings_cls, Path(path)) if path else None
         return (init_settings, env_settings, *([file] if file else []))
+
+    def all_keys(self) -> dict[str, Key]:
+        """Return the keys that stand in the settings, the admin key among them."""
+        if self.admin_key is None:
+            return dict(self.keys)
+        secret = self.admin_key.get_secret_value().encode()
+        return {**self.keys, ADMIN: Key(sha256=digest(secret), scopes=frozenset({"admin"}))}
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether callers may classify without a key."""
+        return self.allow_anonymous or not (self.keys or self.keys_file)
+
+    def check_access(self) -> None:
+        """Check what decides who gets in: keys, certificates, and that the door is not left open.
+
+        Raises:
+            KeysError: the keys are none.
+            SettingsError: a certificate cannot be used, or the server would be open to a network
+                without somebody having said so.
+        """
+        KeyRing(self.all_keys(), self.keys_file)
+        self._check_certificates()
+        if self.anonymous and not self.allow_anonymous and not _is_loopback(self.host):
+            raise SettingsError(
+                f"{self.host} is no loopback address, and there are no keys: give keys_file "
+                "(`budgetformer keys new` makes one), or say --allow-anonymous"
+            )
+
+    def _check_certificates(self) -> None:
+        if self.tls_cert is None or self.tls_key is None:
+            return
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self.tls_cert, self.tls_key, password=_no_password)
+        except (OSError, ValueError) as error:  # what ssl raises is an OSError, too
+            raise SettingsError(f"tls_cert and tls_key: {error}") from None
+        if self.tls_client_ca is not None:
+            try:
+                context.load_verify_locations(self.tls_client_ca)
+            except OSError as error:
+                raise SettingsError(f"tls_client_ca: {error}") from None
 
     def resolved_engines(self) -> int:
         """Return how many engines to run."""
@@ -179,6 +276,18 @@ def usable_cores() -> int:
     """Return how many cores this process may run on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return cores or 1
+
+
+def _no_password() -> str:
+    raise ValueError("the private key must have no password")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise SettingsError(f"cannot listen on {host}: {error.strerror or error}") from error
+    return all(ip_address(str(place[4][0]).partition("%")[0]).is_loopback for place in found)
 
 
 def refuse_unknown_environment() -> None:

@@ -25,6 +25,7 @@ from budgetformer.client.calls import (
     Text,
     Wait,
     attempts,
+    headers_of,
     read_body,
     size_of,
     split,
@@ -42,6 +43,7 @@ class Client:
 
     Args:
         url: where the server is, such as "http://127.0.0.1:8000".
+        api_key: if the server takes one.
         timeout: seconds that a call may take altogether, waits and retries included; `math.inf`
             for no end. The server is told what is left of it, and drops what would come too late.
         retry: when to try again.
@@ -56,6 +58,7 @@ class Client:
         self,
         url: str = "http://127.0.0.1:8000",
         *,
+        api_key: str | None = None,
         timeout: float = 60.0,
         retry: Retry = DEFAULT_RETRY,
         batch_items: int = 64,
@@ -72,7 +75,7 @@ class Client:
         self.batch_items, self.batch_characters = batch_items, batch_characters
         self.concurrency = concurrency
         self._url = url.rstrip("/")
-        self._headers = dict(headers or {})
+        self._headers = headers_of(headers, api_key)
         self._owned = http is None
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self._http = http or httpx.Client(limits=limits)

@@ -131,6 +131,11 @@ Attempts = Generator[Send | Wait, Outcome, list[Result]]
 DEFAULT_RETRY = Retry()
 
 
+def headers_of(given: Mapping[str, str] | None, api_key: str | None) -> dict[str, str]:
+    """Return the headers of every request."""
+    return dict(given or {}) | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+
+
 def texts_of(given: Text | Iterable[Text]) -> Iterable[Text]:
     """Return the texts of what may be one text."""
     return [given] if isinstance(given, (str, tuple, Mapping)) else given

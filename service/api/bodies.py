@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from service.api.errors import ApiError, ClientGoneError
 from service.api.schemas import RequestBody
+from service.api.state import state_of
 
 Body = TypeVar("Body", bound=RequestBody)
 
@@ -58,7 +60,8 @@ async def read_bytes(request: Request, max_bytes: int) -> bytes:
     """Read a body, which may be compressed; the limit holds for both of its sizes.
 
     Raises:
-        ApiError: 413 too many bytes, 415 an unknown encoding, 400 not what its encoding says.
+        ApiError: 413 too many bytes, 415 an unknown encoding, 400 not what its encoding says,
+            408 it took too long to arrive.
         ClientGoneError: the client closed its connection.
     """
     encoding = request.headers.get("content-encoding", "identity").lower()
@@ -91,14 +94,23 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         raise refusal
     chunks = []
     size = 0
+    state = state_of(request)
+    seconds = state.settings.receive_seconds
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > max_bytes:
-                raise refusal
-            chunks.append(chunk)
+        async with asyncio.timeout(seconds):
+            async for chunk in request.stream():
+                size += len(chunk)
+                state.receive(len(chunk))
+                if size > max_bytes:
+                    raise refusal
+                chunks.append(chunk)
     except ClientDisconnect:
         raise ClientGoneError from None
+    except TimeoutError:
+        message = f"the body did not arrive in {seconds:g} s"
+        raise ApiError(408, message, code="request_timeout") from None
+    finally:
+        state.receive(-size)
     return b"".join(chunks)
 
 

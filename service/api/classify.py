@@ -14,11 +14,18 @@ from tokenizers import Encoding
 
 from budgetformer.errors import PolicyError
 from service.api import infinity
+from service.api.access import needs, spend
 from service.api.answered import Answered, best_first
 from service.api.bodies import describe_body, read_body
-from service.api.errors import ApiError, ClientGoneError
+from service.api.errors import CLASSIFYING, ApiError, ClientGoneError, errors_documented_as
 from service.api.responses import json_response
-from service.api.schemas import ClassifyRequest, ClassifyResponse, ErrorResponse, Input
+from service.api.schemas import (
+    ClassifyRequest,
+    ClassifyResponse,
+    ErrorResponse,
+    InfinityResponse,
+    Input,
+)
 from service.api.state import State, state_of
 from service.engine.client import (
     DeadlineError,
@@ -34,7 +41,11 @@ from service.models import ServedModel
 from service.observability.context import current_request
 from service.settings import DEFAULT_QUALITY
 
-router = APIRouter(tags=["classify"])
+router = APIRouter(
+    tags=["classify"],
+    dependencies=[needs("classify")],
+    responses=errors_documented_as(ErrorResponse, CLASSIFYING),
+)
 
 
 Text = str | tuple[str, str]
@@ -43,10 +54,7 @@ Text = str | tuple[str, str]
 @router.post(
     "/classify",
     summary="Classify texts, each with the heads that it needs",
-    response_model=ClassifyResponse,
-    responses={
-        status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 415, 422, 429, 503, 504)
-    },
+    response_model=ClassifyResponse | InfinityResponse,
     openapi_extra=describe_body(ClassifyRequest),
 )
 async def classify(request: Request) -> Response:
@@ -86,6 +94,7 @@ async def respond(
     texts = check_texts(state, body.input)
     model = state.model(body.model)
     with model.in_use(), state.room_for(len(texts)):
+        spend(request, len(texts))
         return await _respond(request, state, body, texts, model, started, write)
 
 

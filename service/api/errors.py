@@ -5,25 +5,30 @@ Routes that speak another server's language write the same errors in that server
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from service.api.responses import json_response
 
 REASONS = {
     400: "invalid_request",
     401: "unauthorized",
+    403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "too_large",
     415: "unsupported_media_type",
     422: "invalid_field",
     429: "overloaded",
+    431: "headers_too_large",
     500: "internal_error",
     503: "unavailable",
     504: "timeout",
@@ -94,6 +99,30 @@ def errors_as(shape: Shape) -> Any:
     return Depends(choose)
 
 
+def _methods(request: Request) -> set[str]:
+    """Return the methods of every documented route with the path of a request."""
+    fitting = (
+        methods
+        for path, methods in request.app.openapi()["paths"].items()
+        if compile_path(path)[0].match(request.url.path)
+    )
+    return {method.upper() for methods in fitting for method in methods}
+
+
+CLASSIFYING = (400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504)
+"""What a route that classifies may answer instead."""
+
+
+def errors_documented_as(
+    model: type[BaseModel], statuses: Iterable[int] = ()
+) -> dict[int | str, dict[str, Any]]:
+    """Return what OpenAPI says of answers that are no success; `statuses` are named one by one."""
+    any_other: dict[int | str, Any] = {
+        "default": {"model": model, "description": "Why there is no answer"}
+    }
+    return {status: {"model": model} for status in statuses} | any_other
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Turn every expected exception of this app into the one shape; `Observe` does the others."""
 
@@ -110,6 +139,9 @@ def install_error_handlers(app: FastAPI) -> None:
         }.get(error.status_code, str(error.detail))
         response = ApiError(error.status_code, message).response(request.scope["state"])
         response.headers.update(error.headers or {})
+        if error.status_code == 405:  # the router names the methods of the first route that fits
+            known = set(response.headers.get("Allow", "").split(", ")) - {""}
+            response.headers["Allow"] = ", ".join(sorted(known | _methods(request)))
         return response
 
     app.add_exception_handler(ApiError, api_error)

@@ -8,13 +8,20 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.errors import ApiError
+from service.api.errors import ApiError, errors_documented_as
 from service.api.responses import json_response
+from service.api.schemas import ErrorResponse
 from service.api.state import State, state_of
 from service.connection import ConnectionBrokeError, NotConnectedError
 from service.hub.messages import Shown
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["operations"], responses=errors_documented_as(ErrorResponse))
+
+
+class Exposition(Response):
+    """Metrics, in the form that is asked for."""
+
+    media_type = "text/plain"
 
 
 @router.get("/health/live", summary="Is the process alive?")
@@ -32,7 +39,11 @@ async def ready(request: Request) -> Response:
     return json_response({"status": "ok"})
 
 
-@router.get("/health", summary="The whole picture")
+@router.get(
+    "/health",
+    summary="The whole picture",
+    responses={503: {"description": "It cannot classify now; the picture says why"}},
+)
 async def health(request: Request) -> Response:
     """Describe engines and models; the status is that of `/health/ready`."""
     state = state_of(request)
@@ -60,7 +71,7 @@ async def health(request: Request) -> Response:
     return json_response(content, 200 if reason is None else 503)
 
 
-@router.get("/metrics", summary="Prometheus metrics")
+@router.get("/metrics", summary="Prometheus metrics", response_class=Exposition)
 async def metrics(request: Request) -> Response:
     """Expose all series, as Prometheus text or OpenMetrics, whichever is accepted."""
     accept = request.headers.get("accept", "")

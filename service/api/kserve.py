@@ -12,12 +12,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 import budgetformer
+from service.api.access import needs
 from service.api.answered import Answered, best_first
 from service.api.bodies import describe_body, parse, read_body, read_bytes, validate
 from service.api.classify import respond
-from service.api.errors import ApiError, errors_as
+from service.api.errors import CLASSIFYING, ApiError, errors_as, errors_documented_as
 from service.api.health import why_not_ready
-from service.api.models import MOST_LOAD_BYTES, load, require_admin, unload
+from service.api.models import MOST_LOAD_BYTES, load, unload
 from service.api.responses import json_response
 from service.api.schemas import (
     ClassifyRequest,
@@ -45,7 +46,14 @@ def infer_error(error: ApiError) -> dict[str, str]:
     return {"error": error.message}
 
 
-router = APIRouter(prefix="/v2", tags=["compatibility"], dependencies=[errors_as(infer_error)])
+router = APIRouter(
+    prefix="/v2",
+    tags=["compatibility"],
+    dependencies=[errors_as(infer_error)],
+    responses=errors_documented_as(InferError),
+)
+_CALLERS: dict[str, Any] = {"dependencies": [needs("classify")]}
+_ADMINS: dict[str, Any] = {"dependencies": [needs("admin")]}
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ OUTPUTS = {
 }
 
 
-@router.get("", summary="Name, version and extensions of the server")
+@router.get("", summary="Name, version and extensions of the server", **_CALLERS)
 async def server_metadata() -> Response:
     """Say what this server is and which extensions of the protocol it knows."""
     content = {
@@ -101,8 +109,10 @@ async def server_ready(request: Request) -> Response:
     return json_response({"ready": True})
 
 
-@router.get("/models/{name}/versions/{version}/ready", summary="Is this version served?")
-@router.get("/models/{name}/ready", summary="Is this model served?")
+@router.get(
+    "/models/{name}/versions/{version}/ready", summary="Is this version served?", **_CALLERS
+)
+@router.get("/models/{name}/ready", summary="Is this model served?", **_CALLERS)
 async def model_ready(request: Request, name: str, version: str | None = None) -> Response:
     """Answer 200 if an engine has the model, 503 while it is loading, 404 if it is not served."""
     state = state_of(request)
@@ -113,8 +123,10 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
     return json_response({"name": checkpoint.name, "ready": True})
 
 
-@router.get("/models/{name}/versions/{version}", summary="Inputs and outputs of this version")
-@router.get("/models/{name}", summary="Inputs and outputs of a model")
+@router.get(
+    "/models/{name}/versions/{version}", summary="Inputs and outputs of this version", **_CALLERS
+)
+@router.get("/models/{name}", summary="Inputs and outputs of a model", **_CALLERS)
 async def model_metadata(request: Request, name: str, version: str | None = None) -> Response:
     """Describe the tensors: texts in; labels, scores and what they cost out."""
     checkpoint = state_of(request).model(_spec(name, version)).checkpoint
@@ -134,8 +146,10 @@ async def model_metadata(request: Request, name: str, version: str | None = None
     return json_response(content)
 
 
-@router.get("/models/{name}/versions/{version}/config", summary="Triton's view of this version")
-@router.get("/models/{name}/config", summary="Triton's view of a model")
+@router.get(
+    "/models/{name}/versions/{version}/config", summary="Triton's view of this version", **_CALLERS
+)
+@router.get("/models/{name}/config", summary="Triton's view of a model", **_CALLERS)
 async def model_config(request: Request, name: str, version: str | None = None) -> Response:
     """Describe the model as a Triton model configuration."""
     state = state_of(request)
@@ -159,10 +173,8 @@ async def model_config(request: Request, name: str, version: str | None = None) 
     return json_response(content)
 
 
-_INFER: dict[str, Any] = {
-    "responses": {
-        status: {"model": InferError} for status in (400, 404, 413, 415, 422, 429, 500, 503, 504)
-    },
+_INFER: dict[str, Any] = _CALLERS | {
+    "responses": errors_documented_as(InferError, CLASSIFYING),
     "openapi_extra": describe_body(InferRequest),
 }
 
@@ -273,6 +285,7 @@ def _ranked(answered: Answered, scores: Sequence[Any]) -> list[str]:
 @router.post(
     "/repository/index",
     summary="What the model store holds",
+    **_CALLERS,
     openapi_extra=describe_body(IndexRequest, required=False),
 )
 async def repository_index(request: Request) -> Response:
@@ -299,11 +312,11 @@ def _index_row(state: State, name: str, version: int) -> dict[str, str]:
 @router.post(
     "/repository/models/{name}/load",
     summary="Load the highest version and serve it (Triton)",
+    **_ADMINS,
     openapi_extra=describe_body(RepositoryRequest, required=False),
 )
 async def repository_load(request: Request, name: str) -> Response:
-    """Do what `/models/{name}/load` does, with the admin key."""
-    require_admin(request)
+    """Do what `/models/{name}/load` does."""
     body = await read_body(request, RepositoryRequest, MOST_LOAD_BYTES, RepositoryRequest())
     if body.parameters:
         message = "a checkpoint is its own configuration: load takes no parameters"
@@ -315,11 +328,11 @@ async def repository_load(request: Request, name: str) -> Response:
 @router.post(
     "/repository/models/{name}/unload",
     summary="Stop serving a model (Triton)",
+    **_ADMINS,
     openapi_extra=describe_body(RepositoryRequest, required=False),
 )
 async def repository_unload(request: Request, name: str) -> Response:
-    """Do what `/models/{name}/unload` does, with the admin key."""
-    require_admin(request)
+    """Do what `/models/{name}/unload` does."""
     await read_body(request, RepositoryRequest, MOST_LOAD_BYTES, RepositoryRequest())
     await unload(request, name)
     return json_response({})

@@ -1,7 +1,7 @@
 """Around every request.
 
-Its id and trace, its outcome, its duration, its line in the log. Plain ASGI, so that nothing is
-buffered.
+Its id and trace, its outcome, its duration, its line in the log, what its answer tells browsers.
+Plain ASGI, so that nothing is buffered.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import CLIENT_GONE, ApiError, ClientGoneError
 from service.hub.link import HubLink
-from service.hub.messages import REASONS, RequestEnded
+from service.hub.messages import DENIALS, REASONS, RequestEnded
 from service.observability.context import RequestContext, current_request, serving
 
 log = structlog.get_logger()
@@ -28,7 +28,17 @@ _SOUND_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OTHER = "other"
 PROBES = ("/health", "/v2/health", "/ping")
 """How the paths of probes begin, whose errors are answers."""
-_REFUSALS = {"body_too_large": "too_large", "too_many_items": "too_large"}
+_REFUSALS = {
+    "body_too_large": "too_large",
+    "too_many_items": "too_large",
+    "too_many_requests": "rate",
+}
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+)
+_HSTS = (b"strict-transport-security", b"max-age=31536000")
 
 
 _W3C = TraceContextTextMapPropagator()
@@ -96,15 +106,73 @@ class Observe:
         refused = reason in REASONS
         if refused:
             outcome = "rejected"
-        traceparent = current_request().traceparent
+        caller = scope["state"].get("caller")
+        name = "" if caller is None else caller.name
         self.hub.observe(
-            RequestEnded(route, outcome, seconds, traceparent, reason if refused else "")
+            RequestEnded(
+                route,
+                outcome,
+                seconds,
+                current_request().traceparent,
+                reason if refused else "",
+                refusal if refusal in DENIALS else "",
+                name,
+            )
         )
+        names = {"key": name} if name else {}
+        if scope.get("client"):
+            names["client"] = scope["client"][0]
         failed = outcome == "error" and not route.startswith(PROBES)
         chosen = failed or random.random() < self.log_share
         write = log.info if chosen else log.debug
         milliseconds = round(seconds * 1000, 2)
-        write("request", route=route, status=status, outcome=outcome, ms=milliseconds)
+        write("request", route=route, status=status, outcome=outcome, ms=milliseconds, **names)
+
+
+class Secure:
+    """Put on every answer the headers that keep browsers from being used against its reader."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        added = [*SECURITY_HEADERS, _HSTS] if scope.get("scheme") == "https" else SECURITY_HEADERS
+
+        async def send_secured(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", ()))
+                given = {name.lower() for name, _ in headers}
+                headers += [header for header in added if header[0] not in given]
+                message["headers"] = headers
+            await send(message)
+
+        await self.app(scope, receive, send_secured)
+
+
+class OperationsPort:
+    """Keep to a port of its own what only operators need: the metrics there alone, probes too.
+
+    Args:
+        app: what serves it.
+        port: the port of probes and metrics.
+    """
+
+    def __init__(self, app: ASGIApp, port: int) -> None:
+        self.app = app
+        self.port = port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, unless it came to the wrong port."""
+        if scope["type"] == "http":
+            path = scope["path"]
+            here = (scope.get("server") or ("", None))[1] == self.port
+            fits = path == "/metrics" or path.startswith(PROBES) if here else path != "/metrics"
+            if not fits:
+                error = ApiError(404, f"there is no route {path} on this port")
+                await error.response({})(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 def _traceparent(scope: Scope, headers: dict[bytes, bytes]) -> str:

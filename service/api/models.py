@@ -1,25 +1,25 @@
-"""What is served, and (with the admin key) loading and unloading; tokens."""
+"""What is served, and (with the scope `admin`) loading and unloading; tokens."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 
 from budgetformer.checkpoint import Checkpoint
+from service.api.access import needs, spend
 from service.api.bodies import describe_body, read_body
 from service.api.classify import check_texts
-from service.api.errors import ApiError
+from service.api.errors import ApiError, errors_documented_as
 from service.api.responses import json_response
-from service.api.schemas import RequestBody, TokenizeRequest, TokenizeResponse
+from service.api.schemas import ErrorResponse, RequestBody, TokenizeRequest, TokenizeResponse
 from service.api.state import state_of
 from service.connection import ConnectionBrokeError, NotConnectedError
 from service.hub.messages import Changed, ChangeFailed, ChangeModel
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], responses=errors_documented_as(ErrorResponse))
 
 MOST_LOAD_BYTES = 4096
 CHANGE_STATUS = {"unknown_model": 404, "broken_checkpoint": 422, "engine_down": 503}
@@ -33,7 +33,7 @@ class LoadRequest(RequestBody):
     version: Annotated[int, Field(ge=1)] | None = None
 
 
-@router.get("/v1/models", summary="Models that are served")
+@router.get("/v1/models", summary="Models that are served", dependencies=[needs("classify")])
 async def list_models(request: Request) -> Response:
     """List the served models, as OpenAI's API does; requests that name none get the `default`."""
     state = state_of(request)
@@ -50,7 +50,7 @@ async def list_models(request: Request) -> Response:
     return json_response({"object": "list", "data": data})
 
 
-@router.get("/models/{name}", summary="One model's card")
+@router.get("/models/{name}", summary="One model's card", dependencies=[needs("classify")])
 async def show_model(request: Request, name: str) -> Response:
     """Show labels, sizes, versions, and what each quality level reaches and costs."""
     state = state_of(request)
@@ -65,6 +65,7 @@ async def show_model(request: Request, name: str) -> Response:
 @router.post(
     "/models/{name}/load",
     summary="Load a version and serve it",
+    dependencies=[needs("admin")],
     openapi_extra=describe_body(LoadRequest, required=False),
 )
 async def load_model(request: Request, name: str) -> Response:
@@ -72,7 +73,6 @@ async def load_model(request: Request, name: str) -> Response:
 
     A failure leaves all as it was.
     """
-    require_admin(request)
     body = await read_body(request, LoadRequest, MOST_LOAD_BYTES, default=LoadRequest())
     label = await load(request, name, body.version)
     return json_response({"model": label, "status": "loaded"})
@@ -120,10 +120,9 @@ async def _change(request: Request, wanted: ChangeModel) -> str:
     return answer.label
 
 
-@router.post("/models/{name}/unload", summary="Stop serving a model")
+@router.post("/models/{name}/unload", summary="Stop serving a model", dependencies=[needs("admin")])
 async def unload_model(request: Request, name: str) -> Response:
     """Take a model out of service; what it has begun is finished, then its memory is freed."""
-    require_admin(request)
     label = await unload(request, name)
     return json_response({"model": label, "status": "unloaded"})
 
@@ -131,6 +130,7 @@ async def unload_model(request: Request, name: str) -> Response:
 @router.post(
     "/tokenize",
     summary="Tokens of a text",
+    dependencies=[needs("classify")],
     response_model=TokenizeResponse,
     openapi_extra=describe_body(TokenizeRequest),
 )
@@ -140,6 +140,7 @@ async def tokenize(request: Request) -> Response:
     body = await read_body(request, TokenizeRequest, state.settings.max_body_bytes)
     texts = check_texts(state, body.input)
     model = state.model(body.model)
+    spend(request, len(texts))
     encodings = await asyncio.get_running_loop().run_in_executor(
         state.tokenizing, model.encode, texts
     )
@@ -154,23 +155,6 @@ async def tokenize(request: Request) -> Response:
         for index, encoding in enumerate(encodings)
     ]
     return json_response({"model": model.checkpoint.label, "data": data})
-
-
-def require_admin(request: Request) -> None:
-    """Check the admin key, given as a Bearer token or in X-API-Key.
-
-    Raises:
-        ApiError: 401.
-    """
-    expected = state_of(request).settings.admin_key
-    if expected is None:
-        raise ApiError(
-            401, "this route is closed: the server has no admin key", code="no_admin_key"
-        )
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    given = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-    if not hmac.compare_digest(given.encode(), expected.get_secret_value().encode()):
-        raise ApiError(401, "the admin key is missing or wrong", code="wrong_key")
 
 
 def _card(checkpoint: Checkpoint) -> dict[str, Any]:

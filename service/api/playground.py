@@ -9,6 +9,7 @@ from importlib.resources import files
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
+from service.api.access import needs
 from service.api.errors import ApiError
 from service.api.health import shown
 from service.api.state import state_of
@@ -27,8 +28,6 @@ HEADERS = {
         "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'"
     ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
@@ -71,7 +70,7 @@ async def playground(request: Request) -> Response:
     return _FILES["index.html"].response(request)
 
 
-@router.get(RECENT_ROUTE, include_in_schema=False)
+@router.get(RECENT_ROUTE, include_in_schema=False, dependencies=[needs("classify")])
 async def recent(request: Request, model: str | None = None) -> Response:
     """Tell what a model's texts took in the last minutes."""
     state = state_of(request)

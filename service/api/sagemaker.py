@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
+from service.api.access import needs
 from service.api.bodies import describe_body, parse_object, read_json, validate
 from service.api.classify import respond_to_classify
+from service.api.errors import CLASSIFYING, errors_documented_as
 from service.api.health import ready
-from service.api.schemas import ClassifyRequest, ErrorResponse, PredictRequest
+from service.api.schemas import (
+    ClassifyRequest,
+    ClassifyResponse,
+    ErrorResponse,
+    InfinityResponse,
+    LabelScore,
+    PredictRequest,
+)
 from service.api.state import state_of
 from service.api.tei import respond_to_predict
 
-router = APIRouter(tags=["compatibility"])
+router = APIRouter(tags=["compatibility"], responses=errors_documented_as(ErrorResponse))
 
 
 @router.get("/ping", summary="Can it classify now? (SageMaker)")
@@ -23,9 +32,9 @@ async def ping(request: Request) -> Response:
 @router.post(
     "/invocations",
     summary="Classify (SageMaker)",
-    responses={
-        status: {"model": ErrorResponse} for status in (400, 404, 413, 415, 422, 429, 503, 504)
-    },
+    responses=errors_documented_as(ErrorResponse, CLASSIFYING),
+    response_model=ClassifyResponse | InfinityResponse | list[LabelScore] | list[list[LabelScore]],
+    dependencies=[needs("classify")],
     openapi_extra=describe_body(ClassifyRequest, PredictRequest),
 )
 async def invocations(request: Request) -> Response:

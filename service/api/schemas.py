@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 _EXAMPLE_TEXT = "The striker scored twice as the home side won the final."
 
@@ -33,6 +33,18 @@ Quality = Literal["auto", "fast", "balanced", "best"] | Points
 
 Milliseconds = Annotated[int, Field(ge=1, le=2**53)]
 Size = Annotated[int, Field(ge=0, le=2**53)]
+Zero = Annotated[int, Field(ge=0, le=0)]
+"""Not Literal[0], which takes False for it."""
+
+
+def _yes(value: bool) -> bool:
+    if not value:
+        raise ValueError("input should be true")
+    return value
+
+
+Yes = Annotated[bool, AfterValidator(_yes), Field(json_schema_extra={"const": True})]
+"""Not Literal[True], which takes 1 for it."""
 
 _QUALITY_HINT = "must be 'auto', 'fast', 'balanced', 'best' or a number 0..100"
 _INPUT_HINT = 'must be a string, {"text": ..., "text_pair": ...}, or a list of these'
@@ -78,9 +90,9 @@ class ClassifyRequest(RequestBody):
     """Sent by OpenAI's and vLLM's clients; nothing depends on it."""
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
     """vLLM's way to name a request: the `id` of the answer is made of it."""
-    priority: Literal[0] = 0
+    priority: Zero = 0
     """Sent by vLLM's clients; there is one priority."""
-    add_special_tokens: Literal[True] = True
+    add_special_tokens: Yes = True
     """Sent by vLLM's clients; the model cannot do without its special tokens."""
     truncate_prompt_tokens: Literal[-1] | None = None
     """Sent by vLLM's clients; -1 cuts at the model's length, as `truncate` does."""
@@ -224,6 +236,24 @@ class ClassifyResponse(BaseModel):
     usage: Usage
 
 
+class InfinityUsage(BaseModel):
+    """Sums over the request, as Infinity gives them."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class InfinityResponse(BaseModel):
+    """The answer that Infinity's clients read: for each text, its labels best first."""
+
+    id: str
+    object: Literal["classify"]
+    created: int
+    model: str
+    data: list[list[LabelScore]]
+    usage: InfinityUsage
+
+
 class TokenizeRequest(RequestBody):
     """What to tokenize."""
 
@@ -316,7 +346,7 @@ class InferParameters(RequestBody):
     """As for POST /classify."""
     timeout: Size = 0
     """Microseconds after which the answer is worthless; 0: the server's own."""
-    priority: Literal[0] = 0
+    priority: Zero = 0
     """There is one priority."""
     binary_data_output: bool = False
     """Whether outputs come as binary data where they do not say it themselves."""

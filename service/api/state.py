@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 from fastapi import Request
 from opentelemetry.trace import Tracer
 
+from service.access import KeyRing
 from service.api.errors import ApiError
 from service.engine.client import Engines
 from service.hub.link import HubLink
 from service.models import Models, ServedModel, UnknownModelError
 from service.settings import Settings
+
+MOST_BODIES = 16
+"""As many bodies of the largest size may be arriving at once."""
 
 
 @dataclass
@@ -26,12 +30,29 @@ class State:
     engines: Engines
     hub: HubLink
     tracer: Tracer
+    keys: KeyRing
     tokenizing: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
     )
 
     texts: int = 0
     """Texts that are here, from their arrival to their answer."""
+
+    body_bytes: int = 0
+    """Bytes of the bodies that are arriving."""
+
+    def receive(self, count: int) -> None:
+        """Count bytes of a body that is arriving; below 0, one that is here, or given up.
+
+        Many callers may send large bodies slowly: together they may hold only so much.
+
+        Raises:
+            ApiError: 429, there is no room; they are counted nevertheless.
+        """
+        self.body_bytes += count
+        if count > 0 and self.body_bytes > MOST_BODIES * self.settings.max_body_bytes:
+            message = "the server receives all the bytes that it can; try again in 1 s"
+            raise ApiError(429, message, code="queue_full", retry_after=1)
 
     @contextmanager
     def room_for(self, count: int) -> Iterator[None]:

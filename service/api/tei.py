@@ -7,10 +7,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from service.api.access import needs
 from service.api.answered import Answered
 from service.api.bodies import describe_body, read_body
 from service.api.classify import respond
-from service.api.errors import ApiError, errors_as
+from service.api.errors import CLASSIFYING, ApiError, errors_as, errors_documented_as
 from service.api.responses import json_response
 from service.api.schemas import (
     ClassifyRequest,
@@ -30,14 +31,15 @@ def predict_error(error: ApiError) -> dict[str, str]:
     return {"error": error.message, "error_type": special.get(error.status, usual)}
 
 
-router = APIRouter(tags=["compatibility"], dependencies=[errors_as(predict_error)])
+router = APIRouter(
+    tags=["compatibility"],
+    dependencies=[errors_as(predict_error), needs("classify")],
+    responses=errors_documented_as(PredictError, CLASSIFYING),
+)
 
 
 _PREDICT: dict[str, Any] = {
     "response_model": list[LabelScore] | list[list[LabelScore]],
-    "responses": {
-        status: {"model": PredictError} for status in (400, 404, 413, 415, 422, 429, 500, 503, 504)
-    },
     "openapi_extra": describe_body(PredictRequest),
 }
 

@@ -11,6 +11,7 @@ import typer
 import budgetformer
 from budgetformer.errors import BudgetFormerError, PolicyError
 from service.cli.classify import classify
+from service.cli.keys import keys_app
 from service.cli.models import models_app
 from service.cli.serve import SettingsCommand, doctor, serve
 from service.cli.terminal import FAILED, USAGE, JsonOption, say
@@ -42,6 +43,7 @@ for _command in (classify, train, calibrate, evaluate, tune):
 app.command("import")(import_encoder)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
+app.add_typer(keys_app, name="keys")
 
 
 @app.command()

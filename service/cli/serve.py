@@ -46,6 +46,7 @@ def serve(context: typer.Context) -> None:
         return
     from service.supervisor import supervise
 
+    settings.check_access()
     if settings.cost_tables is not None:
         read_tables(settings.cost_tables)  # better refused here than by every engine
     configure_logs(settings.log_level, settings.log_format)
@@ -96,7 +97,8 @@ def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
         return Settings(_cli_settings_source=source), print_config  # type: ignore[call-arg]
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise SettingsError(f"{first['loc'][0]}: {first['msg']}") from error
+        where = ".".join(map(str, first["loc"]))
+        raise SettingsError(f"{where}: {first['msg']}" if where else first["msg"]) from error
     except (SourceError, ValueError) as error:
         raise SettingsError(str(error)) from error
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 
-from budgetformer.checkpoint import Checkpoint, load_tokenizer, read_checkpoint, read_store
+from budgetformer.checkpoint import NAME, Checkpoint, load_tokenizer, read_checkpoint, read_store
 from budgetformer.errors import CheckpointError
 from service.settings import Settings
 
@@ -66,11 +66,14 @@ class Catalog:
             CheckpointError: it is damaged.
         """
         folder = self.store / name
-        if Path(name).name != name or not folder.is_dir():
+        if not re.fullmatch(NAME, name) or not folder.is_dir():
             raise UnknownModelError(f"no model {name!r} in the store")
         numbers = sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
         if not numbers or (version is not None and version not in numbers):
             raise UnknownModelError(f"the store has no version {version or ''} of {name!r}")
-        checkpoint = read_checkpoint(folder / str(numbers[-1] if version is None else version))
+        folder /= str(numbers[-1] if version is None else version)
+        if not folder.resolve().is_relative_to(self.store.resolve()):
+            raise CheckpointError(f"{folder}: leads out of the store")
+        checkpoint = read_checkpoint(folder)
         load_tokenizer(checkpoint)
         return checkpoint

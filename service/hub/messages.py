@@ -10,6 +10,10 @@ from service.frames import Message, decoder
 
 REASONS = ("queue_full", "deadline", "draining", "too_large", "rate")
 """Why requests are refused."""
+DENIALS = ("no_key", "wrong_key", "missing_scope")
+"""Why callers are turned away."""
+BREAKS = ("too_many", "slow", "head_too_large", "malformed")
+"""Why connections are ended before a request was there."""
 
 
 class ServedVersion(msgspec.Struct, frozen=True, array_like=True):
@@ -100,13 +104,25 @@ class Shown(Message, frozen=True):
 
 
 class RequestEnded(Message, frozen=True):
-    """A request has ended after so many seconds; `refusal` says why it was rejected, if it was."""
+    """A request has ended.
+
+    Attributes:
+        route: its template.
+        outcome: how it ended.
+        seconds: from the first byte to the last.
+        traceparent: its place in a trace.
+        refusal: why it was rejected, if it was: one of `REASONS`.
+        denial: why its caller was turned away, if so: one of `DENIALS`.
+        caller: name of the caller's key, where it is known.
+    """
 
     route: str
     outcome: str
     seconds: float
     traceparent: str = ""
     refusal: str = ""
+    denial: str = ""
+    caller: str = ""
 
 
 class ItemSpent(msgspec.Struct, frozen=True, array_like=True):
@@ -143,7 +159,26 @@ class ItemsAnswered(Message, frozen=True):
     traceparent: str = ""
 
 
-Observation: TypeAlias = RequestEnded | ItemsAnswered
+class TextsAsked(Message, frozen=True):
+    """A caller, by the name of its key, asked for so many texts."""
+
+    caller: str
+    texts: int
+
+
+class KeysKnown(Message, frozen=True):
+    """The names of all keys, from now on."""
+
+    names: list[str]
+
+
+class ConnectionEnded(Message, frozen=True):
+    """A connection was ended before a request was there, for one of `BREAKS`."""
+
+    reason: str
+
+
+Observation: TypeAlias = RequestEnded | ItemsAnswered | TextsAsked | KeysKnown | ConnectionEnded
 
 
 class Observed(Message, frozen=True):

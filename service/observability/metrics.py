@@ -5,7 +5,7 @@ One process, the hub, owns the registry that /metrics shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import assert_never
 
 from prometheus_client import (
@@ -16,7 +16,18 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
-from service.hub.messages import REASONS, ItemsAnswered, ItemSpent, Observation, RequestEnded
+from service.hub.messages import (
+    BREAKS,
+    DENIALS,
+    REASONS,
+    ConnectionEnded,
+    ItemsAnswered,
+    ItemSpent,
+    KeysKnown,
+    Observation,
+    RequestEnded,
+    TextsAsked,
+)
 from service.observability.context import RequestContext
 from service.observability.processes import Family, FamilyCollector, only_this_process
 
@@ -111,6 +122,16 @@ class Metrics:
         self.queue_oldest = self._gauge("queue_oldest_age_seconds", "Longest wait by now.", "model")
         self.in_flight = self._gauge("in_flight_items", "Items that are not answered yet.", "model")
         self.rejected = self._counter("rejected", "Requests refused, by reason.", "reason")
+        self.denied = self._counter(
+            "denied", "Requests of callers who may not, by reason.", "reason"
+        )
+        self.broken_connections = self._counter(
+            "broken_connections", "Connections ended before a request was there.", "reason"
+        )
+        self.key_requests = self._counter(
+            "key_requests", "Requests by the caller's key and outcome.", "key", "outcome"
+        )
+        self.key_texts = self._counter("key_texts", "Texts asked for, by the caller's key.", "key")
         self.cancelled = self._counter("cancelled", "Requests whose client went away.")
         self.deadline_exceeded = self._counter(
             "deadline_exceeded", "Requests whose deadline passed."
@@ -149,8 +170,14 @@ class Metrics:
         self._batches: dict[tuple[str, int], BatchSeries] = {}
         self._requests: dict[tuple[str, str], Counter] = {}
         self._durations: dict[str, Histogram] = {}
-        for reason in REASONS:
-            self.rejected.labels(reason)
+        self._keys: set[str] = set()
+        for counter, reasons in (
+            (self.rejected, REASONS),
+            (self.denied, DENIALS),
+            (self.broken_connections, BREAKS),
+        ):
+            for reason in reasons:
+                counter.labels(reason)
 
     def know_routes(self, routes: Iterable[str]) -> None:
         """Let every route's series read 0 from the start."""
@@ -158,6 +185,20 @@ class Metrics:
             self.request_duration.labels(route)
             for outcome in OUTCOMES:
                 self.requests.labels(route, outcome)
+
+    def know_keys(self, names: Collection[str]) -> None:
+        """Let the series of every key read 0 from the start, and drop those of keys that are gone.
+
+        So they stay as few as the keys are.
+        """
+        for name in names:
+            self.key_texts.labels(name)
+            for outcome in OUTCOMES:
+                self.key_requests.labels(name, outcome)
+        for gone in self._keys.difference(names):
+            for counter in (self.key_texts, self.key_requests):
+                counter.remove_by_labels({"key": gone})
+        self._keys = set(names)
 
     def know_engines(self, count: int) -> None:
         """Let every engine's series read 0 from the start."""
@@ -192,16 +233,23 @@ class Metrics:
     def take(self, observations: Iterable[Observation]) -> None:
         """Count what a front has seen."""
         for seen in observations:
-            exemplar = RequestContext(traceparent=seen.traceparent).exemplar
             match seen:
                 case RequestEnded():
-                    self._request_ended(seen, exemplar)
+                    self._request_ended(seen)
                 case ItemsAnswered():
-                    self._items_answered(seen, exemplar)
+                    self._items_answered(seen)
+                case TextsAsked():
+                    if seen.caller in self._keys:
+                        self.key_texts.labels(seen.caller).inc(seen.texts)
+                case KeysKnown():
+                    self.know_keys(seen.names)
+                case ConnectionEnded():
+                    self.broken_connections.labels(seen.reason).inc()
                 case _:
                     assert_never(seen)
 
-    def _request_ended(self, seen: RequestEnded, exemplar: Exemplar) -> None:
+    def _request_ended(self, seen: RequestEnded) -> None:
+        exemplar = _exemplar(seen.traceparent)
         key = seen.route, seen.outcome
         counter = self._requests.get(key)
         if counter is None:
@@ -215,8 +263,13 @@ class Metrics:
             self.deadline_exceeded.inc()
         elif seen.refusal:
             self.rejected.labels(seen.refusal).inc()
+        if seen.denial:
+            self.denied.labels(seen.denial).inc()
+        if seen.caller in self._keys:
+            self.key_requests.labels(seen.caller, seen.outcome).inc()
 
-    def _items_answered(self, seen: ItemsAnswered, exemplar: Exemplar) -> None:
+    def _items_answered(self, seen: ItemsAnswered) -> None:
+        exemplar = _exemplar(seen.traceparent)
         for stage, seconds in seen.stages.items():
             self._stages[stage].observe(seconds, exemplar)
         self.truncated.inc(seen.truncated)
@@ -233,6 +286,10 @@ class Metrics:
         return Histogram(
             name, text, labels, namespace=PREFIX, buckets=tuple(buckets), registry=self.registry
         )
+
+
+def _exemplar(traceparent: str) -> Exemplar:
+    return RequestContext(traceparent=traceparent).exemplar
 
 
 class ModelSeries:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from budgetformer.cost_table import StepCost
@@ -379,3 +381,26 @@ async def test_an_unexpected_failure_is_a_plain_500_with_an_id(
     monkeypatch.undo()
     shown = await fresh.scrape()
     assert shown.by("outcome", "requests_total", route="/classify") == {"error": 1}
+
+
+async def test_bodies_that_arrive_together_hold_only_so_much(model_store: Path) -> None:
+    go_on = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b" " * 900
+        await go_on.wait()
+        yield b'{"input": "a"}'
+
+    async with service(model_store, models=["topics"], max_body_bytes=1000) as running:
+        state = running.app.state.shared
+
+        async def ask() -> httpx.Response:
+            return await running.client.post("/classify", content=body())
+
+        begun = [asyncio.create_task(ask()) for _ in range(17)]
+        await until(lambda: state.body_bytes == 17 * 900, "bodies under way")
+        error_of(await ask(), 429, "queue_full")
+        go_on.set()
+        assert {(await task).status_code for task in begun} == {200}
+        assert state.body_bytes == 0
+        assert (await ask()).status_code == 200

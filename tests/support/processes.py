@@ -38,11 +38,16 @@ def clean_environment() -> dict[str, str]:
 
 @dataclass
 class Server:
-    """A server and all its processes."""
+    """A server and all its processes.
+
+    `url` is where it is probed, `address` where callers ask: elsewhere, if probes have a port of
+    their own.
+    """
 
     process: subprocess.Popen[bytes]
     url: str
     log: Path
+    address: str = ""
 
     @property
     def children(self) -> list[psutil.Process]:
@@ -95,6 +100,7 @@ def server(
     *,
     engines: int,
     environment: dict[str, str] | None = None,
+    probes: str | None = None,
     **options: str,
 ) -> Iterator[Server]:
     """Run a server, ready for requests; whatever is left of it afterwards is killed."""
@@ -110,7 +116,8 @@ def server(
             stdin=subprocess.DEVNULL,
             env=clean_environment() | (environment or {}),
         )
-    running = Server(process, f"http://127.0.0.1:{port}", log)
+    address = f"http://127.0.0.1:{port}"
+    running = Server(process, probes or address, log, address)
     family: list[psutil.Process] = []
     try:
         running.wait_ready(engines)

@@ -179,8 +179,8 @@ async def service(
         yield running
 
 
-async def _all_loaded(running: Service) -> bool:
-    served = (await running.client.get("/v1/models")).json()["data"]
+def _all_loaded(running: Service) -> bool:
+    served = running.app.state.shared.models.served
     return all(len(core.models) == len(served) for core in running.cores)
 
 

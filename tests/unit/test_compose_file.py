@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.access import read_keys
 from tests.support.programs import program
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,13 @@ def test_secrets_come_from_files_that_are_there() -> None:
     for secret in COMPOSE["secrets"].values():
         default = secret["file"].partition(":-")[2].rstrip("}")
         assert (ROOT / default).is_file()
+
+
+def test_it_says_what_it_opens_and_opens_it_to_this_host_alone() -> None:
+    service = SERVICES["service"]
+    assert service["environment"]["BUDGETFORMER_ALLOW_ANONYMOUS"].endswith(":-true}")
+    assert [port.partition(":")[0] for port in service["ports"]] == ["127.0.0.1"]
+    assert read_keys(ROOT / "docker" / "secrets" / "keys.toml") == {}
 
 
 def test_mounted_files_are_there() -> None:

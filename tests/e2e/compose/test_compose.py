@@ -353,6 +353,42 @@ def test_the_override_file_asks_for_every_gpu(stack: Stack) -> None:
     assert service["read_only"] is True
 
 
+def test_nothing_in_the_container_gives_rights_or_takes_writing(stack: Stack) -> None:
+    """As the service's own user sees it: no setuid, no capability, one folder to write to."""
+    inside = ("exec", "-T", "service", "python", "-c")
+    look = (
+        "import json, os, stat\n"
+        "rights, writable = [], []\n"
+        "for top, folders, files in os.walk('/'):\n"
+        "    folders[:] = [f for f in folders if os.path.join(top, f) not in ('/proc', '/sys')]\n"
+        "    for path in [top, *(os.path.join(top, f) for f in files)]:\n"
+        "        try: mode = os.lstat(path).st_mode\n"
+        "        except OSError: continue\n"
+        "        if stat.S_ISREG(mode) and mode & 0o6000: rights.append(path)\n"
+        "        plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode)\n"
+        "        if plain and os.access(path, os.W_OK): writable.append(path)\n"
+        "status = dict(l.split(':', 1) for l in open('/proc/self/status'))\n"
+        "print(json.dumps([rights, writable, status['CapEff'].strip(), status['CapBnd'].strip(),"
+        " status['NoNewPrivs'].strip(), os.getuid(), os.getgid()]))\n"
+    )
+    seen = json.loads(stack.compose(*inside, look))
+    rights, writable, effective, bounding, no_new, user, group = seen
+    assert rights == []
+    assert [path for path in writable if not path.startswith(("/tmp", "/dev"))] == []
+    assert (int(effective, 16), int(bounding, 16), no_new) == (0, 0, "1")
+    assert user == group == 10001
+
+
+def test_it_has_no_key_to_lose(stack: Stack) -> None:
+    """What the processes were started with, and the image's own layers, hold no secret."""
+    inside = ("exec", "-T", "service", "sh", "-c")
+    seen = stack.compose(*inside, "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline | tr '\\0' '\\n'")
+    assert "BUDGETFORMER_ADMIN_KEY=" not in seen
+    assert "bf_" not in seen
+    refused = stack.service.post("/models/ag_news/load")
+    assert refused.status_code == 401
+
+
 def test_a_killed_container_comes_back_and_prometheus_saw_it(stack: Stack) -> None:
     started = 'changes(budgetformer_process_start_time_seconds{job="budgetformer"}[10m])'
     process = int(stack.inspect("service")["State"]["Pid"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +95,7 @@ def assert_one_line(message: str, *parts: str) -> None:
 
 
 UNREADABLE = {
-    "no manifest": (without("manifest.json"), "manifest.json", "No such file"),
+    "no manifest": (without("manifest.json"), "manifest.json", "missing"),
     "manifest not JSON": (write("manifest.json", b"{"), "manifest.json", "JSON"),
     "manifest empty": (write("manifest.json", b""), "manifest.json", "JSON"),
     "manifest not UTF-8": (write("manifest.json", b"\xff\xfe{}"), "manifest.json", ""),
@@ -106,7 +107,7 @@ UNREADABLE = {
     "bad name": (edit("manifest.json", name="../topics"), "manifest.json", "name"),
     "other name": (edit("manifest.json", name="tropics"), "topics/2", "tropics:2"),
     "other version": (edit("manifest.json", version=3), "topics/2", "topics:3"),
-    "no configuration": (without("config.json"), "config.json", "No such file"),
+    "no configuration": (without("config.json"), "config.json", "missing"),
     "configuration not JSON": (write("config.json", b"}"), "config.json", "JSON"),
     "configuration not UTF-8": (write("config.json", b'"\xff"'), "config.json", ""),
     "configuration a list": (write("config.json", b"[]"), "config.json", "model_type"),
@@ -364,3 +365,59 @@ class TestStore:
     def test_a_model_that_is_not_there(self, store: Path) -> None:
         with pytest.raises(CheckpointError, match="'nothing'"):
             read_store(store).latest("nothing")
+
+
+class TestLinks:
+    def test_a_version_that_leads_out_of_the_store_is_reported(
+        self, store: Path, tmp_path: Path
+    ) -> None:
+        shutil.move(store / "topics/2", tmp_path / "elsewhere")
+        (store / "topics/2").symlink_to(tmp_path / "elsewhere")
+        found = read_store(store)
+        (problem,) = found.errors
+        assert_one_line(problem, str(store / "topics/2"), "leads out of the store")
+        assert found.latest(TOPICS).version == 1
+
+    def test_so_is_a_model(self, store: Path, tmp_path: Path) -> None:
+        shutil.move(store / "topics", tmp_path / "elsewhere")
+        (store / "topics").symlink_to(tmp_path / "elsewhere")
+        found = read_store(store)
+        assert len(found.errors) == 2
+        assert TOPICS not in found.checkpoints
+
+    @pytest.mark.parametrize(
+        "name", ["manifest.json", "config.json", "model.safetensors", "tokenizer.json"]
+    )
+    def test_a_file_that_leads_out_of_its_folder_is_never_loaded(
+        self, store: Path, tmp_path: Path, name: str
+    ) -> None:
+        folder = store / "topics/2"
+        shutil.move(folder / name, tmp_path / name)
+        (folder / name).symlink_to(tmp_path / name)
+        with pytest.raises(CheckpointError, match="leads out of its folder"):
+            load_network(read_checkpoint(folder))
+
+    def test_a_link_within_the_folder_is_followed(self, store: Path) -> None:
+        folder = store / "topics/2"
+        (folder / "data").mkdir()
+        shutil.move(folder / "config.json", folder / "data/config.json")
+        (folder / "config.json").symlink_to("data/config.json")
+        read_checkpoint(folder).verify()
+
+    @pytest.mark.parametrize("name", ["..", "x" * 300, "a\x00b", "a/b", ""])
+    def test_a_file_name_that_no_folder_holds(self, store: Path, name: str) -> None:
+        folder = store / "topics/2"
+        manifest = read_checkpoint(folder).manifest
+        entry = manifest.files["config.json"]
+        write_manifest(
+            folder, manifest.model_copy(update={"files": manifest.files | {name: entry}})
+        )
+        with pytest.raises(CheckpointError):
+            read_checkpoint(folder).verify()
+
+    def test_a_pipe_is_not_waited_for(self, store: Path) -> None:
+        path = store / "topics/2/manifest.json"
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(CheckpointError, match="missing"):
+            read_checkpoint(path.parent)

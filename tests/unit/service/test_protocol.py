@@ -90,7 +90,7 @@ TO_FRONT = {
 lines = st.lists(words, max_size=2)
 spent = st.builds(hub.ItemSpent, numbers, numbers, numbers, numbers, numbers)
 served = st.builds(hub.ServedVersion, words, numbers, words)
-observations = st.builds(hub.RequestEnded, words, words, finite, words, words) | st.builds(
+answered = st.builds(
     hub.ItemsAnswered,
     words,
     numbers,
@@ -100,6 +100,13 @@ observations = st.builds(hub.RequestEnded, words, words, finite, words, words) |
     seconds_by_model,
     numbers,
     words,
+)
+observations = st.one_of(
+    answered,
+    st.builds(hub.RequestEnded, words, words, finite, words, words, words, words),
+    st.builds(hub.TextsAsked, words, numbers),
+    st.builds(hub.KeysKnown, lines),
+    st.builds(hub.ConnectionEnded, words),
 )
 TO_HUB = {
     hub.Here: st.builds(hub.Here, numbers, lines),

@@ -1,0 +1,3 @@
+from tests.support.stores import model_store
+
+__all__ = ["model_store"]

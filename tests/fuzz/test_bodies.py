@@ -1,0 +1,127 @@
+"""Bodies of every route that reads one: answered, or refused in the route's shape; never a 5xx."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.mutation import fuzzed, mutated_bytes, mutated_json
+from tests.support.serving import Service, service
+from tests.support.stores import PAIRS, TAGS, TOPICS
+
+CORPUS = sorted((Path(__file__).parent / "corpus" / "bodies").iterdir())
+TEXT = "The otter slept under the hedge."
+PAIR = {"text": TEXT, "text_pair": "A choir"}
+SAMPLES: dict[str, dict[str, Any]] = {
+    "/classify": {
+        "input": [TEXT, PAIR], "model": TOPICS, "top_k": 2, "threshold": 0.1, "quality": "fast",
+        "use_activation": False, "truncate": True, "max_heads": 2, "return_heads": True,
+        "target_ms": None, "heads": None, "raw_scores": None, "request_id": "a", "priority": 0,
+    },
+    "/tokenize": {"input": [TEXT, PAIR], "model": PAIRS},
+    "/predict": {
+        "inputs": [[TEXT], [TEXT, "A choir"]], "truncate": True, "raw_scores": True,
+        "truncation_direction": "Right", "quality": 0.5,
+    },
+    "/": {"inputs": [TEXT], "parameters": {"top_k": 1, "function_to_apply": "sigmoid"}},
+    "/invocations": {"inputs": TEXT, "model": TAGS, "options": {"use_cache": False}},
+    f"/v2/models/{TOPICS}/infer": {
+        "id": "7",
+        "inputs": [
+            {"name": "text", "shape": [2, 1], "datatype": "BYTES", "data": [TEXT, TEXT]},
+            {"name": "text_pair", "shape": [2], "datatype": "BYTES", "data": ["", "b"]},
+        ],
+        "outputs": [{"name": "probs", "parameters": {"classification": 2, "binary_data": True}}],
+        "parameters": {"quality": "best", "timeout": 10**9, "binary_data_output": False},
+    },
+    "/v2/repository/index": {"ready": True},
+    "/v2/repository/models/none/load": {"parameters": {}},
+    "/models/none/load": {"version": 1},
+}  # fmt: skip
+ADMIN = {"X-API-Key": "open-sesame"}
+
+
+class Asked:
+    """A service in this process, asked from outside of its event loop."""
+
+    def __init__(self, runner: asyncio.Runner, running: Service) -> None:
+        self._runner = runner
+        self._running = running
+
+    def post(self, path: str, body: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
+        asking = self._running.client.post(path, content=body, headers=ADMIN | (headers or {}))
+        return self._runner.run(asking)
+
+
+@pytest.fixture(scope="module")
+def asked(model_store: Path) -> Iterator[Asked]:
+    with asyncio.Runner() as runner:
+        opened = service(model_store, max_batch_items=16, timeout_ms=100_000)
+        running = runner.run(opened.__aenter__())
+        yield Asked(runner, running)
+        runner.run(opened.__aexit__(None, None, None))
+
+
+def check(response: httpx.Response) -> None:
+    """Check that an answer is none of the server's own failures, and of the right shape."""
+    assert response.status_code < 500 or response.status_code == 504, response.text
+    assert "Traceback" not in response.text
+    if response.status_code != 200:
+        error = response.json()["error"]
+        assert error["message"] if isinstance(error, dict) else error
+    elif response.headers["content-type"] == "application/json":
+        json.loads(response.content, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+@pytest.mark.parametrize("path", SAMPLES)
+@fuzzed(0.01)
+@given(data=st.data())
+def test_fields(asked: Asked, path: str, data: st.DataObject) -> None:
+    body = json.dumps(data.draw(mutated_json(SAMPLES[path]))).encode()
+    check(asked.post(path, body))
+
+
+@pytest.mark.parametrize("path", SAMPLES)
+@fuzzed(0.005)
+@given(data=st.data())
+def test_bytes(asked: Asked, path: str, data: st.DataObject) -> None:
+    check(asked.post(path, data.draw(mutated_bytes(json.dumps(SAMPLES[path]).encode()))))
+
+
+@fuzzed(0.02)
+@given(data=st.data())
+def test_binary_tensors(asked: Asked, data: st.DataObject) -> None:
+    texts = [TEXT.encode(), b""]
+    blob = b"".join(len(text).to_bytes(4, "little") + text for text in texts)
+    tensor = {"name": "text", "shape": [2, 1], "datatype": "BYTES"}
+    tensor["parameters"] = {"binary_data_size": len(blob)}
+    head = json.dumps(data.draw(mutated_json({"inputs": [tensor]}))).encode()
+    if data.draw(st.booleans()):
+        head, blob = json.dumps({"inputs": [tensor]}).encode(), data.draw(mutated_bytes(blob))
+    length = data.draw(st.sampled_from([len(head)] * 4 + [0, len(head) - 1, 10**9]))
+    headers = {"Inference-Header-Content-Length": str(length)}
+    check(asked.post(f"/v2/models/{TOPICS}/infer", head + blob, headers))
+
+
+@fuzzed(0.01)
+@given(body=st.binary(max_size=40), encoding=st.sampled_from(["gzip", "deflate", "br", "", "x"]))
+def test_encodings(asked: Asked, body: bytes, encoding: str) -> None:
+    check(asked.post("/classify", body, {"Content-Encoding": encoding}))
+
+
+@pytest.mark.parametrize("route", SAMPLES)
+@pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name)
+def test_what_was_found_once(asked: Asked, path: Path, route: str) -> None:
+    check(asked.post(route, path.read_bytes()))

@@ -1,0 +1,135 @@
+"""Checkpoint folders: opened, or refused by a `CheckpointError` of one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from budgetformer.checkpoint import (
+    file_entries,
+    load_tokenizer,
+    read_checkpoint,
+    write_manifest,
+)
+from budgetformer.classifier import load_network
+from budgetformer.errors import CheckpointError, PolicyError
+from tests.support.mutation import fuzzed, mutated_bytes, mutated_json
+from tests.support.stores import TOPICS
+
+CORPUS = sorted((Path(__file__).parent / "corpus" / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def folder(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("fuzzed") / "store" / TOPICS / "1"
+    shutil.copytree(model_store / TOPICS / "1", copy)
+    return copy
+
+
+@contextlib.contextmanager
+def changed(folder: Path, name: str, content: bytes) -> Iterator[None]:
+    """Put other bytes into a file for this block."""
+    path = folder / name
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def sign(folder: Path) -> None:
+    """Let the manifest vouch for whatever is there."""
+    manifest = read_checkpoint(folder).manifest
+    write_manifest(folder, manifest.model_copy(update={"files": file_entries(folder)}))
+
+
+def open_it(folder: Path, whole: bool = False) -> None:
+    try:
+        checkpoint = read_checkpoint(folder)
+        checkpoint.verify()
+        for quality in ("fast", "balanced", "best", 1.0, None):
+            if quality is None or checkpoint.calibrated:
+                with contextlib.suppress(PolicyError):  # it may have lost the level
+                    checkpoint.rule(quality)
+        load_tokenizer(checkpoint)
+        if whole:
+            load_network(checkpoint, "cpu", "float32")
+    except CheckpointError as error:
+        message = str(error)
+        assert message
+        assert "\n" not in message
+
+
+def encoded(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+@fuzzed(0.1)
+@given(data=st.data())
+def test_manifest(folder: Path, data: st.DataObject) -> None:
+    sample = json.loads((folder / "manifest.json").read_bytes())
+    with changed(folder, "manifest.json", encoded(data.draw(mutated_json(sample)))):
+        open_it(folder)
+
+
+@fuzzed(0.05)
+@given(data=st.data())
+def test_bytes_of_the_manifest(folder: Path, data: st.DataObject) -> None:
+    sample = (folder / "manifest.json").read_bytes()
+    with changed(folder, "manifest.json", data.draw(mutated_bytes(sample))):
+        open_it(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@fuzzed(0.02)
+@given(data=st.data())
+def test_what_the_manifest_vouches_for(folder: Path, name: str, data: st.DataObject) -> None:
+    sample = json.loads((folder / name).read_bytes())
+    manifest = (folder / "manifest.json").read_bytes()
+    with (
+        changed(folder, "manifest.json", manifest),
+        changed(folder, name, encoded(data.draw(mutated_json(sample)))),
+    ):
+        with contextlib.suppress(CheckpointError):
+            sign(folder)
+        open_it(folder, whole=name == "config.json")
+
+
+@fuzzed(0.02)
+@given(data=st.data())
+def test_weights(folder: Path, data: st.DataObject) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    if data.draw(st.booleans()):
+        changed_weights = data.draw(mutated_bytes(whole[:length])) + whole[length:]
+    else:
+        head = encoded(data.draw(mutated_json(json.loads(whole[8:length]))))
+        changed_weights = len(head).to_bytes(8, "little") + head + whole[length:]
+    manifest = (folder / "manifest.json").read_bytes()
+    with (
+        changed(folder, "manifest.json", manifest),
+        changed(folder, "model.safetensors", changed_weights),
+    ):
+        sign(folder)
+        open_it(folder, whole=True)
+
+
+@pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name)
+def test_what_was_found_once(folder: Path, path: Path) -> None:
+    """A file of the corpus is named after the one that it stands for: 1-config.json."""
+    name = path.name.partition("-")[2]
+    manifest = (folder / "manifest.json").read_bytes()
+    with changed(folder, "manifest.json", manifest), changed(folder, name, path.read_bytes()):
+        if name != "manifest.json":
+            with contextlib.suppress(CheckpointError):
+                sign(folder)
+        open_it(folder, whole=name != "tokenizer.json")
