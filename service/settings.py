@@ -64,6 +64,9 @@ class Settings(BaseSettings):
     """Port to listen on; 0 takes a free one."""
     model_store: Path = Path("model_store")
     """Folder of checkpoints, <name>/<version>/."""
+    remote_store: str | None = None
+    """Folder of checkpoints elsewhere, such as s3://bucket/models, that is copied into the store at
+    start and whenever the store is polled."""
     poll_store_seconds: float = Field(default=0.0, ge=0)
     """Look into the store so often for higher versions, and serve them; 0 never does."""
     models: list[str] = []

@@ -29,7 +29,11 @@ COPY_BYTES = 2**20
 
 
 def install(
-    source: str, model_store: Path, version: int | None = None, tell: Tell | None = None
+    source: str,
+    model_store: Path,
+    version: int | None = None,
+    tell: Tell | None = None,
+    try_out: bool = True,
 ) -> Checkpoint:
     """Add the checkpoint in `source` to a store and return it.
 
@@ -42,6 +46,7 @@ def install(
         model_store: the store; it is made if it is not there.
         version: whole number; by default the manifest's own, or the next one if it is not higher
             than those that are there.
+        try_out: load the network as serving does; without, its hashes are checked and no more.
         tell: is called with bytes fetched and bytes in all (None: not known).
 
     Raises:
@@ -62,7 +67,7 @@ def install(
         highest = max((int(p.name) for p in there), default=0)
         number = version or max(manifest.version, highest + 1)
         write_manifest(folder, manifest.model_copy(update={"version": number}))
-        _try_out(folder, source)
+        _try_out(folder, source, try_out)
         return _place(folder, model_store / manifest.name / str(number))
     except OSError as error:
         raise CheckpointError(f"{source}: {error.strerror or error}") from error
@@ -114,15 +119,16 @@ def _copy_file(source: Source, name: str, target: Path, most: int) -> None:
         os.fsync(written.fileno())
 
 
-def _try_out(folder: Path, label: str) -> None:
-    """Load everything that serving loads."""
-    from budgetformer.loading import load_network
-
+def _try_out(folder: Path, label: str, network: bool) -> None:
+    """Read and check everything that serving reads, and load the network too if that is asked."""
     try:
         checkpoint = read_checkpoint(folder)
         checkpoint.verify()
         load_tokenizer(checkpoint)
-        load_network(checkpoint)
+        if network:
+            from budgetformer.loading import load_network
+
+            load_network(checkpoint)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(str(folder), label)) from error
 

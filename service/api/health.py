@@ -57,6 +57,7 @@ async def health(request: Request) -> Response:
             "device": client.hello.device if client.hello else None,
             "heartbeat_age_seconds": round(now - client.heard, 3) if client.heard else None,
             "in_flight_items": client.items_in_flight,
+            "models": [f"{name}:{version}" for name, version in sorted(client.models)],
         }
         for client in state.engines.clients
     ]

@@ -12,6 +12,7 @@ from budgetformer.errors import CheckpointError
 from service.hub.catalog import UnknownModelError
 from service.hub.fleet import LoadFailedError, NoEngineError
 from service.hub.hub import Hub
+from service.hub.mirror import Mirror, copy
 
 log = structlog.get_logger()
 
@@ -27,12 +28,14 @@ class StorePoll:
 
     Args:
         hub: serves it.
+        mirror: brings new versions into the store, if there is a store elsewhere.
         names: models to look for, as `Settings.models`: those with a version are pinned to it;
             empty: every model.
     """
 
-    def __init__(self, hub: Hub, names: list[str]) -> None:
+    def __init__(self, hub: Hub, names: list[str], mirror: Mirror | None = None) -> None:
         self._hub = hub
+        self._mirror = mirror
         self._pinned = {name for name, _, version in (n.partition(":") for n in names) if version}
         self._wanted = {name.partition(":")[0] for name in names}
         self._highest = {c.name: c.version for c in hub.catalog.served.values()}
@@ -46,6 +49,8 @@ class StorePoll:
 
     async def look(self) -> None:
         """Look once."""
+        if self._mirror is not None:
+            await asyncio.to_thread(copy, self._mirror)
         try:
             found = await asyncio.to_thread(self._newest)
         except OSError as error:

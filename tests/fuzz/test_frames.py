@@ -1,4 +1,4 @@
-"""Frames between front and engine: a message, the end, or a `FrameError`."""
+"""Frames between processes: a message, the end, or a `FrameError`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine import protocol
-from service.engine.protocol import FrameError
+from service.frames import Decoder, FrameError
 from tests.support.mutation import fuzzed, mutated_bytes, mutated_json
-from tests.unit.service.test_protocol import TO_ENGINE, TO_FRONT, Reader, frame, read_all
+from tests.unit.service.test_protocol import PAIRS, frame, read_all
 
 CORPUS = sorted((Path(__file__).parent / "corpus" / "frames").iterdir())
-READERS = (protocol.read_to_engine, protocol.read_to_front)
+READERS = [messages for _, _, messages in PAIRS]
 
-messages = st.one_of(*TO_ENGINE.values(), *TO_FRONT.values())
+messages = st.one_of(*(strategy for _, strategies, _ in PAIRS for strategy in strategies.values()))
 
 
 @st.composite
@@ -41,7 +41,7 @@ def _packable(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not -(2**63) <= value < 2**64 else value
 
 
-def read(data: bytes, reader: Reader) -> None:
+def read(data: bytes, reader: Decoder) -> None:
     try:
         received = read_all(data, reader)
     except FrameError as error:
@@ -54,13 +54,13 @@ def read(data: bytes, reader: Reader) -> None:
 
 @fuzzed(0.4)
 @given(broken_frames(), st.sampled_from(READERS))
-def test_broken_frames(data: bytes, reader: Reader) -> None:
+def test_broken_frames(data: bytes, reader: Decoder) -> None:
     read(data, reader)
 
 
 @fuzzed(0.05)
 @given(st.binary(max_size=64), st.sampled_from(READERS))
-def test_noise(noise: bytes, reader: Reader) -> None:
+def test_noise(noise: bytes, reader: Decoder) -> None:
     read(struct.pack("<I", len(noise)) + noise, reader)
 
 
@@ -75,7 +75,7 @@ def test_token_ids(data: bytes) -> None:
         assert protocol.pack_ids(ids) == data
 
 
-@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
+@pytest.mark.parametrize("reader", READERS, ids=["to engine", "to front", "to hub", "from hub"])
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name)
-def test_what_was_found_once(path: Path, reader: Reader) -> None:
+def test_what_was_found_once(path: Path, reader: Decoder) -> None:
     read(path.read_bytes(), reader)

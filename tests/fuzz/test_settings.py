@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from budgetformer.errors import BudgetFormerError
 from service.access import KeysError, key_line, new_key, read_keys
-from service.cli import read_serve_settings
+from service.cli.serve import read_serve_settings
 from service.settings import Settings
 from tests.support.mutation import fuzzed, junk, mutated_bytes
 
