@@ -38,6 +38,7 @@ def load_network(
     # A copy of the file, which is only mapped and may change while the network is used.
     kept = {n: w.clone() if _stays(n, w) else w.float() for n, w in weights.items()}
     network.load_state_dict(kept, assign=True)
+    network.encoder.embeddings.states_dtype = torch.float32
     return load_pass(network.to(torch.device(device)), precision)
 
 
@@ -59,8 +60,9 @@ def _assemble(checkpoint: Checkpoint) -> SequenceClassifier:
             encoder, network = Encoder(), SequenceClassifier()
             encoder.build(architecture)
             network.build(encoder, architecture)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{checkpoint.path / CONFIG}: {error}") from error
+    except Exception as error:  # whatever torch makes of sizes that are none
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{checkpoint.path / CONFIG}: {told}") from error
     return network
 
 

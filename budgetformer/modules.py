@@ -97,11 +97,6 @@ def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
     return torch.stack([odds.clamp(max=MOST_ODDS), entropy], dim=-1)
 
 
-def full_precision(rows: Tensor) -> Tensor:
-    """Return the rows of a table that lies in half precision as float32, others as they are."""
-    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-
-
 def masked_mean(states: Tensor, attention_mask: Tensor) -> Tensor:
     """Average token states [B, T, D] over the real tokens of [B, T].
 
@@ -132,11 +127,15 @@ class Embeddings(nn.Module):
         post = config.norm_position == "post"
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if post else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.states_dtype: torch.dtype | None = None
+        """What rows of the tables are turned into; None: they are added as they lie."""
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Embed ids of one shape [...] into states [..., D]."""
-        rows = self.word(input_ids), self.segment(token_type_ids), self.position(position_ids)
-        states = sum(map(full_precision, rows[1:]), full_precision(rows[0]))
+        rows = [self.word(input_ids), self.segment(token_type_ids), self.position(position_ids)]
+        if self.states_dtype is not None:
+            rows = [row.to(self.states_dtype) for row in rows]
+        states = rows[0] + rows[1] + rows[2]
         return cast(Tensor, self.dropout(self.norm(states)))
 
 

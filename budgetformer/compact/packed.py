@@ -27,7 +27,6 @@ from budgetformer.modules import (
     SequenceClassifier,
     budget_step,
     exit_evidence,
-    full_precision,
 )
 
 MOST_SETS = 2
@@ -330,7 +329,7 @@ class PackedPass:
             owner = torch.cat([owner, owner[:-1][together]])
             counts = tuple(2 * length - 1 if length else 0 for length in counts)
         total: Tensor = head.bias.new_zeros(len(counts), head.weight.embedding_dim)
-        total.index_add_(0, owner, full_precision(head.weight(rows)))
+        total.index_add_(0, owner, head.weight(rows).to(total.dtype))
         return head.logits(total, self._counts(counts))
 
     def _counts(self, lengths: Sequence[int]) -> Tensor:

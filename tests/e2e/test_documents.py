@@ -42,6 +42,7 @@ NOT_RUN = {
     "python -m budgetformer.training": "takes hours: its options are read",
     "python -m service.simulation": "takes minutes: it is looked for",
     "python loadtests/observing.py": "times the machine: it is looked for",
+    "python loadtests/faults.py": "breaks a server for minutes: it is looked for",
 }
 """What is not run as it stands, and why."""
 
@@ -126,8 +127,12 @@ def _run_line(block: Block, line: str, url: str, command: CommandLine, reader: P
     if any(plain.startswith(start) for start in NOT_RUN):
         _check(given, where)
     elif given[0] == "budgetformer":
-        outcome = command(*given[1:])
+        asked, file = (given[:-2], given[-1]) if ">>" in given else (given, None)
+        outcome = command(*asked[1:])
         assert outcome.code == 0, f"{where}\n{outcome}"
+        if file is not None:
+            with (reader / file).open("a") as kept:
+                kept.write(outcome.out)
     elif given[0] == "echo" and "|" in given:
         pipe = given.index("|")
         outcome = command(*given[pipe + 2 :], stdin=" ".join(given[1:pipe]) + "\n")

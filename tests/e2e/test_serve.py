@@ -286,13 +286,13 @@ def _alive(process: psutil.Process) -> bool:
         return False
 
 
-def refused(*arguments: str) -> str:
+def refused(*arguments: str, code: int) -> str:
     """Run a server that cannot start, and return the only line that it writes."""
     done = subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, timeout=60,
         check=False, env=clean_environment(),
     )  # fmt: skip
-    assert done.returncode == 2
+    assert done.returncode == code
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     return line
@@ -303,16 +303,18 @@ def test_a_port_in_use_is_one_line(model_store: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port}" in refused(f"--port={port}", f"--model-store={model_store}")
+        assert f"127.0.0.1:{port}" in refused(
+            f"--port={port}", f"--model-store={model_store}", code=2
+        )
 
 
 def test_a_missing_store_is_one_line(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere"
-    assert f"{missing}: no such folder" in refused("--port=0", f"--model-store={missing}")
+    assert f"{missing}: no such folder" in refused("--port=0", f"--model-store={missing}", code=1)
 
 
 def test_a_default_model_that_is_not_in_the_store_is_one_line(model_store: Path) -> None:
-    line = refused("--port=0", f"--model-store={model_store}", "--default-model=nothing")
+    line = refused("--port=0", f"--model-store={model_store}", "--default-model=nothing", code=1)
     assert "nothing" in line
 
 

@@ -266,12 +266,12 @@ class TestDoor:
         assert not Settings(keys_file=path).anonymous
 
     def test_serve_says_so_in_one_line(self, command: CommandLine) -> None:
-        line = command("serve", "--host=0.0.0.0", "--port=0").complaint()
+        line = command("serve", "--host=0.0.0.0", "--port=0").complaint(2)
         assert "0.0.0.0" in line
         assert "--allow-anonymous" in line
 
     def test_an_empty_host_is_not_taken_for_loopback(self, command: CommandLine) -> None:
-        assert "host" in command("serve", "--host=", "--port=0").complaint()
+        assert "host" in command("serve", "--host=", "--port=0").complaint(2)
 
     @pytest.mark.parametrize(
         ("option", "value"),
@@ -291,4 +291,4 @@ class TestDoor:
     def test_what_makes_no_sense_is_one_line(
         self, command: CommandLine, option: str, value: str
     ) -> None:
-        command("serve", "--print-config", option, value).complaint()
+        command("serve", "--print-config", option, value).complaint(2)

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from service import process
+from service.process import on_silence
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "WATCH_SECONDS", 0.02)
+
+
+async def silent(heard: dict[str, float], limit: float, until: int = 1) -> list[str]:
+    """Watch until somebody was acted on so many times, or for a second."""
+    acted: list[str] = []
+    watching = asyncio.create_task(on_silence(lambda: heard, limit, acted.append))
+    end = time.monotonic() + 1
+    while len(acted) < until and time.monotonic() < end:
+        await asyncio.sleep(0.01)
+    watching.cancel()
+    return acted
+
+
+async def test_who_is_silent_for_too_long_is_acted_on_and_nobody_else() -> None:
+    now = time.monotonic()
+    assert set(await silent({"quiet": now, "talking": now + 3600}, limit=0.1)) == {"quiet"}
+
+
+async def test_as_long_as_the_silence_lasts() -> None:
+    assert await silent({"quiet": time.monotonic()}, limit=0.05, until=3) == ["quiet"] * 3
+
+
+async def test_nobody_is_acted_on_before_the_limit() -> None:
+    assert await silent({"quiet": time.monotonic()}, limit=60) == []
+
+
+async def test_while_this_process_itself_stood_still_nobody_could_be_heard() -> None:
+    acted: list[str] = []
+    heard = {"waiting": time.monotonic()}
+    watching = asyncio.create_task(on_silence(lambda: heard, 0.5, acted.append))
+    await asyncio.sleep(0.01)
+    time.sleep(0.7)  # noqa: ASYNC251  # the whole process stands still
+    await asyncio.sleep(0.1)
+    watching.cancel()
+    assert acted == []
