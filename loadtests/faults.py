@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import itertools
 import random
+import re
 import signal
 import socket
 import statistics
@@ -118,14 +119,14 @@ class Server:
             shown = (await self.plain.get("/metrics")).text
         except (httpx.HTTPError, ValueError):
             return False
-        fronts = shown.count('budgetformer_process_start_time_seconds{process="front-')
+        fronts = re.search(r"^budgetformer_fronts (\S+)$", shown, re.MULTILINE)
         alive = sum(engine["alive"] for engine in health["engines"])
         return (
             health["status"] == "ok"
             and alive == self.engines
             and all(len(engine["models"]) == 2 for engine in health["engines"])
-            and fronts == self.fronts
-            and len(self.pids("service.front")) == self.fronts
+            and fronts is not None
+            and float(fronts[1]) == self.fronts
         )
 
     async def until_whole(self) -> float:
@@ -191,8 +192,10 @@ async def kills(server: Server, repeats: int, seen: Seen) -> None:
     """Kill an engine, a front, the next engine, and so on."""
     modules = itertools.cycle(["service.engine", "service.front"])
     for _, module in zip(range(repeats), modules, strict=False):
-        psutil.Process(server.pids(module)[0]).kill()  # the oldest: each has its turn
-        seen.recovery.append(await server.until_whole())
+        victim = server.pids(module)[0]  # the oldest: each has its turn
+        psutil.Process(victim).kill()
+        await asyncio.sleep(0.1)  # until that is noticed
+        seen.recovery.append(0.1 + await server.until_whole())
         await asyncio.sleep(0.5)
 
 
@@ -217,7 +220,10 @@ async def swaps(server: Server, repeats: int, seen: Seen) -> None:
             answer = await server.plain.post(path, headers=ADMIN, timeout=PATIENCE)
             answer.raise_for_status()
         if turn >= 2:  # by then everything was laid out once
+            await asyncio.sleep(1.5)  # until what was freed is returned
             seen.memory.append(server.memory())
+            if not turn % 10:
+                print(f"{seen.memory[-1]:.0f} MiB", file=sys.stderr)
 
 
 FAULTS = {"kills": kills, "hangs": hangs, "swaps": swaps}

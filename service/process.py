@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import json
 import os
 import signal
@@ -91,6 +93,17 @@ async def on_silence(
 def resident_bytes() -> int:
     """Return this process's resident memory."""
     return int(psutil.Process().memory_info().rss)
+
+
+def return_memory() -> None:
+    """Give free memory back to the system, where the C library can.
+
+    A model's weights are freed among what stays, and the library would keep what lies between.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def child_command(module: str, *arguments: str) -> list[str]:

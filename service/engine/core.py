@@ -48,6 +48,7 @@ from service.engine.protocol import (
 from service.engine.salvage import salvage
 from service.observability.context import RequestContext
 from service.observability.traces import PassRun, PassSpans, Rider, Stage
+from service.process import return_memory
 from service.scheduling.admission import Refusal, admit
 from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
 from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
@@ -63,6 +64,9 @@ ARRIVAL_TOKENS = 8192
 
 So that a huge request does not hold up the device.
 """
+
+
+SETTLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -458,6 +462,7 @@ class EngineCore:
         self.models[model.key] = model
         self.broadcast(Models(self.infos))
         reply(Done(message.id))
+        self._background.start(self._return_memory())
 
     def _unload(self, message: Unload, reply: Reply) -> None:
         # Items already here keep the model that they came for; it is freed with the last of them.
@@ -466,6 +471,12 @@ class EngineCore:
         else:
             self.broadcast(Models(self.infos))
             reply(Done(message.id))
+            self._background.start(self._return_memory())
+
+    async def _return_memory(self) -> None:
+        """Let go of what a change of models has freed, when what it had begun will have ended."""
+        await asyncio.sleep(SETTLE_SECONDS)
+        await asyncio.get_running_loop().run_in_executor(self._loading, return_memory)
 
 
 def _fail(slot: _Slot, error: Exception) -> None:

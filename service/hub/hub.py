@@ -212,6 +212,7 @@ class Hub:
                 self._take(front, message)
         finally:
             self.fronts.discard(front)
+            self._count_fronts()
             self._moved.set()
 
     def _take(self, front: FrontPeer, message: ToHub) -> None:
@@ -220,6 +221,7 @@ class Hub:
                 self.metrics.take(message.observations)
             case Here():
                 front.pid = message.pid
+                self._count_fronts()
                 self.metrics.know_routes(message.routes)
             case Swapped():
                 front.swapped = message.generation
@@ -251,6 +253,9 @@ class Hub:
             front.say(ChangeFailed(wanted.id, "engine_down", "no engine is running"))
         else:
             front.say(Changed(wanted.id, checkpoint.label))
+
+    def _count_fronts(self) -> None:
+        self.metrics.fronts.set(sum(front.pid > 0 for front in self.fronts))
 
     def _tell_all(self) -> None:
         for front in self.fronts:

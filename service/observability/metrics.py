@@ -146,6 +146,7 @@ class Metrics:
         self.quality_configured = self._gauge(
             "quality_level_configured", "Level in force when there is no overload.", "model"
         )
+        self.fronts = self._gauge("fronts", "Fronts that serve.")
         self.model_info = self._gauge(
             "model_info", "Models served.",
             "model", "version", "labels", "layers", "heads", "device", "dtype",

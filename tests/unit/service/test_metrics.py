@@ -45,6 +45,7 @@ CONTRACT = {
     "deadline_exceeded": ("counter", set()),
     "truncated": ("counter", set()),
     "engine_restarts": ("counter", set()),
+    "fronts": ("gauge", set()),
     "device_busy_seconds": ("counter", {"engine"}),
     "device_memory_bytes": ("gauge", {"engine"}),
     "engine_heartbeat_age_seconds": ("gauge", {"engine"}),
