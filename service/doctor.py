@@ -15,8 +15,8 @@ import psutil
 from budgetformer.checkpoint import Checkpoint, Store, read_store
 from budgetformer.errors import BudgetFormerError, CheckpointError
 from service.observability.traces import check_tracing, exporter_asked_for
+from service.process import bind
 from service.settings import Settings, usable_cores
-from service.supervisor import bind
 
 LIBRARIES_BYTES = 450 * 2**20
 """Resident size of an engine before its first model."""

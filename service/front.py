@@ -21,9 +21,8 @@ from fastapi import FastAPI
 from service.app import create_app, protocol_of
 from service.observability.logs import configure_logs
 from service.observability.traces import open_tracing
-from service.process import engine_socket, exit_with_parent, hub_socket, receive_settings
+from service.process import bind, engine_socket, exit_with_parent, hub_socket, receive_settings
 from service.settings import Settings
-from service.supervisor import bind
 
 if TYPE_CHECKING:
     from service.observability.otel import Tracing

@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import TypeVar
 
 import psutil
 
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 
 WATCH_SECONDS = 0.5
 _T = TypeVar("_T")
@@ -104,6 +105,26 @@ def return_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Open the listening socket.
+
+    Raises:
+        SettingsError: the address cannot be had.
+    """
+    listener = None
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    return listener
 
 
 def child_command(module: str, *arguments: str) -> list[str]:

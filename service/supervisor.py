@@ -22,8 +22,15 @@ from service.hub.hub import Hub
 from service.hub.mirror import Mirror, copy
 from service.hub.poll import StorePoll
 from service.observability.traces import check_tracing
-from service.process import child_command, encode_settings, engine_socket, hub_socket, on_silence
-from service.settings import Settings, SettingsError
+from service.process import (
+    bind,
+    child_command,
+    encode_settings,
+    engine_socket,
+    hub_socket,
+    on_silence,
+)
+from service.settings import Settings
 
 log = structlog.get_logger()
 
@@ -213,26 +220,6 @@ class _Server:
     def _family(self) -> dict[str, int]:
         children = {c.name: c.pid for c in (*self._fronts, *self._engines)}
         return {"supervisor": os.getpid()} | {n: pid for n, pid in children.items() if pid}
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Open the listening socket.
-
-    Raises:
-        SettingsError: the address cannot be had.
-    """
-    listener = None
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(2048)
-    except OSError as error:
-        if listener is not None:
-            listener.close()
-        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    return listener
 
 
 def _mirror(settings: Settings) -> Mirror | None:
