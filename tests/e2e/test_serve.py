@@ -286,7 +286,7 @@ def _alive(process: psutil.Process) -> bool:
         return False
 
 
-def refused(*arguments: str, code: int) -> str:
+def refused(*arguments: str, code: int = 2) -> str:
     """Run a server that cannot start, and return the only line that it writes."""
     done = subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, timeout=60,
