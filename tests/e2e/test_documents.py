@@ -33,7 +33,7 @@ NOT_RUN = {
     "budgetformer import": "takes minutes: its options are read; docs/examples/convert.py runs it",
     "budgetformer evaluate --data my_texts/test.parquet --model my_model": "needs a long training",
     "budgetformer serve": "does not end: its settings are read; a server runs beside this test",
-    "budgetformer classify --file million.jsonl": "takes half an hour: its options are read",
+    "budgetformer classify --file million.jsonl": "takes minutes: its options are read",
     "budgetformer tune": "times the machine: its options are read",
     "budgetformer bench": "times the machine: its options are read",
     "make": "sets up an environment of its own: a dry run; CI runs `make test`",
