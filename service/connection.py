@@ -21,17 +21,17 @@ log = structlog.get_logger()
 RECONNECT_SECONDS = 0.05
 
 
-class NotConnectedError(Exception):
-    """The other side is not there."""
+class DisconnectedError(Exception):
+    """The other side is not there, or went away while its answer was awaited."""
 
 
-class ConnectionBrokeError(Exception):
-    """The connection broke while an answer was awaited."""
+Say = Callable[[Message], None]
+"""Sends a message to whoever connected; one who is gone hears nothing."""
 
 
 @asynccontextmanager
 async def listening(
-    socket: Path, came: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+    socket: Path, came: Callable[[asyncio.StreamReader, Say], Awaitable[None]]
 ) -> AsyncIterator[None]:
     """Listen on a local socket, which only this user may reach, for as long as this block.
 
@@ -45,8 +45,13 @@ async def listening(
         task = asyncio.current_task()
         assert task is not None
         serving.add(task)
+
+        def say(message: Message) -> None:
+            if not writer.is_closing():
+                frames.write(writer, message)
+
         try:
-            await came(reader, writer)
+            await came(reader, say)
         except FrameError as error:
             log.error("a bad frame came", at=socket.name, reason=str(error))
         except asyncio.CancelledError:
@@ -119,19 +124,18 @@ class Connection:
         """Send a message that has an `id`, and await the one that comes back with it.
 
         Raises:
-            NotConnectedError: the other side is not there.
-            ConnectionBrokeError: it went away meanwhile.
+            DisconnectedError: the other side is not there, or goes away meanwhile.
             TimeoutError: no answer within `timeout` seconds.
         """
         number = next(self._numbers)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if not self.say(msgspec.structs.replace(message, id=number)):
-            raise NotConnectedError
+            raise DisconnectedError
         self._pending[number] = future
         try:
             async with asyncio.timeout(timeout):
                 return await future
-        except ConnectionBrokeError:
+        except DisconnectedError:
             raise
         except BaseException:
             self._given_up(number)
@@ -160,4 +164,4 @@ class Connection:
         writer.close()
         for future in self._pending.values():
             if not future.done():
-                future.set_exception(ConnectionBrokeError())
+                future.set_exception(DisconnectedError())

@@ -7,7 +7,7 @@ import time
 
 from service.background import Background
 from service.engine.client import Engines
-from service.hub.link import HubLink
+from service.hub.link import NOTHING, HubLink
 from service.hub.messages import Drained, ServedVersion, Serving, Swapped
 from service.models import Models, ServedModel
 
@@ -29,18 +29,17 @@ class Follow:
         self._models = models
         self._engines = engines
         self._hub = hub
-        self._generation = -1
         self._draining: asyncio.Queue[tuple[int, list[ServedModel]]] = asyncio.Queue()
         self._background = Background()
 
     async def __call__(self, serving: Serving) -> None:
         """Serve it from now on."""
-        if self._generation < 0:
+        before = self._hub.serving
+        if before is NOTHING:
             self._background.start(self._drain())
-        elif serving.generation != self._generation:
+        elif serving.generation != before.generation:
             await self._until_loaded(serving.models)
         retired = await self._models.serve(serving.models)
-        self._generation = serving.generation
         self._hub.say(Swapped(serving.generation))
         self._draining.put_nowait((serving.generation, retired))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,9 +10,8 @@ from fastapi import APIRouter, Request, Response
 from service.api.errors import ApiError, errors_documented_as
 from service.api.responses import json_response
 from service.api.schemas import ErrorResponse
-from service.api.state import State, state_of
-from service.connection import ConnectionBrokeError, NotConnectedError
-from service.hub.messages import Shown
+from service.api.state import State, from_hub, state_of
+from service.hub.messages import Scrape, TellRecent
 
 router = APIRouter(tags=["operations"], responses=errors_documented_as(ErrorResponse))
 
@@ -65,8 +63,8 @@ async def health(request: Request) -> Response:
         "status": "ok" if reason is None else "unavailable",
         "reason": reason,
         "models": [f"{name}:{version}" for name, version in sorted(state.engines.models)],
-        "errors": state.hub.serving.errors if state.hub.serving else [],
-        "crash_loops": state.hub.serving.crash_loops if state.hub.serving else [],
+        "errors": state.hub.serving.errors,
+        "crash_loops": state.hub.serving.crash_loops,
         "engines": engines,
     }
     return json_response(content, 200 if reason is None else 503)
@@ -76,20 +74,16 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Expose all series, as Prometheus text or OpenMetrics, whichever is accepted."""
     accept = request.headers.get("accept", "")
-    return await shown(state_of(request).hub.scrape(accept))
+    return await shown(request, Scrape(0, accept))
 
 
-async def shown(asking: Awaitable[Shown]) -> Response:
+async def shown(request: Request, question: Scrape | TellRecent) -> Response:
     """Return what the hub has to show.
 
     Raises:
         ApiError: 503, it is not there.
     """
-    try:
-        answer = await asking
-    except (NotConnectedError, ConnectionBrokeError):
-        message = "the server's hub is not there"
-        raise ApiError(503, message, code="hub_down", retry_after=1) from None
+    answer = await from_hub(state_of(request).hub.show(question))
     return Response(answer.content, media_type=answer.media_type)
 
 
@@ -98,8 +92,6 @@ def why_not_ready(state: State, draining: bool) -> str | None:
     if draining:
         return "the server is shutting down"
     serving = state.hub.serving
-    if serving is None:
-        return "the server is starting"
     if state.models.default is None:
         return "no model is served: " + ("; ".join(serving.errors) or "the store is empty")
     if serving.crash_loops and len(serving.crash_loops) >= len(state.engines.clients):

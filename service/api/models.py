@@ -15,8 +15,7 @@ from service.api.classify import check_texts
 from service.api.errors import ApiError, errors_documented_as
 from service.api.responses import json_response
 from service.api.schemas import ErrorResponse, RequestBody, TokenizeRequest, TokenizeResponse
-from service.api.state import state_of
-from service.connection import ConnectionBrokeError, NotConnectedError
+from service.api.state import from_hub, state_of
 from service.hub.messages import Changed, ChangeFailed, ChangeModel
 
 router = APIRouter(tags=["models"], responses=errors_documented_as(ErrorResponse))
@@ -103,11 +102,7 @@ async def unload(request: Request, name: str) -> str:
 
 
 async def _change(request: Request, wanted: ChangeModel) -> str:
-    try:
-        answer = await state_of(request).hub.change(wanted)
-    except (NotConnectedError, ConnectionBrokeError):
-        message = "the server's hub is not there"
-        raise ApiError(503, message, code="hub_down", retry_after=1) from None
+    answer = await from_hub(state_of(request).hub.change(wanted))
     if isinstance(answer, ChangeFailed):
         raise ApiError(
             CHANGE_STATUS[answer.reason],

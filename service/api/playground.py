@@ -13,6 +13,7 @@ from service.api.access import needs
 from service.api.errors import ApiError
 from service.api.health import shown
 from service.api.state import state_of
+from service.hub.messages import TellRecent
 
 router = APIRouter(tags=["playground"])
 
@@ -74,7 +75,7 @@ async def playground(request: Request) -> Response:
 async def recent(request: Request, model: str | None = None) -> Response:
     """Tell what a model's texts took in the last minutes."""
     state = state_of(request)
-    return await shown(state.hub.recent(state.model(model).checkpoint.name))
+    return await shown(request, TellRecent(0, state.model(model).checkpoint.name))
 
 
 @router.get(FILE_ROUTE, include_in_schema=False)

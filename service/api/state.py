@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from fastapi import Request
 from opentelemetry.trace import Tracer
 
 from service.access import KeyRing
 from service.api.errors import ApiError
+from service.connection import DisconnectedError
 from service.engine.client import Engines
 from service.hub.link import HubLink
 from service.models import Models, ServedModel, UnknownModelError
 from service.settings import Settings
+
+Answer = TypeVar("Answer")
 
 MOST_BODIES = 16
 """As many bodies of the largest size may be arriving at once."""
@@ -86,6 +90,19 @@ class State:
             return self.models.get(spec)
         except UnknownModelError as error:
             raise ApiError(404, str(error), "model", "unknown_model") from None
+
+
+async def from_hub(asking: Awaitable[Answer]) -> Answer:
+    """Return the hub's answer.
+
+    Raises:
+        ApiError: 503, it is not there.
+    """
+    try:
+        return await asking
+    except DisconnectedError:
+        message = "the server's hub is not there"
+        raise ApiError(503, message, code="hub_down", retry_after=1) from None
 
 
 def state_of(request: Request) -> State:

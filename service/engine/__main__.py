@@ -10,20 +10,17 @@ import signal
 import sys
 from pathlib import Path
 
-import structlog
 import torch
 
 from budgetformer.cost_table import read_tables
 from service import frames
-from service.connection import listening
+from service.connection import Say, listening
 from service.engine.core import EngineCore, EngineOptions, Reply
 from service.engine.protocol import PROTOCOL, TO_ENGINE, BatchRan, Hello, ToFront, Watch
 from service.observability.logs import configure_logs
 from service.observability.traces import open_tracing
 from service.process import engine_socket, exit_with_parent, receive_settings, resident_bytes
 from service.settings import Settings
-
-log = structlog.get_logger()
 
 HEARTBEAT_SECONDS = 1.0
 
@@ -49,11 +46,7 @@ class EngineServer:
             tasks.create_task(self.core.run())
             tasks.create_task(self._beat())
 
-    async def _came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        def reply(message: ToFront) -> None:
-            if not writer.is_closing():
-                frames.write(writer, message)
-
+    async def _came(self, reader: asyncio.StreamReader, reply: Say) -> None:
         reply(self._hello())
         self._peers.add(reply)
         try:

@@ -14,8 +14,7 @@ from service.background import Background
 from service.connection import (
     RECONNECT_SECONDS,
     Connection,
-    ConnectionBrokeError,
-    NotConnectedError,
+    DisconnectedError,
 )
 from service.engine import protocol
 from service.engine.protocol import (
@@ -203,7 +202,7 @@ class Engines:
                 reply = await client.ask(message, remaining + GRACE_SECONDS)
             except TimeoutError as error:
                 raise DeadlineError from error
-            except (ConnectionBrokeError, NotConnectedError):
+            except DisconnectedError:
                 log.warning(
                     "an engine died with a request in flight", engine=client.index, attempt=attempt
                 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 
-from service.connection import ConnectionBrokeError, NotConnectedError
+from service.connection import DisconnectedError
 from service.engine.client import EngineClient, Engines, Event, ModelKey
 from service.engine.protocol import Failed, Hello, Load, Unload, Watch
 
@@ -104,7 +104,7 @@ class Fleet(Engines):
     async def _load(self, client: EngineClient, key: ModelKey, path: Path) -> None:
         try:
             reply = await client.ask(Load(0, str(path)))
-        except (NotConnectedError, ConnectionBrokeError) as error:
+        except DisconnectedError as error:
             raise NoEngineError from error
         if isinstance(reply, Failed):
             self._failed[client.index, key] = reply.message
@@ -116,5 +116,5 @@ class Fleet(Engines):
         if key in client.models:
             try:
                 await client.ask(Unload(0, *key))
-            except (NotConnectedError, ConnectionBrokeError):
+            except DisconnectedError:
                 return  # what is gone has freed its models

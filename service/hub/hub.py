@@ -15,7 +15,7 @@ from budgetformer.checkpoint import Checkpoint
 from budgetformer.errors import CheckpointError
 from service import frames
 from service.background import Background
-from service.connection import listening
+from service.connection import Say, listening
 from service.hub.catalog import Catalog, UnknownModelError
 from service.hub.fleet import Fleet, LoadFailedError, NoEngineError
 from service.hub.messages import (
@@ -24,7 +24,6 @@ from service.hub.messages import (
     ChangeFailed,
     ChangeModel,
     Drained,
-    FromHub,
     Here,
     Observed,
     Scrape,
@@ -50,7 +49,7 @@ SWAP_PATIENCE = 30.0
 class FrontPeer:
     """A front that is connected."""
 
-    def __init__(self, say: Callable[[FromHub], None]) -> None:
+    def __init__(self, say: Say) -> None:
         self.say = say
         self.pid = 0
         self.heard = time.monotonic()
@@ -198,11 +197,7 @@ class Hub:
 
     # Connections of the fronts
 
-    async def _came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        def say(message: FromHub) -> None:
-            if not writer.is_closing():
-                frames.write(writer, message)
-
+    async def _came(self, reader: asyncio.StreamReader, say: Say) -> None:
         front = FrontPeer(say)
         say(self._serving())
         self.fronts.add(front)
@@ -258,8 +253,9 @@ class Hub:
         self.metrics.fronts.set(sum(front.pid > 0 for front in self.fronts))
 
     def _tell_all(self) -> None:
+        serving = self._serving()
         for front in self.fronts:
-            front.say(self._serving())
+            front.say(serving)
 
     def _serving(self) -> Serving:
         models = [

@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import structlog
-
 from service.background import Background
 from service.connection import Connection
 from service.hub.messages import (
@@ -25,11 +23,11 @@ from service.hub.messages import (
     TellRecent,
 )
 
-log = structlog.get_logger()
-
 REPORT_SECONDS = 0.05
 MOST_OBSERVATIONS = 100_000
 """Held at most while the hub does not take them; the oldest go first."""
+NOTHING = Serving(-1, [], [], [], [])
+"""What is served before the hub has said what."""
 
 
 class HubLink(Connection):
@@ -45,7 +43,7 @@ class HubLink(Connection):
         self, socket: Path, serve: Callable[[Serving], Awaitable[None]], routes: list[str]
     ) -> None:
         super().__init__("hub", socket, FROM_HUB)
-        self.serving: Serving | None = None
+        self.serving = NOTHING
         self._serve = serve
         self._routes = routes
         self._seen: deque[Observation] = deque(maxlen=MOST_OBSERVATIONS)
@@ -68,31 +66,21 @@ class HubLink(Connection):
         """Have something counted."""
         self._seen.append(seen)
 
-    async def scrape(self, accept: str) -> Shown:
-        """Ask for the metrics; what this front has seen by now is in them.
+    async def show(self, question: Scrape | TellRecent) -> Shown:
+        """Ask for something to show; what this front has seen by now is in it.
 
         Raises:
-            NotConnectedError, ConnectionBrokeError: the hub is not there.
+            DisconnectedError: the hub is not there.
         """
         self._flush()
-        answer: Shown = await self.ask(Scrape(0, accept))
-        return answer
-
-    async def recent(self, model: str) -> Shown:
-        """Ask what a model's texts took in the last minutes.
-
-        Raises:
-            NotConnectedError, ConnectionBrokeError: the hub is not there.
-        """
-        self._flush()
-        answer: Shown = await self.ask(TellRecent(0, model))
+        answer: Shown = await self.ask(question)
         return answer
 
     async def change(self, wanted: ChangeModel) -> FromHub:
         """Ask for a change of what is served; it is made everywhere when the answer comes.
 
         Raises:
-            NotConnectedError, ConnectionBrokeError: the hub is not there.
+            DisconnectedError: the hub is not there.
         """
         answer: FromHub = await self.ask(wanted)
         return answer
