@@ -36,7 +36,7 @@ def configure_logs(level: str, form: str, process: str | None = None) -> None:
     structlog.configure(
         processors=[*shared, _format_exception, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
