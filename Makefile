@@ -12,7 +12,7 @@ TORCH := $(shell grep ^torch== requirements/torch.in)
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compose fuzz audit sbom lint bench openapi docs lock clean
+.PHONY: help serve test test-compose fuzz audit sbom lint bench bench-gpu openapi docs lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,6 +37,9 @@ lint: .venv/.dev ## style, types and import rules
 
 bench: .venv/.dev ## time every step and level beside the dense network in Transformers and ONNX Runtime
 	$(BIN)/budgetformer bench pass --model ag_news $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
+
+bench-gpu: .venv/.dev ## on a GPU: check every pass, time it and weigh it, in a few minutes; needs one card
+	$(BIN)/budgetformer bench gpu --model ag_news --out docs/benchmarks/gpu $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
 
 train-%: .venv/.dev ## train a shipped model again (train-ag_news, ...) from DATA/<name>; stopped, it goes on
 	$(BIN)/budgetformer train --data $(DATA)/$* --start minilm-l6 --recipe model_store/$*/recipe.toml --out model_store/$*/$(call version,$*) --baseline build/dense/$*
@@ -97,6 +100,7 @@ LOCKED := --no-deps --require-hashes --requirement
 	$(PIP) install --editable ".[audit]"
 	@touch $@
 
-.venv/.dev: requirements/dev.txt .venv/.serve
+.venv/.dev: requirements/dev.txt requirements/triton.in .venv/.serve
 	$(PIP) install $(LOCKED) requirements/dev.txt
+	command -v nvidia-smi >/dev/null || $(PIP) install --no-deps --requirement requirements/triton.in
 	@touch $@

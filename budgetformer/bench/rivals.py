@@ -63,6 +63,14 @@ class DenseTwin(nn.Module):
         return self.classify(masked_mean(states, attention_mask))
 
 
+def bfloat16_twin(model: BudgetFormerForSequenceClassification) -> DenseTwin:
+    """Return the twin with its encoder in bfloat16, in evaluation mode."""
+    twin = DenseTwin(model).eval()
+    twin.bert.bfloat16()
+    twin.classify = lambda pooled: model.classify(pooled.float())
+    return twin
+
+
 def _copy_encoder(model: BudgetFormerForSequenceClassification, bert: Any) -> None:
     ours, theirs = model.encoder.embeddings, bert.embeddings
     pairs: list[tuple[Any, Any]] = [
@@ -119,9 +127,7 @@ def rival_contenders(
 
     yield Contender(DENSE, dense)
     if bfloat16:
-        half = DenseTwin(model).eval()
-        half.bert.bfloat16()
-        half.classify = lambda pooled: model.classify(pooled.float())
+        half = bfloat16_twin(model)
 
         @torch.inference_mode()
         def dense_bfloat16(items: Sequence[TokenIds]) -> object:

@@ -36,4 +36,4 @@ def load_pass(model: SequenceClassifier, precision: str = "float32") -> PackedPa
     """
     if precision not in get_args(Precision):
         raise ValueError(f"unknown precision {precision!r}; there are: auto, {', '.join(LINEARS)}")
-    return fastest_pass(model) if precision == "auto" else PackedPass(model, precision)
+    return fastest_pass(model, list(LINEARS) if precision == "auto" else [precision])

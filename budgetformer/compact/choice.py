@@ -1,12 +1,13 @@
-"""Choose the precision that runs a network fastest on the machine at hand."""
+"""Choose the pass that runs a network fastest on the machine at hand."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 
 import torch
 
-from budgetformer.compact.linear import LINEARS
 from budgetformer.compact.packed import PackedPass, PackedTokens
 from budgetformer.modules import SequenceClassifier
 
@@ -17,20 +18,41 @@ GAIN = 1.2
 """A lower precision must be so many times as fast as float32, or it is not worth its error."""
 FEWEST_WEIGHTS = 2**20
 """An encoder with fewer gains nothing: its time is that of the calls."""
+FLASH = find_spec("torch.nn.attention.varlen") is not None
+"""Whether this torch attends over packed texts by itself (since 2.10)."""
+FLASH_CAPABILITY = (8, 0)
 
 
-def fastest_pass(model: SequenceClassifier) -> PackedPass:
-    """Time every precision on made-up texts at the middle step, and return the pass of the best.
+def passes(model: SequenceClassifier, precision: str) -> Iterator[PackedPass]:
+    """Yield the ways to run a network in one precision where its weights are, the surest first."""
+    if model.where.type != "cuda":
+        yield PackedPass(model, precision)
+        return
+    from budgetformer.compact.graphs import GraphedPass
+    from budgetformer.compact.kernels import gpu
 
-    A fraction of a second, for a small encoder.
+    yield GraphedPass(model, precision, gpu)
+    half = precision != "float32"
+    if half and FLASH and torch.cuda.get_device_capability(model.where) >= FLASH_CAPABILITY:
+        from budgetformer.compact.kernels import flash
+
+        yield GraphedPass(model, precision, flash)
+
+
+def fastest_pass(model: SequenceClassifier, precisions: Sequence[str]) -> PackedPass:
+    """Time every pass on made-up texts at the middle step, and return the best.
+
+    A fraction of a second, for a small encoder on a CPU.
     """
     if sum(p.numel() for p in model.encoder.layers.parameters()) < FEWEST_WEIGHTS:
-        return PackedPass(model, "float32")
-    passes = {precision: PackedPass(model, precision) for precision in LINEARS}
-    seconds = _time(list(passes.values()))
-    plain = seconds[list(passes).index("float32")]
-    best, least = min(zip(passes.values(), seconds, strict=True), key=lambda pair: pair[1])
-    return best if plain / least >= GAIN else passes["float32"]
+        precisions = precisions[:1]
+    there = [network for precision in precisions for network in passes(model, precision)]
+    if len(there) == 1:
+        return there[0]
+    seconds = _time(there)
+    best, least = min(zip(there, seconds, strict=True), key=lambda pair: pair[1])
+    enough = best.precision == there[0].precision or seconds[0] / least >= GAIN
+    return best if enough else there[0]
 
 
 def _time(passes: list[PackedPass]) -> list[float]:

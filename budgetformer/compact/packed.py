@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budgetformer.compact.attention import attend
+from budgetformer.compact.kernels import Kernels, plain
+from budgetformer.compact.layout import Layout
 from budgetformer.compact.linear import padded_rows
 from budgetformer.compact.routed import RoutedLayer, Routing
 from budgetformer.compact.weights import HeadSet, SliceCache
@@ -135,9 +136,15 @@ class PackedPass:
     Args:
         model: the network; in float32 its weights are shared, not copied.
         precision: of the matrix products, a key of `LINEARS`.
+        kernels: what else a layer does.
     """
 
-    def __init__(self, model: SequenceClassifier, precision: str = "float32") -> None:
+    def __init__(
+        self,
+        model: SequenceClassifier,
+        precision: str = "float32",
+        kernels: Kernels = plain,
+    ) -> None:
         self.model = model.eval()
         self.config = model.config
         self.encoder = model.encoder
@@ -148,7 +155,7 @@ class PackedPass:
         self._post = self.config.norm_position == "post"
         self._mean = self.config.pooling == "mean"
         self._most_tokens = self.config.max_position_embeddings
-        self._positions = torch.arange(self._most_tokens, device=self.device)
+        self.kernels = kernels
         self._first: list[HeadSet] = [tuple(range(k)) for k in range(self.sizes.heads + 1)]
         self._plans: dict[int, list[int]] = {}
         with torch.no_grad():
@@ -190,15 +197,15 @@ class PackedPass:
         return Arrival.join([self._arrive(tokens.part(p.start, p.stop)) for p in parts])
 
     def _arrive(self, tokens: PackedTokens) -> Arrival:
-        owner = self._owner(tokens.lengths)
+        layout = self._layout(tokens)
         exit_logits = evidence = None
         if self.model.exit_head is not None:
-            exit_logits = self._exit_logits(tokens, owner)
+            exit_logits = self._exit_logits(tokens, layout)
             evidence = exit_evidence(exit_logits, self.config.problem_type)
         decision = self.encoder.decision
         if decision is None:
             return Arrival(None, exit_logits, None)
-        pooled = self._pool(self._embed(tokens), owner, tokens.lengths)
+        pooled = self.kernels.mean(self._embed(tokens, layout), layout)
         ranking = None
         if decision.scorer is not None:
             ranking = decision.scorer(pooled).argsort(dim=-1, descending=True, stable=True)
@@ -231,7 +238,6 @@ class PackedPass:
             raise ValueError("step 0 answers on arrival, it has no pass")
         if not self.sizes.layerwise and self.sizes.picks_heads and ranking is None:
             raise ValueError("heads are chosen before the pass: give the ranking")
-        tokens = tokens.to(self.device)
 
         def run_part(part: slice) -> PassResult:
             return self._run(
@@ -251,9 +257,10 @@ class PackedPass:
 
     def _parts(self, lengths: Sequence[int]) -> list[slice]:
         """Cut a batch into runs of items that are passed together."""
-        if self.device.type != "cpu":
-            return [slice(0, len(lengths))]
-        most = CPU_ROUTED_ROWS if self.sizes.picks_heads else CPU_ROWS
+        return self._cut(lengths, CPU_ROUTED_ROWS if self.sizes.picks_heads else CPU_ROWS)
+
+    def _cut(self, lengths: Sequence[int], most: int) -> list[slice]:
+        """Cut a batch into runs of items of `most` tokens together, or of one item."""
         parts, start, rows = [], 0, 0
         for item, length in enumerate(lengths):
             if item > start and rows + length > most:
@@ -270,10 +277,11 @@ class PackedPass:
         ranking: Tensor | None,
         ceilings: Sequence[int] | None,
     ) -> PassResult:
+        tokens = tokens.to(self.device)
         plans = None if steps is None else [self._plan(step) for step in steps]
         order: list[list[HeadSet]] | None = None if ranking is None else ranking.tolist()
-        owner = self._owner(tokens.lengths)
-        states = self._embed(tokens)
+        layout = self._layout(tokens)
+        states = self._embed(tokens, layout)
         if self.precision == "bfloat16":
             spare = padded_rows(len(states)) - len(states)
             states = F.pad(states, (0, 0, 0, spare))
@@ -282,7 +290,7 @@ class PackedPass:
             counts = None if plans is None else [plan[index] for plan in plans]
             best = None if order is None else [of_item[index] for of_item in order]
             if layer.decision is not None:
-                pooled = self._pool(states, owner, tokens.lengths)
+                pooled = self.kernels.mean(states, layout)
                 if counts is None:
                     counts = self._own_counts(layer, index, pooled, ceilings)
                 best = self._own_order(layer, pooled)
@@ -290,9 +298,8 @@ class PackedPass:
             sets = self._head_sets(counts, best)
             for item, head_set in zip(heads, sets, strict=True):
                 item.append(head_set)
-            states = self._run_layer(index, states, owner, tokens.lengths, sets)
-        states = self.encoder.final_norm(states)
-        logits = self.model.classify(self._summary(states, owner, tokens.lengths))
+            states = self._run_layer(index, states, layout, sets)
+        logits = self._classify(states, layout)
         if exit_logits is not None and steps is not None:
             shares = self.config.exit_weights
             weights = logits.new_tensor([shares[step - 1] for step in steps])
@@ -304,50 +311,40 @@ class PackedPass:
             self._plans[step] = self.config.heads_per_layer(step)
         return self._plans[step]
 
-    def _owner(self, lengths: Sequence[int]) -> Tensor:
-        return torch.arange(len(lengths), device=self.device).repeat_interleave(
-            torch.tensor(lengths, dtype=torch.long, device=self.device)
-        )
+    def _layout(self, tokens: PackedTokens) -> Layout:
+        layout = Layout(tokens.lengths, self.device)
+        if layout.longest > self._most_tokens:
+            raise ValueError(f"{layout.longest} tokens, but only {self._most_tokens} positions")
+        return layout
 
-    def _embed(self, tokens: PackedTokens) -> Tensor:
-        longest = max(tokens.lengths, default=0)
-        if longest > self._most_tokens:
-            raise ValueError(f"{longest} tokens, but only {self._most_tokens} positions")
-        places = [self._positions[:length] for length in tokens.lengths]
-        together = torch.cat(places) if places else tokens.input_ids
+    def _embed(self, tokens: PackedTokens, layout: Layout) -> Tensor:
         return cast(
-            Tensor, self.encoder.embeddings(tokens.input_ids, tokens.token_type_ids, together)
+            Tensor,
+            self.encoder.embeddings(tokens.input_ids, tokens.token_type_ids, layout.positions),
         )
 
-    def _exit_logits(self, tokens: PackedTokens, owner: Tensor) -> Tensor:
+    def _exit_logits(self, tokens: PackedTokens, layout: Layout) -> Tensor:
         head = self.model.exit_head
         assert head is not None
-        rows, counts = tokens.input_ids, tokens.lengths
+        rows, counts, owner = tokens.input_ids, layout.counts, layout.owner
         if head.buckets and len(rows):
             together = owner[:-1] == owner[1:]
             rows = torch.cat([rows, head.neighbours(rows)[together]])
             owner = torch.cat([owner, owner[:-1][together]])
-            counts = tuple(2 * length - 1 if length else 0 for length in counts)
-        total: Tensor = head.bias.new_zeros(len(counts), head.weight.embedding_dim)
+            counts = 2 * counts - 1
+        total: Tensor = head.bias.new_zeros(layout.items, head.weight.embedding_dim)
         total.index_add_(0, owner, head.weight(rows).to(total.dtype))
-        return head.logits(total, self._counts(counts))
+        return head.logits(total, counts)
 
-    def _counts(self, lengths: Sequence[int]) -> Tensor:
-        counts = torch.tensor(lengths, dtype=self.model.classifier.weight.dtype, device=self.device)
-        return counts.clamp(min=1).unsqueeze(-1)
-
-    def _pool(self, states: Tensor, owner: Tensor, lengths: Sequence[int]) -> Tensor:
-        total = states.new_zeros(len(lengths), states.shape[-1])
-        return total.index_add_(0, owner, states[: len(owner)]) / self._counts(lengths)
-
-    def _summary(self, states: Tensor, owner: Tensor, lengths: Sequence[int]) -> Tensor:
+    def _classify(self, states: Tensor, layout: Layout) -> Tensor:
+        if not self._post:
+            states = self.encoder.final_norm(states.float())
         if self._mean:
-            return self._pool(states, owner, lengths)
-        first = states.new_zeros(len(lengths), states.shape[-1])
-        starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
-        filled = [item for item, length in enumerate(lengths) if length]
-        first[filled] = states[[starts[item] for item in filled]]
-        return first
+            return self.model.classify(self.kernels.mean(states, layout))
+        if not len(states):
+            states = states.new_zeros(1, self.sizes.width)
+        first = states[layout.starts[:-1].clamp(max=len(states) - 1)]
+        return self.model.classify(torch.where(layout.empty, 0, first.float()))
 
     def _own_counts(
         self, layer: EncoderLayer, index: int, pooled: Tensor, ceilings: Sequence[int] | None
@@ -377,48 +374,47 @@ class PackedPass:
         self,
         index: int,
         states: Tensor,
-        owner: Tensor,
-        lengths: Sequence[int],
+        layout: Layout,
         sets: Sequence[HeadSet],
     ) -> Tensor:
         groups: dict[HeadSet, list[int]] = {}
         for item, head_set in enumerate(sets):
             groups.setdefault(head_set, []).append(item)
-        if not len(owner):
+        if not layout.tokens:
             return states
         if len(groups) == 1:
             (head_set,) = groups
-            return self._run_set(index, states, lengths, head_set)
+            return self._run_set(index, states, layout, head_set)
+        spare_rows = len(states) - layout.tokens
         if len(groups) > MOST_SETS:
-            spare_rows = len(states) - len(owner)
-            routing = Routing.of(sets, lengths, owner, self.sizes.heads, spare_rows)
+            routing = Routing.of(sets, layout, self.sizes.heads, spare_rows)
             return self._run_routed(index, states, routing)
-        *parts, spare = states.split([*lengths, len(states) - len(owner)])
+        *parts, spare = states.split([*layout.lengths, spare_rows])
         for head_set, items in groups.items():
-            group_lengths = [lengths[i] for i in items]
+            group = layout.select(items)
             packed = torch.cat([parts[i] for i in items])
-            result = self._run_set(index, packed, group_lengths, head_set)
-            for item, part in zip(items, result.split(group_lengths), strict=True):
+            result = self._run_set(index, packed, group, head_set)
+            for item, part in zip(items, result.split(list(group.lengths)), strict=True):
                 parts[item] = part
         return torch.cat([*parts, spare])
 
-    def _run_set(
-        self, index: int, states: Tensor, lengths: Sequence[int], head_set: HeadSet
-    ) -> Tensor:
+    def _run_set(self, index: int, states: Tensor, layout: Layout, head_set: HeadSet) -> Tensor:
         """Run items that all keep the same heads."""
         if not head_set:
             return states
         kept, activation = self._slices.get(index, head_set), self._activation(index)
+        attend = self.kernels.attend
         return self._around(
             index,
             states,
-            lambda x: kept.output(attend(kept.qkv(x), lengths, kept.heads)),
+            lambda x: kept.output(attend(kept.qkv(x), layout, kept.heads)),
             lambda x: kept.down(activation(kept.up(x))),
         )
 
     def _run_routed(self, index: int, states: Tensor, routing: Routing) -> Tensor:
         """Run items that keep many different sets of heads."""
-        routed, activation = RoutedLayer(self._slices, index, routing), self._activation(index)
+        routed = RoutedLayer(self._slices, self.kernels, index, routing)
+        activation = self._activation(index)
 
         def whole_net(x: Tensor) -> Tensor:
             up, down = self._slices.layers[index].whole_net
@@ -441,17 +437,7 @@ class PackedPass:
         layer = self._layers[index]
         first, second = layer.attention_norm, layer.feed_forward_norm
         if self._post:
-            mixed = _norm(first, _add(states, attention(states)))
-            return _norm(second, _add(mixed, net(mixed)))
-        mixed = _add(states, attention(_norm(first, states)))
-        return _add(mixed, net(_norm(second, mixed)))
-
-
-def _add(states: Tensor, change: Tensor) -> Tensor:
-    """Add in place of a change that nobody else holds, converted first: a mixed sum is slow."""
-    return change.to(states.dtype).add_(states)
-
-
-def _norm(norm: torch.nn.LayerNorm, states: Tensor) -> Tensor:
-    # Not through the module: its call takes as long as the norm of a short text.
-    return F.layer_norm(states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+            mixed = self.kernels.add_norm(states, attention(states), first)
+            return self.kernels.add_norm(mixed, net(mixed), second)
+        mixed = plain.add(states, attention(plain.norm(states, first)))
+        return plain.add(mixed, net(plain.norm(mixed, second)))

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budgetformer.compact.attention import attend
+from budgetformer.compact.kernels import Kernels
+from budgetformer.compact.layout import Layout
 from budgetformer.compact.linear import padded_rows
 from budgetformer.compact.weights import HeadSet, SliceCache
 
@@ -50,21 +51,20 @@ class Routing:
     Attributes:
         heads: those that some item keeps, with their tokens.
         places: of the pairs sorted by token, in the order of `heads`, [P].
-        items: in runs of as many kept heads: (kept heads, tokens of each item).
+        items: in runs of as many kept heads: (kept heads, where the run's items are).
         used: whether a row keeps any head, [N', 1]; None: all of them do.
     """
 
     heads: list[Pairs]
     places: Tensor
-    items: list[tuple[int, list[int]]]
+    items: list[tuple[int, Layout]]
     used: Tensor | None
 
     @classmethod
     def of(
         cls,
         sets: Sequence[HeadSet],
-        lengths: Sequence[int],
-        owner: Tensor,
+        layout: Layout,
         num_heads: int,
         spare_rows: int,
     ) -> Routing:
@@ -72,11 +72,11 @@ class Routing:
 
         Args:
             sets: heads that each item keeps.
-            lengths: its tokens.
-            owner: item of each token [N].
+            layout: where they are.
             num_heads: H.
             spare_rows: rows of states after the tokens'; with any, a head's tokens are padded.
         """
+        owner = layout.owner
         kept = torch.zeros(len(sets), num_heads, dtype=torch.bool)
         for item, head_set in enumerate(sets):
             kept[item, list(head_set)] = True
@@ -90,7 +90,7 @@ class Routing:
         counts = heads.bincount(minlength=num_heads).tolist()
         by_head = zip(counts, rows.split(counts), pairs.split(counts), strict=True)
         runs: list[tuple[int, list[int]]] = []
-        for head_set, length in zip(sets, lengths, strict=True):
+        for head_set, length in zip(sets, layout.lengths, strict=True):
             if not runs or runs[-1][0] != len(head_set):
                 runs.append((len(head_set), []))
             runs[-1][1].append(length)
@@ -101,7 +101,7 @@ class Routing:
                 if count
             ],
             places=places,
-            items=runs,
+            items=[(heads, Layout(tuple(run), layout.device)) for heads, run in runs],
             used=None if all(sets) else F.pad(kept.any(1)[owner], (0, spare_rows)).unsqueeze(1),
         )
 
@@ -109,8 +109,9 @@ class Routing:
 class RoutedLayer:
     """The two maps of one layer over routed tokens, head by head so that each stays in cache."""
 
-    def __init__(self, slices: SliceCache, index: int, routing: Routing) -> None:
+    def __init__(self, slices: SliceCache, kernels: Kernels, index: int, routing: Routing) -> None:
         self.routing = routing
+        self._kernels = kernels
         self._dtype = slices.dtype
         self._heads = [
             (pairs, slices.get(index, (pairs.head,), with_bias=False)) for pairs in routing.heads
@@ -125,13 +126,13 @@ class RoutedLayer:
         ]
         projected = torch.cat(by_head).index_select(0, self.routing.places)
         contexts, start = [], 0
-        for heads, lengths in self.routing.items:
+        for heads, layout in self.routing.items:
             if not heads:
                 continue
-            count = heads * sum(lengths)
-            part = projected[start : start + count]
-            context = attend(part.view(count // heads, heads * part.shape[1]), lengths, heads)
-            contexts.append(context.view(count, part.shape[1] // 3))
+            count = heads * layout.tokens
+            part = projected[start : start + count].view(layout.tokens, heads * projected.shape[1])
+            context = self._kernels.attend(part, layout, heads)
+            contexts.append(context.view(count, projected.shape[1] // 3))
             start += count
         context = torch.cat(contexts)
         added = self._output_bias.repeat(len(states), 1)

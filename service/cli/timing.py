@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 from rich.table import Table
 
 from budgetformer.precision import Precision
-from service.cli.terminal import JsonOption, ModelOption, StoreOption, out, resolve
+from service.cli.terminal import JsonOption, ModelOption, StoreOption, complain, out, resolve
 
 bench_app = typer.Typer(no_args_is_help=True, help="Time this machine.")
 
@@ -91,3 +92,71 @@ def bench_pass(
         for row in report.rows(size):
             table.add_row(*row)
         out.print(table)
+
+
+@bench_app.command("agreement")
+def bench_agreement(
+    data: Annotated[Path, typer.Option(help="Real texts, CSV, JSONL or Parquet.")],
+    model: ModelOption = None,
+    dtype: Annotated[Precision, typer.Option(help="Compared with float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: JsonOption = False,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Count the texts whose label differs between a precision and float32, at each quality."""
+    from budgetformer.bench.agreement import compare_labels
+    from budgetformer.checkpoint import load_tokenizer
+    from budgetformer.loading import load_network
+    from budgetformer.training.data import read_texts
+
+    checkpoint = resolve(model, model_store)
+    texts, _ = read_texts(data)
+    items = [encoding.ids for encoding in load_tokenizer(checkpoint).encode_batch(list(texts))]
+    plain, other = (load_network(checkpoint, device, p) for p in ("float32", dtype))
+    found = compare_labels(checkpoint, items, plain, other)
+    if as_json:
+        out.print_json(data=[asdict(agreement) for agreement in found])
+        return
+    title = f"{checkpoint.label}, {other.precision} against float32, {len(items)} texts"
+    table = Table("quality", "same label", "other", "at another step", "logits by", title=title)
+    for one in found:
+        moved, difference = str(one.moved), f"{one.difference:.4f}"
+        table.add_row(one.way, f"{100 * one.share:.2f} %", str(one.other), moved, difference)
+    out.print(table)
+
+
+@bench_app.command("gpu")
+def bench_gpu(
+    model: ModelOption = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Real texts, CSV, JSONL or Parquet; none: random tokens."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Also write Markdown and JSON here.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to rehearse.")] = "cuda",
+    limit: Annotated[int, typer.Option(min=2, help="Texts at most.")] = 4096,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens in a batch; may be repeated.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Batches in a measurement.")] = 24,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Check and time a checkpoint on a GPU: errors, labels, waits, times and memory."""
+    import torch
+
+    from budgetformer.bench.gpu import TOKENS, as_markdown, write_gpu_report
+    from budgetformer.bench.gpu import bench_gpu as run
+
+    if device == "cuda" and not torch.cuda.is_available():
+        complain(["no GPU that torch can use; --device cpu rehearses without one"])
+    texts = None
+    if data is not None:
+        from budgetformer.training.data import read_texts
+
+        texts = read_texts(data)[0][:limit]
+    report = run(resolve(model, model_store), texts, device, tuple(tokens or TOKENS), rounds)
+    if folder is not None:
+        write_gpu_report(report, folder)
+    out.print(as_markdown(report), markup=False, soft_wrap=True)

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from budgetformer.bench.agreement import compare_labels
+from budgetformer.bench.gpu import DENSE as DENSE_GPU
+from budgetformer.bench.gpu import GpuReport, bench_gpu, write_gpu_report
 from budgetformer.bench.passes import step_name
 from budgetformer.bench.report import BenchReport, compare_passes, write_bench_report
 from budgetformer.bench.rivals import DENSE, ONNX_INT8, DenseTwin, padded, rival_contenders
 from budgetformer.bench.timing import Contender, Machine, Timing, made_up_texts, time_in_turns
 from budgetformer.checkpoint import read_checkpoint
+from budgetformer.loading import load_network
 from budgetformer.modeling import BudgetFormerForSequenceClassification
 from tests.support.networks import assert_close, pad, random_items, random_network, small_config
 from tests.support.stores import TOPICS
@@ -144,3 +148,63 @@ def test_a_report_is_a_page_with_its_figures(report: BenchReport, tmp_path: Path
 def test_one_text_is_not_enough(model_store: Path) -> None:
     with pytest.raises(ValueError, match="two texts"):
         compare_passes(read_checkpoint(model_store / TOPICS / "1"), ["one"])
+
+
+TEXTS = ["the match was won in the last minute", "shares fell again", "a storm came"]
+
+
+@pytest.fixture(scope="module")
+def rehearsal(model_store: Path) -> GpuReport:
+    checkpoint = read_checkpoint(model_store / TOPICS / "1")
+    return bench_gpu(checkpoint, TEXTS, device="cpu", tokens=(8, 20), rounds=2, steps=[1, 4])
+
+
+def test_a_rehearsal_finds_every_step_right(rehearsal: GpuReport) -> None:
+    plain = [error for error in rehearsal.errors if error.way.startswith("float32")]
+    assert [error.step for error in plain] == [1, 2, 3, 4]
+    for error in plain:
+        assert error.scale > 0
+        assert error.error <= 1e-5 * error.scale
+        assert error.other_labels == 0
+    assert {error.way for error in rehearsal.errors} == {"float32, plain", "bfloat16, plain"}
+
+
+def test_a_rehearsal_times_every_step_beside_the_dense_network(rehearsal: GpuReport) -> None:
+    assert {(t.way, t.step) for t in rehearsal.timings} == {
+        *((way, step) for way in ("float32, plain", "bfloat16, plain") for step in (1, 4)),
+        (DENSE_GPU, 4),
+    }
+    assert len({t.tokens for t in rehearsal.timings}) == 2
+    assert all(t.queued > 0 and t.alone > 0 and t.items > 0 for t in rehearsal.timings)
+
+
+def test_a_rehearsal_is_a_page_with_its_figures(rehearsal: GpuReport, tmp_path: Path) -> None:
+    write_gpu_report(rehearsal, tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert all(f"| {t.way} | {t.step} |" in page for t in rehearsal.timings)
+    assert "100.00 %" in page
+    known = json.loads((tmp_path / "report.json").read_text())
+    assert known["memory"]["weights, float32, plain"] > 0
+
+
+def test_without_texts_no_labels_are_compared(model_store: Path) -> None:
+    checkpoint = read_checkpoint(model_store / TOPICS / "1")
+    report = bench_gpu(checkpoint, device="cpu", tokens=(8,), rounds=1, steps=[1])
+    assert not report.agreements
+    assert report.errors
+
+
+def test_labels_are_counted_that_differ(model_store: Path) -> None:
+    checkpoint = read_checkpoint(model_store / TOPICS / "1")
+    network, broken = load_network(checkpoint), load_network(checkpoint)
+    items = [[5, 6, 7], [8, 9], [10]]
+    assert {
+        (a.way, a.other, a.moved) for a in compare_labels(checkpoint, items, network, network)
+    } == {(way, 0, 0) for way in ("fast", "balanced", "best", "full")}
+    with torch.no_grad():
+        broken.model.classifier.weight.neg_()
+        broken.model.classifier.bias.neg_()
+    full = compare_labels(checkpoint, items, network, broken)[-1]
+    assert (full.way, full.texts, full.other) == ("full", 3, 3)
+    assert full.share == 0
+    assert full.difference > 0

@@ -1,0 +1,86 @@
+"""How often a faster pass gives another label than the plain one, on whole test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from budgetformer import cascade
+from budgetformer.bench.timing import TokenIds
+from budgetformer.cascade import Work
+from budgetformer.checkpoint import Checkpoint
+from budgetformer.compact import PackedPass
+from budgetformer.modules import MULTI_LABEL
+from budgetformer.policy import BudgetRule
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of one pass with the plain one at one way of choosing budgets.
+
+    Attributes:
+        way: a quality level, or "full".
+        texts: how many.
+        other: those with another label (multi-label: set of labels).
+        moved: those that ended at another step.
+        difference: largest difference of a logit among texts that ended at the same step.
+    """
+
+    way: str
+    texts: int
+    other: int
+    moved: int
+    difference: float
+
+    @property
+    def share(self) -> float:
+        """Share of the texts with the same label."""
+        return 1 - self.other / self.texts
+
+
+def compare_labels(
+    checkpoint: Checkpoint, items: Sequence[TokenIds], plain: PackedPass, other: PackedPass
+) -> list[Agreement]:
+    """Classify all items by both passes, at every quality level and at the full budget."""
+    points = checkpoint.manifest.operating_points
+    ways: dict[str, BudgetRule] = {p.name: checkpoint.rule(p.name) for p in points if p.name}
+    ways["full"] = checkpoint.rule(None, heads=checkpoint.num_heads)
+    return [_compare(way, rule, items, plain, other) for way, rule in ways.items()]
+
+
+def _compare(
+    way: str, rule: BudgetRule, items: Sequence[TokenIds], plain: PackedPass, other: PackedPass
+) -> Agreement:
+    expected, steps = _answers(plain, rule, items)
+    actual, taken = _answers(other, rule, items)
+    if plain.config.problem_type == MULTI_LABEL:
+        same = ((expected > 0) == (actual > 0)).all(-1)
+    else:
+        same = expected.argmax(-1) == actual.argmax(-1)
+    stayed = steps == taken
+    differences = (expected - actual).abs().amax(-1)[stayed]
+    return Agreement(
+        way=way,
+        texts=len(items),
+        other=int((~same).sum()),
+        moved=int((~stayed).sum()),
+        difference=float(differences.max()) if len(differences) else 0.0,
+    )
+
+
+def _answers(
+    network: PackedPass, rule: BudgetRule, items: Sequence[TokenIds]
+) -> tuple[Tensor, Tensor]:
+    """Return logits [B, C] and final steps [B]."""
+    works = [Work(ids, None, rule) for ids in items]
+    # Texts of about one length together, as a scheduler would have them.
+    order = sorted(works, key=lambda work: len(work.ids))
+    for start in range(0, len(order), BATCH):
+        cascade.answer(network, order[start : start + BATCH], lambda some: [some])
+    logits = [work.logits for work in works if work.logits is not None]
+    return torch.stack(logits).float().cpu(), torch.tensor([work.step for work in works])

@@ -1,0 +1,248 @@
+"""The pass on a GPU: recorded once per step and size, and played again with other texts.
+
+A small step computes for less time than its launches take one by one, so they are recorded as a
+CUDA graph. The graph's inputs lie at fixed places; how many items there are and how long each is,
+it reads on the device. The host writes them to pinned memory, and they travel while the device
+still computes what came before: nothing in a pass waits for the other side.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from budgetformer.compact.kernels import Kernels
+from budgetformer.compact.layout import StagedLayout
+from budgetformer.compact.packed import PackedPass, PackedTokens, PassResult
+from budgetformer.compact.weights import Slice
+from budgetformer.modules import SequenceClassifier
+
+MOST_ROWS = 16384
+"""Tokens that are passed together: a GPU is full long before."""
+MOST_PROGRAMS = 128
+"""Recorded passes that are kept; the least recently used go first."""
+RING = 4
+"""Batches that may be on their way to the device."""
+WARM_BATCHES = (1, 8, 32)
+"""Numbers of items that loading a model records."""
+WARM_TOKENS = 64
+
+_recording = threading.Lock()
+"""CUDA records one graph at a time."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a recorded pass has room for: N rows and B items of C classes."""
+
+    rows: int
+    items: int
+    classes: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], classes: int) -> Size:
+        """Return the least size for some items; there are few sizes, so that passes are reused."""
+        return cls(_room(max(sum(lengths), 64)), _power_of_two(len(lengths)), classes)
+
+    @property
+    def parts(self) -> list[int]:
+        """Numbers of 32 bits: token ids, segment ids, starts, and step 0's logits."""
+        return [self.rows, self.rows, self.items + 1, self.items * self.classes]
+
+    def fill(self, inputs: Tensor, tokens: PackedTokens, exit_logits: Tensor | None) -> None:
+        """Write items [sum(parts)] as a recorded pass reads them; those that miss are empty."""
+        ids, kinds, starts, exits = inputs.split(self.parts)
+        count, used = len(tokens.input_ids), len(tokens.lengths)
+        for part, values in ((ids, tokens.input_ids), (kinds, tokens.token_type_ids)):
+            part[:count] = values
+            part[count:] = 0
+        starts[: used + 1] = torch.tensor([0, *accumulate(tokens.lengths)], dtype=torch.int32)
+        starts[used + 1 :] = count
+        if exit_logits is None:
+            exits.zero_()
+        else:
+            target = exits.view(torch.float32).view(self.items, self.classes)
+            target[:used] = exit_logits
+
+
+@dataclass(frozen=True)
+class Program:
+    """A recorded pass.
+
+    Attributes:
+        inputs: where it reads, as `Size.fill` writes; on the device.
+        logits: where its answer lies after `play`, [B, C].
+        play: runs it.
+        slices: the weights that it reads, kept while it lives.
+    """
+
+    inputs: Tensor
+    logits: Tensor
+    play: Callable[[], None]
+    slices: list[Slice]
+
+
+class GraphedPass(PackedPass):
+    """Run batches of one step and of ranked heads as recorded passes, others as `PackedPass`.
+
+    In bfloat16 the states are bfloat16 too: on a GPU a step's time is that of reading them.
+
+    Args:
+        model: the network, on the device.
+        precision: of matrix products and states, a key of `LINEARS`.
+        kernels: `kernels.gpu` or `kernels.flash`.
+    """
+
+    def __init__(self, model: SequenceClassifier, precision: str, kernels: Kernels) -> None:
+        super().__init__(model, precision, kernels)
+        self._dtype: torch.dtype = getattr(torch, precision)
+        self._classes = self.config.num_classes
+        self._programs: OrderedDict[tuple[int, Size], Program] = OrderedDict()
+        self._outbox = Outbox(self.device) if self.device.type == "cuda" else None
+        self._memory = torch.cuda.graph_pool_handle() if self._outbox else None
+
+    @torch.inference_mode()
+    def warm(self, steps: Sequence[int]) -> None:
+        """Lay out the weights of some steps, and record passes of a few common sizes."""
+        super().warm(steps)
+        length = min(self._most_tokens, WARM_TOKENS)
+        for step in steps:
+            for items in WARM_BATCHES:
+                self._program(step, Size.of([length] * items, self._classes))
+
+    def _parts(self, lengths: Sequence[int]) -> list[slice]:
+        return self._cut(lengths, MOST_ROWS)
+
+    def _run(
+        self,
+        tokens: PackedTokens,
+        steps: Sequence[int] | None,
+        exit_logits: Tensor | None,
+        ranking: Tensor | None,
+        ceilings: Sequence[int] | None,
+    ) -> PassResult:
+        one_step = steps is not None and len(set(steps)) == 1
+        if not one_step or self.sizes.picks_heads or not len(tokens.input_ids):
+            return super()._run(tokens, steps, exit_logits, ranking, ceilings)
+        assert steps is not None
+        self._layout(tokens)  # refuses what is too long
+        size = Size.of(tokens.lengths, self._classes)
+        program = self._program(steps[0], size)
+        if self._outbox is None:
+            size.fill(program.inputs, tokens, exit_logits)
+        else:
+            self._outbox.send(program.inputs, lambda room: size.fill(room, tokens, exit_logits))
+        program.play()
+        heads = [self._first[count] for count in self._plan(steps[0])]
+        logits = program.logits[: len(tokens.lengths)].clone()
+        return PassResult(logits, [list(heads) for _ in tokens.lengths])
+
+    def _program(self, step: int, size: Size) -> Program:
+        """Return the recorded pass for a step and size; record it when it is first asked for."""
+        found = self._programs.get((step, size))
+        if found is None:
+            with _recording:
+                found = self._record(step, size)
+            self._programs[step, size] = found
+            if len(self._programs) > MOST_PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end((step, size))
+        return found
+
+    def _record(self, step: int, size: Size) -> Program:
+        inputs = torch.zeros(sum(size.parts), dtype=torch.int32, device=self.device)
+        plan = enumerate(self._plan(step))
+        slices = [self._slices.get(layer, self._first[heads]) for layer, heads in plan if heads]
+        if self._memory is None:
+            logits = self._compute(step, inputs, size)
+
+            def play() -> None:
+                logits.copy_(self._compute(step, inputs, size))
+
+            return Program(inputs, logits, play, slices)
+        # What is compiled or allocated at first use must not be while a graph is recorded.
+        aside = torch.cuda.Stream(self.device)
+        aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                self._compute(step, inputs, size)
+        torch.cuda.current_stream(self.device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            logits = self._compute(step, inputs, size)
+        return Program(inputs, logits, graph.replay, slices)
+
+    def _compute(self, step: int, inputs: Tensor, size: Size) -> Tensor:
+        """Run a step over items as `Size.fill` writes them, without asking the host: [B, C]."""
+        ids, kinds, starts, exits = inputs.split(size.parts)
+        layout = StagedLayout.within(starts, size.rows, self._most_tokens)
+        states = self.encoder.embeddings(ids, kinds, layout.positions).to(self._dtype)
+        for index, count in enumerate(self._plan(step)):
+            states = self._run_set(index, states, layout, self._first[count])
+        logits = self._classify(states, layout)
+        if self.model.exit_head is not None:
+            share = self.config.exit_weights[step - 1]
+            logits = logits + share * exits.view(torch.float32).view_as(logits)
+        return logits
+
+
+class Outbox:
+    """Pinned memory through which batches travel to a GPU while it computes.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._device = device
+        self._slots = [Slot() for _ in range(RING)]
+        self._turn = 0
+
+    def send(self, target: Tensor, write: Callable[[Tensor], None]) -> None:
+        """Let `write` fill pinned memory like `target`, which has it before what is queued next."""
+        slot = self._slots[self._turn]
+        self._turn = (self._turn + 1) % RING
+        slot.arrived.synchronize()  # long ago, unless the device is `RING` batches behind
+        slot.fit(target)
+        write(slot.host[: len(target)])
+        computing = torch.cuda.current_stream(self._device)
+        self._stream.wait_event(slot.read)
+        with torch.cuda.stream(self._stream):
+            slot.landing[: len(target)].copy_(slot.host[: len(target)], non_blocking=True)
+            slot.arrived.record()
+        computing.wait_event(slot.arrived)
+        target.copy_(slot.landing[: len(target)])
+        slot.read.record(computing)
+
+
+class Slot:
+    """Room for one batch on its way: pinned on the host, and where it lands on the device."""
+
+    def __init__(self) -> None:
+        self.host = self.landing = torch.empty(0, dtype=torch.int32)
+        self.arrived, self.read = torch.cuda.Event(), torch.cuda.Event()
+
+    def fit(self, target: Tensor) -> None:
+        """Make room for `target`; growing waits for the device, and seldom happens."""
+        if len(self.host) < len(target):
+            torch.cuda.synchronize(target.device)
+            count = _power_of_two(len(target))
+            self.host = torch.empty(count, dtype=torch.int32, pin_memory=True)
+            self.landing = torch.empty(count, dtype=torch.int32, device=target.device)
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def _room(value: int) -> int:
+    """Return the least number from 1, 1.5, 2, 3, 4, 6, 8, ... that holds `value`."""
+    whole = _power_of_two(value)
+    return whole // 4 * 3 if value <= whole // 4 * 3 else whole

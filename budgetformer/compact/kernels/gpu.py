@@ -1,0 +1,172 @@
+"""The kernels in Triton, for GPUs: one launch each, whatever the number of items.
+
+They ask nothing of the host but upper bounds, so a CUDA graph can hold them: how many items there
+are and how long each is, they read on the device. Each equals its namesake in `plain`, by test.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from budgetformer.compact.layout import Layout
+
+ROWS = 64
+"""Queries and keys that one program of the attention takes at a time."""
+NORMED_ROWS = 8
+POOLED_ROWS, POOLED_COLUMNS = 32, 128
+LEAST_SIDE = 16
+"""Of a tile that tensor cores multiply."""
+
+
+def attend(projected: Tensor, layout: Layout, heads: int) -> Tensor:
+    """Do as `plain.attend`; one program per item, head and `ROWS` queries."""
+    tokens, width = projected.shape
+    size = width // (3 * heads)
+    contexts = projected.new_zeros(tokens, heads * size)
+    rows = min(ROWS, _power_of_two(layout.longest))
+    grid = (triton.cdiv(layout.longest, rows), heads, layout.items)
+    if math.prod(grid):
+        _attend[grid](
+            projected,
+            contexts,
+            layout.starts,
+            math.log2(math.e) / math.sqrt(size),
+            heads,
+            size,
+            ROWS=rows,
+            SIDE=_power_of_two(size),
+            PRECISION="ieee" if projected.dtype == torch.float32 else "tf32",
+        )
+    return contexts
+
+
+@triton.jit
+def _attend(
+    projected,
+    contexts,
+    starts,
+    scale,
+    heads,
+    size,
+    ROWS: tl.constexpr,
+    SIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(starts + item)
+    length = tl.load(starts + item + 1) - start
+    if block * ROWS >= length:
+        return
+    side = tl.arange(0, SIDE)
+    inside = side < size
+    stride = heads * 3 * size
+    first = projected + start.to(tl.int64) * stride + head * 3 * size
+    asking = block * ROWS + tl.arange(0, ROWS)
+    asked = (asking < length)[:, None] & inside[None, :]
+    query = tl.load(first + asking[:, None] * stride + side[None, :], mask=asked, other=0.0)
+    # Running maximum, sum and mean of a softmax in base two over the keys so far.
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    context = tl.zeros([ROWS, SIDE], tl.float32)
+    for begin in range(0, length, ROWS):
+        other = begin + tl.arange(0, ROWS)
+        there = other < length
+        place = first + other[:, None] * stride + side[None, :]
+        seen = there[:, None] & inside[None, :]
+        key = tl.load(place + size, mask=seen, other=0.0)
+        value = tl.load(place + 2 * size, mask=seen, other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        score = tl.where(there[None, :], score, float("-inf"))
+        higher = tl.maximum(most, tl.max(score, 1))
+        weight = tl.exp2(score - higher[:, None])
+        kept = tl.exp2(most - higher)
+        total = total * kept + tl.sum(weight, 1)
+        added = tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+        context = context * kept[:, None] + added
+        most = higher
+    target = contexts + (start + asking[:, None]).to(tl.int64) * (heads * size)
+    result = (context / total[:, None]).to(contexts.dtype.element_ty)
+    tl.store(target + head * size + side[None, :], result, mask=asked)
+
+
+def add_norm(states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
+    """Do as `plain.add_norm`; sums are float32, the result is as the states."""
+    tokens, width = states.shape
+    result = torch.empty_like(states)
+    if tokens:
+        _add_norm[(triton.cdiv(tokens, NORMED_ROWS),)](
+            states,
+            change,
+            by.weight,
+            by.bias,
+            result,
+            tokens,
+            width,
+            by.eps,
+            ROWS=NORMED_ROWS,
+            WIDTH=_power_of_two(width),
+        )
+    return result
+
+
+@triton.jit
+def _add_norm(
+    states,
+    change,
+    weight,
+    bias,
+    result,
+    tokens,
+    width,
+    eps,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = column < width
+    there = (row < tokens)[:, None] & inside
+    place = row[:, None].to(tl.int64) * width + column
+    state = tl.load(states + place, mask=there, other=0.0).to(tl.float32)
+    state += tl.load(change + place, mask=there, other=0.0).to(tl.float32)
+    centred = tl.where(inside, state - (tl.sum(state, 1) / width)[:, None], 0.0)
+    scaled = centred * tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)[:, None]
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(result + place, (scaled * scale + shift).to(result.dtype.element_ty), mask=there)
+
+
+def mean(states: Tensor, layout: Layout) -> Tensor:
+    """Do as `plain.mean`; an item is summed in the same order whatever its batch."""
+    width = states.shape[-1]
+    result = states.new_empty(layout.items, width, dtype=torch.float32)
+    grid = (layout.items, triton.cdiv(width, POOLED_COLUMNS))
+    if math.prod(grid):
+        _mean[grid](states, result, layout.starts, width, ROWS=POOLED_ROWS, COLUMNS=POOLED_COLUMNS)
+    return result
+
+
+@triton.jit
+def _mean(states, result, starts, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    item = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    start, stop = tl.load(starts + item), tl.load(starts + item + 1)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for begin in range(start, stop, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        seen = (row < stop)[:, None] & inside[None, :]
+        place = row[:, None].to(tl.int64) * width + column[None, :]
+        total += tl.sum(tl.load(states + place, mask=seen, other=0.0).to(tl.float32), 0)
+    count = tl.maximum(stop - start, 1)
+    tl.store(result + item.to(tl.int64) * width + column, total / count, mask=inside)
+
+
+def _power_of_two(value: int) -> int:
+    side: int = triton.next_power_of_2(value)
+    return max(LEAST_SIDE, side)

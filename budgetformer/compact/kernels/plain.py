@@ -1,0 +1,62 @@
+"""The reference of every kernel, in plain torch: what CPUs run."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from budgetformer.compact.layout import Layout
+
+
+def attend(projected: Tensor, layout: Layout, heads: int) -> Tensor:
+    """Attend within each item of a packed batch.
+
+    Args:
+        projected: queries, keys and values, interleaved by head, [N, k * 3 * D/H].
+        layout: where the items are; spare rows come back as zeros.
+        heads: k.
+
+    Returns:
+        Contexts [N, k * D/H].
+    """
+    # [N, k, 3, D/H] to [3, 1, k, N, D/H]
+    tokens, width = projected.shape
+    per_head = projected.view(tokens, heads, 3, width // (3 * heads)).permute(2, 1, 0, 3)[:, None]
+    *items, spare = per_head.split([*layout.lengths, tokens - layout.tokens], dim=3)
+    contexts = [_attend_one(item) for item in items if item.shape[3]]
+    if spare.shape[3] or not contexts:
+        contexts.append(torch.zeros_like(spare[0, 0]).transpose(0, 1))
+    return (torch.cat(contexts) if len(contexts) > 1 else contexts[0]).flatten(1)
+
+
+def _attend_one(per_head: Tensor) -> Tensor:
+    """Attend within one item: [3, 1, k, T, D/H] to [T, k, D/H]."""
+    query, key, value = per_head.unbind(0)
+    return F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1)
+
+
+def add(states: Tensor, change: Tensor) -> Tensor:
+    """Add states and a change [N, D] in place of the change, which nobody else holds.
+
+    The change is converted first: a mixed sum is slow.
+    """
+    return change.to(states.dtype).add_(states)
+
+
+def norm(states: Tensor, by: nn.LayerNorm) -> Tensor:
+    """Normalise each of the states [N, D]."""
+    # Not through the module: its call takes as long as the norm of a short text.
+    states = states.to(by.weight.dtype)
+    return F.layer_norm(states, by.normalized_shape, by.weight, by.bias, by.eps)
+
+
+def add_norm(states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
+    """Normalise the sum of states and a change, [N, D] each."""
+    return norm(add(states, change), by)
+
+
+def mean(states: Tensor, layout: Layout) -> Tensor:
+    """Average the states [N, D] of each item, [B, D] in float32; no token at all gives zeros."""
+    total = states.new_zeros(layout.items, states.shape[-1], dtype=torch.float32)
+    return total.index_add_(0, layout.owner, states[: layout.tokens].float()) / layout.counts

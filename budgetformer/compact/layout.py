@@ -1,0 +1,128 @@
+"""Where the items of a packed batch lie: as the host knows it, or only the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """B items, one after another in N rows; rows after the last item's are spare.
+
+    Attributes:
+        lengths: tokens of each item.
+        device: where the pass runs.
+    """
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def items(self) -> int:
+        """B."""
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Rows that are some item's."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest item."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """Item of each token, [N]."""
+        lengths = torch.tensor(self.lengths, dtype=torch.long)
+        return torch.arange(self.items).repeat_interleave(lengths).to(self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Place of each token within its item, [N]."""
+        places = torch.arange(self.longest)
+        parts = [places[:length] for length in self.lengths]
+        return (torch.cat(parts) if parts else places).to(self.device)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """First row of each item, and after them the end of the last: [B + 1], int32."""
+        bounds = [0, *accumulate(self.lengths)]
+        return torch.tensor(bounds, dtype=torch.int32).to(self.device)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Tokens of each item, [B, 1] in float32; at least one, to divide by."""
+        counts = torch.tensor(self.lengths, dtype=torch.float32).clamp_(min=1)
+        return counts.unsqueeze(-1).to(self.device)
+
+    @property
+    def empty(self) -> Tensor:
+        """Whether an item has no token, [B, 1]."""
+        return (self.starts[1:] == self.starts[:-1]).unsqueeze(-1)
+
+    def select(self, items: Sequence[int]) -> Layout:
+        """Return the layout of some of the items, one after another."""
+        return Layout(tuple(self.lengths[item] for item in items), self.device)
+
+
+@dataclass(frozen=True)
+class StagedLayout(Layout):
+    """A layout that only the device knows: of up to B items in N rows, the last ones empty.
+
+    Nothing of it is read on the host, so that a recorded pass can run with other items each time.
+
+    Attributes:
+        bounds: as `starts`.
+        rows: N.
+        most: tokens of the longest item that can come.
+    """
+
+    bounds: Tensor
+    rows: int
+    most: int
+
+    @classmethod
+    def within(cls, bounds: Tensor, rows: int, most: int) -> StagedLayout:
+        """Read the layout from `bounds`, [B + 1] in int32, which may change between runs."""
+        return cls((), bounds.device, bounds, rows, min(rows, most))
+
+    @property
+    def items(self) -> int:
+        """B."""
+        return len(self.bounds) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Rows that may be some item's."""
+        return self.rows
+
+    @property
+    def longest(self) -> int:
+        """No item is longer."""
+        return self.most
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """Item of each row, [N]; a spare row has the last one."""
+        places = torch.arange(self.rows, dtype=torch.int32, device=self.device)
+        found = torch.searchsorted(self.bounds[1:], places, right=True)
+        return found.clamp_(max=self.items - 1)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Place of each row within its item, [N]."""
+        places = torch.arange(self.rows, dtype=torch.int32, device=self.device)
+        return (places - self.bounds[self.owner]).clamp_(max=self.most - 1)
+
+    @property
+    def starts(self) -> Tensor:
+        """First row of each item, and after them the end of the last: [B + 1], int32."""
+        return self.bounds

@@ -1,0 +1,165 @@
+"""The pass of GPUs on a CPU: Triton's interpreter in place of a card, a call in place of a graph.
+
+What these tests leave open, graphs and streams, `budgetformer bench gpu` checks where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from budgetformer.compact import PackedTokens, graphs, load_pass
+from budgetformer.compact.graphs import GraphedPass, Size
+from budgetformer.compact.kernels import gpu
+from budgetformer.modeling import BudgetFormerForSequenceClassification
+from tests.support.networks import (
+    POSITIONS,
+    PROPERTY,
+    Item,
+    assert_close,
+    batches,
+    networks,
+    pack,
+    pad,
+    random_items,
+    random_network,
+    small_config,
+)
+
+Network = BudgetFormerForSequenceClassification
+FEW = settings(PROPERTY, max_examples=15)
+"""The interpreter takes its time."""
+SMALL = small_config(num_hidden_layers=1)
+
+
+def graphed(network: Network) -> GraphedPass:
+    return GraphedPass(network, "float32", gpu)
+
+
+@torch.no_grad()
+def reference(network: Network, items: Sequence[Item], steps: Sequence[int]) -> torch.Tensor:
+    logits: torch.Tensor = network(**pad(items), steps=torch.tensor(steps)).logits
+    return logits
+
+
+@FEW
+@given(networks(head_selection="ranked"), batches(), st.data())
+def test_equals_the_reference(network: Network, items: list[Item], data: st.DataObject) -> None:
+    steps = [data.draw(st.integers(1, network.config.num_steps))] * len(items)
+    compact, tokens = graphed(network), pack(items)
+    exits = compact.arrive(tokens).exit_logits
+    result = compact.run(tokens, steps, exits)
+    plain = load_pass(network).run(tokens, steps, exits)
+    assert result.heads == plain.heads
+    assert_close(result.logits, plain.logits)
+    assert_close(result.logits, reference(network, items, steps))
+
+
+@FEW
+@given(networks(), batches(), st.data())
+def test_other_batches_are_passed_as_before(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    last = network.config.num_steps
+    steps = data.draw(st.lists(st.integers(1, last), min_size=len(items), max_size=len(items)))
+    compact, tokens = graphed(network), pack(items)
+    arrival = compact.arrive(tokens)
+    result = compact.run(tokens, steps, arrival.exit_logits, arrival.ranking)
+    assert_close(result.logits, reference(network, items, steps))
+
+
+def test_a_recorded_pass_keeps_nothing_of_the_batch_before() -> None:
+    network = random_network(
+        small_config(num_hidden_layers=1, embedding_exit=True, exit_weight=0.5)
+    )
+    compact = graphed(network)
+    for lengths in ([12, 12, 12, 12], [3], [1, 0, 5], [12, 12, 12, 12], [7, 2]):
+        items = random_items(lengths, seed=len(lengths))
+        tokens = pack(items)
+        exits = compact.arrive(tokens).exit_logits
+        result = compact.run(tokens, [2] * len(items), exits)
+        assert_close(result.logits, reference(network, items, [2] * len(items)))
+    with_exit, without = pack(random_items([5])), pack(random_items([5]))
+    compact.run(with_exit, [2], compact.arrive(with_exit).exit_logits)
+    assert_close(compact.run(without, [2]).logits, load_pass(network).run(without, [2]).logits)
+
+
+def test_answers_outlive_the_next_batch() -> None:
+    compact = graphed(random_network(SMALL))
+    first = compact.run(pack(random_items([5])), [2]).logits
+    kept = first.clone()
+    compact.run(pack(random_items([6], seed=1)), [2])
+    assert torch.equal(first, kept)
+
+
+def test_passes_of_one_size_are_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compact = graphed(random_network(SMALL))
+    recorded: list[tuple[int, Size]] = []
+    record = compact._record
+
+    def counted(step: int, size: Size) -> graphs.Program:
+        recorded.append((step, size))
+        return record(step, size)
+
+    monkeypatch.setattr(compact, "_record", counted)
+    for lengths in ([5, 6, 7], [12, 12, 12], [1, 2, 3, 4]):
+        compact.run(pack(random_items(lengths)), [2] * len(lengths))
+    assert recorded == [(2, Size(64, 4, 3))]
+    compact.run(pack(random_items([5, 6, 7])), [3] * 3)
+    compact.run(pack(random_items([12] * 6)), [2] * 6)
+    assert recorded[1:] == [(3, Size(64, 4, 3)), (2, Size(96, 8, 3))]
+
+
+def test_the_least_used_passes_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST_PROGRAMS", 2)
+    network = random_network(SMALL)
+    compact, items = graphed(network), random_items([4, 9])
+    for step in (1, 2, 3, 1, 4, 1):
+        result = compact.run(pack(items), [step] * 2)
+        assert_close(result.logits, reference(network, items, [step] * 2))
+    assert [step for step, _ in compact._programs] == [4, 1]
+
+
+def test_large_batches_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST_ROWS", 20)
+    network = random_network(small_config())
+    items = random_items([12, 9, 7, 1, 12])
+    result = graphed(network).run(pack(items), [3] * 5)
+    assert_close(result.logits, reference(network, items, [3] * 5))
+
+
+def test_warming_records_what_is_common() -> None:
+    compact = graphed(random_network(SMALL))
+    compact.warm([2, 4])
+    sizes = {size for _, size in compact._programs}
+    assert {step for step, _ in compact._programs} == {2, 4}
+    assert {size.items for size in sizes} >= set(graphs.WARM_BATCHES)
+
+
+def test_too_long_items_are_refused() -> None:
+    compact = graphed(random_network(small_config()))
+    with pytest.raises(ValueError, match="only 12 positions"):
+        compact.run(PackedTokens.pack([[1] * (POSITIONS + 1)]), [2])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows", "items"),
+    [([1], 64, 1), ([64], 64, 1), ([65], 96, 1), ([97], 128, 1), ([40] * 9, 384, 16)],
+)
+def test_sizes_are_few(lengths: list[int], rows: int, items: int) -> None:
+    assert Size.of(lengths, 3) == Size(rows, items, 3)
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=200))
+def test_sizes_hold_what_they_are_for(lengths: list[int]) -> None:
+    size = Size.of(lengths, 2)
+    assert sum(lengths) <= size.rows <= max(64, 1.5 * sum(lengths))
+    assert len(lengths) <= size.items <= 2 * len(lengths)
