@@ -18,10 +18,13 @@ from service.observability.traces import check_tracing, exporter_asked_for
 from service.process import bind
 from service.settings import Settings, usable_cores
 
-LIBRARIES_BYTES = 450 * 2**20
-"""Resident size of an engine before its first model."""
+LIBRARIES_BYTES = 250 * 2**20
+"""Memory of an engine before its first model, as measured."""
 MEMORY_PER_WEIGHT = 4.0
-"""Of a model in an engine, in sizes of its weight file: weights, slices in use, a pass's states."""
+"""Of a model in an engine, in sizes of its weight file: at most; in float32 it takes half of it.
+
+Weights, the copies that are laid out of them, what oneDNN compiles, a pass's states.
+"""
 OPEN_FILES = 4096
 CGROUPS = Path("/sys/fs/cgroup")
 
