@@ -1,0 +1,185 @@
+"""Ask an idle server lone requests of several forms, and learn what they cost outside of passes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, NamedTuple
+
+from budgetformer.checkpoint import Checkpoint
+from budgetformer.errors import DataError
+from budgetformer.policy import QualityName
+from service.settings import Settings
+from service.simulation.costs import Asked, EngineCost, ServerCosts, fit_server
+from service.simulation.engine import SimEngine, SimModel, SimRequest
+from service.simulation.texts import Text, measured_texts
+
+if TYPE_CHECKING:
+    import httpx
+
+FORMS: tuple[tuple[QualityName, int], ...] = (
+    ("fast", 1), ("balanced", 1), ("best", 1), ("best", 4), ("balanced", 16), ("balanced", 64),
+)  # fmt: skip
+"""Quality and texts of the requests, each with short texts and with long ones."""
+MOST_TEXTS = 600
+PROCESSES = {"front": "front", "engine": "engine", "supervisor": "hub"}
+_CPU = "budgetformer_process_cpu_seconds"
+
+
+def calibrate(
+    url: str,
+    checkpoint: Checkpoint,
+    model: SimModel,
+    texts: Sequence[str],
+    seconds: float = 4.0,
+) -> ServerCosts:
+    """Measure what requests cost an idle server outside of its passes.
+
+    One request at a time, so nothing waits for anything, and which passes run is known. The
+    server's metrics say what its processes took.
+
+    Args:
+        url: of the server.
+        checkpoint: to ask, of which it serves the same version.
+        model: its costs on that server's device.
+        texts: to ask; some hundreds of them are.
+        seconds: for each form of request.
+
+    Raises:
+        DataError: the server does not answer as it should.
+    """
+    try:
+        import httpx
+    except ImportError as error:
+        raise DataError("this needs httpx: pip install 'budgetformer-serving[client]'") from error
+    if len(texts) < 2:
+        raise DataError("two texts are needed at least")
+    words = texts[:: math.ceil(len(texts) / MOST_TEXTS)]
+    samples = zip(words, measured_texts(checkpoint, words).texts, strict=True)
+    ordered = [Sample(*sample) for sample in samples]
+    ordered.sort(key=lambda sample: sample.text.tokens)
+    halves = ordered[: len(ordered) // 2], ordered[len(ordered) // 2 :]
+    try:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            asker = _Asker(client, checkpoint.label, model, seconds)
+            asker.settle()
+            forms = [asker.ask(half, level, count) for level, count in FORMS for half in halves]
+    except httpx.HTTPError as error:
+        raise DataError(f"{url}: {error or type(error).__name__}") from error
+    costs = fit_server([form.asked for form in forms])
+    ways = [
+        form.latency - form.passes - costs.lone(form.asked)
+        for form in forms
+        if form.asked.texts == 1
+    ]
+    return replace(costs, way=max(0.0, statistics.median(ways)))
+
+
+class Sample(NamedTuple):
+    """A text in words, and what it asks of the device."""
+
+    words: str
+    text: Text
+
+
+@dataclass(frozen=True)
+class _Form:
+    asked: Asked
+    passes: float
+    latency: float
+
+
+class _Asker:
+    def __init__(
+        self, client: httpx.Client, model_name: str, model: SimModel, seconds: float
+    ) -> None:
+        self._client = client
+        self._name = model_name
+        self._model = model
+        self._seconds = seconds
+        self._idle: dict[str, float] = {}
+
+    def settle(self) -> None:
+        """Learn what the server takes while nobody asks."""
+        before, began = self._processor(), time.perf_counter()
+        time.sleep(self._seconds)
+        took = time.perf_counter() - began
+        after = self._processor()
+        self._idle = {kind: (after[kind] - before[kind]) / took for kind in before}
+
+    def ask(self, samples: Sequence[Sample], level: QualityName, count: int) -> _Form:
+        """Ask one form of request for some seconds."""
+        drawn = cycle(samples)
+        self._request(list(islice(drawn, count)), level)
+        before, began = self._processor(), time.perf_counter()
+        asked: list[list[Text]] = []
+        latencies: list[float] = []
+        while time.perf_counter() - began < self._seconds:
+            some = list(islice(drawn, count))
+            latencies.append(self._request(some, level))
+            asked.append([sample.text for sample in some])
+        elapsed = time.perf_counter() - began
+        after = self._processor()
+        front, engine, hub = (
+            (after[kind] - before[kind] - self._idle[kind] * elapsed) / len(asked)
+            for kind in ("front", "engine", "hub")
+        )
+        ran = [passes_of(self._model, texts, level) for texts in asked]
+        passes = statistics.fmean(seconds for _, seconds in ran)
+        form = Asked(
+            texts=count,
+            tokens=statistics.fmean(sum(text.tokens for text in texts) for texts in asked),
+            runs=statistics.fmean(runs for runs, _ in ran),
+            front=front,
+            engine=engine - passes,
+            hub=hub,
+        )
+        return _Form(form, passes, statistics.fmean(latencies))
+
+    def _request(self, asked: Sequence[Sample], level: QualityName) -> float:
+        words = [sample.words for sample in asked]
+        given = words if len(words) > 1 else words[0]
+        body = {"model": self._name, "quality": level, "input": given}
+        began = time.perf_counter()
+        response = self._client.post("/classify", json=body)
+        took = time.perf_counter() - began
+        response.raise_for_status()
+        return took
+
+    def _processor(self) -> dict[str, float]:
+        """Return the seconds of processor time that each kind of process has had."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        response = self._client.get("/metrics")
+        response.raise_for_status()
+        taken = dict.fromkeys(PROCESSES.values(), 0.0)
+        for family in text_string_to_metric_families(response.text):
+            if family.name == _CPU:
+                for sample in family.samples:
+                    kind = sample.labels["process"].partition("-")[0]
+                    taken[PROCESSES[kind]] += sample.value
+        if not taken["front"] or not taken["engine"]:
+            raise DataError("the server's metrics do not tell of its processes")
+        return taken
+
+
+def passes_of(model: SimModel, texts: Sequence[Text], level: QualityName) -> tuple[int, float]:
+    """Return how many passes a lone request takes, and their seconds."""
+    engine = SimEngine(model, _named(level), EngineCost(), lambda _: None)
+    engine.receive(SimRequest(0.0, float("inf"), texts), 0.0)
+    runs, seconds = 0, 0.0
+    while (took := engine.begin(seconds)) is not None:
+        seconds += took
+        runs += 1
+        engine.finish(seconds)
+    return runs, seconds
+
+
+@cache
+def _named(level: QualityName) -> Settings:
+    return Settings(quality=level)
