@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from http.client import HTTPConnection, HTTPException
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from budgetformer.checkpoint import Checkpoint
 from budgetformer.errors import DataError
@@ -18,9 +21,6 @@ from service.settings import Settings
 from service.simulation.costs import Asked, EngineCost, ServerCosts, fit_server
 from service.simulation.engine import SimEngine, SimModel, SimRequest
 from service.simulation.texts import Text, measured_texts
-
-if TYPE_CHECKING:
-    import httpx
 
 FORMS: tuple[tuple[QualityName, int], ...] = (
     ("fast", 1), ("balanced", 1), ("best", 1), ("best", 4), ("balanced", 16), ("balanced", 64),
@@ -53,10 +53,6 @@ def calibrate(
     Raises:
         DataError: the server does not answer as it should.
     """
-    try:
-        import httpx
-    except ImportError as error:
-        raise DataError("this needs httpx: pip install 'budgetformer-serving[client]'") from error
     if len(texts) < 2:
         raise DataError("two texts are needed at least")
     words = texts[:: math.ceil(len(texts) / MOST_TEXTS)]
@@ -64,13 +60,18 @@ def calibrate(
     ordered = [Sample(*sample) for sample in samples]
     ordered.sort(key=lambda sample: sample.text.tokens)
     halves = ordered[: len(ordered) // 2], ordered[len(ordered) // 2 :]
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname:
+        raise DataError(f"{url}: not the address of a server, such as http://127.0.0.1:8000")
+    connection = HTTPConnection(parts.hostname, parts.port or 80, timeout=60)
     try:
-        with httpx.Client(base_url=url, timeout=60) as client:
-            asker = _Asker(client, checkpoint.label, model, seconds)
-            asker.settle()
-            forms = [asker.ask(half, level, count) for level, count in FORMS for half in halves]
-    except httpx.HTTPError as error:
+        asker = _Asker(connection, checkpoint.label, model, seconds)
+        asker.settle()
+        forms = [asker.ask(half, level, count) for level, count in FORMS for half in halves]
+    except (OSError, HTTPException) as error:
         raise DataError(f"{url}: {error or type(error).__name__}") from error
+    finally:
+        connection.close()
     costs = fit_server([form.asked for form in forms])
     ways = [
         form.latency - form.passes - costs.lone(form.asked)
@@ -96,9 +97,9 @@ class _Form:
 
 class _Asker:
     def __init__(
-        self, client: httpx.Client, model_name: str, model: SimModel, seconds: float
+        self, connection: HTTPConnection, model_name: str, model: SimModel, seconds: float
     ) -> None:
-        self._client = client
+        self._connection = connection
         self._name = model_name
         self._model = model
         self._seconds = seconds
@@ -146,19 +147,25 @@ class _Asker:
         given = words if len(words) > 1 else words[0]
         body = {"model": self._name, "quality": level, "input": given}
         began = time.perf_counter()
-        response = self._client.post("/classify", json=body)
-        took = time.perf_counter() - began
-        response.raise_for_status()
-        return took
+        self._answer("POST", "/classify", json.dumps(body))
+        return time.perf_counter() - began
+
+    def _answer(self, method: str, path: str, body: str | None = None) -> str:
+        headers = {"Content-Type": "application/json"} if body else {}
+        self._connection.request(method, path, body, headers)
+        response = self._connection.getresponse()
+        content = response.read().decode()
+        if response.status != 200:
+            raise DataError(f"{path} was answered {response.status}: {content[:200]}")
+        return content
 
     def _processor(self) -> dict[str, float]:
         """Return the seconds of processor time that each kind of process has had."""
         from prometheus_client.parser import text_string_to_metric_families
 
-        response = self._client.get("/metrics")
-        response.raise_for_status()
+        content = self._answer("GET", "/metrics")
         taken = dict.fromkeys(PROCESSES.values(), 0.0)
-        for family in text_string_to_metric_families(response.text):
+        for family in text_string_to_metric_families(content):
             if family.name == _CPU:
                 for sample in family.samples:
                     kind = sample.labels["process"].partition("-")[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from budgetformer.cost_table import SERVER_FILE, fit_costs
 from budgetformer.errors import DataError
 
 FORMAT = 1
+LEAST = 1e-6
+"""Seconds; what took less cannot be told from nothing."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,14 @@ def fit_server(asked: Sequence[Asked]) -> ServerCosts:
     """
     shapes = [[1.0, form.texts, form.tokens] for form in asked]
     runs = [[1.0, form.texts, form.runs] for form in asked]
+
+    def fit(sizes: list[list[float]], seconds: Iterable[float]) -> list[float]:
+        return fit_costs(sizes, [max(taken, LEAST) for taken in seconds])
+
     return ServerCosts(
-        ProcessCost(*fit_costs(shapes, [form.front for form in asked])),
-        EngineCost(*fit_costs(runs, [form.engine for form in asked])),
-        ProcessCost(*fit_costs(shapes, [form.hub for form in asked])),
+        ProcessCost(*fit(shapes, (form.front for form in asked))),
+        EngineCost(*fit(runs, (form.engine for form in asked))),
+        ProcessCost(*fit(shapes, (form.hub for form in asked))),
     )
 
 

@@ -94,6 +94,8 @@ class _Slot:
 class SimEngine:
     """One engine; whoever holds it begins its passes and tells it when they end.
 
+    `running` and `step` say what runs: 0 is the decision on arrival.
+
     Args:
         model: the only one that it serves.
         settings: of the server.
@@ -124,10 +126,10 @@ class SimEngine:
         self._expire = expire
         self._here: deque[SimRequest] = deque()
         self._arrivals: deque[_Slot] = deque()
-        self._running: list[_Slot] = []
+        self.running: list[_Slot] = []
         self._held_seconds = 0.0
         """Prices of what has come and of what runs."""
-        self._step = 0
+        self.step = 0
         self._began = self._pass = self._work = 0.0
         self._beside = 0.0
         """What was done meanwhile, and is still to be counted."""
@@ -148,7 +150,7 @@ class SimEngine:
         self._beside += self._cost.request
         refusal = admit(
             items=len(prices),
-            queued_items=len(self.buckets) + len(self._arrivals) + len(self._running),
+            queued_items=len(self.buckets) + len(self._arrivals) + len(self.running),
             max_items=self._most,
             queued_seconds=queued,
             price=price,
@@ -180,15 +182,15 @@ class SimEngine:
 
     def finish(self, now: float) -> list[SimRequest]:
         """End the pass that runs; return the requests that have all their answers now."""
-        batch, self._running = self._running, []
+        batch, self.running = self.running, []
         for slot in batch:
             self._held_seconds -= slot.price
-        if self._step and self._work:
+        if self.step and self._work:
             # A pass is priced by the time it takes, slowed by whatever shares its core.
             seconds = (now - self._began) * self._pass / self._work
             tokens = sum([slot.text.tokens for slot in batch])
-            self.prices.observe(_MODEL, self._step, tokens, len(batch), seconds)
-        ran = 1 if self._step else 0
+            self.prices.observe(_MODEL, self.step, tokens, len(batch), seconds)
+        ran = 1 if self.step else 0
         answered = []
         for slot in batch:
             request = slot.request
@@ -207,7 +209,7 @@ class SimEngine:
         ran = 1 if step else 0
         answered = sum([slot.runs + ran >= len(slot.steps) for slot in batch])
         cost = self._cost
-        self._running, self._step, self._began = batch, step, now
+        self.running, self.step, self._began = batch, step, now
         self._pass = self.model.table.batch(step, tokens, len(batch))
         self._work = self._pass + cost.run + cost.text * answered + self._beside
         self._beside = 0.0

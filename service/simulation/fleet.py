@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from budgetformer.policy import QualityName
-from service.settings import Settings
+from service.settings import DEFAULT_QUALITY, Settings
 from service.simulation.costs import ServerCosts
 from service.simulation.engine import SimModel
 from service.simulation.server import LEVELS, OUTCOMES, Records, SimServer
@@ -93,6 +93,11 @@ class Run:
         latency = np.sort(self.latency[answered]) if answered.any() else np.zeros(1)
         processes = {"front": fleet.settings.fronts, "engine": fleet.engines, "hub": 1}
         here = fleet.sample * self.seconds
+        levels = {
+            level: float((self.level[answered] == place).sum()) / count
+            for place, level in enumerate(LEVELS)
+        }
+        lowered = 1 - levels[DEFAULT_QUALITY] if fleet.settings.quality == "auto" else 0.0
         return Summary(
             sent=len(self.outcome),
             answered=int(answered.sum()),
@@ -103,10 +108,8 @@ class Run:
             p50=float(np.quantile(latency, 0.5)),
             p90=float(np.quantile(latency, 0.9)),
             p99=float(np.quantile(latency, 0.99)),
-            levels={
-                level: float((self.level[answered] == place).sum()) / count
-                for place, level in enumerate(LEVELS)
-            },
+            levels=levels,
+            lowered=lowered,
             busy={kind: seconds / processes[kind] / here for kind, seconds in self.busy.items()},
             busy_cores=sum(self.busy.values()) / fleet.cores / here,
         )
@@ -121,6 +124,7 @@ class Summary:
         requests_per_second, texts_per_second: answered by the whole fleet.
         p50, p90, p99: seconds until an answer.
         levels: share of the answers at each quality level.
+        lowered: share of the answers whose quality gave way to the load.
         busy: part of the time for which a process of each kind has work to do, were it alone.
         busy_cores: part of the cores that all of them take.
     """
@@ -135,6 +139,7 @@ class Summary:
     p90: float
     p99: float
     levels: Mapping[QualityName, float]
+    lowered: float
     busy: Mapping[str, float]
     busy_cores: float
 

@@ -33,7 +33,7 @@ class Goals:
             summary.answered > 0
             and summary.p99 <= self.p99
             and summary.lost_share <= self.lost
-            and summary.levels["fast"] <= self.lowered
+            and summary.lowered <= self.lowered
         )
 
 
@@ -60,11 +60,14 @@ def most_rate(fleet: Fleet, traffic: Traffic, goals: Goals, seed: int = 0) -> fl
         given = traffic.at_mean(rate * whole.servers)
         return goals.met_by(run(whole, given, seed).summary)
 
-    # One request in a second shows what a server that is almost idle does.
-    low, high = 0.0, 1.0
-    while fits(high):
+    low = high = 1.0
+    while not fits(low):
+        low, high = low / 2, low
+        if low * traffic.seconds < 1:
+            return 0.0
+    while low == high or fits(high):
         low, high = high, 2 * high
-    while low and high > low * (1 + EXACT):
+    while high > low * (1 + EXACT):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low

@@ -152,9 +152,15 @@ def made_up_texts(
 
 
 def steps_of(rule: BudgetRule) -> list[tuple[float, Steps]]:
-    """Return how often texts run which steps under a calibrated rule, the easiest first."""
-    assert rule.point is not None
-    outlook, first = Outlook.of(rule), rule.point.top_entry
+    """Return how often texts run which steps under a rule, the easiest first.
+
+    Where calibration kept no budgets, what the scheduler expects then.
+    """
+    outlook = Outlook.of(rule)
+    if rule.point is None or not rule.point.budgets:
+        some = [(share, (step,)) for step, share in sorted(outlook.steps.items())]
+        return [(1 - sum(share for share, _ in some), ()), *some]
+    first = rule.point.top_entry
     found: list[tuple[float, Steps]] = []
     for step, share in sorted(rule.point.budgets.items()):
         again = outlook.escalated and step == outlook.last and first
