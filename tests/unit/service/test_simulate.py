@@ -11,8 +11,8 @@ import pytest
 from budgetformer.checkpoint import read_checkpoint
 from budgetformer.cost_table import CostTable, StepCost
 from tests.support.command_line import CommandLine
+from tests.support.simulated import COSTS
 from tests.support.stores import TOPICS
-from tests.unit.service.simulation.worlds import COSTS
 
 STEPS = (StepCost(3e-4, 2e-7, 1e-5), *(StepCost(1e-3 * n, 1e-5 * n, 1e-4) for n in range(1, 5)))
 

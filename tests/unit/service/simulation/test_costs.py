@@ -17,7 +17,7 @@ from service.simulation.costs import (
     fit_server,
     read_costs,
 )
-from tests.unit.service.simulation.worlds import COSTS
+from tests.support.simulated import COSTS
 
 
 def asked(costs: ServerCosts, texts: int, tokens: int, runs: float) -> Asked:

@@ -10,7 +10,7 @@ from service.simulation.fleet import ROUTERS, Router, run
 from service.simulation.plan import Goals, most_rate, price_per_million, servers_needed
 from service.simulation.texts import Population
 from service.simulation.traffic import bursts, diurnal, steady
-from tests.unit.service.simulation.worlds import COSTS, fleet, model, settings, text
+from tests.support.simulated import COSTS, fleet, model, settings, text
 
 SECOND = model(StepCost(1.0, 0, 0))
 """A device that takes a second for a batch."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from budgetformer.cost_table import StepCost
 from service.simulation.costs import EngineCost, ProcessCost, ServerCosts
 from service.simulation.server import OUTCOMES
-from tests.unit.service.simulation.worlds import COSTS, FREE, NOTHING, model, server, text
+from tests.support.simulated import COSTS, FREE, NOTHING, model, server, text
 
 PROPERTY = rules(max_examples=60, deadline=None, derandomize=True, database=None)
 END = float("inf")

@@ -11,10 +11,8 @@ from budgetformer.classifier import Classifier
 from budgetformer.errors import DataError
 from budgetformer.policy import QUALITY_NAMES
 from service.simulation.texts import Population, made_up_texts, measured_texts, steps_of
-from tests.support.stores import LABELS, TOPICS, model_store, sentences
-from tests.unit.service.simulation.worlds import text
-
-__all__ = ["model_store"]
+from tests.support.simulated import text
+from tests.support.stores import LABELS, TOPICS, sentences
 
 
 @pytest.fixture
