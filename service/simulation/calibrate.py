@@ -60,10 +60,7 @@ def calibrate(
     ordered = [Sample(*sample) for sample in samples]
     ordered.sort(key=lambda sample: sample.text.tokens)
     halves = ordered[: len(ordered) // 2], ordered[len(ordered) // 2 :]
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise DataError(f"{url}: not the address of a server, such as http://127.0.0.1:8000")
-    connection = HTTPConnection(parts.hostname, parts.port or 80, timeout=60)
+    connection = _connection(url)
     try:
         asker = _Asker(connection, checkpoint.label, model, seconds)
         asker.settle()
@@ -79,6 +76,17 @@ def calibrate(
         if form.asked.texts == 1
     ]
     return replace(costs, way=max(0.0, statistics.median(ways)))
+
+
+def _connection(url: str) -> HTTPConnection:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if host is None or parts.scheme != "http":
+        raise DataError(f"{url}: not the address of a server, such as http://127.0.0.1:8000")
+    return HTTPConnection(host, port or 80, timeout=60)
 
 
 class Sample(NamedTuple):
@@ -166,10 +174,10 @@ class _Asker:
         content = self._answer("GET", "/metrics")
         taken = dict.fromkeys(PROCESSES.values(), 0.0)
         for family in text_string_to_metric_families(content):
-            if family.name == _CPU:
-                for sample in family.samples:
-                    kind = sample.labels["process"].partition("-")[0]
-                    taken[PROCESSES[kind]] += sample.value
+            for sample in family.samples if family.name == _CPU else ():
+                kind = PROCESSES.get(sample.labels["process"].partition("-")[0])
+                if kind is not None:
+                    taken[kind] += sample.value
         if not taken["front"] or not taken["engine"]:
             raise DataError("the server's metrics do not tell of its processes")
         return taken

@@ -166,7 +166,9 @@ class TestTuneServer:
     def test_it_needs_texts(self, command: CommandLine, costs: Path) -> None:
         assert command("tune", "--out", costs, "--url", "http://127.0.0.1:9").code == 2
 
-    @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "ftp://there", "nonsense"])
+    @pytest.mark.parametrize(
+        "url", ["http://127.0.0.1:9", "ftp://there", "http://there:x", "nonsense"]
+    )
     def test_a_server_that_is_not_there_is_one_line(
         self, command: CommandLine, costs: Path, model_store: Path, tmp_path: Path, url: str
     ) -> None:
