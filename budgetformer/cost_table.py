@@ -17,6 +17,8 @@ import numpy as np
 from budgetformer.errors import DataError
 
 FORMAT = 1
+SERVER_FILE = "server.json"
+"""Lies beside the tables of a folder: what requests cost a server outside of its passes."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,29 @@ def fit_table(model: str, device: str, dtype: str, measured: Sequence[Measuremen
 
 
 def _fit(measured: Sequence[Measurement]) -> StepCost:
-    seconds = np.array([m.seconds for m in measured])
-    sizes = np.array([[1.0, m.tokens, m.items] for m in measured]) / seconds[:, None]
-    columns = [0, 1, 2]
+    sizes = [[1.0, m.tokens, m.items] for m in measured]
+    return StepCost(*fit_costs(sizes, [m.seconds for m in measured]))
+
+
+def fit_costs(sizes: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Return what each column of `sizes` costs, by least relative squares, none below zero.
+
+    Args:
+        sizes: of what was timed, a row each.
+        seconds: that it took, above 0.
+    """
+    taken = np.array(seconds)
+    relative = np.array(sizes) / taken[:, None]
+    columns = list(range(relative.shape[1]))
     while True:
-        found = np.linalg.lstsq(sizes[:, columns], np.ones(len(measured)), rcond=None)[0]
+        found = np.linalg.lstsq(relative[:, columns], np.ones(len(taken)), rcond=None)[0]
         if (found >= 0).all() or len(columns) == 1:
             break
         # The most negative term explains nothing: fit the others without it.
         del columns[int(found.argmin())]
-    costs = np.zeros(3)
+    costs = np.zeros(relative.shape[1])
     costs[columns] = np.maximum(found, 0.0)
-    return StepCost(*map(float, costs))
+    return [float(cost) for cost in costs]
 
 
 def guess_table(
@@ -123,7 +136,9 @@ def read_tables(path: Path) -> dict[str, CostTable]:
     Raises:
         DataError: there is none, or it is damaged.
     """
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [file for file in sorted(path.glob("*.json")) if file.name != SERVER_FILE]
     if not files:
         raise DataError(f"{path}: no cost table in it")
     tables = [_read(file) for file in files]

@@ -14,6 +14,7 @@ from service.cli.classify import classify
 from service.cli.keys import keys_app
 from service.cli.models import models_app
 from service.cli.serve import SettingsCommand, doctor, serve
+from service.cli.simulation import simulate
 from service.cli.terminal import FAILED, USAGE, JsonOption, say
 from service.cli.timing import bench_app, tune
 from service.cli.training import calibrate, evaluate, import_encoder, train
@@ -38,6 +39,7 @@ def _root() -> None:
 _open = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(cls=SettingsCommand, context_settings=_open, add_help_option=False)(serve)
 app.command(cls=SettingsCommand, context_settings=_open)(doctor)
+app.command(cls=SettingsCommand, context_settings=_open)(simulate)
 for _command in (classify, train, calibrate, evaluate, tune):
     app.command()(_command)
 app.command("import")(import_encoder)

@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from budgetformer.checkpoint import Checkpoint
+from budgetformer.cost_table import SERVER_FILE, read_tables
+from budgetformer.errors import DataError
 from budgetformer.precision import Precision
 from service.cli.terminal import JsonOption, ModelOption, StoreOption, complain, out, resolve
 
@@ -25,10 +28,25 @@ def tune(
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Threads of an engine.")] = 1,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask this idle server instead, and measure what requests cost it beside its "
+            "batches, for `simulate`; the table must be in --out."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Texts to ask it, CSV, JSONL or Parquet.")
+    ] = None,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
     """Measure what a model's batches cost in seconds on this device, for the scheduler."""
+    if url is not None:
+        if data is None:
+            raise typer.BadParameter("--url needs the --data to ask")
+        _tune_server(output, resolve(model, model_store), url, data, as_json)
+        return
     import torch
 
     from budgetformer.loading import load_network
@@ -47,6 +65,30 @@ def tune(
     for step, cost in enumerate(costs.steps):
         micro = (1e6 * cost.constant, 1e6 * cost.token, 1e6 * cost.item)
         table.add_row(str(step), *(f"{value:.2f}" for value in micro))
+    out.print(table)
+
+
+def _tune_server(folder: Path, checkpoint: Checkpoint, url: str, data: Path, as_json: bool) -> None:
+    from budgetformer.training.data import read_texts
+    from service.simulation.calibrate import calibrate
+    from service.simulation.engine import SimModel
+
+    tables = read_tables(folder)
+    if checkpoint.label not in tables:
+        raise DataError(f"{folder}: no cost table of {checkpoint.label}")
+    texts, _ = read_texts(data)
+    costs = calibrate(url, checkpoint, SimModel.of(checkpoint, tables[checkpoint.label]), texts)
+    (folder / SERVER_FILE).write_text(costs.dump())
+    if as_json:
+        out.print_json(costs.dump())
+        return
+    table = Table("", "per request", "per text", "per token", "per pass", title="microseconds")
+    for name, cost in (("front", costs.front), ("hub", costs.hub)):
+        table.add_row(name, *(f"{1e6 * c:.2f}" for c in (cost.request, cost.text, cost.token)), "")
+    engine = costs.engine
+    shown = [f"{1e6 * cost:.2f}" for cost in (engine.request, engine.text, engine.run)]
+    table.add_row("engine, beside its passes", *shown[:2], "", shown[2])
+    table.add_row("on the way", f"{1e6 * costs.way:.2f}", "", "", "")
     out.print(table)
 
 

@@ -50,6 +50,7 @@ from service.observability.context import RequestContext
 from service.observability.traces import PassRun, PassSpans, Rider, Stage
 from service.process import return_memory
 from service.scheduling.admission import Refusal, admit
+from service.scheduling.arrivals import decided_together
 from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
 from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
 from service.scheduling.price import Outlook, Prices
@@ -58,13 +59,6 @@ log = structlog.get_logger()
 
 Reply = Callable[[ToFront], None]
 Clock = Callable[[], float]
-
-ARRIVAL_TOKENS = 8192
-"""Most tokens whose budgets are decided in one go.
-
-So that a huge request does not hold up the device.
-"""
-
 
 SETTLE_SECONDS = 1.0
 
@@ -317,12 +311,7 @@ class EngineCore:
             await self._run_batch()
 
     async def _decide_arrivals(self) -> None:
-        tokens = count = 0
-        for slot in self._arrivals:
-            tokens += len(slot.work.ids)
-            if count and tokens > ARRIVAL_TOKENS:
-                break
-            count += 1
+        count = decided_together(len(slot.work.ids) for slot in self._arrivals)
         self._running, self._arrivals = self._arrivals[:count], self._arrivals[count:]
         by_model: defaultdict[LoadedModel, list[_Slot]] = defaultdict(list)
         for slot in self._running:

@@ -17,8 +17,8 @@ from budgetformer.checkpoint import Checkpoint, read_checkpoint
 from budgetformer.cost_table import CostTable, read_tables
 from budgetformer.policy import QUALITY_NAMES, BudgetRule
 from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
-from service.scheduling.price import Outlook
 from service.simulation.device import Scheduler, SimDevice, SimItem, SimRequest
+from service.simulation.texts import steps_of
 
 BATCH_SECONDS, BATCH_ITEMS = 0.05, 256
 SECONDS = 60.0
@@ -83,14 +83,7 @@ class Mix:
     @classmethod
     def of(cls, rules: Sequence[BudgetRule]) -> Mix:
         """Read those of calibrated rules, which are asked for equally often."""
-        paths: list[tuple[float, tuple[int, ...]]] = []
-        for rule in rules:
-            assert rule.point is not None
-            outlook = Outlook.of(rule)
-            first = rule.point.top_entry
-            for step, share in rule.point.budgets.items():
-                again = step == outlook.last and outlook.escalated
-                paths.append((share, (first, step) if again and first else (step,) if step else ()))
+        paths = [way for rule in rules for way in steps_of(rule)]
         return cls(paths)
 
     def item(self, draw: random.Random) -> SimItem:

@@ -1,0 +1,367 @@
+"""Predict what a server does with a traffic, and send it the same traffic.
+
+    python loadtests/simulation.py --data texts.parquet --out build/simulation
+
+On a machine of two cores or more: the server, with one engine, runs on the first core, this client
+on the second. First it measures the costs of passes and of requests (`budgetformer tune`, twice),
+unless `--costs` holds them; no phase below has a part in that. Then every phase draws requests,
+lets the simulator say what becomes of them, and sends the same ones at the same moments, whatever
+comes back. Latency counts from the moment at which a request was due.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from budgetformer.checkpoint import read_store
+from budgetformer.cost_table import read_tables
+from budgetformer.policy import QUALITY_NAMES
+from budgetformer.training.data import read_texts
+from budgetformer.training.pages import draw, markdown_table
+from service.settings import Settings
+from service.simulation.costs import read_costs
+from service.simulation.engine import SimModel
+from service.simulation.fleet import Fleet, requests, run
+from service.simulation.plan import Goals, most_rate
+from service.simulation.texts import measured_texts
+from service.simulation.traffic import Traffic, bursts, steady
+
+COMMAND = (sys.executable, "-m", "service.cli")
+SERVER_CORE, CLIENT_CORE = 0, 1
+MOST_TEXTS = 4000
+CAPACITY_P99 = 0.5
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One traffic: its load as a part of the capacity, its quality, its form, texts a request."""
+
+    load: float
+    quality: str
+    form: str = "steady"
+    texts: int = 1
+
+    @property
+    def name(self) -> str:
+        size = "" if self.texts == 1 else f", {self.texts} texts a request"
+        return f"{self.form}{size}, `{self.quality}`"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What became of it: requests by outcome, seconds of latency, share lowered to `fast`.
+
+    `late`: the 99th percentile of how late requests were sent, seconds.
+    """
+
+    sent: int
+    answered: int
+    refused: int
+    expired: int
+    failed: int
+    texts_per_second: float
+    p50: float
+    p99: float
+    lowered: float
+    late: float = 0.0
+
+
+PHASES = [
+    *(Phase(load, "auto") for load in (0.2, 0.4, 0.6, 0.8, 0.95, 1.2)),
+    *(Phase(load, "balanced") for load in (0.6, 0.95, 1.2)),
+    Phase(0.6, "auto", "bursts"),
+    Phase(0.8, "auto", "steady", 8),
+    Phase(1.6, "fast"),
+    Phase(1.0, "best"),
+]
+
+
+def on_core(core: int) -> dict[str, Any]:
+    """Return what makes a child process run on one core."""
+    return {"preexec_fn": lambda: os.sched_setaffinity(0, {core})}
+
+
+def tune(folder: Path, model: str, core: int, *more: str) -> None:
+    subprocess.run(
+        [*COMMAND, "tune", "--model", model, "--out", folder, *more],
+        check=True, stdout=subprocess.DEVNULL, **on_core(core),
+    )  # fmt: skip
+
+
+@contextmanager
+def serving(port: int, model: str, costs: Path, log: Path) -> Iterator[str]:
+    """Serve one model with one engine on one core."""
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [
+                *COMMAND, "serve", f"--port={port}", f"--models=[\"{model}\"]", "--engines=1",
+                f"--cost-tables={costs}", "--log-format=json", "--access-log=0",
+            ],
+            stdout=output, stderr=output, **on_core(SERVER_CORE),
+        )  # fmt: skip
+    try:
+        for _ in range(120):
+            try:
+                if httpx.get(f"{url}/health/ready", timeout=5).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
+        else:
+            raise SystemExit(f"the server did not start; see {log}")
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+class Caller:
+    """Ask over connections that are kept; one that is free is used again, the last one first.
+
+    A client that does more takes longer than the server at these rates, and would measure itself.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, body: bytes) -> tuple[int, dict[str, str]]:
+        """Send a body to /classify; return status and headers."""
+        connection = self._free.pop() if self._free else None
+        reader, writer = connection or await asyncio.open_connection("127.0.0.1", self._port)
+        writer.write(
+            b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower().splitlines()
+        headers = dict(line.split(": ", 1) for line in head[1:] if line)
+        await reader.readexactly(int(headers["content-length"]))
+        self._free.append((reader, writer))
+        return int(head[0].split()[1]), headers
+
+    def close(self) -> None:
+        for _, writer in self._free:
+            writer.close()
+
+
+async def send(
+    port: int, bodies: Sequence[tuple[float, bytes, int]], seconds: float, patience: float
+) -> Seen:
+    """Send each body at its moment, whatever comes back."""
+    outcomes: list[tuple[int, float, int, bool]] = []
+    late: list[float] = []
+    caller = Caller(port)
+
+    async def ask(body: bytes, due: float, texts: int) -> None:
+        try:
+            status, headers = await asyncio.wait_for(caller.ask(body), patience)
+        except (OSError, asyncio.IncompleteReadError, TimeoutError):
+            outcomes.append((0, 0.0, texts, False))
+            return
+        took = time.perf_counter() - due
+        outcomes.append((status, took, texts, headers.get("x-quality") == "fast"))
+
+    gc.disable()  # a pause of the client would count as the server's
+    start, tasks = time.perf_counter() + 0.1, []
+    for at, body, texts in bodies:
+        due = start + at
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        late.append(time.perf_counter() - due)
+        tasks.append(asyncio.create_task(ask(body, due, texts)))
+    await asyncio.gather(*tasks)
+    took = max(seconds, time.perf_counter() - start)
+    gc.enable()
+    caller.close()
+    answered = [o for o in outcomes if o[0] == 200]
+    latencies = [o[1] for o in answered] or [0.0]
+    counts = {code: sum(o[0] == code for o in outcomes) for code in (200, 429, 504)}
+    return Seen(
+        sent=len(outcomes),
+        answered=counts[200],
+        refused=counts[429],
+        expired=counts[504],
+        failed=len(outcomes) - sum(counts.values()),
+        texts_per_second=sum(o[2] for o in answered) / took,
+        p50=float(np.quantile(latencies, 0.5)),
+        p99=float(np.quantile(latencies, 0.99)),
+        lowered=sum(o[3] for o in answered) / max(1, len(answered)),
+        late=float(np.quantile(late or [0.0], 0.99)),
+    )
+
+
+def traffic_of(phase: Phase, capacity: float, seconds: float) -> Traffic:
+    """Return the traffic of a phase; `capacity` in texts a second."""
+    rate = phase.load * capacity / phase.texts
+    made = bursts(rate, seconds, seed=1) if phase.form == "bursts" else steady(rate, seconds)
+    return Traffic(made.slot, made.rates, ((1.0, phase.texts),))
+
+
+def predict(fleet: Fleet, traffic: Traffic, seed: int) -> Seen:
+    summary = run(fleet, traffic, seed).summary
+    return Seen(
+        sent=summary.sent,
+        answered=summary.answered,
+        refused=summary.refused,
+        expired=summary.expired,
+        failed=0,
+        texts_per_second=summary.texts_per_second,
+        p50=summary.p50,
+        p99=summary.p99,
+        lowered=summary.lowered,
+    )
+
+
+HEADS = (
+    "traffic", "load", "texts/s", "answered, texts/s", "p50 ms", "p99 ms",
+    "refused or late", "at `fast`",
+)  # fmt: skip
+
+
+def row(result: dict[str, Any]) -> list[str]:
+    """Return what was predicted and what was measured, one after the other in each cell."""
+    phase, predicted, measured = (result[key] for key in ("phase", "predicted", "measured"))
+
+    def both(show: Any) -> str:
+        return f"{show(predicted)} / {show(measured)}"
+
+    def lost(seen: dict[str, Any]) -> str:
+        return f"{(seen['refused'] + seen['expired'] + seen['failed']) / seen['sent']:.1%}"
+
+    return [
+        Phase(**phase).name,
+        f"{phase['load']:.0%}",
+        f"{result['rate']:.0f}",
+        both(lambda seen: f"{seen['texts_per_second']:.0f}"),
+        both(lambda seen: f"{1000 * seen['p50']:.1f}"),
+        both(lambda seen: f"{1000 * seen['p99']:.0f}"),
+        both(lost),
+        both(lambda seen: f"{seen['lowered']:.0%}"),
+    ]
+
+
+def errors(results: Sequence[dict[str, Any]]) -> str:
+    """Say how far predictions were off."""
+    lines = []
+    for what in ("texts_per_second", "p50", "p99"):
+        off = [r["predicted"][what] / r["measured"][what] - 1 for r in results]
+        lines.append(
+            f"{what}: {np.median(np.abs(off)):.0%} off in the median, "
+            f"{min(off):+.0%} to {max(off):+.0%}"
+        )
+    return "; ".join(lines)
+
+
+def plot(axes: Any, results: Sequence[dict[str, Any]]) -> None:
+    shown = [r for r in results if r["phase"]["form"] == "steady" and r["phase"]["texts"] == 1]
+    for quality, colour in (("auto", "tab:blue"), ("balanced", "tab:orange")):
+        own = [r for r in shown if r["phase"]["quality"] == quality]
+        loads = [100 * r["phase"]["load"] for r in own]
+        for quantile, style in (("p50", "-"), ("p99", "--")):
+            name = f"{quality}, {quantile}"
+            ms = [1000 * r["predicted"][quantile] for r in own]
+            axes.plot(loads, ms, style, color=colour, label=f"{name}, predicted")
+            ms = [1000 * r["measured"][quantile] for r in own]
+            marker = "o" if quantile == "p50" else "^"
+            axes.plot(loads, ms, marker, color=colour, label=f"{name}, measured")
+    axes.set_yscale("log")
+    axes.set_xlabel("load, % of the predicted capacity")
+    axes.set_ylabel("ms")
+    axes.legend(fontsize=7)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="Parquet with a column `text`")
+    parser.add_argument("--out", type=Path, required=True, help="folder for report and plot")
+    parser.add_argument("--model", default="ag_news")
+    parser.add_argument("--costs", type=Path, help="folder with costs; none: measure them")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of every phase")
+    parser.add_argument("--rest", type=float, default=7.0, help="seconds between phases")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--phases", type=int, nargs="+", help="only these, from 0")
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, {CLIENT_CORE})
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    costs = arguments.costs or arguments.out / "costs"
+    checkpoint = read_store(Path("model_store")).latest(arguments.model)
+    if arguments.costs is None:
+        tune(costs, arguments.model, SERVER_CORE)
+    texts, _ = read_texts(arguments.data)
+    texts = texts[:: math.ceil(len(texts) / MOST_TEXTS)]
+    population = measured_texts(checkpoint, texts)
+    results: list[dict[str, Any]] = []
+    with serving(arguments.port, arguments.model, costs, arguments.out / "server.log") as url:
+        if arguments.costs is None:
+            tune(costs, arguments.model, CLIENT_CORE, "--url", url, "--data", arguments.data)
+        model = SimModel.of(checkpoint, read_tables(costs)[checkpoint.label])
+        fleets = {
+            quality: Fleet(
+                model, population, Settings(quality=quality, engines=1), 1, read_costs(costs)
+            )
+            for quality in ("auto", *QUALITY_NAMES)
+        }
+        capacity = most_rate(
+            fleets["balanced"], steady(1.0, arguments.seconds), Goals(CAPACITY_P99)
+        )
+        print(f"capacity, p99 of {CAPACITY_P99} s at balanced: {capacity:.0f} texts/s", flush=True)
+        print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}", flush=True)
+        for number, phase in enumerate(PHASES):
+            if arguments.phases and number not in arguments.phases:
+                continue
+            traffic = traffic_of(phase, capacity, arguments.seconds)
+            predicted = predict(fleets[phase.quality], traffic, number)
+            asked = requests(population, traffic, np.random.default_rng(number))
+            bodies = [
+                (at, _body(arguments.model, phase, [texts[n] for n in some]), len(some))
+                for at, some in asked
+            ]
+            time.sleep(arguments.rest)
+            measured = asyncio.run(send(arguments.port, bodies, arguments.seconds, 30.0))
+            if phase.quality != "auto":  # whoever names a level keeps it
+                measured = replace(measured, lowered=0.0)
+            results.append(
+                {
+                    "phase": asdict(phase),
+                    "rate": traffic.mean_rate * phase.texts,
+                    "predicted": asdict(predicted),
+                    "measured": asdict(measured),
+                }
+            )
+            print(f"| {' | '.join(row(results[-1]))} | late {measured.late * 1000:.0f}", flush=True)
+    print(errors(results))
+    report = {
+        "capacity": capacity,
+        "costs": json.loads(read_costs(costs).dump()),
+        "results": results,
+    }
+    (arguments.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (arguments.out / "table.md").write_text(markdown_table(HEADS, map(row, results)) + "\n")
+    draw([arguments.out / "validation.svg"], partial(plot, results=results))
+
+
+def _body(model: str, phase: Phase, texts: Sequence[str]) -> bytes:
+    given = texts[0] if len(texts) == 1 else list(texts)
+    return json.dumps({"model": model, "quality": phase.quality, "input": given}).encode()
+
+
+if __name__ == "__main__":
+    main()

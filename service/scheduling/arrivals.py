@@ -1,0 +1,26 @@
+"""How many of those that have just come are decided in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+ARRIVAL_TOKENS = 8192
+"""Most tokens whose budgets are decided in one go.
+
+So that a huge request does not hold up the device.
+"""
+
+
+def decided_together(tokens: Iterable[int]) -> int:
+    """Return how many texts, of so many tokens in turn, are decided first: one at least.
+
+    >>> decided_together([8000, 192, 1])
+    2
+    """
+    total = count = 0
+    for own in tokens:
+        total += own
+        if count and total > ARRIVAL_TOKENS:
+            break
+        count += 1
+    return count

@@ -1,0 +1,200 @@
+"""Ask an idle server lone requests of several forms, and learn what they cost outside of passes."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from http.client import HTTPConnection, HTTPException
+from itertools import cycle, islice
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from budgetformer.checkpoint import Checkpoint
+from budgetformer.errors import DataError
+from budgetformer.policy import QualityName
+from service.settings import Settings
+from service.simulation.costs import Asked, EngineCost, ServerCosts, fit_server
+from service.simulation.engine import SimEngine, SimModel, SimRequest
+from service.simulation.texts import Text, measured_texts
+
+FORMS: tuple[tuple[QualityName, int], ...] = (
+    ("fast", 1), ("balanced", 1), ("best", 1), ("best", 4), ("balanced", 16), ("balanced", 64),
+)  # fmt: skip
+"""Quality and texts of the requests, each with short texts and with long ones."""
+MOST_TEXTS = 600
+PROCESSES = {"front": "front", "engine": "engine", "supervisor": "hub"}
+_CPU = "budgetformer_process_cpu_seconds"
+
+
+def calibrate(
+    url: str,
+    checkpoint: Checkpoint,
+    model: SimModel,
+    texts: Sequence[str],
+    seconds: float = 4.0,
+) -> ServerCosts:
+    """Measure what requests cost an idle server outside of its passes.
+
+    One request at a time, so nothing waits for anything, and which passes run is known. The
+    server's metrics say what its processes took.
+
+    Args:
+        url: of the server.
+        checkpoint: to ask, of which it serves the same version.
+        model: its costs on that server's device.
+        texts: to ask; some hundreds of them are.
+        seconds: for each form of request.
+
+    Raises:
+        DataError: the server does not answer as it should.
+    """
+    if len(texts) < 2:
+        raise DataError("two texts are needed at least")
+    words = texts[:: math.ceil(len(texts) / MOST_TEXTS)]
+    samples = zip(words, measured_texts(checkpoint, words).texts, strict=True)
+    ordered = [Sample(*sample) for sample in samples]
+    ordered.sort(key=lambda sample: sample.text.tokens)
+    halves = ordered[: len(ordered) // 2], ordered[len(ordered) // 2 :]
+    connection = _connection(url)
+    try:
+        asker = _Asker(connection, checkpoint.label, model, seconds)
+        asker.settle()
+        forms = [asker.ask(half, level, count) for level, count in FORMS for half in halves]
+    except (OSError, HTTPException) as error:
+        raise DataError(f"{url}: {error or type(error).__name__}") from error
+    finally:
+        connection.close()
+    costs = fit_server([form.asked for form in forms])
+    ways = [
+        form.latency - form.passes - costs.lone(form.asked)
+        for form in forms
+        if form.asked.texts == 1
+    ]
+    return replace(costs, way=max(0.0, statistics.median(ways)))
+
+
+def _connection(url: str) -> HTTPConnection:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if host is None or parts.scheme != "http":
+        raise DataError(f"{url}: not the address of a server, such as http://127.0.0.1:8000")
+    return HTTPConnection(host, port or 80, timeout=60)
+
+
+class Sample(NamedTuple):
+    """A text in words, and what it asks of the device."""
+
+    words: str
+    text: Text
+
+
+@dataclass(frozen=True)
+class _Form:
+    asked: Asked
+    passes: float
+    latency: float
+
+
+class _Asker:
+    def __init__(
+        self, connection: HTTPConnection, model_name: str, model: SimModel, seconds: float
+    ) -> None:
+        self._connection = connection
+        self._name = model_name
+        self._model = model
+        self._seconds = seconds
+        self._idle: dict[str, float] = {}
+
+    def settle(self) -> None:
+        """Learn what the server takes while nobody asks."""
+        before, began = self._processor(), time.perf_counter()
+        time.sleep(self._seconds)
+        took = time.perf_counter() - began
+        after = self._processor()
+        self._idle = {kind: (after[kind] - before[kind]) / took for kind in before}
+
+    def ask(self, samples: Sequence[Sample], level: QualityName, count: int) -> _Form:
+        """Ask one form of request for some seconds."""
+        drawn = cycle(samples)
+        self._request(list(islice(drawn, count)), level)
+        before, began = self._processor(), time.perf_counter()
+        asked: list[list[Text]] = []
+        latencies: list[float] = []
+        while time.perf_counter() - began < self._seconds:
+            some = list(islice(drawn, count))
+            latencies.append(self._request(some, level))
+            asked.append([sample.text for sample in some])
+        elapsed = time.perf_counter() - began
+        after = self._processor()
+        front, engine, hub = (
+            (after[kind] - before[kind] - self._idle[kind] * elapsed) / len(asked)
+            for kind in ("front", "engine", "hub")
+        )
+        ran = [passes_of(self._model, texts, level) for texts in asked]
+        passes = statistics.fmean(seconds for _, seconds in ran)
+        form = Asked(
+            texts=count,
+            tokens=statistics.fmean(sum(text.tokens for text in texts) for texts in asked),
+            runs=statistics.fmean(runs for runs, _ in ran),
+            front=front,
+            engine=engine - passes,
+            hub=hub,
+        )
+        return _Form(form, passes, statistics.fmean(latencies))
+
+    def _request(self, asked: Sequence[Sample], level: QualityName) -> float:
+        words = [sample.words for sample in asked]
+        given = words if len(words) > 1 else words[0]
+        body = {"model": self._name, "quality": level, "input": given}
+        began = time.perf_counter()
+        self._answer("POST", "/classify", json.dumps(body))
+        return time.perf_counter() - began
+
+    def _answer(self, method: str, path: str, body: str | None = None) -> str:
+        headers = {"Content-Type": "application/json"} if body else {}
+        self._connection.request(method, path, body, headers)
+        response = self._connection.getresponse()
+        content = response.read().decode()
+        if response.status != 200:
+            raise DataError(f"{path} was answered {response.status}: {content[:200]}")
+        return content
+
+    def _processor(self) -> dict[str, float]:
+        """Return the seconds of processor time that each kind of process has had."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        content = self._answer("GET", "/metrics")
+        taken = dict.fromkeys(PROCESSES.values(), 0.0)
+        for family in text_string_to_metric_families(content):
+            for sample in family.samples if family.name == _CPU else ():
+                kind = PROCESSES.get(sample.labels["process"].partition("-")[0])
+                if kind is not None:
+                    taken[kind] += sample.value
+        if not taken["front"] or not taken["engine"]:
+            raise DataError("the server's metrics do not tell of its processes")
+        return taken
+
+
+def passes_of(model: SimModel, texts: Sequence[Text], level: QualityName) -> tuple[int, float]:
+    """Return how many passes a lone request takes, and their seconds."""
+    engine = SimEngine(model, _named(level), EngineCost(), lambda _: None)
+    engine.receive(SimRequest(0.0, float("inf"), texts), 0.0)
+    runs, seconds = 0, 0.0
+    while (took := engine.begin(seconds)) is not None:
+        seconds += took
+        runs += 1
+        engine.finish(seconds)
+    return runs, seconds
+
+
+@cache
+def _named(level: QualityName) -> Settings:
+    return Settings(quality=level)

@@ -1,0 +1,218 @@
+"""A server in virtual time: fronts, engines and the hub, which share its cores."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from budgetformer.policy import QUALITY_NAMES
+from service.settings import Settings
+from service.simulation.costs import ServerCosts
+from service.simulation.engine import Outcome, SimEngine, SimModel, SimRequest
+from service.simulation.texts import Text
+
+_NEVER = float("inf")
+OUTCOMES: tuple[Outcome, ...] = ("answered", "refused", "expired")
+LEVELS = QUALITY_NAMES
+
+
+@dataclass
+class Records:
+    """What became of requests, in the order in which they were done with.
+
+    Attributes:
+        arrived: when each came, seconds.
+        latency: seconds until its answer was written, whatever it was.
+        outcome: place in `OUTCOMES`.
+        texts: of each.
+        level: place in `LEVELS` of the quality that it got.
+        busy: seconds of processor time, by kind of process.
+    """
+
+    arrived: array[float] = field(default_factory=lambda: array("d"))
+    latency: array[float] = field(default_factory=lambda: array("d"))
+    outcome: array[int] = field(default_factory=lambda: array("b"))
+    texts: array[int] = field(default_factory=lambda: array("l"))
+    level: array[int] = field(default_factory=lambda: array("b"))
+    busy: dict[str, float] = field(
+        default_factory=lambda: {"front": 0.0, "engine": 0.0, "hub": 0.0}
+    )
+
+
+class _Front:
+    """A front: it does one thing after the other, and holds what it has let in."""
+
+    def __init__(self, engines: int) -> None:
+        self.queue: deque[SimRequest] = deque()
+        self.does: SimRequest | None = None
+        self.texts = 0
+        self.in_flight = [0] * engines
+
+
+class SimServer:
+    """One server, moved through time by whoever holds it.
+
+    Its processes share the cores evenly: while more of them have work than there are cores, each
+    runs at the same part of its speed. Half of what a request costs a front comes before the engine
+    and half after it. A request that is refused costs the front what it costs without texts.
+
+    Args:
+        model: the only one that it serves.
+        settings: fronts, engines (0: one per core), queues, deadline and quality.
+        cores: that the processes share.
+        costs: outside of the passes.
+        records: where what becomes of requests is kept.
+    """
+
+    def __init__(
+        self,
+        model: SimModel,
+        settings: Settings,
+        cores: int,
+        costs: ServerCosts,
+        records: Records,
+    ) -> None:
+        engines = settings.engines or cores
+        self.now = 0.0
+        self.in_flight = 0
+        """Requests that are here."""
+        self._cores = cores
+        self._costs = costs
+        self._records = records
+        self._timeout = settings.timeout_ms / 1000
+        self._room = settings.max_queue_items * engines
+        self._fronts = [_Front(engines) for _ in range(settings.fronts)]
+        self._engines = [
+            SimEngine(model, settings, costs.engine, self._expired) for _ in range(engines)
+        ]
+        # Processor sharing in virtual time: `_served` grows with what each busy process gets, and
+        # a process is done when it reaches what it began at plus its work.
+        self._served = 0.0
+        self._busy = 0
+        self._hub = settings.fronts + engines
+        self._done = [_NEVER] * (self._hub + 1)
+        self._turn = 0
+
+    def offer(self, texts: Sequence[Text]) -> None:
+        """Let a request come now."""
+        request = SimRequest(self.now, self.now + self._timeout, texts)
+        request.front = self._turn
+        self._turn = (self._turn + 1) % len(self._fronts)
+        self.in_flight += 1
+        self._queue(request)
+
+    def advance(self, until: float) -> None:
+        """Let time pass."""
+        done = self._done
+        while self._busy:
+            soonest = min(done)
+            speed = self._cores / self._busy if self._busy > self._cores else 1.0
+            at = self.now + (soonest - self._served) / speed
+            if at > until:
+                self._served += (until - self.now) * speed
+                self.now = until
+                return
+            self.now, self._served = at, soonest
+            process = done.index(soonest)
+            done[process] = _NEVER
+            self._busy -= 1
+            if process < len(self._fronts):
+                self._front_done(process)
+            elif process < self._hub:
+                self._engine_done(process - len(self._fronts))
+        # Nothing counts from before an idle moment, so the numbers stay small and exact.
+        self._served = 0.0
+        if until < _NEVER:
+            self.now = until
+
+    def _start(self, process: int, kind: str, work: float) -> None:
+        self._done[process] = self._served + work
+        self._busy += 1
+        self._records.busy[kind] += work
+
+    # Fronts
+
+    def _queue(self, request: SimRequest) -> None:
+        front = self._fronts[request.front]
+        front.queue.append(request)
+        if front.does is None:
+            self._next_of(request.front)
+
+    def _next_of(self, place: int) -> None:
+        front = self._fronts[place]
+        request = front.does = front.queue.popleft() if front.queue else None
+        if request is None:
+            return
+        cost, count = self._costs.front, len(request.texts)
+        if request.outcome == "answered":
+            work = cost.seconds(count, request.tokens) / 2
+        elif request.outcome is not None:
+            work = cost.request / 2
+        elif front.texts and front.texts + count > self._room:
+            request.outcome = "refused"
+            work = cost.request
+        else:
+            request.held = True
+            front.texts += count
+            work = cost.seconds(count, request.tokens) / 2
+        self._start(place, "front", work)
+
+    def _front_done(self, place: int) -> None:
+        request = self._fronts[place].does
+        assert request is not None
+        if request.outcome is None:
+            self._ask_engine(request)
+        else:
+            self._leave(request)
+        self._next_of(place)
+
+    def _ask_engine(self, request: SimRequest) -> None:
+        in_flight = self._fronts[request.front].in_flight
+        place = request.engine = in_flight.index(min(in_flight))
+        in_flight[place] += len(request.texts)
+        if self.now >= request.deadline:
+            self._return(request, "expired")
+        elif self._engines[place].receive(request, self.now) is not None:
+            self._return(request, "refused")
+        elif self._done[len(self._fronts) + place] == _NEVER:
+            self._begin(place)
+
+    def _return(self, request: SimRequest, outcome: Outcome) -> None:
+        self._fronts[request.front].in_flight[request.engine] -= len(request.texts)
+        request.outcome = outcome
+        self._queue(request)
+
+    def _leave(self, request: SimRequest) -> None:
+        assert request.outcome is not None
+        count, records = len(request.texts), self._records
+        self.in_flight -= 1
+        if request.held:
+            self._fronts[request.front].texts -= count
+        records.arrived.append(request.arrived)
+        records.latency.append(self.now - request.arrived + self._costs.way)
+        records.outcome.append(OUTCOMES.index(request.outcome))
+        records.texts.append(count)
+        records.level.append(LEVELS.index(request.level))
+        work = self._costs.hub.seconds(count, request.tokens)
+        if self._done[self._hub] == _NEVER:
+            self._start(self._hub, "hub", work)
+        else:
+            self._done[self._hub] += work
+            records.busy["hub"] += work
+
+    # Engines
+
+    def _begin(self, place: int) -> None:
+        work = self._engines[place].begin(self.now)
+        if work is not None:
+            self._start(len(self._fronts) + place, "engine", work)
+
+    def _engine_done(self, place: int) -> None:
+        for request in self._engines[place].finish(self.now):
+            self._return(request, "answered")
+        self._begin(place)
+
+    def _expired(self, request: SimRequest) -> None:
+        self._return(request, "expired")

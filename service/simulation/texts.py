@@ -1,0 +1,176 @@
+"""What texts ask of a device: their tokens, and the ladder steps that they run at each quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import numpy as np
+
+from budgetformer.checkpoint import Checkpoint, load_tokenizer
+from budgetformer.errors import DataError
+from budgetformer.policy import QUALITY_NAMES, BudgetRule, QualityName
+from service.scheduling.price import Outlook
+
+Steps = tuple[int, ...]
+"""Ladder steps that a text runs one after the other; none: step 0 answers it."""
+
+
+TOGETHER = 32
+"""Texts of a pass while they are measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """A text: its tokens, and its steps at each quality level."""
+
+    tokens: int
+    steps: Mapping[QualityName, Steps]
+
+    @property
+    def hard(self) -> bool:
+        """Whether it enters the encoder at the normal level."""
+        return bool(self.steps["balanced"])
+
+
+@dataclass(frozen=True)
+class Population:
+    """Texts that requests are made of.
+
+    Attributes:
+        texts: from which they are drawn.
+        weights: how likely each is drawn, 1 in all; None: all alike.
+    """
+
+    texts: Sequence[Text]
+    weights: np.ndarray | None = None
+
+    @property
+    def hard_share(self) -> float:
+        """The share of what is drawn that enters the encoder at the normal level."""
+        return float(np.average([text.hard for text in self.texts], weights=self.weights))
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of what is drawn, on average."""
+        return float(np.average([text.tokens for text in self.texts], weights=self.weights))
+
+    def with_hard_share(self, share: float) -> Population:
+        """Return the same texts, drawn so that this share of them enters the encoder.
+
+        Raises:
+            DataError: there are none of the one kind or the other.
+        """
+        hard = np.array([text.hard for text in self.texts])
+        if hard.all() or not hard.any():
+            raise DataError("all texts are equally hard, so their mix cannot be changed")
+        weights = np.where(hard, share / hard.sum(), (1 - share) / (~hard).sum())
+        return replace(self, weights=weights)
+
+    def draw(self, count: int, seed: np.random.Generator) -> np.ndarray:
+        """Draw places in `texts`."""
+        if self.weights is None:
+            return seed.integers(len(self.texts), size=count)
+        return seed.choice(len(self.texts), size=count, p=self.weights)
+
+
+def measured_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]]) -> Population:
+    """Run real texts through the network at every level, and keep what each one needed.
+
+    Raises:
+        DataError: there is no text.
+    """
+    from budgetformer import cascade
+    from budgetformer.cascade import Work
+    from budgetformer.loading import load_network
+
+    if not texts:
+        raise DataError("there are no texts to measure")
+    network = load_network(checkpoint, "cpu", "float32")
+    encodings = load_tokenizer(checkpoint).encode_batch(list(texts))
+    steps: list[dict[QualityName, list[int]]] = [{} for _ in encodings]
+    for level in QUALITY_NAMES:
+        rule = checkpoint.rule(level)
+        for start in range(0, len(encodings), TOGETHER):
+            own = range(start, min(start + TOGETHER, len(encodings)))
+            works = {n: Work(encodings[n].ids, encodings[n].type_ids, rule) for n in own}
+            cascade.arrive(network, list(works.values()))
+            for n in own:
+                steps[n][level] = []
+            while waiting := [n for n, work in works.items() if not work.done]:
+                step = works[waiting[0]].step
+                batch = [n for n in waiting if works[n].step == step]
+                for n in batch:
+                    steps[n][level].append(step)
+                cascade.run(network, [works[n] for n in batch])
+    return Population(
+        [
+            Text(len(encoding.ids), {level: tuple(ran) for level, ran in own.items()})
+            for encoding, own in zip(encodings, steps, strict=True)
+        ]
+    )
+
+
+def made_up_texts(
+    rules: Mapping[QualityName, BudgetRule],
+    mean_tokens: float,
+    most_tokens: int,
+    tail: float | None = None,
+    count: int = 4096,
+    seed: int = 0,
+) -> Population:
+    """Make up texts that need, at each level, what calibration saw.
+
+    A text that is hard at one level is hard at the others too; length and difficulty have nothing
+    to do with each other.
+
+    Args:
+        rules: by level.
+        mean_tokens: of a text, before it is cut to `most_tokens`.
+        most_tokens: the longest that the model reads.
+        tail: lengths have a Pareto tail of this index, above 1 and heavier the nearer to it; None:
+            they are log-normal with a spread of one half.
+        count: texts to draw from.
+        seed: of what is made up.
+    """
+    draw = np.random.default_rng(seed)
+    if tail is None:
+        lengths = draw.lognormal(-0.125, 0.5, count) * mean_tokens
+    else:
+        lengths = (1 + draw.pareto(tail, count)) * mean_tokens * (tail - 1) / tail
+    tokens = np.clip(np.rint(lengths), 3, most_tokens).astype(int)
+    ways = {level: steps_of(rule) for level, rule in rules.items()}
+    # Evenly spread instead of drawn: the shares are exactly those of calibration.
+    difficulties = draw.permutation((np.arange(count) + 0.5) / count)
+    return Population(
+        [
+            Text(int(n), {level: _at(difficulty, way) for level, way in ways.items()})
+            for n, difficulty in zip(tokens, difficulties, strict=True)
+        ]
+    )
+
+
+def steps_of(rule: BudgetRule) -> list[tuple[float, Steps]]:
+    """Return how often texts run which steps under a rule, the easiest first.
+
+    Where calibration kept no budgets, what the scheduler expects then.
+    """
+    outlook = Outlook.of(rule)
+    if rule.point is None or not rule.point.budgets:
+        some = [(share, (step,)) for step, share in sorted(outlook.steps.items())]
+        return [(1 - sum(share for share, _ in some), ()), *some]
+    first = rule.point.top_entry
+    found: list[tuple[float, Steps]] = []
+    for step, share in sorted(rule.point.budgets.items()):
+        again = outlook.escalated and step == outlook.last and first
+        found.append((share, (first, step) if again else (step,) if step else ()))
+    return found
+
+
+def _at(difficulty: float, way: Sequence[tuple[float, Steps]]) -> Steps:
+    bounds = accumulate(share for share, _ in way)
+    return next(
+        (steps for bound, (_, steps) in zip(bounds, way, strict=True) if difficulty < bound),
+        way[-1][1],
+    )

@@ -1,0 +1,34 @@
+"""What requests cost a real server, and what the simulator makes of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+
+from budgetformer.checkpoint import read_checkpoint
+from budgetformer.cost_table import CostTable, StepCost
+from service.simulation.calibrate import calibrate
+from service.simulation.engine import SimModel
+from tests.support.processes import server
+from tests.support.stores import LABELS, TOPICS, sentences
+
+pytestmark = pytest.mark.timeout(200)
+
+
+def test_a_server_tells_what_requests_cost_it(model_store: Path, tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(model_store / TOPICS / "2")
+    steps = (StepCost(1e-4, 0.0, 0.0),) * (len(checkpoint.ladder) + 1)
+    model = SimModel.of(checkpoint, CostTable(checkpoint.label, "cpu", "float32", steps))
+    texts = [sentence for label in LABELS for sentence in sentences(label)]
+    with server(model_store, tmp_path, engines=1) as running:
+        found = calibrate(running.url, checkpoint, model, texts, seconds=0.5)
+    costs = [*astuple(found.front), *astuple(found.engine), *astuple(found.hub), found.way]
+    assert all(math.isfinite(cost) and cost >= 0 for cost in costs)
+    # A text takes a front some tenths of a millisecond at least, and nowhere near a second.
+    assert 1e-4 < found.front.seconds(1, 10) < 0.5
+    # A request of many texts costs more than one of few, and less than as many requests.
+    assert found.front.seconds(1, 10) < found.front.seconds(64, 640)
+    assert found.front.seconds(64, 640) < 64 * found.front.seconds(1, 10)

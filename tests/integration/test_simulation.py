@@ -1,0 +1,64 @@
+"""The simulated engine against the real one."""
+
+from __future__ import annotations
+
+import asyncio
+
+from budgetformer.checkpoint import read_checkpoint
+from service.engine.protocol import BatchRan, ToFront
+from service.settings import Settings
+from service.simulation.costs import EngineCost
+from service.simulation.engine import SimEngine, SimModel, SimRequest
+from service.simulation.texts import measured_texts
+from tests.support.serving import Service, held
+from tests.support.stores import LABELS, sentences
+from tests.support.waiting import until
+
+
+async def test_the_simulated_engine_forms_the_batches_of_the_real_one(fresh: Service) -> None:
+    core = fresh.core
+    (model,) = core.models.values()
+    words = [sentence for label in LABELS for sentence in sentences(label)[:9]]
+    texts = dict(
+        zip(words, measured_texts(read_checkpoint(model.checkpoint.path), words).texts, strict=True)
+    )
+    # The first text holds the device; behind it come single texts, and a large request.
+    asked = [[words[0]], *([word] for word in words[1:9]), words[9:]]
+
+    real: list[tuple[int, int]] = []
+    say = core.broadcast
+
+    def listen(message: ToFront) -> None:
+        if isinstance(message, BatchRan) and message.budget:
+            real.append((message.budget, message.items))
+        say(message)
+
+    core.broadcast = listen
+    with held(core):
+        asking = []
+        for count, some in enumerate(asked, 1):
+            asking.append(asyncio.create_task(fresh.answer(some, quality="best")))
+            done = sum(map(len, asked[:count]))
+            await until(lambda done=done: fresh.in_flight() == done, "the request")
+    await asyncio.gather(*asking)
+
+    settings = Settings(quality="best")
+    engine = SimEngine(
+        SimModel.of(model.checkpoint, model.costs), settings, EngineCost(), lambda _: None
+    )
+    now, simulated = 0.0, []
+    requests = [
+        SimRequest(n / 1000, 10.0, [texts[w] for w in some]) for n, some in enumerate(asked)
+    ]
+    assert engine.receive(requests[0], 0.0) is None
+    took = engine.begin(0.0)
+    for request in requests[1:]:
+        assert engine.receive(request, request.arrived) is None
+    while took is not None:
+        now += took
+        if engine.step:
+            simulated.append((engine.step, len(engine.running)))
+        engine.finish(now)
+        took = engine.begin(now)
+    assert real == simulated
+    assert len({step for step, _ in real}) > 1

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from budgetformer.cost_table import CostTable, StepCost, read_tables
+from budgetformer.errors import DataError
+from service.simulation.costs import (
+    Asked,
+    EngineCost,
+    ProcessCost,
+    ServerCosts,
+    fit_server,
+    read_costs,
+)
+from tests.support.simulated import COSTS
+
+
+def asked(costs: ServerCosts, texts: int, tokens: int, runs: float) -> Asked:
+    engine = costs.engine.request + costs.engine.text * texts + costs.engine.run * runs
+    front, hub = (cost.seconds(texts, tokens) for cost in (costs.front, costs.hub))
+    return Asked(texts, tokens, runs, front, engine, hub)
+
+
+def test_a_fit_finds_the_costs_that_made_the_times() -> None:
+    made = ServerCosts(
+        ProcessCost(8e-4, 2e-5, 1e-6), EngineCost(1e-4, 5e-5, 2e-4), ProcessCost(3e-5, 1e-5, 1e-7)
+    )
+    forms = [(1, 30, 1.1), (1, 90, 1.3), (1, 60, 2.0), (16, 500, 2.0), (64, 4000, 2.0)]
+    found = fit_server([asked(made, *form) for form in forms])
+    for part in ("front", "engine", "hub"):
+        assert astuple(getattr(found, part)) == pytest.approx(astuple(getattr(made, part)))
+
+
+def test_no_cost_is_below_zero() -> None:
+    found = fit_server([Asked(1, 10, 1, 1e-3, 1e-3, 0), Asked(2, 30, 1, 1e-4, 1e-5, -1e-5)] * 2)
+    assert min(*astuple(found.front), *astuple(found.engine), *astuple(found.hub)) >= 0
+
+
+def test_costs_are_read_as_they_were_written(tmp_path: Path) -> None:
+    (tmp_path / "server.json").write_text(COSTS.dump())
+    assert read_costs(tmp_path) == COSTS
+    assert read_costs(tmp_path / "server.json") == COSTS
+
+
+def test_the_costs_of_a_server_lie_beside_the_tables(tmp_path: Path) -> None:
+    table = CostTable("news:1", "cpu", "float32", (StepCost(0, 0, 0),))
+    (tmp_path / "news-1.json").write_text(table.dump())
+    (tmp_path / "server.json").write_text(COSTS.dump())
+    assert read_tables(tmp_path) == {"news:1": table}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"format": 2}, {"way": -1}, {"way": "x"}, {"hub": {"x": 1}}, {"front": 3}, {"more": 1}],
+)
+def test_damaged_costs_are_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "server.json"
+    path.write_text(json.dumps(json.loads(COSTS.dump()) | change))
+    with pytest.raises(DataError, match=str(path)):
+        read_costs(path)
+
+
+def test_costs_that_are_not_there_are_named_with_what_makes_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"server.json: No such file.*tune --url"):
+        read_costs(tmp_path)

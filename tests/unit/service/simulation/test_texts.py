@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from budgetformer.checkpoint import Checkpoint, read_checkpoint
+from budgetformer.classifier import Classifier
+from budgetformer.errors import DataError
+from budgetformer.policy import QUALITY_NAMES
+from service.simulation.texts import Population, made_up_texts, measured_texts, steps_of
+from tests.support.simulated import text
+from tests.support.stores import LABELS, TOPICS, sentences
+
+
+@pytest.fixture
+def topics(model_store: Path) -> Checkpoint:
+    return read_checkpoint(model_store / TOPICS / "2")
+
+
+def test_measured_texts_need_what_the_classifier_spends(topics: Checkpoint) -> None:
+    words = [sentence for label in LABELS for sentence in sentences(label)[:12]]
+    found = measured_texts(topics, words).texts
+    classifier = Classifier(topics.path, precision="float32")
+    for level in QUALITY_NAMES:
+        answers = classifier(words, quality=level)
+        assert [t.tokens for t in found] == [a.tokens for a in answers]
+        assert [(t.steps[level] or (0,))[-1] for t in found] == [a.budget for a in answers]
+        entered = [bool(t.steps[level]) for t in found]
+        assert entered == [a.heads > 0 for a in answers]
+
+
+def test_no_text_cannot_be_measured(topics: Checkpoint) -> None:
+    with pytest.raises(DataError, match="no texts"):
+        measured_texts(topics, [])
+
+
+def test_made_up_texts_need_what_calibration_saw(topics: Checkpoint) -> None:
+    rules = {level: topics.rule(level) for level in QUALITY_NAMES}
+    found = made_up_texts(rules, 20.0, 512, seed=1)
+    for level, rule in rules.items():
+        counts = Counter(t.steps[level] for t in found.texts)
+        for share, steps in steps_of(rule):
+            assert counts[steps] / len(found.texts) == pytest.approx(share, abs=0.001)
+    assert found.mean_tokens == pytest.approx(20.0, rel=0.03)
+
+
+def test_a_heavy_tail_has_the_mean_and_is_longer(topics: Checkpoint) -> None:
+    rules = {level: topics.rule(level) for level in QUALITY_NAMES}
+    plain, heavy = (
+        [t.tokens for t in made_up_texts(rules, 50.0, 5000, tail).texts] for tail in (None, 2.0)
+    )
+    assert np.mean(heavy) == pytest.approx(50.0, rel=0.15)
+    assert np.quantile(heavy, 0.999) > 3 * np.quantile(plain, 0.999)
+    assert max(t.tokens for t in made_up_texts(rules, 50.0, 64, 2.0).texts) == 64
+
+
+def test_the_mix_of_hard_and_easy_texts_can_be_chosen() -> None:
+    mixed = Population([text(), text(), text(), text(1)]).with_hard_share(0.6)
+    assert mixed.hard_share == pytest.approx(0.6)
+    drawn = mixed.draw(10_000, np.random.default_rng(0))
+    assert np.mean(drawn == 3) == pytest.approx(0.6, abs=0.02)
+    with pytest.raises(DataError, match="equally hard"):
+        Population([text(1)]).with_hard_share(0.5)
