@@ -27,3 +27,23 @@ def sentence() -> str:
         + random.choice(ENDINGS)
         + "."
     )
+
+
+def distinct(count: int, seed: int, words: list[str]) -> list[str]:
+    """Return so many texts, no two the same: half are news, half are words without sense.
+
+    Args:
+        count: of texts.
+        seed: the same texts for the same seed and words.
+        words: that the texts are made of.
+    """
+    draw = random.Random(seed)
+    texts: dict[str, None] = {}
+    while len(texts) < count:
+        if len(texts) % 2:
+            parts = [draw.choice(part) for part in (SUBJECTS, VERBS, OBJECTS)]
+            text = f"{' '.join(parts)}, {' '.join(draw.choices(words, k=3))} said."
+        else:
+            text = " ".join(draw.choices(words, k=draw.randint(1, 12)))
+        texts[text] = None
+    return list(texts)
