@@ -30,7 +30,7 @@ def sentence() -> str:
 
 
 def distinct(count: int, seed: int, words: list[str]) -> list[str]:
-    """Return so many texts, no two the same: half are news, half are words without sense.
+    """Return so many texts, no two the same: half begin like news, half are words without sense.
 
     Args:
         count: of texts.
@@ -41,9 +41,8 @@ def distinct(count: int, seed: int, words: list[str]) -> list[str]:
     texts: dict[str, None] = {}
     while len(texts) < count:
         if len(texts) % 2:
-            parts = [draw.choice(part) for part in (SUBJECTS, VERBS, OBJECTS)]
-            text = f"{' '.join(parts)}, {' '.join(draw.choices(words, k=3))} said."
+            text = " ".join([*map(draw.choice, (SUBJECTS, VERBS)), *draw.choices(words, k=2)])
         else:
-            text = " ".join(draw.choices(words, k=draw.randint(1, 12)))
+            text = " ".join(draw.choices(words, k=draw.randint(2, 5)))
         texts[text] = None
     return list(texts)

@@ -100,7 +100,7 @@ DAMAGES: tuple[tuple[str, Callable[[Path], None]], ...] = (
     (CONFIG, _cut),
     (MANIFEST, _cut),
 )
-LOAD_SECONDS = 1.0
+LOAD_SECONDS = 0.3
 """Within which the damage is done."""
 
 

@@ -238,6 +238,23 @@ class TestLoad:
         assert (await one.answer(TEXT))["model"] == "topics:1"
         assert (await load(one)).status_code == 200
 
+    async def test_what_cannot_be_loaded_is_tried_in_one_engine_alone(
+        self, store: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tried = []
+
+        def fail(path: Path, *_: Any) -> None:
+            tried.append(path)
+            raise MemoryError
+
+        async with service(store, engines=2, models=[TOPICS]) as running:
+            with monkeypatch.context() as patch:
+                patch.setattr("service.engine.core.load_model", fail)
+                error_of(await load(running, PAIRS), 422, "broken_checkpoint")
+            assert tried == [store / PAIRS / "1"]
+            assert (await load(running, PAIRS)).status_code == 200
+            assert all((PAIRS, 1) in core.models for core in running.cores)
+
     async def test_the_highest_version_takes_over(self, one: Service) -> None:
         assert (await one.answer(TEXT))["model"] == "topics:1"
         response = await load(one)
