@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PORT   ?= 8000
 FUZZ_INPUTS ?= 100000
+MINUTES ?= 20
+TEXTS  ?= 100000
 # Holds one folder per data set, each with train.parquet and test.parquet.
 DATA   ?= data
 # Where a host without an NVIDIA GPU looks first for torch: the builds that bring no CUDA libraries.
@@ -12,7 +14,7 @@ TORCH := $(shell grep ^torch== requirements/torch.in)
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compose fuzz audit sbom lint bench bench-gpu openapi docs lock clean
+.PHONY: help serve test test-compose fuzz chaos soak check-answers audit sbom lint bench bench-gpu openapi docs lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -28,6 +30,15 @@ test-compose: .venv/.dev ## build the images, bring the stack up under Docker an
 
 fuzz: .venv/.dev ## 100,000 broken frames, checkpoints, settings and bodies, and the contract with many requests
 	FUZZ_INPUTS=$(FUZZ_INPUTS) $(BIN)/python -m pytest tests/fuzz --timeout 7200
+
+chaos: .venv/.dev ## break a server under load in every way, and print what its callers saw; some faults need root
+	$(BIN)/python -m loadtests.chaos
+
+soak: .venv/.dev ## MINUTES=20 of mixed load and changing models; memory, files, threads and latency into build/soak
+	$(BIN)/python -m loadtests.soak --minutes $(MINUTES)
+
+check-answers: .venv/.dev ## TEXTS=100000 answers, asked while things break, beside the reference network's
+	$(BIN)/python -m loadtests.answers --texts $(TEXTS)
 
 lint: .venv/.dev ## style, types and import rules
 	$(BIN)/ruff check .

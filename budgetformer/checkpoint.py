@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +18,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenizers import Tokenizer
 
-from budgetformer.errors import CheckpointError, PolicyError
+from budgetformer.errors import CheckpointError, PolicyError, TokenizerError
 from budgetformer.policy import BudgetRule, OperatingPoint, choose_point
+from budgetformer.tokenization import tokenizer_errors
 
 FORMAT = 1
 CONFIG, WEIGHTS, TOKENIZER, MANIFEST, CARD = (
@@ -220,8 +223,8 @@ class Checkpoint:
             return 0
         raise PolicyError(f"{field}: no budget step computes at most {heads} heads per layer")
 
-    def verify(self) -> None:
-        """Compare each file with the manifest.
+    def verify(self, but: str | None = None) -> None:
+        """Compare each file with the manifest; `but` is one that is left out.
 
         Raises:
             CheckpointError: a file is missing or differs, named with what differs.
@@ -234,12 +237,49 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.path / MANIFEST}: file name {name!r} leaves the folder"
                 )
-            path = _own_file(self.path, name)
-            size = path.stat().st_size
-            if size != entry.bytes:
-                raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry.bytes}")
-            if _sha256(path) != entry.sha256:
-                raise CheckpointError(f"{path}: sha256 differs from the manifest")
+            if name != but:
+                with _as_checkpoint_errors(self.path / name):
+                    path = self._of_its_size(name)
+                    _compare(path, _sha256(path), entry)
+
+    def read(self, name: str) -> bytes:
+        """Return a file's content, which is what the manifest says.
+
+        Who reads a file anew after it was verified may get something else: it may change meanwhile.
+
+        Raises:
+            CheckpointError: it is missing or differs, named with what differs.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path / MANIFEST}: names no {name}")
+        with _as_checkpoint_errors(self.path / name):
+            path = self._of_its_size(name)
+            with path.open("rb") as file:
+                content = file.read(entry.bytes + 1)
+        _compare(path, hashlib.sha256(content).hexdigest(), entry)
+        return content
+
+    def _of_its_size(self, name: str) -> Path:
+        path, entry = _own_file(self.path, name), self.manifest.files[name]
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry.bytes}")
+        return path
+
+
+@contextmanager
+def _as_checkpoint_errors(path: Path) -> Iterator[None]:
+    """Raise what a disk makes of reading a file, which may go meanwhile, as `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+
+
+def _compare(path: Path, digest: str, entry: FileEntry) -> None:
+    if digest != entry.sha256:
+        raise CheckpointError(f"{path}: sha256 differs from the manifest")
 
 
 def _own_file(folder: Path, name: str) -> Path:
@@ -319,11 +359,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """Load a checkpoint's tokenizer; it truncates to the model's length and does not pad.
 
     Raises:
-        CheckpointError: the file is not a tokenizer.
+        CheckpointError: the file differs from the manifest, or is not a tokenizer.
     """
+    content = checkpoint.read(TOKENIZER)
     try:
-        tokenizer = Tokenizer.from_file(str(checkpoint.path / TOKENIZER))
-    except Exception as error:  # the Rust library raises plain Exception
+        with tokenizer_errors():
+            tokenizer = Tokenizer.from_buffer(content)
+    except TokenizerError as error:
         raise CheckpointError(f"{checkpoint.path / TOKENIZER}: {error}") from error
     tokenizer.no_padding()
     manifest = checkpoint.manifest

@@ -12,6 +12,7 @@ from budgetformer.checkpoint import load_tokenizer, read_checkpoint
 from budgetformer.loading import load_network
 from budgetformer.modules import probabilities
 from budgetformer.precision import Precision
+from budgetformer.tokenization import encode
 
 MAX_BATCH_TOKENS = 4096
 
@@ -60,10 +61,15 @@ class Classifier:
         heads: int | None = None,
         max_heads: int | None = None,
     ) -> list[Prediction]:
-        """Classify texts, or text pairs; the budget arguments are those of `Checkpoint.rule`."""
+        """Classify texts, or text pairs; the budget arguments are those of `Checkpoint.rule`.
+
+        Raises:
+            PolicyError: as `Checkpoint.rule` does.
+            TokenizerError: the tokenizer fails at a text.
+        """
         rule = self.checkpoint.rule(quality, heads, max_heads)
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        encodings = self.tokenizer.encode_batch(inputs)
+        encodings = encode(self.tokenizer, inputs)
         items = [Work(e.ids, e.type_ids, rule) for e in encodings]
         cascade.answer(self.network, items, _batches)
         return [

@@ -19,5 +19,13 @@ class PolicyError(BudgetFormerError, ValueError):
     """A quality level or a budget was asked for that the checkpoint does not offer."""
 
 
+class TokenizerError(BudgetFormerError):
+    """A tokenizer cannot be read, or fails at a text; `place` says at which of several."""
+
+    def __init__(self, message: str, place: int | None = None) -> None:
+        super().__init__(message)
+        self.place = place
+
+
 class WorkerError(BudgetFormerError):
     """A worker process died."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from budgetformer.architecture import Architecture
@@ -27,16 +27,18 @@ def load_network(
     Raises:
         CheckpointError: a file is damaged, a weight is missing, left over or of another shape.
     """
-    checkpoint.verify()
+    checkpoint.verify(but=WEIGHTS)
     network = _assemble(checkpoint)
     path = checkpoint.path / WEIGHTS
+    # Read once, and not mapped: the file may change, or shrink, while it is used.
+    content = checkpoint.read(WEIGHTS)
     try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
+        weights = load(content)
+    except SafetensorError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    del content
     _check(path.as_posix(), network, weights)
-    # A copy of the file, which is only mapped and may change while the network is used.
-    kept = {n: w.clone() if _stays(n, w) else w.float() for n, w in weights.items()}
+    kept = {n: w if _stays(n, w) else w.float() for n, w in weights.items()}
     network.load_state_dict(kept, assign=True)
     network.encoder.embeddings.states_dtype = torch.float32
     return load_pass(network.to(torch.device(device)), precision)

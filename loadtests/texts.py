@@ -27,3 +27,22 @@ def sentence() -> str:
         + random.choice(ENDINGS)
         + "."
     )
+
+
+def distinct(count: int, seed: int, words: list[str]) -> list[str]:
+    """Return so many texts, no two the same: half begin like news, half are words without sense.
+
+    Args:
+        count: of texts.
+        seed: the same texts for the same seed and words.
+        words: that the texts are made of.
+    """
+    draw = random.Random(seed)
+    texts: dict[str, None] = {}
+    while len(texts) < count:
+        if len(texts) % 2:
+            text = " ".join([*map(draw.choice, (SUBJECTS, VERBS)), *draw.choices(words, k=2)])
+        else:
+            text = " ".join(draw.choices(words, k=draw.randint(2, 5)))
+        texts[text] = None
+    return list(texts)

@@ -13,6 +13,7 @@ from tokenizers import Encoding, Tokenizer
 
 from budgetformer.checkpoint import Checkpoint, load_tokenizer, read_checkpoint, read_store
 from budgetformer.errors import CheckpointError
+from budgetformer.tokenization import encode
 from service.hub.messages import ServedVersion
 
 log = structlog.get_logger()
@@ -52,8 +53,12 @@ class ServedModel:
             await self._idle.wait()
 
     def encode(self, texts: list[str | tuple[str, str]]) -> list[Encoding]:
-        """Tokenize texts and pairs; an encoding that overflows was truncated."""
-        return self.tokenizer.encode_batch(texts)
+        """Tokenize texts and pairs; an encoding that overflows was truncated.
+
+        Raises:
+            TokenizerError: the tokenizer fails at a text.
+        """
+        return encode(self.tokenizer, texts)
 
 
 def open_model(path: Path) -> ServedModel:

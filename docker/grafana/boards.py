@@ -191,6 +191,34 @@ def service() -> Rows:
                 stacked=True,
             ),
         ],
+        "Access": [
+            chart(
+                "Requests by key",
+                "Finished per second, by the name of the caller's key.",
+                "reqps",
+                {"{{key}}": f"{rate('key_requests_total', 'key')} or vector(0)"},
+                stacked=True,
+            ),
+            chart(
+                "Texts by key",
+                "Asked for per second, by the name of the caller's key.",
+                "short",
+                {"{{key}}": f"{rate('key_texts_total', 'key')} or vector(0)"},
+                stacked=True,
+            ),
+            chart(
+                "Turned away",
+                "Requests per second without a key that is good for them, requests beyond a key's "
+                "rate, and connections that ended before there was a request.",
+                "reqps",
+                {
+                    "{{reason}}": rate("denied_total", "reason"),
+                    "beyond the rate": rate("rejected_total", where='reason="rate"'),
+                    "broken, {{reason}}": rate("broken_connections_total", "reason"),
+                },
+                stacked=True,
+            ),
+        ],
     }
 
 

@@ -113,9 +113,7 @@ async def _respond(
     with state.tracer.start_as_current_span(
         "tokenize", record_exception=False, set_status_on_exception=False
     ) as span:
-        encodings = await asyncio.get_running_loop().run_in_executor(
-            state.tokenizing, model.encode, texts
-        )
+        encodings = await state.tokenize(model, texts)
         span.set_attribute("budgetformer.items", len(encodings))
         span.set_attribute("budgetformer.tokens", sum(len(e.ids) for e in encodings))
     if not body.truncate:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api.errors import ApiError
 from service.api.middleware import SECURITY_HEADERS
@@ -57,6 +57,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._message_bytes = 0
         self._refusal: ApiError | None = None
+        self._begun: list[RequestResponseCycle] = []
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Take a connection, if there is room for it."""
@@ -69,9 +70,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._wait(self._limits.seconds, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Forget the connection, and tell every request of it: uvicorn tells only the last."""
         self._stop_waiting()
         super().connection_lost(exc)
+        for cycle in self._begun:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, as long as it is not too much of it."""
@@ -109,6 +113,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_waiting()
         self._stage = "body"
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle not in self._begun:
+            self._begun.append(self.cycle)
 
     def on_message_complete(self) -> None:
         """Note that the request is here."""
@@ -119,6 +125,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Let a client that still sends do so for a moment, so that it comes to read its answer."""
+        self._begun = [cycle for cycle in self._begun if not cycle.response_complete]
         super().on_response_complete()
         if self.transport.is_closing():
             self._end()

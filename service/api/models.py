@@ -136,9 +136,7 @@ async def tokenize(request: Request) -> Response:
     texts = check_texts(state, body.input)
     model = state.model(body.model)
     spend(request, len(texts))
-    encodings = await asyncio.get_running_loop().run_in_executor(
-        state.tokenizing, model.encode, texts
-    )
+    encodings = await state.tokenize(model, texts)
     data = [
         {
             "index": index,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from typing import TypeVar
 
 from fastapi import Request
 from opentelemetry.trace import Tracer
+from tokenizers import Encoding
 
+from budgetformer.errors import TokenizerError
 from service.access import KeyRing
 from service.api.errors import ApiError
 from service.connection import DisconnectedError
@@ -77,6 +80,22 @@ class State:
             yield
         finally:
             self.texts -= count
+
+    async def tokenize(
+        self, model: ServedModel, texts: list[str | tuple[str, str]]
+    ) -> list[Encoding]:
+        """Tokenize texts and pairs, beside the event loop.
+
+        Raises:
+            ApiError: 500, the tokenizer fails at one, which is named.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self.tokenizing, model.encode, texts)
+        except TokenizerError as error:
+            place = f"input[{error.place}]"
+            message = f"{place}: the tokenizer of {model.checkpoint.label} fails at it"
+            raise ApiError(500, message, place, "item_failed") from None
 
     def model(self, spec: str | None) -> ServedModel:
         """Return the model that a request names.

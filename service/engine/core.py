@@ -447,6 +447,10 @@ class EngineCore:
         except CheckpointError as error:
             reply(Failed(message.id, str(error)))
             return
+        except Exception as error:  # whatever it is, whoever asked must hear of it
+            log.error("a model could not be loaded", path=message.path, exc_info=error)
+            reply(Failed(message.id, f"{message.path}: {type(error).__name__}"))
+            return
         self.prices.know(model.key, model.costs)
         self.models[model.key] = model
         self.broadcast(Models(self.infos))

@@ -58,6 +58,8 @@ class Fleet(Engines):
     async def load(self, key: ModelKey, path: Path) -> None:
         """Have every engine load a checkpoint folder, beside what it has.
 
+        One does it first: if that kills it, for want of memory say, the others go on serving.
+
         Raises:
             LoadFailedError: one could not; then none keeps what it did not have before.
             NoEngineError: there is none, or one died.
@@ -65,14 +67,15 @@ class Fleet(Engines):
         clients = self.alive
         if not clients:
             raise NoEngineError
-        results = await asyncio.gather(
-            *(self._load(client, key, path) for client in clients), return_exceptions=True
-        )
-        failures = [result for result in results if isinstance(result, BaseException)]
-        if failures:
-            if key not in self.wanted:
-                await self.unload(key)
-            raise failures[0]
+        for some in (clients[:1], clients[1:]):
+            results = await asyncio.gather(
+                *(self._load(client, key, path) for client in some), return_exceptions=True
+            )
+            failures = [result for result in results if isinstance(result, BaseException)]
+            if failures:
+                if key not in self.wanted:
+                    await self.unload(key)
+                raise failures[0]
         self.wanted[key] = path
 
     async def unload(self, key: ModelKey) -> None:

@@ -246,6 +246,10 @@ class Hub:
             front.say(ChangeFailed(wanted.id, "broken_checkpoint", str(error)))
         except NoEngineError:
             front.say(ChangeFailed(wanted.id, "engine_down", "no engine is running"))
+        except Exception as error:  # whatever it is, whoever asked must hear of it
+            log.error("a change of models failed", model=wanted.name, exc_info=error)
+            reason = f"{wanted.name}: {type(error).__name__}; the server's log says more"
+            front.say(ChangeFailed(wanted.id, "broken_checkpoint", reason))
         else:
             front.say(Changed(wanted.id, checkpoint.label))
 

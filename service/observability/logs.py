@@ -5,14 +5,32 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
 
+class _Lossy:
+    """A stream that loses lines rather than failing whoever writes: its disk may be full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
 def configure_logs(level: str, form: str, process: str | None = None) -> None:
     """Send structlog and the standard library's loggers to stderr in one form.
+
+    A line that cannot be written is lost, and nothing else happens.
 
     Args:
         level: the least important line to write.
@@ -36,7 +54,7 @@ def configure_logs(level: str, form: str, process: str | None = None) -> None:
     structlog.configure(
         processors=[*shared, _format_exception, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _Lossy(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)

@@ -6,6 +6,7 @@ import gzip
 import json
 import socket
 import ssl
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -286,6 +287,20 @@ class TestConnections:
         with connection(running) as it:
             it.sendall(request * 5 + last)
             assert read_to_end(it).count(b"HTTP/1.1 200 OK") == 6
+
+    def test_who_leaves_pipelined_requests_behind_is_no_error_of_ours(
+        self, running: Server
+    ) -> None:
+        before = running.scrape()
+        for _ in range(5):
+            with connection(running) as it:
+                it.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 40)
+                it.recv(1)
+                it.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        alive(running)
+        after = running.scrape()
+        assert after.minus(before, "requests_total", route="/metrics", outcome="ok") >= 5
+        assert after.minus(before, "requests_total", outcome="error") == 0
 
     def test_a_client_that_reads_nothing_is_let_go(self, running: Server) -> None:
         with connection(running) as it:

@@ -14,15 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budgetformer.checkpoint import (
-    file_entries,
     load_tokenizer,
     read_checkpoint,
-    write_manifest,
 )
 from budgetformer.classifier import load_network
 from budgetformer.errors import CheckpointError, PolicyError
 from tests.support.mutation import fuzzed, mutated_bytes, mutated_json
-from tests.support.stores import TOPICS
+from tests.support.stores import TOPICS, sign
 
 CORPUS = sorted((Path(__file__).parent / "corpus" / "checkpoints").iterdir())
 
@@ -44,12 +42,6 @@ def changed(folder: Path, name: str, content: bytes) -> Iterator[None]:
         yield
     finally:
         path.write_bytes(before)
-
-
-def sign(folder: Path) -> None:
-    """Let the manifest vouch for whatever is there."""
-    manifest = read_checkpoint(folder).manifest
-    write_manifest(folder, manifest.model_copy(update={"files": file_entries(folder)}))
 
 
 def open_it(folder: Path, whole: bool = False) -> None:

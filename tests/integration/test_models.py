@@ -27,10 +27,12 @@ from tests.support.stores import (
     LAYERS,
     MAX_TOKENS,
     PAIRS,
+    PANICS,
     PICKY,
     TAGS,
     TOPICS,
-    sentences,  # fmt: skip
+    sentences,
+    sign,  # fmt: skip
 )
 from tests.support.waiting import until
 
@@ -192,7 +194,67 @@ async def load(running: Service, name: str = TOPICS, **body: Any) -> httpx.Respo
     return await running.client.post(f"/models/{name}/load", json=body or None, headers=ADMIN)
 
 
+def edit_tokenizer(folder: Path, **parts: Any) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+    sign(folder)
+
+
+class TestTokenizerThatPanics:
+    async def test_as_it_is_read_the_load_is_refused(self, one: Service, store: Path) -> None:
+        edit_tokenizer(store / TOPICS / "2", model=PANICS)
+        error = error_of(await load(one), 422, "broken_checkpoint")
+        assert "tokenizer.json" in error["message"]
+        assert (await one.answer(TEXT))["model"] == "topics:1"
+
+    async def test_at_a_text_that_request_alone_fails(self, one: Service, store: Path) -> None:
+        edit_tokenizer(store / TOPICS / "2", pre_tokenizer={"type": "FixedLength", "length": 0})
+        assert (await load(one)).status_code == 200
+        for path, texts, param in (
+            ("/classify", ["", TEXT], "input[1]"),
+            ("/classify", TEXT, "input[0]"),
+            ("/tokenize", [TEXT], "input[0]"),
+        ):
+            response = await one.client.post(path, json={"input": texts})
+            error = error_of(response, 500, "item_failed", param)
+            assert TEXT not in error["message"]
+        assert (await one.ask("")).status_code == 200
+
+
 class TestLoad:
+    @pytest.mark.parametrize(
+        "where", ["service.engine.core.load_model", "service.hub.catalog.Catalog.candidate"]
+    )
+    async def test_whatever_goes_wrong_is_answered(
+        self, one: Service, monkeypatch: pytest.MonkeyPatch, where: str
+    ) -> None:
+        def fail(*_: Any) -> None:
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(where, fail)
+            error = error_of(await load(one), 422, "broken_checkpoint")
+        assert "MemoryError" in error["message"]
+        assert (await one.answer(TEXT))["model"] == "topics:1"
+        assert (await load(one)).status_code == 200
+
+    async def test_what_cannot_be_loaded_is_tried_in_one_engine_alone(
+        self, store: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tried = []
+
+        def fail(path: Path, *_: Any) -> None:
+            tried.append(path)
+            raise MemoryError
+
+        async with service(store, engines=2, models=[TOPICS]) as running:
+            with monkeypatch.context() as patch:
+                patch.setattr("service.engine.core.load_model", fail)
+                error_of(await load(running, PAIRS), 422, "broken_checkpoint")
+            assert tried == [store / PAIRS / "1"]
+            assert (await load(running, PAIRS)).status_code == 200
+            assert all((PAIRS, 1) in core.models for core in running.cores)
+
     async def test_the_highest_version_takes_over(self, one: Service) -> None:
         assert (await one.answer(TEXT))["model"] == "topics:1"
         response = await load(one)

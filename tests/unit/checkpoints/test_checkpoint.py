@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from budgetformer.checkpoint import (
-    Manifest,
-    file_entries,
+    Checkpoint,
     load_tokenizer,
     read_checkpoint,
     read_store,
@@ -22,7 +21,7 @@ from budgetformer.checkpoint import (
 )
 from budgetformer.errors import CheckpointError, PolicyError
 from budgetformer.loading import load_network
-from tests.support.stores import HEADS, LABELS, LAYERS, MAX_TOKENS, PICKY, TOPICS
+from tests.support.stores import HEADS, LABELS, LAYERS, MAX_TOKENS, PANICS, PICKY, TOPICS, sign
 
 Damage = Callable[[Path], None]
 
@@ -263,9 +262,38 @@ class TestDamage:
     def test_a_file_that_is_no_tokenizer(self, store: Path, content: bytes) -> None:
         path = store / TOPICS / "2" / "tokenizer.json"
         path.write_bytes(content)
+        sign(path.parent)
         with pytest.raises(CheckpointError) as caught:
-            load_tokenizer(read_checkpoint(store / TOPICS / "2"))
+            load_tokenizer(read_checkpoint(path.parent))
         assert_one_line(str(caught.value), str(path))
+
+    def test_a_tokenizer_that_panics_as_it_is_read(self, store: Path) -> None:
+        folder = store / TOPICS / "2"
+        edit("tokenizer.json", model=PANICS)(folder)
+        sign(folder)
+        with pytest.raises(CheckpointError) as caught:
+            load_tokenizer(read_checkpoint(folder))
+        assert_one_line(str(caught.value), str(folder / "tokenizer.json"))
+
+    def test_a_tokenizer_that_is_not_the_manifests(self, store: Path) -> None:
+        edit("tokenizer.json", pre_tokenizer=None)(store / TOPICS / "2")
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+            load_tokenizer(read_checkpoint(store / TOPICS / "2"))
+
+    @pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(b"\0" * 99)])
+    def test_weights_that_change_between_check_and_use_are_not_used(
+        self, store: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+    ) -> None:
+        verify = Checkpoint.verify
+
+        def then_change(checkpoint: Checkpoint, *arguments: Any, **options: Any) -> None:
+            verify(checkpoint, *arguments, **options)
+            change(checkpoint.path / "model.safetensors")
+
+        monkeypatch.setattr(Checkpoint, "verify", then_change)
+        with pytest.raises(CheckpointError) as caught:
+            load_network(read_checkpoint(store / TOPICS / "2"))
+        assert_one_line(str(caught.value), str(store / TOPICS / "2" / "model.safetensors"))
 
 
 class TestDamagedWeights:
@@ -279,8 +307,7 @@ class TestDamagedWeights:
         """Sign what is there, and return why it is not loaded."""
         if weights is not None:
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
-        write_manifest(folder, manifest.model_copy(update={"files": file_entries(folder)}))
+        sign(folder)
         with pytest.raises(CheckpointError) as caught:
             load_network(read_checkpoint(folder))
         return str(caught.value)

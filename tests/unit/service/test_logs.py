@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,3 +134,13 @@ def test_what_failed_in_a_request_is_named_without_its_message(
 
 def test_outside_of_a_request_the_message_stays(in_a_request: dict[str, dict[str, Any]]) -> None:
     assert "division by zero" in in_a_request["a failure"]["exception"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_loses_lines_and_nothing_else() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", f"{PROGRAM}\nprint('alive')", "debug", "json"],
+            stdout=subprocess.PIPE, stderr=full, text=True, check=False,
+        )  # fmt: skip
+    assert done.stdout == "alive\n"

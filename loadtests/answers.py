@@ -1,0 +1,376 @@
+"""Ask for many texts through HTTP while things break, and compare all answers with the reference.
+
+    python -m loadtests.answers [--texts 100000] [--data texts.parquet] [--reference build/answers]
+
+The reference is the readable network of `budgetformer.modeling` with all heads and a mask, run in
+this process before anything is asked; it is kept in a file and computed once. Then a server with
+two engines and two fronts is asked for all texts, in requests of 1 to 64, many at a time, while its
+processes are killed and stopped, its models are changed, and clients leave and ask again. A request
+that broke off or was refused is repeated. Each text must be answered once, with its own answer:
+label, probabilities, ladder step. A text within a hair of a threshold may be decided otherwise by
+rounding: such ties are counted by themselves. The exit code is 1 if any answer was wrong, lost or
+given twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import itertools
+import random
+import signal
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from budgetformer.checkpoint import Checkpoint, load_tokenizer, read_store
+from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
+from budgetformer.modules import confidence, exit_evidence, masked_mean, probabilities
+from loadtests.chaos.server import MODEL, OTHER, PATIENCE, STORE, Server, serving
+from loadtests.texts import distinct
+
+QUALITIES = ("fast", "balanced", "best")
+"""Asked for in turn; `auto` would depend on the load."""
+TOLERANCE = 1e-4
+"""Of a probability, of float32 passes that add up in another order."""
+HAIR = 1e-4
+"""Distance from a threshold within which rounding may decide."""
+SIZES = (1, 1, 1, 2, 5, 16, 64)
+CALLERS = 12
+LEAVING = 0.02
+"""Share of the requests whose client leaves at first."""
+REST_SECONDS = 4.0
+BATCH_TOKENS = 2048
+PART = 6000
+"""Texts of the reference that are kept in one file; a multiple of the number of qualities."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is right: probs [N, C], the step that answers [N], distance from a threshold [N]."""
+
+    probs: NDArray[np.float32]
+    steps: NDArray[np.int16]
+    margins: NDArray[np.float32]
+
+
+class _Judge:
+    """The reference network, which computes every step that an answer needs."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._network: BudgetFormerForSequenceClassification = load_model(checkpoint.path).eval()
+        self._kind = checkpoint.manifest.problem_type
+        self._rules = [checkpoint.rule(quality) for quality in QUALITIES]
+        self._tokenizer = load_tokenizer(checkpoint)
+
+    @torch.no_grad()
+    def judge(self, texts: list[str]) -> Reference:
+        """Answer all texts, in small batches of like lengths."""
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+        rules = [self._rules[i % len(QUALITIES)] for i in range(len(ids))]
+        logits: list[Tensor] = [torch.empty(0)] * len(ids)
+        steps, margins = [0] * len(ids), [1.0] * len(ids)
+        for batch in _batches(ids, range(len(ids))):
+            verdicts, exits = self._decide(*_padded(ids, batch))
+            for i, s, exit_logits in zip(batch, verdicts, exits, strict=True):
+                steps[i], logits[i] = rules[i].first_step(s), exit_logits
+                point = rules[i].point
+                bounds = [band.upto for band in point.entry if band.upto < 1] if point else []
+                margins[i] = min((abs(s - bound) for bound in bounds), default=1.0)
+        waiting = list(range(len(ids)))
+        while waiting:
+            for step in {steps[i] for i in waiting} - {0}:
+                for batch in _batches(ids, [i for i in waiting if steps[i] == step]):
+                    found = self._network(*_padded(ids, batch), steps=step).logits
+                    for i, row in zip(batch, found, strict=True):
+                        logits[i] = row
+            sure = confidence(torch.stack([logits[i] for i in waiting]), self._kind).tolist()
+            unsure = []
+            for i, share in zip(waiting, sure, strict=True):
+                point = rules[i].point
+                if point and point.escalation and steps[i] < point.escalation.step:
+                    margins[i] = min(margins[i], abs(share - point.escalation.below))
+                following = rules[i].next_step(steps[i], share)
+                if following is not None:
+                    steps[i] = following
+                    unsure.append(i)
+            waiting = unsure
+        return Reference(
+            probabilities(torch.stack(logits), self._kind).numpy(),
+            np.array(steps, np.int16),
+            np.array(margins, np.float32),
+        )
+
+    def _decide(self, ids: Tensor, mask: Tensor) -> tuple[list[float], Tensor]:
+        """Return f_o's verdicts [B] and step 0's logits [B, C], as the network's forward does."""
+        network = self._network
+        assert network.exit_head is not None
+        assert network.encoder.decision is not None
+        exits = network.exit_head(ids, mask)
+        evidence = exit_evidence(exits, self._kind)
+        states = network.encoder.embed(ids, None)
+        decision = network.encoder.decision(masked_mean(states, mask), None, evidence)
+        return decision.budget.tolist(), exits
+
+
+def _batches(ids: list[list[int]], places: Iterable[int]) -> Iterator[list[int]]:
+    """Cut some places into batches of like lengths."""
+    batch: list[int] = []
+    for place in sorted(places, key=lambda i: len(ids[i])):
+        if batch and (len(batch) + 1) * len(ids[place]) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def _padded(ids: list[list[int]], batch: list[int]) -> tuple[Tensor, Tensor]:
+    """Return ids and mask [B, T] of some texts."""
+    width = max(len(ids[i]) for i in batch)
+    rows = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in batch])
+    mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in batch])
+    return rows, mask
+
+
+def reference(checkpoint: Checkpoint, texts: list[str], folder: Path) -> Reference:
+    """Return what is right: each part from its file, or computed and kept there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    judge: _Judge | None = None
+    parts = []
+    for start in range(0, len(texts), PART):
+        part = texts[start : start + PART]
+        told = "\0".join([checkpoint.manifest.model_dump_json(), *QUALITIES, *part])
+        path = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.npz"
+        if not path.exists():
+            judge = judge or _Judge(checkpoint)
+            found = judge.judge(part)
+            np.savez(path, probs=found.probs, steps=found.steps, margins=found.margins)
+            print(f"{start + len(part):,} judged", file=sys.stderr, flush=True)
+        with np.load(path) as kept:
+            parts.append((kept["probs"], kept["steps"], kept["margins"]))
+    return Reference(*(np.concatenate(some) for some in zip(*parts, strict=True)))
+
+
+@dataclass
+class Heard:
+    """What came back: how often each text was answered [N], and with what."""
+
+    times: NDArray[np.int16]
+    probs: NDArray[np.float32]
+    steps: NDArray[np.int16]
+    labels: list[str]
+    repeated: Counter[str] = field(default_factory=Counter)
+    requests: int = 0
+    foreign: int = 0
+    hung: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+
+
+class Callers:
+    """Everybody who asks."""
+
+    def __init__(self, server: Server, texts: list[str], classes: int) -> None:
+        count = len(texts)
+        self.heard = Heard(
+            np.zeros(count, np.int16),
+            np.zeros((count, classes), np.float32),
+            np.zeros(count, np.int16),
+            [""] * count,
+        )
+        self._server = server
+        self._texts = texts
+        self._draw = random.Random(1)
+        self._left: dict[str, list[int]] = {}
+        for place, quality in enumerate(QUALITIES):  # a request has one quality
+            mine = list(range(place, count, len(QUALITIES)))
+            self._draw.shuffle(mine)
+            self._left[quality] = mine
+
+    async def run(self) -> None:
+        """Ask until every text was answered."""
+        async with httpx.AsyncClient(base_url=self._server.url, timeout=PATIENCE) as client:
+            await asyncio.gather(*(self._caller(client) for _ in range(CALLERS)))
+
+    async def _caller(self, client: httpx.AsyncClient) -> None:
+        while places := self._take():
+            quality = QUALITIES[places[0] % len(QUALITIES)]
+            while not await self._ask(client, places, quality):
+                await asyncio.sleep(0.1)
+
+    def _take(self) -> list[int]:
+        waiting = [q for q in QUALITIES if self._left[q]]
+        if not waiting:
+            return []
+        mine = self._left[self._draw.choice(waiting)]
+        size = self._draw.choice(SIZES)
+        taken = mine[-size:]
+        del mine[-size:]
+        if not len(mine) % 1000:
+            print(f"{sum(map(len, self._left.values())):,} texts left", file=sys.stderr)
+        return taken
+
+    async def _ask(self, client: httpx.AsyncClient, places: list[int], quality: str) -> bool:
+        """Ask once, and say whether that brought the answers."""
+        name = uuid.uuid4().hex
+        texts = [self._texts[i] for i in places]
+        body = {"input": texts, "model": MODEL, "quality": quality, "timeout_ms": 30_000}
+        leaves = self._draw.random() < LEAVING
+        self.heard.requests += 1
+        try:
+            async with asyncio.timeout(self._draw.uniform(0, 0.05) if leaves else None):
+                answer = await client.post("/classify", json=body, headers={"X-Request-Id": name})
+        except TimeoutError:
+            self.heard.repeated["left"] += 1
+            return False
+        except httpx.TimeoutException:
+            self.heard.hung += 1
+            return False
+        except httpx.TransportError:
+            self.heard.repeated["broke off"] += 1
+            return False
+        if answer.status_code != 200:
+            self.heard.repeated[str(answer.status_code)] += 1
+            return False
+        self._note(answer.json(), name, places)
+        return True
+
+    def _note(self, said: dict[str, Any], name: str, places: list[int]) -> None:
+        heard, items = self.heard, said["data"]
+        whole = [item["index"] for item in items] == list(range(len(places)))
+        if said["id"] != f"classify-{name}" or not whole:
+            heard.foreign += 1
+        for place, item in zip(places, items, strict=False):
+            heard.times[place] += 1
+            heard.probs[place] = item["probs"]
+            heard.steps[place] = item["heads"]["budget"]
+            heard.labels[place] = item["label"]
+
+
+async def break_it(server: Server, faults: Counter[str]) -> None:
+    """Break the server in turns, until cancelled."""
+    for turn in itertools.count():
+        await asyncio.sleep(REST_SECONDS)
+        kind = ("service.engine", "service.front")[turn // 3 % 2]
+        if turn % 3 == 2:
+            for action, name in (("load", MODEL), ("unload", OTHER), ("load", OTHER)):
+                (await server.change(action, name)).raise_for_status()
+                faults["changes of models"] += 1
+        else:
+            stops = turn % 12 == 0
+            victim: psutil.Process = server.processes(kind)[0]
+            victim.send_signal(signal.SIGSTOP if stops else signal.SIGKILL)
+            faults["stopped" if stops else "killed"] += 1
+            while stops and victim.is_running():
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)
+            await server.until_whole()
+
+
+async def ask(texts: list[str], classes: int) -> tuple[Heard, float]:
+    """Ask a server for all texts while it is broken, and return what came back, and the seconds."""
+    async with serving() as server:
+        callers = Callers(server, texts, classes)
+        breaking = asyncio.create_task(break_it(server, callers.heard.faults))
+        started = time.perf_counter()
+        asking = asyncio.create_task(callers.run())
+        await asyncio.wait({asking, breaking}, return_when=asyncio.FIRST_COMPLETED)
+        seconds = time.perf_counter() - started
+        await asking if asking.done() else await breaking
+        breaking.cancel()
+        await server.until_whole()
+        return callers.heard, seconds
+
+
+def compare(heard: Heard, right: Reference, labels: tuple[str, ...]) -> tuple[list[str], bool]:
+    """Return the table, and whether all is as it should be."""
+    apart = np.abs(heard.probs - right.probs).max(axis=1)
+    moved = heard.steps != right.steps
+    ties = moved & (right.margins < HAIR)
+    best = np.sort(right.probs, axis=1)
+    even = best[:, -1] - best[:, -2] < TOLERANCE
+    named = np.array([labels[i] for i in right.probs.argmax(axis=1)]) == np.array(heard.labels)
+    wrong = ~ties & (moved | (apart > TOLERANCE) | ~(named | even))
+    owners = np.array(
+        [(np.abs(right.probs - heard.probs[i]).max(axis=1) <= TOLERANCE).any()
+         for i in np.flatnonzero(wrong)[:1000]]
+    )  # fmt: skip
+    draw = np.random.default_rng(0)
+    one, other = (draw.integers(0, len(apart), 100_000) for _ in range(2))
+    alike = np.abs(right.probs[one] - right.probs[other]).max(axis=1) <= TOLERANCE
+    lost, twice = int((heard.times == 0).sum()), int((heard.times > 1).sum())
+    rows = {
+        "texts": f"{len(apart):,}",
+        "requests": f"{heard.requests:,}",
+        "repeated, as their first try " + ", ".join(sorted(heard.repeated)): ", ".join(
+            f"{count:,}" for _, count in sorted(heard.repeated.items())
+        ),
+        "faults": ", ".join(f"{count} {name}" for name, count in sorted(heard.faults.items())),
+        "lost": lost,
+        "answered twice": twice,
+        "answers to another request": heard.foreign,
+        "never answered within 60 s": heard.hung,
+        "wrong": int(wrong.sum()),
+        "of these, another text's answer": int(owners.sum()),
+        "ties, decided otherwise by rounding": int(ties.sum()),
+        "largest difference of a probability, ties apart": f"{apart[~ties].max():.1e}",
+        "pairs of texts that could be swapped unseen": f"{alike[one != other].mean():.2%}",
+        "answered at step": ", ".join(
+            f"{step}: {count:,}" for step, count in sorted(Counter(heard.steps.tolist()).items())
+        ),
+    }
+    bad = lost + twice + heard.foreign + heard.hung + int(wrong.sum())
+    return [f"| {name} | {value} |" for name, value in rows.items()], not bad
+
+
+def _texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> list[str]:
+    real: list[str] = []
+    if arguments.data is not None:
+        import pyarrow.parquet
+
+        column = pyarrow.parquet.read_table(arguments.data, columns=["text"])["text"]
+        real = list(dict.fromkeys(column.to_pylist()))[: arguments.texts]
+    vocabulary = load_tokenizer(checkpoint).get_vocab()
+    words = sorted(word for word in vocabulary if word.isalpha() and len(word) > 2)
+    made = distinct(arguments.texts, arguments.seed, words)
+    return list(dict.fromkeys([*real, *made]))[: arguments.texts]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtests.answers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--texts", type=int, default=100_000)
+    parser.add_argument("--data", type=Path, help="Parquet file with a column text, asked first")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reference", type=Path, default=Path("build/answers"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    checkpoint = read_store(STORE).latest(MODEL)
+    texts = _texts(arguments, checkpoint)
+    right = reference(checkpoint, texts, arguments.reference)
+    labels = checkpoint.manifest.labels
+    heard, seconds = asyncio.run(ask(texts, len(labels)))
+    rows, good = compare(heard, right, labels)
+    print("\n".join(["| | |", "|---|---|", *rows]))
+    print(f"asked in {seconds:.0f} s")
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()

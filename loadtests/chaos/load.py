@@ -1,0 +1,127 @@
+"""Callers on a schedule that does not wait, who know the right answers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from loadtests.chaos.server import MODEL, PATIENCE, Server
+from loadtests.texts import sentence
+
+RATE = 30.0
+"""Requests a second."""
+TOLERANCE = 1e-4
+"""Of a probability: the sum of a product may be taken in another order in another batch."""
+_TEXTS = 400
+
+
+@dataclass
+class Seen:
+    """What callers saw during one fault.
+
+    Attributes:
+        sent: requests.
+        outcomes: by HTTP status and code, or `broke off`.
+        wrong: answers that differ from those of before.
+        recovery: seconds until all was there again, one for each time.
+        memory: MiB of all processes, in the order of time.
+        notes: what else was seen.
+    """
+
+    sent: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    wrong: int = 0
+    recovery: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def hung(self) -> int:
+        """Requests that were never answered."""
+        return self.sent - self.outcomes.total()
+
+    def cells(self) -> list[str]:
+        """Return what stands in the table."""
+        outcomes = ", ".join(f"{name}: {count:,}" for name, count in sorted(self.outcomes.items()))
+        back = memory = ""
+        if self.recovery:
+            back = f"{statistics.median(self.recovery):.1f} / {max(self.recovery):.1f}"
+        if self.memory:
+            memory = f"{self.memory[-1] - self.memory[0]:+.0f} MiB"
+        counts = [f"{self.sent:,}", outcomes, str(self.hung), str(self.wrong)]
+        return [*counts, back, memory, "; ".join(self.notes)]
+
+
+class Load:
+    """Callers of one server."""
+
+    def __init__(self, url: str, rate: float = RATE) -> None:
+        random.seed(0)
+        self._texts = sorted({sentence() for _ in range(_TEXTS)})
+        random.Random(0).shuffle(self._texts)
+        self._rate, self._url = rate, url
+        self._right: dict[str, list[float]] = {}
+
+    async def learn(self) -> None:
+        """Note the answer of every text."""
+        async with httpx.AsyncClient(base_url=self._url, timeout=PATIENCE) as client:
+            answer = await client.post("/classify", json=self._body(self._texts))
+            answer.raise_for_status()
+        probabilities = (item["probs"] for item in answer.json()["data"])
+        self._right = dict(zip(self._texts, probabilities, strict=True))
+
+    async def during(self, seen: Seen, work: Callable[[], Awaitable[None]]) -> None:
+        """Ask on until the work is done, and count what comes back."""
+        done = asyncio.ensure_future(work())
+        limits = httpx.Limits(max_connections=500, max_keepalive_connections=20)
+        async with httpx.AsyncClient(base_url=self._url, timeout=PATIENCE, limits=limits) as client:
+            asked, texts, due = [], itertools.cycle(self._texts), time.perf_counter()
+            while not done.done():
+                due += 1 / self._rate
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                seen.sent += 1
+                asked.append(asyncio.create_task(self._ask(client, next(texts), seen)))
+            await asyncio.gather(*asked)
+        await done
+
+    async def _ask(self, client: httpx.AsyncClient, text: str, seen: Seen) -> None:
+        try:
+            answer = await client.post("/classify", json=self._body(text))
+        except httpx.TimeoutException:
+            return  # never answered
+        except httpx.TransportError:
+            seen.outcomes["broke off"] += 1
+            return
+        if answer.status_code == 200:
+            seen.outcomes["200"] += 1
+            seen.wrong += not self._fits(text, answer.json()["data"][0]["probs"])
+        else:
+            seen.outcomes[f"{answer.status_code} {answer.json()['error']['code']}"] += 1
+
+    def _fits(self, text: str, found: list[float]) -> bool:
+        right = self._right[text]
+        return len(found) == len(right) and all(
+            abs(a - b) <= TOLERANCE for a, b in zip(found, right, strict=True)
+        )
+
+    def _body(self, given: Any) -> dict[str, Any]:
+        return {"input": given, "model": MODEL, "quality": "best", "timeout_ms": 30_000}
+
+
+async def under_load(
+    server: Server, work: Callable[[Seen], Awaitable[None]], rate: float = RATE
+) -> Seen:
+    """Break a server while callers ask it, and return what they saw."""
+    load, seen = Load(server.url, rate), Seen()
+    await load.learn()
+    await load.during(seen, lambda: work(seen))
+    return seen

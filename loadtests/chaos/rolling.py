@@ -1,0 +1,118 @@
+"""Two servers behind a proxy, each replaced in its turn, as an orchestrator does it."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from loadtests.chaos.load import Load, Seen
+from loadtests.chaos.server import Server, Setup, free_port
+
+PROBE_SECONDS = 0.5
+GRACE_SECONDS = 2.0
+"""Between the word that a server is to go and its SIGTERM, as `preStop: sleep` gives."""
+CONFIGURATION = """
+global
+    stats socket {socket} mode 600 level admin
+defaults
+    mode http
+    timeout connect 2s
+    timeout client 75s
+    timeout server 75s
+frontend callers
+    bind 127.0.0.1:{port}
+    default_backend servers
+backend servers
+    option httpchk GET /health/ready
+    default-server check inter {interval}ms fall 1 rise 1
+    server one 127.0.0.1:{one}
+    server two 127.0.0.1:{two}
+"""
+"""Nothing is tried a second time: what a server lets down would be seen."""
+
+
+def no_proxy() -> str | None:
+    """Say what is lacking to have a proxy."""
+    return None if shutil.which("haproxy") else "needs haproxy (Debian: haproxy)"
+
+
+class _Proxy:
+    """A proxy before two servers, which is told who takes requests."""
+
+    def __init__(self, folder: Path, ports: dict[str, int]) -> None:
+        self.port = free_port()
+        self._socket = folder / "proxy.sock"
+        configuration = folder / "proxy.cfg"
+        interval = int(1000 * PROBE_SECONDS)
+        configuration.write_text(
+            CONFIGURATION.format(socket=self._socket, port=self.port, interval=interval, **ports)
+        )
+        self._process = subprocess.Popen(["haproxy", "-db", "-f", configuration])
+
+    async def tell(self, server: str, state: str) -> None:
+        """Set the state of a server: `drain` takes no new requests, `ready` does."""
+        reader, writer = await asyncio.open_unix_connection(self._socket)
+        writer.write(f"set server servers/{server} state {state}\n".encode())
+        said = (await reader.read()).decode().strip()
+        writer.close()
+        assert not said, said
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.terminate()
+        self._process.wait(10)
+
+
+async def _start(port: int) -> Server:
+    server = Server(Setup({"port": port, "engines": 1, "fronts": 1}))
+    await server.until_whole()
+    return server
+
+
+@asynccontextmanager
+async def _behind_proxy() -> AsyncIterator[tuple[_Proxy, dict[str, Server]]]:
+    ports = {name: free_port() for name in ("one", "two")}
+    servers = {}
+    try:
+        for name, port in ports.items():
+            servers[name] = await _start(port)
+        with tempfile.TemporaryDirectory() as folder:
+            proxy = _Proxy(Path(folder), ports)
+            try:
+                yield proxy, servers
+            finally:
+                proxy.stop()
+    finally:
+        for server in servers.values():
+            await server.stop()
+
+
+async def rolling(repeats: int) -> Seen:
+    """Take each server out of the proxy, end it, start another and take that in, under load."""
+    async with _behind_proxy() as (proxy, servers):
+        load, seen = Load(f"http://127.0.0.1:{proxy.port}"), Seen()
+        await asyncio.sleep(2 * PROBE_SECONDS)
+        await load.learn()
+
+        async def work() -> None:
+            for _ in range(max(1, repeats // 10)):
+                for name in servers:
+                    started = time.perf_counter()
+                    await proxy.tell(name, "drain")
+                    await asyncio.sleep(GRACE_SECONDS)
+                    code = await servers[name].stop()
+                    assert code == 0, f"it ended with {code}"
+                    servers[name] = await _start(servers[name].port)
+                    await proxy.tell(name, "ready")
+                    await asyncio.sleep(2 * PROBE_SECONDS)
+                    seen.recovery.append(time.perf_counter() - started)
+            seen.notes.append(f"{len(seen.recovery)} servers replaced")
+
+        await load.during(seen, work)
+        return seen

@@ -1,0 +1,155 @@
+"""A server of our own, that may be broken."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+KEY = "a-key-for-this-run"
+ADMIN = {"Authorization": f"Bearer {KEY}"}
+MODEL, OTHER = "ag_news", "banking77"
+PATIENCE = 60.0
+STORE = Path("model_store")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a server is started.
+
+    Attributes:
+        flags: of `budgetformer serve`, besides those that all have.
+        before: words before the command, of a program that starts it.
+        environment: variables besides our own.
+        log: file that its stderr goes to; None: ours.
+        models: that it is to serve.
+        host: address that callers find it at.
+    """
+
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    before: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    log: Path | None = None
+    models: tuple[str, ...] = (MODEL, OTHER)
+    host: str = "127.0.0.1"
+
+
+class Server:
+    """A running server, and its processes."""
+
+    def __init__(self, setup: Setup) -> None:
+        flags = {
+            "host": setup.host, "port": free_port(), "model-store": STORE, "engines": 2,
+            "fronts": 2, "admin-key": KEY, "log-level": "error", "hang-seconds": 4,
+            "dtype": "float32",  # the same bits in every batch and engine
+        } | dict(setup.flags)  # fmt: skip
+        self.port: int = flags["port"]
+        self.url = f"http://{setup.host}:{self.port}"
+        self.engines, self.fronts = int(flags["engines"]), int(flags["fronts"])
+        self.models = len(setup.models)
+        words = [f"--{name}={value}" for name, value in flags.items()]
+        words += [f"--models={name}" for name in setup.models]
+        command = [*setup.before, sys.executable, "-m", "service.cli", "serve", *words]
+        with contextlib.ExitStack() as opened:
+            log = opened.enter_context(setup.log.open("ab", buffering=0)) if setup.log else None
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+                env=os.environ | dict(setup.environment),
+            )
+        self.plain = httpx.AsyncClient(base_url=self.url, timeout=10)
+
+    async def stop(self) -> int:
+        """End it as a service manager does, and return its exit code."""
+        await self.plain.aclose()
+        self.process.terminate()
+        try:
+            return await asyncio.to_thread(self.process.wait, 40)
+        except subprocess.TimeoutExpired:
+            for process in self.family():
+                process.kill()
+            raise
+
+    def family(self) -> list[psutil.Process]:
+        """Return all processes of the server."""
+        top = psutil.Process(self.process.pid)
+        return [top, *top.children(recursive=True)]
+
+    def processes(self, module: str) -> list[psutil.Process]:
+        """Return the processes that run a module, oldest first."""
+        found = []
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                if module in process.cmdline():
+                    found.append((process.create_time(), process.pid, process))
+        return [process for *_, process in sorted(found, key=lambda one: one[:2])]
+
+    def memory(self) -> float:
+        """Return the MiB that all processes hold, pages that they share counted once."""
+        total = 0.0
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss / 2**20
+        return total
+
+    async def whole(self) -> bool:
+        """Say whether every engine and every front is there and has every model."""
+        try:
+            health = (await self.plain.get("/health")).json()
+            shown = (await self.plain.get("/metrics")).text
+        except (httpx.HTTPError, ValueError):
+            return False
+        fronts = re.search(r"^budgetformer_fronts (\S+)$", shown, re.MULTILINE)
+        alive = sum(engine["alive"] for engine in health["engines"])
+        return (
+            health["status"] == "ok"
+            and alive == self.engines
+            and all(len(engine["models"]) == self.models for engine in health["engines"])
+            and fronts is not None
+            and float(fronts[1]) == self.fronts
+        )
+
+    async def until_whole(self) -> float:
+        """Wait until all is there, and return the seconds that it took."""
+        started = time.perf_counter()
+        while not await self.whole():
+            if time.perf_counter() - started > PATIENCE or self.process.poll() is not None:
+                raise RuntimeError("the server did not come back")
+            await asyncio.sleep(0.05)
+        return time.perf_counter() - started
+
+    async def change(self, action: str, model: str) -> httpx.Response:
+        """Load or unload a model, and return what is said of it."""
+        return await self.plain.post(f"/models/{model}/{action}", headers=ADMIN, timeout=PATIENCE)
+
+
+@asynccontextmanager
+async def serving(setup: Setup | None = None) -> AsyncIterator[Server]:
+    """Run a server for this block, from when all of it is there."""
+    server = Server(setup or Setup())
+    try:
+        await server.until_whole()
+        yield server
+    finally:
+        await server.stop()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
