@@ -53,7 +53,7 @@ class ServedModel:
 
     def encode(self, texts: list[str | tuple[str, str]]) -> list[Encoding]:
         """Tokenize texts and pairs; an encoding that overflows was truncated."""
-        return self.tokenizer.encode_batch(texts)
+        return self.tokenizer.encode_batch_fast(texts)
 
 
 def open_model(path: Path) -> ServedModel:

@@ -16,7 +16,7 @@ from budgetformer.errors import PolicyError
 from service.api import infinity
 from service.api.access import needs, spend
 from service.api.answered import Answered, best_first
-from service.api.bodies import describe_body, read_body
+from service.api.bodies import describe_body, read_body, travelled
 from service.api.errors import CLASSIFYING, ApiError, ClientGoneError, errors_documented_as
 from service.api.responses import json_response
 from service.api.schemas import (
@@ -49,6 +49,9 @@ router = APIRouter(
 
 
 Text = str | tuple[str, str]
+
+INLINE_CHARACTERS = 1000
+"""So few are tokenized where they are: a thread would take longer to begin than they to end."""
 
 
 @router.post(
@@ -93,9 +96,18 @@ async def respond(
     started = time.monotonic()
     texts = check_texts(state, body.input)
     model = state.model(body.model)
-    with model.in_use(), state.room_for(len(texts)):
+    size = travelled(request.scope["headers"])
+    seconds = (body.timeout_ms or state.settings.timeout_ms) / 1000
+    with model.in_use(), state.room_for(len(texts), size, seconds):
         spend(request, len(texts))
-        return await _respond(request, state, body, texts, model, started, write)
+        try:
+            return await _respond(request, state, body, texts, model, started + seconds, write)
+        except RefusedError as error:
+            # A model's own share of the queue says nothing of other models.
+            shared = model.checkpoint.name not in state.settings.model_queue_items
+            if state.door.patient(seconds) if error.reason == "deadline" else shared:
+                state.door.refuse(size, state.door.texts - len(texts))
+            raise _refusal(error) from None
 
 
 async def _respond(
@@ -104,18 +116,21 @@ async def _respond(
     body: ClassifyRequest,
     texts: list[Text],
     model: ServedModel,
-    started: float,
+    deadline: float,
     write: Callable[[Answered], Response],
 ) -> Response:
-    deadline = started + (body.timeout_ms or state.settings.timeout_ms) / 1000
+    started = time.monotonic()
     quality = _quality(state, body, model)
     # An exception could quote a text, so it is not recorded.
     with state.tracer.start_as_current_span(
         "tokenize", record_exception=False, set_status_on_exception=False
     ) as span:
-        encodings = await asyncio.get_running_loop().run_in_executor(
-            state.tokenizing, model.encode, texts
-        )
+        if characters_of(texts) <= INLINE_CHARACTERS:
+            encodings = model.encode(texts)
+        else:
+            encodings = await asyncio.get_running_loop().run_in_executor(
+                state.tokenizing, model.encode, texts
+            )
         span.set_attribute("budgetformer.items", len(encodings))
         span.set_attribute("budgetformer.tokens", sum(len(e.ids) for e in encodings))
     if not body.truncate:
@@ -183,6 +198,11 @@ def check_texts(state: State, given: Input) -> list[Text]:
     return texts
 
 
+def characters_of(texts: list[Text]) -> int:
+    """Return how many characters there are to tokenize."""
+    return sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
+
+
 def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | float:
     if body.target_ms is not None and body.quality not in (None, "auto"):
         message = "target_ms lets the server choose a quality, so none can be named beside it"
@@ -222,6 +242,15 @@ def _item(encoding: Encoding) -> ItemTokens:
     return ItemTokens(pack_ids(encoding.ids), pack_ids(segments) if any(segments) else b"")
 
 
+def _refusal(error: RefusedError) -> ApiError:
+    seconds = error.retry_after
+    if error.reason == "deadline":
+        message = f"the deadline cannot be met at the present load; try again in {seconds} s"
+    else:
+        message = f"the queue is full; try again in {seconds} s"
+    return ApiError(429, message, code=error.reason, retry_after=seconds)
+
+
 async def _ask(request: Request, state: State, job: Job) -> Answer:
     """Await the engines' answer, or the client's going away, whichever comes first."""
     asking = asyncio.ensure_future(state.engines.classify(job))
@@ -231,13 +260,6 @@ async def _ask(request: Request, state: State, job: Job) -> Answer:
         if not asking.done():
             raise ClientGoneError
         return asking.result()
-    except RefusedError as error:
-        seconds = error.retry_after
-        if error.reason == "deadline":
-            message = f"the deadline cannot be met at the present load; try again in {seconds} s"
-        else:
-            message = f"the queue is full; try again in {seconds} s"
-        raise ApiError(429, message, code=error.reason, retry_after=seconds) from None
     except DeadlineError:
         raise ApiError(
             504, "the deadline passed before the answer was there", "timeout_ms"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from service.connection import DisconnectedError
 from service.engine.client import Engines
 from service.hub.link import HubLink
 from service.models import Models, ServedModel, UnknownModelError
+from service.scheduling.door import Door
 from service.settings import Settings
 
 Answer = TypeVar("Answer")
@@ -39,8 +41,7 @@ class State:
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
     )
 
-    texts: int = 0
-    """Texts that are here, from their arrival to their answer."""
+    door: Door = field(default_factory=Door)
 
     body_bytes: int = 0
     """Bytes of the bodies that are arriving."""
@@ -59,24 +60,31 @@ class State:
             raise ApiError(429, message, code="queue_full", retry_after=1)
 
     @contextmanager
-    def room_for(self, count: int) -> Iterator[None]:
+    def room_for(self, count: int, size: int | None, seconds: float) -> Iterator[None]:
         """Hold some texts, no more in all than the engines' queues take.
 
         What they would refuse is refused before it is tokenized: under overload that work alone
         would make everybody late.
 
+        Args:
+            count: texts of the request.
+            size: bytes of its body as it travelled, if that is known.
+            seconds: to its deadline.
+
         Raises:
             ApiError: 429, there is no room.
         """
-        most = self.settings.max_queue_items * max(1, len(self.engines.alive))
-        if self.texts and self.texts + count > most:
-            message = "the server holds all the texts that it can; try again in 1 s"
-            raise ApiError(429, message, code="queue_full", retry_after=1)
-        self.texts += count
+        door, most = self.door, self.settings.max_queue_items * max(1, len(self.engines.alive))
+        if door.texts and door.texts + count > most:
+            door.refuse(size, door.texts)
+            raise no_room(door.retry_after(door.texts + count - most, time.monotonic()))
+        door.enter(count, seconds, time.monotonic())
+        answered = False
         try:
             yield
+            answered = True
         finally:
-            self.texts -= count
+            door.leave(count, answered, time.monotonic())
 
     def model(self, spec: str | None) -> ServedModel:
         """Return the model that a request names.
@@ -90,6 +98,12 @@ class State:
             return self.models.get(spec)
         except UnknownModelError as error:
             raise ApiError(404, str(error), "model", "unknown_model") from None
+
+
+def no_room(seconds: int) -> ApiError:
+    """Return the error of a request for which there is room in so many seconds."""
+    message = f"the server holds all the texts that it can; try again in {seconds} s"
+    return ApiError(429, message, code="queue_full", retry_after=seconds)
 
 
 async def from_hub(asking: Awaitable[Answer]) -> Answer:
