@@ -4,10 +4,10 @@
 
 It starts a server on the first cores and holds itself on the last one, so that neither takes the
 other's time; `--url` asks a server that runs already. First it finds the rate that the server
-answers when asked as fast as it answers; then it sends multiples of that rate. Latency counts from
-the moment at which a request was due. Every request must be answered (200, 429, 503 or 504), and
-the texts answered a second should stay near the peak. With `--against` the server of another
-checkout is measured in turn.
+answers when asked as fast as it answers, at the quality that overload lowers to; then it sends
+multiples of that rate. Latency counts from the moment at which a request was due. Every request
+must be answered (200, 429, 503 or 504), and the texts answered a second should stay near the peak.
+With `--against` the server of another checkout is measured in turn.
 """
 
 from __future__ import annotations
@@ -64,13 +64,15 @@ async def measure(
     texts = texts_of(given.data, 4000)
     draw = random.Random(1)
     client = Client(f"{url}/classify", spin=False)
-    requests = [
-        client.request({"input": draw.sample(texts, size), "timeout_ms": given.timeout_ms})
-        for _ in range(BODIES if size > 1 else 10 * BODIES)
+    many = BODIES if size > 1 else 10 * BODIES
+    bodies = [
+        {"input": draw.sample(texts, size), "timeout_ms": given.timeout_ms} for _ in range(many)
     ]
+    requests = [client.request(body) for body in bodies]
+    lowest = [client.request(body | {"quality": "fast"}) for body in bodies]
     callers = IN_FLIGHT[size == 1]
-    await client.closed("warm-up", requests, callers, 3.0)
-    peak = await client.closed("as fast as answered", requests, callers, given.seconds)
+    await client.closed("warm-up", lowest, callers, 3.0)
+    peak = await client.closed("as fast as answered", lowest, callers, given.seconds)
     before = memory()
     rows = [row(name, peak, size, peak.goodput, 0.0)]
     for factor in given.factors:

@@ -56,7 +56,8 @@ def read_answer(it: socket.socket) -> tuple[int, dict[str, str], dict[str, Any]]
 def test_what_would_be_refused_is_refused_unread(running: Server) -> None:
     answers: list[httpx.Response] = []
     large = threading.Thread(
-        target=lambda: answers.append(post(running, input=[TEXT] * MANY, quality="best"))
+        target=lambda: answers.append(post(running, input=[TEXT] * MANY, quality="best")),
+        daemon=True,
     )
     before = running.scrape()
     large.start()
