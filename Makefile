@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PORT   ?= 8000
 FUZZ_INPUTS ?= 100000
+REPEATS ?= 3
 # Holds one folder per data set, each with train.parquet and test.parquet.
 DATA   ?= data
 # Where a host without an NVIDIA GPU looks first for torch: the builds that bring no CUDA libraries.
@@ -35,8 +36,9 @@ lint: .venv/.dev ## style, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: .venv/.dev ## time every step and level beside the dense network in Transformers and ONNX Runtime
+bench: .venv/.dev ## time every step and level beside the dense network, then this service beside others
 	$(BIN)/budgetformer bench pass --model ag_news $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
+	$(BIN)/python loadtests/compare.py --repeats $(REPEATS) $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
 
 train-%: .venv/.dev ## train a shipped model again (train-ag_news, ...) from DATA/<name>; stopped, it goes on
 	$(BIN)/budgetformer train --data $(DATA)/$* --start minilm-l6 --recipe model_store/$*/recipe.toml --out model_store/$*/$(call version,$*) --baseline build/dense/$*

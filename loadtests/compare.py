@@ -57,6 +57,7 @@ class Measured:
     half_p99: float
     half_rate: float
     cpu_per_thousand: float
+    front_per_thousand: float
     memory: float
     start: float
     answered: int
@@ -87,9 +88,10 @@ async def measure(
     requests = [client.request({"input": text} | fields) for text in texts]
     await client.closed("warm-up", requests, CALLERS, WARM_UP)
     lone = await client.closed("lone", requests, 1, given.seconds / 2)
-    before = server.cpu_seconds()
+    part = "" if name == FLOOR else "service.front"
+    before, front = server.cpu_seconds(), server.cpu_seconds(part)
     most = await client.closed("most", requests, CALLERS, given.seconds)
-    cpu = server.cpu_seconds() - before
+    cpu, front = server.cpu_seconds() - before, server.cpu_seconds(part) - front
     half = await client.scheduled(
         "half", requests, most.goodput / 2, given.seconds, arrivals="poisson"
     )
@@ -98,7 +100,8 @@ async def measure(
     client.close()
     return Measured(
         name, most.goodput, lone.latency(0.5), half.latency(0.5), half.latency(0.99), half.rate,
-        1000 * cpu / most.statuses["200"], memory, server.start_seconds, answered, right,
+        1000 * cpu / most.statuses["200"], 1000 * front / most.statuses["200"],
+        memory, server.start_seconds, answered, right,
         sum(p.due - p.statuses["200"] for p in (lone, most, half)),
         most.client_cpu / most.took, quantile(half.late, 0.99),
     )  # fmt: skip
@@ -183,6 +186,9 @@ def promises(repeats: Repeats) -> list[Promise]:
     def throughput(m: Measured) -> float:
         return m.throughput
 
+    front = [
+        run["balanced"].front_per_thousand - run[FLOOR].front_per_thousand for run in repeats.runs
+    ]
     tail = [run["balanced"].half_p99 / run["balanced"].half_p50 for run in repeats.runs]
     return [
         Promise(
@@ -198,6 +204,10 @@ def promises(repeats: Repeats) -> list[Promise]:
             repeats.ratio("balanced", DENSE, lambda m: m.lone_p50, min), lambda r: r <= 0.4,
         ),
         Promise("p99 at half load at `balanced`, of its p50", "<= 4", tail, lambda r: r <= 4),
+        Promise(
+            "front's CPU beyond the floor, ms for a single text", "<= .3", front,
+            lambda r: r <= 0.3,
+        ),
     ]  # fmt: skip
 
 

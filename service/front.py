@@ -34,7 +34,7 @@ KEEP_ALIVE_SECONDS = 75
 never meets a connection that is just being closed."""
 
 
-ACCEPTS = 32
+ACCEPTS = 8
 """The event loop takes one connection a turn from each listening socket. One socket alone, and a
 busy front, and new connections would wait for seconds in the kernel's backlog, where nobody can
 refuse them."""
