@@ -101,6 +101,9 @@ class Observe:
             ).response(scope["state"])
             await response(scope, receive, send_named)
         finally:
+            under_way = scope["state"].get("under_way")
+            if under_way is not None:
+                under_way.requests -= 1
             self._count(scope, status, time.monotonic() - started)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
