@@ -4,6 +4,7 @@ PORT   ?= 8000
 FUZZ_INPUTS ?= 100000
 MINUTES ?= 20
 TEXTS  ?= 100000
+REPEATS ?= 3
 # Holds one folder per data set, each with train.parquet and test.parquet.
 DATA   ?= data
 # Where a host without an NVIDIA GPU looks first for torch: the builds that bring no CUDA libraries.
@@ -46,8 +47,9 @@ lint: .venv/.dev ## style, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: .venv/.dev ## time every step and level beside the dense network in Transformers and ONNX Runtime
+bench: .venv/.dev ## time every step and level beside the dense network, then this service beside others
 	$(BIN)/budgetformer bench pass --model ag_news $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
+	$(BIN)/python loadtests/compare.py --repeats $(REPEATS) $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
 
 bench-gpu: .venv/.dev ## on a GPU: check every pass, time it and weigh it, in a few minutes; needs one card
 	$(BIN)/budgetformer bench gpu --model ag_news --out docs/benchmarks/gpu $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)

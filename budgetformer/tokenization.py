@@ -26,14 +26,14 @@ def tokenizer_errors() -> Iterator[None]:
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]]) -> list[Encoding]:
-    """Tokenize texts and pairs; an encoding that overflows was truncated.
+    """Tokenize texts and pairs; an encoding that overflows was truncated, and has no offsets.
 
     Raises:
         TokenizerError: the tokenizer fails at a text, which is named by its place alone.
     """
     try:
         with tokenizer_errors():
-            return tokenizer.encode_batch(list(texts))
+            return tokenizer.encode_batch_fast(list(texts))
     except TokenizerError:
         return [_encode_one(tokenizer, place, text) for place, text in enumerate(texts)]
 
@@ -41,6 +41,6 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]]) -> list
 def _encode_one(tokenizer: Tokenizer, place: int, text: str | tuple[str, str]) -> Encoding:
     try:
         with tokenizer_errors():
-            return tokenizer.encode_batch([text])[0]
+            return tokenizer.encode_batch_fast([text])[0]
     except TokenizerError:  # what it says may quote the text
         raise TokenizerError(f"the tokenizer fails at text {place}", place) from None

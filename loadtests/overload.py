@@ -1,203 +1,122 @@
 """Send more than a server can do, on a schedule that does not wait for answers.
 
-    python loadtests/overload.py --url http://127.0.0.1:8000 [--data texts.parquet]
+    python loadtests/overload.py [--data texts.parquet] [--texts 64 1] [--against OTHER_CHECKOUT]
 
-First it finds the highest rate that the server answers when asked as fast as it answers; then it
-sends multiples of that rate. Latency counts from the moment at which a request was due. Every
-request must be answered (200, 429, 503 or 504), and the texts answered a second should stay near
-the peak. A phase whose requests were sent late measured this client, not the server: take more
-texts per request. Memory is that of the server's processes, found by its port.
+It starts a server on the first cores and holds itself on the last one, so that neither takes the
+other's time; `--url` asks a server that runs already. First it finds the rate that the server
+answers when asked as fast as it answers, at the quality that overload lowers to; then it sends
+multiples of that rate. Latency counts from the moment at which a request was due. Every request
+must be answered (200, 429, 503 or 504), and the texts answered a second should stay near the peak.
+With `--against` the server of another checkout is measured in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
-import json
+import contextlib
 import random
-import statistics
+import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
-import httpx
-import psutil
+import uvloop
+from openloop import Client, Phase, quantile
+from servers import Cores, Server, ours
+from texts import texts_of
 
-WORDS = [
-    "market",
-    "team",
-    "science",
-    "war",
-    "film",
-    "health",
-    "price",
-    "win",
-    "space",
-    "trade",
-    "election",
-    "game",
-    "music",
-    "storm",
-]
-
-
-JSON = {"Content-Type": "application/json"}
-
-
-@dataclass
-class Phase:
-    """What came back while one rate was sent."""
-
-    name: str
-    seconds: float
-    texts: int
-    due: int = 0
-    statuses: Counter[str] = field(default_factory=Counter)
-    levels: Counter[str] = field(default_factory=Counter)
-    latencies: list[float] = field(default_factory=list)
-    late: list[float] = field(default_factory=list)
-    took: float = 0.0
-
-    @property
-    def goodput(self) -> float:
-        """Texts answered a second, until the last answer."""
-        return self.statuses["200"] * self.texts / max(self.seconds, self.took)
-
-    def row(self, peak: float, memory: float) -> str:
-        ok = sorted(self.latencies) or [float("nan")]
-        cells = [
-            self.name,
-            str(self.due),
-            ", ".join(f"{code}: {n}" for code, n in sorted(self.statuses.items())),
-            str(self.due - sum(self.statuses.values())),
-            f"{self.goodput:.0f}",
-            f"{self.goodput / peak:.2f}",
-            f"{1000 * statistics.median(ok):.0f}",
-            f"{1000 * ok[int(0.99 * (len(ok) - 1))]:.0f}",
-            ", ".join(f"{level}: {n}" for level, n in sorted(self.levels.items())),
-            f"{memory:+.0f}",
-            f"{1000 * max(self.late, default=0.0):.0f}",
-        ]
-        return f"| {' | '.join(cells)} |"
-
+BODIES = 300
+IN_FLIGHT = 6, 32
+"""Requests in flight while the peak is looked for, many texts in each or one: the engines are
+always busy and no deadline passes."""
 
 HEADS = (
-    "load", "due", "answers", "unanswered", "texts/s", "of peak", "p50 ms", "p99 ms", "levels",
-    "memory MiB", "sent late by ms, at most",
+    "server", "load", "due", "answers", "unanswered", "texts/s", "of peak", "p50 ms", "p99 ms",
+    "refused in ms, p50", "levels", "memory MiB", "client late by ms, p99", "client's core busy",
 )  # fmt: skip
 
 
-def read_texts(path: Path | None) -> list[str]:
-    if path is None:
-        draw = random.Random(0)
-        return [" ".join(draw.choices(WORDS, k=draw.randint(8, 60))) for _ in range(2000)]
-    import pyarrow.parquet
-
-    return [str(text) for text in pyarrow.parquet.read_table(path).column("text").to_pylist()]
-
-
-def bodies(texts: list[str], size: int) -> Iterator[bytes]:
-    """Yield request bodies for ever, made beforehand so that sending them costs little."""
-    draw = random.Random(1)
-    made = [
-        json.dumps({"input": draw.sample(texts, size), "timeout_ms": 5000}).encode()
-        for _ in range(200)
+def row(server: str, phase: Phase, texts: int, peak: float, memory: float) -> str:
+    cells = [
+        server,
+        phase.name,
+        str(phase.due),
+        ", ".join(f"{code}: {n}" for code, n in sorted(phase.statuses.items())),
+        str(phase.unanswered),
+        f"{phase.goodput * texts:.0f}",
+        f"{phase.goodput / peak:.2f}",
+        f"{1000 * phase.latency(0.5):.0f}",
+        f"{1000 * phase.latency(0.99):.0f}",
+        f"{1000 * quantile(phase.refused, 0.5):.1f}" if phase.refused else "",
+        ", ".join(f"{level}: {n}" for level, n in sorted(phase.levels.items())),
+        f"{memory:+.0f}",
+        f"{1000 * quantile(phase.late, 0.99):.1f}" if phase.late else "",
+        f"{phase.client_cpu / phase.seconds:.0%}",
     ]
-    return itertools.cycle(made)
+    return f"| {' | '.join(cells)} |"
 
 
-async def ask(client: httpx.AsyncClient, body: bytes, phase: Phase, due: float) -> None:
-    try:
-        response = await client.post("/classify", content=body, headers=JSON)
-    except httpx.HTTPError as error:
-        phase.statuses[type(error).__name__] += 1
-        return
-    phase.statuses[str(response.status_code)] += 1
-    if response.status_code == 200:
-        phase.levels[response.headers.get("x-quality", "?")] += 1
-        phase.latencies.append(time.perf_counter() - due)
-
-
-async def closed(client: httpx.AsyncClient, texts: list[str], size: int, seconds: float) -> Phase:
-    """Ask as fast as answers come, with enough requests in flight to keep every engine busy."""
-    phase = Phase("as fast as answered", seconds, size)
-    source, end = bodies(texts, size), time.perf_counter() + seconds
-
-    async def caller() -> None:
-        while (now := time.perf_counter()) < end:
-            phase.due += 1
-            await ask(client, next(source), phase, now)
-
-    await asyncio.gather(*(caller() for _ in range(32)))
-    return phase
-
-
-async def scheduled(
-    client: httpx.AsyncClient, texts: list[str], size: int, rate: float, seconds: float, name: str
-) -> Phase:
-    """Send `rate` requests a second, whatever comes back."""
-    phase = Phase(name, seconds, size)
-    source, draw = bodies(texts, size), random.Random(2)
-    start = time.perf_counter()
-    due, tasks = start, []
-    while (due := due + draw.expovariate(rate)) < start + seconds:
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        phase.late.append(max(0.0, time.perf_counter() - due))
-        phase.due += 1
-        tasks.append(asyncio.create_task(ask(client, next(source), phase, due)))
-    await asyncio.wait_for(asyncio.gather(*tasks), 60)
-    phase.took = time.perf_counter() - start
-    return phase
-
-
-def server_memory(port: int) -> float:
-    """Return the MiB of the processes around whoever listens on a port; 0 if that is elsewhere."""
-    for process in psutil.process_iter():
-        try:
-            open_ports = process.net_connections()
-        except (psutil.AccessDenied, psutil.NoSuchProcess):
-            continue
-        if any(c.laddr and c.laddr.port == port and c.status == "LISTEN" for c in open_ports):
-            top = process.parent() if "front" in " ".join(process.cmdline()) else process
-            family = [top or process, *(top or process).children(recursive=True)]
-            return sum(p.memory_info().rss for p in family) / 2**20
-    return 0.0
-
-
-async def run(arguments: argparse.Namespace) -> list[str]:
-    texts = read_texts(arguments.data)
-    port = httpx.URL(arguments.url).port or 80
-    limits = httpx.Limits(max_connections=2000, max_keepalive_connections=200)
-    lines = [f"| {' | '.join(HEADS)} |", f"|{'---|' * len(HEADS)}"]
-    async with httpx.AsyncClient(base_url=arguments.url, limits=limits, timeout=30) as client:
-        await closed(client, texts, arguments.texts, 3.0)
-        peak = await closed(client, texts, arguments.texts, arguments.seconds)
-        before = server_memory(port)
-        lines.append(peak.row(peak.goodput, 0.0))
-        for factor in arguments.factors:
-            rate = factor * peak.goodput / arguments.texts
-            phase = await scheduled(
-                client, texts, arguments.texts, rate, arguments.seconds, f"{factor:g}x"
-            )
-            lines.append(phase.row(peak.goodput, server_memory(port) - before))
-            await asyncio.sleep(arguments.rest)
-    return lines
+async def measure(
+    name: str, url: str, memory: Callable[[], float], size: int, given: argparse.Namespace
+) -> list[str]:
+    """Return the rows of one server and one number of texts in a request."""
+    texts = texts_of(given.data, 4000)
+    draw = random.Random(1)
+    client = Client(f"{url}/classify", spin=False)
+    many = BODIES if size > 1 else 10 * BODIES
+    bodies = [
+        {"input": draw.sample(texts, size), "timeout_ms": given.timeout_ms} for _ in range(many)
+    ]
+    requests = [client.request(body) for body in bodies]
+    lowest = [client.request(body | {"quality": "fast"}) for body in bodies]
+    callers = IN_FLIGHT[size == 1]
+    await client.closed("warm-up", lowest, callers, 3.0)
+    peak = await client.closed("as fast as answered", lowest, callers, given.seconds)
+    before = memory()
+    rows = [row(name, peak, size, peak.goodput, 0.0)]
+    for factor in given.factors:
+        phase = await client.scheduled(
+            f"{factor:g}x", requests, factor * peak.goodput, given.seconds
+        )
+        rows.append(row(name, phase, size, peak.goodput, memory() - before))
+        print(rows[-1], file=sys.stderr)
+        await asyncio.sleep(given.rest)
+    client.close()
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", help="of a server that runs; without, one is started")
+    parser.add_argument("--against", type=Path, help="another checkout, measured too")
     parser.add_argument(
         "--data", type=Path, help="Parquet with a column `text`; none: made-up texts"
     )
-    parser.add_argument("--texts", type=int, default=64, help="texts in a request")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of every phase")
-    parser.add_argument("--rest", type=float, default=8.0, help="seconds between phases")
+    parser.add_argument("--texts", type=int, nargs="+", default=[64, 1], help="in a request")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of every phase")
+    parser.add_argument("--rest", type=float, default=6.0, help="seconds between phases")
     parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 1.0, 3.0, 5.0])
-    print("\n".join(asyncio.run(run(parser.parse_args()))))
+    parser.add_argument("--timeout-ms", type=int, default=2000, help="deadline of a request")
+    given = parser.parse_args()
+    print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
+    cores = Cores.split()
+    if given.url:
+        servers: dict[str, Server | None] = {given.url: None}
+    else:
+        flags = ("--models=ag_news", f"--model-store={Path('model_store').absolute()}")
+        servers = {"this": ours(cores.server, *flags)}
+        if given.against:
+            servers["other"] = ours(cores.server, *flags, folder=given.against)
+        cores.hold_client()
+        print(cores.told(), file=sys.stderr)
+    for size in given.texts:
+        for name, server in servers.items():
+            with server or contextlib.nullcontext():
+                url = server.url if server else given.url
+                memory = server.memory if server else lambda: 0.0
+                print("\n".join(uvloop.run(measure(name, url, memory, size, given))), flush=True)
+                time.sleep(1.0)
 
 
 if __name__ == "__main__":

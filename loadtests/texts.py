@@ -1,8 +1,9 @@
-"""News that nobody has read, made from parts."""
+"""Texts to send: real ones from a Parquet file, or news that nobody has read, made from parts."""
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 SUBJECTS = ("The council", "A young striker", "The central bank", "The space agency", "Its rival")
 VERBS = ("announced", "postponed", "welcomed", "rejected", "played down")
@@ -46,3 +47,18 @@ def distinct(count: int, seed: int, words: list[str]) -> list[str]:
             text = " ".join(draw.choices(words, k=draw.randint(2, 5)))
         texts[text] = None
     return list(texts)
+
+
+def texts_of(data: Path | None, count: int, seed: int = 0) -> list[str]:
+    """Return some texts, always the same ones: of a Parquet file's column `text`, or made up.
+
+    Real texts keep their mix of lengths and difficulty; made-up ones have one to five sentences.
+    """
+    draw = random.Random(seed)
+    if data is not None:
+        import pyarrow.parquet
+
+        column = pyarrow.parquet.read_table(data, columns=["text"]).column("text").to_pylist()
+        return [str(text) for text in draw.sample(column, min(count, len(column)))]
+    random.seed(seed)
+    return [" ".join(sentence() for _ in range(draw.randint(1, 5))) for _ in range(count)]

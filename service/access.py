@@ -13,8 +13,7 @@ import os
 import secrets
 import time
 import tomllib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -179,15 +178,6 @@ class Caller:
     def busy(self) -> bool:
         """Whether it has as many requests under way as it may."""
         return self._most is not None and self.requests >= self._most
-
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request that is under way."""
-        self.requests += 1
-        try:
-            yield
-        finally:
-            self.requests -= 1
 
 
 class KeyRing:

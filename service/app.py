@@ -16,8 +16,8 @@ import budgetformer
 from service.access import ANONYMOUS, KeyRing
 from service.api import classify, health, kserve, playground, sagemaker, tei
 from service.api import models as api_models
-from service.api.connections import ConnectionLimits, GuardedProtocol
-from service.api.errors import install_error_handlers
+from service.api.connections import ConnectionLimits, Guard, GuardedProtocol
+from service.api.errors import install_error_handlers, own_shape
 from service.api.middleware import OTHER, PROBES, Observe, OperationsPort, Secure
 from service.api.models import LoadRequest
 from service.api.schemas import (
@@ -32,7 +32,7 @@ from service.api.state import State
 from service.engine.client import Engines
 from service.follow import Follow
 from service.hub.link import HubLink
-from service.hub.messages import ConnectionEnded, KeysKnown
+from service.hub.messages import ConnectionEnded, KeysKnown, RequestEnded
 from service.models import Models
 from service.settings import Settings
 
@@ -124,12 +124,23 @@ def protocol_of(app: FastAPI, settings: Settings) -> Any:
         settings.max_header_bytes + 2 * settings.max_body_bytes,
         settings.receive_seconds,
     )
-    hub: HubLink = app.state.shared.hub
+    state: State = app.state.shared
+    hub = state.hub
 
     def count(reason: str) -> None:
         hub.observe(ConnectionEnded(reason))
 
-    return partial(GuardedProtocol, limits=limits, count=count)
+    def turned_away(route: str) -> None:
+        hub.observe(RequestEnded(route, "rejected", 0.0, refusal="queue_full"))
+
+    shapes = {
+        b"/classify": own_shape,
+        b"/invocations": own_shape,
+        b"/predict": tei.predict_error,
+        b"/": tei.predict_error,
+    }
+    guard = Guard(state.door, shapes, turned_away)
+    return partial(GuardedProtocol, limits=limits, guard=guard, count=count)
 
 
 def _operational(scope: MutableMapping[str, Any]) -> bool:

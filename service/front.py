@@ -34,6 +34,10 @@ KEEP_ALIVE_SECONDS = 75
 never meets a connection that is just being closed."""
 
 
+ACCEPTS = 8
+"""The event loop takes one connection a turn from each listening socket. One socket alone, and a
+busy front, and new connections would wait for seconds in the kernel's backlog, where nobody can
+refuse them."""
 SPARE_DESCRIPTORS = 256
 """Open files of a front besides its connections."""
 
@@ -115,7 +119,8 @@ def main() -> None:
         listener = bind(settings.host, settings.metrics_port)
         side = _SideServer(uvicorn.Config(app, lifespan="off", **common)), listener
     server = _DrainingServer(config, app, tracing, side)
-    server.run(sockets=[socket.socket(fileno=descriptor)])
+    listening = socket.socket(fileno=descriptor)
+    server.run(sockets=[listening, *(listening.dup() for _ in range(ACCEPTS - 1))])
 
 
 def _tls(settings: Settings) -> dict[str, Any]:

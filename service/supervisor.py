@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import structlog
+import uvloop
 
 from service.hub.catalog import Catalog
 from service.hub.hub import Hub
@@ -275,4 +276,4 @@ def supervise(settings: Settings) -> None:
         for name in [n for n in os.environ if n.upper().startswith("BUDGETFORMER_")]:
             del os.environ[name]
         log.info("starting", url=f"http://{host}:{port}", engines=resolved.engines)
-        asyncio.run(_supervise(resolved, catalog, listener, run_dir))
+        uvloop.run(_supervise(resolved, catalog, listener, run_dir))

@@ -140,7 +140,6 @@ def rival_contenders(
 
 def _onnx_contenders(twin: DenseTwin, threads: int) -> Iterator[Contender]:
     import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -155,11 +154,19 @@ def _onnx_contenders(twin: DenseTwin, threads: int) -> Iterator[Contender]:
         return Contender(name, run)
 
     with tempfile.TemporaryDirectory() as folder:
-        plain, small = Path(folder) / "plain.onnx", Path(folder) / "int8.onnx"
-        _export(twin, plain)
-        quantize_dynamic(plain, small, per_channel=True, weight_type=QuantType.QInt8)
+        plain, small = export_onnx(twin, Path(folder))
         yield contender(ONNX_FLOAT32, plain)
         yield contender(ONNX_INT8, small)
+
+
+def export_onnx(twin: DenseTwin, folder: Path) -> tuple[Path, Path]:
+    """Write a network for ONNX Runtime; return its file in float32 and the one in int8."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    plain, small = folder / "plain.onnx", folder / "int8.onnx"
+    _export(twin, plain)
+    quantize_dynamic(plain, small, per_channel=True, weight_type=QuantType.QInt8)
+    return plain, small
 
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")

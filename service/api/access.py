@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Security
@@ -31,15 +30,15 @@ _Header = Annotated[
 def needs(scope: Scope) -> Any:
     """Return a dependency that lets those in whose key has a scope, as many as it may at once."""
 
-    async def let_in(request: Request, bearer: _Bearer, header: _Header) -> AsyncIterator[None]:
+    async def let_in(request: Request, bearer: _Bearer, header: _Header) -> None:
         given = bearer.credentials if bearer is not None else header
         caller = _caller(request, given, scope)
         request.state.caller = caller
         if caller.busy:
             message = "this key has as many requests under way as it may; try again in 1 s"
             raise ApiError(429, message, code="too_many_requests", retry_after=1)
-        with caller.request():
-            yield
+        caller.requests += 1
+        request.state.under_way = caller  # until `Observe` has seen the end of it
 
     return Depends(let_in)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -47,6 +48,20 @@ async def read_json(request: Request, max_bytes: int) -> bytes:
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
     return await read_bytes(request, max_bytes)
+
+
+def travelled(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """Return how many bytes a body says that it has; None: it does not say, or is compressed.
+
+    `headers` have lower-case names.
+    """
+    size = None
+    for name, value in headers:
+        if name == b"content-length" and value.isdigit():
+            size = int(value)
+        elif name == b"content-encoding":
+            return None
+    return size
 
 
 def describe_body(*schemas: type[BaseModel], required: bool = True) -> dict[str, Any]:

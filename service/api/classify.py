@@ -16,7 +16,7 @@ from budgetformer.errors import PolicyError
 from service.api import infinity
 from service.api.access import needs, spend
 from service.api.answered import Answered, best_first
-from service.api.bodies import describe_body, read_body
+from service.api.bodies import describe_body, read_body, travelled
 from service.api.errors import CLASSIFYING, ApiError, ClientGoneError, errors_documented_as
 from service.api.responses import json_response
 from service.api.schemas import (
@@ -93,9 +93,18 @@ async def respond(
     started = time.monotonic()
     texts = check_texts(state, body.input)
     model = state.model(body.model)
-    with model.in_use(), state.room_for(len(texts)):
+    size = travelled(request.scope["headers"])
+    seconds = (body.timeout_ms or state.settings.timeout_ms) / 1000
+    with model.in_use(), state.room_for(len(texts), size, seconds):
         spend(request, len(texts))
-        return await _respond(request, state, body, texts, model, started, write)
+        try:
+            return await _respond(request, state, body, texts, model, started + seconds, write)
+        except RefusedError as error:
+            # A model's own share of the queue says nothing of other models.
+            shared = model.checkpoint.name not in state.settings.model_queue_items
+            if state.door.patient(seconds) if error.reason == "deadline" else shared:
+                state.door.refuse(size, state.door.texts - len(texts))
+            raise _refusal(error) from None
 
 
 async def _respond(
@@ -104,10 +113,10 @@ async def _respond(
     body: ClassifyRequest,
     texts: list[Text],
     model: ServedModel,
-    started: float,
+    deadline: float,
     write: Callable[[Answered], Response],
 ) -> Response:
-    deadline = started + (body.timeout_ms or state.settings.timeout_ms) / 1000
+    started = time.monotonic()
     quality = _quality(state, body, model)
     # An exception could quote a text, so it is not recorded.
     with state.tracer.start_as_current_span(
@@ -220,6 +229,15 @@ def _item(encoding: Encoding) -> ItemTokens:
     return ItemTokens(pack_ids(encoding.ids), pack_ids(segments) if any(segments) else b"")
 
 
+def _refusal(error: RefusedError) -> ApiError:
+    seconds = error.retry_after
+    if error.reason == "deadline":
+        message = f"the deadline cannot be met at the present load; try again in {seconds} s"
+    else:
+        message = f"the queue is full; try again in {seconds} s"
+    return ApiError(429, message, code=error.reason, retry_after=seconds)
+
+
 async def _ask(request: Request, state: State, job: Job) -> Answer:
     """Await the engines' answer, or the client's going away, whichever comes first."""
     asking = asyncio.ensure_future(state.engines.classify(job))
@@ -229,13 +247,6 @@ async def _ask(request: Request, state: State, job: Job) -> Answer:
         if not asking.done():
             raise ClientGoneError
         return asking.result()
-    except RefusedError as error:
-        seconds = error.retry_after
-        if error.reason == "deadline":
-            message = f"the deadline cannot be met at the present load; try again in {seconds} s"
-        else:
-            message = f"the queue is full; try again in {seconds} s"
-        raise ApiError(429, message, code=error.reason, retry_after=seconds) from None
     except DeadlineError:
         raise ApiError(
             504, "the deadline passed before the answer was there", "timeout_ms"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import uuid
+import time
 from asyncio import TimerHandle, Transport
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Literal
 
+from fastapi import Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from service.api.errors import ApiError
-from service.api.middleware import SECURITY_HEADERS
+from service.api.bodies import travelled
+from service.api.errors import ApiError, Shape
+from service.api.middleware import SECURITY_HEADERS, name_request
+from service.api.state import no_room
+from service.scheduling.door import Door
 
 LINGER_SECONDS = 2.0
 """How long what a client still sends, or has not read, may keep its connection after its answer."""
@@ -37,20 +42,43 @@ class ConnectionLimits:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Guard:
+    """What stands at the door.
+
+    Attributes:
+        door: says who is turned away unread.
+        shapes: how a refusal is written, by the paths of the routes that have a door.
+        count: told the path of every request that was turned away.
+    """
+
+    door: Door
+    shapes: Mapping[bytes, Shape]
+    count: Callable[[str], None]
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """Uvicorn's, with limits on what a client can hold without ever asking anything.
 
     Args:
         limits: the limits.
+        guard: turns away what would be refused after being read.
         count: told why a connection was ended.
         arguments: as uvicorn gives them.
     """
 
     def __init__(
-        self, *, limits: ConnectionLimits, count: Callable[[str], None], **arguments: Any
+        self,
+        *,
+        limits: ConnectionLimits,
+        guard: Guard,
+        count: Callable[[str], None],
+        **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self._limits = limits
+        self._guard = guard
+        self._turned_away = False
         self._count = count
         self._stage: Literal["idle", "head", "body"] = "idle"
         self._timer: TimerHandle | None = None
@@ -110,18 +138,33 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Start to serve the request; its body is awaited by whoever reads it."""
-        self._stop_waiting()
         self._stage = "body"
+        now = time.monotonic()
+        self.loop.call_soon(self._note_begun, now)
+        if self._answered and self._turn_away(now):
+            return  # its body passes by, in the time that its head would have had
+        self._stop_waiting()
         super().on_headers_complete()
         if self.cycle is not None and self.cycle not in self._begun:
             self._begun.append(self.cycle)
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body, unless nobody wants it."""
+        if not self._turned_away:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Note that the request is here."""
         self._stop_waiting()
         self._stage = "idle"
         self._message_bytes = 0
-        super().on_message_complete()
+        if not self._turned_away:
+            super().on_message_complete()
+        elif self.parser.should_keep_alive():
+            self._turned_away = False
+            self.on_response_complete()
+        else:
+            self._end()
 
     def on_response_complete(self) -> None:
         """Let a client that still sends do so for a moment, so that it comes to read its answer."""
@@ -150,6 +193,31 @@ class GuardedProtocol(HttpToolsProtocol):
         """Whether no request of this connection is being served."""
         return self.cycle is None or self.cycle.response_complete
 
+    def _note_begun(self, came: float) -> None:
+        now = time.monotonic()
+        self._guard.door.begun(now - came, now)
+
+    def _turn_away(self, now: float) -> bool:
+        """Answer a request whose body need not be read; False: it is to be served."""
+        door, shape = self._guard.door, self._guard.shapes.get(self.url)
+        size = None if shape is None else travelled(self.headers)
+        if shape is None or size is None or not door.closed_to(size, now):
+            return False
+        headers = dict(self.headers)
+        # A browser's page could not read an answer without what the application adds for it.
+        if b"origin" in headers or self.parser.get_method() != b"POST":
+            return False
+        head, body = _refusal(shape, door.until_open(now))
+        lines = [head, b"x-request-id: ", name_request(headers.get(b"x-request-id", b"")).encode()]
+        if not self.parser.should_keep_alive():
+            lines.append(b"\r\nconnection: close")
+        self.transport.write(b"".join([*lines, b"\r\n\r\n", body]))
+        self._turned_away = True
+        if self._timer is None:
+            self._wait(self._limits.seconds, self._end)
+        self._guard.count(self.url.decode())
+        return True
+
     def _grow(self, size: int) -> None:
         self._head_bytes += size
         if self._head_bytes > self._limits.head_bytes:
@@ -168,7 +236,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def _refuse(self, reason: str, error: ApiError) -> None:
         """Say why, unless another answer is on its way, and end the connection."""
         self._count(reason)
-        if self._answered:
+        if self._turned_away:
+            pass  # it has its answer
+        elif self._answered:
             self.transport.write(_written(error))
         elif not self.pipeline and not self.cycle.response_started:
             self.cycle.disconnected = True  # whoever reads the body is told, and says nothing
@@ -193,14 +263,20 @@ class GuardedProtocol(HttpToolsProtocol):
 
 def _written(error: ApiError) -> bytes:
     """Write an answer for which there is no request."""
-    response = error.response({})
-    headers = [
-        *response.raw_headers,
-        (b"x-request-id", uuid.uuid4().hex.encode()),
-        (b"connection", b"close"),
-        *SECURITY_HEADERS,
-    ]
-    status = HTTPStatus(error.status)
-    head = [f"HTTP/1.1 {status.value} {status.phrase}".encode()]
-    head += [name + b": " + value for name, value in headers]
-    return b"\r\n".join([*head, b"", bytes(response.body)])
+    head, body = _parts(error.response({}))
+    own = [b"x-request-id: ", name_request(b"").encode(), b"\r\nconnection: close\r\n\r\n"]
+    return b"".join([head, *own, body])
+
+
+@lru_cache(maxsize=256)
+def _refusal(shape: Shape, seconds: int) -> tuple[bytes, bytes]:
+    """Return the answer to a request for which there is no room, but for its id."""
+    return _parts(no_room(seconds).shaped(shape))
+
+
+def _parts(response: Response) -> tuple[bytes, bytes]:
+    """Return what begins an answer's head, lines ended, and its body."""
+    status = HTTPStatus(response.status_code)
+    lines = [f"HTTP/1.1 {status.value} {status.phrase}".encode()]
+    lines += [name + b": " + value for name, value in (*response.raw_headers, *SECURITY_HEADERS)]
+    return b"\r\n".join([*lines, b""]), bytes(response.body)

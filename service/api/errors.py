@@ -63,10 +63,13 @@ class ApiError(Exception):
 
     def response(self, state: Mapping[str, Any]) -> Response:
         """Return the answer for HTTP; `state` is the request's."""
+        return self.shaped(state.get(_SHAPE, own_shape))
+
+    def shaped(self, write: Shape) -> Response:
+        """Return the answer for HTTP in a shape."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
-        write: Shape = state.get(_SHAPE, _own_shape)
         return json_response(write(self), self.status, headers)
 
     def body(self) -> dict[str, Any]:
@@ -86,7 +89,8 @@ Shape = Callable[[ApiError], Any]
 _SHAPE = "error_shape"
 
 
-def _own_shape(error: ApiError) -> dict[str, Any]:
+def own_shape(error: ApiError) -> dict[str, Any]:
+    """Write an error in our own shape."""
     return {"error": error.body()}
 
 

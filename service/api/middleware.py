@@ -44,6 +44,12 @@ _HSTS = (b"strict-transport-security", b"max-age=31536000")
 _W3C = TraceContextTextMapPropagator()
 
 
+def name_request(given: bytes) -> str:
+    """Return the id of a request: what its caller gave, if that is sound, or a new one."""
+    text = given.decode("latin-1")
+    return text if _SOUND_ID.fullmatch(text) else uuid.uuid4().hex
+
+
 class Observe:
     """Name, time, count and log every request.
 
@@ -65,8 +71,7 @@ class Observe:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if _SOUND_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = name_request(headers.get(b"x-request-id", b""))
         scope.setdefault("state", {})["request_id"] = request_id
         with serving(RequestContext(request_id, _traceparent(scope, headers))):
             await self._serve(scope, receive, send, request_id)
@@ -96,6 +101,9 @@ class Observe:
             ).response(scope["state"])
             await response(scope, receive, send_named)
         finally:
+            under_way = scope["state"].get("under_way")
+            if under_way is not None:
+                under_way.requests -= 1
             self._count(scope, status, time.monotonic() - started)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:

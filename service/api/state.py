@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,12 +21,15 @@ from service.connection import DisconnectedError
 from service.engine.client import Engines
 from service.hub.link import HubLink
 from service.models import Models, ServedModel, UnknownModelError
+from service.scheduling.door import Door
 from service.settings import Settings
 
 Answer = TypeVar("Answer")
 
 MOST_BODIES = 16
 """As many bodies of the largest size may be arriving at once."""
+INLINE_CHARACTERS = 1000
+"""So few are tokenized where they are: a thread would take longer to begin than they to end."""
 
 
 @dataclass
@@ -42,8 +46,7 @@ class State:
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
     )
 
-    texts: int = 0
-    """Texts that are here, from their arrival to their answer."""
+    door: Door = field(default_factory=Door)
 
     body_bytes: int = 0
     """Bytes of the bodies that are arriving."""
@@ -62,35 +65,44 @@ class State:
             raise ApiError(429, message, code="queue_full", retry_after=1)
 
     @contextmanager
-    def room_for(self, count: int) -> Iterator[None]:
+    def room_for(self, count: int, size: int | None, seconds: float) -> Iterator[None]:
         """Hold some texts, no more in all than the engines' queues take.
 
         What they would refuse is refused before it is tokenized: under overload that work alone
         would make everybody late.
 
+        Args:
+            count: texts of the request.
+            size: bytes of its body as it travelled, if that is known.
+            seconds: to its deadline.
+
         Raises:
             ApiError: 429, there is no room.
         """
-        most = self.settings.max_queue_items * max(1, len(self.engines.alive))
-        if self.texts and self.texts + count > most:
-            message = "the server holds all the texts that it can; try again in 1 s"
-            raise ApiError(429, message, code="queue_full", retry_after=1)
-        self.texts += count
+        door, most = self.door, self.settings.max_queue_items * max(1, len(self.engines.alive))
+        if door.texts and door.texts + count > most:
+            door.refuse(size, door.texts)
+            raise no_room(door.retry_after(door.texts + count - most, time.monotonic()))
+        door.enter(count, seconds, time.monotonic())
+        answered = False
         try:
             yield
+            answered = True
         finally:
-            self.texts -= count
+            door.leave(count, answered, time.monotonic())
 
     async def tokenize(
         self, model: ServedModel, texts: list[str | tuple[str, str]]
     ) -> list[Encoding]:
-        """Tokenize texts and pairs, beside the event loop.
+        """Tokenize texts and pairs, beside the event loop unless it is done at once.
 
         Raises:
             ApiError: 500, the tokenizer fails at one, which is named.
         """
-        loop = asyncio.get_running_loop()
         try:
+            if _characters(texts) <= INLINE_CHARACTERS:
+                return model.encode(texts)
+            loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.tokenizing, model.encode, texts)
         except TokenizerError as error:
             place = f"input[{error.place}]"
@@ -109,6 +121,16 @@ class State:
             return self.models.get(spec)
         except UnknownModelError as error:
             raise ApiError(404, str(error), "model", "unknown_model") from None
+
+
+def _characters(texts: list[str | tuple[str, str]]) -> int:
+    return sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
+
+
+def no_room(seconds: int) -> ApiError:
+    """Return the error of a request for which there is room in so many seconds."""
+    message = f"the server holds all the texts that it can; try again in {seconds} s"
+    return ApiError(429, message, code="queue_full", retry_after=seconds)
 
 
 async def from_hub(asking: Awaitable[Answer]) -> Answer:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+import uvloop
 
 from budgetformer.cost_table import read_tables
 from service import frames
@@ -106,7 +107,7 @@ def main() -> None:
     exit_with_parent()
     configure_logs(settings.log_level, settings.log_format, f"engine-{index}")
     torch.set_num_threads(settings.threads_per_engine)
-    asyncio.run(_main(run_dir, index, settings))
+    uvloop.run(_main(run_dir, index, settings))
 
 
 if __name__ == "__main__":

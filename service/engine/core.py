@@ -53,6 +53,7 @@ from service.scheduling.admission import Refusal, admit
 from service.scheduling.arrivals import decided_together
 from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
 from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
+from service.scheduling.drain import Drain
 from service.scheduling.price import Outlook, Prices
 
 log = structlog.get_logger()
@@ -141,6 +142,7 @@ class EngineCore:
         self.precision = precision
         self.tables = tables or {}
         self.prices = Prices()
+        self.drain = Drain()
         limits = BrownOutLimits(options.brownout_seconds, options.brownout_seconds / 4)
         levels = levels_down_to(options.quality_floor, options.quality)
         self.brownout = BrownOut(levels, limits)
@@ -152,6 +154,7 @@ class EngineCore:
         )
         self._arrivals: list[_Slot] = []
         self._running: list[_Slot] = []
+        self._priced = 0.0
         self._began: float | None = None
         self._requests: dict[tuple[Reply, int], _Request] = {}
         self._open: Counter[str] = Counter()
@@ -268,9 +271,9 @@ class EngineCore:
         return next(filter(None, refusals), None)
 
     def _queued_seconds(self) -> float:
-        """Return the device time of all that is here."""
+        """Return the seconds that all that is here will take, as fast as it drains now."""
         waiting = sum(slot.price for slot in (*self._arrivals, *self._running))
-        return self._buckets.seconds + waiting
+        return self.drain.stretch * (self._buckets.seconds + waiting)
 
     def _constant(self, bucket: Hashable) -> float:
         assert isinstance(bucket, tuple)
@@ -306,9 +309,12 @@ class EngineCore:
             if not self._arrivals and not len(self._buckets):
                 self._work_came.clear()
                 await self._work_came.wait()
+            began, self._priced = self._clock(), 0.0
             self._expire()
             await self._decide_arrivals()
             await self._run_batch()
+            await asyncio.sleep(0)  # answers are written, and what has come is read
+            self.drain.observe(self._clock() - began, self._priced)
 
     async def _decide_arrivals(self) -> None:
         count = decided_together(len(slot.work.ids) for slot in self._arrivals)
@@ -379,10 +385,12 @@ class EngineCore:
             return
         if work.logits is not None and not all(map(math.isfinite, work.logits.tolist())):
             slot.error = "the network's answer is not a finite number"
+        self._priced += slot.price
         if not slot.error and not work.done:
             slot.price = self.prices.item(
                 request.model.key, work.step, request.outlook, len(work.ids)
             )
+            self._priced -= slot.price
             bucket = (request.model, work.step)
             self._buckets.add(
                 Entry(slot, bucket, slot.price, request.arrived, request.deadline, request.lane)

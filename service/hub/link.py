@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 from service.background import Background
@@ -24,6 +25,9 @@ from service.hub.messages import (
 )
 
 REPORT_SECONDS = 0.05
+"""So long what is to be counted is gathered."""
+SILENT_SECONDS = 0.5
+"""After so long without anything to count, a front says that it is there."""
 MOST_OBSERVATIONS = 100_000
 """Held at most while the hub does not take them; the oldest go first."""
 NOTHING = Serving(-1, [], [], [], [])
@@ -49,6 +53,7 @@ class HubLink(Connection):
         self._seen: deque[Observation] = deque(maxlen=MOST_OBSERVATIONS)
         self._changes: asyncio.Queue[Serving] = asyncio.Queue()
         self._first = asyncio.Event()
+        self._something = asyncio.Event()
         self._background = Background()
 
     async def start(self) -> None:
@@ -65,6 +70,7 @@ class HubLink(Connection):
     def observe(self, seen: Observation) -> None:
         """Have something counted."""
         self._seen.append(seen)
+        self._something.set()
 
     async def show(self, question: Scrape | TellRecent) -> Shown:
         """Ask for something to show; what this front has seen by now is in it.
@@ -103,9 +109,13 @@ class HubLink(Connection):
 
     async def _report(self) -> None:
         while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SILENT_SECONDS):
+                    await self._something.wait()
             await asyncio.sleep(REPORT_SECONDS)
             self._flush()
 
     def _flush(self) -> None:
         if self.say(Observed(list(self._seen))):
             self._seen.clear()
+            self._something.clear()

@@ -6,6 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+MARGIN = 1.2
+"""What waits may take so much longer than it seems: whoever is let in at the last moment should not
+expire at the very end, when most of its work is done."""
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -41,6 +45,7 @@ def admit(
         # Room for it opens when this share of what is queued has drained.
         share = min(1.0, (queued_items + items - max_items) / queued_items)
         return Refusal("queue_full", max(1, math.ceil(share * queued_seconds)))
-    if queued_seconds + price > remaining:
-        return Refusal("deadline", max(1, math.ceil(queued_seconds + price - remaining)))
+    needed = MARGIN * queued_seconds + price
+    if needed > remaining:
+        return Refusal("deadline", max(1, math.ceil((needed - remaining) / MARGIN)))
     return None

@@ -45,6 +45,10 @@ NOT_RUN = {
     "python loadtests/overload.py": "loads the machine: it is looked for",
     "python loadtests/simulation.py": "times the machine: it is looked for",
     "python -m loadtests": "loads or breaks a server for minutes: it is looked for",
+    "python loadtests/compare.py": "loads the machine: it is looked for",
+    "python loadtests/benchmark.py": "loads the machine: it is looked for",
+    "python loadtests/openloop.py": "times the machine: it is looked for",
+    "python loadtests/idle.py": "times the machine: it is looked for",
 }
 """What is not run as it stands, and why."""
 

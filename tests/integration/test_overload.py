@@ -73,7 +73,7 @@ class TestFullQueue:
         async with service(
             model_store, options=small, models=["topics"], max_queue_items=3
         ) as fresh:
-            with fresh.app.state.shared.room_for(2):
+            with fresh.app.state.shared.room_for(2, None, 10.0):
                 error_of(await fresh.ask([TEXT] * 2), 429, "queue_full")
                 assert (await fresh.ask(TEXT)).status_code == 200
             assert (await fresh.ask([TEXT] * 10)).status_code == 200

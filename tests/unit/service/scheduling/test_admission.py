@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduling.admission import Refusal, admit
+from service.scheduling.admission import MARGIN, Refusal, admit
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
@@ -54,7 +54,12 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(remaining: float) -> N
 
 
 def test_a_deadline_that_can_just_be_met_is_accepted() -> None:
-    assert ask(queued_seconds=1.0, price=0.5, remaining=1.5) is None
+    assert ask(queued_seconds=1.0, price=0.5, remaining=MARGIN + 0.5) is None
+
+
+def test_a_deadline_that_only_an_exact_estimate_would_meet_is_refused() -> None:
+    assert ask(queued_seconds=1.0, price=0.5, remaining=1.55) == Refusal("deadline", 1)
+    assert ask(queued_seconds=0.0, price=0.5, remaining=0.5) is None
 
 
 def test_the_price_alone_may_be_too_much_for_a_deadline() -> None:
@@ -108,7 +113,8 @@ def test_the_wait_is_the_time_in_which_room_opens() -> None:
 
 
 def test_the_wait_for_a_deadline_is_what_is_missing() -> None:
-    assert ask(queued_seconds=7.2, price=0.3, remaining=5.0) == Refusal("deadline", 3)
+    # 5 s are enough when what waits has shrunk to 4.7 / 1.2 seconds.
+    assert ask(queued_seconds=7.2, price=0.3, remaining=5.0) == Refusal("deadline", 4)
 
 
 def test_nobody_is_told_to_wait_longer_than_the_whole_queue_takes() -> None:

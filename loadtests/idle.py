@@ -1,0 +1,62 @@
+"""What a server takes when nobody asks it anything, and how long it takes to start.
+
+    python loadtests/idle.py [--models ag_news imdb] [--against OTHER_CHECKOUT]
+
+Prints seconds to ready, the share of a core that all its processes use at rest, and their memory,
+pages that they share counted once, at first and after 2,000 texts. With `--against` the server of
+another checkout takes its turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import uvloop
+from openloop import Client
+from servers import Server, ours
+from texts import texts_of
+
+HEADS = ("server", "ready after s", "of a core at rest", "memory MiB", "after 2,000 texts")
+
+
+async def ask(url: str) -> None:
+    client = Client(f"{url}/classify", spin=False)
+    texts = texts_of(None, 2000)
+    requests = [client.request({"input": texts[n : n + 50]}) for n in range(0, 2000, 50)]
+    phase = await client.scheduled("some", requests, 8.0, 5.0)
+    assert phase.statuses["200"] == phase.due, phase.statuses
+    client.close()
+
+
+def row(name: str, server: Server, seconds: float) -> str:
+    with server:
+        time.sleep(5.0)  # until what starting has left is done
+        before, began = server.cpu_seconds(), time.monotonic()
+        time.sleep(seconds)
+        share = (server.cpu_seconds() - before) / (time.monotonic() - began)
+        first = server.memory()
+        uvloop.run(ask(server.url))
+        cells = [name, f"{server.start_seconds:.1f}", f"{share:.2%}", f"{first:.0f}"]
+        return f"| {' | '.join([*cells, f'{server.memory():.0f}'])} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["ag_news", "imdb"])
+    parser.add_argument("--against", type=Path, help="another checkout, measured too")
+    parser.add_argument("--seconds", type=float, default=20.0, help="at rest")
+    given = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))
+    flags = [f"--models={name}" for name in given.models]
+    flags.append(f"--model-store={Path('model_store').absolute()}")
+    print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
+    print(row("this", ours(cores, *flags), given.seconds), flush=True)
+    if given.against:
+        print(row("other", ours(cores, *flags, folder=given.against), given.seconds))
+
+
+if __name__ == "__main__":
+    main()

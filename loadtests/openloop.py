@@ -1,0 +1,395 @@
+"""Requests on a schedule that does not wait for answers, from a client that costs little.
+
+    python loadtests/openloop.py
+
+prints what the client itself can do: how late it sends, and what a request costs it, against a
+server that answers at once with a fixed text. Other scripts of this folder import it.
+
+Latency counts from the moment at which a request was due, never from the moment at which it was
+sent: a server that stalls is charged for every request that came due meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import httptools
+import uvloop
+
+MOST_CONNECTIONS = 4000
+PATIENCE = 40.0
+"""Seconds after the schedule's end for which answers are awaited."""
+SLEEP_RESOLUTION = 0.0015
+"""The event loop wakes up to so late, in seconds; what is due sooner is awaited by spinning."""
+
+Arrivals = Literal["constant", "poisson"]
+
+
+@dataclass
+class Phase:
+    """What came back while one rate was sent. Times in seconds."""
+
+    name: str
+    seconds: float
+    rate: float = 0.0
+    due: int = 0
+    took: float = 0.0
+    client_cpu: float = 0.0
+    statuses: Counter[str] = field(default_factory=Counter)
+    levels: Counter[str] = field(default_factory=Counter)
+    answered: list[tuple[float, float]] = field(default_factory=list)
+    """Of every 200: when it was due after the start, and its latency."""
+    refused: list[float] = field(default_factory=list)
+    """Latencies of what was refused."""
+    late: list[float] = field(default_factory=list)
+    bodies: list[tuple[int, bytes]] = field(default_factory=list)
+    """Number of the request and its answer, where answers are kept."""
+
+    @property
+    def unanswered(self) -> int:
+        return self.due - sum(self.statuses.values())
+
+    @property
+    def goodput(self) -> float:
+        """Requests answered with 200 a second, until the last answer."""
+        return self.statuses["200"] / max(self.seconds, self.took)
+
+    def latency(self, share: float) -> float:
+        """Return the latency that a share of the answered requests does not exceed."""
+        return quantile([latency for _, latency in self.answered], share)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the smallest value that is not exceeded by a share of them; no values: not a number.
+
+    >>> quantile([3.0, 1.0, 2.0], 0.5)
+    2.0
+    """
+    ordered = sorted(values)
+    if not ordered:
+        return float("nan")
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+class _Connection(asyncio.Protocol):
+    """One kept connection, with one request on it at a time."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._transport: Any = None
+        self._parser: Any = None
+        self._done: Callable[[str, str, bytes], None] | None = None
+        self._level = ""
+        self._parts: list[bytes] = []
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def send(self, request: bytes, done: Callable[[str, str, bytes], None]) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._done, self._level, self._parts = done, "", []
+        self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"x-quality":
+            self._level = value.decode()
+
+    def on_body(self, body: bytes) -> None:
+        if self._client.keep_bodies:
+            self._parts.append(body)
+
+    def on_message_complete(self) -> None:
+        done, self._done = self._done, None
+        assert done is not None
+        if self._parser.should_keep_alive() and not self._transport.is_closing():
+            self._client.release(self)
+        else:
+            self._transport.close()
+        done(str(self._parser.get_status_code()), self._level, b"".join(self._parts))
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._client.forget(self)
+        if self._done is not None:
+            done, self._done = self._done, None
+            done("broke off", "", b"")
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class Client:
+    """A pool of connections to one server.
+
+    Args:
+        url: of the server and the route, http only.
+        headers: of every request.
+        spin: await due moments to the microsecond by keeping a core busy; only for a client that
+            has a core of its own.
+        keep_bodies: whether phases keep the answers.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        headers: dict[str, str] | None = None,
+        *,
+        spin: bool = True,
+        keep_bodies: bool = False,
+    ) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
+        head = {"Host": parts.netloc, "Content-Type": "application/json"} | (headers or {})
+        lines = [f"POST {parts.path or '/'} HTTP/1.1", *(f"{k}: {v}" for k, v in head.items())]
+        self._head = "\r\n".join(lines).encode() + b"\r\nContent-Length: %d\r\n\r\n"
+        self._spin = spin
+        self.keep_bodies = keep_bodies
+        self._idle: list[_Connection] = []
+        self._open = 0
+
+    def request(self, body: Any) -> bytes:
+        """Return a whole request, ready to send."""
+        content = json.dumps(body).encode()
+        return self._head % len(content) + content
+
+    def release(self, connection: _Connection) -> None:
+        self._idle.append(connection)
+
+    def forget(self, connection: _Connection) -> None:
+        self._open -= 1
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    async def connect(self, count: int) -> None:
+        """Have so many idle connections."""
+        while len(self._idle) < count and self._open < MOST_CONNECTIONS:
+            self._idle.append(await self._connect())
+
+    def close(self) -> None:
+        for connection in list(self._idle):
+            connection.close()
+
+    async def _connect(self) -> _Connection:
+        self._open += 1
+        loop = asyncio.get_running_loop()
+        try:
+            _, made = await loop.create_connection(
+                lambda: _Connection(self), self._host, self._port
+            )
+        except OSError:
+            self._open -= 1
+            raise
+        return made
+
+    async def closed(
+        self, name: str, requests: Sequence[bytes], callers: int, seconds: float
+    ) -> Phase:
+        """Ask as fast as answers come, with so many requests in flight; latency from sending."""
+        await self.connect(callers)
+        loop = asyncio.get_running_loop()
+        phase, numbers = Phase(name, seconds), itertools.count()
+        start, cpu = time.perf_counter(), time.process_time()
+        finished, busy = loop.create_future(), callers
+
+        def ask() -> None:
+            nonlocal busy
+            now = time.perf_counter()
+            if now - start >= seconds or not self._idle:
+                busy -= 1
+                if not busy:
+                    finished.set_result(None)
+                return
+            number = next(numbers) % len(requests)
+            phase.due += 1
+
+            def done(status: str, level: str, body: bytes) -> None:
+                self._note(phase, status, level, body, number, now - start, now)
+                ask()
+
+            self._idle.pop().send(requests[number], done)
+
+        for _ in range(callers):
+            ask()
+        await asyncio.wait_for(finished, seconds + PATIENCE)
+        phase.took = time.perf_counter() - start
+        phase.client_cpu = time.process_time() - cpu
+        return phase
+
+    async def scheduled(
+        self,
+        name: str,
+        requests: Sequence[bytes],
+        rate: float,
+        seconds: float,
+        arrivals: Arrivals = "constant",
+    ) -> Phase:
+        """Send `rate` requests a second, whatever comes back."""
+        phase = Phase(name, seconds, rate)
+        await self.connect(min(int(rate / 4) + 8, 512))
+        waiting: set[asyncio.Task[None]] = set()
+        start, cpu = time.perf_counter(), time.process_time()
+        for number, offset in enumerate(_offsets(rate, seconds, arrivals)):
+            due = start + offset
+            await self._until(due)
+            phase.late.append(time.perf_counter() - due)
+            phase.due += 1
+            place = number % len(requests)
+
+            def done(
+                status: str, level: str, body: bytes,
+                place: int = place, offset: float = offset, due: float = due,
+            ) -> None:  # fmt: skip
+                self._note(phase, status, level, body, place, offset, due)
+
+            if self._idle:
+                self._idle.pop().send(requests[place], done)
+            else:
+                task = asyncio.create_task(self._send_anew(requests[place], done))
+                waiting.add(task)
+                task.add_done_callback(waiting.discard)
+        phase.client_cpu = time.process_time() - cpu
+        end = time.perf_counter() + PATIENCE
+        while phase.unanswered and time.perf_counter() < end:
+            await asyncio.sleep(0.005)
+        phase.took = time.perf_counter() - start
+        return phase
+
+    async def _until(self, due: float) -> None:
+        left = due - time.perf_counter()
+        if not self._spin:
+            await asyncio.sleep(max(left, 0.0))
+            return
+        if left > SLEEP_RESOLUTION:
+            await asyncio.sleep(left - SLEEP_RESOLUTION)
+        await asyncio.sleep(0)  # answers are read, however far behind the schedule is
+        while time.perf_counter() < due:
+            await asyncio.sleep(0)
+
+    async def _send_anew(self, request: bytes, done: Callable[[str, str, bytes], None]) -> None:
+        while self._open >= MOST_CONNECTIONS and not self._idle:
+            await asyncio.sleep(0.001)
+        try:
+            connection = self._idle.pop() if self._idle else await self._connect()
+        except OSError as error:
+            done(type(error).__name__, "", b"")
+            return
+        connection.send(request, done)
+
+    def _note(
+        self, phase: Phase, status: str, level: str, body: bytes,
+        number: int, offset: float, due: float,
+    ) -> None:  # fmt: skip
+        phase.statuses[status] += 1
+        latency = time.perf_counter() - due
+        if status == "200":
+            phase.answered.append((offset, latency))
+            phase.levels[level] += 1
+            if self.keep_bodies:
+                phase.bodies.append((number, body))
+        else:
+            phase.refused.append(latency)
+
+
+def _offsets(rate: float, seconds: float, arrivals: Arrivals) -> Iterator[float]:
+    draw = random.Random(2)
+    offset = 0.0
+    while (offset := offset + (1 / rate if arrivals == "constant" else draw.expovariate(rate))) < (
+        seconds
+    ):
+        yield offset
+
+
+# What the client itself can do
+
+
+class _Fixed(asyncio.Protocol):
+    """Answers whatever comes with the same text."""
+
+    ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 300\r\n\r\n" + b" " * 300
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._parser = httptools.HttpRequestParser(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_message_complete(self) -> None:
+        self._transport.write(self.ANSWER)
+
+
+def _serve_fixed(port: Any, core: int | None) -> None:
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(_Fixed, "127.0.0.1", 0)
+        port.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    uvloop.run(serve())
+
+
+async def limit(url: str, size: int, rates: Sequence[float], seconds: float) -> list[Phase]:
+    """Send to a server that answers at once, at rising rates."""
+    client = Client(url)
+    requests = [client.request({"input": "x" * size})]
+    phases = [await client.scheduled(f"{rate:g}/s", requests, rate, seconds) for rate in rates]
+    client.close()
+    return phases
+
+
+def limit_lines(size: int, rates: Sequence[float], seconds: float) -> list[str]:
+    """Return what this client can do with requests of so many bytes, as a Markdown table."""
+    cores = sorted(os.sched_getaffinity(0))
+    server_core = cores[0] if len(cores) > 1 else None
+    ours, theirs = multiprocessing.Pipe()
+    serving = multiprocessing.Process(target=_serve_fixed, args=(theirs, server_core), daemon=True)
+    serving.start()
+    if len(cores) > 1:
+        os.sched_setaffinity(0, {cores[-1]})
+    try:
+        phases = uvloop.run(limit(f"http://127.0.0.1:{ours.recv()}/", size, rates, seconds))
+    finally:
+        os.sched_setaffinity(0, set(cores))
+        serving.terminate()
+        serving.join()
+    lines = [
+        f"| a second, {size} bytes | answered | late p99, us | late at most, us | p50, us |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {phase.rate:.0f} | {phase.statuses['200']} of {phase.due} "
+        f"| {1e6 * quantile(phase.late, 0.99):.0f} | {1e6 * max(phase.late):.0f} "
+        f"| {1e6 * phase.latency(0.5):.0f} |"
+        for phase in phases
+    ]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rates", type=float, nargs="+", default=[500, 2000, 5000, 8000])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[250, 16_000])
+    parser.add_argument("--seconds", type=float, default=4.0)
+    given = parser.parse_args()
+    for size in given.sizes:
+        print("\n".join(limit_lines(size, given.rates, given.seconds)), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

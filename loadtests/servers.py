@@ -1,0 +1,154 @@
+"""Servers that load tests start for themselves, on cores of their own, and what they use."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+START_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Which cores the server has, and which the client."""
+
+    server: tuple[int, ...]
+    client: tuple[int, ...]
+
+    @classmethod
+    def split(cls, server: int | None = None) -> Cores:
+        """Give the last core to the client, and the first ones to the server.
+
+        With one core alone both share it.
+        """
+        here = sorted(os.sched_getaffinity(0))
+        if len(here) == 1:
+            return cls(tuple(here), tuple(here))
+        return cls(tuple(here[:-1][:server]), (here[-1],))
+
+    @property
+    def apart(self) -> bool:
+        """Whether client and server share no core."""
+        return not set(self.server) & set(self.client)
+
+    def hold_client(self) -> None:
+        """Keep this process to the client's cores."""
+        os.sched_setaffinity(0, self.client)
+
+    def told(self) -> str:
+        """Return one line for a report."""
+        apart = "apart from the client" if self.apart else "shared with the client"
+        return f"server on {len(self.server)} core(s), {apart}"
+
+
+class Server:
+    """A server in a process of its own, until the block ends.
+
+    Args:
+        command: its command line; `{port}` in it becomes a free port.
+        cores: that it may use.
+        ready: path that answers 200 when it serves.
+        environment: more variables.
+        folder: where it runs.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        cores: Sequence[int],
+        ready: str = "/health/ready",
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._command = [part.replace("{port}", str(port)) for part in command]
+        self._cores, self._ready = set(cores), ready
+        self._environment = dict(environment or {})
+        self._folder = folder
+        self.start_seconds = 0.0
+
+    def __enter__(self) -> Self:
+        started = time.monotonic()
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | self._environment,
+            cwd=self._folder,
+            preexec_fn=lambda: os.sched_setaffinity(0, self._cores),
+        )
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise SystemExit(f"{self._command[0]} ended with {self._process.returncode}")
+            if time.monotonic() - started > START_SECONDS:
+                self._process.kill()
+                raise SystemExit(f"{' '.join(self._command)} does not answer {self._ready}")
+            time.sleep(0.05)
+        self.start_seconds = time.monotonic() - started
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        family = self.family()
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        for left in family:
+            try:
+                left.kill()
+            except psutil.NoSuchProcess:
+                continue
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}{self._ready}", timeout=2) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def family(self) -> list[psutil.Process]:
+        """Return all processes of the server."""
+        try:
+            top = psutil.Process(self._process.pid)
+            return [top, *top.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def memory(self) -> float:
+        """Return the MiB that all processes hold, pages that they share counted once."""
+        return sum(p.memory_full_info().pss for p in self.family()) / 2**20
+
+    def cpu_seconds(self, part: str = "") -> float:
+        """Return the processor time of all processes, or of those with `part` in their command."""
+        times = [p.cpu_times() for p in self.family() if not part or part in p.cmdline()]
+        return sum(t.user + t.system for t in times)
+
+
+def ours(cores: Sequence[int], *flags: str, folder: Path | None = None) -> Server:
+    """Return this service, one engine per core, with further flags of `serve`.
+
+    `folder` is another checkout of it.
+    """
+    command = [
+        sys.executable, "-m", "service.cli", "serve", "--port={port}", "--log-level=error",
+        f"--engines={len(cores)}", *flags,
+    ]  # fmt: skip
+    return Server(command, cores, folder=folder)
