@@ -19,6 +19,7 @@ from service.scheduling.admission import Refusal, admit
 from service.scheduling.arrivals import decided_together
 from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
 from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
+from service.scheduling.drain import Drain
 from service.scheduling.price import Outlook, Prices
 from service.settings import DEFAULT_QUALITY, Settings
 from service.simulation.costs import EngineCost
@@ -113,6 +114,7 @@ class SimEngine:
         self.model = model
         self.prices = Prices()
         self.prices.know(_MODEL, model.table)
+        self.drain = Drain()
         seconds = settings.brownout_queue_ms / 1000
         self.brownout = BrownOut(
             levels_down_to(settings.quality_floor), BrownOutLimits(seconds, seconds / 4)
@@ -137,8 +139,8 @@ class SimEngine:
 
     @property
     def queued_seconds(self) -> float:
-        """Device time of all that is here."""
-        return self.buckets.seconds + self._held_seconds
+        """Seconds that all that is here will take, as fast as it drains now."""
+        return self.drain.stretch * (self.buckets.seconds + self._held_seconds)
 
     def receive(self, request: SimRequest, now: float) -> Refusal | None:
         """Take a request in, or say why not."""
@@ -183,8 +185,8 @@ class SimEngine:
     def finish(self, now: float) -> list[SimRequest]:
         """End the pass that runs; return the requests that have all their answers now."""
         batch, self.running = self.running, []
-        for slot in batch:
-            self._held_seconds -= slot.price
+        priced = sum([slot.price for slot in batch])
+        self._held_seconds -= priced
         if self.step and self._work:
             # A pass is priced by the time it takes, slowed by whatever shares its core.
             seconds = (now - self._began) * self._pass / self._work
@@ -197,11 +199,13 @@ class SimEngine:
             slot.runs += ran
             if slot.runs < len(slot.steps):
                 self._wait(slot)
+                priced -= slot.price
                 continue
             request.open -= 1
             if not request.open:
                 request.gone = True
                 answered.append(request)
+        self.drain.observe(now - self._began, priced)
         return answered
 
     def _run(self, step: int, batch: list[_Slot], now: float) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from budgetformer.policy import QUALITY_NAMES
+from service.scheduling.door import Door
 from service.settings import Settings
 from service.simulation.costs import ServerCosts
 from service.simulation.engine import Outcome, SimEngine, SimModel, SimRequest
@@ -47,7 +48,7 @@ class _Front:
     def __init__(self, engines: int) -> None:
         self.queue: deque[SimRequest] = deque()
         self.does: SimRequest | None = None
-        self.texts = 0
+        self.door = Door()
         self.in_flight = [0] * engines
 
 
@@ -56,7 +57,8 @@ class SimServer:
 
     Its processes share the cores evenly: while more of them have work than there are cores, each
     runs at the same part of its speed. Half of what a request costs a front comes before the engine
-    and half after it. A request that is refused costs the front what it costs without texts.
+    and half after it. A request that is refused costs the front what it costs without texts; one
+    that is turned away unread costs a real front less. The door is told tokens in place of bytes.
 
     Args:
         model: the only one that it serves.
@@ -150,14 +152,24 @@ class SimServer:
             work = cost.seconds(count, request.tokens) / 2
         elif request.outcome is not None:
             work = cost.request / 2
-        elif front.texts and front.texts + count > self._room:
+        elif self._turned_away(front.door, request):
             request.outcome = "refused"
             work = cost.request
         else:
             request.held = True
-            front.texts += count
+            front.door.enter(count, self._timeout, self.now)
             work = cost.seconds(count, request.tokens) / 2
         self._start(place, "front", work)
+
+    def _turned_away(self, door: Door, request: SimRequest) -> bool:
+        count, size = len(request.texts), request.tokens
+        door.begun(self.now - request.arrived, self.now)
+        if door.closed_to(size, self.now):
+            return True
+        full = bool(door.texts) and door.texts + count > self._room
+        if full:
+            door.refuse(size, door.texts)
+        return full
 
     def _front_done(self, place: int) -> None:
         request = self._fronts[place].does
@@ -175,6 +187,8 @@ class SimServer:
         if self.now >= request.deadline:
             self._return(request, "expired")
         elif self._engines[place].receive(request, self.now) is not None:
+            door = self._fronts[request.front].door
+            door.refuse(request.tokens, door.texts - len(request.texts))
             self._return(request, "refused")
         elif self._done[len(self._fronts) + place] == _NEVER:
             self._begin(place)
@@ -189,7 +203,7 @@ class SimServer:
         count, records = len(request.texts), self._records
         self.in_flight -= 1
         if request.held:
-            self._fronts[request.front].texts -= count
+            self._fronts[request.front].door.leave(count, request.outcome == "answered", self.now)
         records.arrived.append(request.arrived)
         records.latency.append(self.now - request.arrived + self._costs.way)
         records.outcome.append(OUTCOMES.index(request.outcome))
