@@ -50,9 +50,6 @@ router = APIRouter(
 
 Text = str | tuple[str, str]
 
-INLINE_CHARACTERS = 1000
-"""So few are tokenized where they are: a thread would take longer to begin than they to end."""
-
 
 @router.post(
     "/classify",
@@ -125,12 +122,9 @@ async def _respond(
     with state.tracer.start_as_current_span(
         "tokenize", record_exception=False, set_status_on_exception=False
     ) as span:
-        if characters_of(texts) <= INLINE_CHARACTERS:
-            encodings = model.encode(texts)
-        else:
-            encodings = await asyncio.get_running_loop().run_in_executor(
-                state.tokenizing, model.encode, texts
-            )
+        encodings = await asyncio.get_running_loop().run_in_executor(
+            state.tokenizing, model.encode, texts
+        )
         span.set_attribute("budgetformer.items", len(encodings))
         span.set_attribute("budgetformer.tokens", sum(len(e.ids) for e in encodings))
     if not body.truncate:
@@ -196,11 +190,6 @@ def check_texts(state: State, given: Input) -> list[Text]:
             message = f"input[{index}] has {length} characters, at most {limit} are taken"
             raise ApiError(422, message, f"input[{index}]", "text_too_long")
     return texts
-
-
-def characters_of(texts: list[Text]) -> int:
-    """Return how many characters there are to tokenize."""
-    return sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
 
 
 def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | float:
