@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -92,19 +93,29 @@ class Server:
             cwd=self._folder,
             preexec_fn=lambda: os.sched_setaffinity(0, self._cores),
         )
-        while not self._answers():
-            if self._process.poll() is not None:
-                raise SystemExit(f"{self._command[0]} ended with {self._process.returncode}")
-            if time.monotonic() - started > START_SECONDS:
-                self._process.kill()
-                raise SystemExit(f"{' '.join(self._command)} does not answer {self._ready}")
-            time.sleep(0.05)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that blocks end
+        try:
+            self._wait_ready(started)
+        except BaseException:
+            self._end()
+            raise
         self.start_seconds = time.monotonic() - started
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _wait_ready(self, started: float) -> None:
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise SystemExit(f"{self._command[0]} ended with {self._process.returncode}")
+            if time.monotonic() - started > START_SECONDS:
+                raise SystemExit(f"{' '.join(self._command)} does not answer {self._ready}")
+            time.sleep(0.05)
+
+    def _end(self) -> None:
         family = self.family()
         self._process.terminate()
         try:

@@ -28,8 +28,6 @@ Answer = TypeVar("Answer")
 
 MOST_BODIES = 16
 """As many bodies of the largest size may be arriving at once."""
-INLINE_CHARACTERS = 1000
-"""So few are tokenized where they are: a thread would take longer to begin than they to end."""
 
 
 @dataclass
@@ -94,15 +92,13 @@ class State:
     async def tokenize(
         self, model: ServedModel, texts: list[str | tuple[str, str]]
     ) -> list[Encoding]:
-        """Tokenize texts and pairs, beside the event loop unless it is done at once.
+        """Tokenize texts and pairs, beside the event loop.
 
         Raises:
             ApiError: 500, the tokenizer fails at one, which is named.
         """
+        loop = asyncio.get_running_loop()
         try:
-            if _characters(texts) <= INLINE_CHARACTERS:
-                return model.encode(texts)
-            loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.tokenizing, model.encode, texts)
         except TokenizerError as error:
             place = f"input[{error.place}]"
@@ -121,10 +117,6 @@ class State:
             return self.models.get(spec)
         except UnknownModelError as error:
             raise ApiError(404, str(error), "model", "unknown_model") from None
-
-
-def _characters(texts: list[str | tuple[str, str]]) -> int:
-    return sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts)
 
 
 def no_room(seconds: int) -> ApiError:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-MEMORY_SECONDS = 5.0
-DOUBT_SECONDS = 0.1
+MEMORY_SECONDS = 1.0
+"""Prices follow what batches take, too: what both have seen should not count twice for long."""
+DOUBT_SECONDS = 0.02
 """So much time without a word against it is believed to have gone as prices say."""
-MOST_STRETCH = 20.0
+MOST_STRETCH = 4.0
 
 
 class Drain:

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,48 +54,79 @@ def read_answer(it: socket.socket) -> tuple[int, dict[str, str], dict[str, Any]]
     return int(status.split()[1]), headers, json.loads(body)
 
 
-def test_what_would_be_refused_is_refused_unread(running: Server) -> None:
+@contextmanager
+def filled(running: Server) -> Iterator[list[httpx.Response]]:
+    """Keep a server full with one large request after another; yield their answers."""
     answers: list[httpx.Response] = []
-    large = threading.Thread(
-        target=lambda: answers.append(post(running, input=[TEXT] * MANY, quality="best")),
-        daemon=True,
-    )
+    done = threading.Event()
+
+    def ask_on() -> None:
+        while not done.is_set():
+            answers.append(post(running, input=[TEXT] * MANY))
+
+    asking = threading.Thread(target=ask_on, daemon=True)
+    asking.start()
+    try:
+        yield answers
+    finally:
+        done.set()
+        asking.join(2 * PATIENCE)
+
+
+@contextmanager
+def connected(running: Server) -> Iterator[socket.socket]:
+    port = httpx.URL(running.url).port or 0
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as it:
+        yield it
+
+
+SMALL = json.dumps({"input": [TEXT] * 4}).encode()
+
+
+def head(path: str) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: x", "X-Request-Id: mine"]
+    return "\r\n".join([*lines, f"Content-Length: {len(SMALL)}\r\n\r\n"]).encode()
+
+
+def refused_unread(running: Server, path: str) -> tuple[int, dict[str, str], dict[str, Any]] | None:
+    """Send a head and no body; return what comes all the same, after which all else works on."""
+    post(running, input=[TEXT] * 4)  # if there is no room, the door learns it from this one
+    with connected(running) as it:
+        it.sendall(head(path))
+        it.settimeout(0.5)
+        try:
+            answer = read_answer(it)
+        except TimeoutError:  # the door is open, and the body is awaited
+            return None
+        it.settimeout(PATIENCE)
+        it.sendall(SMALL + b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_answer(it)[0] == 200
+    return answer
+
+
+def test_what_would_be_refused_is_refused_unread(running: Server) -> None:
     before = running.scrape()
-    large.start()
-    # From now on there is no room, and the door learns it from the first who is refused.
-    wait_until(lambda: post(running, input=[TEXT] * 4).status_code == 429, "a full server")
-    content = json.dumps({"input": [TEXT] * 4}).encode()
-    head = b"POST %s HTTP/1.1\r\nHost: x\r\nX-Request-Id: mine\r\nContent-Length: %d\r\n\r\n"
-    with socket.create_connection(
-        ("127.0.0.1", httpx.URL(running.url).port or 0), timeout=PATIENCE
-    ) as it:
-        it.sendall(head % (b"/classify", len(content)))  # its body never came
-        status, headers, told = read_answer(it)
-        assert (status, told["error"]["code"]) == (429, "queue_full")
+    told: dict[str, tuple[int, dict[str, str], dict[str, Any]]] = {}
+
+    def turned_away(path: str) -> bool:
+        answer = refused_unread(running, path)
+        if answer is not None:
+            told[path] = answer
+        return answer is not None
+
+    with filled(running) as answers:
+        for path in ("/classify", "/predict"):
+            wait_until(lambda path=path: turned_away(path), f"a closed door at {path}")  # type: ignore[misc]
+    for path, (status, headers, _) in told.items():
+        assert status == 429, path
         assert int(headers["retry-after"]) >= 1
         assert headers["x-request-id"] == "mine"
         assert headers["x-content-type-options"] == "nosniff"
-        it.sendall(content)  # now it comes, and the connection serves on
-        it.sendall(head % (b"/predict", len(content)) + content)
-        status, _, told = read_answer(it)
-        assert (status, told["error_type"]) == (429, "overloaded")
-        it.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert read_answer(it)[0] == 200
-    assert not answers, "the large request has ended too early for this test to mean anything"
-    # A browser's page, and a body that is broken, are read: the one to be told, the other too.
-    page = httpx.post(
-        f"{running.url}/classify", content=content, headers={"Origin": "http://here"}, timeout=60
-    )
-    assert page.status_code == 429
-    assert httpx.post(f"{running.url}/classify", content=b"{", timeout=60).status_code == 400
-    large.join(2 * PATIENCE)
-    assert answers[0].status_code == 200
-    assert len(answers[0].json()["data"]) == MANY
+    assert told["/classify"][2]["error"]["code"] == "queue_full"
+    assert told["/predict"][2]["error_type"] == "overloaded"
+    assert {answer.status_code for answer in answers} <= {200, 429}
     assert post(running, input=[TEXT] * 4).status_code == 200
     after = running.scrape()
-    refused = after.minus(before, "rejected_total", reason="queue_full")
-    counted = after.minus(before, "requests_total", route="/classify", outcome="rejected")
-    assert counted >= 3
-    assert refused == counted + after.minus(
-        before, "requests_total", route="/predict", outcome="rejected"
-    )
+    for route in told:
+        assert after.minus(before, "requests_total", route=route, outcome="rejected") >= 1
+    assert after.minus(before, "rejected_total", reason="queue_full") >= len(told)

@@ -16,7 +16,7 @@ def test_a_queue_is_worth_its_price_until_something_else_is_seen() -> None:
     assert Drain().stretch == 1.0
 
 
-@pytest.mark.parametrize("ratio", [1.0, 1.5, 4.0])
+@pytest.mark.parametrize("ratio", [1.0, 1.5, 3.0])
 def test_what_takes_longer_than_its_price_stretches_the_queue(ratio: float) -> None:
     assert after(*[(0.1, 0.1 / ratio)] * 400) == pytest.approx(ratio, rel=0.1)
 
@@ -27,7 +27,7 @@ def test_one_slow_pass_is_no_proof() -> None:
 
 def test_it_follows_when_the_machine_has_time_again() -> None:
     busy = [(0.1, 0.02)] * 400
-    assert after(*busy) > 4
+    assert after(*busy) == MOST_STRETCH
     assert after(*busy, *[(0.1, 0.1)] * 200) < 1.2
 
 
