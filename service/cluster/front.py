@@ -82,10 +82,13 @@ class PooledEngines(Engines):
         return super().models
 
     async def classify(self, job: Job) -> Answer:
-        """Have a job done; see `Engines.classify`."""
-        if not self.alive:
+        """Have a job done; see `Engines.classify`.
+
+        Whether a replica is there is Ray's to know: what the hub has heard of it may be late.
+        """
+        if not self.clients:
             raise EngineDownError
-        if (job.model, job.version) not in self.models:
+        if (job.model, job.version) not in self._wanted:
             raise NotLoadedError
         answer = await self._ask(self._pool_for(job.heads or 0), job, None)
         while unfinished := [i for i, item in enumerate(answer.items) if item.next_step]:

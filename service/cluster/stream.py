@@ -16,9 +16,9 @@ from service.connection import Streams
 
 GATHER_SECONDS = 0.2
 """A call takes along all that was written since the last one, and comes no sooner after it."""
-CALL_SECONDS = 5.0
+CALL_SECONDS = 10.0
 """A call that takes longer is as good as lost."""
-SILENCE_SECONDS = 10.0
+SILENCE_SECONDS = 15.0
 """Who has not been heard of for so long is gone: a dead host says no farewell."""
 
 
