@@ -43,6 +43,7 @@ NOT_RUN = {
     "python -m service.simulation": "takes minutes: it is looked for",
     "python loadtests/observing.py": "times the machine: it is looked for",
     "python loadtests/overload.py": "loads the machine: it is looked for",
+    "python loadtests/cluster.py": "needs Ray, and loads the machine: it is looked for",
     "python loadtests/faults.py": "breaks a server for minutes: it is looked for",
 }
 """What is not run as it stands, and why."""
