@@ -23,7 +23,12 @@ from collections import Counter
 from pathlib import Path
 
 # Ray gives its workers what other processes leave; here they are the server.
-os.environ |= {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
+os.environ |= {
+    "RAY_worker_niceness": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_AUTH_MODE": "disabled",
+}
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 
 import httpx

@@ -37,6 +37,13 @@ HUB_SECONDS = 1.0
 """How long the hub may take to end: its streams never end by themselves."""
 QUIET = LoggingConfig(enable_access_log=False)
 """The service has an access log of its own."""
+RAY = {
+    "RAY_worker_niceness": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+"""What suits Ray's processes where they are the server: by default they get what others leave, and
+a request crosses a thread in every replica."""
 HEAD = {"node:__internal_head__": 0.001}
 """Ray's own name of the head: without it nothing runs, so it is where the hub is safest."""
 
@@ -127,8 +134,8 @@ def run(settings: Settings) -> None:
         # Ray only counts cores: as many as all replicas ask for, as for the plain server.
         pools = settings.ordered_pools().values()
         cpus = sum((pool.max_replicas or pool.replicas) * pool.cpus for pool in pools)
-        # Ray gives its workers what other processes leave; here they are the server.
-        os.environ.setdefault("RAY_worker_niceness", "0")
+        for name, value in RAY.items():
+            os.environ.setdefault(name, value)
         ray.init("local", namespace="serve", num_cpus=math.ceil(cpus), include_dashboard=False)
     serve.start(
         proxy_location=ProxyLocation.EveryNode,

@@ -37,7 +37,7 @@ from service.settings import Pool, Settings
 
 log = structlog.get_logger()
 
-LOOK_SECONDS = 0.5
+LOOK_SECONDS, LOOK_PATIENCE = 1.0, 10.0
 ATTEMPTS = 4
 """A host that dies takes several replicas with it, and each is found out by itself."""
 
@@ -126,7 +126,7 @@ class PooledEngines(Engines):
     async def _look(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(10 * LOOK_SECONDS):
+                async with asyncio.timeout(LOOK_PATIENCE):
                     fleet = _decode_fleet(await self._hub.fleet.remote())
             except Exception as error:  # Ray has many words for a hub that is not there
                 log.warning("the hub does not tell of the engines", reason=type(error).__name__)

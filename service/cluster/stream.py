@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from service.connection import Streams
 
-GATHER_SECONDS = 0.2
+GATHER_SECONDS = 0.5
 """A call takes along all that was written since the last one, and comes no sooner after it."""
 CALL_SECONDS = 10.0
 """A call that takes longer is as good as lost."""
