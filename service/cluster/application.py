@@ -53,7 +53,7 @@ def application(settings: dict[str, Any]) -> Application:
 
     What they do not say comes from the environment, as for `budgetformer serve`.
     """
-    return build(Settings(**settings))
+    return build(Settings(**settings, cluster=True))
 
 
 def build(settings: Settings) -> Application:
@@ -101,8 +101,10 @@ def build(settings: Settings) -> Application:
 def _travelling(settings: Settings) -> dict[str, Any]:
     """Return the settings as the replicas get them: no secret in the clear leaves this process."""
     keys = {name: key.model_dump(mode="json") for name, key in settings.all_keys().items()}
+    # A key for administrators alone shuts nobody out; among `keys` it would.
+    access = {"keys": keys, "allow_anonymous": settings.anonymous}
     without = {"admin_key": None, "admin_key_file": None}
-    return settings.model_dump(mode="json") | {"keys": keys} | without
+    return settings.model_dump(mode="json") | access | without
 
 
 def _size(pool: Pool) -> dict[str, Any]:

@@ -28,12 +28,19 @@ class _CallTransport(asyncio.Transport):
     Args:
         send: takes bytes to the other side; one call at a time, so that they stay in order.
         gather: seconds between two calls.
+        ended: is called once, when this side is closed or the other one is lost.
     """
 
-    def __init__(self, send: Callable[[bytes], Awaitable[object]], gather: float) -> None:
+    def __init__(
+        self,
+        send: Callable[[bytes], Awaitable[object]],
+        gather: float,
+        ended: Callable[[], None],
+    ) -> None:
         super().__init__()
         self._send = send
         self._gather = gather
+        self._ended = ended
         self._waiting = bytearray()
         self._closing = False
         self._sending: asyncio.Task[None] | None = None
@@ -47,16 +54,18 @@ class _CallTransport(asyncio.Transport):
         return self._closing
 
     def close(self) -> None:
-        self._closing = True
+        if not self._closing:
+            self._closing = True
+            self._ended()
 
     def abort(self) -> None:
-        self._closing = True
+        self.close()
         if self._sending is not None:
             self._sending.cancel()
 
     async def _drain(self) -> None:
         try:
-            while self._waiting and not self._closing:
+            while self._waiting:
                 chunk = bytes(self._waiting)
                 self._waiting.clear()
                 async with asyncio.timeout(CALL_SECONDS):
@@ -69,8 +78,9 @@ class _CallTransport(asyncio.Transport):
 
 
 def _streams(send: Callable[[bytes], Awaitable[object]], gather: float) -> Streams:
+    """Return streams that write by calls, and read what is fed; closed, they are at their end."""
     reader = asyncio.StreamReader()
-    transport = _CallTransport(send, gather)
+    transport = _CallTransport(send, gather, reader.feed_eof)
     protocol = asyncio.StreamReaderProtocol(reader)
     loop = asyncio.get_running_loop()
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
@@ -103,25 +113,24 @@ class Caller:
         except Exception as error:
             raise ConnectionError from error
         reader, writer = _streams(lambda data: self._handle.feed.remote(name, data), GATHER_SECONDS)
-        listening = asyncio.create_task(self._listen(chunks, reader, writer))
+        listening = asyncio.create_task(_listen(chunks, reader, writer))
         self._listening.add(listening)
         listening.add_done_callback(self._listening.discard)
         return reader, writer
 
-    @staticmethod
-    async def _listen(
-        chunks: AsyncIterator[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        try:
-            async for chunk in chunks:
-                if writer.is_closing():
-                    break
-                reader.feed_data(chunk)
-        except Exception:
-            return  # the side that spoke is gone
-        finally:
-            reader.feed_eof()
-            writer.transport.abort()
+
+async def _listen(
+    chunks: AsyncIterator[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    try:
+        async for chunk in chunks:
+            if writer.is_closing():
+                return
+            reader.feed_data(chunk)
+    except Exception:
+        return  # the side that spoke is gone
+    finally:
+        writer.transport.abort()
 
 
 class Switchboard:
@@ -133,25 +142,25 @@ class Switchboard:
 
     def __init__(self, serve: dict[str, Callable[[Streams], Awaitable[None]]]) -> None:
         self._serve = serve
-        self._readers: dict[str, asyncio.StreamReader] = {}
+        self._open: dict[str, Streams] = {}
         self._heard: dict[str, float] = {}
 
     async def attach(self, kind: str, name: str) -> AsyncIterator[bytes]:
         """Serve a new stream, and give what it says, chunk by chunk."""
         said: asyncio.Queue[bytes] = asyncio.Queue()
         reader, writer = _streams(said.put, 0.0)
-        self._readers[name], self._heard[name] = reader, time.monotonic()
+        self._open[name], self._heard[name] = (reader, writer), time.monotonic()
         serving = asyncio.ensure_future(self._serve[kind]((reader, writer)))
         try:
             yield b""
             while not serving.done() and time.monotonic() - self._heard[name] < SILENCE_SECONDS:
                 try:
-                    async with asyncio.timeout(1.0):
-                        yield await said.get()
+                    chunk = await asyncio.wait_for(said.get(), 1.0)
                 except TimeoutError:
-                    continue
+                    chunk = b""  # tells Ray that this goes on, and us when nobody takes it
+                yield chunk
         finally:
-            del self._readers[name], self._heard[name]
+            del self._open[name], self._heard[name]
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
 
@@ -161,7 +170,8 @@ class Switchboard:
         Raises:
             ConnectionError: the stream has ended.
         """
-        if name not in self._readers:
+        reader, writer = self._open.get(name, (None, None))
+        if reader is None or writer is None or writer.is_closing():
             raise ConnectionError
         self._heard[name] = time.monotonic()
-        self._readers[name].feed_data(data)
+        reader.feed_data(data)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSinc
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "docker" / "kubernetes"
-KUBERNETES = ("1.29", "1.32", "1.37")
+KUBERNETES = ("1.30", "1.33", "1.37")
 """The oldest that the chart takes, one between, and the newest that there are schemas of."""
 
 KEYS = {"access": {"keysSecret": "callers"}}
