@@ -127,9 +127,6 @@ def run(settings: Settings) -> None:
         KeysError, SettingsError: see `build`.
     """
     app = build(settings)
-    stopping = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
     if "RAY_ADDRESS" in os.environ:
         ray.init(namespace="serve", log_to_driver=False)
     else:
@@ -144,6 +141,9 @@ def run(settings: Settings) -> None:
         http_options=HTTPOptions(host=settings.host, port=settings.port),
     )
     serve.run(app, name=NAME, route_prefix="/")
+    stopping = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # here, as Ray has set its own by now
+        signal.signal(number, lambda *_: stopping.set())
     log.info("serving on a cluster", url=f"http://{settings.host}:{settings.port}")
     stopping.wait()
     log.info("draining", seconds=settings.drain_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class EngineReplica:
         self._measured = {"routing": (0.0, 0.0, 0), "scaling": (time.monotonic(), 0.0, 0)}
         self._item_seconds = 0.0
         self._background = Background()
-        self._background.start(self._server.work())
+        self._work = asyncio.create_task(self._server.work())
         self._background.start(self._follow(Caller(hub, "engine")))
 
     async def classify(self, model: str, items: int, frame: bytes) -> bytes:  # noqa: ARG002
@@ -102,9 +103,19 @@ class EngineReplica:
         return {"queue_seconds": self._core.queued_seconds, "busy": busy}
 
     def check_health(self) -> None:
-        """Say that this replica is to be replaced, when its device does not come back."""
-        if self._server.hangs:
-            raise RuntimeError("the device does not come back from a pass")
+        """Say that this replica is to be replaced.
+
+        Raises:
+            RuntimeError: its device does not come back, or its core has ended.
+        """
+        if self._server.hangs or self._work.done():
+            raise RuntimeError("this engine computes no more")
+
+    async def stop(self) -> None:
+        """Compute no more."""
+        self._work.cancel()
+        await asyncio.gather(self._work, return_exceptions=True)
+        await self._background.stop()
 
     async def _ask(self, message: Classify | Load | Unload) -> ToFront:
         answer: asyncio.Future[ToFront] = asyncio.get_running_loop().create_future()
@@ -128,12 +139,9 @@ class EngineReplica:
 
     async def _follow(self, caller: Caller) -> None:
         while True:
-            try:
-                streams = await caller()
-            except ConnectionError:
-                await asyncio.sleep(RECONNECT_SECONDS)
-                continue
-            await attend(streams, self._server.came, "hub")
+            with contextlib.suppress(ConnectionError):
+                await attend(await caller(), self._server.came, "hub")
+            await asyncio.sleep(RECONNECT_SECONDS)
 
     # Models: the hub says what to load; where not all have room, what is asked for is loaded then
 

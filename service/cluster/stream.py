@@ -106,8 +106,8 @@ class Caller:
             ConnectionError: nobody answers.
         """
         name = uuid4().hex
-        chunks = self._handle.options(stream=True).attach.remote(self._kind, name)
         try:
+            chunks = self._handle.options(stream=True).attach.remote(self._kind, name)
             async with asyncio.timeout(CALL_SECONDS):
                 await anext(chunks)  # says that the other side knows the name
         except Exception as error:
