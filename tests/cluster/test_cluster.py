@@ -118,8 +118,19 @@ def test_one_page_of_metrics_counts_what_all_did(running: Running) -> None:
     wait_until(lambda: counted() == before + 10, "ten more requests")
     page = Exposition(running.client.get("/metrics").text)
     assert len(page.select("engine_heartbeat_age_seconds")) == 2 * HOSTS
-    # The pool of step 0 cannot have computed what the others show.
-    assert page.by("budget", "batches_total", model="topics").keys() - {"0"}
+
+
+def test_engines_of_both_pools_say_what_they_ran(running: Running) -> None:
+    items = running.answer(TEXTS, quality="best")["data"]
+    # What the pool of step 0 cannot have computed, the other has.
+    wanted = {str(item["heads"]["budget"]) for item in items}
+    assert wanted - {"0"}
+
+    def ran() -> bool:
+        page = Exposition(running.client.get("/metrics").text)
+        return wanted - {"0"} <= page.by("budget", "batches_total", model="topics").keys()
+
+    wait_until(ran, "batches of every step")
 
 
 def test_a_new_version_comes_without_a_failed_request(running: Running, model_store: Path) -> None:
