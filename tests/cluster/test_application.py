@@ -11,6 +11,9 @@ from service.settings import Pool, Settings
 
 pytest.importorskip("ray", reason="needs Ray (make test-cluster)")
 
+# What Ray and its libraries warn of is not ours to settle.
+pytestmark = pytest.mark.filterwarnings("default")
+
 
 def test_a_pool_that_may_grow_is_scaled_by_our_policy() -> None:
     from service.cluster.application import _size
