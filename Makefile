@@ -15,7 +15,7 @@ TORCH := $(shell grep ^torch== requirements/torch.in)
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compose fuzz chaos soak check-answers audit sbom lint bench bench-gpu openapi docs lock clean
+.PHONY: help serve test test-compose test-cluster fuzz chaos soak check-answers audit sbom lint bench bench-gpu openapi docs lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -28,6 +28,9 @@ test: lint ## lint, types, import rules, then every test that needs no container
 
 test-compose: .venv/.dev ## build the images, bring the stack up under Docker and ask it
 	$(BIN)/python -m pytest tests/e2e/compose -m compose --timeout 1500 -v --log-cli-level INFO --durations 0
+
+test-cluster: .venv/.cluster ## the service on a Ray cluster of this machine, and the Helm chart against its schemas
+	$(BIN)/python -m pytest tests/cluster -m cluster --timeout 900 -v --durations 0
 
 fuzz: .venv/.dev ## 100,000 broken frames, checkpoints, settings and bodies, and the contract with many requests
 	FUZZ_INPUTS=$(FUZZ_INPUTS) $(BIN)/python -m pytest tests/fuzz --timeout 7200
@@ -79,7 +82,8 @@ lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra tracing --constraint requirements/serve.txt --output-file requirements/image.txt requirements/torch.in pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/loadtest.txt requirements/loadtest.in
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra dev --extra bench --extra docs --extra remote --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
-	$(BIN)/python requirements/hashes.py requirements/serve.txt requirements/image.txt requirements/dev.txt requirements/loadtest.txt
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra cluster --extra chart --constraint requirements/dev.txt --output-file requirements/cluster.txt requirements/torch.in pyproject.toml
+	$(BIN)/python requirements/hashes.py requirements/serve.txt requirements/image.txt requirements/dev.txt requirements/loadtest.txt requirements/cluster.txt
 
 clean: ## remove the environment and every cache
 	rm -rf .venv build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
@@ -116,4 +120,8 @@ LOCKED := --no-deps --require-hashes --requirement
 .venv/.dev: requirements/dev.txt requirements/triton.in .venv/.serve
 	$(PIP) install $(LOCKED) requirements/dev.txt
 	command -v nvidia-smi >/dev/null || $(PIP) install --no-deps --requirement requirements/triton.in
+	@touch $@
+
+.venv/.cluster: requirements/cluster.txt .venv/.dev
+	$(PIP) install $(LOCKED) requirements/cluster.txt
 	@touch $@

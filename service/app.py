@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -29,6 +28,7 @@ from service.api.schemas import (
     TokenizeRequest,
 )
 from service.api.state import State
+from service.connection import Place
 from service.engine.client import Engines
 from service.follow import Follow
 from service.hub.link import HubLink
@@ -39,24 +39,24 @@ from service.settings import Settings
 
 def create_app(
     settings: Settings,
-    sockets: list[Path],
-    hub_socket: Path,
+    engines: Engines,
+    hub_place: Place,
     tracer_provider: TracerProvider | None = None,
 ) -> FastAPI:
     """Build the application of a front.
 
     Args:
         settings: of the whole server.
-        sockets: where its engines listen.
-        hub_socket: where its hub listens.
+        engines: that compute for it; the application starts and stops them.
+        hub_place: where its hub listens.
         tracer_provider: where spans go; None: nobody traces.
 
     Raises:
         KeysError: the keys are none.
     """
-    models, engines = Models(settings.model_store, settings.default_model), Engines(sockets)
+    models = Models(settings.model_store, settings.default_model)
     routes: list[str] = []
-    hub = HubLink(hub_socket, lambda serving: follow(serving), routes)
+    hub = HubLink(hub_place, lambda serving: follow(serving), routes)
     follow = Follow(models, engines, hub)
     keys = KeyRing(
         settings.all_keys(),

@@ -1,4 +1,4 @@
-"""Connections between the processes of this server, over local sockets."""
+"""Connections between the processes of this server, over local sockets or other streams."""
 
 from __future__ import annotations
 
@@ -20,9 +20,22 @@ log = structlog.get_logger()
 
 RECONNECT_SECONDS = 0.05
 
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Place = Path | Callable[[], Awaitable[Streams]]
+"""Where somebody listens: a local socket, or what opens streams to them."""
+
 
 class DisconnectedError(Exception):
     """The other side is not there, or went away while its answer was awaited."""
+
+
+async def nowhere() -> Streams:
+    """Be the place of one who cannot be connected to.
+
+    Raises:
+        ConnectionRefusedError: always.
+    """
+    raise ConnectionRefusedError
 
 
 Say = Callable[[Message], None]
@@ -45,20 +58,12 @@ async def listening(
         task = asyncio.current_task()
         assert task is not None
         serving.add(task)
-
-        def say(message: Message) -> None:
-            if not writer.is_closing():
-                frames.write(writer, message)
-
         try:
-            await came(reader, say)
-        except FrameError as error:
-            log.error("a bad frame came", at=socket.name, reason=str(error))
+            await attend((reader, writer), came, socket.name)
         except asyncio.CancelledError:
             return  # nobody awaits a connection's task, and its end is no news
         finally:
             serving.discard(task)
-            writer.close()
 
     async with await asyncio.start_unix_server(serve, socket):
         socket.chmod(0o600)
@@ -70,19 +75,37 @@ async def listening(
             await asyncio.gather(*serving)
 
 
+async def attend(
+    streams: Streams, came: Callable[[asyncio.StreamReader, Say], Awaitable[None]], name: str
+) -> None:
+    """Serve one connection until its end; `name` says in the log where it came."""
+    reader, writer = streams
+
+    def say(message: Message) -> None:
+        if not writer.is_closing():
+            frames.write(writer, message)
+
+    try:
+        await came(reader, say)
+    except FrameError as error:
+        log.error("a bad frame came", at=name, reason=str(error))
+    finally:
+        writer.close()
+
+
 class Connection:
-    """Keep connected to what listens on a local socket, again whenever the connection breaks.
+    """Keep connected to somebody who listens, again whenever the connection breaks.
 
     Args:
         name: of the other side, for the log.
-        socket: where it listens.
+        place: where it listens.
         decoder: of what it says.
     """
 
-    def __init__(self, name: str, socket: Path, decoder: Decoder) -> None:
+    def __init__(self, name: str, place: Place, decoder: Decoder) -> None:
         self.heard = 0.0
         self._name = name
-        self._socket = socket
+        self._place = place
         self._decoder = decoder
         self._writer: asyncio.StreamWriter | None = None
         self._pending: dict[int, asyncio.Future[Any]] = {}
@@ -92,21 +115,25 @@ class Connection:
         """Connect, listen, and connect again, until cancelled."""
         while True:
             try:
-                reader, writer = await asyncio.open_unix_connection(self._socket)
+                streams = await self._open()
             except OSError:
                 await asyncio.sleep(RECONNECT_SECONDS)
                 continue
-            self._writer = writer
-            try:
-                self._came()
-                while (message := await frames.read(reader, self._decoder)) is not None:
-                    self.heard = time.monotonic()
-                    self._take(message)
-            except FrameError as error:
-                log.error("a bad frame came", sender=self._name, reason=str(error))
-            finally:
-                self._lose(writer)
+            await self.hold(streams)
             await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def hold(self, streams: Streams) -> None:
+        """Speak over these streams until they end."""
+        reader, self._writer = streams
+        try:
+            self._came()
+            while (message := await frames.read(reader, self._decoder)) is not None:
+                self.heard = time.monotonic()
+                self._take(message)
+        except FrameError as error:
+            log.error("a bad frame came", sender=self._name, reason=str(error))
+        finally:
+            self._lose(streams[1])
 
     def say(self, message: Message) -> bool:
         """Send a message that is not answered; False: nobody is there."""
@@ -142,6 +169,11 @@ class Connection:
             raise
         finally:
             self._pending.pop(number, None)
+
+    async def _open(self) -> Streams:
+        if isinstance(self._place, Path):
+            return await asyncio.open_unix_connection(self._place)
+        return await self._place()
 
     def _came(self) -> None:
         """Act when the connection was made."""

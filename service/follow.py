@@ -54,7 +54,7 @@ class Follow:
         known = {(model.checkpoint.name, model.checkpoint.version) for model in served}
         wanted = {(model.name, model.version) for model in models} - known
         while self._engines.alive and time.monotonic() < patience:
-            if wanted <= self._engines.models.keys():
+            if wanted <= self._engines.models:
                 return
             await asyncio.sleep(POLL_SECONDS)
 

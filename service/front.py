@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app, protocol_of
+from service.engine.client import Engines
 from service.observability.logs import configure_logs
 from service.observability.traces import open_tracing
 from service.process import bind, engine_socket, exit_with_parent, hub_socket, receive_settings
@@ -98,7 +99,7 @@ def main() -> None:
     sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]
     tracing = open_tracing(f"front-{index}")
     provider = tracing.provider if tracing else None
-    app = create_app(settings, sockets, hub_socket(run_dir), provider)
+    app = create_app(settings, Engines(sockets), hub_socket(run_dir), provider)
     _raise_descriptors(settings.max_connections)
     common: dict[str, Any] = {
         "loop": "uvloop",

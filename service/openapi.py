@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 from service.app import create_app
+from service.engine.client import Engines
 from service.settings import Settings
 
 
 def document() -> str:
     """Return the document as the routes make it, whatever is served."""
-    app = create_app(Settings.model_construct(), [], Path("hub"))
+    app = create_app(Settings.model_construct(), Engines([]), Path("hub"))
     return json.dumps(app.openapi(), indent=1, ensure_ascii=False) + "\n"
 
 

@@ -14,7 +14,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -36,6 +36,37 @@ _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+")
 
 class SettingsError(BudgetFormerError):
     """A setting is unknown or has a value that it cannot have."""
+
+
+class Pool(BaseModel, extra="forbid", frozen=True):
+    """Engines of one kind, on a cluster.
+
+    Attributes:
+        max_step: highest ladder step that they compute; None: all.
+        replicas: how many there are, at least.
+        max_replicas: how many there may be; None: no more than `replicas`.
+        target_seconds: of device time that wait in one, beyond which there are to be more.
+        cpus, gpus: what Ray is to keep for each; with a share of a GPU they compute on it.
+        models: most models that one holds, None being all; others take turns as they are asked for.
+    """
+
+    max_step: int | None = Field(default=None, ge=0)
+    replicas: int = Field(default=1, ge=1)
+    max_replicas: int | None = Field(default=None, ge=1)
+    target_seconds: float = Field(default=0.25, gt=0)
+    cpus: float = Field(default=1.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
+    models: int | None = Field(default=None, ge=1)
+
+    def computes(self, step: int) -> bool:
+        """Say whether its engines compute a ladder step."""
+        return self.max_step is None or step <= self.max_step
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError("max_replicas must not be below replicas")
+        return self
 
 
 class Settings(BaseSettings):
@@ -77,6 +108,12 @@ class Settings(BaseSettings):
     """Front processes, which parse, tokenize and answer; they share the address."""
     engines: int = Field(default=0, ge=0, le=256)
     """Engine processes; 0 means one per core on a CPU, one on a GPU."""
+    cluster: bool = False
+    """Run on the Ray cluster that RAY_ADDRESS names, or on one of this host's processes; needs the
+    extra `cluster`."""
+    pools: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,30}$")], Pool] = {}
+    """Kinds of engines on a cluster by name; one computes all steps, others may leave the higher
+    ones to it. None: `engines` of them, for everything."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the engines compute; auto takes a GPU if there is one."""
     dtype: Precision = "auto"
@@ -197,6 +234,17 @@ class Settings(BaseSettings):
             raise ValueError("metrics_port must be another port than port")
         return self
 
+    @model_validator(mode="after")
+    def _clustered(self) -> Self:
+        if self.pools and all(pool.max_step is not None for pool in self.pools.values()):
+            raise ValueError("one of the pools must compute all steps: give it no max_step")
+        steps = [pool.max_step for pool in self.pools.values()]
+        if len(set(steps)) < len(steps):
+            raise ValueError("pools must differ in max_step")
+        if self.cluster and (self.tls_cert is not None or self.metrics_port is not None):
+            raise ValueError("on a cluster Ray listens: tls_cert and metrics_port do not apply")
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -258,6 +306,18 @@ class Settings(BaseSettings):
         if self.engines:
             return self.engines
         return 1 if self.device == "cuda" else max(1, usable_cores() // self.threads_per_engine)
+
+    def ordered_pools(self) -> dict[str, Pool]:
+        """Return the pools of a cluster by rising `max_step`; the last one computes all steps."""
+        if not self.pools:
+            gpus = 1.0 if self.device == "cuda" else 0.0
+            return {"engine": Pool(replicas=self.resolved_engines(), gpus=gpus)}
+        last = max(pool.max_step or 0 for pool in self.pools.values()) + 1
+
+        def top(named: tuple[str, Pool]) -> int:
+            return last if named[1].max_step is None else named[1].max_step
+
+        return dict(sorted(self.pools.items(), key=top))
 
     def resolved_device(self) -> str:
         """Return the device that the engines compute on.

@@ -20,7 +20,7 @@ import uvloop
 
 from service.hub.catalog import Catalog
 from service.hub.hub import Hub
-from service.hub.mirror import Mirror, copy
+from service.hub.mirror import copy, mirror_of
 from service.hub.poll import StorePoll
 from service.observability.traces import check_tracing
 from service.process import (
@@ -179,7 +179,7 @@ class _Server:
                 tasks.create_task(child.keep_running())
             tasks.create_task(self._look_after())
             if self._settings.poll_store_seconds:
-                poll = StorePoll(self.hub, self._settings.models, _mirror(self._settings))
+                poll = StorePoll(self.hub, self._settings.models, mirror_of(self._settings))
                 tasks.create_task(poll.run(self._settings.poll_store_seconds))
             tasks.create_task(
                 on_silence(self._last_words, self._settings.hang_seconds, _Child.kill)
@@ -223,12 +223,6 @@ class _Server:
         return {"supervisor": os.getpid()} | {n: pid for n, pid in children.items() if pid}
 
 
-def _mirror(settings: Settings) -> Mirror | None:
-    if settings.remote_store is None:
-        return None
-    return Mirror(settings.remote_store, settings.model_store, settings.models)
-
-
 async def _supervise(
     settings: Settings, catalog: Catalog, listener: socket.socket, run_dir: Path
 ) -> None:
@@ -260,9 +254,8 @@ def supervise(settings: Settings) -> None:
         TracingError: the environment asks for traces that cannot be had.
     """
     check_tracing()
-    mirror = _mirror(settings)
+    mirror = mirror_of(settings)
     if mirror is not None:
-        settings.model_store.mkdir(parents=True, exist_ok=True)
         copy(mirror)
     catalog = Catalog(settings)
     listener = bind(settings.host, settings.port)

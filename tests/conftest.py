@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-KINDS = ("unit", "integration", "e2e", "fuzz")
+KINDS = ("unit", "integration", "e2e", "fuzz", "cluster")
 HERE = Path(__file__).parent
 
 

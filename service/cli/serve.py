@@ -44,13 +44,27 @@ def serve(context: typer.Context) -> None:
     if print_config:
         out.print_json(data=settings.printable())
         return
-    from service.supervisor import supervise
-
     settings.check_access()
     if settings.cost_tables is not None:
         read_tables(settings.cost_tables)  # better refused here than by every engine
     configure_logs(settings.log_level, settings.log_format)
+    if settings.cluster:
+        _run_on_cluster(settings)
+        return
+    from service.supervisor import supervise
+
     supervise(settings)
+
+
+def _run_on_cluster(settings: Settings) -> None:
+    try:
+        from service.cluster.application import run
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        message = "--cluster needs Ray: pip install 'budgetformer-serving[cluster]'"
+        raise SettingsError(message) from None
+    run(settings)
 
 
 def doctor(context: typer.Context, as_json: JsonOption = False) -> None:

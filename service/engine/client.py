@@ -15,6 +15,8 @@ from service.connection import (
     RECONNECT_SECONDS,
     Connection,
     DisconnectedError,
+    Place,
+    nowhere,
 )
 from service.engine import protocol
 from service.engine.protocol import (
@@ -92,16 +94,62 @@ class Job:
     target: float | None = None
 
 
+def request_of(job: Job) -> Classify:
+    """Return the message that has a job done.
+
+    Raises:
+        DeadlineError: it is too late.
+    """
+    context = current_request()
+    remaining = job.deadline - time.monotonic()
+    if remaining <= 0:
+        raise DeadlineError
+    return Classify(
+        0, job.model, job.version, job.items, job.quality, remaining,
+        job.heads, job.max_heads, job.return_heads, job.target,
+        context.request_id, context.traceparent,
+    )  # fmt: skip
+
+
+def answer_of(reply: protocol.ToFront) -> Answer:
+    """Return what an engine answers to a `Classify`.
+
+    Raises:
+        RefusedError, DeadlineError, EngineFailedError: see there.
+    """
+    match reply:
+        case Answer():
+            return reply
+        case Refused(reason=reason, retry_after=seconds):
+            raise RefusedError(reason, seconds)
+        case Expired():
+            raise DeadlineError
+        case Failed(message=text):
+            raise EngineFailedError(text)
+        case _:
+            raise EngineFailedError("an engine gave an answer that does not fit")
+
+
 class EngineClient(Connection):
     """The connection to one engine."""
 
-    def __init__(self, index: int, socket: Path, observe: Callable[[int, Event], None]) -> None:
-        super().__init__(f"engine-{index}", socket, protocol.TO_FRONT)
+    def __init__(self, index: int, place: Place, observe: Callable[[int, Event], None]) -> None:
+        super().__init__(f"engine-{index}", place, protocol.TO_FRONT)
         self.index = index
         self.hello: Hello | None = None
         self.models: dict[ModelKey, ModelInfo] = {}
         self.items_in_flight = 0
         self._observe = observe
+
+    @classmethod
+    def seen(
+        cls, index: int, hello: Hello, heard: float, models: list[ModelInfo], items: int
+    ) -> EngineClient:
+        """Return an engine as another process has seen it; it is not connected to."""
+        client = cls(index, nowhere, lambda *_: None)
+        client.hello, client.heard, client.items_in_flight = hello, heard, items
+        client._know(models)
+        return client
 
     @property
     def alive(self) -> bool:
@@ -175,9 +223,9 @@ class Engines:
         return [client for client in self.clients if client.alive]
 
     @property
-    def models(self) -> dict[ModelKey, ModelInfo]:
+    def models(self) -> set[ModelKey]:
         """Every model that some live engine serves."""
-        return {key: info for client in self.alive for key, info in client.models.items()}
+        return {key for client in self.alive for key in client.models}
 
     async def classify(self, job: Job) -> Answer:
         """Have a job done by the engine with the least in flight; if it dies, by another.
@@ -186,20 +234,12 @@ class Engines:
             EngineDownError, NotLoadedError, RefusedError, DeadlineError, EngineFailedError: see
                 there.
         """
-        context = current_request()
         for attempt in (1, 2):
             client = await self._choose(job, wait=attempt == 2)
-            remaining = job.deadline - time.monotonic()
-            if remaining <= 0:
-                raise DeadlineError
-            message = Classify(
-                0, job.model, job.version, job.items, job.quality, remaining,
-                job.heads, job.max_heads, job.return_heads, job.target,
-                context.request_id, context.traceparent,
-            )  # fmt: skip
+            message = request_of(job)
             client.items_in_flight += len(job.items)
             try:
-                reply = await client.ask(message, remaining + GRACE_SECONDS)
+                reply = await client.ask(message, message.remaining + GRACE_SECONDS)
             except TimeoutError as error:
                 raise DeadlineError from error
             except DisconnectedError:
@@ -209,17 +249,7 @@ class Engines:
                 continue
             finally:
                 client.items_in_flight -= len(job.items)
-            match reply:
-                case Answer():
-                    return reply
-                case Refused(reason=reason, retry_after=seconds):
-                    raise RefusedError(reason, seconds)
-                case Expired():
-                    raise DeadlineError
-                case Failed(message=text):
-                    raise EngineFailedError(text)
-                case _:
-                    raise EngineFailedError("an engine gave an answer that does not fit")
+            return answer_of(reply)
         raise EngineDownError
 
     async def _choose(self, job: Job, wait: bool) -> EngineClient:

@@ -75,6 +75,8 @@ class EngineOptions:
         quality: level of requests that leave it to the engine, while there is no overload.
         quality_floor: the lowest that overload may make of it.
         brownout_seconds: of queue, beyond which it does.
+        max_step: the highest ladder step that it computes, None: any. An item that needs a higher
+            one is given back with what it needs, for an engine that does.
     """
 
     max_queue_items: int = 4096
@@ -84,6 +86,7 @@ class EngineOptions:
     quality_floor: QualityName = "fast"
     brownout_seconds: float = 0.5
     model_queue_items: Mapping[str, int] = field(default_factory=dict)
+    max_step: int | None = None
 
 
 @dataclass(eq=False)
@@ -111,6 +114,7 @@ class _Slot:
     work: Work
     price: float
     waits_since: float
+    begin: int = 0
     budget_seconds: float = 0.0
     compute_seconds: float = 0.0
     finished: float = 0.0
@@ -148,6 +152,7 @@ class EngineCore:
         self.brownout = BrownOut(levels, limits)
         self.broadcast: Reply = lambda _: None
         self.spans: PassSpans | None = None
+        self.computed_seconds = 0.0
         self._clock = clock
         self._buckets: Buckets[_Slot] = Buckets(
             options.batch_seconds, options.batch_items, self._constant
@@ -167,6 +172,12 @@ class EngineCore:
     def infos(self) -> list[ModelInfo]:
         """What is loaded."""
         return [model.info for model in self.models.values()]
+
+    @property
+    def queued_seconds(self) -> float:
+        """The seconds that all that is here will take, as fast as it drains now."""
+        waiting = sum(slot.price for slot in (*self._arrivals, *self._running))
+        return self.drain.stretch * (self._buckets.seconds + waiting)
 
     @property
     def busy_seconds(self) -> float:
@@ -209,7 +220,7 @@ class EngineCore:
             in_flight[name] = in_flight.get(name, 0) + request.open
             if waiting:
                 oldest[name] = max(oldest.get(name, 0.0), now - request.arrived)
-        level = self.brownout.observe(self._queued_seconds(), now)
+        level = self.brownout.observe(self.queued_seconds, now)
         return Heartbeat(items, seconds, oldest, in_flight, memory_bytes, level)
 
     def _classify(self, message: Classify, reply: Reply) -> None:
@@ -217,7 +228,7 @@ class EngineCore:
         if model is None:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
             return
-        queued = self._queued_seconds()
+        queued = self.queued_seconds
         quality = self._quality(message, model, queued)
         try:
             rule = model.rule(quality, message.heads, message.max_heads)
@@ -234,14 +245,21 @@ class EngineCore:
             message.return_heads,
             RequestContext(message.request_id, message.traceparent),
             quality,
-            Outlook.of(rule),
+            Outlook.of(rule).up_to(self.options.max_step),
             lane_of(len(message.items)),
         )
-        for tokens in message.items:
+        begins = message.steps or [0] * len(message.items)
+        if len(begins) != len(message.items):
+            reply(Failed(message.id, "there must be as many steps as items"))
+            return
+        for tokens, begin in zip(message.items, begins, strict=True):
             ids = protocol.unpack_ids(tokens.ids)
             segments = protocol.unpack_ids(tokens.segments) if tokens.segments else None
-            price = self.prices.expected(model.key, request.outlook, len(ids))
-            request.slots.append(_Slot(request, Work(ids, segments, rule), price, now))
+            if begin:
+                price = self.prices.item(model.key, begin, request.outlook, len(ids))
+            else:
+                price = self.prices.expected(model.key, request.outlook, len(ids))
+            request.slots.append(_Slot(request, Work(ids, segments, rule), price, now, begin))
         refusal = self._admit(request, queued, message.remaining)
         if refusal is not None:
             reply(Refused(message.id, refusal.reason, refusal.retry_after))
@@ -269,11 +287,6 @@ class EngineCore:
             for queued_items, max_items in rooms
         )
         return next(filter(None, refusals), None)
-
-    def _queued_seconds(self) -> float:
-        """Return the seconds that all that is here will take, as fast as it drains now."""
-        waiting = sum(slot.price for slot in (*self._arrivals, *self._running))
-        return self.drain.stretch * (self._buckets.seconds + waiting)
 
     def _constant(self, bucket: Hashable) -> float:
         assert isinstance(bucket, tuple)
@@ -326,6 +339,8 @@ class EngineCore:
             seconds = await self._on_device(cascade.arrive, model.network, slots)
             for slot in slots:
                 slot.budget_seconds += seconds
+                if slot.begin:  # what another engine has tried already is not tried again
+                    slot.work.step, slot.work.logits = slot.begin, None
                 self._settle(slot)
             exits = [slot for slot in slots if slot.work.done and not slot.error]
             if exits:
@@ -364,6 +379,7 @@ class EngineCore:
         self._began = self._clock()
         started, ended, room = await loop.run_in_executor(self._compute, compute)
         self._began = None
+        self.computed_seconds += ended - started
         if room is not None:
             self._buckets.batch_items = min(room, self._buckets.batch_items)
             log.warning("memory is short, batches shrink", batch_items=self._buckets.batch_items)
@@ -386,7 +402,7 @@ class EngineCore:
         if work.logits is not None and not all(map(math.isfinite, work.logits.tolist())):
             slot.error = "the network's answer is not a finite number"
         self._priced += slot.price
-        if not slot.error and not work.done:
+        if not slot.error and not work.done and not self._beyond(work):
             slot.price = self.prices.item(
                 request.model.key, work.step, request.outlook, len(work.ids)
             )
@@ -401,6 +417,9 @@ class EngineCore:
         self._open[request.model.checkpoint.name] -= 1
         if not request.open:
             self._answer(request)
+
+    def _beyond(self, work: Work) -> bool:
+        return self.options.max_step is not None and work.step > self.options.max_step
 
     def _answer(self, request: _Request) -> None:
         del self._requests[request.reply, request.id]
@@ -497,10 +516,11 @@ def _riders(slots: list[_Slot]) -> list[Rider]:
 
 def _item_answer(slot: _Slot, return_heads: bool) -> ItemAnswer:
     work = slot.work
-    if slot.error or work.logits is None:
-        return ItemAnswer(error=slot.error or "the item could not be computed")
+    if slot.error:
+        return ItemAnswer(error=slot.error)
     return ItemAnswer(
-        logits=work.logits.tolist(),
+        logits=[] if work.logits is None else work.logits.tolist(),
+        next_step=work.step if work.logits is None else 0,
         budget=work.step,
         heads=work.heads,
         chosen=[list(heads) for heads in work.chosen] if return_heads else None,

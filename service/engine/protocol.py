@@ -29,6 +29,7 @@ class Classify(Message, frozen=True):
 
     A quality of "auto" leaves the level to the engine; so does `target`, the seconds that the
     answer should take. `request_id` and the W3C `traceparent` name the request in logs and traces.
+    `steps` are the ladder steps at which items begin that another engine began.
     """
 
     id: int
@@ -43,6 +44,7 @@ class Classify(Message, frozen=True):
     target: float | None = None
     request_id: str = ""
     traceparent: str = ""
+    steps: list[int] | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -111,7 +113,11 @@ class Heartbeat(Message, frozen=True):
 
 
 class ItemAnswer(msgspec.Struct, frozen=True, array_like=True):
-    """The answer for one item. `error` set: it failed alone and the other fields mean nothing."""
+    """The answer for one item. `error` set: it failed alone and the other fields mean nothing.
+
+    `next_step` set: it is not answered, as it needs this ladder step, which its engine does not
+    compute; the other fields say what was spent on it until then.
+    """
 
     logits: list[float] = []
     budget: int = 0
@@ -120,6 +126,7 @@ class ItemAnswer(msgspec.Struct, frozen=True, array_like=True):
     macs: int = 0
     dense_macs: int = 0
     error: str = ""
+    next_step: int = 0
 
 
 class Answer(Message, frozen=True):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 
-from service.connection import DisconnectedError
+from service.connection import DisconnectedError, Streams, nowhere
 from service.engine.client import EngineClient, Engines, Event, ModelKey
 from service.engine.protocol import Failed, Hello, Load, Unload, Watch
 
@@ -55,6 +56,22 @@ class Fleet(Engines):
             key in client.models or (client.index, key) in self._failed for key in self.wanted
         )
 
+    async def meet(self, streams: Streams) -> None:
+        """Count an engine that came by itself among these, until its connection ends.
+
+        It has the lowest index that is free: who counts engines by it counts places.
+        """
+        taken = {client.index for client in self.clients}
+        index = next(i for i in itertools.count() if i not in taken)
+        client = EngineClient(index, nowhere, self._event)
+        self.clients.append(client)
+        try:
+            await client.hold(streams)
+        finally:
+            self.clients.remove(client)
+            for failed in [key for key in self._failed if key[0] == index]:
+                del self._failed[failed]
+
     async def load(self, key: ModelKey, path: Path) -> None:
         """Have every engine load a checkpoint folder, beside what it has.
 
@@ -85,7 +102,7 @@ class Fleet(Engines):
 
     def _event(self, index: int, event: Event) -> None:
         if isinstance(event, Hello):
-            client = self.clients[index]
+            client = next(client for client in self.clients if client.index == index)
             client.say(Watch())
             for failed in [key for key in self._failed if key[0] == index]:
                 del self._failed[failed]

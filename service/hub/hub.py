@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
@@ -62,7 +63,7 @@ class Hub:
     Args:
         settings: of the whole server.
         catalog: what it begins with.
-        sockets: where its engines listen.
+        sockets: where its engines listen; those that come by themselves (`Fleet.meet`) are more.
         family: its processes.
     """
 
@@ -93,12 +94,12 @@ class Hub:
             self._announce(checkpoint)
             self.fleet.wanted[checkpoint.name, checkpoint.version] = checkpoint.path
 
-    async def serve(self, socket: Path) -> None:
-        """Listen on `socket` until cancelled."""
+    async def serve(self, socket: Path | None = None) -> None:
+        """Listen on `socket` until cancelled; None: fronts come in another way, to `came`."""
         self.fleet.start()
         self._background.start(self.recent.keep())
         try:
-            async with listening(socket, self._came):
+            async with listening(socket, self.came) if socket else nullcontext():
                 await asyncio.Event().wait()
         finally:
             await self._background.stop()
@@ -197,7 +198,8 @@ class Hub:
 
     # Connections of the fronts
 
-    async def _came(self, reader: asyncio.StreamReader, say: Say) -> None:
+    async def came(self, reader: asyncio.StreamReader, say: Say) -> None:
+        """Serve one front until its connection ends."""
         front = FrontPeer(say)
         say(self._serving())
         self.fronts.add(front)

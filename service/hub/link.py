@@ -7,10 +7,9 @@ import os
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from pathlib import Path
 
 from service.background import Background
-from service.connection import Connection
+from service.connection import Connection, Place
 from service.hub.messages import (
     FROM_HUB,
     ChangeModel,
@@ -38,15 +37,15 @@ class HubLink(Connection):
     """The connection to the hub.
 
     Args:
-        socket: where it listens.
+        place: where it listens.
         serve: is told what is to be served, once per change and in their order.
         routes: that requests are counted by.
     """
 
     def __init__(
-        self, socket: Path, serve: Callable[[Serving], Awaitable[None]], routes: list[str]
+        self, place: Place, serve: Callable[[Serving], Awaitable[None]], routes: list[str]
     ) -> None:
-        super().__init__("hub", socket, FROM_HUB)
+        super().__init__("hub", place, FROM_HUB)
         self.serving = NOTHING
         self._serve = serve
         self._routes = routes

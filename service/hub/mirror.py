@@ -11,6 +11,7 @@ import structlog
 from budgetformer.checkpoint import MANIFEST, NAME
 from budgetformer.errors import CheckpointError
 from budgetformer.install import install
+from service.settings import Settings
 
 log = structlog.get_logger()
 
@@ -78,6 +79,14 @@ class Mirror:
             if NAME_PATTERN.fullmatch(name) and version.isdecimal():
                 models.setdefault(name, []).append(int(version))
         return models
+
+
+def mirror_of(settings: Settings) -> Mirror | None:
+    """Return the mirror that the settings ask for, and make the folder that it copies into."""
+    if settings.remote_store is None:
+        return None
+    settings.model_store.mkdir(parents=True, exist_ok=True)
+    return Mirror(settings.remote_store, settings.model_store, settings.models)
 
 
 def copy(mirror: Mirror) -> None:

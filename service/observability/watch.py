@@ -54,6 +54,11 @@ class EngineWatch:
                 batch.count(event.items, event.tokens, event.padding)
                 self._metrics.device_busy.labels(str(index)).inc(event.seconds)
 
+    def in_flight(self, index: int) -> int:
+        """Return how many items an engine had begun and not answered when it was heard last."""
+        beat = self._beats.get(index)
+        return sum(beat.in_flight.values()) if beat is not None else 0
+
     def refresh(self, clients: Sequence[EngineClient]) -> None:
         """Bring up to date what changes without an event: how long each engine has been silent."""
         now = time.monotonic()

@@ -45,6 +45,13 @@ class Outlook:
             steps[first] = steps.get(first, 0.0) + again
         return cls(steps, again / begun if begun else 0.0, escalation.step)
 
+    def up_to(self, most: int | None) -> Outlook:
+        """Return what of it runs where no step above `most` does (None: all)."""
+        if most is None:
+            return self
+        steps = {step: share for step, share in self.steps.items() if step <= most}
+        return Outlook(steps) if self.last > most else Outlook(steps, self.escalated, self.last)
+
 
 class Prices:
     """The cost table of every model, scaled to what its batches really take.

@@ -210,7 +210,7 @@ async def test_a_model_that_cannot_be_loaded_is_known_by_its_reason() -> None:
     engine = ScriptedEngine(answers, broken="config.json: missing")
     async with engines(engine) as held:
         assert held.errors == ["config.json: missing"]
-        assert held.models == {}
+        assert held.models == set()
         with pytest.raises(NotLoadedError):
             await held.classify(job())
 
@@ -221,7 +221,7 @@ async def test_a_load_that_one_engine_cannot_do_is_undone_in_the_others() -> Non
     async with engines(sound, broken, loaded=False) as held:
         with pytest.raises(LoadFailedError, match="out of memory"):
             await held.load(KEY, Path("/models/topics/1"))
-        assert held.models == {}
+        assert held.models == set()
         assert held.wanted == {}
     assert any(isinstance(message, Unload) for message in sound.heard)
 

@@ -18,8 +18,9 @@ from opentelemetry.trace import TracerProvider
 
 from budgetformer.compact import PackedPass, PackedTokens, PassResult
 from service.app import create_app
-from service.engine.__main__ import EngineServer
+from service.engine.client import Engines
 from service.engine.core import EngineCore, EngineOptions
+from service.engine.server import EngineServer
 from service.hub.catalog import Catalog
 from service.hub.hub import Hub
 from service.settings import Settings
@@ -134,7 +135,7 @@ async def application(
     settings: Settings, sockets: list[Path], hub_socket: Path, tracer: TracerProvider | None = None
 ) -> AsyncIterator[FastAPI]:
     """Run an application, without HTTP."""
-    app = create_app(settings, sockets, hub_socket, tracer)
+    app = create_app(settings, Engines(sockets), hub_socket, tracer)
     async with app.router.lifespan_context(app):
         yield app
 

@@ -1,0 +1,181 @@
+"""An engine as a replica of a Ray Serve deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+import torch
+
+from service.background import Background
+from service.cluster.stream import Caller
+from service.connection import RECONNECT_SECONDS, attend
+from service.engine.client import ModelKey
+from service.engine.core import Reply
+from service.engine.protocol import (
+    TO_ENGINE,
+    Cancel,
+    Classify,
+    Done,
+    Failed,
+    Load,
+    ToEngine,
+    ToFront,
+    Unload,
+)
+from service.engine.server import EngineServer, core_of
+from service.observability.logs import configure_logs
+from service.observability.traces import open_tracing
+from service.settings import Pool, Settings
+
+log = structlog.get_logger()
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class EngineReplica:
+    """One engine of a pool: it takes requests through Ray, and is led by the hub.
+
+    Args:
+        settings: of the whole server, as `Settings.model_dump`.
+        pool: that it belongs to, likewise.
+        name: of the pool.
+        hub: handle of the hub's deployment.
+    """
+
+    def __init__(self, settings: dict[str, Any], pool: dict[str, Any], name: str, hub: Any) -> None:
+        self._settings, self._pool = Settings(**settings), Pool(**pool)
+        configure_logs(self._settings.log_level, self._settings.log_format, f"engine-{name}")
+        torch.set_num_threads(self._settings.threads_per_engine)
+        device = "cuda" if self._pool.gpus else "cpu"
+        core = core_of(self._settings, device, self._pool.max_step)
+        tracing = open_tracing(f"engine-{name}", follow=True)
+        if tracing is not None:
+            core.spans = tracing.pass_spans()
+        self._core = core
+        self._server = EngineServer(core, self._settings.hang_seconds)
+        self._server.receive = self._told
+        self._used: dict[ModelKey, float] = {}
+        self._loading: dict[ModelKey, asyncio.Task[None]] = {}
+        self._items = 0
+        self._measured = {"routing": (0.0, 0.0, 0), "scaling": (time.monotonic(), 0.0, 0)}
+        self._item_seconds = 0.0
+        self._background = Background()
+        self._work = asyncio.create_task(self._server.work())
+        self._background.start(self._follow(Caller(hub, "engine")))
+
+    async def classify(self, model: str, items: int, frame: bytes) -> bytes:  # noqa: ARG002
+        """Have a `Classify` message done; return the encoded answer.
+
+        Args:
+            model: `name:version`, for the router.
+            items: that are in it, for the router.
+            frame: the message, encoded.
+        """
+        message = TO_ENGINE.decode(frame)
+        if not isinstance(message, Classify):
+            raise TypeError("only requests to classify come this way")
+        await self._have((message.model, message.version))
+        self._items += items
+        return _encode(await self._ask(message))
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Say what a router asks: what is to be done here, what an item takes, which models."""
+        computed, items = self._since("routing")[1:]
+        if items:
+            self._item_seconds = computed / items
+        return {
+            "word": time.monotonic(),
+            "seconds": self._core.queued_seconds,
+            "item_seconds": self._item_seconds,
+            "models": [f"{name}:{version}" for name, version in self._core.models],
+        }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Say what the autoscaler asks: seconds that wait, and share of the time at work."""
+        seconds, computed, _ = self._since("scaling")
+        busy = min(1.0, computed / seconds) if seconds else 0.0
+        return {"queue_seconds": self._core.queued_seconds, "busy": busy}
+
+    def check_health(self) -> None:
+        """Say that this replica is to be replaced.
+
+        Raises:
+            RuntimeError: its device does not come back, or its core has ended.
+        """
+        if self._server.hangs or self._work.done():
+            raise RuntimeError("this engine computes no more")
+
+    async def stop(self) -> None:
+        """Compute no more."""
+        self._work.cancel()
+        await asyncio.gather(self._work, return_exceptions=True)
+        await self._background.stop()
+
+    async def _ask(self, message: Classify | Load | Unload) -> ToFront:
+        answer: asyncio.Future[ToFront] = asyncio.get_running_loop().create_future()
+
+        def reply(told: ToFront) -> None:
+            if not answer.done():
+                answer.set_result(told)
+
+        self._core.receive(message, reply)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._core.receive(Cancel(message.id), reply)
+            raise
+
+    def _since(self, who: str) -> tuple[float, float, int]:
+        """Return seconds, seconds computed and items since `who` asked last."""
+        now = (time.monotonic(), self._core.computed_seconds, self._items)
+        before, self._measured[who] = self._measured[who], now
+        return now[0] - before[0], now[1] - before[1], now[2] - before[2]
+
+    async def _follow(self, caller: Caller) -> None:
+        while True:
+            with contextlib.suppress(ConnectionError):
+                await attend(await caller(), self._server.came, "hub")
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    # Models: the hub says what to load; where not all have room, what is asked for is loaded then
+
+    def _told(self, message: ToEngine, reply: Reply) -> None:
+        if isinstance(message, Load) and self._full and not self._renews(Path(message.path)):
+            reply(Done(message.id))
+        else:
+            self._core.receive(message, reply)
+
+    @property
+    def _full(self) -> bool:
+        return self._pool.models is not None and len(self._core.models) >= self._pool.models
+
+    def _renews(self, folder: Path) -> bool:
+        return folder.parent.name in {name for name, _ in self._core.models}
+
+    async def _have(self, key: ModelKey) -> None:
+        """Load a model that is not here, in place of the one that was longest unused."""
+        if key not in self._core.models:
+            if key not in self._loading:
+                self._loading[key] = asyncio.create_task(self._load(key))
+            await asyncio.shield(self._loading[key])
+        self._used[key] = time.monotonic()
+
+    async def _load(self, key: ModelKey) -> None:
+        models = self._core.models
+        try:
+            while self._full:
+                oldest = min(models, key=lambda one: self._used.get(one, 0.0))
+                await self._ask(Unload(0, *oldest))
+            folder = Path(self._settings.model_store, key[0], str(key[1]))
+            told = await self._ask(Load(0, str(folder)))
+            if isinstance(told, Failed):
+                log.error("model not loaded", model=key[0], reason=told.message)
+        finally:
+            del self._loading[key]
+            self._used = {one: self._used.get(one, 0.0) for one in models}

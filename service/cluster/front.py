@@ -1,0 +1,191 @@
+"""A front as a replica of a Ray Serve deployment, and the engines as it sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import structlog
+from fastapi import FastAPI
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+
+from service.app import create_app
+from service.cluster.hub import FleetSeen
+from service.cluster.stream import Caller
+from service.engine.client import (
+    GRACE_SECONDS,
+    DeadlineError,
+    EngineClient,
+    EngineDownError,
+    EngineFailedError,
+    Engines,
+    Job,
+    ModelKey,
+    NotLoadedError,
+    answer_of,
+    request_of,
+)
+from service.engine.protocol import TO_FRONT, Answer
+from service.observability.logs import configure_logs
+from service.observability.traces import open_tracing
+from service.settings import Pool, Settings
+
+log = structlog.get_logger()
+
+LOOK_SECONDS, LOOK_PATIENCE = 1.0, 10.0
+ATTEMPTS = 4
+"""A host that dies takes several replicas with it, and each is found out by itself."""
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_fleet = msgspec.msgpack.Decoder(FleetSeen).decode
+
+
+@dataclass(frozen=True)
+class PoolHandle:
+    """A pool of engines, and how to call it."""
+
+    pool: Pool
+    handle: Any
+
+
+class PooledEngines(Engines):
+    """All engines of the cluster, asked through Ray.
+
+    Requests begin in the pool of the smallest budgets. What needs a higher ladder step than that
+    pool computes comes back, and goes on in the next.
+
+    Args:
+        pools: by rising `max_step`.
+        hub: handle of the hub's deployment.
+    """
+
+    def __init__(self, pools: Sequence[PoolHandle], hub: Any) -> None:
+        super().__init__([])
+        self._pools = pools
+        self._hub = hub
+        self._wanted: list[ModelKey] = []
+
+    def start(self) -> None:
+        """Begin to look at the engines."""
+        self._background.start(self._look())
+
+    @property
+    def models(self) -> set[ModelKey]:
+        """Every model that some live engine has, or loads when it is asked."""
+        if self.alive and any(pool.pool.models for pool in self._pools):
+            return super().models | set(self._wanted)
+        return super().models
+
+    async def classify(self, job: Job) -> Answer:
+        """Have a job done; see `Engines.classify`.
+
+        Whether a replica is there is Ray's to know: what the hub has heard of it may be late.
+        """
+        if not self.clients:
+            raise EngineDownError
+        if (job.model, job.version) not in self._wanted:
+            raise NotLoadedError
+        answer = await self._ask(self._pool_for(job.heads or 0), job, None)
+        while unfinished := [i for i, item in enumerate(answer.items) if item.next_step]:
+            steps = [answer.items[i].next_step for i in unfinished]
+            # The level that the first engine chose stays: the rule decides what comes next.
+            rest = replace(job, items=[job.items[i] for i in unfinished], quality=answer.quality)
+            more = await self._ask(self._pool_for(max(steps)), rest, steps)
+            answer = joined(answer, unfinished, more)
+        return answer
+
+    def _pool_for(self, step: int) -> PoolHandle:
+        return next(pool for pool in self._pools if pool.pool.computes(step))
+
+    async def _ask(self, pool: PoolHandle, job: Job, steps: list[int] | None) -> Answer:
+        model = f"{job.model}:{job.version}"
+        for attempt in range(1, ATTEMPTS + 1):
+            message = msgspec.structs.replace(request_of(job), steps=steps)
+            response = pool.handle.classify.remote(model, len(job.items), _encode(message))
+            try:
+                async with asyncio.timeout(message.remaining + GRACE_SECONDS):
+                    return answer_of(TO_FRONT.decode(await response))
+            except TimeoutError as error:
+                raise DeadlineError from error
+            except (RayActorError, ReplicaUnavailableError):
+                log.warning("a replica died with a request in flight", attempt=attempt)
+            except DeploymentUnavailableError as error:
+                raise EngineDownError from error
+            except RayTaskError as error:
+                log.error("a replica failed", reason=type(error.cause).__name__)
+                raise EngineFailedError("an engine failed") from error
+            finally:
+                response.cancel()  # nobody waits for it any more, however this ended
+        raise EngineDownError
+
+    async def _look(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_PATIENCE):
+                    fleet = _decode_fleet(await self._hub.fleet.remote())
+            except Exception as error:  # Ray has many words for a hub that is not there
+                log.warning("the hub does not tell of the engines", reason=type(error).__name__)
+            else:
+                now = time.monotonic()
+                self._wanted = fleet.wanted
+                self.clients = [
+                    EngineClient.seen(
+                        one.index, one.hello, now - one.silent_seconds, one.models, one.items
+                    )
+                    for one in fleet.engines
+                ]
+            await asyncio.sleep(LOOK_SECONDS)
+
+
+def joined(begun: Answer, places: Sequence[int], ended: Answer) -> Answer:
+    """Return an answer with the items at some places ended by another engine.
+
+    What both spent on an item counts; stages add up, as one followed the other.
+    """
+    items = list(begun.items)
+    for place, item in zip(places, ended.items, strict=True):
+        before = items[place]
+        items[place] = msgspec.structs.replace(
+            item,
+            heads=[a + b for a, b in zip(before.heads, item.heads, strict=True)]
+            if item.heads
+            else before.heads,
+            macs=before.macs + item.macs,
+        )
+    return msgspec.structs.replace(
+        ended,
+        items=items,
+        budget_seconds=begun.budget_seconds + ended.budget_seconds,
+        queue_seconds=begun.queue_seconds + ended.queue_seconds,
+        compute_seconds=begun.compute_seconds + ended.compute_seconds,
+    )
+
+
+class FrontReplica:
+    """One front: the application of `service.app` in front of pools of engines.
+
+    Args:
+        settings: of the whole server, as `Settings.model_dump`.
+        hub: handle of the hub's deployment.
+        handles: of the pools' deployments, in the order of `Settings.ordered_pools`.
+    """
+
+    def __init__(self, settings: dict[str, Any], hub: Any, *handles: Any) -> None:
+        self._settings = Settings(**settings)
+        self._hub = hub
+        self._handles = handles
+        configure_logs(self._settings.log_level, self._settings.log_format, "front")
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Return the application; Ray Serve runs its life and calls it."""
+        pools = self._settings.ordered_pools().values()
+        handles = [PoolHandle(pool, h) for pool, h in zip(pools, self._handles, strict=True)]
+        tracing = open_tracing("front")
+        provider = tracing.provider if tracing else None
+        engines = PooledEngines(handles, self._hub)
+        return create_app(self._settings, engines, Caller(self._hub, "front"), provider)

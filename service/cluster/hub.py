@@ -1,0 +1,88 @@
+"""The hub as the only replica of a deployment: metrics, and the word on what is served."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from service.background import Background
+from service.cluster.stream import Switchboard
+from service.connection import Streams, attend
+from service.engine.client import ModelKey
+from service.engine.protocol import Hello, ModelInfo
+from service.hub.catalog import Catalog
+from service.hub.hub import Hub
+from service.hub.mirror import copy, mirror_of
+from service.hub.poll import StorePoll
+from service.observability.logs import configure_logs
+from service.settings import Settings
+
+
+class EngineSeen(msgspec.Struct, frozen=True, array_like=True):
+    """An engine as the hub sees it: how long it has been silent, and what it has."""
+
+    index: int
+    hello: Hello
+    silent_seconds: float
+    models: list[ModelInfo]
+    items: int
+
+
+class FleetSeen(msgspec.Struct, frozen=True, array_like=True):
+    """All engines, and the models that each is to have or to load when it is asked for them."""
+
+    engines: list[EngineSeen]
+    wanted: list[ModelKey]
+
+
+class HubReplica:
+    """The hub, for fronts and engines on any host.
+
+    Args:
+        settings: of the whole server, as `Settings.model_dump`.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        given = Settings(**settings)
+        configure_logs(given.log_level, given.log_format, "hub")
+        mirror = mirror_of(given)
+        if mirror is not None:
+            copy(mirror)
+        self._hub = Hub(given, Catalog(given), [])
+        self._switchboard = Switchboard({"front": self._front, "engine": self._hub.fleet.meet})
+        self._background = Background()
+        self._background.start(self._hub.serve())
+        if given.poll_store_seconds:
+            poll = StorePoll(self._hub, given.models, mirror)
+            self._background.start(poll.run(given.poll_store_seconds))
+
+    async def attach(self, kind: str, name: str) -> AsyncIterator[bytes]:
+        """See `Switchboard.attach`."""
+        async for chunk in self._switchboard.attach(kind, name):
+            yield chunk
+
+    async def feed(self, name: str, data: bytes) -> None:
+        """See `Switchboard.feed`."""
+        self._switchboard.feed(name, data)
+
+    async def fleet(self) -> bytes:
+        """Return an encoded `FleetSeen`."""
+        now, watch = time.monotonic(), self._hub.watch
+        engines = [
+            EngineSeen(
+                client.index,
+                client.hello,
+                now - client.heard,
+                list(client.models.values()),
+                watch.in_flight(client.index),
+            )
+            for client in self._hub.fleet.clients
+            if client.hello is not None
+        ]
+        return msgspec.msgpack.encode(FleetSeen(engines, list(self._hub.fleet.wanted)))
+
+    async def _front(self, streams: Streams) -> None:
+        await attend(streams, self._hub.came, "hub")

@@ -1,0 +1,109 @@
+"""What stands between one engine's core and those who speak with it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from budgetformer.cost_table import read_tables
+from service import frames
+from service.connection import Say, listening
+from service.engine.core import EngineCore, EngineOptions, Reply
+from service.engine.protocol import PROTOCOL, TO_ENGINE, BatchRan, Hello, ToEngine, ToFront, Watch
+from service.process import resident_bytes
+from service.settings import Settings
+
+HEARTBEAT_SECONDS = 1.0
+
+
+def core_of(settings: Settings, device: str, max_step: int | None = None) -> EngineCore:
+    """Return the core of an engine of this server.
+
+    Args:
+        settings: of the whole server.
+        device: where it computes.
+        max_step: see `EngineOptions`.
+
+    Raises:
+        CostTableError: the cost tables are none.
+    """
+    options = EngineOptions(
+        settings.max_queue_items,
+        settings.batch_milliseconds / 1000,
+        settings.batch_items,
+        quality_floor=settings.quality_floor,
+        brownout_seconds=settings.brownout_queue_ms / 1000,
+        model_queue_items=settings.model_queue_items,
+        max_step=max_step,
+    )
+    tables = read_tables(settings.cost_tables) if settings.cost_tables else {}
+    return EngineCore(options, device, settings.dtype, tables)
+
+
+class EngineServer:
+    """Speak with the fronts and the hub on behalf of one core.
+
+    `receive` takes each message; by default the core does.
+
+    Args:
+        core: the engine.
+        hang_seconds: a pass that takes longer hangs.
+    """
+
+    def __init__(self, core: EngineCore, hang_seconds: float = math.inf) -> None:
+        self.core = core
+        self.receive: Callable[[ToEngine, Reply], None] = core.receive
+        self._hang_seconds = hang_seconds
+        self._peers: set[Reply] = set()
+        self._watchers: set[Reply] = set()
+        core.broadcast = self._broadcast
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the device does not come back: it is as good as dead."""
+        return self.core.busy_seconds >= self._hang_seconds
+
+    async def serve(self, socket: Path) -> None:
+        """Compute for all who connect to a local socket, until cancelled."""
+        async with listening(socket, self.came):
+            await self.work()
+
+    async def work(self) -> None:
+        """Compute, and tell everybody once a second that it does, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.core.run())
+            tasks.create_task(self._beat())
+
+    async def came(self, reader: asyncio.StreamReader, reply: Say) -> None:
+        """Serve one connection until its end."""
+        reply(self._hello())
+        self._peers.add(reply)
+        try:
+            while (message := await frames.read(reader, TO_ENGINE)) is not None:
+                if isinstance(message, Watch):
+                    self._watchers.add(reply)
+                else:
+                    self.receive(message, reply)
+        finally:
+            self._peers.discard(reply)
+            self._watchers.discard(reply)
+            self.core.forget(reply)
+
+    async def _beat(self) -> None:
+        while True:
+            if not self.hangs:
+                self._broadcast(self.core.heartbeat(resident_bytes()))
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    def _broadcast(self, message: ToFront) -> None:
+        for reply in self._watchers if isinstance(message, BatchRan) else self._peers:
+            reply(message)
+
+    def _hello(self) -> Hello:
+        core = self.core
+        return Hello(PROTOCOL, os.getpid(), core.device, str(torch.__version__), core.infos)

@@ -1,0 +1,238 @@
+"""The Helm chart: rendered by Helm itself, checked against the schemas of whoever takes it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+helm = pytest.importorskip("helm_python", reason="needs helm-python-sdk (make test-cluster)")
+kubernetes_validate = pytest.importorskip("kubernetes_validate")
+
+# Ray's schemas use what pydantic calls old; that is Ray's to settle.
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "docker" / "kubernetes"
+KUBERNETES = ("1.30", "1.33", "1.37")
+"""The oldest that the chart takes, one between, and the newest that there are schemas of."""
+
+KEYS = {"access": {"keysSecret": "callers"}}
+VALUES: dict[str, dict[str, Any]] = {
+    "open": {"access": {"allowAnonymous": True}, "network": {"policy": False}},
+    "keys": KEYS | {"service": {"type": "LoadBalancer"}},
+    "everything": {
+        "access": {"keysSecret": "callers", "adminKeySecret": "admin"},
+        "scaling": {"by": "hpa"},
+        "monitoring": {"serviceMonitor": True, "labels": {"release": "prometheus"}},
+        "ingress": {"enabled": True, "host": "x.org", "tlsSecret": "x", "className": "nginx"},
+        "models": {"claim": "models"},
+        "settings": {"quality": "fast", "model_queue_items": {"ag_news": 100}, "fronts": 2},
+        "podAnnotations": {"a": "b"},
+        "imagePullSecrets": [{"name": "registry"}],
+        "nodeSelector": {"disk": "fast"},
+    },
+    "keda": KEYS | {"scaling": {"by": "keda"}},
+    "gpu": KEYS | {"gpu": {"enabled": True}, "models": {"remoteStore": "s3://bucket/models"}},
+    "ray": KEYS | {"mode": "ray", "monitoring": {"serviceMonitor": True}},
+    "ray, pools": {
+        "access": {"keysSecret": "callers", "adminKeySecret": "admin"},
+        "mode": "ray",
+        "ingress": {"enabled": True, "host": "x.org"},
+        "ray": {
+            "pools": {
+                "small": {
+                    "max_step": 2, "replicas": 1, "max_replicas": 4,
+                    "cores": 1, "memory": "2Gi", "gpus": 0,
+                },
+                "large": {"replicas": 1, "cores": 4, "memory": "8Gi", "gpus": 1},
+            }
+        },
+    },
+}  # fmt: skip
+
+
+def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
+    with helm.Chart.load(str(CHART)) as chart:
+        texts = chart.render(values, name="demo", namespace="production")
+    documents = [yaml.safe_load_all(t) for p, t in sorted(texts.items()) if p.endswith(".yaml")]
+    return [document for found in documents for document in found if document]
+
+
+def only(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    (found,) = [document for document in rendered(values) if document["kind"] == kind]
+    return found
+
+
+def pod_templates(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if document["kind"] == "Deployment":
+        yield document["spec"]["template"]
+    elif document["kind"] == "RayService":
+        cluster = document["spec"]["rayClusterConfig"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            yield group["template"]
+
+
+def check_kubernetes(document: dict[str, Any]) -> None:
+    for version in KUBERNETES:
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def check_custom(document: dict[str, Any]) -> None:
+    """Check a resource of KEDA's or Prometheus', unknown fields too: a model leaves them out."""
+    if document["kind"] == "ServiceMonitor":
+        from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor as Model
+    else:
+        from cloudcoil.models.keda.v1alpha1 import ScaledObject as Model
+    read = Model.model_validate(document)
+    assert read.model_dump(by_alias=True, exclude_unset=True, mode="json") == document
+
+
+def check_ray(document: dict[str, Any]) -> None:
+    """Check what a RayService holds: pods by Kubernetes' schema, the application by Ray Serve's."""
+    from ray.serve.schema import ServeDeploySchema
+
+    from service.settings import Settings
+
+    for template in pod_templates(document):
+        check_kubernetes({"apiVersion": "v1", "kind": "PodTemplate", "template": template})
+    config = ServeDeploySchema.model_validate(yaml.safe_load(document["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    settings = Settings(**application.args)
+    assert settings.ordered_pools()
+    assert application.import_path == "service.cluster.application:application"
+
+
+CHECKS = {"ServiceMonitor": check_custom, "ScaledObject": check_custom, "RayService": check_ray}
+
+
+def check(document: dict[str, Any]) -> None:
+    CHECKS.get(document["kind"], check_kubernetes)(document)
+
+
+each_variant = pytest.mark.parametrize("values", VALUES.values(), ids=list(VALUES))
+
+
+def test_helm_finds_nothing_wrong() -> None:
+    told = helm.lint(str(CHART), VALUES["open"])
+    assert not told["errors"]
+    assert {m["error"] for m in told["messages"]} <= {"icon is recommended"}
+
+
+@each_variant
+def test_every_resource_is_one_that_its_server_takes(values: dict[str, Any]) -> None:
+    documents = rendered(values)
+    assert documents
+    for document in documents:
+        check(document)
+
+
+SPOILS: dict[str, list[Any]] = {
+    "Deployment": [
+        lambda s: s.update(replicaz=2),
+        lambda s: s["template"]["spec"]["containers"][0].update(livenessProbes={}),
+        lambda s: s["template"]["spec"]["containers"][0]["ports"][0].update(containerPort="http"),
+    ],
+    "Service": [lambda s: s["ports"][0].update(port="eight")],
+    "NetworkPolicy": [lambda s: s.update(policyTypes="Ingress")],
+    "PodDisruptionBudget": [lambda s: s.update(maxUnavailble=1)],
+    "HorizontalPodAutoscaler": [lambda s: s["metrics"][0].pop("type")],
+    "Ingress": [lambda s: s["rules"][0]["http"]["paths"][0].pop("pathType")],
+    "ServiceMonitor": [
+        lambda s: s["endpoints"][0].update(interval="15x"),
+        lambda s: s["endpoints"][0].update(intervall="15s"),
+    ],
+    "ScaledObject": [
+        lambda s: s["triggers"][0].pop("type"),
+        lambda s: s.update(maxReplicas=3),
+    ],
+    "RayService": [
+        lambda s: s["rayClusterConfig"]["headGroupSpec"]["template"]["spec"].update(containrs=[]),
+        lambda s: s.update(serveConfigV2=s["serveConfigV2"].replace("import_path", "import")),
+        lambda s: s.update(serveConfigV2=s["serveConfigV2"].replace("drain_seconds", "drain")),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", SPOILS)
+def test_the_checks_see_a_field_that_is_wrong(kind: str) -> None:
+    values = {"ScaledObject": VALUES["keda"], "RayService": VALUES["ray"]}
+    document = only(kind, values.get(kind, VALUES["everything"]))
+    check(document)
+    for spoil in SPOILS[kind]:
+        broken = copy.deepcopy(document)
+        spoil(broken["spec"])
+        with pytest.raises(Exception, match=r"."):
+            check(broken)
+
+
+@each_variant
+def test_every_pod_is_locked_down(values: dict[str, Any]) -> None:
+    pods = [t["spec"] for document in rendered(values) for t in pod_templates(document)]
+    assert pods
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert container["resources"]["limits"]["memory"]
+        assert pod["terminationGracePeriodSeconds"] > values.get("drainSeconds", 20)
+
+
+@each_variant
+def test_no_secret_stands_in_what_is_rendered(values: dict[str, Any]) -> None:
+    documents = rendered(values)
+    assert "Secret" not in {document["kind"] for document in documents}
+    for document in documents:
+        for template in pod_templates(document):
+            for container in template["spec"]["containers"]:
+                names = {variable["name"] for variable in container["env"]}
+                assert not names & {"BUDGETFORMER_ADMIN_KEY", "BUDGETFORMER_KEYS"}
+
+
+def test_the_grace_period_follows_the_drain_setting() -> None:
+    pod = only("Deployment", KEYS | {"drainSeconds": 90})["spec"]["template"]["spec"]
+    environment = {v["name"]: v["value"] for v in pod["containers"][0]["env"]}
+    assert environment["BUDGETFORMER_DRAIN_SECONDS"] == "90"
+    assert pod["terminationGracePeriodSeconds"] == 90 + 5 + 15
+
+
+def test_a_pods_environment_is_settings_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    from service.settings import Settings, refuse_unknown_environment
+
+    pod = only("Deployment", VALUES["everything"])["spec"]["template"]["spec"]
+    for variable in pod["containers"][0]["env"]:
+        if not variable["name"].endswith("_FILE"):  # the files are in the pod alone
+            monkeypatch.setenv(variable["name"], variable["value"])
+    refuse_unknown_environment()
+    settings = Settings()
+    assert (settings.engines, settings.fronts, settings.quality) == (2, 2, "fast")
+    assert settings.model_queue_items == {"ag_news": 100}
+    assert settings.metrics_port == 9464
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, "keysSecret"),
+        (KEYS | {"replica": 3}, "replica"),
+        (KEYS | {"replicas": 0}, "minimum"),
+        (KEYS | {"mode": "swarm"}, "mode"),
+        (KEYS | {"settings": {"admin_key": "open-sesame"}}, "admin_key"),
+        (KEYS | {"settings": {"port": 1}}, "port"),
+        (KEYS | {"memory": "much"}, "memory"),
+        (KEYS | {"ingress": {"enabled": True}}, "ingress.host"),
+    ],
+    ids=["open by accident", "unknown", "none", "mode", "a secret", "ours", "quantity", "host"],
+)
+def test_values_that_cannot_be_are_refused(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(helm.HelmError, match=told):
+        rendered(values)

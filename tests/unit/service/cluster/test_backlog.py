@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.cluster.backlog import Backlog
+
+seconds = st.floats(0, 1e3, allow_nan=False)
+
+
+def test_nothing_waits_where_nothing_was_said_or_sent() -> None:
+    assert Backlog().seconds(7.0) == 0
+
+
+def test_an_engine_works_off_a_second_every_second() -> None:
+    backlog = Backlog()
+    backlog.hear("a word", 3.0, now=10.0)
+    assert backlog.seconds(10.0) == 3
+    assert backlog.seconds(11.5) == 1.5
+    assert backlog.seconds(20.0) == 0
+
+
+def test_what_was_sent_since_the_word_counts_until_the_next() -> None:
+    backlog = Backlog()
+    backlog.hear(1, 1.0, now=0.0)
+    backlog.send(2.0, now=0.0)
+    backlog.hear(1, 1.0, now=0.5)  # the same word again says nothing new
+    assert backlog.seconds(0.5) == 2.5
+    backlog.hear(2, 0.25, now=0.5)
+    assert backlog.seconds(0.5) == 0.25
+
+
+@given(st.lists(st.tuples(seconds, seconds), max_size=20))
+def test_it_is_never_more_than_what_was_sent_nor_below_nothing(
+    sent: list[tuple[float, float]],
+) -> None:
+    backlog, now = Backlog(), 0.0
+    for gap, work in sent:
+        now += gap
+        backlog.send(work, now)
+        total = sum(work for _, work in sent)
+        assert 0 <= backlog.seconds(now) <= total * (1 + 1e-9) + 1e-9
