@@ -18,6 +18,12 @@ from service.settings import Pool, Settings
 TOPICS, TAGS = ("topics", 2), ("tags", 1)
 
 
+@pytest.fixture(autouse=True)
+def _logs_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica sets up the logs of its process, which here is that of all tests."""
+    monkeypatch.setattr("service.cluster.engine.configure_logs", lambda *_: None)
+
+
 class NoHub:
     """A handle behind which nobody is."""
 

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
+if "TRITON_INTERPRET" not in os.environ:
+    pytest.skip("on a GPU `make bench-gpu` checks the kernels", allow_module_level=True)
 
 from budgetformer.compact import PackedTokens, graphs, load_pass
 from budgetformer.compact.graphs import GraphedPass, Size
