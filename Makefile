@@ -24,7 +24,7 @@ serve: .venv/.serve ## set up .venv with what serving needs, then serve on 127.0
 	exec $(BIN)/budgetformer serve --port $(PORT)
 
 test: lint ## lint, types, import rules, then every test that needs no container
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-compose: .venv/.dev ## build the images, bring the stack up under Docker and ask it
 	$(BIN)/python -m pytest tests/e2e/compose -m compose --timeout 1500 -v --log-cli-level INFO --durations 0

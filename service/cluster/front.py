@@ -76,10 +76,13 @@ class PooledEngines(Engines):
 
     @property
     def models(self) -> set[ModelKey]:
-        """Every model that some live engine has, or loads when it is asked."""
+        """Every wanted model that some live engine has, or loads when it is asked.
+
+        Only what the hub wants is asked for, and word of that may come after the engines'.
+        """
         if self.alive and any(pool.pool.models for pool in self._pools):
-            return super().models | set(self._wanted)
-        return super().models
+            return set(self._wanted)
+        return super().models & set(self._wanted)
 
     async def classify(self, job: Job) -> Answer:
         """Have a job done; see `Engines.classify`.

@@ -70,7 +70,7 @@ class Callers(threading.Thread):
             self.seen[type(error).__name__] += 1
             return
         if answer.status_code != 200:
-            self.seen[str(answer.status_code)] += 1
+            self.seen[f"{answer.status_code} {answer.text}"] += 1
             return
         told = answer.json()
         self.models[told["model"]] += 1
@@ -142,7 +142,7 @@ def test_a_new_version_comes_without_a_failed_request(running: Running, model_st
         assert answer.status_code == 200, answer.text
         wait_until(lambda: callers.models["topics:2"] >= 10, "answers of the new version")
     assert set(callers.models) == {"topics:1", "topics:2"}
-    assert callers.seen["right"] + callers.seen["wrong"] == callers.sent
+    assert callers.seen["right"] + callers.seen["wrong"] == callers.sent, dict(callers.seen)
     engines = running.health()["engines"]
     assert all("topics:2" in engine["models"] for engine in engines)
 
