@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from budgetformer.bench.agreement import Agreement, compare_labels
 from budgetformer.bench.rivals import bfloat16_twin, padded
-from budgetformer.bench.timing import TokenIds, made_up_texts
-from budgetformer.checkpoint import Checkpoint, load_tokenizer
+from budgetformer.bench.timing import TokenIds, made_up_texts, token_ids
+from budgetformer.checkpoint import Checkpoint
 from budgetformer.compact import PackedPass, PackedTokens
 from budgetformer.compact.choice import passes
 from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
@@ -230,7 +230,7 @@ def _items(checkpoint: Checkpoint, texts: Sequence[str] | None, vocabulary: int)
     if texts is None:
         longest = min(80, checkpoint.manifest.max_tokens)
         return made_up_texts(4096, min(12, longest), longest, vocabulary)
-    return [encoding.ids for encoding in load_tokenizer(checkpoint).encode_batch(list(texts))]
+    return token_ids(checkpoint, texts)
 
 
 @torch.inference_mode()

@@ -21,8 +21,9 @@ from budgetformer.bench.timing import (
     TokenIds,
     made_up_texts,
     time_in_turns,
+    token_ids,
 )
-from budgetformer.checkpoint import Checkpoint, load_tokenizer
+from budgetformer.checkpoint import Checkpoint
 from budgetformer.compact import load_pass
 from budgetformer.modeling import load_model
 from budgetformer.training.pages import draw, markdown_table
@@ -224,8 +225,7 @@ def _items(
         return made_up_texts(count, min(LENGTHS[0], longest), longest, vocabulary)
     if len(texts) < 2:
         raise ValueError("two texts are needed at least")
-    encodings = load_tokenizer(checkpoint).encode_batch(list(texts[:count]))
-    return [encoding.ids for encoding in encodings]
+    return token_ids(checkpoint, texts[:count])
 
 
 def _round(items: Sequence[TokenIds], turn: int, batch: int) -> list[TokenIds]:

@@ -11,6 +11,8 @@ from functools import cached_property, partial
 
 import torch
 
+from budgetformer.checkpoint import Checkpoint, load_tokenizer
+
 TokenIds = list[int]
 
 
@@ -73,6 +75,11 @@ def time_in_turns(
         )
         for c, own in zip(contenders, taken, strict=True)
     ]
+
+
+def token_ids(checkpoint: Checkpoint, texts: Sequence[str]) -> list[TokenIds]:
+    """Return texts as a checkpoint's tokenizer reads them."""
+    return [encoding.ids for encoding in load_tokenizer(checkpoint).encode_batch(list(texts))]
 
 
 def made_up_texts(count: int, shortest: int, longest: int, vocabulary: int) -> list[TokenIds]:

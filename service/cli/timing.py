@@ -15,6 +15,10 @@ from budgetformer.errors import DataError
 from budgetformer.precision import Precision
 from service.cli.terminal import JsonOption, ModelOption, StoreOption, complain, out, resolve
 
+DataOption = Annotated[
+    Path | None, typer.Option(help="Real texts, CSV, JSONL or Parquet; none: random tokens.")
+]
+
 bench_app = typer.Typer(no_args_is_help=True, help="Time this machine.")
 
 
@@ -95,10 +99,7 @@ def _tune_server(folder: Path, checkpoint: Checkpoint, url: str, data: Path, as_
 @bench_app.command("pass")
 def bench_pass(
     model: ModelOption = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Real texts, CSV, JSONL or Parquet; none: random tokens."),
-    ] = None,
+    data: DataOption = None,
     folder: Annotated[
         Path | None, typer.Option("--out", help="Also write Markdown, JSON and a plot here.")
     ] = None,
@@ -147,13 +148,13 @@ def bench_agreement(
 ) -> None:
     """Count the texts whose label differs between a precision and float32, at each quality."""
     from budgetformer.bench.agreement import compare_labels
-    from budgetformer.checkpoint import load_tokenizer
+    from budgetformer.bench.timing import token_ids
     from budgetformer.loading import load_network
     from budgetformer.training.data import read_texts
 
     checkpoint = resolve(model, model_store)
     texts, _ = read_texts(data)
-    items = [encoding.ids for encoding in load_tokenizer(checkpoint).encode_batch(list(texts))]
+    items = token_ids(checkpoint, texts)
     plain, other = (load_network(checkpoint, device, p) for p in ("float32", dtype))
     found = compare_labels(checkpoint, items, plain, other)
     if as_json:
@@ -170,10 +171,7 @@ def bench_agreement(
 @bench_app.command("gpu")
 def bench_gpu(
     model: ModelOption = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Real texts, CSV, JSONL or Parquet; none: random tokens."),
-    ] = None,
+    data: DataOption = None,
     folder: Annotated[
         Path | None, typer.Option("--out", help="Also write Markdown and JSON here.")
     ] = None,

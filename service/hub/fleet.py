@@ -69,8 +69,7 @@ class Fleet(Engines):
             await client.hold(streams)
         finally:
             self.clients.remove(client)
-            for failed in [key for key in self._failed if key[0] == index]:
-                del self._failed[failed]
+            self._forget_failures(index)
 
     async def load(self, key: ModelKey, path: Path) -> None:
         """Have every engine load a checkpoint folder, beside what it has.
@@ -104,10 +103,13 @@ class Fleet(Engines):
         if isinstance(event, Hello):
             client = next(client for client in self.clients if client.index == index)
             client.say(Watch())
-            for failed in [key for key in self._failed if key[0] == index]:
-                del self._failed[failed]
+            self._forget_failures(index)
             self._background.start(self._equip(client))
         self._observe(index, event)
+
+    def _forget_failures(self, index: int) -> None:
+        for failed in [key for key in self._failed if key[0] == index]:
+            del self._failed[failed]
 
     async def _equip(self, client: EngineClient) -> None:
         for key, path in list(self.wanted.items()):
