@@ -167,9 +167,10 @@ class Workers:
 
     def _answer(self, chunk: Chunk) -> Answered:
         worker = self._free.get()
-        answered = worker.answer(chunk)
-        self._free.put(worker)
-        return answered
+        try:
+            return worker.answer(chunk)
+        finally:
+            self._free.put(worker)  # a dead one, too: it fails the chunks that wait for a worker
 
 
 def main() -> None:

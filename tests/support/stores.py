@@ -56,7 +56,7 @@ _TINY: dict[str, Any] = {
     "intermediate_size": 64,
     "vocab_size": 200,
     "max_length": MAX_TOKENS,
-    "learning_rate": 1e-3,
+    "learning_rate": 5e-3,
     "batch_size": 16,
     "dense_epochs": 6,
     "budget_epochs": 4,
