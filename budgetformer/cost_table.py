@@ -63,9 +63,9 @@ class CostTable:
         """Return the seconds of a batch at a step."""
         return self.steps[step].seconds(tokens, items)
 
-    def share(self, step: int, tokens: int) -> float:
-        """Return what an item of so many tokens adds to a batch at a step."""
-        return self.steps[step].token * tokens + self.steps[step].item
+    def share(self, step: int, tokens: int, items: int = 1) -> float:
+        """Return what items of so many tokens in all add to a batch at a step."""
+        return self.steps[step].token * tokens + self.steps[step].item * items
 
     def constant(self, step: int) -> float:
         """Return the seconds that a batch at a step takes whatever is in it."""

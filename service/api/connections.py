@@ -207,7 +207,7 @@ class GuardedProtocol(HttpToolsProtocol):
         # A browser's page could not read an answer without what the application adds for it.
         if b"origin" in headers or self.parser.get_method() != b"POST":
             return False
-        head, body = _refusal(shape, door.until_open(now))
+        head, body = _refusal(shape, door.until_open(size, now))
         lines = [head, b"x-request-id: ", name_request(headers.get(b"x-request-id", b"")).encode()]
         if not self.parser.should_keep_alive():
             lines.append(b"\r\nconnection: close")

@@ -235,6 +235,20 @@ class EngineCore:
         except PolicyError as error:
             reply(Failed(message.id, str(error)))
             return
+        begins = message.steps or [0] * len(message.items)
+        if len(begins) != len(message.items):
+            reply(Failed(message.id, "there must be as many steps as items"))
+            return
+        outlook = Outlook.of(rule).up_to(self.options.max_step)
+        counts = [len(item.ids) // protocol.ID_BYTES for item in message.items]
+        prices = self.prices.expected_each(model.key, outlook, counts)
+        for place, begin in enumerate(begins):
+            if begin:
+                prices[place] = self.prices.item(model.key, begin, outlook, counts[place])
+        refusal = self._admit(model.checkpoint.name, prices, queued, message.remaining)
+        if refusal is not None:
+            reply(Refused(message.id, refusal.reason, refusal.retry_after))
+            return
         now = self._clock()
         request = _Request(
             message.id,
@@ -245,43 +259,33 @@ class EngineCore:
             message.return_heads,
             RequestContext(message.request_id, message.traceparent),
             quality,
-            Outlook.of(rule).up_to(self.options.max_step),
+            outlook,
             lane_of(len(message.items)),
         )
-        begins = message.steps or [0] * len(message.items)
-        if len(begins) != len(message.items):
-            reply(Failed(message.id, "there must be as many steps as items"))
-            return
-        for tokens, begin in zip(message.items, begins, strict=True):
+        for tokens, begin, price in zip(message.items, begins, prices, strict=True):
             ids = protocol.unpack_ids(tokens.ids)
             segments = protocol.unpack_ids(tokens.segments) if tokens.segments else None
-            if begin:
-                price = self.prices.item(model.key, begin, request.outlook, len(ids))
-            else:
-                price = self.prices.expected(model.key, request.outlook, len(ids))
             request.slots.append(_Slot(request, Work(ids, segments, rule), price, now, begin))
-        refusal = self._admit(request, queued, message.remaining)
-        if refusal is not None:
-            reply(Refused(message.id, refusal.reason, refusal.retry_after))
-            return
         request.open = len(request.slots)
         self._open[request.model.checkpoint.name] += request.open
         self._requests[reply, message.id] = request
         self._arrivals += request.slots
         self._work_came.set()
 
-    def _admit(self, request: _Request, queued: float, remaining: float) -> Refusal | None:
-        name, most = request.model.checkpoint.name, self.options.max_queue_items
+    def _admit(
+        self, name: str, prices: list[float], queued: float, remaining: float
+    ) -> Refusal | None:
+        most = self.options.max_queue_items
         rooms = [(len(self._buckets) + len(self._arrivals) + len(self._running), most)]
         if name in self.options.model_queue_items:
             rooms.append((self._open[name], self.options.model_queue_items[name]))
         refusals = (
             admit(
-                items=len(request.slots),
+                items=len(prices),
                 queued_items=queued_items,
                 max_items=max_items,
                 queued_seconds=queued,
-                price=sum(slot.price for slot in request.slots),
+                price=sum(prices),
                 remaining=remaining,
             )
             for queued_items, max_items in rooms
@@ -309,7 +313,7 @@ class EngineCore:
         for level in levels:
             outlook = Outlook.of(model.rule(level, None, None))
             passes = sum(self.prices.constant(model.key, step) for step in outlook.steps)
-            seconds = sum(self.prices.expected(model.key, outlook, count) for count in tokens)
+            seconds = self.prices.expected(model.key, outlook, sum(tokens), len(tokens))
             if passes + seconds <= left:
                 return level
         return "fast"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-REOPEN_SHARE = 0.25
-"""The door opens again when so much of what the front held as it closed has been answered."""
+GROWTH = 0.1
+"""With every answered text a window widens by so many texts."""
 RATE_SECONDS = 5.0
 """Over how long the rate of answers is taken."""
 LONGEST_RETRY = 60
@@ -19,20 +19,22 @@ LATE_SHARE = 0.1
 class Door:
     """Count the texts of a front, and learn from refusals what need not be read.
 
-    To read, check and tokenize what is refused then would take from those who are admitted. So a
-    refusal closes the door to bodies of that size and larger ones, until a quarter of what was here
-    has been answered. Smaller ones come in all the while: where a thousand texts have no room, one
-    may. A deadline that cannot be met tells of others only if it was as late as theirs. When the
-    door opens, whoever comes next is asked about in full.
+    To read, check and tokenize what is refused then would take from those who are admitted. So
+    there are windows, as TCP has one: a refusal says that what is here is all that there is room
+    for, and from then on bodies as large come in only while less than that is here. Every answer
+    widens the window a little, until somebody is refused again; when nobody is here, it is
+    forgotten. Smaller bodies come in all the while: where a thousand texts have no room, one may.
+    Sizes are told apart by their powers of two. A deadline that cannot be met tells of others only
+    if it was as late as theirs.
 
-    It also closes, to everyone, when the front itself is late, and for as long as it was late.
+    The door also closes, to everyone, when the front itself is late, and for as long as it was.
     """
 
     def __init__(self) -> None:
         self.texts = 0
         """Texts that are here, from their arrival to their answer."""
-        self._least = math.inf
-        self._missing = 0.0
+        self._windows: dict[int, float] = {}
+        """Texts that may be here when a body comes, by the least of its size in bits."""
         self._answered = 0.0
         self._counted = 0.0
         self._longest = 0.0
@@ -41,7 +43,7 @@ class Door:
 
     def closed_to(self, size: int, now: float) -> bool:
         """Say whether a body of so many bytes is turned away unread."""
-        return size >= self._least or now < self._late_until
+        return self.texts >= self._window(size) or now < self._late_until
 
     def refuse(self, size: int | None, others: int) -> None:
         """Close to bodies like one that was refused for what is here.
@@ -52,9 +54,7 @@ class Door:
         """
         if size is None or not others:
             return
-        if self._least == math.inf:
-            self._missing = REOPEN_SHARE * others
-        self._least = min(self._least, size)
+        self._windows[size.bit_length()] = others
 
     def patient(self, seconds: float) -> bool:
         """Say whether hardly any caller of late gave more seconds than these."""
@@ -77,20 +77,25 @@ class Door:
         if answered:
             self._answered = self._recent(now) + count
             self._counted = now
-            self._missing -= count
-        if self._missing <= 0 or not self.texts:
-            self._least = math.inf
+            for bits in self._windows:
+                self._windows[bits] += GROWTH * count
+        if not self.texts:
+            self._windows.clear()
 
     def retry_after(self, excess: float, now: float) -> int:
         """Return the whole seconds in which so many of the texts here are answered."""
         rate = self._recent(now) / RATE_SECONDS
-        if not rate:
+        if excess <= 0 or not rate:
             return 1
-        return min(max(1, math.ceil(excess / rate)), LONGEST_RETRY)
+        return min(math.ceil(excess / rate), LONGEST_RETRY)
 
-    def until_open(self, now: float) -> int:
-        """Return the whole seconds in which the door may be expected to open."""
-        return self.retry_after(self._missing, now)
+    def until_open(self, size: int, now: float) -> int:
+        """Return the whole seconds in which a body of so many bytes may be expected to come in."""
+        return self.retry_after(self.texts - self._window(size), now)
+
+    def _window(self, size: int) -> float:
+        own = (room for bits, room in self._windows.items() if bits <= size.bit_length())
+        return min(own, default=math.inf)
 
     def _recent(self, now: float) -> float:
         return self._answered * math.exp((self._counted - now) / RATE_SECONDS)

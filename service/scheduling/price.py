@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from budgetformer.cost_table import CostTable
@@ -68,14 +68,20 @@ class Prices:
         """Price a model by this table from now on."""
         self._tables[key], self._scales[key] = table, 1.0
 
-    def expected(self, key: Hashable, outlook: Outlook, tokens: int) -> float:
-        """Return the seconds that an item of so many tokens will take, before f_o has seen it."""
+    def expected(self, key: Hashable, outlook: Outlook, tokens: int, items: int = 1) -> float:
+        """Return the seconds that items of so many tokens in all take, before f_o has seen them."""
         table = self._tables[key]
         run = sum(
-            share * table.share(self._step(table, step), tokens)
+            share * table.share(self._step(table, step), tokens, items)
             for step, share in outlook.steps.items()
         )
-        return self._scales[key] * (table.share(0, tokens) + run)
+        return self._scales[key] * (table.share(0, tokens, items) + run)
+
+    def expected_each(self, key: Hashable, outlook: Outlook, tokens: Sequence[int]) -> list[float]:
+        """Return the expected seconds of each of some items, by their tokens."""
+        item = self.expected(key, outlook, tokens=0)
+        token = self.expected(key, outlook, tokens=1, items=0)
+        return [item + token * count for count in tokens]
 
     def item(self, key: Hashable, step: int, outlook: Outlook, tokens: int) -> float:
         """Return the seconds that an item takes from its step on, a likely escalation included."""

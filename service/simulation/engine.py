@@ -147,7 +147,8 @@ class SimEngine:
         queued = self.queued_seconds
         request.level = self._named or self.brownout.observe(queued, now)
         outlook = self.model.outlooks[request.level]
-        prices = [self.prices.expected(_MODEL, outlook, text.tokens) for text in request.texts]
+        tokens = [text.tokens for text in request.texts]
+        prices = self.prices.expected_each(_MODEL, outlook, tokens)
         price = sum(prices)
         self._beside += self._cost.request
         refusal = admit(

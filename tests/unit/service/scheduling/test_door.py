@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.scheduling.door import LATE_SHARE, RATE_SECONDS, Door
+from service.scheduling.door import GROWTH, LATE_SHARE, RATE_SECONDS, Door
 
 NOW = 100.0
 
@@ -23,31 +23,50 @@ def test_a_refusal_closes_to_bodies_as_large_and_no_others() -> None:
     door.refuse(1000, others=100)
     assert door.closed_to(1000, NOW)
     assert door.closed_to(5000, NOW)
-    assert not door.closed_to(999, NOW)
+    assert not door.closed_to(500, NOW)
     door.refuse(200, others=100)
     assert door.closed_to(200, NOW)
 
 
-def test_it_opens_when_a_quarter_has_been_answered() -> None:
+def test_whoever_goes_makes_room() -> None:
     door = full()
     door.refuse(1000, others=100)
-    door.leave(24, answered=True, now=NOW)
+    door.leave(1, answered=False, now=NOW)
+    assert not door.closed_to(1000, NOW)
+    door.enter(1, 10.0, NOW)
     assert door.closed_to(1000, NOW)
-    door.leave(1, answered=True, now=NOW)
+
+
+def test_answers_widen_the_window_until_the_next_refusal() -> None:
+    door = full()
+    door.refuse(1000, others=100)
+    let_in = 0
+    for _ in range(50):
+        door.leave(1, answered=True, now=NOW)
+        while not door.closed_to(1000, NOW):
+            door.enter(1, 10.0, NOW)
+            let_in += 1
+    assert let_in == pytest.approx(50 * (1 + GROWTH), abs=1)
+    door.refuse(1000, others=100)
+    assert door.closed_to(1000, NOW)
+    door.leave(door.texts - 99, answered=False, now=NOW)
     assert not door.closed_to(1000, NOW)
 
 
-def test_who_leaves_without_an_answer_opens_nothing() -> None:
+def test_large_bodies_have_a_window_of_their_own() -> None:
     door = full()
     door.refuse(1000, others=100)
-    door.leave(99, answered=False, now=NOW)
-    assert door.closed_to(1000, NOW)
+    door.refuse(100_000, others=60)
+    door.leave(10, answered=False, now=NOW)
+    assert not door.closed_to(1000, NOW)
+    assert door.closed_to(100_000, NOW)
 
 
-def test_it_is_open_when_nobody_is_here() -> None:
+def test_windows_are_forgotten_when_nobody_is_here() -> None:
     door = full()
-    door.refuse(1000, others=100)
+    door.refuse(1000, others=10)
     door.leave(100, answered=False, now=NOW)
+    door.enter(1000, 10.0, NOW)
     assert not door.closed_to(1000, NOW)
 
 
@@ -101,7 +120,7 @@ def test_the_wait_is_the_time_in_which_so_many_are_answered(rate: int) -> None:
 
 def test_without_any_answer_the_wait_is_short() -> None:
     assert full().retry_after(100, NOW) == 1
-    assert full().until_open(NOW) == 1
+    assert full().until_open(1000, NOW) == 1
 
 
 def test_the_wait_grows_when_answers_stop() -> None:

@@ -128,6 +128,13 @@ def test_models_are_priced_apart() -> None:
     assert made.constant("other", 1) > TABLE.constant(1)
 
 
+def test_what_is_expected_of_many_is_the_sum_of_each() -> None:
+    outlook, tokens = Outlook({1: 0.3, 2: 0.5}), [3, 40, 17]
+    each = prices().expected_each(KEY, outlook, tokens)
+    assert each == pytest.approx([prices().expected(KEY, outlook, count) for count in tokens])
+    assert prices().expected(KEY, outlook, sum(tokens), len(tokens)) == pytest.approx(sum(each))
+
+
 def test_a_ceiling_bounds_what_is_expected() -> None:
     capped = BudgetRule(point=rule({0: 0.5, 1: 0.2, 3: 0.3}).point, num_steps=3, ceiling=2)
     assert Outlook.of(capped).steps == {1: 0.2, 2: 0.3}
