@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,6 +208,16 @@ class Checkpoint:
         Raises:
             PolicyError: there is no such level, or no step with so few heads.
         """
+        return self._rules(quality, heads, max_heads)
+
+    @cached_property
+    def _rules(self) -> Callable[[str | float | None, int | None, int | None], BudgetRule]:
+        """Rules that were made: requests ask for few different ones, again and again."""
+        return lru_cache(maxsize=256)(self._make_rule)
+
+    def _make_rule(
+        self, quality: str | float | None, heads: int | None, max_heads: int | None
+    ) -> BudgetRule:
         point = None if quality is None else choose_point(self.manifest.operating_points, quality)
         fixed = None if heads is None else self._step_within("heads", heads)
         ceiling = None if max_heads is None else self._step_within("max_heads", max_heads)

@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
-from opentelemetry.trace import NoOpTracer, TracerProvider
+from opentelemetry.trace import TracerProvider
 from starlette.middleware.cors import CORSMiddleware
 
 import budgetformer
 from service.access import ANONYMOUS, KeyRing
 from service.api import classify, health, kserve, playground, sagemaker, tei
 from service.api import models as api_models
+from service.api.access import document_keys
 from service.api.connections import ConnectionLimits, Guard, GuardedProtocol
 from service.api.errors import install_error_handlers, own_shape
 from service.api.middleware import OTHER, PROBES, Observe, OperationsPort, Secure
@@ -64,7 +65,7 @@ def create_app(
         anonymous=settings.anonymous,
         changed=lambda names: hub.observe(KeysKnown([*names, ANONYMOUS])),
     )
-    tracer = NoOpTracer() if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
+    tracer = None if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
     state = State(settings, models, engines, hub, tracer, keys)
 
     @asynccontextmanager
@@ -110,7 +111,7 @@ def create_app(
         app.add_middleware(OperationsPort, port=settings.metrics_port)
     app.add_middleware(Observe, hub=hub, log_share=settings.access_log)
     app.add_middleware(Secure)
-    _document_bodies(app)
+    _document(app)
     routes += [*app.openapi()["paths"], *playground.UNLISTED, OTHER]
     return app
 
@@ -149,9 +150,10 @@ def _operational(scope: MutableMapping[str, Any]) -> bool:
     return path == "/metrics" or path.startswith(PROBES)
 
 
-def _document_bodies(app: FastAPI) -> None:
-    """Add the schemas of bodies that the routes read for themselves."""
+def _document(app: FastAPI) -> None:
+    """Add what the routes see to themselves: keys, and the schemas of bodies."""
     schema = app.openapi()
+    document_keys(schema)
     for model in (
         ClassifyRequest, TokenizeRequest, LoadRequest, PredictRequest, InferRequest,
         IndexRequest, RepositoryRequest,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, Request, Security
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Depends, Request
+from fastapi.openapi.models import APIKey, APIKeyIn, HTTPBearer, SecurityBase
+from fastapi.security.base import SecurityBase as SecurityDependency
 
 from service.access import Caller, Scope
 from service.api.errors import ApiError
@@ -15,24 +16,24 @@ from service.api.state import state_of
 from service.hub.messages import TextsAsked
 
 _TEXT = "A key; `budgetformer keys new` makes one."
-_Bearer = Annotated[
-    HTTPAuthorizationCredentials | None,
-    Security(HTTPBearer(scheme_name="bearer", description=_TEXT, auto_error=False)),
-]
-_Header = Annotated[
-    str | None,
-    Security(
-        APIKeyHeader(name="X-API-Key", scheme_name="header", description=_TEXT, auto_error=False)
-    ),
-]
+HEADER = "X-API-Key"
+SCHEMES: dict[str, SecurityBase] = {
+    "bearer": HTTPBearer(description=_TEXT),
+    "header": APIKey.model_validate({"in": APIKeyIn.header, "name": HEADER, "description": _TEXT}),
+}
+"""The ways to give a key, as OpenAPI names them; routes that take one take either."""
 
 
-def needs(scope: Scope) -> Any:
-    """Return a dependency that lets those in whose key has a scope, as many as it may at once."""
+class _Needs(SecurityDependency):
+    """Lets those in whose key has a scope, as many as it may at once."""
 
-    async def let_in(request: Request, bearer: _Bearer, header: _Header) -> None:
-        given = bearer.credentials if bearer is not None else header
-        caller = _caller(request, given, scope)
+    def __init__(self, scope: Scope) -> None:
+        self.scheme_name = "bearer"
+        self.model = SCHEMES[self.scheme_name]
+        self._scope = scope
+
+    async def __call__(self, request: Request) -> None:
+        caller = _caller(request, _key_of(request), self._scope)
         request.state.caller = caller
         if caller.busy:
             message = "this key has as many requests under way as it may; try again in 1 s"
@@ -40,7 +41,31 @@ def needs(scope: Scope) -> Any:
         caller.requests += 1
         request.state.under_way = caller  # until `Observe` has seen the end of it
 
-    return Depends(let_in)
+
+def needs(scope: Scope) -> Any:
+    """Return a dependency that lets those in whose key has a scope, as many as it may at once."""
+    return Depends(_Needs(scope))
+
+
+def document_keys(schema: dict[str, Any]) -> None:
+    """Say in an OpenAPI document that a route which takes a key takes it in either way."""
+    schemes = {
+        name: scheme.model_dump(mode="json", by_alias=True, exclude_none=True)
+        for name, scheme in SCHEMES.items()
+    }
+    schema["components"]["securitySchemes"] = schemes
+    for operations in schema["paths"].values():
+        for operation in operations.values():
+            if "security" in operation:
+                operation["security"] = [{name: []} for name in SCHEMES]
+
+
+def _key_of(request: Request) -> str | None:
+    """Return the key that a request brings; that of a Bearer token goes first."""
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer" and token.strip():
+        return token.strip()
+    return request.headers.get(HEADER)
 
 
 def _caller(request: Request, given: str | None, scope: Scope) -> Caller:

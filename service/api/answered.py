@@ -37,7 +37,7 @@ class Answered:
     @property
     def tokens(self) -> int:
         """Tokens of all items."""
-        return sum(len(encoding.ids) for encoding in self.encodings)
+        return sum(map(len, self.encodings))
 
     def failure(self, index: int) -> ApiError | None:
         """Return why an item failed alone; None: it did not."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -118,13 +117,16 @@ async def _respond(
 ) -> Response:
     started = time.monotonic()
     quality = _quality(state, body, model)
-    # An exception could quote a text, so it is not recorded.
-    with state.tracer.start_as_current_span(
-        "tokenize", record_exception=False, set_status_on_exception=False
-    ) as span:
+    if state.tracer is None:
         encodings = await state.tokenize(model, texts)
-        span.set_attribute("budgetformer.items", len(encodings))
-        span.set_attribute("budgetformer.tokens", sum(len(e.ids) for e in encodings))
+    else:
+        # An exception could quote a text, so it is not recorded.
+        with state.tracer.start_as_current_span(
+            "tokenize", record_exception=False, set_status_on_exception=False
+        ) as span:
+            encodings = await state.tokenize(model, texts)
+            span.set_attribute("budgetformer.items", len(encodings))
+            span.set_attribute("budgetformer.tokens", sum(map(len, encodings)))
     if not body.truncate:
         _refuse_overlong(encodings, model)
     tokenized = time.monotonic()
@@ -240,13 +242,13 @@ def _refusal(error: RefusedError) -> ApiError:
 
 async def _ask(request: Request, state: State, job: Job) -> Answer:
     """Await the engines' answer, or the client's going away, whichever comes first."""
-    asking = asyncio.ensure_future(state.engines.classify(job))
-    leaving = asyncio.ensure_future(_disconnected(request))
+    waiting = asyncio.timeout(None)
+    leaving = asyncio.ensure_future(_wait_no_more(request, waiting))
     try:
-        await asyncio.wait({asking, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not asking.done():
-            raise ClientGoneError
-        return asking.result()
+        async with waiting:
+            return await state.engines.classify(job)
+    except TimeoutError:
+        raise ClientGoneError from None
     except DeadlineError:
         raise ApiError(
             504, "the deadline passed before the answer was there", "timeout_ms"
@@ -260,15 +262,14 @@ async def _ask(request: Request, state: State, job: Job) -> Answer:
     except EngineFailedError as error:
         raise ApiError(503, str(error), code="engine_failed", retry_after=1) from None
     finally:
-        for task in (asking, leaving):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+        leaving.cancel()
 
 
-async def _disconnected(request: Request) -> None:
+async def _wait_no_more(request: Request, waiting: asyncio.Timeout) -> None:
+    """End what waits for an answer when the client goes."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    waiting.reschedule(asyncio.get_running_loop().time())
 
 
 def classify_response(request: Request, answered: Answered) -> Response:
@@ -298,7 +299,7 @@ def classify_response(request: Request, answered: Answered) -> Response:
                 },
                 "macs": item.macs,
                 "dense_macs": item.dense_macs,
-                "tokens": len(encoding.ids),
+                "tokens": len(encoding),
                 "truncated": bool(encoding.overflowing),
                 "quality": answered.quality,
             }
@@ -352,7 +353,7 @@ def _measure(
 ) -> None:
     checkpoint = model.checkpoint
     items = [
-        ItemSpent(item.budget, sum(item.heads), len(encoding.ids), item.macs, item.dense_macs)
+        ItemSpent(item.budget, sum(item.heads), len(encoding), item.macs, item.dense_macs)
         for encoding, item in zip(encodings, answer.items, strict=True)
         if not item.error
     ]

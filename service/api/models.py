@@ -142,7 +142,7 @@ async def tokenize(request: Request) -> Response:
             "index": index,
             "tokens": encoding.tokens,
             "ids": encoding.ids,
-            "count": len(encoding.ids),
+            "count": len(encoding),
             "truncated": bool(encoding.overflowing),
         }
         for index, encoding in enumerate(encodings)

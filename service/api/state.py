@@ -26,6 +26,8 @@ from service.settings import Settings
 
 Answer = TypeVar("Answer")
 
+SHORT_CHARACTERS = 2000
+"""Tokenized sooner than a thread wakes up."""
 MOST_BODIES = 16
 """As many bodies of the largest size may be arriving at once."""
 
@@ -38,7 +40,7 @@ class State:
     models: Models
     engines: Engines
     hub: HubLink
-    tracer: Tracer
+    tracer: Tracer | None
     keys: KeyRing
     tokenizing: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
@@ -92,13 +94,18 @@ class State:
     async def tokenize(
         self, model: ServedModel, texts: list[str | tuple[str, str]]
     ) -> list[Encoding]:
-        """Tokenize texts and pairs, beside the event loop.
+        """Tokenize texts and pairs, beside the event loop unless they are short.
 
         Raises:
             ApiError: 500, the tokenizer fails at one, which is named.
         """
-        loop = asyncio.get_running_loop()
+        characters = sum(
+            len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts
+        )
         try:
+            if characters <= SHORT_CHARACTERS:
+                return model.encode(texts)
+            loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.tokenizing, model.encode, texts)
         except TokenizerError as error:
             place = f"input[{error.place}]"
