@@ -140,7 +140,7 @@ class Settings(BaseSettings):
     """Most texts of one model that wait in one engine, `name=number`; a busy one then leaves room
     for the others."""
     batch_milliseconds: float = Field(default=50.0, gt=0)
-    """A batch is filled up to this computing time."""
+    """A batch is filled up to this computing time, and up to twice that where many texts wait."""
     batch_items: int = Field(default=256, ge=1)
     """Most texts in one batch."""
     timeout_ms: int = Field(default=10_000, ge=1)

@@ -18,6 +18,9 @@ Item = TypeVar("Item")
 Lane = Literal["interactive", "bulk"]
 WEIGHTS: dict[Lane, float] = {"interactive": 4.0, "bulk": 1.0}
 """Shares of the device where both lanes have work."""
+QUEUE_SHARE, MOST_BATCHES = 0.25, 2.0
+"""Where many wait, a batch may take this share of what its lane holds, up to so many times what a
+batch takes else: larger ones cost less per item, which shortens the queue."""
 BULK_ITEMS = 16
 """A request of so many items waits in the bulk lane."""
 
@@ -53,6 +56,8 @@ class _Queues(Generic[Item]):
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
+        self.seconds = 0.0
+        """Price of all that waits."""
         self.used = 0.0
         """Device seconds that the lane has had, over its weight."""
         self.by_bucket: dict[Hashable, deque[Entry[Item]]] = {}
@@ -82,7 +87,7 @@ class Buckets(Generic[Item]):
 
     Args:
         batch_seconds: a batch is filled up to this price (one item always fits), so that nobody
-            waits longer than that for a device which has just begun.
+            waits longer than that for a device which has just begun; where many wait, up to twice.
         batch_items: most items in a batch.
         constant: seconds that a batch of a bucket takes whatever is in it.
     """
@@ -99,7 +104,6 @@ class Buckets(Generic[Item]):
         self._lanes: dict[Lane, _Queues[Item]] = {
             lane: _Queues(weight) for lane, weight in WEIGHTS.items()
         }
-        self._seconds = 0.0
         self._items = 0
 
     def __len__(self) -> int:
@@ -111,7 +115,8 @@ class Buckets(Generic[Item]):
         if not self._items:
             return 0.0
         buckets = {bucket for lane in self._lanes.values() for bucket in lane.by_bucket}
-        return max(self._seconds, 0.0) + sum(map(self._constant, buckets))
+        waiting = sum(lane.seconds for lane in self._lanes.values())
+        return max(waiting, 0.0) + sum(map(self._constant, buckets))
 
     def oldest(self, now: float) -> float:
         """Return the age in seconds of the entry that has waited longest; 0 when none waits."""
@@ -155,7 +160,8 @@ class Buckets(Generic[Item]):
         lane = min(lanes, key=lambda lane: lane.used)
         bucket = lane.most_urgent()
         batch: list[Entry[Item]] = []
-        own = self._fill(batch, lane, bucket, self.batch_seconds)
+        most = min(QUEUE_SHARE * lane.seconds, MOST_BATCHES * self.batch_seconds)
+        own = self._fill(batch, lane, bucket, max(self.batch_seconds, most))
         constant = self._constant(bucket)
         lane.used += (own + constant) / lane.weight
         for other in lanes:
@@ -182,7 +188,8 @@ class Buckets(Generic[Item]):
 
     def _count(self, entry: Entry[Item], sign: int) -> None:
         self._items += sign
-        self._seconds = self._seconds + sign * entry.seconds if self._items else 0.0
+        lane = self._lanes[entry.lane]
+        lane.seconds = lane.seconds + sign * entry.seconds if self._items else 0.0
 
 
 def _urgency(entry: Entry[Item]) -> float:
