@@ -54,6 +54,10 @@ class Cores:
         return f"server on {len(self.server)} core(s), {apart}"
 
 
+class ServerError(RuntimeError):
+    """A server did not start."""
+
+
 class Server:
     """A server in a process of its own, until the block ends.
 
@@ -110,9 +114,9 @@ class Server:
     def _wait_ready(self, started: float) -> None:
         while not self._answers():
             if self._process.poll() is not None:
-                raise SystemExit(f"{self._command[0]} ended with {self._process.returncode}")
+                raise ServerError(f"{self._command[0]} ended with {self._process.returncode}")
             if time.monotonic() - started > START_SECONDS:
-                raise SystemExit(f"{' '.join(self._command)} does not answer {self._ready}")
+                raise ServerError(f"{' '.join(self._command)} does not answer {self._ready}")
             time.sleep(0.05)
 
     def _end(self) -> None:
