@@ -56,7 +56,7 @@ bench: .venv/.dev ## what was promised of speed, pass or short: the pass, and th
 	$(BIN)/python loadtests/bench.py --repeats $(REPEATS) $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
 
 bench-quick: .venv/.dev ## the same in three minutes, with fewer texts and others; fails only on wrong answers
-	$(BIN)/python loadtests/bench.py --quick
+	$(BIN)/python loadtests/bench.py --quick $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
 
 rivals: $(RIVALS:%=build/rivals/%/.made) ## environments for the other servers of `make bench`: 2 GB in build/rivals
 

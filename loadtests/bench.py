@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -24,14 +23,15 @@ from compare import PROMISE_HEADS, Plan, Repeats, machine, repeat, report, servi
 from contenders import FLOOR, ONNX_INT8, OURS, PIPELINE, RIVALS
 from openloop import limit_lines
 from promises import Promise, pass_promises
+from rich import box
 from rich.console import Console
 from rich.table import Table
-from servers import ours
+from servers import ours, run_quietly
 from texts import texts_of
 
 BUILD = Path("build")
 QUICK_RIVALS = (ONNX_INT8, PIPELINE, FLOOR)
-SETTLE, REST = 3.0, 5.0
+SETTLE, REST = 5.0, 5.0
 """Seconds until what starting has left is done, and of rest."""
 
 
@@ -46,7 +46,7 @@ def time_pass(data: Path | None, quick: bool) -> dict[str, Any]:
         sys.executable, "-m", "service.cli", "bench", "pass", "--model=ag_news", "--json",
         f"--data={data}", f"--out={folder}", *(["--batch=1", "--batch=32", "--rounds=2"] * quick),
     ]  # fmt: skip
-    subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
+    run_quietly(program)
     found: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return found
 
@@ -66,12 +66,15 @@ def at_rest() -> list[Promise]:
         ]
 
 
-def screen(promises: list[Promise], facts: dict[str, str], seconds: float) -> Table:
-    told = f"{facts['processor']}; {facts['cores']}. {facts['texts']}; {seconds:.0f} s"
-    table = Table(*PROMISE_HEADS, caption=told)
+def screen(promises: list[Promise], facts: dict[str, str], real: bool, seconds: float) -> Table:
+    """Return the table; what made-up texts cannot tell has no verdict."""
+    told = f"{facts['processor']}; {facts['cores']}. {facts['texts']}. {seconds:.0f} s."
+    table = Table(*PROMISE_HEADS, caption=told, box=box.SIMPLE_HEAD)
     for promise in promises:
-        color = "green" if promise.verdict == "pass" else "yellow"
-        table.add_row(*promise.row[:-1], f"[{color}]{promise.verdict}")
+        judged = real or not promise.hard
+        color = {"pass": "green", "short": "yellow"}[promise.verdict] if judged else "dim"
+        verdict = promise.verdict if judged else "needs --data"
+        table.add_row(*promise.row[:-1], f"[{color}]{verdict}")
     return table
 
 
@@ -107,7 +110,9 @@ def main() -> None:
         "promises": [promise.as_dict() for promise in promises],
     }  # fmt: skip
     (BUILD / "bench.json").write_text(json.dumps(kept, indent=1) + "\n")
-    Console().print(screen(promises, facts, time.monotonic() - began))
+    seconds = time.monotonic() - began
+    console = Console(width=max(110, Console().width))
+    console.print(screen(promises, facts, given.data is not None, seconds))
     for rival, why in stored[-1]["absent"].items():
         print(f"not measured: {rival} ({why})")
     if broken:

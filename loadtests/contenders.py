@@ -85,6 +85,7 @@ class Rival:
         quiet = {
             "OMP_NUM_THREADS": str(len(cores)), "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_VERBOSITY": "critical", "PYTHONWARNINGS": "ignore",
+            "TQDM_DISABLE": "1",
         }  # fmt: skip
         variables = quiet | {name: fill(value) for name, value in self.variables.items()}
         return Server([*start, *words], cores, self.ready, variables)

@@ -20,12 +20,14 @@ class Promise:
         sign: `>=` or `<=`.
         bound: to reach.
         reached: in every repeat.
+        hard: whether it hangs on how hard texts are, which made-up ones do not tell.
     """
 
     what: str
     sign: str
     bound: float
     reached: Sequence[float]
+    hard: bool = False
 
     @property
     def verdict(self) -> str:
@@ -59,14 +61,14 @@ def pass_promises(report: dict[str, Any]) -> list[Promise]:
     sixth, balanced = f"step {int(last) // 6}, {precision}", f"balanced, {precision}"
     dense, int8 = "dense, Transformers sdpa", "dense, ONNX Runtime int8"
     asked = [
-        ("a sixth of the heads, of all of them", sixth, full, {1: 0.3, 32: 0.22}),
+        ("a sixth of the heads, of all heads", sixth, full, {1: 0.3, 32: 0.22}),
         ("all heads, of dense in Transformers", full, dense, {1: 0.8, 32: 0.6}),
         ("`balanced`, of dense in ONNX Runtime int8", balanced, int8, {1: 0.35, 32: 0.35}),
     ]
     return [
         Promise(
-            f"pass: time for {what}, batch of {batch}", "<=", bound,
-            [times[of, batch] / times[to, batch]],
+            f"pass: time of {what}, batch {batch}", "<=", bound,
+            [times[of, batch] / times[to, batch]], hard=of == balanced,
         )
         for what, of, to, bounds in asked
         for batch, bound in bounds.items()

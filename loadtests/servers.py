@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,38 @@ from typing import Self
 import psutil
 
 START_SECONDS = 120.0
+
+
+def run_quietly(program: Sequence[str | Path]) -> None:
+    """Run a program whose output matters only if it fails."""
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, program))}\n{done.stdout}{done.stderr}")
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """Return a process and all that came from it; none if it is gone."""
+    try:
+        top = psutil.Process(pid)
+        return [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def memory(processes: Iterable[psutil.Process]) -> float:
+    """Return the MiB that processes hold, pages that they share counted once."""
+    held = 0.0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            held += process.memory_full_info().pss / 2**20
+    return held
 
 
 @dataclass(frozen=True)
@@ -77,9 +110,7 @@ class Server:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._command = [part.replace("{port}", str(port)) for part in command]
         self._cores, self._ready = set(cores), ready
@@ -120,17 +151,15 @@ class Server:
             time.sleep(0.05)
 
     def _end(self) -> None:
-        family = self.family()
+        everybody = self.family()
         self._process.terminate()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
-        for left in family:
-            try:
+        for left in everybody:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()
-            except psutil.NoSuchProcess:
-                continue
 
     def _answers(self) -> bool:
         try:
@@ -141,20 +170,21 @@ class Server:
 
     def family(self) -> list[psutil.Process]:
         """Return all processes of the server."""
-        try:
-            top = psutil.Process(self._process.pid)
-            return [top, *top.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        return family(self._process.pid)
 
     def memory(self) -> float:
         """Return the MiB that all processes hold, pages that they share counted once."""
-        return sum(p.memory_full_info().pss for p in self.family()) / 2**20
+        return memory(self.family())
 
     def cpu_seconds(self, part: str = "") -> float:
         """Return the processor time of all processes, or of those with `part` in their command."""
-        times = [p.cpu_times() for p in self.family() if not part or part in p.cmdline()]
-        return sum(t.user + t.system for t in times)
+        used = 0.0
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if not part or part in process.cmdline():
+                    times = process.cpu_times()
+                    used += times.user + times.system
+        return used
 
 
 def ours(cores: Sequence[int], *flags: str, folder: Path | None = None) -> Server:

@@ -22,7 +22,7 @@ from budgetformer.bench.rivals import DenseTwin, export_onnx
 from budgetformer.checkpoint import Checkpoint, load_tokenizer, read_checkpoint
 from budgetformer.modeling import load_model
 
-CODE = Path(__file__).with_name("mean_bert.py")
+CODE, NETWORK = Path(__file__).with_name("mean_bert.py"), "MeanBertForSequenceClassification"
 
 
 def export(checkpoint: Checkpoint, folder: Path) -> None:
@@ -42,7 +42,7 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     labels = checkpoint.manifest.labels
     own = {
-        "architectures": ["MeanBertForSequenceClassification"],
+        "architectures": [NETWORK],
         "auto_map": {
             "AutoModelForSequenceClassification": "mean_bert.MeanBertForSequenceClassification"
         },

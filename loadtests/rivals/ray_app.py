@@ -14,10 +14,11 @@ from typing import Any
 # Ray gives its workers what other processes leave; here they are the server.
 os.environ |= {
     "RAY_worker_niceness": "0",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": os.environ.get("SEP", "0"),
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": os.environ.get("SEP", "0"),
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
 }
 
 import ray
@@ -30,7 +31,7 @@ parser.add_argument("--port", type=int, required=True)
 parser.add_argument("--network", type=Path, required=True, help="folder that export.py wrote")
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--batch", type=int, default=8)
-parser.add_argument("--wait", type=float, default=0.0, help="seconds to fill a batch")
+parser.add_argument("--wait", type=float, default=0.01, help="seconds to fill a batch")
 given = parser.parse_args()
 
 
@@ -49,7 +50,7 @@ class Classifier:
         return await self.classify((await request.json())["input"])
 
 
-ray.init(include_dashboard=False, num_cpus=4, log_to_driver=False)
+ray.init(include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="error")
 serve.start(http_options={"host": "127.0.0.1", "port": given.port})
 application = Classifier.bind(str(given.network.absolute()), given.threads)
 serve.run(application, route_prefix="/classify")
