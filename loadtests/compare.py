@@ -29,7 +29,7 @@ from contenders import DENSE, ENVIRONMENTS, FLOOR, OURS, PIPELINE, RIVALS, Rival
 from openloop import Client, limit_lines, quantile
 from promises import Promise, spread
 from rivals.network import Network
-from servers import Cores, Server, ours, run_quietly
+from servers import Cores, Server, ours, processor, run_quietly
 from texts import texts_of
 
 from budgetformer.training.pages import draw, markdown_table
@@ -361,13 +361,6 @@ def main() -> None:
             )
             kept.write_text(json.dumps(stored, indent=1) + "\n")
     print(report(given.out, stored, client.read_text().splitlines()))
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
 
 
 if __name__ == "__main__":

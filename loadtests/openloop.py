@@ -103,7 +103,10 @@ class _Connection(asyncio.Protocol):
         self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
+        if self._done is None:  # nothing was asked: the server gives an idle connection up
+            self._transport.close()
+        else:
+            self._parser.feed_data(data)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"x-quality":
