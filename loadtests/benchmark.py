@@ -174,9 +174,10 @@ async def run(url: str, server: Server | None, cores: str, given: argparse.Names
         [
             "# Rates and latency",
             f"{processor()}, {cores}; {'given' if given.data else 'made-up'} texts, {BULK} in one "
-            f"request of ten; {given.seconds:g} s a rate; milliseconds from the due moment. The "
-            f"highest rate with a p99 of {given.p99_ms:g} ms or less: **{best.rate:.0f} a second**. "
-            f"The last row holds {HELD_SHARE:.0%} of it for {given.hold:g} s.",
+            f"request of ten; {given.seconds:g} s a rate; milliseconds from the due moment. "
+            f"The highest rate with a p99 of {given.p99_ms:g} ms or less: "
+            f"**{best.rate:.0f} a second**. The last row holds {HELD_SHARE:.0%} of it for "
+            f"{given.hold:g} s.",
             markdown_table(heads, rates),
             "\n".join(f"![{name}]({name}.svg)" for name in pictures),
             "Texts by the ladder step that answered them, and how many shared a batch, while held:",
