@@ -173,6 +173,7 @@ async def run(url: str, server: Server | None, cores: str, given: argparse.Names
     return "\n\n".join(
         [
             "# Rates and latency",
+            f"`python loadtests/benchmark.py{' --data test.parquet' if given.data else ''}`; "
             f"{processor()}, {cores}; {'given' if given.data else 'made-up'} texts, {BULK} in one "
             f"request of ten; {given.seconds:g} s a rate; milliseconds from the due moment. "
             f"The highest rate with a p99 of {given.p99_ms:g} ms or less: "

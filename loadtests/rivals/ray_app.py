@@ -2,6 +2,7 @@
 
 python loadtests/rivals/ray_app.py --port 8001 --network build/rivals/networks/ag_news-2
 """
+# ruff: noqa: E402 - what Ray finds when it is imported, it keeps to
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before Ray has threads; awaited below
 # Ray gives its workers what other processes leave; here they are the server.
 os.environ |= {
     "RAY_worker_niceness": "0",
@@ -50,7 +52,6 @@ class Classifier:
         return await self.classify((await request.json())["input"])
 
 
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before Ray has threads
 logging.getLogger("ray.serve").setLevel(logging.ERROR)
 ray.init(include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="error")
 serve.start(http_options={"host": "127.0.0.1", "port": given.port})
