@@ -164,6 +164,11 @@ class Client:
         self._idle: list[_Connection] = []
         self._open = 0
 
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return self._open
+
     def request(self, body: Any) -> bytes:
         """Return a whole request, ready to send."""
         content = json.dumps(body).encode()
