@@ -7,6 +7,8 @@ TEXTS  ?= 100000
 REPEATS ?= 3
 # Holds one folder per data set, each with train.parquet and test.parquet.
 DATA   ?= data
+# The servers beside which `make bench` measures, where they are there.
+RIVALS ?= litserve bentoml infinity ray
 # Where a host without an NVIDIA GPU looks first for torch: the builds that bring no CUDA libraries.
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
@@ -15,7 +17,7 @@ TORCH := $(shell grep ^torch== requirements/torch.in)
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compose test-cluster fuzz chaos soak check-answers audit sbom lint bench bench-gpu openapi docs lock clean
+.PHONY: help serve test test-compose test-cluster fuzz chaos soak check-answers audit sbom lint bench bench-quick rivals bench-gpu openapi docs lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -50,9 +52,13 @@ lint: .venv/.dev ## style, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: .venv/.dev ## time every step and level beside the dense network, then this service beside others
-	$(BIN)/budgetformer bench pass --model ag_news $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
-	$(BIN)/python loadtests/compare.py --repeats $(REPEATS) $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
+bench: .venv/.dev ## what was promised of speed, pass or short: the pass, and this service beside others
+	$(BIN)/python loadtests/bench.py --repeats $(REPEATS) $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
+
+bench-quick: .venv/.dev ## the same in three minutes, with fewer texts and others; fails only on wrong answers
+	$(BIN)/python loadtests/bench.py --quick $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
+
+rivals: $(RIVALS:%=build/rivals/%/.made) ## environments for the other servers of `make bench`: 2 GB in build/rivals
 
 bench-gpu: .venv/.dev ## on a GPU: check every pass, time it and weigh it, in a few minutes; needs one card
 	$(BIN)/budgetformer bench gpu --model ag_news --out docs/benchmarks/gpu $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
@@ -96,6 +102,9 @@ LOCK := --quiet --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find
 # The locks are whole and hold hashes; torch, of which each host takes its own build, is not in them.
 LOCKED := --no-deps --require-hashes --requirement
 
+RIVAL_PIP = build/rivals/$*/bin/python -m pip --quiet --disable-pip-version-check
+cpu-torch = $1 install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX_URL) $(TORCH)+cpu || $1 install $(TORCH)
+
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "BudgetFormer needs Python 3.11 or newer; point PYTHON= at one")'
 	$(PYTHON) -m venv .venv
@@ -104,8 +113,7 @@ LOCKED := --no-deps --require-hashes --requirement
 # torch comes first and by itself: without a GPU its CUDA libraries would be gigabytes that nothing uses.
 .venv/.torch: .venv/.created requirements/torch.in
 	@echo "installing $(TORCH), the packages of requirements/ follow: a minute or two"
-	@if command -v nvidia-smi >/dev/null; then $(PIP) install $(TORCH); \
-	else $(PIP) install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX_URL) $(TORCH)+cpu || $(PIP) install $(TORCH); fi
+	@if command -v nvidia-smi >/dev/null; then $(PIP) install $(TORCH); else $(call cpu-torch,$(PIP)); fi
 	@touch $@
 
 .venv/.serve: requirements/serve.txt pyproject.toml .venv/.torch
@@ -124,4 +132,11 @@ LOCKED := --no-deps --require-hashes --requirement
 
 .venv/.cluster: requirements/cluster.txt .venv/.dev
 	$(PIP) install $(LOCKED) requirements/cluster.txt
+	@touch $@
+
+# Only Infinity runs torch. What these ask for would not fit beside our own packages.
+build/rivals/%/.made: loadtests/rivals/%.txt requirements/torch.in
+	$(PYTHON) -m venv build/rivals/$*
+	@$(if $(filter infinity,$*),$(call cpu-torch,$(RIVAL_PIP)))
+	$(RIVAL_PIP) install --requirement $<
 	@touch $@

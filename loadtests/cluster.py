@@ -13,7 +13,6 @@ import asyncio
 import itertools
 import os
 import random
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,16 +32,11 @@ os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_PROXY_READY_CHECK_TIME
 
 import httpx
 import psutil
+from servers import family, free_port, memory
 from texts import sentence
 
 MODEL = "ag_news"
 PATIENCE = 120.0
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def body_of(texts: str | list[str]) -> dict[str, object]:
@@ -87,8 +81,7 @@ class Server:
         )
 
     def family(self) -> list[psutil.Process]:
-        top = psutil.Process(self._process.pid)
-        return [top, *top.children(recursive=True)]
+        return family(self._process.pid)
 
     def seconds(self) -> float:
         """Return the processor time that all processes have used."""
@@ -96,7 +89,7 @@ class Server:
 
     def memory(self) -> float:
         """Return the MiB that all processes hold, pages that they share counted once."""
-        return sum(process.memory_full_info().pss for process in self.family()) / 2**20
+        return memory(self.family())
 
     async def stop(self) -> None:
         await self.client.aclose()
@@ -152,8 +145,8 @@ async def overhead(arguments: argparse.Namespace) -> None:
         p50, p99, rate, spent = (statistics.median(column) for column in zip(*found, strict=True))
         figures = f"{1e3 * p50:.1f} | {1e3 * p99:.1f} | {rate:.0f} | {1e3 * spent:.2f}"
         print(f"| {name} | {callers} | {figures} |")
-    for name, (share, memory) in idle.items():
-        print(f"{name}, idle: {share:.3f} of a core, {memory:.0f} MiB")
+    for name, (share, held) in idle.items():
+        print(f"{name}, idle: {share:.3f} of a core, {held:.0f} MiB")
 
 
 class Callers(threading.Thread):

@@ -1,13 +1,14 @@
 """This service beside what a user would serve instead, in turns, on the same texts and cores.
 
+    make rivals    # once: environments for LitServe, BentoML, Infinity and Ray Serve
     python loadtests/compare.py --data test.parquet --out docs/benchmarks/service [--repeats 3]
 
 The server has the first cores, the client the last one. Everybody gets single texts: one caller at
 a time, then as fast as 32 callers are answered, then half of that rate on a schedule that does not
 wait. The rivals serve the checkpoint's full step as a dense network with the same weights
-(loadtests/rivals/serve.py). Repeats are appended to `repeats.json` in the folder, and the report
-is written anew from all of them; `--repeats 0` only writes it. Without `--data` texts are made up,
-and nothing is said of accuracy.
+(loadtests/contenders.py); who is not there, or does not start, is named. Repeats are appended to
+`repeats.json` in the folder, and the report is written anew from all of them; `--repeats 0` only
+writes it. Without `--data` texts are made up, and right is what the dense network says.
 """
 
 from __future__ import annotations
@@ -18,32 +19,26 @@ import platform
 import random
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import uvloop
-from openloop import Client, Phase, limit_lines, quantile
-from servers import Cores, Server, ours
+from contenders import DENSE, ENVIRONMENTS, FLOOR, OURS, PIPELINE, RIVALS, Rival, first
+from openloop import Client, limit_lines, quantile
+from promises import Promise, spread
+from rivals.network import Network
+from servers import Cores, Server, ours, processor, run_quietly
 from texts import texts_of
+
+from budgetformer.training.pages import draw, markdown_table
 
 CALLERS = 32
 WARM_UP = 2.0
-OURS = {
-    "fast": {"quality": "fast"},
-    "balanced": {"quality": "balanced"},
-    "best": {"quality": "best"},
-    "full budget": {"heads": 12},
-}
-RIVALS = {
-    "ONNX Runtime int8, dynamic batching": "onnx-int8",
-    "ONNX Runtime float32, dynamic batching": "onnx-float32",
-    "FastAPI + pipeline": "pipeline",
-    "floor: only parses and tokenizes": "floor",
-}
-DENSE = ("ONNX Runtime int8, dynamic batching", "ONNX Runtime float32, dynamic batching")
-PIPELINE, FLOOR = "FastAPI + pipeline", "floor: only parses and tokenizes"
+MADE_UP = 300
+RIGHT = 0.8
+"""Share of right answers below which a server is broken: the least accurate level has .92."""
 
 
 @dataclass
@@ -67,10 +62,46 @@ class Measured:
     late_p99: float
 
 
-def texts_and_labels(data: Path | None) -> tuple[list[str], list[str] | None]:
+@dataclass(frozen=True)
+class Plan:
+    """What everybody is given.
+
+    Attributes:
+        network: folder of the dense network.
+        texts: to send, in this order.
+        labels: that are right.
+        seconds: of a phase.
+        cores: of the server and of the client.
+    """
+
+    network: Path
+    texts: Sequence[str]
+    labels: Sequence[str]
+    seconds: float
+    cores: Cores
+
+    @classmethod
+    def of(cls, checkpoint: Path, data: Path | None, seconds: float) -> Plan:
+        """Export the dense network where that is not done, and read or make up texts."""
+        network = ENVIRONMENTS / "networks" / f"{checkpoint.parent.name}-{checkpoint.name}"
+        if not network.exists():
+            run_quietly([sys.executable, "loadtests/rivals/export.py", checkpoint, network])
+        if data is None:
+            texts = texts_of(None, MADE_UP)
+            labels = dense_labels(network, texts)
+        else:
+            texts, labels = texts_and_labels(data)
+        return cls(network, texts, labels, seconds, Cores.split())
+
+
+def dense_labels(network: Path, texts: Sequence[str]) -> list[str]:
+    """Return what the dense network says, in float32."""
+    answer = Network(network, 1, "plain.onnx")
+    return [str(answer([text])[0]["label"]) for text in texts]
+
+
+def texts_and_labels(data: Path) -> tuple[list[str], list[str]]:
     """Return texts in an order of their own, and the names of their labels beside `data`."""
-    if data is None:
-        return texts_of(None, 3000), None
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(data)
@@ -81,73 +112,102 @@ def texts_and_labels(data: Path | None) -> tuple[list[str], list[str] | None]:
 
 
 async def measure(
-    name: str, server: Server, fields: dict[str, Any], given: argparse.Namespace
+    name: str,
+    server: Server,
+    plan: Plan,
+    body: Callable[[str], dict[str, Any]],
+    read: Callable[[Any], dict[str, Any]],
 ) -> Measured:
-    texts, labels = texts_and_labels(given.data)
-    client = Client(f"{server.url}/classify", keep_bodies=labels is not None)
-    requests = [client.request({"input": text} | fields) for text in texts]
-    await client.closed("warm-up", requests, CALLERS, WARM_UP)
-    lone = await client.closed("lone", requests, 1, given.seconds / 2)
-    part = "" if name == FLOOR else "service.front"
+    """Ask one server in all three ways; `read` takes an answer apart."""
+    client = Client(f"{server.url}/classify", keep_bodies=True)
+    requests = [client.request(body(text)) for text in plan.texts]
+    await client.closed("warm-up", requests, CALLERS, min(WARM_UP, plan.seconds))
+    lone = await client.closed("lone", requests, 1, plan.seconds / 2)
+    part = "" if name == FLOOR.name else "service.front"
     before, front = server.cpu_seconds(), server.cpu_seconds(part)
-    most = await client.closed("most", requests, CALLERS, given.seconds)
+    most = await client.closed("most", requests, CALLERS, plan.seconds)
     cpu, front = server.cpu_seconds() - before, server.cpu_seconds(part) - front
     half = await client.scheduled(
-        "half", requests, most.goodput / 2, given.seconds, arrivals="poisson"
+        "half", requests, most.goodput / 2, plan.seconds, arrivals="poisson"
     )
-    right, answered = _right([lone, most, half], labels) if labels and name != FLOOR else (0, 0)
+    phases = (lone, most, half)
+    said = {n: read(json.loads(answer)) for phase in phases for n, answer in phase.bodies}
+    if name == FLOOR.name:
+        said = {}
     memory = server.memory()
     client.close()
     return Measured(
         name, most.goodput, lone.latency(0.5), half.latency(0.5), half.latency(0.99), half.rate,
         1000 * cpu / most.statuses["200"], 1000 * front / most.statuses["200"],
-        memory, server.start_seconds, answered, right,
-        sum(p.due - p.statuses["200"] for p in (lone, most, half)),
+        memory, server.start_seconds, len(said),
+        sum(answer["label"] == plan.labels[n] for n, answer in said.items()),
+        sum(p.due - p.statuses["200"] for p in phases),
         most.client_cpu / most.took, quantile(half.late, 0.99),
     )  # fmt: skip
 
 
-def _right(phases: Sequence[Phase], labels: Sequence[str]) -> tuple[int, int]:
-    seen = {n: json.loads(body) for phase in phases for n, body in phase.bodies}
-    return sum(body["data"][0]["label"] == labels[n] for n, body in seen.items()), len(seen)
+def repeat(
+    plan: Plan, levels: Collection[str], rivals: Collection[Rival]
+) -> tuple[list[Measured], dict[str, str]]:
+    """Measure everybody once, in an order drawn by lot.
 
+    Returns:
+        What was measured, and why some rivals were not, by name.
+    """
+    done: list[Measured] = []
+    absent = {rival.name: rival.missing for rival in rivals if rival.missing is not None}
 
-def repeat(given: argparse.Namespace, cores: Cores) -> list[Measured]:
-    """Measure everybody once, in an order drawn by lot."""
+    def note(measured: Measured) -> None:
+        print(f"{measured.name}: {measured.throughput:.0f}/s", file=sys.stderr)
+        done.append(measured)
 
-    def of_ours() -> list[Measured]:
+    def of_ours() -> None:
         flags = ("--models=ag_news", f"--model-store={Path('model_store').absolute()}")
-        with ours(cores.server, *flags) as server:
-            return [
-                uvloop.run(measure(name, server, fields, given)) for name, fields in OURS.items()
-            ]
+        with ours(plan.cores.server, *flags) as server:
+            for name in levels:
+                fields = OURS[name]
+                note(uvloop.run(measure(
+                    name, server, plan, lambda text, fields=fields: {"input": text} | fields, first
+                )))  # fmt: skip
 
-    def of_rival(name: str) -> list[Measured]:
-        program = [sys.executable, "loadtests/rivals/serve.py", RIVALS[name], "--port={port}"]
-        program += [f"--checkpoint={given.checkpoint}", f"--threads={len(cores.server)}"]
-        here = str(Path.cwd())
-        with Server(program, cores.server, "/ready", {"PYTHONPATH": here}) as server:
-            return [uvloop.run(measure(name, server, {}, given))]
+    def of_rival(rival: Rival) -> None:
+        try:
+            with rival.server(plan.network, plan.cores.server) as server:
+                note(uvloop.run(measure(rival.name, server, plan, rival.body, rival.read)))
+        except Exception as error:
+            if rival.environment is None:
+                raise
+            absent[rival.name] = f"{type(error).__name__}: {error}"
+            print(f"{rival.name}: {absent[rival.name]}", file=sys.stderr)
 
-    runs: list[Callable[[], list[Measured]]] = [of_ours]
-    runs += [lambda name=name: of_rival(name) for name in RIVALS]  # type: ignore[misc]
+    runs: list[Callable[[], None]] = [of_ours]
+    runs += [
+        lambda rival=rival: of_rival(rival)  # type: ignore[misc]
+        for rival in rivals
+        if rival.name not in absent
+    ]
     random.shuffle(runs)
-    done = []
     for run in runs:
-        for measured in run():
-            print(f"{measured.name}: {measured.throughput:.0f}/s", file=sys.stderr)
-            done.append(measured)
-    return done
+        run()
+    return done, absent
 
 
 # The report
 
 
 class Repeats:
-    """All repeats so far."""
+    """All repeats so far.
+
+    Attributes:
+        names: who was measured in every one of them, in the order of the report.
+        dense: who of them serves the dense network.
+    """
 
     def __init__(self, repeats: Sequence[dict[str, Any]]) -> None:
         self.runs = [{m["name"]: Measured(**m) for m in r["measured"]} for r in repeats]
+        order = [*OURS, *(rival.name for rival in RIVALS)]
+        self.names = [name for name in order if all(name in run for run in self.runs)]
+        self.dense = [name for name in self.names if name in DENSE]
 
     def ratio(
         self, of: str, to: Sequence[str], value: Callable[[Measured], float], best: Any = max
@@ -158,76 +218,63 @@ class Repeats:
     def values(self, name: str, value: Callable[[Measured], float]) -> list[float]:
         return [value(run[name]) for run in self.runs]
 
-
-@dataclass(frozen=True)
-class Promise:
-    """A figure to reach, and what was reached in every repeat."""
-
-    what: str
-    reach: str
-    reached: list[float]
-    passed: Callable[[float], bool]
-
-    @property
-    def row(self) -> list[str]:
-        verdict = "pass" if self.passed(statistics.median(self.reached)) else "short"
-        return [self.what, self.reach, spread(self.reached), verdict]
+    def broken(self) -> list[str]:
+        """Name who left requests unanswered, or was wrong more often than any level may be."""
+        return [
+            f"{name}: {one.unanswered} not answered 200, {one.right} right of {one.answered}"
+            for run in self.runs
+            for name, one in run.items()
+            if one.unanswered or one.right < RIGHT * one.answered
+        ]
 
 
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Write the median of some values, and from where to where they go."""
-    middle = f"{statistics.median(values):{form}}"
-    if len(values) == 1:
-        return middle
-    return f"{middle} ({min(values):{form}} to {max(values):{form}})"
+def service_promises(repeats: Repeats) -> list[Promise]:
+    """Return what this service promises beside the others that were measured."""
 
-
-def promises(repeats: Repeats) -> list[Promise]:
     def throughput(m: Measured) -> float:
         return m.throughput
 
     front = [
-        run["balanced"].front_per_thousand - run[FLOOR].front_per_thousand for run in repeats.runs
+        run["balanced"].front_per_thousand - run[FLOOR.name].front_per_thousand
+        for run in repeats.runs
     ]
     tail = [run["balanced"].half_p99 / run["balanced"].half_p50 for run in repeats.runs]
     return [
         Promise(
-            "throughput at `balanced`, of the best dense server's", ">= 4",
-            repeats.ratio("balanced", DENSE, throughput), lambda r: r >= 4,
+            "throughput at `balanced`, of the best dense server's", ">=", 4,
+            repeats.ratio("balanced", repeats.dense, throughput), hard=True,
         ),
         Promise(
-            "throughput at `balanced`, of FastAPI + pipeline's", ">= 8",
-            repeats.ratio("balanced", [PIPELINE], throughput), lambda r: r >= 8,
+            "throughput at `balanced`, of FastAPI + pipeline's", ">=", 8,
+            repeats.ratio("balanced", [PIPELINE.name], throughput), hard=True,
         ),
         Promise(
-            "lone request's p50 at `balanced`, of the best dense server's", "<= .4",
-            repeats.ratio("balanced", DENSE, lambda m: m.lone_p50, min), lambda r: r <= 0.4,
+            "lone request's p50 at `balanced`, of the best dense server's", "<=", 0.4,
+            repeats.ratio("balanced", repeats.dense, lambda m: m.lone_p50, min), hard=True,
         ),
-        Promise("p99 at half load at `balanced`, of its p50", "<= 4", tail, lambda r: r <= 4),
-        Promise(
-            "front's CPU beyond the floor, ms for a single text", "<= .3", front,
-            lambda r: r <= 0.3,
-        ),
+        Promise("p99 at half load at `balanced`, of its p50", "<=", 4, tail),
+        Promise("front's CPU beyond the floor, ms for a single text", "<=", 0.3, front),
     ]  # fmt: skip
+
+
+PROMISE_HEADS = ["promise", "reach", "reached: median (from, to)", ""]
 
 
 def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) -> str:
     """Write the report of all repeats; return what is kept or short, as a table."""
-    from budgetformer.training.pages import draw, markdown_table
-
     repeats = Repeats(stored)
     facts = stored[-1]["machine"]
-    names = [*OURS, *RIVALS]
+    names = repeats.names
     rows = []
     for name in names:
         counted = sum(run[name].answered for run in repeats.runs)
         right = sum(run[name].right for run in repeats.runs)
         rows.append(
             [
-                name if name in RIVALS else f"**{name}**",
-                spread(repeats.ratio(name, DENSE, lambda m: m.throughput)),
-                spread(repeats.ratio(name, DENSE, lambda m: m.lone_p50, min)),
-                spread(repeats.ratio(name, DENSE, lambda m: m.cpu_per_thousand, min)),
+                f"**{name}**" if name in OURS else name,
+                spread(repeats.ratio(name, repeats.dense, lambda m: m.throughput)),
+                spread(repeats.ratio(name, repeats.dense, lambda m: m.lone_p50, min)),
+                spread(repeats.ratio(name, repeats.dense, lambda m: m.cpu_per_thousand, min)),
                 f"{right / counted:.4f} of {counted}" if counted else "",
                 spread(repeats.values(name, lambda m: m.throughput), ".0f"),
                 spread(repeats.values(name, lambda m: 1000 * m.lone_p50), ".1f"),
@@ -242,9 +289,8 @@ def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) ->
         "texts/s", "lone p50, ms", "p50 at half load, ms", "p99 at half load, ms",
         "CPU seconds per 1,000", "memory, MiB",
     ]  # fmt: skip
-    verdict = markdown_table(
-        ["promise", "reach", "reached: median (from, to)", ""], [p.row for p in promises(repeats)]
-    )
+    verdict = markdown_table(PROMISE_HEADS, [p.row for p in service_promises(repeats)])
+    absent = {name: why for run in stored for name, why in run.get("absent", {}).items()}
     busy = max(m.client_busy for run in repeats.runs for m in run.values())
     late = max(m.late_p99 for run in repeats.runs for m in run.values())
     lost = sum(m.unanswered for run in repeats.runs for m in run.values())
@@ -259,6 +305,7 @@ def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) ->
         verdict + "\n",
         "![throughput](throughput.svg)\n",
         markdown_table(heads, rows) + "\n",
+        *(f"Not measured: {name} ({why}).\n" for name, why in absent.items()),
         "## The client\n",
         f"It was busy for {busy:.0%} of its core at most, and sent at half load within "
         f"{1000 * late:.1f} ms of the due moment (p99). {lost} requests were not answered 200.",
@@ -281,6 +328,14 @@ def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) ->
     return verdict
 
 
+def machine(plan: Plan, data: Path | None) -> dict[str, str]:
+    """Return what a report says of the circumstances."""
+    return {
+        "processor": processor(), "cores": plan.cores.told(), "python": platform.python_version(),
+        "texts": "Texts given" if data else "Texts made up",
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="labelled texts, Parquet, beside labels.json")
@@ -289,31 +344,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5.0, help="of a phase")
     given = parser.parse_args()
-    cores = Cores.split()
     given.out.mkdir(parents=True, exist_ok=True)
     kept = given.out / "repeats.json"
     stored: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
-    machine = {
-        "processor": processor(), "cores": cores.told(), "python": platform.python_version(),
-        "texts": "Texts given" if given.data else "Texts made up",
-    }  # fmt: skip
     client = given.out / "client.md"
     if not client.exists():
         client.write_text("\n".join(limit_lines(300, [500, 2000, 5000], 2.0)) + "\n")
     if given.repeats:
-        cores.hold_client()
-    for _ in range(given.repeats):
-        measured = [asdict(m) for m in repeat(given, cores)]
-        stored.append({"machine": machine, "measured": measured})
-        kept.write_text(json.dumps(stored, indent=1) + "\n")
+        plan = Plan.of(given.checkpoint, given.data, given.seconds)
+        plan.cores.hold_client()
+        for _ in range(given.repeats):
+            measured, absent = repeat(plan, OURS, RIVALS)
+            facts = machine(plan, given.data)
+            stored.append(
+                {"machine": facts, "absent": absent, "measured": [asdict(m) for m in measured]}
+            )
+            kept.write_text(json.dumps(stored, indent=1) + "\n")
     print(report(given.out, stored, client.read_text().splitlines()))
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
 
 
 if __name__ == "__main__":

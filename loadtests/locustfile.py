@@ -4,11 +4,12 @@ pip install -e '.[loadtest]'
 locust -f loadtests/locustfile.py --headless -u 16 -r 4 -t 60s -H http://127.0.0.1:8000
 LOADTEST_SCENARIO=spike locust -f loadtests/locustfile.py --headless -H http://127.0.0.1:8000
 
-Without a scenario the number of callers is locust's own. Classes may be named after the file:
-`Interactive Bulk` leaves the others out. LOADTEST_DATA names a Parquet file of texts,
-LOADTEST_MODELS the models of `Mixed`, separated by commas. What the server refuses under overload
-(429, with a time to come back) is an answer, counted under its own name; anything else than 200
-and 429 is a failure. Locust waits for answers: for latency under a fixed rate see benchmark.py.
+Without a scenario the number of callers and the time are locust's own; LOADTEST_SHORTER=10 makes a
+scenario so many times as short. Classes may be named after the file: `Interactive Bulk` leaves the
+others out. LOADTEST_DATA names a Parquet file of texts, LOADTEST_MODELS the models of `Mixed`,
+separated by commas. What the server refuses under overload (429, with a time to come back) is an
+answer, counted under its own name; anything else than 200 and 429 is a failure. Locust waits for
+answers: for latency under a fixed rate see benchmark.py.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ DATA = os.environ.get("LOADTEST_DATA")
 TEXTS = texts_of(Path(DATA) if DATA else None, 4000)
 MODELS = os.environ.get("LOADTEST_MODELS", "ag_news").split(",")
 SCENARIO = os.environ.get("LOADTEST_SCENARIO") or None
+SHORTER = float(os.environ.get("LOADTEST_SHORTER", "1"))
 STAGES: dict[str, list[tuple[float, int]]] = {
     "steady": [(60, 16)],
     "ramp": [(15, users) for users in (4, 8, 16, 32, 64, 128)],
@@ -146,6 +148,6 @@ class Stages(LoadTestShape):
     def tick(self) -> tuple[int, float] | None:
         stages = STAGES[SCENARIO or "steady"]
         for end, (_, users) in zip(accumulate(s for s, _ in stages), stages, strict=True):
-            if self.get_run_time() < end:
+            if SHORTER * self.get_run_time() < end:
                 return users, max(users / 2, 1)
         return None

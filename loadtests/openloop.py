@@ -103,7 +103,10 @@ class _Connection(asyncio.Protocol):
         self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
+        if self._done is None:  # nothing was asked: the server gives an idle connection up
+            self._transport.close()
+        else:
+            self._parser.feed_data(data)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"x-quality":
@@ -160,6 +163,11 @@ class Client:
         self.keep_bodies = keep_bodies
         self._idle: list[_Connection] = []
         self._open = 0
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return self._open
 
     def request(self, body: Any) -> bytes:
         """Return a whole request, ready to send."""

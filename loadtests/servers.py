@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -10,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +21,45 @@ from typing import Self
 import psutil
 
 START_SECONDS = 120.0
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()
+
+
+def run_quietly(program: Sequence[str | Path]) -> None:
+    """Run a program whose output matters only if it fails."""
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, program))}\n{done.stdout}{done.stderr}")
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """Return a process and all that came from it; none if it is gone."""
+    try:
+        top = psutil.Process(pid)
+        return [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def memory(processes: Iterable[psutil.Process]) -> float:
+    """Return the MiB that processes hold, pages that they share counted once."""
+    held = 0.0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            held += process.memory_full_info().pss / 2**20
+    return held
 
 
 @dataclass(frozen=True)
@@ -54,6 +95,10 @@ class Cores:
         return f"server on {len(self.server)} core(s), {apart}"
 
 
+class ServerError(RuntimeError):
+    """A server did not start."""
+
+
 class Server:
     """A server in a process of its own, until the block ends.
 
@@ -73,9 +118,7 @@ class Server:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._command = [part.replace("{port}", str(port)) for part in command]
         self._cores, self._ready = set(cores), ready
@@ -110,23 +153,21 @@ class Server:
     def _wait_ready(self, started: float) -> None:
         while not self._answers():
             if self._process.poll() is not None:
-                raise SystemExit(f"{self._command[0]} ended with {self._process.returncode}")
+                raise ServerError(f"{self._command[0]} ended with {self._process.returncode}")
             if time.monotonic() - started > START_SECONDS:
-                raise SystemExit(f"{' '.join(self._command)} does not answer {self._ready}")
+                raise ServerError(f"{' '.join(self._command)} does not answer {self._ready}")
             time.sleep(0.05)
 
     def _end(self) -> None:
-        family = self.family()
+        everybody = self.family()
         self._process.terminate()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
-        for left in family:
-            try:
+        for left in everybody:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()
-            except psutil.NoSuchProcess:
-                continue
 
     def _answers(self) -> bool:
         try:
@@ -137,20 +178,21 @@ class Server:
 
     def family(self) -> list[psutil.Process]:
         """Return all processes of the server."""
-        try:
-            top = psutil.Process(self._process.pid)
-            return [top, *top.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        return family(self._process.pid)
 
     def memory(self) -> float:
         """Return the MiB that all processes hold, pages that they share counted once."""
-        return sum(p.memory_full_info().pss for p in self.family()) / 2**20
+        return memory(self.family())
 
     def cpu_seconds(self, part: str = "") -> float:
         """Return the processor time of all processes, or of those with `part` in their command."""
-        times = [p.cpu_times() for p in self.family() if not part or part in p.cmdline()]
-        return sum(t.user + t.system for t in times)
+        used = 0.0
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if not part or part in process.cmdline():
+                    times = process.cpu_times()
+                    used += times.user + times.system
+        return used
 
 
 def ours(cores: Sequence[int], *flags: str, folder: Path | None = None) -> Server:

@@ -72,6 +72,7 @@ class BenchReport:
             "model": self.model,
             "texts": self.texts,
             "mean_tokens": self.tokens,
+            "full": self.full,
             "machine": self.facts
             | {f"{p}_gmacs_per_second": rate / 1e9 for p, rate in self.machine.macs.items()}
             | {"copy_gbytes_per_second": self.machine.bandwidth / 1e9},

@@ -12,7 +12,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from loadtests.chaos.load import Load, Seen
-from loadtests.chaos.server import Server, Setup, free_port
+from loadtests.chaos.server import Server, Setup
+from loadtests.servers import free_port
 
 PROBE_SECONDS = 0.5
 GRACE_SECONDS = 2.0

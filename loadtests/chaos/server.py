@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+from loadtests.servers import family, free_port, memory
 
 KEY = "a-key-for-this-run"
 ADMIN = {"Authorization": f"Bearer {KEY}"}
@@ -86,8 +87,7 @@ class Server:
 
     def family(self) -> list[psutil.Process]:
         """Return all processes of the server."""
-        top = psutil.Process(self.process.pid)
-        return [top, *top.children(recursive=True)]
+        return family(self.process.pid)
 
     def processes(self, module: str) -> list[psutil.Process]:
         """Return the processes that run a module, oldest first."""
@@ -100,11 +100,7 @@ class Server:
 
     def memory(self) -> float:
         """Return the MiB that all processes hold, pages that they share counted once."""
-        total = 0.0
-        for process in self.family():
-            with contextlib.suppress(psutil.Error):
-                total += process.memory_full_info().pss / 2**20
-        return total
+        return memory(self.family())
 
     async def whole(self) -> bool:
         """Say whether every engine and every front is there and has every model."""
@@ -146,10 +142,3 @@ async def serving(setup: Setup | None = None) -> AsyncIterator[Server]:
         yield server
     finally:
         await server.stop()
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -1,0 +1,123 @@
+"""Everything that was promised of speed, on one screen: pass or short.
+
+    python loadtests/bench.py [--quick] [--data ag_news/test.parquet] [--repeats 3]
+
+In turn: `budgetformer bench pass`; this service beside others (compare.py, whose report goes to
+build/compare); the service with two models at rest. With `--quick` in less than three minutes:
+fewer texts, rounds and rivals, so that figures vary more. Figures are kept as JSON in
+build/bench.json. To be slow is no failure; to leave requests unanswered, or to be wrong, is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from compare import PROMISE_HEADS, Plan, Repeats, machine, repeat, report, service_promises
+from contenders import FLOOR, ONNX_INT8, OURS, PIPELINE, RIVALS
+from openloop import limit_lines
+from promises import Promise, pass_promises
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from servers import ours, run_quietly
+from texts import texts_of
+
+BUILD = Path("build")
+QUICK_RIVALS = (ONNX_INT8, PIPELINE, FLOOR)
+SETTLE, REST = 5.0, 5.0
+"""Seconds until what starting has left is done, and of rest."""
+
+
+def time_pass(data: Path | None, quick: bool) -> dict[str, Any]:
+    """Return what `budgetformer bench pass` reports."""
+    folder = BUILD / "bench" / "pass"
+    if data is None:
+        data = BUILD / "bench" / "texts.jsonl"
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts_of(None, 600)))
+    program = [
+        sys.executable, "-m", "service.cli", "bench", "pass", "--model=ag_news", "--json",
+        f"--data={data}", f"--out={folder}", *(["--batch=1", "--batch=32", "--rounds=2"] * quick),
+    ]  # fmt: skip
+    run_quietly(program)
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
+
+
+def at_rest() -> list[Promise]:
+    """Return what the server takes with two models when nobody asks it."""
+    cores = sorted(os.sched_getaffinity(0))
+    with ours(cores, "--models=ag_news", "--models=imdb") as server:
+        time.sleep(SETTLE)
+        before, began = server.cpu_seconds(), time.monotonic()
+        time.sleep(REST)
+        busy = (server.cpu_seconds() - before) / (time.monotonic() - began)
+        return [
+            Promise("at rest: % of a core, two models", "<=", 1, [100 * busy]),
+            Promise("at rest: MiB, two models", "<=", 600, [server.memory()]),
+            Promise("seconds until it is ready, two models", "<=", 15, [server.start_seconds]),
+        ]
+
+
+def screen(promises: list[Promise], facts: dict[str, str], real: bool, seconds: float) -> Table:
+    """Return the table; what made-up texts cannot tell has no verdict."""
+    told = f"{facts['processor']}; {facts['cores']}. {facts['texts']}. {seconds:.0f} s."
+    table = Table(*PROMISE_HEADS, caption=told, box=box.SIMPLE_HEAD)
+    for promise in promises:
+        judged = real or not promise.hard
+        color = {"pass": "green", "short": "yellow"}[promise.verdict] if judged else "dim"
+        verdict = promise.verdict if judged else "needs --data"
+        table.add_row(*promise.row[:-1], f"[{color}]{verdict}")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--data", type=Path, help="labelled texts, Parquet, beside labels.json")
+    parser.add_argument("--checkpoint", type=Path, default=Path("model_store/ag_news/2"))
+    parser.add_argument("--repeats", type=int, default=1, help="of the service beside others")
+    given = parser.parse_args()
+    began = time.monotonic()
+    promises = pass_promises(time_pass(given.data, given.quick)) + at_rest()
+    plan = Plan.of(given.checkpoint, given.data, seconds=2.0 if given.quick else 5.0)
+    levels, rivals = (OURS, RIVALS) if not given.quick else (("balanced",), QUICK_RIVALS)
+    facts = machine(plan, given.data)
+    client = [] if given.quick else limit_lines(300, [500, 2000, 5000], 2.0)
+    plan.cores.hold_client()
+    stored = []
+    for _ in range(given.repeats):
+        measured, absent = repeat(plan, levels, rivals)
+        stored.append(
+            {"machine": facts, "absent": absent, "measured": [asdict(m) for m in measured]}
+        )
+    repeats = Repeats(stored)
+    if not given.quick:
+        folder = BUILD / "compare"
+        folder.mkdir(parents=True, exist_ok=True)
+        report(folder, stored, client)
+    promises += service_promises(repeats)
+    broken = repeats.broken()
+    kept = {
+        "machine": facts, "quick": given.quick, "broken": broken, "repeats": stored,
+        "promises": [promise.as_dict() for promise in promises],
+    }  # fmt: skip
+    (BUILD / "bench.json").write_text(json.dumps(kept, indent=1) + "\n")
+    seconds = time.monotonic() - began
+    console = Console(width=max(110, Console().width))
+    console.print(screen(promises, facts, given.data is not None, seconds))
+    for rival, why in stored[-1]["absent"].items():
+        print(f"not measured: {rival} ({why})")
+    if broken:
+        raise SystemExit("\n".join(["broken answers:", *broken]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What was promised of speed, and whether it is kept."""
+
+from __future__ import annotations
+
+import operator
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SIGNS = {">=": operator.ge, "<=": operator.le}
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A figure to reach.
+
+    Attributes:
+        what: it is of.
+        sign: `>=` or `<=`.
+        bound: to reach.
+        reached: in every repeat.
+        hard: whether it hangs on how hard texts are, which made-up ones do not tell.
+    """
+
+    what: str
+    sign: str
+    bound: float
+    reached: Sequence[float]
+    hard: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """`pass` or `short`, by the median of the repeats."""
+        return "pass" if SIGNS[self.sign](statistics.median(self.reached), self.bound) else "short"
+
+    @property
+    def row(self) -> list[str]:
+        return [self.what, f"{self.sign} {self.bound:g}", spread(self.reached), self.verdict]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "what": self.what, "reach": f"{self.sign} {self.bound:g}",
+            "reached": list(self.reached), "verdict": self.verdict,
+        }  # fmt: skip
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Write the median of some values, and from where to where they go."""
+    middle = f"{statistics.median(values):{form}}"
+    if len(values) == 1:
+        return middle
+    return f"{middle} ({min(values):{form}} to {max(values):{form}})"
+
+
+def pass_promises(report: dict[str, Any]) -> list[Promise]:
+    """Return what `budgetformer bench pass` reached on real texts, from its report.json."""
+    times = {(t["name"], t["batch"]): t["ms_per_text"] for t in report["timings"]}
+    full = report["full"]
+    _, last, precision = full.replace(",", "").split()
+    sixth, balanced = f"step {int(last) // 6}, {precision}", f"balanced, {precision}"
+    dense, int8 = "dense, Transformers sdpa", "dense, ONNX Runtime int8"
+    asked = [
+        ("a sixth of the heads, of all heads", sixth, full, {1: 0.3, 32: 0.22}),
+        ("all heads, of dense in Transformers", full, dense, {1: 0.8, 32: 0.6}),
+        ("`balanced`, of dense in ONNX Runtime int8", balanced, int8, {1: 0.35, 32: 0.35}),
+    ]
+    return [
+        Promise(
+            f"pass: time of {what}, batch {batch}", "<=", bound,
+            [times[of, batch] / times[to, batch]], hard=of == balanced,
+        )
+        for what, of, to, bounds in asked
+        for batch, bound in bounds.items()
+    ]  # fmt: skip

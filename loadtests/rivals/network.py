@@ -1,0 +1,54 @@
+"""An exported network in ONNX Runtime, from texts to answers; it needs neither torch nor us."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from tokenizers import Encoding, Tokenizer
+
+
+class Network:
+    """Classify texts.
+
+    Args:
+        folder: that export.py wrote.
+        threads: of ONNX Runtime.
+        file: which of its networks.
+    """
+
+    def __init__(self, folder: Path, threads: int, file: str = "int8.onnx") -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        providers = ["CPUExecutionProvider"]
+        self._session = onnxruntime.InferenceSession(folder / file, options, providers=providers)
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        labels = json.loads((folder / "config.json").read_text())["id2label"]
+        self.labels = [labels[str(number)] for number in range(len(labels))]
+        self(["warm", "up"])
+
+    def __call__(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """Return a label, its score and all probabilities of every text."""
+        return self.answer(self.tokenizer.encode_batch_fast(list(texts)))
+
+    def answer(self, batch: Sequence[Encoding]) -> list[dict[str, Any]]:
+        """Answer tokenized texts, padded to the longest one."""
+        ids = np.zeros((len(batch), max(map(len, batch))), np.int64)
+        mask = np.zeros_like(ids)
+        for row, encoding in enumerate(batch):
+            ids[row, : len(encoding)] = encoding.ids
+            mask[row, : len(encoding)] = 1
+        given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        (logits,) = self._session.run(None, given)
+        powers = np.exp(logits - logits.max(1, keepdims=True))
+        scores = powers / powers.sum(1, keepdims=True)
+        return [
+            {"label": self.labels[row.argmax()], "score": float(row.max()), "probs": row.tolist()}
+            for row in scores
+        ]

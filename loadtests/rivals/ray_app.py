@@ -1,0 +1,61 @@
+"""The network behind Ray Serve, with its batching.
+
+python loadtests/rivals/ray_app.py --port 8001 --network build/rivals/networks/ag_news-2
+"""
+# ruff: noqa: E402 - what Ray finds when it is imported, it keeps to
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before Ray has threads; awaited below
+# Ray gives its workers what other processes leave; here they are the server.
+os.environ |= {
+    "RAY_worker_niceness": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+import ray
+from network import Network
+from ray import serve
+from starlette.requests import Request
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--port", type=int, required=True)
+parser.add_argument("--network", type=Path, required=True, help="folder that export.py wrote")
+parser.add_argument("--threads", type=int, default=1)
+parser.add_argument("--batch", type=int, default=8)
+parser.add_argument("--wait", type=float, default=0.01, help="seconds to fill a batch")
+given = parser.parse_args()
+
+
+@serve.deployment(max_ongoing_requests=128, ray_actor_options={"num_cpus": 1})
+class Classifier:
+    def __init__(self, network: str, threads: int) -> None:
+        self.network = Network(Path(network), threads)
+
+    @serve.batch(max_batch_size=given.batch, batch_wait_timeout_s=given.wait)
+    async def classify(self, texts: list[str]) -> list[dict[str, Any]]:
+        return self.network(texts)
+
+    async def __call__(self, request: Request) -> dict[str, Any]:
+        if request.method == "GET":  # whoever waits until it serves
+            return {}
+        return await self.classify((await request.json())["input"])
+
+
+logging.getLogger("ray.serve").setLevel(logging.ERROR)
+ray.init(include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="error")
+serve.start(http_options={"host": "127.0.0.1", "port": given.port})
+application = Classifier.bind(str(given.network.absolute()), given.threads)
+serve.run(application, route_prefix="/classify")
+signal.sigwait({signal.SIGTERM})
+os._exit(0)  # an orderly end takes half a minute; whoever started this ends the rest
