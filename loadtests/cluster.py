@@ -1,7 +1,8 @@
-"""What a Ray cluster costs, and what its callers see when one of its hosts dies.
+"""What a Ray cluster costs, and what its callers see when it loses hosts or gets engines.
 
-    python loadtests/cluster.py overhead   plain server and cluster on the same cores, by turns
-    python loadtests/cluster.py kills      kills hosts of a cluster under load
+    python -m loadtests.cluster overhead   plain server and cluster on the same cores, by turns
+    python -m loadtests.cluster kills      kills hosts of a cluster under load
+    python -m loadtests.cluster scaling    more load than one engine can do, until there are more
 
 Needs the extra `cluster`. Hosts are Ray nodes on this machine, each with processes of its own.
 """
@@ -10,37 +11,41 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import os
-import random
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-
-# Ray gives its workers what other processes leave; here they are the server.
-os.environ |= {
-    "RAY_worker_niceness": "0",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_AUTH_MODE": "disabled",
-}
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+from typing import Any
 
 import httpx
 import psutil
-from servers import family, free_port, memory
-from texts import sentence
 
-MODEL = "ag_news"
+from loadtests.chaos.load import Load, Seen
+from loadtests.chaos.server import MODEL
+from loadtests.servers import family, free_port, memory
+from loadtests.texts import sentence
+from service.cluster import RAY
+
+_THIS_MACHINE = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_raylet_start_wait_time_s": "120",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
+for name, value in (RAY | _THIS_MACHINE).items():
+    os.environ.setdefault(name, value)
+
 PATIENCE = 120.0
 
 
-def body_of(texts: str | list[str]) -> dict[str, object]:
-    return {"input": texts, "model": MODEL, "quality": "balanced", "timeout_ms": 30_000}
+def body_of(text: str) -> dict[str, object]:
+    return {"input": text, "model": MODEL, "quality": "balanced", "timeout_ms": 30_000}
 
 
 def until_ready(url: str, engines: int) -> float:
@@ -55,7 +60,7 @@ def until_ready(url: str, engines: int) -> float:
         except (httpx.HTTPError, ValueError, KeyError):
             pass
         time.sleep(0.2)
-    raise SystemExit("the server is not ready")
+    raise TimeoutError(f"{url} has not {engines} engines")
 
 
 class Server:
@@ -149,56 +154,29 @@ async def overhead(arguments: argparse.Namespace) -> None:
         print(f"{name}, idle: {share:.3f} of a core, {held:.0f} MiB")
 
 
-class Callers(threading.Thread):
-    """Callers on a schedule that does not wait for answers, who know the right ones."""
+class Hosts:
+    """The application on a head and some hosts, that come and go.
 
-    def __init__(self, url: str, rate: float) -> None:
-        super().__init__()
-        self._url, self._rate = url, rate
-        self._enough = threading.Event()
-        self.sent = self.wrong = 0
-        self.outcomes: Counter[str] = Counter()
-        random.seed(0)
-        texts = sorted({sentence() for _ in range(200)})
-        answer = httpx.post(f"{url}/classify", json=body_of(texts), timeout=60).json()
-        labels = [item["label"] for item in answer["data"]]
-        self._right = dict(zip(texts, labels, strict=True))
+    Attributes:
+        cluster: of Ray.
+        url: of the application.
+    """
 
-    def run(self) -> None:
-        asyncio.run(self._send())
+    def __init__(self, cluster: Any, url: str) -> None:
+        self.cluster, self.url = cluster, url
 
-    def stop(self) -> None:
-        """Send no more, and wait for what is on its way."""
-        self._enough.set()
-        self.join()
+    def add(self) -> None:
+        """Bring a host that has room for one engine."""
+        self.cluster.add_node(num_cpus=1)
 
-    async def _send(self) -> None:
-        asked, texts, due = [], itertools.cycle(self._right), time.perf_counter()
-        async with httpx.AsyncClient(base_url=self._url, timeout=PATIENCE) as client:
-            while not self._enough.is_set():
-                due += 1 / self._rate
-                await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                self.sent += 1
-                asked.append(asyncio.create_task(self._ask(client, next(texts))))
-            await asyncio.gather(*asked)
-
-    async def _ask(self, client: httpx.AsyncClient, text: str) -> None:
-        try:
-            answer = await client.post("/classify", json=body_of(text))
-        except httpx.TimeoutException:
-            return  # never answered
-        except httpx.TransportError:
-            self.outcomes["broke off"] += 1
-            return
-        self.outcomes[str(answer.status_code)] += 1
-        if answer.status_code == 200:
-            self.wrong += answer.json()["data"][0]["label"] != self._right[text]
-        else:
-            print(answer.status_code, answer.text[:200], file=sys.stderr)
+    def kill(self) -> None:
+        """Kill every process of a host at once."""
+        self.cluster.remove_node(next(iter(self.cluster.worker_nodes)), allow_graceful=False)
 
 
-def kills(arguments: argparse.Namespace) -> None:
-    """Kill one worker host after the other, each replaced by a new one; print what callers saw."""
+@contextmanager
+def hosts(arguments: argparse.Namespace, pool: dict[str, Any]) -> Iterator[Hosts]:
+    """Serve on a cluster of this machine, with two fronts and one pool of engines."""
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster
@@ -207,58 +185,96 @@ def kills(arguments: argparse.Namespace) -> None:
     from service.cluster.application import NAME, build
     from service.settings import Pool, Settings
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    for _ in range(arguments.hosts):
-        cluster.add_node(num_cpus=1)
-    ray.init(cluster.address, namespace="serve", log_to_driver=False)
     port = free_port()
-    serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(port=port))
-    settings = Settings(
-        model_store=arguments.model_store.resolve(), models=[MODEL], dtype="float32",
-        pools={"engine": Pool(replicas=arguments.hosts)}, log_level="error",
-    )  # fmt: skip
-    back = []
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    made = Hosts(cluster, f"http://127.0.0.1:{port}")
     try:
+        for _ in range(arguments.hosts):
+            made.add()
+        ray.init(cluster.address, namespace="serve", log_to_driver=False)
+        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(port=port))
+        settings = Settings(
+            model_store=arguments.model_store.resolve(), models=[MODEL], dtype="float32",
+            pools={"engine": Pool(**pool)}, fronts=2, log_level="error",
+        )  # fmt: skip
         serve.run(build(settings), name=NAME)
-        url = f"http://127.0.0.1:{port}"
-        until_ready(url, arguments.hosts)
-        callers = Callers(url, arguments.rate)
-        callers.start()
-        for _ in range(arguments.repeats):
-            time.sleep(3)
-            began = time.perf_counter()
-            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-            cluster.add_node(num_cpus=1)
-            time.sleep(6)  # until the dead one does not count as alive any more
-            until_ready(url, arguments.hosts)
-            back.append(time.perf_counter() - began)
-        callers.stop()
+        until_ready(made.url, pool["replicas"])
+        yield made
     finally:
         serve.shutdown()
         ray.shutdown()
         cluster.shutdown()
-    told = ", ".join(f"{name}: {count}" for name, count in sorted(callers.outcomes.items()))
-    lost = callers.sent - callers.outcomes.total()
-    after = f"{statistics.median(back):.0f} / {max(back):.0f}"
+
+
+@contextmanager
+def asked(load: Load, seen: Seen) -> Iterator[None]:
+    """Ask while the block runs, from another thread: Ray starts hosts from the main one alone."""
+    enough = threading.Event()
+    asyncio.run(load.learn())
+
+    async def wait() -> None:
+        await asyncio.to_thread(enough.wait)
+
+    with ThreadPoolExecutor(1) as thread:
+        asking = thread.submit(lambda: asyncio.run(load.during(seen, wait)))
+        try:
+            yield
+        finally:
+            enough.set()
+        asking.result()
+
+
+def kills(arguments: argparse.Namespace) -> None:
+    """Kill one worker host after the other, each replaced by a new one; print what callers saw."""
+    seen = Seen()
+    with (
+        hosts(arguments, {"replicas": arguments.hosts}) as there,
+        asked(Load(there.url, arguments.rate, quality="balanced"), seen),
+    ):
+        for _ in range(arguments.repeats):
+            time.sleep(3)
+            began = time.perf_counter()
+            there.kill()
+            there.add()
+            time.sleep(6)  # until the dead one does not count as alive any more
+            until_ready(there.url, arguments.hosts)
+            seen.recovery.append(time.perf_counter() - began)
     print("| hosts killed | sent | answers | never answered | wrong | whole again after s |")
     print("|---|---|---|---|---|---|")
-    print(f"| {len(back)} | {callers.sent} | {told} | {lost} | {callers.wrong} | {after} |")
+    print(f"| {' | '.join([str(len(seen.recovery)), *seen.cells()[:5]])} |")
+
+
+def scaling(arguments: argparse.Namespace) -> None:
+    """Ask for more than one engine can do until there are as many as may be, then for nothing."""
+    seen = Seen()
+    pool = {"replicas": 1, "max_replicas": arguments.hosts, "up_seconds": 5, "down_seconds": 15}
+    with hosts(arguments, pool) as there:
+        load = Load(there.url, arguments.rate, size=arguments.size, timeout_ms=10_000)
+        with asked(load, seen):
+            up = until_ready(there.url, arguments.hosts)
+            time.sleep(10)
+        down = until_ready(there.url, 1)
+    print("| engines | sent | answers | never answered | wrong | more after s | one after s |")
+    print("|---|---|---|---|---|---|---|")
+    counts = " | ".join(seen.cells()[:4])
+    print(f"| 1 to {arguments.hosts} | {counts} | {up:.0f} | {down:.0f} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["overhead", "kills"])
+    parser.add_argument("what", choices=["overhead", "kills", "scaling"])
     parser.add_argument("--model-store", type=Path, default=Path("model_store"))
     parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--rate", type=float, default=10.0, help="requests a second")
+    parser.add_argument("--size", type=int, default=64, help="texts in a request, for scaling")
     parser.add_argument("--hosts", type=int, default=2, help="besides the head")
     arguments = parser.parse_args()
-    if arguments.what == "kills":
-        kills(arguments)
-    else:
+    if arguments.what == "overhead":
         asyncio.run(overhead(arguments))
+    else:
+        {"kills": kills, "scaling": scaling}[arguments.what](arguments)
 
 
 if __name__ == "__main__":

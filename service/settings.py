@@ -46,6 +46,7 @@ class Pool(BaseModel, extra="forbid", frozen=True):
         replicas: how many there are, at least.
         max_replicas: how many there may be; None: no more than `replicas`.
         target_seconds: of device time that wait in one, beyond which there are to be more.
+        up_seconds, down_seconds: for which more, or fewer, must have been needed all the time.
         cpus, gpus: what Ray is to keep for each; with a share of a GPU they compute on it.
         models: most models that one holds, None being all; others take turns as they are asked for.
     """
@@ -54,6 +55,8 @@ class Pool(BaseModel, extra="forbid", frozen=True):
     replicas: int = Field(default=1, ge=1)
     max_replicas: int | None = Field(default=None, ge=1)
     target_seconds: float = Field(default=0.25, gt=0)
+    up_seconds: float = Field(default=30.0, ge=0)
+    down_seconds: float = Field(default=600.0, ge=0)
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)
     models: int | None = Field(default=None, ge=1)

@@ -8,7 +8,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ class Seen:
         sent: requests.
         outcomes: by HTTP status and code, or `broke off`.
         wrong: answers that differ from those of before.
+        models: that answered, by name and version.
         recovery: seconds until all was there again, one for each time.
         memory: MiB of all processes, in the order of time.
         notes: what else was seen.
@@ -40,6 +41,7 @@ class Seen:
     sent: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: int = 0
+    models: Counter[str] = field(default_factory=Counter)
     recovery: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -62,13 +64,31 @@ class Seen:
 
 
 class Load:
-    """Callers of one server."""
+    """Callers of one server.
 
-    def __init__(self, url: str, rate: float = RATE) -> None:
-        random.seed(0)
-        self._texts = sorted({sentence() for _ in range(_TEXTS)})
-        random.Random(0).shuffle(self._texts)
+    Args:
+        url: of the server.
+        rate: requests a second.
+        texts: that are asked for; None: sentences.
+        size: texts in a request.
+        **fields: of each request, besides its texts.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        rate: float = RATE,
+        texts: Sequence[str] | None = None,
+        size: int = 1,
+        **fields: Any,
+    ) -> None:
+        if texts is None:
+            random.seed(0)
+            texts = sorted({sentence() for _ in range(_TEXTS)})
+            random.Random(0).shuffle(texts)
+        self._texts, self._size = texts, size
         self._rate, self._url = rate, url
+        self._fields = {"model": MODEL, "quality": "best", "timeout_ms": 30_000} | fields
         self._right: dict[str, list[float]] = {}
 
     async def learn(self) -> None:
@@ -89,13 +109,14 @@ class Load:
                 due += 1 / self._rate
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
                 seen.sent += 1
-                asked.append(asyncio.create_task(self._ask(client, next(texts), seen)))
+                some = list(itertools.islice(texts, self._size))
+                asked.append(asyncio.create_task(self._ask(client, some, seen)))
             await asyncio.gather(*asked)
         await done
 
-    async def _ask(self, client: httpx.AsyncClient, text: str, seen: Seen) -> None:
+    async def _ask(self, client: httpx.AsyncClient, texts: list[str], seen: Seen) -> None:
         try:
-            answer = await client.post("/classify", json=self._body(text))
+            answer = await client.post("/classify", json=self._body(texts))
         except httpx.TimeoutException:
             return  # never answered
         except httpx.TransportError:
@@ -103,9 +124,12 @@ class Load:
             return
         if answer.status_code == 200:
             seen.outcomes["200"] += 1
-            seen.wrong += not self._fits(text, answer.json()["data"][0]["probs"])
+            told = answer.json()
+            seen.models[told["model"]] += 1
+            found = [item["probs"] for item in told["data"]]
+            seen.wrong += not all(map(self._fits, texts, found)) or len(found) != len(texts)
         else:
-            seen.outcomes[f"{answer.status_code} {answer.json()['error']['code']}"] += 1
+            seen.outcomes[f"{answer.status_code} {_code(answer)}"] += 1
 
     def _fits(self, text: str, found: list[float]) -> bool:
         right = self._right[text]
@@ -113,8 +137,16 @@ class Load:
             abs(a - b) <= TOLERANCE for a, b in zip(found, right, strict=True)
         )
 
-    def _body(self, given: Any) -> dict[str, Any]:
-        return {"input": given, "model": MODEL, "quality": "best", "timeout_ms": 30_000}
+    def _body(self, texts: Sequence[str]) -> dict[str, Any]:
+        return {"input": texts} | self._fields
+
+
+def _code(answer: httpx.Response) -> str:
+    """Return the code of an error, or how it begins where it is not one of ours."""
+    try:
+        return str(answer.json()["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text[:60]
 
 
 async def under_load(

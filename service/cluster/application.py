@@ -21,6 +21,7 @@ from ray.serve.config import (
 )
 from ray.serve.schema import LoggingConfig
 
+from service.cluster import RAY
 from service.cluster.engine import EngineReplica
 from service.cluster.front import FrontReplica
 from service.cluster.hub import HubReplica
@@ -33,17 +34,12 @@ UNBOUNDED = 100_000
 """Engines and fronts know themselves what they can take, and say so with 429."""
 STATS_SECONDS = 0.5
 """How often replicas say what waits in them."""
+LOOK_BACK_SECONDS = 12.0
+"""Scaling goes by what replicas said so lately; Ray hears them every ten seconds."""
 HUB_SECONDS = 1.0
 """How long the hub may take to end: its streams never end by themselves."""
 QUIET = LoggingConfig(enable_access_log=False)
 """The service has an access log of its own."""
-RAY = {
-    "RAY_worker_niceness": "0",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-}
-"""What suits Ray's processes where they are the server: by default they get what others leave, and
-a request crosses a thread in every replica."""
 HEAD = {"node:__internal_head__": 0.001}
 """Ray's own name of the head: without it nothing runs, so it is where the hub is safest."""
 
@@ -114,8 +110,15 @@ def _size(pool: Pool) -> dict[str, Any]:
         policy_function="service.cluster.autoscaling:QueueSeconds",
         policy_kwargs={"target": pool.target_seconds},
     )
-    bounds = {"min_replicas": pool.replicas, "max_replicas": pool.max_replicas}
-    return {"autoscaling_config": AutoscalingConfig(policy=policy, **bounds)}
+    config = AutoscalingConfig(
+        min_replicas=pool.replicas,
+        max_replicas=pool.max_replicas,
+        upscale_delay_s=pool.up_seconds,
+        downscale_delay_s=pool.down_seconds,
+        look_back_period_s=LOOK_BACK_SECONDS,
+        policy=policy,
+    )
+    return {"autoscaling_config": config}
 
 
 def run(settings: Settings) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 import structlog
 from fastapi import FastAPI
-from ray.exceptions import RayActorError, RayTaskError
+from grpc.aio import AioRpcError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from service.app import create_app
@@ -112,16 +113,22 @@ class PooledEngines(Engines):
             response = pool.handle.classify.remote(model, len(job.items), _encode(message))
             try:
                 async with asyncio.timeout(message.remaining + GRACE_SECONDS):
-                    return answer_of(TO_FRONT.decode(await response))
+                    reply = await response
             except TimeoutError as error:
                 raise DeadlineError from error
-            except (RayActorError, ReplicaUnavailableError):
+            except (RayActorError, ReplicaUnavailableError, AioRpcError):
                 log.warning("a replica died with a request in flight", attempt=attempt)
+            except asyncio.CancelledError:
+                if _is_cancelled():
+                    raise
+                log.warning("a replica ended with a request in flight", attempt=attempt)
             except DeploymentUnavailableError as error:
                 raise EngineDownError from error
-            except RayTaskError as error:
-                log.error("a replica failed", reason=type(error.cause).__name__)
+            except Exception as error:  # what a replica raised comes as it raised it
+                log.error("a replica failed", reason=type(error).__name__)
                 raise EngineFailedError("an engine failed") from error
+            else:
+                return answer_of(TO_FRONT.decode(reply))
             finally:
                 response.cancel()  # nobody waits for it any more, however this ended
         raise EngineDownError
@@ -143,6 +150,12 @@ class PooledEngines(Engines):
                     for one in fleet.engines
                 ]
             await asyncio.sleep(LOOK_SECONDS)
+
+
+def _is_cancelled() -> bool:
+    """Say whether it is this task that was cancelled, not the call that it awaits."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def joined(begun: Answer, places: Sequence[int], ended: Answer) -> Answer:

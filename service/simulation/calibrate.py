@@ -1,4 +1,4 @@
-"""Ask an idle server lone requests of several forms, and learn what they cost outside of passes."""
+"""Ask a server that nobody else asks, and learn what requests cost it outside of passes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from http.client import HTTPConnection, HTTPException
@@ -18,7 +20,7 @@ from budgetformer.checkpoint import Checkpoint
 from budgetformer.errors import DataError
 from budgetformer.policy import QualityName
 from service.settings import Settings
-from service.simulation.costs import Asked, EngineCost, ServerCosts, fit_server
+from service.simulation.costs import LEAST, Asked, EngineCost, ServerCosts, fit_server
 from service.simulation.engine import SimEngine, SimModel, SimRequest
 from service.simulation.texts import Text, measured_texts
 
@@ -26,6 +28,8 @@ FORMS: tuple[tuple[QualityName, int], ...] = (
     ("fast", 1), ("balanced", 1), ("best", 1), ("best", 4), ("balanced", 16), ("balanced", 64),
 )  # fmt: skip
 """Quality and texts of the requests, each with short texts and with long ones."""
+CALLERS = 16
+"""Who ask at once, for what a request costs among others."""
 MOST_TEXTS = 600
 PROCESSES = {"front": "front", "engine": "engine", "supervisor": "hub"}
 _CPU = "budgetformer_process_cpu_seconds"
@@ -38,10 +42,10 @@ def calibrate(
     texts: Sequence[str],
     seconds: float = 4.0,
 ) -> ServerCosts:
-    """Measure what requests cost an idle server outside of its passes.
+    """Measure what requests cost a server outside of its passes.
 
-    One request at a time, so nothing waits for anything, and which passes run is known. The
-    server's metrics say what its processes took.
+    One request at a time, so nothing waits for anything, and which passes run is known; then single
+    texts from many callers at once. The server's metrics say what its processes took.
 
     Args:
         url: of the server.
@@ -65,6 +69,7 @@ def calibrate(
         asker = _Asker(connection, checkpoint.label, model, seconds)
         asker.settle()
         forms = [asker.ask(half, level, count) for level, count in FORMS for half in halves]
+        crowd = asker.ask_together([_connection(url) for _ in range(CALLERS)], ordered)
     except (OSError, HTTPException) as error:
         raise DataError(f"{url}: {error or type(error).__name__}") from error
     finally:
@@ -75,7 +80,7 @@ def calibrate(
         for form in forms
         if form.asked.texts == 1
     ]
-    return replace(costs, way=max(0.0, statistics.median(ways)))
+    return replace(costs, way=max(0.0, statistics.median(ways)), among=among(costs, crowd))
 
 
 def _connection(url: str) -> HTTPConnection:
@@ -87,6 +92,12 @@ def _connection(url: str) -> HTTPConnection:
     if host is None or parts.scheme != "http":
         raise DataError(f"{url}: not the address of a server, such as http://127.0.0.1:8000")
     return HTTPConnection(host, port or 80, timeout=60)
+
+
+def among(costs: ServerCosts, crowd: Asked) -> float:
+    """Return what part of a lone request's cost for front and hub one of a crowd takes."""
+    lone = sum(cost.seconds(1, round(crowd.tokens)) for cost in (costs.front, costs.hub))
+    return min(1.0, max(LEAST, crowd.front + crowd.hub) / max(LEAST, lone))
 
 
 class Sample(NamedTuple):
@@ -132,12 +143,7 @@ class _Asker:
             some = list(islice(drawn, count))
             latencies.append(self._request(some, level))
             asked.append([sample.text for sample in some])
-        elapsed = time.perf_counter() - began
-        after = self._processor()
-        front, engine, hub = (
-            (after[kind] - before[kind] - self._idle[kind] * elapsed) / len(asked)
-            for kind in ("front", "engine", "hub")
-        )
+        front, engine, hub = self._spent(before, time.perf_counter() - began, len(asked))
         ran = [passes_of(self._model, texts, level) for texts in asked]
         passes = statistics.fmean(seconds for _, seconds in ran)
         form = Asked(
@@ -150,18 +156,59 @@ class _Asker:
         )
         return _Form(form, passes, statistics.fmean(latencies))
 
-    def _request(self, asked: Sequence[Sample], level: QualityName) -> float:
+    def ask_together(self, callers: Sequence[HTTPConnection], samples: Sequence[Sample]) -> Asked:
+        """Let callers ask one text after the other for some seconds; passes are not told apart."""
+        before, began = self._processor(), time.perf_counter()
+
+        def call(number: int) -> list[int]:
+            drawn, tokens = cycle(samples[number::CALLERS] or samples), []
+            with closing(callers[number]) as connection:
+                while time.perf_counter() - began < self._seconds:
+                    sample = next(drawn)
+                    self._request([sample], "fast", connection)
+                    tokens.append(sample.text.tokens)
+            return tokens
+
+        with ThreadPoolExecutor(CALLERS) as threads:
+            tokens = [count for asked in threads.map(call, range(CALLERS)) for count in asked]
+        front, engine, hub = self._spent(before, time.perf_counter() - began, len(tokens))
+        return Asked(1, statistics.fmean(tokens), 0, front, engine, hub)
+
+    def _spent(
+        self, before: dict[str, float], elapsed: float, requests: int
+    ) -> tuple[float, float, float]:
+        """Return what a request took of front, engine and hub, beyond what they take idle."""
+        after = self._processor()
+        front, engine, hub = (
+            (after[kind] - before[kind] - self._idle[kind] * elapsed) / requests
+            for kind in ("front", "engine", "hub")
+        )
+        return front, engine, hub
+
+    def _request(
+        self,
+        asked: Sequence[Sample],
+        level: QualityName,
+        connection: HTTPConnection | None = None,
+    ) -> float:
         words = [sample.words for sample in asked]
         given = words if len(words) > 1 else words[0]
         body = {"model": self._name, "quality": level, "input": given}
         began = time.perf_counter()
-        self._answer("POST", "/classify", json.dumps(body))
+        self._answer("POST", "/classify", json.dumps(body), connection)
         return time.perf_counter() - began
 
-    def _answer(self, method: str, path: str, body: str | None = None) -> str:
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        body: str | None = None,
+        connection: HTTPConnection | None = None,
+    ) -> str:
+        connection = connection or self._connection
         headers = {"Content-Type": "application/json"} if body else {}
-        self._connection.request(method, path, body, headers)
-        response = self._connection.getresponse()
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
         content = response.read().decode()
         if response.status != 200:
             raise DataError(f"{path} was answered {response.status}: {content[:200]}")

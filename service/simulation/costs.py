@@ -48,12 +48,15 @@ class ServerCosts:
         hub: counting.
         way: seconds that a lone request takes beyond all of this: between processes, and from and
             to a client on the same machine.
+        among: part of its cost that a request takes which a front or the hub goes on to from
+            another; what wakes them costs all of it.
     """
 
     front: ProcessCost = ProcessCost()
     engine: EngineCost = EngineCost()
     hub: ProcessCost = ProcessCost()
     way: float = 0.0
+    among: float = 1.0
 
     def lone(self, asked: Asked) -> float:
         """Return the seconds of a request's way through front and engine, passes and `way` out."""
@@ -114,7 +117,13 @@ def read_costs(path: Path) -> ServerCosts:
             ProcessCost(**values.pop("hub")),
             **values,
         )
-        numbers = [*astuple(costs.front), *astuple(costs.engine), *astuple(costs.hub), costs.way]
+        numbers = [
+            *astuple(costs.front),
+            *astuple(costs.engine),
+            *astuple(costs.hub),
+            costs.way,
+            costs.among,
+        ]
         if not all(math.isfinite(n) and n >= 0 for n in numbers):
             raise ValueError("costs must be finite and not negative")
     except OSError as error:

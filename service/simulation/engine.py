@@ -207,6 +207,8 @@ class SimEngine:
                 request.gone = True
                 answered.append(request)
         self.drain.observe(now - self._began, priced)
+        if not self._arrivals and not len(self.buckets):
+            self.brownout.observe(0.0, now)  # a real engine looks once a second, asked or not
         return answered
 
     def _run(self, step: int, batch: list[_Slot], now: float) -> float:

@@ -57,8 +57,9 @@ class SimServer:
 
     Its processes share the cores evenly: while more of them have work than there are cores, each
     runs at the same part of its speed. Half of what a request costs a front comes before the engine
-    and half after it. A request that is refused costs the front what it costs without texts; one
-    that is turned away unread costs a real front less. The door is told tokens in place of bytes.
+    and half after it; a deadline counts from when the front begins. A request that is refused costs
+    the front what it costs without texts; one that is turned away unread costs a real front less.
+    The door is told tokens in place of bytes.
 
     Args:
         model: the only one that it serves.
@@ -99,7 +100,7 @@ class SimServer:
 
     def offer(self, texts: Sequence[Text]) -> None:
         """Let a request come now."""
-        request = SimRequest(self.now, self.now + self._timeout, texts)
+        request = SimRequest(self.now, _NEVER, texts)
         request.front = self._turn
         self._turn = (self._turn + 1) % len(self._fronts)
         self.in_flight += 1
@@ -142,7 +143,8 @@ class SimServer:
         if front.does is None:
             self._next_of(request.front)
 
-    def _next_of(self, place: int) -> None:
+    def _next_of(self, place: int, share: float = 1.0) -> None:
+        """Begin what waits for a front, for some share of what it costs."""
         front = self._fronts[place]
         request = front.does = front.queue.popleft() if front.queue else None
         if request is None:
@@ -157,9 +159,10 @@ class SimServer:
             work = cost.request
         else:
             request.held = True
+            request.deadline = self.now + self._timeout
             front.door.enter(count, self._timeout, self.now)
             work = cost.seconds(count, request.tokens) / 2
-        self._start(place, "front", work)
+        self._start(place, "front", share * work)
 
     def _turned_away(self, door: Door, request: SimRequest) -> bool:
         count, size = len(request.texts), request.tokens
@@ -178,7 +181,7 @@ class SimServer:
             self._ask_engine(request)
         else:
             self._leave(request)
-        self._next_of(place)
+        self._next_of(place, self._costs.among)
 
     def _ask_engine(self, request: SimRequest) -> None:
         in_flight = self._fronts[request.front].in_flight
@@ -213,6 +216,7 @@ class SimServer:
         if self._done[self._hub] == _NEVER:
             self._start(self._hub, "hub", work)
         else:
+            work *= self._costs.among
             self._done[self._hub] += work
             records.busy["hub"] += work
 

@@ -19,8 +19,10 @@ def test_a_pool_that_may_grow_is_scaled_by_our_policy() -> None:
     from service.cluster.application import _size
 
     assert _size(Pool(replicas=2)) == {"num_replicas": 2}
-    config = _size(Pool(replicas=1, max_replicas=3, target_seconds=0.5))["autoscaling_config"]
+    pool = Pool(replicas=1, max_replicas=3, target_seconds=0.5, up_seconds=7, down_seconds=70)
+    config = _size(pool)["autoscaling_config"]
     assert (config.min_replicas, config.max_replicas) == (1, 3)
+    assert (config.upscale_delay_s, config.downscale_delay_s) == (7, 70)
     # Ray makes the policy from its name and its arguments, as here.
     config.policy.serialize_policy()
     policy = config.policy.get_policy()(**config.policy.policy_kwargs)

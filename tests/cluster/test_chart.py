@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from service.cluster import RAY
+
 helm = pytest.importorskip("helm_python", reason="needs helm-python-sdk (make test-cluster)")
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
@@ -203,6 +205,12 @@ def test_the_grace_period_follows_the_drain_setting() -> None:
     environment = {v["name"]: v["value"] for v in pod["containers"][0]["env"]}
     assert environment["BUDGETFORMER_DRAIN_SECONDS"] == "90"
     assert pod["terminationGracePeriodSeconds"] == 90 + 5 + 15
+
+
+def test_pods_of_ray_have_the_environment_that_the_server_sets_by_itself() -> None:
+    for template in pod_templates(only("RayService", VALUES["ray"])):
+        environment = template["spec"]["containers"][0]["env"]
+        assert RAY.items() <= {v["name"]: v.get("value") for v in environment}.items()
 
 
 def test_a_pods_environment_is_settings_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ def test_a_server_tells_what_requests_cost_it(model_store: Path, tmp_path: Path)
         found = calibrate(running.url, checkpoint, model, texts, seconds=0.5)
     costs = [*astuple(found.front), *astuple(found.engine), *astuple(found.hub), found.way]
     assert all(math.isfinite(cost) and cost >= 0 for cost in costs)
+    assert 0 < found.among <= 1
     # A text takes a front some tenths of a millisecond at least, and nowhere near a second.
     assert 1e-4 < found.front.seconds(1, 10) < 0.5
     # A request of many texts costs more than one of few, and less than as many requests.

@@ -9,6 +9,7 @@ import pytest
 
 from budgetformer.cost_table import CostTable, StepCost, read_tables
 from budgetformer.errors import DataError
+from service.simulation.calibrate import among
 from service.simulation.costs import (
     Asked,
     EngineCost,
@@ -39,6 +40,12 @@ def test_a_fit_finds_the_costs_that_made_the_times() -> None:
 def test_no_cost_is_below_zero() -> None:
     found = fit_server([Asked(1, 10, 1, 1e-3, 1e-3, 0), Asked(2, 30, 1, 1e-4, 1e-5, -1e-5)] * 2)
     assert min(*astuple(found.front), *astuple(found.engine), *astuple(found.hub)) >= 0
+
+
+def test_one_of_a_crowd_takes_part_of_what_a_lone_request_takes() -> None:
+    front, hub = (cost.seconds(1, 50) / 4 for cost in (COSTS.front, COSTS.hub))
+    assert among(COSTS, Asked(1, 50, 0, front, 1.0, hub)) == pytest.approx(0.25)
+    assert among(COSTS, Asked(1, 50, 0, 8 * front, 1.0, hub)) == 1.0
 
 
 def test_costs_are_read_as_they_were_written(tmp_path: Path) -> None:

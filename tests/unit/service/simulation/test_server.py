@@ -48,6 +48,18 @@ def test_processes_share_the_cores(cores: int, first: float, second: float) -> N
     assert list(records.latency) == pytest.approx([first, second])
 
 
+def test_a_front_that_goes_on_from_another_request_is_not_woken_for_the_next() -> None:
+    costs = ServerCosts(ProcessCost(request=2.0), hub=ProcessCost(request=8.0), among=0.5)
+    running, records = server(model(FREE), costs, 3)
+    for _ in range(2):
+        running.offer([text(1)])
+    running.advance(END)
+    # One second in for the first and half of one for the second; then they wait for their way out.
+    assert list(records.latency) == pytest.approx([2.0, 2.5])
+    assert records.busy["front"] == pytest.approx(1.0 + 3 * 0.5)
+    assert records.busy["hub"] == pytest.approx(8.0 + 4.0)
+
+
 def test_a_large_request_does_not_hold_up_a_single_text() -> None:
     running, records = server(model(StepCost(0.01, 0, 0.02)), NOTHING)
     running.offer([text(1)] * 100)
@@ -86,6 +98,32 @@ def test_what_waits_past_its_deadline_expires() -> None:
         running.offer([text(1)])
     running.advance(END)
     assert sorted(OUTCOMES[o] for o in records.outcome) == ["answered", "expired", "expired"]
+
+
+def test_a_deadline_counts_from_when_the_front_begins() -> None:
+    # The second request is begun after half a second, and its turn comes after 6.2.
+    costs = ServerCosts(ProcessCost(request=1.0), EngineCost(run=2.85))
+    running, records = server(model(FREE), costs, 2, batch_items=1, timeout_ms=6000)
+    for _ in range(2):
+        running.offer([text(1)])
+    running.advance(END)
+    assert [OUTCOMES[o] for o in records.outcome] == ["answered", "answered"]
+
+
+def test_quality_comes_back_while_nobody_asks() -> None:
+    running, records = server(
+        model(StepCost(0.0, 0, 0.01), StepCost(0.0, 0, 0.1)),
+        NOTHING, quality="auto", timeout_ms=60_000,
+    )  # fmt: skip
+    running.offer([text(2, fast=[1])] * 100)
+    running.advance(1.0)
+    running.offer([text(2, fast=[1])])
+    running.advance(200.0)
+    running.offer([text(2, fast=[1])])
+    running.advance(END)
+    assert [level for _, level in sorted(zip(records.arrived, records.level, strict=True))] == [
+        1, 0, 1,
+    ]  # fmt: skip
 
 
 def test_overload_lowers_the_quality_before_anyone_is_refused() -> None:
