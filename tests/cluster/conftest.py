@@ -1,10 +1,13 @@
-"""A real Ray cluster on this machine: a head and two hosts, each with processes of its own."""
+"""A real Ray cluster on this machine: a head and two hosts, each with processes of its own.
+
+A host has room for three engines, and runs a front and one engine of each pool: there may be one
+more.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,26 +15,32 @@ from typing import Any
 import httpx
 import pytest
 
+from service.cluster import RAY
+from tests.support.processes import free_port
 from tests.support.stores import model_store
 from tests.support.waiting import wait_until
 
 __all__ = ["model_store"]
 
 PATIENCE = 300.0
+SCALING = {
+    "replicas": 2, "max_replicas": 3, "target_seconds": 0.005, "up_seconds": 1, "down_seconds": 1,
+}  # fmt: skip
 ADMIN_KEY = "open-sesame"
 HOSTS = 2
 
-# Ray gives its workers what other processes leave, and probes with little patience: on a machine
-# that is busy with other things they would not come up.
-os.environ |= {
-    "RAY_worker_niceness": "0",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+# Ray probes with little patience: on a machine that is busy with other things none would come up.
+os.environ |= RAY | {
     "RAY_AUTH_MODE": "disabled",
     "RAY_raylet_start_wait_time_s": "120",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    # A cluster that serves on this machine has the usual ones.
+    "RAY_SERVE_HAPROXY_METRICS_PORT": "19101",
+    "RAY_SERVE_HAPROXY_STATS_PORT": "18404",
+    # What engines say of themselves moves the number of engines so often.
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }
 
 
@@ -84,19 +93,20 @@ def running(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     store = tmp_path_factory.mktemp("cluster") / "store"
     for name in ("topics/1", "pairs/1"):
         shutil.copytree(model_store / name, store / name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         for _ in range(HOSTS):
-            cluster.add_node(num_cpus=2)
+            cluster.add_node(num_cpus=3)
         ray.init(cluster.address, namespace="serve", log_to_driver=False)
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(port=port))
-        pools = {"small": Pool(max_step=0, replicas=HOSTS), "large": Pool(replicas=HOSTS)}
+        pools = {
+            "small": Pool(max_step=0, replicas=HOSTS),
+            "large": Pool(**SCALING),
+        }
         settings = Settings(
             model_store=store, default_model="topics", pools=pools, dtype="float32",
-            admin_key=ADMIN_KEY, log_level="warning", hang_seconds=60,
+            fronts=2, admin_key=ADMIN_KEY, log_level="warning", hang_seconds=60,
         )  # fmt: skip
         serve.run(build(settings), name=NAME)
         application = Running(f"http://127.0.0.1:{port}", cluster, store)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import shutil
-import threading
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from loadtests.chaos.load import Load, Seen
 from service.engine.core import EngineOptions
 from tests.cluster.conftest import ADMIN_KEY, HOSTS, PATIENCE, Running
 from tests.support.exposition import Exposition
 from tests.support.serving import service
 from tests.support.stores import labelled_sentences
-from tests.support.waiting import wait_until
+from tests.support.waiting import until, wait_until
 
 pytestmark = [
     pytest.mark.timeout(900),
@@ -31,61 +27,12 @@ pytestmark = [
 TEXTS = [text for text, _ in labelled_sentences()][:60]
 
 
-class Callers(threading.Thread):
-    """Callers on a schedule that does not wait for answers."""
-
-    def __init__(self, running: Running, rate: float = 10.0) -> None:
-        super().__init__()
-        self._url, self._rate = running.url, rate
-        self._enough = threading.Event()
-        items = running.answer(TEXTS, quality="best")["data"]
-        self._right = {text: item["label"] for text, item in zip(TEXTS, items, strict=True)}
-        self.sent = 0
-        self.seen: Counter[str] = Counter()
-        self.models: Counter[str] = Counter()
-
-    def run(self) -> None:
-        asyncio.run(self._send())
-
-    def stop(self) -> None:
-        self._enough.set()
-        self.join()
-
-    async def _send(self) -> None:
-        asked = []
-        async with httpx.AsyncClient(base_url=self._url, timeout=100) as client:
-            for text in itertools.cycle(TEXTS):
-                if self._enough.is_set():
-                    break
-                self.sent += 1
-                asked.append(asyncio.create_task(self._ask(client, text)))
-                await asyncio.sleep(1 / self._rate)
-            await asyncio.gather(*asked)
-
-    async def _ask(self, client: httpx.AsyncClient, text: str) -> None:
-        body = {"input": text, "quality": "best", "timeout_ms": 60_000}
-        try:
-            answer = await client.post("/classify", json=body)
-        except httpx.TransportError as error:
-            self.seen[type(error).__name__] += 1
-            return
-        if answer.status_code != 200:
-            self.seen[f"{answer.status_code} {answer.text}"] += 1
-            return
-        told = answer.json()
-        self.models[told["model"]] += 1
-        right = told["data"][0]["label"] == self._right[text]
-        self.seen["right" if right else "wrong"] += 1
+def load_on(running: Running, rate: float = 10.0, size: int = 1, timeout_ms: int = 60_000) -> Load:
+    return Load(running.url, rate, TEXTS, size, model="topics", timeout_ms=timeout_ms)
 
 
-@contextmanager
-def called(running: Running) -> Iterator[Callers]:
-    callers = Callers(running)
-    callers.start()
-    try:
-        yield callers
-    finally:
-        callers.stop()
+def statuses(seen: Seen) -> set[str]:
+    return {outcome.split()[0] for outcome in seen.outcomes}
 
 
 def comparable(item: dict[str, Any]) -> dict[str, Any]:
@@ -133,30 +80,73 @@ def test_engines_of_both_pools_say_what_they_ran(running: Running) -> None:
     wait_until(ran, "batches of every step")
 
 
-def test_a_new_version_comes_without_a_failed_request(running: Running, model_store: Path) -> None:
+async def test_a_new_version_comes_without_a_failed_request(
+    running: Running, model_store: Path
+) -> None:
     shutil.copytree(model_store / "topics" / "2", running.store / "topics" / "2")
-    with called(running) as callers:
-        answer = running.client.post(
-            "/models/topics/load", headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=120
-        )
+    load, seen = load_on(running), Seen()
+    await load.learn()
+
+    async def renew() -> None:
+        async with httpx.AsyncClient(base_url=running.url, timeout=120) as client:
+            answer = await client.post(
+                "/models/topics/load", headers={"Authorization": f"Bearer {ADMIN_KEY}"}
+            )
         assert answer.status_code == 200, answer.text
-        wait_until(lambda: callers.models["topics:2"] >= 10, "answers of the new version")
-    assert set(callers.models) == {"topics:1", "topics:2"}
-    assert callers.seen["right"] + callers.seen["wrong"] == callers.sent, dict(callers.seen)
+        await until(lambda: seen.models["topics:2"] >= 10, "answers of the new version")
+
+    await load.during(seen, renew)
+    assert set(seen.models) == {"topics:1", "topics:2"}
+    assert seen.outcomes == {"200": seen.sent}
     engines = running.health()["engines"]
     assert all("topics:2" in engine["models"] for engine in engines)
 
 
-def test_a_host_that_dies_loses_no_request_without_an_answer(running: Running) -> None:
+async def test_engines_come_with_the_load_and_go_with_it(running: Running) -> None:
+    load, seen = load_on(running, rate=5, size=1000, timeout_ms=10_000), Seen()
+    await load.learn()
+
+    async def grow() -> None:
+        def grown() -> bool:
+            return running.whole(2 * HOSTS + 1)
+
+        await until(lambda: asyncio.to_thread(grown), "one more engine", PATIENCE)
+
+    await load.during(seen, grow)
+    assert statuses(seen) <= {"200", "429", "504"}
+    assert (seen.hung, seen.wrong) == (0, 0)
+    assert seen.outcomes["200"]
+    seen = Seen()
+    load = load_on(running)
+    await load.learn()
+
+    async def shrink() -> None:
+        def shrunk() -> bool:
+            return running.whole(2 * HOSTS)
+
+        await until(lambda: asyncio.to_thread(shrunk), "one engine less", PATIENCE)
+
+    await load.during(seen, shrink)
+    assert seen.outcomes == {"200": seen.sent}
+    assert seen.wrong == 0
+
+
+async def test_a_host_that_dies_loses_no_request_without_an_answer(running: Running) -> None:
     wait_until(lambda: running.whole(2 * HOSTS), "all engines", PATIENCE)
-    with called(running) as callers:
-        wait_until(lambda: callers.seen["right"] >= 10, "answers")
+    load, seen = load_on(running), Seen()
+    await load.learn()
+
+    async def kill() -> None:
+        await until(lambda: seen.outcomes["200"] >= 10, "answers")
         victim = next(iter(running.cluster.worker_nodes))
-        running.cluster.remove_node(victim, allow_graceful=False)
-        answered = callers.seen["right"]
-        wait_until(lambda: callers.seen["right"] >= answered + 30, "more answers", PATIENCE)
-    assert callers.seen.total() == callers.sent, callers.seen
-    # A front on the dead host takes what it held along: Ray answers 500 for it.
-    assert set(callers.seen) <= {"right", "500", "503"}
-    assert callers.seen["right"] >= 0.8 * callers.sent
-    wait_until(lambda: running.whole(HOSTS), "the hub to miss the dead engines", PATIENCE)
+        await asyncio.to_thread(running.cluster.remove_node, victim, allow_graceful=False)
+        answered = seen.outcomes["200"]
+        await until(lambda: seen.outcomes["200"] >= answered + 30, "more answers", PATIENCE)
+
+    await load.during(seen, kill)
+    assert (seen.hung, seen.wrong) == (0, 0)
+    # A front on the dead host takes along what it had begun to answer.
+    assert statuses(seen) <= {"200", "500", "503"}
+    assert seen.outcomes["200"] >= 0.8 * seen.sent
+    # The other host has room for one engine more than it ran.
+    wait_until(lambda: running.whole(HOSTS + 1), "the room that is left to be used", PATIENCE)
