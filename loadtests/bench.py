@@ -31,7 +31,7 @@ from texts import texts_of
 
 BUILD = Path("build")
 QUICK_RIVALS = (ONNX_INT8, PIPELINE, FLOOR)
-SETTLE, REST = 5.0, 5.0
+SETTLE, REST = 10.0, 5.0
 """Seconds until what starting has left is done, and of rest."""
 
 
@@ -111,7 +111,7 @@ def main() -> None:
     }  # fmt: skip
     (BUILD / "bench.json").write_text(json.dumps(kept, indent=1) + "\n")
     seconds = time.monotonic() - began
-    console = Console(width=max(110, Console().width))
+    console = Console(width=max(120, Console().width))
     console.print(screen(promises, facts, given.data is not None, seconds))
     for rival, why in stored[-1]["absent"].items():
         print(f"not measured: {rival} ({why})")
