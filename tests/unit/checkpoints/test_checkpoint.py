@@ -106,6 +106,7 @@ UNREADABLE = {
     "bad name": (edit("manifest.json", name="../topics"), "manifest.json", "name"),
     "other name": (edit("manifest.json", name="tropics"), "topics/2", "tropics:2"),
     "other version": (edit("manifest.json", version=3), "topics/2", "topics:3"),
+    "version too high": (edit("manifest.json", version=2**63), "manifest.json", "version"),
     "no configuration": (without("config.json"), "config.json", "missing"),
     "configuration not JSON": (write("config.json", b"}"), "config.json", "JSON"),
     "configuration not UTF-8": (write("config.json", b'"\xff"'), "config.json", ""),
