@@ -25,8 +25,8 @@ CORPUS = sorted((Path(__file__).parent / "corpus" / "checkpoints").iterdir())
 
 
 @pytest.fixture(scope="module")
-def folder(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("fuzzed") / "store" / TOPICS / "1"
+def folder(model_store: Path, scratch: Path) -> Path:
+    copy = scratch / "store" / TOPICS / "1"
     shutil.copytree(model_store / TOPICS / "1", copy)
     return copy
 

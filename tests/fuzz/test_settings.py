@@ -63,8 +63,8 @@ def test_environment(random: Random) -> None:
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("files") / "file.toml"
+def path(scratch: Path) -> Path:
+    return scratch / "file.toml"
 
 
 @fuzzed(0.2)
