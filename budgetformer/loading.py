@@ -41,7 +41,9 @@ def load_network(
     kept = {n: w if _stays(n, w) else w.float() for n, w in weights.items()}
     network.load_state_dict(kept, assign=True)
     network.encoder.embeddings.states_dtype = torch.float32
-    return load_pass(network.to(torch.device(device)), precision)
+    loaded = load_pass(network.to(torch.device(device)), precision)
+    loaded.take_over()
+    return loaded
 
 
 def _stays(name: str, weight: Tensor) -> bool:

@@ -170,6 +170,20 @@ class TestSound:
         model = AutoModelForSequenceClassification.from_pretrained(path)
         assert type(model).__name__ == "BudgetFormerForSequenceClassification"
 
+    @pytest.mark.parametrize("name", [f"{TOPICS}/1", f"{PICKY}/1"])
+    def test_each_weight_is_held_once(self, model_store: Path, name: str) -> None:
+        """Tables as they are in the file, all else in float32."""
+        folder = model_store / name
+        weights = load_file(folder / "model.safetensors")
+        tables = [w for n, w in weights.items() if n.startswith("encoder.embeddings.")]
+        tables = [w for w in tables if w.dim() == 2]
+        tables += [weights[n] for n in ["exit_head.weight.weight"] if n in weights]
+        kept = sum(table.nbytes - 4 * table.numel() for table in tables)
+        everything = 4 * sum(weight.numel() for weight in weights.values())
+        network = load_network(read_checkpoint(folder))
+        network.warm([HEADS])
+        assert network.nbytes == everything + kept
+
     @pytest.mark.parametrize("side", ["right", "left"])
     def test_its_tokenizer_cuts_at_the_end_that_the_manifest_names(
         self, store: Path, side: str
