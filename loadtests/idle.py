@@ -41,7 +41,7 @@ async def ask(url: str) -> None:
 
 def row(name: str, server: Server, seconds: float) -> str:
     with server:
-        time.sleep(5.0)  # until what starting has left is done
+        time.sleep(10.0)  # until what starting has left is done
         before, began = server.cpu_seconds(), time.monotonic()
         time.sleep(seconds)
         share = (server.cpu_seconds() - before) / (time.monotonic() - began)

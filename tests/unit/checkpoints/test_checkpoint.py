@@ -333,8 +333,9 @@ class TestDamagedWeights:
         del weights[name]
         assert_one_line(self.refusal(folder, weights), "model.safetensors", "missing", name)
 
-    def test_a_weight_too_many(self, folder: Path) -> None:
-        weights = load_file(folder / "model.safetensors") | {"stray.weight": torch.zeros(2)}
+    @pytest.mark.parametrize("name", ["stray.weight", "stray.weight\n\r"])
+    def test_a_weight_too_many(self, folder: Path, name: str) -> None:
+        weights = load_file(folder / "model.safetensors") | {name: torch.zeros(2)}
         message = self.refusal(folder, weights)
         assert_one_line(message, "model.safetensors", "unexpected", "stray.weight")
 
