@@ -33,6 +33,8 @@ CONFIG, WEIGHTS, TOKENIZER, MANIFEST, CARD = (
 _LOADED = (CONFIG, WEIGHTS, TOKENIZER)
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a model may be called; nothing of it leads elsewhere on a disk."""
+MOST_VERSION = 2**63 - 1
+"""What the messages between processes, which name versions, can hold."""
 MOST_READ_BYTES = 64 * 2**20
 """Of a manifest or a configuration, which are read whole."""
 
@@ -98,7 +100,7 @@ class Manifest(_Data):
 
     format: int = FORMAT
     name: str = Field(pattern=NAME)
-    version: int = Field(ge=1)
+    version: int = Field(ge=1, le=MOST_VERSION)
     created: str
     files: dict[str, FileEntry]
     max_tokens: int = Field(ge=3)

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from budgetformer.errors import DataError
 
 FORMAT = 1
@@ -101,6 +99,8 @@ def fit_costs(sizes: Sequence[Sequence[float]], seconds: Sequence[float]) -> lis
         sizes: of what was timed, a row each.
         seconds: that it took, above 0.
     """
+    import numpy as np  # only here: a server at rest would hold it for nothing
+
     taken = np.array(seconds)
     relative = np.array(sizes) / taken[:, None]
     columns = list(range(relative.shape[1]))

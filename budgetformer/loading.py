@@ -35,13 +35,15 @@ def load_network(
     try:
         weights = load(content)
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {_one_line(error)}") from error
     del content
     _check(path.as_posix(), network, weights)
     kept = {n: w if _stays(n, w) else w.float() for n, w in weights.items()}
     network.load_state_dict(kept, assign=True)
     network.encoder.embeddings.states_dtype = torch.float32
-    return load_pass(network.to(torch.device(device)), precision)
+    loaded = load_pass(network.to(torch.device(device)), precision)
+    loaded.take_over()
+    return loaded
 
 
 def _stays(name: str, weight: Tensor) -> bool:
@@ -63,9 +65,14 @@ def _assemble(checkpoint: Checkpoint) -> SequenceClassifier:
             encoder.build(architecture)
             network.build(encoder, architecture)
     except Exception as error:  # whatever torch makes of sizes that are none
-        told = " ".join(str(error).split()) or type(error).__name__
+        told = _one_line(error) or type(error).__name__
         raise CheckpointError(f"{checkpoint.path / CONFIG}: {told}") from error
     return network
+
+
+def _one_line(told: object) -> str:
+    """Return what may quote a file, which may hold line breaks, on one line."""
+    return " ".join(str(told).split())
 
 
 @contextmanager
@@ -96,6 +103,7 @@ def _check(label: str, network: nn.Module, weights: dict[str, Tensor]) -> None:
     }
     for kind, names in problems.items():
         if names:
-            raise CheckpointError(f"{label}: {kind}: {', '.join(sorted(names)[:3])}")
+            named = _one_line(", ".join(sorted(names)[:3]))
+            raise CheckpointError(f"{label}: {kind}: {named}")
     if not all(bool(weight.isfinite().all()) for weight in weights.values()):
         raise CheckpointError(f"{label}: a weight is not a finite number")

@@ -2,9 +2,10 @@
 
     python loadtests/idle.py [--models ag_news imdb] [--against OTHER_CHECKOUT]
 
-Prints seconds to ready, the share of a core that all its processes use at rest, and their memory,
-pages that they share counted once, at first and after eight seconds of load. With `--against` the
-server of another checkout takes its turn.
+Prints seconds to ready, the share of a core that all its processes use at rest, and their memory:
+pages that they share counted once, at first and after eight seconds of load, and what is resident,
+where such pages count in each process. With `--against` the server of another checkout takes its
+turn.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from openloop import Client
 from servers import Server, ours
 from texts import texts_of
 
-HEADS = ("server", "ready after s", "of a core at rest", "memory MiB", "after load")
+HEADS = (
+    "server",
+    "ready after s",
+    "of a core at rest",
+    "memory MiB",
+    "resident MiB",
+    "memory MiB after load",
+)
 LOAD_SECONDS = 8.0
 
 
@@ -33,23 +41,26 @@ async def ask(url: str) -> None:
 
 def row(name: str, server: Server, seconds: float) -> str:
     with server:
-        time.sleep(5.0)  # until what starting has left is done
+        time.sleep(10.0)  # until what starting has left is done
         before, began = server.cpu_seconds(), time.monotonic()
         time.sleep(seconds)
         share = (server.cpu_seconds() - before) / (time.monotonic() - began)
-        first = server.memory()
+        held = [server.memory(), server.resident()]
         uvloop.run(ask(server.url))
-        cells = [name, f"{server.start_seconds:.1f}", f"{share:.2%}", f"{first:.0f}"]
-        return f"| {' | '.join([*cells, f'{server.memory():.0f}'])} |"
+        held.append(server.memory())
+        cells = [f"{server.start_seconds:.1f}", f"{share:.2%}", *(f"{mib:.0f}" for mib in held)]
+        return f"| {' | '.join([name, *cells])} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["ag_news", "imdb"])
     parser.add_argument("--against", type=Path, help="another checkout, measured too")
+    parser.add_argument("--engines", type=int, help="one for each core")
     parser.add_argument("--seconds", type=float, default=20.0, help="at rest")
     given = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
+    cores = cores[: given.engines or len(cores)]
     flags = [f"--models={name}" for name in given.models]
     flags.append(f"--model-store={Path('model_store').absolute()}")
     print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")

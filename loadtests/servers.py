@@ -184,6 +184,10 @@ class Server:
         """Return the MiB that all processes hold, pages that they share counted once."""
         return memory(self.family())
 
+    def resident(self) -> float:
+        """Return the MiB that all processes hold, pages that they share counted in each."""
+        return sum(p.memory_info().rss for p in self.family()) / 2**20
+
     def cpu_seconds(self, part: str = "") -> float:
         """Return the processor time of all processes, or of those with `part` in their command."""
         used = 0.0

@@ -15,7 +15,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from budgetformer.compact.kernels import Kernels, plain
 from budgetformer.compact.layout import Layout
@@ -169,8 +169,20 @@ class PackedPass:
     @property
     def nbytes(self) -> int:
         """Memory of the weights, and of what is laid out of them by now."""
-        weights = sum(int(parameter.nbytes) for parameter in self.model.parameters())
-        return weights + self._slices.nbytes
+        held = [t.untyped_storage() for t in (*self.model.parameters(), *self._slices.weights)]
+        weights = {storage.data_ptr(): storage.nbytes() for storage in held}
+        return sum(weights.values()) + self._slices.nbytes
+
+    def take_over(self) -> None:
+        """Let the layers' own matrices go, of which the pass keeps what it reads.
+
+        The model cannot run by itself any more.
+        """
+        for layer in self._layers:
+            for module in (*layer.attention.modules(), *layer.feed_forward.modules()):
+                if isinstance(module, nn.Linear):
+                    empty = module.weight.new_empty(0)
+                    module.weight = nn.Parameter(empty, requires_grad=False)
 
     @torch.inference_mode()
     def warm(self, steps: Sequence[int]) -> None:

@@ -70,6 +70,11 @@ class LayerWeights:
         self._lay_out: Callable[[Tensor, Tensor | None], Linear] = LINEARS[precision]
 
     @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The matrices of which slices are taken."""
+        return self._qkv[0], self._output[0], self._up[0], self._down[0]
+
+    @property
     def biases(self) -> tuple[Tensor, Tensor]:
         """What `output` and `down` add, [D] each; slices `without_bias` leave it to the caller."""
         return self._output[1], self._down[1]
@@ -131,6 +136,11 @@ class SliceCache:
         self.dtype: torch.dtype = getattr(torch, precision)
         self.nbytes = 0
         self._slices: OrderedDict[tuple[int, HeadSet, bool], Slice] = OrderedDict()
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The matrices of all layers."""
+        return [weight for layer in self.layers for weight in layer.weights]
 
     def get(self, layer: int, head_set: HeadSet, with_bias: bool = True) -> Slice:
         """Return a layer's slice for a set of heads."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 
-from budgetformer.checkpoint import Checkpoint
+from budgetformer.checkpoint import MOST_VERSION, Checkpoint
 from service.api.access import needs, spend
 from service.api.bodies import describe_body, read_body
 from service.api.classify import check_texts
@@ -29,7 +29,7 @@ class LoadRequest(RequestBody):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": 1}]})
 
-    version: Annotated[int, Field(ge=1)] | None = None
+    version: Annotated[int, Field(ge=1, le=MOST_VERSION)] | None = None
 
 
 @router.get("/v1/models", summary="Models that are served", dependencies=[needs("classify")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
         raise SettingsError(f"{file}: no such file")
     refuse_unknown_environment()
     try:
-        source: CliSettingsSource[Any] = CliSettingsSource(Settings, cli_parse_args=arguments)
+        source = _flags()(args=arguments)
         return Settings(_cli_settings_source=source), print_config  # type: ignore[call-arg]
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
@@ -115,6 +116,12 @@ def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
         raise SettingsError(f"{where}: {first['msg']}" if where else first["msg"]) from error
     except (SourceError, ValueError) as error:
         raise SettingsError(str(error)) from error
+
+
+@functools.cache
+def _flags() -> CliSettingsSource[Any]:
+    """Return the parser of the flags, which takes longer to make than flags to read."""
+    return CliSettingsSource(Settings)
 
 
 def _split_config(argument: str) -> list[str]:

@@ -6,12 +6,11 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.support.mutation import fuzzed, mutated_bytes, mutated_json
 from tests.support.serving import Service, service
@@ -86,38 +85,36 @@ def _no_constant(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", SAMPLES)
-@fuzzed(0.01)
-@given(data=st.data())
-def test_fields(asked: Asked, path: str, data: st.DataObject) -> None:
-    body = json.dumps(data.draw(mutated_json(SAMPLES[path]))).encode()
+@fuzzed(0.15)
+def test_fields(asked: Asked, path: str, random: Random) -> None:
+    body = json.dumps(mutated_json(random, SAMPLES[path])).encode()
     check(asked.post(path, body))
 
 
 @pytest.mark.parametrize("path", SAMPLES)
-@fuzzed(0.005)
-@given(data=st.data())
-def test_bytes(asked: Asked, path: str, data: st.DataObject) -> None:
-    check(asked.post(path, data.draw(mutated_bytes(json.dumps(SAMPLES[path]).encode()))))
+@fuzzed(0.075)
+def test_bytes(asked: Asked, path: str, random: Random) -> None:
+    check(asked.post(path, mutated_bytes(random, json.dumps(SAMPLES[path]).encode())))
 
 
-@fuzzed(0.02)
-@given(data=st.data())
-def test_binary_tensors(asked: Asked, data: st.DataObject) -> None:
+@fuzzed(0.1)
+def test_binary_tensors(asked: Asked, random: Random) -> None:
     texts = [TEXT.encode(), b""]
     blob = b"".join(len(text).to_bytes(4, "little") + text for text in texts)
     tensor = {"name": "text", "shape": [2, 1], "datatype": "BYTES"}
     tensor["parameters"] = {"binary_data_size": len(blob)}
-    head = json.dumps(data.draw(mutated_json({"inputs": [tensor]}))).encode()
-    if data.draw(st.booleans()):
-        head, blob = json.dumps({"inputs": [tensor]}).encode(), data.draw(mutated_bytes(blob))
-    length = data.draw(st.sampled_from([len(head)] * 4 + [0, len(head) - 1, 10**9]))
+    head = json.dumps(mutated_json(random, {"inputs": [tensor]})).encode()
+    if random.randrange(2):
+        head, blob = json.dumps({"inputs": [tensor]}).encode(), mutated_bytes(random, blob)
+    length = random.choice([len(head)] * 4 + [0, len(head) - 1, 10**9])
     headers = {"Inference-Header-Content-Length": str(length)}
     check(asked.post(f"/v2/models/{TOPICS}/infer", head + blob, headers))
 
 
-@fuzzed(0.01)
-@given(body=st.binary(max_size=40), encoding=st.sampled_from(["gzip", "deflate", "br", "", "x"]))
-def test_encodings(asked: Asked, body: bytes, encoding: str) -> None:
+@fuzzed(0.1)
+def test_encodings(asked: Asked, random: Random) -> None:
+    body = random.randbytes(random.randint(0, 40))
+    encoding = random.choice(["gzip", "deflate", "br", "", "x"])
     check(asked.post("/classify", body, {"Content-Encoding": encoding}))
 
 

@@ -2,71 +2,100 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine import protocol
 from service.frames import Decoder, FrameError
-from tests.support.mutation import fuzzed, mutated_bytes, mutated_json
-from tests.unit.service.test_protocol import PAIRS, frame, read_all
+from tests.support.mutation import INPUTS, fuzzed, mutated_bytes, mutated_json
+from tests.unit.service.test_protocol import PAIRS, frame, reading
 
 CORPUS = sorted((Path(__file__).parent / "corpus" / "frames").iterdir())
 READERS = [messages for _, _, messages in PAIRS]
 
-messages = st.one_of(*(strategy for _, strategies, _ in PAIRS for strategy in strategies.values()))
+
+@functools.cache
+def sent() -> list[bytes]:
+    """Return sound frames of every kind, of which broken ones are made."""
+    kinds = [strategy for _, strategies, _ in PAIRS for strategy in strategies.values()]
+    drawn = []
+
+    @settings(max_examples=max(1, INPUTS // 50), derandomize=True, database=None, deadline=None)
+    @given(st.one_of(*kinds))
+    def draw(message: Any) -> None:
+        drawn.append(frame(message))
+
+    draw()
+    return drawn
 
 
-@st.composite
-def broken_frames(draw: st.DrawFn) -> bytes:
-    """Draw frames whose bytes, or whose fields, are not what they should be."""
-    sent = frame(draw(messages))
-    if draw(st.booleans()):
-        return draw(mutated_bytes(sent))
-    body = msgspec.msgpack.encode(_packable(draw(mutated_json(msgspec.msgpack.decode(sent[4:])))))
+def broken_frame(random: Random) -> bytes:
+    """Return a frame whose bytes, or whose fields, are not what they should be."""
+    sound = random.choice(sent())
+    if random.randrange(2):
+        return mutated_bytes(random, sound)
+    body = msgspec.msgpack.encode(
+        _packable(mutated_json(random, msgspec.msgpack.decode(sound[4:])))
+    )
     return struct.pack("<I", len(body)) + body
 
 
 def _packable(value: Any) -> Any:
-    """Take out what MessagePack cannot hold: integers beyond 64 bits."""
+    """Take out what MessagePack cannot hold: integers beyond 64 bits, halves of pairs."""
     if isinstance(value, dict):
-        return {key: _packable(inner) for key, inner in value.items()}
+        return {_packable(key): _packable(inner) for key, inner in value.items()}
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
     if isinstance(value, list):
         return [_packable(inner) for inner in value]
     return str(value) if isinstance(value, int) and not -(2**63) <= value < 2**64 else value
 
 
-def read(data: bytes, reader: Decoder) -> None:
-    try:
-        received = read_all(data, reader)
-    except FrameError as error:
-        assert str(error)
-    else:
-        # What was taken for a message is one: it can be sent on.
-        for message in received:
-            frame(message)
+Read = Callable[[bytes, Decoder], None]
 
 
-@fuzzed(0.4)
-@given(broken_frames(), st.sampled_from(READERS))
-def test_broken_frames(data: bytes, reader: Decoder) -> None:
-    read(data, reader)
+@pytest.fixture(scope="module")
+def read() -> Iterator[Read]:
+    """Read frames, all in one loop."""
+    with asyncio.Runner() as runner:
+
+        def read(data: bytes, reader: Decoder) -> None:
+            try:
+                received = runner.run(reading(data, reader))
+            except FrameError as error:
+                assert str(error)
+            else:
+                # What was taken for a message is one: it can be sent on.
+                for message in received:
+                    frame(message)
+
+        yield read
 
 
-@fuzzed(0.05)
-@given(st.binary(max_size=64), st.sampled_from(READERS))
-def test_noise(noise: bytes, reader: Decoder) -> None:
-    read(struct.pack("<I", len(noise)) + noise, reader)
+@fuzzed(0.8)
+def test_broken_frames(read: Read, random: Random) -> None:
+    read(broken_frame(random), random.choice(READERS))
 
 
-@fuzzed(0.05)
-@given(st.binary(max_size=40))
-def test_token_ids(data: bytes) -> None:
+@fuzzed(0.1)
+def test_noise(read: Read, random: Random) -> None:
+    noise = random.randbytes(random.randint(0, 64))
+    read(struct.pack("<I", len(noise)) + noise, random.choice(READERS))
+
+
+@fuzzed(0.1)
+def test_token_ids(random: Random) -> None:
+    data = random.randbytes(random.randint(0, 40))
     try:
         ids = protocol.unpack_ids(data)
     except FrameError:
@@ -77,5 +106,5 @@ def test_token_ids(data: bytes) -> None:
 
 @pytest.mark.parametrize("reader", READERS, ids=["to engine", "to front", "to hub", "from hub"])
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name)
-def test_what_was_found_once(path: Path, reader: Decoder) -> None:
+def test_what_was_found_once(read: Read, path: Path, reader: Decoder) -> None:
     read(path.read_bytes(), reader)

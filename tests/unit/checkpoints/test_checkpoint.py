@@ -106,6 +106,7 @@ UNREADABLE = {
     "bad name": (edit("manifest.json", name="../topics"), "manifest.json", "name"),
     "other name": (edit("manifest.json", name="tropics"), "topics/2", "tropics:2"),
     "other version": (edit("manifest.json", version=3), "topics/2", "topics:3"),
+    "version too high": (edit("manifest.json", version=2**63), "manifest.json", "version"),
     "no configuration": (without("config.json"), "config.json", "missing"),
     "configuration not JSON": (write("config.json", b"}"), "config.json", "JSON"),
     "configuration not UTF-8": (write("config.json", b'"\xff"'), "config.json", ""),
@@ -168,6 +169,20 @@ class TestSound:
         assert AutoConfig.from_pretrained(path).model_type == "budgetformer"
         model = AutoModelForSequenceClassification.from_pretrained(path)
         assert type(model).__name__ == "BudgetFormerForSequenceClassification"
+
+    @pytest.mark.parametrize("name", [f"{TOPICS}/1", f"{PICKY}/1"])
+    def test_each_weight_is_held_once(self, model_store: Path, name: str) -> None:
+        """Tables as they are in the file, all else in float32."""
+        folder = model_store / name
+        weights = load_file(folder / "model.safetensors")
+        tables = [w for n, w in weights.items() if n.startswith("encoder.embeddings.")]
+        tables = [w for w in tables if w.dim() == 2]
+        tables += [weights[n] for n in ["exit_head.weight.weight"] if n in weights]
+        kept = sum(table.nbytes - 4 * table.numel() for table in tables)
+        everything = 4 * sum(weight.numel() for weight in weights.values())
+        network = load_network(read_checkpoint(folder))
+        network.warm([HEADS])
+        assert network.nbytes == everything + kept
 
     @pytest.mark.parametrize("side", ["right", "left"])
     def test_its_tokenizer_cuts_at_the_end_that_the_manifest_names(
@@ -318,8 +333,9 @@ class TestDamagedWeights:
         del weights[name]
         assert_one_line(self.refusal(folder, weights), "model.safetensors", "missing", name)
 
-    def test_a_weight_too_many(self, folder: Path) -> None:
-        weights = load_file(folder / "model.safetensors") | {"stray.weight": torch.zeros(2)}
+    @pytest.mark.parametrize("name", ["stray.weight", "stray.weight\n\r"])
+    def test_a_weight_too_many(self, folder: Path, name: str) -> None:
+        weights = load_file(folder / "model.safetensors") | {name: torch.zeros(2)}
         message = self.refusal(folder, weights)
         assert_one_line(message, "model.safetensors", "unexpected", "stray.weight")
 

@@ -150,20 +150,21 @@ def frame(*messages: Any) -> bytes:
     return wire.sent
 
 
-def read_all(data: bytes, messages: Decoder, chunk: int = 2**16) -> list[object]:
+async def reading(data: bytes, messages: Decoder, chunk: int = 2**16) -> list[object]:
     """Read messages until the stream ends."""
+    reader = asyncio.StreamReader()
+    for start in range(0, len(data), chunk):
+        reader.feed_data(data[start : start + chunk])
+    reader.feed_eof()
+    read = []
+    while (message := await frames.read(reader, messages)) is not None:
+        read.append(message)
+    return read
 
-    async def reading() -> list[object]:
-        reader = asyncio.StreamReader()
-        for start in range(0, len(data), chunk):
-            reader.feed_data(data[start : start + chunk])
-        reader.feed_eof()
-        read = []
-        while (message := await frames.read(reader, messages)) is not None:
-            read.append(message)
-        return read
 
-    return asyncio.run(reading())
+def read_all(data: bytes, messages: Decoder, chunk: int = 2**16) -> list[object]:
+    """Read messages until the stream ends, in a loop of their own."""
+    return asyncio.run(reading(data, messages, chunk))
 
 
 PAIRS = [
