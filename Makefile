@@ -58,7 +58,7 @@ bench: .venv/.dev ## what was promised of speed, pass or short: the pass, and th
 bench-quick: .venv/.dev ## the same in three minutes, with fewer texts and others; fails only on wrong answers
 	$(BIN)/python loadtests/bench.py --quick $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
 
-rivals: $(RIVALS:%=build/rivals/%/.made) ## environments for the other servers of `make bench`: 2 GB in build/rivals
+rivals: $(RIVALS:%=build/rivals/%/.made) ## environments for the other servers of `make bench`: 3 GB in build/rivals
 
 bench-gpu: .venv/.dev ## on a GPU: check every pass, time it and weigh it, in a few minutes; needs one card
 	$(BIN)/budgetformer bench gpu --model ag_news --out docs/benchmarks/gpu $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
