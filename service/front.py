@@ -22,7 +22,14 @@ from service.app import create_app, protocol_of
 from service.engine.client import Engines
 from service.observability.logs import configure_logs
 from service.observability.traces import open_tracing
-from service.process import bind, engine_socket, exit_with_parent, hub_socket, receive_settings
+from service.process import (
+    bind,
+    engine_socket,
+    exit_with_parent,
+    hub_socket,
+    keep_what_is_here,
+    receive_settings,
+)
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -120,6 +127,7 @@ def main() -> None:
         listener = bind(settings.host, settings.metrics_port)
         side = _SideServer(uvicorn.Config(app, lifespan="off", **common)), listener
     server = _DrainingServer(config, app, tracing, side)
+    keep_what_is_here()
     listening = socket.socket(fileno=descriptor)
     server.run(sockets=[listening, *(listening.dup() for _ in range(ACCEPTS - 1))])
 

@@ -29,6 +29,7 @@ from service.process import (
     encode_settings,
     engine_socket,
     hub_socket,
+    keep_what_is_here,
     on_silence,
 )
 from service.settings import Settings
@@ -269,4 +270,5 @@ def supervise(settings: Settings) -> None:
         for name in [n for n in os.environ if n.upper().startswith("BUDGETFORMER_")]:
             del os.environ[name]
         log.info("starting", url=f"http://{host}:{port}", engines=resolved.engines)
+        keep_what_is_here()
         uvloop.run(_supervise(resolved, catalog, listener, run_dir))

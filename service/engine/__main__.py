@@ -14,7 +14,12 @@ import uvloop
 from service.engine.server import EngineServer, core_of
 from service.observability.logs import configure_logs
 from service.observability.traces import open_tracing
-from service.process import engine_socket, exit_with_parent, receive_settings
+from service.process import (
+    engine_socket,
+    exit_with_parent,
+    keep_what_is_here,
+    receive_settings,
+)
 from service.settings import Settings
 
 
@@ -39,6 +44,7 @@ def main() -> None:
     exit_with_parent()
     configure_logs(settings.log_level, settings.log_format, f"engine-{index}")
     torch.set_num_threads(settings.threads_per_engine)
+    keep_what_is_here()
     uvloop.run(_main(run_dir, index, settings))
 
 
