@@ -49,7 +49,7 @@ NOT_RUN = {
     "python loadtests/benchmark.py": "loads the machine: it is looked for",
     "python loadtests/openloop.py": "times the machine: it is looked for",
     "python loadtests/idle.py": "times the machine: it is looked for",
-    "python loadtests/cluster.py": "needs Ray, and loads the machine: it is looked for",
+    "python -m loadtests.cluster": "needs Ray, and loads the machine: it is looked for",
 }
 """What is not run as it stands, and why."""
 

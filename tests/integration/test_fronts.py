@@ -10,6 +10,7 @@ import httpx
 import pytest
 from tokenizers import Encoding
 
+from service.api import state
 from service.models import ServedModel
 from tests.support.serving import ADMIN, Service, error_of, service
 from tests.support.stores import TOPICS, sentences
@@ -54,6 +55,7 @@ async def test_what_one_front_has_begun_outlives_a_change_at_another(
 
     async with service(store, models=["topics:1"], fronts=2) as running:
         await until(lambda: all_ready(running), "every front")
+        monkeypatch.setattr(state, "SHORT_CHARACTERS", 0)
         monkeypatch.setattr(ServedModel, "encode", slow)
         begun = asyncio.create_task(model_of(running.other_clients[0]))
         await until(entered.is_set, "the tokenizer")

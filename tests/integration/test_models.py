@@ -18,6 +18,7 @@ import pytest_asyncio
 from structlog.testing import capture_logs
 from tokenizers import Encoding
 
+from service.api import state
 from service.hub.poll import StorePoll
 from service.models import ServedModel
 from tests.support.serving import ADMIN, ADMIN_KEY, Service, error_of, held, service
@@ -301,6 +302,7 @@ class TestLoad:
             gate.wait(60)
             return encode(model, texts)
 
+        monkeypatch.setattr(state, "SHORT_CHARACTERS", 0)
         monkeypatch.setattr(ServedModel, "encode", slow)
         begun = asyncio.create_task(one.ask(TEXT))
         await until(entered.is_set, "the tokenizer")
