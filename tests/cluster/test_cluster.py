@@ -62,7 +62,8 @@ def test_one_page_of_metrics_counts_what_all_did(running: Running) -> None:
     before = counted()
     for _ in range(10):
         running.answer(TEXTS[:1])
-    wait_until(lambda: counted() == before + 10, "ten more requests")
+    # More, if fronts had not yet told of what was asked before.
+    wait_until(lambda: counted() >= before + 10, "ten more requests")
     page = Exposition(running.client.get("/metrics").text)
     assert len(page.select("engine_heartbeat_age_seconds")) == 2 * HOSTS
 
