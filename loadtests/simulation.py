@@ -30,6 +30,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
 
 from budgetformer.checkpoint import read_store
 from budgetformer.cost_table import read_tables
@@ -300,6 +301,7 @@ def main() -> None:
     parser.add_argument("--phases", type=int, nargs="+", help="only these, from 0")
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {CLIENT_CORE})
+    torch.set_num_threads(1)  # else two would wait for each other on that core
     arguments.out.mkdir(parents=True, exist_ok=True)
     costs = arguments.costs or arguments.out / "costs"
     checkpoint = read_store(Path("model_store")).latest(arguments.model)
