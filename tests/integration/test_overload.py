@@ -113,7 +113,7 @@ class TestDeadlines:
             running = await begin(fresh, TEXT)
             late = await begin(fresh, OTHERS, timeout_ms=1)
             error_of(await late, 504)
-            assert fresh.in_flight() == 1
+            await until(lambda: fresh.in_flight() == 1, "the drop")
         assert (await running).status_code == 200
         shown = await fresh.scrape()
         assert shown.total("items_total") == shown.total("batch_items_sum") == 1
