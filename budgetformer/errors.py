@@ -29,3 +29,8 @@ class TokenizerError(BudgetFormerError):
 
 class WorkerError(BudgetFormerError):
     """A worker process died."""
+
+
+def one_line(told: object) -> str:
+    """Return on one line what may quote a file, which may hold line breaks."""
+    return " ".join(str(told).split())

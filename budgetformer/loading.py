@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from budgetformer.architecture import Architecture
 from budgetformer.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from budgetformer.compact import PackedPass, load_pass
-from budgetformer.errors import CheckpointError
+from budgetformer.errors import CheckpointError, one_line
 from budgetformer.modules import Encoder, SequenceClassifier
 from budgetformer.precision import Precision
 
@@ -35,7 +35,7 @@ def load_network(
     try:
         weights = load(content)
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: {_one_line(error)}") from error
+        raise CheckpointError(f"{path}: {one_line(error)}") from error
     del content
     _check(path.as_posix(), network, weights)
     kept = {n: w if _stays(n, w) else w.float() for n, w in weights.items()}
@@ -65,14 +65,9 @@ def _assemble(checkpoint: Checkpoint) -> SequenceClassifier:
             encoder.build(architecture)
             network.build(encoder, architecture)
     except Exception as error:  # whatever torch makes of sizes that are none
-        told = _one_line(error) or type(error).__name__
+        told = one_line(error) or type(error).__name__
         raise CheckpointError(f"{checkpoint.path / CONFIG}: {told}") from error
     return network
-
-
-def _one_line(told: object) -> str:
-    """Return what may quote a file, which may hold line breaks, on one line."""
-    return " ".join(str(told).split())
 
 
 @contextmanager
@@ -103,7 +98,7 @@ def _check(label: str, network: nn.Module, weights: dict[str, Tensor]) -> None:
     }
     for kind, names in problems.items():
         if names:
-            named = _one_line(", ".join(sorted(names)[:3]))
+            named = one_line(", ".join(sorted(names)[:3]))
             raise CheckpointError(f"{label}: {kind}: {named}")
     if not all(bool(weight.isfinite().all()) for weight in weights.values()):
         raise CheckpointError(f"{label}: a weight is not a finite number")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tokenizers import Encoding, Tokenizer
 
-from budgetformer.errors import TokenizerError
+from budgetformer.errors import TokenizerError, one_line
 
 _PANIC = "PanicException"
 """Of pyo3, which has no module that it could be imported from, and is no `Exception`."""
@@ -21,7 +21,7 @@ def tokenizer_errors() -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
-        told = " ".join(str(error).split()) or type(error).__name__
+        told = one_line(error) or type(error).__name__
         raise TokenizerError(told) from None
 
 

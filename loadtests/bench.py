@@ -31,8 +31,8 @@ from texts import texts_of
 
 BUILD = Path("build")
 QUICK_RIVALS = (ONNX_INT8, PIPELINE, FLOOR)
-SETTLE, REST = 10.0, 5.0
-"""Seconds until what starting has left is done, and of rest."""
+REST = 5.0
+"""Seconds, once what starting has left is done."""
 
 
 def time_pass(data: Path | None, quick: bool) -> dict[str, Any]:
@@ -55,10 +55,7 @@ def at_rest() -> list[Promise]:
     """Return what the server takes with two models when nobody asks it."""
     cores = sorted(os.sched_getaffinity(0))
     with ours(cores, "--models=ag_news", "--models=imdb") as server:
-        time.sleep(SETTLE)
-        before, began = server.cpu_seconds(), time.monotonic()
-        time.sleep(REST)
-        busy = (server.cpu_seconds() - before) / (time.monotonic() - began)
+        busy = server.at_rest(REST)
         return [
             Promise("at rest: % of a core, two models", "<=", 1, [100 * busy]),
             Promise("at rest: MiB, two models", "<=", 600, [server.memory()]),

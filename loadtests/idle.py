@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from pathlib import Path
 
 import uvloop
@@ -41,10 +40,7 @@ async def ask(url: str) -> None:
 
 def row(name: str, server: Server, seconds: float) -> str:
     with server:
-        time.sleep(10.0)  # until what starting has left is done
-        before, began = server.cpu_seconds(), time.monotonic()
-        time.sleep(seconds)
-        share = (server.cpu_seconds() - before) / (time.monotonic() - began)
+        share = server.at_rest(seconds)
         held = [server.memory(), server.resident()]
         uvloop.run(ask(server.url))
         held.append(server.memory())

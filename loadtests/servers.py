@@ -21,6 +21,8 @@ from typing import Self
 import psutil
 
 START_SECONDS = 120.0
+SETTLE_SECONDS = 10.0
+"""Until what starting has left is done."""
 
 
 def processor() -> str:
@@ -197,6 +199,13 @@ class Server:
                     times = process.cpu_times()
                     used += times.user + times.system
         return used
+
+    def at_rest(self, seconds: float) -> float:
+        """Return the share of a core that all processes use, for some seconds, unasked."""
+        time.sleep(SETTLE_SECONDS)
+        before, began = self.cpu_seconds(), time.monotonic()
+        time.sleep(seconds)
+        return (self.cpu_seconds() - before) / (time.monotonic() - began)
 
 
 def ours(cores: Sequence[int], *flags: str, folder: Path | None = None) -> Server:

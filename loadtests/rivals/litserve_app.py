@@ -6,11 +6,10 @@ python loadtests/rivals/litserve_app.py --port 8001 --network build/rivals/netwo
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import litserve
-from network import Network
+from network import Network, arguments
 
 
 class Classifier(litserve.LitAPI):  # type: ignore[misc]
@@ -36,11 +35,7 @@ class Classifier(litserve.LitAPI):  # type: ignore[misc]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--network", type=Path, required=True, help="folder that export.py wrote")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=8)
+    parser = arguments(__doc__)
     parser.add_argument("--wait", type=float, default=0.001, help="seconds to fill a batch")
     given = parser.parse_args()
     server = litserve.LitServer(Classifier(given), accelerator="cpu")

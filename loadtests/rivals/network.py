@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,16 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from tokenizers import Encoding, Tokenizer
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what every server of a network is told."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--network", type=Path, required=True, help="folder that export.py wrote")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8)
+    return parser
 
 
 class Network:

@@ -6,7 +6,6 @@ python loadtests/rivals/ray_app.py --port 8001 --network build/rivals/networks/a
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -24,15 +23,11 @@ os.environ |= {
 }
 
 import ray
-from network import Network
+from network import Network, arguments
 from ray import serve
 from starlette.requests import Request
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--port", type=int, required=True)
-parser.add_argument("--network", type=Path, required=True, help="folder that export.py wrote")
-parser.add_argument("--threads", type=int, default=1)
-parser.add_argument("--batch", type=int, default=8)
+parser = arguments(__doc__)
 parser.add_argument("--wait", type=float, default=0.01, help="seconds to fill a batch")
 given = parser.parse_args()
 

@@ -15,12 +15,11 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from network import Network
+from network import Network, arguments
 from pydantic import BaseModel
 from tokenizers import Encoding, Tokenizer
 
@@ -115,12 +114,8 @@ def batched(app: FastAPI, given: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("runtime", choices=["floor", "pipeline", "plain", "int8"])
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--network", type=Path, required=True, help="folder that export.py wrote")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=8)
     given = parser.parse_args()
     app = FastAPI()
 

@@ -25,7 +25,7 @@ from service.api.schemas import (
     InfinityResponse,
     Input,
 )
-from service.api.state import State, state_of
+from service.api.state import State, characters, state_of
 from service.engine.client import (
     DeadlineError,
     EngineDownError,
@@ -185,7 +185,7 @@ def check_texts(state: State, given: Input) -> list[Text]:
     ]
     limit = state.settings.max_text_characters
     for index, text in enumerate(texts):
-        length = len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+        length = characters(text)
         if length > limit:
             message = f"input[{index}] has {length} characters, at most {limit} are taken"
             raise ApiError(422, message, f"input[{index}]", "text_too_long")

@@ -99,11 +99,8 @@ class State:
         Raises:
             ApiError: 500, the tokenizer fails at one, which is named.
         """
-        characters = sum(
-            len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts
-        )
         try:
-            if characters <= SHORT_CHARACTERS:
+            if sum(map(characters, texts)) <= SHORT_CHARACTERS:
                 return model.encode(texts)
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.tokenizing, model.encode, texts)
@@ -124,6 +121,11 @@ class State:
             return self.models.get(spec)
         except UnknownModelError as error:
             raise ApiError(404, str(error), "model", "unknown_model") from None
+
+
+def characters(text: str | tuple[str, str]) -> int:
+    """Return the length of a text or pair."""
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
 
 
 def no_room(seconds: int) -> ApiError:

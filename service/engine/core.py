@@ -229,7 +229,8 @@ class EngineCore:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
             return
         queued = self.queued_seconds
-        quality = self._quality(message, model, queued)
+        counts = [len(item.ids) // protocol.ID_BYTES for item in message.items]
+        quality = self._quality(message, model, queued, counts)
         try:
             rule = model.rule(quality, message.heads, message.max_heads)
         except PolicyError as error:
@@ -240,7 +241,6 @@ class EngineCore:
             reply(Failed(message.id, "there must be as many steps as items"))
             return
         outlook = Outlook.of(rule).up_to(self.options.max_step)
-        counts = [len(item.ids) // protocol.ID_BYTES for item in message.items]
         prices = self.prices.expected_each(model.key, outlook, counts)
         for place, begin in enumerate(begins):
             if begin:
@@ -297,14 +297,15 @@ class EngineCore:
         model, step = bucket
         return self.prices.constant(model.key, step)
 
-    def _quality(self, message: Classify, model: LoadedModel, queued: float) -> str | float:
+    def _quality(
+        self, message: Classify, model: LoadedModel, queued: float, tokens: Sequence[int]
+    ) -> str | float:
         """Return the quality that a request gets: its own, or the level that the load allows."""
         if message.quality != "auto":
             return message.quality
         level = self.brownout.observe(queued, self._clock())
         if message.target is None or not model.checkpoint.calibrated:
             return level
-        tokens = [len(item.ids) // protocol.ID_BYTES for item in message.items]
         return self._best_within(message.target - queued, model, tokens)
 
     def _best_within(self, left: float, model: LoadedModel, tokens: Sequence[int]) -> QualityName:

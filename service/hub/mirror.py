@@ -9,7 +9,7 @@ from pathlib import Path
 import structlog
 
 from budgetformer.checkpoint import MANIFEST, NAME
-from budgetformer.errors import CheckpointError
+from budgetformer.errors import CheckpointError, one_line
 from budgetformer.install import install
 from service.settings import Settings
 
@@ -71,7 +71,7 @@ class Mirror:
             message = f"{self._url}: {error} (pip install 'budgetformer-serving[remote]')"
             raise CheckpointError(message) from error
         except Exception as error:  # every file system has errors of its own
-            told = " ".join(str(error).split()) or type(error).__name__
+            told = one_line(error) or type(error).__name__
             raise CheckpointError(f"{self._url}: {told}") from error
         models: dict[str, list[int]] = {}
         for path in found:
