@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
+from budgetformer.compact.linear import worth_a_try
 from budgetformer.compact.packed import PackedPass, PackedTokens
 from budgetformer.modules import SequenceClassifier
 
@@ -46,6 +47,8 @@ def fastest_pass(model: SequenceClassifier, precisions: Sequence[str]) -> Packed
     """
     if sum(p.numel() for p in model.encoder.layers.parameters()) < FEWEST_WEIGHTS:
         precisions = precisions[:1]
+    if len(precisions) > 1:
+        precisions = [name for name in precisions if worth_a_try(name, model.where)]
     there = [network for precision in precisions for network in passes(model, precision)]
     if len(there) == 1:
         return there[0]

@@ -30,6 +30,18 @@ def padded_rows(rows: int) -> int:
     return (rows // grain + 1) * grain
 
 
+def worth_a_try(precision: str, device: torch.device) -> bool:
+    """Say whether a device may multiply faster in a precision than in float32.
+
+    A CPU without products in bfloat16 converts each number, and takes ten times as long.
+    """
+    return device.type != "cpu" or precision != "bfloat16" or _has_bfloat16()
+
+
+def _has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def float32_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     """Multiply by a weight [M, D] as it lies, views among them."""
 
@@ -46,7 +58,7 @@ def bfloat16_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     of a lone text takes as long as the product.
     """
     half, half_bias = weight.bfloat16().contiguous(), None if bias is None else bias.bfloat16()
-    if weight.device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if weight.device.type != "cpu" or not _has_bfloat16():
 
         def apply(states: Tensor) -> Tensor:
             return F.linear(states.bfloat16(), half, half_bias)
