@@ -264,7 +264,7 @@ async def break_it(server: Server, faults: Counter[str]) -> None:
     """Break the server in turns, until cancelled."""
     for turn in itertools.count():
         await asyncio.sleep(REST_SECONDS)
-        kind = ("service.engine", "service.front")[turn // 3 % 2]
+        kind = ("engine", "front")[turn // 3 % 2]
         if turn % 3 == 2:
             for action, name in (("load", MODEL), ("unload", OTHER), ("load", OTHER)):
                 (await server.change(action, name)).raise_for_status()

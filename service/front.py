@@ -28,6 +28,7 @@ from service.process import (
     exit_with_parent,
     hub_socket,
     keep_what_is_here,
+    name_process,
     receive_settings,
 )
 from service.settings import Settings
@@ -102,9 +103,11 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = receive_settings()
     exit_with_parent()
-    configure_logs(settings.log_level, settings.log_format, f"front-{index}")
+    name = f"front-{index}"
+    name_process(name)
+    configure_logs(settings.log_level, settings.log_format, name)
     sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]
-    tracing = open_tracing(f"front-{index}")
+    tracing = open_tracing(name)
     provider = tracing.provider if tracing else None
     app = create_app(settings, Engines(sockets), hub_socket(run_dir), provider)
     _raise_descriptors(settings.max_connections)

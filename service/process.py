@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import json
 import os
+import select
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from asyncio.subprocess import Process
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -34,34 +37,35 @@ def hub_socket(run_dir: Path) -> Path:
     return run_dir / "hub.sock"
 
 
-def encode_settings(settings: Settings) -> bytes:
-    """Return the settings, secrets in the clear, as the line that a child reads from its stdin."""
-    values = settings.model_dump(mode="json")
-    if settings.admin_key is not None:
-        values["admin_key"] = settings.admin_key.get_secret_value()
-    return json.dumps(values).encode() + b"\n"
-
-
 def receive_settings() -> Settings:
     """Read the settings from stdin, where the parent writes them: no secret is left on a disk."""
+    line = read_line()
+    if not line:
+        raise SystemExit("this process is started by `budgetformer serve`")
+    return Settings(**json.loads(line))
+
+
+def read_line() -> bytes:
+    """Read a line from stdin, and nothing of what follows; empty: stdin has ended."""
     line = bytearray()
     while not line.endswith(b"\n"):
         part = os.read(0, 1)
         if not part:
-            raise SystemExit("this process is started by `budgetformer serve`")
+            return b""
         line += part
-    return Settings(**json.loads(line))
+    return bytes(line)
 
 
 def exit_with_parent() -> None:
     """End this process, by SIGTERM, when its parent ends.
 
-    The parent holds the other side of stdin.
+    The parent holds the other side of stdin. What comes from there is for somebody else.
     """
 
     def watch() -> None:
-        while os.read(0, 4096):
-            pass
+        hangup = select.poll()
+        hangup.register(0, 0)
+        hangup.poll()
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
@@ -105,6 +109,12 @@ def keep_what_is_here() -> None:
     gc.freeze()
 
 
+def name_process(name: str) -> None:
+    """Have this process shown by its name, in `top` for one, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
+
+
 def return_memory() -> None:
     """Give free memory back to the system, where the C library can.
 
@@ -139,3 +149,30 @@ def bind(host: str, port: int) -> socket.socket:
 def child_command(module: str, *arguments: str) -> list[str]:
     """Return the command line of a child process that runs a module of this package."""
     return [sys.executable, "-m", module, *arguments]
+
+
+async def start(command: Sequence[str], settings: Settings, **options: Any) -> Process:
+    """Start a child that reads its settings from its stdin.
+
+    That stays open until this process ends, so the child ends with it, however that happens. A
+    session of its own keeps a terminal's Ctrl-C from it: this process says when to stop.
+
+    Args:
+        command: its command line.
+        settings: what it is told.
+        **options: of `asyncio.create_subprocess_exec`.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.PIPE, start_new_session=True, **options
+    )
+    assert process.stdin is not None
+    process.stdin.write(encode_settings(settings))
+    return process
+
+
+def encode_settings(settings: Settings) -> bytes:
+    """Return the settings, secrets in the clear, as the line that a child reads from its stdin."""
+    values = settings.model_dump(mode="json")
+    if settings.admin_key is not None:
+        values["admin_key"] = settings.admin_key.get_secret_value()
+    return json.dumps(values).encode() + b"\n"

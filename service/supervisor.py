@@ -12,12 +12,15 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from asyncio.subprocess import Process
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import structlog
 import uvloop
 
+from service.forks import Forked, ForkServer
 from service.hub.catalog import Catalog
 from service.hub.hub import Hub
 from service.hub.mirror import copy, mirror_of
@@ -26,13 +29,13 @@ from service.observability.traces import check_tracing
 from service.process import (
     bind,
     child_command,
-    encode_settings,
     engine_socket,
     hub_socket,
     keep_what_is_here,
     on_silence,
+    start,
 )
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 
 log = structlog.get_logger()
 
@@ -44,6 +47,8 @@ START_SECONDS = 120.0
 """How long a process may take until it is heard of."""
 LOOK_SECONDS = 0.1
 KILL_SECONDS = 3.0
+LONGEST_SOCKET = 103
+"""Bytes of a path that every system takes for a local socket."""
 
 
 class _Child:
@@ -51,27 +56,21 @@ class _Child:
 
     Args:
         name: for people.
-        command: its command line.
-        settings: the line that it reads from its stdin.
+        start: starts it.
         report: is told why it does not stay up, and None when it does again.
-        descriptors: open files that it gets.
     """
 
     def __init__(
         self,
         name: str,
-        command: list[str],
-        settings: bytes,
+        start: Callable[[], Awaitable[Process | Forked]],
         report: Callable[[str, str | None], None],
-        descriptors: tuple[int, ...] = (),
     ) -> None:
         self.name = name
         self.started = 0.0
-        self._settings = settings
-        self._command = command
+        self._start = start
         self._report = report
-        self._descriptors = descriptors
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Process | Forked | None = None
         self._served = False
         self._stopping = False
 
@@ -86,16 +85,7 @@ class _Child:
         backoff, in_vain = FIRST_BACKOFF, 0
         while not self._stopping:
             self.started, self._served = time.monotonic(), False
-            # The child watches its stdin: it ends when this process does, however that happens. A
-            # session of its own keeps a terminal's Ctrl-C from it: this process says when to stop.
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command,
-                stdin=asyncio.subprocess.PIPE,
-                pass_fds=self._descriptors,
-                start_new_session=True,
-            )
-            assert self._process.stdin is not None
-            self._process.stdin.write(self._settings)
+            self._process = await self._start()
             code = await self._process.wait()
             if self._stopping:
                 return
@@ -149,24 +139,26 @@ class _Server:
     ) -> None:
         self._settings = settings
         self._run_dir = run_dir
-        line = encode_settings(settings)
         sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]
         self.hub = Hub(settings, catalog, sockets, self._family)
-        report = self.hub.report_crash_loop
-        descriptor = listener.fileno()
+        self._forks = ForkServer(
+            child_command("service.engine", str(run_dir)), settings, START_SECONDS
+        )
         self._engines = [
-            _Child(
-                f"engine-{i}", child_command("service.engine", str(run_dir), str(i)), line, report
-            )
+            _Child(f"engine-{i}", partial(self._forks.fork, i), self.hub.report_crash_loop)
             for i in range(settings.engines)
         ]
+        descriptor = listener.fileno()
         self._fronts = [
             _Child(
                 f"front-{i}",
-                child_command("service.front", str(run_dir), str(descriptor), str(i)),
-                line,
-                report,
-                (descriptor,),
+                partial(
+                    start,
+                    child_command("service.front", str(run_dir), str(descriptor), str(i)),
+                    settings,
+                    pass_fds=(descriptor,),
+                ),
+                self.hub.report_crash_loop,
             )
             for i in range(settings.fronts)
         ]
@@ -191,6 +183,7 @@ class _Server:
         patience = self._settings.drain_seconds + KILL_SECONDS
         await asyncio.gather(*(front.stop(patience) for front in self._fronts))
         await asyncio.gather(*(engine.stop(KILL_SECONDS) for engine in self._engines))
+        await self._forks.stop()
 
     async def _look_after(self) -> None:
         while True:
@@ -221,7 +214,8 @@ class _Server:
 
     def _family(self) -> dict[str, int]:
         children = {c.name: c.pid for c in (*self._fronts, *self._engines)}
-        return {"supervisor": os.getpid()} | {n: pid for n, pid in children.items() if pid}
+        others = {"supervisor": os.getpid(), "fork-server": self._forks.pid}
+        return {name: pid for name, pid in (others | children).items() if pid}
 
 
 async def _supervise(
@@ -250,7 +244,7 @@ def supervise(settings: Settings) -> None:
     """Run a server until SIGTERM or SIGINT, then drain it.
 
     Raises:
-        SettingsError: the address cannot be had.
+        SettingsError: the address cannot be had, or the path of temporary files is too long.
         CheckpointError: the model store is no folder, or lacks the default model.
         TracingError: the environment asks for traces that cannot be had.
     """
@@ -263,6 +257,9 @@ def supervise(settings: Settings) -> None:
     host, port = listener.getsockname()[:2]
     with tempfile.TemporaryDirectory(prefix="budgetformer-") as folder:
         run_dir = Path(folder)
+        if len(os.fsencode(engine_socket(run_dir, settings.resolved_engines()))) > LONGEST_SOCKET:
+            where = tempfile.gettempdir()
+            raise SettingsError(f"{where}: too long for sockets, let TMPDIR name a shorter folder")
         resolved = settings.model_copy(
             update={"port": port, "engines": settings.resolved_engines()}
         )

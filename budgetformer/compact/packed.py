@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -21,6 +22,7 @@ from budgetformer.compact.kernels import Kernels, plain
 from budgetformer.compact.layout import Layout
 from budgetformer.compact.linear import padded_rows
 from budgetformer.compact.routed import RoutedLayer, Routing
+from budgetformer.compact.shared import share
 from budgetformer.compact.weights import HeadSet, SliceCache
 from budgetformer.cost import Sizes
 from budgetformer.modules import (
@@ -183,6 +185,19 @@ class PackedPass:
                 if isinstance(module, nn.Linear):
                     empty = module.weight.new_empty(0)
                     module.weight = nn.Parameter(empty, requires_grad=False)
+
+    def share(self, path: Path) -> None:
+        """Hold the weights once with all processes that share the same network through a file.
+
+        Args:
+            path: see `budgetformer.compact.shared`.
+
+        Raises:
+            OSError: it cannot be written, and everything stays as it is.
+        """
+        tables = [p for p in self.model.parameters() if p.dim() == 2 and p.is_contiguous()]
+        share([t for t in (*tables, *self._slices.weights) if t.numel()], path)
+        self._slices.forget()
 
     @torch.inference_mode()
     def warm(self, steps: Sequence[int]) -> None:

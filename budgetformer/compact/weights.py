@@ -110,6 +110,10 @@ class LayerWeights:
         """The feed-forward net where it is not coupled to heads: the same for every slice."""
         return self._lay_out(*self._up), self._lay_out(*self._down)
 
+    def forget(self) -> None:
+        """Let go of the feed-forward net that all slices share."""
+        self.__dict__.pop("whole_net", None)
+
     def _read(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         """Return weight and bias; a weight that is laid out as a copy may wait as it lies."""
         weight = linear.weight.detach()
@@ -141,6 +145,13 @@ class SliceCache:
     def weights(self) -> list[Tensor]:
         """The matrices of all layers."""
         return [weight for layer in self.layers for weight in layer.weights]
+
+    def forget(self) -> None:
+        """Let go of all slices, which are made anew when they are asked for."""
+        self._slices.clear()
+        self.nbytes = 0
+        for layer in self.layers:
+            layer.forget()
 
     def get(self, layer: int, head_set: HeadSet, with_bias: bool = True) -> Slice:
         """Return a layer's slice for a set of heads."""

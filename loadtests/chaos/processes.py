@@ -13,7 +13,7 @@ import psutil
 from loadtests.chaos.load import Seen, under_load
 from loadtests.chaos.server import PATIENCE, Server, serving
 
-KINDS = ("service.engine", "service.front")
+KINDS = ("engine", "front")
 CRAWL_SECONDS = 20.0
 CRAWLS, PAUSES = 0.01, 0.09
 """Seconds that a slow engine runs, and then does not."""
@@ -61,7 +61,7 @@ async def slow_device(repeats: int) -> Seen:  # noqa: ARG001
     async with serving() as server:
 
         async def work(seen: Seen) -> None:
-            engine = server.processes("service.engine")[0]
+            engine = server.processes("engine")[0]
             until = time.perf_counter() + CRAWL_SECONDS
             try:
                 while time.perf_counter() < until:
@@ -71,7 +71,7 @@ async def slow_device(repeats: int) -> Seen:  # noqa: ARG001
                     await asyncio.sleep(CRAWLS)
             finally:
                 engine.send_signal(signal.SIGCONT)
-            lives = engine in server.processes("service.engine")
+            lives = engine in server.processes("engine")
             seen.notes.append("the engine lives" if lives else "the engine was replaced")
             await server.until_whole()
 

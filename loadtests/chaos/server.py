@@ -89,12 +89,12 @@ class Server:
         """Return all processes of the server."""
         return family(self.process.pid)
 
-    def processes(self, module: str) -> list[psutil.Process]:
-        """Return the processes that run a module, oldest first."""
+    def processes(self, kind: str) -> list[psutil.Process]:
+        """Return the processes of a kind, by how their names begin, oldest first."""
         found = []
         for process in self.family():
             with contextlib.suppress(psutil.Error):
-                if module in process.cmdline():
+                if process.name().startswith(kind):
                     found.append((process.create_time(), process.pid, process))
         return [process for *_, process in sorted(found, key=lambda one: one[:2])]
 

@@ -1,4 +1,4 @@
-"""The engine process: `python -m service.engine RUN_DIR INDEX`."""
+"""What engines are forked from, and then each of them: `python -m service.engine RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ import torch
 import uvloop
 
 from service.engine.server import EngineServer, core_of
+from service.forks import fork_on_demand
 from service.observability.logs import configure_logs
 from service.observability.traces import open_tracing
 from service.process import (
     engine_socket,
     exit_with_parent,
     keep_what_is_here,
+    name_process,
     receive_settings,
 )
 from service.settings import Settings
 
 
 async def _main(run_dir: Path, index: int, settings: Settings) -> None:
-    core = core_of(settings, settings.resolved_device())
+    shared = run_dir if settings.resolved_engines() > 1 else None
+    core = core_of(settings, settings.resolved_device(), shared=shared)
     tracing = open_tracing(f"engine-{index}", follow=True)
     if tracing is not None:
         core.spans = tracing.pass_spans()
@@ -33,18 +36,25 @@ async def _main(run_dir: Path, index: int, settings: Settings) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
     with contextlib.suppress(asyncio.CancelledError):
         await serving
+    core.forget_shared()
     if tracing is not None:
         tracing.close()
 
 
 def main() -> None:
-    """Run the engine."""
-    run_dir, index = Path(sys.argv[1]), int(sys.argv[2])
+    """Fork engines, and run them."""
+    run_dir = Path(sys.argv[1])
     settings = receive_settings()
-    exit_with_parent()
-    configure_logs(settings.log_level, settings.log_format, f"engine-{index}")
-    torch.set_num_threads(settings.threads_per_engine)
     keep_what_is_here()
+    name_process("fork-server")
+    index = fork_on_demand()
+    if index is None:
+        return
+    name = f"engine-{index}"
+    name_process(name)
+    exit_with_parent()
+    configure_logs(settings.log_level, settings.log_format, name)
+    torch.set_num_threads(settings.threads_per_engine)
     uvloop.run(_main(run_dir, index, settings))
 
 

@@ -27,7 +27,7 @@ from budgetformer.policy import QualityName
 from budgetformer.precision import Precision
 from service.background import Background
 from service.engine import protocol
-from service.engine.models import LoadedModel, load_model
+from service.engine.models import LoadedModel, forget_shared, load_model
 from service.engine.protocol import (
     Answer,
     BatchRan,
@@ -129,6 +129,7 @@ class EngineCore:
         device: where `Load` puts further models.
         precision: of their passes.
         tables: measured costs, by `name:version`.
+        shared: folder through which engines hold weights once; None: this one has its own.
         clock: monotonic seconds.
     """
 
@@ -138,6 +139,7 @@ class EngineCore:
         device: str = "cpu",
         precision: Precision = "float32",
         tables: Mapping[str, CostTable] | None = None,
+        shared: Path | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self.models: dict[tuple[str, int], LoadedModel] = {}
@@ -145,6 +147,7 @@ class EngineCore:
         self.device = device
         self.precision = precision
         self.tables = tables or {}
+        self.shared = shared
         self.prices = Prices()
         self.drain = Drain()
         limits = BrownOutLimits(options.brownout_seconds, options.brownout_seconds / 4)
@@ -475,6 +478,7 @@ class EngineCore:
                 self.device,
                 self.precision,
                 self.tables,
+                self.shared,
             )
         except CheckpointError as error:
             reply(Failed(message.id, str(error)))
@@ -491,12 +495,19 @@ class EngineCore:
 
     def _unload(self, message: Unload, reply: Reply) -> None:
         # Items already here keep the model that they came for; it is freed with the last of them.
-        if self.models.pop((message.model, message.version), None) is None:
+        model = self.models.pop((message.model, message.version), None)
+        if model is None:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
         else:
+            forget_shared(model, self.shared)
             self.broadcast(Models(self.infos))
             reply(Done(message.id))
             self._background.start(self._return_memory())
+
+    def forget_shared(self) -> None:
+        """Leave nothing in the folder that weights are shared through: this engine ends."""
+        for model in self.models.values():
+            forget_shared(model, self.shared)
 
     async def _return_memory(self) -> None:
         """Let go of what a change of models has freed, when what it had begun will have ended."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import structlog
 
-from budgetformer.checkpoint import Checkpoint, read_checkpoint
+from budgetformer.checkpoint import WEIGHTS, Checkpoint, read_checkpoint
 from budgetformer.compact import PackedPass
 from budgetformer.cost import encoder_macs
 from budgetformer.cost_table import CostTable, guess_table
@@ -51,9 +51,20 @@ class LoadedModel:
 
 
 def load_model(
-    path: Path, device: str, precision: Precision, tables: Mapping[str, CostTable]
+    path: Path,
+    device: str,
+    precision: Precision,
+    tables: Mapping[str, CostTable],
+    shared: Path | None = None,
 ) -> LoadedModel:
     """Load, verify and warm one checkpoint folder; price it by the table of its name, if any.
+
+    Args:
+        path: the folder.
+        device: where its network is to be.
+        precision: of its passes.
+        tables: measured costs, by `name:version`.
+        shared: folder through which engines hold weights once; None: this one has its own.
 
     Raises:
         CheckpointError: it is damaged.
@@ -61,6 +72,8 @@ def load_model(
     started = time.monotonic()
     checkpoint = read_checkpoint(path)
     network = load_network(checkpoint, device, precision)
+    if shared is not None:
+        _share(checkpoint, network, shared)
     network.warm(_steps_in_use(checkpoint))
     seconds = time.monotonic() - started
     memory = network.nbytes
@@ -72,6 +85,26 @@ def load_model(
         dtype=network.precision,
     )
     return LoadedModel(checkpoint, network, info, _costs(checkpoint, network, tables))
+
+
+def forget_shared(model: LoadedModel, shared: Path | None) -> None:
+    """Remove the file of a model's weights: who has mapped it keeps it, others write it anew."""
+    if shared is not None:
+        _file(model.checkpoint, model.network, shared).unlink(missing_ok=True)
+
+
+def _share(checkpoint: Checkpoint, network: PackedPass, shared: Path) -> None:
+    if network.device.type != "cpu":
+        return
+    try:
+        network.share(_file(checkpoint, network, shared))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        log.warning("this engine holds weights of its own", model=checkpoint.label, reason=reason)
+
+
+def _file(checkpoint: Checkpoint, network: PackedPass, shared: Path) -> Path:
+    return shared / f"{checkpoint.manifest.files[WEIGHTS].sha256}-{network.precision}.weights"
 
 
 def _costs(

@@ -21,13 +21,16 @@ from service.settings import Settings
 HEARTBEAT_SECONDS = 1.0
 
 
-def core_of(settings: Settings, device: str, max_step: int | None = None) -> EngineCore:
+def core_of(
+    settings: Settings, device: str, max_step: int | None = None, shared: Path | None = None
+) -> EngineCore:
     """Return the core of an engine of this server.
 
     Args:
         settings: of the whole server.
         device: where it computes.
         max_step: see `EngineOptions`.
+        shared: see `EngineCore`.
 
     Raises:
         CostTableError: the cost tables are none.
@@ -42,7 +45,7 @@ def core_of(settings: Settings, device: str, max_step: int | None = None) -> Eng
         max_step=max_step,
     )
     tables = read_tables(settings.cost_tables) if settings.cost_tables else {}
-    return EngineCore(options, device, settings.dtype, tables)
+    return EngineCore(options, device, settings.dtype, tables, shared)
 
 
 class EngineServer:

@@ -7,6 +7,7 @@ import json
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -227,6 +228,49 @@ def test_a_killed_front_is_replaced_while_another_answers(
         wait_until(counted, "what the dead front had counted")
 
 
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose path leaves room for the names of sockets."""
+    with tempfile.TemporaryDirectory(prefix="bf-") as folder:
+        yield Path(folder)
+
+
+def test_engines_hold_weights_once_and_leave_none_behind(
+    model_store: Path, tmp_path: Path, short: Path
+) -> None:
+    def left() -> list[str]:
+        return [path.name for path in short.glob("*/*.weights")]
+
+    def mapped(pid: int) -> str:
+        (name,) = {line.split()[-1] for line in maps(pid) if line.endswith(".weights")}
+        return name
+
+    def maps(pid: int) -> list[str]:
+        return Path(f"/proc/{pid}/maps").read_text().splitlines()
+
+    options = {"default_model": "topics", "models": "topics"}
+    environment = {"TMPDIR": str(short)}
+    with server(model_store, tmp_path, engines=2, environment=environment, **options) as running:
+        assert len({mapped(pid) for pid in running.engines().values()}) == 1
+        assert len(left()) == 1
+        running.process.kill()
+        running.process.wait()
+        wait_until(lambda: not left(), "the end of the engines")
+
+
+def test_when_the_fork_server_is_killed_engines_come_back(
+    model_store: Path, tmp_path: Path
+) -> None:
+    with server(model_store, tmp_path, engines=2, default_model="topics") as running:
+        before = running.engines()
+        (victim,) = [child for child in running.children if child.name() == "fork-server"]
+        victim.kill()
+        wait_until(lambda: not set(running.engines().values()) & set(before.values()), "their end")
+        running.wait_ready(engines=2)
+        assert httpx.post(f"{running.url}/classify", json={"input": TEXT}).status_code == 200
+        assert "a process died" in running.log.read_text()
+
+
 def test_no_text_is_ever_logged(running: Server) -> None:
     for body in (
         {"input": "xyzzy plugh"},
@@ -306,6 +350,17 @@ def test_a_port_in_use_is_one_line(model_store: Path) -> None:
         assert f"127.0.0.1:{port}" in refused(
             f"--port={port}", f"--model-store={model_store}", code=2
         )
+
+
+def test_too_long_a_folder_of_temporary_files_is_one_line(
+    model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    line = refused("--port=0", f"--model-store={model_store}", "--engines=1")
+    assert str(folder) in line
+    assert "TMPDIR" in line
 
 
 def test_a_missing_store_is_one_line(tmp_path: Path) -> None:

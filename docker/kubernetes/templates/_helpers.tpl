@@ -81,7 +81,8 @@ capabilities:
 {{- define "budgetformer.volumes" -}}
 - name: tmp
   emptyDir:
-    sizeLimit: 256Mi
+    # Engines share what they hold of each model here, some 70 MiB each; beyond it the pod is evicted.
+    sizeLimit: 4Gi
 {{- if .Values.access.keysSecret }}
 - name: keys
   secret:

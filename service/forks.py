@@ -1,0 +1,208 @@
+"""Processes forked from one that has already imported what they need.
+
+`import torch` takes seconds, and memory that forked processes share. The supervisor writes a number
+for each process that it wants to the fork server's stdin, after its settings; the fork server says
+on its stdout `NUMBER PID` when it has forked it, and `NUMBER PID CODE` when that has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+from asyncio import Future
+from collections.abc import Sequence
+
+import structlog
+
+from service.process import encode_settings, read_line
+from service.settings import Settings
+
+log = structlog.get_logger()
+
+
+def fork_on_demand() -> int | None:
+    """Fork a process for every number that comes, until stdin ends.
+
+    There must be no thread yet: a fork leaves all but its own behind. What is printed goes to
+    stderr from now on.
+
+    Returns:
+        In each forked process its number; in the fork server, at the end, None.
+    """
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    with selectors.DefaultSelector() as asked:
+        asked.register(0, selectors.EVENT_READ)
+        while True:
+            for key, _ in asked.select():
+                if key.data is not None:
+                    number, pid = key.data
+                    _, status = os.waitpid(pid, 0)
+                    asked.unregister(key.fd)
+                    os.close(key.fd)
+                    _say(answers, number, pid, os.waitstatus_to_exitcode(status))
+                    continue
+                line = read_line()
+                if not line:
+                    return None
+                number = int(line)
+                ends, lives = os.pipe()
+                pid = os.fork()
+                if not pid:  # `lives` stays open for as long as this process lives
+                    for fd in (
+                        answers,
+                        ends,
+                        *(key.fd for key in asked.get_map().values() if key.fd),
+                    ):
+                        os.close(fd)
+                    return number
+                os.close(lives)
+                asked.register(ends, selectors.EVENT_READ, (number, pid))
+                _say(answers, number, pid)
+
+
+def _say(answers: int, *numbers: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the supervisor is gone, and stdin will say so
+        os.write(answers, b" ".join(str(number).encode() for number in numbers) + b"\n")
+
+
+class Forked:
+    """A forked process, as `subprocess.Process` is one that was started."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._end: Future[int] = asyncio.get_running_loop().create_future()
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, negative for a signal; None: it runs."""
+        return self._end.result() if self._end.done() else None
+
+    async def wait(self) -> int:
+        """Await its end, and return its exit code."""
+        return await asyncio.shield(self._end)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it."""
+        self._signal(signal.SIGKILL)
+
+    def ended(self, code: int) -> None:
+        """Note that it has ended."""
+        if not self._end.done():
+            self._end.set_result(code)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+class ForkServer:
+    """Start the fork server when a process is wanted and it does not run.
+
+    Processes do not outlive the server that they come from: nobody would hear how they end.
+
+    Args:
+        command: its command line.
+        settings: what it is told.
+        seconds: how long it may take to fork a process.
+    """
+
+    def __init__(self, command: Sequence[str], settings: Settings, seconds: float) -> None:
+        self._command = command
+        self._settings = settings
+        self._seconds = seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._hearing: asyncio.Task[None] | None = None
+        self._asked: dict[int, Future[Forked]] = {}
+        self._forked: dict[int, Forked] = {}
+        self._starting = asyncio.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None: it does not run now."""
+        process, hearing = self._process, self._hearing
+        lives = process is not None and hearing is not None and not hearing.done()
+        return process.pid if process is not None and lives else None
+
+    async def fork(self, number: int) -> Forked:
+        """Return a new process, which may have ended already, as it does if it cannot begin."""
+        async with self._starting:
+            if self._hearing is None or self._hearing.done():
+                await self._start()
+        forked: Future[Forked] = asyncio.get_running_loop().create_future()
+        self._asked[number] = forked
+        self._tell(b"%d\n" % number)
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await asyncio.shield(forked)
+        except TimeoutError:
+            self._kill()
+            return await forked
+
+    async def stop(self) -> None:
+        """End it, and what it has forked."""
+        if self._process is None or self._hearing is None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            async with asyncio.timeout(self._seconds):
+                await asyncio.shield(self._hearing)
+        except TimeoutError:
+            self._kill()
+            await self._hearing
+
+    def _kill(self) -> None:
+        log.error("the fork server hangs, it is killed")
+        assert self._process is not None
+        self._process.kill()
+
+    async def _start(self) -> None:
+        # Not by the event loop: uvloop leaves a child second descriptors of its pipes. These would
+        # be handed on, and nobody would hear the end of the first one.
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            self._command, stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True
+        )
+        self._tell(encode_settings(self._settings))
+        said = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(said), self._process.stdout
+        )
+        self._hearing = asyncio.create_task(self._hear(self._process, said))
+
+    def _tell(self, line: bytes) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as is about to be heard
+            self._process.stdin.write(line)
+
+    async def _hear(self, process: subprocess.Popen[bytes], said: asyncio.StreamReader) -> None:
+        async for line in said:
+            number, pid, *code = map(int, line.split())
+            if code:
+                self._forked.pop(pid).ended(code[0])
+            else:
+                self._forked[pid] = Forked(pid)
+                self._asked.pop(number).set_result(self._forked[pid])
+        assert process.stdin is not None
+        process.stdin.close()
+        code_of_all = await asyncio.to_thread(process.wait)
+        for forked in self._forked.values():
+            forked.kill()
+            forked.ended(code_of_all)
+        self._forked.clear()
+        for asked in self._asked.values():
+            stillborn = Forked(process.pid)
+            stillborn.ended(code_of_all)
+            asked.set_result(stillborn)
+        self._asked.clear()
