@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,8 @@ from budgetformer.compact import PackedPass, load_pass
 from budgetformer.errors import CheckpointError, one_line
 from budgetformer.modules import Encoder, SequenceClassifier
 from budgetformer.precision import Precision
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def load_network(
@@ -75,17 +78,23 @@ def _unfilled() -> Iterator[None]:
     """Make modules without drawing their weights, which come from a file.
 
     Memory that nothing was written to is not taken. The "meta" device would do as much, and import
-    a computer algebra system to do it.
+    a computer algebra system to do it. Other threads draw theirs meanwhile.
     """
     kinds: list[Any] = [nn.Linear, nn.Embedding, nn.LayerNorm]
-    drawing = [kind.reset_parameters for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.reset_parameters = lambda _: None
-        yield
-    finally:
-        for kind, draw in zip(kinds, drawing, strict=True):
-            kind.reset_parameters = draw
+    here = threading.get_ident()
+
+    def unless_here(draw: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+        return lambda module: None if threading.get_ident() == here else draw(module)
+
+    with _ONE_AT_A_TIME:
+        drawing = [kind.reset_parameters for kind in kinds]
+        try:
+            for kind, draw in zip(kinds, drawing, strict=True):
+                kind.reset_parameters = unless_here(draw)
+            yield
+        finally:
+            for kind, draw in zip(kinds, drawing, strict=True):
+                kind.reset_parameters = draw
 
 
 def _check(label: str, network: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -3,13 +3,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from budgetformer.checkpoint import (
@@ -464,3 +467,26 @@ class TestLinks:
         os.mkfifo(path)
         with pytest.raises(CheckpointError, match="missing"):
             read_checkpoint(path.parent)
+
+
+def test_networks_that_load_at_once_leave_others_their_first_weights(model_store: Path) -> None:
+    """Weights that come from a file are not drawn, which is nobody else's concern."""
+    checkpoint = read_checkpoint(model_store / TOPICS / "1")
+    stop = threading.Event()
+    drawn: list[bool] = []
+
+    def draw() -> None:
+        while not stop.is_set():
+            with torch.no_grad():
+                waste = torch.full((16, 16), 7.0)  # for what is not drawn to find in memory
+                del waste
+            drawn.append(bool((nn.Linear(16, 16).weight.abs() <= 0.25).all()))
+
+    with ThreadPoolExecutor(5) as pool:
+        drawing = pool.submit(draw)
+        for loaded in [pool.submit(load_network, checkpoint) for _ in range(40)]:
+            loaded.result()
+        stop.set()
+        drawing.result()
+    assert all(drawn)
+    assert nn.Linear.reset_parameters.__qualname__ == "Linear.reset_parameters"
