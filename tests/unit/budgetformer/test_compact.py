@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from budgetformer.compact import LINEARS, Arrival, PackedTokens, PassResult, load_pass
+from budgetformer.compact import (
+    LINEARS,
+    Arrival,
+    PackedPass,
+    PackedTokens,
+    PassResult,
+    load_pass,
+)
+from budgetformer.compact import choice as choice_module
+from budgetformer.compact import linear as linear_module
 from budgetformer.compact import weights as weights_module
 from budgetformer.cost import MacCounter, decision_macs, encoder_macs
 from budgetformer.modeling import BudgetFormerForSequenceClassification
@@ -421,6 +432,23 @@ def test_a_small_network_is_fastest_as_it_is() -> None:
 def test_the_fastest_precision_of_a_larger_one_is_one_of_them() -> None:
     config = small_config(hidden_size=256, intermediate_size=2048, num_attention_heads=4)
     assert load_pass(random_network(config), "auto").precision in LINEARS
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_what_a_processor_lacks_is_not_even_tried(
+    monkeypatch: pytest.MonkeyPatch, has: bool
+) -> None:
+    config = small_config(hidden_size=256, intermediate_size=2048, num_attention_heads=4)
+    tried: list[str] = []
+
+    def passes(model: Network, precision: str) -> Iterator[PackedPass]:
+        tried.append(precision)
+        yield PackedPass(model)
+
+    monkeypatch.setattr(linear_module, "_has_bfloat16", lambda: has)
+    monkeypatch.setattr(choice_module, "passes", passes)
+    load_pass(random_network(config), "auto")
+    assert ("bfloat16" in tried) == has
 
 
 def test_memory_grows_with_what_is_laid_out() -> None:
