@@ -7,6 +7,8 @@ TEXTS  ?= 100000
 REPEATS ?= 3
 # Holds one folder per data set, each with train.parquet and test.parquet.
 DATA   ?= data
+# Of make bench and its like: real texts where they are, made-up ones where nobody names a folder.
+NEWS    = $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet,$(if $(filter file,$(origin DATA)),,$(error there is no $(DATA)/ag_news/test.parquet)))
 # The servers beside which `make bench` measures, where they are there.
 RIVALS ?= litserve bentoml infinity ray
 # Where a host without an NVIDIA GPU looks first for torch: the builds that bring no CUDA libraries.
@@ -53,15 +55,15 @@ lint: .venv/.dev ## style, types and import rules
 	$(BIN)/lint-imports --no-cache
 
 bench: .venv/.dev ## what was promised of speed, pass or short: the pass, and this service beside others
-	$(BIN)/python loadtests/bench.py --repeats $(REPEATS) $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
+	$(BIN)/python loadtests/bench.py --repeats $(REPEATS) $(NEWS)
 
 bench-quick: .venv/.dev ## the same in three minutes, with fewer texts and others; fails only on wrong answers
-	$(BIN)/python loadtests/bench.py --quick $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
+	$(BIN)/python loadtests/bench.py --quick $(NEWS)
 
 rivals: $(RIVALS:%=build/rivals/%/.made) ## environments for the other servers of `make bench`: 3 GB in build/rivals
 
 bench-gpu: .venv/.dev ## on a GPU: check every pass, time it and weigh it, in a few minutes; needs one card
-	$(BIN)/budgetformer bench gpu --model ag_news --out docs/benchmarks/gpu $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet)
+	$(BIN)/budgetformer bench gpu --model ag_news --out docs/benchmarks/gpu $(NEWS)
 
 train-%: .venv/.dev ## train a shipped model again (train-ag_news, ...) from DATA/<name>; stopped, it goes on
 	$(BIN)/budgetformer train --data $(DATA)/$* --start minilm-l6 --recipe model_store/$*/recipe.toml --out model_store/$*/$(call version,$*) --baseline build/dense/$*
