@@ -18,12 +18,12 @@ from service.observability.traces import check_tracing, exporter_asked_for
 from service.process import bind
 from service.settings import Settings, usable_cores
 
-LIBRARIES_BYTES = 250 * 2**20
-"""Memory of an engine before its first model, as measured."""
-MEMORY_PER_WEIGHT = 4.0
-"""Of a model in an engine, in sizes of its weight file: at most; in float32 it takes half of it.
+LIBRARIES_BYTES, ENGINE_BYTES = 250 * 2**20, 60 * 2**20
+"""Memory of all processes before the first engine, and of an engine without models, as measured."""
+SHARED_PER_WEIGHT, OWN_PER_WEIGHT = 1.5, 2.5
+"""Of a model, in sizes of its weight file: what engines hold once, and what each of them adds.
 
-Weights, the copies that are laid out of them, what oneDNN compiles, a pass's states.
+That is at most, in bfloat16: copies that are laid out, what oneDNN compiles, a pass's states.
 """
 OPEN_FILES = 4096
 CGROUPS = Path("/sys/fs/cgroup")
@@ -157,16 +157,18 @@ def _memory(settings: Settings, store: Store) -> Finding:
     except CheckpointError:
         served = []
     weights = sum(e.bytes for c in served for e in c.manifest.files.values())
-    engine = LIBRARIES_BYTES + int(MEMORY_PER_WEIGHT * weights)
-    engines = settings.resolved_engines()
+    once = LIBRARIES_BYTES + int(SHARED_PER_WEIGHT * weights)
+    engine = ENGINE_BYTES + int(OWN_PER_WEIGHT * weights)
+    everything = once + engine * settings.resolved_engines()
     free = available_memory()
     found = (
-        f"about {_mib(engine)} MiB per engine, {_mib(engine * engines)} in all; {_mib(free)} free"
+        f"about {_mib(once)} MiB and {_mib(engine)} per engine, {_mib(everything)} in all; "
+        f"{_mib(free)} free"
     )
-    if engine > free:
+    if once + engine > free:
         return Finding("memory", "fail", found, "serve fewer --models, or give it more memory")
-    if engine * engines > free:
-        advice = f"--engines {free // engine}, or fewer --models"
+    if everything > free:
+        advice = f"--engines {(free - once) // engine}, or fewer --models"
         return Finding("memory", "warn", found, advice)
     return Finding("memory", "ok", found)
 

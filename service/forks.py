@@ -35,34 +35,32 @@ def fork_on_demand() -> int | None:
     """
     answers = os.dup(1)
     os.dup2(2, 1)
-    with selectors.DefaultSelector() as asked:
-        asked.register(0, selectors.EVENT_READ)
+    lives: dict[int, tuple[int, int]] = {}
+    """Number and process id, by a pipe whose other end is open for as long as the process lives."""
+    with selectors.DefaultSelector() as heard:
+        heard.register(0, selectors.EVENT_READ)
         while True:
-            for key, _ in asked.select():
-                if key.data is not None:
-                    number, pid = key.data
-                    _, status = os.waitpid(pid, 0)
-                    asked.unregister(key.fd)
+            for key, _ in heard.select():
+                if key.fd:
+                    heard.unregister(key.fd)
                     os.close(key.fd)
+                    number, pid = lives.pop(key.fd)
+                    _, status = os.waitpid(pid, 0)
                     _say(answers, number, pid, os.waitstatus_to_exitcode(status))
                     continue
                 line = read_line()
                 if not line:
                     return None
-                number = int(line)
-                ends, lives = os.pipe()
+                ends, stays = os.pipe()
                 pid = os.fork()
-                if not pid:  # `lives` stays open for as long as this process lives
-                    for fd in (
-                        answers,
-                        ends,
-                        *(key.fd for key in asked.get_map().values() if key.fd),
-                    ):
+                if not pid:
+                    for fd in (answers, ends, *lives):
                         os.close(fd)
-                    return number
-                os.close(lives)
-                asked.register(ends, selectors.EVENT_READ, (number, pid))
-                _say(answers, number, pid)
+                    return int(line)
+                os.close(stays)
+                heard.register(ends, selectors.EVENT_READ)
+                lives[ends] = int(line), pid
+                _say(answers, *lives[ends])
 
 
 def _say(answers: int, *numbers: int) -> None:
@@ -71,7 +69,7 @@ def _say(answers: int, *numbers: int) -> None:
 
 
 class Forked:
-    """A forked process, as `subprocess.Process` is one that was started."""
+    """A forked process, as `asyncio.subprocess.Process` is one that was started."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid

@@ -132,7 +132,8 @@ def test_a_container_with_fewer_cores(model_store: Path, container: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("free", "engines", "state"), [(10, 1, "fail"), (600, 3, "warn"), (600, 1, "ok")]
+    ("free", "engines", "state"),
+    [(10, 1, "fail"), (300, 1, "fail"), (600, 9, "warn"), (600, 3, "ok")],
 )
 def test_memory(model_store: Path, container: Path, free: int, engines: int, state: str) -> None:
     (container / "memory.max").write_text(str(2**30))
