@@ -193,7 +193,7 @@ class PackedPass:
             path: see `budgetformer.compact.shared`.
 
         Raises:
-            OSError: it cannot be written, and everything stays as it is.
+            OSError: it cannot be written or mapped, and everything stays as it is.
         """
         tables = [p for p in self.model.parameters() if p.dim() == 2 and p.is_contiguous()]
         share([t for t in (*tables, *self._slices.weights) if t.numel()], path)

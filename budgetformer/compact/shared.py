@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from budgetformer.errors import one_line
+
 ALIGNMENT = 64
 """Bytes that a tensor begins at a multiple of, as torch's own do."""
 
@@ -26,7 +28,7 @@ def share(tensors: Sequence[Tensor], path: Path) -> None:
             is mapped.
 
     Raises:
-        OSError: it cannot be written, and the tensors stay as they are.
+        OSError: it cannot be written or mapped, and the tensors stay as they are.
     """
     sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
     *starts, total = accumulate(sizes, initial=0)
@@ -34,7 +36,10 @@ def share(tensors: Sequence[Tensor], path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             _write(tensors, sizes, path)
-    held = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8)
+    try:
+        held = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise OSError(f"{path}: {one_line(error)}") from error
     for tensor, start in zip(tensors, starts, strict=True):
         there = held[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         if torch.equal(there, tensor):

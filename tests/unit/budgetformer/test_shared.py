@@ -98,6 +98,16 @@ def test_a_disk_that_is_full_leaves_all_as_it_was(
     assert [entry.name for entry in tmp_path.iterdir()] == ["weights.lock"]
 
 
+def test_a_file_that_was_cut_leaves_all_as_it_was(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "weights", some()
+    path.write_bytes(b"short")
+    before = [tensor.data_ptr() for tensor in tensors]
+    with pytest.raises(OSError, match="weights"):
+        share(tensors, path)
+    assert [tensor.data_ptr() for tensor in tensors] == before
+    assert path.read_bytes() == b"short"
+
+
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         share(some(), tmp_path / "nowhere" / "weights")
