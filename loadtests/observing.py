@@ -35,8 +35,8 @@ from service.hub.messages import (
 from service.observability.context import RequestContext
 from service.observability.metrics import Metrics
 from service.observability.otel import Tracing
+from service.observability.passes import PassRun, Rider
 from service.observability.recent import Recent
-from service.observability.traces import PassRun, Rider
 
 REPEATS, CALLS = 15, 2000
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from budgetformer.bulk.answerer import Answered, Asked
 from budgetformer.bulk.journal import Journal
 from budgetformer.bulk.outputs import check_output, finish
 from budgetformer.bulk.rows import Row, RowFile, lines_of, open_rows
-from budgetformer.bulk.run import Answered, Asked, Totals, classify_rows
+from budgetformer.bulk.run import Totals, classify_rows
 
 __all__ = [
     "Answered",

@@ -14,8 +14,8 @@ from typing import Any, Self
 
 import msgspec
 
+from budgetformer.bulk.answerer import Answered
 from budgetformer.bulk.rows import Row
-from budgetformer.bulk.run import Answered
 from budgetformer.checkpoint import WEIGHTS, Checkpoint
 from budgetformer.errors import DataError
 from budgetformer.precision import Precision

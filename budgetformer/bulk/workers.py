@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 
 import msgspec
 
-from budgetformer.bulk.run import Answered, Answerer, Asked, Chunk
+from budgetformer.bulk.answerer import Answered, Answerer, Asked, Chunk
 from budgetformer.errors import BudgetFormerError, CheckpointError, PolicyError, WorkerError
 from budgetformer.precision import Precision
 

@@ -47,7 +47,7 @@ from service.engine.protocol import (
 )
 from service.engine.salvage import salvage
 from service.observability.context import RequestContext
-from service.observability.traces import PassRun, PassSpans, Rider, Stage
+from service.observability.passes import PassRun, PassSpans, Rider, Stage
 from service.process import return_memory
 from service.scheduling.admission import Refusal, admit
 from service.scheduling.arrivals import decided_together

@@ -29,7 +29,7 @@ from opentelemetry.trace import (
 
 import budgetformer
 from service.observability.context import RequestContext
-from service.observability.traces import PassRun, Rider
+from service.observability.passes import PassRun, Rider
 
 MOST_LINKS = 1024
 """A batch names every request in it; the SDK's own limit of 128 would cut some off."""

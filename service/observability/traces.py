@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 from budgetformer.errors import BudgetFormerError
-from service.observability.context import RequestContext
 
 if TYPE_CHECKING:
     from service.observability.otel import Tracing
@@ -20,55 +18,8 @@ EXPORTERS = ("otlp", "console")
 PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 
 
-Stage = Literal["budget", "compute"]
-
-
 class TracingError(BudgetFormerError):
     """Tracing is asked for in a way that cannot be had."""
-
-
-@dataclass(frozen=True)
-class Rider:
-    """An item in a pass.
-
-    Attributes:
-        request: whose item it is.
-        waits_since: when it arrived or its last pass ended, on the engine's clock.
-        budget: its ladder step after the pass.
-    """
-
-    request: RequestContext
-    waits_since: float
-    budget: int
-
-
-@dataclass(frozen=True)
-class PassRun:
-    """One pass over the device, and whom it served.
-
-    Attributes:
-        stage: what it was for: decide budgets, or compute a batch.
-        model: `name:version`.
-        step: ladder step of a batch.
-        tokens: of all its items.
-        riders: its items.
-        started, ended: on the engine's clock.
-    """
-
-    stage: Stage
-    model: str
-    step: int
-    tokens: int
-    riders: Sequence[Rider]
-    started: float
-    ended: float
-
-
-class PassSpans(Protocol):
-    """What an engine tells of its passes."""
-
-    def ran(self, run: PassRun) -> None:
-        """Record a pass, for those of its requests that are traced."""
 
 
 def exporter_asked_for(environment: Mapping[str, str]) -> str | None:
