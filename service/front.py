@@ -131,8 +131,18 @@ def main() -> None:
         side = _SideServer(uvicorn.Config(app, lifespan="off", **common)), listener
     server = _DrainingServer(config, app, tracing, side)
     keep_what_is_here()
+    server.run(sockets=listeners(descriptor))
+
+
+def listeners(descriptor: int) -> list[socket.socket]:
+    """Return the listening socket several times, as one connection a turn is taken of each.
+
+    Never, not for a moment, may it wait: whether a socket does is shared with all processes that
+    hold it, and another front might be about to take a connection that this one has taken.
+    """
     listening = socket.socket(fileno=descriptor)
-    server.run(sockets=[listening, *(listening.dup() for _ in range(ACCEPTS - 1))])
+    listening.setblocking(False)  # so that its copies are made in the same way
+    return [listening, *(listening.dup() for _ in range(ACCEPTS - 1))]
 
 
 def _tls(settings: Settings) -> dict[str, Any]:

@@ -139,6 +139,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(2048)
+        listener.setblocking(False)
     except OSError as error:
         if listener is not None:
             listener.close()
