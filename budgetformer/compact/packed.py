@@ -22,7 +22,7 @@ from budgetformer.compact.kernels import Kernels, plain
 from budgetformer.compact.layout import Layout
 from budgetformer.compact.linear import padded_rows
 from budgetformer.compact.routed import RoutedLayer, Routing
-from budgetformer.compact.shared import share
+from budgetformer.compact.shared import SharedTensors
 from budgetformer.compact.weights import HeadSet, SliceCache
 from budgetformer.cost import Sizes
 from budgetformer.modules import (
@@ -160,6 +160,7 @@ class PackedPass:
         self.kernels = kernels
         self._first: list[HeadSet] = [tuple(range(k)) for k in range(self.sizes.heads + 1)]
         self._plans: dict[int, list[int]] = {}
+        self._shared: SharedTensors | None = None
         with torch.no_grad():
             self._slices = SliceCache(self._layers, self.sizes, precision)
 
@@ -186,18 +187,24 @@ class PackedPass:
                     empty = module.weight.new_empty(0)
                     module.weight = nn.Parameter(empty, requires_grad=False)
 
-    def share(self, path: Path) -> None:
-        """Hold the weights once with all processes that share the same network through a file.
+    def share(self, link: Path) -> None:
+        """Hold the weights once with all processes that name the same link.
 
         Args:
-            path: see `budgetformer.compact.shared`.
+            link: see `SharedTensors`.
 
         Raises:
-            OSError: it cannot be written or mapped, and everything stays as it is.
+            OSError: they cannot be shared, and everything stays as it is.
         """
+        self._shared = SharedTensors(link)
         tables = [p for p in self.model.parameters() if p.dim() == 2 and p.is_contiguous()]
-        share([t for t in (*tables, *self._slices.weights) if t.numel()], path)
+        self._shared.hold([t for t in (*tables, *self._slices.weights) if t.numel()])
         self._slices.forget()
+
+    def forget_shared(self) -> None:
+        """Let no further process share the weights; this one keeps them until it lets them go."""
+        if self._shared is not None:
+            self._shared.forget()
 
     @torch.inference_mode()
     def warm(self, steps: Sequence[int]) -> None:

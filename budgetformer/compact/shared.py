@@ -1,8 +1,10 @@
-"""Weights that several processes hold once."""
+"""Weights that several processes hold once, in memory that has no name on any disk."""
 
 from __future__ import annotations
 
 import fcntl
+import os
+import stat
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -16,43 +18,83 @@ ALIGNMENT = 64
 """Bytes that a tensor begins at a multiple of, as torch's own do."""
 
 
-def share(tensors: Sequence[Tensor], path: Path) -> None:
-    """Let tensors lie in a file that every process maps which shares the same tensors.
+class SharedTensors:
+    """Tensors that every process maps from one file in memory which names the same link.
 
-    The first one writes it. Nobody may write to the tensors afterwards: only its own process would
-    see it. Views that were taken before keep the memory as it was.
+    The first one makes the file. The others find it by the link, for as long as that process lives
+    and has not forgotten it; then the next one makes another. Who has mapped it keeps it.
 
     Args:
-        tensors: on a CPU, contiguous.
-        path: of the file, in a folder that no other user can write to. It may be removed while it
-            is mapped.
-
-    Raises:
-        OSError: it cannot be written or mapped, and the tensors stay as they are.
+        link: in a folder that no other user can write to.
     """
-    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    *starts, total = accumulate(sizes, initial=0)
-    with (path.parent / "weights.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            _write(tensors, sizes, path)
-    try:
-        held = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise OSError(f"{path}: {one_line(error)}") from error
-    for tensor, start in zip(tensors, starts, strict=True):
-        there = held[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        if torch.equal(there, tensor):
-            tensor.data = there
 
+    def __init__(self, link: Path) -> None:
+        self._link = link
+        self._own: int | None = None
 
-def _write(tensors: Sequence[Tensor], sizes: Sequence[int], path: Path) -> None:
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            for tensor, size in zip(tensors, sizes, strict=True):
-                file.write(tensor.detach().view(-1).view(torch.uint8).numpy().tobytes())
-                file.write(bytes(size - tensor.nbytes))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        """Let tensors lie there. Views that were taken before keep the memory as it was.
+
+        Nobody may write to them afterwards: only its own process would see it.
+
+        Args:
+            tensors: on a CPU, contiguous.
+
+        Raises:
+            OSError: it cannot be made or mapped, and the tensors stay as they are.
+        """
+        sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+        *starts, total = accumulate(sizes, initial=0)
+        with (self._link.parent / "weights.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            file = self._open(total)
+            if file is None:
+                self._own = file = self._make(tensors, sizes)
+        try:
+            held = torch.from_file(
+                f"/proc/self/fd/{file}", shared=False, size=total, dtype=torch.uint8
+            )
+        except RuntimeError as error:
+            raise OSError(one_line(error)) from error
+        finally:
+            if file != self._own:
+                os.close(file)
+        for tensor, start in zip(tensors, starts, strict=True):
+            there = held[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            if torch.equal(there, tensor):
+                tensor.data = there
+
+    def forget(self) -> None:
+        """Let nobody find it any more, and give its memory back when nobody has mapped it."""
+        self._link.unlink(missing_ok=True)
+        if self._own is not None:
+            os.close(self._own)
+            self._own = None
+
+    def _open(self, total: int) -> int | None:
+        """Open what the link leads to, unless that is gone, or something else by now."""
+        try:
+            file = os.open(self._link, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            return None
+        found = os.fstat(file)
+        if stat.S_ISREG(found.st_mode) and found.st_size == total:
+            return file
+        os.close(file)
+        return None
+
+    def _make(self, tensors: Sequence[Tensor], sizes: Sequence[int]) -> int:
+        if not hasattr(os, "memfd_create"):
+            raise OSError("this system has no files in memory")
+        file = os.memfd_create(self._link.name)
+        try:
+            with os.fdopen(file, "wb", closefd=False) as writer:
+                for tensor, size in zip(tensors, sizes, strict=True):
+                    writer.write(tensor.detach().view(-1).view(torch.uint8).numpy().tobytes())
+                    writer.write(bytes(size - tensor.nbytes))
+            self._link.unlink(missing_ok=True)
+            self._link.symlink_to(f"/proc/{os.getpid()}/fd/{file}")
+        except BaseException:
+            os.close(file)
+            raise
+        return file

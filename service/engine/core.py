@@ -27,7 +27,7 @@ from budgetformer.policy import QualityName
 from budgetformer.precision import Precision
 from service.background import Background
 from service.engine import protocol
-from service.engine.models import LoadedModel, forget_shared, load_model
+from service.engine.models import LoadedModel, load_model
 from service.engine.protocol import (
     Answer,
     BatchRan,
@@ -499,7 +499,7 @@ class EngineCore:
         if model is None:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
         else:
-            forget_shared(model, self.shared)
+            model.network.forget_shared()
             self.broadcast(Models(self.infos))
             reply(Done(message.id))
             self._background.start(self._return_memory())
@@ -507,7 +507,7 @@ class EngineCore:
     def forget_shared(self) -> None:
         """Leave nothing in the folder that weights are shared through: this engine ends."""
         for model in self.models.values():
-            forget_shared(model, self.shared)
+            model.network.forget_shared()
 
     async def _return_memory(self) -> None:
         """Let go of what a change of models has freed, when what it had begun will have ended."""

@@ -74,7 +74,11 @@ def load_model(
     network = load_network(checkpoint, device, precision)
     if shared is not None:
         _share(checkpoint, network, shared)
-    network.warm(_steps_in_use(checkpoint))
+    try:
+        network.warm(_steps_in_use(checkpoint))
+    except BaseException:
+        network.forget_shared()
+        raise
     seconds = time.monotonic() - started
     memory = network.nbytes
     info = ModelInfo(checkpoint.name, checkpoint.version, seconds, memory, network.precision)
@@ -87,24 +91,14 @@ def load_model(
     return LoadedModel(checkpoint, network, info, _costs(checkpoint, network, tables))
 
 
-def forget_shared(model: LoadedModel, shared: Path | None) -> None:
-    """Remove the file of a model's weights: who has mapped it keeps it, others write it anew."""
-    if shared is not None:
-        _file(model.checkpoint, model.network, shared).unlink(missing_ok=True)
-
-
 def _share(checkpoint: Checkpoint, network: PackedPass, shared: Path) -> None:
     if network.device.type != "cpu":
         return
     try:
-        network.share(_file(checkpoint, network, shared))
+        network.share(shared / f"{checkpoint.manifest.files[WEIGHTS].sha256}-{network.precision}")
     except OSError as error:
         reason = error.strerror or str(error)
         log.warning("this engine holds weights of its own", model=checkpoint.label, reason=reason)
-
-
-def _file(checkpoint: Checkpoint, network: PackedPass, shared: Path) -> Path:
-    return shared / f"{checkpoint.manifest.files[WEIGHTS].sha256}-{network.precision}.weights"
 
 
 def _costs(

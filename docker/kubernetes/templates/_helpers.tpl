@@ -81,8 +81,7 @@ capabilities:
 {{- define "budgetformer.volumes" -}}
 - name: tmp
   emptyDir:
-    # Engines share what they hold of each model here, some 70 MiB each; beyond it the pod is evicted.
-    sizeLimit: 4Gi
+    sizeLimit: 256Mi
 {{- if .Values.access.keysSecret }}
 - name: keys
   secret:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from budgetformer.compact import PackedPass, load_pass
-from budgetformer.compact.shared import ALIGNMENT, share
+from budgetformer.compact.shared import ALIGNMENT, SharedTensors
 from tests.support.networks import pack, random_items, random_network, small_config
 
 ITEMS = pack(random_items([5, 9, 2]))
@@ -23,101 +23,133 @@ def some() -> list[Tensor]:
     return [torch.randn(3, 5), torch.randn(7, 2).half(), torch.randn(1, 1).bfloat16()]
 
 
-def is_mapped(tensor: Tensor, path: Path) -> bool:
-    """Say whether a tensor lies where a file is mapped."""
+def is_mapped(tensor: Tensor) -> bool:
+    """Say whether a tensor lies where a file in memory is mapped."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         place, *_, name = line.split(maxsplit=5)
         start, stop = (int(end, 16) for end in place.split("-"))
         if start <= tensor.data_ptr() < stop:
-            return name == str(path)
+            return name.startswith("/memfd:weights")
     raise AssertionError("it is nowhere")
 
 
-def test_values_stay_and_lie_in_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "weights"
-    for tensors in (some(), some()):
+def inode(tensors: list[Tensor]) -> str:
+    """Return which file a tensor lies in."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, _, _, _, number, *_ = line.split()
+        start, stop = (int(end, 16) for end in place.split("-"))
+        if start <= tensors[0].data_ptr() < stop:
+            return number
+    raise AssertionError("it is nowhere")
+
+
+@pytest.fixture
+def link(tmp_path: Path) -> Path:
+    return tmp_path / "weights-of-one"
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_values_stay_and_lie_in_one_file(link: Path) -> None:
+    first, second = some(), some()
+    holders = [SharedTensors(link), SharedTensors(link)]
+    for holder, tensors in zip(holders, (first, second), strict=True):
         before = [tensor.data_ptr() for tensor in tensors]
-        share(tensors, path)
+        holder.hold(tensors)
         for tensor, was, value in zip(tensors, before, some(), strict=True):
             assert torch.equal(tensor, value)
             assert tensor.dtype == value.dtype
             assert tensor.data_ptr() != was
             assert tensor.data_ptr() % ALIGNMENT == 0
-            assert is_mapped(tensor, path)
+            assert is_mapped(tensor)
+    assert inode(first) == inode(second)
+    for holder in holders:
+        holder.forget()
 
 
-def test_the_file_may_go_while_it_is_mapped(tmp_path: Path) -> None:
-    path, tensors = tmp_path / "weights", some()
-    share(tensors, path)
-    path.unlink()
+def test_who_has_mapped_it_keeps_it_and_nobody_finds_it(link: Path) -> None:
+    files, tensors, later = open_files(), some(), some()
+    holder, other = SharedTensors(link), SharedTensors(link)
+    holder.hold(tensors)
+    holder.forget()
+    assert not link.is_symlink()
+    assert open_files() == files
     assert all(map(torch.equal, tensors, some()))
+    other.hold(later)
+    assert inode(later) != inode(tensors)
+    other.forget()
+    other.forget()
+    assert open_files() == files
 
 
-def test_what_is_not_the_same_stays_apart(tmp_path: Path) -> None:
-    path, others = tmp_path / "weights", some()
-    share(some(), path)
+def gone(link: Path) -> None:
+    link.symlink_to("/proc/0/fd/1")
+
+
+def another_file(link: Path) -> None:
+    (link.parent / "another").write_bytes(b"short")
+    link.symlink_to(link.parent / "another")
+
+
+def a_pipe(link: Path) -> None:
+    os.mkfifo(link.parent / "pipe")
+    link.symlink_to(link.parent / "pipe")
+
+
+@pytest.mark.parametrize("led", [gone, another_file, a_pipe])
+def test_a_link_that_leads_elsewhere_is_made_anew(link: Path, led: Callable[[Path], None]) -> None:
+    led(link)
+    tensors, holder = some(), SharedTensors(link)
+    holder.hold(tensors)
+    assert is_mapped(tensors[0])
+    assert all(map(torch.equal, tensors, some()))
+    holder.forget()
+
+
+def test_what_is_not_the_same_stays_apart(link: Path) -> None:
+    holder, other = SharedTensors(link), SharedTensors(link)
+    others = some()
+    holder.hold(some())
     others[0][0, 0] += 1
     kept = others[0].clone()
-    share(others, path)
+    other.hold(others)
     assert torch.equal(others[0], kept)
-    assert not is_mapped(others[0], path)
-    assert is_mapped(others[1], path)
+    assert not is_mapped(others[0])
+    assert is_mapped(others[1])
+    holder.forget()
 
 
-@pytest.mark.parametrize("begun", [0, 1])
-def test_a_disk_that_is_full_leaves_all_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: int
+def no_memory(_: str) -> int:
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def test_where_no_file_can_be_made_all_stays_as_it_was(
+    link: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, tensors, opened = tmp_path / "weights", some(), Path.open
+    files, tensors = open_files(), some()
     before = [tensor.data_ptr() for tensor in tensors]
-
-    class Full:
-        def __init__(self, file: Any) -> None:
-            self.file, self.left = file, begun
-
-        def __enter__(self) -> Full:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()
-
-        def write(self, data: bytes) -> None:
-            if not self.left:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.left -= 1
-            self.file.write(data)
-
-    def full(at: Path, mode: str = "r") -> Any:
-        return Full(opened(at, mode)) if mode == "wb" else opened(at, mode)
-
-    monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(OSError, match="No space left"):
-        share(tensors, path)
+    monkeypatch.setattr(os, "memfd_create", no_memory)
+    with pytest.raises(OSError, match="Cannot allocate"):
+        SharedTensors(link).hold(tensors)
+    monkeypatch.delattr(os, "memfd_create")
+    with pytest.raises(OSError, match="no files in memory"):
+        SharedTensors(link).hold(tensors)
     assert [tensor.data_ptr() for tensor in tensors] == before
-    assert not path.exists()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["weights.lock"]
-
-
-def test_a_file_that_was_cut_leaves_all_as_it_was(tmp_path: Path) -> None:
-    path, tensors = tmp_path / "weights", some()
-    path.write_bytes(b"short")
-    before = [tensor.data_ptr() for tensor in tensors]
-    with pytest.raises(OSError, match="weights"):
-        share(tensors, path)
-    assert [tensor.data_ptr() for tensor in tensors] == before
-    assert path.read_bytes() == b"short"
+    assert open_files() == files
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        share(some(), tmp_path / "nowhere" / "weights")
+        SharedTensors(tmp_path / "nowhere" / "weights").hold(some())
 
 
 @pytest.mark.parametrize("selection", ["ranked", "input"])
 @pytest.mark.parametrize("coupled", [True, False])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_passes_that_share_answer_as_before(
-    tmp_path: Path, selection: str, coupled: bool, precision: str
+    link: Path, selection: str, coupled: bool, precision: str
 ) -> None:
     def made() -> PackedPass:
         return load_pass(
@@ -133,10 +165,11 @@ def test_passes_that_share_answer_as_before(
     answer(first)  # what it has laid out by now is not shared
     for one in (first, second):
         one.take_over()
-        one.share(tmp_path / "weights")
+        one.share(link)
     right = answer(alone)
     assert torch.equal(answer(first), right)
     assert torch.equal(answer(second), right)
     for one in (first, second):
-        assert all(is_mapped(w, tmp_path / "weights") for w in one._slices.weights)
+        assert all(map(is_mapped, one._slices.weights))
+        one.forget_shared()
     assert second.nbytes < 2 * alone.nbytes
