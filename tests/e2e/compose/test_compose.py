@@ -379,6 +379,18 @@ def test_nothing_in_the_container_gives_rights_or_takes_writing(stack: Stack) ->
     assert user == group == 10001
 
 
+def test_its_engines_hold_weights_once(stack: Stack) -> None:
+    listed = "for p in /proc/[0-9]*; do grep -H memfd: $p/maps 2>/dev/null; done"
+    shown = stack.compose("exec", "-T", "service", "sh", "-c", listed)
+    holders: dict[str, set[str]] = {}
+    for line in shown.splitlines():
+        process, _, mapping = line.partition(":")
+        holders.setdefault(mapping.split()[4], set()).add(process)
+    engines = len(stack.service.get("/health").json()["engines"])
+    assert bool(holders) == (engines > 1)
+    assert all(len(found) == engines for found in holders.values())
+
+
 def test_it_has_no_key_to_lose(stack: Stack) -> None:
     """What the processes were started with, and the image's own layers, hold no secret."""
     inside = ("exec", "-T", "service", "sh", "-c")
