@@ -205,7 +205,8 @@ async def clock(repeats: int) -> Seen:  # noqa: ARG001
         wanted = Path(folder) / "clock"
         wanted.write_text("+0\n")
         environment = {
-            "LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(wanted), "FAKETIME_CACHE_DURATION": "1",
+            "LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(wanted),
+            "FAKETIME_CACHE_DURATION": "1",  # read at every look, it would slow the server itself
             "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1",
         }  # fmt: skip
         async with serving(Setup(environment=environment)) as server:
