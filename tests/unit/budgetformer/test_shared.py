@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from budgetformer.compact import PackedPass, load_pass
+from budgetformer.compact import shared as shared_module
 from budgetformer.compact.shared import ALIGNMENT, SharedTensors
 from tests.support.networks import pack, random_items, random_network, small_config
 
@@ -82,6 +83,42 @@ def test_who_has_mapped_it_keeps_it_and_nobody_finds_it(link: Path) -> None:
     other.forget()
     other.forget()
     assert open_files() == files
+
+
+def test_one_that_is_loaded_anew_goes_on_to_share(link: Path) -> None:
+    files, old, new, last = open_files(), some(), some(), some()
+    holders = [SharedTensors(link) for _ in range(3)]
+    holders[0].hold(old)
+    holders[1].hold(new)
+    holders[0].forget()
+    holders[0].forget()
+    holders[2].hold(last)
+    assert inode(old) == inode(new) == inode(last)
+    for holder in holders:
+        holder.forget()
+    assert not link.is_symlink()
+    assert open_files() == files
+
+
+def test_who_has_not_made_it_leaves_it_to_be_found(link: Path) -> None:
+    held, read, write = some(), *os.pipe()
+    holder = SharedTensors(link)
+    holder.hold(held)
+    other = os.fork()
+    if not other:  # what it inherits is not its own, as for one that was started by itself
+        shared_module._files.clear()
+        shared_module._users.clear()
+        tensors, reader = some(), SharedTensors(link)
+        reader.hold(tensors)
+        reader.forget()
+        os.write(write, inode(tensors).encode())
+        os._exit(0)
+    os.waitpid(other, 0)
+    assert os.read(read, 100).decode() == inode(held)
+    assert link.exists()
+    os.close(read)
+    os.close(write)
+    holder.forget()
 
 
 def gone(link: Path) -> None:
