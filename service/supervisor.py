@@ -13,13 +13,14 @@ import socket
 import tempfile
 import time
 from asyncio.subprocess import Process
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import structlog
 import uvloop
 
+from service.engine.client import EngineClient
 from service.forks import Forked, ForkServer
 from service.hub.catalog import Catalog
 from service.hub.hub import Hub
@@ -71,6 +72,7 @@ class _Child:
         self._start = start
         self._report = report
         self._process: Process | Forked | None = None
+        self._heard = 0.0
         self._served = False
         self._stopping = False
 
@@ -79,6 +81,22 @@ class _Child:
         """Its process id; None: it does not run now."""
         process = self._process
         return process.pid if process is not None and process.returncode is None else None
+
+    @property
+    def watched(self) -> bool:
+        """Whether it runs, and is to go on."""
+        return self.pid is not None and not self._stopping
+
+    def last_word(self, heard: float | None, patience: float) -> float:
+        """Return when its silence began, on the monotonic clock.
+
+        Args:
+            heard: when it was heard last; None: there is no connection to it now.
+            patience: seconds after its start until which it need not have said anything.
+        """
+        if heard is not None:
+            self._heard = heard
+        return self._heard if self._heard > self.started else self.started + patience
 
     async def keep_running(self) -> None:
         """Start the process, and again whenever it ends, until `stop` or cancelled."""
@@ -188,7 +206,7 @@ class _Server:
     async def _look_after(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            for child, client in zip(self._engines, self.hub.fleet.clients, strict=True):
+            for child, client in self._clients():
                 if self.hub.fleet.equipped(client):
                     child.serves()
             there = {front.pid for front in self.hub.fronts}
@@ -198,19 +216,15 @@ class _Server:
 
     def _last_words(self) -> dict[_Child, float]:
         patience = START_SECONDS - self._settings.hang_seconds
-        words = {
-            child: child.started + patience
-            for child in (*self._engines, *self._fronts)
-            if child.pid is not None
-        }
-        for child, client in zip(self._engines, self.hub.fleet.clients, strict=True):
-            if child in words and client.heard > child.started:
-                words[child] = client.heard
-        heard = {front.pid: front.heard for front in self.hub.fronts}
-        for child in self._fronts:
-            if child in words and child.pid in heard:
-                words[child] = heard[child.pid]
-        return words
+        fronts = {front.pid: front.heard for front in self.hub.fronts}
+        heard = [
+            *((child, client.heard) for child, client in self._clients()),
+            *((child, fronts.get(child.pid or 0)) for child in self._fronts),
+        ]
+        return {child: child.last_word(word, patience) for child, word in heard if child.watched}
+
+    def _clients(self) -> Iterator[tuple[_Child, EngineClient]]:
+        return zip(self._engines, self.hub.fleet.clients, strict=True)
 
     def _family(self) -> dict[str, int]:
         children = {c.name: c.pid for c in (*self._fronts, *self._engines)}
