@@ -17,7 +17,7 @@ import time
 from asyncio.subprocess import Process
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 
@@ -152,7 +152,9 @@ def child_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
 
-async def start(command: Sequence[str], settings: Settings, **options: Any) -> Process:
+async def start(
+    command: Sequence[str], settings: Settings, descriptors: Sequence[int] = ()
+) -> Process:
     """Start a child that reads its settings from its stdin.
 
     That stays open until this process ends, so the child ends with it, however that happens. A
@@ -161,10 +163,10 @@ async def start(command: Sequence[str], settings: Settings, **options: Any) -> P
     Args:
         command: its command line.
         settings: what it is told.
-        **options: of `asyncio.create_subprocess_exec`.
+        descriptors: open files that it gets.
     """
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.PIPE, start_new_session=True, **options
+        *command, stdin=asyncio.subprocess.PIPE, pass_fds=descriptors, start_new_session=True
     )
     assert process.stdin is not None
     process.stdin.write(encode_settings(settings))

@@ -174,7 +174,7 @@ class _Server:
                     start,
                     child_command("service.front", str(run_dir), str(descriptor), str(i)),
                     settings,
-                    pass_fds=(descriptor,),
+                    (descriptor,),
                 ),
                 self.hub.report_crash_loop,
             )
@@ -271,12 +271,12 @@ def supervise(settings: Settings) -> None:
     host, port = listener.getsockname()[:2]
     with tempfile.TemporaryDirectory(prefix="budgetformer-") as folder:
         run_dir = Path(folder)
-        if len(os.fsencode(engine_socket(run_dir, settings.resolved_engines()))) > LONGEST_SOCKET:
-            where = tempfile.gettempdir()
-            raise SettingsError(f"{where}: too long for sockets, let TMPDIR name a shorter folder")
         resolved = settings.model_copy(
             update={"port": port, "engines": settings.resolved_engines()}
         )
+        if len(os.fsencode(engine_socket(run_dir, resolved.engines))) > LONGEST_SOCKET:
+            where = tempfile.gettempdir()
+            raise SettingsError(f"{where}: too long for sockets, let TMPDIR name a shorter folder")
         # Children get their settings from this process alone.
         for name in [n for n in os.environ if n.upper().startswith("BUDGETFORMER_")]:
             del os.environ[name]

@@ -24,24 +24,25 @@ def some() -> list[Tensor]:
     return [torch.randn(3, 5), torch.randn(7, 2).half(), torch.randn(1, 1).bfloat16()]
 
 
+def mapping(tensor: Tensor) -> list[str]:
+    """Return what the system says of the memory that a tensor lies in, a word each."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        words = line.split(maxsplit=5)
+        start, stop = (int(end, 16) for end in words[0].split("-"))
+        if start <= tensor.data_ptr() < stop:
+            return words
+    raise AssertionError("it is nowhere")
+
+
 def is_mapped(tensor: Tensor) -> bool:
     """Say whether a tensor lies where a file in memory is mapped."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        place, *_, name = line.split(maxsplit=5)
-        start, stop = (int(end, 16) for end in place.split("-"))
-        if start <= tensor.data_ptr() < stop:
-            return name.startswith("/memfd:weights")
-    raise AssertionError("it is nowhere")
+    return mapping(tensor)[-1].startswith("/memfd:weights")
 
 
 def inode(tensors: list[Tensor]) -> str:
-    """Return which file a tensor lies in."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        place, _, _, _, number, *_ = line.split()
-        start, stop = (int(end, 16) for end in place.split("-"))
-        if start <= tensors[0].data_ptr() < stop:
-            return number
-    raise AssertionError("it is nowhere")
+    """Return which file tensors lie in."""
+    (number,) = {mapping(tensor)[4] for tensor in tensors}
+    return number
 
 
 @pytest.fixture
