@@ -55,8 +55,10 @@ class Work:
 
 def pack(items: Sequence[Work]) -> PackedTokens:
     """Pack the tokens of some items."""
-    segments = [item.segments or [0] * len(item.ids) for item in items]
-    return PackedTokens.pack([item.ids for item in items], segments)
+    ids, segments = [item.ids for item in items], None
+    if any(item.segments for item in items):
+        segments = [item.segments or [0] * len(item.ids) for item in items]
+    return PackedTokens.pack(ids, segments)
 
 
 def arrive(network: PackedPass, items: Sequence[Work]) -> None:

@@ -12,6 +12,8 @@ from budgetformer.cost_table import CostTable, Measurement, fit_table
 
 GRID = ((1, 16), (1, 64), (4, 40), (8, 24), (8, 64), (24, 40))
 """Batches that are timed: (items, tokens of each)."""
+GPU_GRID = (*GRID, (64, 24), (64, 64), (200, 40), (256, 64))
+"""A GPU is full with these only."""
 ROUNDS = 5
 
 
@@ -25,7 +27,8 @@ def measure_costs(network: PackedPass, model: str) -> CostTable:
         model: `name:version`, for the table.
     """
     longest = network.config.max_position_embeddings
-    grid = [(items, min(tokens, longest)) for items, tokens in GRID]
+    sizes = GPU_GRID if network.device.type == "cuda" else GRID
+    grid = [(items, min(tokens, longest)) for items, tokens in sizes]
     steps = range(network.config.num_steps + 1)
     taken: dict[tuple[int, int, int], list[float]] = {
         (step, *size): [] for step in steps for size in grid
@@ -39,7 +42,7 @@ def measure_costs(network: PackedPass, model: str) -> CostTable:
         Measurement(step, items * tokens, items, statistics.median(seconds))
         for (step, items, tokens), seconds in taken.items()
     ]
-    return fit_table(model, str(network.device), network.precision, measured)
+    return fit_table(model, network.device.type, network.precision, measured)
 
 
 def _time(network: PackedPass, step: int, items: int, tokens: int) -> float:

@@ -9,7 +9,10 @@ import os
 import re
 import socket
 import ssl
+import subprocess
+import sys
 from difflib import get_close_matches
+from functools import cache
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -31,6 +34,8 @@ PREFIX = "BUDGETFORMER_"
 CONFIG_FILE = "config"
 DEFAULT_QUALITY: QualityName = "balanced"
 """What `auto` is while there is no overload."""
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""One of these is there where a GPU can be."""
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+")
 
 
@@ -110,7 +115,7 @@ class Settings(BaseSettings):
     fronts: int = Field(default=1, ge=1, le=64)
     """Front processes, which parse, tokenize and answer; they share the address."""
     engines: int = Field(default=0, ge=0, le=256)
-    """Engine processes; 0 means one per core on a CPU, one on a GPU."""
+    """Engine processes; 0 means one per core on a CPU, one per GPU on GPUs."""
     cluster: bool = False
     """Run on the Ray cluster that RAY_ADDRESS names, or on one of this host's processes; needs the
     extra `cluster`."""
@@ -308,7 +313,9 @@ class Settings(BaseSettings):
         """Return how many engines to run."""
         if self.engines:
             return self.engines
-        return 1 if self.device == "cuda" else max(1, usable_cores() // self.threads_per_engine)
+        if self.resolved_device() == "cuda":
+            return max(1, gpu_count())
+        return max(1, usable_cores() // self.threads_per_engine)
 
     def ordered_pools(self) -> dict[str, Pool]:
         """Return the pools of a cluster by rising `max_step`; the last one computes all steps."""
@@ -323,19 +330,28 @@ class Settings(BaseSettings):
         return dict(sorted(self.pools.items(), key=top))
 
     def resolved_device(self) -> str:
-        """Return the device that the engines compute on.
-
-        Imports torch to see whether a GPU is there.
-        """
+        """Return the device that the engines compute on: "cpu" or "cuda"."""
         if self.device != "auto":
             return self.device
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if gpu_count() else "cpu"
 
     def printable(self) -> dict[str, Any]:
         """Return all values as plain JSON, secrets masked."""
         return self.model_dump(mode="json")
+
+
+@cache
+def gpu_count() -> int:
+    """Return how many GPUs torch can use.
+
+    Where there is a driver, a process of its own asks torch, which takes seconds to import and
+    memory for good.
+    """
+    if not any(map(os.path.exists, GPU_DRIVERS)):
+        return 0
+    ask = "import torch; print(torch.cuda.device_count())"
+    asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    return int(asked.stdout) if asked.returncode == 0 else 0
 
 
 def usable_cores() -> int:

@@ -271,15 +271,14 @@ def supervise(settings: Settings) -> None:
     host, port = listener.getsockname()[:2]
     with tempfile.TemporaryDirectory(prefix="budgetformer-") as folder:
         run_dir = Path(folder)
-        resolved = settings.model_copy(
-            update={"port": port, "engines": settings.resolved_engines()}
-        )
-        if len(os.fsencode(engine_socket(run_dir, resolved.engines))) > LONGEST_SOCKET:
+        device, engines = settings.resolved_device(), settings.resolved_engines()
+        resolved = settings.model_copy(update={"port": port, "device": device, "engines": engines})
+        if len(os.fsencode(engine_socket(run_dir, engines))) > LONGEST_SOCKET:
             where = tempfile.gettempdir()
             raise SettingsError(f"{where}: too long for sockets, let TMPDIR name a shorter folder")
         # Children get their settings from this process alone.
         for name in [n for n in os.environ if n.upper().startswith("BUDGETFORMER_")]:
             del os.environ[name]
-        log.info("starting", url=f"http://{host}:{port}", engines=resolved.engines)
+        log.info("starting", url=f"http://{host}:{port}", engines=engines, device=device)
         keep_what_is_here()
         uvloop.run(_supervise(resolved, catalog, listener, run_dir))

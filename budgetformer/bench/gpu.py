@@ -25,7 +25,8 @@ from budgetformer.bench.rivals import bfloat16_twin, padded
 from budgetformer.bench.timing import TokenIds, made_up_texts, token_ids
 from budgetformer.checkpoint import Checkpoint
 from budgetformer.compact import PackedPass, PackedTokens
-from budgetformer.compact.choice import passes
+from budgetformer.compact.choice import make_pass
+from budgetformer.compact.packed import ARRIVAL, Arrival
 from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.training.pages import markdown_table
 
@@ -39,7 +40,10 @@ DENSE = "dense, Transformers sdpa bfloat16"
 
 @dataclass(frozen=True)
 class StepError:
-    """A pass against the reference network in float32: largest error of a logit, and labels."""
+    """A pass against the reference network in float32: largest error of a logit, and labels.
+
+    On arrival, step 0, against the plain pass: of step 0's logits and of s.
+    """
 
     way: str
     step: int
@@ -101,14 +105,17 @@ def bench_gpu(
         device: "cuda", or "cpu" to rehearse.
         tokens: of the batches that are timed.
         rounds: batches in a measurement, after as many to warm up.
-        steps: ladder steps that are timed; None: the ladder's ends, a sixth and a half of it.
+        steps: ladder steps that are timed, 0 for what is decided before them; None: that, the
+            ladder's ends, a sixth and a half of it.
     """
     started = time.monotonic()
     model = load_model(checkpoint.path)
     nn.Module.to(model, torch.device(device))
     ways = dict(_ways(model))
     last = model.config.num_steps
-    timed = sorted({1, max(1, last // 6), max(1, last // 2), last}) if steps is None else steps
+    first = 1 if model.config.budget_scope == "layer" else ARRIVAL
+    usual = {first, 1, max(1, last // 6), max(1, last // 2), last}
+    timed = sorted(usual) if steps is None else steps
     items = _items(checkpoint, texts, model.config.vocab_size)
     report = GpuReport(checkpoint.label, _facts(device))
     checked = items[:CHECKED_TEXTS]
@@ -173,7 +180,8 @@ def as_markdown(report: GpuReport) -> str:
 {facts}; the run took {report.seconds:.0f} s.
 
 ## Right
-Against the reference network in float32, all heads computed and masked:
+Against the reference network in float32, all heads computed and masked; step 0 is what is decided
+on arrival, against the plain pass:
 
 {errors}
 
@@ -217,13 +225,11 @@ def _timing_row(timing: GpuTiming, timings: Sequence[GpuTiming]) -> list[str]:
 def _ways(model: BudgetFormerForSequenceClassification) -> Iterator[tuple[str, PackedPass]]:
     """Yield every pass; the first is in float32."""
     for precision in ("float32", "bfloat16"):
-        for network in passes(model, precision):
-            attention = network.kernels.__name__.rpartition(".")[2]
-            yield f"{precision}, {attention}", network
+        yield precision, make_pass(model, precision)
     if model.where.type == "cuda":
         from budgetformer.compact.kernels import gpu
 
-        yield "bfloat16, gpu, not recorded", PackedPass(model, "bfloat16", gpu)
+        yield "bfloat16, not recorded", PackedPass(model, "bfloat16", gpu)
 
 
 def _items(checkpoint: Checkpoint, texts: Sequence[str] | None, vocabulary: int) -> list[TokenIds]:
@@ -240,10 +246,15 @@ def _check(
     model: BudgetFormerForSequenceClassification,
     items: Sequence[TokenIds],
 ) -> Iterator[StepError]:
-    for step in range(1, network.config.num_steps + 1):
+    plain = PackedPass(model)
+    for step in range(network.sizes.layerwise, network.config.num_steps + 1):
         actual, expected = [], []
         for start in range(0, len(items), 64):
             part = items[start : start + 64]
+            if step == ARRIVAL:
+                actual.append(_decided(network.arrive(PackedTokens.pack(part))))
+                expected.append(_decided(plain.arrive(PackedTokens.pack(part))))
+                continue
             actual.append(network.run_at(step, PackedTokens.pack(part)).logits)
             ids, mask, _ = (torch.from_numpy(a).to(network.device) for a in padded(part))
             at = torch.full((len(part),), step, device=network.device)
@@ -263,15 +274,23 @@ def _check(
         )
 
 
+def _decided(arrival: Arrival) -> Tensor:
+    """Put what is known on arrival side by side, [B, ...]."""
+    known = [arrival.budget, arrival.exit_logits, arrival.ranking]
+    return torch.cat([k.float().reshape(len(k), -1) for k in known if k is not None], dim=1)
+
+
 def _waits(network: PackedPass, items: Sequence[TokenIds]) -> str:
-    """Run a batch with waiting for the device forbidden, and say what did."""
+    """Decide on a batch and run it with waiting for the device forbidden, and say what did."""
     if network.device.type != "cuda":
         return "not asked"
-    tokens, way = PackedTokens.pack(items[:32]), _step_way(network, 1)
-    way.run(tokens)
+    tokens = PackedTokens.pack(items[:32])
+    ways = [_step_way(network, step) for step in range(network.sizes.layerwise, 2)]
     try:
-        with _no_waiting():
+        for way in ways:
             way.run(tokens)
+            with _no_waiting():
+                way.run(tokens)
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return "nothing"
@@ -308,6 +327,8 @@ class _Way:
 
 def _step_way(network: PackedPass, step: int) -> _Way:
     def run(tokens: PackedTokens) -> Tensor:
+        if step == ARRIVAL:
+            return _decided(network.arrive(tokens))
         if network.sizes.picks_heads:
             return network.run_at(step, tokens).logits
         return network.run(tokens, [step] * len(tokens.lengths)).logits

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 
 import torch
 
@@ -19,29 +18,20 @@ GAIN = 1.2
 """A lower precision must be so many times as fast as float32, or it is not worth its error."""
 FEWEST_WEIGHTS = 2**20
 """An encoder with fewer gains nothing: its time is that of the calls."""
-FLASH = find_spec("torch.nn.attention.varlen") is not None
-"""Whether this torch attends over packed texts by itself (since 2.10)."""
-FLASH_CAPABILITY = (8, 0)
 
 
-def passes(model: SequenceClassifier, precision: str) -> Iterator[PackedPass]:
-    """Yield the ways to run a network in one precision where its weights are, the surest first."""
+def make_pass(model: SequenceClassifier, precision: str) -> PackedPass:
+    """Return the pass of a network in one precision, where its weights are."""
     if model.where.type != "cuda":
-        yield PackedPass(model, precision)
-        return
+        return PackedPass(model, precision)
     from budgetformer.compact.graphs import GraphedPass
     from budgetformer.compact.kernels import gpu
 
-    yield GraphedPass(model, precision, gpu)
-    half = precision != "float32"
-    if half and FLASH and torch.cuda.get_device_capability(model.where) >= FLASH_CAPABILITY:
-        from budgetformer.compact.kernels import flash
-
-        yield GraphedPass(model, precision, flash)
+    return GraphedPass(model, precision, gpu)
 
 
 def fastest_pass(model: SequenceClassifier, precisions: Sequence[str]) -> PackedPass:
-    """Time every pass on made-up texts at the middle step, and return the best.
+    """Time the pass in each precision on made-up texts at the middle step, and return the best.
 
     A fraction of a second, for a small encoder on a CPU.
     """
@@ -49,13 +39,12 @@ def fastest_pass(model: SequenceClassifier, precisions: Sequence[str]) -> Packed
         precisions = precisions[:1]
     if len(precisions) > 1:
         precisions = [name for name in precisions if worth_a_try(name, model.where)]
-    there = [network for precision in precisions for network in passes(model, precision)]
+    there = [make_pass(model, precision) for precision in precisions]
     if len(there) == 1:
         return there[0]
     seconds = _time(there)
     best, least = min(zip(there, seconds, strict=True), key=lambda pair: pair[1])
-    enough = best.precision == there[0].precision or seconds[0] / least >= GAIN
-    return best if enough else there[0]
+    return best if seconds[0] / least >= GAIN else there[0]
 
 
 def _time(passes: list[PackedPass]) -> list[float]:

@@ -19,14 +19,15 @@ from torch import Tensor
 
 from budgetformer.compact.kernels import Kernels
 from budgetformer.compact.layout import StagedLayout
-from budgetformer.compact.packed import PackedPass, PackedTokens, PassResult
+from budgetformer.compact.packed import ARRIVAL, Arrival, PackedPass, PackedTokens, PassResult
 from budgetformer.compact.weights import Slice
 from budgetformer.modules import SequenceClassifier
 
-MOST_ROWS = 16384
-"""Tokens that are passed together: a GPU is full long before."""
-MOST_PROGRAMS = 128
+MOST_PROGRAMS = 256
 """Recorded passes that are kept; the least recently used go first."""
+LEAST_ROWS = 64
+ROWS_PER_ITEM = 16
+"""There is room for so many items, if the texts are not shorter than that."""
 RING = 4
 """Batches that may be on their way to the device."""
 WARM_BATCHES = (1, 8, 32)
@@ -39,30 +40,40 @@ _recording = threading.Lock()
 
 @dataclass(frozen=True)
 class Size:
-    """What a recorded pass has room for: N rows and B items of C classes."""
+    """What a recorded pass has room for: N rows and B items of C classes, none longer than so."""
 
     rows: int
     items: int
+    longest: int
     classes: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], classes: int) -> Size:
         """Return the least size for some items; there are few sizes, so that passes are reused."""
-        return cls(_room(max(sum(lengths), 64)), _power_of_two(len(lengths)), classes)
+        rows, items = _room(max(sum(lengths), LEAST_ROWS)), len(lengths)
+        usual = rows // ROWS_PER_ITEM
+        longest = _power_of_two(max(LEAST_ROWS, max(lengths, default=0)))
+        return cls(rows, usual if items <= usual else _power_of_two(items), longest, classes)
 
     @property
     def parts(self) -> list[int]:
-        """Numbers of 32 bits: token ids, segment ids, starts, and step 0's logits."""
-        return [self.rows, self.rows, self.items + 1, self.items * self.classes]
+        """Numbers of 32 bits: token ids, segment ids, positions, starts, and step 0's logits."""
+        return [self.rows, self.rows, self.rows, self.items + 1, self.items * self.classes]
 
     def fill(self, inputs: Tensor, tokens: PackedTokens, exit_logits: Tensor | None) -> None:
         """Write items [sum(parts)] as a recorded pass reads them; those that miss are empty."""
-        ids, kinds, starts, exits = inputs.split(self.parts)
+        ids, kinds, places, starts, exits = inputs.split(self.parts)
         count, used = len(tokens.input_ids), len(tokens.lengths)
-        for part, values in ((ids, tokens.input_ids), (kinds, tokens.token_type_ids)):
+        bounds = torch.tensor([0, *accumulate(tokens.lengths)], dtype=torch.int32)
+        owner_starts = bounds[:-1].repeat_interleave(bounds.diff())
+        for part, values in (
+            (ids, tokens.input_ids),
+            (kinds, tokens.token_type_ids),
+            (places, torch.arange(count, dtype=torch.int32) - owner_starts),
+        ):
             part[:count] = values
             part[count:] = 0
-        starts[: used + 1] = torch.tensor([0, *accumulate(tokens.lengths)], dtype=torch.int32)
+        starts[: used + 1] = bounds
         starts[used + 1 :] = count
         if exit_logits is None:
             exits.zero_()
@@ -77,26 +88,28 @@ class Program:
 
     Attributes:
         inputs: where it reads, as `Size.fill` writes; on the device.
-        logits: where its answer lies after `play`, [B, C].
+        results: where its answers lie after `play`, [B, ...] each.
         play: runs it.
         slices: the weights that it reads, kept while it lives.
     """
 
     inputs: Tensor
-    logits: Tensor
+    results: list[Tensor | None]
     play: Callable[[], None]
     slices: list[Slice]
 
 
 class GraphedPass(PackedPass):
-    """Run batches of one step and of ranked heads as recorded passes, others as `PackedPass`.
+    """Run arrivals and batches of one step and of ranked heads as recorded passes.
+
+    Other batches run as in `PackedPass`.
 
     In bfloat16 the states are bfloat16 too: on a GPU a step's time is that of reading them.
 
     Args:
         model: the network, on the device.
         precision: of matrix products and states, a key of `LINEARS`.
-        kernels: `kernels.gpu` or `kernels.flash`.
+        kernels: `kernels.gpu`.
     """
 
     def __init__(self, model: SequenceClassifier, precision: str, kernels: Kernels) -> None:
@@ -112,12 +125,9 @@ class GraphedPass(PackedPass):
         """Lay out the weights of some steps, and record passes of a few common sizes."""
         super().warm(steps)
         length = min(self._most_tokens, WARM_TOKENS)
-        for step in steps:
+        for step in (ARRIVAL, *(() if self.sizes.picks_heads else steps)):
             for items in WARM_BATCHES:
                 self._program(step, Size.of([length] * items, self._classes))
-
-    def _parts(self, lengths: Sequence[int]) -> list[slice]:
-        return self._cut(lengths, MOST_ROWS)
 
     def _run(
         self,
@@ -131,17 +141,30 @@ class GraphedPass(PackedPass):
         if not one_step or self.sizes.picks_heads or not len(tokens.input_ids):
             return super()._run(tokens, steps, exit_logits, ranking, ceilings)
         assert steps is not None
+        (logits,) = self._play(steps[0], tokens, exit_logits)
+        assert logits is not None
+        heads = [self._first[count] for count in self._plan(steps[0])]
+        return PassResult(logits, [list(heads) for _ in tokens.lengths])
+
+    def _arrive(self, tokens: PackedTokens) -> Arrival:
+        if not len(tokens.input_ids):
+            return super()._arrive(tokens)
+        return Arrival(*self._play(ARRIVAL, tokens, None))
+
+    def _play(
+        self, step: int, tokens: PackedTokens, exit_logits: Tensor | None
+    ) -> list[Tensor | None]:
+        """Run a recorded pass, and return its results for these items, [B, ...] each."""
         self._layout(tokens)  # refuses what is too long
         size = Size.of(tokens.lengths, self._classes)
-        program = self._program(steps[0], size)
+        program = self._program(step, size)
         if self._outbox is None:
             size.fill(program.inputs, tokens, exit_logits)
         else:
             self._outbox.send(program.inputs, lambda room: size.fill(room, tokens, exit_logits))
         program.play()
-        heads = [self._first[count] for count in self._plan(steps[0])]
-        logits = program.logits[: len(tokens.lengths)].clone()
-        return PassResult(logits, [list(heads) for _ in tokens.lengths])
+        used = len(tokens.lengths)
+        return [None if result is None else result[:used].clone() for result in program.results]
 
     def _program(self, step: int, size: Size) -> Program:
         """Return the recorded pass for a step and size; record it when it is first asked for."""
@@ -157,15 +180,17 @@ class GraphedPass(PackedPass):
 
     def _record(self, step: int, size: Size) -> Program:
         inputs = torch.zeros(sum(size.parts), dtype=torch.int32, device=self.device)
-        plan = enumerate(self._plan(step))
+        plan = enumerate([] if step == ARRIVAL else self._plan(step))
         slices = [self._slices.get(layer, self._first[heads]) for layer, heads in plan if heads]
         if self._memory is None:
-            logits = self._compute(step, inputs, size)
+            results = self._compute(step, inputs, size)
 
             def play() -> None:
-                logits.copy_(self._compute(step, inputs, size))
+                for kept, result in zip(results, self._compute(step, inputs, size), strict=True):
+                    if kept is not None and result is not None:
+                        kept.copy_(result)
 
-            return Program(inputs, logits, play, slices)
+            return Program(inputs, results, play, slices)
         # What is compiled or allocated at first use must not be while a graph is recorded.
         aside = torch.cuda.Stream(self.device)
         aside.wait_stream(torch.cuda.current_stream(self.device))
@@ -175,21 +200,28 @@ class GraphedPass(PackedPass):
         torch.cuda.current_stream(self.device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            logits = self._compute(step, inputs, size)
-        return Program(inputs, logits, graph.replay, slices)
+            results = self._compute(step, inputs, size)
+        return Program(inputs, results, graph.replay, slices)
 
-    def _compute(self, step: int, inputs: Tensor, size: Size) -> Tensor:
-        """Run a step over items as `Size.fill` writes them, without asking the host: [B, C]."""
-        ids, kinds, starts, exits = inputs.split(size.parts)
-        layout = StagedLayout.within(starts, size.rows, self._most_tokens)
-        states = self.encoder.embeddings(ids, kinds, layout.positions).to(self._dtype)
+    def _compute(self, step: int, inputs: Tensor, size: Size) -> list[Tensor | None]:
+        """Run a step over items as `Size.fill` writes them, without asking the host.
+
+        Returns:
+            Logits [B, C]; on arrival what `Arrival` holds.
+        """
+        ids, kinds, places, starts, exits = inputs.split(size.parts)
+        layout = StagedLayout.of(starts, places, size.longest)
+        if step == ARRIVAL:
+            arrival = self._decide(PackedTokens(ids, kinds, ()), layout)
+            return [arrival.budget, arrival.exit_logits, arrival.ranking]
+        states = self.kernels.embed(ids, kinds, layout, self.encoder.embeddings, self._dtype)
         for index, count in enumerate(self._plan(step)):
             states = self._run_set(index, states, layout, self._first[count])
         logits = self._classify(states, layout)
         if self.model.exit_head is not None:
             share = self.config.exit_weights[step - 1]
             logits = logits + share * exits.view(torch.float32).view_as(logits)
-        return logits
+        return [logits]
 
 
 class Outbox:
@@ -243,6 +275,6 @@ def _power_of_two(value: int) -> int:
 
 
 def _room(value: int) -> int:
-    """Return the least number from 1, 1.5, 2, 3, 4, 6, 8, ... that holds `value`."""
-    whole = _power_of_two(value)
-    return whole // 4 * 3 if value <= whole // 4 * 3 else whole
+    """Return the least number from 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ... that holds `value`."""
+    grain = max(_power_of_two(value) // 8, 1)
+    return -(-value // grain) * grain

@@ -81,18 +81,18 @@ class StagedLayout(Layout):
 
     Attributes:
         bounds: as `starts`.
-        rows: N.
+        places: as `positions`.
         most: tokens of the longest item that can come.
     """
 
     bounds: Tensor
-    rows: int
+    places: Tensor
     most: int
 
     @classmethod
-    def within(cls, bounds: Tensor, rows: int, most: int) -> StagedLayout:
-        """Read the layout from `bounds`, [B + 1] in int32, which may change between runs."""
-        return cls((), bounds.device, bounds, rows, min(rows, most))
+    def of(cls, bounds: Tensor, places: Tensor, most: int) -> StagedLayout:
+        """Read the layout from [B + 1] and [N] in int32, which may change between runs."""
+        return cls((), bounds.device, bounds, places, most)
 
     @property
     def items(self) -> int:
@@ -101,26 +101,29 @@ class StagedLayout(Layout):
 
     @property
     def tokens(self) -> int:
-        """Rows that may be some item's."""
-        return self.rows
+        """Rows that may be some item's: N."""
+        return len(self.places)
 
     @property
     def longest(self) -> int:
         """No item is longer."""
         return self.most
 
-    @cached_property
-    def owner(self) -> Tensor:
-        """Item of each row, [N]; a spare row has the last one."""
-        places = torch.arange(self.rows, dtype=torch.int32, device=self.device)
-        found = torch.searchsorted(self.bounds[1:], places, right=True)
-        return found.clamp_(max=self.items - 1)
+    @property
+    def positions(self) -> Tensor:
+        """Place of each row within its item, [N]; a spare row has any."""
+        return self.places
 
     @cached_property
-    def positions(self) -> Tensor:
-        """Place of each row within its item, [N]."""
-        places = torch.arange(self.rows, dtype=torch.int32, device=self.device)
-        return (places - self.bounds[self.owner]).clamp_(max=self.most - 1)
+    def owner(self) -> Tensor:
+        """Item of each row, [N]; a spare row has B."""
+        places = torch.arange(self.tokens, dtype=torch.int32, device=self.device)
+        return torch.searchsorted(self.bounds[1:], places, right=True)
+
+    @property
+    def counts(self) -> Tensor:
+        """Tokens of each item, [B, 1] in float32; at least one, to divide by."""
+        return self.bounds.diff().clamp(min=1).float().unsqueeze(-1)
 
     @property
     def starts(self) -> Tensor:

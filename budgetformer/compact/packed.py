@@ -8,11 +8,11 @@ after the other and many are routed (`budgetformer.compact.routed`).
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,11 @@ CPU_ROWS, CPU_ROUTED_ROWS = 512, 2048
 
 Routed among heads it takes more of them to fill a product.
 """
+GPU_ROWS = 16384
+"""On a GPU, which is full long before."""
+
+ARRIVAL = 0
+"""In place of a step: what is decided before any."""
 
 Map = Callable[[Tensor], Tensor]
 
@@ -65,14 +70,9 @@ class PackedTokens:
         cls, items: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None
     ) -> PackedTokens:
         """Pack the ids of some items; `segments` None means segment 0 throughout."""
-        flat = [token for item in items for token in item]
-        kinds = (
-            [0] * len(flat) if segments is None else [kind for item in segments for kind in item]
-        )
-        lengths = tuple(len(item) for item in items)
-        return cls(
-            torch.tensor(flat, dtype=torch.long), torch.tensor(kinds, dtype=torch.long), lengths
-        )
+        ids = _flat(items)
+        kinds = torch.zeros_like(ids) if segments is None else _flat(segments)
+        return cls(ids, kinds, tuple(map(len, items)))
 
     @classmethod
     def filler(cls, lengths: Sequence[int]) -> PackedTokens:
@@ -83,6 +83,14 @@ class PackedTokens:
     def to(self, device: torch.device) -> PackedTokens:
         """Return the same tokens on `device`."""
         return PackedTokens(self.input_ids.to(device), self.token_type_ids.to(device), self.lengths)
+
+
+def _flat(items: Sequence[Sequence[int]]) -> Tensor:
+    """Put numbers of 32 bits one after the other; arrays of them are copied whole."""
+    numbers = array("i")
+    for item in items:
+        numbers.extend(item)
+    return torch.frombuffer(numbers, dtype=torch.int32).long() if numbers else torch.empty(0).long()
 
 
 @dataclass(frozen=True)
@@ -226,15 +234,16 @@ class PackedPass:
 
         Pooled embeddings are all that this needs.
         """
-        tokens = tokens.to(self.device)
         parts = self._parts(tokens.lengths)
         return Arrival.join([self._arrive(tokens.part(p.start, p.stop)) for p in parts])
 
     def _arrive(self, tokens: PackedTokens) -> Arrival:
-        layout = self._layout(tokens)
+        return self._decide(tokens.to(self.device), self._layout(tokens))
+
+    def _decide(self, tokens: PackedTokens, layout: Layout) -> Arrival:
         exit_logits = evidence = None
         if self.model.exit_head is not None:
-            exit_logits = self._exit_logits(tokens, layout)
+            exit_logits = self._exit_logits(tokens.input_ids, layout)
             evidence = exit_evidence(exit_logits, self.config.problem_type)
         decision = self.encoder.decision
         if decision is None:
@@ -290,11 +299,10 @@ class PackedPass:
         return self.run(tokens, [step] * len(tokens.lengths), ranking=ranking)
 
     def _parts(self, lengths: Sequence[int]) -> list[slice]:
-        """Cut a batch into runs of items that are passed together."""
-        return self._cut(lengths, CPU_ROUTED_ROWS if self.sizes.picks_heads else CPU_ROWS)
-
-    def _cut(self, lengths: Sequence[int], most: int) -> list[slice]:
-        """Cut a batch into runs of items of `most` tokens together, or of one item."""
+        """Cut a batch into runs of items that are passed together; a long one goes alone."""
+        most = CPU_ROUTED_ROWS if self.sizes.picks_heads else CPU_ROWS
+        if self.device.type != "cpu":
+            most = GPU_ROWS
         parts, start, rows = [], 0, 0
         for item, length in enumerate(lengths):
             if item > start and rows + length > most:
@@ -352,23 +360,22 @@ class PackedPass:
         return layout
 
     def _embed(self, tokens: PackedTokens, layout: Layout) -> Tensor:
-        return cast(
-            Tensor,
-            self.encoder.embeddings(tokens.input_ids, tokens.token_type_ids, layout.positions),
-        )
+        ids, kinds, by = tokens.input_ids, tokens.token_type_ids, self.encoder.embeddings
+        return self.kernels.embed(ids, kinds, layout, by, torch.float32)
 
-    def _exit_logits(self, tokens: PackedTokens, layout: Layout) -> Tensor:
+    def _exit_logits(self, ids: Tensor, layout: Layout) -> Tensor:
         head = self.model.exit_head
         assert head is not None
-        rows, counts, owner = tokens.input_ids, layout.counts, layout.owner
+        rows, counts, owner = ids.long(), layout.counts, layout.owner
         if head.buckets and len(rows):
             together = owner[:-1] == owner[1:]
-            rows = torch.cat([rows, head.neighbours(rows)[together]])
-            owner = torch.cat([owner, owner[:-1][together]])
+            rows = torch.cat([rows, head.neighbours(rows)])
+            owner = torch.cat([owner, torch.where(together, owner[:-1], layout.items)])
             counts = 2 * counts - 1
-        total: Tensor = head.bias.new_zeros(layout.items, head.weight.embedding_dim)
+        # One row more: for what belongs to no item.
+        total: Tensor = head.bias.new_zeros(layout.items + 1, head.weight.embedding_dim)
         total.index_add_(0, owner, head.weight(rows).to(total.dtype))
-        return head.logits(total, counts)
+        return head.logits(total[:-1], counts)
 
     def _classify(self, states: Tensor, layout: Layout) -> Tensor:
         if not self._post:
@@ -436,35 +443,27 @@ class PackedPass:
         """Run items that all keep the same heads."""
         if not head_set:
             return states
-        kept, activation = self._slices.get(index, head_set), self._activation(index)
+        kept = self._slices.get(index, head_set)
         attend = self.kernels.attend
         return self._around(
             index,
             states,
             lambda x: kept.output(attend(kept.qkv(x), layout, kept.heads)),
-            lambda x: kept.down(activation(kept.up(x))),
+            lambda x: kept.down(kept.up(x)),
         )
 
     def _run_routed(self, index: int, states: Tensor, routing: Routing) -> Tensor:
         """Run items that keep many different sets of heads."""
         routed = RoutedLayer(self._slices, self.kernels, index, routing)
-        activation = self._activation(index)
 
         def whole_net(x: Tensor) -> Tensor:
             up, down = self._slices.layers[index].whole_net
-            return down(activation(up(x)))
+            return down(up(x))
 
         coupled = self.sizes.neurons_per_head is not None
-        result = self._around(
-            index,
-            states,
-            routed.attend,
-            (lambda x: routed.transform(x, activation)) if coupled else whole_net,
-        )
+        net = routed.transform if coupled else whole_net
+        result = self._around(index, states, routed.attend, net)
         return result if routing.used is None else torch.where(routing.used, result, states)
-
-    def _activation(self, index: int) -> Map:
-        return self._layers[index].feed_forward.activation
 
     def _around(self, index: int, states: Tensor, attention: Map, net: Map) -> Tensor:
         """Put residuals and norms around a layer's two maps."""

@@ -6,7 +6,7 @@ product over all the tokens that keep it, and what it adds is summed into those 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,11 +141,11 @@ class RoutedLayer:
             added.index_add_(0, pairs.rows, result.to(added.dtype))
         return added
 
-    def transform(self, states: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    def transform(self, states: Tensor) -> Tensor:
         """Return what the coupled feed-forward net adds to states [N', D]."""
         read = states.to(self._dtype)
         added = self._down_bias.repeat(len(states), 1)
         for pairs, kept in self._heads:
-            result = kept.down(activation(kept.up(read.index_select(0, pairs.rows))))
+            result = kept.down(kept.up(read.index_select(0, pairs.rows)))
             added.index_add_(0, pairs.rows, result.to(added.dtype))
         return added

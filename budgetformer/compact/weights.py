@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from budgetformer.compact.linear import LINEARS, Linear
+from budgetformer.compact.linear import LINEARS, Linear, gelu_linear
 from budgetformer.cost import Sizes
 from budgetformer.modules import EncoderLayer
 
@@ -28,7 +29,8 @@ class Slice:
         heads: k.
         qkv: [N, D] to queries, keys and values, interleaved by head, [N, k * 3 * D/H].
         output: [N, k * D/H] to [N, D].
-        up, down: the feed-forward net's.
+        up: the feed-forward net's first, with its activation.
+        down: the feed-forward net's second.
         nbytes: memory of its own.
     """
 
@@ -67,6 +69,7 @@ class LayerWeights:
         self._qkv = weight.flatten(0, 2), bias.flatten()
         self._output, self._up, self._down = map(self._read, (attention.output, net.up, net.down))
         self._sizes = sizes
+        self._activation: Linear = net.activation
         self._lay_out: Callable[[Tensor, Tensor | None], Linear] = LINEARS[precision]
 
     @property
@@ -92,7 +95,7 @@ class LayerWeights:
             neurons = self._places(head_set, sizes.neurons_per_head)
             up_weight, down_weight = self._up[0][neurons], self._down[0][:, neurons]
             copied += [up_weight, down_weight]
-            up = self._lay_out(up_weight, self._up[1][neurons])
+            up = self._lay_out_up(up_weight, self._up[1][neurons])
             down = self._lay_out(down_weight, self._down[1] if with_bias else None)
         if self._dtype == torch.float32 and isinstance(heads, slice):
             copied = []  # views
@@ -108,11 +111,19 @@ class LayerWeights:
     @cached_property
     def whole_net(self) -> tuple[Linear, Linear]:
         """The feed-forward net where it is not coupled to heads: the same for every slice."""
-        return self._lay_out(*self._up), self._lay_out(*self._down)
+        return self._lay_out_up(*self._up), self._lay_out(*self._down)
 
     def forget(self) -> None:
         """Let go of the feed-forward net that all slices share."""
         self.__dict__.pop("whole_net", None)
+
+    def _lay_out_up(self, weight: Tensor, bias: Tensor) -> Linear:
+        """Lay out a map whose results are activated."""
+        activation = self._activation
+        if activation is F.gelu and self._dtype == torch.bfloat16 and weight.is_cuda:
+            return gelu_linear(weight, bias)
+        up = self._lay_out(weight, bias)
+        return lambda states: activation(up(states))
 
     def _read(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         """Return weight and bias; a weight that is laid out as a copy may wait as it lies."""

@@ -26,8 +26,8 @@ from service.settings import Settings
 
 
 async def _main(run_dir: Path, index: int, settings: Settings) -> None:
-    shared = run_dir if settings.resolved_engines() > 1 else None
-    core = core_of(settings, settings.resolved_device(), shared=shared)
+    shared = run_dir if settings.engines > 1 else None
+    core = core_of(settings, _device(settings, index), shared=shared)
     tracing = open_tracing(f"engine-{index}", follow=True)
     if tracing is not None:
         core.spans = tracing.pass_spans()
@@ -39,6 +39,12 @@ async def _main(run_dir: Path, index: int, settings: Settings) -> None:
     core.forget_shared()
     if tracing is not None:
         tracing.close()
+
+
+def _device(settings: Settings, index: int) -> str:
+    """Return an engine's device: GPUs are dealt out in turn."""
+    gpus = torch.cuda.device_count() if settings.device == "cuda" else 0
+    return f"cuda:{index % gpus}" if gpus > 1 else settings.device
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
+import torch
 
 from budgetformer import cascade
 from budgetformer.cascade import Work
@@ -167,8 +168,8 @@ class EngineCore:
         self._requests: dict[tuple[Reply, int], _Request] = {}
         self._open: Counter[str] = Counter()
         self._work_came = asyncio.Event()
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._loading = ThreadPoolExecutor(1, thread_name_prefix="loading")
+        self._compute = ThreadPoolExecutor(1, "device", _use, (device,))
+        self._loading = ThreadPoolExecutor(1, "loading", _use, (device,))
         self._background = Background()
 
     @property
@@ -513,6 +514,12 @@ class EngineCore:
         """Let go of what a change of models has freed, when what it had begun will have ended."""
         await asyncio.sleep(SETTLE_SECONDS)
         await asyncio.get_running_loop().run_in_executor(self._loading, return_memory)
+
+
+def _use(device: str) -> None:
+    """Let what this thread does on a GPU be done on the one that is named."""
+    if ":" in device:
+        torch.cuda.set_device(device)
 
 
 def _fail(slot: _Slot, error: Exception) -> None:

@@ -21,7 +21,7 @@ from service.engine.protocol import ModelInfo
 log = structlog.get_logger()
 
 TYPICAL_TOKENS = 64
-SECONDS_PER_MAC, BATCH_CONSTANT = 1e-11, 2e-3
+GUESSES = {"cpu": (1e-11, 2e-3), "cuda": (2e-14, 5e-4)}
 """First guess of a device that was never measured; prices follow what batches really take."""
 
 
@@ -107,7 +107,7 @@ def _costs(
     """Return the measured table if it is of this network as it runs here, or a guess."""
     measured = tables.get(checkpoint.label)
     if measured is not None:
-        here = (str(network.device), network.precision, len(checkpoint.ladder) + 1)
+        here = (network.device.type, network.precision, len(checkpoint.ladder) + 1)
         if here == (measured.device, measured.dtype, len(measured.steps)):
             return measured
         log.warning(
@@ -117,7 +117,7 @@ def _costs(
     plans = [[0] * checkpoint.num_layers, *checkpoint.ladder]
     per_token = [encoder_macs(network.sizes, plan, TYPICAL_TOKENS) for plan in plans]
     macs = [0.0, *(count / TYPICAL_TOKENS for count in per_token[1:])]
-    return guess_table(checkpoint.label, macs, SECONDS_PER_MAC, BATCH_CONSTANT)
+    return guess_table(checkpoint.label, macs, *GUESSES[network.device.type])
 
 
 def _steps_in_use(checkpoint: Checkpoint) -> list[int]:

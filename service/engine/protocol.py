@@ -201,7 +201,7 @@ def pack_ids(ids: Sequence[int]) -> bytes:
     return packed.tobytes()
 
 
-def unpack_ids(data: bytes) -> list[int]:
+def unpack_ids(data: bytes) -> array.array[int]:
     """Decode what `pack_ids` made.
 
     Raises:
@@ -213,4 +213,4 @@ def unpack_ids(data: bytes) -> list[int]:
     unpacked.frombytes(data)
     if sys.byteorder == "big":
         unpacked.byteswap()
-    return unpacked.tolist()
+    return unpacked

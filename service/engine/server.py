@@ -100,7 +100,7 @@ class EngineServer:
     async def _beat(self) -> None:
         while True:
             if not self.hangs:
-                self._broadcast(self.core.heartbeat(resident_bytes()))
+                self._broadcast(self.core.heartbeat(_memory_bytes(self.core.device)))
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def _broadcast(self, message: ToFront) -> None:
@@ -110,3 +110,10 @@ class EngineServer:
     def _hello(self) -> Hello:
         core = self.core
         return Hello(PROTOCOL, os.getpid(), core.device, str(torch.__version__), core.infos)
+
+
+def _memory_bytes(device: str) -> int:
+    """Return the memory that this process takes of its device."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_reserved(device)
+    return resident_bytes()

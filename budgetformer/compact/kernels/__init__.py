@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from budgetformer.compact.layout import Layout
+from budgetformer.modules import Embeddings
 
 
 class Kernels(Protocol):
     """A module with these functions; `plain` says what they do."""
 
     __name__: str
+
+    def embed(
+        self, ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: torch.dtype
+    ) -> Tensor:
+        """Embed tokens."""
 
     def attend(self, projected: Tensor, layout: Layout, heads: int) -> Tensor:
         """Attend within each item."""

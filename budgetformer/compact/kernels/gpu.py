@@ -14,20 +14,95 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from budgetformer.compact.layout import Layout
+from budgetformer.modules import Embeddings
 
 ROWS = 64
 """Queries and keys that one program of the attention takes at a time."""
 NORMED_ROWS = 8
-POOLED_ROWS, POOLED_COLUMNS = 32, 128
+POOLED_ROWS, POOLED_COLUMNS, POOLED_WARPS = 64, 32, 2
 LEAST_SIDE = 16
 """Of a tile that tensor cores multiply."""
+
+
+def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: torch.dtype) -> Tensor:
+    """Do as `plain.embed`; sums are float32."""
+    tokens, width = len(ids), by.word.embedding_dim
+    result = torch.empty(tokens, width, dtype=dtype, device=ids.device)
+    norm = by.norm if isinstance(by.norm, nn.LayerNorm) else None
+    if tokens:
+        _embed[(triton.cdiv(tokens, NORMED_ROWS),)](
+            ids,
+            kinds,
+            layout.positions,
+            by.word.weight,
+            by.segment.weight,
+            by.position.weight,
+            None if norm is None else norm.weight,
+            None if norm is None else norm.bias,
+            result,
+            tokens,
+            width,
+            0.0 if norm is None else norm.eps,
+            ROWS=NORMED_ROWS,
+            WIDTH=_power_of_two(width),
+            NORMED=norm is not None,
+        )
+    return result
+
+
+@triton.jit
+def _embed(
+    ids,
+    kinds,
+    positions,
+    words,
+    segments,
+    places,
+    weight,
+    bias,
+    result,
+    tokens,
+    width,
+    eps,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NORMED: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = column < width
+    there = (row < tokens)[:, None] & inside
+    state = _rows(words, ids, row, tokens, column, width, there)
+    state += _rows(segments, kinds, row, tokens, column, width, there)
+    state += _rows(places, positions, row, tokens, column, width, there)
+    if NORMED:
+        state = _normed(state, weight, bias, column, inside, width, eps)
+    place = row[:, None].to(tl.int64) * width + column
+    tl.store(result + place, state.to(result.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _rows(table, numbers, row, tokens, column, width, there):
+    """Return the rows of a table that tokens name, [ROWS, WIDTH] in float32."""
+    number = tl.load(numbers + row, mask=row < tokens, other=0).to(tl.int64)
+    return tl.load(table + number[:, None] * width + column, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _normed(state, weight, bias, column, inside, width, eps):
+    """Normalise states [ROWS, WIDTH]."""
+    centred = tl.where(inside, state - (tl.sum(state, 1) / width)[:, None], 0.0)
+    scaled = centred * tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)[:, None]
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    return scaled * scale + shift
 
 
 def attend(projected: Tensor, layout: Layout, heads: int) -> Tensor:
     """Do as `plain.attend`; one program per item, head and `ROWS` queries."""
     tokens, width = projected.shape
     size = width // (3 * heads)
-    contexts = projected.new_zeros(tokens, heads * size)
+    contexts = projected.new_empty(tokens, heads * size)
     rows = min(ROWS, _power_of_two(layout.longest))
     grid = (triton.cdiv(layout.longest, rows), heads, layout.items)
     if math.prod(grid):
@@ -134,11 +209,8 @@ def _add_norm(
     place = row[:, None].to(tl.int64) * width + column
     state = tl.load(states + place, mask=there, other=0.0).to(tl.float32)
     state += tl.load(change + place, mask=there, other=0.0).to(tl.float32)
-    centred = tl.where(inside, state - (tl.sum(state, 1) / width)[:, None], 0.0)
-    scaled = centred * tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)[:, None]
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(result + place, (scaled * scale + shift).to(result.dtype.element_ty), mask=there)
+    state = _normed(state, weight, bias, column, inside, width, eps)
+    tl.store(result + place, state.to(result.dtype.element_ty), mask=there)
 
 
 def mean(states: Tensor, layout: Layout) -> Tensor:
@@ -147,7 +219,15 @@ def mean(states: Tensor, layout: Layout) -> Tensor:
     result = states.new_empty(layout.items, width, dtype=torch.float32)
     grid = (layout.items, triton.cdiv(width, POOLED_COLUMNS))
     if math.prod(grid):
-        _mean[grid](states, result, layout.starts, width, ROWS=POOLED_ROWS, COLUMNS=POOLED_COLUMNS)
+        _mean[grid](
+            states,
+            result,
+            layout.starts,
+            width,
+            ROWS=POOLED_ROWS,
+            COLUMNS=POOLED_COLUMNS,
+            num_warps=POOLED_WARPS,
+        )
     return result
 
 

@@ -7,6 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from budgetformer.compact.layout import Layout
+from budgetformer.modules import Embeddings
+
+
+def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: torch.dtype) -> Tensor:
+    """Embed tokens.
+
+    Args:
+        ids, kinds: of tokens and their segments, [N] each.
+        layout: where the items are.
+        by: the tables, and the norm of post-norm encoders.
+        dtype: of the result.
+
+    Returns:
+        States [N, D].
+    """
+    states: Tensor = by(ids, kinds, layout.positions)
+    return states.to(dtype)
 
 
 def attend(projected: Tensor, layout: Layout, heads: int) -> Tensor:
@@ -14,7 +31,7 @@ def attend(projected: Tensor, layout: Layout, heads: int) -> Tensor:
 
     Args:
         projected: queries, keys and values, interleaved by head, [N, k * 3 * D/H].
-        layout: where the items are; spare rows come back as zeros.
+        layout: where the items are; spare rows come back as they will.
         heads: k.
 
     Returns:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import assume, given
@@ -441,12 +439,12 @@ def test_what_a_processor_lacks_is_not_even_tried(
     config = small_config(hidden_size=256, intermediate_size=2048, num_attention_heads=4)
     tried: list[str] = []
 
-    def passes(model: Network, precision: str) -> Iterator[PackedPass]:
+    def make_pass(model: Network, precision: str) -> PackedPass:
         tried.append(precision)
-        yield PackedPass(model)
+        return PackedPass(model)
 
     monkeypatch.setattr(linear_module, "_has_bfloat16", lambda: has)
-    monkeypatch.setattr(choice_module, "passes", passes)
+    monkeypatch.setattr(choice_module, "make_pass", make_pass)
     load_pass(random_network(config), "auto")
     assert ("bfloat16" in tried) == has
 

@@ -15,7 +15,8 @@ if "TRITON_INTERPRET" not in os.environ:
 
 from budgetformer.compact.kernels import gpu, plain
 from budgetformer.compact.layout import Layout
-from tests.support.networks import assert_close
+from budgetformer.modules import Embeddings
+from tests.support.networks import assert_close, small_config
 
 LENGTHS = [(5,), (1, 0, 3), (64, 65, 1), (0, 0), (130, 7, 0, 31)]
 CPU = torch.device("cpu")
@@ -26,13 +27,32 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("position", ["post", "pre"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_embedding(lengths: Sequence[int], position: str, dtype: torch.dtype) -> None:
+    config = small_config(
+        norm_position=position, hidden_size=20, num_attention_heads=2, max_position_embeddings=200
+    )
+    by = Embeddings(config).to(dtype).requires_grad_(False).eval()
+    by.states_dtype = torch.float32
+    by.norm.float()
+    layout = Layout(tuple(lengths), CPU)
+    ids = torch.arange(layout.tokens) % config.vocab_size
+    kinds = torch.arange(layout.tokens) % 2
+    expected = plain.embed(ids, kinds, layout, by, torch.float32)
+    assert_close(gpu.embed(ids.int(), kinds.int(), layout, by, torch.float32), expected)
+    assert gpu.embed(ids, kinds, layout, by, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(("heads", "size"), [(1, 32), (2, 6), (3, 64)])
 @pytest.mark.parametrize("spare", [0, 3])
 def test_attention(lengths: Sequence[int], heads: int, size: int, spare: int) -> None:
     layout = Layout(tuple(lengths), CPU)
     projected = random(layout.tokens + spare, heads * 3 * size)
-    expected = plain.attend(projected, layout, heads)
-    assert_close(gpu.attend(projected, layout, heads), expected)
+    used = layout.tokens
+    expected = plain.attend(projected, layout, heads)[:used]
+    assert_close(gpu.attend(projected, layout, heads)[:used], expected)
 
 
 def test_attention_in_half_precision() -> None:
@@ -42,7 +62,7 @@ def test_attention_in_half_precision() -> None:
     # float16: the interpreter multiplies the bits of bfloat16, not its values.
     actual = gpu.attend(projected.half(), layout, 2)
     assert actual.dtype == torch.float16
-    assert_close(actual.float(), expected, tolerance=0.005)
+    assert_close(actual[: layout.tokens].float(), expected[: layout.tokens], tolerance=0.005)
 
 
 def test_attention_of_one_item_reads_no_other() -> None:

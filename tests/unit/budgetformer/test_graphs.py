@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 if "TRITON_INTERPRET" not in os.environ:
     pytest.skip("on a GPU `make bench-gpu` checks the kernels", allow_module_level=True)
 
-from budgetformer.compact import PackedTokens, graphs, load_pass
+from budgetformer.compact import PackedTokens, graphs, load_pass, packed
 from budgetformer.compact.graphs import GraphedPass, Size
 from budgetformer.compact.kernels import gpu
 from budgetformer.modeling import BudgetFormerForSequenceClassification
@@ -36,6 +37,9 @@ from tests.support.networks import (
 )
 
 Network = BudgetFormerForSequenceClassification
+# Spare rows hold what lay there before.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 FEW = settings(PROPERTY, max_examples=15)
 """The interpreter takes its time."""
 SMALL = small_config(num_hidden_layers=1)
@@ -93,6 +97,22 @@ def test_a_recorded_pass_keeps_nothing_of_the_batch_before() -> None:
     assert_close(compact.run(without, [2]).logits, load_pass(network).run(without, [2]).logits)
 
 
+@FEW
+@given(networks(), batches())
+def test_arrivals_equal_the_plain_ones(network: Network, items: list[Item]) -> None:
+    tokens = pack(items)
+    actual, expected = graphed(network).arrive(tokens), load_pass(network).arrive(tokens)
+    for ours, plain in (
+        (actual.budget, expected.budget),
+        (actual.exit_logits, expected.exit_logits),
+    ):
+        assert (ours is None) == (plain is None)
+        if ours is not None and plain is not None:
+            assert_close(ours, plain)
+    if expected.ranking is not None:
+        assert torch.equal(cast(torch.Tensor, actual.ranking), expected.ranking)
+
+
 def test_answers_outlive_the_next_batch() -> None:
     compact = graphed(random_network(SMALL))
     first = compact.run(pack(random_items([5])), [2]).logits
@@ -113,10 +133,10 @@ def test_passes_of_one_size_are_recorded_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(compact, "_record", counted)
     for lengths in ([5, 6, 7], [12, 12, 12], [1, 2, 3, 4]):
         compact.run(pack(random_items(lengths)), [2] * len(lengths))
-    assert recorded == [(2, Size(64, 4, 3))]
+    assert recorded == [(2, Size(64, 4, 64, 3))]
     compact.run(pack(random_items([5, 6, 7])), [3] * 3)
     compact.run(pack(random_items([12] * 6)), [2] * 6)
-    assert recorded[1:] == [(3, Size(64, 4, 3)), (2, Size(96, 8, 3))]
+    assert recorded[1:] == [(3, Size(64, 4, 64, 3)), (2, Size(80, 8, 64, 3))]
 
 
 def test_the_least_used_passes_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +150,7 @@ def test_the_least_used_passes_go(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_large_batches_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "MOST_ROWS", 20)
+    monkeypatch.setattr(packed, "CPU_ROWS", 20)
     network = random_network(small_config())
     items = random_items([12, 9, 7, 1, 12])
     result = graphed(network).run(pack(items), [3] * 5)
@@ -140,9 +160,10 @@ def test_large_batches_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_warming_records_what_is_common() -> None:
     compact = graphed(random_network(SMALL))
     compact.warm([2, 4])
-    sizes = {size for _, size in compact._programs}
-    assert {step for step, _ in compact._programs} == {2, 4}
-    assert {size.items for size in sizes} >= set(graphs.WARM_BATCHES)
+    assert {step for step, _ in compact._programs} == {graphs.ARRIVAL, 2, 4}
+    for count in graphs.WARM_BATCHES:
+        size = Size.of([POSITIONS] * count, compact.config.num_classes)
+        assert (2, size) in compact._programs
 
 
 def test_too_long_items_are_refused() -> None:
@@ -152,15 +173,24 @@ def test_too_long_items_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "rows", "items"),
-    [([1], 64, 1), ([64], 64, 1), ([65], 96, 1), ([97], 128, 1), ([40] * 9, 384, 16)],
+    ("lengths", "rows", "items", "longest"),
+    [
+        ([], 64, 4, 64),
+        ([1], 64, 4, 64),
+        ([65], 80, 5, 128),
+        ([97], 112, 7, 128),
+        ([40] * 9, 384, 24, 64),
+        ([3] * 50, 160, 64, 64),
+        ([300, 20], 320, 20, 512),
+    ],
 )
-def test_sizes_are_few(lengths: list[int], rows: int, items: int) -> None:
-    assert Size.of(lengths, 3) == Size(rows, items, 3)
+def test_sizes_are_few(lengths: list[int], rows: int, items: int, longest: int) -> None:
+    assert Size.of(lengths, 3) == Size(rows, items, longest, 3)
 
 
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=200))
 def test_sizes_hold_what_they_are_for(lengths: list[int]) -> None:
     size = Size.of(lengths, 2)
-    assert sum(lengths) <= size.rows <= max(64, 1.5 * sum(lengths))
-    assert len(lengths) <= size.items <= 2 * len(lengths)
+    assert sum(lengths) <= size.rows <= max(64, 1.25 * sum(lengths))
+    assert len(lengths) <= size.items <= max(size.rows // 16, 2 * len(lengths))
+    assert max(lengths) <= size.longest <= max(64, 2 * max(lengths))

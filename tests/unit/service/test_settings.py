@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import torch
 
-from service.settings import Settings
+import service.settings
+from service.settings import Settings, gpu_count, usable_cores
 from tests.support.command_line import CommandLine
 
 OPTIONS = sorted(Settings.model_fields)
@@ -244,3 +247,35 @@ def test_a_missing_file_of_the_admin_key_is_one_line(command: CommandLine, tmp_p
     missing = tmp_path / "nowhere"
     complaint = command("serve", "--print-config", f"--admin-key-file={missing}").complaint(2)
     assert f"{missing}: No such file" in complaint
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "resolved", "engines"),
+    [
+        ("auto", 0, "cpu", usable_cores()),
+        ("auto", 2, "cuda", 2),
+        ("cpu", 2, "cpu", usable_cores()),
+        ("cuda", 2, "cuda", 2),
+        ("cuda", 0, "cuda", 1),
+    ],
+)
+def test_one_engine_per_gpu_or_core(
+    monkeypatch: pytest.MonkeyPatch,
+    device: Literal["auto", "cpu", "cuda"],
+    gpus: int,
+    resolved: str,
+    engines: int,
+) -> None:
+    monkeypatch.setattr(service.settings, "gpu_count", lambda: gpus)
+    settings = Settings(device=device)
+    assert (settings.resolved_device(), settings.resolved_engines()) == (resolved, engines)
+    assert Settings(device=device, engines=3).resolved_engines() == 3
+
+
+def test_gpus_are_those_that_torch_sees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(service.settings, "GPU_DRIVERS", (str(tmp_path / "none"),))
+    assert gpu_count.__wrapped__() == 0
+    monkeypatch.setattr(service.settings, "GPU_DRIVERS", (str(tmp_path),))
+    assert gpu_count.__wrapped__() == torch.cuda.device_count()
+    monkeypatch.setattr(service.settings.sys, "executable", shutil.which("false"))
+    assert gpu_count.__wrapped__() == 0
