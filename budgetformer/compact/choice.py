@@ -8,9 +8,10 @@ from importlib.util import find_spec
 
 import torch
 
-from budgetformer.compact.linear import worth_a_try
+from budgetformer.compact.linear import lay_out, worth_a_try
 from budgetformer.compact.packed import PackedPass, PackedTokens
 from budgetformer.modules import SequenceClassifier
+from budgetformer.ranges import LayerRanges
 
 BATCHES = ((40,), (40,) * 8)
 """Tokens of the items that are timed: a lone text, and a small batch."""
@@ -24,8 +25,13 @@ FLASH = find_spec("torch.nn.attention.varlen") is not None
 FLASH_CAPABILITY = (8, 0)
 
 
-def passes(model: SequenceClassifier, precision: str) -> Iterator[PackedPass]:
+def passes(
+    model: SequenceClassifier, precision: str, ranges: Sequence[LayerRanges] = ()
+) -> Iterator[PackedPass]:
     """Yield the ways to run a network in one precision where its weights are, the surest first."""
+    if precision == "int8":
+        yield PackedPass(model, precision, lay_outs=[lay_out(precision, own) for own in ranges])
+        return
     if model.where.type != "cuda":
         yield PackedPass(model, precision)
         return
@@ -40,7 +46,9 @@ def passes(model: SequenceClassifier, precision: str) -> Iterator[PackedPass]:
         yield GraphedPass(model, precision, flash)
 
 
-def fastest_pass(model: SequenceClassifier, precisions: Sequence[str]) -> PackedPass:
+def fastest_pass(
+    model: SequenceClassifier, precisions: Sequence[str], ranges: Sequence[LayerRanges]
+) -> PackedPass:
     """Time every pass on made-up texts at the middle step, and return the best.
 
     A fraction of a second, for a small encoder on a CPU.
@@ -49,7 +57,7 @@ def fastest_pass(model: SequenceClassifier, precisions: Sequence[str]) -> Packed
         precisions = precisions[:1]
     if len(precisions) > 1:
         precisions = [name for name in precisions if worth_a_try(name, model.where)]
-    there = [network for precision in precisions for network in passes(model, precision)]
+    there = [network for name in precisions for network in passes(model, name, ranges)]
     if len(there) == 1:
         return there[0]
     seconds = _time(there)

@@ -7,6 +7,7 @@ of nothing else.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from budgetformer.ranges import LayerRanges, MapName, Range
+
 Linear = Callable[[Tensor], Tensor]
 """A map of states [N, D] to [N, M]."""
+LayOut = Callable[[MapName, Tensor, Tensor | None], Linear]
+"""Lays out the weight [M, D] and the bias of one of a layer's maps."""
 
 PREPACK_ROWS = 64
 """Rows that a prepacked layout is chosen for; other numbers of rows run on it as well."""
+LARGEST_WEIGHT, LEVELS = 63, 255
+"""Of int8 products: weights -63 to 63 and states 0 to 255.
+
+Where a processor adds two products in 16 bits, they fit in there.
+"""
+STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+"""What the maps of each precision read, if there is a choice."""
 
 
 def padded_rows(rows: int) -> int:
@@ -33,9 +45,17 @@ def padded_rows(rows: int) -> int:
 def worth_a_try(precision: str, device: torch.device) -> bool:
     """Say whether a device may multiply faster in a precision than in float32.
 
-    A CPU without products in bfloat16 converts each number, and takes ten times as long.
+    A CPU without products in bfloat16 converts each number, and takes ten times as long; one with
+    them multiplies as fast as in int8, and with less error.
     """
+    if precision == "int8":
+        return can_multiply_int8(device) and not _has_bfloat16()
     return device.type != "cpu" or precision != "bfloat16" or _has_bfloat16()
+
+
+def can_multiply_int8(device: torch.device) -> bool:
+    """Say whether there are products in int8: on x86 processors with AVX2."""
+    return device.type == "cpu" and torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
 def _has_bfloat16() -> bool:
@@ -74,8 +94,50 @@ def bfloat16_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     return apply_packed
 
 
+def int8_linear(weight: Tensor, bias: Tensor | None, reads: Range) -> Linear:
+    """Multiply in int8 by a copy of a weight [M, D], on a CPU in FBGEMM's own layout.
+
+    Each output has a scale of its own for its weights. States are scaled by the range that they
+    were found in, and what lies beyond is brought to its end: a row's result is the same whatever
+    lies beside it. The result is float32.
+
+    Args:
+        weight: in any precision.
+        bias: [M], if any.
+        reads: what the states lie between.
+    """
+    exact = weight.float()
+    scales = exact.abs().amax(1).clamp(min=1e-12) / LARGEST_WEIGHT
+    with warnings.catch_warnings():  # torch means to drop these tensors, not the products
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+        rounded = torch.quantize_per_channel(
+            exact, scales, torch.zeros_like(scales, dtype=torch.long), 0, torch.qint8
+        )
+    packed = torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.float())
+    low, high = reads
+    scale = (high - low) / LEVELS or 1.0
+    zero = round(-low / scale)
+    run: Any = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+
+    def apply(states: Tensor) -> Tensor:
+        result: Tensor = run(states, scale, zero, packed)
+        return result
+
+    return apply
+
+
 LINEARS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
     "float32": float32_linear,
     "bfloat16": bfloat16_linear,
 }
-"""How each precision lays out a weight."""
+"""How a precision that needs to know nothing of the states lays out a weight."""
+PRECISIONS = (*LINEARS, "int8")
+
+
+def lay_out(precision: str, ranges: LayerRanges | None = None) -> LayOut:
+    """Return what lays out a layer's maps in a precision; "int8" needs the layer's ranges."""
+    if precision != "int8":
+        return lambda _, weight, bias: LINEARS[precision](weight, bias)
+    if ranges is None:
+        raise ValueError("int8 needs the ranges of a layer's states")
+    return lambda name, weight, bias: int8_linear(weight, bias, ranges.of(name))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from budgetformer.compact.linear import LINEARS, Linear
+from budgetformer.compact.linear import STATES, LayOut, Linear
 from budgetformer.cost import Sizes
 from budgetformer.modules import EncoderLayer
 
@@ -54,11 +54,19 @@ class LayerWeights:
 
     Queries, keys and values are interleaved by head, [H * 3 * D/H, D], so that the first heads of a
     ranked layer are its first rows.
+
+    Args:
+        layer: the layer.
+        sizes: its network's.
+        dtype: of the numbers of a slice.
+        lay_out: how its maps multiply.
     """
 
-    def __init__(self, layer: EncoderLayer, sizes: Sizes, precision: str) -> None:
+    def __init__(
+        self, layer: EncoderLayer, sizes: Sizes, dtype: torch.dtype, lay_out: LayOut
+    ) -> None:
         attention, net = layer.attention, layer.feed_forward
-        self._dtype: torch.dtype = getattr(torch, precision)
+        self._dtype = dtype
         maps = [self._read(m) for m in (attention.query, attention.key, attention.value)]
         weight, bias = (
             torch.stack([part.unflatten(0, (sizes.heads, -1)) for part in parts], dim=1)
@@ -67,7 +75,7 @@ class LayerWeights:
         self._qkv = weight.flatten(0, 2), bias.flatten()
         self._output, self._up, self._down = map(self._read, (attention.output, net.up, net.down))
         self._sizes = sizes
-        self._lay_out: Callable[[Tensor, Tensor | None], Linear] = LINEARS[precision]
+        self._lay_out = lay_out
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -92,14 +100,14 @@ class LayerWeights:
             neurons = self._places(head_set, sizes.neurons_per_head)
             up_weight, down_weight = self._up[0][neurons], self._down[0][:, neurons]
             copied += [up_weight, down_weight]
-            up = self._lay_out(up_weight, self._up[1][neurons])
-            down = self._lay_out(down_weight, self._down[1] if with_bias else None)
+            up = self._lay_out("up", up_weight, self._up[1][neurons])
+            down = self._lay_out("down", down_weight, self._down[1] if with_bias else None)
         if self._dtype == torch.float32 and isinstance(heads, slice):
             copied = []  # views
         return Slice(
             heads=len(head_set),
-            qkv=self._lay_out(qkv, self._qkv[1][fused]),
-            output=self._lay_out(output, self._output[1] if with_bias else None),
+            qkv=self._lay_out("qkv", qkv, self._qkv[1][fused]),
+            output=self._lay_out("output", output, self._output[1] if with_bias else None),
             up=up,
             down=down,
             nbytes=sum(self._dtype.itemsize * weight.numel() for weight in copied),
@@ -108,7 +116,7 @@ class LayerWeights:
     @cached_property
     def whole_net(self) -> tuple[Linear, Linear]:
         """The feed-forward net where it is not coupled to heads: the same for every slice."""
-        return self._lay_out(*self._up), self._lay_out(*self._down)
+        return self._lay_out("up", *self._up), self._lay_out("down", *self._down)
 
     def forget(self) -> None:
         """Let go of the feed-forward net that all slices share."""
@@ -132,12 +140,25 @@ class SliceCache:
     Args:
         layers: a network's.
         sizes: its sizes.
-        precision: a key of `LINEARS`.
+        precision: one of `PRECISIONS`.
+        lay_outs: how each layer's maps multiply.
+
+    Attributes:
+        dtype: what the maps read.
     """
 
-    def __init__(self, layers: list[EncoderLayer], sizes: Sizes, precision: str) -> None:
-        self.layers = [LayerWeights(layer, sizes, precision) for layer in layers]
-        self.dtype: torch.dtype = getattr(torch, precision)
+    def __init__(
+        self,
+        layers: list[EncoderLayer],
+        sizes: Sizes,
+        precision: str,
+        lay_outs: Sequence[LayOut],
+    ) -> None:
+        self.layers = [
+            LayerWeights(layer, sizes, getattr(torch, precision), own)
+            for layer, own in zip(layers, lay_outs, strict=True)
+        ]
+        self.dtype = STATES[precision]
         self.nbytes = 0
         self._slices: OrderedDict[tuple[int, HeadSet, bool], Slice] = OrderedDict()
 
