@@ -4,34 +4,39 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 MapName = Literal["qkv", "output", "up", "down"]
 """The linear maps of a layer: to queries, keys and values, of contexts, of the feed-forward net."""
+MOST_APART = 4
 
 
-def _around_zero(bounds: tuple[float, float]) -> tuple[float, float]:
-    low, high = bounds
-    if not low <= 0 <= high:
-        raise ValueError(f"a range must hold 0, {low:g} to {high:g} does not")
-    return bounds
+class StateRange(BaseModel):
+    """What the states that a map reads lie between, on calibration texts.
 
-
-Range = Annotated[tuple[float, float], AfterValidator(_around_zero)]
-"""The least and the greatest of some numbers, 0 among them."""
-
-
-class LayerRanges(BaseModel):
-    """What the states that each map of a layer reads lie between, on calibration texts."""
+    Attributes:
+        low, high: the least and the greatest number, or 0.
+        apart: columns that go far beyond, which are no part of the range.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    qkv: Range
-    output: Range
-    up: Range
-    down: Range
+    low: float = Field(le=0)
+    high: float = Field(ge=0)
+    apart: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), max_length=MOST_APART)
 
-    def of(self, name: MapName) -> Range:
+
+class LayerRanges(BaseModel):
+    """The ranges of what each map of a layer reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    qkv: StateRange
+    output: StateRange
+    up: StateRange
+    down: StateRange
+
+    def of(self, name: MapName) -> StateRange:
         """Return the range of what one map reads."""
-        bounds: Range = getattr(self, name)
-        return bounds
+        found: StateRange = getattr(self, name)
+        return found

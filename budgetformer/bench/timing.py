@@ -13,10 +13,11 @@ import torch
 
 from budgetformer.checkpoint import Checkpoint, load_tokenizer
 from budgetformer.compact.linear import int8_linear
+from budgetformer.ranges import StateRange
 
 TokenIds = list[int]
 
-INT8_RANGE = (-4.0, 4.0)
+INT8_RANGE = StateRange(low=-4, high=4)
 """Of random numbers, as products in int8 read them."""
 
 

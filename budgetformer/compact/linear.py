@@ -8,19 +8,47 @@ of nothing else.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budgetformer.ranges import LayerRanges, MapName, Range
+from budgetformer.ranges import LayerRanges, MapName, StateRange
 
 Linear = Callable[[Tensor], Tensor]
 """A map of states [N, D] to [N, M]."""
-LayOut = Callable[[MapName, Tensor, Tensor | None], Linear]
-"""Lays out the weight [M, D] and the bias of one of a layer's maps."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What of a layer's map some heads need.
+
+    Attributes:
+        name: which map.
+        weight: [M, D].
+        bias: [M], if there is one to add.
+        columns: which of the whole map's these are, [D]; a slice begins with the first.
+    """
+
+    name: MapName
+    weight: Tensor
+    bias: Tensor | None
+    columns: slice | Tensor = field(default_factory=lambda: slice(None))
+
+    def places(self, columns: tuple[int, ...]) -> list[int]:
+        """Return where some of the whole map's columns are here, those that are."""
+        here = self.weight.shape[1]
+        if isinstance(self.columns, slice):
+            return [column for column in columns if column < here]
+        own = self.columns.tolist()
+        return [own.index(column) for column in columns if column in own]
+
+
+LayOut = Callable[[Weights], Linear]
+"""Lays out one of a layer's maps."""
 
 PREPACK_ROWS = 64
 """Rows that a prepacked layout is chosen for; other numbers of rows run on it as well."""
@@ -94,19 +122,26 @@ def bfloat16_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     return apply_packed
 
 
-def int8_linear(weight: Tensor, bias: Tensor | None, reads: Range) -> Linear:
+def int8_linear(
+    weight: Tensor, bias: Tensor | None, reads: StateRange, apart: Sequence[int] = ()
+) -> Linear:
     """Multiply in int8 by a copy of a weight [M, D], on a CPU in FBGEMM's own layout.
 
     Each output has a scale of its own for its weights. States are scaled by the range that they
     were found in, and what lies beyond is brought to its end: a row's result is the same whatever
-    lies beside it. The result is float32.
+    lies beside it. The few columns whose states go far beyond would make that scale coarse, and
+    are multiplied in float32. The result is float32.
 
     Args:
         weight: in any precision.
         bias: [M], if any.
         reads: what the states lie between.
+        apart: columns that go beyond.
     """
     exact = weight.float()
+    beyond = [(slice(column, column + 1), exact[:, column].clone()) for column in apart]
+    if beyond:
+        exact = exact.index_fill(1, torch.tensor(apart), 0.0)
     scales = exact.abs().amax(1).clamp(min=1e-12) / LARGEST_WEIGHT
     with warnings.catch_warnings():  # torch means to drop these tensors, not the products
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
@@ -114,13 +149,14 @@ def int8_linear(weight: Tensor, bias: Tensor | None, reads: Range) -> Linear:
             exact, scales, torch.zeros_like(scales, dtype=torch.long), 0, torch.qint8
         )
     packed = torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.float())
-    low, high = reads
-    scale = (high - low) / LEVELS or 1.0
-    zero = round(-low / scale)
+    scale = (reads.high - reads.low) / LEVELS or 1.0
+    zero = round(-reads.low / scale)
     run: Any = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
 
     def apply(states: Tensor) -> Tensor:
         result: Tensor = run(states, scale, zero, packed)
+        for column, own in beyond:
+            result.addcmul_(states[:, column], own)
         return result
 
     return apply
@@ -137,7 +173,12 @@ PRECISIONS = (*LINEARS, "int8")
 def lay_out(precision: str, ranges: LayerRanges | None = None) -> LayOut:
     """Return what lays out a layer's maps in a precision; "int8" needs the layer's ranges."""
     if precision != "int8":
-        return lambda _, weight, bias: LINEARS[precision](weight, bias)
+        return lambda some: LINEARS[precision](some.weight, some.bias)
     if ranges is None:
         raise ValueError("int8 needs the ranges of a layer's states")
-    return lambda name, weight, bias: int8_linear(weight, bias, ranges.of(name))
+
+    def in_int8(some: Weights) -> Linear:
+        reads = ranges.of(some.name)
+        return int8_linear(some.weight, some.bias, reads, some.places(reads.apart))
+
+    return in_int8

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from budgetformer.compact.linear import STATES, LayOut, Linear
+from budgetformer.compact.linear import STATES, LayOut, Linear, Weights
 from budgetformer.cost import Sizes
 from budgetformer.modules import EncoderLayer
 
@@ -100,14 +100,17 @@ class LayerWeights:
             neurons = self._places(head_set, sizes.neurons_per_head)
             up_weight, down_weight = self._up[0][neurons], self._down[0][:, neurons]
             copied += [up_weight, down_weight]
-            up = self._lay_out("up", up_weight, self._up[1][neurons])
-            down = self._lay_out("down", down_weight, self._down[1] if with_bias else None)
+            up = self._lay_out(Weights("up", up_weight, self._up[1][neurons]))
+            bias = self._down[1] if with_bias else None
+            down = self._lay_out(Weights("down", down_weight, bias, neurons))
         if self._dtype == torch.float32 and isinstance(heads, slice):
             copied = []  # views
         return Slice(
             heads=len(head_set),
-            qkv=self._lay_out("qkv", qkv, self._qkv[1][fused]),
-            output=self._lay_out("output", output, self._output[1] if with_bias else None),
+            qkv=self._lay_out(Weights("qkv", qkv, self._qkv[1][fused])),
+            output=self._lay_out(
+                Weights("output", output, self._output[1] if with_bias else None, heads)
+            ),
             up=up,
             down=down,
             nbytes=sum(self._dtype.itemsize * weight.numel() for weight in copied),
@@ -116,7 +119,7 @@ class LayerWeights:
     @cached_property
     def whole_net(self) -> tuple[Linear, Linear]:
         """The feed-forward net where it is not coupled to heads: the same for every slice."""
-        return self._lay_out("up", *self._up), self._lay_out("down", *self._down)
+        return self._lay_out(Weights("up", *self._up)), self._lay_out(Weights("down", *self._down))
 
     def forget(self) -> None:
         """Let go of the feed-forward net that all slices share."""
