@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,18 +29,23 @@ class Weights:
 
     Attributes:
         name: which map.
-        weight: [M, D].
+        rows: for M results, all columns of the whole map.
         bias: [M], if there is one to add.
-        columns: which of the whole map's these are, [D]; a slice begins with the first.
+        columns: D of them that some heads need; a slice begins with the first.
     """
 
     name: MapName
-    weight: Tensor
+    rows: Tensor
     bias: Tensor | None
     columns: slice | Tensor = field(default_factory=lambda: slice(None))
 
-    def places(self, columns: tuple[int, ...]) -> list[int]:
-        """Return where some of the whole map's columns are here, those that are."""
+    @cached_property
+    def weight(self) -> Tensor:
+        """The weight [M, D]."""
+        return self.rows[:, self.columns]
+
+    def places(self, columns: Sequence[int]) -> list[int]:
+        """Return where some of the whole map's columns are in `weight`, those that are."""
         here = self.weight.shape[1]
         if isinstance(self.columns, slice):
             return [column for column in columns if column < here]
@@ -123,7 +129,11 @@ def bfloat16_linear(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def int8_linear(
-    weight: Tensor, bias: Tensor | None, reads: StateRange, apart: Sequence[int] = ()
+    weight: Tensor,
+    bias: Tensor | None,
+    reads: StateRange,
+    apart: Sequence[int] = (),
+    largest: Tensor | None = None,
 ) -> Linear:
     """Multiply in int8 by a copy of a weight [M, D], on a CPU in FBGEMM's own layout.
 
@@ -137,12 +147,15 @@ def int8_linear(
         bias: [M], if any.
         reads: what the states lie between.
         apart: columns that go beyond.
+        largest: magnitude of a weight by output, [M], where it is not that of these weights: parts
+            of one map are rounded alike, so that it is all one which of them a pass takes.
     """
     exact = weight.float()
     beyond = [(slice(column, column + 1), exact[:, column].clone()) for column in apart]
     if beyond:
         exact = exact.index_fill(1, torch.tensor(apart), 0.0)
-    scales = exact.abs().amax(1).clamp(min=1e-12) / LARGEST_WEIGHT
+    largest = exact.abs().amax(1) if largest is None else largest
+    scales = largest.clamp(min=1e-12) / LARGEST_WEIGHT
     with warnings.catch_warnings():  # torch means to drop these tensors, not the products
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
         rounded = torch.quantize_per_channel(
@@ -179,6 +192,9 @@ def lay_out(precision: str, ranges: LayerRanges | None = None) -> LayOut:
 
     def in_int8(some: Weights) -> Linear:
         reads = ranges.of(some.name)
-        return int8_linear(some.weight, some.bias, reads, some.places(reads.apart))
+        known = [column for column in reads.apart if column < some.rows.shape[1]]
+        others = some.rows.float().index_fill(1, torch.tensor(known, dtype=torch.long), 0.0)
+        largest, apart = others.abs().amax(1), some.places(known)
+        return int8_linear(some.weight, some.bias, reads, apart, largest)
 
     return in_int8

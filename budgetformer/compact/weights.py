@@ -92,28 +92,27 @@ class LayerWeights:
         sizes = self._sizes
         heads = self._places(head_set, sizes.head_size)
         fused = self._places(head_set, sizes.head_size * 3)
-        qkv, output = self._qkv[0][fused], self._output[0][:, heads]
-        copied = [qkv, output]
+        qkv = Weights("qkv", self._qkv[0][fused], self._qkv[1][fused])
+        output_bias, down_bias = self.biases if with_bias else (None, None)
+        output = Weights("output", self._output[0], output_bias, heads)
+        own = [qkv, output]
         if sizes.neurons_per_head is None:
             up, down = self.whole_net
         else:
             neurons = self._places(head_set, sizes.neurons_per_head)
-            up_weight, down_weight = self._up[0][neurons], self._down[0][:, neurons]
-            copied += [up_weight, down_weight]
-            up = self._lay_out(Weights("up", up_weight, self._up[1][neurons]))
-            bias = self._down[1] if with_bias else None
-            down = self._lay_out(Weights("down", down_weight, bias, neurons))
+            own.append(Weights("up", self._up[0][neurons], self._up[1][neurons]))
+            own.append(Weights("down", self._down[0], down_bias, neurons))
+            up, down = map(self._lay_out, own[2:])
+        copied = own
         if self._dtype == torch.float32 and isinstance(heads, slice):
             copied = []  # views
         return Slice(
             heads=len(head_set),
-            qkv=self._lay_out(Weights("qkv", qkv, self._qkv[1][fused])),
-            output=self._lay_out(
-                Weights("output", output, self._output[1] if with_bias else None, heads)
-            ),
+            qkv=self._lay_out(qkv),
+            output=self._lay_out(output),
             up=up,
             down=down,
-            nbytes=sum(self._dtype.itemsize * weight.numel() for weight in copied),
+            nbytes=sum(self._dtype.itemsize * some.weight.numel() for some in copied),
         )
 
     @cached_property
