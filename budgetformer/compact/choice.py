@@ -10,6 +10,7 @@ import torch
 
 from budgetformer.compact.linear import lay_out, worth_a_try
 from budgetformer.compact.packed import PackedPass, PackedTokens
+from budgetformer.cost import Sizes
 from budgetformer.modules import SequenceClassifier
 from budgetformer.ranges import LayerRanges
 
@@ -30,7 +31,10 @@ def passes(
 ) -> Iterator[PackedPass]:
     """Yield the ways to run a network in one precision where its weights are, the surest first."""
     if precision == "int8":
-        yield PackedPass(model, precision, lay_outs=[lay_out(precision, own) for own in ranges])
+        sizes = Sizes.of(model.config)
+        alike = sizes.picks_heads or sizes.layerwise
+        own = [lay_out(precision, of_layer, alike) for of_layer in ranges]
+        yield PackedPass(model, precision, lay_outs=own)
         return
     if model.where.type != "cuda":
         yield PackedPass(model, precision)

@@ -183,8 +183,16 @@ LINEARS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
 PRECISIONS = (*LINEARS, "int8")
 
 
-def lay_out(precision: str, ranges: LayerRanges | None = None) -> LayOut:
-    """Return what lays out a layer's maps in a precision; "int8" needs the layer's ranges."""
+def lay_out(precision: str, ranges: LayerRanges | None = None, alike: bool = False) -> LayOut:
+    """Return what lays out a layer's maps in a precision.
+
+    Args:
+        precision: one of `PRECISIONS`.
+        ranges: of the layer's states, which int8 needs.
+        alike: let int8 round a weight alike in every slice, for batches whose items keep different
+            heads: it is all one then which slices such a batch takes. A slice that rounds by its
+            own weights is more exact.
+    """
     if precision != "int8":
         return lambda some: LINEARS[precision](some.weight, some.bias)
     if ranges is None:
@@ -193,8 +201,10 @@ def lay_out(precision: str, ranges: LayerRanges | None = None) -> LayOut:
     def in_int8(some: Weights) -> Linear:
         reads = ranges.of(some.name)
         known = [column for column in reads.apart if column < some.rows.shape[1]]
-        others = some.rows.float().index_fill(1, torch.tensor(known, dtype=torch.long), 0.0)
-        largest, apart = others.abs().amax(1), some.places(known)
-        return int8_linear(some.weight, some.bias, reads, apart, largest)
+        largest = None
+        if alike:
+            others = some.rows.float().index_fill(1, torch.tensor(known, dtype=torch.long), 0.0)
+            largest = others.abs().amax(1)
+        return int8_linear(some.weight, some.bias, reads, some.places(known), largest)
 
     return in_int8
