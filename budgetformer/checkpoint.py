@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from budgetformer.errors import CheckpointError, PolicyError, TokenizerError
 from budgetformer.policy import BudgetRule, OperatingPoint, choose_point
+from budgetformer.ranges import LayerRanges
 from budgetformer.tokenization import tokenizer_errors
 
 FORMAT = 1
@@ -95,6 +96,7 @@ class Manifest(_Data):
         frontier: fixed steps, for comparison.
         operating_points: calibrated rules in order of rising cost; some carry a quality level's
             name.
+        ranges: of what each layer's maps read on the calibration data, for int8; may be none.
         provenance: origin and terms of weights and data.
     """
 
@@ -112,6 +114,7 @@ class Manifest(_Data):
     metrics: dict[str, float]
     frontier: tuple[FixedStep, ...] = ()
     operating_points: tuple[OperatingPoint, ...] = ()
+    ranges: tuple[LayerRanges, ...] = ()
     provenance: Provenance
 
 
@@ -355,6 +358,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path / MANIFEST}: max_tokens {manifest.max_tokens}, "
             f"the network has {shape.max_position_embeddings} positions"
+        )
+    layers = shape.num_hidden_layers
+    if len(manifest.ranges) not in (0, layers):
+        raise CheckpointError(
+            f"{path / MANIFEST}: ranges of {len(manifest.ranges)} layers, the network has {layers}"
         )
     top = len(shape.ladder)
     for point in manifest.operating_points:

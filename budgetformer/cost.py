@@ -148,6 +148,7 @@ class MacCounter(TorchFunctionMode):
             torch.bmm,
             torch.Tensor.matmul,
             torch.Tensor.__matmul__,
+            torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32,
         ):
             self.macs += result.numel() * args[0].shape[-1]
         elif func in (torch.addmm, torch.ops.mkldnn._linear_pointwise):

@@ -28,7 +28,8 @@ def load_network(
     """Load a checkpoint's weights and return its compact pass, in a precision of `load_pass`.
 
     Raises:
-        CheckpointError: a file is damaged, a weight is missing, left over or of another shape.
+        CheckpointError: a file is damaged, a weight is missing, left over or of another shape, or
+            there is no such precision for it here.
     """
     checkpoint.verify(but=WEIGHTS)
     network = _assemble(checkpoint)
@@ -44,7 +45,11 @@ def load_network(
     kept = {n: w if _stays(n, w) else w.float() for n, w in weights.items()}
     network.load_state_dict(kept, assign=True)
     network.encoder.embeddings.states_dtype = torch.float32
-    loaded = load_pass(network.to(torch.device(device)), precision)
+    network.to(torch.device(device))
+    try:
+        loaded = load_pass(network, precision, checkpoint.manifest.ranges)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
     loaded.take_over()
     return loaded
 

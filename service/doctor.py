@@ -99,17 +99,23 @@ def _dtype(settings: Settings) -> Finding:
     if settings.resolved_device() == "cuda":
         known = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
         found = f"{settings.dtype}; the GPU {'has' if known else 'has no'} bfloat16"
-        state: Literal["ok", "warn"] = "ok" if known or settings.dtype != "bfloat16" else "warn"
+        state: Literal["ok", "warn", "fail"] = (
+            "ok" if known or settings.dtype != "bfloat16" else "warn"
+        )
+        if settings.dtype == "int8":
+            state, found = "fail", "int8 is for processors"
         return Finding("dtype", state, found, None if state == "ok" else "--dtype auto")
     flags = cpu_flags()
     fast = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
     has = f"the processor has {', '.join(fast) if fast else 'no bfloat16 instructions'}"
     if settings.dtype == "bfloat16" and not fast:
         return Finding("dtype", "warn", f"bfloat16; {has}", "--dtype auto: float32 is faster here")
-    if settings.dtype == "float32" and fast:
+    if settings.dtype in ("float32", "int8") and fast:
         return Finding(
-            "dtype", "warn", f"float32; {has}", "--dtype auto times both and takes the faster"
+            "dtype", "warn", f"{settings.dtype}; {has}", "--dtype auto times and takes the fastest"
         )
+    if settings.dtype == "int8" and "avx2" not in flags:
+        return Finding("dtype", "fail", "int8; the processor has no AVX2", "--dtype auto")
     return Finding("dtype", "ok", f"{settings.dtype}; {has}")
 
 
@@ -130,6 +136,10 @@ def _store(settings: Settings, store: Store) -> Iterator[Finding]:
             checkpoint.verify()
         except CheckpointError as error:
             yield Finding("store", "fail", str(error), advice)
+            continue
+        if settings.dtype == "int8" and not checkpoint.manifest.ranges:
+            found = f"{checkpoint.label}: no ranges of states, which int8 needs"
+            yield Finding("store", "fail", found, "`budgetformer calibrate`, or --dtype auto")
             continue
         found = f"{checkpoint.label}: {len(checkpoint.manifest.files)} files as the manifest says"
         if checkpoint.calibrated:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from budgetformer import cascade
 from budgetformer.bench.timing import Contender, Machine, TokenIds
 from budgetformer.cascade import Work
@@ -27,7 +29,7 @@ def step_contenders(
     def contender(step: int) -> Contender:
         plan = network.config.heads_per_layer(step)
         weights = sum(layer_weights(network.sizes, heads) for heads in plan)
-        size = 2 if precision == "bfloat16" else 4
+        size = getattr(torch, precision).itemsize
 
         def run(items: Sequence[TokenIds]) -> object:
             return network.run_at(step, PackedTokens.pack(items))

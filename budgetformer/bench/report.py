@@ -143,7 +143,7 @@ def compare_passes(
     """
     torch.set_num_threads(threads)
     model = load_model(checkpoint.path)
-    chosen = load_pass(model, "auto")
+    chosen = load_pass(model, "auto", checkpoint.manifest.ranges)
     items = _items(checkpoint, texts, rounds * max(batches), chosen.config.vocab_size)
     networks = [chosen]
     if chosen.precision != "float32":

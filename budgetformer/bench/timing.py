@@ -12,8 +12,13 @@ from functools import cached_property, partial
 import torch
 
 from budgetformer.checkpoint import Checkpoint, load_tokenizer
+from budgetformer.compact.linear import int8_linear
+from budgetformer.ranges import StateRange
 
 TokenIds = list[int]
+
+INT8_RANGE = StateRange(low=-4, high=4)
+"""Of random numbers, as products in int8 read them."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,13 @@ class Machine:
         rows, inner, columns = 2048, 1024, 1024
         macs = {}
         for precision in precisions:
-            dtype: torch.dtype = getattr(torch, precision)
-            a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
-            macs[precision] = rows * inner * columns / _least(partial(torch.mm, a, b))
+            a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+            if precision == "int8":
+                product = partial(int8_linear(b.t(), None, INT8_RANGE), a)
+            else:
+                dtype: torch.dtype = getattr(torch, precision)
+                product = partial(torch.mm, a.to(dtype), b.to(dtype))
+            macs[precision] = rows * inner * columns / _least(product)
         source = torch.empty(64 * 2**20, dtype=torch.uint8)
         target = torch.empty_like(source)
         return cls(macs, source.numel() / _least(lambda: target.copy_(source)))

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from budgetformer.compact.linear import worth_a_try
+from budgetformer.compact.linear import lay_out, worth_a_try
 from budgetformer.compact.packed import PackedPass, PackedTokens
+from budgetformer.cost import Sizes
 from budgetformer.modules import SequenceClassifier
+from budgetformer.ranges import LayerRanges
 
 BATCHES = ((40,), (40,) * 8)
 """Tokens of the items that are timed: a lone text, and a small batch."""
@@ -20,8 +22,15 @@ FEWEST_WEIGHTS = 2**20
 """An encoder with fewer gains nothing: its time is that of the calls."""
 
 
-def make_pass(model: SequenceClassifier, precision: str) -> PackedPass:
+def make_pass(
+    model: SequenceClassifier, precision: str, ranges: Sequence[LayerRanges] = ()
+) -> PackedPass:
     """Return the pass of a network in one precision, where its weights are."""
+    if precision == "int8":
+        sizes = Sizes.of(model.config)
+        alike = sizes.picks_heads or sizes.layerwise
+        own = [lay_out(precision, of_layer, alike) for of_layer in ranges]
+        return PackedPass(model, precision, lay_outs=own)
     if model.where.type != "cuda":
         return PackedPass(model, precision)
     from budgetformer.compact.graphs import GraphedPass
@@ -30,7 +39,9 @@ def make_pass(model: SequenceClassifier, precision: str) -> PackedPass:
     return GraphedPass(model, precision, gpu)
 
 
-def fastest_pass(model: SequenceClassifier, precisions: Sequence[str]) -> PackedPass:
+def fastest_pass(
+    model: SequenceClassifier, precisions: Sequence[str], ranges: Sequence[LayerRanges]
+) -> PackedPass:
     """Time the pass in each precision on made-up texts at the middle step, and return the best.
 
     A fraction of a second, for a small encoder on a CPU.
@@ -39,7 +50,7 @@ def fastest_pass(model: SequenceClassifier, precisions: Sequence[str]) -> Packed
         precisions = precisions[:1]
     if len(precisions) > 1:
         precisions = [name for name in precisions if worth_a_try(name, model.where)]
-    there = [make_pass(model, precision) for precision in precisions]
+    there = [make_pass(model, precision, ranges) for precision in precisions]
     if len(there) == 1:
         return there[0]
     seconds = _time(there)

@@ -108,7 +108,7 @@ class GraphedPass(PackedPass):
 
     Args:
         model: the network, on the device.
-        precision: of matrix products and states, a key of `LINEARS`.
+        precision: of matrix products and states, "float32" or "bfloat16".
         kernels: `kernels.gpu`.
     """
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from budgetformer.compact.kernels import Kernels, plain
 from budgetformer.compact.layout import Layout
-from budgetformer.compact.linear import padded_rows
+from budgetformer.compact.linear import LayOut, lay_out, padded_rows
 from budgetformer.compact.routed import RoutedLayer, Routing
 from budgetformer.compact.shared import SharedTensors
 from budgetformer.compact.weights import HeadSet, SliceCache
@@ -145,8 +145,9 @@ class PackedPass:
 
     Args:
         model: the network; in float32 its weights are shared, not copied.
-        precision: of the matrix products, a key of `LINEARS`.
+        precision: of the matrix products, one of `PRECISIONS`.
         kernels: what else a layer does.
+        lay_outs: how each layer's maps multiply, where the precision alone does not say.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class PackedPass:
         model: SequenceClassifier,
         precision: str = "float32",
         kernels: Kernels = plain,
+        lay_outs: Sequence[LayOut] = (),
     ) -> None:
         self.model = model.eval()
         self.config = model.config
@@ -170,7 +172,8 @@ class PackedPass:
         self._plans: dict[int, list[int]] = {}
         self._shared: SharedTensors | None = None
         with torch.no_grad():
-            self._slices = SliceCache(self._layers, self.sizes, precision)
+            own = lay_outs or [lay_out(precision)] * len(self._layers)
+            self._slices = SliceCache(self._layers, self.sizes, precision, own)
 
     @property
     def device(self) -> torch.device:

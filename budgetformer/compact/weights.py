@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from budgetformer.compact.linear import LINEARS, Linear, gelu_linear
+from budgetformer.compact.linear import STATES, LayOut, Linear, Weights, gelu_linear
 from budgetformer.cost import Sizes
 from budgetformer.modules import EncoderLayer
 
@@ -56,11 +56,19 @@ class LayerWeights:
 
     Queries, keys and values are interleaved by head, [H * 3 * D/H, D], so that the first heads of a
     ranked layer are its first rows.
+
+    Args:
+        layer: the layer.
+        sizes: its network's.
+        dtype: of the numbers of a slice.
+        lay_out: how its maps multiply.
     """
 
-    def __init__(self, layer: EncoderLayer, sizes: Sizes, precision: str) -> None:
+    def __init__(
+        self, layer: EncoderLayer, sizes: Sizes, dtype: torch.dtype, lay_out: LayOut
+    ) -> None:
         attention, net = layer.attention, layer.feed_forward
-        self._dtype: torch.dtype = getattr(torch, precision)
+        self._dtype = dtype
         maps = [self._read(m) for m in (attention.query, attention.key, attention.value)]
         weight, bias = (
             torch.stack([part.unflatten(0, (sizes.heads, -1)) for part in parts], dim=1)
@@ -70,7 +78,7 @@ class LayerWeights:
         self._output, self._up, self._down = map(self._read, (attention.output, net.up, net.down))
         self._sizes = sizes
         self._activation: Linear = net.activation
-        self._lay_out: Callable[[Tensor, Tensor | None], Linear] = LINEARS[precision]
+        self._lay_out = lay_out
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -87,42 +95,45 @@ class LayerWeights:
         sizes = self._sizes
         heads = self._places(head_set, sizes.head_size)
         fused = self._places(head_set, sizes.head_size * 3)
-        qkv, output = self._qkv[0][fused], self._output[0][:, heads]
-        copied = [qkv, output]
+        qkv = Weights("qkv", self._qkv[0][fused], self._qkv[1][fused])
+        output_bias, down_bias = self.biases if with_bias else (None, None)
+        output = Weights("output", self._output[0], output_bias, heads)
+        own = [qkv, output]
         if sizes.neurons_per_head is None:
             up, down = self.whole_net
         else:
             neurons = self._places(head_set, sizes.neurons_per_head)
-            up_weight, down_weight = self._up[0][neurons], self._down[0][:, neurons]
-            copied += [up_weight, down_weight]
-            up = self._lay_out_up(up_weight, self._up[1][neurons])
-            down = self._lay_out(down_weight, self._down[1] if with_bias else None)
+            own.append(Weights("up", self._up[0][neurons], self._up[1][neurons]))
+            own.append(Weights("down", self._down[0], down_bias, neurons))
+            up, down = self._lay_out_up(own[2]), self._lay_out(own[3])
+        copied = own
         if self._dtype == torch.float32 and isinstance(heads, slice):
             copied = []  # views
         return Slice(
             heads=len(head_set),
-            qkv=self._lay_out(qkv, self._qkv[1][fused]),
-            output=self._lay_out(output, self._output[1] if with_bias else None),
+            qkv=self._lay_out(qkv),
+            output=self._lay_out(output),
             up=up,
             down=down,
-            nbytes=sum(self._dtype.itemsize * weight.numel() for weight in copied),
+            nbytes=sum(self._dtype.itemsize * some.weight.numel() for some in copied),
         )
 
     @cached_property
     def whole_net(self) -> tuple[Linear, Linear]:
         """The feed-forward net where it is not coupled to heads: the same for every slice."""
-        return self._lay_out_up(*self._up), self._lay_out(*self._down)
+        up, down = Weights("up", *self._up), Weights("down", *self._down)
+        return self._lay_out_up(up), self._lay_out(down)
 
     def forget(self) -> None:
         """Let go of the feed-forward net that all slices share."""
         self.__dict__.pop("whole_net", None)
 
-    def _lay_out_up(self, weight: Tensor, bias: Tensor) -> Linear:
+    def _lay_out_up(self, some: Weights) -> Linear:
         """Lay out a map whose results are activated."""
         activation = self._activation
-        if activation is F.gelu and self._dtype == torch.bfloat16 and weight.is_cuda:
-            return gelu_linear(weight, bias)
-        up = self._lay_out(weight, bias)
+        if activation is F.gelu and self._dtype == torch.bfloat16 and some.rows.is_cuda:
+            return gelu_linear(some)
+        up = self._lay_out(some)
         return lambda states: activation(up(states))
 
     def _read(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -143,12 +154,25 @@ class SliceCache:
     Args:
         layers: a network's.
         sizes: its sizes.
-        precision: a key of `LINEARS`.
+        precision: one of `PRECISIONS`.
+        lay_outs: how each layer's maps multiply.
+
+    Attributes:
+        dtype: what the maps read.
     """
 
-    def __init__(self, layers: list[EncoderLayer], sizes: Sizes, precision: str) -> None:
-        self.layers = [LayerWeights(layer, sizes, precision) for layer in layers]
-        self.dtype: torch.dtype = getattr(torch, precision)
+    def __init__(
+        self,
+        layers: list[EncoderLayer],
+        sizes: Sizes,
+        precision: str,
+        lay_outs: Sequence[LayOut],
+    ) -> None:
+        self.layers = [
+            LayerWeights(layer, sizes, getattr(torch, precision), own)
+            for layer, own in zip(layers, lay_outs, strict=True)
+        ]
+        self.dtype = STATES[precision]
         self.nbytes = 0
         self._slices: OrderedDict[tuple[int, HeadSet, bool], Slice] = OrderedDict()
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from budgetformer import cascade
 from budgetformer.cascade import Work
 from budgetformer.checkpoint import FixedStep
-from budgetformer.compact import PackedPass
+from budgetformer.compact import PackedPass, PackedTokens, measure_ranges
 from budgetformer.cost import decision_macs, dense_macs, encoder_macs
-from budgetformer.modules import MULTI_LABEL, confidence
+from budgetformer.modules import MULTI_LABEL, SequenceClassifier, confidence
 from budgetformer.policy import (
     QUALITY_NAMES,
     BudgetRule,
@@ -29,6 +29,7 @@ from budgetformer.policy import (
     OperatingPoint,
     QualityName,
 )
+from budgetformer.ranges import LayerRanges
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.evaluation import interval
 from budgetformer.training.exits import wrong
@@ -37,6 +38,8 @@ from budgetformer.training.trainer import progress_bar
 BEST_SLACK = 0.0005
 """Accuracy that `best` may lose against the most accurate rule, for the sake of cost."""
 BATCH = 32
+RANGE_TEXTS = 256
+"""Texts, evenly chosen, in which states are looked at: most of a range is in all of them."""
 MOST_POINTS = 24
 
 
@@ -51,6 +54,16 @@ class Runs:
     logits: Tensor
     s: Tensor
     lengths: np.ndarray
+
+
+@torch.inference_mode()
+def ranges_of_states(model: SequenceClassifier, tokens: TokenizedTexts) -> tuple[LayerRanges, ...]:
+    """Measure what int8 products need to know of a network's states, on some of the texts."""
+    count = len(tokens.ids)
+    chosen = np.unique(np.linspace(0, count - 1, min(count, RANGE_TEXTS)).astype(int))
+    ids, types = ([own[row].tolist() for row in chosen] for own in (tokens.ids, tokens.types))
+    batches = [slice(start, start + BATCH) for start in range(0, len(chosen), BATCH)]
+    return measure_ranges(model, (PackedTokens.pack(ids[rows], types[rows]) for rows in batches))
 
 
 @torch.inference_mode()

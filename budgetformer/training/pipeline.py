@@ -31,11 +31,13 @@ from budgetformer.errors import DataError
 from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.modules import MULTI_LABEL, BudgetController
 from budgetformer.policy import BudgetRule, OperatingPoint
+from budgetformer.ranges import LayerRanges
 from budgetformer.training.baseline import write_baseline
 from budgetformer.training.calibration import (
     Calibration,
     answer_all,
     layerwise_points,
+    ranges_of_states,
     run_every_step,
     tune_exit_weights,
 )
@@ -138,7 +140,9 @@ def train_checkpoint(
 
     Trainer(model, tokens, seen, recipe, work_dir, log).train(keep_dense)
     log("fitting step 0 and f_o, calibrating budgets")
-    network, frontier, points = _calibrate(model, tokens, seen, unseen_tokens, unseen, recipe)
+    network, ranges, frontier, points = _calibrate(
+        model, tokens, seen, unseen_tokens, unseen, recipe
+    )
 
     metrics = {
         "train_rows": float(len(seen)),
@@ -161,6 +165,7 @@ def train_checkpoint(
         metrics=metrics,
         frontier=tuple(frontier),
         operating_points=tuple(points),
+        ranges=ranges,
         provenance=Provenance(
             starting_weights=beginning.name,
             starting_weights_license=beginning.license,
@@ -187,7 +192,8 @@ def train_checkpoint(
 def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> Manifest:
     """Write a checkpoint anew with quality levels calibrated on other labelled texts.
 
-    The weights stay; the rules for budgets, and what they reach and cost, are found again.
+    The weights stay; the rules for budgets, what they reach and cost, and the ranges of states are
+    found again.
 
     Args:
         checkpoint: what to calibrate.
@@ -207,9 +213,10 @@ def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> M
         raise DataError(f"{data}: {len(examples)} rows, calibration needs {FEWEST_ROWS} at least")
     checkpoint.verify()
     model = load_model(checkpoint.path)
-    network = load_pass(model, "auto")
     tokens = TokenizedTexts.of(checkpoint, examples)
     log(f"calibrating on {len(examples)} texts")
+    ranges = ranges_of_states(model, tokens)
+    network = load_pass(model, "auto", ranges)
     costs = checkpoint.manifest.recipe.get("level_costs", Recipe.level_costs)
     frontier, points = _find_points(network, tokens, examples, costs)
     _write_files(
@@ -227,6 +234,7 @@ def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> M
             "files": file_entries(output),
             "frontier": tuple(frontier),
             "operating_points": tuple(points),
+            "ranges": ranges,
             "metrics": checkpoint.manifest.metrics | {"calibration_rows": float(len(examples))},
         }
     )
@@ -365,7 +373,7 @@ def _calibrate(
     unseen_tokens: TokenizedTexts,
     unseen: Examples,
     recipe: Recipe,
-) -> tuple[PackedPass, list[FixedStep], list[OperatingPoint]]:
+) -> tuple[PackedPass, tuple[LayerRanges, ...], list[FixedStep], list[OperatingPoint]]:
     config = model.config
     out_of_fold = fit_exit_head(model, tokens, seen, recipe) if config.embedding_exit else None
     # With soft gates f_o was trained together with the network.
@@ -373,8 +381,9 @@ def _calibrate(
         _teach_controllers(model, out_of_fold, (tokens, seen), (unseen_tokens, unseen), recipe)
     # The checkpoint holds 16-bit weights and is served in the fastest precision: calibrate that.
     model.half().float()
-    network = load_pass(model, "auto")
-    return network, *_find_points(network, unseen_tokens, unseen, recipe.level_costs)
+    ranges = ranges_of_states(model, unseen_tokens)
+    network = load_pass(model, "auto", ranges)
+    return network, ranges, *_find_points(network, unseen_tokens, unseen, recipe.level_costs)
 
 
 def _find_points(

@@ -121,8 +121,11 @@ def _costs(
 
 
 def _steps_in_use(checkpoint: Checkpoint) -> list[int]:
-    """Return the steps that the quality levels use, and the full one; others are for who asks."""
-    steps = {len(checkpoint.ladder)}
+    """Return the steps that the quality levels use, or the full one where there are none.
+
+    The first who asks for another one waits while it is laid out.
+    """
+    steps = set() if checkpoint.calibrated else {len(checkpoint.ladder)}
     for point in checkpoint.manifest.operating_points:
         if point.name:
             steps |= {band.step for band in point.entry}

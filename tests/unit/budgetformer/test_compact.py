@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from budgetformer.compact import (
-    LINEARS,
+    PRECISIONS,
     Arrival,
     PackedPass,
     PackedTokens,
@@ -429,7 +429,7 @@ def test_a_small_network_is_fastest_as_it_is() -> None:
 
 def test_the_fastest_precision_of_a_larger_one_is_one_of_them() -> None:
     config = small_config(hidden_size=256, intermediate_size=2048, num_attention_heads=4)
-    assert load_pass(random_network(config), "auto").precision in LINEARS
+    assert load_pass(random_network(config), "auto").precision in PRECISIONS
 
 
 @pytest.mark.parametrize("has", [True, False])
@@ -439,7 +439,7 @@ def test_what_a_processor_lacks_is_not_even_tried(
     config = small_config(hidden_size=256, intermediate_size=2048, num_attention_heads=4)
     tried: list[str] = []
 
-    def make_pass(model: Network, precision: str) -> PackedPass:
+    def make_pass(model: Network, precision: str, _: object) -> PackedPass:
         tried.append(precision)
         return PackedPass(model)
 

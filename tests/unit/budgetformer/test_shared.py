@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from budgetformer.compact import PackedPass, load_pass
+from budgetformer.compact import PackedPass, load_pass, measure_ranges
 from budgetformer.compact import shared as shared_module
 from budgetformer.compact.shared import ALIGNMENT, SharedTensors
 from tests.support.networks import pack, random_items, random_network, small_config
@@ -185,14 +185,13 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("selection", ["ranked", "input"])
 @pytest.mark.parametrize("coupled", [True, False])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
 def test_passes_that_share_answer_as_before(
     link: Path, selection: str, coupled: bool, precision: str
 ) -> None:
     def made() -> PackedPass:
-        return load_pass(
-            random_network(small_config(head_selection=selection, budget_ffn=coupled)), precision
-        )
+        network = random_network(small_config(head_selection=selection, budget_ffn=coupled))
+        return load_pass(network, precision, measure_ranges(network, [ITEMS]))
 
     def answer(one: PackedPass) -> Tensor:
         arrival = one.arrive(ITEMS)

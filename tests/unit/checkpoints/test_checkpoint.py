@@ -24,6 +24,7 @@ from budgetformer.checkpoint import (
 )
 from budgetformer.errors import CheckpointError, PolicyError
 from budgetformer.loading import load_network
+from budgetformer.precision import Precision
 from tests.support.stores import HEADS, LABELS, LAYERS, MAX_TOKENS, PANICS, PICKY, TOPICS, sign
 
 Damage = Callable[[Path], None]
@@ -386,6 +387,31 @@ class TestDamagedWeights:
         manifest = read_checkpoint(folder).manifest
         write_manifest(folder, manifest.model_copy(update={"max_tokens": MAX_TOKENS + 1}))
         assert_one_line(self.refusal(folder), str(folder), "max_tokens")
+
+    def test_ranges_of_more_layers_than_the_network_has(self, folder: Path) -> None:
+        manifest = read_checkpoint(folder).manifest
+        ranges = manifest.ranges * 2
+        write_manifest(folder, manifest.model_copy(update={"ranges": ranges}))
+        assert_one_line(self.refusal(folder), str(folder), f"ranges of {len(ranges)} layers")
+
+
+class TestPrecision:
+    def test_int8_takes_the_ranges_that_training_measured(self, store: Path) -> None:
+        checkpoint = read_checkpoint(store / TOPICS / "2")
+        assert len(checkpoint.manifest.ranges) == LAYERS
+        assert load_network(checkpoint, precision="int8").precision == "int8"
+
+    @pytest.mark.parametrize("precision", ["int8", "float32", "auto"])
+    def test_without_ranges_there_is_all_but_int8(self, store: Path, precision: Precision) -> None:
+        folder = store / TOPICS / "2"
+        edit("manifest.json", ranges=None)(folder)
+        checkpoint = read_checkpoint(folder)
+        if precision == "int8":
+            with pytest.raises(CheckpointError) as caught:
+                load_network(checkpoint, precision=precision)
+            assert_one_line(str(caught.value), str(folder), "budgetformer calibrate")
+        else:
+            assert load_network(checkpoint, precision=precision).precision == "float32"
 
 
 class TestStore:

@@ -461,6 +461,7 @@ class TestCalibrate:
         before, after = read_checkpoint(model_store / "topics" / "1"), read_checkpoint(made)
         after.verify()
         assert after.label == "mine:3"
+        assert len(after.manifest.ranges) == after.num_layers
         assert after.manifest.metrics["calibration_rows"] == len(labelled_sentences())
         assert {p.name for p in after.manifest.operating_points} >= {"fast", "balanced", "best"}
         for point in after.manifest.operating_points:

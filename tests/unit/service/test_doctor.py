@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from budgetformer.checkpoint import read_checkpoint, read_store, write_manifest
 from service import doctor
 from service.doctor import Finding, available_memory, cpu_quota, examine
 from service.settings import Settings, usable_cores
@@ -151,10 +152,24 @@ def test_a_precision_that_the_processor_has_no_instructions_for(
         ({"avx2"}, "auto", "ok"),
         ({"amx_bf16"}, "bfloat16", "ok"),
         ({"amx_bf16"}, "float32", "warn"),
+        ({"avx2"}, "int8", "ok"),
+        ({"avx2", "amx_bf16"}, "int8", "warn"),
+        ({"sse2"}, "int8", "fail"),
     ):
         monkeypatch.setattr(doctor, "cpu_flags", lambda flags=flags: flags)
         (finding,) = found("dtype", model_store, dtype=dtype)
         assert finding.state == state
+
+
+def test_int8_needs_ranges(copied_store: Path) -> None:
+    (finding,) = found("store", copied_store, dtype="int8", models=[TOPICS])
+    assert finding.state == "ok"
+    path = read_store(copied_store).latest(TOPICS).path
+    manifest = read_checkpoint(path).manifest
+    write_manifest(path, manifest.model_copy(update={"ranges": ()}))
+    (finding,) = found("store", copied_store, dtype="int8", models=[TOPICS])
+    assert finding.state == "fail"
+    assert "no ranges" in finding.found
 
 
 def test_a_gpu_that_is_not_there(model_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
