@@ -15,6 +15,7 @@ from budgetformer.checkpoint import Checkpoint, load_tokenizer, read_checkpoint,
 from budgetformer.errors import CheckpointError
 from budgetformer.tokenization import encode
 from service.hub.messages import ServedVersion
+from service.process import return_memory
 
 log = structlog.get_logger()
 
@@ -68,7 +69,9 @@ def open_model(path: Path) -> ServedModel:
         CheckpointError: it is damaged.
     """
     checkpoint = read_checkpoint(path)
-    return ServedModel(checkpoint, load_tokenizer(checkpoint))
+    served = ServedModel(checkpoint, load_tokenizer(checkpoint))
+    return_memory()
+    return served
 
 
 class Models:

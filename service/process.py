@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from asyncio.subprocess import Process
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +24,10 @@ import psutil
 from service.settings import Settings, SettingsError
 
 WATCH_SECONDS = 0.5
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""Parameters of glibc's `mallopt`."""
+LARGE_BYTES, KEPT_BYTES = 2**20, 2**25
+"""Blocks apart while a model loads, and otherwise: what glibc comes to by itself."""
 _T = TypeVar("_T")
 
 
@@ -105,7 +109,7 @@ def keep_what_is_here() -> None:
 
     Else it would look through all modules again and again, for some thirty milliseconds each time.
     """
-    gc.collect()
+    return_memory()
     gc.freeze()
 
 
@@ -113,6 +117,26 @@ def name_process(name: str) -> None:
     """Have this process shown by its name, in `top` for one, where the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(name)
+
+
+@contextlib.contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Have the C library take each large block from the system by itself, where it can.
+
+    A model is loaded by way of copies that are soon let go. Taken from among what stays they leave
+    holes that are kept; blocks of their own go back at once. For passes, which ask for the same
+    again and again, they would be slow.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is None:
+        yield
+        return
+    mallopt(MMAP_THRESHOLD, LARGE_BYTES)
+    try:
+        yield
+    finally:
+        mallopt(MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(TRIM_THRESHOLD, 2 * KEPT_BYTES)
 
 
 def return_memory() -> None:

@@ -55,7 +55,9 @@ def fastest_pass(
         return there[0]
     seconds = _time(there)
     best, least = min(zip(there, seconds, strict=True), key=lambda pair: pair[1])
-    return best if seconds[0] / least >= GAIN else there[0]
+    chosen = best if seconds[0] / least >= GAIN else there[0]
+    chosen.forget()
+    return chosen
 
 
 def _time(passes: list[PackedPass]) -> list[float]:

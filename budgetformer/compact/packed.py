@@ -198,6 +198,10 @@ class PackedPass:
                     empty = module.weight.new_empty(0)
                     module.weight = nn.Parameter(empty, requires_grad=False)
 
+    def forget(self) -> None:
+        """Let go of what is laid out for some steps, until they are asked for again."""
+        self._slices.forget()
+
     def share(self, link: Path) -> None:
         """Hold the weights once with all processes that name the same link.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import service.lean  # noqa: F401
+
 import asyncio
 import contextlib
 import signal

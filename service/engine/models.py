@@ -17,6 +17,7 @@ from budgetformer.loading import load_network
 from budgetformer.policy import BudgetRule
 from budgetformer.precision import Precision
 from service.engine.protocol import ModelInfo
+from service.process import large_blocks_apart
 
 log = structlog.get_logger()
 
@@ -71,14 +72,15 @@ def load_model(
     """
     started = time.monotonic()
     checkpoint = read_checkpoint(path)
-    network = load_network(checkpoint, device, precision)
-    if shared is not None:
-        _share(checkpoint, network, shared)
-    try:
-        network.warm(_steps_in_use(checkpoint))
-    except BaseException:
-        network.forget_shared()
-        raise
+    with large_blocks_apart():
+        network = load_network(checkpoint, device, precision)
+        if shared is not None:
+            _share(checkpoint, network, shared)
+        try:
+            network.warm(_steps_in_use(checkpoint))
+        except BaseException:
+            network.forget_shared()
+            raise
     seconds = time.monotonic() - started
     memory = network.nbytes
     info = ModelInfo(checkpoint.name, checkpoint.version, seconds, memory, network.precision)
