@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -62,3 +65,27 @@ def test_no_front_ever_waits_at_the_listening_socket_that_all_share() -> None:
         finally:
             for copy in copies:
                 copy.close()
+
+
+def test_large_blocks_are_apart_until_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda name, value: asked.append((name, value)))
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda _: library)
+    with process.large_blocks_apart():
+        assert asked == [(process.MMAP_THRESHOLD, process.LARGE_BYTES)]
+    assert asked[1:] == [
+        (process.MMAP_THRESHOLD, process.KEPT_BYTES),
+        (process.TRIM_THRESHOLD, 2 * process.KEPT_BYTES),
+    ]
+
+
+def test_a_library_without_such_blocks_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda _: SimpleNamespace())
+    with process.large_blocks_apart():
+        pass
+
+
+def test_what_no_server_prints_is_not_imported() -> None:
+    code = "import service.lean, structlog, sys; print([n for n in sys.modules if 'rich' in n])"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert asked.stdout.strip() == "['rich']"
