@@ -312,6 +312,12 @@ async def test_metrics_add_up_to_the_answers(fresh: Service) -> None:
 async def test_two_engines_share_the_work(model_store: Path) -> None:
     async with service(model_store, engines=2, models=["topics"]) as pair:
         first, second = pair.cores
+
+        async def both() -> bool:
+            engines = (await pair.client.get("/health")).json()["engines"]
+            return all(engine["models"] for engine in engines)
+
+        await until(both, "the model in both engines")
         with held(first), held(second):
             tasks = [asyncio.create_task(pair.ask(text)) for text in TEXTS[:4]]
             await until(lambda: pair.in_flight() == 4, "arrival at the engines")
