@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import structlog
 
@@ -73,7 +76,7 @@ def load_model(
     started = time.monotonic()
     checkpoint = read_checkpoint(path)
     with large_blocks_apart():
-        network = load_network(checkpoint, device, precision)
+        network = _load(checkpoint, device, precision, shared)
         if shared is not None:
             _share(checkpoint, network, shared)
         try:
@@ -91,6 +94,28 @@ def load_model(
         dtype=network.precision,
     )
     return LoadedModel(checkpoint, network, info, _costs(checkpoint, network, tables))
+
+
+def _load(
+    checkpoint: Checkpoint, device: str, precision: Precision, shared: Path | None
+) -> PackedPass:
+    """Load a network; of several engines the first chooses its precision, and the others follow.
+
+    By themselves two might choose differently, and hold the weights twice; and they would be timed
+    while the other one is busy.
+    """
+    if precision != "auto" or shared is None:
+        return load_network(checkpoint, device, precision)
+    name = hashlib.sha256(checkpoint.manifest.model_dump_json().encode()).hexdigest()
+    with (shared / f"{name}-precision").open("a+") as choice:
+        fcntl.flock(choice, fcntl.LOCK_EX)
+        choice.seek(0)
+        chosen = choice.read()
+        if not chosen:
+            network = load_network(checkpoint, device, precision)
+            choice.write(network.precision)
+            return network
+    return load_network(checkpoint, device, cast(Precision, chosen))
 
 
 def _share(checkpoint: Checkpoint, network: PackedPass, shared: Path) -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from budgetformer.checkpoint import read_checkpoint
+import pytest
+
+from budgetformer.checkpoint import Checkpoint, read_checkpoint
+from budgetformer.compact import PackedPass
+from budgetformer.loading import load_network
+from service.engine import models
 from service.engine.models import load_model
 
 
@@ -18,3 +23,22 @@ def test_steps_that_levels_use_are_laid_out(model_store: Path) -> None:
     laid_out = {heads for layer, heads, _ in network._slices._slices if layer == 0}
     wanted = {tuple(range(network.config.heads_per_layer(step)[0])) for step in steps - {0}}
     assert laid_out == wanted - {()}
+
+
+def test_engines_of_one_server_compute_in_one_precision(
+    model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def load(checkpoint: Checkpoint, device: str, precision: str) -> PackedPass:
+        asked.append(precision)
+        return load_network(checkpoint, device, "bfloat16" if precision == "auto" else "float32")
+
+    monkeypatch.setattr(models, "load_network", load)
+    path = model_store / "topics" / "1"
+    for _ in range(2):
+        models._load(read_checkpoint(path), "cpu", "auto", tmp_path)
+    assert asked == ["auto", "bfloat16"]
+    models._load(read_checkpoint(path), "cpu", "auto", None)
+    models._load(read_checkpoint(path), "cpu", "float32", tmp_path)
+    assert asked[2:] == ["auto", "float32"]
