@@ -17,7 +17,7 @@ import time
 from asyncio.subprocess import Process
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -127,7 +127,7 @@ def large_blocks_apart() -> Iterator[None]:
     holes that are kept; blocks of their own go back at once. For passes, which ask for the same
     again and again, they would be slow.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    mallopt = _glibc("mallopt")
     if mallopt is None:
         yield
         return
@@ -145,9 +145,14 @@ def return_memory() -> None:
     A model's weights are freed among what stays, and the library would keep what lies between.
     """
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def _glibc(name: str) -> Any:
+    """Return a function that only this C library has, or None."""
+    return getattr(ctypes.CDLL(None), name, None)
 
 
 def bind(host: str, port: int) -> socket.socket:

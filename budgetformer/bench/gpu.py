@@ -251,14 +251,15 @@ def _check(
         actual, expected = [], []
         for start in range(0, len(items), 64):
             part = items[start : start + 64]
+            tokens = PackedTokens.pack(part)
             if step == ARRIVAL:
-                actual.append(_decided(network.arrive(PackedTokens.pack(part))))
-                expected.append(_decided(plain.arrive(PackedTokens.pack(part))))
+                actual.append(_decided(network.arrive(tokens)))
+                expected.append(_decided(plain.arrive(tokens)))
                 continue
-            actual.append(network.run_at(step, PackedTokens.pack(part)).logits)
+            actual.append(network.run_at(step, tokens).logits)
             ids, mask, _ = (torch.from_numpy(a).to(network.device) for a in padded(part))
             at = torch.full((len(part),), step, device=network.device)
-            exits = network.arrive(PackedTokens.pack(part)).exit_logits
+            exits = network.arrive(tokens).exit_logits
             logits = model(ids, attention_mask=mask, steps=at).logits
             if exits is not None:  # `run_at` leaves step 0's share out
                 logits = logits - network.config.exit_weights[step - 1] * exits

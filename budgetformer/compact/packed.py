@@ -214,7 +214,7 @@ class PackedPass:
         self._shared = SharedTensors(link)
         tables = [p for p in self.model.parameters() if p.dim() == 2 and p.is_contiguous()]
         self._shared.hold([t for t in (*tables, *self._slices.weights) if t.numel()])
-        self._slices.forget()
+        self.forget()
 
     def forget_shared(self) -> None:
         """Let no further process share the weights; this one keeps them until it lets them go."""
