@@ -10,7 +10,6 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
-from tokenizers.trainers import WordPieceTrainer
 
 from budgetformer.training.data import Examples
 
@@ -47,11 +46,19 @@ def topic_examples() -> Examples:
 
 
 def small_tokenizer() -> Tokenizer:
-    """Train a WordPiece tokenizer of at most 150 entries on the synthetic sentences."""
-    tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))
+    """Build a WordPiece tokenizer for the synthetic sentences: long words are two pieces.
+
+    Training one breaks ties anew in every process: no two runs would train the same network.
+    """
+    words = sorted({word for text in topic_examples().texts for word in text.lower()[:-1].split()})
+    letters = sorted(set("".join(words)))
+    starts = [*letters, ".", *(word[:4] if len(word) > 6 else word for word in words)]
+    ends = [*letters, *(word[4:] for word in words if len(word) > 6)]
+    pieces = dict.fromkeys([*SPECIAL, *starts, *(f"##{end}" for end in ends)])
+    tokenizer = Tokenizer(
+        WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    )
     tokenizer.normalizer = BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = BertPreTokenizer()
-    trainer = WordPieceTrainer(vocab_size=150, special_tokens=SPECIAL, show_progress=False)
-    tokenizer.train_from_iterator(topic_examples().texts, trainer)
     tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return tokenizer

@@ -279,7 +279,7 @@ class TestTokens:
     @pytest.mark.parametrize("paired", [False, True])
     def test_long_inputs_are_cut(self, tokenizer: Tokenizer, paired: bool) -> None:
         pairs = ["my aunt planted roses"] if paired else None
-        tokens = TokenizedTexts(tokenizer, ["The cook baked bread again"], pairs, 8)
+        tokens = TokenizedTexts(tokenizer, ["The gardener watered beans again"], pairs, 8)
         assert tokens.lengths.tolist() == [8]
         assert tokens.ids[0][-1] == 3
 

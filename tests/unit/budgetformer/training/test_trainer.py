@@ -137,11 +137,11 @@ def mean_loss(run: Run, model: BudgetFormerForSequenceClassification, step: int)
 class TestLearning:
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     def test_loss_falls_at_every_step(self, new_run: Callable[..., Run], precision: str) -> None:
-        run, model = new_run(precision=precision, dense_epochs=3, budget_epochs=6), new_network()
+        run, model = new_run(precision=precision, dense_epochs=4, budget_epochs=10), new_network()
         before = [mean_loss(run, model, step) for step in range(1, 5)]
         run.trainer(model).train()
         after = [mean_loss(run, model, step) for step in range(1, 5)]
-        assert all(late < 0.5 * early for late, early in zip(after, before, strict=True))
+        assert (np.array(after) / before).max() < 0.5
         assert accuracy(run, model, 4) > 0.9
 
     @pytest.mark.parametrize(
