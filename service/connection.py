@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from service import frames
-from service.frames import Decoder, FrameError, Message
+from service.frames import Decoder, FrameError, Message, Outbox
 
 log = structlog.get_logger()
 
@@ -80,17 +80,18 @@ async def attend(
 ) -> None:
     """Serve one connection until its end; `name` says in the log where it came."""
     reader, writer = streams
+    outbox = Outbox(writer)
 
     def say(message: Message) -> None:
-        if not writer.is_closing():
-            frames.write(writer, message)
+        if not outbox.closing:
+            outbox.put(message)
 
     try:
         await came(reader, say)
     except FrameError as error:
         log.error("a bad frame came", at=name, reason=str(error))
     finally:
-        writer.close()
+        outbox.close()
 
 
 class Connection:
@@ -107,7 +108,7 @@ class Connection:
         self._name = name
         self._place = place
         self._decoder = decoder
-        self._writer: asyncio.StreamWriter | None = None
+        self._outbox: Outbox | None = None
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
 
@@ -124,7 +125,8 @@ class Connection:
 
     async def hold(self, streams: Streams) -> None:
         """Speak over these streams until they end."""
-        reader, self._writer = streams
+        reader, writer = streams
+        self._outbox = outbox = Outbox(writer)
         try:
             self._came()
             while (message := await frames.read(reader, self._decoder)) is not None:
@@ -133,19 +135,19 @@ class Connection:
         except FrameError as error:
             log.error("a bad frame came", sender=self._name, reason=str(error))
         finally:
-            self._lose(streams[1])
+            self._lose(outbox)
 
     def say(self, message: Message) -> bool:
         """Send a message that is not answered; False: nobody is there."""
-        if self._writer is None or self._writer.is_closing():
+        if self._outbox is None or self._outbox.closing:
             return False
-        frames.write(self._writer, message)
+        self._outbox.put(message)
         return True
 
     def close(self) -> None:
         """Break the connection; it is made anew."""
-        if self._writer is not None:
-            self._writer.transport.abort()
+        if self._outbox is not None:
+            self._outbox.abort()
 
     async def ask(self, message: Message, timeout: float | None = None) -> Any:
         """Send a message that has an `id`, and await the one that comes back with it.
@@ -190,10 +192,10 @@ class Connection:
     def _lost(self) -> None:
         """Act when the connection broke."""
 
-    def _lose(self, writer: asyncio.StreamWriter) -> None:
-        self._writer = None
+    def _lose(self, outbox: Outbox) -> None:
+        self._outbox = None
         self._lost()
-        writer.close()
+        outbox.close()
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(DisconnectedError())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from asyncio import TimerHandle, Transport
+from asyncio import AbstractEventLoop, TimerHandle, Transport
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,6 +57,35 @@ class Guard:
     count: Callable[[str], None]
 
 
+class _OneWrite:
+    """A transport on which what is written in one turn of the event loop leaves together.
+
+    Uvicorn writes the head of an answer and its body one by one, each a packet of its own.
+    """
+
+    def __init__(self, transport: Transport, loop: AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._held: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._held:
+            self._loop.call_soon(self._send)
+        self._held.append(data)
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        if self._held and not self._transport.is_closing():
+            self._transport.write(b"".join(self._held))
+        self._held.clear()
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """Uvicorn's, with limits on what a client can hold without ever asking anything.
 
@@ -89,7 +118,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Take a connection, if there is room for it."""
-        super().connection_made(transport)
+        super().connection_made(_OneWrite(transport, self.loop))  # type: ignore[arg-type]
         if len(self.connections) > self._limits.connections:
             message = "the server has all the connections that it can; try again in 1 s"
             refusal = ApiError(503, message, code="too_many_connections", retry_after=1)
