@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from opentelemetry.trace import TracerProvider
 from starlette.middleware.cors import CORSMiddleware
 
@@ -17,8 +18,9 @@ from service.api import classify, health, kserve, playground, sagemaker, tei
 from service.api import models as api_models
 from service.api.access import document_keys
 from service.api.connections import ConnectionLimits, Guard, GuardedProtocol
+from service.api.direct import Direct
 from service.api.errors import install_error_handlers, own_shape
-from service.api.middleware import OTHER, PROBES, Observe, OperationsPort, Secure
+from service.api.middleware import OTHER, PROBES, Observe, OperationsPort
 from service.api.models import LoadRequest
 from service.api.schemas import (
     ClassifyRequest,
@@ -99,6 +101,13 @@ def create_app(
     for module in (classify, health, api_models, tei, kserve, sagemaker, playground):
         app.include_router(module.router)
     install_error_handlers(app)
+    asked_most = [
+        route
+        for module in (classify, tei, sagemaker)
+        for route in module.router.routes
+        if isinstance(route, APIRoute) and route.methods == {"POST"}
+    ]
+    app.add_middleware(Direct, routes=asked_most)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -110,7 +119,6 @@ def create_app(
     if settings.metrics_port is not None:
         app.add_middleware(OperationsPort, port=settings.metrics_port)
     app.add_middleware(Observe, hub=hub, log_share=settings.access_log)
-    app.add_middleware(Secure)
     _document(app)
     routes += [*app.openapi()["paths"], *playground.UNLISTED, OTHER]
     return app

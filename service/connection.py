@@ -14,7 +14,8 @@ import msgspec
 import structlog
 
 from service import frames
-from service.frames import Decoder, FrameError, Message, Outbox
+from service.frames import Decoder, FrameError, Message
+from service.one_write import OneWrite
 
 log = structlog.get_logger()
 
@@ -79,19 +80,18 @@ async def attend(
     streams: Streams, came: Callable[[asyncio.StreamReader, Say], Awaitable[None]], name: str
 ) -> None:
     """Serve one connection until its end; `name` says in the log where it came."""
-    reader, writer = streams
-    outbox = Outbox(writer)
+    reader, writer = streams[0], OneWrite(streams[1])
 
     def say(message: Message) -> None:
-        if not outbox.closing:
-            outbox.put(message)
+        if not writer.is_closing():
+            frames.write(writer, message)
 
     try:
         await came(reader, say)
     except FrameError as error:
         log.error("a bad frame came", at=name, reason=str(error))
     finally:
-        outbox.close()
+        writer.close()
 
 
 class Connection:
@@ -108,7 +108,7 @@ class Connection:
         self._name = name
         self._place = place
         self._decoder = decoder
-        self._outbox: Outbox | None = None
+        self._writer: OneWrite | None = None
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
 
@@ -125,8 +125,8 @@ class Connection:
 
     async def hold(self, streams: Streams) -> None:
         """Speak over these streams until they end."""
-        reader, writer = streams
-        self._outbox = outbox = Outbox(writer)
+        reader, writer = streams[0], OneWrite(streams[1])
+        self._writer = writer
         try:
             self._came()
             while (message := await frames.read(reader, self._decoder)) is not None:
@@ -135,19 +135,19 @@ class Connection:
         except FrameError as error:
             log.error("a bad frame came", sender=self._name, reason=str(error))
         finally:
-            self._lose(outbox)
+            self._lose(writer)
 
     def say(self, message: Message) -> bool:
         """Send a message that is not answered; False: nobody is there."""
-        if self._outbox is None or self._outbox.closing:
+        if self._writer is None or self._writer.is_closing():
             return False
-        self._outbox.put(message)
+        frames.write(self._writer, message)
         return True
 
     def close(self) -> None:
         """Break the connection; it is made anew."""
-        if self._outbox is not None:
-            self._outbox.abort()
+        if self._writer is not None:
+            self._writer.transport.abort()
 
     async def ask(self, message: Message, timeout: float | None = None) -> Any:
         """Send a message that has an `id`, and await the one that comes back with it.
@@ -192,10 +192,10 @@ class Connection:
     def _lost(self) -> None:
         """Act when the connection broke."""
 
-    def _lose(self, outbox: Outbox) -> None:
-        self._outbox = None
+    def _lose(self, writer: OneWrite) -> None:
+        self._writer = None
         self._lost()
-        outbox.close()
+        writer.close()
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(DisconnectedError())

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from service.one_write import OneWrite
+
 MAX_FRAME_BYTES = 256 * 2**20
 _LENGTH = struct.Struct("<I")
 
@@ -34,46 +36,10 @@ def decoder(messages: Any) -> Decoder:
 _encoder = msgspec.msgpack.Encoder()
 
 
-def framed(message: Message) -> bytes:
-    """Return the frame of one message."""
+def write(writer: asyncio.StreamWriter | OneWrite, message: Message) -> None:
+    """Put one message on the stream."""
     body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
-
-
-class Outbox:
-    """Writes messages on a stream: those of one turn of the event loop leave together.
-
-    A write costs more than the message, and wakes who reads it, who may want the same core.
-    """
-
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
-        self._writer = writer
-        self._held: list[bytes] = []
-
-    @property
-    def closing(self) -> bool:
-        """Whether nothing that is put here leaves any more."""
-        return self._writer.is_closing()
-
-    def put(self, message: Message) -> None:
-        """Put one message on the stream."""
-        if not self._held:
-            asyncio.get_running_loop().call_soon(self._send)
-        self._held.append(framed(message))
-
-    def close(self) -> None:
-        """Send what is held, then close the stream."""
-        self._send()
-        self._writer.close()
-
-    def abort(self) -> None:
-        """Break the stream."""
-        self._writer.transport.abort()
-
-    def _send(self) -> None:
-        if self._held and not self.closing:
-            self._writer.write(b"".join(self._held))
-        self._held.clear()
+    writer.write(_LENGTH.pack(len(body)) + body)
 
 
 async def read(reader: asyncio.StreamReader, messages: Decoder) -> Any:

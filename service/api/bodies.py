@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
-from starlette.requests import ClientDisconnect
 
 from service.api.errors import ApiError, ClientGoneError
 from service.api.schemas import RequestBody
@@ -111,19 +110,22 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     size = 0
     state = state_of(request)
     seconds = state.settings.receive_seconds
+    more = True
     try:
         async with asyncio.timeout(seconds):
-            async for chunk in request.stream():
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGoneError
+                chunk, more = message.get("body", b""), message.get("more_body", False)
                 size += len(chunk)
                 state.receive(len(chunk))
                 if size > max_bytes:
                     raise refusal
                 chunks.append(chunk)
-    except ClientDisconnect:
-        raise ClientGoneError from None
     except TimeoutError:
-        message = f"the body did not arrive in {seconds:g} s"
-        raise ApiError(408, message, code="request_timeout") from None
+        told = f"the body did not arrive in {seconds:g} s"
+        raise ApiError(408, told, code="request_timeout") from None
     finally:
         state.receive(-size)
     return b"".join(chunks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from asyncio import AbstractEventLoop, TimerHandle, Transport
+from asyncio import TimerHandle, Transport
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +17,7 @@ from service.api.bodies import travelled
 from service.api.errors import ApiError, Shape
 from service.api.middleware import SECURITY_HEADERS, name_request
 from service.api.state import no_room
+from service.one_write import OneWrite
 from service.scheduling.door import Door
 
 LINGER_SECONDS = 2.0
@@ -57,35 +58,6 @@ class Guard:
     count: Callable[[str], None]
 
 
-class _OneWrite:
-    """A transport on which what is written in one turn of the event loop leaves together.
-
-    Uvicorn writes the head of an answer and its body one by one, each a packet of its own.
-    """
-
-    def __init__(self, transport: Transport, loop: AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._held: list[bytes] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        if not self._held:
-            self._loop.call_soon(self._send)
-        self._held.append(data)
-
-    def close(self) -> None:
-        self._send()
-        self._transport.close()
-
-    def _send(self) -> None:
-        if self._held and not self._transport.is_closing():
-            self._transport.write(b"".join(self._held))
-        self._held.clear()
-
-
 class GuardedProtocol(HttpToolsProtocol):
     """Uvicorn's, with limits on what a client can hold without ever asking anything.
 
@@ -118,7 +90,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Take a connection, if there is room for it."""
-        super().connection_made(_OneWrite(transport, self.loop))  # type: ignore[arg-type]
+        # Uvicorn writes an answer's head and its body one by one, each a packet of its own.
+        super().connection_made(OneWrite(transport))  # type: ignore[arg-type]
         if len(self.connections) > self._limits.connections:
             message = "the server has all the connections that it can; try again in 1 s"
             refusal = ApiError(503, message, code="too_many_connections", retry_after=1)

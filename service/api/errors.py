@@ -127,13 +127,18 @@ def errors_documented_as(
     return {status: {"model": model} for status in statuses} | any_other
 
 
+def answer_error(request: Request, error: Exception) -> Response:
+    """Return the answer of a request that ended in an `ApiError`."""
+    assert isinstance(error, ApiError)
+    request.scope["refusal"] = error.code
+    return error.response(request.scope["state"])
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Turn every expected exception of this app into the one shape; `Observe` does the others."""
 
     async def api_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ApiError)
-        request.scope["refusal"] = error.code
-        return error.response(request.scope["state"])
+        return answer_error(request, error)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -13,7 +13,6 @@ import time
 import structlog
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import CLIENT_GONE, ApiError, ClientGoneError
@@ -79,12 +78,17 @@ class Observe:
     async def _serve(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         started = time.monotonic()
         status, begun = 500, False
+        added = [*SECURITY_HEADERS, (b"x-request-id", request_id.encode())]
+        if scope.get("scheme") == "https":
+            added.append(_HSTS)
 
         async def send_named(message: Message) -> None:
             nonlocal status, begun
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = list(message.get("headers", ()))
+                given = {name for name, _ in headers}
+                message["headers"] = headers + [one for one in added if one[0] not in given]
             await send(message)
 
         try:
@@ -135,27 +139,6 @@ class Observe:
         write = log.info if chosen else log.debug
         milliseconds = round(seconds * 1000, 2)
         write("request", route=route, status=status, outcome=outcome, ms=milliseconds, **names)
-
-
-class Secure:
-    """Put on every answer the headers that keep browsers from being used against its reader."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        added = [*SECURITY_HEADERS, _HSTS] if scope.get("scheme") == "https" else SECURITY_HEADERS
-
-        async def send_secured(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = list(message.get("headers", ()))
-                given = {name.lower() for name, _ in headers}
-                headers += [header for header in added if header[0] not in given]
-                message["headers"] = headers
-            await send(message)
-
-        await self.app(scope, receive, send_secured)
 
 
 class OperationsPort:

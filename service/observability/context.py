@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-import structlog
-
 
 @dataclass(frozen=True)
 class RequestContext:
@@ -46,11 +44,7 @@ def current_request() -> RequestContext:
 def serving(context: RequestContext) -> Iterator[None]:
     """Serve one request: log lines and metrics of this block carry its ids."""
     token = _current.set(context)
-    names = {"request_id": context.request_id}
-    if context.traceparent:
-        names["trace_id"] = context.trace_id
     try:
-        with structlog.contextvars.bound_contextvars(**names):
-            yield
+        yield
     finally:
         _current.reset(token)

@@ -11,6 +11,8 @@ from typing import Any, TextIO, cast
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
+from service.observability.context import current_request
+
 
 class _Lossy:
     """A stream that loses lines rather than failing whoever writes: its disk may be full."""
@@ -44,7 +46,7 @@ def configure_logs(level: str, form: str, process: str | None = None) -> None:
 
     shared: list[Any] = [
         name_process,
-        structlog.contextvars.merge_contextvars,
+        _name_request,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -70,6 +72,16 @@ def configure_logs(level: str, form: str, process: str | None = None) -> None:
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.getLogger("uvicorn.access").disabled = True
+
+
+def _name_request(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Write whose request is being served."""
+    context = current_request()
+    if context.traceparent:
+        event["trace_id"] = context.trace_id
+    if context.request_id:
+        event["request_id"] = context.request_id
+    return event
 
 
 def _format_exception(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:

@@ -1,0 +1,39 @@
+"""Fewer writes: each is a call to the kernel, and wakes a reader who may want the same core."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+
+class OneWrite:
+    """A stream on which all that is written in one turn of the event loop leaves together.
+
+    In everything else it is the stream that it is given.
+
+    Args:
+        stream: a transport, or a stream's writer.
+    """
+
+    def __init__(self, stream: asyncio.Transport | asyncio.StreamWriter) -> None:
+        self._stream = stream
+        self._held: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, data: bytes) -> None:
+        """Write before the next turn."""
+        if not self._held:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._held.append(data)
+
+    def close(self) -> None:
+        """Write what is held, and close."""
+        self._send()
+        self._stream.close()
+
+    def _send(self) -> None:
+        if self._held and not self._stream.is_closing():
+            self._stream.write(b"".join(self._held))
+        self._held.clear()
