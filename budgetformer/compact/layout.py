@@ -38,6 +38,11 @@ class Layout:
         """Tokens of the longest item."""
         return max(self.lengths, default=0)
 
+    @property
+    def alone(self) -> bool:
+        """Whether every row is the same item's, so that there is nothing to tell apart."""
+        return len(self.lengths) == 1
+
     @cached_property
     def owner(self) -> Tensor:
         """Item of each token, [N]."""
@@ -49,7 +54,7 @@ class Layout:
         """Place of each token within its item, [N]."""
         places = torch.arange(self.longest)
         parts = [places[:length] for length in self.lengths]
-        return (torch.cat(parts) if parts else places).to(self.device)
+        return (torch.cat(parts) if len(parts) > 1 else places).to(self.device)
 
     @cached_property
     def starts(self) -> Tensor:
@@ -60,8 +65,8 @@ class Layout:
     @cached_property
     def counts(self) -> Tensor:
         """Tokens of each item, [B, 1] in float32; at least one, to divide by."""
-        counts = torch.tensor(self.lengths, dtype=torch.float32).clamp_(min=1)
-        return counts.unsqueeze(-1).to(self.device)
+        counts = [[max(length, 1.0)] for length in self.lengths]
+        return torch.tensor(counts, device=self.device).view(-1, 1)
 
     @property
     def empty(self) -> Tensor:

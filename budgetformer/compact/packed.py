@@ -59,6 +59,8 @@ class PackedTokens:
 
     def part(self, start: int, stop: int) -> PackedTokens:
         """Return the items from `start` to `stop`, not included."""
+        if stop - start == len(self.lengths):
+            return self
         ends = [0, *accumulate(self.lengths)]
         rows = slice(ends[start], ends[stop])
         return PackedTokens(
@@ -82,6 +84,8 @@ class PackedTokens:
 
     def to(self, device: torch.device) -> PackedTokens:
         """Return the same tokens on `device`."""
+        if self.input_ids.device == device:
+            return self
         return PackedTokens(self.input_ids.to(device), self.token_type_ids.to(device), self.lengths)
 
 
@@ -373,15 +377,22 @@ class PackedPass:
     def _exit_logits(self, ids: Tensor, layout: Layout) -> Tensor:
         head = self.model.exit_head
         assert head is not None
-        rows, counts, owner = ids.long(), layout.counts, layout.owner
+        rows, counts, table = ids.long(), layout.counts, head.weight.weight
+        pairs = None
         if head.buckets and len(rows):
+            pairs, counts = head.neighbours(rows), 2 * counts - 1
+        if layout.alone:
+            rows = rows if pairs is None else torch.cat([rows, pairs])
+            total = F.embedding(rows, table).sum(0, keepdim=True, dtype=head.bias.dtype)
+            return head.logits(total, counts)
+        owner = layout.owner
+        if pairs is not None:
             together = owner[:-1] == owner[1:]
-            rows = torch.cat([rows, head.neighbours(rows)])
+            rows = torch.cat([rows, pairs])
             owner = torch.cat([owner, torch.where(together, owner[:-1], layout.items)])
-            counts = 2 * counts - 1
         # One row more: for what belongs to no item.
-        total: Tensor = head.bias.new_zeros(layout.items + 1, head.weight.embedding_dim)
-        total.index_add_(0, owner, head.weight(rows).to(total.dtype))
+        total = head.bias.new_zeros(layout.items + 1, table.shape[1])
+        total.index_add_(0, owner, F.embedding(rows, table).to(total.dtype))
         return head.logits(total[:-1], counts)
 
     def _classify(self, states: Tensor, layout: Layout) -> Tensor:

@@ -75,5 +75,8 @@ def add_norm(states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
 
 def mean(states: Tensor, layout: Layout) -> Tensor:
     """Average the states [N, D] of each item, [B, D] in float32; no token at all gives zeros."""
-    total = states.new_zeros(layout.items, states.shape[-1], dtype=torch.float32)
-    return total.index_add_(0, layout.owner, states[: layout.tokens].float()) / layout.counts
+    states = states[: layout.tokens].float()
+    if layout.alone:
+        return states.sum(0, keepdim=True) / layout.counts
+    total = states.new_zeros(layout.items, states.shape[-1])
+    return total.index_add_(0, layout.owner, states) / layout.counts
