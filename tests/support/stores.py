@@ -23,6 +23,7 @@ from budgetformer.policy import BudgetRule, OperatingPoint
 from budgetformer.training.data import Examples
 from budgetformer.training.pipeline import train_checkpoint
 from budgetformer.training.recipe import Recipe
+from tests.support.texts import tokenizer_for
 
 LABELS = ("animals", "music", "weather")
 LAYERS, HEADS = 2, 4
@@ -60,7 +61,7 @@ _TINY: dict[str, Any] = {
     "batch_size": 16,
     "dense_epochs": 6,
     "budget_epochs": 4,
-    "exit_epochs": 6,
+    "exit_epochs": 60,
     "exit_folds": 2,
     "exit_weights": 300,
     "hold_out": 0.25,
@@ -123,12 +124,16 @@ def _pair_rows() -> list[dict[str, Any]]:
 def train(output: Path, rows: list[dict[str, Any]], **recipe: Any) -> None:
     """Train the checkpoint folder `output` (`<store>/<name>/<version>`) on some rows."""
     scratch = output.parents[2]
+    work = scratch / f"{output.parent.name}-{output.name}.work"
+    work.mkdir(parents=True)
+    texts = (row[field] for row in rows for field in ("text", "text_pair") if field in row)
+    tokenizer_for(texts).save(str(work / "tokenizer.json"))
     train_checkpoint(
         data=write_jsonl(scratch / f"{output.parent.name}-{output.name}.jsonl", rows),
         output=output,
         start=None,
         recipe=Recipe(**_TINY | recipe),
-        work_dir=scratch / f"{output.parent.name}-{output.name}.work",
+        work_dir=work,
         threads=1,  # networks this small are fastest on one
         log=lambda _: None,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from itertools import product
 
 import numpy as np
@@ -46,11 +48,16 @@ def topic_examples() -> Examples:
 
 
 def small_tokenizer() -> Tokenizer:
-    """Build a WordPiece tokenizer for the synthetic sentences: long words are two pieces.
+    """Build the tokenizer of the synthetic sentences."""
+    return tokenizer_for(topic_examples().texts)
+
+
+def tokenizer_for(texts: Iterable[str]) -> Tokenizer:
+    """Build a WordPiece tokenizer that knows the words of some texts, long ones in two pieces.
 
     Training one breaks ties anew in every process: no two runs would train the same network.
     """
-    words = sorted({word for text in topic_examples().texts for word in text.lower()[:-1].split()})
+    words = sorted({word for text in texts for word in re.findall("[a-z]+", text.lower())})
     letters = sorted(set("".join(words)))
     starts = [*letters, ".", *(word[:4] if len(word) > 6 else word for word in words)]
     ends = [*letters, *(word[4:] for word in words if len(word) > 6)]
