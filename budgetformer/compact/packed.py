@@ -377,22 +377,20 @@ class PackedPass:
     def _exit_logits(self, ids: Tensor, layout: Layout) -> Tensor:
         head = self.model.exit_head
         assert head is not None
-        rows, counts, table = ids.long(), layout.counts, head.weight.weight
-        pairs = None
+        rows, counts = ids.long(), layout.counts
+        owner = None if layout.alone else layout.owner
         if head.buckets and len(rows):
-            pairs, counts = head.neighbours(rows), 2 * counts - 1
-        if layout.alone:
-            rows = rows if pairs is None else torch.cat([rows, pairs])
-            total = F.embedding(rows, table).sum(0, keepdim=True, dtype=head.bias.dtype)
-            return head.logits(total, counts)
-        owner = layout.owner
-        if pairs is not None:
-            together = owner[:-1] == owner[1:]
-            rows = torch.cat([rows, pairs])
-            owner = torch.cat([owner, torch.where(together, owner[:-1], layout.items)])
+            rows = torch.cat([rows, head.neighbours(rows)])
+            counts = 2 * counts - 1
+            if owner is not None:
+                together = owner[:-1] == owner[1:]
+                owner = torch.cat([owner, torch.where(together, owner[:-1], layout.items)])
+        added = F.embedding(rows, head.weight.weight).to(head.bias.dtype)
+        if owner is None:
+            return head.logits(added.sum(0, keepdim=True), counts)
         # One row more: for what belongs to no item.
-        total = head.bias.new_zeros(layout.items + 1, table.shape[1])
-        total.index_add_(0, owner, F.embedding(rows, table).to(total.dtype))
+        total = added.new_zeros(layout.items + 1, added.shape[1])
+        total.index_add_(0, owner, added)
         return head.logits(total[:-1], counts)
 
     def _classify(self, states: Tensor, layout: Layout) -> Tensor:

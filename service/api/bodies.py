@@ -114,18 +114,18 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     try:
         async with asyncio.timeout(seconds):
             while more:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
+                part = await request.receive()
+                if part["type"] == "http.disconnect":
                     raise ClientGoneError
-                chunk, more = message.get("body", b""), message.get("more_body", False)
+                chunk, more = part.get("body", b""), part.get("more_body", False)
                 size += len(chunk)
                 state.receive(len(chunk))
                 if size > max_bytes:
                     raise refusal
                 chunks.append(chunk)
     except TimeoutError:
-        told = f"the body did not arrive in {seconds:g} s"
-        raise ApiError(408, told, code="request_timeout") from None
+        message = f"the body did not arrive in {seconds:g} s"
+        raise ApiError(408, message, code="request_timeout") from None
     finally:
         state.receive(-size)
     return b"".join(chunks)

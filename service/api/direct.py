@@ -47,5 +47,5 @@ class Direct:
                 await dependency.dependency(request)  # type: ignore[misc]
             response = await route.endpoint(request)
         except ApiError as error:
-            response = answer_error(request, error)
+            response = await answer_error(request, error)
         await response(scope, receive, send)

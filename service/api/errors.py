@@ -127,7 +127,7 @@ def errors_documented_as(
     return {status: {"model": model} for status in statuses} | any_other
 
 
-def answer_error(request: Request, error: Exception) -> Response:
+async def answer_error(request: Request, error: Exception) -> Response:
     """Return the answer of a request that ended in an `ApiError`."""
     assert isinstance(error, ApiError)
     request.scope["refusal"] = error.code
@@ -136,9 +136,6 @@ def answer_error(request: Request, error: Exception) -> Response:
 
 def install_error_handlers(app: FastAPI) -> None:
     """Turn every expected exception of this app into the one shape; `Observe` does the others."""
-
-    async def api_error(request: Request, error: Exception) -> Response:
-        return answer_error(request, error)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -153,5 +150,5 @@ def install_error_handlers(app: FastAPI) -> None:
             response.headers["Allow"] = ", ".join(sorted(known | _methods(request)))
         return response
 
-    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(ApiError, answer_error)
     app.add_exception_handler(HTTPException, http_error)

@@ -87,7 +87,7 @@ class Observe:
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
                 headers = list(message.get("headers", ()))
-                given = {name for name, _ in headers}
+                given = {name.lower() for name, _ in headers}
                 message["headers"] = headers + [one for one in added if one[0] not in given]
             await send(message)
 
