@@ -21,12 +21,14 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from service.acceptor import Acceptor
 from service.app import create_app, protocol_of
 from service.engine.client import Engines
 from service.observability.logs import configure_logs
 from service.observability.traces import open_tracing
 from service.process import (
     bind,
+    collect_seldom,
     engine_socket,
     exit_with_parent,
     hub_socket,
@@ -44,12 +46,6 @@ log = structlog.get_logger()
 KEEP_ALIVE_SECONDS = 75
 """Longer than the minute after which load balancers let an idle connection go, so that a request
 never meets a connection that is just being closed."""
-
-
-ACCEPTS = 8
-"""The event loop takes one connection a turn from each listening socket. One socket alone, and a
-busy front, and new connections would wait for seconds in the kernel's backlog, where nobody can
-refuse them."""
 SPARE_DESCRIPTORS = 256
 """Open files of a front besides its connections."""
 
@@ -72,26 +68,35 @@ class _DrainingServer(uvicorn.Server):
         self,
         config: uvicorn.Config,
         app: FastAPI,
+        acceptor: Acceptor,
         tracing: Tracing | None,
         side: tuple[_SideServer, socket.socket] | None,
     ) -> None:
         super().__init__(config)
         self._app = app
+        self._acceptor = acceptor
         self._tracing = tracing
         self._side = side
         self._beside: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._acceptor.start(self._protocol, self.config.ssl)
         if self._side is not None:
             server, listener = self._side
             self._beside = asyncio.create_task(server.serve([listener]))
+
+    def _protocol(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.state.draining = True
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._acceptor.close()
         await super().shutdown(sockets)
         if self._side is not None and self._beside is not None:
             self._side[0].should_exit = True
@@ -132,20 +137,11 @@ def main() -> None:
     if settings.metrics_port is not None:
         listener = bind(settings.host, settings.metrics_port)
         side = _SideServer(uvicorn.Config(app, lifespan="off", **common)), listener
-    server = _DrainingServer(config, app, tracing, side)
+    acceptor = Acceptor(socket.socket(fileno=descriptor), settings.receive_seconds)
+    server = _DrainingServer(config, app, acceptor, tracing, side)
     keep_what_is_here()
-    server.run(sockets=listeners(descriptor))
-
-
-def listeners(descriptor: int) -> list[socket.socket]:
-    """Return the listening socket several times, as one connection a turn is taken of each.
-
-    Never, not for a moment, may it wait: whether a socket does is shared with all processes that
-    hold it, and another front might be about to take a connection that this one has taken.
-    """
-    listening = socket.socket(fileno=descriptor)
-    listening.setblocking(False)  # so that its copies are made in the same way
-    return [listening, *(listening.dup() for _ in range(ACCEPTS - 1))]
+    collect_seldom()
+    server.run(sockets=[])  # the acceptor's connections are all that there are
 
 
 def _tls(settings: Settings) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class OneWrite:
 
     def __init__(self, stream: asyncio.Transport | asyncio.StreamWriter) -> None:
         self._stream = stream
+        self.is_closing = stream.is_closing
         self._held: list[bytes] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -28,12 +29,17 @@ class OneWrite:
             asyncio.get_running_loop().call_soon(self._send)
         self._held.append(data)
 
+    def write_now(self, data: bytes) -> None:
+        """Write, after what is held."""
+        self._held.append(data)
+        self._send()
+
     def close(self) -> None:
         """Write what is held, and close."""
         self._send()
         self._stream.close()
 
     def _send(self) -> None:
-        if self._held and not self._stream.is_closing():
+        if self._held and not self.is_closing():
             self._stream.write(b"".join(self._held))
         self._held.clear()

@@ -91,7 +91,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Take a connection, if there is room for it."""
         # Uvicorn writes an answer's head and its body one by one, each a packet of its own.
-        super().connection_made(OneWrite(transport))  # type: ignore[arg-type]
+        self._stream = OneWrite(transport)
+        super().connection_made(self._stream)  # type: ignore[arg-type]
         if len(self.connections) > self._limits.connections:
             message = "the server has all the connections that it can; try again in 1 s"
             refusal = ApiError(503, message, code="too_many_connections", retry_after=1)
@@ -111,12 +112,14 @@ class GuardedProtocol(HttpToolsProtocol):
         """Parse what came, as long as it is not too much of it."""
         if self.transport.is_closing():
             return
-        if self._stage == "idle" and self._timer is None and self._answered:
-            self._wait(self._limits.seconds, self._too_slow)
         self._message_bytes += len(data)
         super().data_received(data)
         if self.transport.is_closing():
             return
+        if self._timer is None and self.timeout_keep_alive_task is None and self._answered:
+            # A head has begun, or the body of who was turned away.
+            then = self._end if self._turned_away else self._too_slow
+            self._wait(self._limits.seconds, then)
         most = self._limits.head_bytes if self._stage != "body" else self._limits.message_bytes
         if self._message_bytes > most + READ_BYTES:
             # What is being parsed and never ends: a header, a trailer, a chunk's extension.
@@ -213,10 +216,8 @@ class GuardedProtocol(HttpToolsProtocol):
         lines = [head, b"x-request-id: ", name_request(headers.get(b"x-request-id", b"")).encode()]
         if not self.parser.should_keep_alive():
             lines.append(b"\r\nconnection: close")
-        self.transport.write(b"".join([*lines, b"\r\n\r\n", body]))
+        self._stream.write_now(b"".join([*lines, b"\r\n\r\n", body]))
         self._turned_away = True
-        if self._timer is None:
-            self._wait(self._limits.seconds, self._end)
         self._guard.count(self.url.decode())
         return True
 

@@ -43,7 +43,7 @@ class Door:
 
     def closed_to(self, size: int, now: float) -> bool:
         """Say whether a body of so many bytes is turned away unread."""
-        return self.texts >= self._window(size) or now < self._late_until
+        return now < self._late_until or self.texts >= self._window(size)
 
     def refuse(self, size: int | None, others: int) -> None:
         """Close to bodies like one that was refused for what is here.
@@ -94,8 +94,8 @@ class Door:
         return self.retry_after(self.texts - self._window(size), now)
 
     def _window(self, size: int) -> float:
-        own = (room for bits, room in self._windows.items() if bits <= size.bit_length())
-        return min(own, default=math.inf)
+        most = size.bit_length()
+        return min([room for bits, room in self._windows.items() if bits <= most], default=math.inf)
 
     def _recent(self, now: float) -> float:
         return self._answered * math.exp((self._counted - now) / RATE_SECONDS)

@@ -56,6 +56,15 @@ async def test_every_turn_has_its_own(stream: Stream) -> None:
     assert stream.sent == [b"one", b"two", b"three"]
 
 
+async def test_what_cannot_wait_leaves_at_once_behind_what_is_held(stream: Stream) -> None:
+    writer = together(stream)
+    writer.write(b"first ")
+    writer.write_now(b"second")
+    assert stream.sent == [b"first second"]
+    await asyncio.sleep(0)
+    assert stream.sent == [b"first second"]
+
+
 async def test_what_is_held_leaves_before_the_stream_closes(stream: Stream) -> None:
     writer = together(stream)
     writer.write(b"the last word")

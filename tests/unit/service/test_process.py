@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import time
@@ -10,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from service import process
-from service.front import listeners
-from service.process import bind, on_silence
+from service.process import on_silence
 
 
 @pytest.fixture(autouse=True)
@@ -52,19 +50,6 @@ async def test_while_this_process_itself_stood_still_nobody_could_be_heard() -> 
     await asyncio.sleep(0.1)
     watching.cancel()
     assert acted == []
-
-
-def test_no_front_ever_waits_at_the_listening_socket_that_all_share() -> None:
-    with bind("127.0.0.1", 0) as listener:
-        assert not os.get_blocking(listener.fileno())
-        os.set_blocking(listener.fileno(), True)
-        copies = listeners(os.dup(listener.fileno()))
-        try:
-            assert not os.get_blocking(listener.fileno())
-            assert not any(os.get_blocking(copy.fileno()) for copy in copies)
-        finally:
-            for copy in copies:
-                copy.close()
 
 
 def test_large_blocks_are_apart_until_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

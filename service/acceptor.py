@@ -1,0 +1,107 @@
+"""How connections are taken from a listening socket that several processes share."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+log = structlog.get_logger()
+
+ACCEPTS = 8
+"""Connections taken a turn of the event loop, at least: the others are left to other fronts."""
+ACCEPT_SECONDS = 0.001
+"""Who was left there may wait so long for each who was: under overload a turn lasts tenths of a
+second, and nobody can refuse those who are in the kernel's backlog."""
+PAUSE_SECONDS = 1.0
+"""How long none is taken after there was no room for one."""
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Acceptor:
+    """Take connections, several a turn: the event loop's own servers take one.
+
+    Never, not for a moment, may the socket wait: whether it does is shared with all processes that
+    hold it, and another front might be about to take a connection that this one has taken.
+
+    Args:
+        listener: the socket; it is closed in the end.
+        handshake_seconds: how long TLS may take to be agreed.
+    """
+
+    def __init__(self, listener: socket.socket, handshake_seconds: float) -> None:
+        listener.setblocking(False)
+        self._listener = listener
+        self._handshake_seconds = handshake_seconds
+        self._opening: set[asyncio.Task[None]] = set()
+        self._left: float | None = None
+        """When some were left in the backlog, if some were."""
+        self._paused: asyncio.TimerHandle | None = None
+
+    def start(
+        self, protocol: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None = None
+    ) -> None:
+        """Begin to take connections.
+
+        Args:
+            protocol: makes what reads a connection.
+            tls: how they are encrypted; None: they are not.
+        """
+        self._protocol = protocol
+        self._tls: dict[str, Any] = {}
+        if tls is not None:
+            self._tls = {"ssl": tls, "ssl_handshake_timeout": self._handshake_seconds}
+        self._watch()
+
+    def close(self) -> None:
+        """Take no more of them."""
+        if self._paused is not None:
+            self._paused.cancel()
+        asyncio.get_running_loop().remove_reader(self._listener)
+        self._listener.close()
+
+    def _watch(self) -> None:
+        self._paused = self._left = None
+        asyncio.get_running_loop().add_reader(self._listener, self._take)
+
+    def _take(self) -> None:
+        now = time.monotonic()
+        most = ACCEPTS
+        if self._left is not None:
+            most = max(ACCEPTS, int((now - self._left) / ACCEPT_SECONDS))
+        self._left = None
+        loop = asyncio.get_running_loop()
+        for _ in range(most):
+            try:
+                connection, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return  # another front has taken it, or it is gone
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                self._pause(error)
+                return
+            opening = loop.create_task(self._open(connection))
+            self._opening.add(opening)
+            opening.add_done_callback(self._opening.discard)
+        self._left = now
+
+    async def _open(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(self._protocol, connection, **self._tls)
+        except OSError:
+            connection.close()  # gone, or it speaks no TLS
+
+    def _pause(self, error: OSError) -> None:
+        log.warning("no room for connections", error=str(error))
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._listener)
+        self._paused = loop.call_later(PAUSE_SECONDS, self._watch)
