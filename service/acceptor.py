@@ -80,12 +80,10 @@ class Acceptor:
         for _ in range(most):
             try:
                 connection, _ = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return  # another front has taken it, or it is gone
             except OSError as error:
-                if error.errno not in _NO_ROOM:
-                    raise
-                self._pause(error)
+                # Else another front has taken it, or it is gone, as accept(2) says in many ways.
+                if error.errno in _NO_ROOM:
+                    self._pause(error)
                 return
             opening = loop.create_task(self._open(connection))
             self._opening.add(opening)

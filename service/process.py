@@ -133,17 +133,21 @@ def large_blocks_apart() -> Iterator[None]:
     """Have the C library take each large block from the system by itself, where it can.
 
     A model is loaded by way of copies that are soon let go. Taken from among what stays they leave
-    holes that are kept; blocks of their own go back at once. For passes, which ask for the same
-    again and again, they would be slow.
+    holes that are kept; blocks of their own go back at once. For passes they would be slow.
     """
     mallopt = _glibc("mallopt")
-    if mallopt is None:
-        yield
-        return
-    mallopt(MMAP_THRESHOLD, LARGE_BYTES)
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, LARGE_BYTES)
     try:
         yield
     finally:
+        keep_large_blocks()
+
+
+def keep_large_blocks() -> None:
+    """Have the C library keep large blocks, where it can: passes ask for the same ones again."""
+    mallopt = _glibc("mallopt")
+    if mallopt is not None:
         mallopt(MMAP_THRESHOLD, KEPT_BYTES)
         mallopt(TRIM_THRESHOLD, 2 * KEPT_BYTES)
 

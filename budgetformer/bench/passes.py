@@ -10,8 +10,10 @@ from budgetformer import cascade
 from budgetformer.bench.timing import Contender, Machine, TokenIds
 from budgetformer.cascade import Work
 from budgetformer.checkpoint import Checkpoint
-from budgetformer.compact import PackedPass, PackedTokens
+from budgetformer.compact import PackedPass, PackedTokens, load_pass
+from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.cost import encoder_macs, layer_weights
+from budgetformer.modeling import BudgetFormerForSequenceClassification
 from budgetformer.policy import BudgetRule
 
 
@@ -41,6 +43,31 @@ def step_contenders(
         return Contender(step_name(precision, step), run, limit)
 
     yield from map(contender, steps)
+
+
+def picked_name(step: int) -> str:
+    """Return what a step's contender is called that takes other heads for each text."""
+    return f"step {step}, float32, heads picked by text"
+
+
+def picking_contender(like: BudgetFormerConfig, step: int) -> Contender:
+    """Return a step of a network of the same shape whose g_d picks heads for each text.
+
+    Its weights, and which heads it picks, are random: hardly two texts of a batch keep the same.
+    """
+    by_text = {"head_selection": "input", "budget_scope": "input"}
+    config = BudgetFormerConfig(**(like.to_dict() | by_text))
+    picking = load_pass(BudgetFormerForSequenceClassification(config))
+    draw = torch.Generator().manual_seed(0)
+    sizes = picking.sizes
+
+    def run(items: Sequence[TokenIds]) -> object:
+        chances = torch.rand(len(items), sizes.layers, sizes.heads, generator=draw)
+        return picking.run(
+            PackedTokens.pack(items), [step] * len(items), ranking=chances.argsort(-1)
+        )
+
+    return Contender(picked_name(step), run)
 
 
 def level_contenders(network: PackedPass, checkpoint: Checkpoint) -> Iterator[Contender]:

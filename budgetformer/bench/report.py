@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from budgetformer.bench.passes import level_contenders, step_contenders, step_name
+from budgetformer.bench.passes import (
+    level_contenders,
+    picking_contender,
+    step_contenders,
+    step_name,
+)
 from budgetformer.bench.rivals import DENSE, rival_contenders
 from budgetformer.bench.timing import (
     Contender,
@@ -25,6 +30,7 @@ from budgetformer.bench.timing import (
 )
 from budgetformer.checkpoint import Checkpoint
 from budgetformer.compact import load_pass
+from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.modeling import load_model
 from budgetformer.training.pages import draw, markdown_table
 
@@ -33,6 +39,8 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 4, 8, 16, 32, 64)
 MOST_ROUNDS = 64
+SMALL_SHARE = 1 / 6
+"""Of the ladder: the step at which heads picked by text are compared with ranked ones."""
 LENGTHS = (12, 80)
 """Tokens of the made-up texts, from and to."""
 
@@ -156,6 +164,9 @@ def compare_passes(
         contenders += step_contenders(network, range(1, last + 1), machine)
         if texts is not None:
             contenders += level_contenders(network, checkpoint)
+    if not chosen.sizes.picks_heads:
+        assert isinstance(model.config, BudgetFormerConfig)
+        contenders.append(picking_contender(model.config, max(1, round(last * SMALL_SHARE))))
     if rivals:
         contenders += rival_contenders(model, threads, "bfloat16" in precisions)
     timings: list[Timing] = []

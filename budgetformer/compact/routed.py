@@ -77,10 +77,10 @@ class Routing:
             spare_rows: rows of states after the tokens'; with any, a head's tokens are padded.
         """
         owner = layout.owner
-        kept = torch.zeros(len(sets), num_heads, dtype=torch.bool)
-        for item, head_set in enumerate(sets):
-            kept[item, list(head_set)] = True
-        kept = kept.to(owner.device)
+        cells = [item * num_heads + head for item, heads in enumerate(sets) for head in heads]
+        kept = torch.zeros(len(sets) * num_heads, dtype=torch.bool)
+        kept[torch.tensor(cells, dtype=torch.long)] = True
+        kept = kept.view(len(sets), num_heads).to(owner.device)
         heads, rows = kept[owner].t().nonzero().unbind(1)
         by_token = kept.sum(1)[owner]
         rank = (kept.cumsum(1) - 1)[owner[rows], heads]

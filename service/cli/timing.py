@@ -14,6 +14,7 @@ from budgetformer.cost_table import SERVER_FILE, read_tables
 from budgetformer.errors import DataError
 from budgetformer.precision import Precision
 from service.cli.terminal import JsonOption, ModelOption, StoreOption, complain, out, resolve
+from service.process import keep_large_blocks
 
 DataOption = Annotated[
     Path | None, typer.Option(help="Real texts, CSV, JSONL or Parquet; none: random tokens.")
@@ -57,6 +58,7 @@ def tune(
     from budgetformer.tune import measure_costs
 
     torch.set_num_threads(threads)
+    keep_large_blocks()  # as engines do
     checkpoint = resolve(model, model_store)
     costs = measure_costs(load_network(checkpoint, device, dtype), checkpoint.label)
     output.mkdir(parents=True, exist_ok=True)
@@ -117,6 +119,7 @@ def bench_pass(
     """Time every ladder step and quality level beside the dense network in other libraries."""
     from budgetformer.bench.report import BATCHES, COLUMNS, compare_passes, write_bench_report
 
+    keep_large_blocks()  # as engines do
     texts = None
     batches = tuple(batch or BATCHES)
     if data is not None:
