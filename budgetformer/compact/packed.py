@@ -9,7 +9,7 @@ after the other and many are routed (`budgetformer.compact.routed`).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -45,8 +45,6 @@ GPU_ROWS = 16384
 
 ARRIVAL = 0
 """In place of a step: what is decided before any."""
-
-Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -460,33 +458,35 @@ class PackedPass:
         if not head_set:
             return states
         kept = self._slices.get(index, head_set)
-        attend = self.kernels.attend
-        return self._around(
-            index,
-            states,
-            lambda x: kept.output(attend(kept.qkv(x), layout, kept.heads)),
-            lambda x: kept.down(kept.up(x)),
-        )
+
+        def attention(x: Tensor) -> Tensor:
+            return kept.output(self.kernels.attend(kept.qkv(x), layout, kept.heads))
+
+        layer = self._layers[index]
+        first, second = layer.attention_norm, layer.feed_forward_norm
+        if self._post:
+            mixed = self.kernels.add_norm(states, attention(states), first)
+            return self.kernels.add_norm(mixed, kept.down(kept.up(mixed)), second)
+        mixed = plain.add(states, attention(plain.norm(states, first)))
+        return plain.add(mixed, kept.down(kept.up(plain.norm(mixed, second))))
 
     def _run_routed(self, index: int, states: Tensor, routing: Routing) -> Tensor:
         """Run items that keep many different sets of heads."""
         routed = RoutedLayer(self._slices, self.kernels, index, routing)
 
-        def whole_net(x: Tensor) -> Tensor:
+        def whole_net(x: Tensor, onto: Tensor) -> Tensor:
             up, down = self._slices.layers[index].whole_net
-            return down(up(x))
+            return plain.add(onto, down(up(x)))
 
         coupled = self.sizes.neurons_per_head is not None
         net = routed.transform if coupled else whole_net
-        result = self._around(index, states, routed.attend, net)
-        return result if routing.used is None else torch.where(routing.used, result, states)
-
-    def _around(self, index: int, states: Tensor, attention: Map, net: Map) -> Tensor:
-        """Put residuals and norms around a layer's two maps."""
         layer = self._layers[index]
         first, second = layer.attention_norm, layer.feed_forward_norm
         if self._post:
-            mixed = self.kernels.add_norm(states, attention(states), first)
-            return self.kernels.add_norm(mixed, net(mixed), second)
-        mixed = plain.add(states, attention(plain.norm(states, first)))
-        return plain.add(mixed, net(plain.norm(mixed, second)))
+            mixed = plain.norm(routed.attend(states, states), first)
+            result = plain.norm(net(mixed, mixed), second)
+        else:
+            mixed = routed.attend(plain.norm(states, first), states)
+            result = net(plain.norm(mixed, second), mixed)
+        result = result.to(states.dtype)
+        return result if routing.used is None else torch.where(routing.used, result, states)

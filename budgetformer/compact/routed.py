@@ -118,8 +118,8 @@ class RoutedLayer:
         ]
         self._output_bias, self._down_bias = slices.layers[index].biases
 
-    def attend(self, states: Tensor) -> Tensor:
-        """Return what attention adds to states [N', D]."""
+    def attend(self, states: Tensor, onto: Tensor) -> Tensor:
+        """Return `onto` [N', D] and what attention to states [N', D] adds."""
         read = states.to(self._dtype)
         by_head = [
             kept.qkv(read.index_select(0, pairs.rows))[: pairs.count] for pairs, kept in self._heads
@@ -135,16 +135,16 @@ class RoutedLayer:
             contexts.append(context.view(count, projected.shape[1] // 3))
             start += count
         context = torch.cat(contexts)
-        added = self._output_bias.repeat(len(states), 1)
+        added = onto + self._output_bias
         for pairs, kept in self._heads:
             result = kept.output(context.index_select(0, pairs.pairs))
             added.index_add_(0, pairs.rows, result.to(added.dtype))
         return added
 
-    def transform(self, states: Tensor) -> Tensor:
-        """Return what the coupled feed-forward net adds to states [N', D]."""
+    def transform(self, states: Tensor, onto: Tensor) -> Tensor:
+        """Return `onto` [N', D] and what the coupled feed-forward net makes of states [N', D]."""
         read = states.to(self._dtype)
-        added = self._down_bias.repeat(len(states), 1)
+        added = onto + self._down_bias
         for pairs, kept in self._heads:
             result = kept.down(kept.up(read.index_select(0, pairs.rows)))
             added.index_add_(0, pairs.rows, result.to(added.dtype))
