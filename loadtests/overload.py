@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -78,30 +79,28 @@ class Asked:
         """Measure every multiple once, between two peaks."""
         client = Client(self._url, spin=False)
         requests = [client.request(body) for body in self._bodies]
-        await self._peak(client, 3.0)
-        before, held = await self._peak(client, self._given.seconds), self._memory()
+        lowest = [client.request(body | {"quality": "fast"}) for body in self._bodies]
+        peak = partial(client.closed, PEAK, lowest, IN_FLIGHT[self._size == 1])
+        await peak(3.0)
+        before, held = await peak(self._given.seconds), self._memory()
         for factor in self._given.factors:
             load = f"{factor:g}x"
             rate = factor * before.goodput
             phase = await client.scheduled(load, requests, rate, self._given.seconds)
             self._grown = max(self._grown, self._memory() - held)
             await asyncio.sleep(self._given.rest)
-            after = await self._peak(client, self._given.seconds)
-            self._phases[load].append(phase)
+            after = await peak(self._given.seconds)
             self._phases[PEAK].append(before)
+            self._phases[load].append(phase)
             share = 2 * phase.goodput / (before.goodput + after.goodput)
             self._shares[load].append(share)
             print(f"{self._name}, {self._size} texts, {load}: {share:.2f}", file=sys.stderr)
             before = after
         client.close()
 
-    async def _peak(self, client: Client, seconds: float) -> Phase:
-        lowest = [client.request(body | {"quality": "fast"}) for body in self._bodies]
-        return await client.closed(PEAK, lowest, IN_FLIGHT[self._size == 1], seconds)
-
     def rows(self) -> Iterator[str]:
         """Return a line of the table for every load: counts are sums, all else are medians."""
-        for load, phases in sorted(self._phases.items(), key=lambda one: one[0] != PEAK):
+        for load, phases in self._phases.items():
             statuses, levels = (
                 ", ".join(f"{name}: {n}" for name, n in sorted(total.items()))
                 for total in (
@@ -149,14 +148,15 @@ def main() -> None:
     print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
     cores = Cores.split()
     with contextlib.ExitStack() as running:
-        servers = {given.url: (given.url, lambda: 0.0)}
-        if not given.url:
-            servers = {}
+        servers: dict[str, tuple[str, Callable[[], float]]] = {}
+        if given.url:
+            servers[given.url] = given.url, lambda: 0.0
+        else:
             flags = ("--models=ag_news", f"--model-store={Path('model_store').absolute()}")
-            for name, folder in {"this": None, "other": given.against}.items():
-                if name == "this" or folder:
-                    server = running.enter_context(ours(cores.server, *flags, folder=folder))
-                    servers[name] = server.url, server.memory
+            others = {"other": given.against} if given.against else {}
+            for name, folder in ({"this": None} | others).items():
+                server = running.enter_context(ours(cores.server, *flags, folder=folder))
+                servers[name] = server.url, server.memory
             cores.hold_client()
             print(cores.told(), file=sys.stderr)
         for size in given.texts:

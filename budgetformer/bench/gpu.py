@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from budgetformer.bench.agreement import Agreement, compare_labels
+from budgetformer.bench.passes import small_step
 from budgetformer.bench.rivals import bfloat16_twin, padded
 from budgetformer.bench.timing import TokenIds, made_up_texts, token_ids
 from budgetformer.checkpoint import Checkpoint
@@ -114,7 +115,7 @@ def bench_gpu(
     ways = dict(_ways(model))
     last = model.config.num_steps
     first = 1 if model.config.budget_scope == "layer" else ARRIVAL
-    usual = {first, 1, max(1, last // 6), max(1, last // 2), last}
+    usual = {first, 1, small_step(last), max(1, last // 2), last}
     timed = sorted(usual) if steps is None else steps
     items = _items(checkpoint, texts, model.config.vocab_size)
     report = GpuReport(checkpoint.label, _facts(device))

@@ -22,6 +22,11 @@ def step_name(precision: str, step: int) -> str:
     return f"step {step}, {precision}"
 
 
+def small_step(last: int) -> int:
+    """Return the ladder step at about a sixth of the last one's multiply-adds."""
+    return max(1, last // 6)
+
+
 def step_contenders(
     network: PackedPass, steps: Sequence[int], machine: Machine
 ) -> Iterator[Contender]:

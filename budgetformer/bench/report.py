@@ -15,6 +15,7 @@ import torch
 from budgetformer.bench.passes import (
     level_contenders,
     picking_contender,
+    small_step,
     step_contenders,
     step_name,
 )
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 4, 8, 16, 32, 64)
 MOST_ROUNDS = 64
-SMALL_SHARE = 1 / 6
-"""Of the ladder: the step at which heads picked by text are compared with ranked ones."""
 LENGTHS = (12, 80)
 """Tokens of the made-up texts, from and to."""
 
@@ -166,7 +165,7 @@ def compare_passes(
             contenders += level_contenders(network, checkpoint)
     if not chosen.sizes.picks_heads:
         assert isinstance(model.config, BudgetFormerConfig)
-        contenders.append(picking_contender(model.config, max(1, round(last * SMALL_SHARE))))
+        contenders.append(picking_contender(model.config, small_step(last)))
     if rivals:
         contenders += rival_contenders(model, threads, "bfloat16" in precisions)
     timings: list[Timing] = []
