@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -56,7 +57,15 @@ class StepError:
 
 @dataclass(frozen=True)
 class GpuTiming:
-    """Seconds of one batch: when batches queue up, and alone, from tokens to logits on the host."""
+    """Seconds of one batch.
+
+    Attributes:
+        way, step: what ran.
+        tokens, items: of a batch.
+        queued: when batches queue up.
+        alone: from tokens to logits on the host.
+        device: when nothing is sent and nothing fetched; None where a pass is not recorded.
+    """
 
     way: str
     step: int
@@ -64,6 +73,7 @@ class GpuTiming:
     items: int
     queued: float
     alone: float
+    device: float | None
 
 
 @dataclass
@@ -169,8 +179,8 @@ def as_markdown(report: GpuReport) -> str:
         ["pass", "waits for the device"], [list(w) for w in report.waits.items()]
     )
     timings = markdown_table(
-        ["tokens", "texts", "pass", "step", "to its full step", "to dense", "ms queued"]
-        + ["ms alone", "texts a second"],
+        ["tokens", "texts", "pass", "step", "to its full step", "on the device", "to dense"]
+        + ["ms queued", "on the device", "alone", "texts a second"],
         [_timing_row(timing, report.timings) for timing in report.timings],
     )
     memory = markdown_table(
@@ -196,8 +206,9 @@ What a batch waits for between its first launch and its logits on the device:
 {waits}
 
 ## Fast
-"Queued" is the time of a batch when others queue behind it, "alone" from token ids on the host to
-logits on the host.
+"Queued" is the time of a batch when others queue behind it, and what the ratios are of; "on the
+device" that of the same batch over and over, with nothing sent and nothing fetched; "alone" from
+token ids on the host to logits on the host.
 
 {timings}
 
@@ -216,8 +227,10 @@ def _timing_row(timing: GpuTiming, timings: Sequence[GpuTiming]) -> list[str]:
         timing.way,
         str(timing.step),
         f"{timing.queued / full.queued:.2f}",
+        f"{timing.device / full.device:.2f}" if timing.device and full.device else "",
         f"{timing.queued / dense.queued:.2f}",
         f"{1000 * timing.queued:.3f}",
+        f"{1000 * timing.device:.3f}" if timing.device else "",
         f"{1000 * timing.alone:.3f}",
         f"{timing.items / timing.queued:.0f}",
     ]
@@ -321,10 +334,14 @@ def _batches(items: Sequence[TokenIds], count: int) -> list[list[TokenIds]]:
 
 @dataclass(frozen=True)
 class _Way:
-    """How a batch is made ready on the host, and then run, up to logits on the device."""
+    """How a batch is made ready on the host, and then run, up to logits on the device.
+
+    And if it is recorded, what runs it once more there.
+    """
 
     prepare: Callable[[Sequence[TokenIds]], Any]
     run: Callable[[Any], Tensor]
+    recorded: Callable[[Any], Callable[[], None] | None] = lambda _: None
 
 
 def _step_way(network: PackedPass, step: int) -> _Way:
@@ -335,7 +352,7 @@ def _step_way(network: PackedPass, step: int) -> _Way:
             return network.run_at(step, tokens).logits
         return network.run(tokens, [step] * len(tokens.lengths)).logits
 
-    return _Way(PackedTokens.pack, run)
+    return _Way(PackedTokens.pack, run, partial(network.recorded, step))
 
 
 def _dense_way(model: BudgetFormerForSequenceClassification) -> _Way:
@@ -361,6 +378,12 @@ def _time(
     for _, batch in zip(range(rounds), cycle(ready), strict=False):
         way.run(batch)
     queued = (clock() - started) / rounds
+    device, again = None, way.recorded(ready[0])
+    if again is not None:
+        started = clock()
+        for _ in range(rounds):
+            again()
+        device = (clock() - started) / rounds
     alone = []
     for items in batches:
         started = time.perf_counter()
@@ -368,7 +391,7 @@ def _time(
         alone.append(time.perf_counter() - started)
     count = sum(map(len, batches)) // len(batches)
     tokens = sum(len(ids) for batch in batches for ids in batch) // len(batches)
-    return GpuTiming(name, step, tokens, count, queued, statistics.median(alone))
+    return GpuTiming(name, step, tokens, count, queued, statistics.median(alone), device)
 
 
 def _device_clock() -> float:

@@ -11,14 +11,16 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
+from triton import OutOfResources
 
-from budgetformer.compact.kernels import Kernels
-from budgetformer.compact.layout import StagedLayout
+from budgetformer.compact.kernels import JoiningKernels
+from budgetformer.compact.layout import Layout, StagedLayout
 from budgetformer.compact.packed import ARRIVAL, Arrival, PackedPass, PackedTokens, PassResult
 from budgetformer.compact.weights import Slice
 from budgetformer.modules import SequenceClassifier
@@ -30,9 +32,12 @@ ROWS_PER_ITEM = 16
 """There is room for so many items, if the texts are not shorter than that."""
 RING = 4
 """Batches that may be on their way to the device."""
-WARM_BATCHES = (1, 8, 32)
-"""Numbers of items that loading a model records."""
+WARM_BATCHES = (1, 8, 32, 64, 128)
+"""Numbers of items that loading a model records; among them all that kernels are compiled for."""
 WARM_TOKENS = 64
+
+TIMED = 5
+"""Times that each way to run a pass is timed."""
 
 _recording = threading.Lock()
 """CUDA records one graph at a time."""
@@ -40,11 +45,10 @@ _recording = threading.Lock()
 
 @dataclass(frozen=True)
 class Size:
-    """What a recorded pass has room for: N rows and B items of C classes, none longer than so."""
+    """What a recorded pass has room for: N rows and B items of C classes."""
 
     rows: int
     items: int
-    longest: int
     classes: int
 
     @classmethod
@@ -52,34 +56,40 @@ class Size:
         """Return the least size for some items; there are few sizes, so that passes are reused."""
         rows, items = _room(max(sum(lengths), LEAST_ROWS)), len(lengths)
         usual = rows // ROWS_PER_ITEM
-        longest = _power_of_two(max(LEAST_ROWS, max(lengths, default=0)))
-        return cls(rows, usual if items <= usual else _power_of_two(items), longest, classes)
+        return cls(rows, usual if items <= usual else _power_of_two(items), classes)
 
     @property
     def parts(self) -> list[int]:
-        """Numbers of 32 bits: token ids, segment ids, positions, starts, and step 0's logits."""
-        return [self.rows, self.rows, self.rows, self.items + 1, self.items * self.classes]
+        """Numbers of 32 bits: ids, segments, positions, ends, starts, and step 0's logits."""
+        return [*[self.rows] * 4, self.items + 1, self.items * self.classes]
 
-    def fill(self, inputs: Tensor, tokens: PackedTokens, exit_logits: Tensor | None) -> None:
-        """Write items [sum(parts)] as a recorded pass reads them; those that miss are empty."""
-        ids, kinds, places, starts, exits = inputs.split(self.parts)
+    def full(self, longest: int) -> PackedTokens:
+        """Return items that take all the room, none longer than so, to time a pass with."""
+        return PackedTokens.filler([min(self.rows // self.items, longest)] * self.items)
+
+    def fill(self, room: Tensor, tokens: PackedTokens, exit_logits: Tensor | None) -> None:
+        """Write items to `room` on the host [sum(parts)] as a recorded pass reads them.
+
+        Those that miss are empty. NumPy writes in a third of the time that torch takes.
+        """
+        flat, tail = room.numpy(), 4 * self.rows
+        by_row = flat[:tail].reshape(4, self.rows)
+        starts, exits = flat[tail : tail + self.items + 1], flat[tail + self.items + 1 :]
         count, used = len(tokens.input_ids), len(tokens.lengths)
-        bounds = torch.tensor([0, *accumulate(tokens.lengths)], dtype=torch.int32)
-        owner_starts = bounds[:-1].repeat_interleave(bounds.diff())
-        for part, values in (
-            (ids, tokens.input_ids),
-            (kinds, tokens.token_type_ids),
-            (places, torch.arange(count, dtype=torch.int32) - owner_starts),
-        ):
-            part[:count] = values
-            part[count:] = 0
-        starts[: used + 1] = bounds
+        lengths = np.array(tokens.lengths, dtype=np.int32)
+        starts[0] = 0
+        lengths.cumsum(out=starts[1 : used + 1])
         starts[used + 1 :] = count
+        ids, kinds, places, ends = by_row[:, :count]
+        ids[:], kinds[:] = tokens.input_ids.numpy(), tokens.token_type_ids.numpy()
+        np.subtract(np.arange(count), starts[:used].repeat(lengths), out=places, casting="unsafe")
+        ends[:] = starts[1 : used + 1].repeat(lengths)
+        by_row[:, count:] = 0
         if exit_logits is None:
-            exits.zero_()
+            exits.fill(0)
         else:
-            target = exits.view(torch.float32).view(self.items, self.classes)
-            target[:used] = exit_logits
+            rows = exits.view(np.float32).reshape(self.items, self.classes)
+            rows[:used] = exit_logits.cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,12 @@ class Program:
     slices: list[Slice]
 
 
+Slices = dict[int, Slice]
+"""By layer, for those that run at all."""
+Layers = Callable[[Slices, Tensor, Layout], Tensor]
+"""Runs layers: from states to states [N, D]."""
+
+
 class GraphedPass(PackedPass):
     """Run arrivals and batches of one step and of ranked heads as recorded passes.
 
@@ -112,8 +128,9 @@ class GraphedPass(PackedPass):
         kernels: `kernels.gpu`.
     """
 
-    def __init__(self, model: SequenceClassifier, precision: str, kernels: Kernels) -> None:
+    def __init__(self, model: SequenceClassifier, precision: str, kernels: JoiningKernels) -> None:
         super().__init__(model, precision, kernels)
+        self.kernels: JoiningKernels = kernels
         self._dtype: torch.dtype = getattr(torch, precision)
         self._classes = self.config.num_classes
         self._programs: OrderedDict[tuple[int, Size], Program] = OrderedDict()
@@ -128,6 +145,17 @@ class GraphedPass(PackedPass):
         for step in (ARRIVAL, *(() if self.sizes.picks_heads else steps)):
             for items in WARM_BATCHES:
                 self._program(step, Size.of([length] * items, self._classes))
+
+    def recorded(self, step: int, tokens: PackedTokens) -> Callable[[], None] | None:
+        """Return what runs items at a step once more; see `PackedPass.recorded`.
+
+        Raises:
+            ValueError: an item is too long.
+        """
+        if not len(tokens.input_ids) or (step != ARRIVAL and self.sizes.picks_heads):
+            return None
+        self._play(step, tokens, None)
+        return self._program(step, Size.of(tokens.lengths, self._classes)).play
 
     def _run(
         self,
@@ -144,7 +172,7 @@ class GraphedPass(PackedPass):
         (logits,) = self._play(steps[0], tokens, exit_logits)
         assert logits is not None
         heads = [self._first[count] for count in self._plan(steps[0])]
-        return PassResult(logits, [list(heads) for _ in tokens.lengths])
+        return PassResult(logits, [heads] * len(tokens.lengths))
 
     def _arrive(self, tokens: PackedTokens) -> Arrival:
         if not len(tokens.input_ids):
@@ -179,49 +207,129 @@ class GraphedPass(PackedPass):
         return found
 
     def _record(self, step: int, size: Size) -> Program:
-        inputs = torch.zeros(sum(size.parts), dtype=torch.int32, device=self.device)
+        """Record a pass in every way that there is, and keep the fastest; without a card the last.
+
+        Which it is depends on the card, and on how many rows and heads there are.
+        """
         plan = enumerate([] if step == ARRIVAL else self._plan(step))
-        slices = [self._slices.get(layer, self._first[heads]) for layer, heads in plan if heads]
+        slices = {i: self._slices.get(i, self._first[heads]) for i, heads in plan if heads}
+        ways: list[Layers] = [self._apart]
+        if self._can_join(slices):
+            ways.append(self._joined)
         if self._memory is None:
-            results = self._compute(step, inputs, size)
+            return self._record_way(step, size, slices, ways[-1])
+        programs = []
+        for way in ways:
+            with suppress(OutOfResources):  # of shared memory some cards have less
+                programs.append(self._record_way(step, size, slices, way))
+        return _fastest(programs)
+
+    def _record_way(self, step: int, size: Size, slices: Slices, layers: Layers) -> Program:
+        host = torch.empty(sum(size.parts), dtype=torch.int32)
+        size.fill(host, size.full(self._most_tokens), None)
+        inputs = host.to(self.device)
+
+        def compute() -> list[Tensor | None]:
+            return self._compute(step, inputs, size, lambda *given: layers(slices, *given))
+
+        if self._memory is None:
+            results = compute()
 
             def play() -> None:
-                for kept, result in zip(results, self._compute(step, inputs, size), strict=True):
+                for kept, result in zip(results, compute(), strict=True):
                     if kept is not None and result is not None:
                         kept.copy_(result)
 
-            return Program(inputs, results, play, slices)
+            return Program(inputs, results, play, list(slices.values()))
         # What is compiled or allocated at first use must not be while a graph is recorded.
         aside = torch.cuda.Stream(self.device)
         aside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(aside):
             for _ in range(2):
-                self._compute(step, inputs, size)
+                compute()
         torch.cuda.current_stream(self.device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            results = self._compute(step, inputs, size)
-        return Program(inputs, results, graph.replay, slices)
+            results = compute()
+        return Program(inputs, results, graph.replay, list(slices.values()))
 
-    def _compute(self, step: int, inputs: Tensor, size: Size) -> list[Tensor | None]:
+    def _compute(
+        self,
+        step: int,
+        inputs: Tensor,
+        size: Size,
+        layers: Callable[[Tensor, Layout], Tensor],
+    ) -> list[Tensor | None]:
         """Run a step over items as `Size.fill` writes them, without asking the host.
 
         Returns:
             Logits [B, C]; on arrival what `Arrival` holds.
         """
-        ids, kinds, places, starts, exits = inputs.split(size.parts)
-        layout = StagedLayout.of(starts, places, size.longest)
+        ids, kinds, places, ends, starts, exits = inputs.split(size.parts)
+        layout = StagedLayout.of(starts, places, ends)
         if step == ARRIVAL:
             arrival = self._decide(PackedTokens(ids, kinds, ()), layout)
             return [arrival.budget, arrival.exit_logits, arrival.ranking]
         states = self.kernels.embed(ids, kinds, layout, self.encoder.embeddings, self._dtype)
-        for index, count in enumerate(self._plan(step)):
-            states = self._run_set(index, states, layout, self._first[count])
-        logits = self._classify(states, layout)
+        logits = self._classify(layers(states, layout), layout)
         if self.model.exit_head is not None:
             share = self.config.exit_weights[step - 1]
             logits = logits + share * exits.view(torch.float32).view_as(logits)
         return [logits]
+
+    def _apart(self, slices: Slices, states: Tensor, layout: Layout) -> Tensor:
+        """Run layers product by product."""
+        for layer, kept in slices.items():
+            states = self._run_set(layer, states, layout, self._first[kept.heads])
+        return states
+
+    def _can_join(self, slices: Slices) -> bool:
+        """Say whether the maps on both sides of every norm can be joined.
+
+        In float32 a card takes its time for the products, and nothing is to be gained.
+        """
+        exact = self._memory is not None and self._dtype == torch.float32
+        if not slices or not self._post or exact:
+            return False
+        return all(
+            self.kernels.can_join(kept.output, kept.up, self._layers[layer].attention_norm)
+            and self.kernels.can_join(kept.down, kept.qkv, self._layers[layer].feed_forward_norm)
+            for layer, kept in slices.items()
+        )
+
+    def _joined(self, slices: Slices, states: Tensor, layout: Layout) -> Tensor:
+        """Run layers of three launches each: attention, and the maps on both sides of each norm.
+
+        A product of few heads takes less time than to write and read what lies between it and the
+        next.
+        """
+        order = list(slices.values())
+        following = [*(kept.qkv for kept in order[1:]), None]
+        mapped = order[0].qkv(states)
+        for (index, kept), then in zip(slices.items(), following, strict=True):
+            layer = self._layers[index]
+            contexts = self.kernels.attend(mapped, layout, kept.heads)
+            states, neurons = self.kernels.map_norm_map(
+                contexts, kept.output, states, layer.attention_norm, kept.up, layout
+            )
+            states, mapped = self.kernels.map_norm_map(
+                neurons, kept.down, states, layer.feed_forward_norm, then, layout
+            )
+        return states
+
+
+def _fastest(programs: Sequence[Program]) -> Program:
+    """Return the program that runs a full batch in the least time; several are played by turns."""
+    least = [float("inf")] * len(programs)
+    for _ in range(TIMED if len(programs) > 1 else 0):
+        for place, program in enumerate(programs):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            program.play()
+            last.record()
+            last.synchronize()
+            least[place] = min(least[place], first.elapsed_time(last))
+    return programs[least.index(min(least))]
 
 
 class Outbox:

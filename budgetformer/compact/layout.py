@@ -63,6 +63,12 @@ class Layout:
         return torch.tensor(bounds, dtype=torch.int32).to(self.device)
 
     @cached_property
+    def ends(self) -> Tensor:
+        """Row behind the last of each token's item, [N]."""
+        lengths = torch.tensor(self.lengths, dtype=torch.long, device=self.device)
+        return self.starts[1:].repeat_interleave(lengths)
+
+    @cached_property
     def counts(self) -> Tensor:
         """Tokens of each item, [B, 1] in float32; at least one, to divide by."""
         counts = [[max(length, 1.0)] for length in self.lengths]
@@ -87,17 +93,17 @@ class StagedLayout(Layout):
     Attributes:
         bounds: as `starts`.
         places: as `positions`.
-        most: tokens of the longest item that can come.
+        last: as `ends`; of a spare row 0.
     """
 
     bounds: Tensor
     places: Tensor
-    most: int
+    last: Tensor
 
     @classmethod
-    def of(cls, bounds: Tensor, places: Tensor, most: int) -> StagedLayout:
-        """Read the layout from [B + 1] and [N] in int32, which may change between runs."""
-        return cls((), bounds.device, bounds, places, most)
+    def of(cls, bounds: Tensor, places: Tensor, last: Tensor) -> StagedLayout:
+        """Read the layout from [B + 1], [N] and [N] in int32, which may change between runs."""
+        return cls((), bounds.device, bounds, places, last)
 
     @property
     def items(self) -> int:
@@ -108,11 +114,6 @@ class StagedLayout(Layout):
     def tokens(self) -> int:
         """Rows that may be some item's: N."""
         return len(self.places)
-
-    @property
-    def longest(self) -> int:
-        """No item is longer."""
-        return self.most
 
     @property
     def positions(self) -> Tensor:
@@ -134,3 +135,8 @@ class StagedLayout(Layout):
     def starts(self) -> Tensor:
         """First row of each item, and after them the end of the last: [B + 1], int32."""
         return self.bounds
+
+    @property
+    def ends(self) -> Tensor:
+        """Row behind the last of each row's item, [N]; of a spare row 0."""
+        return self.last

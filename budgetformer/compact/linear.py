@@ -24,6 +24,29 @@ Linear = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Product:
+    """A map that multiplies by a weight [M, D] as it lies, and adds a bias [M].
+
+    Attributes:
+        gelu: whether results are activated. In bfloat16 on a GPU that is before they are written,
+            and by the approximation with tanh, which is closer to GELU than bfloat16 can tell.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    gelu: bool = False
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Map states [N, D] of any precision to [N, M] in the weight's."""
+        states = states.to(self.weight.dtype)
+        if not self.gelu:
+            return F.linear(states, self.weight, self.bias)
+        if self.bias is None or not self.weight.is_cuda or self.weight.dtype == torch.float32:
+            return F.gelu(F.linear(states, self.weight, self.bias))
+        return torch._addmm_activation(self.bias, states, self.weight.t(), use_gelu=True)
+
+
+@dataclass(frozen=True)
 class Weights:
     """What of a layer's map some heads need.
 
@@ -100,15 +123,6 @@ def _has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def float32_linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """Multiply by a weight [M, D] as it lies, views among them."""
-
-    def apply(states: Tensor) -> Tensor:
-        return F.linear(states, weight, bias)
-
-    return apply
-
-
 def bfloat16_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     """Multiply in bfloat16 by a copy of a weight [M, D], on a CPU in oneDNN's own layout.
 
@@ -117,11 +131,7 @@ def bfloat16_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     """
     half, half_bias = weight.bfloat16().contiguous(), None if bias is None else bias.bfloat16()
     if weight.device.type != "cpu" or not _has_bfloat16():
-
-        def apply(states: Tensor) -> Tensor:
-            return F.linear(states.bfloat16(), half, half_bias)
-
-        return apply
+        return Product(half, half_bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(half, PREPACK_ROWS)
     run: Any = torch.ops.mkldnn._linear_pointwise
 
@@ -130,20 +140,6 @@ def bfloat16_linear(weight: Tensor, bias: Tensor | None) -> Linear:
         return result
 
     return apply_packed
-
-
-def gelu_linear(some: Weights) -> Linear:
-    """Multiply in bfloat16 on a GPU, and activate the results before they are written.
-
-    By the approximation with tanh, which is closer to GELU than bfloat16 can tell.
-    """
-    assert some.bias is not None
-    half, half_bias = some.weight.bfloat16().contiguous(), some.bias.bfloat16()
-
-    def apply(states: Tensor) -> Tensor:
-        return torch._addmm_activation(half_bias, states.bfloat16(), half.t(), use_gelu=True)
-
-    return apply
 
 
 def int8_linear(
@@ -194,7 +190,7 @@ def int8_linear(
 
 
 LINEARS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
-    "float32": float32_linear,
+    "float32": Product,
     "bfloat16": bfloat16_linear,
 }
 """How a precision that needs to know nothing of the states lays out a weight."""

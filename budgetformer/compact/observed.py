@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from budgetformer.compact.linear import Linear, Weights, float32_linear
+from budgetformer.compact.linear import Linear, Product, Weights
 from budgetformer.compact.packed import PackedPass, PackedTokens
 from budgetformer.cost import Sizes
 from budgetformer.modules import SequenceClassifier
@@ -36,7 +36,7 @@ class Observed:
 
     def lay_out(self, some: Weights) -> Linear:
         """Lay out a map that notes; see `LayOut`."""
-        run = float32_linear(some.weight, some.bias)
+        run = Product(some.weight, some.bias)
         low, high = self._bounds[some.name]
 
         def apply(states: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ after the other and many are routed (`budgetformer.compact.routed`).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -307,11 +307,24 @@ class PackedPass:
         ranking = self.arrive(tokens).ranking if self.sizes.picks_heads else None
         return self.run(tokens, [step] * len(tokens.lengths), ranking=ranking)
 
+    def recorded(
+        self,
+        step: int,  # noqa: ARG002
+        tokens: PackedTokens,  # noqa: ARG002
+    ) -> Callable[[], None] | None:
+        """Return what runs items once more that lie on the device already, to time the device.
+
+        None: a pass like this one is launched from the host.
+        """
+        return None
+
     def _parts(self, lengths: Sequence[int]) -> list[slice]:
         """Cut a batch into runs of items that are passed together; a long one goes alone."""
         most = CPU_ROUTED_ROWS if self.sizes.picks_heads else CPU_ROWS
         if self.device.type != "cpu":
             most = GPU_ROWS
+        if sum(lengths) <= most:
+            return [slice(0, len(lengths))]
         parts, start, rows = [], 0, 0
         for item, length in enumerate(lengths):
             if item > start and rows + length > most:
@@ -394,6 +407,8 @@ class PackedPass:
     def _classify(self, states: Tensor, layout: Layout) -> Tensor:
         if not self._post:
             states = self.encoder.final_norm(states.float())
+        if self._mean and self.model.head is None:
+            return self.kernels.classify(states, layout, self.model.classifier)
         if self._mean:
             return self.model.classify(self.kernels.mean(states, layout))
         if not len(states):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from budgetformer.compact.linear import STATES, LayOut, Linear, Weights, gelu_linear
+from budgetformer.compact.linear import STATES, LayOut, Linear, Product, Weights
 from budgetformer.cost import Sizes
 from budgetformer.modules import EncoderLayer
 
@@ -130,10 +130,9 @@ class LayerWeights:
 
     def _lay_out_up(self, some: Weights) -> Linear:
         """Lay out a map whose results are activated."""
-        activation = self._activation
-        if activation is F.gelu and self._dtype == torch.bfloat16 and some.rows.is_cuda:
-            return gelu_linear(some)
-        up = self._lay_out(some)
+        activation, up = self._activation, self._lay_out(some)
+        if activation is F.gelu and isinstance(up, Product):
+            return replace(up, gelu=True)
         return lambda states: activation(up(states))
 
     def _read(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:

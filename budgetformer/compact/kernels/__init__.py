@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from budgetformer.compact.layout import Layout
+from budgetformer.compact.linear import Linear
 from budgetformer.modules import Embeddings
 
 
@@ -29,3 +30,24 @@ class Kernels(Protocol):
 
     def mean(self, states: Tensor, layout: Layout) -> Tensor:
         """Average the states of each item."""
+
+    def classify(self, states: Tensor, layout: Layout, by: nn.Linear) -> Tensor:
+        """Map the mean of each item's states to logits."""
+
+
+class JoiningKernels(Kernels, Protocol):
+    """Kernels that can also take rows through two maps at once; so does `gpu`."""
+
+    def can_join(self, first: Linear, second: Linear | None, by: nn.LayerNorm) -> bool:
+        """Say whether these maps can be joined."""
+
+    def map_norm_map(
+        self,
+        inputs: Tensor,
+        first: Linear,
+        states: Tensor,
+        by: nn.LayerNorm,
+        second: Linear | None,
+        layout: Layout,
+    ) -> tuple[Tensor, Tensor]:
+        """Map inputs, add them to the states, normalise, and map what comes of it."""

@@ -13,15 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from budgetformer.compact.kernels.joined import can_join, map_norm_map
+from budgetformer.compact.kernels.tiles import dot_precision, tile_side
 from budgetformer.compact.layout import Layout
 from budgetformer.modules import Embeddings
 
+__all__ = ["add_norm", "attend", "can_join", "classify", "embed", "map_norm_map", "mean"]
+
 ROWS = 64
 """Queries and keys that one program of the attention takes at a time."""
-NORMED_ROWS = 8
+NORMED_ROWS, NORMED_WARPS = 2, 1
+"""Each warp sums rows of its own, and waits for no other."""
 POOLED_ROWS, POOLED_COLUMNS, POOLED_WARPS = 64, 32, 2
-LEAST_SIDE = 16
-"""Of a tile that tensor cores multiply."""
+LABELS = 8
+"""Classes whose weights a program holds at a time."""
 
 
 def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: torch.dtype) -> Tensor:
@@ -44,8 +49,9 @@ def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: tor
             width,
             0.0 if norm is None else norm.eps,
             ROWS=NORMED_ROWS,
-            WIDTH=_power_of_two(width),
+            WIDTH=tile_side(width),
             NORMED=norm is not None,
+            num_warps=NORMED_WARPS,
         )
     return result
 
@@ -99,32 +105,34 @@ def _normed(state, weight, bias, column, inside, width, eps):
 
 
 def attend(projected: Tensor, layout: Layout, heads: int) -> Tensor:
-    """Do as `plain.attend`; one program per item, head and `ROWS` queries."""
+    """Do as `plain.attend`; one program per head and `ROWS` rows, whoseever they are."""
     tokens, width = projected.shape
     size = width // (3 * heads)
     contexts = projected.new_empty(tokens, heads * size)
-    rows = min(ROWS, _power_of_two(layout.longest))
-    grid = (triton.cdiv(layout.longest, rows), heads, layout.items)
-    if math.prod(grid):
-        _attend[grid](
+    if tokens:
+        _attend[(triton.cdiv(tokens, ROWS), heads)](
             projected,
             contexts,
-            layout.starts,
+            layout.positions,
+            layout.ends,
+            layout.tokens,
             math.log2(math.e) / math.sqrt(size),
             heads,
             size,
-            ROWS=rows,
-            SIDE=_power_of_two(size),
-            PRECISION="ieee" if projected.dtype == torch.float32 else "tf32",
+            ROWS=ROWS,
+            SIDE=tile_side(size),
+            PRECISION=dot_precision(projected),
         )
     return contexts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def _attend(
     projected,
     contexts,
-    starts,
+    positions,
+    ends,
+    tokens,
     scale,
     heads,
     size,
@@ -132,31 +140,31 @@ def _attend(
     SIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start = tl.load(starts + item)
-    length = tl.load(starts + item + 1) - start
-    if block * ROWS >= length:
-        return
+    row, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    end = tl.load(ends + row, mask=row < tokens, other=0).to(tl.int32)
+    start = row - tl.load(positions + row, mask=row < tokens, other=0).to(tl.int32)
+    asked = row < end
+    first, last = tl.min(tl.where(asked, start, tokens)), tl.max(end)
     side = tl.arange(0, SIDE)
-    inside = side < size
+    inside = (side < size)[None, :]
     stride = heads * 3 * size
-    first = projected + start.to(tl.int64) * stride + head * 3 * size
-    asking = block * ROWS + tl.arange(0, ROWS)
-    asked = (asking < length)[:, None] & inside[None, :]
-    query = tl.load(first + asking[:, None] * stride + side[None, :], mask=asked, other=0.0)
-    # Running maximum, sum and mean of a softmax in base two over the keys so far.
-    most = tl.full([ROWS], float("-inf"), tl.float32)
+    own = projected + head * 3 * size + side[None, :]
+    place = own + row[:, None].to(tl.int64) * stride
+    query = tl.load(place, mask=asked[:, None] & inside, other=0.0)
+    # Running maximum, sum and mean of a softmax in base two over the keys so far. The maximum
+    # begins at a number, as a row may see none of the first keys.
+    most = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     context = tl.zeros([ROWS, SIDE], tl.float32)
-    for begin in range(0, length, ROWS):
+    for begin in range(first, last, ROWS):
         other = begin + tl.arange(0, ROWS)
-        there = other < length
-        place = first + other[:, None] * stride + side[None, :]
-        seen = there[:, None] & inside[None, :]
+        seen = (other < last)[:, None] & inside
+        place = own + other[:, None].to(tl.int64) * stride
         key = tl.load(place + size, mask=seen, other=0.0)
         value = tl.load(place + 2 * size, mask=seen, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        score = tl.where(there[None, :], score, float("-inf"))
+        mine = (start[:, None] <= other[None, :]) & (other[None, :] < end[:, None])
+        score = tl.where(mine, score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, 1))
         weight = tl.exp2(score - higher[:, None])
         kept = tl.exp2(most - higher)
@@ -164,9 +172,10 @@ def _attend(
         added = tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
         context = context * kept[:, None] + added
         most = higher
-    target = contexts + (start + asking[:, None]).to(tl.int64) * (heads * size)
-    result = (context / total[:, None]).to(contexts.dtype.element_ty)
-    tl.store(target + head * size + side[None, :], result, mask=asked)
+    place = contexts + row[:, None].to(tl.int64) * (heads * size) + head * size + side[None, :]
+    # A row that is some item's has a total of 1 or more.
+    result = (context / tl.maximum(total, 1.0)[:, None]).to(contexts.dtype.element_ty)
+    tl.store(place, result, mask=asked[:, None] & inside)
 
 
 def add_norm(states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
@@ -184,7 +193,8 @@ def add_norm(states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
             width,
             by.eps,
             ROWS=NORMED_ROWS,
-            WIDTH=_power_of_two(width),
+            WIDTH=tile_side(width),
+            num_warps=NORMED_WARPS,
         )
     return result
 
@@ -247,6 +257,55 @@ def _mean(states, result, starts, width, ROWS: tl.constexpr, COLUMNS: tl.constex
     tl.store(result + item.to(tl.int64) * width + column, total / count, mask=inside)
 
 
-def _power_of_two(value: int) -> int:
-    side: int = triton.next_power_of_2(value)
-    return max(LEAST_SIDE, side)
+def classify(states: Tensor, layout: Layout, by: nn.Linear) -> Tensor:
+    """Do as `plain.classify`; an item is summed in the same order whatever its batch."""
+    width, labels = by.in_features, by.out_features
+    result = states.new_empty(layout.items, labels, dtype=torch.float32)
+    if layout.items:
+        _classify[(layout.items,)](
+            states,
+            layout.starts,
+            by.weight,
+            by.bias,
+            result,
+            width,
+            labels,
+            ROWS=POOLED_ROWS,
+            WIDTH=tile_side(width),
+            LABELS=LABELS,
+            num_warps=POOLED_WARPS,
+        )
+    return result
+
+
+@triton.jit
+def _classify(
+    states,
+    starts,
+    weight,
+    bias,
+    result,
+    width,
+    labels,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LABELS: tl.constexpr,
+):
+    item = tl.program_id(0)
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = column < width
+    start, stop = tl.load(starts + item), tl.load(starts + item + 1)
+    total = tl.zeros([WIDTH], tl.float32)
+    for begin in range(start, stop, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        place = row[:, None].to(tl.int64) * width + column
+        seen = (row < stop)[:, None] & inside
+        total += tl.sum(tl.load(states + place, mask=seen, other=0.0).to(tl.float32), 0)
+    mean = (total / tl.maximum(stop - start, 1))[None, :]
+    for begin in range(0, labels, LABELS):
+        label = begin + tl.arange(0, LABELS)
+        there = label < labels
+        place = weight + label[:, None] * width + column
+        own = tl.load(place, mask=there[:, None] & inside, other=0.0).to(tl.float32)
+        logit = tl.sum(own * mean, 1) + tl.load(bias + label, mask=there, other=0.0).to(tl.float32)
+        tl.store(result + item.to(tl.int64) * labels + label, logit, mask=there)

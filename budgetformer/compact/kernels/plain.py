@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from budgetformer.compact.layout import Layout
+from budgetformer.compact.linear import Linear
 from budgetformer.modules import Embeddings
 
 
@@ -73,6 +74,28 @@ def add_norm(states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
     return norm(add(states, change), by)
 
 
+def map_norm_map(
+    inputs: Tensor,
+    first: Linear,
+    states: Tensor,
+    by: nn.LayerNorm,
+    second: Linear | None,
+) -> tuple[Tensor, Tensor]:
+    """Map inputs, add them to the states, normalise, and map what comes of it.
+
+    Args:
+        inputs: [N, K], which `first` maps to [N, D].
+        states: [N, D].
+        by: the norm of the sum.
+        second: maps the normalised states; None: nothing does.
+
+    Returns:
+        The normalised states [N, D], and what `second` made of them, [N, M].
+    """
+    states = add_norm(states, first(inputs), by)
+    return states, states.new_empty(len(states), 0) if second is None else second(states)
+
+
 def mean(states: Tensor, layout: Layout) -> Tensor:
     """Average the states [N, D] of each item, [B, D] in float32; no token at all gives zeros."""
     states = states[: layout.tokens].float()
@@ -80,3 +103,9 @@ def mean(states: Tensor, layout: Layout) -> Tensor:
         return states.sum(0, keepdim=True) / layout.counts
     total = states.new_zeros(layout.items, states.shape[-1])
     return total.index_add_(0, layout.owner, states) / layout.counts
+
+
+def classify(states: Tensor, layout: Layout, by: nn.Linear) -> Tensor:
+    """Map the mean of each item's states [N, D] to logits [B, C] in float32."""
+    logits: Tensor = by(mean(states, layout))
+    return logits

@@ -15,6 +15,7 @@ if "TRITON_INTERPRET" not in os.environ:
 
 from budgetformer.compact.kernels import gpu, plain
 from budgetformer.compact.layout import Layout
+from budgetformer.compact.linear import Product
 from budgetformer.modules import Embeddings
 from tests.support.networks import assert_close, small_config
 
@@ -79,6 +80,13 @@ def test_attention_of_large_scores_does_not_overflow() -> None:
     assert_close(gpu.attend(projected, layout, 1), plain.attend(projected, layout, 1))
 
 
+def test_attention_of_no_row_of_an_item_depends_on_where_it_lies() -> None:
+    projected, before = random(100, 3 * 32), random(37, 3 * 32)
+    alone = gpu.attend(projected, Layout((100,), CPU), 1)
+    behind = gpu.attend(torch.cat([before, projected]), Layout((37, 100), CPU), 1)[37:]
+    assert_close(behind, alone)
+
+
 @pytest.mark.parametrize("width", [1, 16, 20, 384])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_add_and_norm(width: int, dtype: torch.dtype) -> None:
@@ -123,3 +131,66 @@ def test_nothing_to_do() -> None:
     assert gpu.attend(torch.empty(0, 12), layout, 2).shape == (0, 4)
     assert gpu.add_norm(torch.empty(0, 8), torch.empty(0, 8), nn.LayerNorm(8)).shape == (0, 8)
     assert gpu.mean(torch.empty(0, 8), layout).shape == (0, 8)
+    assert gpu.classify(torch.empty(0, 8), layout, nn.Linear(8, 2)).shape == (0, 2)
+    first, states, norm = linear(4, 16, False), torch.empty(0, 16), nn.LayerNorm(16)
+    results, mapped = gpu.map_norm_map(torch.empty(0, 4), first, states, norm, None, layout)
+    assert (results.shape, mapped.shape) == ((0, 16), (0, 0))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("width", "labels"), [(20, 1), (48, 3), (300, 19)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_classify(lengths: Sequence[int], width: int, labels: int, dtype: torch.dtype) -> None:
+    layout = Layout(tuple(lengths), CPU)
+    states = random(layout.tokens + 2, width, dtype=dtype)
+    by = linear(width, labels, gelu=False)
+    module = nn.Linear(width, labels).requires_grad_(False)
+    module.weight.copy_(by.weight)
+    assert_close(gpu.classify(states, layout, module), plain.classify(states, layout, module))
+
+
+def linear(width: int, results: int, gelu: bool, dtype: torch.dtype = torch.float32) -> Product:
+    weight, bias = random(results, width) / width**0.5, random(results)
+    return Product(weight.to(dtype), bias.to(dtype), gelu)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 70])
+@pytest.mark.parametrize("spare", [0, 80])
+@pytest.mark.parametrize(
+    ("inner", "width", "outer"), [(4, 16, 9), (70, 48, 16), (64, 384, 192), (100, 96, 300)]
+)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_maps_and_norm(
+    tokens: int, spare: int, inner: int, width: int, outer: int, gelu: bool
+) -> None:
+    layout = Layout((tokens,), CPU)
+    first, second = linear(inner, width, False), linear(width, outer, gelu)
+    norm = nn.LayerNorm(width).requires_grad_(False)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    inputs, states = random(tokens + spare, inner), random(tokens + spare, width)
+    for then in (second, None):
+        assert gpu.can_join(first, then, norm)
+        expected = plain.map_norm_map(inputs, first, states, norm, then)
+        actual = gpu.map_norm_map(inputs, first, states, norm, then, layout)
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert_close(ours[:tokens], theirs[:tokens])
+
+
+def test_maps_and_norm_in_half_precision() -> None:
+    layout, half = Layout((33,), CPU), torch.float16
+    first, second = linear(32, 64, False, half), linear(64, 128, True, half)
+    norm, inputs, states = nn.LayerNorm(64), random(33, 32), random(33, 64)
+    expected = plain.map_norm_map(inputs.half(), first, states.half(), norm.half(), second)
+    actual = gpu.map_norm_map(inputs.half(), first, states.half(), norm.float(), second, layout)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == half
+        assert_close(ours.float(), theirs.detach().float(), tolerance=0.01)
+
+
+def test_maps_of_other_kinds_are_not_joined() -> None:
+    some, norm = linear(16, 32, False), nn.LayerNorm(32)
+    assert not gpu.can_join(lambda states: states, some, norm)
+    assert not gpu.can_join(some, lambda states: states, norm)
+    assert not gpu.can_join(Product(some.weight, None), some, norm)
+    assert not gpu.can_join(linear(16, 20, False), some, nn.LayerNorm(20))

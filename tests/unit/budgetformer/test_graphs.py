@@ -45,6 +45,12 @@ FEW = settings(PROPERTY, max_examples=15)
 SMALL = small_config(num_hidden_layers=1)
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program take more rows: the interpreter runs one program after the other."""
+    monkeypatch.setattr(gpu, "NORMED_ROWS", 32)
+
+
 def graphed(network: Network) -> GraphedPass:
     return GraphedPass(network, "float32", gpu)
 
@@ -113,6 +119,46 @@ def test_arrivals_equal_the_plain_ones(network: Network, items: list[Item]) -> N
         assert torch.equal(cast(torch.Tensor, actual.ranking), expected.ranking)
 
 
+@pytest.mark.parametrize("step", [1, 3])
+def test_joined_layers_equal_those_apart(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ladder = [[1, 0, 2], [2, 2, 2], [4, 0, 3]]
+    network, tokens = random_network(small_config(ladder=ladder)), pack(random_items([12, 0, 5]))
+    joined, apart = graphed(network), graphed(network)
+    monkeypatch.setattr(apart, "_can_join", lambda _: False)
+    calls: list[int] = []
+    join = joined._joined
+    monkeypatch.setattr(joined, "_joined", lambda *given: calls.append(1) or join(*given))
+    assert_close(joined.run(tokens, [step] * 3).logits, apart.run(tokens, [step] * 3).logits)
+    assert calls
+
+
+def test_the_fastest_way_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.time = now[0]
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.time - self.time
+
+    def program(*seconds: float) -> graphs.Program:
+        taken = iter(seconds)
+        nothing = torch.empty(0)
+        return graphs.Program(nothing, [], lambda: now.__setitem__(0, now[0] + next(taken)), [])
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(graphs, "TIMED", 3)
+    slow, fast = program(5, 4, 4), program(9, 3, 9)
+    assert graphs._fastest([slow, fast]) is fast
+    assert graphs._fastest([slow]) is slow
+
+
 def test_answers_outlive_the_next_batch() -> None:
     compact = graphed(random_network(SMALL))
     first = compact.run(pack(random_items([5])), [2]).logits
@@ -133,10 +179,29 @@ def test_passes_of_one_size_are_recorded_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(compact, "_record", counted)
     for lengths in ([5, 6, 7], [12, 12, 12], [1, 2, 3, 4]):
         compact.run(pack(random_items(lengths)), [2] * len(lengths))
-    assert recorded == [(2, Size(64, 4, 64, 3))]
+    assert recorded == [(2, Size(64, 4, 3))]
     compact.run(pack(random_items([5, 6, 7])), [3] * 3)
     compact.run(pack(random_items([12] * 6)), [2] * 6)
-    assert recorded[1:] == [(3, Size(64, 4, 64, 3)), (2, Size(80, 8, 64, 3))]
+    assert recorded[1:] == [(3, Size(64, 4, 3)), (2, Size(80, 8, 3))]
+
+
+def test_a_recorded_pass_can_be_run_once_more() -> None:
+    network, tokens = random_network(SMALL), pack(random_items([5, 9]))
+    compact = graphed(network)
+    for step in (graphs.ARRIVAL, 2):
+        again = compact.recorded(step, tokens)
+        assert again is not None
+        (program,) = (p for (of, _), p in compact._programs.items() if of == step)
+        result = program.results[0]
+        assert result is not None
+        before = result.clone()
+        result.zero_()
+        again()
+        assert torch.equal(result, before)
+    assert compact.recorded(2, pack([])) is None
+    picking = graphed(random_network(small_config(head_selection="input", budget_scope="input")))
+    assert picking.recorded(2, tokens) is None
+    assert load_pass(network).recorded(2, tokens) is None
 
 
 def test_the_least_used_passes_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +222,8 @@ def test_large_batches_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(result.logits, reference(network, items, [3] * 5))
 
 
-def test_warming_records_what_is_common() -> None:
+def test_warming_records_what_is_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "WARM_BATCHES", (1, 5))
     compact = graphed(random_network(SMALL))
     compact.warm([2, 4])
     assert {step for step, _ in compact._programs} == {graphs.ARRIVAL, 2, 4}
@@ -173,19 +239,19 @@ def test_too_long_items_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "rows", "items", "longest"),
+    ("lengths", "rows", "items"),
     [
-        ([], 64, 4, 64),
-        ([1], 64, 4, 64),
-        ([65], 80, 5, 128),
-        ([97], 112, 7, 128),
-        ([40] * 9, 384, 24, 64),
-        ([3] * 50, 160, 64, 64),
-        ([300, 20], 320, 20, 512),
+        ([], 64, 4),
+        ([1], 64, 4),
+        ([65], 80, 5),
+        ([97], 112, 7),
+        ([40] * 9, 384, 24),
+        ([3] * 50, 160, 64),
+        ([300, 20], 320, 20),
     ],
 )
-def test_sizes_are_few(lengths: list[int], rows: int, items: int, longest: int) -> None:
-    assert Size.of(lengths, 3) == Size(rows, items, longest, 3)
+def test_sizes_are_few(lengths: list[int], rows: int, items: int) -> None:
+    assert Size.of(lengths, 3) == Size(rows, items, 3)
 
 
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=200))
@@ -193,4 +259,3 @@ def test_sizes_hold_what_they_are_for(lengths: list[int]) -> None:
     size = Size.of(lengths, 2)
     assert sum(lengths) <= size.rows <= max(64, 1.25 * sum(lengths))
     assert len(lengths) <= size.items <= max(size.rows // 16, 2 * len(lengths))
-    assert max(lengths) <= size.longest <= max(64, 2 * max(lengths))

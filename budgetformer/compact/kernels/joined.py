@@ -1,0 +1,188 @@
+"""Two maps and the norm between them, in one launch.
+
+A layer of few heads multiplies for less time than its states take to be written and read between
+one product and the next. Here a program takes some rows all the way: output, sum and norm, and up;
+or down, sum and norm, and the next layer's queries, keys and values.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from budgetformer.compact.kernels.tiles import LEAST_SIDE, dot_precision, equal_part, tile_side
+from budgetformer.compact.layout import Layout
+from budgetformer.compact.linear import Linear, Product
+
+MOST_ROWS, WARPS = 64, 8
+"""Rows that a program takes, if there are so many."""
+MOST_SUMS = MOST_ROWS * 512
+"""Numbers in float32 that fit into a program's registers."""
+PROGRAMS = 128
+"""So many keep a large card busy; with fewer rows each program takes less of them."""
+
+
+def can_join(first: Linear, second: Linear | None, by: nn.LayerNorm) -> bool:
+    """Say whether `map_norm_map` can run these maps."""
+    width = by.normalized_shape[0]
+    maps = [each for each in (first, second) if each is not None]
+    known = all(isinstance(each, Product) and each.bias is not None for each in maps)
+    return known and equal_part(width) >= LEAST_SIDE and LEAST_SIDE * width <= MOST_SUMS
+
+
+def map_norm_map(
+    inputs: Tensor,
+    first: Linear,
+    states: Tensor,
+    by: nn.LayerNorm,
+    second: Linear | None,
+    layout: Layout,
+) -> tuple[Tensor, Tensor]:
+    """Do as `plain.map_norm_map`.
+
+    Args:
+        inputs, states: as there; in one precision, which is that of the maps.
+        first, second, by: those that `can_join`.
+        layout: where the items are; spare rows come back as they will.
+    """
+    tokens, width = states.shape
+    results = torch.empty_like(states)
+    last, second = second is None, second or first
+    assert isinstance(first, Product)
+    assert isinstance(second, Product)
+    outer = 0 if last else len(second.weight)
+    mapped = states.new_empty(tokens, outer)
+    rows = min(MOST_ROWS, tile_side(triton.cdiv(tokens, PROGRAMS)))
+    while rows * width > MOST_SUMS:
+        rows //= 2
+    if tokens:
+        _map_norm_map[(triton.cdiv(tokens, rows),)](
+            inputs,
+            first.weight,
+            first.bias,
+            states,
+            by.weight,
+            by.bias,
+            results,
+            second.weight,
+            second.bias,
+            mapped,
+            layout.starts,
+            layout.items,
+            tokens,
+            inputs.shape[1],
+            first.weight.stride(0),
+            outer,
+            by.eps,
+            ROWS=rows,
+            WIDTH=width,
+            CHUNK=equal_part(width),
+            INNER=32,
+            OUTER=256 if triton.cdiv(outer, 128) % 2 == 0 else 128,
+            DEPTH=min(64, equal_part(width)),
+            GELU=second.gelu,
+            PRECISION=dot_precision(states),
+            num_warps=WARPS,
+        )
+    return results, mapped
+
+
+@triton.jit(do_not_specialize=["items", "tokens"])
+def _map_norm_map(
+    inputs,
+    first,
+    first_bias,
+    states,
+    scale,
+    shift,
+    results,
+    second,
+    second_bias,
+    mapped,
+    starts,
+    items,
+    tokens,
+    inner,
+    stride,
+    outer,
+    eps,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    if tl.program_id(0) * ROWS >= tl.load(starts + items):
+        return
+    kind: tl.constexpr = states.dtype.element_ty
+    chunks: tl.constexpr = WIDTH // CHUNK
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    there = row < tokens
+    own = row.to(tl.int64) * WIDTH
+    column = tl.arange(0, CHUNK)
+    # All is asked for before the first of it is used.
+    old, biases, scales, shifts = (), (), (), ()
+    for c in tl.static_range(chunks):
+        biases += (tl.load(first_bias + c * CHUNK + column),)
+        old += (tl.load(states + own + (c * CHUNK + column)[None, :], mask=there, other=0.0),)
+        scales += (tl.load(scale + c * CHUNK + column),)
+        shifts += (tl.load(shift + c * CHUNK + column),)
+    sums = ()
+    for c in tl.static_range(chunks):
+        sums += (old[c].to(tl.float32) + biases[c][None, :].to(tl.float32),)
+    for begin in tl.range(0, inner, INNER, num_stages=3):
+        depth = begin + tl.arange(0, INNER)
+        deep = depth < inner
+        place = inputs + row.to(tl.int64) * inner + depth[None, :]
+        part = tl.load(place, mask=there & deep[None, :], other=0.0)
+        more = ()
+        for c in tl.static_range(chunks):
+            place = first + (c * CHUNK + column)[None, :] * stride + depth[:, None]
+            weight = tl.load(place, mask=deep[:, None], other=0.0)
+            more += (tl.dot(part, weight, sums[c], input_precision=PRECISION),)
+        sums = more
+    total = sums[0]
+    for c in tl.static_range(1, chunks):
+        total += sums[c]
+    mean = (tl.sum(total, 1) / WIDTH)[:, None]
+    square = (sums[0] - mean) * (sums[0] - mean)
+    for c in tl.static_range(1, chunks):
+        square += (sums[c] - mean) * (sums[c] - mean)
+    factor = tl.rsqrt(tl.sum(square, 1) / WIDTH + eps)[:, None]
+    for c in tl.static_range(chunks):
+        normed = (sums[c] - mean) * factor * scales[c][None, :] + shifts[c][None, :]
+        tl.store(results + own + (c * CHUNK + column)[None, :], normed.to(kind), mask=there)
+    tl.debug_barrier()  # what one thread has stored, others load
+    deep = tl.arange(0, DEPTH)
+    for begin in range(0, outer, OUTER):
+        place = begin + tl.arange(0, OUTER)
+        known = place < outer
+        bias = tl.load(second_bias + place, mask=known, other=0.0).to(tl.float32)
+        answer = tl.zeros([ROWS, OUTER], tl.float32)
+        for depth in tl.range(0, WIDTH, DEPTH, num_stages=3):
+            part = tl.load(results + own + (depth + deep)[None, :], mask=there, other=0.0)
+            weight = tl.load(
+                second + place[None, :] * WIDTH + (depth + deep)[:, None],
+                mask=known[None, :],
+                other=0.0,
+            )
+            answer = tl.dot(part, weight, answer, input_precision=PRECISION)
+        answer += bias[None, :]
+        if GELU:
+            answer = _gelu(answer, kind == tl.float32)
+        target = mapped + row.to(tl.int64) * outer + place[None, :]
+        tl.store(target, answer.to(kind), mask=there & known[None, :])
+
+
+@triton.jit
+def _gelu(x, EXACT: tl.constexpr):
+    """Activate; by the approximation with tanh, unless it has to be exact."""
+    if EXACT:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    # x times the sigmoid of twice what the tanh is of, in base two.
+    return x / (1.0 + tl.exp2(x * (-2.302208198 - 0.1029432407 * x * x)))
