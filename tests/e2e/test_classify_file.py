@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,9 +18,17 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(300)
 
-ROWS = 30_000
-"""A run answers for seconds after its first answers are there, however busy the machine is."""
+ROWS = 15_000
+"""A run answers for seconds after its first answers are there."""
 COMMAND = (sys.executable, "-c", "from service.cli import main; main()", "classify")
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Let what is started hear an interrupt, though a shell that runs tests aside ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
