@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,7 +70,16 @@ def _device(settings: Settings) -> Finding:
         advice = "--device cpu, or install the driver and a CUDA build of torch"
         return Finding("device", "fail", "--device cuda, but torch sees no GPU", advice)
     if device == "cuda":
-        return Finding("device", "ok", f"cuda: {torch.cuda.get_device_name()}")
+        found = f"cuda: {torch.cuda.get_device_name()}"
+        headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            missing = "C compiler"
+        elif not headers.exists():
+            missing = f"{headers}"
+        else:
+            return Finding("device", "ok", found)
+        advice = "install gcc and Python's headers (Debian: gcc libc6-dev python3-dev)"
+        return Finding("device", "fail", f"{found}, but no {missing} to launch kernels by", advice)
     if shutil.which("nvidia-smi") and settings.device == "auto":
         advice = "install a CUDA build of torch to use the GPU, or say --device cpu"
         return Finding("device", "warn", "cpu, though there is a GPU that torch cannot see", advice)

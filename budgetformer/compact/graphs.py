@@ -134,6 +134,7 @@ class GraphedPass(PackedPass):
         self._dtype: torch.dtype = getattr(torch, precision)
         self._classes = self.config.num_classes
         self._programs: OrderedDict[tuple[int, Size], Program] = OrderedDict()
+        self._ways: dict[tuple[int, Size], list[Layers]] = {}
         self._outbox = Outbox(self.device) if self.device.type == "cuda" else None
         self._memory = torch.cuda.graph_pool_handle() if self._outbox else None
 
@@ -207,22 +208,27 @@ class GraphedPass(PackedPass):
         return found
 
     def _record(self, step: int, size: Size) -> Program:
-        """Record a pass in every way that there is, and keep the fastest; without a card the last.
+        """Record a pass in every way that there is, and keep the fastest.
 
-        Which it is depends on the card, and on how many rows and heads there are.
+        Which it is depends on the card, and on how many rows and heads there are; once it is known,
+        it is known.
         """
         plan = enumerate([] if step == ARRIVAL else self._plan(step))
         slices = {i: self._slices.get(i, self._first[heads]) for i, heads in plan if heads}
+        programs = []
+        for way in self._ways.get((step, size)) or self._all_ways(slices):
+            with suppress(OutOfResources):  # of shared memory some cards have less
+                programs.append((way, self._record_way(step, size, slices, way)))
+        way, program = programs[_fastest([program for _, program in programs])]
+        self._ways[step, size] = [way]
+        return program
+
+    def _all_ways(self, slices: Slices) -> list[Layers]:
+        """Return the ways to run some layers; without a card, where time says nothing, the last."""
         ways: list[Layers] = [self._apart]
         if self._can_join(slices):
             ways.append(self._joined)
-        if self._memory is None:
-            return self._record_way(step, size, slices, ways[-1])
-        programs = []
-        for way in ways:
-            with suppress(OutOfResources):  # of shared memory some cards have less
-                programs.append(self._record_way(step, size, slices, way))
-        return _fastest(programs)
+        return ways if self._memory is not None else ways[-1:]
 
     def _record_way(self, step: int, size: Size, slices: Slices, layers: Layers) -> Program:
         host = torch.empty(sum(size.parts), dtype=torch.int32)
@@ -318,8 +324,8 @@ class GraphedPass(PackedPass):
         return states
 
 
-def _fastest(programs: Sequence[Program]) -> Program:
-    """Return the program that runs a full batch in the least time; several are played by turns."""
+def _fastest(programs: Sequence[Program]) -> int:
+    """Return which program runs a full batch in the least time; several are played by turns."""
     least = [float("inf")] * len(programs)
     for _ in range(TIMED if len(programs) > 1 else 0):
         for place, program in enumerate(programs):
@@ -329,7 +335,7 @@ def _fastest(programs: Sequence[Program]) -> Program:
             last.record()
             last.synchronize()
             least[place] = min(least[place], first.elapsed_time(last))
-    return programs[least.index(min(least))]
+    return least.index(min(least))
 
 
 class Outbox:

@@ -351,6 +351,9 @@ def test_the_override_file_asks_for_every_gpu(stack: Stack) -> None:
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
     assert device["count"] == -1  # all
     assert service["read_only"] is True
+    # What is compiled has to be loaded, which nothing in /tmp may be.
+    (kept,) = (v for v in service["volumes"] if v["target"] == "/kernels")
+    assert (kept["type"], service["environment"]["TRITON_CACHE_DIR"]) == ("volume", "/kernels")
 
 
 def test_nothing_in_the_container_gives_rights_or_takes_writing(stack: Stack) -> None:

@@ -18,6 +18,8 @@ pytest.importorskip("triton")
 if "TRITON_INTERPRET" not in os.environ:
     pytest.skip("on a GPU `make bench-gpu` checks the kernels", allow_module_level=True)
 
+from triton import OutOfResources
+
 from budgetformer.compact import PackedTokens, graphs, load_pass, packed
 from budgetformer.compact.graphs import GraphedPass, Size
 from budgetformer.compact.kernels import gpu
@@ -154,9 +156,30 @@ def test_the_fastest_way_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(graphs, "TIMED", 3)
-    slow, fast = program(5, 4, 4), program(9, 3, 9)
-    assert graphs._fastest([slow, fast]) is fast
-    assert graphs._fastest([slow]) is slow
+    assert graphs._fastest([program(5, 4, 4), program(9, 3, 9)]) == 1
+    assert graphs._fastest([program()]) == 0
+
+
+def test_a_size_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compact, tokens = graphed(random_network(SMALL)), pack(random_items([5]))
+    monkeypatch.setattr(compact, "_all_ways", lambda _: [compact._apart, compact._joined])
+    timed: list[int] = []
+    monkeypatch.setattr(graphs, "_fastest", lambda those: timed.append(len(those)) or 0)
+    for _ in range(2):
+        compact.run(tokens, [2])
+        compact._programs.clear()
+    assert timed == [2, 1]
+    assert list(compact._ways.values()) == [[compact._apart]]
+
+
+def test_a_way_that_a_card_has_no_room_for_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> torch.Tensor:
+        raise OutOfResources(200, 100, "shared memory")
+
+    network, items = random_network(SMALL), random_items([5])
+    compact = graphed(network)
+    monkeypatch.setattr(compact, "_all_ways", lambda _: [compact._apart, too_large])
+    assert_close(compact.run(pack(items), [2]).logits, reference(network, items, [2]))
 
 
 def test_answers_outlive_the_next_batch() -> None:

@@ -181,6 +181,28 @@ def test_a_gpu_that_is_not_there(model_store: Path, monkeypatch: pytest.MonkeyPa
     assert finding.state == "warn"
 
 
+def test_a_gpu_needs_a_compiler_for_what_launches_its_kernels(
+    model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a card")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.delenv("CC", raising=False)
+    for compiler, header, missing in (
+        (None, True, "C compiler"),
+        ("/usr/bin/gcc", False, "Python.h"),
+        ("/usr/bin/gcc", True, None),
+    ):
+        monkeypatch.setattr(shutil, "which", lambda _, there=compiler: there)
+        (tmp_path / "Python.h").unlink(missing_ok=True)
+        if header:
+            (tmp_path / "Python.h").touch()
+        (finding,) = found("device", model_store, device="cuda")
+        assert finding.state == ("ok" if missing is None else "fail")
+        assert (missing or "a card") in finding.found
+
+
 def test_few_open_files(model_store: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
