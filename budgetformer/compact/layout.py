@@ -65,8 +65,9 @@ class Layout:
     @cached_property
     def ends(self) -> Tensor:
         """Row behind the last of each token's item, [N]."""
-        lengths = torch.tensor(self.lengths, dtype=torch.long, device=self.device)
-        return self.starts[1:].repeat_interleave(lengths)
+        lengths = torch.tensor(self.lengths, dtype=torch.long)
+        ends = torch.tensor([*accumulate(self.lengths)], dtype=torch.int32)
+        return ends.repeat_interleave(lengths).to(self.device)
 
     @cached_property
     def counts(self) -> Tensor:
