@@ -70,13 +70,8 @@ def _device(settings: Settings) -> Finding:
         advice = "--device cpu, or install the driver and a CUDA build of torch"
         return Finding("device", "fail", "--device cuda, but torch sees no GPU", advice)
     if device == "cuda":
-        found = f"cuda: {torch.cuda.get_device_name()}"
-        headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-            missing = "C compiler"
-        elif not headers.exists():
-            missing = f"{headers}"
-        else:
+        found, missing = f"cuda: {torch.cuda.get_device_name()}", _missing_to_launch()
+        if missing is None:
             return Finding("device", "ok", found)
         advice = "install gcc and Python's headers (Debian: gcc libc6-dev python3-dev)"
         return Finding("device", "fail", f"{found}, but no {missing} to launch kernels by", advice)
@@ -84,6 +79,14 @@ def _device(settings: Settings) -> Finding:
         advice = "install a CUDA build of torch to use the GPU, or say --device cpu"
         return Finding("device", "warn", "cpu, though there is a GPU that torch cannot see", advice)
     return Finding("device", "ok", f"cpu: {torch.backends.cpu.get_cpu_capability()}")
+
+
+def _missing_to_launch() -> str | None:
+    """Return what is not there of what Triton builds the launch of a kernel with."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "C compiler"
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return None if headers.exists() else str(headers)
 
 
 def _threads(settings: Settings) -> Finding:

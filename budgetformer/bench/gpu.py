@@ -180,7 +180,7 @@ def as_markdown(report: GpuReport) -> str:
     )
     timings = markdown_table(
         ["tokens", "texts", "pass", "step", "to its full step", "on the device", "to dense"]
-        + ["ms queued", "on the device", "alone", "texts a second"],
+        + ["ms queued", "ms on the device", "ms alone", "texts a second"],
         [_timing_row(timing, report.timings) for timing in report.timings],
     )
     memory = markdown_table(

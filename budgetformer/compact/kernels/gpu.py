@@ -245,16 +245,21 @@ def mean(states: Tensor, layout: Layout) -> Tensor:
 def _mean(states, result, starts, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     item = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < width
+    mean = _averaged(states, starts, item, column, width, ROWS, COLUMNS)
+    tl.store(result + item.to(tl.int64) * width + column, mean, mask=column < width)
+
+
+@triton.jit
+def _averaged(states, starts, item, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the mean of an item's states in some columns, [COLUMNS] in float32."""
     start, stop = tl.load(starts + item), tl.load(starts + item + 1)
     total = tl.zeros([COLUMNS], tl.float32)
     for begin in range(start, stop, ROWS):
         row = begin + tl.arange(0, ROWS)
-        seen = (row < stop)[:, None] & inside[None, :]
+        seen = (row < stop)[:, None] & (column < width)[None, :]
         place = row[:, None].to(tl.int64) * width + column[None, :]
         total += tl.sum(tl.load(states + place, mask=seen, other=0.0).to(tl.float32), 0)
-    count = tl.maximum(stop - start, 1)
-    tl.store(result + item.to(tl.int64) * width + column, total / count, mask=inside)
+    return total / tl.maximum(stop - start, 1)
 
 
 def classify(states: Tensor, layout: Layout, by: nn.Linear) -> Tensor:
@@ -292,20 +297,13 @@ def _classify(
     LABELS: tl.constexpr,
 ):
     item = tl.program_id(0)
-    column = tl.arange(0, WIDTH)[None, :]
-    inside = column < width
-    start, stop = tl.load(starts + item), tl.load(starts + item + 1)
-    total = tl.zeros([WIDTH], tl.float32)
-    for begin in range(start, stop, ROWS):
-        row = begin + tl.arange(0, ROWS)
-        place = row[:, None].to(tl.int64) * width + column
-        seen = (row < stop)[:, None] & inside
-        total += tl.sum(tl.load(states + place, mask=seen, other=0.0).to(tl.float32), 0)
-    mean = (total / tl.maximum(stop - start, 1))[None, :]
+    column = tl.arange(0, WIDTH)
+    mean = _averaged(states, starts, item, column, width, ROWS, WIDTH)[None, :]
     for begin in range(0, labels, LABELS):
         label = begin + tl.arange(0, LABELS)
         there = label < labels
-        place = weight + label[:, None] * width + column
-        own = tl.load(place, mask=there[:, None] & inside, other=0.0).to(tl.float32)
+        place = weight + label[:, None] * width + column[None, :]
+        known = there[:, None] & (column < width)[None, :]
+        own = tl.load(place, mask=known, other=0.0).to(tl.float32)
         logit = tl.sum(own * mean, 1) + tl.load(bias + label, mask=there, other=0.0).to(tl.float32)
         tl.store(result + item.to(tl.int64) * labels + label, logit, mask=there)
