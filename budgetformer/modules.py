@@ -400,14 +400,14 @@ class ExitHead(nn.Module):
             rows = torch.cat([input_ids, self.neighbours(input_ids)], dim=1)
             mask = torch.cat([mask, mask[:, :-1] * mask[:, 1:]], dim=1)
         total = (cast(Tensor, self.weight(rows)) * mask.unsqueeze(-1)).sum(1)
-        return self.logits(total, mask.sum(1, keepdim=True))
+        return self.logits(total / mask.sum(1, keepdim=True).clamp(min=1).sqrt())
 
-    def logits(self, total: Tensor, counts: Tensor) -> Tensor:
-        """Turn the summed rows [B, R] of n tokens and neighbours [B, 1] into logits [B, C].
+    def logits(self, bag: Tensor) -> Tensor:
+        """Turn bags [B, R] into logits [B, C].
 
-        The sum is divided by the root of n.
+        A bag is the sum of the rows of n tokens and neighbours, divided by the root of n.
         """
-        return cast(Tensor, self.map(total / counts.clamp(min=1).sqrt())) + self.bias
+        return cast(Tensor, self.map(bag)) + self.bias
 
 
 class Encoder(nn.Module):

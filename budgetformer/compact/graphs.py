@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from triton import OutOfResources
 
 from budgetformer.compact.kernels import JoiningKernels
+from budgetformer.compact.kernels.joined import MOST_ROWS
 from budgetformer.compact.layout import Layout, StagedLayout
 from budgetformer.compact.packed import ARRIVAL, Arrival, PackedPass, PackedTokens, PassResult
 from budgetformer.compact.weights import Slice
@@ -30,9 +32,13 @@ MOST_PROGRAMS = 256
 LEAST_ROWS = 64
 ROWS_PER_ITEM = 16
 """There is room for so many items, if the texts are not shorter than that."""
+WAVES = 2
+"""A pass takes no more rows than so many times what fills a card."""
+USUAL_WAVE = 8192
+"""Rows that fill a card, where there is none."""
 RING = 4
 """Batches that may be on their way to the device."""
-WARM_BATCHES = (1, 8, 32, 64, 128)
+WARM_BATCHES = (1, 8, 32, 64, 128, 256)
 """Numbers of items that loading a model records; among them all that kernels are compiled for."""
 WARM_TOKENS = 64
 
@@ -52,9 +58,15 @@ class Size:
     classes: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int], classes: int) -> Size:
-        """Return the least size for some items; there are few sizes, so that passes are reused."""
-        rows, items = _room(max(sum(lengths), LEAST_ROWS)), len(lengths)
+    def of(cls, lengths: Sequence[int], classes: int, wave: int = USUAL_WAVE) -> Size:
+        """Return the least size for some items; there are few sizes, so that passes are reused.
+
+        Args:
+            lengths: tokens of each item.
+            classes: C.
+            wave: rows that fill the card: a few more would take nearly twice the time.
+        """
+        rows, items = _room(max(sum(lengths), LEAST_ROWS), wave), len(lengths)
         usual = rows // ROWS_PER_ITEM
         return cls(rows, usual if items <= usual else _power_of_two(items), classes)
 
@@ -84,7 +96,7 @@ class Size:
         ids[:], kinds[:] = tokens.input_ids.numpy(), tokens.token_type_ids.numpy()
         np.subtract(np.arange(count), starts[:used].repeat(lengths), out=places, casting="unsafe")
         ends[:] = starts[1 : used + 1].repeat(lengths)
-        by_row[:, count:] = 0
+        by_row[:3, count:], by_row[3, count:] = 0, count
         if exit_logits is None:
             exits.fill(0)
         else:
@@ -135,8 +147,16 @@ class GraphedPass(PackedPass):
         self._classes = self.config.num_classes
         self._programs: OrderedDict[tuple[int, Size], Program] = OrderedDict()
         self._ways: dict[tuple[int, Size], list[Layers]] = {}
+        self._wave = _wave(self.device)
         self._outbox = Outbox(self.device) if self.device.type == "cuda" else None
         self._memory = torch.cuda.graph_pool_handle() if self._outbox else None
+
+    def _size(self, lengths: Sequence[int]) -> Size:
+        return Size.of(lengths, self._classes, self._wave)
+
+    @property
+    def _most_rows(self) -> int:
+        return super()._most_rows if self.device.type == "cpu" else WAVES * self._wave
 
     @torch.inference_mode()
     def warm(self, steps: Sequence[int]) -> None:
@@ -145,8 +165,9 @@ class GraphedPass(PackedPass):
         length = min(self._most_tokens, WARM_TOKENS)
         for step in (ARRIVAL, *(() if self.sizes.picks_heads else steps)):
             for items in WARM_BATCHES:
-                self._program(step, Size.of([length] * items, self._classes))
+                self._program(step, self._size([length] * items))
 
+    @torch.inference_mode()
     def recorded(self, step: int, tokens: PackedTokens) -> Callable[[], None] | None:
         """Return what runs items at a step once more; see `PackedPass.recorded`.
 
@@ -156,7 +177,7 @@ class GraphedPass(PackedPass):
         if not len(tokens.input_ids) or (step != ARRIVAL and self.sizes.picks_heads):
             return None
         self._play(step, tokens, None)
-        return self._program(step, Size.of(tokens.lengths, self._classes)).play
+        return self._program(step, self._size(tokens.lengths)).play
 
     def _run(
         self,
@@ -185,7 +206,7 @@ class GraphedPass(PackedPass):
     ) -> list[Tensor | None]:
         """Run a recorded pass, and return its results for these items, [B, ...] each."""
         self._layout(tokens)  # refuses what is too long
-        size = Size.of(tokens.lengths, self._classes)
+        size = self._size(tokens.lengths)
         program = self._program(step, size)
         if self._outbox is None:
             size.fill(program.inputs, tokens, exit_logits)
@@ -216,18 +237,20 @@ class GraphedPass(PackedPass):
         plan = enumerate([] if step == ARRIVAL else self._plan(step))
         slices = {i: self._slices.get(i, self._first[heads]) for i, heads in plan if heads}
         programs = []
-        for way in self._ways.get((step, size)) or self._all_ways(slices):
+        for way in self._ways.get((step, size)) or self._all_ways(slices, size):
             with suppress(OutOfResources):  # of shared memory some cards have less
                 programs.append((way, self._record_way(step, size, slices, way)))
         way, program = programs[_fastest([program for _, program in programs])]
         self._ways[step, size] = [way]
         return program
 
-    def _all_ways(self, slices: Slices) -> list[Layers]:
+    def _all_ways(self, slices: Slices, size: Size) -> list[Layers]:
         """Return the ways to run some layers; without a card, where time says nothing, the last."""
         ways: list[Layers] = [self._apart]
         if self._can_join(slices):
             ways.append(self._joined)
+            if size.rows > self._wave:
+                ways.append(partial(self._joined, paired=True))
         return ways if self._memory is not None else ways[-1:]
 
     def _record_way(self, step: int, size: Size, slices: Slices, layers: Layers) -> Program:
@@ -280,7 +303,7 @@ class GraphedPass(PackedPass):
         logits = self._classify(layers(states, layout), layout)
         if self.model.exit_head is not None:
             share = self.config.exit_weights[step - 1]
-            logits = logits + share * exits.view(torch.float32).view_as(logits)
+            logits = logits.add(exits.view(torch.float32).view_as(logits), alpha=share)
         return [logits]
 
     def _apart(self, slices: Slices, states: Tensor, layout: Layout) -> Tensor:
@@ -303,11 +326,13 @@ class GraphedPass(PackedPass):
             for layer, kept in slices.items()
         )
 
-    def _joined(self, slices: Slices, states: Tensor, layout: Layout) -> Tensor:
+    def _joined(
+        self, slices: Slices, states: Tensor, layout: Layout, paired: bool = False
+    ) -> Tensor:
         """Run layers of three launches each: attention, and the maps on both sides of each norm.
 
         A product of few heads takes less time than to write and read what lies between it and the
-        next.
+        next. The states are changed in place.
         """
         order = list(slices.values())
         following = [*(kept.qkv for kept in order[1:]), None]
@@ -315,11 +340,11 @@ class GraphedPass(PackedPass):
         for (index, kept), then in zip(slices.items(), following, strict=True):
             layer = self._layers[index]
             contexts = self.kernels.attend(mapped, layout, kept.heads)
-            states, neurons = self.kernels.map_norm_map(
-                contexts, kept.output, states, layer.attention_norm, kept.up, layout
+            neurons = self.kernels.map_norm_map(
+                contexts, kept.output, states, layer.attention_norm, kept.up, layout, paired
             )
-            states, mapped = self.kernels.map_norm_map(
-                neurons, kept.down, states, layer.feed_forward_norm, then, layout
+            mapped = self.kernels.map_norm_map(
+                neurons, kept.down, states, layer.feed_forward_norm, then, layout, paired
             )
         return states
 
@@ -388,7 +413,19 @@ def _power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def _room(value: int) -> int:
-    """Return the least number from 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ... that holds `value`."""
+def _room(value: int, wave: int) -> int:
+    """Return the least number that holds `value`, of 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...
+
+    Whole waves count too.
+    """
     grain = max(_power_of_two(value) // 8, 1)
-    return -(-value // grain) * grain
+    waves = -(-value // wave)
+    rooms = [-(-value // grain) * grain]
+    return min(rooms + [waves * wave] * (waves <= WAVES))
+
+
+def _wave(device: torch.device) -> int:
+    """Return how many rows a card takes, if each multiprocessor runs one program of most rows."""
+    if device.type != "cuda":
+        return USUAL_WAVE
+    return MOST_ROWS * int(torch.cuda.get_device_properties(device).multi_processor_count)

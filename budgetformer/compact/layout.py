@@ -94,7 +94,7 @@ class StagedLayout(Layout):
     Attributes:
         bounds: as `starts`.
         places: as `positions`.
-        last: as `ends`; of a spare row 0.
+        last: as `ends`; of a spare row where the spare rows begin.
     """
 
     bounds: Tensor
@@ -139,5 +139,5 @@ class StagedLayout(Layout):
 
     @property
     def ends(self) -> Tensor:
-        """Row behind the last of each row's item, [N]; of a spare row 0."""
+        """Row behind the last of each row's item, [N]; of a spare row where those begin."""
         return self.last

@@ -29,7 +29,6 @@ from budgetformer.modules import (
     EncoderLayer,
     SequenceClassifier,
     budget_step,
-    exit_evidence,
 )
 
 MOST_SETS = 2
@@ -252,8 +251,9 @@ class PackedPass:
     def _decide(self, tokens: PackedTokens, layout: Layout) -> Arrival:
         exit_logits = evidence = None
         if self.model.exit_head is not None:
-            exit_logits = self._exit_logits(tokens.input_ids, layout)
-            evidence = exit_evidence(exit_logits, self.config.problem_type)
+            bag = self.kernels.bag(tokens.input_ids, layout, self.model.exit_head)
+            exit_logits = self.model.exit_head.logits(bag)
+            evidence = self.kernels.exit_evidence(exit_logits, self.config.problem_type)
         decision = self.encoder.decision
         if decision is None:
             return Arrival(None, exit_logits, None)
@@ -318,11 +318,16 @@ class PackedPass:
         """
         return None
 
+    @property
+    def _most_rows(self) -> int:
+        """Tokens that are passed together."""
+        if self.device.type != "cpu":
+            return GPU_ROWS
+        return CPU_ROUTED_ROWS if self.sizes.picks_heads else CPU_ROWS
+
     def _parts(self, lengths: Sequence[int]) -> list[slice]:
         """Cut a batch into runs of items that are passed together; a long one goes alone."""
-        most = CPU_ROUTED_ROWS if self.sizes.picks_heads else CPU_ROWS
-        if self.device.type != "cpu":
-            most = GPU_ROWS
+        most = self._most_rows
         if sum(lengths) <= most:
             return [slice(0, len(lengths))]
         parts, start, rows = [], 0, 0
@@ -384,25 +389,6 @@ class PackedPass:
     def _embed(self, tokens: PackedTokens, layout: Layout) -> Tensor:
         ids, kinds, by = tokens.input_ids, tokens.token_type_ids, self.encoder.embeddings
         return self.kernels.embed(ids, kinds, layout, by, torch.float32)
-
-    def _exit_logits(self, ids: Tensor, layout: Layout) -> Tensor:
-        head = self.model.exit_head
-        assert head is not None
-        rows, counts = ids.long(), layout.counts
-        owner = None if layout.alone else layout.owner
-        if head.buckets and len(rows):
-            rows = torch.cat([rows, head.neighbours(rows)])
-            counts = 2 * counts - 1
-            if owner is not None:
-                together = owner[:-1] == owner[1:]
-                owner = torch.cat([owner, torch.where(together, owner[:-1], layout.items)])
-        added = F.embedding(rows, head.weight.weight).to(head.bias.dtype)
-        if owner is None:
-            return head.logits(added.sum(0, keepdim=True), counts)
-        # One row more: for what belongs to no item.
-        total = added.new_zeros(layout.items + 1, added.shape[1])
-        total.index_add_(0, owner, added)
-        return head.logits(total[:-1], counts)
 
     def _classify(self, states: Tensor, layout: Layout) -> Tensor:
         if not self._post:

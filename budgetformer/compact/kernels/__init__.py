@@ -9,13 +9,19 @@ from torch import Tensor, nn
 
 from budgetformer.compact.layout import Layout
 from budgetformer.compact.linear import Linear
-from budgetformer.modules import Embeddings
+from budgetformer.modules import Embeddings, ExitHead
 
 
 class Kernels(Protocol):
     """A module with these functions; `plain` says what they do."""
 
     __name__: str
+
+    def bag(self, ids: Tensor, layout: Layout, by: ExitHead) -> Tensor:
+        """Put together what step 0 reads."""
+
+    def exit_evidence(self, exit_logits: Tensor, problem_type: str | None) -> Tensor:
+        """Summarise step-0 logits for f_o."""
 
     def embed(
         self, ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: torch.dtype
@@ -49,5 +55,6 @@ class JoiningKernels(Kernels, Protocol):
         by: nn.LayerNorm,
         second: Linear | None,
         layout: Layout,
-    ) -> tuple[Tensor, Tensor]:
-        """Map inputs, add them to the states, normalise, and map what comes of it."""
+        paired: bool = False,
+    ) -> Tensor:
+        """Map inputs, add them to the states, normalise these, and map what comes of it."""

@@ -7,7 +7,6 @@ or down, sum and norm, and the next layer's queries, keys and values.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
@@ -16,8 +15,10 @@ from budgetformer.compact.kernels.tiles import LEAST_SIDE, dot_precision, equal_
 from budgetformer.compact.layout import Layout
 from budgetformer.compact.linear import Linear, Product
 
-MOST_ROWS, WARPS = 64, 8
+MOST_ROWS = 64
 """Rows that a program takes, if there are so many."""
+WARPS, PAIRED_WARPS = 8, 4
+"""Of a program that has a multiprocessor to itself, and of one that shares it with another."""
 MOST_SUMS = MOST_ROWS * 512
 """Numbers in float32 that fit into a program's registers."""
 PROGRAMS = 128
@@ -39,16 +40,18 @@ def map_norm_map(
     by: nn.LayerNorm,
     second: Linear | None,
     layout: Layout,
-) -> tuple[Tensor, Tensor]:
+    paired: bool = False,
+) -> Tensor:
     """Do as `plain.map_norm_map`.
 
     Args:
         inputs, states: as there; in one precision, which is that of the maps.
         first, second, by: those that `can_join`.
         layout: where the items are; spare rows come back as they will.
+        paired: two programs share a multiprocessor. One waits while the other computes, which is
+            worth it when there are more programs than multiprocessors.
     """
     tokens, width = states.shape
-    results = torch.empty_like(states)
     last, second = second is None, second or first
     assert isinstance(first, Product)
     assert isinstance(second, Product)
@@ -65,7 +68,6 @@ def map_norm_map(
             states,
             by.weight,
             by.bias,
-            results,
             second.weight,
             second.bias,
             mapped,
@@ -80,13 +82,14 @@ def map_norm_map(
             WIDTH=width,
             CHUNK=equal_part(width),
             INNER=32,
-            OUTER=256 if triton.cdiv(outer, 128) % 2 == 0 else 128,
+            OUTER=128 if paired or triton.cdiv(outer, 128) % 2 else 256,
             DEPTH=min(64, equal_part(width)),
             GELU=second.gelu,
             PRECISION=dot_precision(states),
-            num_warps=WARPS,
+            FLATTEN=paired,
+            num_warps=PAIRED_WARPS if paired else WARPS,
         )
-    return results, mapped
+    return mapped
 
 
 @triton.jit(do_not_specialize=["items", "tokens"])
@@ -97,7 +100,6 @@ def _map_norm_map(
     states,
     scale,
     shift,
-    results,
     second,
     second_bias,
     mapped,
@@ -116,9 +118,8 @@ def _map_norm_map(
     DEPTH: tl.constexpr,
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
-    if tl.program_id(0) * ROWS >= tl.load(starts + items):
-        return
     kind: tl.constexpr = states.dtype.element_ty
     chunks: tl.constexpr = WIDTH // CHUNK
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -126,12 +127,15 @@ def _map_norm_map(
     own = row.to(tl.int64) * WIDTH
     column = tl.arange(0, CHUNK)
     # All is asked for before the first of it is used.
+    used = tl.load(starts + items)
     old, biases, scales, shifts = (), (), (), ()
     for c in tl.static_range(chunks):
         biases += (tl.load(first_bias + c * CHUNK + column),)
         old += (tl.load(states + own + (c * CHUNK + column)[None, :], mask=there, other=0.0),)
         scales += (tl.load(scale + c * CHUNK + column),)
         shifts += (tl.load(shift + c * CHUNK + column),)
+    if tl.program_id(0) * ROWS >= used:
+        return
     sums = ()
     for c in tl.static_range(chunks):
         sums += (old[c].to(tl.float32) + biases[c][None, :].to(tl.float32),)
@@ -156,16 +160,16 @@ def _map_norm_map(
     factor = tl.rsqrt(tl.sum(square, 1) / WIDTH + eps)[:, None]
     for c in tl.static_range(chunks):
         normed = (sums[c] - mean) * factor * scales[c][None, :] + shifts[c][None, :]
-        tl.store(results + own + (c * CHUNK + column)[None, :], normed.to(kind), mask=there)
+        tl.store(states + own + (c * CHUNK + column)[None, :], normed.to(kind), mask=there)
     tl.debug_barrier()  # what one thread has stored, others load
     deep = tl.arange(0, DEPTH)
-    for begin in range(0, outer, OUTER):
+    for begin in tl.range(0, outer, OUTER, flatten=FLATTEN):
         place = begin + tl.arange(0, OUTER)
         known = place < outer
         bias = tl.load(second_bias + place, mask=known, other=0.0).to(tl.float32)
         answer = tl.zeros([ROWS, OUTER], tl.float32)
         for depth in tl.range(0, WIDTH, DEPTH, num_stages=3):
-            part = tl.load(results + own + (depth + deep)[None, :], mask=there, other=0.0)
+            part = tl.load(states + own + (depth + deep)[None, :], mask=there, other=0.0)
             weight = tl.load(
                 second + place[None, :] * WIDTH + (depth + deep)[:, None],
                 mask=known[None, :],

@@ -8,7 +8,39 @@ from torch import Tensor, nn
 
 from budgetformer.compact.layout import Layout
 from budgetformer.compact.linear import Linear
-from budgetformer.modules import Embeddings
+from budgetformer.modules import Embeddings, ExitHead, exit_evidence
+
+__all__ = ["add", "add_norm", "attend", "bag", "classify", "embed", "exit_evidence"]
+__all__ += ["map_norm_map", "mean", "norm"]
+
+
+def bag(ids: Tensor, layout: Layout, by: ExitHead) -> Tensor:
+    """Put together what step 0 reads.
+
+    Args:
+        ids: of tokens [N].
+        layout: where the items are.
+        by: whose table's rows are summed, of tokens and of neighbours.
+
+    Returns:
+        Bags [B, R], as `ExitHead.logits` reads them.
+    """
+    rows, counts = ids.long(), layout.counts
+    owner = None if layout.alone else layout.owner
+    if by.buckets and len(rows):
+        rows = torch.cat([rows, by.neighbours(rows)])
+        counts = 2 * counts - 1
+        if owner is not None:
+            together = owner[:-1] == owner[1:]
+            owner = torch.cat([owner, torch.where(together, owner[:-1], layout.items)])
+    added = F.embedding(rows, by.weight.weight).to(by.bias.dtype)
+    if owner is None:
+        total = added.sum(0, keepdim=True)
+    else:
+        # One row more: for what belongs to no item.
+        total = added.new_zeros(layout.items + 1, added.shape[1])
+        total = total.index_add_(0, owner, added)[:-1]
+    return total / counts.sqrt()
 
 
 def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: torch.dtype) -> Tensor:
@@ -75,25 +107,21 @@ def add_norm(states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
 
 
 def map_norm_map(
-    inputs: Tensor,
-    first: Linear,
-    states: Tensor,
-    by: nn.LayerNorm,
-    second: Linear | None,
-) -> tuple[Tensor, Tensor]:
-    """Map inputs, add them to the states, normalise, and map what comes of it.
+    inputs: Tensor, first: Linear, states: Tensor, by: nn.LayerNorm, second: Linear | None
+) -> Tensor:
+    """Map inputs, add them to the states, normalise these, and map what comes of it.
 
     Args:
         inputs: [N, K], which `first` maps to [N, D].
-        states: [N, D].
+        states: [N, D], which become the normalised ones.
         by: the norm of the sum.
         second: maps the normalised states; None: nothing does.
 
     Returns:
-        The normalised states [N, D], and what `second` made of them, [N, M].
+        What `second` made of the normalised states, [N, M].
     """
-    states = add_norm(states, first(inputs), by)
-    return states, states.new_empty(len(states), 0) if second is None else second(states)
+    states.copy_(add_norm(states, first(inputs), by))
+    return states.new_empty(len(states), 0) if second is None else second(states)
 
 
 def mean(states: Tensor, layout: Layout) -> Tensor:

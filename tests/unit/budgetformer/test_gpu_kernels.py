@@ -16,7 +16,7 @@ if "TRITON_INTERPRET" not in os.environ:
 from budgetformer.compact.kernels import gpu, plain
 from budgetformer.compact.layout import Layout
 from budgetformer.compact.linear import Product
-from budgetformer.modules import Embeddings
+from budgetformer.modules import MULTI_LABEL, Embeddings, ExitHead
 from tests.support.networks import assert_close, small_config
 
 LENGTHS = [(5,), (1, 0, 3), (64, 65, 1), (0, 0), (130, 7, 0, 31)]
@@ -110,6 +110,36 @@ def test_add_and_norm_of_states_far_from_zero() -> None:
     )
 
 
+@pytest.mark.parametrize("lengths", [*LENGTHS, (1, 1), (2, 31, 33)])
+@pytest.mark.parametrize(("labels", "rank"), [(1, 0), (5, 0), (70, 0), (5, 24)])
+@pytest.mark.parametrize("buckets", [0, 1000])
+def test_bag(lengths: Sequence[int], labels: int, rank: int, buckets: int) -> None:
+    config = small_config(
+        embedding_exit=True, num_labels=labels, exit_rank=rank, exit_buckets=buckets
+    )
+    head, layout = ExitHead(config).requires_grad_(False), Layout(tuple(lengths), CPU)
+    nn.init.normal_(head.weight.weight)
+    ids = torch.randint(config.vocab_size, (layout.tokens,), generator=torch.Generator())
+    spare = torch.zeros(3, dtype=torch.int32)
+    actual = gpu.bag(torch.cat([ids.int(), spare]), layout, head)
+    assert_close(actual, plain.bag(ids, layout, head))
+
+
+def test_bag_of_large_ids() -> None:
+    # The hash of two ids is more than 32 bits hold.
+    config = small_config(embedding_exit=True, vocab_size=200_000, exit_buckets=64)
+    head, layout = ExitHead(config).requires_grad_(False), Layout((3,), CPU)
+    ids = torch.tensor([199_999, 199_998, 5])
+    assert_close(gpu.bag(ids.int(), layout, head), plain.bag(ids, layout, head))
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", MULTI_LABEL])
+@pytest.mark.parametrize("labels", [1, 2, 3, 19])
+def test_exit_evidence(problem: str, labels: int) -> None:
+    logits = torch.cat([random(4, labels), 100 * random(3, labels), torch.zeros(1, labels)])
+    assert_close(gpu.exit_evidence(logits, problem), plain.exit_evidence(logits, problem))
+
+
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("width", [1, 20, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -133,8 +163,10 @@ def test_nothing_to_do() -> None:
     assert gpu.mean(torch.empty(0, 8), layout).shape == (0, 8)
     assert gpu.classify(torch.empty(0, 8), layout, nn.Linear(8, 2)).shape == (0, 2)
     first, states, norm = linear(4, 16, False), torch.empty(0, 16), nn.LayerNorm(16)
-    results, mapped = gpu.map_norm_map(torch.empty(0, 4), first, states, norm, None, layout)
-    assert (results.shape, mapped.shape) == ((0, 16), (0, 0))
+    assert gpu.map_norm_map(torch.empty(0, 4), first, states, norm, None, layout).shape == (0, 0)
+    head = ExitHead(small_config(embedding_exit=True))
+    assert gpu.bag(torch.empty(0, dtype=torch.int32), layout, head).shape == (0, 3)
+    assert gpu.exit_evidence(torch.empty(0, 3), None).shape == (0, 2)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -159,9 +191,9 @@ def linear(width: int, results: int, gelu: bool, dtype: torch.dtype = torch.floa
 @pytest.mark.parametrize(
     ("inner", "width", "outer"), [(4, 16, 9), (70, 48, 16), (64, 384, 192), (100, 96, 300)]
 )
-@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("gelu", "paired"), [(False, False), (True, False), (True, True)])
 def test_maps_and_norm(
-    tokens: int, spare: int, inner: int, width: int, outer: int, gelu: bool
+    tokens: int, spare: int, inner: int, width: int, outer: int, gelu: bool, paired: bool
 ) -> None:
     layout = Layout((tokens,), CPU)
     first, second = linear(inner, width, False), linear(width, outer, gelu)
@@ -171,21 +203,23 @@ def test_maps_and_norm(
     inputs, states = random(tokens + spare, inner), random(tokens + spare, width)
     for then in (second, None):
         assert gpu.can_join(first, then, norm)
-        expected = plain.map_norm_map(inputs, first, states, norm, then)
-        actual = gpu.map_norm_map(inputs, first, states, norm, then, layout)
-        for ours, theirs in zip(actual, expected, strict=True):
-            assert_close(ours[:tokens], theirs[:tokens])
+        ours, theirs = states.clone(), states.clone()
+        expected = plain.map_norm_map(inputs, first, theirs, norm, then)
+        actual = gpu.map_norm_map(inputs, first, ours, norm, then, layout, paired)
+        assert_close(actual[:tokens], expected[:tokens])
+        assert_close(ours[:tokens], theirs[:tokens])
 
 
 def test_maps_and_norm_in_half_precision() -> None:
     layout, half = Layout((33,), CPU), torch.float16
     first, second = linear(32, 64, False, half), linear(64, 128, True, half)
-    norm, inputs, states = nn.LayerNorm(64), random(33, 32), random(33, 64)
-    expected = plain.map_norm_map(inputs.half(), first, states.half(), norm.half(), second)
-    actual = gpu.map_norm_map(inputs.half(), first, states.half(), norm.float(), second, layout)
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == half
-        assert_close(ours.float(), theirs.detach().float(), tolerance=0.01)
+    norm, inputs = nn.LayerNorm(64).requires_grad_(False), random(33, 32).half()
+    ours, theirs = random(33, 64).half(), random(33, 64).half()
+    expected = plain.map_norm_map(inputs, first, theirs, norm.half(), second)
+    actual = gpu.map_norm_map(inputs, first, ours, norm.float(), second, layout)
+    assert actual.dtype == half
+    assert_close(actual.float(), expected.float(), tolerance=0.01)
+    assert_close(ours.float(), theirs.float(), tolerance=0.01)
 
 
 def test_maps_of_other_kinds_are_not_joined() -> None:

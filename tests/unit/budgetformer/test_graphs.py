@@ -134,6 +134,24 @@ def test_joined_layers_equal_those_apart(step: int, monkeypatch: pytest.MonkeyPa
     assert calls
 
 
+@pytest.mark.parametrize(("wave", "paired"), [(64, True), (80, False)])
+def test_more_rows_than_a_wave_may_be_paired(
+    wave: int, paired: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, items = random_network(SMALL), random_items([12] * 6)
+    compact, seen = graphed(network), set[bool]()
+    monkeypatch.setattr(compact, "_wave", wave)
+    map_norm_map = gpu.map_norm_map
+
+    def spied(*given: object) -> torch.Tensor:
+        seen.add(bool(given[-1]))
+        return map_norm_map(*given)
+
+    monkeypatch.setattr(gpu, "map_norm_map", spied)
+    assert_close(compact.run(pack(items), [2] * 6).logits, reference(network, items, [2] * 6))
+    assert seen == {paired}
+
+
 def test_the_fastest_way_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
@@ -162,7 +180,7 @@ def test_the_fastest_way_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_size_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compact, tokens = graphed(random_network(SMALL)), pack(random_items([5]))
-    monkeypatch.setattr(compact, "_all_ways", lambda _: [compact._apart, compact._joined])
+    monkeypatch.setattr(compact, "_all_ways", lambda *_: [compact._apart, compact._joined])
     timed: list[int] = []
     monkeypatch.setattr(graphs, "_fastest", lambda those: timed.append(len(those)) or 0)
     for _ in range(2):
@@ -178,7 +196,7 @@ def test_a_way_that_a_card_has_no_room_for_is_left_out(monkeypatch: pytest.Monke
 
     network, items = random_network(SMALL), random_items([5])
     compact = graphed(network)
-    monkeypatch.setattr(compact, "_all_ways", lambda _: [compact._apart, too_large])
+    monkeypatch.setattr(compact, "_all_ways", lambda *_: [compact._apart, too_large])
     assert_close(compact.run(pack(items), [2]).logits, reference(network, items, [2]))
 
 
@@ -208,6 +226,7 @@ def test_passes_of_one_size_are_recorded_once(monkeypatch: pytest.MonkeyPatch) -
     assert recorded[1:] == [(3, Size(64, 4, 3)), (2, Size(80, 8, 3))]
 
 
+@torch.inference_mode()
 def test_a_recorded_pass_can_be_run_once_more() -> None:
     network, tokens = random_network(SMALL), pack(random_items([5, 9]))
     compact = graphed(network)
@@ -275,6 +294,21 @@ def test_too_long_items_are_refused() -> None:
 )
 def test_sizes_are_few(lengths: list[int], rows: int, items: int) -> None:
     assert Size.of(lengths, 3) == Size(rows, items, 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows"),
+    [
+        (8192, 8192),
+        (8193, 8448),
+        (8449, 10240),
+        (16_384, 16_384),
+        (16_385, 16_896),
+        (17_000, 20480),
+    ],
+)
+def test_what_fills_a_card_is_a_size(tokens: int, rows: int) -> None:
+    assert Size.of([tokens], 3, wave=8448).rows == rows
 
 
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=200))
