@@ -86,7 +86,7 @@ def map_norm_map(
             DEPTH=min(64, equal_part(width)),
             GELU=second.gelu,
             PRECISION=dot_precision(states),
-            FLATTEN=paired,
+            FLAT=paired,
             num_warps=PAIRED_WARPS if paired else WARPS,
         )
     return mapped
@@ -118,7 +118,7 @@ def _map_norm_map(
     DEPTH: tl.constexpr,
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     kind: tl.constexpr = states.dtype.element_ty
     chunks: tl.constexpr = WIDTH // CHUNK
@@ -162,25 +162,47 @@ def _map_norm_map(
         normed = (sums[c] - mean) * factor * scales[c][None, :] + shifts[c][None, :]
         tl.store(states + own + (c * CHUNK + column)[None, :], normed.to(kind), mask=there)
     tl.debug_barrier()  # what one thread has stored, others load
-    deep = tl.arange(0, DEPTH)
-    for begin in tl.range(0, outer, OUTER, flatten=FLATTEN):
-        place = begin + tl.arange(0, OUTER)
-        known = place < outer
-        bias = tl.load(second_bias + place, mask=known, other=0.0).to(tl.float32)
+    if FLAT:
+        # As one loop, so that a tile's first weights are on their way while the last is written.
+        steps: tl.constexpr = WIDTH // DEPTH
         answer = tl.zeros([ROWS, OUTER], tl.float32)
-        for depth in tl.range(0, WIDTH, DEPTH, num_stages=3):
-            part = tl.load(states + own + (depth + deep)[None, :], mask=there, other=0.0)
-            weight = tl.load(
-                second + place[None, :] * WIDTH + (depth + deep)[:, None],
-                mask=known[None, :],
-                other=0.0,
-            )
+        for step in tl.range(0, tl.cdiv(outer, OUTER) * steps, num_stages=3):
+            place = step // steps * OUTER + tl.arange(0, OUTER)
+            depth = step % steps * DEPTH + tl.arange(0, DEPTH)
+            part, weight = _factors(states, second, row, place, depth, there, outer, WIDTH)
             answer = tl.dot(part, weight, answer, input_precision=PRECISION)
-        answer += bias[None, :]
-        if GELU:
-            answer = _gelu(answer, kind == tl.float32)
-        target = mapped + row.to(tl.int64) * outer + place[None, :]
-        tl.store(target, answer.to(kind), mask=there & known[None, :])
+            if step % steps == steps - 1:
+                _write(answer, second_bias, mapped, row, place, there, outer, GELU)
+                answer = tl.zeros([ROWS, OUTER], tl.float32)
+    else:
+        for begin in range(0, outer, OUTER):
+            place = begin + tl.arange(0, OUTER)
+            answer = tl.zeros([ROWS, OUTER], tl.float32)
+            for lead in tl.range(0, WIDTH, DEPTH, num_stages=3):
+                depth = lead + tl.arange(0, DEPTH)
+                part, weight = _factors(states, second, row, place, depth, there, outer, WIDTH)
+                answer = tl.dot(part, weight, answer, input_precision=PRECISION)
+            _write(answer, second_bias, mapped, row, place, there, outer, GELU)
+
+
+@triton.jit
+def _factors(states, weights, row, place, depth, there, outer, WIDTH: tl.constexpr):
+    """Return some columns of the states [ROWS, DEPTH], and of the weights [DEPTH, OUTER]."""
+    part = tl.load(states + row.to(tl.int64) * WIDTH + depth[None, :], mask=there, other=0.0)
+    weight = weights + place[None, :] * WIDTH + depth[:, None]
+    return part, tl.load(weight, mask=(place < outer)[None, :], other=0.0)
+
+
+@triton.jit
+def _write(answer, biases, mapped, row, place, there, outer, GELU: tl.constexpr):
+    """Write a tile of the results [ROWS, OUTER]."""
+    kind: tl.constexpr = mapped.dtype.element_ty
+    known = place < outer
+    answer += tl.load(biases + place, mask=known, other=0.0).to(tl.float32)[None, :]
+    if GELU:
+        answer = _gelu(answer, kind == tl.float32)
+    target = mapped + row.to(tl.int64) * outer + place[None, :]
+    tl.store(target, answer.to(kind), mask=there & known[None, :])
 
 
 @triton.jit
