@@ -178,10 +178,14 @@ def int8_linear(
     packed = torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.float())
     scale = (reads.high - reads.low) / LEVELS or 1.0
     zero = round(-reads.low / scale)
-    run: Any = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    product: Any = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    run = getattr(product, "_op", product)  # without a look for operands that are traced
 
     def apply(states: Tensor) -> Tensor:
-        result: Tensor = run(states, scale, zero, packed)
+        # Asked whether they override torch's functions, packed weights throw and catch an
+        # exception: with a short text's rows that takes longer than the product.
+        with torch._C.DisableTorchFunctionSubclass():
+            result: Tensor = run(states, scale, zero, packed)
         for column, own in beyond:
             result.addcmul_(states[:, column], own)
         return result

@@ -55,7 +55,13 @@ def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: tor
     Returns:
         States [N, D].
     """
-    states: Tensor = by(ids, kinds, layout.positions)
+    # Not through the modules: their calls take as long as the rows of a short text.
+    states = by.word.weight.index_select(0, ids)
+    states = states.to(by.states_dtype or states.dtype)
+    states += by.segment.weight.index_select(0, kinds)
+    states += by.position.weight.index_select(0, layout.positions)
+    if isinstance(by.norm, nn.LayerNorm):
+        states = norm(states, by.norm)
     return states.to(dtype)
 
 
@@ -70,20 +76,22 @@ def attend(projected: Tensor, layout: Layout, heads: int) -> Tensor:
     Returns:
         Contexts [N, k * D/H].
     """
-    # [N, k, 3, D/H] to [3, 1, k, N, D/H]
     tokens, width = projected.shape
-    per_head = projected.view(tokens, heads, 3, width // (3 * heads)).permute(2, 1, 0, 3)[:, None]
+    size = width // (3 * heads)
+    per_head = projected.view(1, tokens, heads, 3, size).permute(3, 0, 2, 1, 4)
+    if layout.alone and layout.tokens == tokens > 0:
+        return _attend_one(per_head).reshape(tokens, heads * size)
     *items, spare = per_head.split([*layout.lengths, tokens - layout.tokens], dim=3)
     contexts = [_attend_one(item) for item in items if item.shape[3]]
     if spare.shape[3] or not contexts:
-        contexts.append(torch.zeros_like(spare[0, 0]).transpose(0, 1))
-    return (torch.cat(contexts) if len(contexts) > 1 else contexts[0]).flatten(1)
+        contexts.append(torch.zeros_like(spare[0]).transpose(1, 2))
+    return torch.cat(contexts, dim=1).reshape(tokens, heads * size)
 
 
 def _attend_one(per_head: Tensor) -> Tensor:
-    """Attend within one item: [3, 1, k, T, D/H] to [T, k, D/H]."""
+    """Attend within one item: [3, 1, k, T, D/H] to [1, T, k, D/H]."""
     query, key, value = per_head.unbind(0)
-    return F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def add(states: Tensor, change: Tensor) -> Tensor:
@@ -91,14 +99,18 @@ def add(states: Tensor, change: Tensor) -> Tensor:
 
     The change is converted first: a mixed sum is slow.
     """
-    return change.to(states.dtype).add_(states)
+    if change.dtype != states.dtype:
+        change = change.to(states.dtype)
+    return change.add_(states)
 
 
 def norm(states: Tensor, by: nn.LayerNorm) -> Tensor:
     """Normalise each of the states [N, D]."""
     # Not through the module: its call takes as long as the norm of a short text.
-    states = states.to(by.weight.dtype)
-    return F.layer_norm(states, by.normalized_shape, by.weight, by.bias, by.eps)
+    weight = by.weight
+    if states.dtype != weight.dtype:
+        states = states.to(weight.dtype)
+    return torch.layer_norm(states, by.normalized_shape, weight, by.bias, by.eps)
 
 
 def add_norm(states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
