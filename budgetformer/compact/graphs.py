@@ -23,7 +23,14 @@ from triton import OutOfResources
 from budgetformer.compact.kernels import JoiningKernels
 from budgetformer.compact.kernels.joined import MOST_ROWS
 from budgetformer.compact.layout import Layout, StagedLayout
-from budgetformer.compact.packed import ARRIVAL, Arrival, PackedPass, PackedTokens, PassResult
+from budgetformer.compact.packed import (
+    ARRIVAL,
+    Arrival,
+    PackedPass,
+    PackedTokens,
+    PassResult,
+    inferring,
+)
 from budgetformer.compact.weights import Slice
 from budgetformer.modules import SequenceClassifier
 
@@ -158,7 +165,7 @@ class GraphedPass(PackedPass):
     def _most_rows(self) -> int:
         return super()._most_rows if self.device.type == "cpu" else WAVES * self._wave
 
-    @torch.inference_mode()
+    @inferring
     def warm(self, steps: Sequence[int]) -> None:
         """Lay out the weights of some steps, and record passes of a few common sizes."""
         super().warm(steps)
@@ -167,7 +174,7 @@ class GraphedPass(PackedPass):
             for items in WARM_BATCHES:
                 self._program(step, self._size([length] * items))
 
-    @torch.inference_mode()
+    @inferring
     def recorded(self, step: int, tokens: PackedTokens) -> Callable[[], None] | None:
         """Return what runs items at a step once more; see `PackedPass.recorded`.
 

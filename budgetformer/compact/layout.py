@@ -53,8 +53,9 @@ class Layout:
     def positions(self) -> Tensor:
         """Place of each token within its item, [N]."""
         places = torch.arange(self.longest)
-        parts = [places[:length] for length in self.lengths]
-        return (torch.cat(parts) if len(parts) > 1 else places).to(self.device)
+        if len(self.lengths) > 1:
+            places = torch.cat([places[:length] for length in self.lengths])
+        return places.to(self.device)
 
     @cached_property
     def starts(self) -> Tensor:

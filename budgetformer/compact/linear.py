@@ -182,10 +182,7 @@ def int8_linear(
     run = getattr(product, "_op", product)  # without a look for operands that are traced
 
     def apply(states: Tensor) -> Tensor:
-        # Asked whether they override torch's functions, packed weights throw and catch an
-        # exception: with a short text's rows that takes longer than the product.
-        with torch._C.DisableTorchFunctionSubclass():
-            result: Tensor = run(states, scale, zero, packed)
+        result: Tensor = run(states, scale, zero, packed)
         for column, own in beyond:
             result.addcmul_(states[:, column], own)
         return result

@@ -11,8 +11,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import accumulate
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +143,25 @@ class PassResult:
         )
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def inferring(method: Callable[P, R]) -> Callable[P, R]:
+    """Run a method without gradients, and ask no operand whether it overrides torch's functions.
+
+    Asked that, packed weights throw and catch an exception at every product, and parameters look
+    for an attribute that they lack: for the rows of a short text that takes as long as the product.
+    """
+
+    @wraps(method)
+    def run(*given: P.args, **named: P.kwargs) -> R:
+        with torch.inference_mode(), torch._C.DisableTorchFunctionSubclass():
+            return method(*given, **named)
+
+    return run
+
+
 class PackedPass:
     """Run a BudgetFormer over packed tokens, computing the chosen heads only.
 
@@ -222,7 +243,7 @@ class PackedPass:
         if self._shared is not None:
             self._shared.forget()
 
-    @torch.inference_mode()
+    @inferring
     def warm(self, steps: Sequence[int]) -> None:
         """Lay out the weights of some ladder steps, and compile what is compiled on first use.
 
@@ -236,7 +257,7 @@ class PackedPass:
             for heads, index in kept.items():
                 self._slices.get(index, self._first[heads]).warm(sizes, self.sizes)
 
-    @torch.inference_mode()
+    @inferring
     def arrive(self, tokens: PackedTokens) -> Arrival:
         """Decide budgets and heads for B items before the encoder runs.
 
@@ -263,7 +284,7 @@ class PackedPass:
             ranking = decision.scorer(pooled).argsort(dim=-1, descending=True, stable=True)
         return Arrival(decision.budget(pooled, evidence), exit_logits, ranking)
 
-    @torch.inference_mode()
+    @inferring
     def run(
         self,
         tokens: PackedTokens,

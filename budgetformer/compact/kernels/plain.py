@@ -140,7 +140,7 @@ def mean(states: Tensor, layout: Layout) -> Tensor:
     """Average the states [N, D] of each item, [B, D] in float32; no token at all gives zeros."""
     states = states[: layout.tokens].float()
     if layout.alone:
-        return states.sum(0, keepdim=True) / layout.counts
+        return states.sum(0, keepdim=True) / max(layout.tokens, 1)
     total = states.new_zeros(layout.items, states.shape[-1])
     return total.index_add_(0, layout.owner, states) / layout.counts
 
