@@ -511,3 +511,23 @@ def test_tokens_move_whole() -> None:
     assert moved.lengths == tokens.lengths
     assert torch.equal(moved.input_ids, tokens.input_ids)
     assert torch.equal(moved.token_type_ids, tokens.token_type_ids)
+
+
+def test_operands_are_not_asked_whether_they_override_torch() -> None:
+    # An answer costs packed weights an exception for every product.
+    asked: list[type] = []
+
+    class Asking(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            asked.append(cls)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    compact = load_pass(random_network(small_config()))
+    tokens = pack(random_items([5, 3]))
+    asking = PackedTokens(tokens.input_ids.as_subclass(Asking), *list(vars(tokens).values())[1:])
+    compact.arrive(asking)
+    compact.run(asking, [2, 2])
+    assert not asked
+    asking.input_ids.add(1)
+    assert asked
