@@ -33,6 +33,9 @@ MOST_ODDS = 14.0
 
 MULTI_LABEL = "multi_label_classification"
 
+HASHED_LEFT, HASHED_RIGHT = 1_000_003, 7_919
+"""What step 0's hash multiplies the ids of two neighbours by."""
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -390,7 +393,7 @@ class ExitHead(nn.Module):
         if not self.buckets:
             raise ValueError("this step 0 has no rows for neighbours")
         left, right = input_ids[..., :-1], input_ids[..., 1:]
-        return self.vocab_size + (left * 1_000_003 + right * 7_919) % self.buckets
+        return self.vocab_size + (left * HASHED_LEFT + right * HASHED_RIGHT) % self.buckets
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Classify ids [B, T] into logits [B, C]."""

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from budgetformer.compact.kernels.tiles import tile_side
 from budgetformer.compact.layout import Layout
-from budgetformer.modules import MOST_ODDS, MULTI_LABEL, ExitHead
+from budgetformer.modules import (
+    EVIDENCE_SIZE,
+    HASHED_LEFT,
+    HASHED_RIGHT,
+    MOST_ODDS,
+    MULTI_LABEL,
+    ExitHead,
+)
 
 BAGGED_ROWS, BAGGED_COLUMNS, BAGGED_WARPS = 32, 64, 4
 
@@ -31,6 +38,8 @@ def bag(ids: Tensor, layout: Layout, by: ExitHead) -> Tensor:
             ROWS=BAGGED_ROWS,
             COLUMNS=columns,
             PAIRS=by.buckets > 0,
+            LEFT=HASHED_LEFT,
+            RIGHT=HASHED_RIGHT,
             num_warps=BAGGED_WARPS,
         )
     return result
@@ -48,6 +57,8 @@ def _bag(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PAIRS: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
 ):
     item = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -55,14 +66,12 @@ def _bag(
     total = tl.zeros([COLUMNS], tl.float32)
     for begin in range(start, stop, ROWS):
         row = begin + tl.arange(0, ROWS)
-        total += tl.sum(table_rows(table, ids, row, stop, column, width), 0)
+        left = tl.load(ids + row, mask=row < stop, other=0).to(tl.int64)
+        total += tl.sum(_gathered(table, left, row < stop, column, width), 0)
         if PAIRS:
-            left = tl.load(ids + row, mask=row < stop, other=0).to(tl.int64)
             right = tl.load(ids + row + 1, mask=row + 1 < stop, other=0).to(tl.int64)
-            pair = words + (left * 1000003 + right * 7919) % buckets
-            place = table + pair[:, None] * width + column[None, :]
-            known = (row + 1 < stop)[:, None] & (column < width)[None, :]
-            total += tl.sum(tl.load(place, mask=known, other=0.0).to(tl.float32), 0)
+            pair = words + (left * LEFT + right * RIGHT) % buckets
+            total += tl.sum(_gathered(table, pair, row + 1 < stop, column, width), 0)
     count = tl.maximum(stop - start, 1)
     if PAIRS:
         count = 2 * count - 1
@@ -74,7 +83,7 @@ def _bag(
 def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
     """Do as `plain.exit_evidence`."""
     items, labels = exit_logits.shape
-    result = torch.empty(items, 2, dtype=exit_logits.dtype, device=exit_logits.device)
+    result = torch.empty(items, EVIDENCE_SIZE, dtype=exit_logits.dtype, device=exit_logits.device)
     if items:
         _exit_evidence[(items,)](
             exit_logits,
@@ -126,6 +135,12 @@ def table_rows(table, numbers, row, rows, column, width):
     """Return columns of a table's rows that some numbers name, [ROWS, COLUMNS] in float32."""
     there = row < rows
     number = tl.load(numbers + row, mask=there, other=0).to(tl.int64)
+    return _gathered(table, number, there, column, width)
+
+
+@triton.jit
+def _gathered(table, number, there, column, width):
+    """Return columns of a table's rows [ROWS, COLUMNS] in float32; of what is not there zeros."""
     place = table + number[:, None] * width + column[None, :]
     known = there[:, None] & (column < width)[None, :]
     return tl.load(place, mask=known, other=0.0).to(tl.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -525,7 +527,7 @@ def test_operands_are_not_asked_whether_they_override_torch() -> None:
 
     compact = load_pass(random_network(small_config()))
     tokens = pack(random_items([5, 3]))
-    asking = PackedTokens(tokens.input_ids.as_subclass(Asking), *list(vars(tokens).values())[1:])
+    asking = replace(tokens, input_ids=tokens.input_ids.as_subclass(Asking))
     compact.arrive(asking)
     compact.run(asking, [2, 2])
     assert not asked
