@@ -21,7 +21,7 @@ from torch import Tensor
 from triton import OutOfResources
 
 from budgetformer.compact.kernels import JoiningKernels
-from budgetformer.compact.kernels.joined import MOST_ROWS
+from budgetformer.compact.kernels.joined import MOST_ROWS, PROGRAMS
 from budgetformer.compact.layout import Layout, StagedLayout
 from budgetformer.compact.packed import (
     ARRIVAL,
@@ -41,12 +41,14 @@ ROWS_PER_ITEM = 16
 """There is room for so many items, if the texts are not shorter than that."""
 WAVES = 2
 """A pass takes no more rows than so many times what fills a card."""
-USUAL_WAVE = 8192
+USUAL_WAVE = PROGRAMS * MOST_ROWS
 """Rows that fill a card, where there is none."""
 RING = 4
 """Batches that may be on their way to the device."""
 WARM_BATCHES = (1, 8, 32, 64, 128, 256)
-"""Numbers of items that loading a model records; among them all that kernels are compiled for."""
+"""Numbers of items that loading a model records, up to what is passed together; among them all that
+kernels are compiled for.
+"""
 WARM_TOKENS = 64
 
 TIMED = 5
@@ -170,8 +172,9 @@ class GraphedPass(PackedPass):
         """Lay out the weights of some steps, and record passes of a few common sizes."""
         super().warm(steps)
         length = min(self._most_tokens, WARM_TOKENS)
+        batches = [items for items in WARM_BATCHES if items * length <= self._most_rows]
         for step in (ARRIVAL, *(() if self.sizes.picks_heads else steps)):
-            for items in WARM_BATCHES:
+            for items in batches:
                 self._program(step, self._size([length] * items))
 
     @inferring
@@ -426,9 +429,8 @@ def _room(value: int, wave: int) -> int:
     Whole waves count too.
     """
     grain = max(_power_of_two(value) // 8, 1)
-    waves = -(-value // wave)
-    rooms = [-(-value // grain) * grain]
-    return min(rooms + [waves * wave] * (waves <= WAVES))
+    room, waves = -(-value // grain) * grain, -(-value // wave)
+    return min(room, waves * wave) if waves <= WAVES else room
 
 
 def _wave(device: torch.device) -> int:

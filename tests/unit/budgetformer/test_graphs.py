@@ -274,6 +274,15 @@ def test_warming_records_what_is_common(monkeypatch: pytest.MonkeyPatch) -> None
         assert (2, size) in compact._programs
 
 
+def test_warming_records_no_more_than_is_passed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "WARM_BATCHES", (1, 5, 6))
+    monkeypatch.setattr(packed, "CPU_ROWS", 5 * POSITIONS)
+    compact = graphed(random_network(SMALL))
+    compact.warm([2])
+    assert (2, compact._size([POSITIONS] * 5)) in compact._programs
+    assert (2, compact._size([POSITIONS] * 6)) not in compact._programs
+
+
 def test_too_long_items_are_refused() -> None:
     compact = graphed(random_network(small_config()))
     with pytest.raises(ValueError, match="only 12 positions"):
