@@ -11,7 +11,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from asyncio.subprocess import Process
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from budgetformer.subprocesses import python_command
 from service.settings import Settings, SettingsError
 
 WATCH_SECONDS = 0.5
@@ -191,7 +191,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def child_command(module: str, *arguments: str) -> list[str]:
     """Return the command line of a child process that runs a module of this package."""
-    return [sys.executable, "-m", module, *arguments]
+    return python_command("-m", module, *arguments)
 
 
 async def start(

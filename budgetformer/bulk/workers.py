@@ -23,6 +23,7 @@ import msgspec
 from budgetformer.bulk.answerer import Answered, Answerer, Asked, Chunk
 from budgetformer.errors import BudgetFormerError, CheckpointError, PolicyError, WorkerError
 from budgetformer.precision import Precision
+from budgetformer.subprocesses import python_command
 
 CHUNKS_IN_FLIGHT = 3
 """For each worker: one that it computes, one that waits, one that waits for its turn to go out."""
@@ -67,7 +68,7 @@ class _Worker:
     def __init__(self, asked: Asked) -> None:
         alone = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            python_command("-m", __name__),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | alone,

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(300)
 
 ROWS = 15_000
 """A run answers for seconds after its first answers are there."""
-COMMAND = (sys.executable, "-c", "from service.cli import main; main()", "classify")
+COMMAND = (sys.executable, "-P", "-c", "from service.cli import main; main()", "classify")
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from tests.support.exposition import Exposition
 from tests.support.waiting import wait_until
 
 START_PATIENCE = 90.0
-COMMAND = (sys.executable, "-c", "from service.cli import main; main()", "serve")
+COMMAND = (sys.executable, "-P", "-c", "from service.cli import main; main()", "serve")
 
 
 def free_port() -> int:

@@ -1,0 +1,37 @@
+"""The command `budgetformer`, also `python -m budgetformer`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def main() -> None:
+    """Run the command line of the package `service` that was installed beside this one.
+
+    `service` is a common name: another distribution, or a folder on PYTHONPATH, may hide ours.
+    """
+    own = Path(__file__).resolve().parents[1] / "service"
+    found = find_spec("service")
+    places = [] if found is None else [*(found.submodule_search_locations or [str(found.origin)])]
+    if own not in [Path(place).resolve() for place in places]:
+        where = ", ".join(places) or "nothing"
+        raise SystemExit(
+            f"budgetformer: `import service` finds {where} instead of {own}: uninstall the other "
+            "distribution, or remove its folder from PYTHONPATH"
+        )
+    try:
+        run = import_module("service.cli").main
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "service":
+            raise
+        raise SystemExit(
+            f"budgetformer: {error}: another distribution has overwritten files in {own}: "
+            "uninstall it, then install budgetformer-serving again"
+        ) from None
+    run()
+
+
+if __name__ == "__main__":
+    main()
