@@ -7,6 +7,7 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,10 +15,11 @@ from typing import Literal
 import psutil
 
 from budgetformer.checkpoint import Checkpoint, Store, read_store
+from budgetformer.cores import cgroups, cpu_quota, usable_cores
 from budgetformer.errors import BudgetFormerError, CheckpointError
 from service.observability.traces import check_tracing, exporter_asked_for
 from service.process import bind
-from service.settings import Settings, usable_cores
+from service.settings import Settings
 
 LIBRARIES_BYTES, ENGINE_BYTES = 250 * 2**20, 60 * 2**20
 """Memory of all processes before the first engine, and of an engine without models, as measured."""
@@ -27,7 +29,6 @@ SHARED_PER_WEIGHT, OWN_PER_WEIGHT = 1.5, 2.5
 That is at most, in bfloat16: copies that are laid out, what oneDNN compiles, a pass's states.
 """
 OPEN_FILES = 4096
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,14 @@ def _missing_to_launch() -> str | None:
 
 def _threads(settings: Settings) -> Finding:
     engines, each, cores = settings.resolved_engines(), settings.threads_per_engine, usable_cores()
-    found = f"{engines} engines of {each} threads, {cores} cores"
+    quota = cpu_quota()
+    limited = "" if quota is None else f" (the CPU quota is {quota:g})"
+    found = f"{engines} engines of {each} threads, {cores} usable cores{limited}"
     if settings.device != "cuda" and engines * each > cores:
         advice = f"--engines {max(1, cores // each)}: more threads than cores only wait"
         return Finding("threads", "warn", found, advice)
-    quota = cpu_quota()
     if quota is not None and engines * each > quota:
-        advice = f"--engines {max(1, int(quota / each))}, or raise the container's CPU limit"
-        return Finding(
-            "threads", "warn", f"{found}, of which the container may use {quota:g}", advice
-        )
+        return Finding("threads", "warn", found, "raise the container's CPU limit")
     if engines * each < cores and settings.device != "cuda":
         return Finding("threads", "ok", f"{found}; the front runs on what is left")
     return Finding("threads", "ok", found)
@@ -246,24 +245,20 @@ def cpu_flags() -> set[str]:
     return next((set(v.split()) for k, _, v in lines if k.strip() in ("flags", "Features")), set())
 
 
-def cpu_quota() -> float | None:
-    """Return the cores that this container may use, or None without a limit."""
-    try:
-        quota, period = (CGROUPS / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
-
-
 def available_memory() -> int:
-    """Return the bytes that can be had: of the machine, or what the container's limit leaves."""
+    """Return the available bytes: of the machine, or what a container's limit leaves."""
     free = int(psutil.virtual_memory().available)
-    try:
-        most = (CGROUPS / "memory.max").read_text().strip()
-        used = int((CGROUPS / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if most == "max" else min(free, max(0, int(most) - used))
+    return min([free, *(left for folder in cgroups("memory") for left in _memory_left(folder))])
+
+
+def _memory_left(folder: Path) -> Iterator[int]:
+    """Yield the bytes that the limit of a control group leaves, if it has one."""
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # "max" is no number
+            yield max(0, int((folder / limit).read_text()) - int((folder / usage).read_text()))
 
 
 def _mib(size: int) -> int:

@@ -10,7 +10,6 @@ import re
 import socket
 import ssl
 import subprocess
-import sys
 from difflib import get_close_matches
 from functools import cache
 from ipaddress import ip_address, ip_network
@@ -20,17 +19,20 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
 
+from budgetformer.cores import usable_cores
 from budgetformer.errors import BudgetFormerError
 from budgetformer.policy import QualityName
 from budgetformer.precision import Precision
+from budgetformer.subprocesses import python_command
 from service.access import ADMIN, Key, KeyRing, Keys, digest
+from service.environment import PREFIX, is_ours, service_variables
 
-PREFIX = "BUDGETFORMER_"
 CONFIG_FILE = "config"
 DEFAULT_QUALITY: QualityName = "balanced"
 """What `auto` is while there is no overload."""
@@ -115,7 +117,8 @@ class Settings(BaseSettings):
     fronts: int = Field(default=1, ge=1, le=64)
     """Front processes, which parse, tokenize and answer; they share the address."""
     engines: int = Field(default=0, ge=0, le=256)
-    """Engine processes; 0 means one per core on a CPU, one per GPU on GPUs."""
+    """Engine processes; 0 means one per GPU on GPUs, on a CPU one per core that affinity and the
+    container's CPU quota allow."""
     cluster: bool = False
     """Run on the Ray cluster that RAY_ADDRESS names, or on one of this host's processes; needs the
     extra `cluster`."""
@@ -263,6 +266,10 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Order the sources: flags (given to the constructor), environment, TOML file."""
+        assert isinstance(env_settings, EnvSettingsSource)
+        foreign = {name.lower() for name in service_variables(os.environ)}
+        found = env_settings.env_vars.items()
+        env_settings.env_vars = {name: value for name, value in found if name not in foreign}
         path = os.environ.get(f"{PREFIX}{CONFIG_FILE.upper()}")
         file = TomlConfigSettingsSource(settings_cls, Path(path)) if path else None
         return (init_settings, env_settings, *([file] if file else []))
@@ -349,15 +356,9 @@ def gpu_count() -> int:
     """
     if not any(map(os.path.exists, GPU_DRIVERS)):
         return 0
-    ask = "import torch; print(torch.cuda.device_count())"
-    asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    ask = python_command("-c", "import torch; print(torch.cuda.device_count())")
+    asked = subprocess.run(ask, capture_output=True, text=True, check=False)
     return int(asked.stdout) if asked.returncode == 0 else 0
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may run on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return cores or 1
 
 
 def _no_password() -> str:
@@ -373,14 +374,15 @@ def _is_loopback(host: str) -> bool:
 
 
 def refuse_unknown_environment() -> None:
-    """Check that every BUDGETFORMER_ variable is a setting.
+    """Check that every BUDGETFORMER_ variable is a setting, or describes another service's port.
 
     Raises:
         SettingsError: one is not, with the nearest known name.
     """
     known = {f"{PREFIX}{name.upper()}" for name in (*Settings.model_fields, CONFIG_FILE)}
-    for name in sorted(os.environ):
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
+    known |= {name.upper() for name in service_variables(os.environ)}
+    for name in sorted(filter(is_ours, os.environ)):
+        if name.upper() not in known:
             near = get_close_matches(name.upper(), sorted(known), 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise SettingsError(f"unknown environment variable {name}{hint}")

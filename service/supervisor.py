@@ -21,6 +21,7 @@ import structlog
 import uvloop
 
 from service.engine.client import EngineClient
+from service.environment import is_ours
 from service.forks import Forked, ForkServer
 from service.hub.catalog import Catalog
 from service.hub.hub import Hub
@@ -277,7 +278,7 @@ def supervise(settings: Settings) -> None:
             where = tempfile.gettempdir()
             raise SettingsError(f"{where}: too long for sockets, let TMPDIR name a shorter folder")
         # Children get their settings from this process alone.
-        for name in [n for n in os.environ if n.upper().startswith("BUDGETFORMER_")]:
+        for name in list(filter(is_ours, os.environ)):
             del os.environ[name]
         log.info("starting", url=f"http://{host}:{port}", engines=engines, device=device)
         keep_what_is_here()

@@ -9,6 +9,7 @@ from importlib.metadata import version as version_of
 import typer
 
 import budgetformer
+from budgetformer.cores import limit_threads
 from budgetformer.errors import BudgetFormerError, PolicyError
 from service.cli.classify import classify
 from service.cli.keys import keys_app
@@ -65,6 +66,7 @@ def version(as_json: JsonOption = False) -> None:
 
 def main() -> None:
     """Run the command line; an expected error is one line, and its exit code says of which kind."""
+    limit_threads()
     try:
         app()
     except BudgetFormerError as error:

@@ -34,10 +34,10 @@ from budgetformer.bulk import (
     lines_of,
     open_rows,
 )
+from budgetformer.cores import usable_cores
 from budgetformer.errors import PolicyError
 from budgetformer.policy import QUALITY_NAMES
 from service.cli.terminal import JsonOption, ModelOption, StoreOption, err, out, resolve, say
-from service.settings import usable_cores
 
 
 def classify(
@@ -60,7 +60,7 @@ def classify(
     ] = "balanced",
     heads: Annotated[int | None, typer.Option(help="Heads per layer, instead of f_o.")] = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes for many rows; 0: one per core.")
+        int, typer.Option(min=0, help="Processes for many rows; 0: one per usable core.")
     ] = 0,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),

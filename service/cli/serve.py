@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import structlog
 import typer
 from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource
@@ -18,14 +19,16 @@ from typer.core import CompletionItem, TyperCommand  # type: ignore[attr-defined
 
 from budgetformer.cost_table import read_tables
 from service.cli.terminal import FAILED, JsonOption, out
+from service.environment import PREFIX, service_variables
 from service.observability.logs import configure_logs
 from service.settings import (
     CONFIG_FILE,
-    PREFIX,
     Settings,
     SettingsError,
     refuse_unknown_environment,
 )
+
+log = structlog.get_logger()
 
 
 class SettingsCommand(TyperCommand):
@@ -49,6 +52,9 @@ def serve(context: typer.Context) -> None:
     if settings.cost_tables is not None:
         read_tables(settings.cost_tables)  # better refused here than by every engine
     configure_logs(settings.log_level, settings.log_format)
+    if ignored := service_variables(os.environ):
+        # Kubernetes sets them for a service of this name, unless enableServiceLinks is false.
+        log.warning("variables of another service's ports are ignored", variables=ignored)
     if settings.cluster:
         _run_on_cluster(settings)
         return

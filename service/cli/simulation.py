@@ -11,12 +11,13 @@ import typer
 from rich.table import Table
 
 from budgetformer.checkpoint import Checkpoint
+from budgetformer.cores import usable_cores
 from budgetformer.cost_table import CostTable, read_tables
 from budgetformer.errors import DataError, PolicyError
 from budgetformer.policy import QUALITY_NAMES
 from service.cli.serve import read_serve_settings
 from service.cli.terminal import FAILED, JsonOption, ModelOption, out, resolve, say
-from service.settings import Settings, SettingsError, usable_cores
+from service.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from service.simulation.plan import Plan

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from budgetformer import cores
 from budgetformer.checkpoint import read_checkpoint, read_store, write_manifest
+from budgetformer.cores import usable_cores
 from service import doctor
-from service.doctor import Finding, available_memory, cpu_quota, examine
-from service.settings import Settings, usable_cores
+from service.doctor import Finding, available_memory, examine
+from service.settings import Settings
 from tests.support.command_line import CommandLine
 from tests.support.stores import TOPICS
 
@@ -118,13 +120,13 @@ def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder like a container's /sys/fs/cgroup."""
     folder = tmp_path / "cgroup"
     folder.mkdir()
-    monkeypatch.setattr(doctor, "CGROUPS", folder)
+    monkeypatch.setattr(cores, "CGROUPS", folder)
+    monkeypatch.setattr(cores, "MEMBERSHIP", folder / "none")
     return folder
 
 
 def test_a_container_with_fewer_cores(model_store: Path, container: Path) -> None:
     (container / "cpu.max").write_text("50000 100000\n")
-    assert cpu_quota() == 0.5
     (finding,) = found("threads", model_store, engines=1)
     assert finding.state == "warn"
     (container / "cpu.max").write_text("max 100000\n")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import service.settings
-from service.settings import Settings, gpu_count, usable_cores
+from budgetformer.cores import usable_cores
+from service.settings import Settings, gpu_count
 from tests.support.command_line import CommandLine
 
 OPTIONS = sorted(Settings.model_fields)
@@ -277,5 +278,79 @@ def test_gpus_are_those_that_torch_sees(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert gpu_count.__wrapped__() == 0
     monkeypatch.setattr(service.settings, "GPU_DRIVERS", (str(tmp_path),))
     assert gpu_count.__wrapped__() == torch.cuda.device_count()
-    monkeypatch.setattr(service.settings.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
     assert gpu_count.__wrapped__() == 0
+
+
+class TestServiceVariables:
+    """What Kubernetes and Docker set for a service whose name begins as our settings do."""
+
+    KUBERNETES = {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "8000",
+        "SERVICE_PORT_HTTP": "8000",
+        "SERVICE_PORT_METRICS": "9464",
+        "PORT": "tcp://10.0.0.1:8000",
+        "PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "PORT_8000_TCP_PROTO": "tcp",
+        "PORT_8000_TCP_PORT": "8000",
+        "PORT_8000_TCP_ADDR": "10.0.0.1",
+        "PORT_53_UDP": "udp://[fd00::1]:53",
+        "PORT_53_UDP_ADDR": "fd00::1",
+    }
+    DOCKER = {
+        "NAME": "/web/budgetformer",
+        "PORT": "tcp://172.17.0.5:8000",
+        "PORT_8000_TCP": "tcp://172.17.0.5:8000",
+        "PORT_8000_TCP_START": "tcp://172.17.0.5:8000",
+        "PORT_8000_TCP_PORT_END": "8001",
+        "ENV_BUDGETFORMER_HOST": "0.0.0.0",
+        "ENV_PATH": "/bin",
+    }
+
+    @pytest.mark.parametrize("variables", [KUBERNETES, DOCKER], ids=["kubernetes", "docker"])
+    @pytest.mark.parametrize("name", ["", "CANARY_", "METRICS_", "A_B_C_"])
+    def test_they_are_no_settings(
+        self, command: CommandLine, monkeypatch: pytest.MonkeyPatch, variables: Any, name: str
+    ) -> None:
+        for variable, value in variables.items():
+            monkeypatch.setenv(f"BUDGETFORMER_{name}{variable}", value)
+        monkeypatch.setenv("BUDGETFORMER_ENGINES", "3")
+        shown = printed(command)
+        assert (shown["port"], shown["metrics_port"], shown["engines"]) == (8000, None, 3)
+        assert Settings().port == 8000
+
+    def test_a_setting_beside_them_is_kept(
+        self, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for variable, value in self.KUBERNETES.items():
+            monkeypatch.setenv(f"BUDGETFORMER_{variable}", value)
+        monkeypatch.setenv("BUDGETFORMER_PORT", "7002")
+        assert printed(command)["port"] == 7002
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("SERVICE_PORT", "http"),
+            ("SERVICE_HOST", "localhost"),
+            ("SERVICE_PROT", "8000"),
+            ("PORT_8000_TPC", "tcp://10.0.0.1:8000"),
+            ("PORT_8000_TCP", "8000"),
+            ("PORTS", "tcp://10.0.0.1:8000"),
+            ("NAME", "topics"),
+            ("ENV_HOST", "x"),
+        ],
+    )
+    def test_what_only_looks_like_them_is_refused(
+        self, command: CommandLine, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+    ) -> None:
+        monkeypatch.setenv(f"BUDGETFORMER_{name}", value)
+        complaint = command("serve", "--print-config").complaint(2)
+        assert f"unknown environment variable BUDGETFORMER_{name}" in complaint
+
+    @pytest.mark.parametrize("value", ["tcp:/10.0.0.1", "http://10.0.0.1:8000"])
+    def test_a_port_that_is_neither_is_refused(
+        self, command: CommandLine, monkeypatch: pytest.MonkeyPatch, value: str
+    ) -> None:
+        monkeypatch.setenv("BUDGETFORMER_PORT", value)
+        assert "port" in command("serve", "--print-config").complaint(2)

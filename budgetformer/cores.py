@@ -1,0 +1,73 @@
+"""How many cores this process may use: its affinity and the CPU quotas of its control groups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+"""Names this process's control groups, a line per hierarchy."""
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may keep busy, at least 1.
+
+    A quota (`docker --cpus`, a CPU limit of Kubernetes, systemd's CPUQuota) is rounded down: one
+    engine more would be stopped in every period, and the frontend runs on what is left.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = cpu_quota()
+    return max(1, min(cores or 1, int(cores or 1 if quota is None else quota)))
+
+
+def cpu_quota() -> float | None:
+    """Return the cores that control groups leave to this process; None: there is no limit."""
+    quotas = [quota for folder in cgroups("cpu") if (quota := _quota(folder)) is not None]
+    return min(quotas, default=None)
+
+
+def limit_threads() -> None:
+    """Let OpenMP, and with it torch and NumPy, start no more threads than a CPU quota has cores.
+
+    They count the cores of the machine themselves, so this must come before they are imported.
+    """
+    if cpu_quota() is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+
+
+def cgroups(controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's control groups, from the root to its own.
+
+    Version 2 has one hierarchy, version 1 one per controller. In a container the root is the
+    container's own group, and the path that the host knows may not be there.
+    """
+    try:
+        lines = MEMBERSHIP.read_text().splitlines()
+    except OSError:
+        lines = ["0::/"]
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and controller not in controllers.split(","):
+            continue
+        roots = [CGROUPS / controllers, CGROUPS / controller] if controllers else [CGROUPS]
+        root = next(filter(Path.is_dir, roots), None)
+        if root is not None:
+            own = root / path.lstrip("/")
+            above = [folder for folder in own.parents if folder.is_relative_to(root)]
+            yield from reversed([own, *above])
+
+
+def _quota(folder: Path) -> float | None:
+    """Return the cores of one group's quota; None: it has none, or its files cannot be read."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            period = (folder / "cpu.cfs_period_us").read_text()
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        return None
