@@ -19,6 +19,7 @@ from budgetformer.client.calls import Options, Retry, Text
 from budgetformer.client.errors import (
     ClientError,
     DeadlineExceededError,
+    InputError,
     ItemFailedError,
     OverloadedError,
     ServerError,
@@ -33,6 +34,7 @@ __all__ = [
     "ClientError",
     "DeadlineExceededError",
     "Failure",
+    "InputError",
     "ItemFailedError",
     "LabelScore",
     "Options",

@@ -27,18 +27,23 @@ from budgetformer.client.calls import (
     PATIENCE,
     Attempts,
     Budget,
+    Call,
+    Connecting,
+    Item,
+    Limits,
     Options,
     Outcome,
     Retry,
     Send,
     Text,
     Wait,
-    attempts,
+    check_options,
+    drawn,
     headers_of,
+    items_of,
     read_body,
     size_of,
     split,
-    texts_of,
     unreachable,
 )
 from budgetformer.client.progress import Tell, progress_of
@@ -56,10 +61,12 @@ class AsyncClient:
         timeout: seconds that a call may take altogether, waits and retries included; `math.inf`
             for no end. The server is told what is left of it, and drops what would come too late.
         retry: when to try again.
-        batch_items, batch_characters: a longer list is split into requests of at most that.
+        batch_items, batch_characters: a longer list is split into requests of at most that, or of
+            fewer items where the server takes fewer.
         concurrency: requests in flight at once.
         headers: sent with every request.
-        http: an httpx client to use instead of one of its own; it is not closed.
+        http: an httpx client to use instead of one of its own; it is not closed. Its own one heeds
+            proxy variables, unless the server is on this host.
         clock, sleep, chance: time and randomness (0..1), for tests.
     """
 
@@ -81,13 +88,14 @@ class AsyncClient:
     ) -> None:
         self.timeout = timeout
         self.retry = retry
-        self.batch_items, self.batch_characters = batch_items, batch_characters
+        self.limits = Limits(batch_items, batch_characters)
         self.concurrency = concurrency
         self._url = url.rstrip("/")
         self._headers = headers_of(headers, api_key)
         self._owned = http is None
-        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        self._http = http or httpx.AsyncClient(limits=limits)
+        connecting = Connecting.to(url)
+        self._proxies = [] if http else connecting.proxies
+        self._http = http or connecting.open(httpx.AsyncClient, concurrency)
         self._room = asyncio.Semaphore(concurrency)
         self._clock, self._sleep, self._chance = clock, sleep, chance
 
@@ -124,10 +132,10 @@ class AsyncClient:
             options: fields of POST /classify.
 
         Raises:
+            InputError: a text or an option cannot be sent; `input[3]` counts from 0.
             DeadlineExceededError, OverloadedError, UnreachableError, ServerError: see there.
         """
-        given = texts_of(texts)
-        stream = self.stream(given, timeout=timeout, progress=progress, **options)
+        stream = self._stream(items_of(texts), timeout, progress, options)
         return [result async for result in stream]
 
     async def stream(
@@ -142,16 +150,26 @@ class AsyncClient:
 
         Arguments and errors are those of `classify`; the time runs from the first result asked for.
         """
+        async with aclosing(self._stream(drawn(texts), timeout, progress, options)) as stream:
+            async for result in stream:
+                yield result
+
+    async def _stream(
+        self,
+        items: Iterable[Item],
+        timeout: float | None,
+        progress: bool | Tell,
+        options: Options,
+    ) -> AsyncGenerator[Result, None]:
+        check_options(options)
         budget = Budget.of(self._clock, self.timeout if timeout is None else timeout)
-        chunks = split(texts, self.batch_items, self.batch_characters)
+        call = Call(options, budget, self.retry, self._chance, self.limits, self._proxies)
         tasks = (
-            asyncio.create_task(
-                self._drive(attempts(chunk, options, budget, self.retry, self._chance))
-            )
-            for chunk in chunks
+            asyncio.create_task(self._drive(call.attempts(chunk)))
+            for chunk in split(items, self.limits)
         )
         done = 0
-        with progress_of(progress, size_of(texts)) as tell:
+        with progress_of(progress, size_of(items)) as tell:
             async with aclosing(self._in_order(tasks)) as answered:
                 async for results in answered:
                     done += len(results)
@@ -192,7 +210,7 @@ class AsyncClient:
             ClientError: as `classify` does.
         """
         wanted = pipeline.asked(function_to_apply, options)
-        results = await self.classify(texts_of(inputs), **wanted)
+        results = await self.classify(inputs, **wanted)
         return pipeline.shaped(inputs, results, "top_k" in options, function_to_apply)
 
     async def models(self) -> list[str]:
@@ -218,8 +236,8 @@ class AsyncClient:
                 self._url + path, headers=self._headers, timeout=PATIENCE
             )
         except httpx.TransportError as error:
-            raise unreachable(error) from error
-        return read_body(response)
+            raise unreachable(error, self._proxies) from error
+        return read_body(response, self._proxies)
 
     async def _drive(self, steps: Attempts) -> list[Result]:
         outcome: Outcome = None

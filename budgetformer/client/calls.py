@@ -1,33 +1,39 @@
 """What both clients do, without I/O: split, ask, judge, wait, ask again.
 
-`attempts` is a generator of steps. Whoever drives it sends or waits, and hands back what came.
+`Call.attempts` is a generator of steps. Whoever drives it sends or waits, and hands back what came.
 """
 
 from __future__ import annotations
 
 import email.utils
+import json
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import count
 from json import JSONDecodeError
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import httpx
 
 from budgetformer.client.errors import (
     ClientError,
     DeadlineExceededError,
+    InputError,
     OverloadedError,
     ServerError,
     UnreachableError,
 )
 from budgetformer.client.results import Result, read_results, shift
+from budgetformer.proxies import is_loopback, proxy_variables
 
 Text = str | tuple[str, str] | Mapping[str, str]
 """A text; a text and its pair; or both as `text` and `text_pair`."""
+
+Item = str | dict[str, str]
+"""A text as a request holds it."""
 
 CONNECT_SECONDS = 5.0
 GRACE_SECONDS = 1.0
@@ -106,7 +112,7 @@ class Chunk:
     """Texts that go into one request; the first is the caller's text number `start`."""
 
     start: int
-    texts: list[Any]
+    texts: list[Item]
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ class Wait:
     seconds: float
 
 
+Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 Outcome = httpx.Response | httpx.TransportError | None
 Attempts = Generator[Send | Wait, Outcome, list[Result]]
 
@@ -136,25 +143,178 @@ def headers_of(given: Mapping[str, str] | None, api_key: str | None) -> dict[str
     return dict(given or {}) | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
 
 
-def texts_of(given: Text | Iterable[Text]) -> Iterable[Text]:
-    """Return the texts of what may be one text."""
-    return [given] if isinstance(given, (str, tuple, Mapping)) else given
+@dataclass(frozen=True)
+class Connecting:
+    """How a client connects to a server.
+
+    Attributes:
+        proxies: names of the proxy variables that it heeds; for a server on this host none.
+        options: of the httpx client.
+    """
+
+    proxies: list[str]
+    options: dict[str, Any]
+
+    @classmethod
+    def to(cls, url: str) -> Connecting:
+        """Return how to connect to the server at this URL."""
+        if is_loopback(url):
+            # Without the environment httpx would miss SSL_CERT_FILE, too.
+            verify = httpx.create_ssl_context() if url.startswith("https") else True
+            return cls([], {"trust_env": False, "verify": verify})
+        return cls(proxy_variables(), {})
+
+    def open(self, kind: Callable[..., Http], connections: int) -> Http:
+        """Return an httpx client with so many connections.
+
+        Raises:
+            UnreachableError: a proxy variable cannot be used.
+        """
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        try:
+            return kind(limits=limits, **self.options)
+        except (ImportError, ValueError) as error:  # SOCKS needs a package, socks:// is unknown
+            message = f"no connection is possible: {error}{_heeded(self.proxies)}"
+            raise UnreachableError(message) from error
 
 
-def size_of(texts: Iterable[Text]) -> int | None:
+def is_one(given: Any) -> bool:
+    """Say whether this is one text, not many; a tuple that holds a string is a pair."""
+    if isinstance(given, tuple):
+        return any(isinstance(part, str) for part in given)
+    return isinstance(given, (str, Mapping))
+
+
+def items_of(given: Text | Iterable[Text]) -> list[Item]:
+    """Return one text or many as items of requests.
+
+    Raises:
+        InputError: these are no texts; the first that is none is named by its index.
+    """
+    return list(_items([given] if is_one(given) else given))
+
+
+def drawn(texts: Iterable[Text]) -> Iterable[Item]:
+    """Return texts as items; what is there already is checked now, the rest as it is drawn.
+
+    Raises:
+        InputError: see `items_of`.
+    """
+    return items_of(texts) if is_one(texts) or isinstance(texts, Sized) else _items(texts)
+
+
+def _items(given: Any) -> Iterator[Item]:
+    return (item_of(text, index) for index, text in enumerate(_iterate(given)))
+
+
+def _iterate(given: Any) -> Iterator[Any]:
+    dimensions = getattr(given, "ndim", 1)  # of NumPy and pandas
+    if dimensions != 1:
+        hint = "give one column" if dimensions else "give a string or a list"
+        raise InputError(f"input has {dimensions} dimensions: {hint}")
+    if isinstance(given, (bytes, bytearray, memoryview)):
+        raise InputError(f"input is {type(given).__name__}, not text: decode it first")
+    try:
+        return iter(given)
+    except TypeError:
+        raise InputError(f"input is {_shown(given)}, not a text or an iterable of texts") from None
+
+
+def item_of(text: Text, index: int) -> Item:
+    """Return a text as an item of a request.
+
+    Raises:
+        InputError: it is none.
+    """
+    place = f"input[{index}]"
+    if isinstance(text, str):
+        return _checked(text, place)
+    if isinstance(text, tuple):
+        if len(text) != 2:
+            raise InputError(
+                f"{place} is a tuple of {len(text)}: a pair has two strings; many texts go in a "
+                "list"
+            )
+        return {
+            "text": _checked(text[0], f"{place}[0]"),
+            "text_pair": _checked(text[1], f"{place}[1]"),
+        }
+    if not isinstance(text, Mapping):
+        raise InputError(
+            f"{place} is {_shown(text)}, not a text: give a string, a pair of strings as a tuple, "
+            'or {"text": ..., "text_pair": ...}'
+        )
+    item = {"text": _checked(text.get("text"), f"{place}.text")}
+    for name, part in text.items():
+        if name not in ("text", "text_pair"):
+            raise InputError(f"{place} has the unknown key {name!r}: known are text, text_pair")
+        if name == "text_pair" and part is not None:
+            item["text_pair"] = _checked(part, f"{place}.text_pair")
+    return item
+
+
+def _checked(text: Any, place: str) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"{place} is {_shown(text)}, not a string")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            at = f"character {error.start}"
+            raise InputError(f"{place}: {at} is half of a surrogate pair, no text") from None
+    return text
+
+
+def _shown(value: Any) -> str:
+    """Return what a value is, without quoting what it may hold."""
+    if value is None or isinstance(value, float):
+        return f"{value!r}"
+    return f"of the type {type(value).__name__}"
+
+
+def check_options(options: Options) -> None:
+    """Check that options can be sent.
+
+    Raises:
+        InputError: one cannot be written as JSON, such as NaN.
+    """
+    for name, value in options.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name}: {error}") from None
+
+
+def size_of(texts: Iterable[Item]) -> int | None:
     """Return how many texts there are; None: not known before they are drawn."""
     return len(texts) if isinstance(texts, Sized) else None
 
 
-def split(texts: Iterable[Text], most_items: int, most_characters: int) -> Iterator[Chunk]:
-    """Cut texts into chunks of at most so many items and, unless one alone has more, characters."""
-    chunk: list[Any] = []
+@dataclass
+class Limits:
+    """What goes into one request at most; a server that takes fewer items lowers it.
+
+    Attributes:
+        items: texts.
+        characters: of all texts together, unless one alone has more.
+    """
+
+    items: int
+    characters: int
+
+
+def split(items: Iterable[Item], limits: Limits) -> Iterator[Chunk]:
+    """Cut items into chunks within the limits.
+
+    Raises:
+        InputError: one that is drawn is no text.
+    """
+    chunk: list[Item] = []
     size = 0
     start = 0
-    for index, text in zip(count(), texts):
-        item = {"text": text[0], "text_pair": text[1]} if isinstance(text, tuple) else text
+    for index, item in enumerate(items):
         length = sum(map(len, [item] if isinstance(item, str) else item.values()))
-        if chunk and (len(chunk) == most_items or size + length > most_characters):
+        if chunk and (len(chunk) >= limits.items or size + length > limits.characters):
             yield Chunk(start, chunk)
             chunk, size, start = [], 0, index
         chunk.append(item)
@@ -163,26 +323,53 @@ def split(texts: Iterable[Text], most_items: int, most_characters: int) -> Itera
         yield Chunk(start, chunk)
 
 
-def attempts(
-    chunk: Chunk, options: Options, budget: Budget, retry: Retry, chance: Callable[[], float]
-) -> Attempts:
-    """Take a chunk to its results.
+@dataclass(frozen=True)
+class Call:
+    """What all requests of one call have in common."""
 
-    Raises:
-        DeadlineExceededError: the budget is spent, or would be before the server has room.
-        OverloadedError, UnreachableError: every attempt failed.
-        ServerError: the server refused; trying again would not help.
-    """
-    for attempt in count():
-        outcome = yield _send(chunk, options, budget.remaining())
-        if isinstance(outcome, httpx.Response) and outcome.is_success:
-            return read_results(outcome.json(), chunk.start)
-        error, retry_after = _judge(outcome, chunk.start)
-        wait = retry.wait(attempt, retry_after, chance())
-        if attempt + 1 >= retry.attempts or wait >= budget.remaining():
-            raise error
-        yield Wait(wait)
-    raise AssertionError("unreachable: counting does not end")
+    options: Options
+    budget: Budget
+    retry: Retry
+    chance: Callable[[], float]
+    limits: Limits
+    proxies: Sequence[str] = ()
+    """Names of the proxy variables that the connections heed."""
+
+    def attempts(self, chunk: Chunk) -> Attempts:
+        """Take a chunk to its results; one that the server finds too large goes in two halves.
+
+        Raises:
+            DeadlineExceededError: the budget is spent, or would be before the server has room.
+            OverloadedError, UnreachableError: every attempt failed.
+            ServerError: the server refused; trying again would not help.
+        """
+        for attempt in count():
+            if len(chunk.texts) > self.limits.items:
+                return (yield from self._parts(chunk, self.limits.items))
+            outcome = yield _send(chunk, self.options, self.budget.remaining())
+            if isinstance(outcome, httpx.Response) and outcome.is_success:
+                return read_results(outcome.json(), chunk.start)
+            try:
+                error, retry_after = _judge(outcome, chunk.start, self.proxies)
+            except ServerError as refused:
+                half = len(chunk.texts) // 2
+                if refused.status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE or not half:
+                    raise
+                if refused.code == "too_many_items":
+                    self.limits.items = min(self.limits.items, half)
+                return (yield from self._parts(chunk, half))
+            wait = self.retry.wait(attempt, retry_after, self.chance())
+            if attempt + 1 >= self.retry.attempts or wait >= self.budget.remaining():
+                raise error
+            yield Wait(wait)
+        raise AssertionError("unreachable: counting does not end")
+
+    def _parts(self, chunk: Chunk, items: int) -> Attempts:
+        results: list[Result] = []
+        for at in range(0, len(chunk.texts), items):
+            part = Chunk(chunk.start + at, chunk.texts[at : at + items])
+            results += yield from self.attempts(part)
+        return results
 
 
 def _send(chunk: Chunk, options: Options, remaining: float) -> Send:
@@ -194,7 +381,9 @@ def _send(chunk: Chunk, options: Options, remaining: float) -> Send:
     return Send(body, whole)
 
 
-def _judge(outcome: Outcome, start: int) -> tuple[ClientError, float | None]:
+def _judge(
+    outcome: Outcome, start: int, proxies: Sequence[str]
+) -> tuple[ClientError, float | None]:
     """Return the error of an attempt after which another makes sense, and when.
 
     Raises:
@@ -203,8 +392,8 @@ def _judge(outcome: Outcome, start: int) -> tuple[ClientError, float | None]:
     if not isinstance(outcome, httpx.Response):
         if isinstance(outcome, (httpx.ReadTimeout, httpx.WriteTimeout)):
             raise DeadlineExceededError("the server did not answer in time") from outcome
-        return unreachable(outcome), None
-    told = read_error(outcome, start)
+        return unreachable(outcome, proxies), None
+    told = read_error(outcome, start, proxies)
     if isinstance(told, OverloadedError):
         return told, told.retry_after
     if outcome.status_code == HTTPStatus.GATEWAY_TIMEOUT:
@@ -212,32 +401,45 @@ def _judge(outcome: Outcome, start: int) -> tuple[ClientError, float | None]:
     raise told
 
 
-def unreachable(cause: httpx.TransportError | None) -> UnreachableError:
+def unreachable(
+    cause: httpx.TransportError | None, proxies: Sequence[str] = ()
+) -> UnreachableError:
     """Return the error for a connection that could not be made, or broke."""
-    error = UnreachableError(f"the server cannot be reached: {cause}")
+    why = str(cause) or type(cause).__name__
+    error = UnreachableError(f"the server cannot be reached: {why}{_heeded(proxies)}")
     error.__cause__ = cause
     return error
 
 
-def read_body(response: httpx.Response) -> dict[str, Any]:
+def _heeded(proxies: Sequence[str]) -> str:
+    """Return what to say of proxy variables where something else than the server may answer."""
+    if not proxies:
+        return ""
+    return f" (proxy variables are set: {', '.join(proxies)}; no_proxy may exempt the server)"
+
+
+def read_body(response: httpx.Response, proxies: Sequence[str] = ()) -> dict[str, Any]:
     """Return the object that an answer holds.
 
     Raises:
         ServerError: it is no success.
     """
     if not response.is_success:
-        raise read_error(response)
+        raise read_error(response, proxies=proxies)
     return dict(response.json())
 
 
-def read_error(response: httpx.Response, start: int = 0) -> ServerError:
+def read_error(
+    response: httpx.Response, start: int = 0, proxies: Sequence[str] = ()
+) -> ServerError:
     """Read an answer that is no success."""
     status = response.status_code
     try:
         body = response.json()
         told = body["error"] if isinstance(body["error"], dict) else {"message": str(body["error"])}
     except (JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        told = {"message": f"the server answered {status} {response.reason_phrase}"}
+        answered = f"the server answered {status} {response.reason_phrase}"
+        told = {"message": f"{answered}{_heeded(proxies)}"}
     kind = OverloadedError if status in _BUSY else ServerError
     param = told.get("param")
     error = kind(

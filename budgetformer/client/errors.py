@@ -9,6 +9,10 @@ class ClientError(BudgetFormerError):
     """Base class of the client's errors."""
 
 
+class InputError(ClientError, ValueError):
+    """What was given cannot be sent: an item is no text, or an option cannot be written as JSON."""
+
+
 class UnreachableError(ClientError):
     """No connection could be made, or it broke, and trying again did not help."""
 

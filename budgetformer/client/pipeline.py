@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from budgetformer.client.calls import Options, Text
+from budgetformer.client.calls import Options, Text, is_one
 from budgetformer.client.errors import ItemFailedError
 from budgetformer.client.results import Classification, Failure, LabelScore, Result
 
@@ -37,7 +37,7 @@ def shaped(
         ItemFailedError: an item failed alone.
     """
     rows = [_row(result, ranked, function) for result in results]
-    alone = isinstance(inputs, (str, tuple, Mapping))
+    alone = is_one(inputs)
     if ranked:
         return rows[0] if alone else rows
     best = [row[0] for row in rows]

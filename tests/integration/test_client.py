@@ -6,6 +6,7 @@ Against the service itself it is tested in tests/e2e/test_client.py.
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -14,6 +15,8 @@ from email.utils import format_datetime
 from threading import Barrier, Lock
 from typing import Any
 
+import httpx
+import numpy as np
 import pytest
 
 from budgetformer.client import (
@@ -22,13 +25,14 @@ from budgetformer.client import (
     Client,
     DeadlineExceededError,
     Failure,
+    InputError,
     ItemFailedError,
     OverloadedError,
     Retry,
     ServerError,
     UnreachableError,
 )
-from budgetformer.client.calls import read_retry_after, split
+from budgetformer.client.calls import Limits, drawn, read_retry_after, split
 from tests.support.scripted import Reply, Scripted, answer, refusal, scripted
 
 TEXTS = [f"text {index}" for index in range(23)]
@@ -140,7 +144,7 @@ class TestSplitting:
 
     def test_by_characters(self) -> None:
         texts = ["a" * 4, "b" * 4, ("c" * 5, "d" * 5), {"text": "e" * 30, "text_pair": ""}, "f"]
-        chunks = list(split(texts, most_items=100, most_characters=10))
+        chunks = list(split(drawn(texts), Limits(items=100, characters=10)))
         assert [chunk.start for chunk in chunks] == [0, 2, 3, 4]
         assert [len(chunk.texts) for chunk in chunks] == [2, 1, 1, 1]
 
@@ -202,6 +206,232 @@ class TestSplitting:
         assert (error.status, error.code, error.param) == (422, "text_too_long", "input[11]")
         assert error.message == "text_too_long at input[11]"
         assert str(error.request_id).startswith("request-")
+
+
+class Series:
+    """A column as pandas has it, which is neither a list nor a sequence."""
+
+    ndim = 1
+
+    def __init__(self, values: list[Any]) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._values)
+
+
+class TestInputs:
+    @pytest.mark.parametrize(
+        "given",
+        [
+            lambda: ["a", "b"], lambda: iter(["a", "b"]), lambda: (text for text in "ab"),
+            lambda: {"a": 1, "b": 2}.keys(), lambda: np.array(["a", "b"]),
+            lambda: np.array(["a", "b"], dtype=object), lambda: Series(["a", "b"]),
+            lambda: (("a", "-"), ("b", "-")), lambda: ({"text": "a", "text_pair": "-"}, ("b", "-")),
+        ],
+        ids=range(9),
+    )  # fmt: skip
+    def test_whatever_yields_texts(self, both: Both, echoing: Scripted, given: Any) -> None:
+        shown = [label.removesuffix("+-") for label in labels(both.run(echoing.url, given()))]
+        assert shown == ["a", "b"]
+
+    @pytest.mark.parametrize("given", [[], (), iter([]), np.array([], dtype=str), Series([])])
+    def test_no_texts(self, both: Both, echoing: Scripted, given: Any) -> None:
+        assert both.run(echoing.url, given) == []
+        assert both.run(echoing.url, given, method="__call__") == []
+
+    @pytest.mark.parametrize(
+        ("bad", "told"),
+        [
+            (None, r"input\[19\] is None"),
+            (float("nan"), r"input\[19\] is nan"),
+            (3, r"input\[19\] is of the type int"),
+            (True, r"input\[19\] is of the type bool"),
+            (b"bytes", r"input\[19\] is of the type bytes"),
+            (["a", "b"], r"input\[19\] is of the type list"),
+            (np.float64("nan"), r"input\[19\] is .*nan"),
+            (("a", None), r"input\[19\]\[1\] is None"),
+            ((None, "a"), r"input\[19\]\[0\] is None"),
+            (("a", float("nan")), r"input\[19\]\[1\] is nan"),
+            (("a",), r"input\[19\] is a tuple of 1"),
+            (("a", "b", "c"), r"input\[19\] is a tuple of 3"),
+            ({"text": None}, r"input\[19\].text is None"),
+            ({}, r"input\[19\].text is None"),
+            ({"text": "a", "text_pair": 2}, r"input\[19\].text_pair is of the type int"),
+            ({"text": "a", "pair": "b"}, r"input\[19\] has the unknown key 'pair'"),
+            ("half \ud800", r"input\[19\]: character 5"),
+            (("a", "\udfff"), r"input\[19\]\[1\]: character 0"),
+        ],
+        ids=range(18),
+    )
+    def test_what_is_no_text_is_named_before_anything_is_sent(
+        self, both: Both, echoing: Scripted, bad: Any, told: str
+    ) -> None:
+        given = [*TEXTS[:19], bad, *TEXTS[:3], None]
+        for wrap in (list, iter, Series):
+            with pytest.raises(InputError, match=told) as caught:
+                both.run(echoing.url, wrap(given), batch_items=2)
+            assert "\n" not in str(caught.value)
+        assert echoing.bodies == []
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            None, 3, float("nan"), b"bytes", ("a", None), ("a", "b", "c"), ("a",), (1, 2),
+            {"text": 1}, "\udc80", np.array("a"), np.array([["a", "b"]]), np.array([1.5]),
+        ],
+        ids=range(13),
+    )  # fmt: skip
+    @pytest.mark.parametrize("method", ["classify", "__call__"])
+    def test_one_value_that_is_no_text(
+        self, both: Both, echoing: Scripted, given: Any, method: str
+    ) -> None:
+        with pytest.raises(InputError, match=r"input(\[0\])?"):
+            both.run(echoing.url, given, method=method)
+        assert echoing.bodies == []
+
+    def test_a_stream_names_it_when_it_is_drawn(self, echoing: Scripted) -> None:
+        with Client(echoing.url, batch_items=1, concurrency=1) as client:
+            stream = client.stream(iter([*TEXTS[:5], None]))
+            assert next(stream).label == TEXTS[0]
+            with pytest.raises(InputError, match=r"input\[5\] is None"):
+                list(stream)
+
+    @pytest.mark.parametrize(
+        "options", [{"quality": float("nan")}, {"quality": b"best"}, {"top_k": {1}}], ids=str
+    )
+    def test_an_option_that_is_no_json(self, both: Both, echoing: Scripted, options: Any) -> None:
+        with pytest.raises(InputError, match=next(iter(options))):
+            both.run(echoing.url, "a", fields=options)
+        assert echoing.bodies == []
+
+
+class TestServerLimits:
+    @staticmethod
+    def at_most(items: int, code: str = "too_many_items") -> Callable[[int, dict[str, Any]], Reply]:
+        def reply(number: int, body: dict[str, Any]) -> Reply:
+            if len(body["input"]) > items:
+                error = {"message": "too many", "type": "x", "param": "input", "code": code}
+                return Reply(413, {"error": error})
+            return echo(number, body)
+
+        return reply
+
+    @pytest.mark.parametrize("items", [1, 4, 9])
+    def test_fewer_items_are_sent_where_the_server_takes_fewer(
+        self, both: Both, items: int
+    ) -> None:
+        given = [*TEXTS, "broken", *TEXTS]
+        with scripted(self.at_most(items)) as server:
+            results = both.run(server.url, given, batch_items=16)
+        assert [result.index for result in results] == list(range(len(given)))
+        assert results[23] == Failure(23, "input[23]: it failed", "item_failed")
+        assert labels([*results[:23], *results[24:]]) == [*TEXTS, *TEXTS]
+
+    def test_the_limit_is_learned(self) -> None:
+        told: list[tuple[int, int | None]] = []
+        with scripted(self.at_most(5)) as server, Client(server.url, concurrency=1) as client:
+            client.classify(TEXTS, progress=lambda *done: told.append(done))
+            refused = [len(body["input"]) for body in server.bodies]
+            client.classify(TEXTS)
+            again = [len(body["input"]) for body in server.bodies[len(refused) :]]
+        assert told == [(23, 23)]
+        assert refused == [23, 11, 5, 5, 1, 5, 5, 1, 1]
+        assert again == [5, 5, 5, 5, 3]
+
+    def test_a_body_that_is_too_large_is_split_without_a_lesson(self, both: Both) -> None:
+        with scripted(self.at_most(5, "body_too_large")) as server:
+            assert labels(both.run(server.url, TEXTS, batch_items=10)) == TEXTS
+            assert sorted(len(body["input"]) for body in server.bodies) == [3, 5, 5, 5, 5, 10, 10]
+
+    def test_places_in_errors_stay_the_callers(self, both: Both) -> None:
+        take = self.at_most(4)
+
+        def refuse(number: int, body: dict[str, Any]) -> Reply:
+            if len(body["input"]) <= 4 and TEXTS[11] in body["input"]:
+                at = body["input"].index(TEXTS[11])
+                error = {"message": f"bad input[{at}]", "param": f"input[{at}]", "code": "bad"}
+                return Reply(422, {"error": error})
+            return take(number, body)
+
+        with scripted(refuse) as server, pytest.raises(ServerError, match=r"bad input\[11\]"):
+            both.run(server.url, TEXTS, batch_items=20)
+
+
+class TestProxies:
+    """Variables that send requests elsewhere; a proxy that answers nothing stands for all."""
+
+    NOWHERE = "http://user:hidden@127.0.0.1:9"
+
+    @pytest.fixture(autouse=True)
+    def _no_variables(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in [n for n in os.environ if n.lower().endswith("_proxy")]:
+            monkeypatch.delenv(name)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("HTTP_PROXY", NOWHERE), ("http_proxy", NOWHERE), ("ALL_PROXY", NOWHERE),
+            ("all_proxy", "socks5://127.0.0.1:9"), ("ALL_PROXY", "socks://127.0.0.1:9"),
+            ("HTTPS_PROXY", "nonsense"),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+    def test_a_server_on_this_host_is_asked_itself(
+        self, both: Both, echoing: Scripted, monkeypatch: Any, name: str, value: str, host: str
+    ) -> None:
+        monkeypatch.setenv(name, value)
+        url = echoing.url.replace("127.0.0.1", host)
+        assert labels(both.run(url, "a")) == ["a"]
+
+    def test_unless_an_http_client_says_otherwise(
+        self, echoing: Scripted, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HTTP_PROXY", self.NOWHERE)
+        with (
+            httpx.Client() as http,
+            Client(echoing.url, http=http) as client,
+            pytest.raises(UnreachableError),
+        ):
+            client.classify("a", timeout=0.5)
+        assert echoing.bodies == []
+
+    @pytest.mark.parametrize("name", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
+    def test_an_error_of_the_connection_names_the_variables(
+        self, both: Both, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.setenv(name, self.NOWHERE)
+        monkeypatch.setenv("NO_PROXY", "example.org")
+        with pytest.raises(UnreachableError, match=rf"{name}.*NO_PROXY|NO_PROXY.*{name}") as caught:
+            both.run("http://nowhere.invalid", "a", retry=Retry(attempts=1))
+        assert "hidden" not in str(caught.value)
+        with pytest.raises(UnreachableError, match=name):
+            both.run("http://nowhere.invalid", method="models")
+
+    @pytest.mark.parametrize("value", ["socks://user:hidden@127.0.0.1:9", "gopher://127.0.0.1:9"])
+    def test_a_variable_that_cannot_be_used_is_one_error(
+        self, both: Both, monkeypatch: pytest.MonkeyPatch, value: str
+    ) -> None:
+        monkeypatch.setenv("ALL_PROXY", value)
+        with pytest.raises(UnreachableError, match="ALL_PROXY") as caught:
+            both.run("http://nowhere.invalid", "a")
+        assert "hidden" not in str(caught.value)
+
+    def test_an_answer_of_the_proxy_itself_names_the_variables(
+        self, both: Both, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with scripted(lambda *_: Reply(502, "<html>")) as proxy:
+            monkeypatch.setenv("HTTP_PROXY", proxy.url)
+            with pytest.raises(ServerError, match=r"502 .*HTTP_PROXY"):
+                both.run("http://nowhere.invalid", "a")
+
+    def test_without_variables_nothing_is_said_of_them(self, both: Both) -> None:
+        with pytest.raises(UnreachableError) as caught:
+            both.run("http://127.0.0.1:9", "a", retry=Retry(attempts=1))
+        assert "proxy" not in str(caught.value)
 
 
 class TestRetries:
@@ -315,7 +545,7 @@ class TestProgress:
         assert told == [(10, 23), (20, 23), (23, 23)]
         told.clear()
         both.run(echoing.url, iter(TEXTS), batch_items=20, fields={"progress": tell})
-        assert told == [(20, None), (23, None)]
+        assert told == [(20, 23), (23, 23)]
 
     def test_a_bar_is_shown_on_stderr(
         self, both: Both, echoing: Scripted, capsys: pytest.CaptureFixture[str]
