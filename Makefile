@@ -10,6 +10,8 @@ DATA   ?= data
 # Of make bench and its like: real texts where they are, made-up ones where nobody names a folder.
 NEWS    = $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet,$(if $(filter file,$(origin DATA)),,$(error there is no $(DATA)/ag_news/test.parquet)))
 # The servers beside which `make bench` measures, where they are there.
+# Of the page /docs; NOTICE names it, too.
+SWAGGER_UI ?= 5.35.0
 RIVALS ?= litserve bentoml infinity ray
 # Where a host without an NVIDIA GPU looks first for torch: the builds that bring no CUDA libraries.
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
@@ -19,7 +21,7 @@ TORCH := $(shell grep ^torch== requirements/torch.in)
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compose test-cluster fuzz chaos soak check-answers audit sbom lint bench bench-quick rivals bench-gpu openapi docs lock clean
+.PHONY: help serve test test-compose test-cluster fuzz chaos soak check-answers audit sbom lint bench bench-quick rivals bench-gpu openapi swagger-ui docs lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -82,6 +84,9 @@ sbom: .venv/.audit ## write the bill of materials of the image, CycloneDX, to bu
 openapi: .venv/.serve ## write docs/openapi.json anew from the routes
 	$(BIN)/python -m service.openapi docs/openapi.json
 
+swagger-ui: ## fetch the files of /docs anew: SWAGGER_UI=5.35.0, 1.9 MB; needs npm
+	cd service/api/page && npm pack --silent swagger-ui-dist@$(SWAGGER_UI) && tar xzf swagger-ui-dist-$(SWAGGER_UI).tgz --strip-components 1 $(SWAGGER_FILES:%=package/%) && rm swagger-ui-dist-$(SWAGGER_UI).tgz
+
 docs: .venv/.dev ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
@@ -96,6 +101,8 @@ lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
 
 clean: ## remove the environment and every cache
 	rm -rf .venv build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+SWAGGER_FILES := swagger-ui.css swagger-ui-bundle.js swagger-ui-bundle.js.LICENSE.txt
 
 # The version that is served: the highest, or the first to come.
 version = $(or $(shell ls model_store/$1 | grep -x '[0-9]*' | sort -n | tail -1),1)

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from opentelemetry.trace import TracerProvider
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
 
 import budgetformer
 from service.access import ANONYMOUS, KeyRing
@@ -38,6 +39,33 @@ from service.hub.link import HubLink
 from service.hub.messages import ConnectionEnded, KeysKnown, RequestEnded
 from service.models import Models
 from service.settings import Settings
+
+
+class _Application(FastAPI):
+    """FastAPI behind a proxy that puts a path before ours, whether it then strips it or not.
+
+    Args:
+        prefix: that path, such as "/classifier".
+        options: of FastAPI.
+    """
+
+    def __init__(self, prefix: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve, with the path as it would be without the proxy."""
+        if self.prefix and scope["type"] == "http":
+            path = without_prefix(scope["path"], self.prefix)
+            scope = {**scope, "path": path, "root_path": self.prefix}
+        await super().__call__(scope, receive, send)
+
+
+def without_prefix(path: str, prefix: str) -> str:
+    """Return a path without the one before it, if that is there."""
+    if path == prefix or path.startswith(f"{prefix}/"):
+        return path.removeprefix(prefix) or "/"
+    return path
 
 
 def create_app(
@@ -80,11 +108,13 @@ def create_app(
         await engines.stop()
         state.tokenizing.shutdown()
 
-    app = FastAPI(
+    app = _Application(
+        settings.root_path,
         title="BudgetFormer Serving",
         version=budgetformer.__version__,
         summary="Text classification that spends, on each text, only the heads that it needs.",
         lifespan=life,
+        docs_url=None,  # its page would ask two other servers for its scripts
         redoc_url=None,
         redirect_slashes=False,
         telemetry={
@@ -140,6 +170,7 @@ def protocol_of(app: FastAPI, settings: Settings) -> Any:
         hub.observe(ConnectionEnded(reason))
 
     def turned_away(route: str) -> None:
+        route = without_prefix(route, settings.root_path) if settings.root_path else route
         hub.observe(RequestEnded(route, "rejected", 0.0, refusal="queue_full"))
 
     shapes = {
@@ -148,7 +179,8 @@ def protocol_of(app: FastAPI, settings: Settings) -> Any:
         b"/predict": tei.predict_error,
         b"/": tei.predict_error,
     }
-    guard = Guard(state.door, shapes, turned_away)
+    prefixed = {settings.root_path.encode() + path: shape for path, shape in shapes.items()}
+    guard = Guard(state.door, shapes | prefixed, turned_away)
     return partial(GuardedProtocol, limits=limits, guard=guard, count=count)
 
 

@@ -38,6 +38,12 @@ DEFAULT_QUALITY: QualityName = "balanced"
 """What `auto` is while there is no overload."""
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """One of these is there where a GPU can be."""
+ROUTES = (
+    "classify", "docs", "health", "invocations", "metrics", "models", "openapi.json", "ping",
+    "playground", "predict", "tokenize", "v1", "v2",
+)  # fmt: skip
+"""First parts of the server's own paths."""
+_PREFIX = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*")
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+")
 
 
@@ -103,6 +109,8 @@ class Settings(BaseSettings):
     """Address to listen on; one that others can reach takes keys, or `allow_anonymous`."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
+    root_path: str = ""
+    """Path that a proxy puts before ours, such as /classifier, whether it strips it or not."""
     model_store: Path = Path("model_store")
     """Folder of checkpoints, <name>/<version>/."""
     remote_store: str | None = None
@@ -200,6 +208,16 @@ class Settings(BaseSettings):
     def _sensible_quality(cls, value: str | float) -> str | float:
         if isinstance(value, float) and not 0 <= value <= 100:
             raise ValueError("quality as a number is 0..100 accuracy points")
+        return value
+
+    @field_validator("root_path")
+    @classmethod
+    def _prefix(cls, value: str) -> str:
+        value = value.rstrip("/")
+        if not _PREFIX.fullmatch(value):
+            raise ValueError(f"{value!r} is no path of a URL; one looks like /classifier")
+        if value.split("/")[1:2] and value.split("/")[1] in ROUTES:
+            raise ValueError(f"{value} begins as routes of ours do; take another path")
         return value
 
     @field_validator("trusted_proxies")

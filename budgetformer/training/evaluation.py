@@ -16,6 +16,7 @@ import numpy as np
 from budgetformer.checkpoint import Checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import BudgetFormerError, DataError
+from budgetformer.proxies import is_loopback
 from budgetformer.training.data import Examples, read_examples
 
 FULL = "full budget"
@@ -165,8 +166,10 @@ def _post(url: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
+    # Proxy variables apply, unless the server is on this host.
+    proxies = urllib.request.ProxyHandler({} if is_loopback(url) else None)
     try:
-        with urllib.request.urlopen(request, timeout=180) as response:
+        with urllib.request.build_opener(proxies).open(request, timeout=180) as response:
             return json.load(response)
     except (OSError, ValueError) as error:
         raise BudgetFormerError(f"{url}: {error}") from error

@@ -13,6 +13,7 @@ from grafana_foundation_sdk.builders.dashboard import (
     AnnotationQuery,
     Dashboard,
     DashboardLink,
+    DatasourceVariable,
     QueryVariable,
     Row,
 )
@@ -72,6 +73,8 @@ def empty(name: str, title: str, description: str) -> Dashboard:
 def board(name: str, title: str, description: str, rows: Rows) -> Dashboard:
     dashboard = empty(name, title, description)
     dashboard.refresh("10s").time("now-30m", "now").tooltip(DashboardCursorSync.CROSSHAIR)
+    source = DatasourceVariable("datasource").label("Data source").type("prometheus")
+    dashboard.with_variable(source)
     model = "label_values(budgetformer_model_info, model)"
     version = 'label_values(budgetformer_model_info{model=~"$model"}, version)'
     dashboard.with_variable(variable("model", "Model", model))

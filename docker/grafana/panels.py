@@ -49,7 +49,8 @@ from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from grafana_foundation_sdk.models.text import TextMode
 
-DATASOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")
+DATASOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
+"""What a dashboard's variable names: every Grafana gives its data sources ids of its own."""
 WINDOW = "$__rate_interval"
 MODEL = 'model=~"$model"'
 VERSION = f'{MODEL}, version=~"$version"'

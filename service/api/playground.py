@@ -1,9 +1,10 @@
-"""GET /: a page to try the models on, of plain files that need nothing from elsewhere."""
+"""GET / and /docs: the playground and the API's documentation, of files that this server has."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 
 from fastapi import APIRouter, Request, Response
@@ -23,18 +24,19 @@ KINDS = {
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
 }
-HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'"
-    ),
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "no-cache",
-}
-FILE_ROUTE, RECENT_ROUTE = "/playground/{name}", "/playground/recent"
-UNLISTED = (FILE_ROUTE, RECENT_ROUTE)
-"""Routes that only the page asks, and that the API's documentation leaves out."""
+POLICY = (
+    "default-src 'none'; script-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+)
+STRICT = POLICY + "style-src 'self'; require-trusted-types-for 'script'"
+SWAGGER = POLICY + "style-src 'self' 'unsafe-inline'"
+"""Swagger UI writes styles and HTML of its own."""
+HEADERS = {"Cross-Origin-Opener-Policy": "same-origin", "Cache-Control": "no-cache"}
+DOCS_ROUTE, FILE_ROUTE, RECENT_ROUTE = "/docs", "/playground/{name}", "/playground/recent"
+UNLISTED = (DOCS_ROUTE, FILE_ROUTE, RECENT_ROUTE)
+"""Routes of the pages, which the API's documentation leaves out."""
+ROOT = b"{root}"
+"""Stands in pages before each link to this server."""
 
 
 @dataclass(frozen=True)
@@ -43,32 +45,45 @@ class _File:
     kind: str
     tag: str
 
-    def response(self, request: Request) -> Response:
+    def response(self, request: Request, policy: str = STRICT) -> Response:
         """Return the file, or 304 to a browser that has it."""
-        headers = HEADERS | {"ETag": self.tag}
+        headers = HEADERS | {"Content-Security-Policy": policy, "ETag": self.tag}
         if request.headers.get("if-none-match") == self.tag:
             return Response(status_code=304, headers=headers)
         return Response(self.content, headers=headers, media_type=self.kind)
 
 
-def _read() -> dict[str, _File]:
-    found = {}
-    for entry in files("service.api").joinpath("page").iterdir():
-        kind = KINDS.get(entry.name.rpartition(".")[2])
-        if kind is not None:
-            content = entry.read_bytes()
-            tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-            found[entry.name] = _File(content, kind, tag)
-    return found
+_PAGE = files("service.api").joinpath("page")
+_NAMES = {
+    entry.name: kind
+    for entry in _PAGE.iterdir()
+    if (kind := KINDS.get(entry.name.rpartition(".")[2]))
+}
 
 
-_FILES = _read()
+@cache
+def _file(name: str, root: str = "") -> _File:
+    """Read a file when it is first asked for: Swagger UI has two megabytes.
+
+    Links are relative, but where a proxy is known to put a path before ours they begin with it: a
+    page that is asked for without the slash at its end would miss what it links to.
+    """
+    content = _PAGE.joinpath(name).read_bytes()
+    if name.endswith(".html"):
+        content = content.replace(ROOT, f"{root}/".encode() if root else b"")
+    return _File(content, _NAMES[name], f'"{hashlib.sha256(content).hexdigest()[:16]}"')
 
 
 @router.get("/", summary="Playground", response_class=HTMLResponse)
 async def playground(request: Request) -> Response:
     """Show a page that classifies what is typed, and what it cost."""
-    return _FILES["index.html"].response(request)
+    return _file("index.html", request.scope.get("root_path", "")).response(request)
+
+
+@router.get(DOCS_ROUTE, include_in_schema=False)
+async def docs(request: Request) -> Response:
+    """Show the API's documentation, with Swagger UI."""
+    return _file("docs.html", request.scope.get("root_path", "")).response(request, SWAGGER)
 
 
 @router.get(RECENT_ROUTE, include_in_schema=False, dependencies=[needs("classify")])
@@ -81,6 +96,6 @@ async def recent(request: Request, model: str | None = None) -> Response:
 @router.get(FILE_ROUTE, include_in_schema=False)
 async def file(request: Request, name: str) -> Response:
     """Send one of the page's files."""
-    if name not in _FILES:
+    if name not in _NAMES or name.endswith(".html"):
         raise ApiError(404, "the playground has no such file")
-    return _FILES[name].response(request)
+    return _file(name).response(request)

@@ -76,8 +76,39 @@ class TestPage:
         unknown = await shared.client.get("/playground/recent", params={"model": "no"})
         error_of(unknown, 404, param="model")
 
-    async def test_the_documentation_page(self, shared: Service) -> None:
-        assert (await shared.client.get("/docs")).status_code == 200
+    @pytest.mark.parametrize("path", ["/", "/docs"])
+    async def test_a_page_refers_to_no_other_origin(self, shared: Service, path: str) -> None:
+        page = await shared.client.get(path)
+        policy = dict(
+            part.strip().split(" ", 1)
+            for part in page.headers["content-security-policy"].split(";")
+            if " " in part.strip()
+        )
+        sources = {source for value in policy.values() for source in value.split()}
+        assert sources <= {"'none'", "'self'", "data:", "'unsafe-inline'", "'script'"}
+        assert policy["default-src"] == "'none'"
+        assert policy["script-src"] == policy["connect-src"] == "'self'"
+        links = re.findall(r'(?:href|src|action)="([^"]*)"', page.text)
+        assert len(links) > 3
+        for link in links:
+            assert not re.match(r"[a-z]+:|/", link), link
+        for link in {link for link in links if link.startswith("playground/")}:
+            file = await shared.client.get(f"/{link}")
+            assert file.status_code == 200
+            if link.endswith(".css"):
+                used = re.findall(r"""url\(["']?([^"')]{0,40})|@import\s+(\S+)""", file.text)
+                assert all(one.startswith("data:") for one, imported in used if not imported)
+                assert not any(imported for _, imported in used)
+            elif "swagger" not in link:  # whose code names many, and the browser's policy keeps it
+                assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", file.text)
+
+    async def test_swagger_ui_is_the_version_that_is_named(self) -> None:
+        root = Path(__file__).parents[2]
+        wanted = re.search(r"SWAGGER_UI \?= (\S+)", (root / "Makefile").read_text())
+        assert wanted is not None
+        assert f"swagger-ui-dist {wanted[1]}" in (root / "NOTICE").read_text()
+        shipped = (root / "service/api/page/swagger-ui-bundle.js").read_text()
+        assert f'"{wanted[1]}"' in shipped
 
 
 @pytest.fixture(scope="module")

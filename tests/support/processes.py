@@ -101,6 +101,7 @@ def server(
     engines: int,
     environment: dict[str, str] | None = None,
     probes: str | None = None,
+    cwd: Path | None = None,
     **options: str,
 ) -> Iterator[Server]:
     """Run a server, ready for requests; whatever is left of it afterwards is killed."""
@@ -114,6 +115,7 @@ def server(
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,
+            cwd=cwd,
             env=clean_environment() | (environment or {}),
         )
     address = f"http://127.0.0.1:{port}"

@@ -1,6 +1,8 @@
 // Requests to the server: its key, its errors, its wish to be asked again later.
 
 export const MOST_RETRIES = 60;
+/** Where the server is, which need not be the root of its host: this file is in its folder `playground`. */
+const SERVER = new URL("..", import.meta.url);
 const WORTH_ANOTHER_TRY = new Set([429, 503]);
 const TITLES = {
   0: "The server cannot be reached.",
@@ -50,7 +52,7 @@ export async function ask(path, { body, signal } = {}) {
   if (body) headers["content-type"] = "application/json";
   let response, content;
   try {
-    response = await fetch(path, {
+    response = await fetch(new URL(path, SERVER), {
       method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body),
     });
     content = await response.json();

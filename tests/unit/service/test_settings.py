@@ -12,6 +12,9 @@ import torch
 
 import service.settings
 from budgetformer.cores import usable_cores
+from service.api.playground import UNLISTED
+from service.app import create_app
+from service.engine.client import Engines
 from service.settings import Settings, gpu_count
 from tests.support.command_line import CommandLine
 
@@ -354,3 +357,42 @@ class TestServiceVariables:
     ) -> None:
         monkeypatch.setenv("BUDGETFORMER_PORT", value)
         assert "port" in command("serve", "--print-config").complaint(2)
+
+
+class TestRootPath:
+    @pytest.mark.parametrize(
+        ("given", "kept"), [("", ""), ("/", ""), ("/a", "/a"), ("/a/b-c.d/", "/a/b-c.d")]
+    )
+    def test_the_slash_at_its_end_is_dropped(
+        self, command: CommandLine, given: str, kept: str
+    ) -> None:
+        assert printed(command, f"--root-path={given}")["root_path"] == kept
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            "a",
+            "//a",
+            "/a//b",
+            "/a/../b",
+            "/.",
+            "/a b",
+            "/a?b",
+            "/a#b",
+            "/é",
+            "http://x/a",
+            "/a%2Fb",
+        ],
+    )
+    def test_what_is_no_path(self, command: CommandLine, value: str) -> None:
+        complaint = command("serve", "--print-config", f"--root-path={value}").complaint(2)
+        assert "root_path" in complaint
+
+    def test_one_that_begins_as_a_route_is_refused(self, command: CommandLine) -> None:
+        """Where a proxy has stripped it, the rest could not be told from the whole."""
+        app = create_app(Settings(), Engines([]), Path("hub"))
+        for path in (*app.openapi()["paths"], *UNLISTED, "/openapi.json"):
+            if path != "/":
+                start = path.split("/")[1]
+                complaint = command("serve", "--print-config", f"--root-path=/{start}/x")
+                assert "another path" in complaint.complaint(2)

@@ -1,0 +1,57 @@
+"""A reverse proxy that serves another server under a path, which it strips or passes on."""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from urllib.parse import urlsplit
+
+
+@contextmanager
+def prefixing(url: str, prefix: str, strip: bool) -> Iterator[str]:
+    """Serve what is at `url` under a prefix; yield its URL there, without a slash at the end."""
+    target = urlsplit(url)
+    assert target.hostname is not None
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            path = self.path
+            if path.partition("?")[0] != prefix and not path.startswith(f"{prefix}/"):
+                self.send_error(404)
+                return
+            if strip:
+                path = "/" + path.removeprefix(prefix).lstrip("/")
+            connection = http.client.HTTPConnection(target.hostname or "", target.port)
+            headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
+            connection.request(self.command, path, body or None, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("transfer-encoding", "content-length", "connection"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+            connection.close()
+
+        do_GET = do_POST = _forward  # noqa: N815  # http.server's names
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}{prefix}"
+        finally:
+            server.shutdown()
+            thread.join()
