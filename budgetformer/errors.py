@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class BudgetFormerError(Exception):
-    """Base class: every error that is raised on purpose derives from it."""
+    """Base class: every error that is raised on purpose derives from it.
+
+    Its message can always be written as UTF-8, whatever the names of files in it hold.
+    """
+
+    def __str__(self) -> str:
+        return readable(super().__str__())
 
 
 class CheckpointError(BudgetFormerError):
@@ -29,6 +35,11 @@ class TokenizerError(BudgetFormerError):
 
 class WorkerError(BudgetFormerError):
     """A worker process died."""
+
+
+def readable(told: object) -> str:
+    r"""Return text with `\udcff` for a byte such as FF of a file's name, where it is not UTF-8."""
+    return str(told).encode("utf-8", "backslashreplace").decode()
 
 
 def one_line(told: object) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from budgetformer.checkpoint import Checkpoint, Store, read_store
 from budgetformer.cores import cgroups, cpu_quota, usable_cores
 from budgetformer.errors import BudgetFormerError, CheckpointError
 from service.observability.traces import check_tracing, exporter_asked_for
-from service.process import bind
+from service.process import bind, run_folder
 from service.settings import Settings
 
 LIBRARIES_BYTES, ENGINE_BYTES = 250 * 2**20, 60 * 2**20
@@ -218,12 +217,11 @@ def _open_files() -> Finding:
 
 def _run_folder() -> Finding:
     try:
-        with tempfile.TemporaryDirectory(prefix="budgetformer-") as folder:
+        with run_folder() as folder:
             return Finding("run folder", "ok", f"{Path(folder).parent} can be written")
-    except OSError as error:
-        return Finding(
-            "run folder", "fail", str(error), "set TMPDIR to a folder that can be written"
-        )
+    except BudgetFormerError as error:
+        advice = "set TMPDIR to a folder that can be written"
+        return Finding("run folder", "fail", str(error), advice)
 
 
 def _traces() -> Finding:

@@ -16,6 +16,7 @@ import time
 from asyncio.subprocess import Process
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import psutil
@@ -24,6 +25,7 @@ from budgetformer.subprocesses import python_command
 from service.settings import Settings, SettingsError
 
 WATCH_SECONDS = 0.5
+SHARED_MEMORY = "/dev/shm"
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Parameters of glibc's `mallopt`."""
 LARGE_BYTES, KEPT_BYTES = 2**20, 2**25
@@ -34,6 +36,22 @@ _T = TypeVar("_T")
 def engine_socket(run_dir: Path, index: int) -> Path:
     """Return where engine `index` listens."""
     return run_dir / f"engine-{index}.sock"
+
+
+def run_folder() -> TemporaryDirectory[str]:
+    """Return a new folder for the sockets of one server, which goes when it is left.
+
+    Raises:
+        SettingsError: none can be made, neither where temporary files go nor in shared memory,
+            which containers with a read-only root still have.
+    """
+    for place in (None, SHARED_MEMORY):
+        with contextlib.suppress(OSError):
+            return TemporaryDirectory(prefix="budgetformer-", dir=place)
+    raise SettingsError(
+        f"no folder can be written for sockets, not even {SHARED_MEMORY}: mount a tmpfs on /tmp, "
+        "or let TMPDIR name a folder that can be written"
+    )
 
 
 def hub_socket(run_dir: Path) -> Path:

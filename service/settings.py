@@ -10,6 +10,7 @@ import re
 import socket
 import ssl
 import subprocess
+from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import cache
 from ipaddress import ip_address, ip_network
@@ -26,7 +27,7 @@ from pydantic_settings import (
 )
 
 from budgetformer.cores import usable_cores
-from budgetformer.errors import BudgetFormerError
+from budgetformer.errors import BudgetFormerError, readable
 from budgetformer.policy import QualityName
 from budgetformer.precision import Precision
 from budgetformer.subprocesses import python_command
@@ -247,6 +248,17 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
+    def _readable_by_all(self) -> Self:
+        # Processes tell each other of paths and names as UTF-8.
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for text in _texts(value):
+                if readable(text) != text:
+                    shown = "" if isinstance(value, SecretStr) else f": {readable(text)}"
+                    raise ValueError(f"{name} holds bytes that are not UTF-8{shown}")
+        return self
+
+    @model_validator(mode="after")
     def _take_admin_key(self) -> Self:
         if self.admin_key is None and self.admin_key_file is not None:
             key = self.admin_key_file.read_text(encoding="utf-8").strip()
@@ -377,6 +389,17 @@ def gpu_count() -> int:
     ask = python_command("-c", "import torch; print(torch.cuda.device_count())")
     asked = subprocess.run(ask, capture_output=True, text=True, check=False)
     return int(asked.stdout) if asked.returncode == 0 else 0
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts and paths in a setting, secrets in the clear."""
+    if isinstance(value, SecretStr):
+        yield value.get_secret_value()
+    elif isinstance(value, (str, Path)):
+        yield str(value)
+    elif isinstance(value, (list, dict)):
+        for part in value:
+            yield from _texts(part)
 
 
 def _no_password() -> str:

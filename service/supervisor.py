@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import socket
-import tempfile
 import time
 from asyncio.subprocess import Process
 from collections.abc import Awaitable, Callable, Iterator
@@ -35,6 +34,7 @@ from service.process import (
     hub_socket,
     keep_what_is_here,
     on_silence,
+    run_folder,
     start,
 )
 from service.settings import Settings, SettingsError
@@ -259,7 +259,8 @@ def supervise(settings: Settings) -> None:
     """Run a server until SIGTERM or SIGINT, then drain it.
 
     Raises:
-        SettingsError: the address cannot be had, or the path of temporary files is too long.
+        SettingsError: the address cannot be had, or there is no folder for sockets, or its path is
+            too long.
         CheckpointError: the model store is no folder, or lacks the default model.
         TracingError: the environment asks for traces that cannot be had.
     """
@@ -270,12 +271,12 @@ def supervise(settings: Settings) -> None:
     catalog = Catalog(settings)
     listener = bind(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
-    with tempfile.TemporaryDirectory(prefix="budgetformer-") as folder:
+    with run_folder() as folder:
         run_dir = Path(folder)
         device, engines = settings.resolved_device(), settings.resolved_engines()
         resolved = settings.model_copy(update={"port": port, "device": device, "engines": engines})
         if len(os.fsencode(engine_socket(run_dir, engines))) > LONGEST_SOCKET:
-            where = tempfile.gettempdir()
+            where = run_dir.parent
             raise SettingsError(f"{where}: too long for sockets, let TMPDIR name a shorter folder")
         # Children get their settings from this process alone.
         for name in list(filter(is_ours, os.environ)):

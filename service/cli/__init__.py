@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
+import sys
 from importlib.metadata import version as version_of
 
 import typer
 
 import budgetformer
 from budgetformer.cores import limit_threads
-from budgetformer.errors import BudgetFormerError, PolicyError
+from budgetformer.errors import BudgetFormerError, PolicyError, readable
 from service.cli.classify import classify
 from service.cli.keys import keys_app
 from service.cli.models import models_app
@@ -67,8 +69,14 @@ def version(as_json: JsonOption = False) -> None:
 def main() -> None:
     """Run the command line; an expected error is one line, and its exit code says of which kind."""
     limit_threads()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold other bytes than UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
+    except UnicodeEncodeError as error:
+        # Paths go to libraries, and to other processes, as UTF-8.
+        say(f"budgetformer: {readable(error.object)}: a name that is not UTF-8; rename it")
+        raise SystemExit(FAILED) from None
     except BudgetFormerError as error:
         say(f"budgetformer: {error}")
         misused = isinstance(error, (SettingsError, PolicyError, TracingError))

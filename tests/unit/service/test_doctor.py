@@ -218,7 +218,11 @@ def test_few_open_files(model_store: Path) -> None:
 def test_no_folder_for_sockets(model_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(model_store / "nowhere"))
     (finding,) = found("run folder", model_store)
+    assert (finding.state, finding.found) == ("ok", "/dev/shm can be written")
+    monkeypatch.setattr("service.process.SHARED_MEMORY", str(model_store / "nowhere"))
+    (finding,) = found("run folder", model_store)
     assert finding.state == "fail"
+    assert "TMPDIR" in (finding.advice or "")
 
 
 def test_an_exporter_that_does_not_exist(
