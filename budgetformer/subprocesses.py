@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 
 def python_command(*arguments: str) -> list[str]:
@@ -15,3 +17,18 @@ def python_command(*arguments: str) -> list[str]:
         arguments: as for `python`, such as `-m` and a module.
     """
     return [sys.executable, "-P", *arguments]
+
+
+def hidden_by(folder: Path) -> list[str]:
+    """Return the files and packages of a folder that would replace modules imported here.
+
+    They do in a process whose `sys.path` begins with that folder.
+    """
+    found = []
+    for name in sorted({name.partition(".")[0] for name in sys.modules}):
+        spec = PathFinder.find_spec(name, [str(folder)])
+        own = getattr(sys.modules.get(name), "__file__", None)
+        # A folder without `__init__.py` has no origin, and hides nothing.
+        if spec is not None and spec.origin and own and not Path(spec.origin).samefile(own):
+            found.append(spec.origin)
+    return found

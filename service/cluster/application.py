@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -21,11 +22,12 @@ from ray.serve.config import (
 )
 from ray.serve.schema import LoggingConfig
 
+from budgetformer.subprocesses import hidden_by
 from service.cluster import RAY
 from service.cluster.engine import EngineReplica
 from service.cluster.front import FrontReplica
 from service.cluster.hub import HubReplica
-from service.settings import Pool, Settings
+from service.settings import Pool, Settings, SettingsError
 
 log = structlog.get_logger()
 
@@ -127,8 +129,12 @@ def run(settings: Settings) -> None:
     RAY_ADDRESS names the cluster; without it, one of this host's processes is made for as long.
 
     Raises:
+        SettingsError: a file in the working directory would replace a module in workers.
         KeysError, SettingsError: see `build`.
     """
+    if hidden := hidden_by(Path.cwd()):
+        # Ray puts the folder that it was started in before all others on its workers' path.
+        raise SettingsError(f"workers would import {hidden[0]}: start from another folder")
     app = build(settings)
     if "RAY_ADDRESS" in os.environ:
         ray.init(namespace="serve", log_to_driver=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.timeout(300)
 
 PREFIX = "/text/classifier"
 TEXT = sentences("music")[3]
+NOT_UTF_8 = os.fsdecode(b"t\xff")
 NOWHERE = "http://127.0.0.1:9"
 DECOYS = (
     "service", "budgetformer", "json", "asyncio", "uvloop", "torch", "numpy", "tokenizers",
@@ -62,14 +64,20 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(
     model_store: Path, hostile: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """Return a server that runs in that folder, with variables that are not for it."""
+    """Return a server that runs in that folder, with variables that are not for it.
+
+    Neither its folder for temporary files nor one in its store has a name in UTF-8.
+    """
+    temporary, store = hostile / NOT_UTF_8, tmp_path_factory.mktemp("store")
+    temporary.mkdir()
+    shutil.copytree(model_store / TOPICS, store / TOPICS)
+    shutil.copytree(model_store / TOPICS, store / NOT_UTF_8)
     with server(
-        model_store,
+        store,
         tmp_path_factory.mktemp("log"),
         engines=2,
-        environment=KUBERNETES | PROXIES,
+        environment=KUBERNETES | PROXIES | {"TMPDIR": str(temporary)},
         cwd=hostile,
-        models=TOPICS,
         root_path=f"{PREFIX}/",
     ) as it:
         yield it
@@ -91,6 +99,14 @@ def test_nothing_is_imported_from_the_working_directory(running: Server) -> None
     assert httpx.post(f"{running.url}/classify", json={"input": TEXT}).status_code == 200
     assert "from here" not in running.log.read_text()
     assert running.scrape().total("engine_restarts_total") == 0
+
+
+def test_names_that_are_not_utf_8_are_shown(running: Server) -> None:
+    health = httpx.get(f"{running.url}/health").json()
+    assert health["models"] == [f"{TOPICS}:1", f"{TOPICS}:2"] or f"{TOPICS}:2" in health["models"]
+    assert health["errors"]
+    assert all(r"t\udcff" in error for error in health["errors"])
+    assert "Traceback" not in running.log.read_text()
 
 
 def test_bulk_workers_import_nothing_from_the_working_directory(

@@ -1,0 +1,49 @@
+"""Child processes: what they import, and where they are started."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from budgetformer.subprocesses import hidden_by, python_command
+
+ROOT = Path(__file__).parents[3]
+SOURCES = [path for name in ("budgetformer", "service") for path in (ROOT / name).rglob("*.py")]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("-c", "import json; print(json.__file__)"), ("-m", "json", "--help")], ids=str
+)
+def test_a_child_imports_nothing_from_its_working_directory(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('imported from here')\n")
+    done = subprocess.run(
+        python_command(*arguments), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "from here" not in done.stderr
+    assert str(tmp_path) not in done.stdout
+
+
+def test_every_child_of_python_is_started_in_that_way() -> None:
+    starting = [
+        path.relative_to(ROOT).as_posix()
+        for path in SOURCES
+        if re.search(r"sys\.executable|multiprocessing|ProcessPoolExecutor", path.read_text())
+    ]
+    assert starting == ["budgetformer/subprocesses.py"]
+
+
+def test_what_a_folder_would_replace(tmp_path: Path) -> None:
+    (tmp_path / "json.py").touch()
+    (tmp_path / "pytest").mkdir()
+    (tmp_path / "pytest" / "__init__.py").touch()
+    (tmp_path / "pathlib").mkdir()
+    (tmp_path / "nobody_imports_this.py").touch()
+    assert hidden_by(tmp_path) == [
+        str(tmp_path / "json.py"), str(tmp_path / "pytest" / "__init__.py"),
+    ]  # fmt: skip
+    assert hidden_by(ROOT) == []
