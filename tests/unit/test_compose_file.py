@@ -88,3 +88,16 @@ def test_alertmanager_takes_its_configuration() -> None:
     command = [program("amtool"), "check-config", str(configuration)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_health_check_asks_a_proxy() -> None:
+    """Docker hands the proxy variables of its client to every container."""
+    checks = [s["healthcheck"]["test"] for s in SERVICES.values() if "healthcheck" in s]
+    assert checks
+    assert all(check[:4] == ["CMD", "wget", "-Y", "off"] for check in checks)
+    for name, asked in (("grafana", "prometheus"), ("loadtest", "service")):
+        variables = SERVICES[name]["environment"]
+        assert variables["NO_PROXY"] == variables["no_proxy"] == asked
+    image = (ROOT / "docker" / "Dockerfile").read_text()
+    assert 'CMD ["python", "-P", "-m", "service.healthcheck"]' in image
+    assert "use_proxy = off" in image
