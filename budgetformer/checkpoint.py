@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from budgetformer.errors import CheckpointError, PolicyError, TokenizerError
 from budgetformer.policy import BudgetRule, OperatingPoint, choose_point
 from budgetformer.ranges import LayerRanges
-from budgetformer.tokenization import tokenizer_errors
+from budgetformer.tokenization import TextEncoder, tokenizer_errors
 
 FORMAT = 1
 CONFIG, WEIGHTS, TOKENIZER, MANIFEST, CARD = (
@@ -391,6 +391,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     manifest = checkpoint.manifest
     tokenizer.enable_truncation(manifest.max_tokens, direction=manifest.truncation_side)
     return tokenizer
+
+
+def load_encoder(checkpoint: Checkpoint) -> TextEncoder:
+    """Load what makes tokens of texts for a checkpoint, cut to its length.
+
+    Raises:
+        CheckpointError: as `load_tokenizer` does.
+    """
+    manifest = checkpoint.manifest
+    return TextEncoder(load_tokenizer(checkpoint), manifest.max_tokens, manifest.truncation_side)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from budgetformer import cascade
 from budgetformer.cascade import Work
-from budgetformer.checkpoint import load_tokenizer, read_checkpoint
+from budgetformer.checkpoint import load_encoder, read_checkpoint
 from budgetformer.loading import load_network
 from budgetformer.modules import probabilities
 from budgetformer.precision import Precision
-from budgetformer.tokenization import encode
 
 MAX_BATCH_TOKENS = 4096
 
@@ -51,7 +50,7 @@ class Classifier:
         """
         self.checkpoint = read_checkpoint(_version_folder(Path(path)))
         self.network = load_network(self.checkpoint, device, precision)
-        self.tokenizer = load_tokenizer(self.checkpoint)
+        self.encoder = load_encoder(self.checkpoint)
 
     def __call__(
         self,
@@ -69,12 +68,12 @@ class Classifier:
         """
         rule = self.checkpoint.rule(quality, heads, max_heads)
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        encodings = encode(self.tokenizer, inputs)
-        items = [Work(e.ids, e.type_ids, rule) for e in encodings]
+        encoded = self.encoder.encode(inputs)
+        items = [Work(tokens.ids, tokens.type_ids, rule) for tokens in encoded]
         cascade.answer(self.network, items, _batches)
         return [
-            self._prediction(item, bool(e.overflowing))
-            for item, e in zip(items, encodings, strict=True)
+            self._prediction(item, tokens.truncated)
+            for item, tokens in zip(items, encoded, strict=True)
         ]
 
     def _prediction(self, item: Work, truncated: bool) -> Prediction:

@@ -174,6 +174,11 @@ class Caller:
         """Take so many texts and return 0, or the seconds until they may be asked for."""
         return 0.0 if self._bucket is None else self._bucket.take(texts, now)
 
+    def give_back(self, texts: int) -> None:
+        """Return texts that were taken for a request that was refused."""
+        if self._bucket is not None:
+            self._bucket.give_back(texts)
+
     @property
     def busy(self) -> bool:
         """Whether it has as many requests under way as it may."""

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
-from tokenizers import Encoding, Tokenizer
 
-from budgetformer.checkpoint import Checkpoint, load_tokenizer, read_checkpoint, read_store
+from budgetformer.checkpoint import Checkpoint, load_encoder, read_checkpoint, read_store
 from budgetformer.errors import CheckpointError
-from budgetformer.tokenization import encode
+from budgetformer.tokenization import TextEncoder
 from service.hub.messages import ServedVersion
 from service.process import return_memory
 
@@ -26,13 +25,13 @@ class UnknownModelError(Exception):
 
 @dataclass(eq=False)
 class ServedModel:
-    """A checkpoint and its tokenizer, which truncates to the model's length.
+    """A checkpoint and its tokenizer, which cuts texts to the model's length.
 
     It counts who uses it, so that it is not taken from the engines before the last is done.
     """
 
     checkpoint: Checkpoint
-    tokenizer: Tokenizer
+    encoder: TextEncoder
     _users: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -53,14 +52,6 @@ class ServedModel:
         if self._users:
             await self._idle.wait()
 
-    def encode(self, texts: list[str | tuple[str, str]]) -> list[Encoding]:
-        """Tokenize texts and pairs; an encoding that overflows was truncated.
-
-        Raises:
-            TokenizerError: the tokenizer fails at a text.
-        """
-        return encode(self.tokenizer, texts)
-
 
 def open_model(path: Path) -> ServedModel:
     """Load what the front needs of a checkpoint folder.
@@ -69,7 +60,7 @@ def open_model(path: Path) -> ServedModel:
         CheckpointError: it is damaged.
     """
     checkpoint = read_checkpoint(path)
-    served = ServedModel(checkpoint, load_tokenizer(checkpoint))
+    served = ServedModel(checkpoint, load_encoder(checkpoint))
     return_memory()
     return served
 

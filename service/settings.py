@@ -165,6 +165,8 @@ class Settings(BaseSettings):
     """Most texts in one batch."""
     timeout_ms: int = Field(default=10_000, ge=1)
     """Deadline of requests that name none, in milliseconds."""
+    max_timeout_ms: int = Field(default=600_000, ge=1, le=2**31)
+    """Latest deadline that a request may ask for, in milliseconds."""
     hang_seconds: float = Field(default=10.0, ge=2)
     """A process that has not been heard of for so long is killed and started again."""
     drain_seconds: float = Field(default=20.0, ge=0)
@@ -271,6 +273,8 @@ class Settings(BaseSettings):
             raise ValueError("TLS takes both tls_cert and tls_key")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca takes tls_cert and tls_key")
+        if self.timeout_ms > self.max_timeout_ms:
+            raise ValueError("timeout_ms must not be above max_timeout_ms")
         if self.metrics_port is not None and self.metrics_port == self.port:
             raise ValueError("metrics_port must be another port than port")
         return self

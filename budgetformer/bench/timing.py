@@ -11,7 +11,7 @@ from functools import cached_property, partial
 
 import torch
 
-from budgetformer.checkpoint import Checkpoint, load_tokenizer
+from budgetformer.checkpoint import Checkpoint, load_encoder
 from budgetformer.compact.linear import int8_linear
 from budgetformer.ranges import StateRange
 
@@ -84,7 +84,7 @@ def time_in_turns(
 
 def token_ids(checkpoint: Checkpoint, texts: Sequence[str]) -> list[TokenIds]:
     """Return texts as a checkpoint's tokenizer reads them."""
-    return [encoding.ids for encoding in load_tokenizer(checkpoint).encode_batch(list(texts))]
+    return [tokens.ids for tokens in load_encoder(checkpoint).encode(texts)]
 
 
 def made_up_texts(count: int, shortest: int, longest: int, vocabulary: int) -> list[TokenIds]:

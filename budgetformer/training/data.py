@@ -19,6 +19,7 @@ from torch import Tensor
 
 from budgetformer.checkpoint import Checkpoint, load_tokenizer
 from budgetformer.errors import DataError
+from budgetformer.tokenization import Side, TextEncoder
 
 
 @dataclass(frozen=True)
@@ -206,14 +207,12 @@ class TokenizedTexts:
         texts: list[str],
         pairs: list[str] | None,
         max_length: int,
-        truncation_side: str = "right",
+        truncation_side: Side = "right",
     ) -> None:
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length, direction=truncation_side)
         inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
-        encodings = tokenizer.encode_batch(inputs)
-        self.ids = [np.array(e.ids, dtype=np.int64) for e in encodings]
-        self.types = [np.array(e.type_ids, dtype=np.int64) for e in encodings]
+        encoded = TextEncoder(tokenizer, max_length, truncation_side).encode(inputs)
+        self.ids = [np.array(tokens.ids, dtype=np.int64) for tokens in encoded]
+        self.types = [np.array(tokens.type_ids, dtype=np.int64) for tokens in encoded]
         self.lengths = np.array([len(ids) for ids in self.ids])
 
     @classmethod

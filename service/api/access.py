@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import Depends, Request
@@ -17,6 +19,8 @@ from service.hub.messages import TextsAsked
 
 _TEXT = "A key; `budgetformer keys new` makes one."
 HEADER = "X-API-Key"
+_AFTER_WORK = (500, 504)
+"""Errors of requests that were admitted, and cost what others cost."""
 SCHEMES: dict[str, SecurityBase] = {
     "bearer": HTTPBearer(description=_TEXT),
     "header": APIKey.model_validate({"in": APIKeyIn.header, "name": HEADER, "description": _TEXT}),
@@ -83,8 +87,9 @@ def _caller(request: Request, given: str | None, scope: Scope) -> Caller:
     raise ApiError(403, message, code="missing_scope")
 
 
-def spend(request: Request, texts: int) -> None:
-    """Count the texts of a request against what its caller may ask for.
+@contextmanager
+def spending(request: Request, texts: int) -> Iterator[None]:
+    """Charge the texts of a request to its key's rate, unless the request is refused.
 
     Raises:
         ApiError: 429, it is too much for now.
@@ -96,3 +101,9 @@ def spend(request: Request, texts: int) -> None:
         message = f"this key may not ask for so many texts yet; try again in {seconds} s"
         raise ApiError(429, message, code="rate", retry_after=seconds)
     state_of(request).hub.observe(TextsAsked(caller.name, texts))
+    try:
+        yield
+    except ApiError as error:
+        if error.status not in _AFTER_WORK:
+            caller.give_back(texts)
+        raise

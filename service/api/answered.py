@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tokenizers import Encoding
-
 from budgetformer.checkpoint import Checkpoint
+from budgetformer.tokenization import Tokens
 from service.api.errors import ApiError
 from service.api.schemas import ClassifyRequest
 from service.engine.protocol import Answer, ItemAnswer
@@ -26,7 +25,7 @@ class Answered:
     model: ServedModel
     body: ClassifyRequest
     quality: str | float
-    encodings: list[Encoding]
+    tokenized: list[Tokens]
     answer: Answer
 
     @property
@@ -37,7 +36,7 @@ class Answered:
     @property
     def tokens(self) -> int:
         """Tokens of all items."""
-        return sum(map(len, self.encodings))
+        return sum(map(len, self.tokenized))
 
     def failure(self, index: int) -> ApiError | None:
         """Return why an item failed alone; None: it did not."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from tokenizers import Encoding
 
 from budgetformer.errors import PolicyError
+from budgetformer.tokenization import Text, Tokens
 from service.api import infinity
-from service.api.access import needs, spend
+from service.api.access import needs, spending
 from service.api.answered import Answered, best_first
 from service.api.bodies import describe_body, read_body, travelled
 from service.api.errors import CLASSIFYING, ApiError, ClientGoneError, errors_documented_as
@@ -25,7 +26,7 @@ from service.api.schemas import (
     InfinityResponse,
     Input,
 )
-from service.api.state import State, characters, state_of
+from service.api.state import State, characters, state_of, too_late
 from service.engine.client import (
     DeadlineError,
     EngineDownError,
@@ -45,9 +46,6 @@ router = APIRouter(
     dependencies=[needs("classify")],
     responses=errors_documented_as(ErrorResponse, CLASSIFYING),
 )
-
-
-Text = str | tuple[str, str]
 
 
 @router.post(
@@ -93,11 +91,15 @@ async def respond(
     texts = check_texts(state, body.input)
     model = state.model(body.model)
     size = travelled(request.scope["headers"])
-    seconds = (body.timeout_ms or state.settings.timeout_ms) / 1000
-    with model.in_use(), state.room_for(len(texts), size, seconds):
-        spend(request, len(texts))
+    seconds = _seconds(state, body)
+    with (
+        model.in_use(),
+        state.room_for(len(texts), size, seconds),
+        spending(request, len(texts)),
+    ):
         try:
-            return await _respond(request, state, body, texts, model, started + seconds, write)
+            async with while_client_waits(request):
+                return await _respond(request, state, body, texts, model, started + seconds, write)
         except RefusedError as error:
             # A model's own share of the queue says nothing of other models.
             shared = model.checkpoint.name not in state.settings.model_queue_items
@@ -118,22 +120,22 @@ async def _respond(
     started = time.monotonic()
     quality = _quality(state, body, model)
     if state.tracer is None:
-        encodings = await state.tokenize(model, texts)
+        tokenized = await state.tokenize(model, texts, deadline)
     else:
         # An exception could quote a text, so it is not recorded.
         with state.tracer.start_as_current_span(
             "tokenize", record_exception=False, set_status_on_exception=False
         ) as span:
-            encodings = await state.tokenize(model, texts)
-            span.set_attribute("budgetformer.items", len(encodings))
-            span.set_attribute("budgetformer.tokens", sum(map(len, encodings)))
+            tokenized = await state.tokenize(model, texts, deadline)
+            span.set_attribute("budgetformer.items", len(tokenized))
+            span.set_attribute("budgetformer.tokens", sum(map(len, tokenized)))
     if not body.truncate:
-        _refuse_overlong(encodings, model)
-    tokenized = time.monotonic()
+        _refuse_overlong(tokenized, model)
+    begun = time.monotonic()
     job = Job(
         model=model.checkpoint.name,
         version=model.checkpoint.version,
-        items=[_item(encoding) for encoding in encodings],
+        items=[_item(tokens) for tokens in tokenized],
         quality=quality,
         deadline=deadline,
         heads=body.heads,
@@ -141,26 +143,40 @@ async def _respond(
         return_heads=body.return_heads,
         target=None if body.target_ms is None else body.target_ms / 1000,
     )
-    answer = await _ask(request, state, job)
+    answer = await _ask(state, job)
     computed = time.monotonic()
     # A level that is not the usual one is named: overload lowered it, or a target chose it.
     usual = body.target_ms is None and answer.quality == DEFAULT_QUALITY
     shown = quality if usual else answer.quality
-    response = write(Answered(request.state.request_id, model, body, shown, encodings, answer))
+    response = write(Answered(request.state.request_id, model, body, shown, tokenized, answer))
     responded = time.monotonic()
     stages = {
-        "tokenize": tokenized - started,
+        "tokenize": begun - started,
         "budget": answer.budget_seconds,
         "queue": answer.queue_seconds,
         "compute": answer.compute_seconds,
     }
-    _measure(state, model, job, answer, encodings, stages | {"respond": responded - computed})
+    _measure(state, model, job, answer, tokenized, stages | {"respond": responded - computed})
     stages["total"] = time.monotonic() - started
     response.headers["X-Quality"] = str(answer.quality)
     response.headers["Server-Timing"] = ", ".join(
         f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items()
     )
     return response
+
+
+def _seconds(state: State, body: ClassifyRequest) -> float:
+    """Return the seconds to a request's deadline.
+
+    Raises:
+        ApiError: 422, it asks for a later one than the server accepts.
+    """
+    most = state.settings.max_timeout_ms
+    for name in ("timeout_ms", "target_ms"):
+        if (getattr(body, name) or 0) > most:
+            message = f"{name} may be at most {most}, the server's max_timeout_ms"
+            raise ApiError(422, message, name, "invalid_field")
+    return (body.timeout_ms or state.settings.timeout_ms) / 1000
 
 
 def check_texts(state: State, given: Input) -> list[Text]:
@@ -218,17 +234,17 @@ def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | f
     return quality
 
 
-def _refuse_overlong(encodings: list[Encoding], model: ServedModel) -> None:
-    for index, encoding in enumerate(encodings):
-        if encoding.overflowing:
+def _refuse_overlong(tokenized: list[Tokens], model: ServedModel) -> None:
+    for index, tokens in enumerate(tokenized):
+        if tokens.truncated:
             most = model.checkpoint.manifest.max_tokens
             message = f"input[{index}] has more than {most} tokens, and truncate is false"
             raise ApiError(422, message, f"input[{index}]", "text_too_long")
 
 
-def _item(encoding: Encoding) -> ItemTokens:
-    segments = encoding.type_ids
-    return ItemTokens(pack_ids(encoding.ids), pack_ids(segments) if any(segments) else b"")
+def _item(tokens: Tokens) -> ItemTokens:
+    segments = tokens.type_ids
+    return ItemTokens(pack_ids(tokens.ids), pack_ids(segments) if any(segments) else b"")
 
 
 def _refusal(error: RefusedError) -> ApiError:
@@ -240,19 +256,11 @@ def _refusal(error: RefusedError) -> ApiError:
     return ApiError(429, message, code=error.reason, retry_after=seconds)
 
 
-async def _ask(request: Request, state: State, job: Job) -> Answer:
-    """Await the engines' answer, or the client's going away, whichever comes first."""
-    waiting = asyncio.timeout(None)
-    leaving = asyncio.ensure_future(_wait_no_more(request, waiting))
+async def _ask(state: State, job: Job) -> Answer:
     try:
-        async with waiting:
-            return await state.engines.classify(job)
-    except TimeoutError:
-        raise ClientGoneError from None
+        return await state.engines.classify(job)
     except DeadlineError:
-        raise ApiError(
-            504, "the deadline passed before the answer was there", "timeout_ms"
-        ) from None
+        raise too_late() from None
     except NotLoadedError:
         message = f"{job.model} is still loading"
         raise ApiError(503, message, "model", "loading", retry_after=1) from None
@@ -261,6 +269,24 @@ async def _ask(request: Request, state: State, job: Job) -> Answer:
         raise ApiError(503, message, code="engine_down", retry_after=1) from None
     except EngineFailedError as error:
         raise ApiError(503, str(error), code="engine_failed", retry_after=1) from None
+
+
+@asynccontextmanager
+async def while_client_waits(request: Request) -> AsyncIterator[None]:
+    """Cancel this block when the client goes away.
+
+    Raises:
+        ClientGoneError: it went away.
+    """
+    waiting = asyncio.timeout(None)
+    leaving = asyncio.ensure_future(_wait_no_more(request, waiting))
+    try:
+        async with waiting:
+            yield
+    except TimeoutError:
+        if not waiting.expired():
+            raise
+        raise ClientGoneError from None
     finally:
         leaving.cancel()
 
@@ -282,7 +308,7 @@ def classify_response(request: Request, answered: Answered) -> Response:
     total = answered.checkpoint.num_layers * answered.checkpoint.num_heads
     data: list[dict[str, Any]] = []
     failures = []
-    for index, (encoding, item) in enumerate(zip(answered.encodings, answer.items, strict=True)):
+    for index, (tokens, item) in enumerate(zip(answered.tokenized, answer.items, strict=True)):
         if failure := answered.failure(index):
             failures.append(failure)
             data.append({"index": index, "error": failure.body()})
@@ -299,8 +325,8 @@ def classify_response(request: Request, answered: Answered) -> Response:
                 },
                 "macs": item.macs,
                 "dense_macs": item.dense_macs,
-                "tokens": len(encoding),
-                "truncated": bool(encoding.overflowing),
+                "tokens": len(tokens),
+                "truncated": tokens.truncated,
                 "quality": answered.quality,
             }
         )
@@ -348,13 +374,13 @@ def _measure(
     model: ServedModel,
     job: Job,
     answer: Answer,
-    encodings: list[Encoding],
+    tokenized: list[Tokens],
     stages: dict[str, float],
 ) -> None:
     checkpoint = model.checkpoint
     items = [
-        ItemSpent(item.budget, sum(item.heads), len(encoding), item.macs, item.dense_macs)
-        for encoding, item in zip(encodings, answer.items, strict=True)
+        ItemSpent(item.budget, sum(item.heads), len(tokens), item.macs, item.dense_macs)
+        for tokens, item in zip(tokenized, answer.items, strict=True)
         if not item.error
     ]
     quality = answer.quality if checkpoint.calibrated else None
@@ -367,7 +393,7 @@ def _measure(
             checkpoint.num_layers * checkpoint.num_heads,
             None if expected is None else dict(expected),
             stages,
-            sum(bool(encoding.overflowing) for encoding in encodings),
+            sum(tokens.truncated for tokens in tokenized),
             current_request().traceparent,
         )
     )

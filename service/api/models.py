@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 
 from budgetformer.checkpoint import MOST_VERSION, Checkpoint
-from service.api.access import needs, spend
-from service.api.bodies import describe_body, read_body
-from service.api.classify import check_texts
+from service.api.access import needs, spending
+from service.api.bodies import describe_body, read_body, travelled
+from service.api.classify import check_texts, while_client_waits
 from service.api.errors import ApiError, errors_documented_as
 from service.api.responses import json_response
 from service.api.schemas import ErrorResponse, RequestBody, TokenizeRequest, TokenizeResponse
@@ -135,17 +136,24 @@ async def tokenize(request: Request) -> Response:
     body = await read_body(request, TokenizeRequest, state.settings.max_body_bytes)
     texts = check_texts(state, body.input)
     model = state.model(body.model)
-    spend(request, len(texts))
-    encodings = await state.tokenize(model, texts)
+    seconds = state.settings.timeout_ms / 1000
+    deadline = time.monotonic() + seconds
+    with (
+        model.in_use(),
+        state.room_for(len(texts), travelled(request.scope["headers"]), seconds),
+        spending(request, len(texts)),
+    ):
+        async with while_client_waits(request):
+            tokenized = await state.tokenize(model, texts, deadline)
     data = [
         {
             "index": index,
-            "tokens": encoding.tokens,
-            "ids": encoding.ids,
-            "count": len(encoding),
-            "truncated": bool(encoding.overflowing),
+            "tokens": model.encoder.words(tokens.ids),
+            "ids": tokens.ids,
+            "count": len(tokens),
+            "truncated": tokens.truncated,
         }
-        for index, encoding in enumerate(encodings)
+        for index, tokens in enumerate(tokenized)
     ]
     return json_response({"model": model.checkpoint.label, "data": data})
 

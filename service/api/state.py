@@ -12,9 +12,9 @@ from typing import TypeVar
 
 from fastapi import Request
 from opentelemetry.trace import Tracer
-from tokenizers import Encoding
 
 from budgetformer.errors import TokenizerError
+from budgetformer.tokenization import Text, Tokens
 from service.access import KeyRing
 from service.api.errors import ApiError
 from service.connection import DisconnectedError
@@ -92,18 +92,35 @@ class State:
             door.leave(count, answered, time.monotonic())
 
     async def tokenize(
-        self, model: ServedModel, texts: list[str | tuple[str, str]]
-    ) -> list[Encoding]:
-        """Tokenize texts and pairs, beside the event loop unless they are short.
+        self, model: ServedModel, texts: list[Text], deadline: float
+    ) -> list[Tokens]:
+        """Tokenize texts and pairs, in threads unless they are short.
+
+        Each step takes its turn among those of other requests. At the deadline, or when the caller
+        is cancelled, no further step begins.
+
+        Args:
+            model: whose tokenizer reads them.
+            texts: of one request.
+            deadline: on the monotonic clock.
 
         Raises:
-            ApiError: 500, the tokenizer fails at one, which is named.
+            ApiError: 504, the deadline passed; 500, the tokenizer fails at a text, which is named.
         """
         try:
             if sum(map(characters, texts)) <= SHORT_CHARACTERS:
-                return model.encode(texts)
+                return model.encoder.encode(texts)
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.tokenizing, model.encode, texts)
+            steps = model.encoder.steps(texts)
+            found: list[Tokens] = []
+            async with asyncio.timeout(deadline - time.monotonic()):
+                while (
+                    finished := await loop.run_in_executor(self.tokenizing, next, steps, None)
+                ) is not None:
+                    found += finished
+            return found
+        except TimeoutError:
+            raise too_late() from None
         except TokenizerError as error:
             place = f"input[{error.place}]"
             message = f"{place}: the tokenizer of {model.checkpoint.label} fails at it"
@@ -123,9 +140,14 @@ class State:
             raise ApiError(404, str(error), "model", "unknown_model") from None
 
 
-def characters(text: str | tuple[str, str]) -> int:
+def characters(text: Text) -> int:
     """Return the length of a text or pair."""
     return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+
+
+def too_late() -> ApiError:
+    """Return the error of a request whose deadline passed."""
+    return ApiError(504, "the deadline passed before the answer was there", "timeout_ms")
 
 
 def no_room(seconds: int) -> ApiError:

@@ -31,3 +31,7 @@ class TokenBucket:
             return missing / self.rate
         self._level -= count
         return 0.0
+
+    def give_back(self, count: float) -> None:
+        """Return what was taken and not used."""
+        self._level = min(self.burst, self._level + count)

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from budgetformer.checkpoint import Checkpoint, load_tokenizer
+from budgetformer.checkpoint import Checkpoint, load_encoder
 from budgetformer.errors import DataError
 from budgetformer.policy import QUALITY_NAMES, BudgetRule, QualityName
 from service.scheduling.price import Outlook
@@ -88,7 +88,7 @@ def measured_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]
     if not texts:
         raise DataError("there are no texts to measure")
     network = load_network(checkpoint, "cpu", "float32")
-    encodings = load_tokenizer(checkpoint).encode_batch(list(texts))
+    encodings = load_encoder(checkpoint).encode(texts)
     steps: list[dict[QualityName, list[int]]] = [{} for _ in encodings]
     for level in QUALITY_NAMES:
         rule = checkpoint.rule(level)

@@ -41,7 +41,7 @@ async def replica(store: Path, **pool: Any) -> AsyncIterator[EngineReplica]:
 
 def frame(store: Path, key: tuple[str, int], steps: list[int] | None = None) -> bytes:
     model = open_model(store / key[0] / str(key[1]))
-    (encoding,) = model.encode(["The otter slept under the hedge."])
+    (encoding,) = model.encoder.encode(["The otter slept under the hedge."])
     item = ItemTokens(pack_ids(encoding.ids))
     return msgspec.msgpack.encode(Classify(0, *key, [item], "best", 60.0, steps=steps))
 

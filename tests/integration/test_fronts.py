@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from tokenizers import Encoding
 
+from budgetformer.tokenization import Text, TextEncoder, Tokens
 from service.api import state
-from service.models import ServedModel
 from tests.support.serving import ADMIN, Service, error_of, service
 from tests.support.stores import TOPICS, sentences
 from tests.support.waiting import until
@@ -46,17 +46,17 @@ async def test_what_one_front_has_begun_outlives_a_change_at_another(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, gate = threading.Event(), threading.Event()
-    encode = ServedModel.encode
+    steps = TextEncoder.steps
 
-    def slow(model: ServedModel, texts: list[str | tuple[str, str]]) -> list[Encoding]:
+    def slow(encoder: TextEncoder, texts: list[Text]) -> Iterator[list[Tokens]]:
         entered.set()
         gate.wait(60)
-        return encode(model, texts)
+        yield from steps(encoder, texts)
 
     async with service(store, models=["topics:1"], fronts=2) as running:
         await until(lambda: all_ready(running), "every front")
         monkeypatch.setattr(state, "SHORT_CHARACTERS", 0)
-        monkeypatch.setattr(ServedModel, "encode", slow)
+        monkeypatch.setattr(TextEncoder, "steps", slow)
         begun = asyncio.create_task(model_of(running.other_clients[0]))
         await until(entered.is_set, "the tokenizer")
         changed = await running.client.post(f"/models/{TOPICS}/load", headers=ADMIN)

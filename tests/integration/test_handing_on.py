@@ -38,7 +38,7 @@ async def asked(core: EngineCore, message: Classify | Load) -> ToFront:
 @pytest.fixture
 def items(model_store: Path) -> list[ItemTokens]:
     model = open_model(model_store / "topics" / "2")
-    return [ItemTokens(pack_ids(encoding.ids)) for encoding in model.encode(list(TEXTS))]
+    return [ItemTokens(pack_ids(encoding.ids)) for encoding in model.encoder.encode(list(TEXTS))]
 
 
 def classify(items: list[ItemTokens], steps: list[int] | None = None) -> Classify:

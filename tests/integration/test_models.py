@@ -8,7 +8,7 @@ import json
 import shutil
 import threading
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ import httpx
 import pytest
 import pytest_asyncio
 from structlog.testing import capture_logs
-from tokenizers import Encoding
 
+from budgetformer.tokenization import Text, TextEncoder, Tokens
 from service.api import state
 from service.hub.poll import StorePoll
-from service.models import ServedModel
 from tests.support.serving import ADMIN, ADMIN_KEY, Service, error_of, held, service
 from tests.support.stores import (
     HEADS,
@@ -295,15 +294,15 @@ class TestLoad:
         self, one: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         entered, gate = threading.Event(), threading.Event()
-        encode = ServedModel.encode
+        steps = TextEncoder.steps
 
-        def slow(model: ServedModel, texts: list[str | tuple[str, str]]) -> list[Encoding]:
+        def slow(encoder: TextEncoder, texts: list[Text]) -> Iterator[list[Tokens]]:
             entered.set()
             gate.wait(60)
-            return encode(model, texts)
+            yield from steps(encoder, texts)
 
         monkeypatch.setattr(state, "SHORT_CHARACTERS", 0)
-        monkeypatch.setattr(ServedModel, "encode", slow)
+        monkeypatch.setattr(TextEncoder, "steps", slow)
         begun = asyncio.create_task(one.ask(TEXT))
         await until(entered.is_set, "the tokenizer")
         changing = asyncio.create_task(load(one))

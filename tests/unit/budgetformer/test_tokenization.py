@@ -1,14 +1,235 @@
-"""The tokenizer's errors and panics."""
+"""Texts to tokens: what truncation keeps, what it costs, and the tokenizer's errors and panics."""
 
 from __future__ import annotations
 
-import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import FixedLength, Whitespace
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
 
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE, Unigram, WordLevel
+from tokenizers.pre_tokenizers import FixedLength, Whitespace
+from tokenizers.trainers import BpeTrainer
+
+from budgetformer.checkpoint import load_tokenizer, read_checkpoint
 from budgetformer.errors import TokenizerError
-from budgetformer.tokenization import encode, tokenizer_errors
+from budgetformer.tokenization import (
+    STEP_CHARACTERS,
+    Side,
+    Text,
+    TextEncoder,
+    Tokens,
+    tokenizer_errors,
+)
+from tests.support.texts import small_tokenizer
+
+SHIPPED = Path(__file__).parents[3] / "model_store"
+SENTENCE = (
+    "The gardener's aunt re-planted 12 roses, today; e\u0301l\u00e8ve \u6f22\u5b57 \U0001f600!"
+)
+BERT = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+
+
+def bert(**options: Any) -> Tokenizer:
+    tokenizer = small_tokenizer()
+    tokenizer.normalizer = normalizers.BertNormalizer(**options)
+    return tokenizer
+
+
+def byte_level(**options: Any) -> Tokenizer:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(**options)
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([SENTENCE] * 3, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return tokenizer
+
+
+def byte_level_with_mask(*, lstrip: bool, rstrip: bool) -> Tokenizer:
+    tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.add_special_tokens([AddedToken("[MASK]", lstrip=lstrip, rstrip=rstrip)])
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    pieces = [("<unk>", 0.0), ("\u2581", -2.0), ("\u2581the", -3.0), ("to", -4.0), *_letters()]
+    tokenizer = Tokenizer(Unigram(pieces, 0, byte_fallback=False))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer
+
+
+def _letters() -> Iterator[tuple[str, float]]:
+    return ((letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz")
+
+
+def with_added(content: str) -> Tokenizer:
+    tokenizer = bert()
+    tokenizer.add_tokens([AddedToken(content)])
+    return tokenizer
+
+
+def words_alone() -> Tokenizer:
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "the": 1, "to": 2}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def shipped(name: str) -> Tokenizer:
+    folder = max((SHIPPED / name).glob("[0-9]*"))
+    return load_tokenizer(read_checkpoint(folder))
+
+
+KINDS: dict[str, Callable[[], Tokenizer]] = {
+    "small": small_tokenizer,
+    "cased": lambda: bert(lowercase=False, strip_accents=False),
+    "ideographs joined": lambda: bert(handle_chinese_chars=False, clean_text=False),
+    "an added token": lambda: with_added("[the]"),
+    "an added token with a space": lambda: with_added("to to"),
+    "an added token with ideographs": lambda: with_added("\u6f22\u6f22"),
+    "words alone": words_alone,
+    "byte-level": lambda: byte_level(add_prefix_space=False),
+    "byte-level, prefix space": lambda: byte_level(add_prefix_space=True),
+    "byte-level, one word": lambda: byte_level(add_prefix_space=True, use_regex=False),
+    "byte-level, mask": lambda: byte_level_with_mask(lstrip=True, rstrip=False),
+    "byte-level, mask takes spaces": lambda: byte_level_with_mask(lstrip=True, rstrip=True),
+    "unigram": unigram,
+    "ag_news": lambda: shipped("ag_news"),
+    "banking77": lambda: shipped("banking77"),
+    "imdb": lambda: shipped("imdb"),
+}
+PARTS = [
+    "a", "the", "to", "the to", " ", "  ", "\n", "\t", "\u00a0", "\u3000", "\u2028", "\x00",
+    "\x01", "\x1c", "\x85", "\u200b", "\u0301", "e\u0301", "\u0130", "\u0131\u0308", "\ufdfa",
+    "\u00a8", "\u6f22", "\u6f22\u5b57", "\U00020000", "\ud55c", "\u1112\u1161", "\u3042",
+    "\U0001f600", "\U0001f468\u200d\U0001f469", "'s", ".", "...", "[MASK]", "[the]", "to to",
+    "x" * 120, "##the", "0123", "\ufffd", "\u0345", "\u03a3",
+]  # fmt: skip
+TEXTS = st.lists(
+    st.tuples(st.sampled_from(PARTS) | st.text(max_size=3), st.integers(1, 30)), max_size=12
+).map(lambda parts: "".join(part * times for part, times in parts))
+LENGTHS = st.integers(3, 24)
+
+
+@cache
+def encoders(kind: str, side: Side, length: int) -> tuple[Tokenizer, TextEncoder]:
+    """Return a tokenizer that truncates by itself, and what is to do the same."""
+    expected, tokenizer = _made(kind), _made(kind)
+    expected.no_padding()
+    expected.enable_truncation(length, direction=side)
+    return expected, TextEncoder(tokenizer, length, side)
+
+
+def _made(kind: str) -> Tokenizer:
+    return Tokenizer.from_str(_written(kind))
+
+
+@cache
+def _written(kind: str) -> str:
+    return KINDS[kind]().to_str()
+
+
+def check_same(kind: str, side: Side, length: int, texts: list[Text]) -> None:
+    expected, encoder = encoders(kind, side, length)
+    found = encoder.encode(texts)
+    for text, one, tokens in zip(texts, expected.encode_batch(texts), found, strict=True):
+        assert tokens == Tokens(one.ids, one.type_ids, bool(one.overflowing)), text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
+@given(side=st.sampled_from(["right", "left"]), length=LENGTHS, texts=st.lists(TEXTS, max_size=3))
+@example(side="left", length=9, texts=["the [MASK] to " * 40, "\u6f22" * 90 + " a" * 90])
+@example(side="right", length=9, texts=["", " " * 400, "a" + " " * 400 + "b", "to to " * 90])
+def test_a_text_is_cut_as_the_tokenizer_cuts_it(
+    kind: str, side: Side, length: int, texts: list[Text]
+) -> None:
+    check_same(kind, side, length, texts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
+@given(side=st.sampled_from(["right", "left"]), length=LENGTHS, pair=st.tuples(TEXTS, TEXTS))
+@example(side="right", length=8, pair=("the to " * 40, "the " * 81))
+@example(side="left", length=8, pair=("the " * 81, "the to " * 40))
+@example(side="right", length=8, pair=("the " * 80, "the to " * 40))
+@example(side="right", length=16, pair=("the", "the to " * 40))
+def test_a_pair_is_cut_as_the_tokenizer_cuts_it(
+    kind: str, side: Side, length: int, pair: tuple[str, str]
+) -> None:
+    if length >= _written_special(kind):
+        check_same(kind, side, length, [pair])
+
+
+@cache
+def _written_special(kind: str) -> int:
+    return _made(kind).num_special_tokens_to_add(True)
+
+
+class Counting:
+    """A tokenizer that counts the characters that it is given."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.calls: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+        self.calls.append(sum(map(len, texts)))
+        return self._tokenizer.encode_batch_fast(texts, **options)
+
+
+def counted(kind: str, side: Side = "right", length: int = 64) -> tuple[TextEncoder, Counting]:
+    encoder = TextEncoder(_made(kind), length, side)
+    counting = Counting(encoder.tokenizer)
+    encoder.tokenizer = counting  # type: ignore[assignment]
+    return encoder, counting
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["small", "byte-level", "ag_news"])
+def test_what_cannot_matter_of_a_text_is_not_read(kind: str, side: Side) -> None:
+    encoder, counting = counted(kind, side)
+    encoder.encode(["the crew painted a tug. " * 4000])
+    assert sum(counting.calls) < 2000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "text", ["the " * 25_000, "x" * 100_000, " " * 100_000, "\u6f22" * 100_000]
+)
+def test_no_character_is_read_twice(kind: str, text: str) -> None:
+    encoder, counting = counted(kind)
+    encoder.encode([(text, text)])
+    assert sum(counting.calls) <= 2 * len(text)
+
+
+def test_many_texts_are_read_in_bounded_steps() -> None:
+    encoder, counting = counted("small")
+    texts: list[Text] = ["the to " * 3000, ("to " * 9000, "to " * 8999), "", "the " * 9] * 40
+    found: list[Tokens] = []
+    for step, finished in enumerate(encoder.steps(texts), start=1):
+        found += finished
+        assert len(counting.calls) <= step
+    assert len(found) == len(texts)
+    assert len(counting.calls) > 10
+    assert max(counting.calls) <= STEP_CHARACTERS + 10
+
+
+def test_words_are_the_entries_of_the_vocabulary() -> None:
+    expected, encoder = encoders("small", "right", 16)
+    (found,) = encoder.encode(["The crew painted \u2603."])
+    assert encoder.words(found.ids) == expected.encode("The crew painted \u2603.").tokens
 
 
 def knows(*words: str) -> Tokenizer:
@@ -18,9 +239,13 @@ def knows(*words: str) -> Tokenizer:
     return tokenizer
 
 
+def encode(tokenizer: Tokenizer, texts: list[Text]) -> list[Tokens]:
+    return TextEncoder(tokenizer, 16).encode(texts)
+
+
 def test_texts_are_tokenized_in_their_order() -> None:
     found = encode(knows("fog", "otter"), ["otter fog", "fog"])
-    assert [encoding.ids for encoding in found] == [[1, 0], [0]]
+    assert [tokens.ids for tokens in found] == [[1, 0], [0]]
 
 
 def test_a_text_that_it_fails_at_is_named_by_its_place_and_not_quoted() -> None:
