@@ -21,7 +21,7 @@ from service.api.access import document_keys
 from service.api.connections import ConnectionLimits, Guard, GuardedProtocol
 from service.api.direct import Direct
 from service.api.errors import install_error_handlers, own_shape
-from service.api.middleware import OTHER, PROBES, Observe, OperationsPort
+from service.api.middleware import OTHER, PROBES, Head, Observe, OperationsPort
 from service.api.models import LoadRequest
 from service.api.schemas import (
     ClassifyRequest,
@@ -146,6 +146,7 @@ def create_app(
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id"],
             expose_headers=["Retry-After", "Server-Timing", "X-Quality", "X-Request-Id"],
         )
+    app.add_middleware(Head)
     if settings.metrics_port is not None:
         app.add_middleware(OperationsPort, port=settings.metrics_port)
     app.add_middleware(Observe, hub=hub, log_share=settings.access_log)

@@ -94,10 +94,10 @@ class Models:
         model = self.served.get(name)
         if model is None:
             known = ", ".join(sorted(self.served)) or "none"
-            raise UnknownModelError(f"no model {name!r} is served (there are: {known})")
+            raise UnknownModelError(f"no model {name[:100]!r} is served (there are: {known})")
         if version and version != str(model.checkpoint.version):
             raise UnknownModelError(
-                f"{name} is served in version {model.checkpoint.version}, not {version}"
+                f"{name} is served in version {model.checkpoint.version}, not {version[:100]}"
             )
         return model
 

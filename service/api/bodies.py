@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import re
 import zlib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
-from service.api.errors import ApiError, ClientGoneError
+from service.api.errors import ApiError, ClientGoneError, shorten
+from service.api.json_errors import explain
 from service.api.schemas import RequestBody
-from service.api.state import state_of
+from service.api.state import State, state_of
 
 Body = TypeVar("Body", bound=RequestBody)
 
 _WINDOW_BITS = {"gzip": 31, "deflate": 15}
+_STRING_OR_START = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,\[{]', re.DOTALL)
+_VALUES, _VALUES_PER_ITEM = 1000, 8
+_NAME_LENGTH = 64
 _TELLING = ("extra_forbidden", "too_short")
 _UNION_NOISE = ("str", "TextPair", "list[", "literal[", "float", "constrained-")
 
@@ -33,7 +40,9 @@ async def read_body(
             JSON, 422 a field is unknown or wrong.
     """
     body = await read_json(request, max_bytes)
-    return default if default is not None and not body else parse(body, schema)
+    if default is not None and not body:
+        return default
+    return parse(body, schema, max_values(state_of(request)))
 
 
 async def read_json(request: Request, max_bytes: int) -> bytes:
@@ -131,28 +140,52 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def parse(body: bytes, schema: type[Body]) -> Body:
-    """Parse and validate JSON.
+def max_values(state: State) -> int:
+    """Return how many JSON values a body may hold: enough for the items that a request may have."""
+    return _VALUES + _VALUES_PER_ITEM * state.settings.max_batch_items
+
+
+def parse(body: bytes, schema: type[Body], most: int) -> Body:
+    """Parse and validate JSON of at most so many values.
 
     Raises:
-        ApiError: 400 not JSON, 422 a field is unknown or wrong.
+        ApiError: 400 not JSON, 413 too many values, 422 a field is unknown or wrong.
     """
-    return validate(parse_object(body), schema)
+    return validate(parse_object(body, most), schema)
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """Parse JSON that is an object.
+def parse_object(body: bytes, most: int) -> dict[str, Any]:
+    """Parse JSON that is an object of at most so many values.
+
+    A value takes up to 250 bytes of memory, and a wrong one more for its error, however short it
+    is: so they are counted before they are made.
 
     Raises:
-        ApiError: 400 not JSON, 422 no object.
+        ApiError: 400 not JSON, 413 too many values, 422 no object.
     """
+    body = body.removeprefix(codecs.BOM_UTF8)
+    end = _end_of(body, most) if len(body) > 2 * most else None
+    read = body[:end]
     try:
-        value = from_json(body, allow_inf_nan=False)
+        value = from_json(read, allow_inf_nan=False, allow_partial=end is not None)
     except ValueError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+        raise explain(read, str(error)) from None
+    if end is not None:
+        message = f"the body holds more than {most} JSON values"
+        raise ApiError(413, message, code="too_many_items")
     if not isinstance(value, dict):
         raise ApiError(422, "the body must be a JSON object", code="invalid_field")
     return value
+
+
+def _end_of(text: bytes, most: int) -> int | None:
+    """Return where JSON text holds more than so many values; None: nowhere.
+
+    Each value but the first follows one of `,[{`.
+    """
+    tokens = islice(_STRING_OR_START.finditer(text), 3 * most)
+    starts = (token.end() for token in tokens if token.end() - token.start() == 1)
+    return next(islice(starts, most, None), None)
 
 
 def validate(value: dict[str, Any], schema: type[Body]) -> Body:
@@ -178,9 +211,9 @@ def _field_error(
     root = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         *outer, name = map(str, detail["loc"])
-        param = f"{_param(detail['loc'][:-1])}.{name}" if outer else name
+        param = shorten(f"{_param(detail['loc'][:-1])}.{name}" if outer else name)
         known = list(_innermost(schema, outer).model_fields)
-        near = get_close_matches(name, known, 1, cutoff=0.5)
+        near = get_close_matches(name[:_NAME_LENGTH], known, 1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
         return ApiError(422, f"unknown field {param!r}{hint}", param, "unknown_field")
     if detail["type"] == "missing" and root not in value:

@@ -35,6 +35,14 @@ REASONS = {
 }
 
 
+_MESSAGE_LENGTH, _SHOWN_LENGTH = 2000, 100
+
+
+def shorten(name: str) -> str:
+    """Return a name that a client sent, short enough for an error."""
+    return name if len(name) <= _SHOWN_LENGTH else f"{name[:_SHOWN_LENGTH]}..."
+
+
 CLIENT_GONE = 499
 """What a request counts as whose client went away; never sent."""
 
@@ -76,7 +84,7 @@ class ApiError(Exception):
         """Return the error object."""
         kind = REASONS.get(self.status, "error")
         return {
-            "message": self.message,
+            "message": self.message[:_MESSAGE_LENGTH],
             "type": kind,
             "param": self.param,
             "code": self.code or kind,
@@ -146,8 +154,9 @@ def install_error_handlers(app: FastAPI) -> None:
         response = ApiError(error.status_code, message).response(request.scope["state"])
         response.headers.update(error.headers or {})
         if error.status_code == 405:  # the router names the methods of the first route that fits
-            known = set(response.headers.get("Allow", "").split(", ")) - {""}
-            response.headers["Allow"] = ", ".join(sorted(known | _methods(request)))
+            known = set(response.headers.get("Allow", "").split(", ")) - {""} | _methods(request)
+            known |= {"HEAD"} if "GET" in known else set()
+            response.headers["Allow"] = ", ".join(sorted(known))
         return response
 
     app.add_exception_handler(ApiError, answer_error)

@@ -14,9 +14,9 @@ from fastapi import APIRouter, Request, Response
 import budgetformer
 from service.api.access import needs
 from service.api.answered import Answered, best_first
-from service.api.bodies import describe_body, parse, read_body, read_bytes, validate
+from service.api.bodies import describe_body, max_values, parse, read_body, read_bytes, validate
 from service.api.classify import respond
-from service.api.errors import CLASSIFYING, ApiError, errors_as, errors_documented_as
+from service.api.errors import CLASSIFYING, ApiError, errors_as, errors_documented_as, shorten
 from service.api.health import why_not_ready
 from service.api.models import MOST_LOAD_BYTES, load, unload
 from service.api.responses import json_response
@@ -183,9 +183,10 @@ _INFER: dict[str, Any] = _CALLERS | {
 @router.post("/models/{name}/infer", summary="Classify with a model", **_INFER)
 async def infer(request: Request, name: str, version: str | None = None) -> Response:
     """Classify the texts of the input tensor; tensors may be JSON or binary, either way."""
-    body = await read_bytes(request, state_of(request).settings.max_body_bytes)
+    state = state_of(request)
+    body = await read_bytes(request, state.settings.max_body_bytes)
     text, binary = split_body(body, request.headers.get(HEADER_LENGTH))
-    asked = parse(text, InferRequest)
+    asked = parse(text, InferRequest, max_values(state))
     parameters = validate(asked.parameters, InferParameters)
     texts, shape = _inputs(asked, binary)
     wanted = _outputs(asked.outputs or [InferOutput(name=name) for name in OUTPUTS])
@@ -227,7 +228,9 @@ def _inputs(asked: InferRequest, binary: memoryview) -> tuple[list[str | TextPai
     place = 0
     for tensor in asked.inputs:
         if tensor.name not in (TEXT, TEXT_PAIR) or tensor.name in columns:
-            message = f"unexpected input {tensor.name!r}; there are {TEXT!r} and {TEXT_PAIR!r}"
+            message = (
+                f"unexpected input {shorten(tensor.name)!r}; there are {TEXT!r} and {TEXT_PAIR!r}"
+            )
             raise ApiError(422, message, "inputs", "invalid_field")
         size = tensor.parameters.binary_data_size
         blob = None if size is None else binary[place : place + size]
@@ -256,7 +259,7 @@ def _outputs(asked: list[InferOutput]) -> list[tuple[Output, InferOutput]]:
     wanted = []
     for one in asked:
         if one.name not in OUTPUTS:
-            message = f"unexpected output {one.name!r}; there are {', '.join(OUTPUTS)}"
+            message = f"unexpected output {shorten(one.name)!r}; there are {', '.join(OUTPUTS)}"
             raise ApiError(422, message, "outputs", "invalid_field")
         if one.top_classes and one.name != "probs":
             message = f"output {one.name!r} cannot be ranked by class; 'probs' can"

@@ -39,6 +39,8 @@ SECURITY_HEADERS = (
 _HSTS = (b"strict-transport-security", b"max-age=31536000")
 
 
+_ADDED = ("route", "outcome", "refusal")
+"""What the application adds to the scope of a request, for `Observe`."""
 _W3C = TraceContextTextMapPropagator()
 
 
@@ -139,6 +141,33 @@ class Observe:
         write = log.info if chosen else log.debug
         milliseconds = round(seconds * 1000, 2)
         write("request", route=route, status=status, outcome=outcome, ms=milliseconds, **names)
+
+
+class Head:
+    """Answer HEAD as GET, without the body.
+
+    Args:
+        app: what serves GET.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        # The server reads the method of its own scope, so that one stays.
+        asked = {**scope, "method": "GET"}
+        await self.app(asked, receive, send_head)
+        scope.update({name: asked[name] for name in _ADDED if name in asked})
 
 
 class OperationsPort:

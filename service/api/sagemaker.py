@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from service.api.access import needs
-from service.api.bodies import describe_body, parse_object, read_json, validate
+from service.api.bodies import describe_body, max_values, parse_object, read_json, validate
 from service.api.classify import respond_to_classify
 from service.api.errors import CLASSIFYING, errors_documented_as
 from service.api.health import ready
@@ -39,7 +39,9 @@ async def ping(request: Request) -> Response:
 )
 async def invocations(request: Request) -> Response:
     """Take the body of POST /predict, if it has `inputs`, or else that of POST /classify."""
-    value = parse_object(await read_json(request, state_of(request).settings.max_body_bytes))
+    state = state_of(request)
+    body = await read_json(request, state.settings.max_body_bytes)
+    value = parse_object(body, max_values(state))
     if "inputs" in value:
         return await respond_to_predict(request, validate(value, PredictRequest))
     return await respond_to_classify(request, validate(value, ClassifyRequest))

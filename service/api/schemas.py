@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 _EXAMPLE_TEXT = "The striker scored twice as the home side won the final."
 
 
 class RequestBody(BaseModel):
-    """Base of what clients send: nothing unknown, nothing converted."""
+    """Base of what clients send: nothing unknown, nothing converted; null is as good as absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -18,6 +27,36 @@ class RequestBody(BaseModel):
     """What fields must be, where the message that follows from the schema would not say it well."""
     nested: ClassVar[dict[str, type[BaseModel]]] = {}
     """Which model the objects in a field are of."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or None not in value.values():
+            return value
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {k: v for k, v in value.items() if v is not None or k not in optional}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Document that null is as good as absent."""
+        described = handler(schema)
+        own = handler.resolve_ref_schema(described)
+        for name, field in cls.model_fields.items():
+            if not field.is_required():
+                own["properties"][name] = _or_null(own["properties"][name])
+        return described
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of a field that may be null, too."""
+    if any(one.get("type") == "null" for one in schema.get("anyOf", ())):
+        return schema
+    about = ("title", "description", "default")
+    kept = {key: value for key, value in schema.items() if key in about}
+    kind = {key: value for key, value in schema.items() if key not in about}
+    return {"anyOf": [*kind.pop("anyOf", ()), *([kind] if kind else ()), {"type": "null"}], **kept}
 
 
 class TextPair(RequestBody):
@@ -280,10 +319,14 @@ class TokenizeResponse(BaseModel):
     data: list[TokenizedText]
 
 
-class TensorParameters(RequestBody):
-    """How a tensor's values are sent."""
+class Parameters(RequestBody):
+    """Base of parameters in the Open Inference Protocol: unknown ones are for other servers."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
+
+
+class TensorParameters(Parameters):
+    """How a tensor's values are sent."""
 
     binary_data_size: Size | None = None
     """Bytes of this tensor after the JSON, in place of `data`."""
@@ -301,10 +344,8 @@ class InferInput(RequestBody):
     parameters: TensorParameters = TensorParameters()
 
 
-class OutputParameters(RequestBody):
+class OutputParameters(Parameters):
     """How a tensor's values are to be answered."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     binary_data: bool | None = None
     """Whether they come as binary data after the JSON."""
@@ -330,10 +371,9 @@ class InferOutput(RequestBody):
         return default if self.parameters.binary_data is None else self.parameters.binary_data
 
 
-class InferParameters(RequestBody):
+class InferParameters(Parameters):
     """What a request to infer may ask for beside its tensors."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
     hints = {"quality": _QUALITY_HINT}
 
     quality: Quality | None = None

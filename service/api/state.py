@@ -46,10 +46,13 @@ class State:
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
     )
 
-    door: Door = field(default_factory=Door)
+    door: Door = field(init=False)
 
     body_bytes: int = 0
     """Bytes of the bodies that are arriving."""
+
+    def __post_init__(self) -> None:
+        self.door = Door(self.settings.timeout_ms / 1000)
 
     def receive(self, count: int) -> None:
         """Count bytes of a body that is arriving; below 0, one that is here, or given up.

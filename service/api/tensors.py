@@ -101,7 +101,8 @@ def _unpack(name: str, data: memoryview) -> list[str]:
         message = f"the binary data of input {name!r} end within an element"
         raise ApiError(422, message, name, "invalid_field") from None
     except UnicodeDecodeError:
-        raise ApiError(422, f"input {name!r} is not UTF-8", name, "invalid_field") from None
+        item = f"{name}[{len(texts)}]"
+        raise ApiError(400, f"{item} is not UTF-8", item, "invalid_field") from None
     return texts
 
 

@@ -28,9 +28,14 @@ class Door:
     if it was as late as theirs.
 
     The door also closes, to everyone, when the front itself is late, and for as long as it was.
+
+    Args:
+        usual_seconds: later deadlines count as this one, so that no request can hide the lateness
+            from the others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, usual_seconds: float = math.inf) -> None:
+        self._usual = usual_seconds
         self.texts = 0
         """Texts that are here, from their arrival to their answer."""
         self._windows: dict[int, float] = {}
@@ -58,7 +63,7 @@ class Door:
 
     def patient(self, seconds: float) -> bool:
         """Say whether hardly any caller of late gave more seconds than these."""
-        return seconds >= PATIENT_SHARE * self._longest
+        return min(seconds, self._usual) >= PATIENT_SHARE * self._longest
 
     def begun(self, waited: float, now: float) -> None:
         """Learn how many seconds passed until what came was begun."""
@@ -69,7 +74,7 @@ class Door:
         """Take texts in, with so many seconds to their deadline."""
         self.texts += count
         faded = self._longest * math.exp((self._noted - now) / PATIENCE_SECONDS)
-        self._longest, self._noted = max(seconds, faded), now
+        self._longest, self._noted = max(min(seconds, self._usual), faded), now
 
     def leave(self, count: int, answered: bool, now: float) -> None:
         """Let texts go, answered or not."""

@@ -109,7 +109,6 @@ FIELDS = [
     ({"input": "a", "threshold": "0.5"}, "threshold"),
     ({"input": "a", "use_activation": 1}, "use_activation"),
     ({"input": "a", "truncate": "yes"}, "truncate"),
-    ({"input": "a", "truncate": None}, "truncate"),
     ({"input": "a", "quality": "superb"}, "quality"),
     ({"input": "a", "quality": "FAST"}, "quality"),
     ({"input": "a", "quality": -1}, "quality"),

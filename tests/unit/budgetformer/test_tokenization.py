@@ -117,6 +117,8 @@ TEXTS = st.lists(
     st.tuples(st.sampled_from(PARTS) | st.text(max_size=3), st.integers(1, 30)), max_size=12
 ).map(lambda parts: "".join(part * times for part, times in parts))
 LENGTHS = st.integers(3, 24)
+# The tokenizer's own truncation of pairs takes time with the square of their length.
+SHORTER = TEXTS.map(lambda text: text[:240])
 
 
 @cache
@@ -145,7 +147,7 @@ def check_same(kind: str, side: Side, length: int, texts: list[Text]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(side=st.sampled_from(["right", "left"]), length=LENGTHS, texts=st.lists(TEXTS, max_size=3))
 @example(side="left", length=9, texts=["the [MASK] to " * 40, "\u6f22" * 90 + " a" * 90])
 @example(side="right", length=9, texts=["", " " * 400, "a" + " " * 400 + "b", "to to " * 90])
@@ -156,8 +158,12 @@ def test_a_text_is_cut_as_the_tokenizer_cuts_it(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
-@given(side=st.sampled_from(["right", "left"]), length=LENGTHS, pair=st.tuples(TEXTS, TEXTS))
+@settings(deadline=None, max_examples=40)
+@given(
+    side=st.sampled_from(["right", "left"]),
+    length=st.integers(8, 24),
+    pair=st.tuples(SHORTER, SHORTER),
+)
 @example(side="right", length=8, pair=("the to " * 40, "the " * 81))
 @example(side="left", length=8, pair=("the " * 81, "the to " * 40))
 @example(side="right", length=8, pair=("the " * 80, "the to " * 40))
@@ -165,13 +171,7 @@ def test_a_text_is_cut_as_the_tokenizer_cuts_it(
 def test_a_pair_is_cut_as_the_tokenizer_cuts_it(
     kind: str, side: Side, length: int, pair: tuple[str, str]
 ) -> None:
-    if length >= _written_special(kind):
-        check_same(kind, side, length, [pair])
-
-
-@cache
-def _written_special(kind: str) -> int:
-    return _made(kind).num_special_tokens_to_add(True)
+    check_same(kind, side, length, [pair])
 
 
 class Counting:
