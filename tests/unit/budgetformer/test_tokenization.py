@@ -25,6 +25,7 @@ from budgetformer.tokenization import (
     Tokens,
     tokenizer_errors,
 )
+from tests.support.networks import PROPERTY
 from tests.support.texts import small_tokenizer
 
 SHIPPED = Path(__file__).parents[3] / "model_store"
@@ -147,7 +148,7 @@ def check_same(kind: str, side: Side, length: int, texts: list[Text]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=40)
+@settings(PROPERTY, max_examples=40)
 @given(side=st.sampled_from(["right", "left"]), length=LENGTHS, texts=st.lists(TEXTS, max_size=3))
 @example(side="left", length=9, texts=["the [MASK] to " * 40, "\u6f22" * 90 + " a" * 90])
 @example(side="right", length=9, texts=["", " " * 400, "a" + " " * 400 + "b", "to to " * 90])
@@ -158,7 +159,7 @@ def test_a_text_is_cut_as_the_tokenizer_cuts_it(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=40)
+@settings(PROPERTY, max_examples=40)
 @given(
     side=st.sampled_from(["right", "left"]),
     length=st.integers(8, 24),
