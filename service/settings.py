@@ -165,7 +165,7 @@ class Settings(BaseSettings):
     """Most texts in one batch."""
     timeout_ms: int = Field(default=10_000, ge=1)
     """Deadline of requests that name none, in milliseconds."""
-    max_timeout_ms: int = Field(default=600_000, ge=1, le=2**31)
+    max_timeout_ms: int = Field(default=3_600_000, ge=1, le=2**31)
     """Latest deadline that a request may ask for, in milliseconds."""
     hang_seconds: float = Field(default=10.0, ge=2)
     """A process that has not been heard of for so long is killed and started again."""

@@ -193,7 +193,6 @@ class TestInfer:
             (text_tensor([TEXT], data=None), "either `data` or `binary_data_size`"),
             (text_tensor([TEXT], parameters={"binary_data_size": 4}), "either"),
             (text_tensor([TEXT], data=None, parameters={"binary_data_size": 9}), "shape says 1"),
-            (text_tensor([TEXT], parameters={"binary_size": 4}), "'binary_data_size'?"),
             (text_tensor([TEXT], name="words"), "unexpected input 'words'"),
             (text_tensor([TEXT], name="text_pair"), "input 'text' is missing"),
         ],
@@ -210,7 +209,6 @@ class TestInfer:
             ({"outputs": [{"name": "labels"}]}, "unexpected output 'labels'"),
             ({"outputs": [{"name": "label", "parameters": {"classification": 1}}]}, "'probs' can"),
             ({"parameters": {"priority": 3}}, "priority"),
-            ({"parameters": {"sequence_id": 3}}, "unknown field 'sequence_id'"),
             ({"parameters": {"heads": HEADS + 1}}, str(HEADS)),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
@@ -237,8 +235,8 @@ class TestInfer:
         head = json.dumps({"inputs": [text_tensor([TEXT], data=None, parameters=size)]}).encode()
         headers = {"Inference-Header-Content-Length": str(len(head))}
         response = await shared.client.post(INFER, content=head + blob, headers=headers)
-        assert response.status_code == 422
-        assert message in infer_error(response, 422) or not blob
+        status = 400 if "UTF-8" in message else 422
+        assert message in infer_error(response, status) or not blob
 
     @pytest.mark.parametrize("length", ["", "x", "-1", "1000000", "1.5"])
     async def test_a_length_that_is_none(self, shared: Service, length: str) -> None:

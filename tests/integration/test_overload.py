@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from budgetformer.cost_table import StepCost
+from budgetformer.tokenization import TextEncoder
 from service.engine.core import EngineOptions
 from tests.support.serving import Service, error_of, held, poison, service
 from tests.support.stores import HEADS, LABELS, sentences
@@ -375,7 +376,7 @@ async def test_an_unexpected_failure_is_a_plain_500_with_an_id(
     def broken(*_: object) -> None:
         raise RuntimeError("the inside of the server")
 
-    monkeypatch.setattr(type(fresh.app.state.shared.models.served["topics"]), "encode", broken)
+    monkeypatch.setattr(TextEncoder, "encode", broken)
     error = error_of(await fresh.ask(TEXT), 500, "internal_error")
     assert "inside" not in error["message"]
     monkeypatch.undo()
