@@ -24,7 +24,7 @@ Side: TypeAlias = Literal["right", "left"]
 
 STEP_CHARACTERS = 2**16
 """Characters of one step, about a tenth of a second; a text that cannot be split is one step."""
-_CHARACTERS_PER_TOKEN = 8
+_CHARACTERS_PER_TOKEN = 6
 """More than texts have on average, so that the first part of a text is mostly enough."""
 _BEFORE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 _BEFORE_SPACE_OR_IDEOGRAPH = re.compile(
