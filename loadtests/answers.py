@@ -39,6 +39,7 @@ from torch import Tensor
 from budgetformer.checkpoint import Checkpoint, load_tokenizer, read_store
 from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.modules import confidence, exit_evidence, masked_mean, probabilities
+from budgetformer.tables import read_texts
 from loadtests.chaos.server import MODEL, OTHER, PATIENCE, STORE, Server, serving
 from loadtests.texts import distinct
 
@@ -339,10 +340,8 @@ def compare(heard: Heard, right: Reference, labels: tuple[str, ...]) -> tuple[li
 def _texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> list[str]:
     real: list[str] = []
     if arguments.data is not None:
-        import pyarrow.parquet
-
-        column = pyarrow.parquet.read_table(arguments.data, columns=["text"])["text"]
-        real = list(dict.fromkeys(column.to_pylist()))[: arguments.texts]
+        texts, _ = read_texts(arguments.data)
+        real = list(dict.fromkeys(texts))[: arguments.texts]
     vocabulary = load_tokenizer(checkpoint).get_vocab()
     words = sorted(word for word in vocabulary if word.isalpha() and len(word) > 2)
     made = distinct(arguments.texts, arguments.seed, words)
@@ -356,7 +355,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--texts", type=int, default=100_000)
-    parser.add_argument("--data", type=Path, help="Parquet file with a column text, asked first")
+    parser.add_argument("--data", type=Path, help="table with a column text, asked first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reference", type=Path, default=Path("build/answers"))
     arguments = parser.parse_args()

@@ -32,6 +32,7 @@ from rivals.network import Network
 from servers import Cores, Server, ours, processor, run_quietly
 from texts import texts_of
 
+from budgetformer.training.data import read_examples
 from budgetformer.training.pages import draw, markdown_table
 
 CALLERS = 32
@@ -102,13 +103,10 @@ def dense_labels(network: Path, texts: Sequence[str]) -> list[str]:
 
 def texts_and_labels(data: Path) -> tuple[list[str], list[str]]:
     """Return texts in an order of their own, and the names of their labels beside `data`."""
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.read_table(data)
-    names = json.loads((data.parent / "labels.json").read_text())
-    pairs = list(zip(table["text"].to_pylist(), table["label"].to_pylist(), strict=True))
+    examples = read_examples(data)
+    pairs = list(zip(examples.texts, examples.labels.tolist(), strict=True))
     random.Random(0).shuffle(pairs)
-    return [str(text) for text, _ in pairs], [names[label] for _, label in pairs]
+    return [text for text, _ in pairs], [examples.names[label] for _, label in pairs]
 
 
 async def measure(

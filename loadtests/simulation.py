@@ -35,7 +35,7 @@ import torch
 from budgetformer.checkpoint import read_store
 from budgetformer.cost_table import read_tables
 from budgetformer.policy import QUALITY_NAMES
-from budgetformer.training.data import read_texts
+from budgetformer.tables import read_texts
 from budgetformer.training.pages import draw, markdown_table
 from service.settings import Settings
 from service.simulation.costs import read_costs

@@ -1,4 +1,4 @@
-"""Texts to send: real ones from a Parquet file, or news that nobody has read, made from parts."""
+"""Texts to send: real ones from a file, or news that nobody has read, made from parts."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def distinct(count: int, seed: int, words: list[str]) -> list[str]:
 
 
 def texts_of(data: Path | None, count: int, seed: int = 0) -> list[str]:
-    """Return some texts, always the same ones: of a Parquet file's column `text`, or made up.
+    """Return some texts, always the same ones: of a table's column `text`, or made up.
 
     Real texts keep their mix of lengths and difficulty; made-up ones have one to five sentences.
     """
     draw = random.Random(seed)
     if data is not None:
-        import pyarrow.parquet
+        from budgetformer.tables import read_texts
 
-        column = pyarrow.parquet.read_table(data, columns=["text"]).column("text").to_pylist()
-        return [str(text) for text in draw.sample(column, min(count, len(column)))]
+        texts, _ = read_texts(data)
+        return draw.sample(texts, min(count, len(texts)))
     random.seed(seed)
     return [" ".join(sentence() for _ in range(draw.randint(1, 5))) for _ in range(count)]

@@ -5,19 +5,14 @@ from __future__ import annotations
 from budgetformer.bulk.answerer import Answered, Asked
 from budgetformer.bulk.journal import Journal
 from budgetformer.bulk.outputs import check_output, finish
-from budgetformer.bulk.rows import Row, RowFile, lines_of, open_rows
 from budgetformer.bulk.run import Totals, classify_rows
 
 __all__ = [
     "Answered",
     "Asked",
     "Journal",
-    "Row",
-    "RowFile",
     "Totals",
     "check_output",
     "classify_rows",
     "finish",
-    "lines_of",
-    "open_rows",
 ]

@@ -15,10 +15,10 @@ from typing import Any, Self
 import msgspec
 
 from budgetformer.bulk.answerer import Answered
-from budgetformer.bulk.rows import Row
 from budgetformer.checkpoint import WEIGHTS, Checkpoint
 from budgetformer.errors import DataError
 from budgetformer.precision import Precision
+from budgetformer.tables import Row
 
 
 class _Head(msgspec.Struct, frozen=True):
@@ -100,7 +100,7 @@ class Journal:
         Raises:
             DataError: the rows are not those that were answered.
         """
-        for number, answer in enumerate(self.answers()):
+        for number, answer in enumerate(self.answers(), 1):
             row = next(rows, None)
             if row != (answer["text"], answer.get("text_pair")):
                 raise DataError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from budgetformer.bulk.answerer import Answered, Answerer, Asked, Chunk
-from budgetformer.bulk.rows import Row
+from budgetformer.tables import Row
 
 CHUNK_ROWS = 1024
 """Rows that go to a worker at once: enough for full batches of each ladder step."""

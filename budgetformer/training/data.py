@@ -1,25 +1,22 @@
-"""Labelled texts from Parquet, CSV or JSONL files, and their tokens."""
+"""Labelled texts and their tokens."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from budgetformer.checkpoint import Checkpoint, load_tokenizer
 from budgetformer.errors import DataError
+from budgetformer.tables import open_table
 from budgetformer.tokenization import Side, TextEncoder
+from budgetformer.training.labels import LabelColumn, stored_names
 
 
 @dataclass(frozen=True)
@@ -69,110 +66,45 @@ def even_rows(total: int, count: int) -> np.ndarray:
     return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
-def read_table(path: Path) -> pa.Table:
-    """Read a Parquet, CSV or JSONL file.
-
-    Raises:
-        DataError: the file is missing, broken or of another kind.
-    """
-    try:
-        match path.suffix.lower():
-            case ".parquet":
-                return pyarrow.parquet.read_table(path)
-            case ".csv":
-                return pyarrow.csv.read_csv(
-                    path,
-                    parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-                    convert_options=pyarrow.csv.ConvertOptions(
-                        column_types={"text": pa.string(), "text_pair": pa.string()}
-                    ),
-                )
-            case ".jsonl" | ".ndjson":
-                return pyarrow.json.read_json(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: {error}") from error
-    raise DataError(f"{path}: not a .parquet, .csv or .jsonl file")
-
-
-def read_examples(path: Path, names: list[str] | None = None) -> Examples:
+def read_examples(
+    path: Path,
+    names: list[str] | None = None,
+    *,
+    multi_label: bool | None = None,
+    encoder_names: list[str] | None = None,
+) -> Examples:
     """Read labelled texts: columns `text`, `label` and, for pairs, `text_pair`.
 
-    A label is a class id, a class name, or a list of either (multi-label). Class names come from
-    `names`, else from `labels.json` beside the file, else from the labels themselves.
+    A label is a class id, a class name, or a list of either (multi-label). Labels in CSV are
+    strings as written. Class names come from `names`, else from `labels.json` beside the file or
+    the file's own metadata, else from the labels themselves.
+
+    Args:
+        path: a CSV, JSONL or Parquet file.
+        names: the classes of a model; other labels are refused.
+        multi_label: whether rows may have several labels; None: the first row decides.
+        encoder_names: names that class ids get if nothing else names them and they fit exactly.
 
     Raises:
-        DataError: a column is missing, a text is null, or a label is unknown.
+        DataError: the file cannot be read, has no rows, or a row has no text or an unknown label.
     """
-    table = read_table(path)
-    texts, pairs = _texts_of(table, path)
-    if "label" not in table.column_names:
-        raise DataError(f"{path}: no column 'label' (it has {', '.join(table.column_names)})")
-    beside = path.parent / "labels.json"
-    if names is None and beside.is_file():
-        names = _read_names(beside)
-    raw = table["label"].to_pylist()
-    many = bool(raw) and isinstance(raw[0], list)
-    rows = raw if many else [[label] for label in raw]
-    for row, labels_of_row in enumerate(rows):
-        if not isinstance(labels_of_row, list):
-            raise DataError(f"{path}: row {row} has the unknown label {labels_of_row!r}")
-    flat = [(label, row) for row, labels_of_row in enumerate(rows) for label in labels_of_row]
-    if names is None:
-        kind = str if flat and isinstance(flat[0][0], str) else int
-        for label, row in flat:
-            if not isinstance(label, kind):
-                raise DataError(f"{path}: row {row} has the unknown label {label!r}")
-        known = [label for label, _ in flat]
-        numbered = [str(i) for i in range(max(known, default=-1) + 1)] if kind is int else []
-        names = numbered if kind is int else sorted(set(known))
-    index = {name: i for i, name in enumerate(names)}
-
-    def class_id(label: object, row: int) -> int:
-        number = index.get(label) if isinstance(label, str) else label
-        if not isinstance(number, int) or not 0 <= number < len(index):
-            raise DataError(f"{path}: row {row} has the unknown label {label!r}")
-        return number
-
-    if many:
-        labels = np.zeros((len(raw), len(names)), dtype=np.int64)
-        for row, row_labels in enumerate(raw):
-            labels[row, [class_id(label, row) for label in row_labels]] = 1
-    else:
-        labels = np.array([class_id(label, row) for row, label in enumerate(raw)], dtype=np.int64)
-    return Examples(texts, pairs, labels, names)
-
-
-def read_texts(path: Path) -> tuple[list[str], list[str] | None]:
-    """Read the columns `text` and, if there is one, `text_pair`.
-
-    Raises:
-        DataError: the file cannot be read, has no such column, or a text is null.
-    """
-    return _texts_of(read_table(path), path)
-
-
-def _texts_of(table: pa.Table, path: Path) -> tuple[list[str], list[str] | None]:
-    if "text" not in table.column_names:
-        raise DataError(f"{path}: no column 'text' (it has {', '.join(table.column_names)})")
-    texts = table["text"].to_pylist()
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"{path}: row {row} has no text")
-    pairs = table["text_pair"].to_pylist() if "text_pair" in table.column_names else None
-    for row, pair in enumerate(pairs or ()):
-        if not isinstance(pair, str):
-            raise DataError(f"{path}: row {row} has no text_pair")
-    return texts, pairs
-
-
-def _read_names(path: Path) -> list[str]:
-    try:
-        names = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}") from error
-    if not isinstance(names, list):
-        raise DataError(f"{path}: not a list of label names")
-    return [str(name) for name in names]
+    table = open_table(path)
+    stored = stored_names(table)
+    texts: list[str] = []
+    pairs: list[str] = []
+    column = LabelColumn(path, multi_label)
+    for text, pair, label in table.rows("label"):
+        try:
+            column.add(label)
+        except ValueError as error:
+            raise table.error(error) from error
+        texts.append(text)
+        if pair is not None:
+            pairs.append(pair)
+    if not texts:
+        raise DataError(f"{path}: no rows")
+    found, labels = column.encode(names, stored, encoder_names)
+    return Examples(texts, pairs or None, labels, found)
 
 
 @dataclass(frozen=True)

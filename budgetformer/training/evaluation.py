@@ -17,6 +17,7 @@ from budgetformer.checkpoint import Checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import BudgetFormerError, DataError
 from budgetformer.proxies import is_loopback
+from budgetformer.tables import find_table
 from budgetformer.training.data import Examples, read_examples
 
 FULL = "full budget"
@@ -84,15 +85,21 @@ def interval(accuracy: float, rows: int) -> tuple[float, float]:
 
 
 def read_test(checkpoint: Checkpoint, data: Path, limit: int | None = None) -> Examples:
-    """Read a file of labelled texts with a checkpoint's labels; `limit` keeps so many rows, evenly.
+    """Read labelled texts with a checkpoint's labels.
+
+    Args:
+        checkpoint: whose labels count.
+        data: a file, or a folder with `test.*`.
+        limit: use at most this many rows, evenly chosen.
 
     Raises:
         DataError: the file has no rows, or labels that the checkpoint does not know.
     """
-    examples = read_examples(data, list(checkpoint.manifest.labels))
-    if not len(examples):
-        raise DataError(f"{data}: no rows")
-    return examples.evenly(limit)
+    path = find_table(data, "test") if data.is_dir() else data
+    if path is None:
+        raise DataError(f"{data}: a folder without test.parquet, test.csv or test.jsonl")
+    labels = list(checkpoint.manifest.labels)
+    return read_examples(path, labels, multi_label=checkpoint.multi_label).evenly(limit)
 
 
 def evaluate_checkpoint(

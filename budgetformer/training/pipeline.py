@@ -32,6 +32,7 @@ from budgetformer.modeling import BudgetFormerForSequenceClassification, load_mo
 from budgetformer.modules import MULTI_LABEL, BudgetController
 from budgetformer.policy import BudgetRule, OperatingPoint
 from budgetformer.ranges import LayerRanges
+from budgetformer.tables import find_table
 from budgetformer.training.baseline import write_baseline
 from budgetformer.training.calibration import (
     Calibration,
@@ -44,13 +45,14 @@ from budgetformer.training.calibration import (
 from budgetformer.training.card import write_card
 from budgetformer.training.conversion import convert_encoder
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
-from budgetformer.training.evaluation import Row, evaluate_checkpoint, read_test
+from budgetformer.training.evaluation import Row, evaluate_checkpoint
 from budgetformer.training.exits import (
     fit_controllers,
     fit_exit_head,
     pooled_states,
     wrong,
 )
+from budgetformer.training.labels import check_classes, check_names
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import Trainer, split_rows
 
@@ -67,7 +69,6 @@ _SPECIAL_TOKENS = {
     "cls_token": ("[CLS]", "<s>"),
     "sep_token": ("[SEP]", "</s>"),
 }
-_SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,10 @@ def train_checkpoint(
         torch.set_num_threads(threads)
     train_file, test_file = find_data(data)
     beginning = find_start(start)
-    examples = read_examples(train_file)
+    examples = read_examples(train_file, encoder_names=label_names_of(beginning))
+    for line in check_classes(train_file, examples.names, examples.labels):
+        log(f"{train_file.name}: {line}")
+    test = None if test_file is None else _read_test(test_file, examples)
     if recipe.max_train_rows:
         examples = examples.sample(recipe.max_train_rows, recipe.seed)
     kept, held = split_rows(len(examples), recipe.hold_out, recipe.seed)
@@ -175,10 +179,9 @@ def train_checkpoint(
     )
     write_manifest(output, manifest)
     report: list[Row] = []
-    if test_file is not None:
+    if test is not None and test_file is not None:
         log(f"scoring {test_file.name}")
-        made = read_checkpoint(output)
-        report = evaluate_checkpoint(made, read_test(made, test_file))
+        report = evaluate_checkpoint(read_checkpoint(output), test)
         tested = {f"test_accuracy_{row.quality.replace(' ', '_')}": row.accuracy for row in report}
         manifest = manifest.model_copy(
             update={"metrics": metrics | {"test_rows": float(report[0].rows)} | tested}
@@ -208,7 +211,8 @@ def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> M
     _check_output(output)
     if output.exists():
         raise DataError(f"{output}: exists already")
-    examples = read_examples(data, list(checkpoint.manifest.labels))
+    labels = list(checkpoint.manifest.labels)
+    examples = read_examples(data, labels, multi_label=checkpoint.multi_label)
     if len(examples) < FEWEST_ROWS:
         raise DataError(f"{data}: {len(examples)} rows, calibration needs {FEWEST_ROWS} at least")
     checkpoint.verify()
@@ -348,13 +352,40 @@ def find_data(data: Path) -> tuple[Path, Path | None]:
     """
     if data.is_file():
         return data, None
-    found = {
-        kind: next((p for s in _SUFFIXES if (p := data / f"{kind}{s}").is_file()), None)
-        for kind in ("train", "test")
-    }
-    if found["train"] is None:
-        raise DataError(f"{data}: neither a file nor a folder with train{'|'.join(_SUFFIXES)}")
-    return found["train"], found["test"]
+    train = find_table(data, "train")
+    if train is None:
+        raise DataError(f"{data}: neither a file nor a folder with train.parquet, .csv or .jsonl")
+    return train, find_table(data, "test")
+
+
+def label_names_of(start: Start) -> list[str] | None:
+    """Return the class names of a fine-tuned classifier, in the order of its class ids.
+
+    None if there is none, or its names are `LABEL_0` and so on, which say nothing.
+
+    Raises:
+        DataError: its `config.json` cannot be read, or two classes have one name.
+    """
+    if start.folder is None:
+        return None
+    path = start.folder / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("id2label") or {}
+        names = [found[str(i)] for i in range(len(found))]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return None  # whether the folder is an encoder is checked when it is converted
+    if not names or all(name == f"LABEL_{i}" for i, name in enumerate(names)):
+        return None
+    return check_names(names, path)
+
+
+def _read_test(path: Path, examples: Examples) -> Examples:
+    """Read the test file of texts that train a model, before the training."""
+    test = read_examples(path, examples.names, multi_label=examples.multi_label)
+    if (test.pairs is None) != (examples.pairs is None):
+        has, other = ("no pairs", "pairs") if test.pairs is None else ("pairs", "no pairs")
+        raise DataError(f"{path}: it has {has} of texts, the training file has {other}")
+    return test
 
 
 def _tokenizer(start: Start, examples: Examples, recipe: Recipe, work_dir: Path) -> Tokenizer:

@@ -25,18 +25,15 @@ from budgetformer.bulk import (
     Answered,
     Asked,
     Journal,
-    Row,
-    RowFile,
     Totals,
     check_output,
     classify_rows,
     finish,
-    lines_of,
-    open_rows,
 )
 from budgetformer.cores import usable_cores
 from budgetformer.errors import PolicyError
 from budgetformer.policy import QUALITY_NAMES
+from budgetformer.tables import Row, TableFile, lines_of, open_table
 from service.cli.terminal import JsonOption, ModelOption, StoreOption, err, out, resolve, say
 
 
@@ -70,7 +67,7 @@ def classify(
         raise typer.BadParameter("texts or a --file, not both")
     if resume and output is None:
         raise typer.BadParameter("--resume needs the --output to go on with")
-    rows = open_rows(file) if file is not None else _rows(texts)
+    rows = open_table(file) if file is not None else _rows(texts)
     checkpoint = resolve(model, model_store)
     level = _level(quality) if checkpoint.calibrated else None
     checkpoint.rule(level, heads)
@@ -129,7 +126,7 @@ def _bar(rows: Iterable[Row]) -> Iterator[_Follow]:
         TextColumn("{task.fields[speed]:,.0f}/s"),
         TimeRemainingColumn(),
     )
-    file = rows if isinstance(rows, RowFile) else None
+    file = rows if isinstance(rows, TableFile) else None
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("", total=None if file is None else file.size, done=0, speed=0.0)
 

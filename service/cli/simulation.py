@@ -187,7 +187,7 @@ def _texts(
     from service.simulation.texts import made_up_texts, measured_texts
 
     if data is not None:
-        from budgetformer.training.data import read_texts
+        from budgetformer.tables import read_texts
 
         rows, pairs = read_texts(data)
         inputs = rows if pairs is None else list(zip(rows, pairs, strict=True))

@@ -23,6 +23,11 @@ def say(problem: str) -> None:
     err.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
+def note(event: str) -> None:
+    """Print one line about what happens; it may quote a file, so nothing in it is markup."""
+    err.print(event, markup=False, highlight=False, soft_wrap=True)
+
+
 def complain(problems: list[str]) -> None:
     """Print some errors and, if there are any, end with the code of a failure."""
     for problem in problems:

@@ -75,7 +75,7 @@ def tune(
 
 
 def _tune_server(folder: Path, checkpoint: Checkpoint, url: str, data: Path, as_json: bool) -> None:
-    from budgetformer.training.data import read_texts
+    from budgetformer.tables import read_texts
     from service.simulation.calibrate import calibrate
     from service.simulation.engine import SimModel
 
@@ -123,7 +123,7 @@ def bench_pass(
     texts = None
     batches = tuple(batch or BATCHES)
     if data is not None:
-        from budgetformer.training.data import read_texts
+        from budgetformer.tables import read_texts
 
         texts, _ = read_texts(data)
     checkpoint = resolve(model, model_store)
@@ -153,7 +153,7 @@ def bench_agreement(
     from budgetformer.bench.agreement import compare_labels
     from budgetformer.bench.timing import token_ids
     from budgetformer.loading import load_network
-    from budgetformer.training.data import read_texts
+    from budgetformer.tables import read_texts
 
     checkpoint = resolve(model, model_store)
     texts, _ = read_texts(data)
@@ -196,7 +196,7 @@ def bench_gpu(
         complain(["no GPU that torch can use; --device cpu rehearses without one"])
     texts = None
     if data is not None:
-        from budgetformer.training.data import read_texts
+        from budgetformer.tables import read_texts
 
         texts = read_texts(data)[0][:limit]
     report = run(resolve(model, model_store), texts, device, tuple(tokens or TOKENS), rounds)

@@ -10,7 +10,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from budgetformer.checkpoint import Checkpoint, Manifest, read_checkpoint
-from service.cli.terminal import JsonOption, ModelOption, StoreOption, err, out, resolve
+from service.cli.terminal import JsonOption, ModelOption, StoreOption, note, out, resolve
 
 if TYPE_CHECKING:
     from budgetformer.training.data import Examples
@@ -60,7 +60,7 @@ def train(
         recipe=Recipe.read(recipe, seed=seed),
         work_dir=work_dir or output.parent / f".{output.name}.work",
         threads=threads,
-        log=err.print,
+        log=note,
         baseline=baseline,
     )
     _show_levels(read_checkpoint(output).manifest, as_json)
@@ -93,7 +93,7 @@ def calibrate(
     """Find a checkpoint's quality levels anew, on your own texts."""
     from budgetformer.training.pipeline import recalibrate
 
-    manifest = recalibrate(resolve(model, model_store), data, output, err.print)
+    manifest = recalibrate(resolve(model, model_store), data, output, note)
     _show_levels(manifest, as_json)
 
 
@@ -117,7 +117,9 @@ def _show_levels(manifest: Manifest, as_json: bool) -> None:
 
 
 def evaluate(
-    data: Annotated[Path, typer.Option(help="Labelled CSV, JSONL or Parquet file.")],
+    data: Annotated[
+        Path, typer.Option(help="Labelled CSV, JSONL or Parquet file, or a folder with `test.*`.")
+    ],
     model: ModelOption = None,
     url: Annotated[
         str | None, typer.Option(help="Ask this server instead of computing here.")

@@ -15,10 +15,10 @@ import pytest
 
 from budgetformer.bulk import Asked, Journal, classify_rows, finish
 from budgetformer.bulk import run as run_module
-from budgetformer.bulk.rows import Row
 from budgetformer.checkpoint import read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import CheckpointError, DataError, PolicyError, WorkerError
+from budgetformer.tables import Row
 from tests.support.stores import PAIRS, TOPICS, labelled_sentences
 
 ROWS: list[Row] = [(f"{text} {i}", None) for i, (text, _) in enumerate(labelled_sentences())]
@@ -183,7 +183,7 @@ class TestJournal:
         self.begin(output, topics, 1)
         with (
             self.journal(output, topics) as journal,
-            pytest.raises(DataError, match="row 2 is the answer to another text"),
+            pytest.raises(DataError, match="row 3 is the answer to another text"),
         ):
             list(journal.remaining(iter([*ROWS[:2], *ROWS[3:]])))
 

@@ -18,7 +18,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from budgetformer.errors import BudgetFormerError, DataError
-from budgetformer.training.data import Examples, TokenizedTexts, read_examples, read_table
+from budgetformer.training import labels as labels_module
+from budgetformer.training.data import Examples, TokenizedTexts, read_examples
+from budgetformer.training.labels import check_classes
 from tests.support.networks import PROPERTY
 from tests.support.texts import topic_examples
 
@@ -72,10 +74,11 @@ class TestReading:
         assert len(examples) == 3
 
     def test_class_ids(self, tmp_path: Path, kind: str) -> None:
-        rows = [{"text": f"text {i}", "label": i} for i in (2, 0, 2)]
+        ids = [2, *range(11), 0]
+        rows = [{"text": f"text {i}", "label": i} for i in ids]
         examples = read_examples(write(tmp_path, kind, rows))
-        assert examples.labels.tolist() == [2, 0, 2]
-        assert examples.names == ["0", "1", "2"]
+        assert examples.labels.tolist() == ids
+        assert examples.names == [str(i) for i in range(11)]
 
     def test_pairs(self, tmp_path: Path, kind: str) -> None:
         rows = [{"text": "A dog runs.", "text_pair": "An animal moves.", "label": "yes"}]
@@ -120,6 +123,65 @@ class TestReading:
         assert examples.names == ["hello", "bye"]
         assert examples.labels.tolist() == [0, 1, 0]
 
+    @pytest.mark.parametrize("label", ["0101", "007", "True", "1.0", "null", "NA", "1e3", "+1"])
+    def test_csv_labels_stay_as_written(self, tmp_path: Path, label: str) -> None:
+        path = tmp_path / "rows.csv"
+        path.write_text(f"text,label\n1,{label}\n2,{label}\n3,x\n")
+        examples = read_examples(path)
+        assert [examples.names[i] for i in examples.labels] == [label, label, "x"]
+        assert examples.texts == ["1", "2", "3"]
+
+    def test_names_beside_the_file_for_ids(self, tmp_path: Path, kind: str) -> None:
+        (tmp_path / "labels.json").write_text('["no", "yes", "maybe"]', encoding="utf-8-sig")
+        path = write(tmp_path, kind, [{"text": "x", "label": i} for i in (1, 0, 1)])
+        examples = read_examples(path)
+        assert examples.names == ["no", "yes", "maybe"]
+        assert examples.labels.tolist() == [1, 0, 1]
+
+    def test_a_models_order_of_names_moves_ids(self, tmp_path: Path, kind: str) -> None:
+        (tmp_path / "labels.json").write_text('["no", "yes"]')
+        path = write(tmp_path, kind, [{"text": "x", "label": i} for i in (1, 0, 1)])
+        assert read_examples(path, ["yes", "no"]).labels.tolist() == [0, 1, 0]
+        with pytest.raises(DataError, match="row 1: unknown label 'yes'"):
+            read_examples(path, ["ja", "nein"])
+
+    def test_digits_are_names_where_a_class_is_a_number(self, tmp_path: Path) -> None:
+        path = write(tmp_path, "csv", [{"text": "x", "label": label} for label in ("1", "5")])
+        assert read_examples(path, ["1", "5"]).labels.tolist() == [0, 1]
+        with pytest.raises(DataError, match="row 1: unknown label '1'; the labels are '0101'"):
+            read_examples(path, ["0101", "8471"])
+
+    def test_names_of_an_encoder_for_ids_that_fit(self, tmp_path: Path, kind: str) -> None:
+        def names(*labels: Any) -> list[str]:
+            path = write(tmp_path, kind, [{"text": "x", "label": label} for label in labels])
+            return read_examples(path, encoder_names=["neg", "pos"]).names
+
+        assert names(1, 0) == ["neg", "pos"]
+        assert names(0, 1, 2) == ["0", "1", "2"]
+        assert names("b", "a") == ["a", "b"]
+
+    def test_names_in_parquet_metadata(self, tmp_path: Path) -> None:
+        features = {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}
+        stored = {"huggingface": json.dumps({"info": {"features": features}})}
+        table = pa.table({"text": ["a", "b"], "label": [1, 0]}).replace_schema_metadata(stored)
+        path = tmp_path / "rows.parquet"
+        pyarrow.parquet.write_table(table, path)
+        assert read_examples(path).names == ["neg", "pos"]
+        assert read_examples(path, ["pos", "neg"]).labels.tolist() == [0, 1]
+        (tmp_path / "labels.json").write_text('["pos", "neg"]')
+        with pytest.raises(DataError, match="its own label names differ"):
+            read_examples(path)
+
+    @pytest.mark.parametrize("many_kind", ["parquet", "jsonl"])
+    def test_what_a_model_expects(self, tmp_path: Path, many_kind: str) -> None:
+        rows = [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}]
+        path = write(tmp_path, many_kind, rows)
+        found = read_examples(path, ["b", "a"], multi_label=True).labels.tolist()
+        assert found == [[0, 1], [1, 0]]
+        path = write(tmp_path, many_kind, [{"text": "one", "label": ["a"]}])
+        with pytest.raises(DataError, match="row 1.*a list of labels, but each text must have one"):
+            read_examples(path, ["a", "b"], multi_label=False)
+
     def test_given_names_win_over_the_file_beside(self, tmp_path: Path) -> None:
         (tmp_path / "labels.json").write_text('["hello", "bye"]')
         examples = read_examples(write(tmp_path, "jsonl", GREETINGS), ["bye", "hello"])
@@ -136,11 +198,6 @@ class TestReading:
         path = write(tmp_path, kind, [{"text": text, "label": "a"} for text in texts])
         assert read_examples(path).texts == texts
 
-    def test_table_holds_the_columns(self, tmp_path: Path, kind: str) -> None:
-        table = read_table(write(tmp_path, kind, GREETINGS))
-        assert table.column_names == ["text", "label"]
-        assert table.num_rows == 3
-
     def test_subset_keeps_the_rows_asked_for(self) -> None:
         examples = Examples(["a", "b", "c"], ["x", "y", "z"], np.array([0, 1, 2]), ["p", "q", "r"])
         some = examples.subset([2, 0])
@@ -153,12 +210,44 @@ class TestReading:
         assert some.labels.tolist() == [2, 0]
 
 
+class TestClasses:
+    """What is refused and reported before training."""
+
+    def check(self, names: list[str], labels: list[Any]) -> list[str]:
+        return check_classes(Path("train.csv"), names, np.array(labels))
+
+    @pytest.mark.parametrize(
+        ("labels", "shown"), [([1, 1, 1], "'b'"), ([[1, 1], [1, 1]], "'a', 'b'")]
+    )
+    def test_one_label(self, labels: list[Any], shown: str) -> None:
+        with pytest.raises(DataError, match=rf"train\.csv: every row has the label {shown}; "):
+            self.check(["a", "b"], labels)
+
+    @pytest.mark.parametrize("many", [False, True])
+    def test_as_many_labels_as_rows(self, many: bool) -> None:
+        labels = np.eye(50, dtype=int).tolist() if many else list(range(50))
+        with pytest.raises(DataError, match="50 different labels in 50 rows"):
+            self.check([f"n{i}" for i in range(50)], labels)
+
+    def test_report(self) -> None:
+        told = self.check(["a", "A ", "b", "c"], [0, 0, 0, 1, 1, 1, 2])
+        assert told == [
+            "7 rows, 4 labels: 'a', 'A ', 'b', 'c'",
+            "labels with no row: 'c'",
+            "labels with one row only: 'b'",
+            "labels that differ only in spaces or upper case: 'a', 'A '",
+        ]
+        assert self.check(["a", "b"], [[1, 0], [1, 1], [0, 1], [0, 0]]) == [
+            "4 rows, 2 labels: 'a', 'b'"
+        ]
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
-            ([{"text": "one"}], r"no column 'label' \(it has text\)"),
-            ([{"label": "a"}], r"no column 'text' \(it has label\)"),
+            ([{"text": "one"}], r"no column 'label' \(it has 'text'\)"),
+            ([{"label": "a"}], r"no column 'text' \(it has 'label'\)"),
             ([{"sentence": "one", "label": "a"}], "no column 'text'"),
         ],
     )
@@ -171,49 +260,126 @@ class TestErrors:
     @pytest.mark.parametrize("null_kind", ["parquet", "jsonl"])
     def test_null_text(self, tmp_path: Path, null_kind: str) -> None:
         rows = [{"text": "one", "label": "a"}, {"text": None, "label": "a"}]
-        with pytest.raises(DataError, match="row 1 has no text"):
+        with pytest.raises(DataError, match="row 2.*column 'text' holds null"):
             read_examples(write(tmp_path, null_kind, rows))
 
-    @pytest.mark.parametrize("label", ["c", "A", ""])
+    @pytest.mark.parametrize("label", ["c", "A", "a ", "0"])
     def test_unknown_name(self, tmp_path: Path, kind: str, label: str) -> None:
         rows = [{"text": "one", "label": "a"}, {"text": "two", "label": label}]
-        with pytest.raises(DataError, match=f"row 1 has the unknown label '{label}'"):
+        with pytest.raises(DataError, match=f"row 2: unknown label '{label}'; the labels are"):
             read_examples(write(tmp_path, kind, rows), ["a", "b"])
 
     @pytest.mark.parametrize("label", [2, -1, 99])
     def test_unknown_id(self, tmp_path: Path, kind: str, label: int) -> None:
         rows = [{"text": "one", "label": 1}, {"text": "two", "label": label}]
-        with pytest.raises(DataError, match=f"row 1 has the unknown label {label}"):
+        with pytest.raises(DataError, match=f"row 2: unknown label '?{label}"):
             read_examples(write(tmp_path, kind, rows), ["a", "b"])
 
     @pytest.mark.parametrize("many_kind", ["parquet", "jsonl"])
     def test_unknown_name_among_several(self, tmp_path: Path, many_kind: str) -> None:
         rows = [{"text": "one", "label": ["a"]}, {"text": "two", "label": ["a", "z"]}]
-        with pytest.raises(DataError, match="row 1 has the unknown label 'z'"):
+        with pytest.raises(DataError, match="row 2: unknown label 'z'"):
             read_examples(write(tmp_path, many_kind, rows), ["a", "b"])
 
-    def test_null_label(self, tmp_path: Path) -> None:
-        rows = [{"text": "one", "label": "a"}, {"text": "two", "label": None}]
-        with pytest.raises(DataError, match="row 1 has the unknown label None"):
-            read_examples(write(tmp_path, "jsonl", rows), ["a", "b"])
+    @pytest.mark.parametrize(
+        ("label", "message"),
+        [
+            (None, "the label is null"),
+            (1.5, "the label is a floating-point number"),
+            (True, "the label is a boolean"),
+            ({"a": 1}, "the label is an object"),
+            ("", "the label is empty"),
+            (" ", "the label is empty"),
+            (1, "the label is an integer, the labels before are not"),
+            (["a"], "a list of labels"),
+            ("\ud800", "column 'label' holds half of a surrogate pair"),
+        ],
+    )
+    @pytest.mark.parametrize("names", [None, ["a", "b"]])
+    def test_unusable_label(
+        self, tmp_path: Path, label: Any, message: str, names: list[str] | None
+    ) -> None:
+        rows = [{"text": "one", "label": "a"}, {"text": "two", "label": label}]
+        path = write(tmp_path, "jsonl", rows)
+        with pytest.raises(DataError, match=rf"rows\.jsonl, row 2 \(line 2\): {message}"):
+            read_examples(path, names, multi_label=False)
 
     @pytest.mark.parametrize(
-        "labels", [["a", None], [1, None], [["a"], None], [["a", None]], [1.5, 2.0]]
+        ("label", "message"),
+        [
+            ("a", "some rows have a list of labels, others a single label"),
+            (None, "some rows have a list of labels, others a single label"),
+            ([None], "the label is null"),
+            ([1], "the label is an integer"),
+            ([["a"]], "the label is a list"),
+        ],
     )
-    def test_unusable_label_without_names(self, tmp_path: Path, labels: list[Any]) -> None:
-        rows = [{"text": "one", "label": label} for label in labels]
-        with pytest.raises(DataError, match="row . has the unknown label"):
+    def test_unusable_labels_of_a_row(self, tmp_path: Path, label: Any, message: str) -> None:
+        rows = [{"text": "one", "label": ["a"]}, {"text": "two", "label": label}]
+        with pytest.raises(DataError, match=f"row 2 .*: {message}"):
             read_examples(write(tmp_path, "jsonl", rows))
+
+    @pytest.mark.parametrize(
+        ("labels", "message"),
+        [
+            ([0, 1, 10_000_000], "row 3: class id 10000000, but the file has only 3 different"),
+            ([0, 2, 2], "row 2: class id 2, but the file has only 2"),
+            ([1, 2, 1], "row 2: class id 2, but the file has only 2"),
+            ([0, -1, 1], "row 2: class id -1"),
+        ],
+    )
+    @pytest.mark.parametrize("id_kind", ["parquet", "jsonl"])
+    def test_ids_with_gaps(
+        self, tmp_path: Path, id_kind: str, labels: list[int], message: str
+    ) -> None:
+        rows = [{"text": "one", "label": label} for label in labels]
+        with pytest.raises(DataError, match=message):
+            read_examples(write(tmp_path, id_kind, rows))
+        listed = write(tmp_path, id_kind, [row | {"label": [row["label"]]} for row in rows])
+        with pytest.raises(DataError, match=message):
+            read_examples(listed)
+
+    @pytest.mark.parametrize("column", [[True, False], [0.0, 1.0], [b"a", b"b"]])
+    def test_parquet_labels_of_another_type(self, tmp_path: Path, column: list[Any]) -> None:
+        rows = [{"text": "one", "label": label} for label in column]
+        with pytest.raises(DataError, match=r"rows\.parquet, row 1: the label is a?"):
+            read_examples(write(tmp_path, "parquet", rows))
+
+    def test_no_labels_at_all(self, tmp_path: Path) -> None:
+        path = write(tmp_path, "jsonl", [{"text": "one", "label": []}])
+        with pytest.raises(DataError, match="no row has a label"):
+            read_examples(path)
+
+    def test_more_labels_than_memory_could_hold(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(labels_module, "MAX_MATRIX_BYTES", 1000)
+        rows = [{"text": "one", "label": [f"{i}", f"n{i}"]} for i in range(20)]
+        with pytest.raises(DataError, match="40 labels are too many for 20 rows"):
+            read_examples(write(tmp_path, "jsonl", rows))
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [("rows.csv", "text,label\n"), ("rows.jsonl", ""), ("rows.jsonl", "\n")],
+    )
+    def test_no_rows(self, tmp_path: Path, name: str, content: str) -> None:
+        path = tmp_path / name
+        path.write_text(content)
+        with pytest.raises(DataError, match=f"{name}: no rows"):
+            read_examples(path)
 
     def test_null_second_text(self, tmp_path: Path) -> None:
         rows = [{"text": "one", "text_pair": pair, "label": "a"} for pair in ("two", None)]
-        with pytest.raises(DataError, match="row 1 has no text_pair"):
+        with pytest.raises(DataError, match="row 2 .*: column 'text_pair' holds null"):
             read_examples(write(tmp_path, "jsonl", rows))
 
-    @pytest.mark.parametrize("content", ["{", "3", '{"hello": 1}', ""])
+    @pytest.mark.parametrize(
+        "content",
+        ["{", "3", '{"hello": 1}', "", '["a", "a"]', '["a", 1]', '["a", ""]', "[" * 10**5],
+    )
     def test_broken_names_beside_the_file(self, tmp_path: Path, content: str) -> None:
         (tmp_path / "labels.json").write_text(content)
-        with pytest.raises(DataError, match=r"labels\.json"):
+        with pytest.raises(DataError, match=r"labels\.json: "):
             read_examples(write(tmp_path, "jsonl", GREETINGS))
 
     @pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.json", "rows.tsv", "rows.csv.gz"])
@@ -221,28 +387,7 @@ class TestErrors:
         path = tmp_path / name
         path.write_text("text,label\none,a\n")
         with pytest.raises(DataError, match=r"not a \.parquet, \.csv or \.jsonl file"):
-            read_table(path)
-
-    def test_missing_file(self, tmp_path: Path, kind: str) -> None:
-        with pytest.raises(DataError, match=f"nowhere.{kind}"):
-            read_table(tmp_path / f"nowhere.{kind}")
-
-    @pytest.mark.parametrize(
-        ("name", "content"),
-        [
-            ("rows.parquet", b"not a parquet file at all"),
-            ("rows.parquet", b""),
-            ("rows.jsonl", b'{"text": "one", "label": '),
-            ("rows.jsonl", b"no json\n"),
-            ("rows.csv", b""),
-            ("rows.csv", b"text,label\none,a,too,many\n"),
-        ],
-    )
-    def test_broken_file(self, tmp_path: Path, name: str, content: bytes) -> None:
-        path = tmp_path / name
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=name):
-            read_table(path)
+            read_examples(path)
 
     def test_is_one_of_ours(self) -> None:
         assert issubclass(DataError, BudgetFormerError)
