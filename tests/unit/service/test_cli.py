@@ -284,7 +284,7 @@ class TestClassifyToAFile:
         output = tmp_path / "a.jsonl"
         more = ("--workers", "1", "--json", "--resume")
         line = self.run(command, model_store, source, output, *more).complaint()
-        assert "row 2" in line
+        assert "row 3" in line
         assert not output.exists()
         source.write_text(sound)
         found = json.loads(self.run(command, model_store, source, output, *more).out)
@@ -447,6 +447,57 @@ class TestEvaluate:
             "--model-store", model_store,
         )  # fmt: skip
         assert "127.0.0.1:9" in outcome.complaint()
+
+
+class TestTables:
+    """Every command refuses a damaged table by the same line."""
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("rows.csv", "text,label\na,music\nb\n", ", row 2 (line 3): 1 field, the header has 2"),
+            ("rows.csv", "text,text,label\na,b,music\n", ": more than one column 'text'"),
+            ("rows.jsonl", '{"text": 1, "label": "a"}',
+             ", row 1 (line 1): column 'text' holds an integer, not a string"),
+        ],
+    )  # fmt: skip
+    def test_every_command(
+        self,
+        command: CommandLine,
+        model_store: Path,
+        tmp_path: Path,
+        name: str,
+        content: str,
+        message: str,
+    ) -> None:
+        path = tmp_path / name
+        path.write_text(content)
+        model = ("--model", TOPICS, "--model-store", model_store)
+        made = ("--out", tmp_path / "store" / "new" / "1")
+        encoder = tmp_path / "encoder"
+        encoder.mkdir()
+        for arguments in (
+            ("classify", "--file", path, *model),
+            ("evaluate", "--data", path, *model),
+            ("calibrate", "--data", path, *made, *model),
+            ("train", "--data", path, *made),
+            ("import", encoder, "--data", path, *made),
+            ("bench", "agreement", "--data", path, *model),
+        ):
+            assert f"{name}{message}" in command(*arguments).complaint()
+        assert not (tmp_path / "store").exists()
+
+    def test_a_folder(self, command: CommandLine, model_store: Path, tmp_path: Path) -> None:
+        model = ("--model", TOPICS, "--model-store", model_store)
+        outcome = command("classify", "--file", tmp_path, *model)
+        assert f"{tmp_path}: a folder; name a" in outcome.complaint()
+        assert (
+            "a folder without test.parquet"
+            in command("evaluate", "--data", tmp_path, *model).complaint()
+        )
+        write_jsonl(tmp_path / "test.jsonl", single_label_rows()[:4])
+        outcome = command("evaluate", "--data", tmp_path, "--json", *model)
+        assert {row["rows"] for row in json.loads(outcome.out)} == {4}
 
 
 class TestCalibrate:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,15 @@ from budgetformer.checkpoint import read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import DataError
 from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
-from budgetformer.training.pipeline import build_model, find_start, kept_tokenizer
+from budgetformer.training.pipeline import (
+    build_model,
+    find_start,
+    kept_tokenizer,
+    label_names_of,
+    train_checkpoint,
+)
 from budgetformer.training.recipe import Recipe
-from tests.support.stores import train
+from tests.support.stores import train, write_jsonl
 from tests.support.texts import topic_examples
 
 PAPER = {
@@ -79,3 +86,84 @@ def test_a_run_that_goes_on_reads_its_own_tokenizer(tmp_path: Path) -> None:
     assert again.get_vocab() == first.get_vocab()
     kept = Tokenizer.from_file(str(tmp_path / "work" / "tokenizer.json"))
     assert kept.encode("The crew painted a tug.").ids == first.encode("The crew painted a tug.").ids
+
+
+class TestData:
+    """What is checked before anything is trained."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "data"
+        folder.mkdir()
+        write_jsonl(folder / "train.jsonl", rows())
+        return folder
+
+    def refusal(self, data: Path, **how: Any) -> str:
+        """Return the error of a training that must not start."""
+        told: list[str] = []
+        output, work = data.parent / "store/mine/1", data.parent / "work"
+        with pytest.raises(DataError) as caught:
+            train_checkpoint(
+                data=data, output=output, start=None, recipe=Recipe(**how), work_dir=work,
+                threads=1, log=told.append,
+            )  # fmt: skip
+        assert not [line for line in told if "texts to train on" in line]
+        assert not output.exists()
+        assert not work.exists()
+        return str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("test.csv", "text,label\na,garden\nb\n", "test.csv, row 2 (line 3): 1 field"),
+            ("test.csv", "text,label\na,sailing\n", "test.csv, row 1: unknown label 'sailing'"),
+            ("test.csv", "text,label\n", "test.csv: no rows"),
+            ("test.csv", "text,topic\na,garden\n", "test.csv: no column 'label'"),
+            ("test.csv", "text,text_pair,label\na,b,garden\n", "test.csv: it has pairs"),
+            ("test.jsonl", '{"text": "a", "label": ["garden"]}', "test.jsonl, row 1 (line 1)"),
+            ("test.parquet", "PAR1", "test.parquet"),
+            ("train.csv", "text,label\n", "both train.csv and train.jsonl"),
+            ("labels.json", "{}", "labels.json"),
+            ("labels.json", '["garden"]', "train.jsonl, row "),
+        ],
+    )
+    def test_a_bad_file_is_reported_before_the_training(
+        self, folder: Path, name: str, content: str, message: str
+    ) -> None:
+        (folder / name).write_text(content)
+        assert message in self.refusal(folder)
+
+    @pytest.mark.parametrize(
+        ("labels", "message"),
+        [
+            (["same"] * 60, "every row has the label 'same'"),
+            ([f"id-{i}" for i in range(60)], "60 different labels in 60 rows"),
+            ([*[0, 1] * 30, 10_000_000], "row 61: class id 10000000"),
+            ([*["a", "b"] * 30, ""], "row 61 (line 61): the label is empty"),
+            ([True, False] * 30, "row 1 (line 1): the label is a boolean"),
+        ],
+    )
+    def test_labels_that_cannot_be_trained_on(
+        self, folder: Path, labels: list[Any], message: str
+    ) -> None:
+        path = folder / "mine.jsonl"
+        write_jsonl(path, [{"text": f"text {i}", "label": one} for i, one in enumerate(labels)])
+        assert message in self.refusal(path)
+
+    def test_a_folder_without_a_training_file(self, tmp_path: Path) -> None:
+        assert "neither a file nor a folder with train" in self.refusal(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"id2label": {"1": "pos", "0": "neg"}}, ["neg", "pos"]),
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, None),
+        ({"id2label": {"1": "pos", "2": "neg"}}, None),
+        ({}, None),
+        ([], None),
+    ],
+)
+def test_names_of_a_fine_tuned_classifier(tmp_path: Path, config: Any, names: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert label_names_of(find_start(str(tmp_path))) == names
