@@ -6,6 +6,7 @@ from budgetformer.bulk.answerer import Answered, Asked
 from budgetformer.bulk.journal import Journal
 from budgetformer.bulk.outputs import check_output, finish
 from budgetformer.bulk.run import Totals, classify_rows
+from budgetformer.tables import open_table as open_rows
 
 __all__ = [
     "Answered",
@@ -15,4 +16,5 @@ __all__ = [
     "check_output",
     "classify_rows",
     "finish",
+    "open_rows",
 ]

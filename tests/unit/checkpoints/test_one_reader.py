@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from budgetformer.bulk import Answered, Journal, finish
+from budgetformer.bulk import Answered, Journal, finish, open_rows
 from budgetformer.checkpoint import Checkpoint, read_checkpoint
 from budgetformer.errors import DataError
 from budgetformer.tables import Row, open_table, read_texts
@@ -32,7 +32,7 @@ def topics(model_store: Path) -> Checkpoint:
 
 
 ENTRIES: dict[str, Callable[[Path, Checkpoint], list[Row]]] = {
-    "classify": lambda path, _: list(open_table(path)),
+    "classify": lambda path, _: list(open_rows(path)),
     "bench": lambda path, _: rows_of(*read_texts(path)),
     "train": lambda path, _: (lambda e: rows_of(e.texts, e.pairs))(read_examples(path)),
     "evaluate": lambda path, made: (lambda e: rows_of(e.texts, e.pairs))(read_test(made, path)),
