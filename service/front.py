@@ -117,7 +117,8 @@ def main() -> None:
     sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]
     tracing = open_tracing(name)
     provider = tracing.provider if tracing else None
-    app = create_app(settings, Engines(sockets), hub_socket(run_dir), provider)
+    engines = Engines(sockets, first=index)
+    app = create_app(settings, engines, hub_socket(run_dir), provider)
     _raise_descriptors(settings.max_connections)
     common: dict[str, Any] = {
         "loop": "uvloop",

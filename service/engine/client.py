@@ -194,14 +194,20 @@ class Engines:
 
     Args:
         sockets: where each one listens.
-        observe: is told of hellos, changed models, heartbeats, batches and broken connections, with
-            the engine's index.
+        observe: is called with the engine's index for hellos, changed models, heartbeats, batches
+            and broken connections.
+        first: index of the engine that gets the first request. Frontends that start with different
+            engines do not all send theirs to the same one while they hold nothing.
     """
 
     def __init__(
-        self, sockets: list[Path], observe: Callable[[int, Event], None] = lambda *_: None
+        self,
+        sockets: list[Path],
+        observe: Callable[[int, Event], None] = lambda *_: None,
+        first: int = 0,
     ) -> None:
         self.clients = [EngineClient(i, socket, observe) for i, socket in enumerate(sockets)]
+        self._next = first
         self._background = Background()
 
     def start(self) -> None:
@@ -253,12 +259,21 @@ class Engines:
         raise EngineDownError
 
     async def _choose(self, job: Job, wait: bool) -> EngineClient:
-        """Return the least loaded engine that has the model; `wait` lets a restart finish first."""
+        """Return the engine with the least in flight of those that have the model.
+
+        Engines with equally many items take turns. `wait` lets a restart finish first.
+        """
         while True:
             alive = self.alive
             able = [client for client in alive if (job.model, job.version) in client.models]
             if able:
-                return min(able, key=lambda client: client.items_in_flight)
+                chosen = min(able, key=self._rank)
+                self._next = chosen.index + 1
+                return chosen
             if not wait or time.monotonic() >= job.deadline:
                 raise NotLoadedError if alive else EngineDownError
             await asyncio.sleep(RECONNECT_SECONDS)
+
+    def _rank(self, client: EngineClient) -> tuple[int, int]:
+        turn = (client.index - self._next) % len(self.clients)
+        return client.items_in_flight, turn

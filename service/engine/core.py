@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter, defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -28,6 +29,7 @@ from budgetformer.policy import QualityName
 from budgetformer.precision import Precision
 from service.background import Background
 from service.engine import protocol
+from service.engine.device import DeviceLostError, check_device, probe_device
 from service.engine.models import LoadedModel, load_model
 from service.engine.protocol import (
     Answer,
@@ -52,10 +54,13 @@ from service.observability.passes import PassRun, PassSpans, Rider, Stage
 from service.process import return_memory
 from service.scheduling.admission import Refusal, admit
 from service.scheduling.arrivals import decided_together
+from service.scheduling.batch_limit import BatchLimit
 from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
 from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
 from service.scheduling.drain import Drain
+from service.scheduling.heap import Heap
 from service.scheduling.price import Outlook, Prices
+from service.scheduling.totals import TotalSeconds
 
 log = structlog.get_logger()
 
@@ -91,10 +96,45 @@ class EngineOptions:
 
 
 @dataclass(eq=False)
+class _ModelQueue:
+    """The requests of one model, and running totals of their items.
+
+    Attributes:
+        requests: in the order of their arrival.
+        waiting: items that wait, on arrival or in a bucket.
+        price: of the items that wait.
+        open: items without an answer: those that wait, and those that run.
+    """
+
+    requests: dict[_Request, None] = field(default_factory=dict)
+    waiting: int = 0
+    price: TotalSeconds = field(default_factory=TotalSeconds)
+    open: int = 0
+
+    @property
+    def oldest(self) -> float | None:
+        """Arrival of the oldest request with an item that waits; those before it run."""
+        return next((request.arrived for request in self.requests if request.waiting), None)
+
+    def wait(self, slot: _Slot) -> None:
+        """Count an item as waiting."""
+        slot.request.waiting += 1
+        self.waiting += 1
+        self.price.add(slot.price)
+
+    def leave(self, slot: _Slot) -> None:
+        """Count an item as waiting no more: it runs, or nobody wants it any more."""
+        slot.request.waiting -= 1
+        self.waiting -= 1
+        self.price.subtract(slot.price)
+
+
+@dataclass(eq=False)
 class _Request:
     id: int
     reply: Reply
     model: LoadedModel
+    queue: _ModelQueue
     arrived: float
     deadline: float
     return_heads: bool
@@ -104,6 +144,7 @@ class _Request:
     lane: Lane
     slots: list[_Slot] = field(default_factory=list)
     open: int = 0
+    waiting: int = 0
     gone: bool = False
 
 
@@ -116,6 +157,8 @@ class _Slot:
     price: float
     waits_since: float
     begin: int = 0
+    entry: Entry[_Slot] | None = None
+    """Its place in a bucket, while it waits there."""
     budget_seconds: float = 0.0
     compute_seconds: float = 0.0
     finished: float = 0.0
@@ -132,6 +175,8 @@ class EngineCore:
         tables: measured costs, by `name:version`.
         shared: folder through which engines hold weights once; None: this one has its own.
         clock: monotonic seconds.
+        probe: raises if the device computes nothing any more; asked after a pass has failed. None:
+            run a small operation on it.
     """
 
     def __init__(
@@ -142,6 +187,7 @@ class EngineCore:
         tables: Mapping[str, CostTable] | None = None,
         shared: Path | None = None,
         clock: Clock = time.monotonic,
+        probe: Callable[[], None] | None = None,
     ) -> None:
         self.models: dict[tuple[str, int], LoadedModel] = {}
         self.options = options
@@ -161,12 +207,18 @@ class EngineCore:
         self._buckets: Buckets[_Slot] = Buckets(
             options.batch_seconds, options.batch_items, self._constant
         )
-        self._arrivals: list[_Slot] = []
-        self._running: list[_Slot] = []
+        self._batch_limit = BatchLimit(options.batch_items)
+        self._check = partial(check_device, probe or partial(probe_device, device))
+        self._device_lost: DeviceLostError | None = None
+        self._arrivals: OrderedDict[_Slot, None] = OrderedDict()
+        self._running = 0
+        self._outside = TotalSeconds()
+        """Price of the arrivals and of what runs; the buckets know their own."""
         self._priced = 0.0
         self._began: float | None = None
         self._requests: dict[tuple[Reply, int], _Request] = {}
-        self._open: Counter[str] = Counter()
+        self._deadlines: Heap[_Request] = Heap()
+        self._queues: dict[str, _ModelQueue] = {}
         self._work_came = asyncio.Event()
         self._compute = ThreadPoolExecutor(1, "device", _use, (device,))
         self._loading = ThreadPoolExecutor(1, "loading", _use, (device,))
@@ -180,8 +232,12 @@ class EngineCore:
     @property
     def queued_seconds(self) -> float:
         """The seconds that all that is here will take, as fast as it drains now."""
-        waiting = sum(slot.price for slot in (*self._arrivals, *self._running))
-        return self.drain.stretch * (self._buckets.seconds + waiting)
+        return self.drain.stretch * (self._buckets.seconds + self._outside.seconds)
+
+    @property
+    def batch_items(self) -> int:
+        """Most items in a batch now: the configured number, or what memory has room for."""
+        return self._batch_limit.items
 
     @property
     def busy_seconds(self) -> float:
@@ -210,20 +266,13 @@ class EngineCore:
     def heartbeat(self, memory_bytes: int) -> Heartbeat:
         """Describe the queue."""
         now = self._clock()
-        names = {name for name, _ in self.models}
-        items: dict[str, int] = dict.fromkeys(names, 0)
-        seconds = dict.fromkeys(names, 0.0)
-        oldest = dict.fromkeys(names, 0.0)
-        in_flight = dict.fromkeys(names, 0)
-        running = set(self._running)
-        for request in self._requests.values():
-            name = request.model.checkpoint.name
-            waiting = [s for s in request.slots if not s.finished and s not in running]
-            items[name] = items.get(name, 0) + len(waiting)
-            seconds[name] = seconds.get(name, 0.0) + sum(s.price for s in waiting)
-            in_flight[name] = in_flight.get(name, 0) + request.open
-            if waiting:
-                oldest[name] = max(oldest.get(name, 0.0), now - request.arrived)
+        none = _ModelQueue()
+        queues = {name: self._queues.get(name, none) for name, _ in self.models} | self._queues
+        items = {name: queue.waiting for name, queue in queues.items()}
+        seconds = {name: queue.price.seconds for name, queue in queues.items()}
+        arrived = {name: queue.oldest for name, queue in queues.items()}
+        oldest = {name: 0.0 if at is None else now - at for name, at in arrived.items()}
+        in_flight = {name: queue.open for name, queue in queues.items()}
         level = self.brownout.observe(self.queued_seconds, now)
         return Heartbeat(items, seconds, oldest, in_flight, memory_bytes, level)
 
@@ -254,10 +303,12 @@ class EngineCore:
             reply(Refused(message.id, refusal.reason, refusal.retry_after))
             return
         now = self._clock()
+        queue = self._queues.setdefault(model.checkpoint.name, _ModelQueue())
         request = _Request(
             message.id,
             reply,
             model,
+            queue,
             now,
             now + message.remaining,
             message.return_heads,
@@ -269,20 +320,26 @@ class EngineCore:
         for tokens, begin, price in zip(message.items, begins, prices, strict=True):
             ids = protocol.unpack_ids(tokens.ids)
             segments = protocol.unpack_ids(tokens.segments) if tokens.segments else None
-            request.slots.append(_Slot(request, Work(ids, segments, rule), price, now, begin))
+            slot = _Slot(request, Work(ids, segments, rule), price, now, begin)
+            request.slots.append(slot)
+            self._arrivals[slot] = None
+            self._outside.add(price)
+            queue.wait(slot)
         request.open = len(request.slots)
-        self._open[request.model.checkpoint.name] += request.open
+        queue.open += request.open
+        queue.requests[request] = None
         self._requests[reply, message.id] = request
-        self._arrivals += request.slots
+        self._deadlines.push(request.deadline, request)
         self._work_came.set()
 
     def _admit(
         self, name: str, prices: list[float], queued: float, remaining: float
     ) -> Refusal | None:
-        most = self.options.max_queue_items
-        rooms = [(len(self._buckets) + len(self._arrivals) + len(self._running), most)]
+        here = len(self._buckets) + len(self._arrivals) + self._running
+        rooms = [(here, self.options.max_queue_items)]
         if name in self.options.model_queue_items:
-            rooms.append((self._open[name], self.options.model_queue_items[name]))
+            queue = self._queues.get(name)
+            rooms.append((queue.open if queue else 0, self.options.model_queue_items[name]))
         refusals = (
             admit(
                 items=len(prices),
@@ -326,11 +383,18 @@ class EngineCore:
     # The loop
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve until cancelled.
+
+        Raises:
+            DeviceLostError: the device computes nothing any more; this process must end.
+        """
         while True:
+            if self._device_lost is not None:
+                raise self._device_lost
             if not self._arrivals and not len(self._buckets):
                 self._work_came.clear()
                 await self._work_came.wait()
+                continue
             began, self._priced = self._clock(), 0.0
             self._expire()
             await self._decide_arrivals()
@@ -340,10 +404,12 @@ class EngineCore:
 
     async def _decide_arrivals(self) -> None:
         count = decided_together(len(slot.work.ids) for slot in self._arrivals)
-        self._running, self._arrivals = self._arrivals[:count], self._arrivals[count:]
         by_model: defaultdict[LoadedModel, list[_Slot]] = defaultdict(list)
-        for slot in self._running:
+        for _ in range(count):
+            slot, _ = self._arrivals.popitem(last=False)
+            slot.request.queue.leave(slot)
             by_model[slot.request.model].append(slot)
+        self._running = count
         for model, slots in by_model.items():
             seconds = await self._on_device(cascade.arrive, model.network, slots)
             for slot in slots:
@@ -354,19 +420,22 @@ class EngineCore:
             exits = [slot for slot in slots if slot.work.done and not slot.error]
             if exits:
                 self._report(model, 0, exits, seconds)
-        self._running = []
 
     async def _run_batch(self) -> None:
+        self._buckets.batch_items = self._batch_limit.items
         batch = [entry.item for entry in self._buckets.take()]
         if not batch:
             return
-        self._running = batch
+        for slot in batch:
+            slot.entry = None
+            slot.request.queue.leave(slot)
+            self._outside.add(slot.price)
+        self._running = len(batch)
         model, step = batch[0].request.model, batch[0].work.step
         seconds = await self._on_device(cascade.run, model.network, batch)
         tokens = sum(len(slot.work.ids) for slot in batch)
         self.prices.observe(model.key, step, tokens, len(batch), seconds)
         self._report(model, step, batch, seconds)
-        self._running = []
         for slot in batch:
             slot.compute_seconds += seconds
             self._settle(slot)
@@ -381,7 +450,9 @@ class EngineCore:
 
         def compute() -> tuple[float, float, int | None]:
             started = self._clock()
-            room = salvage(lambda some: work(network, [s.work for s in some]), slots, _fail)
+            room = salvage(
+                lambda some: work(network, [s.work for s in some]), slots, _fail, self._check
+            )
             return started, self._clock(), room
 
         loop = asyncio.get_running_loop()
@@ -389,9 +460,7 @@ class EngineCore:
         started, ended, room = await loop.run_in_executor(self._compute, compute)
         self._began = None
         self.computed_seconds += ended - started
-        if room is not None:
-            self._buckets.batch_items = min(room, self._buckets.batch_items)
-            log.warning("memory is short, batches shrink", batch_items=self._buckets.batch_items)
+        self._adapt(len(slots), room, batch=work is cascade.run)
         if self.spans is not None:
             stage: Stage = "budget" if work is cascade.arrive else "compute"
             name, version = slots[0].request.model.key
@@ -403,9 +472,22 @@ class EngineCore:
             slot.waits_since = ended
         return ended - started
 
+    def _adapt(self, items: int, room: int | None, batch: bool) -> None:
+        """Adapt the size of batches to a pass that had so many items, and to memory."""
+        before, limit = self._batch_limit.items, self._batch_limit
+        if room is not None:
+            limit.shrink(room)
+            log.warning("out of memory, batches shrink", batch_items=limit.items)
+        elif batch:
+            limit.succeeded(items)
+            if limit.items > before:
+                log.info("batches grow again", batch_items=limit.items, limit=limit.configured)
+
     def _settle(self, slot: _Slot) -> None:
         """After a pass: an item is finished, or waits in the bucket of its next step."""
         request, work = slot.request, slot.work
+        self._running -= 1
+        self._outside.subtract(slot.price)
         if request.gone:
             return
         if work.logits is not None and not all(map(math.isfinite, work.logits.tolist())):
@@ -417,13 +499,15 @@ class EngineCore:
             )
             self._priced -= slot.price
             bucket = (request.model, work.step)
-            self._buckets.add(
-                Entry(slot, bucket, slot.price, request.arrived, request.deadline, request.lane)
+            slot.entry = Entry(
+                slot, bucket, slot.price, request.arrived, request.deadline, request.lane
             )
+            self._buckets.add(slot.entry)
+            request.queue.wait(slot)
             return
         slot.finished = self._clock()
         request.open -= 1
-        self._open[request.model.checkpoint.name] -= 1
+        request.queue.open -= 1
         if not request.open:
             self._answer(request)
 
@@ -431,7 +515,7 @@ class EngineCore:
         return self.options.max_step is not None and work.step > self.options.max_step
 
     def _answer(self, request: _Request) -> None:
-        del self._requests[request.reply, request.id]
+        self._forget(request)
         last = max(request.slots, key=lambda slot: slot.finished)
         waited = last.finished - request.arrived - last.budget_seconds - last.compute_seconds
         items = [_item_answer(slot, request.return_heads) for slot in request.slots]
@@ -448,18 +532,36 @@ class EngineCore:
 
     def _expire(self) -> None:
         now = self._clock()
-        for request in [r for r in self._requests.values() if r.deadline <= now]:
+        while self._deadlines:
+            deadline, request = self._deadlines.first()
+            if deadline > now:
+                return
             self._drop(request)
             request.reply(Expired(request.id))
 
     def _drop(self, request: _Request | None) -> None:
+        """Forget a request, and remove its items from wherever they wait."""
         if request is None:
             return
         request.gone = True
-        self._open[request.model.checkpoint.name] -= request.open
+        request.queue.open -= request.open
+        self._forget(request)
+        for slot in request.slots:
+            if slot in self._arrivals:
+                del self._arrivals[slot]
+                self._outside.subtract(slot.price)
+            elif slot.entry is not None:
+                self._buckets.discard(slot.entry)
+            else:
+                continue  # it runs, or is finished
+            request.queue.leave(slot)
+
+    def _forget(self, request: _Request) -> None:
         del self._requests[request.reply, request.id]
-        self._arrivals = [slot for slot in self._arrivals if slot.request is not request]
-        self._buckets.remove(lambda entry: entry.item.request is request)
+        del request.queue.requests[request]
+        self._deadlines.discard(request)
+        if not request.queue.requests:
+            del self._queues[request.model.checkpoint.name]
 
     def _report(self, model: LoadedModel, step: int, slots: list[_Slot], seconds: float) -> None:
         tokens = sum(len(slot.work.ids) for slot in slots)
@@ -484,9 +586,14 @@ class EngineCore:
         except CheckpointError as error:
             reply(Failed(message.id, str(error)))
             return
-        except Exception as error:  # whatever it is, whoever asked must hear of it
+        except Exception as error:  # any error must be answered
             log.error("a model could not be loaded", path=message.path, exc_info=error)
             reply(Failed(message.id, f"{message.path}: {type(error).__name__}"))
+            try:
+                await loop.run_in_executor(self._loading, self._check, error)
+            except DeviceLostError as lost:
+                self._device_lost = lost
+                self._work_came.set()
             return
         self.prices.know(model.key, model.costs)
         self.models[model.key] = model

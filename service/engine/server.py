@@ -8,15 +8,19 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import structlog
 import torch
 
 from budgetformer.cost_table import read_tables
 from service import frames
 from service.connection import Say, listening
 from service.engine.core import EngineCore, EngineOptions, Reply
+from service.engine.device import EXIT_CODE, DeviceLostError
 from service.engine.protocol import PROTOCOL, TO_ENGINE, BatchRan, Hello, ToEngine, ToFront, Watch
 from service.process import resident_bytes
 from service.settings import Settings
+
+log = structlog.get_logger()
 
 HEARTBEAT_SECONDS = 1.0
 
@@ -56,12 +60,20 @@ class EngineServer:
     Args:
         core: the engine.
         hang_seconds: a pass that takes longer hangs.
+        exit: ends this process at once with a code, when the device is lost. No connection is
+            closed and no thread is joined before, since they may wait for the device.
     """
 
-    def __init__(self, core: EngineCore, hang_seconds: float = math.inf) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        hang_seconds: float = math.inf,
+        exit: Callable[[int], object] = os._exit,
+    ) -> None:
         self.core = core
         self.receive: Callable[[ToEngine, Reply], None] = core.receive
         self._hang_seconds = hang_seconds
+        self._exit = exit
         self._peers: set[Reply] = set()
         self._watchers: set[Reply] = set()
         core.broadcast = self._broadcast
@@ -77,10 +89,23 @@ class EngineServer:
             await self.work()
 
     async def work(self) -> None:
-        """Compute, and tell everybody once a second that it does, until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.core.run())
-            tasks.create_task(self._beat())
+        """Compute and send a heartbeat every second, until cancelled.
+
+        If the device is lost this ends the process: its frontends then ask other engines, and the
+        supervisor (or Ray) starts a new one.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.core.run())
+                tasks.create_task(self._beat())
+        except* DeviceLostError as lost:
+            log.critical(
+                "the device is lost, this engine ends",
+                device=self.core.device,
+                reason=str(lost.exceptions[0]),
+                exit_code=EXIT_CODE,
+            )
+            self._exit(EXIT_CODE)
 
     async def came(self, reader: asyncio.StreamReader, reply: Say) -> None:
         """Serve one connection until its end."""

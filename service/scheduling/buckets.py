@@ -4,25 +4,40 @@ Tokens are packed without padding, so a bucket needs no length bands: a batch of
 texts multiplies nothing that a batch of equal ones would not. Items of large requests wait in a
 lane of their own, and the lanes share the device by weight, so that one caller's thousands of texts
 do not hold up another's single one.
+
+Urgency is the moment at which half of the time between a text's arrival and its deadline has
+passed; the earlier, the more urgent. Guarantees:
+
+- Within a lane every batch begins with the most urgent entry of the lane, whatever its bucket. The
+  rest of the batch comes from the same bucket in the order of urgency. So no entry waits behind a
+  less urgent one for longer than the rest of a batch.
+- Of two entries, a later arrival goes first only if its deadline is the earlier one. A queue that
+  could meet all deadlines when an entry was admitted therefore still can, and an entry with a long
+  deadline is overtaken only by arrivals of the first half of its time: its wait is bounded.
+- Across lanes urgency does not count. A lane with waiting entries gets at least the share of the
+  device that its weight says, for as long as they wait; which texts are served with that share is
+  decided by urgency within the lane.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
+
+from service.scheduling.heap import Heap
+from service.scheduling.totals import TotalSeconds
 
 Item = TypeVar("Item")
 
 Lane = Literal["interactive", "bulk"]
 WEIGHTS: dict[Lane, float] = {"interactive": 4.0, "bulk": 1.0}
 """Shares of the device where both lanes have work."""
-QUEUE_SHARE, MOST_BATCHES = 0.25, 2.0
-"""Where many wait, a batch may take this share of what its lane holds, up to so many times what a
-batch takes else: larger ones cost less per item, which shortens the queue."""
+QUEUE_SHARE, MAX_BATCHES = 0.25, 2.0
+"""In a long queue a batch may take this share of its lane's seconds, up to `MAX_BATCHES` times the
+usual limit: larger batches cost less per item, which shortens the queue."""
 BULK_ITEMS = 16
-"""A request of so many items waits in the bulk lane."""
+"""Requests with at least this many items wait in the bulk lane."""
 
 
 def lane_of(items: int) -> Lane:
@@ -30,7 +45,7 @@ def lane_of(items: int) -> Lane:
     return "bulk" if items >= BULK_ITEMS else "interactive"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry(Generic[Item]):
     """A waiting item.
 
@@ -50,46 +65,58 @@ class Entry(Generic[Item]):
     deadline: float
     lane: Lane = "interactive"
 
+    @property
+    def urgency(self) -> float:
+        """The middle between arrival and deadline; the earliest goes first."""
+        return (self.arrived + self.deadline) / 2
 
-class _Queues(Generic[Item]):
+
+class _LaneQueue(Generic[Item]):
     """The waiting entries of one lane."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
-        self.seconds = 0.0
-        """Price of all that waits."""
+        self.price = TotalSeconds()
+        """Price of everything that waits."""
         self.used = 0.0
-        """Device seconds that the lane has had, over its weight."""
-        self.by_bucket: dict[Hashable, deque[Entry[Item]]] = {}
-
-    def __iter__(self) -> Iterator[Entry[Item]]:
-        return (entry for queue in self.by_bucket.values() for entry in queue)
+        """Device seconds that the lane has had, divided by its weight."""
+        self.by_bucket: dict[Hashable, Heap[Entry[Item]]] = {}
 
     def add(self, entry: Entry[Item]) -> None:
-        queue = self.by_bucket.setdefault(entry.bucket, deque())
-        place = len(queue)
-        while place and queue[place - 1].arrived > entry.arrived:
-            place -= 1
-        queue.insert(place, entry)
+        self.by_bucket.setdefault(entry.bucket, Heap()).push(entry.urgency, entry)
+        self.price.add(entry.seconds)
 
-    def keep(self, bucket: Hashable, queue: deque[Entry[Item]]) -> None:
-        if queue:
-            self.by_bucket[bucket] = queue
-        else:
-            self.by_bucket.pop(bucket, None)
+    def discard(self, entry: Entry[Item]) -> bool:
+        heap = self.by_bucket.get(entry.bucket)
+        if heap is None or not heap.discard(entry):
+            return False
+        self._removed(entry, heap)
+        return True
+
+    def pop(self, bucket: Hashable) -> Entry[Item]:
+        heap = self.by_bucket[bucket]
+        entry = heap.pop()
+        self._removed(entry, heap)
+        return entry
+
+    def _removed(self, entry: Entry[Item], heap: Heap[Entry[Item]]) -> None:
+        self.price.subtract(entry.seconds)
+        if not heap:
+            del self.by_bucket[entry.bucket]
 
     def most_urgent(self) -> Hashable:
-        return min(self.by_bucket, key=lambda bucket: _urgency(self.by_bucket[bucket][0]))
+        """Return the bucket of the most urgent entry."""
+        return min(self.by_bucket, key=lambda bucket: self.by_bucket[bucket].first()[0])
 
 
 class Buckets(Generic[Item]):
     """Hold waiting entries and hand them out as batches.
 
     Args:
-        batch_seconds: a batch is filled up to this price (one item always fits), so that nobody
-            waits longer than that for a device which has just begun; where many wait, up to twice.
+        batch_seconds: a batch is filled up to this price (one item always fits), so that no text
+            waits longer than that for a device which has just begun; in a long queue up to twice.
         batch_items: most items in a batch.
-        constant: seconds that a batch of a bucket takes whatever is in it.
+        constant: seconds that a batch of a bucket takes in addition to its items' prices.
     """
 
     def __init__(
@@ -101,8 +128,8 @@ class Buckets(Generic[Item]):
         self.batch_seconds = batch_seconds
         self.batch_items = batch_items
         self._constant = constant
-        self._lanes: dict[Lane, _Queues[Item]] = {
-            lane: _Queues(weight) for lane, weight in WEIGHTS.items()
+        self._lanes: dict[Lane, _LaneQueue[Item]] = {
+            lane: _LaneQueue(weight) for lane, weight in WEIGHTS.items()
         }
         self._items = 0
 
@@ -111,48 +138,34 @@ class Buckets(Generic[Item]):
 
     @property
     def seconds(self) -> float:
-        """Device time of all that waits, one batch per bucket at least."""
+        """Device time of everything that waits, with one batch per bucket at least."""
         if not self._items:
             return 0.0
         buckets = {bucket for lane in self._lanes.values() for bucket in lane.by_bucket}
-        waiting = sum(lane.seconds for lane in self._lanes.values())
-        return max(waiting, 0.0) + sum(map(self._constant, buckets))
-
-    def oldest(self, now: float) -> float:
-        """Return the age in seconds of the entry that has waited longest; 0 when none waits."""
-        return max((now - e.arrived for lane in self._lanes.values() for e in lane), default=0.0)
+        waiting = sum(lane.price.seconds for lane in self._lanes.values())
+        return waiting + sum(map(self._constant, buckets))
 
     def add(self, entry: Entry[Item]) -> None:
-        """Let an entry wait in its bucket; an older one (escalated) goes before younger ones."""
+        """Add an entry to its bucket."""
         lane = self._lanes[entry.lane]
         if not lane.by_bucket:
-            # A lane gathers no credit while it has nothing to do.
-            busy = [other.used for other in self._lanes.values() if other.by_bucket]
-            lane.used = max([lane.used, *busy[:1]])
+            # A lane gains no credit while it has nothing to do.
+            lane.used = max([lane.used, *(o.used for o in self._lanes.values() if o.by_bucket)])
         lane.add(entry)
-        self._count(entry, 1)
+        self._items += 1
 
-    def remove(self, unwanted: Callable[[Entry[Item]], bool]) -> list[Entry[Item]]:
-        """Take out and return every entry that is unwanted (expired, cancelled)."""
-        removed: list[Entry[Item]] = []
-        for lane in self._lanes.values():
-            for bucket, queue in list(lane.by_bucket.items()):
-                kept: deque[Entry[Item]] = deque()
-                for entry in queue:
-                    (removed if unwanted(entry) else kept).append(entry)
-                lane.keep(bucket, kept)
-        for entry in removed:
-            self._count(entry, -1)
-        return removed
+    def discard(self, entry: Entry[Item]) -> bool:
+        """Remove an entry (cancelled, expired); return whether it was waiting."""
+        found = self._lanes[entry.lane].discard(entry)
+        self._removed(found)
+        return found
 
     def take(self) -> list[Entry[Item]]:
-        """Return the next batch, oldest first; empty when nothing waits.
+        """Return the next batch, most urgent entry first; empty when nothing waits.
 
-        The lane that has had the least of its share goes first. In it, the bucket is served whose
-        front entry has the earliest of (arrival + half of its time to the deadline): the oldest
-        goes first, unless another is about to be late. A batch that is smaller than its constant
-        cost is topped up with the other lane's entries of the same bucket, which ride almost for
-        nothing.
+        The lane that has had the least of its share goes first, and in it the bucket of the most
+        urgent entry. A batch that is smaller than its constant cost is filled up with the other
+        lane's entries of the same bucket, which then cost almost nothing.
         """
         lanes = [lane for lane in self._lanes.values() if lane.by_bucket]
         if not lanes:
@@ -160,37 +173,32 @@ class Buckets(Generic[Item]):
         lane = min(lanes, key=lambda lane: lane.used)
         bucket = lane.most_urgent()
         batch: list[Entry[Item]] = []
-        most = min(QUEUE_SHARE * lane.seconds, MOST_BATCHES * self.batch_seconds)
-        own = self._fill(batch, lane, bucket, max(self.batch_seconds, most))
+        limit = min(QUEUE_SHARE * lane.price.seconds, MAX_BATCHES * self.batch_seconds)
+        own = self._fill(batch, lane, bucket, max(self.batch_seconds, limit))
         constant = self._constant(bucket)
         lane.used += (own + constant) / lane.weight
         for other in lanes:
             if other is not lane and own < constant:
                 extra = self._fill(batch, other, bucket, constant)
                 other.used += extra / other.weight
+        self._removed(len(batch))
         return batch
 
     def _fill(
-        self, batch: list[Entry[Item]], lane: _Queues[Item], bucket: Hashable, most: float
+        self, batch: list[Entry[Item]], lane: _LaneQueue[Item], bucket: Hashable, limit: float
     ) -> float:
-        """Move entries of a bucket into a batch, up to their price `most`; return their price."""
-        queue = lane.by_bucket.get(bucket, deque())
-        seconds = 0.0
-        while queue and len(batch) < self.batch_items:
-            if batch and seconds + queue[0].seconds > most:
+        """Move entries of a bucket into a batch until their price is `limit`; return the price."""
+        heap, seconds = lane.by_bucket.get(bucket), 0.0
+        while heap and len(batch) < self.batch_items:
+            if batch and seconds + heap.first()[1].seconds > limit:
                 break
-            entry = queue.popleft()
+            entry = lane.pop(bucket)
             seconds += entry.seconds
             batch.append(entry)
-            self._count(entry, -1)
-        lane.keep(bucket, queue)
         return seconds
 
-    def _count(self, entry: Entry[Item], sign: int) -> None:
-        self._items += sign
-        lane = self._lanes[entry.lane]
-        lane.seconds = lane.seconds + sign * entry.seconds if self._items else 0.0
-
-
-def _urgency(entry: Entry[Item]) -> float:
-    return entry.arrived + (entry.deadline - entry.arrived) / 2
+    def _removed(self, count: int) -> None:
+        self._items -= count
+        if not self._items:
+            for lane in self._lanes.values():
+                lane.used = 0.0  # an empty queue leaves no debts

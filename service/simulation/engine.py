@@ -6,7 +6,7 @@ admission, level, arrivals, batches, escalation, expiry. Each pass takes what th
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -21,6 +21,7 @@ from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
 from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
 from service.scheduling.drain import Drain
 from service.scheduling.price import Outlook, Prices
+from service.scheduling.totals import TotalSeconds
 from service.settings import DEFAULT_QUALITY, Settings
 from service.simulation.costs import EngineCost
 from service.simulation.texts import Text
@@ -57,11 +58,12 @@ class SimRequest:
         held: its front has let it in.
         front, engine: of its server, where it is.
         outcome: empty until it is known.
+        slots: the texts in their engine.
     """
 
     __slots__ = (
         "arrived", "deadline", "engine", "front", "gone", "held", "lane", "level", "open",
-        "outcome", "texts", "tokens",
+        "outcome", "slots", "texts", "tokens",
     )  # fmt: skip
 
     def __init__(self, arrived: float, deadline: float, texts: Sequence[Text]) -> None:
@@ -77,12 +79,13 @@ class SimRequest:
         self.front = 0
         self.engine = 0
         self.outcome: Outcome | None = None
+        self.slots: list[_Slot] = []
 
 
 class _Slot:
     """One text of a request that an engine holds."""
 
-    __slots__ = ("price", "request", "runs", "steps", "text")
+    __slots__ = ("entry", "price", "request", "runs", "steps", "text")
 
     def __init__(self, request: SimRequest, text: Text, price: float) -> None:
         self.request = request
@@ -90,6 +93,7 @@ class _Slot:
         self.price = price
         self.steps = text.steps[request.level]
         self.runs = 0
+        self.entry: Entry[_Slot] | None = None
 
 
 class SimEngine:
@@ -127,10 +131,10 @@ class SimEngine:
         self._cost = cost
         self._expire = expire
         self._here: deque[SimRequest] = deque()
-        self._arrivals: deque[_Slot] = deque()
+        self._arrivals: OrderedDict[_Slot, None] = OrderedDict()
         self.running: list[_Slot] = []
-        self._held_seconds = 0.0
-        """Prices of what has come and of what runs."""
+        self._held = TotalSeconds()
+        """Prices of the arrivals and of what runs."""
         self.step = 0
         self._began = self._pass = self._work = 0.0
         self._beside = 0.0
@@ -140,7 +144,7 @@ class SimEngine:
     @property
     def queued_seconds(self) -> float:
         """Seconds that all that is here will take, as fast as it drains now."""
-        return self.drain.stretch * (self.buckets.seconds + self._held_seconds)
+        return self.drain.stretch * (self.buckets.seconds + self._held.seconds)
 
     def receive(self, request: SimRequest, now: float) -> Refusal | None:
         """Take a request in, or say why not."""
@@ -161,8 +165,10 @@ class SimEngine:
         )
         if refusal is None:
             self._here.append(request)
-            self._arrivals.extend(map(_Slot, repeat(request), request.texts, prices))
-            self._held_seconds += price
+            request.slots = list(map(_Slot, repeat(request), request.texts, prices))
+            self._arrivals.update(dict.fromkeys(request.slots))
+            for one in prices:
+                self._held.add(one)
         return refusal
 
     def begin(self, now: float) -> float | None:
@@ -176,9 +182,12 @@ class SimEngine:
                 self._drop_late(now)
                 if self._arrivals:
                     count = decided_together(slot.text.tokens for slot in self._arrivals)
-                    return self._run(0, [self._arrivals.popleft() for _ in range(count)], now)
+                    came = [self._arrivals.popitem(last=False)[0] for _ in range(count)]
+                    return self._run(0, came, now)
             elif batch := [entry.item for entry in self.buckets.take()]:
-                self._held_seconds += sum([slot.price for slot in batch])
+                for slot in batch:
+                    slot.entry = None
+                    self._held.add(slot.price)
                 return self._run(batch[0].steps[batch[0].runs], batch, now)
         self._batch_next = False
         return None
@@ -187,7 +196,8 @@ class SimEngine:
         """End the pass that runs; return the requests that have all their answers now."""
         batch, self.running = self.running, []
         priced = sum([slot.price for slot in batch])
-        self._held_seconds -= priced
+        for slot in batch:
+            self._held.subtract(slot.price)
         if self.step and self._work:
             # A pass is priced by the time it takes, slowed by whatever shares its core.
             seconds = (now - self._began) * self._pass / self._work
@@ -227,9 +237,8 @@ class SimEngine:
         request, step = slot.request, slot.steps[slot.runs]
         outlook = self.model.outlooks[request.level]
         slot.price = self.prices.item(_MODEL, step, outlook, slot.text.tokens)
-        self.buckets.add(
-            Entry(slot, step, slot.price, request.arrived, request.deadline, request.lane)
-        )
+        slot.entry = Entry(slot, step, slot.price, request.arrived, request.deadline, request.lane)
+        self.buckets.add(slot.entry)
 
     def _drop_late(self, now: float) -> None:
         here = self._here
@@ -240,10 +249,12 @@ class SimEngine:
 
     def _drop(self, request: SimRequest) -> None:
         request.gone = True
-        for slot in self._arrivals:
-            self._held_seconds -= slot.price if slot.request is request else 0.0
-        self._arrivals = deque(s for s in self._arrivals if s.request is not request)
-        self.buckets.remove(lambda entry: entry.item.request is request)
+        for slot in request.slots:
+            if slot in self._arrivals:
+                del self._arrivals[slot]
+                self._held.subtract(slot.price)
+            elif slot.entry is not None:
+                self.buckets.discard(slot.entry)
         self._expire(request)
 
     def _constant(self, bucket: Hashable) -> float:

@@ -7,9 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.engine.device import DeviceLostError, check_device, probe_device
 from service.engine.salvage import salvage
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+
+
+def usable(_: Exception) -> None:
+    """The device computes: errors are those of the items."""
 
 
 class Device:
@@ -39,27 +44,27 @@ def test_every_item_is_done_once_or_fails_for_itself(
     count: int, poison: set[int], room: int
 ) -> None:
     device, items = Device(poison, room), list(range(count))
-    salvage(device.run, items, device.fail)
+    salvage(device.run, items, device.fail, usable)
     assert device.failed == sorted(poison & set(items))
     assert sorted(device.done + device.failed) == items
 
 
 def test_one_poisoned_item_costs_two_passes_per_halving() -> None:
     device = Device({17}, 100)
-    assert salvage(device.run, range(64), device.fail) is None
+    assert salvage(device.run, range(64), device.fail, usable) is None
     assert device.passes == 1 + 2 * 6
 
 
 @pytest.mark.parametrize(("room", "found"), [(64, None), (32, 32), (20, 16), (1, 1)])
 def test_what_memory_has_room_for_is_found_out(room: int, found: int | None) -> None:
     device = Device(set(), room)
-    assert salvage(device.run, range(64), device.fail) == found
+    assert salvage(device.run, range(64), device.fail, usable) == found
     assert device.done == list(range(64))
 
 
 def test_an_item_that_memory_has_no_room_for_fails_alone() -> None:
     device = Device(set(), 0)
-    assert salvage(device.run, range(4), device.fail) == 1
+    assert salvage(device.run, range(4), device.fail, usable) == 1
     assert device.failed == [0, 1, 2, 3]
 
 
@@ -78,7 +83,7 @@ def test_a_cpu_says_so_in_its_own_ways(error: Exception) -> None:
         if len(batch) > 3:
             raise error
 
-    assert salvage(run, range(8), lambda *_: None) == 2
+    assert salvage(run, range(8), lambda *_: None, usable) == 2
 
 
 def test_what_the_allocator_really_says() -> None:
@@ -86,4 +91,55 @@ def test_what_the_allocator_really_says() -> None:
         if len(batch) > 1:
             torch.empty(2**58, dtype=torch.uint8)
 
-    assert salvage(run, range(2), lambda *_: None) == 1
+    assert salvage(run, range(2), lambda *_: None, usable) == 1
+
+
+class TestLostDevice:
+    """Errors after which the device computes nothing any more, as a probe tells."""
+
+    @staticmethod
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nFor debugging")
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            RuntimeError("CUDA error: an illegal memory access was encountered"),
+            RuntimeError("CUDA error: device-side assert triggered"),
+            RuntimeError("CUDA error: unspecified launch failure"),
+            RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"),
+            torch.OutOfMemoryError("out of memory"),
+            ValueError("any error that comes with it"),
+        ],
+    )
+    def test_no_item_is_blamed_and_nothing_is_tried_again(self, error: Exception) -> None:
+        passes, failed = [], []
+
+        def run(batch: Sequence[int]) -> None:
+            passes.append(batch)
+            raise error
+
+        with pytest.raises(DeviceLostError, match="illegal memory access was encountered$"):
+            salvage(
+                run,
+                range(192),
+                lambda item, _: failed.append(item),
+                lambda found: check_device(self.lost, found),
+            )
+        assert len(passes) == 1
+        assert failed == []
+
+    def test_the_text_that_an_error_quotes_is_not_told(self) -> None:
+        with pytest.raises(DeviceLostError) as caught:
+            check_device(self.lost, RuntimeError("private text"))
+        assert "private" not in str(caught.value)
+
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError()])
+    def test_a_probe_without_memory_is_no_loss(self, error: Exception) -> None:
+        def probe() -> None:
+            raise error
+
+        check_device(probe, RuntimeError("poison"))
+
+    def test_a_real_device_that_works(self) -> None:
+        check_device(lambda: probe_device("cpu"), RuntimeError("poison"))

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.scheduling.batch_limit import FULL_BATCHES, STEPS, BatchLimit
+
+PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+
+
+def test_it_grows_back_after_a_shortage_that_has_passed() -> None:
+    limit = BatchLimit(256)
+    limit.shrink(3)
+    assert limit.items == 3
+    batches = 0
+    while limit.items < 256:
+        limit.succeeded(limit.items)
+        batches += 1
+    assert batches == FULL_BATCHES * STEPS
+    limit.succeeded(256)
+    assert limit.items == 256
+
+
+def test_smaller_batches_prove_nothing() -> None:
+    limit = BatchLimit(256)
+    limit.shrink(100)
+    for _ in range(1000):
+        limit.succeeded(99)
+    assert limit.items == 100
+
+
+def test_while_memory_stays_short_few_batches_fail() -> None:
+    limit, room, failed, done = BatchLimit(256), 40, 0, 0
+    for _ in range(1000):
+        if limit.items > room:
+            failed += 1
+            limit.shrink(room // 2)
+        else:
+            done += limit.items
+            limit.succeeded(limit.items)
+    assert failed < 1000 / FULL_BATCHES / 2 + 2
+    assert done > 0.6 * 1000 * room
+
+
+@PROPERTY
+@given(st.integers(1, 300), st.lists(st.integers(-300, 300)))
+def test_it_stays_within_one_and_the_configured_size(configured: int, seen: list[int]) -> None:
+    limit = BatchLimit(configured)
+    for number in seen:
+        if number <= 0:
+            limit.shrink(-number)
+        else:
+            limit.succeeded(number)
+        assert 1 <= limit.items <= configured
