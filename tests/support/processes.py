@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,7 @@ def server(
     folder: Path,
     *,
     engines: int,
+    command: Sequence[str] = COMMAND,
     environment: dict[str, str] | None = None,
     probes: str | None = None,
     cwd: Path | None = None,
@@ -111,7 +112,7 @@ def server(
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*COMMAND, *arguments],
+            [*command, *arguments],
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,

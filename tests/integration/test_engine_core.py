@@ -1,0 +1,300 @@
+"""An engine's own bookkeeping, its memory and its device, without sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from budgetformer.compact import PackedTokens
+from service.engine.core import EngineCore, EngineOptions
+from service.engine.device import EXIT_CODE
+from service.engine.protocol import (
+    Answer,
+    Cancel,
+    Classify,
+    Done,
+    Expired,
+    Failed,
+    ItemTokens,
+    Load,
+    Refused,
+    ToFront,
+    pack_ids,
+)
+from service.engine.server import EngineServer
+from service.models import open_model
+from tests.support.serving import _replaced, held
+from tests.support.stores import HEADS, labelled_sentences
+from tests.support.waiting import until
+
+TEXTS = [text for text, _ in labelled_sentences()][:40]
+KEY = ("topics", 2)
+
+
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Front:
+    """Sends requests to a core, and keeps the last reply to each."""
+
+    def __init__(self, core: EngineCore, items: list[ItemTokens]) -> None:
+        self.core = core
+        self.replies: dict[int, ToFront] = {}
+        self._items = items
+        self._number = 0
+
+    def ask(self, items: int, remaining: float = 1e6, heads: int | None = None) -> int:
+        """Send a request; return its number."""
+        self._number += 1
+        some = [self._items[place % len(self._items)] for place in range(items)]
+        self.core.receive(
+            Classify(self._number, *KEY, some, "best", remaining, heads=heads), self.reply
+        )
+        return self._number
+
+    def cancel(self, number: int) -> None:
+        """Give a request up."""
+        self.core.receive(Cancel(number), self.reply)
+
+    def reply(self, told: ToFront) -> None:
+        number = getattr(told, "id", None)
+        if number is not None:
+            assert number not in self.replies, "a second reply"
+            self.replies[number] = told
+
+
+@pytest.fixture(scope="module")
+def items(model_store: Path) -> list[ItemTokens]:
+    model = open_model(model_store / KEY[0] / str(KEY[1]))
+    return [ItemTokens(pack_ids(encoding.ids)) for encoding in model.encode(list(TEXTS))]
+
+
+@asynccontextmanager
+async def loaded(
+    store: Path, items: list[ItemTokens], options: EngineOptions, **parts: Any
+) -> AsyncIterator[Front]:
+    """Return a front of a core that has a model, and does not run yet."""
+    core = EngineCore(options, precision="float32", **parts)
+    front = Front(core, items)
+    core.receive(Load(0, str(store / KEY[0] / str(KEY[1]))), front.reply)
+    await until(lambda: 0 in front.replies, "the load")
+    assert isinstance(front.replies[0], Done)
+    yield front
+
+
+@asynccontextmanager
+async def running(core: EngineCore) -> AsyncIterator[None]:
+    work = asyncio.create_task(core.run())
+    try:
+        yield
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+
+
+def check_totals(core: EngineCore) -> None:
+    """Compare the running totals with sums over all that the core holds."""
+    beat, requests = core.heartbeat(0), list(core._requests.values())
+    waiting = [
+        slot
+        for request in requests
+        for slot in request.slots
+        if slot in core._arrivals or slot.entry is not None
+    ]
+    open_items = sum(not slot.finished for request in requests for slot in request.slots)
+    assert beat.queue_items["topics"] == len(waiting)
+    assert beat.queue_seconds["topics"] == pytest.approx(sum(s.price for s in waiting), abs=1e-6)
+    assert beat.in_flight["topics"] == open_items
+    arrived = [slot.request.arrived for slot in waiting]
+    oldest = core._clock() - min(arrived) if arrived else 0.0
+    assert beat.oldest_age["topics"] == pytest.approx(oldest)
+    assert len(core._buckets) == sum(slot.entry is not None for slot in waiting)
+    assert len(core._deadlines) == len(requests)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_totals_are_those_of_what_is_here_after_any_sequence(
+    model_store: Path, items: list[ItemTokens], seed: int
+) -> None:
+    draw, clock = random.Random(seed), Clock()
+    options = EngineOptions(batch_items=4)
+    async with loaded(model_store, items, options, clock=clock) as front:
+        core, asked = front.core, list[int]()
+        async with running(core):
+            for _ in range(150):
+                match draw.choice(["ask", "ask", "cancel", "pass", "tick"]):
+                    case "ask":
+                        seconds = draw.choice([5.0, 1e6])
+                        asked.append(front.ask(draw.choice([1, 2, 20]), seconds))
+                    case "cancel" if asked:
+                        front.cancel(draw.choice(asked))
+                    case "pass":
+                        await asyncio.sleep(draw.choice([0, 0.002]))
+                    case "tick":
+                        clock.now += draw.choice([0.5, 6.0])
+                check_totals(core)
+            clock.now += 1.0
+            await until(lambda: not core._requests, "the last answer")
+            await until(lambda: not core._running, "the last pass")
+        check_totals(core)
+        assert core.queued_seconds == 0.0
+        assert core._queues == {}
+        kinds = {type(told) for told in front.replies.values()}
+        assert kinds == {Done, Answer, Expired}
+
+
+async def test_requests_that_are_given_up_leave_nothing_and_others_are_answered(
+    model_store: Path, items: list[ItemTokens]
+) -> None:
+    clock = Clock()
+    async with (
+        loaded(model_store, items, EngineOptions(), clock=clock) as front,
+        running(front.core),
+    ):
+        with held(front.core):
+            kept, left = [], []
+            for _ in range(100):
+                kept.append(front.ask(1))
+                left.append(front.ask(3))
+            for number in left:
+                front.cancel(number)
+            front.cancel(12345)
+            check_totals(front.core)
+        await until(lambda: all(number in front.replies for number in kept), "answers")
+        assert not set(left) & set(front.replies)
+        check_totals(front.core)
+        assert front.core.queued_seconds == 0.0
+
+
+def short_of_memory(run: Callable[..., Any], room: list[int]) -> Callable[..., Any]:
+    """Let a pass fail whose batch has more items than there is room for."""
+
+    def call(packed: PackedTokens, *arguments: Any) -> Any:
+        if len(packed.lengths) > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(packed, *arguments)
+
+    return call
+
+
+async def test_batches_grow_again_when_memory_is_there_again(
+    model_store: Path, items: list[ItemTokens]
+) -> None:
+    async with loaded(model_store, items, EngineOptions(batch_items=8)) as front:
+        core = front.core
+        network, room = core.models[KEY].network, [2]
+        sizes: list[int] = []
+        with _replaced(network, run=short_of_memory(network.run, room)):
+            async with running(core):
+                for _ in range(12):
+                    if len(sizes) == 2:
+                        room[0] = 100
+                    number = front.ask(120, heads=HEADS)
+                    await until(lambda n=number: n in front.replies, "answers")  # type: ignore[misc]
+                    sizes.append(core.batch_items)
+    assert sizes[1] <= 3
+    assert sizes[2:] == sorted(sizes[2:])
+    assert sizes[-1] == 8
+    answers = [told for told in front.replies.values() if isinstance(told, Answer)]
+    assert len(answers) == 12
+    assert not any(item.error for answer in answers for item in answer.items)
+
+
+LOST = "CUDA error: an illegal memory access was encountered"
+
+
+class LostDevice:
+    """A device that is lost in a pass; a probe tells."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def run(self, *_: Any) -> Any:
+        self.passes += 1
+        raise RuntimeError(LOST)
+
+    def probe(self) -> None:
+        if self.passes:
+            raise RuntimeError(LOST)
+
+
+async def test_a_lost_device_ends_the_engine_at_once_and_no_text_is_blamed(
+    model_store: Path, items: list[ItemTokens]
+) -> None:
+    device, codes = LostDevice(), list[int]()
+    async with loaded(model_store, items, EngineOptions(), probe=device.probe) as front:
+        network = front.core.models[KEY].network
+        with _replaced(network, run=device.run):
+            for _ in range(192):
+                front.ask(1, heads=HEADS)
+            async with asyncio.timeout(20):
+                await EngineServer(front.core, exit=codes.append).work()
+    assert codes == [EXIT_CODE]
+    assert device.passes == 1
+    assert set(front.replies) == {0}
+
+
+async def test_a_device_that_is_lost_while_a_model_loads_ends_the_engine(
+    model_store: Path, items: list[ItemTokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, codes = LostDevice(), list[int]()
+    async with loaded(model_store, items, EngineOptions(), probe=device.probe) as front:
+        monkeypatch.setattr("service.engine.core.load_model", device.run)
+        working = asyncio.create_task(EngineServer(front.core, exit=codes.append).work())
+        front.core.receive(Load(7, "another/1"), front.reply)
+        async with asyncio.timeout(20):
+            await working
+    assert codes == [EXIT_CODE]
+    assert isinstance(front.replies[7], Failed)
+
+
+async def test_a_text_that_fails_on_a_working_device_fails_alone(
+    model_store: Path, items: list[ItemTokens]
+) -> None:
+    async with loaded(model_store, items, EngineOptions()) as front:
+        network = front.core.models[KEY].network
+        run, longest = network.run, max(len(item.ids) // 4 for item in items)
+
+        def poisoned(packed: PackedTokens, *arguments: Any) -> Any:
+            if longest in packed.lengths:
+                raise RuntimeError("CUDA error: invalid argument")
+            return run(packed, *arguments)
+
+        with _replaced(network, run=poisoned):
+            async with running(front.core):
+                number = front.ask(len(items), heads=HEADS)
+                await until(lambda: number in front.replies, "answers")
+    answer = front.replies[number]
+    assert isinstance(answer, Answer)
+    failed: Sequence[bool] = [bool(item.error) for item in answer.items]
+    assert failed == [len(item.ids) // 4 == longest for item in items]
+
+
+async def test_a_full_queue_counts_what_waits_and_what_runs(
+    model_store: Path, items: list[ItemTokens]
+) -> None:
+    options = EngineOptions(max_queue_items=10)
+    async with loaded(model_store, items, options) as front, running(front.core):
+        with held(front.core):
+            first = front.ask(4)
+            await until(lambda: front.core._running == 4, "a pass")
+            second, third = front.ask(6), front.ask(1)
+            assert isinstance(front.replies[third], Refused)
+            front.cancel(second)
+            fourth = front.ask(6)
+        await until(lambda: {first, fourth} <= set(front.replies), "answers")
+    assert isinstance(front.replies[fourth], Answer)

@@ -1,0 +1,66 @@
+"""`budgetformer serve`, where one engine loses its device in its first batch.
+
+The first engine that computes a batch creates the file named by LOST_DEVICE; from then on all its
+passes fail as on a GPU after an illegal memory access, and so does the probe. Other engines, and
+the one that replaces it, compute.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+ERROR = "CUDA error: an illegal memory access was encountered"
+
+
+def serve() -> None:
+    """Run the command line, with engines that come from this file."""
+    from service import supervisor
+    from service.cli import main
+
+    original = supervisor.child_command
+
+    def command(module: str, *arguments: str) -> list[str]:
+        if module == "service.engine":
+            return [sys.executable, __file__, *arguments]
+        return original(module, *arguments)
+
+    supervisor.child_command = command  # type: ignore[attr-defined]
+    main()
+
+
+def engine() -> None:
+    """Run the fork server and its engines."""
+    from budgetformer import cascade
+    from budgetformer.cascade import Work
+    from budgetformer.compact import PackedPass
+    from service.engine import core
+    from service.engine.__main__ import main
+
+    run, probe = cascade.run, core.probe_device
+    lost: list[bool] = []
+
+    def failing_run(network: PackedPass, items: Sequence[Work]) -> None:
+        if not lost:
+            try:
+                os.close(os.open(os.environ["LOST_DEVICE"], os.O_CREAT | os.O_EXCL))
+                lost.append(True)
+            except FileExistsError:
+                lost.append(False)
+        if lost[0]:
+            raise RuntimeError(ERROR)
+        run(network, items)
+
+    def failing_probe(device: str) -> None:
+        if lost and lost[0]:
+            raise RuntimeError(ERROR)
+        probe(device)
+
+    cascade.run = failing_run
+    core.probe_device = failing_probe  # type: ignore[attr-defined]
+    main()
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1] == "serve" else engine()
