@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-Precision = Literal["auto", "float32", "bfloat16", "int8"]
-"""Of the matrix products; "auto" times them as a model loads and takes the fastest.
+Precision = Literal["auto", "fastest", "float32", "bfloat16", "int8"]
+"""Of the matrix products.
 
-int8 needs ranges of states, which a checkpoint holds since it was calibrated.
+auto: chosen by what the device and the checkpoint are capable of, the same at every start.
+fastest: chosen by timing all of them as the model loads.
+int8: needs ranges of states, which a checkpoint holds since it was calibrated.
 """

@@ -107,8 +107,10 @@ def _threads(settings: Settings) -> Finding:
 def _dtype(settings: Settings) -> Finding:
     import torch
 
+    from budgetformer.compact.linear import can_multiply_bfloat16
+
     if settings.resolved_device() == "cuda":
-        known = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+        known = not torch.cuda.is_available() or can_multiply_bfloat16(torch.device("cuda"))
         found = f"{settings.dtype}; the GPU {'has' if known else 'has no'} bfloat16"
         state: Literal["ok", "warn", "fail"] = (
             "ok" if known or settings.dtype != "bfloat16" else "warn"
@@ -117,16 +119,21 @@ def _dtype(settings: Settings) -> Finding:
             state, found = "fail", "int8 is for processors"
         return Finding("dtype", state, found, None if state == "ok" else "--dtype auto")
     flags = cpu_flags()
-    fast = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
-    has = f"the processor has {', '.join(fast) if fast else 'no bfloat16 instructions'}"
-    if settings.dtype == "bfloat16" and not fast:
-        return Finding("dtype", "warn", f"bfloat16; {has}", "--dtype auto: float32 is faster here")
-    if settings.dtype in ("float32", "int8") and fast:
-        return Finding(
-            "dtype", "warn", f"{settings.dtype}; {has}", "--dtype auto times and takes the fastest"
-        )
-    if settings.dtype == "int8" and "avx2" not in flags:
-        return Finding("dtype", "fail", "int8; the processor has no AVX2", "--dtype auto")
+    amx, avx2 = "amx_bf16" in flags, "avx2" in flags
+    has = f"the processor has {'AMX' if amx else 'AVX2, but no AMX' if avx2 else 'no AVX2'}"
+    if settings.dtype == "auto":
+        chosen = "bfloat16" if amx else "int8, float32 without ranges of states"
+        return Finding("dtype", "ok", f"auto: {chosen if amx or avx2 else 'float32'}; {has}")
+    if settings.dtype == "fastest":
+        advice = "--dtype auto: timing may choose otherwise, and give other answers, at a restart"
+        return Finding("dtype", "warn", f"fastest; {has}", advice)
+    if settings.dtype == "bfloat16" and not amx:
+        return Finding("dtype", "warn", f"bfloat16; {has}", "--dtype auto: bfloat16 is slow here")
+    if settings.dtype in ("float32", "int8") and amx:
+        advice = "--dtype auto: bfloat16 is the fastest here"
+        return Finding("dtype", "warn", f"{settings.dtype}; {has}", advice)
+    if settings.dtype == "int8" and not avx2:
+        return Finding("dtype", "fail", f"int8; {has}", "--dtype auto")
     return Finding("dtype", "ok", f"{settings.dtype}; {has}")
 
 

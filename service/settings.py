@@ -137,7 +137,8 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the engines compute; auto takes a GPU if there is one."""
     dtype: Precision = "auto"
-    """Precision of the matrix products; auto times them as a model loads and takes the fastest."""
+    """Precision of the matrix products. auto chooses by the device's and the checkpoint's
+    capabilities, the same at every start; fastest times all of them as a model loads."""
     threads_per_engine: int = Field(default=1, ge=1, le=256)
     """Threads of one engine's passes."""
     quality: Literal["auto", "fast", "balanced", "best"] | float = "auto"

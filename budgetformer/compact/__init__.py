@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from budgetformer.compact.choice import fastest_pass
+from budgetformer.compact.choice import auto_pass, fastest_pass, make_pass
 from budgetformer.compact.linear import PRECISIONS, can_multiply_int8
 from budgetformer.compact.observed import measure_ranges
 from budgetformer.compact.packed import Arrival, PackedPass, PackedTokens, PassResult
@@ -35,8 +35,8 @@ def load_pass(
 
     Args:
         model: the network.
-        precision: of its matrix products, one of `PRECISIONS`, or "auto", whichever is fastest
-            here.
+        precision: of its matrix products: one of `PRECISIONS`; "auto", chosen by capability (see
+            `choose_precision`); or "fastest", chosen by timing.
         ranges: of each layer's states (`measure_ranges`); without them there is no int8.
 
     Raises:
@@ -44,13 +44,14 @@ def load_pass(
     """
     if precision not in get_args(Precision):
         raise ValueError(
-            f"unknown precision {precision!r}; there are: auto, {', '.join(PRECISIONS)}"
+            f"unknown precision {precision!r}; there are: auto, fastest, {', '.join(PRECISIONS)}"
         )
     if precision == "auto":
-        some = [name for name in PRECISIONS if name != "int8" or ranges]
-        return fastest_pass(model, some, ranges)
+        return auto_pass(model, ranges)
+    if precision == "fastest":
+        return fastest_pass(model, ranges)
     if precision == "int8" and not ranges:
         raise ValueError("int8 needs ranges of states, which `budgetformer calibrate` measures")
     if precision == "int8" and not can_multiply_int8(model.where):
         raise ValueError("int8 is for x86 processors with AVX2")
-    return fastest_pass(model, [precision], ranges)
+    return make_pass(model, precision, ranges)

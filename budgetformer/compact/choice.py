@@ -1,4 +1,10 @@
-"""Choose the pass that runs a network fastest on the machine at hand."""
+"""Choose the precision in which a network's pass multiplies on this machine.
+
+`auto` chooses by what is known before anything runs: the device, the processor's instructions, the
+number of weights, and whether the checkpoint has ranges of states. The same checkpoint on the same
+machine thus gets the same precision, and the same text the same answer, after every start.
+`fastest` times the pass in every precision instead, which may choose differently at another start.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,12 @@ from collections.abc import Sequence
 
 import torch
 
-from budgetformer.compact.linear import lay_out, worth_a_try
+from budgetformer.compact.linear import (
+    can_multiply_bfloat16,
+    can_multiply_int8,
+    has_amx,
+    lay_out,
+)
 from budgetformer.compact.packed import PackedPass, PackedTokens
 from budgetformer.cost import Sizes
 from budgetformer.modules import SequenceClassifier
@@ -18,14 +29,24 @@ BATCHES = ((40,), (40,) * 8)
 ROUNDS = 5
 GAIN = 1.2
 """A lower precision must be so many times as fast as float32, or it is not worth its error."""
-FEWEST_WEIGHTS = 2**20
-"""An encoder with fewer gains nothing: its time is that of the calls."""
+MIN_WEIGHTS = 2**20
+"""An encoder with fewer weights gains nothing: its time is that of the calls."""
 
 
 def make_pass(
-    model: SequenceClassifier, precision: str, ranges: Sequence[LayerRanges] = ()
+    model: SequenceClassifier,
+    precision: str,
+    ranges: Sequence[LayerRanges] = (),
+    timed: bool = False,
 ) -> PackedPass:
-    """Return the pass of a network in one precision, where its weights are."""
+    """Return the pass of a network in one precision, on the device of its weights.
+
+    Args:
+        model: the network.
+        precision: of its products.
+        ranges: of its states, which int8 needs.
+        timed: on a GPU, time the variants of the kernels instead of choosing them by size.
+    """
     if precision == "int8":
         sizes = Sizes.of(model.config)
         alike = sizes.picks_heads or sizes.layerwise
@@ -36,28 +57,66 @@ def make_pass(
     from budgetformer.compact.graphs import GraphedPass
     from budgetformer.compact.kernels import gpu
 
-    return GraphedPass(model, precision, gpu)
+    return GraphedPass(model, precision, gpu, timed)
 
 
-def fastest_pass(
-    model: SequenceClassifier, precisions: Sequence[str], ranges: Sequence[LayerRanges]
-) -> PackedPass:
+def choose_precision(device: torch.device, weights: int, ranges: bool) -> tuple[str, str]:
+    """Return the precision that `auto` stands for, and the reason in words.
+
+    Args:
+        device: where the network is.
+        weights: how many weights its encoder has.
+        ranges: whether the ranges of its states are known.
+    """
+    if weights < MIN_WEIGHTS:
+        return "float32", f"the encoder has fewer than {MIN_WEIGHTS:,} weights"
+    if device.type == "cuda":
+        has = can_multiply_bfloat16(device)
+        return ("bfloat16" if has else "float32"), f"the GPU has {'' if has else 'no '}bfloat16"
+    if has_amx():
+        return "bfloat16", "the processor has AMX"
+    if not can_multiply_int8(device):
+        return "float32", "the processor has neither AMX nor AVX2"
+    if not ranges:
+        return "float32", "the checkpoint has no ranges of states for int8"
+    return "int8", "the checkpoint has ranges of states, and the processor AVX2 without AMX"
+
+
+def auto_pass(model: SequenceClassifier, ranges: Sequence[LayerRanges]) -> PackedPass:
+    """Return the pass in the precision that capability says, as `choose_precision` does."""
+    precision, reason = choose_precision(model.where, _weights(model), bool(ranges))
+    chosen = make_pass(model, precision, ranges)
+    chosen.precision_reason = reason
+    return chosen
+
+
+def fastest_pass(model: SequenceClassifier, ranges: Sequence[LayerRanges]) -> PackedPass:
     """Time the pass in each precision on made-up texts at the middle step, and return the best.
 
-    A fraction of a second, for a small encoder on a CPU.
+    A few seconds, for a small encoder on a CPU.
     """
-    if sum(p.numel() for p in model.encoder.layers.parameters()) < FEWEST_WEIGHTS:
-        precisions = precisions[:1]
-    if len(precisions) > 1:
-        precisions = [name for name in precisions if worth_a_try(name, model.where)]
-    there = [make_pass(model, precision, ranges) for precision in precisions]
-    if len(there) == 1:
-        return there[0]
-    seconds = _time(there)
-    best, least = min(zip(there, seconds, strict=True), key=lambda pair: pair[1])
-    chosen = best if seconds[0] / least >= GAIN else there[0]
-    chosen.forget()
+    precisions = ["float32"]
+    if _weights(model) >= MIN_WEIGHTS:
+        if can_multiply_bfloat16(model.where):
+            precisions.append("bfloat16")
+        if ranges and can_multiply_int8(model.where):
+            precisions.append("int8")
+    candidates = [make_pass(model, precision, ranges, timed=True) for precision in precisions]
+    if len(candidates) == 1:
+        chosen, reason = candidates[0], "no other precision comes into question"
+    else:
+        seconds = _time(candidates)
+        best, least = min(zip(candidates, seconds, strict=True), key=lambda pair: pair[1])
+        chosen = best if seconds[0] / least >= GAIN else candidates[0]
+        times = zip(precisions, seconds, strict=True)
+        reason = "timed: " + ", ".join(f"{name} {1000 * own:.1f} ms" for name, own in times)
+        chosen.forget()
+    chosen.precision_reason = reason
     return chosen
+
+
+def _weights(model: SequenceClassifier) -> int:
+    return sum(p.numel() for p in model.encoder.layers.parameters())
 
 
 def _time(passes: list[PackedPass]) -> list[float]:

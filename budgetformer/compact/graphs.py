@@ -52,7 +52,10 @@ kernels are compiled for.
 WARM_TOKENS = 64
 
 TIMED = 5
-"""Times that each way to run a pass is timed."""
+"""Times that each variant of a pass is timed."""
+MAX_FUSED_COLUMNS = 64
+"""Columns of the kept heads up to which fused layers are the faster ones; on an H200, with heads of
+32 columns, they were with two heads at nearly all sizes and with three heads at none."""
 
 _recording = threading.Lock()
 """CUDA records one graph at a time."""
@@ -147,12 +150,21 @@ class GraphedPass(PackedPass):
         model: the network, on the device.
         precision: of matrix products and states, "float32" or "bfloat16".
         kernels: `kernels.gpu`.
+        timed: choose the variant of a recorded pass by timing, not by its size. Variants round
+            differently, so the same text may get other last digits after a restart.
     """
 
-    def __init__(self, model: SequenceClassifier, precision: str, kernels: JoiningKernels) -> None:
+    def __init__(
+        self,
+        model: SequenceClassifier,
+        precision: str,
+        kernels: JoiningKernels,
+        timed: bool = False,
+    ) -> None:
         super().__init__(model, precision, kernels)
         self.kernels: JoiningKernels = kernels
         self._dtype: torch.dtype = getattr(torch, precision)
+        self._timed = timed
         self._classes = self.config.num_classes
         self._programs: OrderedDict[tuple[int, Size], Program] = OrderedDict()
         self._ways: dict[tuple[int, Size], list[Layers]] = {}
@@ -239,10 +251,9 @@ class GraphedPass(PackedPass):
         return found
 
     def _record(self, step: int, size: Size) -> Program:
-        """Record a pass in every way that there is, and keep the fastest.
+        """Record a pass in the variant for its size, or in all variants to keep the fastest.
 
-        Which it is depends on the card, and on how many rows and heads there are; once it is known,
-        it is known.
+        The fastest one is cached per step and size.
         """
         plan = enumerate([] if step == ARRIVAL else self._plan(step))
         slices = {i: self._slices.get(i, self._first[heads]) for i, heads in plan if heads}
@@ -250,18 +261,27 @@ class GraphedPass(PackedPass):
         for way in self._ways.get((step, size)) or self._all_ways(slices, size):
             with suppress(OutOfResources):  # of shared memory some cards have less
                 programs.append((way, self._record_way(step, size, slices, way)))
+                if not self._timed:
+                    break
         way, program = programs[_fastest([program for _, program in programs])]
         self._ways[step, size] = [way]
         return program
 
     def _all_ways(self, slices: Slices, size: Size) -> list[Layers]:
-        """Return the ways to run some layers; without a card, where time says nothing, the last."""
-        ways: list[Layers] = [self._apart]
-        if self._can_join(slices):
-            ways.append(self._joined)
-            if size.rows > self._wave:
-                ways.append(partial(self._joined, paired=True))
-        return ways if self._memory is not None else ways[-1:]
+        """Return the variants that can run some layers, the one for this size first.
+
+        Layers of few heads are fused: their products take less time than to write and read what
+        lies between them. Where that does not fit the card, the next variant is taken.
+        """
+        if not self._can_join(slices):
+            return [self._apart]
+        fused: list[Layers] = [self._joined]
+        if size.rows > self._wave:
+            fused.insert(0, partial(self._joined, paired=True))
+        columns = self.sizes.head_size * max(kept.heads for kept in slices.values())
+        if self._memory is not None and columns > MAX_FUSED_COLUMNS:
+            return [self._apart, *fused]
+        return [*fused, self._apart]
 
     def _record_way(self, step: int, size: Size, slices: Slices, layers: Layers) -> Program:
         host = torch.empty(sum(size.parts), dtype=torch.int32)

@@ -183,6 +183,7 @@ class PackedPass:
         self.config = model.config
         self.encoder = model.encoder
         self.precision = precision
+        self.precision_reason = "as configured"
         # Plain values of our own: to read a Transformers configuration takes microseconds.
         self.sizes = Sizes.of(self.config)
         self._layers = self.encoder.encoder_layers

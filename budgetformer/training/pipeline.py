@@ -410,7 +410,7 @@ def _calibrate(
     # With soft gates f_o was trained together with the network.
     if recipe.gating == "hard" and recipe.fixed_share is None:
         _teach_controllers(model, out_of_fold, (tokens, seen), (unseen_tokens, unseen), recipe)
-    # The checkpoint holds 16-bit weights and is served in the fastest precision: calibrate that.
+    # The checkpoint holds 16-bit weights and is served in this precision by default.
     model.half().float()
     ranges = ranges_of_states(model, unseen_tokens)
     network = load_pass(model, "auto", ranges)

@@ -29,7 +29,7 @@ def tune(
     ],
     model: ModelOption = None,
     dtype: Annotated[
-        Precision, typer.Option(help="Precision of the pass; auto takes the fastest here.")
+        Precision, typer.Option(help="Precision of the pass; auto: the one that engines use.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Threads of an engine.")] = 1,

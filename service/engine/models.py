@@ -92,6 +92,7 @@ def load_model(
         model=checkpoint.label,
         seconds=round(seconds, 3),
         dtype=network.precision,
+        dtype_reason=network.precision_reason,
     )
     return LoadedModel(checkpoint, network, info, _costs(checkpoint, network, tables))
 
@@ -99,12 +100,11 @@ def load_model(
 def _load(
     checkpoint: Checkpoint, device: str, precision: Precision, shared: Path | None
 ) -> PackedPass:
-    """Load a network; of several engines the first chooses its precision, and the others follow.
+    """Load a network; with `fastest` the first of several engines times, and the others follow.
 
-    By themselves two might choose differently, and hold the weights twice; and they would be timed
-    while the other one is busy.
+    Otherwise two engines might choose differently, and would be timed while the other is busy.
     """
-    if precision != "auto" or shared is None:
+    if precision != "fastest" or shared is None:
         return load_network(checkpoint, device, precision)
     name = hashlib.sha256(checkpoint.manifest.model_dump_json().encode()).hexdigest()
     with (shared / f"{name}-precision").open("a+") as choice:

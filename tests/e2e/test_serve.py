@@ -164,6 +164,26 @@ def test_with_every_engine_killed_the_answer_is_503_until_one_is_back(running: S
     assert httpx.post(f"{running.url}/classify", json={"input": TEXT}).status_code == 200
 
 
+def test_the_same_text_gets_the_same_bits_in_every_engine_and_after_a_restart(
+    running: Server,
+) -> None:
+    bodies = [{"input": TEXT, "heads": heads} for heads in (0, 1, 4)]
+
+    def answers() -> list[str]:
+        with httpx.Client(base_url=running.url, timeout=60) as client:
+            # Both engines are asked, in turn.
+            given = [client.post("/classify", json=body) for body in bodies for _ in range(2)]
+        return [json.dumps(response.json()["data"]) for response in given]
+
+    before = answers()
+    assert before[::2] == before[1::2]
+    for pid in running.engines().values():
+        psutil.Process(pid).kill()
+    wait_until(lambda: not running.ready(), "the loss of readiness")
+    running.wait_ready(engines=2)
+    assert answers() == before
+
+
 def test_a_hung_engine_is_replaced_and_what_it_held_is_answered_by_another(
     model_store: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from service.engine.client import (
     DeadlineError,
     EngineDownError,
     EngineFailedError,
+    Engines,
     Event,
     Job,
     NotLoadedError,
@@ -270,3 +271,37 @@ async def test_work_goes_to_the_engine_with_the_least_in_flight() -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_engines_with_equally_much_in_flight_take_turns() -> None:
+    scripted = [ScriptedEngine(answers) for _ in range(3)]
+    async with engines(*scripted) as held:
+        for _ in range(9):
+            await held.classify(job())
+    assert [engine.asked for engine in scripted] == [3, 3, 3]
+
+
+async def test_one_that_is_gone_does_not_break_the_turns_of_the_others() -> None:
+    scripted = [ScriptedEngine(answers) for _ in range(3)]
+    async with engines(*scripted) as held:
+        held.clients[1].models = {}
+        for _ in range(8):
+            await held.classify(job())
+    assert [engine.asked for engine in scripted] == [4, 0, 4]
+
+
+async def test_the_first_requests_of_several_frontends_go_to_different_engines() -> None:
+    scripted = [ScriptedEngine(answers) for _ in range(4)]
+    async with engines(*scripted) as held:
+        sockets = [client._place for client in held.clients if isinstance(client._place, Path)]
+        fronts = [Engines(sockets, first=index) for index in range(6)]
+        async with AsyncExitStack() as stack:
+            for front in fronts:
+                front.start()
+                stack.push_async_callback(front.stop)
+            await until(lambda: all(len(front.alive) == 4 for front in fronts), "hellos")
+            for front in fronts:
+                for client in front.clients:
+                    client.models = {KEY: ModelInfo(*KEY, 0.1, 100, "float32")}
+                await front.classify(job())
+    assert [engine.asked for engine in scripted] == [2, 2, 1, 1]

@@ -21,6 +21,7 @@ from budgetformer.compact import (
 from budgetformer.compact import choice as choice_module
 from budgetformer.compact import linear as linear_module
 from budgetformer.compact import weights as weights_module
+from budgetformer.compact.choice import MIN_WEIGHTS, choose_precision
 from budgetformer.cost import MacCounter, decision_macs, encoder_macs
 from budgetformer.modeling import BudgetFormerForSequenceClassification
 from tests.support.networks import (
@@ -42,6 +43,8 @@ from tests.support.networks import (
 Network = BudgetFormerForSequenceClassification
 
 
+LARGE = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
+"""Sizes of a network for which a lower precision may pay."""
 BFLOAT16_BOUND = 0.05
 """Of random networks' logits in bfloat16; their states are of the order of 1."""
 
@@ -425,32 +428,73 @@ def test_a_warm_pass_answers_as_a_cold_one(precision: str, coupled: bool) -> Non
     assert torch.equal(compact.run(pack(items), steps).logits, cold.logits)
 
 
-def test_a_small_network_is_fastest_as_it_is() -> None:
-    assert load_pass(random_network(small_config()), "auto").precision == "float32"
+@pytest.mark.parametrize("precision", ["auto", "fastest"])
+def test_a_small_network_runs_in_float32(precision: str) -> None:
+    assert load_pass(random_network(small_config()), precision).precision == "float32"
 
 
 def test_the_fastest_precision_of_a_larger_one_is_one_of_them() -> None:
-    config = small_config(hidden_size=256, intermediate_size=2048, num_attention_heads=4)
-    chosen = load_pass(random_network(config), "auto")
+    chosen = load_pass(random_network(small_config(**LARGE)), "fastest")
     assert chosen.precision in PRECISIONS
     assert not list(chosen._slices._slices)  # what was laid out to be timed is let go
 
 
 @pytest.mark.parametrize("has", [True, False])
-def test_what_a_processor_lacks_is_not_even_tried(
-    monkeypatch: pytest.MonkeyPatch, has: bool
-) -> None:
-    config = small_config(hidden_size=256, intermediate_size=2048, num_attention_heads=4)
+def test_what_a_processor_lacks_is_not_timed(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
     tried: list[str] = []
 
-    def make_pass(model: Network, precision: str, _: object) -> PackedPass:
+    def make_pass(model: Network, precision: str, *_: object, **__: object) -> PackedPass:
         tried.append(precision)
         return PackedPass(model)
 
     monkeypatch.setattr(linear_module, "_has_bfloat16", lambda: has)
     monkeypatch.setattr(choice_module, "make_pass", make_pass)
-    load_pass(random_network(config), "auto")
+    load_pass(random_network(small_config(**LARGE)), "fastest")
     assert ("bfloat16" in tried) == has
+
+
+def test_auto_never_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice_module, "_time", None)
+    network = random_network(small_config(**LARGE))
+    chosen = {load_pass(network, "auto").precision for _ in range(3)}
+    assert len(chosen) == 1
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx2", "ranges", "weights", "expected"),
+    [
+        (True, True, True, MIN_WEIGHTS, "bfloat16"),
+        (True, True, False, MIN_WEIGHTS, "bfloat16"),
+        (False, True, True, MIN_WEIGHTS, "int8"),
+        (False, True, False, MIN_WEIGHTS, "float32"),
+        (False, False, True, MIN_WEIGHTS, "float32"),
+        (True, True, True, MIN_WEIGHTS - 1, "float32"),
+    ],
+)
+def test_auto_follows_from_capabilities(
+    monkeypatch: pytest.MonkeyPatch,
+    amx: bool,
+    avx2: bool,
+    ranges: bool,
+    weights: int,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(choice_module, "has_amx", lambda: amx)
+    monkeypatch.setattr(choice_module, "can_multiply_int8", lambda _: avx2)
+    precision, reason = choose_precision(torch.device("cpu"), weights, ranges)
+    assert precision == expected
+    assert reason
+
+
+@pytest.mark.parametrize(("has", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has: bool, expected: str) -> None:
+    monkeypatch.setattr(choice_module, "can_multiply_bfloat16", lambda _: has)
+    assert choose_precision(torch.device("cuda"), MIN_WEIGHTS, True)[0] == expected
+
+
+def test_what_torch_says_of_the_processor() -> None:
+    assert "amx_bf16" in torch.cpu.get_capabilities()
+    assert linear_module.has_amx() == torch.cpu.get_capabilities()["amx_bf16"]
 
 
 def test_memory_grows_with_what_is_laid_out() -> None:

@@ -53,8 +53,8 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "NORMED_ROWS", 32)
 
 
-def graphed(network: Network) -> GraphedPass:
-    return GraphedPass(network, "float32", gpu)
+def graphed(network: Network, timed: bool = False) -> GraphedPass:
+    return GraphedPass(network, "float32", gpu, timed)
 
 
 @torch.no_grad()
@@ -179,7 +179,7 @@ def test_the_fastest_way_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_size_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    compact, tokens = graphed(random_network(SMALL)), pack(random_items([5]))
+    compact, tokens = graphed(random_network(SMALL), timed=True), pack(random_items([5]))
     monkeypatch.setattr(compact, "_all_ways", lambda *_: [compact._apart, compact._joined])
     timed: list[int] = []
     monkeypatch.setattr(graphs, "_fastest", lambda those: timed.append(len(those)) or 0)
@@ -190,13 +190,27 @@ def test_a_size_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(compact._ways.values()) == [[compact._apart]]
 
 
-def test_a_way_that_a_card_has_no_room_for_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_default_the_size_says_which_way_is_kept_and_nothing_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compact = graphed(random_network(SMALL))
+    timed: list[int] = []
+    monkeypatch.setattr(graphs, "_fastest", lambda those: timed.append(len(those)) or 0)
+    for lengths in ([5], [9, 3], [12] * 6):
+        compact.run(pack(random_items(lengths)), [2] * len(lengths))
+    assert set(timed) == {1}
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_a_way_that_a_card_has_no_room_for_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, timed: bool
+) -> None:
     def too_large(*_: object) -> torch.Tensor:
         raise OutOfResources(200, 100, "shared memory")
 
     network, items = random_network(SMALL), random_items([5])
-    compact = graphed(network)
-    monkeypatch.setattr(compact, "_all_ways", lambda *_: [compact._apart, too_large])
+    compact = graphed(network, timed)
+    monkeypatch.setattr(compact, "_all_ways", lambda *_: [too_large, compact._apart])
     assert_close(compact.run(pack(items), [2]).logits, reference(network, items, [2]))
 
 

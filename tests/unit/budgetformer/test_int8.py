@@ -220,17 +220,23 @@ def test_a_state_far_beyond_stands_apart(selection: str) -> None:
     assert error(network, items, ranges) < 0.5 * error(network, items, together)
 
 
-@pytest.mark.parametrize(("bfloat16", "ranges"), [(False, True), (True, True), (False, False)])
-def test_it_is_tried_where_there_are_ranges_and_no_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, bfloat16: bool, ranges: bool
-) -> None:
+@pytest.mark.parametrize("ranges", [True, False])
+def test_it_is_timed_where_there_are_ranges(monkeypatch: pytest.MonkeyPatch, ranges: bool) -> None:
     network = random_network(small_config(**LARGE))
     measured = measure_ranges(network, [pack(random_items([5]))]) if ranges else ()
-    monkeypatch.setattr(linear_module, "_has_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(linear_module, "_has_bfloat16", lambda: False)
     # Each pass takes less time than the one before.
     monkeypatch.setattr(choice_module, "_time", lambda passes: [0.5**i for i in range(len(passes))])
-    expected = "bfloat16" if bfloat16 else "int8" if ranges else "float32"
-    assert load_pass(network, "auto", measured).precision == expected
+    expected = "int8" if ranges else "float32"
+    assert load_pass(network, "fastest", measured).precision == expected
+
+
+def test_auto_takes_it_where_there_are_ranges_and_no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = random_network(small_config(**LARGE))
+    measured = measure_ranges(network, [pack(random_items([5]))])
+    monkeypatch.setattr(choice_module, "has_amx", lambda: False)
+    assert load_pass(network, "auto", measured).precision == "int8"
+    assert load_pass(network, "auto").precision == "float32"
 
 
 def test_copies_are_a_quarter_of_the_weights() -> None:

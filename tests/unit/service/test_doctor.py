@@ -153,7 +153,9 @@ def test_a_precision_that_the_processor_has_no_instructions_for(
         ({"avx2"}, "bfloat16", "warn"),
         ({"avx2"}, "auto", "ok"),
         ({"amx_bf16"}, "bfloat16", "ok"),
+        ({"avx2", "avx512_bf16"}, "bfloat16", "warn"),
         ({"amx_bf16"}, "float32", "warn"),
+        ({"avx2"}, "fastest", "warn"),
         ({"avx2"}, "int8", "ok"),
         ({"avx2", "amx_bf16"}, "int8", "warn"),
         ({"sse2"}, "int8", "fail"),
@@ -161,6 +163,17 @@ def test_a_precision_that_the_processor_has_no_instructions_for(
         monkeypatch.setattr(doctor, "cpu_flags", lambda flags=flags: flags)
         (finding,) = found("dtype", model_store, dtype=dtype)
         assert finding.state == state
+
+
+def test_what_auto_stands_for(model_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, precision in (
+        ({"avx2", "amx_bf16"}, "bfloat16;"),
+        ({"avx2", "avx512_bf16"}, "int8, float32 without ranges of states;"),
+        ({"sse2"}, "float32;"),
+    ):
+        monkeypatch.setattr(doctor, "cpu_flags", lambda flags=flags: flags)
+        (finding,) = found("dtype", model_store, dtype="auto")
+        assert finding.found.startswith(f"auto: {precision}")
 
 
 def test_int8_needs_ranges(copied_store: Path) -> None:
@@ -188,7 +201,7 @@ def test_a_gpu_needs_a_compiler_for_what_launches_its_kernels(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a card")
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.delenv("CC", raising=False)
     for compiler, header, missing in (

@@ -25,20 +25,20 @@ def test_steps_that_levels_use_are_laid_out(model_store: Path) -> None:
     assert laid_out == wanted - {()}
 
 
-def test_engines_of_one_server_compute_in_one_precision(
+def test_engines_that_are_timed_compute_in_one_precision(
     model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
 
     def load(checkpoint: Checkpoint, device: str, precision: str) -> PackedPass:
         asked.append(precision)
-        return load_network(checkpoint, device, "bfloat16" if precision == "auto" else "float32")
+        return load_network(checkpoint, device, "bfloat16" if precision == "fastest" else "float32")
 
     monkeypatch.setattr(models, "load_network", load)
     path = model_store / "topics" / "1"
     for _ in range(2):
-        models._load(read_checkpoint(path), "cpu", "auto", tmp_path)
-    assert asked == ["auto", "bfloat16"]
-    models._load(read_checkpoint(path), "cpu", "auto", None)
-    models._load(read_checkpoint(path), "cpu", "float32", tmp_path)
-    assert asked[2:] == ["auto", "float32"]
+        models._load(read_checkpoint(path), "cpu", "fastest", tmp_path)
+    assert asked == ["fastest", "bfloat16"]
+    models._load(read_checkpoint(path), "cpu", "fastest", None)
+    models._load(read_checkpoint(path), "cpu", "auto", tmp_path)
+    assert asked[2:] == ["fastest", "auto"]
