@@ -83,26 +83,40 @@ class _LaneQueue(Generic[Item]):
         self.by_bucket: dict[Hashable, Heap[Entry[Item]]] = {}
 
     def add(self, entry: Entry[Item]) -> None:
-        self.by_bucket.setdefault(entry.bucket, Heap()).push(entry.urgency, entry)
+        heap = self.by_bucket.get(entry.bucket)
+        if heap is None:
+            heap = self.by_bucket[entry.bucket] = Heap()
+        heap.push(entry.urgency, entry)
         self.price.add(entry.seconds)
 
     def discard(self, entry: Entry[Item]) -> bool:
         heap = self.by_bucket.get(entry.bucket)
         if heap is None or not heap.discard(entry):
             return False
-        self._removed(entry, heap)
-        return True
-
-    def pop(self, bucket: Hashable) -> Entry[Item]:
-        heap = self.by_bucket[bucket]
-        entry = heap.pop()
-        self._removed(entry, heap)
-        return entry
-
-    def _removed(self, entry: Entry[Item], heap: Heap[Entry[Item]]) -> None:
         self.price.subtract(entry.seconds)
         if not heap:
             del self.by_bucket[entry.bucket]
+        return True
+
+    def take(self, batch: list[Entry[Item]], bucket: Hashable, limit: float, items: int) -> float:
+        """Move the most urgent entries of a bucket into a batch; return their price.
+
+        The first entry of a batch always fits; further ones up to the price `limit`, and up to
+        `items` in the batch.
+        """
+        heap, seconds = self.by_bucket.get(bucket), 0.0
+        if heap is None:
+            return seconds
+        while heap and len(batch) < items:
+            entry = heap.first()[1]
+            if batch and seconds + entry.seconds > limit:
+                break
+            seconds += entry.seconds
+            batch.append(heap.pop())
+            self.price.subtract(entry.seconds)
+        if not heap:
+            del self.by_bucket[bucket]
+        return seconds
 
     def most_urgent(self) -> Hashable:
         """Return the bucket of the most urgent entry."""
@@ -174,28 +188,15 @@ class Buckets(Generic[Item]):
         bucket = lane.most_urgent()
         batch: list[Entry[Item]] = []
         limit = min(QUEUE_SHARE * lane.price.seconds, MAX_BATCHES * self.batch_seconds)
-        own = self._fill(batch, lane, bucket, max(self.batch_seconds, limit))
+        own = lane.take(batch, bucket, max(self.batch_seconds, limit), self.batch_items)
         constant = self._constant(bucket)
         lane.used += (own + constant) / lane.weight
         for other in lanes:
             if other is not lane and own < constant:
-                extra = self._fill(batch, other, bucket, constant)
+                extra = other.take(batch, bucket, constant, self.batch_items)
                 other.used += extra / other.weight
         self._removed(len(batch))
         return batch
-
-    def _fill(
-        self, batch: list[Entry[Item]], lane: _LaneQueue[Item], bucket: Hashable, limit: float
-    ) -> float:
-        """Move entries of a bucket into a batch until their price is `limit`; return the price."""
-        heap, seconds = lane.by_bucket.get(bucket), 0.0
-        while heap and len(batch) < self.batch_items:
-            if batch and seconds + heap.first()[1].seconds > limit:
-                break
-            entry = lane.pop(bucket)
-            seconds += entry.seconds
-            batch.append(entry)
-        return seconds
 
     def _removed(self, count: int) -> None:
         self._items -= count

@@ -44,10 +44,12 @@ class Heap(Generic[Item]):
         Raises:
             IndexError: the heap is empty.
         """
-        records = self._records
-        while self._live.get(records[0][2]) != records[0][1]:
+        records, live = self._records, self._live
+        while True:
+            key, number, item = records[0]
+            if live.get(item) == number:
+                return key, item
             heapq.heappop(records)
-        return records[0][0], records[0][2]
 
     def pop(self) -> Item:
         """Remove and return the item with the smallest key.
@@ -55,10 +57,12 @@ class Heap(Generic[Item]):
         Raises:
             IndexError: the heap is empty.
         """
-        _, item = self.first()
-        heapq.heappop(self._records)
-        del self._live[item]
-        return item
+        live = self._live
+        while True:
+            _, number, item = heapq.heappop(self._records)
+            if live.get(item) == number:
+                del live[item]
+                return item
 
     def discard(self, item: Item) -> bool:
         """Remove an item; return whether it was in the heap."""

@@ -22,8 +22,8 @@ class TotalSeconds:
 
     def add(self, seconds: float) -> None:
         """Add a duration."""
-        self._nanoseconds += round(seconds * NANOSECONDS)
+        self._nanoseconds += int(seconds * NANOSECONDS)
 
     def subtract(self, seconds: float) -> None:
         """Subtract a duration that was added before."""
-        self._nanoseconds -= round(seconds * NANOSECONDS)
+        self._nanoseconds -= int(seconds * NANOSECONDS)
