@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable, Iterator
-from itertools import count
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
@@ -16,27 +15,31 @@ MIN_REBUILD = 64
 class Heap(Generic[Item]):
     """Hold items in the order of their keys; items with equal keys keep the order of insertion.
 
-    Push, pop and discard take O(log n) time (amortized). A discarded item stays in the heap as a
-    stale record until it comes to the front, or until half of the records are stale and the heap
-    is rebuilt, so memory is bounded by twice the number of items.
+    Push, pop and discard take O(log n) time (amortized). The record of a discarded item, two
+    numbers without the item, stays until it comes to the front, or until half of the records are
+    stale and the heap is rebuilt, so memory is bounded.
     """
 
     def __init__(self) -> None:
-        self._records: list[tuple[float, int, Item]] = []
-        self._live: dict[Item, int] = {}
-        self._numbers = count()
+        self._records: list[tuple[float, int]] = []
+        """Keys, and the numbers that items got as they came."""
+        self._items: dict[int, Item] = {}
+        self._numbers: dict[Item, int] = {}
+        self._next = 0
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self._items)
 
     def __iter__(self) -> Iterator[Item]:
-        return iter(self._live)
+        return iter(self._items.values())
 
     def push(self, key: float, item: Item) -> None:
         """Insert an item, which must not be in the heap."""
-        number = next(self._numbers)
-        self._live[item] = number
-        heapq.heappush(self._records, (key, number, item))
+        number = self._next
+        self._next += 1
+        self._items[number] = item
+        self._numbers[item] = number
+        heapq.heappush(self._records, (key, number))
 
     def first(self) -> tuple[float, Item]:
         """Return the smallest key and its item.
@@ -44,12 +47,11 @@ class Heap(Generic[Item]):
         Raises:
             IndexError: the heap is empty.
         """
-        records, live = self._records, self._live
-        while True:
-            key, number, item = records[0]
-            if live.get(item) == number:
-                return key, item
+        records, items = self._records, self._items
+        while records[0][1] not in items:
             heapq.heappop(records)
+        key, number = records[0]
+        return key, items[number]
 
     def pop(self) -> Item:
         """Remove and return the item with the smallest key.
@@ -57,18 +59,18 @@ class Heap(Generic[Item]):
         Raises:
             IndexError: the heap is empty.
         """
-        live = self._live
-        while True:
-            _, number, item = heapq.heappop(self._records)
-            if live.get(item) == number:
-                del live[item]
-                return item
+        _, item = self.first()
+        _, number = heapq.heappop(self._records)
+        del self._items[number], self._numbers[item]
+        return item
 
     def discard(self, item: Item) -> bool:
         """Remove an item; return whether it was in the heap."""
-        if self._live.pop(item, None) is None:
+        number = self._numbers.pop(item, None)
+        if number is None:
             return False
-        if len(self._records) > max(2 * len(self._live), MIN_REBUILD):
-            self._records = [one for one in self._records if self._live.get(one[2]) == one[1]]
+        del self._items[number]
+        if len(self._records) > max(2 * len(self._items), MIN_REBUILD):
+            self._records = [record for record in self._records if record[1] in self._items]
             heapq.heapify(self._records)
         return True

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,7 +50,23 @@ def test_an_item_that_comes_back_has_its_new_key_alone() -> None:
     assert [heap.pop(), heap.pop()] == ["b", "a"]
 
 
-def test_discarded_items_are_not_kept() -> None:
+class Thing:
+    """Something that is freed when nobody holds it."""
+
+
+def test_discarded_items_are_freed_at_once() -> None:
+    heap: Heap[Thing] = Heap()
+    kept, given_up = Thing(), Thing()
+    heap.push(0.0, kept)
+    heap.push(1.0, given_up)
+    freed = weakref.ref(given_up)
+    heap.discard(given_up)
+    del given_up
+    assert freed() is None
+    assert heap.pop() is kept
+
+
+def test_what_is_left_of_discarded_items_is_bounded() -> None:
     heap: Heap[int] = Heap()
     heap.push(0.0, -1)
     for item in range(10_000):
