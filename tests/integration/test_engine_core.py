@@ -80,7 +80,7 @@ class Front:
 @pytest.fixture(scope="module")
 def items(model_store: Path) -> list[ItemTokens]:
     model = open_model(model_store / KEY[0] / str(KEY[1]))
-    return [ItemTokens(pack_ids(encoding.ids)) for encoding in model.encode(list(TEXTS))]
+    return [ItemTokens(pack_ids(tokens.ids)) for tokens in model.encoder.encode(TEXTS)]
 
 
 @asynccontextmanager
