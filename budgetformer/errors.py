@@ -21,6 +21,10 @@ class DataError(BudgetFormerError):
     """A data file cannot be read, or lacks a column, or holds a value that cannot be used."""
 
 
+class TrainingError(BudgetFormerError):
+    """A training run cannot go on, or its state belongs to another run."""
+
+
 class PolicyError(BudgetFormerError, ValueError):
     """A quality level or a budget was asked for that the checkpoint does not offer."""
 

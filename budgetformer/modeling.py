@@ -7,6 +7,9 @@ Shapes: B items, T tokens, D width, H heads, L layers, C labels.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -210,23 +213,32 @@ class BudgetFormerForSequenceClassification(  # type: ignore[misc]  # their conf
         return F.cross_entropy(logits, labels)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Transformers from printing reports and progress in this block."""
+    verbosity, shown = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
 def load_model(folder: Path) -> BudgetFormerForSequenceClassification:
     """Load the network of a checkpoint folder as a Transformers model, in float32.
 
     Raises:
         OSError: a file is missing or damaged.
     """
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
+    with quiet():
         model: BudgetFormerForSequenceClassification = (
             BudgetFormerForSequenceClassification.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
             )
         )
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
     return model
 
 

@@ -37,11 +37,24 @@ HASHED_LEFT, HASHED_RIGHT = 1_000_003, 7_919
 """What step 0's hash multiplies the ids of two neighbours by."""
 
 
+_TANH_GELU = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_python": F.gelu,
+    "gelu_new": _TANH_GELU,
+    "gelu_fast": _TANH_GELU,
+    "gelu_accurate": _TANH_GELU,
+    "gelu_pytorch_tanh": _TANH_GELU,
+    "gelu_python_tanh": _TANH_GELU,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda x: x,
+    "mish": F.mish,
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
     "silu": F.silu,
     "swish": F.silu,
     "tanh": torch.tanh,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from budgetformer.checkpoint import (
 )
 from budgetformer.errors import CheckpointError
 from budgetformer.install.sources import MAX_BYTES, Source, Tell, open_source
+from budgetformer.staging import disk_errors, place, scratch_folder
 
 __all__ = ["install"]
 
@@ -52,12 +51,7 @@ def install(
     Raises:
         CheckpointError: it cannot be fetched, is damaged or unsafe, or the version is there.
     """
-    try:
-        model_store.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".adding-", dir=model_store))
-    except OSError as error:
-        raise CheckpointError(f"{model_store}: {error.strerror or error}") from error
-    try:
+    with scratch_folder(model_store, ".adding-") as staging, disk_errors(source):
         folder = staging / "checkpoint"
         folder.mkdir()
         with ExitStack() as stack:
@@ -68,11 +62,9 @@ def install(
         number = version or max(manifest.version, highest + 1)
         write_manifest(folder, manifest.model_copy(update={"version": number}))
         _try_out(folder, source, try_out)
-        return _place(folder, model_store / manifest.name / str(number))
-    except OSError as error:
-        raise CheckpointError(f"{source}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        target = model_store / manifest.name / str(number)
+        place(folder, target)
+        return read_checkpoint(target)
 
 
 def _copy(source: Source, folder: Path) -> Manifest:
@@ -115,8 +107,6 @@ def _copy_file(source: Source, name: str, target: Path, most: int) -> None:
             if written.tell() + len(part) > most:
                 raise CheckpointError(f"{source.label}: {name} is longer than {most} bytes")
             written.write(part)
-        written.flush()
-        os.fsync(written.fileno())
 
 
 def _try_out(folder: Path, label: str, network: bool) -> None:
@@ -131,17 +121,6 @@ def _try_out(folder: Path, label: str, network: bool) -> None:
             load_network(checkpoint)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(str(folder), label)) from error
-
-
-def _place(folder: Path, target: Path) -> Checkpoint:
-    target.parent.mkdir(exist_ok=True)
-    if target.exists():
-        raise CheckpointError(f"{target}: exists; give another --version")
-    try:
-        folder.rename(target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: {error.strerror or error}") from error
-    return read_checkpoint(target)
 
 
 def _base(name: str) -> str:

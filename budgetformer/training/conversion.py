@@ -1,222 +1,238 @@
-"""A BERT-shaped encoder or classifier becomes a BudgetFormer.
+"""Convert a BERT-shaped encoder or classifier into a BudgetFormer that computes the same function.
 
-Same function, its heads and neurons put in order.
+Its heads and neurons can then be ordered by importance.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.errors import CheckpointError
 from budgetformer.modeling import BudgetFormerForSequenceClassification
 from budgetformer.modules import EncoderLayer, HeadScorer
+from budgetformer.training.encoders import Family, Source, read_encoder
+
+TOLERANCE = 1e-4
+"""Largest accepted difference between a converted network and its source, relative to the largest
+value; rounding in float32 makes about 1e-6 of it."""
+LONGEST_PROOF = 1024
+"""Tokens of the longest sequence on which source and result are compared."""
+MIN_POSITIONS = 3
+"""A text's beginning, one token and its end."""
 
 
 @dataclass(frozen=True)
-class _Family:
-    """How one family of encoders names its weights and sizes, and what sits on its encoder.
+class Conversion:
+    """A network that is ready to be trained.
 
     Attributes:
-        prefix: of the encoder's weights inside a classifier.
-        embeddings, layer: our names by theirs; `layers` is where its layers are.
-        sizes: our configuration's names by theirs, where they differ.
-        head, activation: the dense map before its classifier, and what follows it.
-        classifier: its last map.
-        first_position: rows of the position table that come before a text's first token.
+        model: the network.
+        notes: what was kept, changed or left out, one line each.
+        difference: measured between the source's outputs and the network's; None: from scratch.
+        origin: digest of the source's weights; empty: from scratch.
     """
 
-    prefix: str
-    layers: str
-    embeddings: dict[str, str]
-    layer: dict[str, str]
-    sizes: dict[str, str]
-    head: str
-    activation: str
-    classifier: str
-    first_position: int = 0
-
-
-_BERT = _Family(
-    prefix="bert.",
-    layers="encoder.layer",
-    embeddings={
-        "embeddings.word_embeddings": "embeddings.word",
-        "embeddings.position_embeddings": "embeddings.position",
-        "embeddings.token_type_embeddings": "embeddings.segment",
-        "embeddings.LayerNorm": "embeddings.norm",
-    },
-    layer={
-        "attention.self.query": "attention.query",
-        "attention.self.key": "attention.key",
-        "attention.self.value": "attention.value",
-        "attention.output.dense": "attention.output",
-        "attention.output.LayerNorm": "attention_norm",
-        "intermediate.dense": "feed_forward.up",
-        "output.dense": "feed_forward.down",
-        "output.LayerNorm": "feed_forward_norm",
-    },
-    sizes={},
-    head="bert.pooler.dense",
-    activation="tanh",
-    classifier="classifier",
-)
-_FAMILIES = {
-    "bert": _BERT,
-    "roberta": replace(
-        _BERT,
-        prefix="roberta.",
-        head="classifier.dense",
-        classifier="classifier.out_proj",
-        first_position=2,
-    ),
-    "distilbert": _Family(
-        prefix="distilbert.",
-        layers="transformer.layer",
-        embeddings={
-            "embeddings.word_embeddings": "embeddings.word",
-            "embeddings.position_embeddings": "embeddings.position",
-            "embeddings.LayerNorm": "embeddings.norm",
-        },
-        layer={
-            "attention.q_lin": "attention.query",
-            "attention.k_lin": "attention.key",
-            "attention.v_lin": "attention.value",
-            "attention.out_lin": "attention.output",
-            "sa_layer_norm": "attention_norm",
-            "ffn.lin1": "feed_forward.up",
-            "ffn.lin2": "feed_forward.down",
-            "output_layer_norm": "feed_forward_norm",
-        },
-        sizes={
-            "hidden_size": "dim",
-            "num_hidden_layers": "n_layers",
-            "num_attention_heads": "n_heads",
-            "intermediate_size": "hidden_dim",
-            "hidden_act": "activation",
-            "hidden_dropout_prob": "dropout",
-            "attention_probs_dropout_prob": "attention_dropout",
-        },
-        head="pre_classifier",
-        activation="relu",
-        classifier="classifier",
-    ),
-}
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "layer_norm_eps",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "pad_token_id",
-)
+    model: BudgetFormerForSequenceClassification
+    notes: tuple[str, ...] = ()
+    difference: float | None = None
+    origin: str = ""
 
 
 def convert_encoder(
-    folder: Path, names: list[str], **choices: Any
-) -> BudgetFormerForSequenceClassification:
+    folder: Path, names: list[str], numbered: bool = False, **choices: Any
+) -> Conversion:
     """Build a BudgetFormer that computes at its full budget what an encoder or classifier does.
 
-    A fine-tuned classifier with as many labels as `names` keeps its head; otherwise the classifier
-    on top is new, on the mean of the token states.
+    The result is compared with Transformers' own network on random tokens. A fine-tuned classifier
+    whose labels are `names`, in any order, keeps its head; otherwise the classifier on top is new,
+    on the mean of the token states.
 
     Args:
-        folder: `config.json` and `model.safetensors` of a BERT, MiniLM, RoBERTa or DistilBERT.
+        folder: see `read_encoder`.
         names: label names.
+        numbered: whether the user chose the order of `names`, so that a head without names of its
+            own (`LABEL_0`, ...) can be matched by number.
         choices: further `BudgetFormerConfig` arguments.
 
     Raises:
-        CheckpointError: the folder holds no such network.
+        CheckpointError: the folder holds no such network, or the result computes another function.
     """
+    source = read_encoder(folder)
+    rows, note = _match_head(source, names, numbered, choices.get("problem_type"))
+    weights = _rename(source)
+    if rows is not None:
+        choices = {"pooling": "cls", "head_activation": source.family.activation} | choices
+        head = {ours: source.weights[theirs] for ours, theirs in source.family.head_names.items()}
+        head |= {name: head[name][rows] for name in ("classifier.weight", "classifier.bias")}
     try:
-        source = json.loads((folder / "config.json").read_text())
-        weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: not an encoder folder: {error}") from error
-    if not isinstance(source, dict):
-        raise CheckpointError(f"{folder}: not an encoder folder: config.json holds no object")
-    family = _FAMILIES.get(str(source.get("model_type")))
-    if family is None:
-        known = ", ".join(_FAMILIES)
-        raise CheckpointError(
-            f"{folder}: model_type {source.get('model_type')!r}, only {known} can be converted"
-        )
-    renamed = _rename(family, weights)
-    head = _rename_head(family, weights)
-    if len(head.get("classifier.bias", ())) == len(names):
-        choices = {"pooling": "cls", "head_activation": family.activation} | choices
-    else:
-        head = {}
-    model = BudgetFormerForSequenceClassification(_configure(family, source, names, choices))
-    if "embeddings.segment.weight" not in renamed:
-        renamed["embeddings.segment.weight"] = torch.zeros(1, model.config.hidden_size)
-    try:
-        result = model.encoder.load_state_dict(renamed, strict=False)
-        model.load_state_dict(head, strict=False)
-    except RuntimeError as error:  # torch's word for a weight of another shape
+        config = _configure(source, weights, names, choices)
+        model = BudgetFormerForSequenceClassification(config)
+    except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    missing = [key for key in result.missing_keys if "decision" not in key]
-    if missing:
+    with torch.no_grad():
+        state = model.encoder.state_dict()
+        for name, weight in weights.items():
+            state.pop(name).copy_(weight)
+        if left := [name for name in state if "decision" not in name]:
+            raise CheckpointError(f"{folder}: the conversion leaves out {left[0]}")
+        if rows is not None:
+            model.load_state_dict(head, strict=False)
+    difference = measure_difference(source, model, rows)
+    if not difference <= TOLERANCE:
         raise CheckpointError(
-            f"{folder}: the weights lack {missing[0]} and {len(missing) - 1} more"
+            f"{folder}: the converted network differs from the encoder by {difference:.2g} of its "
+            f"largest output (allowed: {TOLERANCE:g}), so this encoder cannot be converted"
         )
-    return model
+    proof = (
+        f"the converted network and the encoder differ by {difference:.1e} of the largest output"
+    )
+    return Conversion(model, (*source.notes, *note, proof), difference, _digest(source.weights))
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        digest.update(name.encode())
+        digest.update(weight.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _configure(
-    family: _Family, source: dict[str, Any], names: list[str], choices: dict[str, Any]
+    source: Source, weights: dict[str, Tensor], names: list[str], choices: dict[str, Any]
 ) -> BudgetFormerConfig:
-    theirs = {ours: family.sizes.get(ours, ours) for ours in _SIZES}
-    sizes = {ours: source[name] for ours, name in theirs.items() if name in source}
-    if "embeddings.token_type_embeddings" not in family.embeddings:
-        sizes["type_vocab_size"] = 1
-    if "max_position_embeddings" in sizes:
-        sizes["max_position_embeddings"] -= family.first_position
+    sizes = {
+        ours: getattr(source.network.config, theirs) for ours, theirs in source.family.sizes.items()
+    }
+    # The embeddings say how many rows they have here: positions before the first are left out.
+    sizes["max_position_embeddings"] = len(weights["embeddings.position.weight"])
+    sizes["type_vocab_size"] = len(weights["embeddings.segment.weight"])
+    if sizes["max_position_embeddings"] < MIN_POSITIONS:
+        raise ValueError(f"fewer than {MIN_POSITIONS} positions")
     labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     return BudgetFormerConfig(**sizes | labels | choices)
 
 
-def _rename(family: _Family, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the encoder's weights our names, whether or not a classifier's prefix is on them."""
+def _rename(source: Source) -> dict[str, Tensor]:
+    """Give the encoder's weights our names."""
     renamed: dict[str, Tensor] = {}
-    for full_name, tensor in weights.items():
-        name, _, kind = full_name.removeprefix(family.prefix).rpartition(".")
-        ours = family.embeddings.get(name)
-        if name.startswith(f"{family.layers}."):
-            index, _, part = name.removeprefix(f"{family.layers}.").partition(".")
-            ours = f"layers.{index}.{family.layer[part]}" if part in family.layer else None
+    for name, weight in source.weights.items():
+        place, _, kind = name.removeprefix(source.family.prefix).rpartition(".")
+        ours = _our_name(source.family, place)
         if ours is not None:
-            renamed[f"{ours}.{kind}"] = tensor.float()
-    positions = renamed.get("embeddings.position.weight")
-    if positions is not None:
-        renamed["embeddings.position.weight"] = positions[family.first_position :].clone()
+            renamed[f"{ours}.{kind}"] = weight
+    position = renamed["embeddings.position.weight"]
+    renamed["embeddings.position.weight"] = position[source.first_position :]
+    # Tokenizers mark the second text of a pair, even for encoders that do not read the mark.
+    types = renamed.get("embeddings.segment.weight", torch.zeros(1, position.shape[1]))
+    renamed["embeddings.segment.weight"] = types.expand(2, -1) if len(types) == 1 else types
     return renamed
 
 
-def _rename_head(family: _Family, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the weights on top of a fine-tuned classifier our names; empty where one is missing."""
-    head = {
-        f"{ours}.{kind}": weights.get(f"{theirs}.{kind}")
-        for ours, theirs in (("head", family.head), ("classifier", family.classifier))
-        for kind in ("weight", "bias")
+def _our_name(family: Family, place: str) -> str | None:
+    if not place.startswith(f"{family.layers}."):
+        return family.embeddings.get(place)
+    index, _, part = place.removeprefix(f"{family.layers}.").partition(".")
+    return f"layers.{index}.{family.layer[part]}" if part in family.layer else None
+
+
+def _match_head(
+    source: Source, names: list[str], numbered: bool, problem_type: str | None
+) -> tuple[list[int] | None, list[str]]:
+    """Return the row of the source's head for each of `names`, or None for a new head, and why."""
+    if not source.has_head:
+        return None, []
+    config: Any = source.network.config
+    theirs = [str(config.id2label.get(i)) for i in range(config.num_labels)]
+    rows = {_plain(name): row for row, name in enumerate(theirs)}
+    wanted = [_plain(name) for name in names]
+    if config.problem_type not in (None, problem_type):
+        reason = f"it is for {config.problem_type}, the data are not"
+    elif len(rows) == len(theirs) == len(names) and set(wanted) == set(rows):
+        matched = [rows[name] for name in wanted]
+        moved = "" if matched == sorted(matched) else ", in the order of the data"
+        return matched, [f"the classification head is kept, its labels matched by name{moved}"]
+    elif len(theirs) != len(names):
+        reason = f"it has {len(theirs)} labels, the data have {len(names)}"
+    elif rows.keys() == {str(i) for i in range(len(names))}:
+        if numbered:
+            note = "the classification head is kept, its labels matched by number (labels.json)"
+            return list(range(len(names))), [note]
+        reason = (
+            f"its labels have no names ({theirs[0]}, ...); "
+            "name them in its config.json (id2label), or give labels.json in their order"
+        )
+    else:
+        unknown = next((n for n, plain in zip(names, wanted, strict=True) if plain not in rows), "")
+        reason = f"its labels are {', '.join(theirs[:5])[:120]}, the data have {unknown!r}"
+    return None, [f"the classification head is not kept, a new one is trained: {reason}"]
+
+
+def _plain(name: str) -> str:
+    """Return a label's name without case and outer spaces; `LABEL_3` is what it says, number 3."""
+    plain = name.strip().casefold()
+    return re.sub(r"^label_(\d+)$", r"\1", plain)
+
+
+@torch.no_grad()
+def measure_difference(
+    source: Source, model: BudgetFormerForSequenceClassification, rows: list[int] | None
+) -> float:
+    """Compare a converted network at its full budget with its source, on random tokens.
+
+    Args:
+        source: what was converted.
+        model: the result.
+        rows: the row of the source's head for each label; None: only states are compared.
+
+    Returns:
+        The largest difference of token states (and logits), relative to the largest value.
+    """
+    training = model.training
+    model.eval()
+    limit = min(model.config.max_position_embeddings, LONGEST_PROOF)
+    differences: list[Tensor] = []
+    for lengths in ([1, min(5, limit), min(16, limit)], [limit]):
+        batch = _random_batch(source, lengths)
+        theirs = source.network(**_for_source(source, batch), output_hidden_states=True)
+        ours = model.encoder(**batch, steps=model.config.num_steps)
+        mask = batch["attention_mask"].bool()
+        pairs = [(ours.last_hidden_state[mask], theirs.hidden_states[-1][mask])]
+        if rows is not None:
+            pairs.append((model.classify(ours.pooled), theirs.logits[:, rows]))
+        for actual, expected in pairs:
+            scale = expected.abs().max().clamp(min=1e-2)
+            differences.append((actual - expected).abs().max() / scale)
+    model.train(training)
+    return torch.stack(differences).max().item()
+
+
+def _random_batch(source: Source, lengths: list[int]) -> dict[str, Tensor]:
+    """Draw ids other than padding, and two token types, for sequences of these lengths."""
+    random = torch.Generator().manual_seed(0)
+    pad, shape = source.network.config.pad_token_id or 0, (len(lengths), max(lengths))
+    ids = torch.randint(source.network.config.vocab_size - 1, shape, generator=random)
+    ids += ids >= pad
+    mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
+    return {
+        "input_ids": ids.where(mask, pad),
+        "attention_mask": mask.long(),
+        "token_type_ids": torch.randint(2, shape, generator=random),
     }
-    found = {name: tensor.float() for name, tensor in head.items() if tensor is not None}
-    return found if len(found) == len(head) else {}
+
+
+def _for_source(source: Source, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out token types where the source knows none or one."""
+    types = getattr(source.network.config, "type_vocab_size", 1) if source.family.has_types else 1
+    return {n: tensor for n, tensor in batch.items() if n != "token_type_ids" or types > 1}
 
 
 class _UnitImportance:

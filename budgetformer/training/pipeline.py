@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import json
-import shutil
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,10 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from budgetformer.architecture import Architecture
 from budgetformer.checkpoint import (
+    MOST_VERSION,
+    NAME,
     Checkpoint,
     FixedStep,
     Manifest,
@@ -27,12 +30,14 @@ from budgetformer.checkpoint import (
 )
 from budgetformer.compact import PackedPass, load_pass
 from budgetformer.configuration import BudgetFormerConfig
-from budgetformer.errors import DataError
-from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
+from budgetformer.errors import DataError, TokenizerError, TrainingError
+from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model, quiet
 from budgetformer.modules import MULTI_LABEL, BudgetController
 from budgetformer.policy import BudgetRule, OperatingPoint
 from budgetformer.ranges import LayerRanges
-from budgetformer.tables import find_table
+from budgetformer.staging import check_replaceable, staged
+from budgetformer.tables import find_table, open_table
+from budgetformer.tokenization import tokenizer_errors
 from budgetformer.training.baseline import write_baseline
 from budgetformer.training.calibration import (
     Calibration,
@@ -43,7 +48,7 @@ from budgetformer.training.calibration import (
     tune_exit_weights,
 )
 from budgetformer.training.card import write_card
-from budgetformer.training.conversion import convert_encoder
+from budgetformer.training.conversion import Conversion, convert_encoder
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
 from budgetformer.training.evaluation import Row, evaluate_checkpoint
 from budgetformer.training.exits import (
@@ -52,7 +57,7 @@ from budgetformer.training.exits import (
     pooled_states,
     wrong,
 )
-from budgetformer.training.labels import check_classes, check_names
+from budgetformer.training.labels import check_classes, check_names, stored_names
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import Trainer, split_rows
 
@@ -107,6 +112,7 @@ def train_checkpoint(
         DataError, CheckpointError: something is missing or does not fit.
     """
     _check_output(output)
+    check_replaceable(output, replace=True)
     if recipe.random_heads:
         raise DataError("random_heads is for budgetformer.training.paper: no checkpoint serves it")
     if threads is not None:
@@ -126,7 +132,17 @@ def train_checkpoint(
         )
     seen, unseen = examples.subset(kept), examples.subset(held)
     tokenizer = _tokenizer(beginning, seen, recipe, work_dir)
-    cut = (recipe.max_length, recipe.truncation_side)
+    torch.manual_seed(recipe.seed)
+    numbered = stored_names(open_table(train_file)) is not None
+    conversion = convert_start(beginning, examples, recipe, tokenizer.get_vocab_size(), numbered)
+    model = conversion.model
+    _check_tokenizer(tokenizer, model.config, beginning)
+    for note in conversion.notes:
+        log(note)
+    max_tokens = min(recipe.max_length, model.config.max_position_embeddings)
+    if max_tokens < recipe.max_length:
+        log(f"texts are cut to {max_tokens} tokens, the positions that the encoder has")
+    cut = (max_tokens, recipe.truncation_side)
     tokens = TokenizedTexts(tokenizer, seen.texts, seen.pairs, *cut)
     unseen_tokens = TokenizedTexts(tokenizer, unseen.texts, unseen.pairs, *cut)
     log(
@@ -134,15 +150,13 @@ def train_checkpoint(
         f"{tokens.lengths.mean():.1f} tokens each"
     )
 
-    torch.manual_seed(recipe.seed)
-    model = build_model(beginning, examples, recipe, tokenizer.get_vocab_size())
-
     def keep_dense() -> None:
         if baseline is not None:
             log("fitting early exits on the dense network")
             write_baseline(model, tokens, seen, baseline, recipe.seed)
 
-    Trainer(model, tokens, seen, recipe, work_dir, log).train(keep_dense)
+    trainer = Trainer(model, tokens, seen, recipe, work_dir, log, conversion.origin)
+    trainer.train(keep_dense)
     log("fitting step 0 and f_o, calibrating budgets")
     network, ranges, frontier, points = _calibrate(
         model, tokens, seen, unseen_tokens, unseen, recipe
@@ -153,42 +167,44 @@ def train_checkpoint(
         "calibration_rows": float(len(unseen)),
         "full_budget_accuracy": frontier[-1].accuracy if frontier else points[-1].accuracy,
     }
-    max_tokens = min(recipe.max_length, network.config.max_position_embeddings)
-    _write_files(model, tokenizer, output, max_tokens, recipe.truncation_side)
-    manifest = Manifest(
-        name=output.parent.name,
-        version=int(output.name),
-        created=_today(),
-        files=file_entries(output),
-        max_tokens=max_tokens,
-        truncation_side=recipe.truncation_side,
-        labels=tuple(examples.names),
-        problem_type=network.config.problem_type or "single_label_classification",
-        seed=recipe.seed,
-        recipe=recipe.as_dict(),
-        metrics=metrics,
-        frontier=tuple(frontier),
-        operating_points=tuple(points),
-        ranges=ranges,
-        provenance=Provenance(
-            starting_weights=beginning.name,
-            starting_weights_license=beginning.license,
-            data=recipe.data_name or train_file.parent.name,
-            data_terms=recipe.data_terms,
-        ),
-    )
-    write_manifest(output, manifest)
-    report: list[Row] = []
-    if test is not None and test_file is not None:
-        log(f"scoring {test_file.name}")
-        report = evaluate_checkpoint(read_checkpoint(output), test)
-        tested = {f"test_accuracy_{row.quality.replace(' ', '_')}": row.accuracy for row in report}
-        manifest = manifest.model_copy(
-            update={"metrics": metrics | {"test_rows": float(report[0].rows)} | tested}
+    if conversion.difference is not None:
+        metrics["conversion_difference"] = conversion.difference
+    with staged(output, replace=True) as folder:
+        _write_files(model, tokenizer, folder, max_tokens, recipe.truncation_side)
+        manifest = Manifest(
+            name=output.parent.name,
+            version=int(output.name),
+            created=_today(),
+            files=file_entries(folder),
+            max_tokens=max_tokens,
+            truncation_side=recipe.truncation_side,
+            labels=tuple(examples.names),
+            problem_type=network.config.problem_type or "single_label_classification",
+            seed=recipe.seed,
+            recipe=recipe.as_dict(),
+            metrics=metrics,
+            frontier=tuple(frontier),
+            operating_points=tuple(points),
+            ranges=ranges,
+            provenance=Provenance(
+                starting_weights=beginning.name,
+                starting_weights_license=beginning.license,
+                data=recipe.data_name or train_file.parent.name,
+                data_terms=recipe.data_terms,
+            ),
         )
-        write_manifest(output, manifest)
-    write_card(output, manifest, report)
-    shutil.rmtree(work_dir)
+        write_manifest(folder, manifest)
+        report: list[Row] = []
+        if test is not None and test_file is not None:
+            log(f"scoring {test_file.name}")
+            report = evaluate_checkpoint(read_checkpoint(folder), test)
+            tested = {f"test_accuracy_{r.quality.replace(' ', '_')}": r.accuracy for r in report}
+            manifest = manifest.model_copy(
+                update={"metrics": metrics | {"test_rows": float(report[0].rows)} | tested}
+            )
+            write_manifest(folder, manifest)
+        write_card(folder, manifest, report)
+    _clear(work_dir)
     log(f"wrote {output}")
 
 
@@ -209,8 +225,7 @@ def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> M
         CheckpointError: the checkpoint is damaged.
     """
     _check_output(output)
-    if output.exists():
-        raise DataError(f"{output}: exists already")
+    check_replaceable(output, replace=False)
     labels = list(checkpoint.manifest.labels)
     examples = read_examples(data, labels, multi_label=checkpoint.multi_label)
     if len(examples) < FEWEST_ROWS:
@@ -223,27 +238,28 @@ def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> M
     network = load_pass(model, "auto", ranges)
     costs = checkpoint.manifest.recipe.get("level_costs", Recipe.level_costs)
     frontier, points = _find_points(network, tokens, examples, costs)
-    _write_files(
-        model,
-        load_tokenizer(checkpoint),
-        output,
-        checkpoint.manifest.max_tokens,
-        checkpoint.manifest.truncation_side,
-    )
-    manifest = checkpoint.manifest.model_copy(
-        update={
-            "name": output.parent.name,
-            "version": int(output.name),
-            "created": _today(),
-            "files": file_entries(output),
-            "frontier": tuple(frontier),
-            "operating_points": tuple(points),
-            "ranges": ranges,
-            "metrics": checkpoint.manifest.metrics | {"calibration_rows": float(len(examples))},
-        }
-    )
-    write_manifest(output, manifest)
-    write_card(output, manifest, [])
+    with staged(output) as folder:
+        _write_files(
+            model,
+            load_tokenizer(checkpoint),
+            folder,
+            checkpoint.manifest.max_tokens,
+            checkpoint.manifest.truncation_side,
+        )
+        manifest = checkpoint.manifest.model_copy(
+            update={
+                "name": output.parent.name,
+                "version": int(output.name),
+                "created": _today(),
+                "files": file_entries(folder),
+                "frontier": tuple(frontier),
+                "operating_points": tuple(points),
+                "ranges": ranges,
+                "metrics": checkpoint.manifest.metrics | {"calibration_rows": float(len(examples))},
+            }
+        )
+        write_manifest(folder, manifest)
+        write_card(folder, manifest, [])
     log(f"wrote {output}")
     return manifest
 
@@ -272,17 +288,30 @@ def build_model(
     start: Start, examples: Examples, recipe: Recipe, vocab_size: int
 ) -> BudgetFormerForSequenceClassification:
     """Build the network that a recipe asks for, converted or new."""
-    model = _build_model(start, examples, recipe, vocab_size)
+    return convert_start(start, examples, recipe, vocab_size).model
+
+
+def convert_start(
+    start: Start, examples: Examples, recipe: Recipe, vocab_size: int, numbered: bool = False
+) -> Conversion:
+    """Build the network that a recipe asks for, and say what was made of its start.
+
+    `numbered`: see `convert_encoder`.
+
+    Raises:
+        CheckpointError: the start cannot be converted.
+    """
+    conversion = _convert_start(start, examples, recipe, vocab_size, numbered)
     if recipe.fixed_share is not None:
-        for module in model.modules():
+        for module in conversion.model.modules():
             if isinstance(module, BudgetController):
                 module.fix(recipe.fixed_share)
-    return model
+    return conversion
 
 
-def _build_model(
-    start: Start, examples: Examples, recipe: Recipe, vocab_size: int
-) -> BudgetFormerForSequenceClassification:
+def _convert_start(
+    start: Start, examples: Examples, recipe: Recipe, vocab_size: int, numbered: bool
+) -> Conversion:
     if recipe.ladder == "importance" and not (
         recipe.budget_ffn and recipe.head_selection == "ranked"
     ):
@@ -300,7 +329,7 @@ def _build_model(
         "problem_type": MULTI_LABEL if examples.multi_label else "single_label_classification",
     }
     if start.folder is not None:
-        return convert_encoder(start.folder, examples.names, **choices)
+        return convert_encoder(start.folder, examples.names, numbered, **choices)
     names = dict(enumerate(examples.names))
     config = BudgetFormerConfig(
         vocab_size=vocab_size,
@@ -313,7 +342,7 @@ def _build_model(
         label2id={name: i for i, name in names.items()},
         **choices,
     )
-    return BudgetFormerForSequenceClassification(config)
+    return Conversion(BudgetFormerForSequenceClassification(config))
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -393,8 +422,28 @@ def _tokenizer(start: Start, examples: Examples, recipe: Recipe, work_dir: Path)
         return kept_tokenizer(examples, recipe.vocab_size, work_dir)
     path = start.folder / "tokenizer.json"
     if not path.is_file():
-        raise DataError(f"{path}: missing")
-    return Tokenizer.from_file(str(path))
+        raise DataError(f"{path}: missing (save a fast tokenizer with save_pretrained)")
+    try:
+        with tokenizer_errors():
+            return Tokenizer.from_file(str(path))
+    except TokenizerError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _check_tokenizer(tokenizer: Tokenizer, config: Architecture, start: Start) -> None:
+    """Refuse a tokenizer whose ids or token types have no row in the embeddings."""
+    top = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if top >= config.vocab_size:
+        raise DataError(
+            f"{start.folder}: tokenizer.json has token ids up to {top}, "
+            f"the encoder's vocab_size is {config.vocab_size}"
+        )
+    types = max(tokenizer.encode("a", "b").type_ids, default=0)
+    if types >= config.type_vocab_size:
+        raise DataError(
+            f"{start.folder}: tokenizer.json has token types up to {types}, "
+            f"the encoder has {config.type_vocab_size}"
+        )
 
 
 def _calibrate(
@@ -412,6 +461,9 @@ def _calibrate(
         _teach_controllers(model, out_of_fold, (tokens, seen), (unseen_tokens, unseen), recipe)
     # The checkpoint holds 16-bit weights and is served in this precision by default.
     model.half().float()
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise TrainingError(f"{name} is not finite in float16; try a lower learning_rate")
     ranges = ranges_of_states(model, unseen_tokens)
     network = load_pass(model, "auto", ranges)
     return network, ranges, *_find_points(network, unseen_tokens, unseen, recipe.level_costs)
@@ -435,8 +487,20 @@ def _find_points(
 
 
 def _check_output(output: Path) -> None:
-    if not output.name.isdecimal() or int(output.name) < 1:
+    version, name = output.name, output.parent.name
+    if not version.isdecimal() or not 1 <= int(version) <= MOST_VERSION:
         raise DataError(f"{output}: the last part must be a version number, such as 1")
+    if not re.match(NAME, name):
+        raise DataError(f"{output}: the part before the version must be a model name, not {name!r}")
+
+
+def _clear(work_dir: Path) -> None:
+    """Remove the state of a run that is done, and its folder if nothing else is there."""
+    for pattern in ("state.*", "tokenizer.*"):
+        for path in work_dir.glob(pattern):
+            path.unlink()
+    if not any(work_dir.iterdir()):
+        work_dir.rmdir()
 
 
 def _today() -> str:
@@ -472,8 +536,8 @@ def _write_files(
     max_tokens: int,
     truncation_side: str,
 ) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(output)
+    with quiet():
+        model.half().save_pretrained(output)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.save(str(output / "tokenizer.json"))

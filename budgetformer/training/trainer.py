@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -22,11 +26,14 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
+from budgetformer.architecture import FIELDS, Architecture
+from budgetformer.errors import TrainingError, one_line
 from budgetformer.modeling import (
     BudgetFormerClassifierOutput,
     BudgetFormerForSequenceClassification,
 )
 from budgetformer.modules import Gating
+from budgetformer.staging import disk_errors
 from budgetformer.training.conversion import ladder_by_importance, order_by_importance
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
 from budgetformer.training.objectives import (
@@ -86,7 +93,16 @@ class Trainer:
     """Train one network on one data set.
 
     The state of a run lives in `work_dir/state.pt`; a run that finds one goes on from there and
-    ends with the very weights of a run that was never stopped.
+    ends with the very weights of a run that was never stopped. A state of a run with another
+    recipe, other data or another start is refused.
+
+    Args:
+        model: the network to train.
+        tokens, examples: the data set.
+        recipe: see there.
+        work_dir: where the state lives.
+        log: gets one line per event.
+        origin: identifies the starting weights; empty: they are random.
     """
 
     def __init__(
@@ -97,11 +113,14 @@ class Trainer:
         recipe: Recipe,
         work_dir: Path,
         log: Log,
+        origin: str = "",
     ) -> None:
         self.model, self.tokens, self.recipe, self.log = model, tokens, recipe, log
         self.labels = torch.from_numpy(examples.labels)
         self.state_path = work_dir / "state.pt"
-        work_dir.mkdir(parents=True, exist_ok=True)
+        with disk_errors(work_dir):
+            work_dir.mkdir(parents=True, exist_ok=True)
+        self.run = _run_digest(model.config, origin, tokens, examples, recipe)
         self.steps_per_epoch = -(-len(examples) // recipe.batch_size)
 
     def train(self, keep_dense: Callable[[], None] | None = None) -> None:
@@ -247,6 +266,12 @@ class Trainer:
                 self.model.train()
                 self.model.set_gating(self._gating(stage, step / total))
                 loss = stage.loss(batch, stage.teacher)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise TrainingError(
+                        f"{stage.name}: the loss at step {step + 1} of {total} is not a number; "
+                        "try a lower learning_rate"
+                    )
                 rate = min((step + 1) / warmup, (total - step) / max(1, total - warmup))
                 for group in optimizer.param_groups:
                     group["lr"] = self.recipe.learning_rate * rate
@@ -255,7 +280,7 @@ class Trainer:
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 optimizer.step()
-                running = 0.98 * running + 0.02 * loss.item()
+                running = 0.98 * running + 0.02 * value
                 note = f"loss {running / (1 - 0.98 ** (step - start + 1)):.4f}"
                 bar.update(task, completed=step + 1, note=note)
                 now = time.monotonic()
@@ -301,16 +326,49 @@ class Trainer:
     def _save_state(self, state: dict[str, Any]) -> None:
         part = self.state_path.with_suffix(".part")
         weights = {"model": self.model.state_dict(), "ladder": self.model.config.ladder}
-        torch.save(state | weights, part)
-        part.replace(self.state_path)
+        try:
+            torch.save(state | weights | {"run": self.run}, part)
+            part.replace(self.state_path)
+        except (OSError, RuntimeError) as error:  # torch's, when the disk is full
+            raise TrainingError(
+                f"{self.state_path}: cannot be written: {one_line(error)}"
+            ) from error
 
     def _read_state(self) -> dict[str, Any]:
         if not self.state_path.exists():
             return {}
-        state: dict[str, Any] = torch.load(self.state_path, weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(self.state_path, weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise TrainingError(f"{self.state_path}: damaged; remove it to start anew") from error
+        if state.pop("run", None) != self.run:
+            raise TrainingError(
+                f"{self.state_path}: the state of a run with another recipe, data or encoder; "
+                "remove it to start anew, or give another --work-dir"
+            )
         self.model.load_state_dict(state.pop("model"))
         self.model.config.ladder = state.pop("ladder")
         return state
+
+
+def _run_digest(
+    config: Architecture,
+    origin: str,
+    tokens: TokenizedTexts,
+    examples: Examples,
+    recipe: Recipe,
+) -> str:
+    """Return a digest of everything that a run's weights follow from."""
+    plain = [
+        {name: getattr(config, name) for name in FIELDS},
+        origin,
+        recipe.as_dict(),
+        examples.names,
+    ]
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for row in (examples.labels, tokens.lengths, *tokens.ids, *tokens.types):
+        digest.update(np.ascontiguousarray(row).data)
+    return digest.hexdigest()
 
 
 def split_rows(count: int, hold_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

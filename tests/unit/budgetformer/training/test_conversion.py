@@ -47,12 +47,16 @@ BERT = {
     "layer_norm_eps": 1e-6,
     "initializer_range": 0.4,
 }
+LABELS: dict[str, Any] = {
+    "id2label": dict(enumerate(NAMES)),
+    "label2id": {name: i for i, name in enumerate(NAMES)},
+}
 BATCH = pad(random_items([5, 12, 1, 8]))
 
 
 def small_roberta() -> RobertaForSequenceClassification:
     sizes = BERT | {"type_vocab_size": 1, "max_position_embeddings": 22, "pad_token_id": 1}
-    return RobertaForSequenceClassification(RobertaConfig(**sizes, num_labels=3))
+    return RobertaForSequenceClassification(RobertaConfig(**sizes, **LABELS))
 
 
 def small_distilbert() -> DistilBertForSequenceClassification:
@@ -64,13 +68,13 @@ def small_distilbert() -> DistilBertForSequenceClassification:
         hidden_dim=BERT["intermediate_size"],
         max_position_embeddings=16,
         initializer_range=0.3,
-        num_labels=3,
+        **LABELS,
     )
     return DistilBertForSequenceClassification(config)
 
 
 CLASSIFIERS = {
-    "bert": lambda: BertForSequenceClassification(BertConfig(**BERT, num_labels=3)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**BERT, **LABELS)),
     "roberta": small_roberta,
     "distilbert": small_distilbert,
 }
@@ -96,7 +100,7 @@ class TestConversion:
     ) -> None:
         bert = random_bert(hidden_act=activation)
         bert.save_pretrained(tmp_path)
-        model = convert_encoder(tmp_path, NAMES, budget_ffn=coupled).eval()
+        model = convert_encoder(tmp_path, NAMES, budget_ffn=coupled).model.eval()
         mask = BATCH["attention_mask"]
         expected = bert(**BATCH).last_hidden_state
         encoded = model.encoder(**BATCH, steps=4)
@@ -105,13 +109,13 @@ class TestConversion:
 
     @torch.no_grad()
     def test_cls_pooling_takes_the_first_state(self, encoder_folder: Path) -> None:
-        model = convert_encoder(encoder_folder, NAMES, pooling="cls").eval()
+        model = convert_encoder(encoder_folder, NAMES, pooling="cls").model.eval()
         expected = random_bert()(**BATCH).last_hidden_state[:, 0]
         assert_close(model.encoder(**BATCH, steps=4).pooled, expected)
 
     @torch.no_grad()
     def test_smaller_budgets_are_other_functions(self, encoder_folder: Path) -> None:
-        model = convert_encoder(encoder_folder, NAMES).eval()
+        model = convert_encoder(encoder_folder, NAMES).model.eval()
         full = model.encoder(**BATCH, steps=4).pooled
         assert not torch.allclose(model.encoder(**BATCH, steps=2).pooled, full, atol=1e-2)
 
@@ -123,7 +127,7 @@ class TestConversion:
         torch.manual_seed(0)
         whole = CLASSIFIERS[family]().eval()
         whole.save_pretrained(tmp_path)
-        model = convert_encoder(tmp_path, NAMES).eval()
+        model = convert_encoder(tmp_path, NAMES).model.eval()
         batch = {name: tensor.clone() for name, tensor in BATCH.items()}
         if family != "bert":  # these know no segments
             batch["token_type_ids"].zero_()
@@ -135,7 +139,7 @@ class TestConversion:
     @pytest.mark.parametrize("family", sorted(CLASSIFIERS))
     def test_other_labels_get_a_new_classifier(self, tmp_path: Path, family: str) -> None:
         CLASSIFIERS[family]().save_pretrained(tmp_path)
-        model = convert_encoder(tmp_path, [*NAMES, "never"])
+        model = convert_encoder(tmp_path, [*NAMES, "never"]).model
         assert model.classifier.out_features == 4
         assert model.head is None
         assert model.config.pooling == "mean"
@@ -146,7 +150,7 @@ class TestConversion:
         whole = BertForSequenceClassification(BertConfig(**BERT)).eval()
         whole.save_pretrained(tmp_path)
         assert any(key.startswith("bert.") for key in load_file(tmp_path / "model.safetensors"))
-        model = convert_encoder(tmp_path, NAMES).eval()
+        model = convert_encoder(tmp_path, NAMES).model.eval()
         expected = whole.bert(**BATCH).last_hidden_state
         actual = model.encoder(**BATCH, steps=4).last_hidden_state
         mask = BATCH["attention_mask"][..., None]
@@ -154,18 +158,18 @@ class TestConversion:
 
     def test_half_precision_weights_become_single(self, tmp_path: Path) -> None:
         random_bert().half().save_pretrained(tmp_path)
-        model = convert_encoder(tmp_path, NAMES)
+        model = convert_encoder(tmp_path, NAMES).model
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
     def test_sizes_come_from_the_encoder(self, encoder_folder: Path) -> None:
-        config = convert_encoder(encoder_folder, NAMES).config
+        config = convert_encoder(encoder_folder, NAMES).model.config
         assert {name: getattr(config, name) for name in BERT if name != "initializer_range"} == {
             name: value for name, value in BERT.items() if name != "initializer_range"
         }
         assert config.norm_position == "post"
 
     def test_label_names(self, encoder_folder: Path) -> None:
-        model = convert_encoder(encoder_folder, NAMES)
+        model = convert_encoder(encoder_folder, NAMES).model
         assert model.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
         assert model.config.label2id == {"no": 0, "yes": 1, "maybe": 2}
         assert model.classifier.out_features == 3
@@ -180,7 +184,7 @@ class TestConversion:
             problem_type=MULTI_LABEL,
             head_selection="input",
             attention_probs_dropout_prob=0.0,
-        ).config
+        ).model.config
         assert config.ladder == ladder
         assert config.embedding_exit
         assert config.problem_type == MULTI_LABEL
@@ -235,8 +239,8 @@ class TestErrors:
             (break_weights, "not an encoder folder"),
             (rename_model, "model_type 'gpt2', only bert, roberta, distilbert can be converted"),
             (list_config, "not an encoder folder"),
-            (reshape_tensor, r"layers\.0\.attention\.query\.weight"),
-            (drop_tensors, r"weights lack layers\.1\..* and 3 more"),
+            (reshape_tensor, r"layer\.0\.attention\.self\.query\.weight has the shape \[8, 16\]"),
+            (drop_tensors, r"weights lack bert\.encoder\.layer\.1\..* and 3 more"),
         ],
     )
     def test_says_what_is_wrong_with_the_folder(
@@ -365,7 +369,7 @@ class TestLadderByImportance:
 
     @pytest.mark.parametrize("coupled", [True, False])
     def test_ordering_returns_falling_importance(self, encoder_folder: Path, coupled: bool) -> None:
-        model = convert_encoder(encoder_folder, ["a", "b"], budget_ffn=coupled)
+        model = convert_encoder(encoder_folder, ["a", "b"], budget_ffn=coupled).model
         batch = {
             "input_ids": torch.randint(5, 40, (6, 8)),
             "attention_mask": torch.ones(6, 8, dtype=torch.long),

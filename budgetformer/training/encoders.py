@@ -1,0 +1,319 @@
+"""Read the folder of a BERT-shaped encoder or classifier, as Transformers saves it.
+
+Transformers itself loads the weights (one file or several, safetensors or `.bin`, any precision,
+old names), and says which are missing or left over. Pickled code is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from budgetformer.errors import CheckpointError, one_line
+from budgetformer.modeling import quiet
+from budgetformer.modules import MULTI_LABEL
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family of encoders names its weights and sizes, and what sits on its encoder.
+
+    Attributes:
+        architecture: Transformers' class of its classifiers.
+        prefix: of the encoder's weights inside a classifier.
+        embeddings, layer: our names by theirs; `layers` is where its layers are.
+        sizes: our configuration's names by theirs.
+        head, activation: the dense map before its classifier, and what follows it.
+        classifier: its last map.
+        positions_after_padding: whether a text's first position is the one after `pad_token_id`.
+        has_types: whether its network reads token types.
+    """
+
+    architecture: str
+    prefix: str
+    layers: str
+    embeddings: dict[str, str]
+    layer: dict[str, str]
+    sizes: dict[str, str]
+    head: str
+    activation: str
+    classifier: str
+    positions_after_padding: bool = False
+    has_types: bool = True
+
+    @property
+    def head_names(self) -> dict[str, str]:
+        """The names of a classifier's head, by ours."""
+        maps = (("head", self.head), ("classifier", self.classifier))
+        return {f"{o}.{kind}": f"{t}.{kind}" for o, t in maps for kind in ("weight", "bias")}
+
+
+_SAME_SIZES = ("vocab_size", "max_position_embeddings", "pad_token_id")
+_BERT = Family(
+    architecture="BertForSequenceClassification",
+    prefix="bert.",
+    layers="encoder.layer",
+    embeddings={
+        "embeddings.word_embeddings": "embeddings.word",
+        "embeddings.position_embeddings": "embeddings.position",
+        "embeddings.token_type_embeddings": "embeddings.segment",
+        "embeddings.LayerNorm": "embeddings.norm",
+    },
+    layer={
+        "attention.self.query": "attention.query",
+        "attention.self.key": "attention.key",
+        "attention.self.value": "attention.value",
+        "attention.output.dense": "attention.output",
+        "attention.output.LayerNorm": "attention_norm",
+        "intermediate.dense": "feed_forward.up",
+        "output.dense": "feed_forward.down",
+        "output.LayerNorm": "feed_forward_norm",
+    },
+    sizes={
+        name: name
+        for name in (
+            *_SAME_SIZES,
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "hidden_act",
+            "layer_norm_eps",
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+        )
+    },
+    head="bert.pooler.dense",
+    activation="tanh",
+    classifier="classifier",
+)
+FAMILIES = {
+    "bert": _BERT,
+    "roberta": replace(
+        _BERT,
+        architecture="RobertaForSequenceClassification",
+        prefix="roberta.",
+        head="classifier.dense",
+        classifier="classifier.out_proj",
+        positions_after_padding=True,
+    ),
+    "distilbert": Family(
+        architecture="DistilBertForSequenceClassification",
+        prefix="distilbert.",
+        layers="transformer.layer",
+        embeddings={
+            "embeddings.word_embeddings": "embeddings.word",
+            "embeddings.position_embeddings": "embeddings.position",
+            "embeddings.LayerNorm": "embeddings.norm",
+        },
+        layer={
+            "attention.q_lin": "attention.query",
+            "attention.k_lin": "attention.key",
+            "attention.v_lin": "attention.value",
+            "attention.out_lin": "attention.output",
+            "sa_layer_norm": "attention_norm",
+            "ffn.lin1": "feed_forward.up",
+            "ffn.lin2": "feed_forward.down",
+            "output_layer_norm": "feed_forward_norm",
+        },
+        sizes={name: name for name in _SAME_SIZES}
+        | {
+            "hidden_size": "dim",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "intermediate_size": "hidden_dim",
+            "hidden_act": "activation",
+            "hidden_dropout_prob": "dropout",
+            "attention_probs_dropout_prob": "attention_dropout",
+        },
+        head="pre_classifier",
+        activation="relu",
+        classifier="classifier",
+        has_types=False,
+    ),
+}
+
+_ONLY: dict[str, Any] = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "quantization_config": None,
+    "pruned_heads": {},
+    "auto_map": None,
+}
+"""Keys of `config.json` that change the function of an encoder, with the one value that is read."""
+
+_NO_FUNCTION = {
+    *("_name_or_path", "_num_labels", "architectures", "dtype", "finetuning_task", "torch_dtype"),
+    *("gradient_checkpointing", "output_past", "embedding_size", "num_labels", "model_max_length"),
+    *("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers"),
+    *("pooler_size_per_head", "pooler_type", "tie_weights_"),
+}
+"""Keys that old files have and that say nothing about the function (or are checked apart)."""
+
+_OTHER_HEADS = (
+    *("cls.", "lm_head.", "qa_outputs.", "pooler.", "classifier.", "pre_classifier."),
+    *("vocab_transform.", "vocab_layer_norm.", "vocab_projector."),
+)
+"""Where weights of heads for other tasks begin, which a classifier does not need."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An encoder or classifier, as Transformers computes it in float32.
+
+    Attributes:
+        folder: where it is from.
+        family: how its weights are named.
+        network: Transformers' classifier; without a head of its own, its head is random.
+        has_head: whether the folder holds a classification head.
+        notes: what was left out, one line each.
+    """
+
+    folder: Path
+    family: Family
+    network: PreTrainedModel
+    has_head: bool
+    notes: tuple[str, ...]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by Transformers' names, a random head left out."""
+        unused = () if self.has_head else self.family.head_names.values()
+        state: dict[str, Tensor] = self.network.state_dict()
+        return {name: weight for name, weight in state.items() if name not in unused}
+
+    @property
+    def first_position(self) -> int:
+        """Rows of the position table that come before a text's first token."""
+        pad = self.network.config.pad_token_id
+        return pad + 1 if self.family.positions_after_padding else 0
+
+
+def read_encoder(folder: Path) -> Source:
+    """Load an encoder or classifier and check that its whole meaning is known.
+
+    Args:
+        folder: `config.json` and weights of a BERT, MiniLM, RoBERTa or DistilBERT.
+
+    Raises:
+        CheckpointError: the folder holds no such network, a weight is missing, left over, of
+            another shape or not finite, or the configuration asks for another function.
+    """
+    config = _read_config(folder)
+    family = FAMILIES[config["model_type"]]
+    network, report = _load(folder)
+    head = set(family.head_names.values())
+    architectures = config.get("architectures") or ()
+    declared = family.architecture in architectures
+    missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
+    mismatched = {name: shapes for name, *shapes in report["mismatched_keys"]}
+    has_head = declared or not (architectures or head & missing)
+    if not has_head:
+        missing -= head
+        mismatched = {name: shapes for name, shapes in mismatched.items() if name not in head}
+    if missing:
+        raise CheckpointError(f"{folder}: the weights lack {_some(missing)}")
+    for name, (found, wanted) in sorted(mismatched.items()):
+        raise CheckpointError(
+            f"{folder}: {name} has the shape {list(found)}, config.json asks for {list(wanted)}"
+        )
+    other_heads = {n for n in unexpected if n.removeprefix(family.prefix).startswith(_OTHER_HEADS)}
+    if unexpected - other_heads:
+        raise CheckpointError(
+            f"{folder}: weights that {family.architecture} does not have: "
+            f"{_some(unexpected - other_heads)}"
+        )
+    known = type(network.config)().to_dict().keys() | _ONLY.keys() | _NO_FUNCTION
+    ignored = sorted(config.keys() - known)
+    notes = []
+    if other_heads:
+        notes.append(f"weights of another task are not used: {_some(other_heads)}")
+    if ignored:
+        notes.append(f"keys of config.json that Transformers ignores: {', '.join(ignored)}")
+    source = Source(folder, family, network, has_head, tuple(notes))
+    _check_finite(source)
+    _check_outputs(source)
+    return source
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: not an encoder folder: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder}: not an encoder folder: config.json holds no object")
+    if str(config.get("model_type")) not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise CheckpointError(
+            f"{folder}: model_type {config.get('model_type')!r}, only {known} can be converted"
+        )
+    for key, only in _ONLY.items():
+        if config.get(key) not in (only, None):
+            raise CheckpointError(
+                f"{folder}: {key} in config.json is {one_line(config[key])[:80]!r}, "
+                f"only {only!r} can be converted"
+            )
+    if config.get("embedding_size", width := config.get("hidden_size")) != width:
+        raise CheckpointError(f"{folder}: embedding_size differs from hidden_size")
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder}: holds an adapter, merge it into the encoder first")
+    return config
+
+
+def _load(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a folder as a classifier, with Transformers' report on its weights."""
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            network, report = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                weights_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # the report names them
+                chunk_size_feed_forward=0,  # the same function, at every length
+            )
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{folder}: not an encoder folder: the .bin file is damaged or holds more than tensors"
+        ) from error
+    except Exception as error:  # Transformers, safetensors and torch raise many kinds
+        told = one_line(error)[:300] or type(error).__name__
+        raise CheckpointError(f"{folder}: not an encoder folder: {told}") from error
+    return network.eval(), report
+
+
+def _some(names: set[str]) -> str:
+    first, *others = sorted(names)
+    return f"{first} and {len(others)} more" if others else first
+
+
+def _check_finite(source: Source) -> None:
+    for name, weight in source.weights.items():
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{source.folder}: {name} holds a number that is not finite")
+        if not weight.half().isfinite().all():
+            raise CheckpointError(
+                f"{source.folder}: {name} exceeds float16, in which checkpoints are stored"
+            )
+
+
+def _check_outputs(source: Source) -> None:
+    config = source.network.config
+    one_output = config.num_labels == 1 and config.problem_type != MULTI_LABEL
+    if source.has_head and (one_output or config.problem_type == "regression"):
+        raise CheckpointError(
+            f"{source.folder}: a regression model, only classifiers can be converted "
+            "(to train a new head on its encoder, save that alone with AutoModel)"
+        )

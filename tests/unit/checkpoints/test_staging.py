@@ -1,0 +1,191 @@
+"""A checkpoint folder appears complete or not at all, whatever ends the program that writes it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from budgetformer.checkpoint import read_checkpoint, read_store
+from budgetformer.errors import BudgetFormerError, CheckpointError, DataError
+from budgetformer.install import install
+from budgetformer.staging import staged
+from budgetformer.training.pipeline import recalibrate
+from tests.support.stores import TOPICS, single_label_rows, train, write_jsonl
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """Let every write beyond `size` bytes of a file fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+class Stop(BaseException):
+    """Anything that ends a program."""
+
+
+def fail(path: Path, error: type[BaseException]) -> None:
+    path.write_text("half")
+    raise error
+
+
+class TestStaged:
+    def test_it_appears_at_the_end(self, tmp_path: Path) -> None:
+        target = tmp_path / "store" / "name" / "1"
+        with staged(target) as folder:
+            (folder / "manifest.json").write_text("{}")
+            assert not target.exists()
+            assert read_store(tmp_path / "store").errors == []
+        assert everything(target.parent) == ["1", "1/manifest.json"]
+
+    def test_others_may_read_it(self, tmp_path: Path) -> None:
+        with staged(tmp_path / "1") as folder:
+            (folder / "manifest.json").write_text("{}")
+        assert (tmp_path / "1").stat().st_mode & 0o005 == 0o005 & ~current_umask()
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Stop, ValueError])
+    @pytest.mark.parametrize("there", [False, True])
+    def test_a_failure_leaves_what_was(
+        self, tmp_path: Path, error: type[BaseException], there: bool
+    ) -> None:
+        target = tmp_path / "name" / "1"
+        if there:
+            target.mkdir(parents=True)
+            (target / "manifest.json").write_text("earlier")
+        before = everything(tmp_path) or ["name"]
+        with pytest.raises(error), staged(target, replace=True) as folder:
+            fail(folder / "manifest.json", error)
+        assert everything(tmp_path) == before
+
+    @pytest.mark.parametrize("write", ["plain", "safetensors"])
+    def test_a_full_disk_is_one_line(self, tmp_path: Path, write: str) -> None:
+        def fill(folder: Path) -> None:
+            if write == "plain":
+                (folder / "tokenizer.json").write_bytes(bytes(10_000))
+            else:
+                save_file({"weight": torch.zeros(10_000)}, folder / "model.safetensors")
+
+        with (
+            pytest.raises(CheckpointError, match=str(tmp_path / "1")) as caught,
+            file_limit(1000),
+            staged(tmp_path / "1") as folder,
+        ):
+            fill(folder)
+        assert "\n" not in str(caught.value)
+        assert everything(tmp_path) == []
+
+    def test_a_checkpoint_is_replaced_whole(self, tmp_path: Path) -> None:
+        for word in ("earlier", "later"):
+            with staged(tmp_path / "1", replace=True) as folder:
+                (folder / "manifest.json").write_text(word)
+                (folder / word).touch()
+        assert everything(tmp_path) == ["1", "1/later", "1/manifest.json"]
+
+    @pytest.mark.parametrize(("name", "replace"), [("manifest.json", False), ("thesis.txt", True)])
+    def test_what_is_there_and_must_stay(self, tmp_path: Path, name: str, replace: bool) -> None:
+        (tmp_path / "1").mkdir()
+        (tmp_path / "1" / name).write_text("mine")
+        before = everything(tmp_path)
+        with pytest.raises(CheckpointError, match="exists"), staged(tmp_path / "1", replace) as new:
+            (new / "manifest.json").write_text("{}")
+        assert everything(tmp_path) == before
+
+    def test_a_store_that_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "store").touch()
+        with (
+            pytest.raises(CheckpointError, match="store"),
+            staged(tmp_path / "store" / "name" / "1"),
+        ):
+            pass
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_leaves_nothing(self, tmp_path: Path, number: int) -> None:
+        program = (
+            "import sys, time; from pathlib import Path; from budgetformer.staging import staged\n"
+            "with staged(Path(sys.argv[1])) as folder:\n"
+            "    (folder / 'manifest.json').write_text('half'); print('half', flush=True)\n"
+            "    while True: time.sleep(60)\n"
+        )
+        command = [sys.executable, "-c", program, str(tmp_path / "1")]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"half\n"
+            process.send_signal(number)
+            assert process.wait(60) != 0
+        assert everything(tmp_path) == []
+
+    def test_a_signal_ends_programs_as_before_afterwards(self, tmp_path: Path) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        with staged(tmp_path / "1") as folder:
+            (folder / "manifest.json").write_text("{}")
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+SMALL_DISK = 20_000
+"""Bytes: less than the weights, more than a configuration."""
+
+COMMANDS: dict[str, Callable[[Path, Path], object]] = {
+    "train": lambda _, store: train(store / "new" / "1", single_label_rows()[:60], dense_epochs=1),
+    "calibrate": lambda given, store: recalibrate(
+        read_checkpoint(given),
+        write_jsonl(store.parent / "more.jsonl", single_label_rows()),
+        store / "new" / "1",
+        lambda _: None,
+    ),
+    "models add": lambda given, store: install(str(given), store),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_leaves_no_version(model_store: Path, tmp_path: Path, command: str) -> None:
+    store = tmp_path / "store"
+    with pytest.raises(BudgetFormerError), file_limit(SMALL_DISK):
+        COMMANDS[command](model_store / TOPICS / "2", store)
+    assert not list(store.glob("*/[0-9]*"))
+    assert not list(store.glob(".adding-*"))
+    assert not list(store.glob("*/.*.new-*"))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("new/0", "version"),
+        ("new/one", "version"),
+        (f"new/{2**63}", "version"),
+        ("new name/1", "model name"),
+        (".new/1", "model name"),
+        ("taken/1", "exists"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_work(
+    tmp_path: Path, output: str, message: str
+) -> None:
+    (tmp_path / "store/taken/1").mkdir(parents=True)
+    with pytest.raises((DataError, CheckpointError), match=message):
+        train(tmp_path / "store" / output, single_label_rows(), dense_epochs=1000)
