@@ -24,8 +24,9 @@ from budgetformer.training.encoders import Family, Source, read_encoder
 TOLERANCE = 1e-4
 """Largest accepted difference between a converted network and its source, relative to the largest
 value; rounding in float32 makes about 1e-6 of it."""
-LONGEST_PROOF = 1024
-"""Tokens of the longest sequence on which source and result are compared."""
+PROOF_LENGTHS = ((1, 5, 16), (64,))
+"""Tokens of the sequences on which source and result are compared, in batches; the embeddings are
+compared at every position."""
 MIN_POSITIONS = 3
 """A text's beginning, one token and its end."""
 
@@ -194,24 +195,35 @@ def measure_difference(
         rows: the row of the source's head for each label; None: only states are compared.
 
     Returns:
-        The largest difference of token states (and logits), relative to the largest value.
+        The largest difference of embeddings, states and logits, relative to the largest value.
     """
     training = model.training
     model.eval()
-    limit = min(model.config.max_position_embeddings, LONGEST_PROOF)
-    differences: list[Tensor] = []
-    for lengths in ([1, min(5, limit), min(16, limit)], [limit]):
-        batch = _random_batch(source, lengths)
-        theirs = source.network(**_for_source(source, batch), output_hidden_states=True)
+    limit = model.config.max_position_embeddings
+    batch = _random_batch(source, [limit])
+    embeddings: Any = source.network.base_model.embeddings
+    compared = [
+        (
+            model.encoder.embed(batch["input_ids"], batch["token_type_ids"]),
+            embeddings(**_for_source(source, batch)),
+        )
+    ]
+    for lengths in PROOF_LENGTHS:
+        batch = _random_batch(source, [min(length, limit) for length in lengths])
+        mask = batch["attention_mask"]
+        theirs = source.network(
+            **_for_source(source, batch), attention_mask=mask, output_hidden_states=True
+        )
         ours = model.encoder(**batch, steps=model.config.num_steps)
-        mask = batch["attention_mask"].bool()
-        pairs = [(ours.last_hidden_state[mask], theirs.hidden_states[-1][mask])]
+        mask = mask.bool()
+        compared.append((ours.last_hidden_state[mask], theirs.hidden_states[-1][mask]))
         if rows is not None:
-            pairs.append((model.classify(ours.pooled), theirs.logits[:, rows]))
-        for actual, expected in pairs:
-            scale = expected.abs().max().clamp(min=1e-2)
-            differences.append((actual - expected).abs().max() / scale)
+            compared.append((model.classify(ours.pooled), theirs.logits[:, rows]))
     model.train(training)
+    differences = [
+        (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-2)
+        for actual, expected in compared
+    ]
     return torch.stack(differences).max().item()
 
 
@@ -230,9 +242,9 @@ def _random_batch(source: Source, lengths: list[int]) -> dict[str, Tensor]:
 
 
 def _for_source(source: Source, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out token types where the source knows none or one."""
+    """Return ids, and token types where the source knows more than one."""
     types = getattr(source.network.config, "type_vocab_size", 1) if source.family.has_types else 1
-    return {n: tensor for n, tensor in batch.items() if n != "token_type_ids" or types > 1}
+    return {name: batch[name] for name in ("input_ids", "token_type_ids")[: 1 + (types > 1)]}
 
 
 class _UnitImportance:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -339,7 +338,7 @@ class Trainer:
             return {}
         try:
             state: dict[str, Any] = torch.load(self.state_path, weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        except Exception as error:  # torch raises many kinds
             raise TrainingError(f"{self.state_path}: damaged; remove it to start anew") from error
         if state.pop("run", None) != self.run:
             raise TrainingError(
