@@ -48,7 +48,7 @@ from budgetformer.training.calibration import (
     tune_exit_weights,
 )
 from budgetformer.training.card import write_card
-from budgetformer.training.conversion import Conversion, convert_encoder
+from budgetformer.training.conversion import MIN_POSITIONS, Conversion, convert_encoder
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
 from budgetformer.training.evaluation import Row, evaluate_checkpoint
 from budgetformer.training.exits import (
@@ -113,6 +113,8 @@ def train_checkpoint(
     """
     _check_output(output)
     check_replaceable(output, replace=True)
+    if recipe.max_length < MIN_POSITIONS:
+        raise DataError(f"max_length is {recipe.max_length}, at least {MIN_POSITIONS} are needed")
     if recipe.random_heads:
         raise DataError("random_heads is for budgetformer.training.paper: no checkpoint serves it")
     if threads is not None:

@@ -214,6 +214,11 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
+def test_a_length_without_room_for_a_text(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="max_length"):
+        run(tmp_path, single_label_rows(), max_length=2)
+
+
 def test_data_errors_come_first(tmp_path: Path) -> None:
     save_bert(tmp_path / "encoder")
     with pytest.raises(DataError, match="too few"):
