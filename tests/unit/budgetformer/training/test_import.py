@@ -149,7 +149,7 @@ ONE_LABEL = [row | {"label": "same"} for row in single_label_rows()]
         (lambda f: (f / "tokenizer.json").unlink(), None, "tokenizer.json: missing"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), None, "tokenizer.json"),
         (poison, None, "not finite"),
-        (Path.exists, ONE_LABEL, "one label"),
+        (Path.exists, ONE_LABEL, "training needs two labels"),
     ],
 )
 def test_what_cannot_work_is_refused_before_work_starts(
@@ -221,5 +221,5 @@ def test_a_length_without_room_for_a_text(tmp_path: Path) -> None:
 
 def test_data_errors_come_first(tmp_path: Path) -> None:
     save_bert(tmp_path / "encoder")
-    with pytest.raises(DataError, match="too few"):
+    with pytest.raises(DataError, match="rows per label at least"):
         run(tmp_path, single_label_rows()[:3])
