@@ -100,6 +100,7 @@ def create_app(
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
+        state.start_threads()
         engines.start()
         await hub.start()
         yield

@@ -30,14 +30,16 @@ class Follow:
         self._engines = engines
         self._hub = hub
         self._draining: asyncio.Queue[tuple[int, list[ServedModel]]] = asyncio.Queue()
+        self._begun = False
         self._background = Background()
 
     async def __call__(self, serving: Serving) -> None:
         """Serve it from now on."""
         before = self._hub.serving
-        if before is NOTHING:
+        if not self._begun:
+            self._begun = True
             self._background.start(self._drain())
-        elif serving.generation != before.generation:
+        if before is not NOTHING and serving.generation != before.generation:
             await self._until_loaded(serving.models)
         retired = await self._models.serve(serving.models)
         self._hub.say(Swapped(serving.generation))

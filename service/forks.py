@@ -2,13 +2,15 @@
 
 `import torch` takes seconds, and memory that forked processes share. The supervisor writes a number
 for each process that it wants to the fork server's stdin, after its settings; the fork server says
-on its stdout `NUMBER PID` when it has forked it, and `NUMBER PID CODE` when that has ended.
+on its stdout `NUMBER PID` when it has forked it, `NUMBER PID CODE` when that has ended, and
+`NUMBER -ERRNO` when it could not fork it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import selectors
 import signal
@@ -22,6 +24,8 @@ from service.process import encode_settings, read_line
 from service.settings import Settings
 
 log = structlog.get_logger()
+
+POLL_SECONDS = 0.01
 
 
 def fork_on_demand() -> int | None:
@@ -51,8 +55,11 @@ def fork_on_demand() -> int | None:
                 line = read_line()
                 if not line:
                     return None
-                ends, stays = os.pipe()
-                pid = os.fork()
+                try:
+                    ends, stays, pid = _fork()
+                except OSError as error:  # EAGAIN, ENOMEM, EMFILE: this one alone is not forked
+                    _say(answers, int(line), -(error.errno or errno.EAGAIN))
+                    continue
                 if not pid:
                     for fd in (answers, ends, *lives):
                         os.close(fd)
@@ -61,6 +68,21 @@ def fork_on_demand() -> int | None:
                 heard.register(ends, selectors.EVENT_READ)
                 lives[ends] = int(line), pid
                 _say(answers, *lives[ends])
+
+
+def _fork() -> tuple[int, int, int]:
+    """Fork, and return both ends of a pipe and the process id, 0 in the new process.
+
+    Raises:
+        OSError: there are too many processes or open files, or too little memory.
+    """
+    ends, stays = os.pipe()
+    try:
+        return ends, stays, os.fork()
+    except OSError:
+        os.close(ends)
+        os.close(stays)
+        raise
 
 
 def _say(answers: int, *numbers: int) -> None:
@@ -132,7 +154,11 @@ class ForkServer:
         return process.pid if process is not None and lives else None
 
     async def fork(self, number: int) -> Forked:
-        """Return a new process, which may have ended already, as it does if it cannot begin."""
+        """Return a new process, which may have ended already, as it does if it cannot begin.
+
+        Raises:
+            OSError: the fork server cannot be started, or cannot fork.
+        """
         async with self._starting:
             if self._hearing is None or self._hearing.done():
                 await self._start()
@@ -173,9 +199,13 @@ class ForkServer:
         )
         self._tell(encode_settings(self._settings))
         said = asyncio.StreamReader()
-        await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(said), self._process.stdout
-        )
+        try:
+            await asyncio.get_running_loop().connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(said), self._process.stdout
+            )
+        except BaseException:
+            self._process.kill()
+            raise
         self._hearing = asyncio.create_task(self._hear(self._process, said))
 
     def _tell(self, line: bytes) -> None:
@@ -185,16 +215,20 @@ class ForkServer:
             self._process.stdin.write(line)
 
     async def _hear(self, process: subprocess.Popen[bytes], said: asyncio.StreamReader) -> None:
-        async for line in said:
-            number, pid, *code = map(int, line.split())
-            if code:
-                self._forked.pop(pid).ended(code[0])
-            else:
-                self._forked[pid] = Forked(pid)
-                self._asked.pop(number).set_result(self._forked[pid])
+        while not said.at_eof():
+            try:
+                self._heed(await said.readline())
+            except (ValueError, KeyError, asyncio.InvalidStateError) as error:
+                log.error("fork server: unexpected output ignored", reason=type(error).__name__)
+            except OSError as error:
+                log.error("fork server: its pipe broke, it is killed", reason=str(error))
+                process.kill()
+                break
         assert process.stdin is not None
         process.stdin.close()
-        code_of_all = await asyncio.to_thread(process.wait)
+        # Polled, as waiting takes a thread, and there may be no room for one.
+        while (code_of_all := process.poll()) is None:
+            await asyncio.sleep(POLL_SECONDS)
         for forked in self._forked.values():
             forked.kill()
             forked.ended(code_of_all)
@@ -204,3 +238,16 @@ class ForkServer:
             stillborn.ended(code_of_all)
             asked.set_result(stillborn)
         self._asked.clear()
+
+    def _heed(self, line: bytes) -> None:
+        """Act on one line of the fork server; an empty one is the end."""
+        if not line:
+            return
+        number, pid, *code = (int(word) for word in line.split())
+        if code:
+            self._forked.pop(pid).ended(code[0])
+        elif pid < 0:
+            self._asked.pop(number).set_exception(OSError(-pid, os.strerror(-pid)))
+        else:
+            self._forked[pid] = Forked(pid)
+            self._asked.pop(number).set_result(self._forked[pid])

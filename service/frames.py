@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import msgspec
 
@@ -25,7 +25,13 @@ class FrameError(Exception):
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Base of all messages."""
+    """Base of all messages.
+
+    Attributes:
+        droppable: it is left out where the receiver does not read what was sent before.
+    """
+
+    droppable: ClassVar[bool] = False
 
 
 def decoder(messages: Any) -> Decoder:
@@ -56,5 +62,7 @@ async def read(reader: asyncio.StreamReader, messages: Decoder) -> Any:
         return messages.decode(await reader.readexactly(length))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise FrameError(str(error)) from error
+    except FrameError:
+        raise
+    except Exception as error:  # besides msgspec's own errors a decoder raises RecursionError
+        raise FrameError(str(error) or type(error).__name__) from error

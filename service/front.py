@@ -1,4 +1,7 @@
-"""A front process: `python -m service.front RUN_DIR DESCRIPTOR INDEX` serves HTTP on a socket."""
+"""A frontend process, which serves HTTP on sockets that it shares with the other frontends.
+
+`python -m service.front RUN_DIR INDEX DESCRIPTOR [METRICS_DESCRIPTOR]`
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,6 @@ from service.engine.client import Engines
 from service.observability.logs import configure_logs
 from service.observability.traces import open_tracing
 from service.process import (
-    bind,
     collect_seldom,
     engine_socket,
     exit_with_parent,
@@ -50,7 +52,33 @@ SPARE_DESCRIPTORS = 256
 """Open files of a front besides its connections."""
 
 
-class _SideServer(uvicorn.Server):
+class _SharedServer(uvicorn.Server):
+    """Uvicorn on a listening socket that other processes take connections from, too.
+
+    Args:
+        config: of uvicorn.
+        listener: the socket.
+    """
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket, seconds: float) -> None:
+        super().__init__(config)
+        self._acceptor = Acceptor(listener, seconds)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._acceptor.start(self._protocol, self.config.ssl)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._acceptor.close()
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+
+class _SideServer(_SharedServer):
     """Uvicorn on a second port: it leaves signals to the first."""
 
     @contextlib.contextmanager
@@ -58,7 +86,7 @@ class _SideServer(uvicorn.Server):
         yield
 
 
-class _DrainingServer(uvicorn.Server):
+class _DrainingServer(_SharedServer):
     """Uvicorn, with the app told at the signal, before connections close, and spans kept.
 
     Another server may stand beside it, and stays until it has drained.
@@ -67,39 +95,31 @@ class _DrainingServer(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
+        listener: socket.socket,
+        seconds: float,
         app: FastAPI,
-        acceptor: Acceptor,
         tracing: Tracing | None,
-        side: tuple[_SideServer, socket.socket] | None,
+        side: _SideServer | None,
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, listener, seconds)
         self._app = app
-        self._acceptor = acceptor
         self._tracing = tracing
         self._side = side
         self._beside: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._acceptor.start(self._protocol, self.config.ssl)
         if self._side is not None:
-            server, listener = self._side
-            self._beside = asyncio.create_task(server.serve([listener]))
-
-    def _protocol(self) -> asyncio.Protocol:
-        return self.config.http_protocol_class(  # type: ignore[call-arg]
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
+            self._beside = asyncio.create_task(self._side.serve([]))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.state.draining = True
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._acceptor.close()
         await super().shutdown(sockets)
         if self._side is not None and self._beside is not None:
-            self._side[0].should_exit = True
+            self._side.should_exit = True
             await self._beside
         if self._tracing is not None:  # here, as uvicorn ends the process by the signal it caught
             await asyncio.to_thread(self._tracing.close)
@@ -107,7 +127,8 @@ class _DrainingServer(uvicorn.Server):
 
 def main() -> None:
     """Run the front."""
-    run_dir, descriptor, index = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    run_dir, index = Path(sys.argv[1]), int(sys.argv[2])
+    listener, *side_listeners = (socket.socket(fileno=int(word)) for word in sys.argv[3:])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = receive_settings()
     exit_with_parent()
@@ -134,15 +155,13 @@ def main() -> None:
         "timeout_graceful_shutdown": int(settings.drain_seconds) or 1,
     }
     config = uvicorn.Config(app, lifespan="on", **common, **_tls(settings))
-    side = None
-    if settings.metrics_port is not None:
-        listener = bind(settings.host, settings.metrics_port)
-        side = _SideServer(uvicorn.Config(app, lifespan="off", **common)), listener
-    acceptor = Acceptor(socket.socket(fileno=descriptor), settings.receive_seconds)
-    server = _DrainingServer(config, app, acceptor, tracing, side)
+    seconds, side = settings.receive_seconds, None
+    for side_listener in side_listeners:
+        side = _SideServer(uvicorn.Config(app, lifespan="off", **common), side_listener, seconds)
+    server = _DrainingServer(config, listener, seconds, app, tracing, side)
     keep_what_is_here()
     collect_seldom()
-    server.run(sockets=[])  # the acceptor's connections are all that there are
+    server.run(sockets=[])  # the acceptors' connections are all that there are
 
 
 def _tls(settings: Settings) -> dict[str, Any]:

@@ -19,15 +19,23 @@ class OneWrite:
         self._stream = stream
         self.is_closing = stream.is_closing
         self._held: list[bytes] = []
+        self._held_bytes = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that this process still holds, because the other side has not read them."""
+        transport: Any = getattr(self._stream, "transport", self._stream)
+        return self._held_bytes + int(transport.get_write_buffer_size())
 
     def write(self, data: bytes) -> None:
         """Write before the next turn."""
         if not self._held:
             asyncio.get_running_loop().call_soon(self._send)
         self._held.append(data)
+        self._held_bytes += len(data)
 
     def write_now(self, data: bytes) -> None:
         """Write, after what is held."""
@@ -43,3 +51,4 @@ class OneWrite:
         if self._held and not self.is_closing():
             self._stream.write(b"".join(self._held))
         self._held.clear()
+        self._held_bytes = 0

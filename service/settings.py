@@ -170,6 +170,8 @@ class Settings(BaseSettings):
     """Latest deadline that a request may ask for, in milliseconds."""
     hang_seconds: float = Field(default=10.0, ge=2)
     """A process that has not been heard of for so long is killed and started again."""
+    load_timeout_seconds: float = Field(default=300.0, gt=0)
+    """How long an engine may take to load a model; then the change fails, and the others stay."""
     drain_seconds: float = Field(default=20.0, ge=0)
     """On SIGTERM, how long requests in flight may take to finish."""
     keys_file: Path | None = None
@@ -183,7 +185,8 @@ class Settings(BaseSettings):
     admin_key_file: Path | None = None
     """File that holds the admin key, as container secrets do; an empty one holds none."""
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
-    """Serve probes and metrics on this port too, always in plain HTTP, and metrics there alone."""
+    """Serve probes and metrics on this port too, always in plain HTTP, and metrics there alone; all
+    frontends answer on it."""
     tls_cert: Path | None = None
     """Certificate chain, PEM: speak TLS."""
     tls_key: Path | None = None

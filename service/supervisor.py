@@ -12,19 +12,20 @@ import signal
 import socket
 import time
 from asyncio.subprocess import Process
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import structlog
 import uvloop
 
+from service.background import FIRST_BACKOFF, LONGEST_BACKOFF, describe, run_forever
 from service.engine.client import EngineClient
 from service.environment import is_ours
 from service.forks import Forked, ForkServer
 from service.hub.catalog import Catalog
 from service.hub.hub import Hub
-from service.hub.mirror import copy, mirror_of
+from service.hub.mirror import copy_at_start, mirror_of
 from service.hub.poll import StorePoll
 from service.observability.traces import check_tracing
 from service.process import (
@@ -41,10 +42,8 @@ from service.settings import Settings, SettingsError
 
 log = structlog.get_logger()
 
-FIRST_BACKOFF = 0.1
-LONGEST_BACKOFF = 5.0
 CRASH_LOOP = 3
-"""Lives in a row that end before the process could serve."""
+"""Starts in a row that fail, or end before the process could serve."""
 START_SECONDS = 120.0
 """How long a process may take until it is heard of."""
 LOOK_SECONDS = 0.1
@@ -101,25 +100,36 @@ class _Child:
 
     async def keep_running(self) -> None:
         """Start the process, and again whenever it ends, until `stop` or cancelled."""
-        backoff, in_vain = FIRST_BACKOFF, 0
+        backoff, failures = FIRST_BACKOFF, 0
         while not self._stopping:
             self.started, self._served = time.monotonic(), False
-            self._process = await self._start()
-            code = await self._process.wait()
+            reason = await self._run()
             if self._stopping:
                 return
             if self._served:
-                backoff, in_vain = FIRST_BACKOFF, 0
-            in_vain += not self._served
-            log.error("a process died", process=self.name, code=code, restart_in=backoff)
-            if in_vain >= CRASH_LOOP:
-                reason = (
-                    f"{self.name} has ended {in_vain} times in a row before it could serve, "
-                    f"the last time with code {code}; it is started every {backoff:g} s"
+                backoff, failures = FIRST_BACKOFF, 0
+            else:
+                failures += 1
+            log.error("process down", process=self.name, reason=reason, restart_in=backoff)
+            if failures >= CRASH_LOOP:
+                self._report(
+                    self.name,
+                    f"{self.name} does not come up: {reason}; {failures} failed starts in a row, "
+                    f"next one in {backoff:g} s",
                 )
-                self._report(self.name, reason)
             await asyncio.sleep(backoff)
             backoff = min(backoff * 2, LONGEST_BACKOFF)
+
+    async def _run(self) -> str:
+        """Run the process once, and return why it is down."""
+        self._process = None
+        try:
+            self._process = await self._start()
+        except Exception as error:  # no room for a process, a thread, an open file
+            return f"it could not be started ({describe(error)})"
+        if self._stopping:
+            self._process.terminate()
+        return f"it ended with exit code {await self._process.wait()}"
 
     def serves(self) -> None:
         """Say that the process has come up: should it die, it is started again at once."""
@@ -130,8 +140,9 @@ class _Child:
     def kill(self) -> None:
         """Kill the process, which hangs."""
         if self.pid is not None and self._process is not None:
-            log.error("a process hangs, it is killed", process=self.name)
-            self._process.kill()
+            log.error("process hangs, it is killed", process=self.name)
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
     async def stop(self, patience: float) -> None:
         """Ask the process to end, wait for `patience` seconds, then kill it."""
@@ -145,16 +156,28 @@ class _Child:
                 async with asyncio.timeout(patience):
                     await process.wait()
             except TimeoutError:
-                log.error("a process did not end in time", process=self.name)
+                log.error("process did not end in time, it is killed", process=self.name)
                 process.kill()
                 await process.wait()
 
 
 class _Server:
-    """All processes of one server, and the hub that they meet in."""
+    """All processes of one server, and the hub that they meet in.
+
+    Args:
+        settings: of the server.
+        catalog: what it serves at first.
+        listeners: sockets that every frontend takes connections from: the one for callers, and one
+            for probes and metrics where that has a port of its own.
+        run_dir: for its sockets.
+    """
 
     def __init__(
-        self, settings: Settings, catalog: Catalog, listener: socket.socket, run_dir: Path
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        listeners: Sequence[socket.socket],
+        run_dir: Path,
     ) -> None:
         self._settings = settings
         self._run_dir = run_dir
@@ -167,15 +190,15 @@ class _Server:
             _Child(f"engine-{i}", partial(self._forks.fork, i), self.hub.report_crash_loop)
             for i in range(settings.engines)
         ]
-        descriptor = listener.fileno()
+        descriptors = [listener.fileno() for listener in listeners]
         self._fronts = [
             _Child(
                 f"front-{i}",
                 partial(
                     start,
-                    child_command("service.front", str(run_dir), str(descriptor), str(i)),
+                    child_command("service.front", str(run_dir), str(i), *map(str, descriptors)),
                     settings,
-                    (descriptor,),
+                    descriptors,
                 ),
                 self.hub.report_crash_loop,
             )
@@ -185,17 +208,19 @@ class _Server:
     async def run(self) -> None:
         """Keep everything running, until cancelled."""
         socket = hub_socket(self._run_dir)
+        settings, hub = self._settings, self.hub
+        work: dict[str, Callable[[], Awaitable[None]]] = {
+            "hub": partial(hub.serve, socket),
+            "readiness": self._look_after,
+            "silence": partial(on_silence, self._last_words, settings.hang_seconds, _Child.kill),
+        }
+        work |= {child.name: child.keep_running for child in (*self._engines, *self._fronts)}
+        if settings.poll_store_seconds:
+            poll = StorePoll(hub, settings.models, mirror_of(settings))
+            work["store"] = partial(poll.run, settings.poll_store_seconds)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.hub.serve(socket))
-            for child in (*self._engines, *self._fronts):
-                tasks.create_task(child.keep_running())
-            tasks.create_task(self._look_after())
-            if self._settings.poll_store_seconds:
-                poll = StorePoll(self.hub, self._settings.models, mirror_of(self._settings))
-                tasks.create_task(poll.run(self._settings.poll_store_seconds))
-            tasks.create_task(
-                on_silence(self._last_words, self._settings.hang_seconds, _Child.kill)
-            )
+            for name, run in work.items():
+                tasks.create_task(run_forever(name, run, hub.report_problem))
 
     async def stop(self) -> None:
         """Let the fronts finish what they have begun, then end all."""
@@ -234,20 +259,21 @@ class _Server:
 
 
 async def _supervise(
-    settings: Settings, catalog: Catalog, listener: socket.socket, run_dir: Path
+    settings: Settings, catalog: Catalog, listeners: Sequence[socket.socket], run_dir: Path
 ) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = _Server(settings, catalog, listener, run_dir)
+    server = _Server(settings, catalog, listeners, run_dir)
     running = asyncio.create_task(server.run())
     waiting = asyncio.create_task(stopping.wait())
     await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
     log.info("draining", seconds=settings.drain_seconds)
     # Without this the kernel would go on taking connections that nobody answers.
-    listener.close()
+    for listener in listeners:
+        listener.close()
     await server.stop()
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -267,9 +293,13 @@ def supervise(settings: Settings) -> None:
     check_tracing()
     mirror = mirror_of(settings)
     if mirror is not None:
-        copy(mirror)
+        copy_at_start(mirror)
     catalog = Catalog(settings)
-    listener = bind(settings.host, settings.port)
+    ports = (
+        [settings.port] if settings.metrics_port is None else [settings.metrics_port, settings.port]
+    )
+    # The metrics port first: the system might choose its number where `port` is 0.
+    *side, listener = (bind(settings.host, port) for port in ports)
     host, port = listener.getsockname()[:2]
     with run_folder() as folder:
         run_dir = Path(folder)
@@ -283,4 +313,4 @@ def supervise(settings: Settings) -> None:
             del os.environ[name]
         log.info("starting", url=f"http://{host}:{port}", engines=engines, device=device)
         keep_what_is_here()
-        uvloop.run(_supervise(resolved, catalog, listener, run_dir))
+        uvloop.run(_supervise(resolved, catalog, [listener, *side], run_dir))

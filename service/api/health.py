@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from service.api.errors import ApiError, errors_documented_as
 from service.api.responses import json_response
 from service.api.schemas import ErrorResponse
 from service.api.state import State, from_hub, state_of
+from service.hub.link import SILENCE_LIMIT
 from service.hub.messages import Scrape, TellRecent
 
 router = APIRouter(tags=["operations"], responses=errors_documented_as(ErrorResponse))
@@ -63,8 +65,8 @@ async def health(request: Request) -> Response:
         "status": "ok" if reason is None else "unavailable",
         "reason": reason,
         "models": [f"{name}:{version}" for name, version in sorted(state.engines.models)],
-        "errors": state.hub.serving.errors,
-        "crash_loops": state.hub.serving.crash_loops,
+        "errors": _errors(state),
+        "crash_loops": list(state.hub.serving.crash_loops.values()),
         "engines": engines,
     }
     return json_response(content, 200 if reason is None else 503)
@@ -73,18 +75,48 @@ async def health(request: Request) -> Response:
 @router.get("/metrics", summary="Prometheus metrics", response_class=Exposition)
 async def metrics(request: Request) -> Response:
     """Expose all series, as Prometheus text or OpenMetrics, whichever is accepted."""
-    accept = request.headers.get("accept", "")
-    return await shown(request, Scrape(0, accept))
+    accept = ",".join(request.headers.getlist("accept"))
+    return await shown(request, Scrape(0, prefers_openmetrics(accept)))
+
+
+def prefers_openmetrics(accept: str) -> bool:
+    """Return whether an Accept header asks for OpenMetrics 1.0.0 rather than Prometheus text.
+
+    Any header is an answer: what cannot be read, or is not offered, does not count.
+    """
+    weights = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for choice in accept.lower().split(","):
+        kind, *given = (part.strip() for part in choice.split(";"))
+        parameters = {k.strip(): v.strip(' "') for k, _, v in (p.partition("=") for p in given)}
+        if kind == "application/openmetrics-text" and parameters.get("version", "1.0.0") != "1.0.0":
+            continue
+        if kind in weights:
+            weights[kind] = max(weights[kind], _weight(parameters.get("q", "1")))
+    openmetrics, text = weights.values()
+    return openmetrics > 0 and openmetrics >= text
+
+
+def _weight(text: str) -> float:
+    """Return the weight of a choice, 0 to 1; 0 for what is not a number."""
+    return float(text) if re.fullmatch(r"(0(\.\d{0,3})?|1(\.0{0,3})?)", text) else 0.0
 
 
 async def shown(request: Request, question: Scrape | TellRecent) -> Response:
     """Return what the hub has to show.
 
     Raises:
-        ApiError: 503, it is not there.
+        ApiError: see `from_hub`.
     """
     answer = await from_hub(state_of(request).hub.show(question))
     return Response(answer.content, media_type=answer.media_type)
+
+
+def _errors(state: State) -> list[str]:
+    silent = state.hub.silent_seconds
+    stalled = (
+        [f"the supervisor has been silent for {silent:.0f} s"] if silent > SILENCE_LIMIT else []
+    )
+    return [*state.hub.serving.errors, *stalled]
 
 
 def why_not_ready(state: State, draining: bool) -> str | None:
@@ -94,8 +126,9 @@ def why_not_ready(state: State, draining: bool) -> str | None:
     serving = state.hub.serving
     if state.models.default is None:
         return "no model is served: " + ("; ".join(serving.errors) or "the store is empty")
-    if serving.crash_loops and len(serving.crash_loops) >= len(state.engines.clients):
-        return "; ".join(serving.crash_loops)
+    engines = [why for name, why in serving.crash_loops.items() if name.startswith("engine-")]
+    if engines and len(engines) >= len(state.engines.clients):
+        return "; ".join(engines)
     if not state.engines.alive:
         return "no engine is running"
     served = state.models.served.get(state.models.default)

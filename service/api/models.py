@@ -22,7 +22,13 @@ from service.hub.messages import Changed, ChangeFailed, ChangeModel
 router = APIRouter(tags=["models"], responses=errors_documented_as(ErrorResponse))
 
 MOST_LOAD_BYTES = 4096
-CHANGE_STATUS = {"unknown_model": 404, "broken_checkpoint": 422, "engine_down": 503}
+CHANGE_STATUS = {
+    "unknown_model": 404,
+    "broken_checkpoint": 422,
+    "engine_down": 503,
+    "load_timeout": 504,
+    "busy": 503,
+}
 
 
 class LoadRequest(RequestBody):
@@ -85,7 +91,8 @@ async def load(request: Request, name: str, version: int | None) -> str:
         The version that is served now, as `name:version`.
 
     Raises:
-        ApiError: 404 the store has none, 422 it is broken, 503 no engine is running.
+        ApiError: 404 the store has none, 422 it is broken, 503 no engine is running or too many
+            changes wait, 504 it takes too long.
     """
     return await _change(request, ChangeModel(0, "load", name, version))
 
@@ -105,13 +112,9 @@ async def unload(request: Request, name: str) -> str:
 async def _change(request: Request, wanted: ChangeModel) -> str:
     answer = await from_hub(state_of(request).hub.change(wanted))
     if isinstance(answer, ChangeFailed):
-        raise ApiError(
-            CHANGE_STATUS[answer.reason],
-            answer.message,
-            None if answer.reason == "engine_down" else "model",
-            answer.reason,
-            retry_after=1 if answer.reason == "engine_down" else None,
-        )
+        status = CHANGE_STATUS[answer.reason]
+        param, retry_after = (None, 1) if status == 503 else ("model", None)
+        raise ApiError(status, answer.message, param, answer.reason, retry_after)
     assert isinstance(answer, Changed)
     return answer.label
 

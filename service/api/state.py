@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from service.access import KeyRing
 from service.api.errors import ApiError
 from service.connection import DisconnectedError
 from service.engine.client import Engines
-from service.hub.link import HubLink
+from service.hub.link import HubError, HubLink
 from service.models import Models, ServedModel, UnknownModelError
 from service.scheduling.door import Door
 from service.settings import Settings
@@ -28,6 +29,7 @@ Answer = TypeVar("Answer")
 
 SHORT_CHARACTERS = 2000
 """Tokenized sooner than a thread wakes up."""
+THREADS = 2
 MOST_BODIES = 16
 """As many bodies of the largest size may be arriving at once."""
 
@@ -43,7 +45,7 @@ class State:
     tracer: Tracer | None
     keys: KeyRing
     tokenizing: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
     )
 
     door: Door = field(init=False)
@@ -53,6 +55,12 @@ class State:
 
     def __post_init__(self) -> None:
         self.door = Door(self.settings.timeout_ms / 1000)
+
+    def start_threads(self) -> None:
+        """Start the threads now: later, when one is needed, there may be no room for it."""
+        together = threading.Barrier(THREADS)
+        for _ in range(THREADS):
+            self.tokenizing.submit(together.wait)
 
     def receive(self, count: int) -> None:
         """Count bytes of a body that is arriving; below 0, one that is here, or given up.
@@ -163,13 +171,15 @@ async def from_hub(asking: Awaitable[Answer]) -> Answer:
     """Return the hub's answer.
 
     Raises:
-        ApiError: 503, it is not there.
+        ApiError: 503, it is not there or does not answer; 500, it failed at the question.
     """
     try:
         return await asking
     except DisconnectedError:
-        message = "the server's hub is not there"
+        message = "the server's hub does not answer"
         raise ApiError(503, message, code="hub_down", retry_after=1) from None
+    except HubError as error:
+        raise ApiError(500, str(error)) from None
 
 
 def state_of(request: Request) -> State:

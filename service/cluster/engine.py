@@ -173,7 +173,8 @@ class EngineReplica:
                 oldest = min(models, key=lambda one: self._used.get(one, 0.0))
                 await self._ask(Unload(0, *oldest))
             folder = Path(self._settings.model_store, key[0], str(key[1]))
-            told = await self._ask(Load(0, str(folder)))
+            async with asyncio.timeout(self._settings.load_timeout_seconds):
+                told = await self._ask(Load(0, str(folder)))
             if isinstance(told, Failed):
                 log.error("model not loaded", model=key[0], reason=told.message)
         finally:

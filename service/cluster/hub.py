@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from service.background import Background
+from service.background import Background, run_forever
 from service.cluster.stream import Switchboard
 from service.connection import Streams, attend
 from service.engine.client import ModelKey
 from service.engine.protocol import Hello, ModelInfo
 from service.hub.catalog import Catalog
 from service.hub.hub import Hub
-from service.hub.mirror import copy, mirror_of
+from service.hub.mirror import copy_at_start, mirror_of
 from service.hub.poll import StorePoll
 from service.observability.logs import configure_logs
 from service.settings import Settings
@@ -50,14 +51,16 @@ class HubReplica:
         configure_logs(given.log_level, given.log_format, "hub")
         mirror = mirror_of(given)
         if mirror is not None:
-            copy(mirror)
+            copy_at_start(mirror)
         self._hub = Hub(given, Catalog(given), [])
         self._switchboard = Switchboard({"front": self._front, "engine": self._hub.fleet.meet})
         self._background = Background()
-        self._background.start(self._hub.serve())
+        report = self._hub.report_problem
+        self._background.start(run_forever("hub", self._hub.serve, report))
         if given.poll_store_seconds:
             poll = StorePoll(self._hub, given.models, mirror)
-            self._background.start(poll.run(given.poll_store_seconds))
+            look = partial(poll.run, given.poll_store_seconds)
+            self._background.start(run_forever("store", look, report))
 
     async def attach(self, kind: str, name: str) -> AsyncIterator[bytes]:
         """See `Switchboard.attach`."""

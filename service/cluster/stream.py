@@ -18,6 +18,8 @@ GATHER_SECONDS = 0.5
 """A call takes along all that was written since the last one, and comes no sooner after it."""
 CALL_SECONDS = 10.0
 """A call that takes longer is as good as lost."""
+MAX_CHUNKS = 64
+"""Chunks of a stream that wait to be taken by Ray."""
 SILENCE_SECONDS = 15.0
 """Who has not been heard of for so long is gone: a dead host says no farewell."""
 
@@ -49,6 +51,9 @@ class _CallTransport(asyncio.Transport):
         self._waiting += data
         if self._sending is None and not self._closing:
             self._sending = asyncio.create_task(self._drain())
+
+    def get_write_buffer_size(self) -> int:
+        return len(self._waiting)
 
     def is_closing(self) -> bool:
         return self._closing
@@ -147,7 +152,8 @@ class Switchboard:
 
     async def attach(self, kind: str, name: str) -> AsyncIterator[bytes]:
         """Serve a new stream, and give what it says, chunk by chunk."""
-        said: asyncio.Queue[bytes] = asyncio.Queue()
+        # When it is full, `put` waits for `CALL_SECONDS`, and then the stream is closed.
+        said: asyncio.Queue[bytes] = asyncio.Queue(MAX_CHUNKS)
         reader, writer = _streams(said.put, 0.0)
         self._open[name], self._heard[name] = (reader, writer), time.monotonic()
         serving = asyncio.ensure_future(self._serve[kind]((reader, writer)))

@@ -33,7 +33,6 @@ from service.engine.protocol import (
     Models,
     Refused,
 )
-from service.frames import FrameError
 from service.observability.context import current_request
 from service.process import on_silence
 
@@ -160,7 +159,13 @@ class EngineClient(Connection):
         match message:
             case Hello():
                 if message.protocol != protocol.PROTOCOL:
-                    raise FrameError(f"it speaks protocol {message.protocol}")
+                    log.error(
+                        "connection closed: another protocol",
+                        engine=self.index,
+                        protocol=message.protocol,
+                    )
+                    self.close()
+                    return
                 self.hello = message
                 self._know(message.models)
                 self._observe(self.index, message)

@@ -8,6 +8,7 @@ busy, never by waiting.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import OrderedDict, defaultdict
@@ -27,7 +28,7 @@ from budgetformer.cost_table import CostTable
 from budgetformer.errors import CheckpointError, PolicyError
 from budgetformer.policy import QualityName
 from budgetformer.precision import Precision
-from service.background import Background
+from service.background import Background, DetachedThreads, StillRunningError
 from service.engine import protocol
 from service.engine.device import DeviceLostError, check_device, probe_device
 from service.engine.models import LoadedModel, load_model
@@ -64,7 +65,7 @@ from service.scheduling.totals import TotalSeconds
 
 log = structlog.get_logger()
 
-Reply = Callable[[ToFront], None]
+Reply = Callable[[ToFront], object]
 Clock = Callable[[], float]
 
 SETTLE_SECONDS = 1.0
@@ -221,7 +222,9 @@ class EngineCore:
         self._queues: dict[str, _ModelQueue] = {}
         self._work_came = asyncio.Event()
         self._compute = ThreadPoolExecutor(1, "device", _use, (device,))
-        self._loading = ThreadPoolExecutor(1, "loading", _use, (device,))
+        self._loading = asyncio.Lock()
+        self._loads: dict[tuple[Reply, int], asyncio.Task[None]] = {}
+        self._threads = DetachedThreads()
         self._background = Background()
 
     @property
@@ -253,8 +256,13 @@ class EngineCore:
                 self._classify(message, reply)
             case Cancel():
                 self._drop(self._requests.get((reply, message.id)))
+                load = self._loads.get((reply, message.id))
+                if load is not None:
+                    load.cancel()
             case Load():
-                self._background.start(self._load(message, reply))
+                key = reply, message.id
+                self._loads[key] = load = self._background.start(self._load(message, reply))
+                load.add_done_callback(lambda _: self._loads.pop(key, None))
             case Unload():
                 self._unload(message, reply)
 
@@ -388,6 +396,7 @@ class EngineCore:
         Raises:
             DeviceLostError: the device computes nothing any more; this process must end.
         """
+        self._compute.submit(int)  # starts the thread now: later there may be no room for one
         while True:
             if self._device_lost is not None:
                 raise self._device_lost
@@ -572,17 +581,23 @@ class EngineCore:
     # Models
 
     async def _load(self, message: Load, reply: Reply) -> None:
-        loop = asyncio.get_running_loop()
+        path = Path(message.path)
+
+        def work() -> LoadedModel:
+            _use(self.device)
+            return load_model(path, self.device, self.precision, self.tables, self.shared)
+
         try:
-            model = await loop.run_in_executor(
-                self._loading,
-                load_model,
-                Path(message.path),
-                self.device,
-                self.precision,
-                self.tables,
-                self.shared,
-            )
+            async with self._loading:  # one at a time; one that is given up is not waited for
+                model = await self._threads.run(
+                    path, work, discard=lambda late: late.network.forget_shared()
+                )
+        except asyncio.CancelledError:
+            log.error("model load given up", path=message.path)
+            raise
+        except StillRunningError:
+            reply(Failed(message.id, f"{path}: an earlier load of it has not ended yet"))
+            return
         except CheckpointError as error:
             reply(Failed(message.id, str(error)))
             return
@@ -590,7 +605,7 @@ class EngineCore:
             log.error("a model could not be loaded", path=message.path, exc_info=error)
             reply(Failed(message.id, f"{message.path}: {type(error).__name__}"))
             try:
-                await loop.run_in_executor(self._loading, self._check, error)
+                await self._threads.run(self._check, partial(self._check, error))
             except DeviceLostError as lost:
                 self._device_lost = lost
                 self._work_came.set()
@@ -620,7 +635,10 @@ class EngineCore:
     async def _return_memory(self) -> None:
         """Let go of what a change of models has freed, when what it had begun will have ended."""
         await asyncio.sleep(SETTLE_SECONDS)
-        await asyncio.get_running_loop().run_in_executor(self._loading, return_memory)
+        with contextlib.suppress(
+            StillRunningError, RuntimeError
+        ):  # there may be no room for a thread
+            await self._threads.run(return_memory, return_memory)
 
 
 def _use(device: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import array
 import sys
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import msgspec
 
@@ -48,7 +48,7 @@ class Classify(Message, frozen=True):
 
 
 class Cancel(Message, frozen=True):
-    """Nobody waits for this request any more."""
+    """Nobody waits for the answer to a `Classify` or a `Load` any more."""
 
     id: int
 
@@ -104,6 +104,8 @@ class Heartbeat(Message, frozen=True):
     `quality` is the level in force for requests that leave it to the engine.
     """
 
+    droppable: ClassVar[bool] = True
+
     queue_items: dict[str, int]
     queue_seconds: dict[str, float]
     oldest_age: dict[str, float]
@@ -158,7 +160,7 @@ class Expired(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """A load or unload did not succeed, or a request named what the engine does not have."""
+    """A message could not be handled: a load did not succeed, a request named an unknown model."""
 
     id: int
     message: str
@@ -171,7 +173,12 @@ class Done(Message, frozen=True):
 
 
 class BatchRan(Message, frozen=True):
-    """One batch ran; only those who watch are told."""
+    """One batch ran; only those who watch are told.
+
+    `dropped` counts batches before it that were not told, because the receiver did not read.
+    """
+
+    droppable: ClassVar[bool] = True
 
     model: str
     version: int
@@ -180,6 +187,7 @@ class BatchRan(Message, frozen=True):
     tokens: int
     padding: float
     seconds: float
+    dropped: int = 0
 
 
 ToEngine: TypeAlias = Classify | Cancel | Load | Unload | Watch

@@ -8,15 +8,27 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import structlog
 import torch
 
 from budgetformer.cost_table import read_tables
-from service import frames
-from service.connection import Say, listening
+from service.connection import Say, handle_each, listening
 from service.engine.core import EngineCore, EngineOptions, Reply
 from service.engine.device import EXIT_CODE, DeviceLostError
-from service.engine.protocol import PROTOCOL, TO_ENGINE, BatchRan, Hello, ToEngine, ToFront, Watch
+from service.engine.protocol import (
+    PROTOCOL,
+    TO_ENGINE,
+    BatchRan,
+    Classify,
+    Failed,
+    Hello,
+    Load,
+    ToEngine,
+    ToFront,
+    Unload,
+    Watch,
+)
 from service.process import resident_bytes
 from service.settings import Settings
 
@@ -74,8 +86,9 @@ class EngineServer:
         self.receive: Callable[[ToEngine, Reply], None] = core.receive
         self._hang_seconds = hang_seconds
         self._exit = exit
-        self._peers: set[Reply] = set()
-        self._watchers: set[Reply] = set()
+        self._peers: set[Say] = set()
+        self._watchers: dict[Say, int] = {}
+        """With the number of batches that each was not told since the last one that it was."""
         core.broadcast = self._broadcast
 
     @property
@@ -111,15 +124,22 @@ class EngineServer:
         """Serve one connection until its end."""
         reply(self._hello())
         self._peers.add(reply)
+
+        def handle(message: ToEngine) -> None:
+            if isinstance(message, Watch):
+                self._watchers[reply] = 0
+            else:
+                self.receive(message, reply)
+
+        def failed(message: ToEngine, reason: str) -> None:
+            if isinstance(message, Classify | Load | Unload):
+                reply(Failed(message.id, reason))
+
         try:
-            while (message := await frames.read(reader, TO_ENGINE)) is not None:
-                if isinstance(message, Watch):
-                    self._watchers.add(reply)
-                else:
-                    self.receive(message, reply)
+            await handle_each(reader, TO_ENGINE, handle, failed, "client")
         finally:
             self._peers.discard(reply)
-            self._watchers.discard(reply)
+            self._watchers.pop(reply, None)
             self.core.forget(reply)
 
     async def _beat(self) -> None:
@@ -129,8 +149,13 @@ class EngineServer:
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def _broadcast(self, message: ToFront) -> None:
-        for reply in self._watchers if isinstance(message, BatchRan) else self._peers:
-            reply(message)
+        if not isinstance(message, BatchRan):
+            for reply in self._peers:
+                reply(message)
+            return
+        for reply, dropped in self._watchers.items():
+            told = msgspec.structs.replace(message, dropped=dropped) if dropped else message
+            self._watchers[reply] = 0 if reply(told) else dropped + 1
 
     def _hello(self) -> Hello:
         core = self.core

@@ -20,6 +20,10 @@ class LoadFailedError(Exception):
     """An engine cannot load the checkpoint."""
 
 
+class LoadTimeoutError(LoadFailedError):
+    """The store or an engine did not answer in time; a later attempt may succeed."""
+
+
 class NoEngineError(Exception):
     """No engine is there, or one died meanwhile."""
 
@@ -31,6 +35,7 @@ class Fleet(Engines):
         sockets: where each one listens.
         observe: see `Engines`.
         failed: is called when `errors` may have changed.
+        load_seconds: after which an engine's load is given up, and it serves on with what it has.
     """
 
     def __init__(
@@ -38,11 +43,13 @@ class Fleet(Engines):
         sockets: list[Path],
         observe: Callable[[int, Event], None],
         failed: Callable[[], None] = lambda: None,
+        load_seconds: float | None = None,
     ) -> None:
         super().__init__(sockets, self._event)
         self.wanted: dict[ModelKey, Path] = {}
         self._observe = observe
         self._tell = failed
+        self._load_seconds = load_seconds
         self._failed: dict[tuple[int, ModelKey], str] = {}
 
     @property
@@ -77,7 +84,8 @@ class Fleet(Engines):
         One does it first: if that kills it, for want of memory say, the others go on serving.
 
         Raises:
-            LoadFailedError: one could not; then none keeps what it did not have before.
+            LoadFailedError: one could not, or not in time (LoadTimeoutError); then none keeps what
+                it did not have before.
             NoEngineError: there is none, or one died.
         """
         clients = self.alive
@@ -125,9 +133,13 @@ class Fleet(Engines):
 
     async def _load(self, client: EngineClient, key: ModelKey, path: Path) -> None:
         try:
-            reply = await client.ask(Load(0, str(path)))
+            reply = await client.ask(Load(0, str(path)), self._load_seconds)
         except DisconnectedError as error:
             raise NoEngineError from error
+        except TimeoutError:
+            reason = f"{path}: engine-{client.index} did not load it in {self._load_seconds:g} s"
+            self._failed[client.index, key] = reason
+            raise LoadTimeoutError(reason) from None
         if isinstance(reply, Failed):
             self._failed[client.index, key] = reply.message
             raise LoadFailedError(reply.message)
@@ -137,6 +149,8 @@ class Fleet(Engines):
         self._failed.pop((client.index, key), None)
         if key in client.models:
             try:
-                await client.ask(Unload(0, *key))
+                await client.ask(Unload(0, *key), self._load_seconds)
             except DisconnectedError:
                 return  # what is gone has freed its models
+            except TimeoutError:
+                log.error("model not unloaded in time", model=key[0], engine=client.index)

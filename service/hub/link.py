@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+import structlog
+
 from service.background import Background
-from service.connection import Connection, Place
+from service.connection import Connection, DisconnectedError, Place
+from service.frames import Message
 from service.hub.messages import (
     FROM_HUB,
+    Alive,
     ChangeModel,
     FromHub,
     Here,
+    ItemsAnswered,
+    KeysKnown,
+    NotShown,
     Observation,
     Observed,
     Scrape,
@@ -27,10 +35,64 @@ REPORT_SECONDS = 0.05
 """So long what is to be counted is gathered."""
 SILENT_SECONDS = 0.5
 """After so long without anything to count, a front says that it is there."""
-MOST_OBSERVATIONS = 100_000
-"""Held at most while the hub does not take them; the oldest go first."""
-NOTHING = Serving(-1, [], [], [], [])
+MAX_OBSERVED = 200_000
+"""Observations, and items in them, held at most while the hub does not read: some 50 MB."""
+CHUNK = 5000
+"""Of these, sent in one message."""
+MAX_UNSENT_BYTES = 2**20
+"""Unsent bytes above which nothing more is sent to the hub: it does not read."""
+SILENCE_LIMIT = 5.0
+"""Seconds without a word after which the hub is not waited for."""
+RETRY_SECONDS = 1.0
+NOTHING = Serving(-1, [], [], [], {})
 """What is served before the hub has said what."""
+
+log = structlog.get_logger()
+
+
+class HubError(Exception):
+    """The hub failed at what it was asked."""
+
+
+class _Observations:
+    """Hold observations in their order, the newest `MAX_OBSERVED` of them, and count the others."""
+
+    def __init__(self) -> None:
+        self._seen: deque[Observation] = deque()
+        self._size = 0
+        self._dropped = 0
+        self._keys: KeysKnown | None = None
+
+    def add(self, seen: Observation) -> None:
+        if isinstance(seen, KeysKnown):  # the last one says all, and must not be dropped
+            self._keys = seen
+            return
+        self._seen.append(seen)
+        self._size += _size(seen)
+        while self._size > MAX_OBSERVED:
+            self._size -= _size(self._seen.popleft())
+            self._dropped += 1
+
+    def take(self) -> Observed:
+        """Remove and return the next ones to send."""
+        chunk: list[Observation] = []
+        if self._keys is not None:
+            chunk.append(self._keys)
+            self._keys = None
+        size = 0
+        while self._seen and size < CHUNK:
+            size += _size(self._seen[0])
+            chunk.append(self._seen.popleft())
+        self._size -= size
+        dropped, self._dropped = self._dropped, 0
+        return Observed(chunk, dropped)
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+
+def _size(seen: Observation) -> int:
+    return 1 + len(seen.items) if isinstance(seen, ItemsAnswered) else 1
 
 
 class HubLink(Connection):
@@ -38,7 +100,8 @@ class HubLink(Connection):
 
     Args:
         place: where it listens.
-        serve: is told what is to be served, once per change and in their order.
+        serve: is told what is to be served, again until it succeeds; of changes that come while it
+            is at work it is told the last.
         routes: that requests are counted by.
     """
 
@@ -49,8 +112,9 @@ class HubLink(Connection):
         self.serving = NOTHING
         self._serve = serve
         self._routes = routes
-        self._seen: deque[Observation] = deque(maxlen=MOST_OBSERVATIONS)
-        self._changes: asyncio.Queue[Serving] = asyncio.Queue()
+        self._seen = _Observations()
+        self._next = NOTHING
+        self._changed = asyncio.Event()
         self._first = asyncio.Event()
         self._something = asyncio.Event()
         self._background = Background()
@@ -68,26 +132,49 @@ class HubLink(Connection):
 
     def observe(self, seen: Observation) -> None:
         """Have something counted."""
-        self._seen.append(seen)
+        self._seen.add(seen)
         self._something.set()
+
+    @property
+    def silent_seconds(self) -> float:
+        """Seconds since the hub was last heard."""
+        return time.monotonic() - self.heard
 
     async def show(self, question: Scrape | TellRecent) -> Shown:
         """Ask for something to show; what this front has seen by now is in it.
 
         Raises:
-            DisconnectedError: the hub is not there.
+            DisconnectedError: the hub is not there, or silent for `SILENCE_LIMIT`.
+            HubError: it failed at the question.
         """
         self._flush()
-        answer: Shown = await self.ask(question)
+        answer = await self._ask(question)
+        assert isinstance(answer, Shown)
         return answer
 
     async def change(self, wanted: ChangeModel) -> FromHub:
         """Ask for a change of what is served; it is made everywhere when the answer comes.
 
         Raises:
-            DisconnectedError: the hub is not there.
+            DisconnectedError: the hub is not there, or silent for `SILENCE_LIMIT`; the change may
+                still be made.
+            HubError: it failed at the question.
         """
-        answer: FromHub = await self.ask(wanted)
+        return await self._ask(wanted)
+
+    async def _ask(self, question: Message) -> FromHub:
+        asking = asyncio.create_task(self.ask(question))
+        try:
+            while not asking.done():
+                patience = SILENCE_LIMIT - self.silent_seconds
+                if patience <= 0:
+                    raise DisconnectedError
+                await asyncio.wait({asking}, timeout=patience)
+            answer: FromHub = asking.result()
+        finally:
+            asking.cancel()
+        if isinstance(answer, NotShown):
+            raise HubError(answer.message)
         return answer
 
     def _came(self) -> None:
@@ -95,14 +182,23 @@ class HubLink(Connection):
 
     def _take(self, message: FromHub) -> None:
         if isinstance(message, Serving):
-            self._changes.put_nowait(message)
-        else:
+            self._next = message
+            self._changed.set()
+        elif not isinstance(message, Alive):  # that was for `heard`
             super()._take(message)
 
     async def _follow(self) -> None:
         while True:
-            serving = await self._changes.get()
-            await self._serve(serving)
+            await self._changed.wait()
+            self._changed.clear()
+            serving = self._next
+            try:
+                await self._serve(serving)
+            except Exception as error:  # whatever it is, it is tried again
+                log.error("model catalog not applied", retry_in=RETRY_SECONDS, exc_info=error)
+                self._changed.set()
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
             self.serving = serving
             self._first.set()
 
@@ -115,6 +211,9 @@ class HubLink(Connection):
             self._flush()
 
     def _flush(self) -> None:
-        if self.say(Observed(list(self._seen))):
-            self._seen.clear()
-            self._something.clear()
+        """Send what was seen, as long as the hub reads it."""
+        while self.connected and self.unsent < MAX_UNSENT_BYTES:
+            self.say(self._seen.take())
+            if not self._seen:
+                self._something.clear()
+                return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import msgspec
 
@@ -28,14 +28,21 @@ class Serving(Message, frozen=True):
     """What is served from now on; it replaces what the hub said before.
 
     `loading` names what may come next, as `name:version`; `errors` are checkpoints that are left
-    out, `crash_loops` processes that do not stay up, each a line for people.
+    out and other problems, each a line for people; `crash_loops` says of processes that do not
+    stay up, by their name, why.
     """
 
     generation: int
     models: list[ServedVersion]
     loading: list[str]
     errors: list[str]
-    crash_loops: list[str]
+    crash_loops: dict[str, str]
+
+
+class Alive(Message, frozen=True):
+    """The hub handles messages; it says so once a second."""
+
+    droppable: ClassVar[bool] = True
 
 
 class Here(Message, frozen=True):
@@ -77,15 +84,15 @@ class ChangeFailed(Message, frozen=True):
     """A change was not made, and everything is as it was."""
 
     id: int
-    reason: Literal["unknown_model", "broken_checkpoint", "engine_down"]
+    reason: Literal["unknown_model", "broken_checkpoint", "engine_down", "load_timeout", "busy"]
     message: str
 
 
 class Scrape(Message, frozen=True):
-    """Show the metrics in the format that an Accept header asks for."""
+    """Show the metrics, as OpenMetrics or as Prometheus text."""
 
     id: int
-    accept: str
+    openmetrics: bool
 
 
 class TellRecent(Message, frozen=True):
@@ -101,6 +108,13 @@ class Shown(Message, frozen=True):
     id: int
     content: bytes
     media_type: str
+
+
+class NotShown(Message, frozen=True):
+    """The hub failed at a question; its log says more."""
+
+    id: int
+    message: str
 
 
 class RequestEnded(Message, frozen=True):
@@ -182,13 +196,17 @@ Observation: TypeAlias = RequestEnded | ItemsAnswered | TextsAsked | KeysKnown |
 
 
 class Observed(Message, frozen=True):
-    """What a front has seen since it last said so; it says so, if only of nothing, all the time."""
+    """What a front has seen since it last said so; it says so, if only of nothing, all the time.
+
+    `dropped` counts what it had to drop meanwhile, because the hub did not read.
+    """
 
     observations: list[Observation]
+    dropped: int = 0
 
 
 ToHub: TypeAlias = Here | Swapped | Drained | ChangeModel | Scrape | TellRecent | Observed
-FromHub: TypeAlias = Serving | Changed | ChangeFailed | Shown
+FromHub: TypeAlias = Serving | Alive | Changed | ChangeFailed | Shown | NotShown
 
 TO_HUB = decoder(ToHub)
 FROM_HUB = decoder(FromHub)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
 
 from budgetformer.checkpoint import MANIFEST, NAME
-from budgetformer.errors import CheckpointError, one_line
+from budgetformer.errors import CheckpointError
 from budgetformer.install import install
+from service.background import describe
 from service.settings import Settings
 
 log = structlog.get_logger()
 
+START_SECONDS = 120.0
+"""How long a server waits for the store elsewhere before it serves what is here."""
 NAME_PATTERN = re.compile(NAME)
 
 
@@ -45,8 +49,11 @@ class Mirror:
         for name, version in self._missing():
             try:
                 install(f"{self._url}/{name}/{version}", self._store, version, try_out=False)
-            except CheckpointError as error:
-                problems.append(str(error))
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a driver raises what it likes; the others are copied
+                told = str(error) if isinstance(error, CheckpointError) else describe(error)
+                problems.append(f"{self._url}/{name}/{version}: {told}")
             else:
                 log.info("a checkpoint was copied", model=name, version=version)
         return problems
@@ -70,12 +77,13 @@ class Mirror:
         except ImportError as error:
             message = f"{self._url}: {error} (pip install 'budgetformer-serving[remote]')"
             raise CheckpointError(message) from error
-        except Exception as error:  # every file system has errors of its own
-            told = one_line(error) or type(error).__name__
-            raise CheckpointError(f"{self._url}: {told}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # every file system has errors of its own
+            raise CheckpointError(f"{self._url}: {describe(error)}") from error
         models: dict[str, list[int]] = {}
-        for path in found:
-            name, version = str(path).split("/")[-3:-1]
+        for path in map(str, found):
+            name, version = ["", "", *path.split("/")][-3:-1]
             if NAME_PATTERN.fullmatch(name) and version.isdecimal():
                 models.setdefault(name, []).append(int(version))
         return models
@@ -89,11 +97,26 @@ def mirror_of(settings: Settings) -> Mirror | None:
     return Mirror(settings.remote_store, settings.model_store, settings.models)
 
 
-def copy(mirror: Mirror) -> None:
-    """Copy what is new, and log what could not be copied: what is here can be served meanwhile."""
+def copy(mirror: Mirror) -> list[str]:
+    """Copy what is new, and return what could not be copied, a line each."""
     try:
-        problems = mirror.copy()
+        return mirror.copy()
     except CheckpointError as error:
-        problems = [str(error)]
+        return [str(error)]
+
+
+def copy_at_start(mirror: Mirror, seconds: float = START_SECONDS) -> None:
+    """Copy what is new before serving, and log what could not be copied.
+
+    A store elsewhere that does not answer in time is not waited for.
+    """
+    problems = [f"the remote store does not answer within {seconds:g} s"]
+
+    def work() -> None:
+        problems[:] = copy(mirror)
+
+    copying = threading.Thread(target=work, daemon=True, name="copy")
+    copying.start()
+    copying.join(seconds)
     for problem in problems:
-        log.error("a checkpoint was not copied", reason=problem)
+        log.error("checkpoint not copied", reason=problem)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from budgetformer.checkpoint import MANIFEST
-from budgetformer.errors import CheckpointError
-from service.hub.catalog import UnknownModelError
-from service.hub.fleet import LoadFailedError, NoEngineError
+from service.background import DetachedThreads, StillRunningError, describe
+from service.hub.fleet import LoadTimeoutError, NoEngineError
 from service.hub.hub import Hub
 from service.hub.mirror import Mirror, copy
 
 log = structlog.get_logger()
 
+ANSWER_SECONDS, COPY_SECONDS = 60.0, 3600.0
+"""How long one look into the local store, and one copy of what is new elsewhere, may take."""
 Stamp = tuple[tuple[str, int, int], ...]
 """Name, size and time of every file of a checkpoint folder."""
 
@@ -39,7 +41,9 @@ class StorePoll:
         self._pinned = {name for name, _, version in (n.partition(":") for n in names) if version}
         self._wanted = {name.partition(":")[0] for name in names}
         self._highest = {c.name: c.version for c in hub.catalog.served.values()}
-        self._failed: dict[Path, Stamp] = {}
+        self._failed: dict[Path, tuple[Stamp, str]] = {}
+        self._threads = DetachedThreads()
+        self._report = hub.report_problems
 
     async def run(self, seconds: float) -> None:
         """Look every so many seconds, until cancelled."""
@@ -48,28 +52,49 @@ class StorePoll:
             await self.look()
 
     async def look(self) -> None:
-        """Look once."""
+        """Look once; what fails is reported, and tried again the next time."""
         if self._mirror is not None:
-            await asyncio.to_thread(copy, self._mirror)
+            self._report("remote store", await self._copy(self._mirror))
         try:
-            found = await asyncio.to_thread(self._newest)
-        except OSError as error:
-            log.error("the store cannot be read", reason=error.strerror or str(error))
+            found = await self._threads.run("look", self._newest, ANSWER_SECONDS)
+        except (TimeoutError, StillRunningError):
+            self._report("store", [f"{self._hub.catalog.store}: it does not answer"])
             return
+        except Exception as error:  # whatever it is, the next look may succeed
+            self._report("store", [f"{self._hub.catalog.store}: {describe(error)}"])
+            return
+        self._report("store", await self._serve(found))
+
+    async def _copy(self, mirror: Mirror) -> list[str]:
+        try:
+            return await self._threads.run("copy", partial(copy, mirror), COPY_SECONDS)
+        except (TimeoutError, StillRunningError):
+            return ["the remote store does not answer"]
+        except Exception as error:  # no thread can be started
+            return [describe(error)]
+
+    async def _serve(self, found: list[tuple[Path, Stamp]]) -> list[str]:
+        """Serve new versions, and return what cannot be served."""
+        problems: list[str] = []
         for folder, stamp in found:
-            if self._failed.get(folder) == stamp:
+            failed = self._failed.get(folder)
+            if failed is not None and failed[0] == stamp:
                 continue
             name, version = folder.parent.name, int(folder.name)
             try:
                 await self._hub.load(name, version)
             except NoEngineError:
-                return  # it is tried again
-            except (CheckpointError, LoadFailedError, UnknownModelError) as error:
-                self._failed[folder] = stamp
-                log.error("a new version cannot be served", model=name, reason=str(error))
+                return problems  # it is tried again
+            except LoadTimeoutError as error:
+                problems.append(str(error))  # it is tried again
+                continue
+            except Exception as error:  # whatever it is, this version alone is not served
+                self._failed[folder] = stamp, describe(error)
+                log.error("a new version cannot be served", model=name, reason=describe(error))
                 continue
             self._highest[name] = version
             log.info("a new version is served", model=name, version=version)
+        return problems + [f"{folder}: {reason}" for folder, (_, reason) in self._failed.items()]
 
     def _newest(self) -> list[tuple[Path, Stamp]]:
         """Return the highest version of each model whose version is higher than all before."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import assert_never
 
+import structlog
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -31,6 +32,8 @@ from service.hub.messages import (
 from service.observability.context import RequestContext
 from service.observability.processes import Family, FamilyCollector, only_this_process
 
+log = structlog.get_logger()
+
 PREFIX = "budgetformer"
 
 DURATIONS = (
@@ -45,6 +48,8 @@ RATIOS = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1)
 
 OUTCOMES = ("ok", "partial", "invalid", "rejected", "timeout", "cancelled", "error")
 STAGES = ("tokenize", "budget", "queue", "compute", "respond")
+SOURCES = ("frontend", "engine")
+"""Processes that report to the hub."""
 QUALITY_RANK = {"fast": 1, "balanced": 2, "best": 3}
 
 
@@ -146,6 +151,10 @@ class Metrics:
         self.quality_configured = self._gauge(
             "quality_level_configured", "Level in force when there is no overload.", "model"
         )
+        self.dropped_reports = self._counter(
+            "dropped_reports", "Reports for these metrics dropped while the hub did not read.",
+            "source",
+        )  # fmt: skip
         self.fronts = self._gauge("fronts", "Fronts that serve.")
         self.model_info = self._gauge(
             "model_info", "Models served.",
@@ -172,6 +181,9 @@ class Metrics:
         self._requests: dict[tuple[str, str], Counter] = {}
         self._durations: dict[str, Histogram] = {}
         self._keys: set[str] = set()
+        self._failed_kinds: set[str] = set()
+        for source in SOURCES:
+            self.dropped_reports.labels(source)
         for counter, reasons in (
             (self.rejected, REASONS),
             (self.denied, DENIALS),
@@ -210,44 +222,72 @@ class Metrics:
 
     def know_model(self, model: str, version: str, budgets: Iterable[int]) -> None:
         """Let every series of a model read 0 from the start."""
-        known = self.model(model, version)
+        known = self._models.setdefault((model, version), ModelSeries(self, model, version))
         for gauge in (self.queue_items, self.queue_cost, self.queue_oldest, self.in_flight):
             gauge.labels(model)
         for budget in budgets:
             known.know(budget)
             self.batch(model, budget)
 
-    def model(self, model: str, version: str) -> ModelSeries:
-        """Return the series of one model version."""
-        key = model, version
-        if key not in self._models:
-            self._models[key] = ModelSeries(self, model, version)
-        return self._models[key]
+    def forget_model(self, model: str, version: str) -> None:
+        """Remove the series of a model version; what is still told of it is not counted."""
+        self._models.pop((model, version), None)
+        for metric in (
+            self.request_heads, self.items, self.items_expected, self.item_tokens,
+            self.macs, self.dense_macs, self.heads_used, self.heads,
+        ):  # fmt: skip
+            metric.remove_by_labels({"model": model, "version": version})
 
-    def batch(self, model: str, budget: int) -> BatchSeries:
-        """Return the series of a model's batches at one ladder step."""
+    def forget_name(self, model: str) -> None:
+        """Remove the series that all versions of a model share."""
+        self._batches = {key: batch for key, batch in self._batches.items() if key[0] != model}
+        for metric in (
+            self.queue_items, self.queue_cost, self.queue_oldest, self.in_flight,
+            self.batches, self.batch_items, self.batch_tokens, self.batch_padding,
+        ):  # fmt: skip
+            metric.remove_by_labels({"model": model})
+
+    def knows(self, model: str) -> bool:
+        """Return whether some version of a model has series."""
+        return any(name == model for name, _ in self._models)
+
+    def model(self, model: str, version: str) -> ModelSeries | None:
+        """Return the series of a model version; None: it is not known, or not any more."""
+        return self._models.get((model, version))
+
+    def batch(self, model: str, budget: int) -> BatchSeries | None:
+        """Return the series of a known model's batches at one ladder step."""
         key = model, budget
-        if key not in self._batches:
+        if key not in self._batches and self.knows(model):
             self._batches[key] = BatchSeries(self, model, budget)
-        return self._batches[key]
+        return self._batches.get(key)
 
     def take(self, observations: Iterable[Observation]) -> None:
-        """Count what a front has seen."""
+        """Count what a front has seen; one that cannot be counted is logged and left out."""
         for seen in observations:
-            match seen:
-                case RequestEnded():
-                    self._request_ended(seen)
-                case ItemsAnswered():
-                    self._items_answered(seen)
-                case TextsAsked():
-                    if seen.caller in self._keys:
-                        self.key_texts.labels(seen.caller).inc(seen.texts)
-                case KeysKnown():
-                    self.know_keys(seen.names)
-                case ConnectionEnded():
-                    self.broken_connections.labels(seen.reason).inc()
-                case _:
-                    assert_never(seen)
+            try:
+                self._count(seen)
+            except Exception as error:  # whatever it is, the others count
+                kind = type(seen).__name__
+                if kind not in self._failed_kinds:
+                    self._failed_kinds.add(kind)
+                    log.error("observation not counted", observation=kind, exc_info=error)
+
+    def _count(self, seen: Observation) -> None:
+        match seen:
+            case RequestEnded():
+                self._request_ended(seen)
+            case ItemsAnswered():
+                self._items_answered(seen)
+            case TextsAsked():
+                if seen.caller in self._keys:
+                    self.key_texts.labels(seen.caller).inc(seen.texts)
+            case KeysKnown():
+                self.know_keys(seen.names)
+            case ConnectionEnded():
+                self.broken_connections.labels(seen.reason).inc()
+            case _:
+                assert_never(seen)
 
     def _request_ended(self, seen: RequestEnded) -> None:
         exemplar = _exemplar(seen.traceparent)
@@ -275,7 +315,8 @@ class Metrics:
             self._stages[stage].observe(seconds, exemplar)
         self.truncated.inc(seen.truncated)
         series = self.model(seen.model, str(seen.version))
-        series.count(seen.items, seen.heads_of_one, seen.expected, exemplar)
+        if series is not None:
+            series.count(seen.items, seen.heads_of_one, seen.expected, exemplar)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace=PREFIX, registry=self.registry)

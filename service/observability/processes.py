@@ -40,7 +40,7 @@ class FamilyCollector(Collector):
         """Look at every process that is there."""
         metrics = self._metrics()
         for name, pid in self._family().items():
-            with suppress(psutil.Error):  # it ended meanwhile
+            with suppress(psutil.Error, OSError):  # it ended meanwhile
                 process = psutil.Process(pid)
                 with process.oneshot():
                     times = process.cpu_times()

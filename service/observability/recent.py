@@ -21,12 +21,16 @@ ROUTE = "/classify"
 
 @dataclass(frozen=True)
 class _Totals:
-    """What the metrics said at one moment; sums are by model, over its versions."""
+    """What the metrics said at one moment.
+
+    `items` counts texts by model, version and ladder step; `spent` holds heads and multiply-adds,
+    used and dense, by model and version.
+    """
 
     at: float
     durations: tuple[float, ...]
-    items: dict[str, dict[int, float]]
-    spent: dict[str, tuple[float, ...]]
+    items: dict[tuple[str, str, int], float]
+    spent: dict[tuple[str, str], tuple[float, ...]]
 
 
 class Recent:
@@ -51,21 +55,19 @@ class Recent:
         """Read the metrics at `now`, in seconds since 1970."""
         (duration,) = self._duration.collect()
         counts = [s.value for s in duration.samples if s.name.endswith("_bucket")]
-        items: dict[str, dict[int, float]] = {}
-        for labels, value in _samples(self._metrics.items):
-            steps = items.setdefault(labels["model"], {})
-            step = int(labels["budget"])
-            steps[step] = steps.get(step, 0) + value
-        spent: dict[str, tuple[float, ...]] = {}
+        items = {
+            (labels["model"], labels["version"], int(labels["budget"])): value
+            for labels, value in _samples(self._metrics.items)
+        }
         counters = (
             self._metrics.heads_used, self._metrics.heads,
             self._metrics.macs, self._metrics.dense_macs,
         )  # fmt: skip
-        for place, counter in enumerate(counters):
-            for labels, value in _samples(counter):
-                sums = list(spent.get(labels["model"], (0.0,) * len(counters)))
-                sums[place] += value
-                spent[labels["model"]] = tuple(sums)
+        values = [
+            {(labels["model"], labels["version"]): value for labels, value in _samples(counter)}
+            for counter in counters
+        ]
+        spent = {key: tuple(by[key] for by in values) for key in values[0]}
         self._seen.append(_Totals(now, tuple(counts), items, spent))
 
     def tell(self, model: str) -> dict[str, Any]:
@@ -91,23 +93,24 @@ def _samples(counter: Counter) -> list[tuple[dict[str, str], float]]:
 
 
 def _between(before: _Totals, after: _Totals, model: str) -> dict[str, Any]:
-    earlier = before.items.get(model, {})
-    budgets = {
-        step: int(count - earlier.get(step, 0))
-        for step, count in sorted(after.items.get(model, {}).items())
-        if count > earlier.get(step, 0)
-    }
-    none = (0.0,) * 4
-    spent = [
-        b - a
-        for a, b in zip(before.spent.get(model, none), after.spent.get(model, none), strict=True)
-    ]
+    # A series that is new began at 0; one that was removed has not grown.
+    budgets: dict[int, int] = {}
+    for (name, version, step), count in sorted(after.items.items()):
+        grown = int(count - before.items.get((name, version, step), 0))
+        if name == model and grown > 0:
+            budgets[step] = budgets.get(step, 0) + grown
+    spent = [0.0] * 4
+    for key, totals in after.spent.items():
+        if key[0] == model:
+            earlier = before.spent.get(key, (0.0,) * 4)
+            grew = [b - a for a, b in zip(earlier, totals, strict=True)]
+            spent = [a + b for a, b in zip(spent, grew, strict=True)]
     counts = [b - a for a, b in zip(before.durations, after.durations, strict=True)]
     return {
         "at": round(after.at, 3),
         "seconds": round(after.at - before.at, 3),
         "texts": sum(budgets.values()),
-        "budgets": budgets,
+        "budgets": dict(sorted(budgets.items())),
         "heads_share": spent[0] / spent[1] if spent[1] else None,
         "macs_share": spent[2] / spent[3] if spent[3] else None,
         "requests": int(counts[-1]),

@@ -51,7 +51,9 @@ class EngineWatch:
                 self._sum_queues()
             case BatchRan():
                 batch = self._metrics.batch(event.model, event.budget)
-                batch.count(event.items, event.tokens, event.padding)
+                if batch is not None:
+                    batch.count(event.items, event.tokens, event.padding)
+                self._metrics.dropped_reports.labels("engine").inc(event.dropped)
                 self._metrics.device_busy.labels(str(index)).inc(event.seconds)
 
     def in_flight(self, index: int) -> int:
@@ -93,6 +95,10 @@ class EngineWatch:
             self._metrics.model_memory.remove(name, version)
         self._shown = described
 
+    def forget_model(self, name: str) -> None:
+        """Show the queues of a model no more, unless engines have it still."""
+        self._names.discard(name)
+
     def _hello(self, index: int, hello: Hello) -> None:
         before = self._hellos.get(index)
         if before is not None and before.pid != hello.pid:
@@ -106,13 +112,14 @@ class EngineWatch:
 
     def _sum_queues(self) -> None:
         metrics, beats = self._metrics, self._beats.values()
-        self._names |= {name for beat in beats for name in beat.queue_items}
+        named = {name for beat in beats for name in beat.queue_items}
+        self._names |= {n for n in named if n in self._catalog.served or metrics.knows(n)}
         for model in self._names:
             metrics.queue_items.labels(model).set(sum(b.queue_items.get(model, 0) for b in beats))
             metrics.queue_cost.labels(model).set(sum(b.queue_seconds.get(model, 0) for b in beats))
             metrics.in_flight.labels(model).set(sum(b.in_flight.get(model, 0) for b in beats))
             oldest = max((b.oldest_age.get(model, 0.0) for b in beats), default=0.0)
             metrics.queue_oldest.labels(model).set(oldest)
-            if self._auto and beats:
+            if self._auto and beats and model in self._catalog.served:
                 lowest = min(QUALITY_RANK[b.quality] for b in beats)
                 metrics.quality_level.labels(model).set(lowest)

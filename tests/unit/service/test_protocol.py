@@ -116,16 +116,27 @@ TO_HUB = {
         hub.ChangeModel, numbers, st.sampled_from(["load", "unload"]), words, st.none() | numbers
     ),
     hub.TellRecent: st.builds(hub.TellRecent, numbers, words),
-    hub.Scrape: st.builds(hub.Scrape, numbers, words),
-    hub.Observed: st.builds(hub.Observed, st.lists(observations, max_size=3)),
+    hub.Scrape: st.builds(hub.Scrape, numbers, st.booleans()),
+    hub.Observed: st.builds(hub.Observed, st.lists(observations, max_size=3), numbers),
 }
 FROM_HUB = {
-    hub.Serving: st.builds(hub.Serving, numbers, st.lists(served, max_size=2), lines, lines, lines),
+    hub.Serving: st.builds(
+        hub.Serving,
+        numbers,
+        st.lists(served, max_size=2),
+        lines,
+        lines,
+        st.dictionaries(words, words, max_size=2),
+    ),
+    hub.Alive: st.builds(hub.Alive),
+    hub.NotShown: st.builds(hub.NotShown, numbers, words),
     hub.Changed: st.builds(hub.Changed, numbers, words),
     hub.ChangeFailed: st.builds(
         hub.ChangeFailed,
         numbers,
-        st.sampled_from(["unknown_model", "broken_checkpoint", "engine_down"]),
+        st.sampled_from(
+            ["unknown_model", "broken_checkpoint", "engine_down", "load_timeout", "busy"]
+        ),
         words,
     ),
     hub.Shown: st.builds(hub.Shown, numbers, st.binary(max_size=20), words),

@@ -94,7 +94,8 @@ def test_only_the_last_minutes_are_remembered_and_summed(metrics: Metrics) -> No
 def test_a_model_that_came_later_counts_from_nothing(metrics: Metrics) -> None:
     recent = Recent(metrics)
     recent.sample(0.0)
-    metrics.model("tags", "1").count([HARD], 8)
+    metrics.know_model("tags", "1", [4])
+    metrics.take([ItemsAnswered("tags", 1, [HARD], 8, None, {}, 0)])
     recent.sample(5.0)
     assert recent.tell("tags")["window"]["budgets"] == {4: 1}
     assert recent.tell("topics")["window"]["budgets"] == {}
