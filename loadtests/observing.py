@@ -85,7 +85,9 @@ def seen(traceparent: str = "") -> list[Observation]:
 def count(metrics: Metrics, observations: list[Observation]) -> None:
     """Count one request, as the hub does."""
     metrics.take(observations)
-    metrics.batch("ag_news", 2).count(1, 41, 0.0)
+    batch = metrics.batch("ag_news", 2)
+    assert batch is not None
+    batch.count(1, 41, 0.0)
 
 
 def travel() -> None:

@@ -35,7 +35,7 @@ class Mirror:
     """
 
     def __init__(self, url: str, store: Path, names: list[str]) -> None:
-        self._url = url.rstrip("/")
+        self.url = url.rstrip("/")
         self._store = store
         self._wanted = {n: v for n, _, v in (name.partition(":") for name in names)}
 
@@ -48,12 +48,12 @@ class Mirror:
         problems = []
         for name, version in self._missing():
             try:
-                install(f"{self._url}/{name}/{version}", self._store, version, try_out=False)
+                install(f"{self.url}/{name}/{version}", self._store, version, try_out=False)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # a driver raises what it likes; the others are copied
                 told = str(error) if isinstance(error, CheckpointError) else describe(error)
-                problems.append(f"{self._url}/{name}/{version}: {told}")
+                problems.append(f"{self.url}/{name}/{version}: {told}")
             else:
                 log.info("a checkpoint was copied", model=name, version=version)
         return problems
@@ -72,15 +72,15 @@ class Mirror:
         try:
             import fsspec
 
-            system, root = fsspec.core.url_to_fs(self._url)
+            system, root = fsspec.core.url_to_fs(self.url)
             found = system.glob(f"{root}/*/*/{MANIFEST}")
         except ImportError as error:
-            message = f"{self._url}: {error} (pip install 'budgetformer-serving[remote]')"
+            message = f"{self.url}: {error} (pip install 'budgetformer-serving[remote]')"
             raise CheckpointError(message) from error
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # every file system has errors of its own
-            raise CheckpointError(f"{self._url}: {describe(error)}") from error
+            raise CheckpointError(f"{self.url}: {describe(error)}") from error
         models: dict[str, list[int]] = {}
         for path in map(str, found):
             name, version = ["", "", *path.split("/")][-3:-1]
@@ -103,6 +103,10 @@ def copy(mirror: Mirror) -> list[str]:
         return mirror.copy()
     except CheckpointError as error:
         return [str(error)]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what a driver lists need not be paths
+        return [f"{mirror.url}: {describe(error)}"]
 
 
 def copy_at_start(mirror: Mirror, seconds: float = START_SECONDS) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.exposition import Exposition
 from tests.support.processes import Server, free_port, server
 from tests.support.programs import program
 from tests.support.stores import TOPICS
@@ -337,9 +338,27 @@ def test_a_trusted_proxy_is_believed(model_store: Path, tmp_path: Path) -> None:
 
 def test_metrics_have_a_port_of_their_own(model_store: Path, tmp_path: Path) -> None:
     port = free_port()
-    options = {"metrics_port": str(port), "models": TOPICS}
+    options = {"metrics_port": str(port), "models": TOPICS, "fronts": "2"}
     with server(model_store, tmp_path, engines=1, **options) as running:
         side = f"http://127.0.0.1:{port}"
+
+        def fronts() -> dict[str, float]:
+            shown = Exposition(httpx.get(f"{side}/metrics", timeout=30).text)
+            started = shown.by("process", "process_start_time_seconds")
+            return {name: time for name, time in started.items() if name.startswith("front-")}
+
+        wait_until(lambda: len(fronts()) == 2, "both frontends")
+        before = fronts()
+        (victim,) = [child for child in running.children if child.name() == "front-0"]
+        victim.kill()
+
+        def replaced() -> bool:
+            """Probes are answered all the time, by the other one."""
+            assert httpx.get(f"{side}/health/ready", timeout=30).status_code == 200
+            return fronts().get("front-0", 0) > before["front-0"]
+
+        wait_until(replaced, "the frontend that was killed", 60)
+        assert running.log.read_text().count("process down") == 1
         assert httpx.get(f"{running.url}/metrics").status_code == 404
         assert "budgetformer_requests_total" in httpx.get(f"{side}/metrics").text
         for base in (running.url, side):

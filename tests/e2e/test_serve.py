@@ -369,9 +369,9 @@ def test_a_port_in_use_is_one_line(model_store: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port}" in refused(
-            f"--port={port}", f"--model-store={model_store}", code=2
-        )
+        for flags in ([f"--port={port}"], ["--port=0", f"--metrics-port={port}", "--fronts=2"]):
+            line = refused(*flags, f"--model-store={model_store}", code=2)
+            assert f"127.0.0.1:{port}" in line
 
 
 def test_too_long_a_folder_of_temporary_files_is_one_line(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
+import threading
+from itertools import product
 from pathlib import Path
 
+import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from structlog.testing import capture_logs
 
 from budgetformer.checkpoint import read_store
 from budgetformer.errors import CheckpointError
-from service.hub.mirror import Mirror
+from service.hub.mirror import Mirror, copy, copy_at_start
 from service.hub.poll import StorePoll
 from tests.support.serving import service
 from tests.support.stores import PAIRS, TOPICS, sentences
@@ -92,3 +97,122 @@ def test_a_name_that_leads_elsewhere_is_passed_over(
     MemoryFileSystem().put(str(tmp_path / "odd"), inside(bucket, ".hidden/1"), recursive=True)
     Mirror(bucket, tmp_path / "here", []).copy()
     assert versions(tmp_path / "here") == {PAIRS: [1], TOPICS: [2]}
+
+
+class DriverError(BaseException):
+    """What a driver raises that derives from nothing of ours."""
+
+
+ERRORS = (
+    ValueError("no bucket"), KeyError("x"), OSError(5, "Input/output error"), RuntimeError(),
+    MemoryError(), StopIteration(), SystemExit(3), GeneratorExit(), asyncio.CancelledError(),
+    DriverError("two\nlines"),
+)  # fmt: skip
+each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+
+
+class FailingFileSystem(MemoryFileSystem):  # type: ignore[misc]
+    """A store elsewhere whose driver raises, when it lists or when it opens."""
+
+    protocol = "failing"
+    cachable = False
+    at_list: BaseException | None = None
+    at_open: BaseException | None = None
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("failing:", "memory:")))
+
+    def glob(self, path: str, **named: object) -> object:
+        if self.at_list is not None:
+            raise self.at_list
+        return super().glob(path, **named)
+
+    def _open(self, path: str, *given: object, **named: object) -> object:
+        if self.at_open is not None and "topics" in path:
+            raise self.at_open
+        return super()._open(path, *given, **named)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> type[FailingFileSystem]:
+    fsspec.register_implementation("failing", FailingFileSystem, clobber=True)
+    monkeypatch.setattr(FailingFileSystem, "at_list", None)
+    monkeypatch.setattr(FailingFileSystem, "at_open", None)
+    return FailingFileSystem
+
+
+async def test_whatever_a_driver_raises_is_shown_and_the_server_serves_on(
+    bucket: str, tmp_path: Path, failing: type[FailingFileSystem]
+) -> None:
+    here, elsewhere = tmp_path / "here", bucket.replace("memory:", "failing:")
+    Mirror(elsewhere, here, ["topics:1"]).copy()
+    async with service(here, models=[TOPICS]) as running:
+        poll = StorePoll(running.hub, [TOPICS], Mirror(elsewhere, here, [TOPICS]))
+
+        async def problems() -> list[str]:
+            await running.client.get("/metrics")
+            return list((await running.client.get("/health")).json()["errors"])
+
+        for fault, error in product(("at_list", "at_open"), ERRORS):
+            setattr(failing, fault, error)
+            with capture_logs() as lines:
+                for _ in range(3):
+                    await poll.look()
+            (line,) = [line for line in lines if line["event"] == "server problem"]
+            assert line["source"] == "remote store"
+            assert elsewhere in line["reason"]
+            assert await problems() == [line["reason"]]
+            assert "\n" not in line["reason"]
+            assert (await running.answer(TEXT))["model"] == "topics:1"
+            setattr(failing, fault, None)
+            running.hub.report_problems("remote store", [])
+        await poll.look()
+        assert await problems() == []
+        assert (await running.answer(TEXT))["model"] == "topics:2"
+
+
+@each_error
+@pytest.mark.parametrize("fault", ["at_list", "at_open"])
+def test_at_start_a_driver_that_raises_leaves_what_is_here(
+    bucket: str,
+    store: Path,
+    tmp_path: Path,
+    failing: type[FailingFileSystem],
+    fault: str,
+    error: BaseException,
+) -> None:
+    here, elsewhere = tmp_path / "here", bucket.replace("memory:", "failing:")
+    shutil.copytree(store / TOPICS / "1", here / TOPICS / "1")
+    setattr(failing, fault, error)
+    with capture_logs() as lines:
+        copy_at_start(Mirror(elsewhere, here, [TOPICS, PAIRS]))
+    problems = [line for line in lines if line["log_level"] == "error"]
+    assert [line["event"] for line in problems] == ["checkpoint not copied"]
+    wanted = {TOPICS: [1]} if fault == "at_list" else {TOPICS: [1], PAIRS: [1]}
+    assert versions(here) == wanted, "the others are copied"
+
+
+@pytest.mark.parametrize("found", [None, True, [None], [5, "a"], {"a/1/manifest.json": 1}])
+def test_whatever_a_driver_lists_is_no_error(
+    bucket: str,
+    tmp_path: Path,
+    failing: type[FailingFileSystem],
+    monkeypatch: pytest.MonkeyPatch,
+    found: object,
+) -> None:
+    monkeypatch.setattr(failing, "glob", lambda *_, **__: found)
+    mirror = Mirror(bucket.replace("memory:", "failing:"), tmp_path / "here", [])
+    assert all("failing://" in problem for problem in copy(mirror))
+
+
+def test_at_start_a_driver_that_hangs_is_not_waited_for(
+    bucket: str, tmp_path: Path, failing: type[FailingFileSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(failing, "glob", lambda *_, **__: gate.wait(60) and [])
+    with capture_logs() as lines:
+        copy_at_start(Mirror(bucket.replace("memory:", "failing:"), tmp_path / "here", []), 0.01)
+    gate.set()
+    (line,) = lines
+    assert "does not answer" in line["reason"]

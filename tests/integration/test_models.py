@@ -7,6 +7,7 @@ import gc
 import json
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from structlog.testing import capture_logs
 
 from budgetformer.tokenization import Text, TextEncoder, Tokens
 from service.api import state
+from service.hub.hub import RETIRED_SECONDS
 from service.hub.poll import StorePoll
 from tests.support.serving import ADMIN, ADMIN_KEY, Service, error_of, held, service
 from tests.support.stores import (
@@ -437,6 +439,87 @@ class TestUnload:
 
     async def test_what_is_not_served(self, one: Service) -> None:
         error_of(await self.unload(one, "nothing"), 404)
+
+
+class TestLoadThatHangs:
+    """The store or a device may take for ever: the change fails, and others are made."""
+
+    @pytest.mark.parametrize(
+        "where", ["service.engine.core.load_model", "service.hub.catalog.Catalog.candidate"]
+    )
+    async def test_the_change_fails_in_time_and_later_ones_are_made(
+        self, store: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    ) -> None:
+        gate = threading.Event()
+
+        def hang(*_: Any) -> None:
+            gate.wait(60)
+            raise OSError
+
+        async with service(store, models=["topics:1"], load_timeout_seconds=2.0) as running:
+            with monkeypatch.context() as patch:
+                patch.setattr(where, hang)
+                for _ in range(2):
+                    response = await load(running, version=2)
+                    status = response.status_code
+                    assert status == 504 or (status, where) == (
+                        422,
+                        "service.engine.core.load_model",
+                    )
+                    error_of(response, status)
+            assert (await load(running, PAIRS)).status_code == 200
+            assert (await running.answer(TEXT))["model"] == "topics:1"
+            assert (await running.client.get("/health")).json()["errors"] == []
+            gate.set()
+
+            async def loaded() -> bool:
+                return (await load(running, version=2)).status_code == 200
+
+            await until(loaded, "the same version, once the hung load has ended")
+            assert (await running.answer(TEXT))["model"] == "topics:2"
+
+    async def test_no_more_changes_wait_than_a_bound(
+        self, one: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("service.hub.hub.MAX_CHANGES", 3)
+        async with one.hub._changing:
+            waiting = [asyncio.create_task(load(one)) for _ in range(4)]
+            await until(lambda: one.hub._changes == 4, "the changes")
+            error_of(await load(one), 503, "busy")
+        assert {(await task).status_code for task in waiting} == {200}
+
+
+class TestRetiredVersions:
+    async def test_their_series_are_removed_some_time_later(self, one: Service) -> None:
+        async def versions() -> set[str]:
+            shown = await one.scrape()
+            return {sample.labels["version"] for sample in shown.select("items_total")}
+
+        await one.ask(TEXT)
+        for version in (2, 1, 2):
+            assert (await load(one, version=version)).status_code == 200
+        await one.ask(TEXT)
+        assert await versions() == {"1", "2"}
+        now = time.monotonic()
+        one.hub.forget_retired(now + RETIRED_SECONDS / 2)
+        assert await versions() == {"1", "2"}
+        one.hub.forget_retired(now + 2 * RETIRED_SECONDS)
+        assert await versions() == {"2"}
+        assert (await one.scrape()).total("items_total", version="2") == 1
+        await one.client.post(f"/models/{TOPICS}/unload", headers=ADMIN)
+        one.hub.forget_retired(now + 2 * RETIRED_SECONDS)
+        assert 'model="' not in (await one.client.get("/metrics")).text
+
+    async def test_there_is_a_bound_on_how_many_are_kept(
+        self, one: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("service.hub.hub.MAX_RETIRED", 0)
+        for version in (2, 1, 2):
+            assert (await load(one, version=version)).status_code == 200
+            one.hub.forget_retired(time.monotonic())
+            shown = await one.scrape()
+            versions = {sample.labels["version"] for sample in shown.select("items_total")}
+            assert versions == {str(version)}
 
 
 class TestAdminKey:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 import budgetformer
+from service.api.health import prefers_openmetrics
 from tests.support.exposition import Exposition
-from tests.support.serving import Service, error_of, held, poison, service
+from tests.support.serving import ADMIN, Service, error_of, held, poison, service
 from tests.support.stores import HEADS, LAYERS, TAGS, TOPICS, labelled_sentences, sentences
 from tests.support.waiting import until
 
@@ -403,3 +406,62 @@ async def test_a_request_that_ends_in_an_error_is_always_logged(fresh: Service) 
     assert answer.status_code == 500, answer.text
     assert line["log_level"] == "info"
     assert line["status"] == 500
+
+
+@pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.parametrize(
+    ("accept", "openmetrics"),
+    [
+        ("text/plain; version=abc", False),
+        ("text/plain;version=1e999", False),
+        ("application/openmetrics-text; version=abc", False),
+        ("application/openmetrics-text; version=2.0.0", False),
+        ("application/openmetrics-text; version=0.0.1", False),
+        ("application/openmetrics-text", True),
+        ("Application/OpenMetrics-Text ; Version=1.0.0", True),
+        ('application/openmetrics-text; version="1.0.0"; charset=utf-8', True),
+        ("application/openmetrics-text;version=1.0.0;q=0.5, text/plain;version=0.0.4;q=0.3", True),
+        ("application/openmetrics-text;q=0.2,text/plain;q=0.3", False),
+        ("application/openmetrics-text;q=0", False),
+        ("application/openmetrics-text;q=nan", False),
+        ("application/json", False),
+        (",,;;==,/;q", False),
+        ("*/*", False),
+        ("", False),
+        ("x" * 8000, False),
+    ],
+)
+async def test_a_scrape_with_any_header_gives_a_format_that_is_asked_for(
+    shared: Service, accept: str, openmetrics: bool
+) -> None:
+    response = await shared.client.get("/metrics", headers={"Accept": accept})
+    assert response.status_code == 200
+    kind = "application/openmetrics-text; version=1.0.0" if openmetrics else "text/plain; version="
+    assert response.headers["content-type"].startswith(kind)
+    assert response.text.endswith("# EOF\n") == openmetrics
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(
+    st.text(max_size=60)
+    | st.lists(st.sampled_from(["application/openmetrics-text", *";q=,1"])).map("".join)
+)
+def test_any_accept_header_is_an_answer(accept: str) -> None:
+    assert prefers_openmetrics(accept) in (True, False)
+
+
+async def test_a_scrape_that_fails_is_one_answer_and_the_next_one_succeeds(
+    model_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with service(model_store, models=["topics"]) as running:
+        watch = running.hub.watch
+        with monkeypatch.context() as patch, capture_logs() as lines:
+            patch.setattr(watch, "refresh", lambda _: [][0])
+            for _ in range(3):
+                error = error_of(await running.client.get("/metrics"), 500)
+                assert "IndexError" in error["message"]
+            changing = running.client.post("/models/topics/load", headers=ADMIN)
+            assert (await changing).status_code == 200, "another reply was lost"
+        assert (await running.client.get("/metrics")).status_code == 200
+        failures = [line for line in lines if line["event"] == "message not handled"]
+        assert [line["message"] for line in failures] == ["Scrape"]

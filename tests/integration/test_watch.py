@@ -128,3 +128,19 @@ def test_a_model_that_is_served_no_more_keeps_its_counters_and_is_described_no_m
     assert seen.total("macs_total", model="topics") == 5
     for name in ("model_info", "model_load_seconds", "model_memory_bytes"):
         assert not seen.select(name)
+
+
+def test_a_model_that_is_gone_is_not_brought_back_by_what_engines_say(
+    metrics: Metrics, watch: EngineWatch, catalog: Catalog
+) -> None:
+    metrics.know_model("topics", "2", range(3))
+    watch(0, BEAT)
+    catalog.withdraw("topics")
+    metrics.forget_model("topics", "2")
+    metrics.forget_name("topics")
+    metrics.quality_level.remove("topics")
+    watch.forget_model("topics")
+    watch(0, BEAT)
+    watch(0, BatchRan("topics", 2, 1, 8, 80, 0.0, 0.25, dropped=3))
+    assert 'model="' not in generate_latest(metrics.registry).decode()
+    assert shown(metrics).by("source", "dropped_reports_total") == {"engine": 3, "frontend": 0}

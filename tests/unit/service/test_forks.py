@@ -28,6 +28,20 @@ print("this is for people")
 exit_with_parent()
 """
 SLEEP = "time.sleep(600)"
+NO_ROOM = """
+import resource, signal
+def allow(*_):
+    resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
+hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+signal.signal(signal.SIGUSR1, allow)
+def forbid(*_):
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
+signal.signal(signal.SIGUSR2, forbid)
+import os
+if os.getuid() == 0:  # no limit holds for root
+    os.setuid(54321)
+"""
+"""Lets a signal decide whether the kernel allows this process to fork."""
 
 
 @asynccontextmanager
@@ -117,3 +131,51 @@ async def test_stopped_it_leaves_nothing() -> None:
 async def test_stopped_before_it_began_is_stopped() -> None:
     async with fork_server(SLEEP) as server:
         assert server.pid is None
+
+
+@pytest.fixture
+async def limited() -> AsyncIterator[ForkServer]:
+    """Return a fork server that has forked process 0 and has no room for others."""
+    before = BEFORE.replace("number =", NO_ROOM + "number =")
+    async with fork_server(SLEEP, before) as server:
+        await server.fork(0)
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGUSR2)
+        yield server
+
+
+async def test_a_failed_fork_is_an_error_for_that_number_alone(limited: ForkServer) -> None:
+    pid, (first,) = limited.pid, limited._forked.values()
+    assert pid is not None
+    for number in (1, 2, 1):
+        with pytest.raises(BlockingIOError):
+            await asyncio.wait_for(limited.fork(number), 30)
+    assert (limited.pid, first.returncode) == (pid, None)
+    assert not gone(first)
+    os.kill(pid, signal.SIGUSR1)
+    second = await asyncio.wait_for(limited.fork(1), 30)
+    assert second.returncode is None
+    first.kill()
+    assert await within(30, first.wait()) == -signal.SIGKILL
+    assert not gone(second)
+
+
+async def test_a_fork_server_that_cannot_be_started_is_an_error_each_time() -> None:
+    server = ForkServer(["/nowhere/python"], Settings(), 30)
+    for _ in range(3):
+        with pytest.raises(FileNotFoundError):
+            await server.fork(0)
+    await server.stop()
+
+
+@pytest.mark.parametrize(
+    "noise", ["'hello'", "1", "'1 2 3'", "'9 99999'", "'x' * 200_000", "'\xff\xfe'", "'5 -11'"]
+)
+async def test_whatever_it_prints_forks_go_on(noise: str) -> None:
+    """A library may print to the stdout of the process that imports it."""
+    before = f"print({noise}, flush=True)\n" + BEFORE
+    async with fork_server(SLEEP, before) as server:
+        forked = await asyncio.wait_for(server.fork(0), 30)
+        assert not gone(forked)
+        forked.kill()
+        assert await within(30, forked.wait()) == -signal.SIGKILL

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
 
 from service.hub.messages import ItemsAnswered, ItemSpent, RequestEnded
 from service.observability.metrics import Metrics
@@ -45,6 +46,7 @@ CONTRACT = {
     "deadline_exceeded": ("counter", set()),
     "truncated": ("counter", set()),
     "engine_restarts": ("counter", set()),
+    "dropped_reports": ("counter", {"source"}),
     "fronts": ("gauge", set()),
     "device_busy_seconds": ("counter", {"engine"}),
     "device_memory_bytes": ("gauge", {"engine"}),
@@ -156,7 +158,9 @@ def counted(metrics: Metrics) -> Metrics:
             RequestEnded("/classify", "ok", 0.006, place),
         ]
     )
-    metrics.batch("topics", 2).count(1, 41, 0.0)
+    batch = metrics.batch("topics", 2)
+    assert batch is not None
+    batch.count(1, 41, 0.0)
     return metrics
 
 
@@ -190,7 +194,7 @@ def test_texts_are_counted_by_the_step_that_answered_and_by_the_one_expected(
 
 
 def test_where_nothing_was_calibrated_what_happens_is_expected(metrics: Metrics) -> None:
-    metrics.model("topics", "1").count([ItemSpent(1, 4, 5, 6, 7)], 8)
+    metrics.take([ItemsAnswered("topics", 1, [ItemSpent(1, 4, 5, 6, 7)], 8, None, {}, 0)])
     shown = scrape(metrics)
     assert shown.by("budget", "items_expected_total") == shown.by("budget", "items_total")
 
@@ -250,3 +254,54 @@ def test_what_every_process_takes_is_shown_by_its_name() -> None:
         values = shown.by("process", f"process_{name}")
         assert set(values) == {"supervisor", "front-0"}, "one that is gone is left out"
         assert all(value > 0 for value in values.values())
+
+
+def series_of_models(metrics: Metrics) -> list[str]:
+    lines = generate_latest(metrics.registry).decode().splitlines()
+    return [line for line in lines if "model=" in line]
+
+
+def test_roll_outs_do_not_make_the_exposition_grow(metrics: Metrics) -> None:
+    item = ItemSpent(2, 5, 41, 300, 900)
+    before = series_of_models(metrics)
+    for number in range(2, 1002):
+        version = str(number)
+        metrics.know_model("topics", version, [0, 1, 2])
+        told = ItemsAnswered("topics", number, [item], 8, {0: 1.0}, {}, 0)
+        metrics.take([told])
+        if not number % 250:
+            assert scrape(metrics).total("items_total", version=number) == 1
+        metrics.forget_model("topics", version)
+        metrics.take([told])  # a late one does not bring the series back
+    assert series_of_models(metrics) == before
+
+
+def test_a_model_that_is_gone_leaves_no_series(metrics: Metrics) -> None:
+    before = series_of_models(metrics)
+    metrics.know_model("tags", "1", [0, 1])
+    batch = metrics.batch("tags", 1)
+    assert batch is not None
+    batch.count(1, 41, 0.0)
+    metrics.forget_model("tags", "1")
+    metrics.forget_name("tags")
+    assert metrics.batch("tags", 1) is None
+    assert series_of_models(metrics) == before
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ItemsAnswered("topics", 1, [ItemSpent(2, 5, 41, -1, 900)], 8, None, {}, 0),
+        ItemsAnswered("topics", 1, [], 8, None, {"nonsense": 1.0}, 0),
+        ItemsAnswered("topics", 1, [], 8, None, {}, -1),
+    ],
+)
+def test_an_observation_that_cannot_be_counted_takes_no_other_with_it(
+    metrics: Metrics, bad: ItemsAnswered
+) -> None:
+    good = RequestEnded("/classify", "ok", 0.006)
+    with capture_logs() as lines:
+        metrics.take([good, bad, good, bad, good])
+    assert scrape(metrics).total("requests_total", outcome="ok") == 3
+    (line,) = lines
+    assert line["observation"] == "ItemsAnswered"

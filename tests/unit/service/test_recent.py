@@ -107,3 +107,15 @@ def test_requests_to_other_routes_are_left_out(metrics: Metrics) -> None:
     metrics.take([RequestEnded("/predict", "ok", 0.004)])
     recent.sample(5.0)
     assert recent.tell("topics")["window"]["requests"] == 0
+
+
+def test_a_version_whose_series_were_removed_takes_nothing_away(metrics: Metrics) -> None:
+    recent = Recent(metrics)
+    answer(metrics, 0.004, HARD, HARD)
+    recent.sample(0.0)
+    answer(metrics, 0.004, EASY, version="2")
+    metrics.forget_model("topics", "1")
+    recent.sample(5.0)
+    window = recent.tell("topics")["window"]
+    assert window["budgets"] == {0: 1}
+    assert (window["heads_share"], window["macs_share"]) == (0.0, 0.0)
