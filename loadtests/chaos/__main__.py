@@ -16,7 +16,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from loadtests.chaos import machine, models, network, processes, rolling
+from loadtests.chaos import machine, models, network, processes, rolling, supervision
 from loadtests.chaos.load import Seen
 
 HEADS = (
@@ -65,6 +65,17 @@ FAULTS = {
     "clock": Fault(machine.clock, "nothing depends on it", machine.no_faketime),
     "link": Fault(network.link, "slower answers, all of them", network.no_link),
     "readers": Fault(network.readers, "they are closed; memory stays bounded"),
+    "fork": Fault(
+        supervision.fork,
+        "what cannot be started is named and tried again; the others answer",
+        supervision.no_pids_group,
+    ),
+    "store-driver": Fault(supervision.store, "the error is shown; what is served stays"),
+    "scrape": Fault(supervision.scrape, "every scrape is answered, and every other question"),
+    "stalled-hub": Fault(
+        supervision.stalled, "others answer; `/metrics` is 503 within 5 s, and no count is lost"
+    ),
+    "port": Fault(supervision.port, "one line and the end of the second server; no probe fails"),
     "rolling": Fault(rolling.rolling, "no request fails", rolling.no_proxy),
 }
 

@@ -38,6 +38,7 @@ class Setup:
         log: file that its stderr goes to; None: ours.
         models: that it is to serve.
         host: address that callers find it at.
+        probes: port of probes and metrics, where that is another one.
     """
 
     flags: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class Setup:
     log: Path | None = None
     models: tuple[str, ...] = (MODEL, OTHER)
     host: str = "127.0.0.1"
+    probes: int | None = None
 
 
 class Server:
@@ -72,7 +74,8 @@ class Server:
                 stderr=log,
                 env=os.environ | dict(setup.environment),
             )
-        self.plain = httpx.AsyncClient(base_url=self.url, timeout=10)
+        probes = f"http://{setup.host}:{setup.probes or self.port}"
+        self.plain = httpx.AsyncClient(base_url=probes, timeout=10)
 
     async def stop(self) -> int:
         """End it as a service manager does, and return its exit code."""

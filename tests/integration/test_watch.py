@@ -143,4 +143,4 @@ def test_a_model_that_is_gone_is_not_brought_back_by_what_engines_say(
     watch(0, BEAT)
     watch(0, BatchRan("topics", 2, 1, 8, 80, 0.0, 0.25, dropped=3))
     assert 'model="' not in generate_latest(metrics.registry).decode()
-    assert shown(metrics).by("source", "dropped_reports_total") == {"engine": 3, "frontend": 0}
+    assert shown(metrics).by("source", "dropped_reports_total") == {"engine": 3}
