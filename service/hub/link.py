@@ -43,6 +43,7 @@ MAX_UNSENT_BYTES = 2**20
 """Unsent bytes above which nothing more is sent to the hub: it does not read."""
 SILENCE_LIMIT = 5.0
 """Seconds without a word after which the hub is not waited for."""
+LOOK_SECONDS = 0.25
 RETRY_SECONDS = 1.0
 NOTHING = Serving(-1, [], [], [], {})
 """What is served before the hub has said what."""
@@ -110,6 +111,8 @@ class HubLink(Connection):
     ) -> None:
         super().__init__("hub", place, FROM_HUB)
         self.serving = NOTHING
+        self.silent_seconds = 0.0
+        """Seconds since the hub was last heard."""
         self._serve = serve
         self._routes = routes
         self._seen = _Observations()
@@ -121,7 +124,9 @@ class HubLink(Connection):
 
     async def start(self) -> None:
         """Connect, and return when the first word of what is to be served was heeded."""
-        for work in (self.stay_connected(), self._follow(), self._report()):
+        for work in (
+            self.stay_connected(), self._follow(), self._report(), self._measure_silence(),
+        ):  # fmt: skip
             self._background.start(work)
         await self._first.wait()
 
@@ -134,11 +139,6 @@ class HubLink(Connection):
         """Have something counted."""
         self._seen.add(seen)
         self._something.set()
-
-    @property
-    def silent_seconds(self) -> float:
-        """Seconds since the hub was last heard."""
-        return time.monotonic() - self.heard
 
     async def show(self, question: Scrape | TellRecent) -> Shown:
         """Ask for something to show; what this front has seen by now is in it.
@@ -166,10 +166,9 @@ class HubLink(Connection):
         asking = asyncio.create_task(self.ask(question))
         try:
             while not asking.done():
-                patience = SILENCE_LIMIT - self.silent_seconds
-                if patience <= 0:
+                if self.silent_seconds > SILENCE_LIMIT:
                     raise DisconnectedError
-                await asyncio.wait({asking}, timeout=patience)
+                await asyncio.wait({asking}, timeout=LOOK_SECONDS)
             answer: FromHub = asking.result()
         finally:
             asking.cancel()
@@ -201,6 +200,16 @@ class HubLink(Connection):
                 continue
             self.serving = serving
             self._first.set()
+
+    async def _measure_silence(self) -> None:
+        """Time in which this process itself stood still does not count: nobody could be heard."""
+        heard, before = self.heard, time.monotonic()
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            now = time.monotonic()
+            passed = min(now - before, 2 * LOOK_SECONDS)
+            self.silent_seconds = 0.0 if self.heard > heard else self.silent_seconds + passed
+            heard, before = self.heard, now
 
     async def _report(self) -> None:
         while True:

@@ -177,7 +177,7 @@ class StalledHub:
     """A hub that reads only while it is told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(link, "SILENCE_LIMIT", 0.3)
+        monkeypatch.setattr(link, "SILENCE_LIMIT", 1.5)
         self.reads = asyncio.Event()
         self.observed: list[Observed] = []
         self.connections = 0
