@@ -72,7 +72,7 @@ class Outlet:
 
     def say(self, message: Message) -> bool:
         """Send a message; False: the connection is closed, or the peer does not read."""
-        if self.closing:
+        if self._writer.is_closing():
             return False
         unsent = self._writer.unsent
         if unsent > MAX_REPORT_BYTES and message.droppable:

@@ -17,6 +17,7 @@ class OneWrite:
 
     def __init__(self, stream: asyncio.Transport | asyncio.StreamWriter) -> None:
         self._stream = stream
+        self._transport: Any = getattr(stream, "transport", stream)
         self.is_closing = stream.is_closing
         self._held: list[bytes] = []
         self._held_bytes = 0
@@ -27,8 +28,8 @@ class OneWrite:
     @property
     def unsent(self) -> int:
         """Bytes that this process still holds, because the other side has not read them."""
-        transport: Any = getattr(self._stream, "transport", self._stream)
-        return self._held_bytes + int(transport.get_write_buffer_size())
+        buffered: int = self._transport.get_write_buffer_size()
+        return self._held_bytes + buffered
 
     def write(self, data: bytes) -> None:
         """Write before the next turn."""
