@@ -36,7 +36,8 @@ def text(*steps: int, tokens: int = 100, fast: Sequence[int] | None = None) -> T
 
 def settings(**chosen: Any) -> Settings:
     """Return settings of a server with one engine and no hurry."""
-    return Settings(**{"engines": 1, "quality": "balanced", "timeout_ms": 10**8} | chosen)
+    endless = {"timeout_ms": 10**8, "max_timeout_ms": 10**8}
+    return Settings(**{"engines": 1, "quality": "balanced"} | endless | chosen)
 
 
 def server(
