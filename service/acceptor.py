@@ -45,15 +45,21 @@ class Acceptor:
         self._paused: asyncio.TimerHandle | None = None
 
     def start(
-        self, protocol: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None = None
+        self,
+        protocol: Callable[[], asyncio.Protocol],
+        tls: ssl.SSLContext | None = None,
+        full: Callable[[], bool] = lambda: False,
     ) -> None:
         """Begin to take connections.
 
         Args:
-            protocol: makes what reads a connection.
+            protocol: makes what reads a connection, as soon as it is accepted; told by
+                `connection_lost` alone when its TLS handshake fails.
             tls: how they are encrypted; None: they are not.
+            full: says whether a connection is closed as soon as it is accepted.
         """
         self._protocol = protocol
+        self._full = full
         self._tls: dict[str, Any] = {}
         if tls is not None:
             self._tls = {"ssl": tls, "ssl_handshake_timeout": self._handshake_seconds}
@@ -85,18 +91,22 @@ class Acceptor:
                 if error.errno in _NO_ROOM:
                     self._pause(error)
                 return
-            opening = loop.create_task(self._open(connection))
+            if self._full():
+                connection.close()
+                continue
+            opening = loop.create_task(self._open(connection, self._protocol()))
             self._opening.add(opening)
             opening.add_done_callback(self._opening.discard)
         self._left = now
 
-    async def _open(self, connection: socket.socket) -> None:
+    async def _open(self, connection: socket.socket, protocol: asyncio.Protocol) -> None:
         connection.setblocking(False)
         loop = asyncio.get_running_loop()
         try:
-            await loop.connect_accepted_socket(self._protocol, connection, **self._tls)
-        except OSError:
+            await loop.connect_accepted_socket(lambda: protocol, connection, **self._tls)
+        except OSError as error:
             connection.close()  # gone, or it speaks no TLS
+            protocol.connection_lost(error)
 
     def _pause(self, error: OSError) -> None:
         log.warning("no room for connections", error=str(error))

@@ -25,8 +25,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.acceptor import Acceptor
+from service.api.state import State
 from service.app import create_app, protocol_of
 from service.engine.client import Engines
+from service.hub.messages import ConnectionEnded
 from service.observability.logs import configure_logs
 from service.observability.traces import open_tracing
 from service.process import (
@@ -50,6 +52,8 @@ KEEP_ALIVE_SECONDS = 75
 never meets a connection that is just being closed."""
 SPARE_DESCRIPTORS = 256
 """Open files of a front besides its connections."""
+REFUSED_CONNECTIONS = 128
+"""Connections above the limit that get an answer; further ones are closed as they come."""
 
 
 class _SharedServer(uvicorn.Server):
@@ -66,11 +70,14 @@ class _SharedServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._acceptor.start(self._protocol, self.config.ssl)
+        self._acceptor.start(self._protocol, self.config.ssl, self._full)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._acceptor.close()
         await super().shutdown(sockets)
+
+    def _full(self) -> bool:
+        return False
 
     def _protocol(self) -> asyncio.Protocol:
         return self.config.http_protocol_class(  # type: ignore[call-arg]
@@ -111,6 +118,14 @@ class _DrainingServer(_SharedServer):
         await super().startup(sockets)
         if self._side is not None:
             self._beside = asyncio.create_task(self._side.serve([]))
+
+    def _full(self) -> bool:
+        shared: State = self._app.state.shared
+        most = shared.settings.max_connections + REFUSED_CONNECTIONS
+        full = len(self.server_state.connections) >= most
+        if full:
+            shared.hub.observe(ConnectionEnded("too_many"))
+        return full
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.state.draining = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable, Mapping
@@ -11,19 +12,26 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 from fastapi import Response
+from httptools import (
+    HttpParserCallbackError,
+    HttpParserError,
+    HttpParserUpgrade,
+    HttpRequestParser,
+)
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api.bodies import travelled
 from service.api.errors import ApiError, Shape
+from service.api.lingering import LINGER_BYTES, LINGER_SECONDS, LingeringTransport
 from service.api.middleware import SECURITY_HEADERS, name_request
 from service.api.state import no_room
-from service.one_write import OneWrite
 from service.scheduling.door import Door
 
-LINGER_SECONDS = 2.0
-"""How long what a client still sends, or has not read, may keep its connection after its answer."""
 READ_BYTES = 2**18
 """About what one read of the event loop brings."""
+_HOST = re.compile(rb"(\[[0-9A-Za-z:.%]+\]|[\w.~!$&'()*+,;=%-]*)(:[0-9]*)?", re.ASCII)
+_OFFERS = (b"upgrade", b"http2-settings")
+"""Headers, and options of `Connection`, that offer another protocol."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,11 @@ class Guard:
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """Uvicorn's, with limits on what a client can hold without ever asking anything.
+    """Uvicorn's HTTP protocol with limits, and with one rule for the end of every request.
+
+    The parser alone says where a request ends. After a request that is malformed or ambiguous, or
+    that says `Connection: close`, no byte is parsed: earlier requests are answered, then the
+    malformed one is, and the connection closes.
 
     Args:
         limits: the limits.
@@ -77,6 +89,9 @@ class GuardedProtocol(HttpToolsProtocol):
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
+        # Uvicorn has the parser ignore what follows `Connection: close`; here it is an error, so
+        # that the connection lingers.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=False)
         self._limits = limits
         self._guard = guard
         self._turned_away = False
@@ -85,16 +100,27 @@ class GuardedProtocol(HttpToolsProtocol):
         self._timer: TimerHandle | None = None
         self._head_bytes = 0
         self._message_bytes = 0
-        self._refusal: ApiError | None = None
+        self._refusal: tuple[str, ApiError] | None = None
         self._begun: list[RequestResponseCycle] = []
+        self._declined = b""
+        """The head of a request that offers another protocol, without the offer."""
+        self._keep_alive = True
+        """Whether another request may follow the one that is read."""
+        self._stopped = False
+        """Whether what comes is discarded."""
+        self._last_answer = b""
+        """Written when all earlier requests are answered."""
+        # A connection whose TLS handshake is in progress counts, too.
+        self.connections.add(self)
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Take a connection, if there is room for it."""
         # Uvicorn writes an answer's head and its body one by one, each a packet of its own.
-        self._stream = OneWrite(transport)
+        self._stream = LingeringTransport(transport, self._sending, self._limits.seconds)
         super().connection_made(self._stream)  # type: ignore[arg-type]
-        if len(self.connections) > self._limits.connections:
-            message = "the server has all the connections that it can; try again in 1 s"
+        limit = self._limits.connections
+        if len(self.connections) > limit:
+            message = f"too many open connections (limit {limit}); retry in 1 s"
             refusal = ApiError(503, message, code="too_many_connections", retry_after=1)
             self._refuse("too_many", refusal)
             return
@@ -102,24 +128,41 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection, and tell every request of it: uvicorn tells only the last."""
+        if self.transport is None:  # its TLS handshake failed
+            self.connections.discard(self)
+            return
         self._stop_waiting()
         super().connection_lost(exc)
+        self._stream.forget()
         for cycle in self._begun:
-            cycle.disconnected = True
-            cycle.message_event.set()
+            _disconnect(cycle)
+
+    def shutdown(self) -> None:
+        """Close when the request that is served has its answer."""
+        self._keep_alive = False
+        if self.transport is None:
+            self.connections.discard(self)
+        else:
+            super().shutdown()
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, as long as it is not too much of it."""
+        if self._stream.lingering:
+            self._stream.discard(len(data))
+            return
         if self.transport.is_closing():
             return
         self._message_bytes += len(data)
-        super().data_received(data)
-        if self.transport.is_closing():
+        if self._stopped:
+            if self._message_bytes > LINGER_BYTES:
+                self.transport.abort()
+            return
+        self._unset_keepalive_if_required()
+        self._parse(data)
+        if self._stopped or self.transport.is_closing():
             return
         if self._timer is None and self.timeout_keep_alive_task is None and self._answered:
-            # A head has begun, or the body of who was turned away.
-            then = self._end if self._turned_away else self._too_slow
-            self._wait(self._limits.seconds, then)
+            self._expect_more()
         most = self._limits.head_bytes if self._stage != "body" else self._limits.message_bytes
         if self._message_bytes > most + READ_BYTES:
             # What is being parsed and never ends: a header, a trailer, a chunk's extension.
@@ -127,6 +170,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Begin a request."""
+        if self._stopped or not self._keep_alive:
+            raise ValueError("the request before is the last one")
         super().on_message_begin()
         self._stage = "head"
         self._head_bytes = 0
@@ -137,21 +182,33 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, or a trailer."""
+        """Take a header; a trailer is counted, but it is none of the request's headers."""
         self._grow(len(name) + len(value) + len(b": \r\n"))
-        super().on_header(name, value)
+        if self._stage == "head":
+            super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:
         """Start to serve the request; its body is awaited by whoever reads it."""
-        self._stage = "body"
+        size = self._body_size()
+        if self.parser.should_upgrade():
+            self._declined = self._without_offer()
+            return
         now = time.monotonic()
         self.loop.call_soon(self._note_begun, now)
-        if self._answered and self._turn_away(now):
-            return  # its body passes by, in the time that its head would have had
-        self._stop_waiting()
+        old = self.parser.get_http_version() == "1.0"
+        self._keep_alive = self._keep_alive and not old and self.parser.should_keep_alive()
+        if old:
+            self.expect_100_continue = False
+        # An answer that comes before the body ends the connection, unless the rest is small.
+        small = size is not None and size <= READ_BYTES and not self.expect_100_continue
+        if self._answered and self._turn_away(now, self._keep_alive and small):
+            self._stage = "body"
+            return  # its body is read and discarded
         super().on_headers_complete()
-        if self.cycle is not None and self.cycle not in self._begun:
-            self._begun.append(self.cycle)
+        self._stage = "body"
+        self._stop_waiting()
+        self.cycle.keep_alive = self._keep_alive and small
+        self._begun.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body, unless nobody wants it."""
@@ -160,49 +217,115 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Note that the request is here."""
+        if self._declined or self._stopped:
+            return
         self._stop_waiting()
         self._stage = "idle"
         self._message_bytes = 0
-        if not self._turned_away:
-            super().on_message_complete()
-        elif self.parser.should_keep_alive():
+        # A trailer may have said `Connection: close`.
+        self._keep_alive = self._keep_alive and self.parser.should_keep_alive()
+        if self._turned_away:
             self._turned_away = False
+        else:
+            self.cycle.keep_alive = self._keep_alive
+            super().on_message_complete()
+            if not self.cycle.response_complete:
+                return
+        # It was answered before it was here.
+        if self._keep_alive:
             self.on_response_complete()
         else:
-            self._end()
+            self.transport.close()
 
     def on_response_complete(self) -> None:
-        """Let a client that still sends do so for a moment, so that it comes to read its answer."""
+        """Serve the next request, wait for the rest of this one, or close."""
         self._begun = [cycle for cycle in self._begun if not cycle.response_complete]
         super().on_response_complete()
         if self.transport.is_closing():
-            self._end()
-        elif self._stage == "body" and self._answered:
-            self._wait(LINGER_SECONDS, self._end)
-        elif self._stage == "head":
-            self._wait(self._limits.seconds, self._too_slow)
-
-    def timeout_keep_alive_handler(self) -> None:
-        """End a connection that has been idle for long."""
-        self._end()
-
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
-        """Answer what is no request."""
-        if self._refusal is not None:
-            self._refuse("head_too_large", self._refusal)
-        elif not self.transport.is_closing():
-            self._refuse("malformed", ApiError(400, "this is no HTTP request", code="invalid_http"))
+            self._stop_waiting()
+        elif self._stopped:
+            self._finish()
+        elif self._stage != "idle" and self._answered:
+            self._expect_more()
 
     @property
     def _answered(self) -> bool:
         """Whether no request of this connection is being served."""
         return self.cycle is None or self.cycle.response_complete
 
+    def _sending(self) -> bool:
+        """Whether the client may be sending what nobody reads."""
+        return self._stage == "body" or self._stopped
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except HttpParserUpgrade as offer:
+                    # The parser ends a request at an offer of another protocol, before its body.
+                    # It is parsed again without the offer.
+                    data = memoryview(data)[offer.args[0] :]
+                    head, self._declined = self._declined, b""
+                    self.parser = HttpRequestParser(self)
+                    self.parser.feed_data(head)
+        except HttpParserError as error:
+            if self._refusal is not None:
+                self._refuse(*self._refusal)
+            elif self._stopped or (not self._keep_alive and self._stage == "idle"):
+                self._stopped = True  # this follows the last request
+            else:
+                unclear = isinstance(error, HttpParserCallbackError)
+                self._refuse("malformed", _malformed("invalid target" if unclear else str(error)))
+
+    def _body_size(self) -> int | None:
+        """Return how many bytes the body has by its head; None: it comes in chunks.
+
+        Raises:
+            ValueError: readers of this head may disagree about where the request ends, or about
+                whom it is for; the refusal is noted.
+        """
+        size: int | None = 0
+        hosts = 0
+        version = self.parser.get_http_version()
+        for name, value in self.headers:
+            if name == b"host":
+                hosts += 1
+                if not _HOST.fullmatch(value):
+                    raise self._refused(_malformed("invalid Host header"))
+            elif name == b"content-length":
+                size = int(value)
+            elif name == b"transfer-encoding":
+                size = None
+                if value.lower() != b"chunked" or version != "1.1":
+                    message = "the only supported Transfer-Encoding is chunked, in HTTP/1.1"
+                    raise self._refused(_malformed(message))
+        if version not in ("1.0", "1.1"):
+            raise self._refused(_malformed(f"HTTP/{version} is not supported"))
+        if hosts > 1 or (hosts == 0 and version == "1.1"):
+            raise self._refused(_malformed(f"one Host header is required, there are {hosts}"))
+        if self.parser.get_method() == b"CONNECT":
+            raise self._refused(_malformed("CONNECT is not supported; this is not a proxy"))
+        return size
+
+    def _without_offer(self) -> bytes:
+        """Return the head of this request without what offers another protocol."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = [token.strip() for token in value.split(b",")]
+                value = b", ".join(one for one in tokens if one.lower() not in _OFFERS)
+            if name not in _OFFERS:
+                lines.append(name + b": " + value)
+        return b"\r\n".join([*lines, b"\r\n"])
+
     def _note_begun(self, came: float) -> None:
         now = time.monotonic()
         self._guard.door.begun(now - came, now)
 
-    def _turn_away(self, now: float) -> bool:
+    def _turn_away(self, now: float, keep_alive: bool) -> bool:
         """Answer a request whose body need not be read; False: it is to be served."""
         door, shape = self._guard.door, self._guard.shapes.get(self.url)
         size = None if shape is None else travelled(self.headers)
@@ -214,18 +337,25 @@ class GuardedProtocol(HttpToolsProtocol):
             return False
         head, body = _refusal(shape, door.until_open(size, now))
         lines = [head, b"x-request-id: ", name_request(headers.get(b"x-request-id", b"")).encode()]
-        if not self.parser.should_keep_alive():
+        if not keep_alive:
             lines.append(b"\r\nconnection: close")
         self._stream.write_now(b"".join([*lines, b"\r\n\r\n", body]))
-        self._turned_away = True
         self._guard.count(self.url.decode())
+        self._turned_away = True
+        if not keep_alive:
+            self._stopped = True
+            self.transport.close()
         return True
 
     def _grow(self, size: int) -> None:
         self._head_bytes += size
         if self._head_bytes > self._limits.head_bytes:
-            self._refusal = self._too_large()
-            raise ValueError("too large")  # the parser stops, and has a 400 sent
+            raise self._refused(self._too_large(), "head_too_large")
+
+    def _refused(self, error: ApiError, reason: str = "malformed") -> ValueError:
+        """Note the answer to a request that cannot be served; what is returned stops the parser."""
+        self._refusal = reason, error
+        return ValueError(error.message)
 
     def _too_large(self) -> ApiError:
         most = self._limits.head_bytes
@@ -234,25 +364,39 @@ class GuardedProtocol(HttpToolsProtocol):
     def _too_slow(self) -> None:
         self._timer = None
         seconds = self._limits.seconds
-        self._refuse("slow", ApiError(408, f"no request came in {seconds:g} s"))
+        self._refuse("slow", ApiError(408, f"no complete request head arrived in {seconds:g} s"))
 
     def _refuse(self, reason: str, error: ApiError) -> None:
-        """Say why, unless another answer is on its way, and end the connection."""
+        """Make an error the last answer, unless the request in question has one, and stop."""
         self._count(reason)
-        if self._turned_away:
-            pass  # it has its answer
-        elif self._answered:
-            self.transport.write(_written(error))
-        elif not self.pipeline and not self.cycle.response_started:
-            self.cycle.disconnected = True  # whoever reads the body is told, and says nothing
-            self.transport.write(_written(error))
-        self._end()
+        self._stopped = True
+        self._last_answer = _written(error)
+        if self._stage == "body":
+            if self._turned_away or self.cycle.response_started:
+                self._last_answer = b""
+            else:
+                # Whoever reads the body is told, and says nothing.
+                _disconnect(self.cycle)
+                self._begun.remove(self.cycle)
+                if self.pipeline:
+                    self.pipeline.popleft()
+        self._finish()
 
-    def _end(self) -> None:
-        """Close, and if the client does not read what is left, break off."""
+    def _finish(self) -> None:
+        """Give the last answer and close, if all earlier requests have theirs."""
         self._stop_waiting()
+        if self._begun:
+            return
+        if self._last_answer:
+            self.transport.write(self._last_answer)
         self.transport.close()
-        self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+
+    def _expect_more(self) -> None:
+        """Limit the time for the rest of a head, or of a body that has its answer."""
+        if self._stage == "body":
+            self._wait(LINGER_SECONDS, self.transport.close)
+        else:
+            self._wait(self._limits.seconds, self._too_slow)
 
     def _wait(self, seconds: float, then: Callable[[], None]) -> None:
         self._stop_waiting()
@@ -262,6 +406,16 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _disconnect(cycle: RequestResponseCycle) -> None:
+    """Tell the application that nobody waits for its answer."""
+    cycle.disconnected = True
+    cycle.message_event.set()
+
+
+def _malformed(reason: str) -> ApiError:
+    return ApiError(400, f"malformed HTTP request: {reason}", code="invalid_http")
 
 
 def _written(error: ApiError) -> bytes:

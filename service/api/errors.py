@@ -116,7 +116,7 @@ def _methods(request: Request) -> set[str]:
     fitting = (
         methods
         for path, methods in request.app.openapi()["paths"].items()
-        if compile_path(path)[0].match(request.url.path)
+        if compile_path(path)[0].match(request.scope["path"])
     )
     return {method.upper() for methods in fitting for method in methods}
 
@@ -148,8 +148,8 @@ def install_error_handlers(app: FastAPI) -> None:
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = {
-            404: f"there is no route {request.url.path}",
-            405: f"{request.url.path} does not answer {request.method}",
+            404: f"there is no route {request.scope['path']}",
+            405: f"{request.scope['path']} does not answer {request.method}",
         }.get(error.status_code, str(error.detail))
         response = ApiError(error.status_code, message).response(request.scope["state"])
         response.headers.update(error.headers or {})

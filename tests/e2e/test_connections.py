@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from service.api.lingering import LINGER_BYTES
 from tests.support.exposition import Exposition
 from tests.support.processes import Server, free_port, server
 from tests.support.programs import program
@@ -196,12 +197,12 @@ class TestLarge:
         with connection(running) as it:
             it.sendall(begun)
             try:
-                while sent < 64 * 2**20:
+                while sent < 2 * LINGER_BYTES:
                     it.sendall(b"a" * 2**16)
                     sent += 2**16
             except (BrokenPipeError, ConnectionResetError):
                 pass
-        assert sent < 16 * 2**20
+        assert sent < LINGER_BYTES + 32 * 2**20
         alive(running)
 
     def test_a_large_body_is_answered_before_it_is_sent(self, running: Server) -> None:
@@ -261,7 +262,9 @@ class TestConnections:
             b"GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
             b"GET / HTTP/1.1\r\nContent-Length: 99999999999999999999999\r\n\r\n",
             b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+            b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
             b"GET / HTTP/1.1\r\nHeader without colon\r\n\r\n",
             b"GET / HTTP/1.1\r\nA: b\r\n c\r\n\x00\r\n\r\n",
         ],
@@ -276,15 +279,22 @@ class TestConnections:
             status, error = refusal(read_to_end(it))
         assert (status, error["code"]) == (400, "invalid_http")
 
-    def test_an_upgrade_to_a_websocket_is_an_ordinary_request(self, running: Server) -> None:
-        headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
-        response = httpx.get(f"{running.url}/health/live", headers=headers)
-        assert response.status_code == 200
+    @pytest.mark.parametrize("offer", ["h2c", "websocket"])
+    def test_an_offer_of_another_protocol_is_an_ordinary_request(
+        self, running: Server, offer: str
+    ) -> None:
+        headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": offer, "HTTP2-Settings": ""}
+        with httpx.Client(base_url=running.url, headers=headers, timeout=PATIENCE) as client:
+            for _ in range(2):
+                response = client.post("/classify", json={"input": "a"})
+                assert response.status_code == 200
+                assert response.json()["data"][0]["label"]
+            assert client.get("/health/live").status_code == 200
 
     def test_pipelined_requests_are_all_answered(self, running: Server) -> None:
         body = b'{"input": "a"}'
         request = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-        last = b"GET /health/live HTTP/1.1\r\nConnection: close\r\n\r\n"
+        last = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
         with connection(running) as it:
             it.sendall(request * 5 + last)
             assert read_to_end(it).count(b"HTTP/1.1 200 OK") == 6

@@ -1,0 +1,220 @@
+"""Bytes of connections: each request is answered once, and no body is ever taken for a request."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator
+from random import Random
+
+import h11
+import pytest
+import uvloop
+
+from tests.support.connected import EARLY, Connected, connected
+from tests.support.mutation import fuzzed, mutated_bytes
+from tests.support.strict_http import METHODS, Reading, answers_in, requests_in
+
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: s\r\n\r\n"
+BODIES = [
+    b"",
+    b"a",
+    b'{"input": "a"}',
+    SMUGGLED,
+    SMUGGLED * 3,
+    b"0\r\n\r\n",
+    b"\r\n" * 3,
+    b"x" * 300,
+]
+HOSTS = [b"Host: x"] * 12 + [
+    b"host:x:80",
+    b"Host:",
+    b"Host: [::1]:8",
+    b"Host: a b",
+    b"Host: a/b",
+    b"",
+]
+HEADERS = [
+    b"Accept: */*", b"X-Empty:", b"X: \xff\x80", b"X: a \t b \t", b"X:\ta", b"Expect: 100-continue",
+    b"Connection: close", b"Connection: keep-alive", b"Connection: close, keep-alive",
+    b"Connection: x, Close ,y", b"Connection: closed", b"Connection: close;q=1", b"Host: y",
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__",
+    b"Upgrade: websocket\r\nConnection: upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZQ==",
+    b"Connection: keep-alive, Upgrade\r\nUpgrade: TLS/1.2", b"Connection: Upgrade", b"Upgrade: h2c",
+    b"Connection: Upgrade\r\nUpgrade: a\r\nUpgrade: b\r\nConnection: close",
+    b"Content-Length: 0", b"Content-Length: 5", b"Content-Length: 5, 5", b"Content-Length: +5",
+    b"Content-Length: 0x5", b"Content-Length: 5_0", b"Content-Length:", b"Content-Length: 18446744073709551621",
+    b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding: identity",
+    b"Transfer-Encoding: chunked, identity", b"Transfer-Encoding:\x0bchunked", b"Transfer-Encoding: x",
+    b"Transfer-Encoding : chunked", b"Transfer-Encoding", b"X: a\r\n b", b"X: a\r\n\tTransfer-Encoding: chunked",
+    b"X: a\nTransfer-Encoding: chunked", b"X: a\rContent-Length: 9", b"X: a\x00b", b" X: a", b": a", b"X\x01: a",
+]  # fmt: skip
+TARGETS = [
+    b"/",
+    b"/a?b=c%20d",
+    b"/guarded",
+    b"http://x/a",
+    b"*",
+    b"/%00",
+    b"//a/..//b",
+    b"a",
+    b"http://x",
+    b"/\xff",
+    b"/a#b",
+]
+LINES = [b"%s %s HTTP/1.1"] * 20 + [
+    b"%s %s HTTP/1.0", b"%s  %s HTTP/1.1", b"%s %s HTTP/1.1 ", b"%s\t%s HTTP/1.1", b"%s %s HTTP/2.0",
+    b"%s %s HTTP/0.9", b"%s %s", b"%s %s http/1.1", b"%s %s HTTP/1.10", b" %s %s HTTP/1.1", b"%s %s HTTP/1.1\r",
+]  # fmt: skip
+EXTENSIONS = [b""] * 8 + [
+    b";a",
+    b";a=b",
+    b';a="b;\\"c"',
+    b" ;a",
+    b"; a = b",
+    b";",
+    b";a=",
+    b";a\nb",
+    b";\x00",
+    b" ",
+]
+TRAILERS = [b""] * 6 + [
+    b"X: y\r\n", b"Content-Length: 9\r\n", b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n",
+    b"Host: z\r\n", b"Connection: upgrade\r\nUpgrade: h2c\r\n", b"no colon\r\n", b"X: y\r\n z\r\n", b"X: y\n",
+]  # fmt: skip
+SEPARATORS = [b""] * 12 + [b"\r\n", b"\n", b"\r", b"\r\n\r\n", b" ", b"\x00"]
+
+Respond = Callable[[list[bytes], bool], Connected]
+
+
+@pytest.fixture(scope="module")
+def respond() -> Iterator[Respond]:
+    """Send parts of a stream to a connection of its own, and return that."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+
+        async def run(parts: list[bytes], half_closes: bool) -> Connected:
+            with connected(half_closes) as connection:
+                await connection.send(parts)
+            return connection
+
+        yield lambda parts, half_closes: runner.run(run(parts, half_closes))
+
+
+def a_request(random: Random, early: bool) -> bytes:
+    """Return a request, with one thing that is odd or wrong now and then."""
+
+    def now_and_then(ordinary: bytes, others: list[bytes]) -> bytes:
+        return random.choice(others) if random.random() < 0.12 else ordinary
+
+    method = now_and_then(random.choice([b"GET", b"POST"]), [*sorted(METHODS), b"get", b"FOO"])
+    target = now_and_then(b"/a", TARGETS)
+    if early and random.random() < 0.3:
+        method, target = b"POST", EARLY
+    lines = [random.choice(LINES) % (method, target), random.choice(HOSTS)]
+    lines += random.sample(
+        HEADERS[:18] if random.random() < 0.8 else HEADERS, random.choice([0, 0, 1, 2])
+    )
+    body = random.choice(BODIES)
+    match random.randrange(5):
+        case 0 | 1 if body:
+            lines.append(b"Content-Length: %d" % len(body))
+        case 2 | 3:
+            lines.append(b"Transfer-Encoding: chunked")
+            body = chunked(random, body)
+        case _:
+            body = b""
+    random.shuffle(lines[1:])
+    return b"\r\n".join([*filter(None, lines), b"", body])
+
+
+def chunked(random: Random, body: bytes) -> bytes:
+    cuts = sorted(random.choices(range(len(body) + 1), k=random.randrange(3)))
+    parts = [body[start:end] for start, end in itertools.pairwise([0, *cuts, len(body)])]
+    pattern = random.choice([b"%x", b"%X", b"00%x"]) if random.random() < 0.95 else b"0x%x"
+    coded = [
+        pattern % len(part) + random.choice(EXTENSIONS) + b"\r\n" + part + b"\r\n"
+        for part in parts
+        if part
+    ]
+    return b"".join(
+        [*coded, b"0", random.choice(EXTENSIONS), b"\r\n", random.choice(TRAILERS), b"\r\n"]
+    )
+
+
+def a_stream(random: Random, early: bool = False) -> bytes:
+    """Return one to four requests, sometimes with a few bytes changed."""
+    parts = []
+    for _ in range(random.randint(1, 4)):
+        parts += [random.choice(SEPARATORS), a_request(random, early)]
+    stream = b"".join(parts)
+    return mutated_bytes(random, stream) if random.random() < 0.3 else stream
+
+
+def split(random: Random, stream: bytes) -> list[bytes]:
+    """Return a stream as a client may send it: whole, byte by byte, or in some parts."""
+    match random.randrange(8):
+        case 0 if len(stream) < 300:
+            return [stream[i : i + 1] for i in range(len(stream))]
+        case 1 | 2:
+            return [stream]
+        case _:
+            cuts = sorted(random.choices(range(len(stream) + 1), k=random.randint(1, 5)))
+            return [stream[a:b] for a, b in itertools.pairwise([0, *cuts, len(stream)]) if a < b]
+
+
+def hold_against(connection: Connected, reading: Reading) -> None:
+    """Check that what was served is what was sent, in order, each with one answer."""
+    served = connection.served
+    answers = answers_in(connection.wire.sent, [method for method, _, _ in served])
+    if served and served[-1][2] is None and answers[len(served) - 1].status == 400:
+        served = served[:-1]  # it was found malformed before its answer was sent
+    for number, answer in enumerate(answers[: len(served)], start=1):
+        assert (answer.status in (200, 401), answer.number) == (True, number)
+    # There is one error at most, and an answer that says that it is the last is the last.
+    assert len(answers) - len(served) in (0, 1)
+    refused = len(answers) > len(served)
+    closed = bool(answers) and answers[-1].closes
+    assert not any(answer.closes for answer in answers[:-1])
+    assert closed <= connection.over
+    if refused:
+        assert 400 <= answers[-1].status < 500
+        assert closed
+    sent = [(one.method, one.target, one.body) for one in reading.requests]
+    if reading.begun is not None:
+        sent.append((reading.begun.method, reading.begun.target, None))
+    assert len(served) <= len(sent)
+    for (*got, body), (*expected, whole) in zip(served, sent, strict=False):
+        assert got == expected
+        assert body in (whole, None)
+    if any(body is None for _, _, body in served) and (closed or connection.over):
+        return  # an answer that came before a large body was the last
+    if len(served) < len(reading.requests):
+        assert refused
+        assert reading.requests[len(served)].may_be_refused
+    elif reading.end == "error":
+        assert refused
+    elif reading.end == "close":
+        assert closed
+        assert not refused
+
+
+def respond_to(respond: Respond, random: Random, early: bool) -> None:
+    stream = a_stream(random, early)
+    connection = respond(split(random, stream), random.random() < 0.5)
+    reading = requests_in(stream)
+    try:
+        hold_against(connection, reading)
+    except AssertionError as error:
+        error.add_note(f"sent {stream!r}\n\nserved {connection.served}\n\nread {reading}")
+        error.add_note(f"answered {connection.wire.sent!r}")
+        raise
+
+
+@fuzzed(0.9)
+def test_streams(respond: Respond, random: Random) -> None:
+    respond_to(respond, random, early=False)
+
+
+@fuzzed(0.1)
+def test_answers_before_the_body(respond: Respond, random: Random) -> None:
+    respond_to(respond, random, early=True)
