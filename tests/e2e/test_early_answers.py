@@ -64,57 +64,58 @@ def test_in_a_chunk(running: Server) -> None:
         assert answer_to(it, CHUNKED) == 413
 
 
-class TestTls:
-    @pytest.fixture(scope="class")
-    def certificate(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("certificate")
-        command = [
-            program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
-            "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
-            "-keyout", "key.pem", "-out", "chain.pem", "-addext", "subjectAltName=IP:127.0.0.1",
-        ]  # fmt: skip
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        return folder
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certificate")
+    command = [
+        program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
+        "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
+        "-keyout", "key.pem", "-out", "chain.pem", "-addext", "subjectAltName=IP:127.0.0.1",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
 
-    @pytest.fixture(scope="class")
-    def secure(
-        self, certificate: Path, model_store: Path, tmp_path_factory: pytest.TempPathFactory
-    ) -> Iterator[Server]:
-        port = free_port()
-        options = {
-            "tls_cert": str(certificate / "chain.pem"),
-            "tls_key": str(certificate / "key.pem"),
-            "metrics_port": str(port),
-            "models": TOPICS,
-            "max_connections": "4",
-            "admin_key": "open-sesame",
-        }
-        folder = tmp_path_factory.mktemp("secure")
-        probes = f"http://127.0.0.1:{port}"
-        with server(model_store, folder, engines=1, probes=probes, **options) as it:
-            yield it
 
-    @pytest.fixture
-    def context(self, certificate: Path) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=certificate / "chain.pem")
+@pytest.fixture(scope="module")
+def secure(
+    certificate: Path, model_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    port = free_port()
+    options = {
+        "tls_cert": str(certificate / "chain.pem"),
+        "tls_key": str(certificate / "key.pem"),
+        "metrics_port": str(port),
+        "models": TOPICS,
+        "max_connections": "4",
+        "admin_key": "open-sesame",
+    }
+    folder = tmp_path_factory.mktemp("secure")
+    probes = f"http://127.0.0.1:{port}"
+    with server(model_store, folder, engines=1, probes=probes, **options) as it:
+        yield it
 
-    @pytest.mark.parametrize("status", [400, 401, 413, 431])
-    def test_over_tls(self, secure: Server, context: ssl.SSLContext, status: int) -> None:
-        with context.wrap_socket(plain(secure), server_hostname="127.0.0.1") as it:
-            assert answer_to(it, EARLY[status]) == status
 
-    def test_handshakes_in_progress_are_connections(
-        self, secure: Server, context: ssl.SSLContext
-    ) -> None:
-        def ask() -> int:
-            url = secure.address.replace("http:", "https:")
-            return httpx.get(f"{url}/health/live", verify=context, timeout=PATIENCE).status_code
+@pytest.fixture(scope="module")
+def context(certificate: Path) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=certificate / "chain.pem")
 
-        wait_until(lambda: ask() == 200, "room", PATIENCE)
-        before = secure.scrape()
-        with ExitStack() as stack:
-            for _ in range(4):
-                stack.enter_context(plain(secure))
-            wait_until(lambda: ask() == 503, "the limit", PATIENCE)
-        assert secure.scrape().minus(before, "broken_connections_total", reason="too_many") >= 1
-        wait_until(lambda: ask() == 200, "room", PATIENCE)
+
+@pytest.mark.parametrize("status", [400, 401, 413, 431])
+def test_over_tls(secure: Server, context: ssl.SSLContext, status: int) -> None:
+    with context.wrap_socket(plain(secure), server_hostname="127.0.0.1") as it:
+        assert answer_to(it, EARLY[status]) == status
+
+
+def test_handshakes_in_progress_are_connections(secure: Server, context: ssl.SSLContext) -> None:
+    def ask() -> int:
+        url = secure.address.replace("http:", "https:")
+        return httpx.get(f"{url}/health/live", verify=context, timeout=PATIENCE).status_code
+
+    wait_until(lambda: ask() == 200, "room", PATIENCE)
+    before = secure.scrape()
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(plain(secure))
+        wait_until(lambda: ask() == 503, "the limit", PATIENCE)
+    assert secure.scrape().minus(before, "broken_connections_total", reason="too_many") >= 1
+    wait_until(lambda: ask() == 200, "room", PATIENCE)

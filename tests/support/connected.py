@@ -34,7 +34,8 @@ class Wire(asyncio.Transport):
         self.half_closed = self.closed = self.paused = False
 
     def write(self, data: Any) -> None:
-        assert not (self.closed or self.half_closed)
+        assert not self.closed
+        assert not self.half_closed
         self.sent += data
 
     def is_closing(self) -> bool:
@@ -82,7 +83,7 @@ class Connected:
     def __post_init__(self) -> None:
         self.protocol = GuardedProtocol(
             limits=self.limits,
-            guard=Guard(self.door, {b"/guarded": own_shape}, lambda path: None),
+            guard=Guard(self.door, {b"/guarded": own_shape}, lambda _: None),
             count=self.breaks.append,
             config=_config(self._serve),
             server_state=self.server_state,
