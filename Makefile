@@ -38,7 +38,7 @@ test-compose: .venv/.dev ## build the images, bring the stack up under Docker an
 test-cluster: .venv/.cluster ## the service on a Ray cluster of this machine, and the Helm chart against its schemas
 	$(BIN)/python -m pytest tests/cluster -m cluster --timeout 900 -v --durations 0
 
-fuzz: .venv/.dev ## 100,000 broken inputs each of frames, checkpoints, settings and bodies; the contract with many requests
+fuzz: .venv/.dev ## 100,000 broken inputs each of raw HTTP, headers, frames, checkpoints, settings and bodies; the contract with many requests
 	OMP_NUM_THREADS=1 FUZZ_INPUTS=$(FUZZ_INPUTS) $(BIN)/python -m pytest tests/fuzz -n 2 --dist worksteal --showlocals --durations 20 --timeout 7200
 
 chaos: .venv/.dev ## break a server under load in every way, and print what its callers saw; some faults need root

@@ -40,6 +40,9 @@ from service.hub.messages import ConnectionEnded, KeysKnown, RequestEnded
 from service.models import Models
 from service.settings import Settings
 
+REFUSED_CONNECTIONS = 128
+"""Connections above the limit that get an answer; further ones are closed as they come."""
+
 
 class _Application(FastAPI):
     """FastAPI behind a proxy that puts a path before ours, whether it then strips it or not.
@@ -184,6 +187,15 @@ def protocol_of(app: FastAPI, settings: Settings) -> Any:
     prefixed = {settings.root_path.encode() + path: shape for path, shape in shapes.items()}
     guard = Guard(state.door, shapes | prefixed, turned_away)
     return partial(GuardedProtocol, limits=limits, guard=guard, count=count)
+
+
+def is_full(app: FastAPI, connections: int) -> bool:
+    """Say whether one more connection is closed without an answer; it is counted."""
+    state: State = app.state.shared
+    full = connections >= state.settings.max_connections + REFUSED_CONNECTIONS
+    if full:
+        state.hub.observe(ConnectionEnded("too_many"))
+    return full
 
 
 def _operational(scope: MutableMapping[str, Any]) -> bool:

@@ -25,10 +25,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.acceptor import Acceptor
-from service.api.state import State
-from service.app import create_app, protocol_of
+from service.app import create_app, is_full, protocol_of
 from service.engine.client import Engines
-from service.hub.messages import ConnectionEnded
 from service.observability.logs import configure_logs
 from service.observability.traces import open_tracing
 from service.process import (
@@ -52,8 +50,6 @@ KEEP_ALIVE_SECONDS = 75
 never meets a connection that is just being closed."""
 SPARE_DESCRIPTORS = 256
 """Open files of a front besides its connections."""
-REFUSED_CONNECTIONS = 128
-"""Connections above the limit that get an answer; further ones are closed as they come."""
 
 
 class _SharedServer(uvicorn.Server):
@@ -120,12 +116,7 @@ class _DrainingServer(_SharedServer):
             self._beside = asyncio.create_task(self._side.serve([]))
 
     def _full(self) -> bool:
-        shared: State = self._app.state.shared
-        most = shared.settings.max_connections + REFUSED_CONNECTIONS
-        full = len(self.server_state.connections) >= most
-        if full:
-            shared.hub.observe(ConnectionEnded("too_many"))
-        return full
+        return is_full(self._app, len(self.server_state.connections))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.state.draining = True

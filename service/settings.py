@@ -198,11 +198,12 @@ class Settings(BaseSettings):
     cors_origins: list[str] = []
     """Origins whose pages may ask, such as https://example.org; none means only our own."""
     max_connections: int = Field(default=4096, ge=1)
-    """Most connections at once."""
+    """Most connections at once of a frontend, TLS handshakes in progress included."""
     max_header_bytes: int = Field(default=32 * 2**10, ge=1024)
     """Largest head of a request, its line and headers together."""
     receive_seconds: float = Field(default=30.0, gt=0)
-    """How long a request's head may take to arrive, and then its body."""
+    """How long a TLS handshake, a request's head and its body may take to arrive, each; and how
+    long a client may go on sending after its last answer."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least important log line to write."""
     log_format: Literal["auto", "json", "console"] = "auto"

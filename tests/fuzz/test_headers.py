@@ -29,7 +29,12 @@ from tests.support.stores import TOPICS
 
 PATIENCE = 60
 VALUES: dict[str, list[bytes]] = {
-    "accept": [b"*/*", b"application/json;q=0.5", b"application/openmetrics-text; version=1.0.0"],
+    "accept": [
+        b"*/*",
+        b"application/json;q=0.5",
+        b"application/openmetrics-text; version=1.0.0",
+        b"text/plain; version=abc",
+    ],
     "authorization": [b"Bearer open-sesame", b"Bearer", b"Basic b3Blbg==", b"bearer  open-sesame "],
     KEY.lower(): [b"open-sesame", b"", b"a, b"],
     "content-type": [b"application/json", b"application/x+json; charset=utf-16", b"text/csv", b"/"],

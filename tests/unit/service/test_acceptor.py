@@ -179,3 +179,40 @@ async def test_who_speaks_no_tls_is_let_go(
     left = b"more"
     while left:
         left = await asyncio.wait_for(loop.sock_recv(client, 100), 5)
+
+
+async def test_without_room_who_comes_is_closed_at_once(
+    accepting: Acceptor, connect: Callable[[], socket.socket]
+) -> None:
+    room = [True, False]
+    accepting.start(Echo, full=lambda: not room.pop(0))
+    first, second = connect(), connect()
+    assert await echoed(first) == b"word"
+    loop = asyncio.get_running_loop()
+    assert await asyncio.wait_for(loop.sock_recv(second, 10), 5) == b""
+
+
+class Waiting(Echo):
+    """Tells when its handshake begins, and when it fails."""
+
+    told: ClassVar[list[str]] = []
+
+    def __init__(self) -> None:
+        self.told.append("begun")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.told.append("failed" if exc else "ended")
+
+
+async def test_a_handshake_that_takes_too_long_is_told(
+    accepting: Acceptor, connect: Callable[[], socket.socket]
+) -> None:
+    Waiting.told.clear()
+    accepting.start(Waiting, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+    client = connect()
+    loop = asyncio.get_running_loop()
+    await turns(9)
+    assert Waiting.told == ["begun"]
+    assert await asyncio.wait_for(loop.sock_recv(client, 10), 5) == b""
+    await turns(2)
+    assert Waiting.told == ["begun", "failed"]
