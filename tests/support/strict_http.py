@@ -24,7 +24,9 @@ _VALUE = rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb")?)?"
 _EXTENSION = rb"[ \t]*;[ \t]*" + _TOKEN + _VALUE
 _CHUNK = re.compile(rb"([0-9A-Fa-f]+)((?:" + _EXTENSION + rb")*)")
 _HOST = re.compile(rb"(?:\[[0-9A-Za-z:.%]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
-_TARGET = re.compile(rb"(?:[A-Za-z]+://[0-9A-Za-z.-]+(?::[0-9]*)?)?(/[^#]*|(?<!.)\*)(#.*)?")
+_TARGET = re.compile(
+    rb"(?:[A-Za-z]+://[0-9A-Za-z.-]+(?P<port>:[0-9]*)?)?(?P<path>/[^#]*|(?<!.)\*)(?P<fragment>#.*)?"
+)
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,10 @@ def _read_request(stream: bytes, reading: Reading) -> bytes:
         raise _MalformedError
     odd = "" if method in METHODS else "unknown method"
     place = _TARGET.fullmatch(target)
-    if place is None or place[2]:
+    if place is None or place["fragment"] or place["port"]:
         odd = "odd target"
     if place is not None:
-        target = place[1]
+        target = place["path"]
     reading.begun = Request(method, target, b"", odd)
     if codings:
         body, trailers, spaces, rest = _chunks(rest)
