@@ -53,15 +53,20 @@ SPARE_DESCRIPTORS = 256
 
 
 class _SharedServer(uvicorn.Server):
-    """Uvicorn on a listening socket that other processes take connections from, too.
+    """Uvicorn on a listening socket that other frontends accept connections from, too.
 
     Args:
         config: of uvicorn.
+        app: the application.
         listener: the socket.
+        seconds: how long a TLS handshake may take.
     """
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket, seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: FastAPI, listener: socket.socket, seconds: float
+    ) -> None:
         super().__init__(config)
+        self._app = app
         self._acceptor = Acceptor(listener, seconds)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -73,7 +78,7 @@ class _SharedServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     def _full(self) -> bool:
-        return False
+        return is_full(self._app, len(self.server_state.connections))
 
     def _protocol(self) -> asyncio.Protocol:
         return self.config.http_protocol_class(  # type: ignore[call-arg]
@@ -98,14 +103,13 @@ class _DrainingServer(_SharedServer):
     def __init__(
         self,
         config: uvicorn.Config,
+        app: FastAPI,
         listener: socket.socket,
         seconds: float,
-        app: FastAPI,
         tracing: Tracing | None,
         side: _SideServer | None,
     ) -> None:
-        super().__init__(config, listener, seconds)
-        self._app = app
+        super().__init__(config, app, listener, seconds)
         self._tracing = tracing
         self._side = side
         self._beside: asyncio.Task[None] | None = None
@@ -114,9 +118,6 @@ class _DrainingServer(_SharedServer):
         await super().startup(sockets)
         if self._side is not None:
             self._beside = asyncio.create_task(self._side.serve([]))
-
-    def _full(self) -> bool:
-        return is_full(self._app, len(self.server_state.connections))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.state.draining = True
@@ -163,8 +164,9 @@ def main() -> None:
     config = uvicorn.Config(app, lifespan="on", **common, **_tls(settings))
     seconds, side = settings.receive_seconds, None
     for side_listener in side_listeners:
-        side = _SideServer(uvicorn.Config(app, lifespan="off", **common), side_listener, seconds)
-    server = _DrainingServer(config, listener, seconds, app, tracing, side)
+        side_config = uvicorn.Config(app, lifespan="off", **common)
+        side = _SideServer(side_config, app, side_listener, seconds)
+    server = _DrainingServer(config, app, listener, seconds, tracing, side)
     keep_what_is_here()
     collect_seldom()
     server.run(sockets=[])  # the acceptors' connections are all that there are
