@@ -240,7 +240,9 @@ def test_every_header_on_every_route(running: tuple[Service, Ask]) -> None:
 
 
 def test_every_header_that_is_read_is_among_them() -> None:
-    looked_up = re.compile(r'headers\.get\(\s*b?"([\w-]+)"|b"([\w-]+)" (?:not )?in headers')
+    looked_up = re.compile(
+        r'headers\.get(?:list)?\(\s*b?"([\w-]+)"|b"([\w-]+)" (?:not )?in headers'
+    )
     source = "".join(path.read_text() for path in Path(package.__file__).parent.rglob("*.py"))
     read = {one[1] or one[2] for one in looked_up.finditer(source)}
     assert read > {"accept", "if-none-match", "traceparent"}
