@@ -46,8 +46,9 @@ class Architecture:
             them; 0: step 0 reads single tokens only.
         exit_rank: width of step 0's token vectors, which a linear map turns into logits; 0: each
             token has a weight per label.
-        exit_weight: how much the step-0 logits count beside the encoder's in the answer of a step
-            >= 1: one number for all steps, or one for each of 1..S.
+        encoder_weight, exit_weight: weights of the encoder's and of step 0's logits in the answer
+            of a step >= 1: one number for all steps, or one for each of 1..S. Calibration fits both
+            (`budgetformer.training.fusion`).
         controller_hidden_size: width of f_o's hidden layer.
         budget_bounds: (s_min, s_max), outside which the budget regulariser pushes s back (paper:
             0.1, 0.9).
@@ -85,6 +86,7 @@ class Architecture:
         exit_buckets: int = 0,
         exit_rank: int = 0,
         exit_weight: float | list[float] = 0.0,
+        encoder_weight: float | list[float] = 1.0,
         controller_hidden_size: int = 64,
         budget_bounds: tuple[float, float] = (0.1, 0.9),
         pad_token_id: int | None = 0,
@@ -115,6 +117,7 @@ class Architecture:
         self.exit_buckets = exit_buckets
         self.exit_rank = exit_rank
         self.exit_weight = exit_weight
+        self.encoder_weight = encoder_weight
         self.controller_hidden_size = controller_hidden_size
         self.budget_bounds = list(budget_bounds)
         self.pad_token_id = pad_token_id
@@ -154,8 +157,15 @@ class Architecture:
 
     @property
     def exit_weights(self) -> list[float]:
-        """What step 0's logits count beside the encoder's at each step 1..S."""
-        weight = self.exit_weight
+        """Weight of step 0's logits in the answer of each step 1..S."""
+        return self._each_step(self.exit_weight)
+
+    @property
+    def encoder_weights(self) -> list[float]:
+        """Weight of the encoder's logits in the answer of each step 1..S."""
+        return self._each_step(self.encoder_weight)
+
+    def _each_step(self, weight: float | list[float]) -> list[float]:
         return weight if isinstance(weight, list) else [weight] * self.num_steps
 
     def heads_per_layer(self, step: int) -> list[int]:
@@ -205,12 +215,17 @@ class Architecture:
                 raise ValueError(f"ladder step {step} leaves {fewest}..{heads} heads: {plan}")
             if step > 1 and sum(plan) < sum(self.ladder[step - 2]):
                 raise ValueError(f"ladder step {step} computes fewer heads than the step before it")
-        if len(self.exit_weights) != self.num_steps or not all(
-            map(math.isfinite, self.exit_weights)
-        ):
+        for name in ("exit_weight", "encoder_weight"):
+            weight = getattr(self, name)
+            weights = self._each_step(weight)
+            if len(weights) != self.num_steps or not all(map(math.isfinite, weights)):
+                raise ValueError(
+                    f"{name} must be a finite number, or one for each of {self.num_steps} steps, "
+                    f"not {weight}"
+                )
+        if self.budget_scope == "layer" and self.encoder_weight != 1:
             raise ValueError(
-                f"exit_weight must be a finite number, or one for each of {self.num_steps} steps, "
-                f"not {self.exit_weight}"
+                'encoder_weight needs budget_scope "input": with "layer" an answer has no step'
             )
         if self.budget_scope == "layer" and self.embedding_exit:
             raise ValueError(

@@ -31,6 +31,7 @@ from budgetformer.modules import (
     SequenceClassifier,
     budget_step,
     exit_evidence,
+    fuse,
     masked_mean,
 )
 
@@ -189,14 +190,20 @@ class BudgetFormerForSequenceClassification(  # type: ignore[misc]  # their conf
             input_ids, attention_mask, token_type_ids, steps=steps, gates=gates, evidence=evidence
         )
         logits = self.classify(self.dropout(encoded.pooled))
-        if exit_logits is not None:
+        if self.config.budget_scope == "input":
             answering = steps
             if answering is None:
                 answering = budget_step(encoded.budget[:, 0], self.config.num_steps)
-            weights = exit_logits.new_tensor([0.0, *self.config.exit_weights])[answering]
-            logits = logits + weights.unsqueeze(-1) * exit_logits
-            if steps is not None and gates is None:
-                logits = torch.where((steps == 0).unsqueeze(-1), exit_logits, logits)
+            own, exits = (
+                logits.new_tensor([of_step_0, *weights])[answering].unsqueeze(-1)
+                for of_step_0, weights in (
+                    (1.0, self.config.encoder_weights),
+                    (0.0, self.config.exit_weights),
+                )
+            )
+            logits = fuse(logits, exit_logits, own, exits)
+        if exit_logits is not None and steps is not None and gates is None:
+            logits = torch.where((steps == 0).unsqueeze(-1), exit_logits, logits)
         return BudgetFormerClassifierOutput(
             loss=None if labels is None else self.loss(logits, labels),
             logits=logits,

@@ -113,6 +113,24 @@ def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
     return torch.stack([odds.clamp(max=MOST_ODDS), entropy], dim=-1)
 
 
+def fuse(
+    logits: Tensor,
+    exit_logits: Tensor | None,
+    encoder_weight: Tensor | float,
+    exit_weight: Tensor | float,
+) -> Tensor:
+    """Combine the encoder's logits [B, C] with step 0's into the answer of a step >= 1.
+
+    Args:
+        logits: the encoder's, [B, C].
+        exit_logits: step 0's, [B, C]; None: the network has no step 0.
+        encoder_weight: see `Architecture`; one number, or one for each item [B, 1].
+        exit_weight: the same.
+    """
+    weighted = encoder_weight * logits
+    return weighted if exit_logits is None else weighted + exit_weight * exit_logits
+
+
 def masked_mean(states: Tensor, attention_mask: Tensor) -> Tensor:
     """Average token states [B, T, D] over the real tokens of [B, T].
 

@@ -32,7 +32,7 @@ from budgetformer.compact.packed import (
     inferring,
 )
 from budgetformer.compact.weights import Slice
-from budgetformer.modules import SequenceClassifier
+from budgetformer.modules import SequenceClassifier, fuse
 
 MOST_PROGRAMS = 256
 """Recorded passes that are kept; the least recently used go first."""
@@ -208,10 +208,11 @@ class GraphedPass(PackedPass):
         exit_logits: Tensor | None,
         ranking: Tensor | None,
         ceilings: Sequence[int] | None,
+        fused: bool,
     ) -> PassResult:
-        one_step = steps is not None and len(set(steps)) == 1
+        one_step = fused and steps is not None and len(set(steps)) == 1
         if not one_step or self.sizes.picks_heads or not len(tokens.input_ids):
-            return super()._run(tokens, steps, exit_logits, ranking, ceilings)
+            return super()._run(tokens, steps, exit_logits, ranking, ceilings, fused)
         assert steps is not None
         (logits,) = self._play(steps[0], tokens, exit_logits)
         assert logits is not None
@@ -331,10 +332,10 @@ class GraphedPass(PackedPass):
             return [arrival.budget, arrival.exit_logits, arrival.ranking]
         states = self.kernels.embed(ids, kinds, layout, self.encoder.embeddings, self._dtype)
         logits = self._classify(layers(states, layout), layout)
-        if self.model.exit_head is not None:
-            share = self.config.exit_weights[step - 1]
-            logits = logits.add(exits.view(torch.float32).view_as(logits), alpha=share)
-        return [logits]
+        has_exits = self.model.exit_head is not None
+        exit_logits = exits.view(torch.float32).view_as(logits) if has_exits else None
+        own, share = self.config.encoder_weights[step - 1], self.config.exit_weights[step - 1]
+        return [fuse(logits, exit_logits, own, share)]
 
     def _apart(self, slices: Slices, states: Tensor, layout: Layout) -> Tensor:
         """Run layers product by product."""

@@ -31,6 +31,7 @@ from budgetformer.modules import (
     EncoderLayer,
     SequenceClassifier,
     budget_step,
+    fuse,
 )
 
 MOST_SETS = 2
@@ -293,6 +294,7 @@ class PackedPass:
         exit_logits: Tensor | None = None,
         ranking: Tensor | None = None,
         ceilings: Sequence[int] | None = None,
+        fused: bool = True,
     ) -> PassResult:
         """Run the encoder over B items.
 
@@ -302,6 +304,8 @@ class PackedPass:
             exit_logits: the items' `Arrival.exit_logits` [B, C].
             ranking: the items' `Arrival.ranking` [B, L, H].
             ceilings: highest step of each item where the layers decide; None: the ladder's last.
+            fused: combine the encoder's logits with step 0's, as the configuration weighs them;
+                False: return the encoder's alone, which calibration fits those weights on.
 
         Raises:
             ValueError: steps are missing (scope "input") or not on the ladder.
@@ -320,6 +324,7 @@ class PackedPass:
                 None if exit_logits is None else exit_logits[part],
                 None if ranking is None else ranking[part],
                 None if ceilings is None else ceilings[part],
+                fused,
             )
 
         return PassResult.join([run_part(part) for part in self._parts(tokens.lengths)])
@@ -367,6 +372,7 @@ class PackedPass:
         exit_logits: Tensor | None,
         ranking: Tensor | None,
         ceilings: Sequence[int] | None,
+        fused: bool,
     ) -> PassResult:
         tokens = tokens.to(self.device)
         plans = None if steps is None else [self._plan(step) for step in steps]
@@ -391,10 +397,12 @@ class PackedPass:
                 item.append(head_set)
             states = self._run_layer(index, states, layout, sets)
         logits = self._classify(states, layout)
-        if exit_logits is not None and steps is not None:
-            shares = self.config.exit_weights
-            weights = logits.new_tensor([shares[step - 1] for step in steps])
-            logits = logits + weights.unsqueeze(-1) * exit_logits.to(self.device)
+        if fused and steps is not None:
+            if exit_logits is not None:
+                exit_logits = exit_logits.to(self.device)
+            by_step = list(zip(self.config.encoder_weights, self.config.exit_weights, strict=True))
+            weights = logits.new_tensor([by_step[step - 1] for step in steps])
+            logits = fuse(logits, exit_logits, weights[:, :1], weights[:, 1:])
         return PassResult(logits, heads)
 
     def _plan(self, step: int) -> list[int]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from budgetformer import cascade
@@ -20,7 +19,7 @@ from budgetformer.cascade import Work
 from budgetformer.checkpoint import FixedStep
 from budgetformer.compact import PackedPass, PackedTokens, measure_ranges
 from budgetformer.cost import decision_macs, dense_macs, encoder_macs
-from budgetformer.modules import MULTI_LABEL, SequenceClassifier, confidence
+from budgetformer.modules import SequenceClassifier, confidence, fuse
 from budgetformer.policy import (
     QUALITY_NAMES,
     BudgetRule,
@@ -47,8 +46,8 @@ MOST_POINTS = 24
 class Runs:
     """What every step says of N texts.
 
-    logits [S+1, N, C], without the step-0 share (row 0 is step 0 itself); s [N]; lengths [N] in
-    tokens.
+    logits [S+1, N, C], the encoder's at each step before fusion (row 0 is step 0 itself); s [N];
+    lengths [N] in tokens.
     """
 
     logits: Tensor
@@ -93,29 +92,12 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
             if arrival.exit_logits is not None:
                 logits[0, rows] = arrival.exit_logits
             for step in range(1, config.num_steps + 1):
-                result = network.run(packed, [step] * len(rows), ranking=arrival.ranking)
+                result = network.run(
+                    packed, [step] * len(rows), ranking=arrival.ranking, fused=False
+                )
                 logits[step, rows] = result.logits
             bar.advance(task, len(rows))
     return Runs(logits, s, tokens.lengths)
-
-
-def tune_exit_weights(runs: Runs, labels: Tensor, problem_type: str | None) -> list[float]:
-    """Return, for each step 1..S, the weight of step 0's logits that fits the labels best."""
-    exits, steps = runs.logits[0], runs.logits[1:]
-    return [_tune_exit_weight(step, exits, labels, problem_type) for step in steps]
-
-
-def _tune_exit_weight(
-    logits: Tensor, exit_logits: Tensor, labels: Tensor, problem_type: str | None
-) -> float:
-    def loss(weight: float) -> float:
-        mixed = logits + weight * exit_logits
-        if problem_type == MULTI_LABEL:
-            return F.binary_cross_entropy_with_logits(mixed, labels.float()).item()
-        return F.cross_entropy(mixed, labels).item()
-
-    # Coarse, so that a few texts do not decide it; the smaller weight where two fit as well.
-    return min((i / 10 for i in range(21)), key=lambda weight: (round(loss(weight), 4), weight))
 
 
 @dataclass(frozen=True)
@@ -135,7 +117,7 @@ class Calibration:
     """Score rules on the runs of N held-out texts.
 
     Args:
-        network: whose configuration (with the tuned exit weights) prices the steps.
+        network: whose configuration (with the fitted weights of its fusion) prices the steps.
         runs: its answers.
         labels: the right ones, [N] or [N, C].
     """
@@ -143,14 +125,16 @@ class Calibration:
     def __init__(self, network: PackedPass, runs: Runs, labels: Tensor) -> None:
         config = network.config
         self.config = config
-        mixed = runs.logits.clone()
-        if config.embedding_exit:
-            mixed[1:] += torch.tensor(config.exit_weights)[:, None, None] * runs.logits[0]
-        self.logits = mixed
+        own, exits = (
+            torch.tensor(weights)[:, None, None]
+            for weights in (config.encoder_weights, config.exit_weights)
+        )
+        fused = fuse(runs.logits[1:], runs.logits[0], own, exits)
+        self.logits = torch.cat([runs.logits[:1], fused])
         self.right = np.stack(
-            [1 - wrong(step, labels, config.problem_type).numpy() for step in mixed]
+            [1 - wrong(step, labels, config.problem_type).numpy() for step in self.logits]
         ).astype(bool)
-        self.sure = confidence(mixed, config.problem_type).numpy()
+        self.sure = confidence(self.logits, config.problem_type).numpy()
         self.s = runs.s.numpy()
         plans = [[0] * config.num_hidden_layers, *config.ladder]
         self.lengths = runs.lengths

@@ -45,7 +45,6 @@ from budgetformer.training.calibration import (
     layerwise_points,
     ranges_of_states,
     run_every_step,
-    tune_exit_weights,
 )
 from budgetformer.training.card import write_card
 from budgetformer.training.conversion import MIN_POSITIONS, Conversion, convert_encoder
@@ -57,6 +56,7 @@ from budgetformer.training.exits import (
     pooled_states,
     wrong,
 )
+from budgetformer.training.fusion import fit_fusion
 from budgetformer.training.labels import check_classes, check_names, stored_names
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import Trainer, split_rows
@@ -482,8 +482,9 @@ def _find_points(
     if config.budget_scope == "layer":
         return [], layerwise_points(network, tokens, labels)
     runs = run_every_step(network, tokens)
-    if config.embedding_exit:
-        config.exit_weight = tune_exit_weights(runs, labels, config.problem_type)
+    fusion = fit_fusion(runs.logits, labels, config.problem_type, config.embedding_exit)
+    config.encoder_weight = [own for own, _ in fusion]
+    config.exit_weight = [share for _, share in fusion]
     calibration = Calibration(network, runs, labels)
     return calibration.fixed_steps(), calibration.frontier(level_costs)
 

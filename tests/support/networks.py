@@ -155,6 +155,9 @@ def configs(draw: st.DrawFn, **fixed: Any) -> BudgetFormerConfig:
         "exit_buckets": draw(st.sampled_from([0, 11])),
         "exit_rank": draw(st.sampled_from([0, 3])),
         "exit_weight": draw(st.sampled_from([0.0, 0.7, [0.1 * step for step in range(steps)]])),
+        "encoder_weight": draw(
+            st.sampled_from([1.0] if scope == "layer" else [1.0, 0.4, [0.5] * steps])
+        ),
         "num_labels": draw(st.integers(2, 5)),
         "problem_type": f"{'multi' if several else 'single'}_label_classification",
     }

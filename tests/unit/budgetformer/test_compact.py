@@ -143,6 +143,19 @@ def test_computes_any_head_sets_that_a_ranking_names(
 
 
 @PROPERTY
+@given(networks(budget_scope="input"), batches(), st.data())
+def test_without_fusion_the_encoder_answers_alone(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    steps = draw_steps(data, network, items)
+    compact, tokens = load_pass(network), pack(items)
+    arrival = compact.arrive(tokens)
+    alone = compact.run(tokens, steps, arrival.exit_logits, arrival.ranking, fused=False)
+    network.config.encoder_weight, network.config.exit_weight = 1.0, 0.0
+    assert_close(alone.logits, reference_logits(network, items, steps=torch.tensor(steps)))
+
+
+@PROPERTY
 @given(networks(), batches(), st.data())
 def test_computes_the_number_of_heads_that_the_ladder_plans(
     network: Network, items: list[Item], data: st.DataObject

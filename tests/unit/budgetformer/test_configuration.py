@@ -65,6 +65,9 @@ def test_sizes_per_head() -> None:
         ({"exit_weight": [0.5]}, "one for each of 4 steps"),
         ({"exit_weight": [0.5, 0.5, 0.5, float("inf")]}, "one for each of 4 steps"),
         ({"exit_weight": float("nan")}, "exit_weight must be a finite number"),
+        ({"encoder_weight": [0.5]}, "one for each of 4 steps"),
+        ({"encoder_weight": float("nan")}, "encoder_weight must be a finite number"),
+        ({"budget_scope": "layer", "encoder_weight": 0.5}, "encoder_weight needs budget_scope"),
     ],
 )
 def test_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
@@ -91,9 +94,17 @@ def test_heads_per_layer_reads_the_ladder() -> None:
     assert [config.heads_per_layer(step) for step in (1, 2, 3, 4)] == RAGGED
 
 
-def test_one_exit_weight_is_every_steps() -> None:
-    assert small_config(exit_weight=0.5).exit_weights == [0.5] * 4
-    assert small_config(exit_weight=[0.1, 0.2, 0.3, 0.4]).exit_weights == [0.1, 0.2, 0.3, 0.4]
+@pytest.mark.parametrize("name", ["exit_weight", "encoder_weight"])
+def test_one_weight_counts_for_every_step(name: str) -> None:
+    assert getattr(small_config(**{name: 0.5}), f"{name}s") == [0.5] * 4
+    weights = [0.1, 0.2, 0.3, 0.4]
+    assert getattr(small_config(**{name: weights}), f"{name}s") == weights
+
+
+def test_a_configuration_without_an_encoder_weight_counts_the_encoder_once() -> None:
+    older = small_config(embedding_exit=True, exit_weight=0.5).to_dict()
+    del older["encoder_weight"]
+    assert BudgetFormerConfig.from_dict(older).encoder_weights == [1.0] * 4
 
 
 def test_step_zero_computes_no_head() -> None:

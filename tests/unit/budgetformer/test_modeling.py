@@ -476,6 +476,16 @@ class TestStepZero:
         assert_close(weighed.logits, expected)
 
     @torch.no_grad()
+    def test_weighs_the_encoder_at_each_step_and_leaves_step_0_as_it_is(self) -> None:
+        network, batch = self.network(), pad(random_items([5, 2, 4]))
+        steps = torch.tensor([0, 1, 3])
+        network.config.exit_weight = 0.0
+        bare = network(**batch, steps=steps)
+        network.config.encoder_weight = [0.5, 1.0, 0.25, 1.0]
+        weighed = network(**batch, steps=steps)
+        assert_close(weighed.logits, bare.logits * torch.tensor([[1.0], [0.5], [0.25]]))
+
+    @torch.no_grad()
     def test_is_a_sum_over_the_root_of_the_number_of_tokens(self) -> None:
         network = self.network()
         head = network.exit_head
