@@ -272,7 +272,7 @@ class TestTriton:
             ({"model_version": "7"}, "404", "not 7"),
             ({"inputs": [texts_input(TEXTS, name="words")]}, "422", "unexpected input 'words'"),
             ({"outputs": [triton.InferRequestedOutput("x")]}, "422", "unexpected output 'x'"),
-            ({"parameters": {"qualty": "fast"}}, "422", "did you mean 'quality'"),
+            ({"parameters": {"quality": "superb"}}, "422", "quality"),
             ({"parameters": {"truncate": False}, "inputs": [texts_input([LONG])]}, "422",
              f"more than {MAX_TOKENS} tokens"),
         ],

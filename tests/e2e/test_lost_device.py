@@ -48,5 +48,5 @@ def test_it_is_replaced_and_no_text_is_answered_wrong(model_store: Path, tmp_pat
     lines = [json.loads(line) for line in running.log.read_text().splitlines()]
     (lost,) = [line for line in lines if line["event"] == "the device is lost, this engine ends"]
     assert lost["reason"] == f"RuntimeError, then in a probe: {lost_device.ERROR}"
-    (died,) = [line for line in lines if line["event"] == "a process died"]
-    assert died["code"] == EXIT_CODE
+    (down,) = [line for line in lines if line["event"] == "process down"]
+    assert down["reason"] == f"it ended with exit code {EXIT_CODE}"

@@ -48,6 +48,16 @@ class Like:
         return f"Like({self._fits!r})"
 
 
+def ranked(score: float, rest: str) -> Like:
+    """Return what a class with a score, ranked as in the Open Inference Protocol, is equal to."""
+    return Like(
+        lambda value: (
+            value.endswith(rest)
+            and float(value.removesuffix(rest)) == pytest.approx(score, abs=1e-4)
+        )
+    )
+
+
 NOW = Like(lambda value: isinstance(value, int) and abs(value - time.time()) < 60)
 AGE = Like(lambda value: isinstance(value, float) and 0 <= value < 60)
 MESSAGE = Like(r"(?s).{5,300}")
@@ -196,7 +206,7 @@ POSTED: dict[str, tuple[str, Body, Callable[[Expected], Any]]] = {
             "outputs": [{
                 "name": "probs", "datatype": "BYTES", "shape": [1, 2],
                 "data": [
-                    Like(rf"{e.probs[i]:.3f}\d+:{i}:{e.manifest.labels[i]}") for i in e.rank[:2]
+                    ranked(e.probs[i], f":{i}:{e.manifest.labels[i]}") for i in e.rank[:2]
                 ],
             }],
         },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import urlsplit
@@ -27,19 +27,19 @@ def prefixing(url: str, prefix: str, strip: bool) -> Iterator[str]:
                 return
             if strip:
                 path = "/" + path.removeprefix(prefix).lstrip("/")
-            connection = http.client.HTTPConnection(target.hostname or "", target.port)
             headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
-            connection.request(self.command, path, body or None, headers)
-            answer = connection.getresponse()
-            content = answer.read()
+            with closing(http.client.HTTPConnection(target.hostname or "", target.port)) as server:
+                server.request(self.command, path, body or None, headers)
+                answer = server.getresponse()
+                content = answer.read()
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in ("transfer-encoding", "content-length", "connection"):
                     self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-            connection.close()
+            with suppress(ConnectionError):  # a page that is left gives up what it still loads
+                self.end_headers()
+                self.wfile.write(content)
 
         do_GET = do_POST = _forward  # noqa: N815  # http.server's names
 

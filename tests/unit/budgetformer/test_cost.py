@@ -19,6 +19,8 @@ from budgetformer.modeling import BudgetFormerForSequenceClassification
 from tests.support.networks import PROPERTY, configs, networks, small_config
 
 TOKENS = st.integers(0, 12)
+EVEN = {"exit_weight": 0.0, "encoder_weight": 1.0}
+"""Fusion of a ladder of any length."""
 
 
 def count(*calls: object) -> int:
@@ -129,7 +131,7 @@ def test_full_step_costs_the_dense_network_and_the_decision(
     config: BudgetFormerConfig, tokens: int
 ) -> None:
     full = [config.num_attention_heads] * config.num_hidden_layers
-    changes = {"ladder": [full], "exit_weight": 0.0}
+    changes = {"ladder": [full]} | EVEN
     config = BudgetFormerConfig.from_dict(config.to_dict() | changes)
     assert step_macs(config, [1], tokens) == dense_macs(config, tokens) + decision_macs(config)
 
@@ -146,7 +148,7 @@ def test_layer_cost_rises_with_heads(config: BudgetFormerConfig, heads: int, tok
 @PROPERTY
 @given(configs(), TOKENS)
 def test_uniform_step_cost_rises_with_the_step(config: BudgetFormerConfig, tokens: int) -> None:
-    config = BudgetFormerConfig.from_dict(config.to_dict() | {"ladder": None})
+    config = BudgetFormerConfig.from_dict(config.to_dict() | {"ladder": None} | EVEN)
     costs = [step_macs(config, [step], tokens) for step in range(1, config.num_steps + 1)]
     assert costs == sorted(costs)
 

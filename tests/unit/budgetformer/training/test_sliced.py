@@ -37,6 +37,7 @@ class TestSlicedPass:
             budget_scope="input",
             head_selection="ranked",
             embedding_exit=False,
+            encoder_weight=1.0,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         ),
