@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def main() -> None:
             "distribution, or remove its folder from PYTHONPATH"
         )
     try:
-        run = import_module("service.cli").main
+        from service.cli import main as run
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "service":
             raise
