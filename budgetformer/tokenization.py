@@ -26,6 +26,8 @@ STEP_CHARACTERS = 2**16
 """Characters of one step, about a tenth of a second; a text that cannot be split is one step."""
 _CHARACTERS_PER_TOKEN = 6
 """More than texts have on average, so that the first part of a text is mostly enough."""
+_FEW_CHARACTERS_PER_TOKEN = 2
+"""Fewer than texts have on average, so that hardly any text with so few must be cut."""
 _BEFORE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 _BEFORE_SPACE_OR_IDEOGRAPH = re.compile(
     rf"{_BEFORE_SPACE.pattern}|(?<=[\u4e00-\u9fff])(?=[\u4e00-\u9fff])"
@@ -82,6 +84,9 @@ class TextEncoder:
         self._templates = [_Template(tokenizer, sequences) for sequences in (1, 2)]
         self._split = _split_pattern(tokenizer)
         self._window = _CHARACTERS_PER_TOKEN * max_tokens
+        # Without a post-processor the tokenizer's fast call gives both texts of a pair one type.
+        whole = tokenizer.post_processor is not None
+        self._short = _FEW_CHARACTERS_PER_TOKEN * max_tokens if whole else -1
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """Tokenize texts and pairs.
@@ -97,21 +102,45 @@ class TextEncoder:
         Raises:
             TokenizerError: as `encode` does.
         """
-        group: list[_Item] = []
-        size = 0
+        group: list[Text] = []
+        size = begin = 0
         for place, text in enumerate(texts):
-            item = self._item(place, text)
-            first = sum(min(len(part.text), self._window) for part in item.parts)
+            first = min(_length(text), 2 * self._window)
             if group and size + first > STEP_CHARACTERS:
-                yield from self._finish(group)
-                group, size = [], 0
-            group.append(item)
+                yield from self._read(begin, group)
+                group, size, begin = [], 0, place
+            group.append(text)
             size += first
-        yield from self._finish(group)
+        yield from self._read(begin, group)
 
     def words(self, ids: Sequence[int]) -> list[str]:
         """Return the vocabulary entry of each token."""
         return [self.tokenizer.id_to_token(token) or "" for token in ids]
+
+    def _read(self, begin: int, texts: list[Text]) -> Iterator[list[Tokens]]:
+        """Tokenize a group of texts, of which the first has the place `begin`."""
+        found = self._whole(texts)
+        items = [self._item(begin + at, text) for at, text in enumerate(texts) if found[at] is None]
+        cut: list[Tokens] = []
+        if items:
+            yield []
+            for cut in self._finish(items):
+                if not cut:
+                    yield []
+        rest = iter(cut)
+        yield [next(rest) if tokens is None else tokens for tokens in found]
+
+    def _whole(self, texts: list[Text]) -> Sequence[Tokens | None]:
+        """Tokenize texts in one call if all are short; None stands for one that must be cut."""
+        none = [None] * len(texts)
+        if any(_length(text) > self._short for text in texts):
+            return none
+        try:
+            found = self._encode(texts, special=True)
+        except TokenizerError:  # the place of the text is found one by one
+            return none
+        most = self._max_tokens
+        return [Tokens(e.ids, e.type_ids, False) if len(e) <= most else None for e in found]
 
     def _item(self, place: int, text: Text) -> _Item:
         sequences = (text,) if isinstance(text, str) else text
@@ -153,9 +182,13 @@ class TextEncoder:
         except TokenizerError:  # its message may quote the text
             raise TokenizerError(f"the tokenizer fails at text {place}", place) from None
 
-    def _encode(self, parts: list[str]) -> list[Encoding]:
+    def _encode(self, texts: Sequence[Text], special: bool = False) -> list[Encoding]:
         with tokenizer_errors():
-            return self.tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+            return self.tokenizer.encode_batch_fast(texts, add_special_tokens=special)
+
+
+def _length(text: Text) -> int:
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
 
 
 def _split_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
