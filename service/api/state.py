@@ -125,10 +125,8 @@ class State:
             steps = model.encoder.steps(texts)
             found: list[Tokens] = []
             async with asyncio.timeout(deadline - time.monotonic()):
-                while (
-                    finished := await loop.run_in_executor(self.tokenizing, next, steps, None)
-                ) is not None:
-                    found += finished
+                while len(found) < len(texts):
+                    found += await loop.run_in_executor(self.tokenizing, next, steps)
             return found
         except TimeoutError:
             raise too_late() from None
