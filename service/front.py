@@ -27,7 +27,7 @@ from fastapi import FastAPI
 from service.acceptor import Acceptor
 from service.app import create_app, is_full, protocol_of
 from service.engine.client import Engines
-from service.observability.logs import configure_logs
+from service.observability.logs import configure_logs, drain_logs
 from service.observability.traces import open_tracing
 from service.process import (
     collect_seldom,
@@ -128,8 +128,10 @@ class _DrainingServer(_SharedServer):
         if self._side is not None and self._beside is not None:
             self._side.should_exit = True
             await self._beside
-        if self._tracing is not None:  # here, as uvicorn ends the process by the signal it caught
+        # Here, as uvicorn ends the process by the signal that it caught.
+        if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
+        await asyncio.to_thread(drain_logs)
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from service.engine.protocol import (
     Unload,
     Watch,
 )
+from service.observability.logs import drain_logs
 from service.process import resident_bytes
 from service.settings import Settings
 
@@ -64,6 +65,11 @@ def core_of(
     return EngineCore(options, device, settings.dtype, tables, shared)
 
 
+def _exit_at_once(code: int) -> None:
+    drain_logs()
+    os._exit(code)
+
+
 class EngineServer:
     """Speak with the fronts and the hub on behalf of one core.
 
@@ -80,7 +86,7 @@ class EngineServer:
         self,
         core: EngineCore,
         hang_seconds: float = math.inf,
-        exit: Callable[[int], object] = os._exit,
+        exit: Callable[[int], object] = _exit_at_once,
     ) -> None:
         self.core = core
         self.receive: Callable[[ToEngine, Reply], None] = core.receive

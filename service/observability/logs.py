@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import sys
+import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from queue import SimpleQueue
 from typing import Any, TextIO, cast
 
 import structlog
@@ -13,26 +17,74 @@ from structlog.typing import EventDict, WrappedLogger
 
 from service.observability.context import current_request
 
+MAX_LINES = 10_000
+"""Lines that wait for a reader that is slow; further ones are dropped and counted."""
+DRAIN_SECONDS = 1.0
+"""How long a process that ends waits for its last lines to be written."""
 
-class _Lossy:
-    """A stream that loses lines rather than failing whoever writes: its disk may be full."""
 
-    def __init__(self, stream: TextIO) -> None:
+class LogStream:
+    """A stream on which writing neither waits nor fails: a thread writes the lines.
+
+    A reader that stops reading would otherwise stop the server, and a full disk would fail it.
+    Lines for which there is no room are dropped; the next line that is written says how many.
+
+    Args:
+        stream: where the lines go.
+        notice: makes the line that says how many were dropped.
+    """
+
+    def __init__(self, stream: TextIO, notice: Callable[[int], str]) -> None:
         self._stream = stream
+        self._notice = notice
+        self._lines: SimpleQueue[str | threading.Event] = SimpleQueue()
+        self._dropped = 0
+        threading.Thread(target=self._write_lines, daemon=True, name="log").start()
 
-    def write(self, text: str) -> None:
-        with suppress(OSError):
-            self._stream.write(text)
+    def write(self, line: str) -> None:
+        """Have a line written, or drop it."""
+        if self._lines.qsize() < MAX_LINES:
+            self._lines.put(line)
+        else:
+            self._dropped += 1
 
     def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
+        """Do nothing: each line is flushed as it is written."""
+
+    def drain(self) -> None:
+        """Wait until the lines so far are written, for `DRAIN_SECONDS` at most."""
+        written = threading.Event()
+        self._lines.put(written)
+        written.wait(DRAIN_SECONDS)
+
+    def _write_lines(self) -> None:
+        while True:
+            line = self._lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
+            dropped, self._dropped = self._dropped, 0
+            with suppress(OSError, ValueError):  # the disk is full, the reader or stderr is gone
+                self._stream.write(self._notice(dropped) + line if dropped else line)
+                self._stream.flush()
+
+
+_streams: list[LogStream] = []
+
+
+def drain_logs() -> None:
+    """Wait a moment for the last lines to be written, before this process ends."""
+    for stream in _streams:
+        stream.drain()
+
+
+atexit.register(drain_logs)
 
 
 def configure_logs(level: str, form: str, process: str | None = None) -> None:
     """Send structlog and the standard library's loggers to stderr in one form.
 
-    A line that cannot be written is lost, and nothing else happens.
+    Logging neither waits nor fails, see `LogStream`.
 
     Args:
         level: the least important line to write.
@@ -53,13 +105,15 @@ def configure_logs(level: str, form: str, process: str | None = None) -> None:
     renderer: Any = (
         structlog.dev.ConsoleRenderer() if readable else structlog.processors.JSONRenderer()
     )
+    stream = LogStream(sys.stderr, lambda lines: f"{renderer(None, 'warning', _dropped(lines))}\n")
+    _streams[:] = [stream]
     structlog.configure(
         processors=[*shared, _format_exception, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _Lossy(sys.stderr))),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, stream)),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=[
@@ -72,6 +126,10 @@ def configure_logs(level: str, form: str, process: str | None = None) -> None:
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.getLogger("uvicorn.access").disabled = True
+
+
+def _dropped(lines: int) -> EventDict:
+    return {"event": "log lines dropped: they were not read", "level": "warning", "lines": lines}
 
 
 def _name_request(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

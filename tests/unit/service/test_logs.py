@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from service.observability.logs import MAX_LINES
+
 PROGRAM = """
 import logging, sys, structlog, threading
 from service.observability.context import RequestContext, serving
@@ -44,6 +46,19 @@ with serving(RequestContext("r-1", f"00-{trace}-b7ad6b7169203331-01")):
         log.error("failed again", exc_info=True)
         logging.getLogger("elsewhere").exception("failed elsewhere")
 threading.Thread(target=log.warning, args=("beside",)).start()
+"""
+
+
+UNREAD = """
+import sys, time, structlog
+from service.observability import logs
+logs.configure_logs("info", "json")
+log = structlog.get_logger()
+for number in range(2 * logs.MAX_LINES):
+    log.info("an event", number=number)
+print("done", flush=True)
+sys.stdin.readline()
+log.info("read again")
 """
 
 
@@ -144,3 +159,37 @@ def test_a_full_disk_loses_lines_and_nothing_else() -> None:
             stdout=subprocess.PIPE, stderr=full, text=True, check=False,
         )  # fmt: skip
     assert done.stdout == "alive\n"
+
+
+def test_a_reader_that_stops_reading_stops_nobody() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", UNREAD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        assert running.stdin is not None
+        assert running.stdout.readline() == "done\n"
+        numbers: list[int] = []
+        dropped = 0
+        while len(numbers) + dropped < 2 * MAX_LINES:
+            line = json.loads(running.stderr.readline())
+            if "number" in line:
+                numbers.append(line["number"])
+            else:
+                assert line["event"] == "log lines dropped: they were not read"
+                dropped += line["lines"]
+        running.stdin.write("\n")
+        running.stdin.close()
+        (last,) = running.stderr
+    assert json.loads(last)["event"] == "read again"
+    assert numbers == sorted(numbers)
+    assert dropped > 0
+
+
+def test_the_last_lines_of_a_process_are_written() -> None:
+    program = PROGRAM + 'for number in range(500):\n    log.info("the end", number=number)\n'
+    assert parsed("info", "json", program=program)[-1]["number"] == 499
