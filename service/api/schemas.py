@@ -66,7 +66,7 @@ class TextPair(RequestBody):
     text_pair: str | None = None
 
 
-Input = str | TextPair | Annotated[list[str | TextPair], Field(min_length=1)]
+Input = str | TextPair | Annotated[list[str | TextPair], Field(min_length=1, fail_fast=True)]
 Points = Annotated[float, Field(ge=0, le=100)]
 Quality = Literal["auto", "fast", "balanced", "best"] | Points
 
@@ -167,7 +167,7 @@ class PredictRequest(RequestBody):
     }
     nested = {"inputs": TextPair, "parameters": PipelineParameters}
 
-    inputs: str | TextPair | Annotated[list[Sequence], Field(min_length=1)]
+    inputs: str | TextPair | Annotated[list[Sequence], Field(min_length=1, fail_fast=True)]
     """A text, [text, text_pair], or a batch of [text] and [text, text_pair].
 
     With `parameters`, a list of strings is a batch.
@@ -416,8 +416,8 @@ class InferRequest(RequestBody):
     nested = {"inputs": InferInput, "outputs": InferOutput}
 
     id: str = ""
-    inputs: Annotated[list[InferInput], Field(min_length=1)]
-    outputs: list[InferOutput] = []
+    inputs: Annotated[list[InferInput], Field(min_length=1, fail_fast=True)]
+    outputs: Annotated[list[InferOutput], Field(fail_fast=True)] = []
     parameters: dict[str, Any] = {}
 
 

@@ -123,7 +123,7 @@ def test_characters_to_tokenize(random: Random) -> None:
     counting.calls.clear()
     with bounded_memory(sum(map(len, given)) + 4 * STEP_CHARACTERS):
         found = encoder.encode(texts)
-    assert sum(counting.calls) <= sum(map(len, given))
+    assert sum(counting.calls) <= 2 * sum(map(len, given))  # a short one first whole, then cut
     assert max(counting.calls) <= max(STEP_CHARACTERS + 1000, *map(len, given))
     assert all(len(tokens) <= MAX_TOKENS for tokens in found)
 
