@@ -60,7 +60,7 @@ class TableFile(ABC):
     """A file of rows with a column `text` and perhaps `text_pair`.
 
     `position` of `size` says how much has been read, in units of the file. Errors count rows from
-    1; the header of a CSV file is none of them.
+    1, without the header of a CSV file.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,6 +1,6 @@
 """What both clients do, without I/O: split, ask, judge, wait, ask again.
 
-`Call.attempts` is a generator of steps. Whoever drives it sends or waits, and hands back what came.
+`Call.attempts` is a generator of steps. The caller sends or waits, and hands back the outcome.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def items_of(given: Text | Iterable[Text]) -> list[Item]:
     """Return one text or many as items of requests.
 
     Raises:
-        InputError: these are no texts; the first that is none is named by its index.
+        InputError: an element is not a text; the error names its index.
     """
     return list(_items([given] if is_one(given) else given))
 
@@ -224,7 +224,7 @@ def item_of(text: Text, index: int) -> Item:
     """Return a text as an item of a request.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a text.
     """
     place = f"input[{index}]"
     if isinstance(text, str):
@@ -307,7 +307,7 @@ def split(items: Iterable[Item], limits: Limits) -> Iterator[Chunk]:
     """Cut items into chunks within the limits.
 
     Raises:
-        InputError: one that is drawn is no text.
+        InputError: an element is not a text.
     """
     chunk: list[Item] = []
     size = 0

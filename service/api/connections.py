@@ -182,7 +182,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; a trailer is counted, but it is none of the request's headers."""
+        """Take a header. A trailer counts towards the limit and is then discarded."""
         self._grow(len(name) + len(value) + len(b": \r\n"))
         if self._stage == "head":
             super().on_header(name, value.rstrip(b" \t"))
@@ -254,7 +254,7 @@ class GuardedProtocol(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _sending(self) -> bool:
-        """Whether the client may be sending what nobody reads."""
+        """Whether the client may still be sending bytes that are discarded."""
         return self._stage == "body" or self._stopped
 
     def _parse(self, data: bytes | memoryview) -> None:
@@ -375,7 +375,7 @@ class GuardedProtocol(HttpToolsProtocol):
             if self._turned_away or self.cycle.response_started:
                 self._last_answer = b""
             else:
-                # Whoever reads the body is told, and says nothing.
+                # The application learns of a disconnect and sends nothing.
                 _disconnect(self.cycle)
                 self._begun.remove(self.cycle)
                 if self.pipeline:
@@ -409,7 +409,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 def _disconnect(cycle: RequestResponseCycle) -> None:
-    """Tell the application that nobody waits for its answer."""
+    """Tell the application that the client no longer waits."""
     cycle.disconnected = True
     cycle.message_event.set()
 

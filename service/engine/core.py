@@ -124,7 +124,7 @@ class _ModelQueue:
         self.price.add(slot.price)
 
     def leave(self, slot: _Slot) -> None:
-        """Count an item as waiting no more: it runs, or nobody wants it any more."""
+        """Count an item as no longer waiting: it runs, or its request was dropped."""
         slot.request.waiting -= 1
         self.waiting -= 1
         self.price.subtract(slot.price)

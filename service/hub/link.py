@@ -202,7 +202,7 @@ class HubLink(Connection):
             self._first.set()
 
     async def _measure_silence(self) -> None:
-        """Time in which this process itself stood still does not count: nobody could be heard."""
+        """Measure the silence, without time in which this process itself was stopped."""
         heard, before = self.heard, time.monotonic()
         while True:
             await asyncio.sleep(LOOK_SECONDS)
