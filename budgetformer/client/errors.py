@@ -10,7 +10,7 @@ class ClientError(BudgetFormerError):
 
 
 class InputError(ClientError, ValueError):
-    """What was given cannot be sent: an item is not a text, or an option cannot be written as JSON."""
+    """The input cannot be sent: an item is not a text, or an option cannot be written as JSON."""
 
 
 class UnreachableError(ClientError):
