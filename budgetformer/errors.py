@@ -47,5 +47,5 @@ def readable(told: object) -> str:
 
 
 def one_line(told: object) -> str:
-    """Return on one line what may quote a file, which may hold line breaks."""
+    """Collapse whitespace so that a message fits on one line, even if it quotes a file."""
     return " ".join(str(told).split())

@@ -105,7 +105,7 @@ class TextEncoder:
         group: list[Text] = []
         size = begin = 0
         for place, text in enumerate(texts):
-            first = min(_length(text), 2 * self._window)
+            first = min(characters(text), 2 * self._window)
             if group and size + first > STEP_CHARACTERS:
                 yield from self._read(begin, group)
                 group, size, begin = [], 0, place
@@ -133,7 +133,7 @@ class TextEncoder:
     def _whole(self, texts: list[Text]) -> Sequence[Tokens | None]:
         """Tokenize texts in one call if all are short; None stands for one that must be cut."""
         none = [None] * len(texts)
-        if any(_length(text) > self._short for text in texts):
+        if any(characters(text) > self._short for text in texts):
             return none
         try:
             found = self._encode(texts, special=True)
@@ -187,7 +187,8 @@ class TextEncoder:
             return self.tokenizer.encode_batch_fast(texts, add_special_tokens=special)
 
 
-def _length(text: Text) -> int:
+def characters(text: Text) -> int:
+    """Return the length of a text or pair."""
     return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
 
 

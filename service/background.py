@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import structlog
 
+from budgetformer.errors import one_line
+
 log = structlog.get_logger()
 
 FIRST_BACKOFF = 0.1
@@ -52,7 +54,7 @@ class Background:
 
 def describe(error: BaseException) -> str:
     """Return an error's type and message on one line."""
-    message = " ".join(str(error).split())
+    message = one_line(error)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 

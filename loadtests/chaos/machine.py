@@ -17,7 +17,7 @@ from typing import NamedTuple
 import httpx
 
 from loadtests.chaos.load import Seen, under_load
-from loadtests.chaos.server import MODEL, OTHER, STORE, Server, Setup, serving
+from loadtests.chaos.server import MODEL, OTHER, STORE, Server, Setup, inside, serving
 
 THIRD = "imdb"
 """A model that is not served, for which there is no room."""
@@ -101,8 +101,7 @@ def no_memory_group() -> str | None:
 async def memory(repeats: int) -> Seen:
     """Load a model for which the control group has no memory."""
     with _memory() as group:
-        joining = f'echo $$ > {group.folder}/cgroup.procs && exec "$@"'
-        async with serving(Setup(before=("sh", "-c", joining, "sh"))) as server:
+        async with serving(Setup(before=inside(group.folder))) as server:
 
             async def work(seen: Seen) -> None:
                 await asyncio.sleep(SETTLE_SECONDS)

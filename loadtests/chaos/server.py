@@ -27,6 +27,11 @@ PATIENCE = 60.0
 STORE = Path("model_store")
 
 
+def inside(group: Path) -> tuple[str, ...]:
+    """Return the words before a command that let it join a control group."""
+    return "sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"
+
+
 @dataclass(frozen=True)
 class Setup:
     """How a server is started.

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 
 from loadtests.chaos.load import Seen, under_load
-from loadtests.chaos.server import MODEL, STORE, Server, Setup, serving
+from loadtests.chaos.server import MODEL, STORE, Server, Setup, inside, serving
 from loadtests.servers import free_port
 
 PID_GROUPS = (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup"))
@@ -80,8 +80,7 @@ async def _health(server: Server) -> dict[str, list[str]]:
 async def fork(repeats: int) -> Seen:
     """Kill engines and frontends while the control group allows no new process or thread."""
     with _pids() as group:
-        joining = f'echo $$ > {group}/cgroup.procs && exec "$@"'
-        async with serving(Setup(before=("sh", "-c", joining, "sh"))) as server:
+        async with serving(Setup(before=inside(group))) as server:
 
             async def work(seen: Seen) -> None:
                 await asyncio.sleep(1)  # until what a load leaves to do is done

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from budgetformer.errors import PolicyError
-from budgetformer.tokenization import Text, Tokens
+from budgetformer.tokenization import Text, Tokens, characters
 from service.api import infinity
 from service.api.access import needs, spending
 from service.api.answered import Answered, best_first
@@ -26,7 +26,7 @@ from service.api.schemas import (
     InfinityResponse,
     Input,
 )
-from service.api.state import State, characters, state_of, too_late
+from service.api.state import State, state_of, too_late
 from service.engine.client import (
     DeadlineError,
     EngineDownError,

@@ -19,7 +19,7 @@ _EXAMPLE_TEXT = "The striker scored twice as the home side won the final."
 
 
 class RequestBody(BaseModel):
-    """Base of what clients send: nothing unknown, nothing converted; null is as good as absent."""
+    """Base of request bodies: no unknown fields, no conversions, and null means absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -40,7 +40,7 @@ class RequestBody(BaseModel):
     def __get_pydantic_json_schema__(
         cls, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """Document that null is as good as absent."""
+        """Document that null means absent."""
         described = handler(schema)
         own = handler.resolve_ref_schema(described)
         for name, field in cls.model_fields.items():

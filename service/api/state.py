@@ -15,7 +15,7 @@ from fastapi import Request
 from opentelemetry.trace import Tracer
 
 from budgetformer.errors import TokenizerError
-from budgetformer.tokenization import Text, Tokens
+from budgetformer.tokenization import Text, Tokens, characters
 from service.access import KeyRing
 from service.api.errors import ApiError
 from service.connection import DisconnectedError
@@ -147,11 +147,6 @@ class State:
             return self.models.get(spec)
         except UnknownModelError as error:
             raise ApiError(404, str(error), "model", "unknown_model") from None
-
-
-def characters(text: Text) -> int:
-    """Return the length of a text or pair."""
-    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
 
 
 def too_late() -> ApiError:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import http.client
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
+
+from tests.support.scripted import in_thread
 
 
 @contextmanager
@@ -46,12 +47,5 @@ def prefixing(url: str, prefix: str, strip: bool) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}{prefix}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with in_thread(Handler) as outside:
+        yield f"{outside}{prefix}"

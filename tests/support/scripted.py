@@ -11,6 +11,20 @@ from threading import Lock, Thread
 from typing import Any
 
 
+@contextmanager
+def in_thread(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve with a handler on a free port, and yield the URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @dataclass(frozen=True)
 class Reply:
     """A status, headers and a body; status 0 breaks the connection."""
@@ -86,13 +100,5 @@ def scripted(reply: Callable[[int, dict[str, Any]], Reply]) -> Iterator[Scripted
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        seen.url = f"http://127.0.0.1:{server.server_address[1]}"
-        try:
-            yield seen
-        finally:
-            server.shutdown()
-            thread.join()
+    with in_thread(Handler) as seen.url:
+        yield seen
