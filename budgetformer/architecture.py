@@ -44,6 +44,9 @@ class Architecture:
             encoder runs.
         exit_buckets: rows of step 0's table for pairs of neighbouring tokens, which are hashed into
             them; 0: step 0 reads single tokens only.
+        exit_tfidf: make step 0 a linear classifier on TF-IDF features, and let f_o read its answer
+            alone. False: the form of older checkpoints, a bag of trained token vectors, and an f_o
+            that reads the pooled embeddings too.
         exit_rank: width of step 0's token vectors, which a linear map turns into logits; 0: each
             token has a weight per label.
         encoder_weight, exit_weight: weights of the encoder's and of step 0's logits in the answer
@@ -83,6 +86,7 @@ class Architecture:
         head_selection: HeadSelection = "ranked",
         ladder: list[list[int]] | None = None,
         embedding_exit: bool = False,
+        exit_tfidf: bool = False,
         exit_buckets: int = 0,
         exit_rank: int = 0,
         exit_weight: float | list[float] = 0.0,
@@ -114,6 +118,7 @@ class Architecture:
             ladder if ladder is not None else uniform_ladder(num_hidden_layers, num_attention_heads)
         )
         self.embedding_exit = embedding_exit
+        self.exit_tfidf = exit_tfidf
         self.exit_buckets = exit_buckets
         self.exit_rank = exit_rank
         self.exit_weight = exit_weight

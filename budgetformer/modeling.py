@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from transformers.utils import logging as hf_logging
 from transformers.utils.generic import ModelOutput
 
+from budgetformer import step0
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.modules import (
     MULTI_LABEL,
@@ -29,6 +30,7 @@ from budgetformer.modules import (
     Encoder,
     Gating,
     SequenceClassifier,
+    TfidfHead,
     budget_step,
     exit_evidence,
     fuse,
@@ -184,8 +186,7 @@ class BudgetFormerForSequenceClassification(  # type: ignore[misc]  # their conf
             steps = torch.full((input_ids.shape[0],), steps, device=input_ids.device)
         exit_logits = evidence = None
         if self.exit_head is not None:
-            exit_logits = self.exit_head(input_ids, attention_mask)
-            evidence = exit_evidence(exit_logits.detach(), self.config.problem_type)
+            exit_logits, evidence = self._step0(input_ids, attention_mask, token_type_ids)
         encoded = self.encoder(
             input_ids, attention_mask, token_type_ids, steps=steps, gates=gates, evidence=evidence
         )
@@ -212,6 +213,20 @@ class BudgetFormerForSequenceClassification(  # type: ignore[misc]  # their conf
             relevance=encoded.relevance,
             gates=encoded.gates,
         )
+
+    def _step0(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return step 0's logits [B, C] and what f_o reads of them [B, E]."""
+        kind = self.config.problem_type
+        if isinstance(self.exit_head, TfidfHead):
+            logits = self.exit_head(input_ids, attention_mask, token_type_ids)
+            lengths = attention_mask.sum(1).numpy(force=True)
+            found = step0.evidence(logits.numpy(force=True), lengths, kind)
+            return logits, torch.from_numpy(found).to(logits.device)
+        assert self.exit_head is not None
+        logits = self.exit_head(input_ids, attention_mask)
+        return logits, exit_evidence(logits.detach(), kind)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of logits [B, C], or the mean binary one over labels when multi-label."""

@@ -24,6 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from budgetformer.architecture import Architecture
+from budgetformer.step0 import (
+    EVIDENCE_FEATURES,
+    HASHED_LEFT,
+    HASHED_RIGHT,
+    HASHED_SECOND,
+    HASHED_SHARED,
+    IDF_UNIT,
+)
 
 EVIDENCE_SIZE = 2
 """Features of step 0's answer that f_o reads beside the pooled embeddings (`exit_evidence`)."""
@@ -32,9 +40,6 @@ MOST_ODDS = 14.0
 """Log-odds of a confidence beyond which surer makes no difference (about 1 - 1e-6)."""
 
 MULTI_LABEL = "multi_label_classification"
-
-HASHED_LEFT, HASHED_RIGHT = 1_000_003, 7_919
-"""What step 0's hash multiplies the ids of two neighbours by."""
 
 
 _TANH_GELU = partial(F.gelu, approximate="tanh")
@@ -253,13 +258,20 @@ class BudgetDecision(nn.Module):
         self.layers = list(range(config.num_hidden_layers)) if layer is None else [layer]
         self.evidence = config.embedding_exit
         size = config.hidden_size + (EVIDENCE_SIZE if self.evidence else 0)
+        self.evidence_alone = config.embedding_exit and config.exit_tfidf
+        if self.evidence_alone:
+            size = EVIDENCE_FEATURES
         self.controller = BudgetController(size, config.controller_hidden_size)
         picks = config.head_selection == "input"
         self.scorer = HeadScorer(config, len(self.layers)) if picks else None
         self.gating = Gating()
 
     def budget(self, pooled: Tensor, evidence: Tensor | None = None) -> Tensor:
-        """Return s [B] for pooled states [B, D] and, with a step 0, its evidence [B, 2]."""
+        """Return s [B] for pooled states [B, D] and, with a step 0, its evidence [B, E]."""
+        if self.evidence_alone:
+            if evidence is None:
+                evidence = pooled.new_zeros(pooled.shape[0], EVIDENCE_FEATURES)
+            return cast(Tensor, self.controller(evidence))
         if self.evidence:
             if evidence is None:
                 evidence = pooled.new_zeros(pooled.shape[0], EVIDENCE_SIZE)
@@ -444,6 +456,89 @@ class ExitHead(nn.Module):
         return cast(Tensor, self.map(bag)) + self.bias
 
 
+def table_columns(classes: int, multi_label: bool) -> int:
+    """Return the columns of step 0's table: two labels that exclude each other need one."""
+    return 1 if classes == 2 and not multi_label else classes
+
+
+class TfidfHead(nn.Module):
+    """Step 0: a linear classifier on TF-IDF features of tokens and of neighbouring tokens.
+
+    A look-up multiplies nothing, and a text's features are few, so this costs microseconds. Two
+    labels need one column of the table, C labels C. `budgetformer.step0` computes the same with
+    NumPy, and says what the features are.
+    """
+
+    table: Tensor
+    scale: Tensor
+    idf: Tensor
+    repeats: Tensor
+    bias: Tensor
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.vocab_size, self.buckets = config.vocab_size, config.exit_buckets
+        self.problem_type = config.problem_type
+        rows = config.vocab_size + config.exit_buckets
+        self.classes = config.num_classes
+        columns = table_columns(self.classes, config.problem_type == MULTI_LABEL)
+        self.register_buffer("table", torch.zeros(rows, columns, dtype=torch.int8))
+        self.register_buffer("idf", torch.ones(rows, dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(columns))
+        self.register_buffer("bias", torch.zeros(columns))
+        self.register_buffer("repeats", torch.zeros(()))
+
+    def fill(self, coefficients: Tensor, intercept: Tensor, idf: Tensor, repeats: float) -> None:
+        """Take fitted weights.
+
+        Args:
+            coefficients: of each column, [K, rows]; kept as whole numbers of eight bits.
+            intercept: of each column, [K].
+            idf: of each row, in units of `step0.IDF_UNIT`, [rows].
+            repeats: see `step0.weights`.
+        """
+        self.scale = coefficients.abs().amax(-1).float() / 127
+        whole = coefficients.float() / self.scale.clamp(min=1e-12)[:, None]
+        self.table = whole.round().to(torch.int8).T.contiguous()
+        self.idf, self.bias = idf, intercept.float()
+        self.repeats = torch.tensor(float(repeats))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Classify ids [B, T] into logits [B, C]."""
+        kept = attention_mask.bool()
+        texts = [ids[mask] for ids, mask in zip(input_ids, kept, strict=True)]
+        segments = (
+            None
+            if token_type_ids is None
+            else [own[mask] for own, mask in zip(token_type_ids, kept, strict=True)]
+        )
+        return torch.stack(
+            [
+                self._one(text, None if segments is None else segments[place])
+                for place, text in enumerate(texts)
+            ]
+        )
+
+    def _one(self, ids: Tensor, segments: Tensor | None) -> Tensor:
+        """Classify one text's ids [T] into logits [C]."""
+        rows = ids
+        if self.buckets:
+            if segments is not None:
+                second = segments > 0
+                shared = torch.isin(ids, ids[~second])
+                hashed = (ids * HASHED_SECOND + shared.long() * HASHED_SHARED) % self.buckets
+                rows = torch.where(second, self.vocab_size + hashed, ids)
+            pairs = (ids[:-1] * HASHED_LEFT + ids[1:] * HASHED_RIGHT) % self.buckets
+            rows = torch.cat([rows, self.vocab_size + pairs])
+        rows, counts = rows.unique(return_counts=True)
+        weight = self.idf[rows].float() * IDF_UNIT * (1 + self.repeats * counts.log())
+        weight = weight / weight.norm().clamp(min=1e-9)
+        scores = (self.table[rows].float() * weight[:, None]).sum(0) * self.scale + self.bias
+        return scores if len(scores) == self.classes else torch.cat([-scores, scores])
+
+
 class Encoder(nn.Module):
     """Embeddings and encoder layers; whoever inherits or makes one calls `build`."""
 
@@ -498,7 +593,7 @@ class SequenceClassifier(nn.Module):
     encoder: Encoder
     head: nn.Linear | None
     classifier: nn.Linear
-    exit_head: ExitHead | None
+    exit_head: ExitHead | TfidfHead | None
 
     def build(self, encoder: Encoder, config: Architecture) -> None:
         """Put the classification head, and step 0 where there is one, beside an encoder."""
@@ -510,7 +605,9 @@ class SequenceClassifier(nn.Module):
         self.head = None if config.head_activation is None else nn.Linear(width, width)
         self._activation = activation(config.head_activation or "tanh")
         self.classifier = nn.Linear(width, config.num_classes)
-        self.exit_head = ExitHead(config) if config.embedding_exit else None
+        self.exit_head = None
+        if config.embedding_exit:
+            self.exit_head = TfidfHead(config) if config.exit_tfidf else ExitHead(config)
 
     @property
     def where(self) -> torch.device:

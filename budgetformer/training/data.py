@@ -140,12 +140,18 @@ class TokenizedTexts:
         pairs: list[str] | None,
         max_length: int,
         truncation_side: Side = "right",
+        whole_length: int = 0,
     ) -> None:
         inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
         encoded = TextEncoder(tokenizer, max_length, truncation_side).encode(inputs)
         self.ids = [np.array(tokens.ids, dtype=np.int64) for tokens in encoded]
         self.types = [np.array(tokens.type_ids, dtype=np.int64) for tokens in encoded]
         self.lengths = np.array([len(ids) for ids in self.ids])
+        self.whole, self.whole_types = self.ids, self.types
+        if whole_length > max_length:
+            encoded = TextEncoder(tokenizer, whole_length, truncation_side).encode(inputs)
+            self.whole = [np.array(tokens.ids, dtype=np.int64) for tokens in encoded]
+            self.whole_types = [np.array(tokens.type_ids, dtype=np.int64) for tokens in encoded]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, examples: Examples) -> TokenizedTexts:
@@ -162,7 +168,8 @@ class TokenizedTexts:
     def subset(self, rows: np.ndarray) -> TokenizedTexts:
         """Return the given texts."""
         chosen = copy.copy(self)
-        chosen.ids, chosen.types = [self.ids[i] for i in rows], [self.types[i] for i in rows]
+        for name in ("ids", "types", "whole", "whole_types"):
+            setattr(chosen, name, [getattr(self, name)[row] for row in rows])
         chosen.lengths = self.lengths[rows]
         return chosen
 

@@ -12,16 +12,25 @@ from budgetformer.modules import MULTI_LABEL
 def distillation_loss(
     logits: Tensor, teacher: Tensor, temperature: float, problem_type: str | None
 ) -> Tensor:
-    """Compare logits [B, C] with a teacher's, both softened by `temperature`.
+    """Compare logits [B, C] with a teacher's, both softened by `temperature`: [B].
 
     The gradient keeps its size whatever the temperature (Hinton et al., 2015).
     """
     if problem_type == MULTI_LABEL:
         target = (teacher / temperature).sigmoid()
-        return F.binary_cross_entropy_with_logits(logits / temperature, target) * temperature**2
+        losses = F.binary_cross_entropy_with_logits(logits / temperature, target, reduction="none")
+        return losses.mean(-1) * temperature**2
     student = F.log_softmax(logits / temperature, -1)
     target = F.log_softmax(teacher / temperature, -1)
-    return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+    return F.kl_div(student, target, reduction="none", log_target=True).sum(-1) * temperature**2
+
+
+def label_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+    """Return the cross-entropy of logits [B, C], the mean over labels when multi-label: [B]."""
+    if problem_type == MULTI_LABEL:
+        target = labels.to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(-1)
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def random_steps(count: int, num_steps: int, bias: float, full_share: float = 0.0) -> Tensor:

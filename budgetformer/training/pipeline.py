@@ -32,7 +32,7 @@ from budgetformer.compact import PackedPass, load_pass
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.errors import DataError, TokenizerError, TrainingError
 from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model, quiet
-from budgetformer.modules import MULTI_LABEL, BudgetController
+from budgetformer.modules import MULTI_LABEL, BudgetController, table_columns
 from budgetformer.policy import BudgetRule, OperatingPoint
 from budgetformer.ranges import LayerRanges
 from budgetformer.staging import check_replaceable, staged
@@ -59,6 +59,7 @@ from budgetformer.training.exits import (
 from budgetformer.training.fusion import fit_fusion
 from budgetformer.training.labels import check_classes, check_names, stored_names
 from budgetformer.training.recipe import Recipe
+from budgetformer.training.step0 import fit_step0
 from budgetformer.training.trainer import Trainer, split_rows
 
 Log = Callable[[str], None]
@@ -145,8 +146,9 @@ def train_checkpoint(
     if max_tokens < recipe.max_length:
         log(f"texts are cut to {max_tokens} tokens, the positions that the encoder has")
     cut = (max_tokens, recipe.truncation_side)
-    tokens = TokenizedTexts(tokenizer, seen.texts, seen.pairs, *cut)
-    unseen_tokens = TokenizedTexts(tokenizer, unseen.texts, unseen.pairs, *cut)
+    whole = recipe.exit_tokens if model.config.embedding_exit else 0
+    tokens = TokenizedTexts(tokenizer, seen.texts, seen.pairs, *cut, whole)
+    unseen_tokens = TokenizedTexts(tokenizer, unseen.texts, unseen.pairs, *cut, whole)
     log(
         f"{len(seen)} texts to train on, {len(unseen)} to calibrate on, "
         f"{tokens.lengths.mean():.1f} tokens each"
@@ -157,7 +159,12 @@ def train_checkpoint(
             log("fitting early exits on the dense network")
             write_baseline(model, tokens, seen, baseline, recipe.seed)
 
-    trainer = Trainer(model, tokens, seen, recipe, work_dir, log, conversion.origin)
+    out_of_fold = None
+    if model.config.embedding_exit:
+        model.exit_head, out_of_fold = fit_step0(model.config, tokens, seen, recipe)
+        error = float(wrong(out_of_fold, torch.from_numpy(seen.labels), model.config.problem_type).mean())
+        log(f"step 0 alone is right on {1 - error:.2%} of the texts to train on, out of fold")
+    trainer = Trainer(model, tokens, seen, recipe, work_dir, log, conversion.origin, out_of_fold)
     trainer.train(keep_dense)
     log("fitting step 0 and f_o, calibrating budgets")
     network, ranges, frontier, points = _calibrate(
@@ -318,15 +325,16 @@ def _convert_start(
         recipe.budget_ffn and recipe.head_selection == "ranked"
     ):
         raise DataError("a ladder by importance needs ranked heads and a coupled feed-forward net")
-    rank = recipe.exit_rank if len(examples.names) > recipe.exit_rank else 0
+    step0 = recipe.embedding_exit and recipe.budget_scope == "input"
+    columns = table_columns(len(examples.names), examples.multi_label)
     choices: dict[str, Any] = {
         "head_selection": recipe.head_selection,
         "budget_scope": recipe.budget_scope,
         "budget_ffn": recipe.budget_ffn,
-        "embedding_exit": recipe.embedding_exit and recipe.budget_scope == "input",
+        "embedding_exit": step0,
+        "exit_tfidf": step0,
         "budget_bounds": recipe.budget_bounds,
-        "exit_buckets": recipe.exit_weights // (rank or len(examples.names)),
-        "exit_rank": rank,
+        "exit_buckets": recipe.exit_weights // columns,
         "attention_probs_dropout_prob": recipe.attention_dropout,
         "problem_type": MULTI_LABEL if examples.multi_label else "single_label_classification",
     }

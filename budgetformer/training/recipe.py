@@ -38,6 +38,9 @@ class Recipe:
         small_step_bias: exponent b of the random step ceil(S * u^b); above 1 favours small steps.
         full_step_share: share of the random steps that is the full one whatever was drawn: it
             keeps the network that it came from, and teaches the small steps by shared weights.
+        sandwich: run the smallest, a random and the full step in each update (Yu and Huang, 2019)
+            instead of random ones alone.
+        reach_weight: how much a text's weight follows the chance that it gets past step 0, 0..1.
         freeze_embeddings: leave the embeddings as the dense epochs made them while budgets train;
             half of a small encoder's weights are theirs, and so is much of a cheap step's time.
         gating: "hard" trains random steps with a straight-through gradient on g_d's relevance;
@@ -56,13 +59,13 @@ class Recipe:
         ladder: "uniform" keeps as many heads in every layer; "importance" gives each step's heads
             to the layers where the loss misses them most (a layer may get none).
         hold_out: share of the training rows that no weight ever sees, for calibration.
-        exit_epochs: passes over the data for the step-0 head.
-        exit_folds: parts for the out-of-fold step-0 answers that f_o learns from.
-        exit_learning_rate, exit_weight_decay: of the step-0 head.
+        exit_folds: parts for the out-of-fold step-0 answers that the encoder and f_o learn from.
+        exit_share: weight of step 0's out-of-fold logits in the answers that training scores, so
+            that the encoder learns what step 0 leaves over; 0: the encoder learns alone.
+        exit_tokens: tokens of a text that step 0 reads at most; the encoder reads `max_length`.
         level_costs: most that `fast` and `balanced` may cost on average, as shares of the dense
             network's multiply-adds.
         exit_weights: size of step 0's table for neighbouring tokens, in weights; 0: none.
-        exit_rank: width of step 0's token vectors where there are more labels than this.
         hidden_size, num_layers, num_heads, intermediate_size, vocab_size: of a network from
             scratch.
     """
@@ -83,7 +86,9 @@ class Recipe:
     budget_epochs: int = 2
     small_step_bias: float = 2.0
     full_step_share: float = 0.0
-    freeze_embeddings: bool = True
+    sandwich: bool = True
+    reach_weight: float = 0.0
+    freeze_embeddings: bool = False
     gating: Literal["hard", "soft"] = "hard"
     temperature: tuple[float, float] = (2.0, 0.5)
     noise: float = 0.5
@@ -100,12 +105,10 @@ class Recipe:
     embedding_exit: bool = True
     ladder: Literal["uniform", "importance"] = "uniform"
     hold_out: float = 0.1
-    exit_epochs: int = 12
-    exit_folds: int = 4
-    exit_learning_rate: float = 1e-2
-    exit_weight_decay: float = 0.02
+    exit_folds: int = 5
+    exit_share: float = 0.7
+    exit_tokens: int = 4096
     exit_weights: int = 2**20
-    exit_rank: int = 16
     level_costs: tuple[float, float] = (0.1, 0.3)
     hidden_size: int = 256
     num_layers: int = 2

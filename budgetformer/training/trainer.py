@@ -31,13 +31,14 @@ from budgetformer.modeling import (
     BudgetFormerClassifierOutput,
     BudgetFormerForSequenceClassification,
 )
-from budgetformer.modules import Gating
+from budgetformer.modules import Gating, confidence
 from budgetformer.staging import disk_errors
 from budgetformer.training.conversion import ladder_by_importance, order_by_importance
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
 from budgetformer.training.objectives import (
     budget_penalty,
     distillation_loss,
+    label_loss,
     random_steps,
     relevance_entropy,
 )
@@ -102,6 +103,7 @@ class Trainer:
         work_dir: where the state lives.
         log: gets one line per event.
         origin: identifies the starting weights; empty: they are random.
+        step0: step 0's out-of-fold logits of the texts [N, C]; None: the encoder answers alone.
     """
 
     def __init__(
@@ -113,7 +115,10 @@ class Trainer:
         work_dir: Path,
         log: Log,
         origin: str = "",
+        step0: Tensor | None = None,
     ) -> None:
+        self.step0 = None if step0 is None else recipe.exit_share * step0
+        self.weights = _reach_weights(step0, recipe.reach_weight, model.config.problem_type)
         self.model, self.tokens, self.recipe, self.log = model, tokens, recipe, log
         self.labels = torch.from_numpy(examples.labels)
         self.state_path = work_dir / "state.pt"
@@ -145,6 +150,8 @@ class Trainer:
             teacher = resume.get("teacher")
             if teacher is None and self.recipe.distillation:
                 teacher = self.predict(self.tokens, self.model.config.num_steps, "teacher")
+                if self.step0 is not None:
+                    teacher += self.step0
             stage = Stage("budget", self.recipe.budget_epochs, self._budget_loss, teacher)
             frozen = self.recipe.freeze_embeddings and self.recipe.dense_epochs > 0
             embeddings = self.model.encoder.embeddings
@@ -161,61 +168,87 @@ class Trainer:
         with progress_bar() as bar:
             task = bar.add_task(title, total=len(tokens.ids), note="")
             for batch in tokens.batches(64):
-                with self._autocast():
-                    logits = self.model(**inputs(batch), steps=step).logits
-                result[batch.rows] = logits.float()
+                result[batch.rows] = self._logits(batch, step)
                 bar.advance(task, len(batch.rows))
         return result
 
     def _dense_loss(self, batch: TokenBatch, _: Tensor | None) -> Tensor:
-        output = self._forward(batch, self.model.config.num_steps)
-        assert output.logits is not None
-        return self.model.loss(output.logits.float(), self.labels[batch.rows])
+        logits = self._fused(self._logits(batch, self.model.config.num_steps), batch)
+        kind = self.model.config.problem_type
+        return self._mean(label_loss(logits, self.labels[batch.rows], kind), batch)
 
     def _budget_loss(self, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
         recipe, config = self.recipe, self.model.config
         steps = None
         if recipe.gating == "hard":
-            if config.head_selection == "ranked" and config.budget_scope == "input":
+            if self._sliceable:
                 return self._sliced_loss(batch, teacher)
             steps = self._random_steps(len(batch.rows))
         output = self._forward(batch, steps)
         assert output.logits is not None
         assert output.budget is not None
-        loss = self._taught_loss(output.logits.float(), batch, teacher)
+        loss = self._taught_loss(self._fused(output.logits, batch), batch, teacher)
         if output.relevance is not None:
             loss = loss + recipe.entropy_weight * relevance_entropy(output.relevance)
         low, high = config.budget_bounds
         return loss + recipe.budget_weight * budget_penalty(output.budget, (low, high))
 
     def _sliced_loss(self, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
-        """Train each part of a batch at one random step, and at that step's cost."""
-        parts = batch.split(STEPS_PER_BATCH)
-        steps = self._random_steps(len(parts))
-        total = torch.zeros(())
-        for part, step in zip(parts, steps.tolist(), strict=True):
-            with self._autocast():
-                logits = sliced_logits(self.model, part, step)
-            loss = self._taught_loss(logits.float(), part, teacher)
-            total = total + loss * (len(part.rows) / len(batch.rows))
+        """Train a batch at a few steps, at the cost of each.
+
+        Either the whole batch at the smallest, a random and the full step, or each half of it at a
+        random step.
+        """
+        if self.recipe.sandwich:
+            last = self.model.config.num_steps
+            steps = [1, *self._random_steps(1).tolist(), last] if last > 1 else [1]
+            parts = [batch] * len(steps)
+        else:
+            parts = batch.split(STEPS_PER_BATCH)
+            steps = self._random_steps(len(parts)).tolist()
+        total, rows = torch.zeros(()), sum(len(part.rows) for part in parts)
+        for part, step in zip(parts, steps, strict=True):
+            logits = self._fused(self._logits(part, step), part)
+            loss = self._taught_loss(logits, part, teacher)
+            total = total + loss * (len(part.rows) / rows)
         return total
+
+    def _fused(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        """Add step 0's share to the encoder's logits of a batch."""
+        logits = logits.float()
+        return logits if self.step0 is None else logits + self.step0[batch.rows]
+
+    def _mean(self, losses: Tensor, batch: TokenBatch) -> Tensor:
+        """Average the losses of a batch's texts [B], weighted by their chance to pass step 0."""
+        return (losses if self.weights is None else losses * self.weights[batch.rows]).mean()
 
     def _random_steps(self, count: int) -> Tensor:
         recipe, last = self.recipe, self.model.config.num_steps
         return random_steps(count, last, recipe.small_step_bias, recipe.full_step_share)
 
     def _taught_loss(self, logits: Tensor, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
-        recipe = self.recipe
-        loss = (1 - recipe.distillation) * self.model.loss(logits, self.labels[batch.rows])
-        if teacher is None:
-            return loss
-        taught = distillation_loss(
-            logits,
-            teacher[batch.rows],
-            recipe.distillation_temperature,
-            self.model.config.problem_type,
-        )
-        return loss + recipe.distillation * taught
+        recipe, kind = self.recipe, self.model.config.problem_type
+        losses = (1 - recipe.distillation) * label_loss(logits, self.labels[batch.rows], kind)
+        if teacher is not None:
+            taught = distillation_loss(
+                logits, teacher[batch.rows], recipe.distillation_temperature, kind
+            )
+            losses = losses + recipe.distillation * taught
+        return self._mean(losses, batch)
+
+    def _logits(self, batch: TokenBatch, step: int) -> Tensor:
+        """Return the encoder's logits of a batch at one ladder step, at its cost if possible."""
+        with self._autocast():
+            if self._sliceable:
+                return sliced_logits(self.model, batch, step).float()
+            output: BudgetFormerClassifierOutput = self.model(**inputs(batch), steps=step)
+        assert output.logits is not None
+        return output.logits.float()
+
+    @property
+    def _sliceable(self) -> bool:
+        config = self.model.config
+        return config.head_selection == "ranked" and config.budget_scope == "input"
 
     def _forward(
         self, batch: TokenBatch, steps: int | Tensor | None
@@ -348,6 +381,14 @@ class Trainer:
         self.model.load_state_dict(state.pop("model"))
         self.model.config.ladder = state.pop("ladder")
         return state
+
+
+def _reach_weights(step0: Tensor | None, share: float, problem_type: str | None) -> Tensor | None:
+    """Weigh texts by how likely they are to get past step 0, with a mean of 1: [N]; None: alike."""
+    if step0 is None or not share:
+        return None
+    unsure = 1 - confidence(step0, problem_type)
+    return (1 - share) + share * unsure / unsure.mean()
 
 
 def _run_digest(

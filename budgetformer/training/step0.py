@@ -1,0 +1,154 @@
+"""Fit step 0: a linear support vector machine on TF-IDF features, with calibrated confidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from sklearn.svm import LinearSVC
+from torch import Tensor
+
+from budgetformer import step0
+from budgetformer.architecture import Architecture
+from budgetformer.modules import MULTI_LABEL, TfidfHead
+from budgetformer.training.data import Examples, TokenizedTexts
+from budgetformer.training.recipe import Recipe
+from budgetformer.training.trainer import progress_bar
+
+CHOICE_ROWS = 20_000
+"""Rows on which the regularisation and the weighting are chosen: more change neither."""
+REGULARISATION = (0.25, 0.5, 1.0, 2.0)
+"""Values of C that are tried."""
+REPEATS = (0.0, 1.0)
+"""Weightings that are tried: a feature counts once, or 1 + log(count) times."""
+MAX_COLUMN = 127
+"""Largest whole number in the table."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Scores of a fitted machine: `features @ coefficients.T + intercept` [N, K]."""
+
+    coefficients: np.ndarray
+    intercept: np.ndarray
+
+    def scores(self, matrix: sp.csr_matrix) -> np.ndarray:
+        """Score rows of features: [N, K]."""
+        return np.asarray(matrix @ self.coefficients.T + self.intercept)
+
+
+def fit_step0(
+    config: Architecture, tokens: TokenizedTexts, examples: Examples, recipe: Recipe
+) -> tuple[TfidfHead, Tensor]:
+    """Fit step 0 on N texts, and return it with out-of-fold logits [N, C] of each of them.
+
+    These come from machines that never saw the text, so they are as right and as confident as step
+    0 is on new texts; whatever learns from step 0's answers learns from these.
+    """
+    count = len(examples)
+    folds = np.random.default_rng(recipe.seed).permutation(count) % recipe.exit_folds
+    found = step0.features(
+        tokens.whole, tokens.whole_types, config.vocab_size, config.exit_buckets
+    )
+    size = config.vocab_size + config.exit_buckets
+    frequency = np.bincount(found.row, minlength=size)
+    idf = (np.log((1 + count) / (1 + frequency)) + 1) / step0.IDF_UNIT
+    idf = idf.round().clip(1, 255).astype(np.uint8)
+    shape = (count, size)
+    columns = _columns(examples, config)
+    chosen = np.sort(np.random.default_rng(recipe.seed).permutation(count)[:CHOICE_ROWS])
+    with progress_bar() as bar:
+        combinations = list(product(REPEATS, REGULARISATION))
+        total = len(combinations) + recipe.exit_folds + 1
+        task = bar.add_task("step 0", total=total, note="")
+
+        def matrix_of(repeats: float) -> sp.csr_matrix:
+            values = step0.weights(found, idf, repeats).astype(np.float64)
+            return sp.csr_matrix((values, (found.owner, found.row)), shape=shape)
+
+        matrices = {repeats: matrix_of(repeats) for repeats in REPEATS}
+        best, least = combinations[0], np.inf
+        for repeats, c in combinations:
+            rows, held = chosen[folds[chosen] != 0], chosen[folds[chosen] == 0]
+            if len(held) and len(rows):
+                machine = _fit(matrices[repeats][rows], columns[rows], c, recipe.seed)
+                scores = torch.from_numpy(machine.scores(matrices[repeats][held]))
+                loss = _error(scores, examples.labels[held], config)
+                if loss < least:
+                    best, least = (repeats, c), loss
+            bar.advance(task)
+        repeats, c = best
+        matrix = matrices[repeats]
+        unseen = np.zeros((count, columns.shape[1]))
+        for fold in range(recipe.exit_folds):
+            held = folds == fold
+            if held.any() and not held.all():
+                machine = _fit(matrix[~held], columns[~held], c, recipe.seed)
+                unseen[held] = machine.scores(matrix[held])
+            bar.advance(task)
+        machine = _fit(matrix, columns, c, recipe.seed)
+        bar.advance(task)
+    labels = torch.from_numpy(examples.labels)
+    scale = _fit_scale(_logits(unseen, config), labels, config)
+    head = TfidfHead(config)
+    coefficients, intercept = (
+        torch.from_numpy(fitted * scale) for fitted in (machine.coefficients, machine.intercept)
+    )
+    head.fill(coefficients, intercept, torch.from_numpy(idf), repeats)
+    return head, (_logits(unseen, config) * scale).float()
+
+
+def _columns(examples: Examples, config: Architecture) -> np.ndarray:
+    """Return 0/1 targets [N, K] of the columns."""
+    if examples.multi_label:
+        return examples.labels.astype(np.int8)
+    if config.num_classes == 2:
+        return (examples.labels[:, None] == 1).astype(np.int8)
+    return (examples.labels[:, None] == np.arange(config.num_classes)).astype(np.int8)
+
+
+def _fit(matrix: sp.csr_matrix, columns: np.ndarray, c: float, seed: int) -> Machine:
+    """Fit one machine per column; a column of one value gets that answer."""
+    coefficients = np.zeros((columns.shape[1], matrix.shape[1]))
+    intercept = np.zeros(columns.shape[1])
+    for place, target in enumerate(columns.T):
+        if target.min() == target.max():
+            intercept[place] = 1.0 if target[0] else -1.0
+            continue
+        fitted = LinearSVC(C=c, random_state=seed).fit(matrix, target)
+        coefficients[place], intercept[place] = fitted.coef_[0], fitted.intercept_[0]
+    return Machine(coefficients, intercept)
+
+
+def _logits(scores: np.ndarray, config: Architecture) -> Tensor:
+    """Turn scores [N, K] into logits [N, C], as `TfidfHead` does."""
+    found = torch.from_numpy(scores)
+    return torch.cat([-found, found], -1) if found.shape[1] < config.num_classes else found
+
+
+def _error(scores: Tensor, labels: np.ndarray, config: Architecture) -> float:
+    """Return the share of wrong answers, and less than one answer's worth of loss beside it."""
+    logits, right = _logits(scores.numpy(), config), torch.from_numpy(labels)
+    if config.problem_type == MULTI_LABEL:
+        wrong = ((logits > 0).long() != right).any(-1)
+    else:
+        wrong = logits.argmax(-1) != right
+    return float(wrong.double().mean())
+
+
+def _fit_scale(logits: Tensor, labels: Tensor, config: Architecture) -> float:
+    """Return the factor that makes the confidence of out-of-fold logits [N, C] calibrated."""
+
+    def loss(log_scale: float) -> float:
+        scaled = logits * float(np.exp(log_scale))
+        if config.problem_type == MULTI_LABEL:
+            return float(F.binary_cross_entropy_with_logits(scaled, labels.double()))
+        return float(F.cross_entropy(scaled, labels))
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3.0, 4.0), method="bounded").x))
+
