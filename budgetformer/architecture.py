@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any, Literal, get_args
 
+MULTI_LABEL = "multi_label_classification"
+"""`problem_type` of a network whose labels do not exclude each other."""
+
 BudgetScope = Literal["input", "layer"]
 HeadSelection = Literal["input", "ranked"]
 Pooling = Literal["mean", "cls"]

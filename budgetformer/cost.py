@@ -1,8 +1,8 @@
 """Multiply-adds of a pass, counted exactly from configuration, heads and tokens.
 
 A multiply-add (MAC) is one product that is added to a sum, in a projection, an attention score, a
-weighted sum of values, or a linear head. Table look-ups, sums, norms and activations are not
-counted.
+weighted sum of values, or a linear head. Table look-ups, sums of what was looked up (weighted as
+in step 0 or not), norms and activations are not counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from budgetformer.architecture import Architecture
-from budgetformer.modules import EVIDENCE_SIZE
+from budgetformer.modules import decision_inputs
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Sizes:
             heads=config.num_attention_heads,
             classes=config.num_classes,
             dense_head=config.head_activation is not None,
-            decision_inputs=config.hidden_size + (EVIDENCE_SIZE if config.embedding_exit else 0),
-            exit_rank=config.exit_rank if config.embedding_exit else 0,
+            decision_inputs=decision_inputs(config),
+            exit_rank=config.exit_rank if config.embedding_exit and not config.exit_tfidf else 0,
             controller=config.controller_hidden_size,
             layerwise=config.budget_scope == "layer",
             picks_heads=config.head_selection == "input",

@@ -42,7 +42,7 @@ def load_network(
         raise CheckpointError(f"{path}: {one_line(error)}") from error
     del content
     _check(path.as_posix(), network, weights)
-    kept = {n: w if _stays(n, w) else w.float() for n, w in weights.items()}
+    kept = {name: w if _stays(name, w) else w.float() for name, w in weights.items()}
     network.load_state_dict(kept, assign=True)
     network.encoder.embeddings.states_dtype = torch.float32
     network.to(torch.device(device))
@@ -59,6 +59,8 @@ def _stays(name: str, weight: Tensor) -> bool:
 
     The tables do, of which a text reads few rows, and the matrices of which passes lay out copies.
     """
+    if not weight.is_floating_point():
+        return True
     table = name.startswith("encoder.embeddings.") or name == "exit_head.weight.weight"
     laid_out = ".attention." in name or ".feed_forward." in name
     return weight.dim() == 2 and (table or laid_out)

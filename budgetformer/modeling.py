@@ -21,7 +21,6 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from transformers.utils import logging as hf_logging
 from transformers.utils.generic import ModelOutput
 
-from budgetformer import step0
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.modules import (
     MULTI_LABEL,
@@ -30,9 +29,7 @@ from budgetformer.modules import (
     Encoder,
     Gating,
     SequenceClassifier,
-    TfidfHead,
     budget_step,
-    exit_evidence,
     fuse,
     masked_mean,
 )
@@ -121,7 +118,7 @@ class BudgetFormerModel(  # type: ignore[misc]  # their configurations differ
             steps: ladder step of each item [B], or one for all, in place of f_o's.
             gates: heads of each item and layer [B, L, H], in place of f_o's and g_d's. The steps
                 still say how much step 0 counts.
-            evidence: what step 0 found, [B, 2], for f_o (see `exit_evidence`).
+            evidence: what step 0 found, [B, E], for f_o.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -186,7 +183,7 @@ class BudgetFormerForSequenceClassification(  # type: ignore[misc]  # their conf
             steps = torch.full((input_ids.shape[0],), steps, device=input_ids.device)
         exit_logits = evidence = None
         if self.exit_head is not None:
-            exit_logits, evidence = self._step0(input_ids, attention_mask, token_type_ids)
+            exit_logits, evidence = self.step0(input_ids, attention_mask, token_type_ids)
         encoded = self.encoder(
             input_ids, attention_mask, token_type_ids, steps=steps, gates=gates, evidence=evidence
         )
@@ -213,20 +210,6 @@ class BudgetFormerForSequenceClassification(  # type: ignore[misc]  # their conf
             relevance=encoded.relevance,
             gates=encoded.gates,
         )
-
-    def _step0(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return step 0's logits [B, C] and what f_o reads of them [B, E]."""
-        kind = self.config.problem_type
-        if isinstance(self.exit_head, TfidfHead):
-            logits = self.exit_head(input_ids, attention_mask, token_type_ids)
-            lengths = attention_mask.sum(1).numpy(force=True)
-            found = step0.evidence(logits.numpy(force=True), lengths, kind)
-            return logits, torch.from_numpy(found).to(logits.device)
-        assert self.exit_head is not None
-        logits = self.exit_head(input_ids, attention_mask)
-        return logits, exit_evidence(logits.detach(), kind)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of logits [B, C], or the mean binary one over labels when multi-label."""

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from budgetformer.architecture import MULTI_LABEL as MULTI_LABEL
 from budgetformer.architecture import Architecture
 from budgetformer.step0 import (
     EVIDENCE_FEATURES,
@@ -31,6 +32,9 @@ from budgetformer.step0 import (
     HASHED_SECOND,
     HASHED_SHARED,
     IDF_UNIT,
+    Array,
+    StepZero,
+    evidence,
 )
 
 EVIDENCE_SIZE = 2
@@ -38,8 +42,6 @@ EVIDENCE_SIZE = 2
 
 MOST_ODDS = 14.0
 """Log-odds of a confidence beyond which surer makes no difference (about 1 - 1e-6)."""
-
-MULTI_LABEL = "multi_label_classification"
 
 
 _TANH_GELU = partial(F.gelu, approximate="tanh")
@@ -246,6 +248,13 @@ class Decision:
     gates: Tensor
 
 
+def decision_inputs(config: Architecture) -> int:
+    """Return how many numbers f_o reads: the pooled state, what step 0 found, or both."""
+    if not config.embedding_exit:
+        return config.hidden_size
+    return EVIDENCE_FEATURES if config.exit_tfidf else config.hidden_size + EVIDENCE_SIZE
+
+
 class BudgetDecision(nn.Module):
     """Turn a pooled state into head gates.
 
@@ -256,27 +265,20 @@ class BudgetDecision(nn.Module):
         super().__init__()
         self.config = config
         self.layers = list(range(config.num_hidden_layers)) if layer is None else [layer]
-        self.evidence = config.embedding_exit
-        size = config.hidden_size + (EVIDENCE_SIZE if self.evidence else 0)
-        self.evidence_alone = config.embedding_exit and config.exit_tfidf
-        if self.evidence_alone:
-            size = EVIDENCE_FEATURES
-        self.controller = BudgetController(size, config.controller_hidden_size)
+        self.inputs = decision_inputs(config)
+        self.pooled = not (config.embedding_exit and config.exit_tfidf)
+        self.controller = BudgetController(self.inputs, config.controller_hidden_size)
         picks = config.head_selection == "input"
         self.scorer = HeadScorer(config, len(self.layers)) if picks else None
         self.gating = Gating()
 
     def budget(self, pooled: Tensor, evidence: Tensor | None = None) -> Tensor:
         """Return s [B] for pooled states [B, D] and, with a step 0, its evidence [B, E]."""
-        if self.evidence_alone:
-            if evidence is None:
-                evidence = pooled.new_zeros(pooled.shape[0], EVIDENCE_FEATURES)
-            return cast(Tensor, self.controller(evidence))
-        if self.evidence:
-            if evidence is None:
-                evidence = pooled.new_zeros(pooled.shape[0], EVIDENCE_SIZE)
-            pooled = torch.cat([pooled, evidence], dim=-1)
-        return cast(Tensor, self.controller(pooled))
+        parts = [pooled] if self.pooled else []
+        missing = self.inputs - sum(part.shape[-1] for part in parts)
+        if missing:
+            parts.append(pooled.new_zeros(len(pooled), missing) if evidence is None else evidence)
+        return cast(Tensor, self.controller(torch.cat(parts, dim=-1)))
 
     def heads(self, steps: Tensor) -> Tensor:
         """Look up ladder steps [B] (0 allowed): heads kept in each of these layers, [B, layers]."""
@@ -495,7 +497,7 @@ class TfidfHead(nn.Module):
             coefficients: of each column, [K, rows]; kept as whole numbers of eight bits.
             intercept: of each column, [K].
             idf: of each row, in units of `step0.IDF_UNIT`, [rows].
-            repeats: see `step0.weights`.
+            repeats: see `step0.tfidf`.
         """
         self.scale = coefficients.abs().amax(-1).float() / 127
         whole = coefficients.float() / self.scale.clamp(min=1e-12)[:, None]
@@ -613,6 +615,46 @@ class SequenceClassifier(nn.Module):
     def where(self) -> torch.device:
         """Where the weights are."""
         return self.classifier.weight.device
+
+    def step0(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return step 0's logits [B, C] for ids [B, T], and what f_o reads of them [B, E].
+
+        Raises:
+            ValueError: the network has no step 0.
+        """
+        problem_type = self.config.problem_type
+        if isinstance(self.exit_head, TfidfHead):
+            logits = self.exit_head(input_ids, attention_mask, token_type_ids)
+            lengths = attention_mask.sum(1).numpy(force=True)
+            found = evidence(logits.numpy(force=True), lengths, problem_type)
+            return logits, torch.from_numpy(found).to(logits.device)
+        if self.exit_head is None:
+            raise ValueError("the network has no step 0")
+        logits = self.exit_head(input_ids, attention_mask)
+        return logits, exit_evidence(logits.detach(), problem_type)
+
+    def step0_with_numpy(self) -> StepZero | None:
+        """Return step 0 and f_o as NumPy runs them; None: f_o reads more than step 0's answer."""
+        head, decision = self.exit_head, self.encoder.decision
+        if not isinstance(head, TfidfHead) or decision is None:
+            return None
+
+        def array(tensor: Tensor) -> Array:
+            return tensor.detach().cpu().numpy()
+
+        layers = decision.controller.hidden, decision.controller.out
+        return StepZero(
+            *(array(weights) for weights in (head.table, head.scale, head.bias, head.idf)),
+            repeats=float(head.repeats),
+            vocab_size=head.vocab_size,
+            buckets=head.buckets,
+            classes=head.classes,
+            problem_type=self.config.problem_type,
+            hidden=(array(layers[0].weight), array(layers[0].bias)),
+            out=(array(layers[1].weight), array(layers[1].bias)),
+        )
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Map pooled states [B, D] to the encoder's logits [B, C], step 0's share not added."""

@@ -185,7 +185,8 @@ class GraphedPass(PackedPass):
         super().warm(steps)
         length = min(self._most_tokens, WARM_TOKENS)
         batches = [items for items in WARM_BATCHES if items * length <= self._most_rows]
-        for step in (ARRIVAL, *(() if self.sizes.picks_heads else steps)):
+        recorded = [] if self.sizes.picks_heads else [*steps]
+        for step in recorded if self.step0 is not None else [ARRIVAL, *recorded]:
             for items in batches:
                 self._program(step, self._size([length] * items))
 
@@ -196,7 +197,8 @@ class GraphedPass(PackedPass):
         Raises:
             ValueError: an item is too long.
         """
-        if not len(tokens.input_ids) or (step != ARRIVAL and self.sizes.picks_heads):
+        launched = self.sizes.picks_heads if step != ARRIVAL else self.step0 is not None
+        if not len(tokens.input_ids) or launched:
             return None
         self._play(step, tokens, None)
         return self._program(step, self._size(tokens.lengths)).play

@@ -29,10 +29,12 @@ from budgetformer.compact.weights import HeadSet, SliceCache
 from budgetformer.cost import Sizes
 from budgetformer.modules import (
     EncoderLayer,
+    ExitHead,
     SequenceClassifier,
     budget_step,
     fuse,
 )
+from budgetformer.step0 import StepZero
 
 MOST_SETS = 2
 """Up to so many sets of heads in a layer are run one after the other; more are routed."""
@@ -194,6 +196,7 @@ class PackedPass:
         self.kernels = kernels
         self._first: list[HeadSet] = [tuple(range(k)) for k in range(self.sizes.heads + 1)]
         self._plans: dict[int, list[int]] = {}
+        self.step0 = model.step0_with_numpy()
         self._shared: SharedTensors | None = None
         with torch.no_grad():
             own = lay_outs or [lay_out(precision)] * len(self._layers)
@@ -207,7 +210,8 @@ class PackedPass:
     @property
     def nbytes(self) -> int:
         """Memory of the weights, and of what is laid out of them by now."""
-        held = [t.untyped_storage() for t in (*self.model.parameters(), *self._slices.weights)]
+        tensors = (*self.model.parameters(), *self.model.buffers(), *self._slices.weights)
+        held = [tensor.untyped_storage() for tensor in tensors]
         weights = {storage.data_ptr(): storage.nbytes() for storage in held}
         return sum(weights.values()) + self._slices.nbytes
 
@@ -237,7 +241,9 @@ class PackedPass:
         """
         self._shared = SharedTensors(link)
         tables = [p for p in self.model.parameters() if p.dim() == 2 and p.is_contiguous()]
+        tables += self.model.buffers()
         self._shared.hold([t for t in (*tables, *self._slices.weights) if t.numel()])
+        self.step0 = self.model.step0_with_numpy()
         self.forget()
 
     def forget_shared(self) -> None:
@@ -266,14 +272,29 @@ class PackedPass:
         Pooled embeddings are all that this needs.
         """
         parts = self._parts(tokens.lengths)
+        if self.step0 is not None:
+            return Arrival.join(
+                [self._decide_with_numpy(self.step0, tokens.part(p.start, p.stop)) for p in parts]
+            )
         return Arrival.join([self._arrive(tokens.part(p.start, p.stop)) for p in parts])
 
     def _arrive(self, tokens: PackedTokens) -> Arrival:
         return self._decide(tokens.to(self.device), self._layout(tokens))
 
+    def _decide_with_numpy(self, step0: StepZero, tokens: PackedTokens) -> Arrival:
+        """Decide on the host, where the tokens are; g_d's order of heads needs the embeddings."""
+        ids, segments = (t.numpy() for t in (tokens.input_ids, tokens.token_type_ids))
+        exit_logits, s = step0.decide(ids, segments, tokens.lengths)
+        decision, ranking = self.encoder.decision, None
+        if decision is not None and decision.scorer is not None:
+            layout = self._layout(tokens)
+            pooled = self.kernels.mean(self._embed(tokens.to(self.device), layout), layout)
+            ranking = decision.scorer(pooled).argsort(dim=-1, descending=True, stable=True)
+        return Arrival(torch.from_numpy(s), torch.from_numpy(exit_logits), ranking)
+
     def _decide(self, tokens: PackedTokens, layout: Layout) -> Arrival:
         exit_logits = evidence = None
-        if self.model.exit_head is not None:
+        if isinstance(self.model.exit_head, ExitHead):
             bag = self.kernels.bag(tokens.input_ids, layout, self.model.exit_head)
             exit_logits = self.model.exit_head.logits(bag)
             evidence = self.kernels.exit_evidence(exit_logits, self.config.problem_type)

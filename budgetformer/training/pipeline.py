@@ -36,6 +36,7 @@ from budgetformer.modules import MULTI_LABEL, BudgetController, table_columns
 from budgetformer.policy import BudgetRule, OperatingPoint
 from budgetformer.ranges import LayerRanges
 from budgetformer.staging import check_replaceable, staged
+from budgetformer.step0 import evidence
 from budgetformer.tables import find_table, open_table
 from budgetformer.tokenization import tokenizer_errors
 from budgetformer.training.baseline import write_baseline
@@ -52,7 +53,6 @@ from budgetformer.training.data import Examples, TokenizedTexts, read_examples
 from budgetformer.training.evaluation import Row, evaluate_checkpoint
 from budgetformer.training.exits import (
     fit_controllers,
-    fit_exit_head,
     pooled_states,
     wrong,
 )
@@ -162,13 +162,13 @@ def train_checkpoint(
     out_of_fold = None
     if model.config.embedding_exit:
         model.exit_head, out_of_fold = fit_step0(model.config, tokens, seen, recipe)
-        error = float(wrong(out_of_fold, torch.from_numpy(seen.labels), model.config.problem_type).mean())
-        log(f"step 0 alone is right on {1 - error:.2%} of the texts to train on, out of fold")
+        errors = wrong(out_of_fold, torch.from_numpy(seen.labels), model.config.problem_type)
+        log(f"step 0 has {1 - errors.mean():.2%} of the texts to train on right, out of fold")
     trainer = Trainer(model, tokens, seen, recipe, work_dir, log, conversion.origin, out_of_fold)
     trainer.train(keep_dense)
     log("fitting step 0 and f_o, calibrating budgets")
     network, ranges, frontier, points = _calibrate(
-        model, tokens, seen, unseen_tokens, unseen, recipe
+        model, (tokens, seen, out_of_fold), (unseen_tokens, unseen), recipe
     )
 
     metrics = {
@@ -458,17 +458,14 @@ def _check_tokenizer(tokenizer: Tokenizer, config: Architecture, start: Start) -
 
 def _calibrate(
     model: BudgetFormerForSequenceClassification,
-    tokens: TokenizedTexts,
-    seen: Examples,
-    unseen_tokens: TokenizedTexts,
-    unseen: Examples,
+    seen: tuple[TokenizedTexts, Examples, Tensor | None],
+    held_out: tuple[TokenizedTexts, Examples],
     recipe: Recipe,
 ) -> tuple[PackedPass, tuple[LayerRanges, ...], list[FixedStep], list[OperatingPoint]]:
-    config = model.config
-    out_of_fold = fit_exit_head(model, tokens, seen, recipe) if config.embedding_exit else None
+    unseen_tokens, unseen = held_out
     # With soft gates f_o was trained together with the network.
     if recipe.gating == "hard" and recipe.fixed_share is None:
-        _teach_controllers(model, out_of_fold, (tokens, seen), (unseen_tokens, unseen), recipe)
+        _teach_controllers(model, seen, held_out, recipe)
     # The checkpoint holds 16-bit weights and is served in this precision by default.
     model.half().float()
     for name, weight in model.state_dict().items():
@@ -520,24 +517,25 @@ def _today() -> str:
 
 def _teach_controllers(
     model: BudgetFormerForSequenceClassification,
-    out_of_fold: Tensor | None,
-    seen: tuple[TokenizedTexts, Examples],
-    unseen: tuple[TokenizedTexts, Examples],
+    seen: tuple[TokenizedTexts, Examples, Tensor | None],
+    held_out: tuple[TokenizedTexts, Examples],
     recipe: Recipe,
 ) -> None:
     config = model.config
+    tokens, examples, out_of_fold = seen
     if out_of_fold is not None:
-        tokens, examples = seen
         cheapest = out_of_fold
+        lengths = [len(ids) for ids in tokens.whole]
+        states = [torch.from_numpy(evidence(cheapest.numpy(), lengths, config.problem_type))]
     else:
         # Without a step 0 the cheapest answer is step 1's; on training texts it is too often right.
-        tokens, examples = unseen
+        tokens, examples = held_out
+        states = pooled_states(model, tokens, "pooled states")
         rule = BudgetRule(point=None, num_steps=config.num_steps, fixed=1)
         items = answer_all(PackedPass(model), tokens, rule)
         cheapest = torch.stack([item.logits for item in items if item.logits is not None])
     target = wrong(cheapest, torch.from_numpy(examples.labels), config.problem_type)
-    pooled = pooled_states(model, tokens, "pooled states")
-    fit_controllers(model, pooled, target, out_of_fold, recipe.seed)
+    fit_controllers(model, states, target, recipe.seed)
 
 
 def _write_files(

@@ -39,7 +39,8 @@ class Machine:
 
     def scores(self, matrix: sp.csr_matrix) -> np.ndarray:
         """Score rows of features: [N, K]."""
-        return np.asarray(matrix @ self.coefficients.T + self.intercept)
+        scores: np.ndarray = matrix @ self.coefficients.T + self.intercept
+        return scores
 
 
 def fit_step0(
@@ -53,7 +54,11 @@ def fit_step0(
     count = len(examples)
     folds = np.random.default_rng(recipe.seed).permutation(count) % recipe.exit_folds
     found = step0.features(
-        tokens.whole, tokens.whole_types, config.vocab_size, config.exit_buckets
+        np.concatenate(tokens.whole),
+        np.concatenate(tokens.whole_types),
+        [len(ids) for ids in tokens.whole],
+        config.vocab_size,
+        config.exit_buckets,
     )
     size = config.vocab_size + config.exit_buckets
     frequency = np.bincount(found.row, minlength=size)
@@ -68,7 +73,7 @@ def fit_step0(
         task = bar.add_task("step 0", total=total, note="")
 
         def matrix_of(repeats: float) -> sp.csr_matrix:
-            values = step0.weights(found, idf, repeats).astype(np.float64)
+            values = step0.tfidf(found, idf, repeats).astype(np.float64)
             return sp.csr_matrix((values, (found.owner, found.row)), shape=shape)
 
         matrices = {repeats: matrix_of(repeats) for repeats in REPEATS}
@@ -132,7 +137,7 @@ def _logits(scores: np.ndarray, config: Architecture) -> Tensor:
 
 
 def _error(scores: Tensor, labels: np.ndarray, config: Architecture) -> float:
-    """Return the share of wrong answers, and less than one answer's worth of loss beside it."""
+    """Return the share of wrong answers."""
     logits, right = _logits(scores.numpy(), config), torch.from_numpy(labels)
     if config.problem_type == MULTI_LABEL:
         wrong = ((logits > 0).long() != right).any(-1)
@@ -151,4 +156,3 @@ def _fit_scale(logits: Tensor, labels: Tensor, config: Architecture) -> float:
         return float(F.cross_entropy(scaled, labels))
 
     return float(np.exp(minimize_scalar(loss, bounds=(-3.0, 4.0), method="bounded").x))
-

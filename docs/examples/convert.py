@@ -25,7 +25,6 @@ RECIPE = """
 max_length = 32
 dense_epochs = 1
 budget_epochs = 3
-exit_epochs = 4
 exit_weights = 300
 batch_size = 32
 learning_rate = 5e-4

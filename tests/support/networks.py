@@ -14,6 +14,7 @@ from torch import Tensor
 from budgetformer.compact import PackedTokens
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.modules import TfidfHead
 
 VOCABULARY = 40
 POSITIONS = 12
@@ -54,6 +55,14 @@ def random_network(
         parameter.normal_(0.0, 0.4, generator=random)
         if "norm.weight" in name:
             parameter += 1.0
+    if isinstance(head := model.exit_head, TfidfHead):
+        rows, columns = head.table.shape
+        head.fill(
+            torch.randn(columns, rows, generator=random),
+            torch.randn(columns, generator=random),
+            torch.randint(1, 200, (rows,), generator=random, dtype=torch.uint8),
+            repeats=float(seed % 2),
+        )
     return model
 
 
@@ -154,6 +163,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> BudgetFormerConfig:
         "embedding_exit": scope == "input" and draw(st.booleans()),
         "exit_buckets": draw(st.sampled_from([0, 11])),
         "exit_rank": draw(st.sampled_from([0, 3])),
+        "exit_tfidf": draw(st.booleans()),
         "exit_weight": draw(st.sampled_from([0.0, 0.7, [0.1 * step for step in range(steps)]])),
         "encoder_weight": draw(
             st.sampled_from([1.0] if scope == "layer" else [1.0, 0.4, [0.5] * steps])

@@ -61,7 +61,6 @@ _TINY: dict[str, Any] = {
     "batch_size": 16,
     "dense_epochs": 6,
     "budget_epochs": 4,
-    "exit_epochs": 60,
     "exit_folds": 2,
     "exit_weights": 300,
     "hold_out": 0.25,

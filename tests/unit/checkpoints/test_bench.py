@@ -202,8 +202,9 @@ def test_labels_are_counted_that_differ(model_store: Path) -> None:
         (a.way, a.other, a.moved) for a in compare_labels(checkpoint, items, network, network)
     } == {(way, 0, 0) for way in ("fast", "balanced", "best", "full")}
     with torch.no_grad():
-        broken.model.classifier.weight.neg_()
-        broken.model.classifier.bias.neg_()
+        # The contrary of the encoder's answer, and more than step 0 can make up for.
+        broken.model.classifier.weight.mul_(-100)
+        broken.model.classifier.bias.mul_(-100)
     full = compare_labels(checkpoint, items, network, broken)[-1]
     assert (full.way, full.texts, full.other) == ("full", 3, 3)
     assert full.share == 0

@@ -391,7 +391,7 @@ class TestEvaluate:
         recipe = tmp_path / "recipe.toml"
         recipe.write_text(
             "hidden_size = 16\nnum_heads = 2\nintermediate_size = 16\nvocab_size = 200\n"
-            'max_length = 12\ntruncation_side = "left"\nbudget_epochs = 1\nexit_epochs = 2\n'
+            'max_length = 12\ntruncation_side = "left"\nbudget_epochs = 1\n'
             'exit_weights = 300\nladder = "importance"\nlevel_costs = [0.3, 0.6]\n'
         )
         made, dense = tmp_path / "store" / "mine" / "1", tmp_path / "dense"

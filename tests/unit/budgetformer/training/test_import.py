@@ -32,7 +32,6 @@ QUICK: dict[str, Any] = {
     "dense_epochs": 0,
     "budget_epochs": 1,
     "learning_rate": 1e-8,
-    "exit_epochs": 2,
     "exit_folds": 2,
     "exit_weights": 300,
     "hold_out": 0.3,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from budgetformer.modules import MULTI_LABEL
 from budgetformer.training.objectives import (
@@ -21,46 +22,54 @@ LOGITS = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.3, 3.0]])
 TEACHER = torch.tensor([[2.0, -1.0, 0.0], [0.5, 0.5, 0.5]])
 
 
+def mean_distillation(
+    logits: Tensor, teacher: Tensor, temperature: float, problem_type: str | None
+) -> Tensor:
+    losses = distillation_loss(logits, teacher, temperature, problem_type)
+    assert losses.shape == logits.shape[:1]
+    return losses.mean()
+
+
 class TestDistillation:
     @pytest.mark.parametrize("problem_type", [SINGLE, MULTI_LABEL, None])
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 10.0])
     def test_is_least_at_the_teacher(self, problem_type: str | None, temperature: float) -> None:
         student = TEACHER.clone().requires_grad_()
-        distillation_loss(student, TEACHER, temperature, problem_type).backward()
+        mean_distillation(student, TEACHER, temperature, problem_type).backward()
         assert student.grad is not None
         assert student.grad.abs().max().item() < 1e-6
-        own = distillation_loss(TEACHER, TEACHER, temperature, problem_type)
-        assert distillation_loss(LOGITS, TEACHER, temperature, problem_type) > own
+        own = mean_distillation(TEACHER, TEACHER, temperature, problem_type)
+        assert mean_distillation(LOGITS, TEACHER, temperature, problem_type) > own
 
     @pytest.mark.parametrize("temperature", [1.0, 2.0])
     def test_single_label_is_a_divergence(self, temperature: float) -> None:
         p, q = (TEACHER / temperature).softmax(-1), (LOGITS / temperature).softmax(-1)
         expected = (p * (p / q).log()).sum(-1).mean() * temperature**2
-        actual = distillation_loss(LOGITS, TEACHER, temperature, SINGLE)
+        actual = mean_distillation(LOGITS, TEACHER, temperature, SINGLE)
         torch.testing.assert_close(actual, expected)
 
     def test_agreement_costs_nothing(self) -> None:
-        loss = distillation_loss(TEACHER + 3.0, TEACHER, 2.0, SINGLE)
+        loss = mean_distillation(TEACHER + 3.0, TEACHER, 2.0, SINGLE)
         assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
     def test_multi_label_compares_each_label(self) -> None:
         p, q = TEACHER.sigmoid(), LOGITS.sigmoid()
         expected = -(p * q.log() + (1 - p) * (1 - q).log()).mean()
-        torch.testing.assert_close(distillation_loss(LOGITS, TEACHER, 1.0, MULTI_LABEL), expected)
+        torch.testing.assert_close(mean_distillation(LOGITS, TEACHER, 1.0, MULTI_LABEL), expected)
 
     @pytest.mark.parametrize("problem_type", [SINGLE, MULTI_LABEL])
     def test_gradient_keeps_its_size(self, problem_type: str) -> None:
         sizes = []
         for temperature in (4.0, 8.0, 16.0):
             student = LOGITS.clone().requires_grad_()
-            distillation_loss(student, TEACHER, temperature, problem_type).backward()
+            mean_distillation(student, TEACHER, temperature, problem_type).backward()
             assert student.grad is not None
             sizes.append(student.grad.norm().item())
         assert max(sizes) < 1.3 * min(sizes)
 
     @pytest.mark.parametrize("problem_type", [SINGLE, MULTI_LABEL])
     def test_stays_finite(self, problem_type: str) -> None:
-        loss = distillation_loss(LOGITS * 1e3, -TEACHER * 1e3, 1.0, problem_type)
+        loss = mean_distillation(LOGITS * 1e3, -TEACHER * 1e3, 1.0, problem_type)
         assert loss.isfinite()
 
 

@@ -425,15 +425,6 @@ class TestPredict:
         first, second = (trainer.predict(run.tokens, 4, "test") for _ in range(2))
         assert torch.equal(first, second)
 
-    def test_step_zero_answers_with_the_exit_head(self, new_run: Callable[..., Run]) -> None:
-        run, model = new_run(), new_network(embedding_exit=True).eval()
-        answers = run.trainer(model).predict(run.tokens, 0, "test")
-        batch = run.tokens.batch(np.arange(48))
-        assert model.exit_head is not None
-        with torch.no_grad():
-            expected = model.exit_head(batch.input_ids, batch.attention_mask)
-        torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-5)
-
     def test_of_an_unseen_set(self, new_run: Callable[..., Run], tokenizer: Tokenizer) -> None:
         run = new_run()
         other = TokenizedTexts(tokenizer, ["The crew painted a tug."], None, 16)
