@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from functools import partial
 from pathlib import Path
 
@@ -67,10 +68,11 @@ def test_it_has_a_card_with_its_plot(checkpoint: Checkpoint) -> None:
 
 @each
 def test_its_recipe_is_the_one_beside_it(checkpoint: Checkpoint) -> None:
-    recipe = Recipe.read(checkpoint.path.parent / "recipe.toml").as_dict()
-    written = json.loads(json.dumps(recipe))
-    known = checkpoint.manifest.recipe
-    assert {name: written[name] for name in known} == known
+    path = checkpoint.path.parent / "recipe.toml"
+    Recipe.read(path)
+    stated = tomllib.loads(path.read_text())
+    used = checkpoint.manifest.recipe
+    assert {name: used[name] for name in stated} == stated
 
 
 @each

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -78,9 +79,17 @@ class Run:
         self.tokens = FailingTexts(tokenizer, examples.texts, examples.pairs, 16)
         self.lines: list[str] = []
 
-    def trainer(self, model: BudgetFormerForSequenceClassification) -> Trainer:
+    def trainer(
+        self, model: BudgetFormerForSequenceClassification, step0: Tensor | None = None
+    ) -> Trainer:
         return Trainer(
-            model, self.tokens, self.examples, self.recipe, self.folder, self.lines.append
+            model,
+            self.tokens,
+            self.examples,
+            self.recipe,
+            self.folder,
+            self.lines.append,
+            step0=step0,
         )
 
     def weights(self, after: int | None = None, **network: Any) -> dict[str, Tensor]:
@@ -407,6 +416,88 @@ class TestResuming:
         run = new_run(folder=tmp_path / "deep" / "down")
         run.weights()
         assert (tmp_path / "deep" / "down" / "state.pt").is_file()
+
+
+class TestStep0:
+    """The loss is of the answer that is served: the encoder's logits and step 0's share."""
+
+    step0 = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+
+    def loss(self, run: Run, model: BudgetFormerForSequenceClassification) -> float:
+        trainer = run.trainer(model.eval(), self.step0)
+        return trainer._dense_loss(run.tokens.batch(np.arange(48)), None).item()
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("share", [0.0, 0.5])
+    def test_its_share_is_in_the_loss(self, new_run: Callable[..., Run], share: float) -> None:
+        run, model = new_run(exit_share=share), new_network()
+        own = run.trainer(model).predict(run.tokens, 4, "test")
+        labels = torch.from_numpy(run.examples.labels)
+        expected = model.loss(own + share * self.step0, labels)
+        assert self.loss(run, model) == pytest.approx(expected.item(), rel=1e-4)
+
+    @torch.no_grad()
+    def test_texts_weigh_by_their_chance_to_get_past_it(self, new_run: Callable[..., Run]) -> None:
+        run, model = new_run(exit_share=0.5, reach_weight=1.0), new_network()
+        own = run.trainer(model).predict(run.tokens, 4, "test")
+        labels = torch.from_numpy(run.examples.labels)
+        losses = F.cross_entropy(own + 0.5 * self.step0, labels, reduction="none")
+        unsure = 1 - self.step0.softmax(-1).amax(-1)
+        expected = (losses * unsure / unsure.mean()).mean()
+        assert self.loss(run, model) == pytest.approx(expected.item(), rel=1e-4)
+
+    def test_the_encoder_leaves_alone_what_step_0_knows(self, new_run: Callable[..., Run]) -> None:
+        """Where step 0 is right and certain there is nothing left to learn."""
+        run = new_run(dense_epochs=1, budget_epochs=1, distillation=0.0, exit_share=1.0)
+        known = 50.0 * F.one_hot(torch.from_numpy(run.examples.labels), 3).float()
+        model = new_network(hidden_dropout_prob=0.0)
+        before = mean_loss(run, model, 4)
+        run.trainer(model, known).train()
+        assert mean_loss(run, model, 4) == pytest.approx(before, rel=0.02)
+
+    def test_the_teacher_has_its_share_too(self, new_run: Callable[..., Run]) -> None:
+        run, model = new_run(exit_share=0.5, distillation=1.0), new_network().eval()
+        trainer, batch = run.trainer(model, self.step0), run.tokens.batch(np.arange(48))
+        with torch.no_grad():
+            taught = trainer.predict(run.tokens, 4, "test") + 0.5 * self.step0
+            loss = trainer._taught_loss(
+                trainer._fused(trainer._logits(batch, 4), batch), batch, taught
+            )
+        assert loss.item() == pytest.approx(0, abs=1e-5)
+
+
+class TestSandwich:
+    def steps(self, monkeypatch: pytest.MonkeyPatch, run: Run) -> list[tuple[int, int]]:
+        seen: list[tuple[int, int]] = []
+        sliced = trainer_module.sliced_logits
+
+        def record(model: Any, batch: TokenBatch, step: int) -> Tensor:
+            if model.training:
+                seen.append((step, len(batch.rows)))
+            return sliced(model, batch, step)
+
+        monkeypatch.setattr(trainer_module, "sliced_logits", record)
+        run.trainer(new_network()).train()
+        dense = run.recipe.dense_epochs * 4
+        return seen[dense:]
+
+    def test_every_update_has_the_smallest_and_the_full_step(
+        self, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen = self.steps(monkeypatch, new_run(budget_epochs=3))
+        updates = [seen[i : i + 3] for i in range(0, len(seen), 3)]
+        assert len(updates) == 3 * 4
+        assert {(first, last) for (first, _), _, (last, _) in updates} == {(1, 4)}
+        assert len({between for _, (between, _), _ in updates}) > 1
+        assert all(len({rows for _, rows in update}) == 1 for update in updates)
+
+    def test_without_it_each_half_of_a_batch_has_a_random_step(
+        self, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = new_run(budget_epochs=3, sandwich=False)
+        seen = self.steps(monkeypatch, run)
+        assert {rows for _, rows in seen} == {6}
+        assert len({step for step, _ in seen}) > 2
 
 
 class TestPredict:
