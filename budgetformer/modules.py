@@ -646,7 +646,10 @@ class SequenceClassifier(nn.Module):
 
         layers = decision.controller.hidden, decision.controller.out
         return StepZero(
-            *(array(weights) for weights in (head.table, head.scale, head.bias, head.idf)),
+            table=array(head.table),
+            scale=array(head.scale),
+            bias=array(head.bias),
+            idf=array(head.idf),
             repeats=float(head.repeats),
             vocab_size=head.vocab_size,
             buckets=head.buckets,

@@ -174,4 +174,5 @@ class StepZero:
         """Map evidence [B, `EVIDENCE_FEATURES`] to f_o's s [B] in (0, 1)."""
         hidden = np.maximum(found @ self.hidden[0].T + self.hidden[1], 0)
         logit = hidden @ self.out[0].T + self.out[1]
-        return 1 / (1 + np.exp(-logit[:, 0].clip(-80, 80)))
+        s: Array = 1 / (1 + np.exp(-logit[:, 0].clip(-80, 80)))
+        return s

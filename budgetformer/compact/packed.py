@@ -241,8 +241,8 @@ class PackedPass:
         """
         self._shared = SharedTensors(link)
         tables = [p for p in self.model.parameters() if p.dim() == 2 and p.is_contiguous()]
-        tables += self.model.buffers()
-        self._shared.hold([t for t in (*tables, *self._slices.weights) if t.numel()])
+        held = (*tables, *self.model.buffers(), *self._slices.weights)
+        self._shared.hold([tensor for tensor in held if tensor.numel()])
         self.step0 = self.model.step0_with_numpy()
         self.forget()
 

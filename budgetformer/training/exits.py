@@ -7,12 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from budgetformer.modeling import BudgetFormerForSequenceClassification
-from budgetformer.modules import MULTI_LABEL, BudgetDecision
+from budgetformer.modules import MULTI_LABEL, BudgetController, BudgetDecision
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.trainer import inputs, progress_bar
 
 BATCH = 256
 CONTROLLER_EPOCHS = 8
+REFERENCE_THRESHOLDS = (0.8, 0.9, 0.95)
+"""Confidence that counts as enough when f_o learns: about what the quality levels ask for."""
+FOLDS = 5
+SHARE_UPDATES = 200
 
 
 def wrong(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
@@ -79,3 +83,57 @@ def fit_controllers(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+
+
+def fit_controller(
+    model: BudgetFormerForSequenceClassification, read: Tensor, confident: Tensor, seed: int
+) -> Tensor:
+    """Teach f_o, which reads step 0's answer alone, at which step a text will be confident.
+
+    s learns the share of the ladder that a text needs: its first confident step k as k / S, and 1
+    where no step is confident, averaged over `REFERENCE_THRESHOLDS`.
+
+    Args:
+        model: whose f_o is trained, on all texts.
+        read: f_o's inputs [N, E] (`budgetformer.step0.evidence`).
+        confident: confidence of the served answer at each step [S+1, N], on texts that no weight
+            has seen.
+        seed: of folds and initial weights.
+
+    Returns:
+        s [N] of each text, from an f_o that was trained without it: what calibration may use.
+    """
+    decision = model.encoder.decision
+    assert decision is not None
+    steps = len(confident) - 1
+    target = torch.zeros(len(read))
+    for threshold in REFERENCE_THRESHOLDS:
+        reached = confident[1:] >= threshold
+        first = torch.where(reached.any(0), reached.int().argmax(0) + 1, steps)
+        target += first / (steps * len(REFERENCE_THRESHOLDS))
+    folds = torch.randperm(len(read), generator=torch.Generator().manual_seed(seed)) % FOLDS
+    s = torch.zeros(len(read))
+    with torch.enable_grad():
+        for fold in range(FOLDS):
+            held = folds == fold
+            _fit_share(decision.controller, read[~held], target[~held], seed)
+            s[held] = decision.controller(read[held]).detach()
+        _fit_share(decision.controller, read, target, seed)
+    return s
+
+
+def _fit_share(controller: BudgetController, read: Tensor, target: Tensor, seed: int) -> None:
+    """Fit f_o to shares [N] from new weights, on standardised inputs [N, E]."""
+    mean, spread = read.mean(0), read.std(0).clamp(min=1e-3)
+    torch.manual_seed(seed)
+    for layer in (controller.hidden, controller.out):
+        layer.reset_parameters()
+    optimizer = torch.optim.AdamW(controller.parameters(), 1e-2, weight_decay=0.01)
+    for _ in range(SHARE_UPDATES):
+        loss = F.binary_cross_entropy(controller((read - mean) / spread), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():  # the served f_o reads its inputs as they are
+        controller.hidden.weight.div_(spread)
+        controller.hidden.bias.sub_(controller.hidden.weight @ mean)

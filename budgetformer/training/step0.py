@@ -111,10 +111,10 @@ def fit_step0(
 def _columns(examples: Examples, config: Architecture) -> np.ndarray:
     """Return 0/1 targets [N, K] of the columns."""
     if examples.multi_label:
-        return examples.labels.astype(np.int8)
-    if config.num_classes == 2:
-        return (examples.labels[:, None] == 1).astype(np.int8)
-    return (examples.labels[:, None] == np.arange(config.num_classes)).astype(np.int8)
+        return examples.labels
+    first = 1 if config.num_classes == 2 else 0
+    classes = np.arange(first, config.num_classes)
+    return (examples.labels[:, None] == classes).astype(np.int8)  # type: ignore[no-any-return]
 
 
 def _fit(matrix: sp.csr_matrix, columns: np.ndarray, c: float, seed: int) -> Machine:

@@ -11,12 +11,11 @@ from budgetformer.compact.kernels.tiles import tile_side
 from budgetformer.compact.layout import Layout
 from budgetformer.modules import (
     EVIDENCE_SIZE,
-    HASHED_LEFT,
-    HASHED_RIGHT,
     MOST_ODDS,
     MULTI_LABEL,
     ExitHead,
 )
+from budgetformer.step0 import HASHED_LEFT, HASHED_RIGHT
 
 BAGGED_ROWS, BAGGED_COLUMNS, BAGGED_WARPS = 32, 64, 4
 
