@@ -15,6 +15,11 @@ HeadSelection = Literal["input", "ranked"]
 Pooling = Literal["mean", "cls"]
 NormPosition = Literal["post", "pre"]
 
+EVIDENCE_FEATURES = 4
+"""Features of step 0's answer that f_o reads (`budgetformer.step0.evidence`)."""
+EVIDENCE_SIZE = 2
+"""The same with the step 0 of older checkpoints, beside the pooled embeddings."""
+
 
 def uniform_ladder(num_layers: int, num_heads: int) -> list[list[int]]:
     """Return the paper's ladder: step k keeps k heads in every layer, for k = 1..H."""
@@ -162,6 +167,18 @@ class Architecture:
     def num_steps(self) -> int:
         """Number of ladder steps S, step 0 not counted."""
         return len(self.ladder)
+
+    @property
+    def decides_from_step0(self) -> bool:
+        """Whether f_o reads step 0's answer alone, and not the pooled embeddings."""
+        return self.embedding_exit and self.exit_tfidf
+
+    @property
+    def decision_inputs(self) -> int:
+        """How many numbers f_o reads."""
+        if self.decides_from_step0:
+            return EVIDENCE_FEATURES
+        return self.hidden_size + (EVIDENCE_SIZE if self.embedding_exit else 0)
 
     @property
     def exit_weights(self) -> list[float]:

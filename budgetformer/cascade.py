@@ -1,4 +1,4 @@
-"""An item on its way through its budgets: arrival, first step, escalation, answer."""
+"""An item on its way through the steps of its rule: decision, passes, answer."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ class Work:
         ids, segments: token and segment ids.
         rule: how its budget is decided.
         step: ladder step to run next; once `logits` is set, the step that answered.
+        predicted: step at which f_o expects the answer, decided on arrival; 0 if step 0 answers;
+            LAYERWISE where layers decide for themselves.
+        steps: all that have been run, in order, step 0 included where it was asked.
         s: f_o's verdict, None before arrival and with layer-wise budgets.
         exit_logits: step 0's logits [C], if the network has a step 0.
         ranking: g_d's order of heads [L, H], if heads are picked per input.
@@ -38,6 +41,8 @@ class Work:
     segments: Sequence[int] | None
     rule: BudgetRule
     step: int = LAYERWISE
+    predicted: int = LAYERWISE
+    steps: list[int] = field(default_factory=list)
     s: float | None = None
     exit_logits: Tensor | None = None
     ranking: Tensor | None = None
@@ -75,21 +80,23 @@ def arrive(network: PackedPass, items: Sequence[Work]) -> None:
     for place, item in enumerate(items):
         item.heads = [0] * sizes.layers
         item.chosen = [()] * sizes.layers
+        item.steps = []
         item.macs = decided
         item.dense_macs = dense_macs(sizes, len(item.ids))
         item.exit_logits = None if exits is None else exits[place]
         item.ranking = None if arrival.ranking is None else arrival.ranking[place]
         if budget is None:
             constant = item.rule.constant
-            item.step = LAYERWISE if constant is None else constant
+            item.step = item.predicted = LAYERWISE if constant is None else constant
             continue
         item.s = budget[place]
-        item.step = item.rule.first_step(budget[place])
+        item.step = item.rule.first_step(item.s)
         if item.step == 0 and sure is not None:
-            following = item.rule.next_step(0, sure[place])
-            item.step = following or 0
+            item.steps = [0]
+            item.step = item.rule.next_step(0, sure[place], item.s) or 0
         if item.step == 0:
             item.logits = item.exit_logits
+        item.predicted = item.step
 
 
 def compute(network: PackedPass, items: Sequence[Work], steps: Sequence[int] | None) -> PassResult:
@@ -109,7 +116,7 @@ def compute(network: PackedPass, items: Sequence[Work], steps: Sequence[int] | N
 def run(network: PackedPass, items: Sequence[Work]) -> None:
     """Run each item at its step.
 
-    Those that are still unsure get their next step, the others an answer.
+    Those that are not confident enough get their next step, the others an answer.
     """
     sizes = network.sizes
     steps = None if items[0].step == LAYERWISE else [item.step for item in items]
@@ -124,9 +131,10 @@ def run(network: PackedPass, items: Sequence[Work]) -> None:
         if sizes.layerwise:
             item.macs += decision_macs(sizes) if steps is None else scorer_macs(sizes)
             item.step = max(counts) if item.step == LAYERWISE else item.step
-            following = None
-        else:
-            following = item.rule.next_step(item.step, sure[place])
+        item.steps.append(item.step)
+        following = None
+        if item.s is not None:
+            following = item.rule.next_step(item.step, sure[place], item.s)
         if following is None:
             item.logits = logits[place]
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -18,8 +18,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenizers import Tokenizer
 
+from budgetformer.architecture import Architecture
+from budgetformer.cost import fits_in_full_pass
 from budgetformer.errors import CheckpointError, PolicyError, TokenizerError
-from budgetformer.policy import BudgetRule, OperatingPoint, choose_point
+from budgetformer.policy import (
+    BudgetRule,
+    Level,
+    Measure,
+    OperatingPoint,
+    Policy,
+    choose_point,
+)
 from budgetformer.ranges import LayerRanges
 from budgetformer.tokenization import TextEncoder, tokenizer_errors
 
@@ -94,8 +103,9 @@ class Manifest(_Data):
         seed, recipe: what `budgetformer train` was asked.
         metrics: figures of the run (rows, epochs, accuracies).
         frontier: fixed steps, for comparison.
-        operating_points: calibrated rules in order of rising cost; some carry a quality level's
-            name.
+        policy: the calibrated chain and its levels.
+        operating_points: calibrated rules of the older form, in order of rising cost; none where
+            there is a policy. `levels` gives what either form reached.
         ranges: of what each layer's maps read on the calibration data, for int8; may be none.
         provenance: origin and terms of weights and data.
     """
@@ -113,9 +123,27 @@ class Manifest(_Data):
     recipe: dict[str, Any]
     metrics: dict[str, float]
     frontier: tuple[FixedStep, ...] = ()
+    policy: Policy | None = None
     operating_points: tuple[OperatingPoint, ...] = ()
     ranges: tuple[LayerRanges, ...] = ()
     provenance: Provenance
+
+    @cached_property
+    def levels(self) -> tuple[Level, ...]:
+        """What every calibrated level reached, in order of rising cost; some carry a name."""
+        if self.policy is not None:
+            return self.policy.levels
+        return tuple(point.level for point in self.operating_points)
+
+    @property
+    def named_levels(self) -> dict[str, Level]:
+        """The quality levels by name."""
+        return {level.name: level for level in self.levels if level.name}
+
+    @property
+    def measure(self) -> Measure:
+        """What the points that a level loses are points of."""
+        return "accuracy" if self.policy is None else self.policy.measure
 
 
 class _Shape(BaseModel):
@@ -184,7 +212,7 @@ class Checkpoint:
     @property
     def calibrated(self) -> bool:
         """Whether it has quality levels; otherwise only f_o's own rule can be asked for."""
-        return bool(self.manifest.operating_points)
+        return bool(self.manifest.levels)
 
     @property
     def multi_label(self) -> bool:
@@ -205,8 +233,8 @@ class Checkpoint:
         """Return the rule for one request's budgets.
 
         Args:
-            quality: a level's name or the accuracy points given up; None takes f_o's own ceil(s *
-                S).
+            quality: a level's name or the points given up, in the manifest's measure; None takes
+                f_o's own ceil(s * S).
             heads: heads per layer, instead of f_o.
             max_heads: at most so many heads per layer.
 
@@ -223,10 +251,14 @@ class Checkpoint:
     def _make_rule(
         self, quality: str | float | None, heads: int | None, max_heads: int | None
     ) -> BudgetRule:
-        point = None if quality is None else choose_point(self.manifest.operating_points, quality)
         fixed = None if heads is None else self._step_within("heads", heads)
         ceiling = None if max_heads is None else self._step_within("max_heads", max_heads)
-        return BudgetRule(point=point, num_steps=len(self.ladder), fixed=fixed, ceiling=ceiling)
+        limits = (len(self.ladder), fixed, ceiling)
+        if quality is None:
+            return BudgetRule(num_steps=len(self.ladder), fixed=fixed, ceiling=ceiling)
+        if self.manifest.policy is not None:
+            return self.manifest.policy.rule(quality, *limits)
+        return choose_point(self.manifest.operating_points, quality).rule(*limits)
 
     def _step_within(self, field: str, heads: int) -> int:
         if not 0 <= heads <= self.num_heads:
@@ -372,7 +404,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path / MANIFEST}: step {max(steps)} is not on the ladder of {top}"
             )
+    if manifest.policy is not None:
+        try:
+            _check_chain(manifest.policy.chain, Architecture.read(config))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path / MANIFEST}: policy: {error}") from error
     return Checkpoint(path, manifest, config)
+
+
+def _check_chain(chain: Sequence[int], architecture: Architecture) -> None:
+    """Refuse a chain that this network cannot run, or that may cost more than its full step."""
+    if chain[-1] > architecture.num_steps:
+        raise ValueError(f"step {chain[-1]} is not on the ladder of {architecture.num_steps}")
+    if architecture.budget_scope == "layer":
+        raise ValueError('budget_scope "layer" has none: its layers decide for themselves')
+    if (chain[0] == 0) != architecture.embedding_exit:
+        has = "a" if architecture.embedding_exit else "no"
+        raise ValueError(f"its chain begins with step {chain[0]}, the network has {has} step 0")
+    if not fits_in_full_pass(architecture, chain):
+        steps = ", ".join(map(str, chain))
+        raise ValueError(f"the steps {steps} together cost more than the full step alone")
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -9,14 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from budgetformer.architecture import Architecture
-from budgetformer.modules import decision_inputs
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class Sizes:
             heads=config.num_attention_heads,
             classes=config.num_classes,
             dense_head=config.head_activation is not None,
-            decision_inputs=decision_inputs(config),
+            decision_inputs=config.decision_inputs,
             exit_rank=config.exit_rank if config.embedding_exit and not config.exit_tfidf else 0,
             controller=config.controller_hidden_size,
             layerwise=config.budget_scope == "layer",
@@ -120,40 +114,17 @@ def dense_macs(config: Costed, tokens: int) -> int:
     return encoder_macs(sizes, [sizes.heads] * sizes.layers, tokens)
 
 
-class MacCounter(TorchFunctionMode):
-    """Count the multiply-adds that torch functions really execute inside a `with` block.
+def fits_in_full_pass(config: Architecture, steps: Sequence[int]) -> bool:
+    """Whether running all of `steps` never costs more than one pass at the full step.
 
-    It sees the shapes of linear maps, matrix products and attention, and knows nothing of budgets,
-    so it is an independent check of this module's formulas.
+    True if it holds for texts of every length.
     """
+    sizes = Sizes.of(config)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.macs = 0
+    def left(tokens: int) -> int:
+        passes = (encoder_macs(sizes, config.heads_per_layer(s), tokens) for s in steps if s > 0)
+        return encoder_macs(sizes, config.heads_per_layer(config.num_steps), tokens) - sum(passes)
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run `func`, and add its multiply-adds."""
-        result = func(*args, **(kwargs or {}))
-        if func is F.linear:
-            self.macs += result.numel() * args[1].shape[-1]
-        elif func in (
-            torch.matmul,
-            torch.mm,
-            torch.bmm,
-            torch.Tensor.matmul,
-            torch.Tensor.__matmul__,
-            torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32,
-        ):
-            self.macs += result.numel() * args[0].shape[-1]
-        elif func in (torch.addmm, torch.ops.mkldnn._linear_pointwise):
-            self.macs += result.numel() * args[1].shape[-1]
-        elif func is F.scaled_dot_product_attention:
-            query, key = args[0], args[1]
-            self.macs += 2 * query.numel() * key.shape[-2]
-        return result
+    # A quadratic in the tokens stays above 0 if it starts there, rises first and bends upwards.
+    one, two, three = left(1), left(2), left(3)
+    return 0 <= one <= two and two - one <= three - two

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from budgetformer.architecture import MULTI_LABEL as MULTI_LABEL
 from budgetformer.architecture import Architecture
 from budgetformer.step0 import (
-    EVIDENCE_FEATURES,
     HASHED_LEFT,
     HASHED_RIGHT,
     HASHED_SECOND,
@@ -36,9 +35,6 @@ from budgetformer.step0 import (
     StepZero,
     evidence,
 )
-
-EVIDENCE_SIZE = 2
-"""Features of step 0's answer that f_o reads beside the pooled embeddings (`exit_evidence`)."""
 
 MOST_ODDS = 14.0
 """Log-odds of a confidence beyond which surer makes no difference (about 1 - 1e-6)."""
@@ -248,13 +244,6 @@ class Decision:
     gates: Tensor
 
 
-def decision_inputs(config: Architecture) -> int:
-    """Return how many numbers f_o reads: the pooled state, what step 0 found, or both."""
-    if not config.embedding_exit:
-        return config.hidden_size
-    return EVIDENCE_FEATURES if config.exit_tfidf else config.hidden_size + EVIDENCE_SIZE
-
-
 class BudgetDecision(nn.Module):
     """Turn a pooled state into head gates.
 
@@ -265,17 +254,15 @@ class BudgetDecision(nn.Module):
         super().__init__()
         self.config = config
         self.layers = list(range(config.num_hidden_layers)) if layer is None else [layer]
-        self.inputs = decision_inputs(config)
-        self.pooled = not (config.embedding_exit and config.exit_tfidf)
-        self.controller = BudgetController(self.inputs, config.controller_hidden_size)
+        self.controller = BudgetController(config.decision_inputs, config.controller_hidden_size)
         picks = config.head_selection == "input"
         self.scorer = HeadScorer(config, len(self.layers)) if picks else None
         self.gating = Gating()
 
     def budget(self, pooled: Tensor, evidence: Tensor | None = None) -> Tensor:
         """Return s [B] for pooled states [B, D] and, with a step 0, its evidence [B, E]."""
-        parts = [pooled] if self.pooled else []
-        missing = self.inputs - sum(part.shape[-1] for part in parts)
+        parts = [] if self.config.decides_from_step0 else [pooled]
+        missing = self.config.decision_inputs - sum(part.shape[-1] for part in parts)
         if missing:
             parts.append(pooled.new_zeros(len(pooled), missing) if evidence is None else evidence)
         return cast(Tensor, self.controller(torch.cat(parts, dim=-1)))

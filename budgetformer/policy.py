@@ -1,22 +1,34 @@
-"""Which budget an input gets: f_o's calibrated rule, as plain data and pure functions.
+"""How many heads a text gets: calibrated rules, as plain data and pure functions.
 
-A decision is made where something new is known. On arrival f_o gives s, and the operating point's
-entry bands turn it into a first ladder step (0 answers from the embeddings). After a step has run,
-an answer that is not sure enough is run once more at a larger one (escalation).
+A policy is a chain of ladder steps and one confidence threshold per quality level. Step 0, where
+there is one, answers first. A text whose answer is not confident enough goes to the link of the
+chain that f_o's s picks, and from there link by link until an answer reaches the threshold; the
+last link always answers. Only the threshold depends on the level, so the steps that a text runs at
+one level are the first of those that it runs at a higher one, and its cost can only rise with the
+level.
+
+Checkpoints of the older form have operating points instead: bands and one escalation for each
+level. Both forms become a `BudgetRule`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from budgetformer.errors import PolicyError
 
+Measure = Literal["accuracy", "agreement"]
+"""What a policy was calibrated for: right answers, or the answers of the full network."""
 QualityName = Literal["fast", "balanced", "best"]
 QUALITY_NAMES: tuple[QualityName, ...] = ("fast", "balanced", "best")
+Interval = tuple[float, float]
+Shares = Mapping[int, float]
+"""Share of the texts by ladder step."""
 
 
 class _Data(BaseModel):
@@ -24,39 +36,138 @@ class _Data(BaseModel):
 
 
 class EntryBand(_Data):
-    """Inputs whose s is at most `upto` (and above the band before) start at ladder step `step`."""
+    """Texts whose s is at most `upto` (and above the band before) start at ladder step `step`."""
 
     upto: float = Field(ge=0, le=1)
     step: int = Field(ge=0)
 
 
+class Level(_Data):
+    """A confidence threshold, and what it reached on texts that did not choose it.
+
+    Attributes:
+        name: the quality level that this threshold stands for, if any.
+        threshold: an answer stands if its confidence is at least this.
+        accuracy, interval: share of right answers with its 95 % interval; None without labels.
+        agreement, agreement_interval: the same for answers equal to the full network's.
+        points_lost: percentage points of the policy's measure below the full network; negative
+            when above.
+        macs_share, macs_interval: mean multiply-adds as a share of the dense network's.
+        mean_heads: mean heads computed per text, summed over layers and passes.
+        budgets: share of the texts that ended at each step.
+        runs: share of the texts that ran each step >= 1; a text may run several.
+    """
+
+    name: QualityName | None = None
+    threshold: float = Field(ge=0, le=1)
+    accuracy: float | None = None
+    interval: Interval | None = None
+    agreement: float | None = None
+    agreement_interval: Interval | None = None
+    points_lost: float
+    macs_share: float
+    macs_interval: Interval | None = None
+    mean_heads: float
+    budgets: dict[int, float] = {}
+    runs: dict[int, float] = {}
+
+
+class Policy(_Data):
+    """A chain of steps, f_o's bands over it, and one threshold per level.
+
+    Attributes:
+        measure: what `points_lost` of its levels counts.
+        chain: rising ladder steps, beginning with 0 where the checkpoint has a step 0.
+        entry: bands over f_o's s, the same for all levels, in rising order and the last one up to
+            1. Each names the link to which a text goes that step 0 has not answered.
+        levels: by rising threshold; some carry a quality level's name.
+    """
+
+    measure: Measure = "accuracy"
+    chain: tuple[int, ...] = Field(min_length=1)
+    entry: tuple[EntryBand, ...] = Field(min_length=1)
+    levels: tuple[Level, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Policy:
+        if self.chain[0] < 0 or any(b <= a for a, b in pairwise(self.chain)):
+            raise ValueError("the steps of a chain must rise, from 0 or above")
+        _check_bands(self.entry)
+        links = set(self.chain) - {0} or {0}
+        if not {band.step for band in self.entry} <= links:
+            raise ValueError(f"entry bands must name steps of the chain: {sorted(links)}")
+        if any(b.threshold < a.threshold for a, b in pairwise(self.levels)):
+            raise ValueError("levels must be in order of rising threshold")
+        named = [level.name for level in self.levels if level.name]
+        if named != [name for name in QUALITY_NAMES if name in named]:
+            raise ValueError(f"named levels must be in order, each once: {', '.join(named)}")
+        return self
+
+    def level(self, quality: str | float) -> Level:
+        """Return the level of a name, or the one that gives up at most so many points.
+
+        Between two levels, the threshold and all figures are interpolated linearly. A larger
+        number never gives a higher threshold. A number below what any level loses gives the level
+        that loses least.
+
+        Raises:
+            PolicyError: there is no level of that name.
+        """
+        if isinstance(quality, str):
+            return _named(self.levels, quality)
+        low = self.levels[0]
+        for level in self.levels[1:]:
+            if low.points_lost <= quality:
+                break
+            if level.points_lost >= low.points_lost:
+                continue  # a higher threshold that loses no less is of no use here
+            if level.points_lost <= quality:
+                return _between(low, level, quality)
+            low = level
+        return low
+
+    def rule(
+        self,
+        quality: str | float,
+        num_steps: int,
+        fixed: int | None = None,
+        ceiling: int | None = None,
+    ) -> BudgetRule:
+        """Return the rule of a level; see `level` and `BudgetRule`."""
+        return BudgetRule(
+            num_steps=num_steps,
+            entry=self.entry,
+            chain=self.chain,
+            level=self.level(quality),
+            fixed=fixed,
+            ceiling=ceiling,
+        )
+
+
 class Escalation(_Data):
-    """An answer less sure than `below`, from a smaller step than `step`, is run again at `step`."""
+    """An answer with confidence under `below`, from a step before `step`, is run again there."""
 
     below: float = Field(ge=0, le=1)
     step: int = Field(ge=1)
 
 
 class OperatingPoint(_Data):
-    """One calibrated rule, and what it reached on data that training never saw.
+    """A rule of the older form, where every level has bands and an escalation of its own.
+
+    Networks whose layers decide for themselves still use it, without either.
 
     Attributes:
-        name: the quality level that this point stands for, if any.
-        entry: bands over s, in rising order, the last one up to 1; empty: f_o's own ceil(s * S).
-        escalation: the second look at unsure answers, if any.
-        accuracy: share of right answers, 0..1.
-        interval: its 95 % confidence interval, if known.
-        points_lost: accuracy points (of 100) below the full budget; negative when above.
-        macs_share: mean multiply-adds as a share of the dense network's.
-        mean_heads: mean heads computed per input, summed over layers.
-        budgets: share of the inputs that ended at each ladder step.
+        entry: bands over s, in rising order, the last one up to 1, which choose the first step, 0
+            among them; empty: f_o's own ceil(s * S).
+        escalation: the second pass for answers that are not confident, if any.
+        name, accuracy, interval, points_lost, macs_share, mean_heads, budgets: see `Level`.
     """
 
     name: QualityName | None = None
     entry: tuple[EntryBand, ...] = ()
     escalation: Escalation | None = None
     accuracy: float
-    interval: tuple[float, float] | None = None
+    interval: Interval | None = None
     points_lost: float
     macs_share: float
     mean_heads: float
@@ -64,81 +175,133 @@ class OperatingPoint(_Data):
 
     @model_validator(mode="after")
     def _bands_cover(self) -> OperatingPoint:
-        bounds = [band.upto for band in self.entry]
-        if self.entry and (bounds != sorted(bounds) or bounds[-1] != 1):
-            raise ValueError("entry bands must rise and end at 1")
+        if self.entry:
+            _check_bands(self.entry)
         return self
 
     @property
-    def top_entry(self) -> int:
-        """The highest step at which an input starts; 0 where f_o's own rule holds."""
-        return max((band.step for band in self.entry), default=0)
+    def level(self) -> Level:
+        """The same figures in the newer form; who ran which step is an estimate."""
+        figures = self.model_dump(exclude={"entry", "escalation"})
+        below = self.escalation.below if self.escalation else 0.0
+        return Level(**figures, threshold=below, runs=self._runs())
 
-    def first_step(self, s: float) -> int | None:
-        """Return the step at which an input with f_o's `s` starts; None: f_o's own rule holds."""
-        return next((band.step for band in self.entry if s <= band.upto), None)
+    def rule(
+        self, num_steps: int, fixed: int | None = None, ceiling: int | None = None
+    ) -> BudgetRule:
+        """Return the rule: an escalation is a chain of one link, at whose end every answer stands.
 
-    def next_step(self, step: int, confidence: float) -> int | None:
-        """Return the step to run after `step` answered with `confidence`.
-
-        None: the answer stands.
+        The bands say where a text starts.
         """
-        escalation = self.escalation
-        if escalation is None or step >= escalation.step or confidence >= escalation.below:
-            return None
-        return escalation.step
+        return BudgetRule(
+            num_steps=num_steps,
+            entry=self.entry,
+            chain=(self.escalation.step,) if self.escalation else (),
+            level=self.level,
+            fixed=fixed,
+            ceiling=ceiling,
+        )
+
+    def _runs(self) -> dict[int, float]:
+        runs = {step: share for step, share in self.budgets.items() if step}
+        if self.escalation is None or self.escalation.step not in runs:
+            return runs
+        # Assume that whoever ended at the escalation's step came from the highest band.
+        first = max((band.step for band in self.entry), default=0)
+        if 0 < first < self.escalation.step:
+            runs[first] = runs.get(first, 0.0) + runs[self.escalation.step]
+        return runs
 
 
 class BudgetRule(_Data):
-    """An operating point as one request asks for it, with its ceiling or its fixed step."""
+    """How the budget of one request's texts is decided.
 
-    point: OperatingPoint | None
+    Attributes:
+        num_steps: steps S of the ladder.
+        entry: bands over s; empty: f_o's own ceil(s * S).
+        chain: rising steps. Step 0 goes first if it is among them; after an answer that is not
+            confident enough the next higher one follows.
+        level: the threshold and what calibration saw; None: every answer stands.
+        fixed: the only step that is run, whatever else is set.
+        ceiling: highest step that may be run.
+    """
+
     num_steps: int
+    entry: tuple[EntryBand, ...] = ()
+    chain: tuple[int, ...] = ()
+    level: Level | None = None
     fixed: int | None = None
     ceiling: int | None = None
 
     @property
     def constant(self) -> int | None:
-        """The step that this rule gives to every input, if it needs no f_o for that."""
-        if self.fixed is None and self.point is not None and len(self.point.entry) == 1:
-            return self.first_step(0.0)
-        return self.fixed
+        """The step at which every text starts, if that needs no f_o."""
+        if self.fixed is None and len(self.entry) != 1 and self.chain[:1] != (0,):
+            return None
+        return self.first_step(0.0)
+
+    def path(self, s: float) -> tuple[int, ...]:
+        """Return the rising steps that a text with f_o's `s` runs until an answer stands."""
+        if self.fixed is not None:
+            return (self.fixed,)
+        start = self._band(s)
+        steps = [start, *(step for step in self.chain if step > start)]
+        if self.chain[:1] == (0,) and start > 0:
+            steps.insert(0, 0)
+        if self.ceiling is None:
+            return tuple(steps)
+        return tuple(sorted({min(step, self.ceiling) for step in steps}))
 
     def first_step(self, s: float) -> int:
-        """Return the step at which an input with f_o's `s` starts."""
-        if self.fixed is not None:
-            return self.fixed
-        step = self.point.first_step(s) if self.point else None
-        if step is None:
-            step = min(max(math.ceil(s * self.num_steps), 1), self.num_steps)
-        return step if self.ceiling is None else min(step, self.ceiling)
+        """Return the step at which a text with f_o's `s` starts."""
+        return self.path(s)[0]
 
-    def next_step(self, step: int, confidence: float) -> int | None:
-        """Return the step to run after `step`; None: the answer stands."""
-        if self.fixed is not None or self.point is None:
+    def next_step(self, step: int, confidence: float, s: float) -> int | None:
+        """Return the step to run after `step` answered with `confidence`.
+
+        None: the answer stands.
+        """
+        if self.level is None or confidence >= self.level.threshold:
             return None
-        following = self.point.next_step(step, confidence)
-        if following is None or self.ceiling is None:
-            return following
-        following = min(following, self.ceiling)
-        return following if following > step else None
+        return next((later for later in self.path(s) if later > step), None)
 
-    def expected_budgets(self) -> Mapping[int, float] | None:
-        """Return the share of inputs that calibration saw end at each step under this rule.
+    def expected_budgets(self) -> Shares | None:
+        """Return the share of texts that calibration saw end at each step under this rule.
 
         None: nothing was calibrated for it.
         """
         if self.fixed is not None:
             return {self.fixed: 1.0}
-        if self.point is None or not self.point.budgets:
+        if self.level is None or not self.level.budgets:
             return None
         if self.ceiling is None:
-            return self.point.budgets
+            return self.level.budgets
         shares: dict[int, float] = {}
-        for budget, share in self.point.budgets.items():
+        for budget, share in self.level.budgets.items():
             step = min(budget, self.ceiling)
             shares[step] = shares.get(step, 0.0) + share
         return shares
+
+    def expected_runs(self) -> Shares | None:
+        """Return the share of texts that calibration saw run each step >= 1 under this rule.
+
+        A text that escalates runs several. None: nothing was calibrated for it.
+        """
+        ends = self.expected_budgets()
+        if ends is None or self.level is None or self.fixed is not None:
+            return ends and {step: share for step, share in ends.items() if step}
+        if self.ceiling is None:
+            return self.level.runs
+        runs = {step: share for step, share in self.level.runs.items() if step < self.ceiling}
+        if ends.get(self.ceiling) and self.ceiling:
+            runs[self.ceiling] = ends[self.ceiling]
+        return runs
+
+    def _band(self, s: float) -> int:
+        for band in self.entry:
+            if s <= band.upto:
+                return band.step
+        return min(max(math.ceil(s * self.num_steps), 1), self.num_steps)
 
 
 def choose_point(points: Sequence[OperatingPoint], quality: str | float) -> OperatingPoint:
@@ -151,14 +314,59 @@ def choose_point(points: Sequence[OperatingPoint], quality: str | float) -> Oper
         PolicyError: the checkpoint has no such level.
     """
     if isinstance(quality, str):
-        for point in points:
-            if point.name == quality:
-                return point
-        named = ", ".join(p.name for p in points if p.name) or "none"
-        raise PolicyError(f"no quality level {quality!r} in this checkpoint (it has: {named})")
+        return _named(points, quality)
     if not points:
         raise PolicyError("this checkpoint is not calibrated: it has no operating points")
     good = [p for p in points if p.points_lost <= quality]
     if good:
         return min(good, key=lambda p: p.macs_share)
     return min(points, key=lambda p: p.points_lost)
+
+
+def _check_bands(bands: Sequence[EntryBand]) -> None:
+    bounds = [band.upto for band in bands]
+    if bounds != sorted(bounds) or bounds[-1] != 1:
+        raise ValueError("entry bands must rise and end at 1")
+
+
+_Named = TypeVar("_Named", "Level", "OperatingPoint")
+
+
+def _named(levels: Sequence[_Named], name: str) -> _Named:
+    for level in levels:
+        if level.name == name:
+            return level
+    named = ", ".join(level.name for level in levels if level.name) or "none"
+    raise PolicyError(f"no quality level {name!r} in this checkpoint (it has: {named})")
+
+
+def _between(low: Level, high: Level, points_lost: float) -> Level:
+    """Interpolate two levels at the points that may be lost, `high` losing fewer of them."""
+    weight = (low.points_lost - points_lost) / (low.points_lost - high.points_lost)
+
+    def mix(a: float, b: float) -> float:
+        # Rounding must not lead beyond either level: thresholds have to stay in order.
+        return min(max(a + (b - a) * weight, min(a, b)), max(a, b))
+
+    def mix_known(a: float | None, b: float | None) -> float | None:
+        return None if a is None or b is None else mix(a, b)
+
+    def mix_interval(a: Interval | None, b: Interval | None) -> Interval | None:
+        return None if a is None or b is None else (mix(a[0], b[0]), mix(a[1], b[1]))
+
+    def mix_shares(a: Shares, b: Shares) -> dict[int, float]:
+        return {step: mix(a.get(step, 0.0), b.get(step, 0.0)) for step in sorted({*a, *b})}
+
+    return Level(
+        threshold=mix(low.threshold, high.threshold),
+        accuracy=mix_known(low.accuracy, high.accuracy),
+        interval=mix_interval(low.interval, high.interval),
+        agreement=mix_known(low.agreement, high.agreement),
+        agreement_interval=mix_interval(low.agreement_interval, high.agreement_interval),
+        points_lost=mix(low.points_lost, high.points_lost),
+        macs_share=mix(low.macs_share, high.macs_share),
+        macs_interval=mix_interval(low.macs_interval, high.macs_interval),
+        mean_heads=mix(low.mean_heads, high.mean_heads),
+        budgets=mix_shares(low.budgets, high.budgets),
+        runs=mix_shares(low.runs, high.runs),
+    )

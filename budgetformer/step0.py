@@ -26,8 +26,6 @@ HASHED_SECOND, HASHED_SHARED = 15_485_863, 32_452_843
 """Factors of a token of a pair's second text, and of whether the first text has it too."""
 IDF_UNIT = 1 / 16
 """Inverse document frequencies are stored as whole multiples of this."""
-EVIDENCE_FEATURES = 4
-"""What f_o reads of step 0 (`evidence`)."""
 MAX_ODDS = 14.0
 """Log-odds of a confidence are clipped here (about 1 - 1e-6)."""
 

@@ -84,12 +84,13 @@ class _Judge:
         rules = [self._rules[i % len(QUALITIES)] for i in range(len(ids))]
         logits: list[Tensor] = [torch.empty(0)] * len(ids)
         steps, margins = [0] * len(ids), [1.0] * len(ids)
+        verdicts_of = [0.0] * len(ids)
         for batch in _batches(ids, range(len(ids))):
             verdicts, exits = self._decide(*_padded(ids, batch))
             for i, s, exit_logits in zip(batch, verdicts, exits, strict=True):
                 steps[i], logits[i] = rules[i].first_step(s), exit_logits
-                point = rules[i].point
-                bounds = [band.upto for band in point.entry if band.upto < 1] if point else []
+                verdicts_of[i] = s
+                bounds = [band.upto for band in rules[i].entry if band.upto < 1]
                 margins[i] = min((abs(s - bound) for bound in bounds), default=1.0)
         waiting = list(range(len(ids)))
         while waiting:
@@ -101,10 +102,10 @@ class _Judge:
             sure = confidence(torch.stack([logits[i] for i in waiting]), self._kind).tolist()
             unsure = []
             for i, share in zip(waiting, sure, strict=True):
-                point = rules[i].point
-                if point and point.escalation and steps[i] < point.escalation.step:
-                    margins[i] = min(margins[i], abs(share - point.escalation.below))
-                following = rules[i].next_step(steps[i], share)
+                level = rules[i].level
+                if level is not None and rules[i].next_step(steps[i], 0.0, verdicts_of[i]):
+                    margins[i] = min(margins[i], abs(share - level.threshold))
+                following = rules[i].next_step(steps[i], share, verdicts_of[i])
                 if following is not None:
                     steps[i] = following
                     unsure.append(i)

@@ -47,8 +47,7 @@ def compare_labels(
     checkpoint: Checkpoint, items: Sequence[TokenIds], plain: PackedPass, other: PackedPass
 ) -> list[Agreement]:
     """Classify all items by both passes, at every quality level and at the full budget."""
-    points = checkpoint.manifest.operating_points
-    ways: dict[str, BudgetRule] = {p.name: checkpoint.rule(p.name) for p in points if p.name}
+    ways = {name: checkpoint.rule(name) for name in checkpoint.manifest.named_levels}
     ways["full"] = checkpoint.rule(None, heads=checkpoint.num_heads)
     return [_compare(way, rule, items, plain, other) for way, rule in ways.items()]
 

@@ -86,6 +86,5 @@ def level_contenders(network: PackedPass, checkpoint: Checkpoint) -> Iterator[Co
 
         return Contender(f"{name}, {network.precision}", run)
 
-    for point in checkpoint.manifest.operating_points:
-        if point.name:
-            yield contender(point.name, checkpoint.rule(point.name))
+    for name in checkpoint.manifest.named_levels:
+        yield contender(name, checkpoint.rule(name))

@@ -81,7 +81,7 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
                 Work(
                     tokens.ids[row].tolist(),
                     tokens.types[row].tolist(),
-                    BudgetRule(point=None, num_steps=1),
+                    BudgetRule(num_steps=1),
                 )
                 for row in rows
             ]
@@ -313,9 +313,7 @@ def layerwise_points(
     scored: dict[tuple[EntryBand, ...], OperatingPoint] = {}
     for entry in set(entries.values()):
         fixed = config.num_steps if entry else None
-        items = answer_all(
-            network, tokens, BudgetRule(point=None, num_steps=config.num_steps, fixed=fixed)
-        )
+        items = answer_all(network, tokens, BudgetRule(num_steps=config.num_steps, fixed=fixed))
         logits = torch.stack([item.logits for item in items if item.logits is not None])
         used, counts = np.unique([item.step for item in items], return_counts=True)
         accuracy = 1 - float(wrong(logits, labels, config.problem_type).mean())

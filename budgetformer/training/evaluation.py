@@ -113,7 +113,7 @@ def evaluate_checkpoint(
         ask: who answers; None: the checkpoint, in this process.
     """
     answer = ask or in_process(Classifier(checkpoint.path))
-    levels: list[str | None] = [p.name for p in checkpoint.manifest.operating_points if p.name]
+    levels: list[str | None] = [*checkpoint.manifest.named_levels]
     return [_row(level or FULL, answer(examples, level), examples) for level in [*levels, None]]
 
 

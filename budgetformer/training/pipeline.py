@@ -531,7 +531,7 @@ def _teach_controllers(
         # Without a step 0 the cheapest answer is step 1's; on training texts it is too often right.
         tokens, examples = held_out
         states = pooled_states(model, tokens, "pooled states")
-        rule = BudgetRule(point=None, num_steps=config.num_steps, fixed=1)
+        rule = BudgetRule(num_steps=config.num_steps, fixed=1)
         items = answer_all(PackedPass(model), tokens, rule)
         cheapest = torch.stack([item.logits for item in items if item.logits is not None])
     target = wrong(cheapest, torch.from_numpy(examples.labels), config.problem_type)

@@ -222,9 +222,9 @@ class _Bench:
         The dense network is timed as our own full step; medians of a few rounds, in milliseconds.
         """
         last = self.config.num_steps
-        rules = {str(p.name): BudgetRule(point=p, num_steps=last) for p in levels}
+        rules = {str(p.name): p.rule(last) for p in levels}
         for step in range(1, last + 1):
-            rules[f"step {step}"] = BudgetRule(point=None, num_steps=last, fixed=step)
+            rules[f"step {step}"] = BudgetRule(num_steps=last, fixed=step)
         found: dict[str, dict[int, float]] = {name: {} for name in rules}
         for batch, count in TIMED_BATCHES.items():
             some = self.tokens.subset(even_rows(len(self.tokens.ids), count))

@@ -175,11 +175,12 @@ def _card(checkpoint: Checkpoint) -> dict[str, Any]:
         "ladder": checkpoint.ladder,
         "step_0": checkpoint.has_exit,
         "quality_levels": {
-            point.name: point.model_dump(mode="json", exclude={"name"})
-            for point in manifest.operating_points
-            if point.name
+            name: level.model_dump(mode="json", exclude={"name"})
+            for name, level in manifest.named_levels.items()
         },
-        "operating_points": [point.model_dump(mode="json") for point in manifest.operating_points],
+        "measure": manifest.measure,
+        "policy": manifest.policy and manifest.policy.model_dump(mode="json", exclude={"levels"}),
+        "operating_points": [level.model_dump(mode="json") for level in manifest.levels],
         "frontier": [step.model_dump(mode="json") for step in manifest.frontier],
         "metrics": manifest.metrics,
         "provenance": manifest.provenance.model_dump(mode="json"),

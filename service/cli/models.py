@@ -40,7 +40,7 @@ def list_models(
         table = Table("model", "version", "labels", "layers x heads", "quality levels")
         for versions in store.checkpoints.values():
             for c in versions:
-                levels = ", ".join(p.name for p in c.manifest.operating_points if p.name)
+                levels = ", ".join(c.manifest.named_levels)
                 sizes = f"{c.num_layers} x {c.num_heads}"
                 table.add_row(c.name, str(c.version), str(len(c.manifest.labels)), sizes, levels)
         out.print(table)

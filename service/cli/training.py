@@ -98,7 +98,7 @@ def calibrate(
 
 
 def _show_levels(manifest: Manifest, as_json: bool) -> None:
-    levels = [point for point in manifest.operating_points if point.name]
+    levels = list(manifest.named_levels.values())
     if as_json:
         out.print_json(data=[level.model_dump(mode="json") for level in levels])
         return

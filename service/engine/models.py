@@ -153,8 +153,7 @@ def _steps_in_use(checkpoint: Checkpoint) -> list[int]:
     The first who asks for another one waits while it is laid out.
     """
     steps = set() if checkpoint.calibrated else {len(checkpoint.ladder)}
-    for point in checkpoint.manifest.operating_points:
-        if point.name:
-            steps |= {band.step for band in point.entry}
-            steps |= {point.escalation.step} if point.escalation else set()
+    for name in checkpoint.manifest.named_levels:
+        rule = checkpoint.rule(name)
+        steps |= {band.step for band in rule.entry} | set(rule.chain)
     return sorted(steps - {0})

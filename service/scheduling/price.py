@@ -31,19 +31,15 @@ class Outlook:
     @classmethod
     def of(cls, rule: BudgetRule) -> Outlook:
         """Read a rule's; without calibration, expect the whole ladder of everyone."""
-        ends = rule.expected_budgets()
-        if ends is None:
-            return cls({rule.num_steps: 1.0 if rule.point is None else rule.point.macs_share})
-        steps = {step: share for step, share in ends.items() if step}
-        point = rule.point if rule.fixed is None else None
-        escalation = point.escalation if point else None
-        if point is None or escalation is None or escalation.step not in steps:
+        ends, steps = rule.expected_budgets(), rule.expected_runs()
+        if ends is None or steps is None:
+            return cls({rule.num_steps: 1.0 if rule.level is None else rule.level.macs_share})
+        last = max(steps, default=0)
+        begun = 1.0 - ends.get(0, 0.0)
+        again = sum(steps.values()) - begun
+        if rule.fixed is not None or last not in rule.chain or again <= 0 or begun <= 0:
             return cls(steps)
-        again, begun = steps[escalation.step], sum(steps.values())
-        first = min(point.top_entry, max(steps))
-        if first:
-            steps[first] = steps.get(first, 0.0) + again
-        return cls(steps, again / begun if begun else 0.0, escalation.step)
+        return cls(steps, min(ends.get(last, 0.0) / begun, 1.0), last)
 
     def up_to(self, most: int | None) -> Outlook:
         """Return what of it runs where no step above `most` does (None: all)."""

@@ -157,12 +157,13 @@ def steps_of(rule: BudgetRule) -> list[tuple[float, Steps]]:
     Where calibration kept no budgets, what the scheduler expects then.
     """
     outlook = Outlook.of(rule)
-    if rule.point is None or not rule.point.budgets:
+    ends = rule.expected_budgets()
+    if ends is None:
         some = [(share, (step,)) for step, share in sorted(outlook.steps.items())]
         return [(1 - sum(share for share, _ in some), ()), *some]
-    first = rule.point.top_entry
+    first = max((band.step for band in rule.entry), default=0)
     found: list[tuple[float, Steps]] = []
-    for step, share in sorted(rule.point.budgets.items()):
+    for step, share in sorted(ends.items()):
         again = outlook.escalated and step == outlook.last and first
         found.append((share, (first, step) if again else (step,) if step else ()))
     return found

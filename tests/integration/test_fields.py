@@ -257,7 +257,7 @@ def serving(expected: Expected) -> list[str]:
 def card(expected: Expected) -> dict[str, Any]:
     manifest = expected.manifest.model_dump(mode="json")
     config = expected.checkpoint.config
-    points = manifest["operating_points"]
+    points = [level.model_dump(mode="json") for level in expected.manifest.levels]
     return {
         "name": TOPICS, "version": 2, "labels": manifest["labels"],
         "problem_type": "single_label_classification", "max_tokens": manifest["max_tokens"],
@@ -266,6 +266,7 @@ def card(expected: Expected) -> dict[str, Any]:
         "quality_levels": {
             p["name"]: {k: v for k, v in p.items() if k != "name"} for p in points if p["name"]
         },
+        "measure": "accuracy", "policy": None,
         "operating_points": points, "frontier": manifest["frontier"],
         "metrics": manifest["metrics"], "provenance": manifest["provenance"],
         "versions": [1, 2], "ready": True,

@@ -77,8 +77,8 @@ def test_its_recipe_is_the_one_beside_it(checkpoint: Checkpoint) -> None:
 
 @each
 def test_its_levels_cost_more_and_reach_more(checkpoint: Checkpoint) -> None:
-    points = {p.name: p for p in checkpoint.manifest.operating_points if p.name}
-    fast, balanced, best = (points[name] for name in ("fast", "balanced", "best"))
+    levels = checkpoint.manifest.named_levels
+    fast, balanced, best = (levels[name] for name in ("fast", "balanced", "best"))
     cap, next_cap = checkpoint.manifest.recipe["level_costs"]
     assert fast.macs_share <= cap
     assert fast.macs_share < balanced.macs_share <= next_cap

@@ -146,7 +146,7 @@ def calibrate_by_hand(path: Path) -> None:
     """
     classifier = Classifier(path)
     texts = [text for text, _ in labelled_sentences()]
-    rule = BudgetRule(point=None, num_steps=HEADS, fixed=0)
+    rule = BudgetRule(num_steps=HEADS, fixed=0)
     items = [Work(tokens.ids, None, rule) for tokens in classifier.encoder.encode(texts)]
     cascade.arrive(classifier.network, items)
     exits = torch.stack([item.exit_logits for item in items if item.exit_logits is not None])

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from budgetformer.architecture import EVIDENCE_SIZE
 from budgetformer.compact.kernels.tiles import tile_side
 from budgetformer.compact.layout import Layout
 from budgetformer.modules import (
-    EVIDENCE_SIZE,
     MOST_ODDS,
     MULTI_LABEL,
     ExitHead,

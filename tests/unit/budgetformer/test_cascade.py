@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from budgetformer import cascade
 from budgetformer.cascade import Work
 from budgetformer.compact import PackedPass
-from budgetformer.cost import MacCounter, dense_macs
+from budgetformer.cost import dense_macs, step_macs
+from budgetformer.mac_counter import MacCounter
 from budgetformer.modeling import BudgetFormerForSequenceClassification
 from budgetformer.modules import confidence
-from budgetformer.policy import BudgetRule, EntryBand, Escalation, OperatingPoint
+from budgetformer.policy import BudgetRule, EntryBand, Escalation, Level, OperatingPoint
 from tests.support.networks import (
     PROPERTY,
     Item,
@@ -29,8 +30,25 @@ FIGURES = {"accuracy": 0.0, "points_lost": 0.0, "macs_share": 0.0, "mean_heads":
 def rule(steps: int, below: float = 0.0, step: int = 1, first: int = 1) -> BudgetRule:
     escalation = Escalation(below=below, step=step) if below else None
     entry = (EntryBand(upto=0.5, step=first), EntryBand(upto=1, step=min(first + 1, steps)))
-    point = OperatingPoint(entry=entry, escalation=escalation, **FIGURES)
-    return BudgetRule(point=point, num_steps=steps)
+    return OperatingPoint(entry=entry, escalation=escalation, **FIGURES).rule(steps)
+
+
+@st.composite
+def policy_rules(draw: st.DrawFn, steps: int, step_0: bool) -> BudgetRule:
+    """Draw the rule of a chain of several steps, its bands and its threshold."""
+    links = sorted(draw(st.sets(st.integers(1, steps), min_size=1)))
+    entry = (
+        EntryBand(upto=draw(st.floats(0, 1)), step=draw(st.sampled_from(links))),
+        EntryBand(upto=1, step=draw(st.sampled_from(links))),
+    )
+    figures = {name: value for name, value in FIGURES.items() if name != "accuracy"}
+    return BudgetRule(
+        num_steps=steps,
+        entry=entry,
+        chain=(0, *links) if step_0 else tuple(links),
+        level=Level(threshold=draw(st.floats(0, 1)), **figures),
+        ceiling=draw(st.none() | st.integers(1, steps)),
+    )
 
 
 def works(items: list[Item], wanted: BudgetRule) -> list[Work]:
@@ -47,7 +65,9 @@ def finish(network: PackedPass, items: list[Work]) -> None:
 def rules(draw: st.DrawFn, model: BudgetFormerForSequenceClassification) -> BudgetRule:
     steps = model.config.num_steps
     if draw(st.booleans()):
-        return BudgetRule(point=None, num_steps=steps, fixed=draw(st.integers(1, steps)))
+        return BudgetRule(num_steps=steps, fixed=draw(st.integers(1, steps)))
+    if draw(st.booleans()):
+        return draw(policy_rules(steps, model.config.embedding_exit))
     first = (
         0 if model.config.embedding_exit and draw(st.booleans()) else draw(st.integers(1, steps))
     )
@@ -68,6 +88,25 @@ def test_an_answer_is_the_reference_networks_at_the_step_that_answered(
 
 
 @PROPERTY
+@given(networks(budget_scope="input"), batches(), st.data())
+def test_an_item_runs_its_rules_path_up_to_the_step_that_answered(
+    model: BudgetFormerForSequenceClassification, items: list[Item], data: st.DataObject
+) -> None:
+    wanted = data.draw(policy_rules(model.config.num_steps, model.config.embedding_exit))
+    answered = works(items, wanted)
+    finish(PackedPass(model), answered)
+    for item in answered:
+        assert item.s is not None
+        path = wanted.path(item.s)
+        assert tuple(item.steps) == path[: len(item.steps)]
+        assert item.steps[-1] == item.step
+        assert item.predicted == (item.steps[0] or (item.steps[1] if item.step else 0))
+        assert item.macs == step_macs(model.config, item.steps, len(item.ids))
+        sure = float(confidence(item.logits, model.config.problem_type))
+        assert item.step == path[-1] or sure >= wanted.level.threshold
+
+
+@PROPERTY
 @given(networks(), batches(), st.data())
 def test_multiply_adds_are_what_was_executed(
     model: BudgetFormerForSequenceClassification, items: list[Item], data: st.DataObject
@@ -75,7 +114,7 @@ def test_multiply_adds_are_what_was_executed(
     steps = model.config.num_steps
     if model.config.budget_scope == "layer":
         fixed = data.draw(st.none() | st.integers(1, steps))
-        wanted = BudgetRule(point=None, num_steps=steps, fixed=fixed)
+        wanted = BudgetRule(num_steps=steps, fixed=fixed)
     else:
         wanted = data.draw(rules(model))
     answered = works(items, wanted)
@@ -93,7 +132,7 @@ def test_a_ceiling_holds_where_layers_decide(
 ) -> None:
     config = model.config
     ceiling = data.draw(st.integers(1, config.num_steps))
-    answered = works(items, BudgetRule(point=None, num_steps=config.num_steps, ceiling=ceiling))
+    answered = works(items, BudgetRule(num_steps=config.num_steps, ceiling=ceiling))
     finish(PackedPass(model), answered)
     most = [
         max(plan[layer] for plan in config.ladder[:ceiling])
@@ -125,7 +164,7 @@ def test_a_sure_answer_stands() -> None:
 
 def test_step_0_answers_on_arrival() -> None:
     model = random_network(small_config(embedding_exit=True))
-    items = works(random_items([6, 3]), BudgetRule(point=None, num_steps=4, fixed=0))
+    items = works(random_items([6, 3]), BudgetRule(num_steps=4, fixed=0))
     cascade.arrive(PackedPass(model), items)
     assert all(item.done for item in items)
     assert all(sum(item.heads) == 0 for item in items)

@@ -22,7 +22,8 @@ from budgetformer.compact import choice as choice_module
 from budgetformer.compact import linear as linear_module
 from budgetformer.compact import weights as weights_module
 from budgetformer.compact.choice import MIN_WEIGHTS, choose_precision
-from budgetformer.cost import MacCounter, decision_macs, encoder_macs, scorer_macs
+from budgetformer.cost import decision_macs, encoder_macs, scorer_macs
+from budgetformer.mac_counter import MacCounter
 from budgetformer.modeling import BudgetFormerForSequenceClassification
 from tests.support.networks import (
     POSITIONS,

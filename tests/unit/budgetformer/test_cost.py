@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.cost import (
-    MacCounter,
     decision_macs,
     dense_macs,
     encoder_macs,
+    fits_in_full_pass,
     layer_macs,
     step_macs,
 )
+from budgetformer.mac_counter import MacCounter
 from budgetformer.modeling import BudgetFormerForSequenceClassification
 from tests.support.networks import PROPERTY, configs, networks, small_config
 
@@ -190,3 +191,29 @@ def test_a_layer_without_heads_costs_nothing(config: BudgetFormerConfig, tokens:
 def test_an_empty_item_costs_its_decision_and_the_classifier(config: BudgetFormerConfig) -> None:
     assert dense_macs(config, 0) == top_macs(config)
     assert step_macs(config, [config.num_steps], 0) == decision_macs(config) + top_macs(config)
+
+
+@PROPERTY
+@given(configs(budget_scope="input", **EVEN), st.data())
+def test_a_chain_that_fits_never_costs_more_than_the_full_step(
+    config: BudgetFormerConfig, data: st.DataObject
+) -> None:
+    chain = sorted(data.draw(st.sets(st.integers(1, config.num_steps), min_size=1)))
+    tokens = data.draw(st.integers(1, 600))
+    full = step_macs(config, [config.num_steps], tokens)
+    fits = fits_in_full_pass(config, chain)
+    if fits:
+        assert step_macs(config, chain, tokens) <= full
+    else:  # then there is a length at which it does cost more
+        lengths = [1, 2, 3, 10**6]
+        assert any(
+            step_macs(config, chain, n) > step_macs(config, [config.num_steps], n) for n in lengths
+        )
+
+
+def test_one_step_always_fits_and_two_full_ones_never() -> None:
+    config = small_config(embedding_exit=True)
+    assert all(fits_in_full_pass(config, [0, step]) for step in range(1, config.num_steps + 1))
+    assert fits_in_full_pass(config, [0, 1, 2])
+    assert not fits_in_full_pass(config, [0, 2, 3])
+    assert not fits_in_full_pass(config, [1, config.num_steps])

@@ -2,30 +2,42 @@ from __future__ import annotations
 
 import pytest
 
-from budgetformer.policy import BudgetRule, OperatingPoint
+from budgetformer.policy import BudgetRule, Level
 
-POINT = OperatingPoint(
-    accuracy=0.9, points_lost=0, macs_share=0.1, mean_heads=3, budgets={0: 0.7, 2: 0.2, 6: 0.1}
+LEVEL = Level(
+    threshold=0.8,
+    points_lost=0,
+    macs_share=0.1,
+    mean_heads=3,
+    budgets={0: 0.7, 2: 0.2, 6: 0.1},
+    runs={1: 0.05, 2: 0.25, 6: 0.1},
 )
 
 
 @pytest.mark.parametrize(
-    ("rule", "expected"),
+    ("rule", "budgets", "runs"),
     [
-        (BudgetRule(point=POINT, num_steps=6), {0: 0.7, 2: 0.2, 6: 0.1}),
-        (BudgetRule(point=POINT, num_steps=6, ceiling=3), {0: 0.7, 2: 0.2, 3: 0.1}),
-        (BudgetRule(point=POINT, num_steps=6, ceiling=1), {0: 0.7, 1: 0.3}),
-        (BudgetRule(point=POINT, num_steps=6, fixed=4), {4: 1.0}),
-        (BudgetRule(point=None, num_steps=6), None),
+        (BudgetRule(level=LEVEL, num_steps=6), LEVEL.budgets, LEVEL.runs),
+        (
+            BudgetRule(level=LEVEL, num_steps=6, ceiling=3),
+            {0: 0.7, 2: 0.2, 3: 0.1},
+            {1: 0.05, 2: 0.25, 3: 0.1},
+        ),
+        (BudgetRule(level=LEVEL, num_steps=6, ceiling=1), {0: 0.7, 1: 0.3}, {1: 0.3}),
+        (BudgetRule(level=LEVEL, num_steps=6, ceiling=0), {0: 1.0}, {}),
+        (BudgetRule(level=LEVEL, num_steps=6, fixed=4), {4: 1.0}, {4: 1.0}),
+        (BudgetRule(level=LEVEL, num_steps=6, fixed=0), {0: 1.0}, {}),
     ],
 )
 def test_what_calibration_says_of_a_rule(
-    rule: BudgetRule, expected: dict[int, float] | None
+    rule: BudgetRule, budgets: dict[int, float], runs: dict[int, float]
 ) -> None:
-    found = rule.expected_budgets()
-    assert found == (None if expected is None else pytest.approx(expected))
+    assert rule.expected_budgets() == pytest.approx(budgets)
+    assert rule.expected_runs() == pytest.approx(runs)
 
 
-def test_a_checkpoint_that_recorded_no_budgets_expects_nothing() -> None:
-    point = POINT.model_copy(update={"budgets": {}})
-    assert BudgetRule(point=point, num_steps=6).expected_budgets() is None
+@pytest.mark.parametrize("level", [None, LEVEL.model_copy(update={"budgets": {}, "runs": {}})])
+def test_without_calibrated_budgets_nothing_is_expected(level: Level | None) -> None:
+    rule = BudgetRule(level=level, num_steps=6)
+    assert rule.expected_budgets() is None
+    assert rule.expected_runs() is None

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budgetformer import step0
-from budgetformer.architecture import MULTI_LABEL
+from budgetformer.architecture import EVIDENCE_FEATURES, MULTI_LABEL
 from budgetformer.modeling import BudgetFormerForSequenceClassification as Network
 from budgetformer.modules import confidence
-from budgetformer.step0 import EVIDENCE_FEATURES, MAX_ODDS, StepZero, evidence, features, tfidf
+from budgetformer.step0 import MAX_ODDS, StepZero, evidence, features, tfidf
 from tests.support.networks import (
     PROPERTY,
     VOCABULARY,

@@ -97,6 +97,28 @@ def assert_one_line(message: str, *parts: str) -> None:
         assert part in message
 
 
+LEVELS = (
+    {"name": "fast", "threshold": 0.5, "points_lost": 2.0, "macs_share": 0.1, "mean_heads": 1.0},
+    {"name": "best", "threshold": 0.9, "points_lost": 0.0, "macs_share": 0.4, "mean_heads": 3.0},
+)
+
+
+def with_policy(chain: tuple[int, ...]) -> Damage:
+    """Replace the operating points by a chain with two levels."""
+    policy = {
+        "measure": "agreement",
+        "chain": chain,
+        "entry": [{"upto": 0.5, "step": chain[1]}, {"upto": 1.0, "step": chain[-1]}],
+        "levels": LEVELS,
+    }
+    return edit("manifest.json", policy=policy, operating_points=[])
+
+
+def layerwise_with_policy(folder: Path) -> None:
+    edit("config.json", budget_scope="layer", embedding_exit=False)(folder)
+    with_policy((1, 2))(folder)
+
+
 UNREADABLE = {
     "no manifest": (without("manifest.json"), "manifest.json", "missing"),
     "manifest not JSON": (write("manifest.json", b"{"), "manifest.json", "JSON"),
@@ -121,6 +143,11 @@ UNREADABLE = {
     "ladder of words": (edit("config.json", ladder=["a"] * 4), "config.json", "ladder"),
     "ladder empty": (edit("config.json", ladder=[]), "", ""),
     "ladder too short": (edit("config.json", ladder=[[1, 1]]), "", "step"),
+    "step beyond the ladder": (with_policy((0, 1, 9)), "manifest.json", "step 9"),
+    "chain without its step 0": (with_policy((1, 2)), "manifest.json", "step 0"),
+    "chain dearer than the full step": (with_policy((0, 2, 4)), "manifest.json", "full step"),
+    "chain where layers decide": (layerwise_with_policy, "manifest.json", "budget_scope"),
+    "chain that falls": (with_policy((0, 2, 1)), "manifest.json", "rise"),
     "layers not a number": (
         edit("config.json", num_hidden_layers="two"),
         "config.json",
@@ -236,6 +263,29 @@ class TestRule:
         edit("config.json", ladder=[[0, 1], [1, 2], [4, 1], [4, 4]])(store / TOPICS / "1")
         checkpoint = read_checkpoint(store / TOPICS / "1")
         assert [checkpoint.rule(heads=k).fixed for k in range(HEADS + 1)] == [0, 1, 2, 2, 4]
+
+    def test_a_policys_rules_are_its_chain_with_a_threshold(self, store: Path) -> None:
+        with_policy((0, 1, 2))(store / TOPICS / "1")
+        checkpoint = read_checkpoint(store / TOPICS / "1")
+        fast, between = checkpoint.rule("fast"), checkpoint.rule(1.0, max_heads=1)
+        assert fast.path(0.4) == (0, 1, 2)
+        assert fast.path(0.6) == (0, 2)
+        assert (fast.next_step(0, 0.5, 0.4), fast.next_step(0, 0.4, 0.4)) == (None, 1)
+        assert between.path(0.6) == (0, 1)
+        assert between.level is not None
+        assert between.level.threshold == pytest.approx(0.7)
+        assert checkpoint.rule(None).level is None
+
+    def test_both_forms_say_what_their_levels_reach(self, store: Path) -> None:
+        old = read_checkpoint(store / TOPICS / "1").manifest
+        with_policy((0, 1, 2))(store / TOPICS / "1")
+        new = read_checkpoint(store / TOPICS / "1").manifest
+        assert list(old.named_levels) == ["fast", "balanced", "best"]
+        assert (old.measure, new.measure) == ("accuracy", "agreement")
+        assert {name: level.macs_share for name, level in new.named_levels.items()} == {
+            "fast": 0.1,
+            "best": 0.4,
+        }
 
 
 class TestDamage:

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
+from budgetformer.architecture import EVIDENCE_FEATURES
 from budgetformer.modeling import BudgetFormerForSequenceClassification
-from budgetformer.step0 import EVIDENCE_FEATURES
 from budgetformer.training.exits import fit_controller
 from tests.support.networks import random_network, small_config
 

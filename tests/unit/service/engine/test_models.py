@@ -16,9 +16,9 @@ from service.engine.models import load_model
 def test_steps_that_levels_use_are_laid_out(model_store: Path) -> None:
     path = model_store / "topics" / "1"
     checkpoint = read_checkpoint(path)
-    points = [p for p in checkpoint.manifest.operating_points if p.name]
-    steps = {band.step for p in points for band in p.entry}
-    steps |= {p.escalation.step for p in points if p.escalation}
+    rules = [checkpoint.rule(name) for name in checkpoint.manifest.named_levels]
+    steps = {step for rule in rules for step in rule.chain}
+    steps |= {band.step for rule in rules for band in rule.entry}
     network = load_model(path, "cpu", "float32", {}).network
     laid_out = {heads for layer, heads, _ in network._slices._slices if layer == 0}
     wanted = {tuple(range(network.config.heads_per_layer(step)[0])) for step in steps - {0}}

@@ -38,16 +38,16 @@ def rule(
         mean_heads=1.0,
         budgets=budgets,
     )
-    return BudgetRule(point=point, num_steps=3)
+    return point.rule(3)
 
 
 def test_a_fixed_step_is_run_by_everyone() -> None:
-    assert Outlook.of(BudgetRule(point=None, num_steps=3, fixed=2)).steps == {2: 1.0}
-    assert Outlook.of(BudgetRule(point=None, num_steps=3, fixed=0)).steps == {}
+    assert Outlook.of(BudgetRule(num_steps=3, fixed=2)).steps == {2: 1.0}
+    assert Outlook.of(BudgetRule(num_steps=3, fixed=0)).steps == {}
 
 
 def test_without_calibration_the_whole_ladder_is_expected() -> None:
-    assert Outlook.of(BudgetRule(point=None, num_steps=3)).steps == {3: 1.0}
+    assert Outlook.of(BudgetRule(num_steps=3)).steps == {3: 1.0}
 
 
 def test_where_calibration_kept_no_steps_its_mean_cost_counts() -> None:
@@ -136,5 +136,5 @@ def test_what_is_expected_of_many_is_the_sum_of_each() -> None:
 
 
 def test_a_ceiling_bounds_what_is_expected() -> None:
-    capped = BudgetRule(point=rule({0: 0.5, 1: 0.2, 3: 0.3}).point, num_steps=3, ceiling=2)
+    capped = rule({0: 0.5, 1: 0.2, 3: 0.3}).model_copy(update={"ceiling": 2})
     assert Outlook.of(capped).steps == {1: 0.2, 2: 0.3}

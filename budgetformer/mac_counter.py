@@ -1,0 +1,48 @@
+"""Count the multiply-adds that torch really executes, to check the formulas of `cost`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class MacCounter(TorchFunctionMode):
+    """Count the multiply-adds that torch functions really execute inside a `with` block.
+
+    It sees the shapes of linear maps, matrix products and attention, and knows nothing of budgets,
+    so it is an independent check of the formulas.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run `func`, and add its multiply-adds."""
+        result = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            self.macs += result.numel() * args[1].shape[-1]
+        elif func in (
+            torch.matmul,
+            torch.mm,
+            torch.bmm,
+            torch.Tensor.matmul,
+            torch.Tensor.__matmul__,
+            torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32,
+        ):
+            self.macs += result.numel() * args[0].shape[-1]
+        elif func in (torch.addmm, torch.ops.mkldnn._linear_pointwise):
+            self.macs += result.numel() * args[1].shape[-1]
+        elif func is F.scaled_dot_product_attention:
+            query, key = args[0], args[1]
+            self.macs += 2 * query.numel() * key.shape[-2]
+        return result

@@ -1,0 +1,67 @@
+"""Print the accuracy of step 0 alone against the size of its table.
+
+`python step0_sizes.py DATA_FOLDER [TOKENS]`: the folder has train and test files as `budgetformer
+train` reads them; step 0 reads at most TOKENS of a text. A tenth of the training texts is left out,
+as in training.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from budgetformer.configuration import BudgetFormerConfig
+from budgetformer.training.data import Examples, TokenizedTexts, read_examples
+from budgetformer.training.exits import wrong
+from budgetformer.training.pipeline import find_data, find_start
+from budgetformer.training.recipe import Recipe
+from budgetformer.training.step0 import fit_step0
+from budgetformer.training.trainer import split_rows
+
+SIZES = (0, 2**17, 2**19, 2**20, 2**21)
+"""Weights in the table for pairs of neighbouring tokens."""
+
+
+def main(data: str, tokens: int = 4096) -> None:
+    train_file, test_file = find_data(Path(data))
+    assert test_file is not None
+    everything = read_examples(train_file)
+    test = read_examples(test_file, everything.names, multi_label=everything.multi_label)
+    recipe = Recipe()
+    kept, _ = split_rows(len(everything), recipe.hold_out, recipe.seed)
+    train = everything.subset(kept)
+    folder = find_start("minilm-l6").folder
+    assert folder is not None
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def tokenized(examples: Examples) -> TokenizedTexts:
+        return TokenizedTexts(tokenizer, examples.texts, examples.pairs, tokens)
+
+    seen, unseen = tokenized(train), tokenized(test)
+    print("| weights for pairs | table, MB | out of fold | test |\n|---|---|---|---|")
+    for size in SIZES:
+        config = BudgetFormerConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            num_labels=len(train.names),
+            embedding_exit=True,
+            exit_tfidf=True,
+            exit_buckets=size // (1 if len(train.names) == 2 else len(train.names)),
+        )
+        head, out_of_fold = fit_step0(config, seen, train, recipe)
+        found = []
+        for ids, types in zip(unseen.ids, unseen.types, strict=True):
+            own = torch.from_numpy(ids)[None]
+            found.append(head(own, torch.ones_like(own), torch.from_numpy(types)[None]))
+        errors = (
+            wrong(logits, torch.from_numpy(labels), config.problem_type).mean()
+            for logits, labels in ((out_of_fold, train.labels), (torch.cat(found), test.labels))
+        )
+        megabytes = (head.table.nbytes + head.idf.nbytes) / 1e6
+        print(f"| {size:,} | {megabytes:.2f} |", " | ".join(f"{1 - e:.4f}" for e in errors), "|")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:3]))
