@@ -51,11 +51,19 @@ def tokenizer_errors() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens of a text or pair as a model reads them, special ones included."""
+    """The tokens of a text or pair as a model reads them, special ones included.
+
+    Attributes:
+        ids, type_ids: of the encoder's window.
+        truncated: whether the window leaves some out.
+        whole, whole_type_ids: what step 0 reads; None: the window holds all of it.
+    """
 
     ids: list[int]
     type_ids: list[int]
     truncated: bool
+    whole: list[int] | None = None
+    whole_type_ids: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,22 +79,30 @@ class TextEncoder:
 
     Args:
         tokenizer: becomes this object's own, without truncation and padding.
-        max_tokens: of a text or pair, special tokens included.
+        max_tokens: of a text or pair in the encoder's window, special tokens included.
         side: the end that is cut off.
+        whole_tokens: likewise for `Tokens.whole`; up to `max_tokens` there is none.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int, side: Side = "right") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        side: Side = "right",
+        whole_tokens: int = 0,
+    ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.tokenizer = tokenizer
         self._side = side
         self._max_tokens = max_tokens
+        self._whole_tokens = max(max_tokens, whole_tokens)
         self._templates = [_Template(tokenizer, sequences) for sequences in (1, 2)]
         self._split = _split_pattern(tokenizer)
-        self._window = _CHARACTERS_PER_TOKEN * max_tokens
+        self._first = min(_CHARACTERS_PER_TOKEN * self._whole_tokens, STEP_CHARACTERS)
         # Without a post-processor the tokenizer's fast call gives both texts of a pair one type.
-        whole = tokenizer.post_processor is not None
-        self._short = _FEW_CHARACTERS_PER_TOKEN * max_tokens if whole else -1
+        typed = tokenizer.post_processor is not None
+        self._short = _FEW_CHARACTERS_PER_TOKEN * max_tokens if typed else -1
 
     def encode(self, texts: Sequence[Text]) -> list[Tokens]:
         """Tokenize texts and pairs.
@@ -105,7 +121,7 @@ class TextEncoder:
         group: list[Text] = []
         size = begin = 0
         for place, text in enumerate(texts):
-            first = min(characters(text), 2 * self._window)
+            first = min(characters(text), 2 * self._first)
             if group and size + first > STEP_CHARACTERS:
                 yield from self._read(begin, group)
                 group, size, begin = [], 0, place
@@ -119,7 +135,7 @@ class TextEncoder:
 
     def _read(self, begin: int, texts: list[Text]) -> Iterator[list[Tokens]]:
         """Tokenize a group of texts, of which the first has the place `begin`."""
-        found = self._whole(texts)
+        found = self._at_once(texts)
         items = [self._item(begin + at, text) for at, text in enumerate(texts) if found[at] is None]
         cut: list[Tokens] = []
         if items:
@@ -130,7 +146,7 @@ class TextEncoder:
         rest = iter(cut)
         yield [next(rest) if tokens is None else tokens for tokens in found]
 
-    def _whole(self, texts: list[Text]) -> Sequence[Tokens | None]:
+    def _at_once(self, texts: list[Text]) -> Sequence[Tokens | None]:
         """Tokenize texts in one call if all are short; None stands for one that must be cut."""
         none = [None] * len(texts)
         if any(characters(text) > self._short for text in texts):
@@ -145,11 +161,13 @@ class TextEncoder:
     def _item(self, place: int, text: Text) -> _Item:
         sequences = (text,) if isinstance(text, str) else text
         template = self._templates[len(sequences) - 1]
-        room = max(0, self._max_tokens - template.special)
+        room, whole_room = (
+            max(0, tokens - template.special) for tokens in (self._max_tokens, self._whole_tokens)
+        )
         parts = [
-            _Reading(place, sequence, self._side, room, self._window) for sequence in sequences
+            _Reading(place, sequence, self._side, whole_room, self._first) for sequence in sequences
         ]
-        return _Item(template, room, parts)
+        return _Item(template, room, whole_room, parts)
 
     def _finish(self, items: list[_Item]) -> Iterator[list[Tokens]]:
         """Read a group of texts as far as it matters; all but the last step finish none."""
@@ -299,37 +317,52 @@ class _Reading:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A text or pair that is being read; `room` tokens of it fit into the model."""
+    """A text or pair that is being read.
+
+    `room` tokens of it fit into the encoder's window, `whole_room` into what step 0 reads.
+    """
 
     template: _Template
     room: int
+    whole_room: int
     parts: list[_Reading]
 
     def wanted(self) -> list[_Reading]:
         """Return the texts of which more can matter."""
-        wanted = [part for part in self.parts if part.more and part.count <= self.room]
+        wanted = [part for part in self.parts if part.more and part.count <= self.whole_room]
         if wanted or len(self.parts) == 1:
             return wanted
         # Half of an odd room is rounded up for the longer text, so both are counted until it is
         # known which one that is.
         first, second = self.parts
         shorter = first if first.count <= second.count else second
-        halved = self.room % 2 and shorter.count > self.room // 2
+        halved = any(
+            room % 2 and shorter.count > room // 2 for room in (self.room, self.whole_room)
+        )
         return [shorter] if halved and shorter.more else []
 
     def tokens(self) -> Tokens:
         """Return the tokens that truncation keeps."""
-        shares = self._shares([part.count for part in self.parts])
-        kept = [part.kept(share) for part, share in zip(self.parts, shares, strict=True)]
-        cut = any(part.count > share for part, share in zip(self.parts, shares, strict=True))
-        return Tokens(*self.template.fill(kept), cut)
+        ids, type_ids = self._cut(self.room)
+        if sum(part.count for part in self.parts) <= self.room:
+            return Tokens(ids, type_ids, False)
+        whole = self._cut(self.whole_room) if self.whole_room > self.room else (None, None)
+        return Tokens(ids, type_ids, True, *whole)
 
-    def _shares(self, counts: list[int]) -> list[int]:
+    def _cut(self, room: int) -> tuple[list[int], list[int]]:
+        """Return the token ids and type ids of the item cut to so many tokens."""
+        shares = self._shares([part.count for part in self.parts], room)
+        return self.template.fill(
+            [part.kept(share) for part, share in zip(self.parts, shares, strict=True)]
+        )
+
+    @staticmethod
+    def _shares(counts: list[int], room: int) -> list[int]:
         """Return how many tokens of each text are kept: the longer one is cut first."""
-        if sum(counts) <= self.room:
+        if sum(counts) <= room:
             return counts
         if len(counts) == 1:
-            return [self.room]
-        shorter = min(min(counts), self.room // 2)
-        shares = [shorter, self.room - shorter]
+            return [room]
+        shorter = min(min(counts), room // 2)
+        shares = [shorter, room - shorter]
         return shares if counts[0] <= counts[1] else shares[::-1]

@@ -118,17 +118,28 @@ TEXTS = st.lists(
     st.tuples(st.sampled_from(PARTS) | st.text(max_size=3), st.integers(1, 30)), max_size=12
 ).map(lambda parts: "".join(part * times for part, times in parts))
 LENGTHS = st.integers(3, 24)
+# Tokens that step 0 reads beyond those of the encoder; below 0: it asks for no more than those.
+BEYOND = st.integers(-4, 90)
 # The tokenizer's own truncation of pairs takes time with the square of their length.
 SHORTER = TEXTS.map(lambda text: text[:240])
 
 
 @cache
-def encoders(kind: str, side: Side, length: int) -> tuple[Tokenizer, TextEncoder]:
-    """Return a tokenizer that truncates by itself, and what is to do the same."""
-    expected, tokenizer = _made(kind), _made(kind)
-    expected.no_padding()
-    expected.enable_truncation(length, direction=side)
-    return expected, TextEncoder(tokenizer, length, side)
+def truncating(kind: str, side: Side, length: int) -> Tokenizer:
+    """Return a tokenizer that truncates by itself."""
+    tokenizer = _made(kind)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length, direction=side)
+    return tokenizer
+
+
+@cache
+def encoders(
+    kind: str, side: Side, length: int, whole: int
+) -> tuple[Tokenizer, Tokenizer, TextEncoder]:
+    """Return what truncates by itself to `length` and to `whole`, and what is to do both."""
+    expected = truncating(kind, side, length), truncating(kind, side, max(length, whole))
+    return *expected, TextEncoder(_made(kind), length, side, whole)
 
 
 def _made(kind: str) -> Tokenizer:
@@ -140,22 +151,32 @@ def _written(kind: str) -> str:
     return KINDS[kind]().to_str()
 
 
-def check_same(kind: str, side: Side, length: int, texts: list[Text]) -> None:
-    expected, encoder = encoders(kind, side, length)
+def check_same(kind: str, side: Side, length: int, beyond: int, texts: list[Text]) -> None:
+    window, whole, encoder = encoders(kind, side, length, length + beyond)
     found = encoder.encode(texts)
-    for text, one, tokens in zip(texts, expected.encode_batch(texts), found, strict=True):
-        assert tokens == Tokens(one.ids, one.type_ids, bool(one.overflowing)), text
+    expected = zip(window.encode_batch(texts), whole.encode_batch(texts), strict=True)
+    for text, (own, more), tokens in zip(texts, expected, found, strict=True):
+        cut = bool(own.overflowing)
+        rest = (more.ids, more.type_ids) if cut and beyond > 0 else (None, None)
+        assert tokens == Tokens(own.ids, own.type_ids, cut, *rest), text
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(PROPERTY, max_examples=40)
-@given(side=st.sampled_from(["right", "left"]), length=LENGTHS, texts=st.lists(TEXTS, max_size=3))
-@example(side="left", length=9, texts=["the [MASK] to " * 40, "\u6f22" * 90 + " a" * 90])
-@example(side="right", length=9, texts=["", " " * 400, "a" + " " * 400 + "b", "to to " * 90])
+@given(
+    side=st.sampled_from(["right", "left"]),
+    length=LENGTHS,
+    beyond=BEYOND,
+    texts=st.lists(TEXTS, max_size=3),
+)
+@example(side="left", length=9, beyond=0, texts=["the [MASK] to " * 40, "\u6f22" * 90 + " a" * 90])
+@example(side="left", length=9, beyond=50, texts=["the [MASK] to " * 40, "\u6f22" * 90])
+@example(side="right", length=9, beyond=0, texts=["", " " * 400, "a" + " " * 400 + "b", "to " * 90])
+@example(side="right", length=9, beyond=60, texts=["", " " * 400, "a b", "to to " * 90])
 def test_a_text_is_cut_as_the_tokenizer_cuts_it(
-    kind: str, side: Side, length: int, texts: list[Text]
+    kind: str, side: Side, length: int, beyond: int, texts: list[Text]
 ) -> None:
-    check_same(kind, side, length, texts)
+    check_same(kind, side, length, beyond, texts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,16 +184,21 @@ def test_a_text_is_cut_as_the_tokenizer_cuts_it(
 @given(
     side=st.sampled_from(["right", "left"]),
     length=st.integers(8, 24),
+    beyond=BEYOND,
     pair=st.tuples(SHORTER, SHORTER),
 )
-@example(side="right", length=8, pair=("the to " * 40, "the " * 81))
-@example(side="left", length=8, pair=("the " * 81, "the to " * 40))
-@example(side="right", length=8, pair=("the " * 80, "the to " * 40))
-@example(side="right", length=16, pair=("the", "the to " * 40))
+@example(side="right", length=8, beyond=0, pair=("the to " * 40, "the " * 81))
+@example(side="left", length=8, beyond=0, pair=("the " * 81, "the to " * 40))
+@example(side="right", length=8, beyond=0, pair=("the " * 80, "the to " * 40))
+@example(side="right", length=16, beyond=0, pair=("the", "the to " * 40))
+# An odd room in the window or in the whole: half of it is rounded up for the longer text.
+@example(side="right", length=8, beyond=9, pair=("the to " * 40, "the " * 81))
+@example(side="left", length=9, beyond=9, pair=("the " * 81, "the to " * 40))
+@example(side="right", length=8, beyond=30, pair=("the " * 9, "the to " * 40))
 def test_a_pair_is_cut_as_the_tokenizer_cuts_it(
-    kind: str, side: Side, length: int, pair: tuple[str, str]
+    kind: str, side: Side, length: int, beyond: int, pair: tuple[str, str]
 ) -> None:
-    check_same(kind, side, length, [pair])
+    check_same(kind, side, length, beyond, [pair])
 
 
 class Counting:
@@ -190,8 +216,10 @@ class Counting:
         return self._tokenizer.encode_batch_fast(texts, **options)
 
 
-def counted(kind: str, side: Side = "right", length: int = 64) -> tuple[TextEncoder, Counting]:
-    encoder = TextEncoder(_made(kind), length, side)
+def counted(
+    kind: str, side: Side = "right", length: int = 64, whole: int = 0
+) -> tuple[TextEncoder, Counting]:
+    encoder = TextEncoder(_made(kind), length, side, whole)
     counting = Counting(encoder.tokenizer)
     encoder.tokenizer = counting  # type: ignore[assignment]
     return encoder, counting
@@ -205,18 +233,35 @@ def test_what_cannot_matter_of_a_text_is_not_read(kind: str, side: Side) -> None
     assert sum(counting.calls) < 2000
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_text_is_read_as_far_as_step_0_reads_it(side: Side) -> None:
+    encoder, counting = counted("small", side, whole=4096)
+    (tokens,) = encoder.encode(["the crew painted a tug. " * 400_000])
+    assert (len(tokens.ids), len(tokens.whole or ())) == (64, 4096)
+    assert sum(counting.calls) < 2 * STEP_CHARACTERS
+    assert max(counting.calls) < STEP_CHARACTERS
+
+
+def test_a_text_that_the_window_holds_costs_no_more_with_a_whole() -> None:
+    (plain, plain_counting), (reading, counting) = (counted("small", whole=n) for n in (0, 4096))
+    assert plain.encode(["the to"] * 9) == reading.encode(["the to"] * 9)
+    assert plain_counting.calls == counting.calls == [54]
+
+
+@pytest.mark.parametrize("whole", [0, 4096])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "text", ["the " * 25_000, "x" * 100_000, " " * 100_000, "\u6f22" * 100_000]
 )
-def test_no_character_is_read_twice(kind: str, text: str) -> None:
-    encoder, counting = counted(kind)
+def test_no_character_is_read_twice(kind: str, text: str, whole: int) -> None:
+    encoder, counting = counted(kind, whole=whole)
     encoder.encode([(text, text)])
     assert sum(counting.calls) <= 2 * len(text)
 
 
-def test_many_texts_are_read_in_bounded_steps() -> None:
-    encoder, counting = counted("small")
+@pytest.mark.parametrize("whole", [0, 900, 50_000])
+def test_many_texts_are_read_in_bounded_steps(whole: int) -> None:
+    encoder, counting = counted("small", whole=whole)
     texts: list[Text] = ["the to " * 3000, ("to " * 9000, "to " * 8999), "", "the " * 9] * 40
     found: list[Tokens] = []
     for step, finished in enumerate(encoder.steps(texts), start=1):
@@ -228,7 +273,7 @@ def test_many_texts_are_read_in_bounded_steps() -> None:
 
 
 def test_words_are_the_entries_of_the_vocabulary() -> None:
-    expected, encoder = encoders("small", "right", 16)
+    expected, _, encoder = encoders("small", "right", 16, 0)
     (found,) = encoder.encode(["The crew painted \u2603."])
     assert encoder.words(found.ids) == expected.encode("The crew painted \u2603.").tokens
 
