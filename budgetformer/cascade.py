@@ -12,6 +12,7 @@ from budgetformer.compact import PackedPass, PackedTokens, PassResult
 from budgetformer.cost import decision_macs, dense_macs, encoder_macs, scorer_macs
 from budgetformer.modules import confidence
 from budgetformer.policy import BudgetRule
+from budgetformer.tokenization import Tokens
 
 LAYERWISE = -1
 """The step of an item whose layers decide for themselves (scope "layer"), until it has run."""
@@ -35,6 +36,8 @@ class Work:
         chosen: head indices of the last pass, by layer.
         macs, dense_macs: multiply-adds spent so far, and what the dense network would spend.
         logits: the answer [C], once there is one.
+        whole, whole_segments: token and segment ids as step 0 reads them; None: `ids` and
+            `segments`.
     """
 
     ids: Sequence[int]
@@ -51,18 +54,52 @@ class Work:
     macs: int = 0
     dense_macs: int = 0
     logits: Tensor | None = None
+    whole: Sequence[int] | None = None
+    whole_segments: Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, tokens: Tokens, rule: BudgetRule) -> Work:
+        """Return the work that a tokenized text or pair asks for."""
+        return cls(
+            tokens.ids,
+            tokens.type_ids,
+            rule,
+            whole=tokens.whole,
+            whole_segments=tokens.whole_type_ids,
+        )
 
     @property
     def done(self) -> bool:
         """Whether the answer is there."""
         return self.logits is not None
 
+    @property
+    def exit_tokens(self) -> int:
+        """Tokens that step 0 reads."""
+        return len(self.ids if self.whole is None else self.whole)
+
 
 def pack(items: Sequence[Work]) -> PackedTokens:
-    """Pack the tokens of some items."""
-    ids, segments = [item.ids for item in items], None
-    if any(item.segments for item in items):
-        segments = [item.segments or [0] * len(item.ids) for item in items]
+    """Pack the tokens of some items, as the encoder reads them."""
+    return _pack([(item.ids, item.segments) for item in items])
+
+
+def pack_whole(items: Sequence[Work]) -> PackedTokens | None:
+    """Pack the tokens of some items, as step 0 reads them; None: it reads what the encoder does."""
+    if all(item.whole is None for item in items):
+        return None
+    return _pack(
+        [
+            (item.ids, item.segments) if item.whole is None else (item.whole, item.whole_segments)
+            for item in items
+        ]
+    )
+
+
+def _pack(texts: Sequence[tuple[Sequence[int], Sequence[int] | None]]) -> PackedTokens:
+    ids, segments = [own for own, _ in texts], None
+    if any(own for _, own in texts):
+        segments = [kinds or [0] * len(own) for own, kinds in texts]
     return PackedTokens.pack(ids, segments)
 
 
@@ -73,7 +110,7 @@ def arrive(network: PackedPass, items: Sequence[Work]) -> None:
     """
     sizes, problem_type = network.sizes, network.config.problem_type
     decided = 0 if sizes.layerwise else decision_macs(sizes)
-    arrival = network.arrive(pack(items))
+    arrival = network.arrive(pack(items), pack_whole(items))
     exits = None if arrival.exit_logits is None else arrival.exit_logits.cpu()
     budget = None if arrival.budget is None else arrival.budget.tolist()
     sure = None if exits is None else confidence(exits, problem_type).tolist()

@@ -97,6 +97,7 @@ class Manifest(_Data):
         created: date, ISO 8601.
         files: every other file of the folder that is needed to serve, by name.
         max_tokens: longest input, special tokens included; longer ones are truncated.
+        exit_tokens: likewise of what step 0 reads; None: `max_tokens`.
         truncation_side: the end that is cut off then.
         labels: label names in class order.
         problem_type: `single_label_classification` or `multi_label_classification`.
@@ -116,6 +117,7 @@ class Manifest(_Data):
     created: str
     files: dict[str, FileEntry]
     max_tokens: int = Field(ge=3)
+    exit_tokens: int | None = Field(default=None, le=2**20)
     truncation_side: Literal["right", "left"] = "right"
     labels: tuple[str, ...] = Field(min_length=1)
     problem_type: str
@@ -144,6 +146,11 @@ class Manifest(_Data):
     def measure(self) -> Measure:
         """What the points that a level loses are points of."""
         return "accuracy" if self.policy is None else self.policy.measure
+
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens of a text that step 0 reads at most."""
+        return self.exit_tokens or self.max_tokens
 
 
 class _Shape(BaseModel):
@@ -391,6 +398,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path / MANIFEST}: max_tokens {manifest.max_tokens}, "
             f"the network has {shape.max_position_embeddings} positions"
         )
+    if manifest.exit_tokens is not None and manifest.exit_tokens < manifest.max_tokens:
+        raise CheckpointError(
+            f"{path / MANIFEST}: exit_tokens {manifest.exit_tokens}, "
+            f"less than max_tokens {manifest.max_tokens}"
+        )
     layers = shape.num_hidden_layers
     if len(manifest.ranges) not in (0, layers):
         raise CheckpointError(
@@ -445,13 +457,18 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def load_encoder(checkpoint: Checkpoint) -> TextEncoder:
-    """Load what makes tokens of texts for a checkpoint, cut to its length.
+    """Load what makes tokens of texts for a checkpoint, cut to its lengths.
 
     Raises:
         CheckpointError: as `load_tokenizer` does.
     """
     manifest = checkpoint.manifest
-    return TextEncoder(load_tokenizer(checkpoint), manifest.max_tokens, manifest.truncation_side)
+    return TextEncoder(
+        load_tokenizer(checkpoint),
+        manifest.max_tokens,
+        manifest.truncation_side,
+        manifest.whole_tokens,
+    )
 
 
 @dataclass(frozen=True)

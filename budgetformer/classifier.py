@@ -69,7 +69,7 @@ class Classifier:
         rule = self.checkpoint.rule(quality, heads, max_heads)
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         encoded = self.encoder.encode(inputs)
-        items = [Work(tokens.ids, tokens.type_ids, rule) for tokens in encoded]
+        items = [Work.of(tokens, rule) for tokens in encoded]
         cascade.answer(self.network, items, _batches)
         return [
             self._prediction(item, tokens.truncated)

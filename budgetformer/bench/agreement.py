@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from budgetformer import cascade
-from budgetformer.bench.timing import TokenIds
 from budgetformer.cascade import Work
-from budgetformer.checkpoint import Checkpoint
+from budgetformer.checkpoint import Checkpoint, load_encoder
 from budgetformer.compact import PackedPass
 from budgetformer.modules import MULTI_LABEL
 from budgetformer.policy import BudgetRule
+from budgetformer.tokenization import Text, Tokens
 
 BATCH = 32
 
@@ -44,16 +44,17 @@ class Agreement:
 
 
 def compare_labels(
-    checkpoint: Checkpoint, items: Sequence[TokenIds], plain: PackedPass, other: PackedPass
+    checkpoint: Checkpoint, texts: Sequence[Text], plain: PackedPass, other: PackedPass
 ) -> list[Agreement]:
-    """Classify all items by both passes, at every quality level and at the full budget."""
+    """Classify all texts by both passes, at every quality level and at the full budget."""
+    items = load_encoder(checkpoint).encode(texts)
     ways = {name: checkpoint.rule(name) for name in checkpoint.manifest.named_levels}
     ways["full"] = checkpoint.rule(None, heads=checkpoint.num_heads)
     return [_compare(way, rule, items, plain, other) for way, rule in ways.items()]
 
 
 def _compare(
-    way: str, rule: BudgetRule, items: Sequence[TokenIds], plain: PackedPass, other: PackedPass
+    way: str, rule: BudgetRule, items: Sequence[Tokens], plain: PackedPass, other: PackedPass
 ) -> Agreement:
     expected, steps = _answers(plain, rule, items)
     actual, taken = _answers(other, rule, items)
@@ -73,10 +74,10 @@ def _compare(
 
 
 def _answers(
-    network: PackedPass, rule: BudgetRule, items: Sequence[TokenIds]
+    network: PackedPass, rule: BudgetRule, items: Sequence[Tokens]
 ) -> tuple[Tensor, Tensor]:
     """Return logits [B, C] and final steps [B]."""
-    works = [Work(ids, None, rule) for ids in items]
+    works = [Work.of(tokens, rule) for tokens in items]
     # Texts of about one length together, as a scheduler would have them.
     order = sorted(works, key=lambda work: len(work.ids))
     for start in range(0, len(order), BATCH):

@@ -136,7 +136,7 @@ def bench_gpu(
     if texts is not None:
         plain, *others = ways.items()
         for way, network in others:
-            report.agreements[way] = compare_labels(checkpoint, items, plain[1], network)
+            report.agreements[way] = compare_labels(checkpoint, texts, plain[1], network)
     dense = _dense_way(model)
     for count in tokens:
         batches = _batches(items, count)

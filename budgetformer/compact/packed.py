@@ -266,25 +266,38 @@ class PackedPass:
                 self._slices.get(index, self._first[heads]).warm(sizes, self.sizes)
 
     @inferring
-    def arrive(self, tokens: PackedTokens) -> Arrival:
+    def arrive(self, tokens: PackedTokens, whole: PackedTokens | None = None) -> Arrival:
         """Decide budgets and heads for B items before the encoder runs.
 
-        Pooled embeddings are all that this needs.
+        Step 0 and pooled embeddings are all that this needs.
+
+        Args:
+            tokens: the items, as the encoder reads them.
+            whole: the same items as a TF-IDF step 0 reads them; None: it reads the same tokens.
         """
         parts = self._parts(tokens.lengths)
         if self.step0 is not None:
+            places, read = [(p.start, p.stop) for p in parts], whole or tokens
             return Arrival.join(
-                [self._decide_with_numpy(self.step0, tokens.part(p.start, p.stop)) for p in parts]
+                [
+                    self._decide_with_numpy(self.step0, tokens.part(*p), read.part(*p))
+                    for p in places
+                ]
             )
         return Arrival.join([self._arrive(tokens.part(p.start, p.stop)) for p in parts])
 
     def _arrive(self, tokens: PackedTokens) -> Arrival:
         return self._decide(tokens.to(self.device), self._layout(tokens))
 
-    def _decide_with_numpy(self, step0: StepZero, tokens: PackedTokens) -> Arrival:
-        """Decide on the host, where the tokens are; g_d's order of heads needs the embeddings."""
-        ids, segments = (t.numpy() for t in (tokens.input_ids, tokens.token_type_ids))
-        exit_logits, s = step0.decide(ids, segments, tokens.lengths)
+    def _decide_with_numpy(
+        self, step0: StepZero, tokens: PackedTokens, read: PackedTokens
+    ) -> Arrival:
+        """Decide on the host, where the tokens are; g_d's order of heads needs the embeddings.
+
+        Step 0 reads `read`, the encoder `tokens`.
+        """
+        ids, segments = (t.numpy() for t in (read.input_ids, read.token_type_ids))
+        exit_logits, s = step0.decide(ids, segments, read.lengths)
         decision, ranking = self.encoder.decision, None
         if decision is not None and decision.scorer is not None:
             layout = self._layout(tokens)

@@ -77,16 +77,10 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
         task = bar.add_task("every step", total=count, note="")
         for start in range(0, count, BATCH):
             rows = order[start : start + BATCH]
-            items = [
-                Work(
-                    tokens.ids[row].tolist(),
-                    tokens.types[row].tolist(),
-                    BudgetRule(num_steps=1),
-                )
-                for row in rows
-            ]
+            rule = BudgetRule(num_steps=1)
+            items = [_work(tokens, row, rule) for row in rows]
             packed = cascade.pack(items)
-            arrival = network.arrive(packed)
+            arrival = network.arrive(packed, cascade.pack_whole(items))
             assert arrival.budget is not None
             s[rows] = arrival.budget
             if arrival.exit_logits is not None:
@@ -98,6 +92,14 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
                 logits[step, rows] = result.logits
             bar.advance(task, len(rows))
     return Runs(logits, s, tokens.lengths)
+
+
+def _work(tokens: TokenizedTexts, row: int, rule: BudgetRule) -> Work:
+    ids, whole = tokens.ids[row], tokens.whole[row]
+    work = Work(ids.tolist(), tokens.types[row].tolist(), rule)
+    if len(whole) > len(ids):
+        work.whole, work.whole_segments = whole.tolist(), tokens.whole_types[row].tolist()
+    return work
 
 
 @dataclass(frozen=True)
@@ -290,9 +292,7 @@ def answer_all(
     network: PackedPass, tokens: TokenizedTexts, rule: BudgetRule, batch: int = BATCH
 ) -> list[Work]:
     """Answer N texts under one rule, `batch` at a time; those of one step run together."""
-    items = [
-        Work(tokens.ids[i].tolist(), tokens.types[i].tolist(), rule) for i in range(len(tokens.ids))
-    ]
+    items = [_work(tokens, row, rule) for row in range(len(tokens.ids))]
 
     def batches(some: Sequence[Work]) -> Iterator[Sequence[Work]]:
         return (some[start : start + batch] for start in range(0, len(some), batch))

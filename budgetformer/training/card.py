@@ -62,7 +62,7 @@ text needs.
 
 - Starting weights: {origin.starting_weights} ({origin.starting_weights_license})
 - Data: {origin.data}. Terms: {origin.data_terms}
-- Longest input: {manifest.max_tokens} tokens
+- Longest input: {manifest.max_tokens} tokens; of longer ones step 0 reads {manifest.whole_tokens}
 - Precision: weights in float16 as stored; multiplied in float32, or in bfloat16 where the processor
   gains by it, which is timed as the model loads (`budgetformer_model_info` names it)
 - Made: {manifest.created}, seed {manifest.seed}

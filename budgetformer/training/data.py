@@ -131,7 +131,11 @@ class TokenBatch:
 
 
 class TokenizedTexts:
-    """The tokens of a data set, kept once and served in batches of similar length."""
+    """The tokens of a data set, kept once and served in batches of similar length.
+
+    `ids` and `types` are what the encoder reads of each text, `whole` and `whole_types` what step 0
+    reads.
+    """
 
     def __init__(
         self,
@@ -143,15 +147,21 @@ class TokenizedTexts:
         whole_length: int = 0,
     ) -> None:
         inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
-        encoded = TextEncoder(tokenizer, max_length, truncation_side).encode(inputs)
-        self.ids = [np.array(tokens.ids, dtype=np.int64) for tokens in encoded]
-        self.types = [np.array(tokens.type_ids, dtype=np.int64) for tokens in encoded]
+        encoder = TextEncoder(tokenizer, max_length, truncation_side, whole_length)
+        self.ids: list[np.ndarray] = []
+        self.types: list[np.ndarray] = []
+        self.whole: list[np.ndarray] = []
+        self.whole_types: list[np.ndarray] = []
+        for tokens in encoder.encode(inputs):
+            ids, types = np.array(tokens.ids, np.int64), np.array(tokens.type_ids, np.int64)
+            self.ids.append(ids)
+            self.types.append(types)
+            whole, whole_types = tokens.whole, tokens.whole_type_ids
+            self.whole.append(ids if whole is None else np.array(whole, np.int64))
+            self.whole_types.append(
+                types if whole_types is None else np.array(whole_types, np.int64)
+            )
         self.lengths = np.array([len(ids) for ids in self.ids])
-        self.whole, self.whole_types = self.ids, self.types
-        if whole_length > max_length:
-            encoded = TextEncoder(tokenizer, whole_length, truncation_side).encode(inputs)
-            self.whole = [np.array(tokens.ids, dtype=np.int64) for tokens in encoded]
-            self.whole_types = [np.array(tokens.type_ids, dtype=np.int64) for tokens in encoded]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, examples: Examples) -> TokenizedTexts:
@@ -163,6 +173,7 @@ class TokenizedTexts:
             examples.pairs,
             manifest.max_tokens,
             manifest.truncation_side,
+            manifest.whole_tokens,
         )
 
     def subset(self, rows: np.ndarray) -> TokenizedTexts:

@@ -146,9 +146,11 @@ def train_checkpoint(
     if max_tokens < recipe.max_length:
         log(f"texts are cut to {max_tokens} tokens, the positions that the encoder has")
     cut = (max_tokens, recipe.truncation_side)
-    whole = recipe.exit_tokens if model.config.embedding_exit else 0
-    tokens = TokenizedTexts(tokenizer, seen.texts, seen.pairs, *cut, whole)
-    unseen_tokens = TokenizedTexts(tokenizer, unseen.texts, unseen.pairs, *cut, whole)
+    exit_tokens = max(recipe.exit_tokens, max_tokens) if model.config.exit_tfidf else None
+    tokens, unseen_tokens = (
+        TokenizedTexts(tokenizer, some.texts, some.pairs, *cut, exit_tokens or 0)
+        for some in (seen, unseen)
+    )
     log(
         f"{len(seen)} texts to train on, {len(unseen)} to calibrate on, "
         f"{tokens.lengths.mean():.1f} tokens each"
@@ -186,6 +188,7 @@ def train_checkpoint(
             created=_today(),
             files=file_entries(folder),
             max_tokens=max_tokens,
+            exit_tokens=exit_tokens,
             truncation_side=recipe.truncation_side,
             labels=tuple(examples.names),
             problem_type=network.config.problem_type or "single_label_classification",

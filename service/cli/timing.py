@@ -151,19 +151,17 @@ def bench_agreement(
 ) -> None:
     """Count the texts whose label differs between a precision and float32, at each quality."""
     from budgetformer.bench.agreement import compare_labels
-    from budgetformer.bench.timing import token_ids
     from budgetformer.loading import load_network
     from budgetformer.tables import read_texts
 
     checkpoint = resolve(model, model_store)
     texts, _ = read_texts(data)
-    items = token_ids(checkpoint, texts)
     plain, other = (load_network(checkpoint, device, p) for p in ("float32", dtype))
-    found = compare_labels(checkpoint, items, plain, other)
+    found = compare_labels(checkpoint, texts, plain, other)
     if as_json:
         out.print_json(data=[asdict(agreement) for agreement in found])
         return
-    title = f"{checkpoint.label}, {other.precision} against float32, {len(items)} texts"
+    title = f"{checkpoint.label}, {other.precision} against float32, {len(texts)} texts"
     table = Table("quality", "same label", "other", "at another step", "logits by", title=title)
     for one in found:
         moved, difference = str(one.moved), f"{one.difference:.4f}"

@@ -27,7 +27,7 @@ from tests.support.texts import tokenizer_for
 
 LABELS = ("animals", "music", "weather")
 LAYERS, HEADS = 2, 4
-MAX_TOKENS = 32
+MAX_TOKENS, EXIT_TOKENS = 32, 256
 TOPICS, TAGS, PAIRS, PICKY = "topics", "tags", "pairs", "picky"
 """Single-label (versions 1 and 2), multi-label, text pairs; PICKY has no step 0, heads by input."""
 
@@ -57,6 +57,7 @@ _TINY: dict[str, Any] = {
     "intermediate_size": 64,
     "vocab_size": 200,
     "max_length": MAX_TOKENS,
+    "exit_tokens": EXIT_TOKENS,
     "learning_rate": 5e-3,
     "batch_size": 16,
     "dense_epochs": 6,
@@ -147,7 +148,7 @@ def calibrate_by_hand(path: Path) -> None:
     classifier = Classifier(path)
     texts = [text for text, _ in labelled_sentences()]
     rule = BudgetRule(num_steps=HEADS, fixed=0)
-    items = [Work(tokens.ids, None, rule) for tokens in classifier.encoder.encode(texts)]
+    items = [Work.of(tokens, rule) for tokens in classifier.encoder.encode(texts)]
     cascade.arrive(classifier.network, items)
     exits = torch.stack([item.exit_logits for item in items if item.exit_logits is not None])
     verdict = median(item.s for item in items if item.s is not None)

@@ -10,8 +10,9 @@ from budgetformer.compact import PackedPass
 from budgetformer.cost import dense_macs, step_macs
 from budgetformer.mac_counter import MacCounter
 from budgetformer.modeling import BudgetFormerForSequenceClassification
-from budgetformer.modules import confidence
+from budgetformer.modules import TfidfHead, confidence
 from budgetformer.policy import BudgetRule, EntryBand, Escalation, Level, OperatingPoint
+from budgetformer.tokenization import Tokens
 from tests.support.networks import (
     PROPERTY,
     Item,
@@ -172,6 +173,44 @@ def test_step_0_answers_on_arrival() -> None:
         torch.stack([item.logits for item in items]),
         model(**pad(random_items([6, 3])), steps=0).logits.detach(),
     )
+
+
+def test_nothing_more_is_packed_where_step_0_reads_what_the_encoder_does() -> None:
+    items = works(random_items([6, 3]), rule(4))
+    assert cascade.pack_whole(items) is None
+    assert [item.exit_tokens for item in items] == [6, 3]
+
+
+def test_step_0_gets_the_whole_of_a_long_text_beside_the_others_as_they_are() -> None:
+    fixed = BudgetRule(point=None, num_steps=4, fixed=0)
+    long = Work.of(Tokens([2, 8, 3], [0, 0, 1], True, [2, 8, 9, 3, 3], [0, 0, 0, 1, 1]), fixed)
+    short = Work.of(Tokens([2, 4, 3], [0, 0, 0], False), fixed)
+    window, whole = cascade.pack([long, short]), cascade.pack_whole([long, short])
+    assert whole is not None
+    assert window.input_ids.tolist() == [2, 8, 3, 2, 4, 3]
+    assert (whole.lengths, long.exit_tokens, short.exit_tokens) == ((5, 3), 5, 3)
+    assert whole.input_ids.tolist() == [2, 8, 9, 3, 3, 2, 4, 3]
+    assert whole.token_type_ids.tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+
+
+def test_step_0_reads_the_whole_text_and_the_encoder_its_window() -> None:
+    shape = {"embedding_exit": True, "exit_tfidf": True, "exit_buckets": 11}
+    model = random_network(small_config(**shape))
+    head = model.exit_head
+    assert isinstance(head, TfidfHead)
+    columns, rows = len(head.scale), len(head.idf)
+    head.fill(torch.randn(columns, rows), torch.randn(columns), head.idf, 1.0)
+    long, (short, other) = random_items([9])[0], random_items([4, 6], seed=1)
+    window = Item(long.ids[:5], long.segments[:5])
+    items = works([short, window, other], rule(4))
+    items[1].whole, items[1].whole_segments = long.ids, long.segments
+    cascade.arrive(PackedPass(model), items)
+    reads = pad([short, long, other])
+    expected = head(reads["input_ids"], reads["attention_mask"], reads["token_type_ids"])
+    assert_close(torch.stack([item.exit_logits for item in items]), expected)
+    assert items[1].dense_macs == dense_macs(model.config, 5)
+    result = cascade.compute(PackedPass(model), items, [1, 1, 1])
+    assert result.logits.shape == (3, model.config.num_classes)
 
 
 def test_an_unsure_step_0_goes_on_at_once() -> None:

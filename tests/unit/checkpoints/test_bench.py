@@ -197,15 +197,15 @@ def test_without_texts_no_labels_are_compared(model_store: Path) -> None:
 def test_labels_are_counted_that_differ(model_store: Path) -> None:
     checkpoint = read_checkpoint(model_store / TOPICS / "1")
     network, broken = load_network(checkpoint), load_network(checkpoint)
-    items = [[5, 6, 7], [8, 9], [10]]
+    texts = ["the otter slept", "a choir", "fog " * 40]
     assert {
-        (a.way, a.other, a.moved) for a in compare_labels(checkpoint, items, network, network)
+        (a.way, a.other, a.moved) for a in compare_labels(checkpoint, texts, network, network)
     } == {(way, 0, 0) for way in ("fast", "balanced", "best", "full")}
     with torch.no_grad():
         # The contrary of the encoder's answer, and more than step 0 can make up for.
         broken.model.classifier.weight.mul_(-100)
         broken.model.classifier.bias.mul_(-100)
-    full = compare_labels(checkpoint, items, network, broken)[-1]
+    full = compare_labels(checkpoint, texts, network, broken)[-1]
     assert (full.way, full.texts, full.other) == ("full", 3, 3)
     assert full.share == 0
     assert full.difference > 0

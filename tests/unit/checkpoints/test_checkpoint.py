@@ -25,7 +25,17 @@ from budgetformer.checkpoint import (
 from budgetformer.errors import CheckpointError, PolicyError
 from budgetformer.loading import load_network
 from budgetformer.precision import Precision
-from tests.support.stores import HEADS, LABELS, LAYERS, MAX_TOKENS, PANICS, PICKY, TOPICS, sign
+from tests.support.stores import (
+    EXIT_TOKENS,
+    HEADS,
+    LABELS,
+    LAYERS,
+    MAX_TOKENS,
+    PANICS,
+    PICKY,
+    TOPICS,
+    sign,
+)
 
 Damage = Callable[[Path], None]
 
@@ -176,6 +186,7 @@ class TestSound:
         assert (checkpoint.name, checkpoint.version, checkpoint.label) == ("topics", 2, "topics:2")
         assert checkpoint.manifest.labels == LABELS
         assert checkpoint.manifest.max_tokens == MAX_TOKENS
+        assert checkpoint.manifest.whole_tokens == EXIT_TOKENS
         assert (checkpoint.num_layers, checkpoint.num_heads) == (LAYERS, HEADS)
         assert checkpoint.ladder == [[k] * LAYERS for k in range(1, HEADS + 1)]
         assert checkpoint.budgets == [0, 1, 2, 3, 4]
@@ -437,6 +448,12 @@ class TestDamagedWeights:
         manifest = read_checkpoint(folder).manifest
         write_manifest(folder, manifest.model_copy(update={"max_tokens": MAX_TOKENS + 1}))
         assert_one_line(self.refusal(folder), str(folder), "max_tokens")
+
+    @pytest.mark.parametrize("tokens", [0, -1, MAX_TOKENS - 1])
+    def test_step_0_reads_no_less_than_the_encoder(self, folder: Path, tokens: int) -> None:
+        manifest = read_checkpoint(folder).manifest
+        write_manifest(folder, manifest.model_copy(update={"exit_tokens": tokens}))
+        assert_one_line(self.refusal(folder), str(folder), "exit_tokens")
 
     def test_ranges_of_more_layers_than_the_network_has(self, folder: Path) -> None:
         manifest = read_checkpoint(folder).manifest

@@ -422,6 +422,21 @@ class TestTokens:
         assert 0 < first < len(ids)
 
     @pytest.mark.parametrize("paired", [False, True])
+    def test_step_0_reads_more_of_long_inputs(self, tokenizer: Tokenizer, paired: bool) -> None:
+        texts = ["The cook baked bread. " * 9, "bread"]
+        pairs = ["a pie " * 30, "a pie"] if paired else None
+        one = [TokenizedTexts(tokenizer, texts, pairs, n) for n in (16, 40)]
+        both = TokenizedTexts(tokenizer, texts, pairs, 16, whole_length=40)
+        for name, cut in (("ids", one[0]), ("types", one[0]), ("whole", one[1])):
+            expected = getattr(cut, "ids" if name == "whole" else name)
+            for own, other in zip(getattr(both, name), expected, strict=True):
+                assert own.tolist() == other.tolist()
+        assert [len(ids) for ids in both.whole] == [len(ids) for ids in both.whole_types]
+        assert len(both.whole[0]) == 40
+        assert both.whole[1] is both.ids[1]
+        assert both.lengths.tolist() == [16, len(both.ids[1])]
+
+    @pytest.mark.parametrize("paired", [False, True])
     def test_long_inputs_are_cut(self, tokenizer: Tokenizer, paired: bool) -> None:
         pairs = ["my aunt planted roses"] if paired else None
         tokens = TokenizedTexts(tokenizer, ["The gardener watered beans again"], pairs, 8)
