@@ -243,8 +243,14 @@ def _refuse_overlong(tokenized: list[Tokens], model: ServedModel) -> None:
 
 
 def _item(tokens: Tokens) -> ItemTokens:
-    segments = tokens.type_ids
-    return ItemTokens(pack_ids(tokens.ids), pack_ids(segments) if any(segments) else b"")
+    ids, segments = pack_ids(tokens.ids), _pack_segments(tokens.type_ids)
+    if tokens.whole is None:
+        return ItemTokens(ids, segments)
+    return ItemTokens(ids, segments, pack_ids(tokens.whole), _pack_segments(tokens.whole_type_ids))
+
+
+def _pack_segments(segments: list[int] | None) -> bytes:
+    return pack_ids(segments) if segments and any(segments) else b""
 
 
 def _refusal(error: RefusedError) -> ApiError:

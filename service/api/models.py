@@ -169,6 +169,7 @@ def _card(checkpoint: Checkpoint) -> dict[str, Any]:
         "labels": manifest.labels,
         "problem_type": manifest.problem_type,
         "max_tokens": manifest.max_tokens,
+        "exit_tokens": manifest.whole_tokens,
         "layers": checkpoint.num_layers,
         "heads_per_layer": checkpoint.num_heads,
         "hidden_size": checkpoint.config["hidden_size"],

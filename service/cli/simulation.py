@@ -194,8 +194,15 @@ def _texts(
         found = measured_texts(checkpoint, inputs[:: math.ceil(len(inputs) / MOST_TEXTS)])
     else:
         rules = {level: checkpoint.rule(level) for level in QUALITY_NAMES}
-        most = checkpoint.manifest.max_tokens
-        found = made_up_texts(rules, mean_tokens, most, tail, seed=seed)
+        manifest = checkpoint.manifest
+        found = made_up_texts(
+            rules,
+            mean_tokens,
+            manifest.max_tokens,
+            tail,
+            seed=seed,
+            whole_tokens=manifest.whole_tokens,
+        )
     return found if hard_share is None else found.with_hard_share(hard_share)
 
 

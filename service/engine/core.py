@@ -26,7 +26,7 @@ from budgetformer.cascade import Work
 from budgetformer.compact import PackedPass
 from budgetformer.cost_table import CostTable
 from budgetformer.errors import CheckpointError, PolicyError
-from budgetformer.policy import QualityName
+from budgetformer.policy import BudgetRule, QualityName
 from budgetformer.precision import Precision
 from service.background import Background, DetachedThreads, StillRunningError
 from service.engine import protocol
@@ -42,6 +42,7 @@ from service.engine.protocol import (
     Failed,
     Heartbeat,
     ItemAnswer,
+    ItemTokens,
     Load,
     ModelInfo,
     Models,
@@ -290,8 +291,9 @@ class EngineCore:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
             return
         queued = self.queued_seconds
-        counts = [len(item.ids) // protocol.ID_BYTES for item in message.items]
-        quality = self._quality(message, model, queued, counts)
+        counts = [item.tokens for item in message.items]
+        exit_counts = [item.exit_tokens for item in message.items]
+        quality = self._quality(message, model, queued, counts, exit_counts)
         try:
             rule = model.rule(quality, message.heads, message.max_heads)
         except PolicyError as error:
@@ -302,7 +304,7 @@ class EngineCore:
             reply(Failed(message.id, "there must be as many steps as items"))
             return
         outlook = Outlook.of(rule).up_to(self.options.max_step)
-        prices = self.prices.expected_each(model.key, outlook, counts)
+        prices = self.prices.expected_each(model.key, outlook, counts, exit_counts)
         for place, begin in enumerate(begins):
             if begin:
                 prices[place] = self.prices.item(model.key, begin, outlook, counts[place])
@@ -326,9 +328,7 @@ class EngineCore:
             lane_of(len(message.items)),
         )
         for tokens, begin, price in zip(message.items, begins, prices, strict=True):
-            ids = protocol.unpack_ids(tokens.ids)
-            segments = protocol.unpack_ids(tokens.segments) if tokens.segments else None
-            slot = _Slot(request, Work(ids, segments, rule), price, now, begin)
+            slot = _Slot(request, _work(tokens, rule), price, now, begin)
             request.slots.append(slot)
             self._arrivals[slot] = None
             self._outside.add(price)
@@ -367,7 +367,12 @@ class EngineCore:
         return self.prices.constant(model.key, step)
 
     def _quality(
-        self, message: Classify, model: LoadedModel, queued: float, tokens: Sequence[int]
+        self,
+        message: Classify,
+        model: LoadedModel,
+        queued: float,
+        tokens: Sequence[int],
+        exit_tokens: Sequence[int],
     ) -> str | float:
         """Return the quality that a request gets: its own, or the level that the load allows."""
         if message.quality != "auto":
@@ -375,15 +380,18 @@ class EngineCore:
         level = self.brownout.observe(queued, self._clock())
         if message.target is None or not model.checkpoint.calibrated:
             return level
-        return self._best_within(message.target - queued, model, tokens)
+        return self._best_within(message.target - queued, model, tokens, exit_tokens)
 
-    def _best_within(self, left: float, model: LoadedModel, tokens: Sequence[int]) -> QualityName:
-        """Return the best level at which items are answered within `target` seconds from now."""
+    def _best_within(
+        self, left: float, model: LoadedModel, tokens: Sequence[int], exit_tokens: Sequence[int]
+    ) -> QualityName:
+        """Return the best level at which items are answered within `left` seconds from now."""
         levels: tuple[QualityName, ...] = ("best", "balanced")
         for level in levels:
             outlook = Outlook.of(model.rule(level, None, None))
             passes = sum(self.prices.constant(model.key, step) for step in outlook.steps)
-            seconds = self.prices.expected(model.key, outlook, sum(tokens), len(tokens))
+            sizes = sum(tokens), sum(exit_tokens), len(tokens)
+            seconds = self.prices.expected(model.key, outlook, *sizes)
             if passes + seconds <= left:
                 return level
         return "fast"
@@ -412,7 +420,7 @@ class EngineCore:
             self.drain.observe(self._clock() - began, self._priced)
 
     async def _decide_arrivals(self) -> None:
-        count = decided_together(len(slot.work.ids) for slot in self._arrivals)
+        count = decided_together(slot.work.exit_tokens for slot in self._arrivals)
         by_model: defaultdict[LoadedModel, list[_Slot]] = defaultdict(list)
         for _ in range(count):
             slot, _ = self._arrivals.popitem(last=False)
@@ -442,8 +450,7 @@ class EngineCore:
         self._running = len(batch)
         model, step = batch[0].request.model, batch[0].work.step
         seconds = await self._on_device(cascade.run, model.network, batch)
-        tokens = sum(len(slot.work.ids) for slot in batch)
-        self.prices.observe(model.key, step, tokens, len(batch), seconds)
+        self.prices.observe(model.key, step, _tokens(batch), len(batch), seconds)
         self._report(model, step, batch, seconds)
         for slot in batch:
             slot.compute_seconds += seconds
@@ -473,7 +480,7 @@ class EngineCore:
         if self.spans is not None:
             stage: Stage = "budget" if work is cascade.arrive else "compute"
             name, version = slots[0].request.model.key
-            tokens = sum(len(slot.work.ids) for slot in slots)
+            tokens = _tokens(slots, decision=work is cascade.arrive)
             self.spans.ran(
                 PassRun(stage, f"{name}:{version}", step, tokens, _riders(slots), started, ended)
             )
@@ -573,7 +580,7 @@ class EngineCore:
             del self._queues[request.model.checkpoint.name]
 
     def _report(self, model: LoadedModel, step: int, slots: list[_Slot], seconds: float) -> None:
-        tokens = sum(len(slot.work.ids) for slot in slots)
+        tokens = _tokens(slots, decision=step == 0)
         name, version = model.key
         budget = max(slot.work.step for slot in slots) if step == cascade.LAYERWISE else step
         self.broadcast(BatchRan(name, version, budget, len(slots), tokens, 0.0, seconds))
@@ -656,6 +663,20 @@ def _fail(slot: _Slot, error: Exception) -> None:
         trace_id=context.trace_id,
     )
     slot.error = "the item could not be computed"
+
+
+def _work(item: ItemTokens, rule: BudgetRule) -> Work:
+    ids, segments, whole, whole_segments = (
+        protocol.unpack_ids(part) if part else None
+        for part in (item.ids, item.segments, item.whole, item.whole_segments)
+    )
+    return Work(ids or (), segments, rule, whole=whole, whole_segments=whole_segments)
+
+
+def _tokens(slots: Sequence[_Slot], decision: bool = False) -> int:
+    """Return the tokens that a pass reads: of the encoder, or of step 0 in the decision."""
+    works = (slot.work for slot in slots)
+    return sum(work.exit_tokens if decision else len(work.ids) for work in works)
 
 
 def _riders(slots: list[_Slot]) -> list[Rider]:

@@ -14,14 +14,29 @@ import msgspec
 
 from service.frames import FrameError, Message, decoder
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 class ItemTokens(msgspec.Struct, frozen=True, array_like=True):
-    """One text: token ids and segment ids, int32 bytes; no segments means all 0."""
+    """One text: token ids and segment ids, int32 bytes; no segments means all 0.
+
+    `whole` and `whole_segments` are what step 0 reads; no `whole` means that it reads `ids`.
+    """
 
     ids: bytes
     segments: bytes = b""
+    whole: bytes = b""
+    whole_segments: bytes = b""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the encoder reads."""
+        return len(self.ids) // ID_BYTES
+
+    @property
+    def exit_tokens(self) -> int:
+        """Tokens that step 0 reads."""
+        return len(self.whole or self.ids) // ID_BYTES
 
 
 class Classify(Message, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 ARRIVAL_TOKENS = 8192
-"""Most tokens whose budgets are decided in one go.
+"""Most tokens whose budgets are decided in one go, as step 0 reads them.
 
 So that a huge request does not hold up the device.
 """

@@ -64,20 +64,35 @@ class Prices:
         """Price a model by this table from now on."""
         self._tables[key], self._scales[key] = table, 1.0
 
-    def expected(self, key: Hashable, outlook: Outlook, tokens: int, items: int = 1) -> float:
-        """Return the seconds that items of so many tokens in all take, before f_o has seen them."""
+    def expected(
+        self, key: Hashable, outlook: Outlook, tokens: int, exit_tokens: int, items: int = 1
+    ) -> float:
+        """Return the seconds that items take, before f_o has seen them.
+
+        Args:
+            key: of the model.
+            outlook: of the rule that they have.
+            tokens, exit_tokens: of all of them, as the encoder and as step 0 reads them.
+            items: how many there are.
+        """
         table = self._tables[key]
         run = sum(
             share * table.share(self._step(table, step), tokens, items)
             for step, share in outlook.steps.items()
         )
-        return self._scales[key] * (table.share(0, tokens, items) + run)
+        return self._scales[key] * (table.share(0, exit_tokens, items) + run)
 
-    def expected_each(self, key: Hashable, outlook: Outlook, tokens: Sequence[int]) -> list[float]:
-        """Return the expected seconds of each of some items, by their tokens."""
-        item = self.expected(key, outlook, tokens=0)
-        token = self.expected(key, outlook, tokens=1, items=0)
-        return [item + token * count for count in tokens]
+    def expected_each(
+        self, key: Hashable, outlook: Outlook, tokens: Sequence[int], exit_tokens: Sequence[int]
+    ) -> list[float]:
+        """Return the expected seconds of each of some items, by their tokens; see `expected`."""
+        item = self.expected(key, outlook, 0, 0)
+        token = self.expected(key, outlook, 1, 0, items=0)
+        exit_token = self.expected(key, outlook, 0, 1, items=0)
+        return [
+            item + token * own + exit_token * read
+            for own, read in zip(tokens, exit_tokens, strict=True)
+        ]
 
     def item(self, key: Hashable, step: int, outlook: Outlook, tokens: int) -> float:
         """Return the seconds that an item takes from its step on, a likely escalation included."""

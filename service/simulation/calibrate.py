@@ -62,7 +62,7 @@ def calibrate(
     words = texts[:: math.ceil(len(texts) / MOST_TEXTS)]
     samples = zip(words, measured_texts(checkpoint, words).texts, strict=True)
     ordered = [Sample(*sample) for sample in samples]
-    ordered.sort(key=lambda sample: sample.text.tokens)
+    ordered.sort(key=lambda sample: sample.text.exit_tokens)
     halves = ordered[: len(ordered) // 2], ordered[len(ordered) // 2 :]
     connection = _connection(url)
     try:
@@ -148,7 +148,7 @@ class _Asker:
         passes = statistics.fmean(seconds for _, seconds in ran)
         form = Asked(
             texts=count,
-            tokens=statistics.fmean(sum(text.tokens for text in texts) for texts in asked),
+            tokens=statistics.fmean(sum(text.exit_tokens for text in texts) for texts in asked),
             runs=statistics.fmean(runs for runs, _ in ran),
             front=front,
             engine=engine - passes,
@@ -166,7 +166,7 @@ class _Asker:
                 while time.perf_counter() - began < self._seconds:
                     sample = next(drawn)
                     self._request([sample], "fast", connection)
-                    tokens.append(sample.text.tokens)
+                    tokens.append(sample.text.exit_tokens)
             return tokens
 
         with ThreadPoolExecutor(CALLERS) as threads:

@@ -51,7 +51,7 @@ class SimRequest:
 
     Attributes:
         arrived, deadline: in seconds, and after which its answer is worthless.
-        texts, tokens: what is asked, and its tokens in all.
+        texts, tokens: what is asked, and its tokens in all, as step 0 reads them.
         level: quality that it gets.
         open: texts without an answer.
         gone: an engine does not hold it any more.
@@ -70,7 +70,7 @@ class SimRequest:
         self.arrived = arrived
         self.deadline = deadline
         self.texts = texts
-        self.tokens = sum([text.tokens for text in texts])
+        self.tokens = sum([text.exit_tokens for text in texts])
         self.lane: Lane = lane_of(len(texts))
         self.level: QualityName = DEFAULT_QUALITY
         self.open = len(texts)
@@ -152,7 +152,8 @@ class SimEngine:
         request.level = self._named or self.brownout.observe(queued, now)
         outlook = self.model.outlooks[request.level]
         tokens = [text.tokens for text in request.texts]
-        prices = self.prices.expected_each(_MODEL, outlook, tokens)
+        exit_tokens = [text.exit_tokens for text in request.texts]
+        prices = self.prices.expected_each(_MODEL, outlook, tokens, exit_tokens)
         price = sum(prices)
         self._beside += self._cost.request
         refusal = admit(
@@ -181,7 +182,7 @@ class SimEngine:
             if self._batch_next:
                 self._drop_late(now)
                 if self._arrivals:
-                    count = decided_together(slot.text.tokens for slot in self._arrivals)
+                    count = decided_together(slot.text.exit_tokens for slot in self._arrivals)
                     came = [self._arrivals.popitem(last=False)[0] for _ in range(count)]
                     return self._run(0, came, now)
             elif batch := [entry.item for entry in self.buckets.take()]:
@@ -222,7 +223,7 @@ class SimEngine:
         return answered
 
     def _run(self, step: int, batch: list[_Slot], now: float) -> float:
-        tokens = sum([slot.text.tokens for slot in batch])
+        tokens = sum([slot.text.tokens if step else slot.text.exit_tokens for slot in batch])
         ran = 1 if step else 0
         answered = sum([slot.runs + ran >= len(slot.steps) for slot in batch])
         cost = self._cost

@@ -23,10 +23,19 @@ TOGETHER = 32
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """A text: its tokens, and its steps at each quality level."""
+    """A text: its tokens, its steps at each quality level, and the tokens that step 0 reads.
+
+    `whole` None: those are the same.
+    """
 
     tokens: int
     steps: Mapping[QualityName, Steps]
+    whole: int | None = None
+
+    @property
+    def exit_tokens(self) -> int:
+        """Tokens that step 0 reads; the front makes as many."""
+        return self.tokens if self.whole is None else self.whole
 
     @property
     def hard(self) -> bool:
@@ -94,7 +103,7 @@ def measured_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]
         rule = checkpoint.rule(level)
         for start in range(0, len(encodings), TOGETHER):
             own = range(start, min(start + TOGETHER, len(encodings)))
-            works = {n: Work(encodings[n].ids, encodings[n].type_ids, rule) for n in own}
+            works = {n: Work.of(encodings[n], rule) for n in own}
             cascade.arrive(network, list(works.values()))
             for n in own:
                 steps[n][level] = []
@@ -106,7 +115,11 @@ def measured_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]
                 cascade.run(network, [works[n] for n in batch])
     return Population(
         [
-            Text(len(encoding.ids), {level: tuple(ran) for level, ran in own.items()})
+            Text(
+                len(encoding),
+                {level: tuple(ran) for level, ran in own.items()},
+                None if encoding.whole is None else len(encoding.whole),
+            )
             for encoding, own in zip(encodings, steps, strict=True)
         ]
     )
@@ -119,6 +132,7 @@ def made_up_texts(
     tail: float | None = None,
     count: int = 4096,
     seed: int = 0,
+    whole_tokens: int = 0,
 ) -> Population:
     """Make up texts that need, at each level, what calibration saw.
 
@@ -128,25 +142,26 @@ def made_up_texts(
     Args:
         rules: by level.
         mean_tokens: of a text, before it is cut to `most_tokens`.
-        most_tokens: the longest that the model reads.
+        most_tokens: the longest that the encoder reads.
         tail: lengths have a Pareto tail of this index, above 1 and heavier the nearer to it; None:
             they are log-normal with a spread of one half.
         count: texts to draw from.
         seed: of what is made up.
+        whole_tokens: the longest that step 0 reads; up to `most_tokens` it reads no more than that.
     """
     draw = np.random.default_rng(seed)
     if tail is None:
         lengths = draw.lognormal(-0.125, 0.5, count) * mean_tokens
     else:
         lengths = (1 + draw.pareto(tail, count)) * mean_tokens * (tail - 1) / tail
-    tokens = np.clip(np.rint(lengths), 3, most_tokens).astype(int)
+    wholes = np.clip(np.rint(lengths), 3, max(most_tokens, whole_tokens)).astype(int)
     ways = {level: steps_of(rule) for level, rule in rules.items()}
     # Evenly spread instead of drawn: the shares are exactly those of calibration.
     difficulties = draw.permutation((np.arange(count) + 0.5) / count)
     return Population(
         [
-            Text(int(n), {level: _at(difficulty, way) for level, way in ways.items()})
-            for n, difficulty in zip(tokens, difficulties, strict=True)
+            Text(min(n, most_tokens), {level: _at(at, way) for level, way in ways.items()}, n)
+            for n, at in zip(wholes.tolist(), difficulties, strict=True)
         ]
     )
 

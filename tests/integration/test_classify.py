@@ -12,6 +12,7 @@ import pytest
 from budgetformer.classifier import Classifier
 from tests.support.serving import Service
 from tests.support.stores import (  # fmt: skip
+    EXIT_TOKENS,
     HEADS,
     LABELS,
     LAYERS,
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 TEXT = sentences("animals")[4]
 TEXTS = [text for text, _ in labelled_sentences()][::4]
 LONG = "the otter slept " * 30
+WINDOW = "once more while nobody looked " * 8
+"""Fills what the encoder reads, and says nothing."""
 
 STAGES = ["tokenize", "budget", "queue", "compute", "total"]
 
@@ -326,6 +329,30 @@ class TestTruncation:
     async def test_a_long_pair_is_cut(self, shared: Service) -> None:
         item = await shared.item({"text": LONG, "text_pair": LONG}, model=PAIRS)
         assert (item["truncated"], item["tokens"]) == (True, MAX_TOKENS)
+
+    @pytest.mark.parametrize("label", LABELS)
+    async def test_step_0_reads_beyond_the_window(self, shared: Service, label: str) -> None:
+        decisive = " ".join(sentences(label)[:6])
+        item = await shared.item(f"{WINDOW}{decisive}", max_heads=0)
+        assert (item["label"], item["heads"]["budget"]) == (label, 0)
+        assert (item["tokens"], item["truncated"]) == (MAX_TOKENS, True)
+        cut = await shared.item(WINDOW, max_heads=0)
+        assert (cut["tokens"], cut["truncated"]) == (MAX_TOKENS, True)
+        assert item["score"] > max(cut["score"], 0.5)
+
+    async def test_step_0_reads_no_further_than_it_is_to(self, shared: Service) -> None:
+        window = WINDOW * (EXIT_TOKENS // 32)
+        beyond = " ".join(sentences(LABELS[0]))
+        answers = [await shared.item(window + end, max_heads=0) for end in ("", beyond)]
+        assert answers[0]["probs"] == answers[1]["probs"]
+
+    async def test_step_0_reads_both_texts_of_a_long_pair(self, shared: Service) -> None:
+        animals, music = (" ".join(sentences(name)[:6]) for name in ("animals", "music"))
+        for pair, label in ((animals, "same"), (music, "other")):
+            item = await shared.item(
+                {"text": WINDOW + animals, "text_pair": WINDOW + pair}, model=PAIRS, max_heads=0
+            )
+            assert (item["label"], item["heads"]["budget"]) == (label, 0)
 
     async def test_what_fits_is_taken_with_truncate_false(self, shared: Service) -> None:
         assert (await shared.item(TEXT, truncate=False))["truncated"] is False

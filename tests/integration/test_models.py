@@ -24,6 +24,7 @@ from service.hub.hub import RETIRED_SECONDS
 from service.hub.poll import StorePoll
 from tests.support.serving import ADMIN, ADMIN_KEY, Service, error_of, held, service
 from tests.support.stores import (
+    EXIT_TOKENS,
     HEADS,
     LABELS,
     LAYERS,
@@ -62,7 +63,7 @@ class TestList:
         assert card["labels"] == list(LABELS)
         assert card["problem_type"] == "single_label_classification"
         assert (card["layers"], card["heads_per_layer"]) == (LAYERS, HEADS)
-        assert card["max_tokens"] == MAX_TOKENS
+        assert (card["max_tokens"], card["exit_tokens"]) == (MAX_TOKENS, EXIT_TOKENS)
         assert card["ready"] is True
         assert set(card["quality_levels"]) == {"fast", "balanced", "best"}
         for level in card["quality_levels"].values():

@@ -40,7 +40,10 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 words = st.text(max_size=20)
 by_model = st.dictionaries(words, numbers, max_size=3)
 seconds_by_model = st.dictionaries(words, finite, max_size=3)
-items = st.builds(ItemTokens, ids=st.binary(max_size=32), segments=st.binary(max_size=32))
+some_bytes = st.binary(max_size=32)
+items = st.builds(
+    ItemTokens, ids=some_bytes, segments=some_bytes, whole=some_bytes, whole_segments=some_bytes
+)
 model_info = st.builds(ModelInfo, words, numbers, finite, numbers, words)
 answers = st.builds(
     ItemAnswer,
@@ -276,6 +279,13 @@ def test_noise_is_an_error_or_the_end_and_never_anything_else(noise: bytes) -> N
 @given(st.lists(st.integers(-(2**31), 2**31 - 1)))
 def test_token_ids_come_back(ids: list[int]) -> None:
     assert protocol.unpack_ids(protocol.pack_ids(ids)).tolist() == ids
+
+
+def test_an_item_knows_what_the_encoder_and_step_0_read_of_it() -> None:
+    window, whole = protocol.pack_ids([2, 9, 3]), protocol.pack_ids([2, 9, 8, 7, 3])
+    short, long = ItemTokens(window), ItemTokens(window, whole=whole)
+    assert (short.tokens, short.exit_tokens) == (3, 3)
+    assert (long.tokens, long.exit_tokens) == (3, 5)
 
 
 def test_token_ids_travel_little_endian() -> None:

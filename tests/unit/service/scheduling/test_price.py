@@ -72,7 +72,13 @@ def test_an_escalation_that_never_happened_costs_nothing() -> None:
 def test_what_is_expected_is_the_mean_over_the_steps() -> None:
     outlook = Outlook({1: 0.5, 3: 0.2})
     shares = 0.5 * TABLE.share(1, 40) + 0.2 * TABLE.share(3, 40)
-    assert prices().expected(KEY, outlook, 40) == pytest.approx(TABLE.share(0, 40) + shares)
+    assert prices().expected(KEY, outlook, 40, 40) == pytest.approx(TABLE.share(0, 40) + shares)
+
+
+def test_the_decision_is_priced_by_the_tokens_that_step_0_reads() -> None:
+    outlook = Outlook({1: 0.5})
+    run = 0.5 * TABLE.share(1, 40)
+    assert prices().expected(KEY, outlook, 40, 4000) == pytest.approx(TABLE.share(0, 4000) + run)
 
 
 def test_a_likely_escalation_is_in_an_items_price() -> None:
@@ -129,10 +135,13 @@ def test_models_are_priced_apart() -> None:
 
 
 def test_what_is_expected_of_many_is_the_sum_of_each() -> None:
-    outlook, tokens = Outlook({1: 0.3, 2: 0.5}), [3, 40, 17]
-    each = prices().expected_each(KEY, outlook, tokens)
-    assert each == pytest.approx([prices().expected(KEY, outlook, count) for count in tokens])
-    assert prices().expected(KEY, outlook, sum(tokens), len(tokens)) == pytest.approx(sum(each))
+    outlook, tokens, wholes = Outlook({1: 0.3, 2: 0.5}), [3, 40, 17], [3, 900, 18]
+    each = prices().expected_each(KEY, outlook, tokens, wholes)
+    assert each == pytest.approx(
+        [prices().expected(KEY, outlook, *counts) for counts in zip(tokens, wholes, strict=True)]
+    )
+    together = prices().expected(KEY, outlook, sum(tokens), sum(wholes), len(tokens))
+    assert together == pytest.approx(sum(each))
 
 
 def test_a_ceiling_bounds_what_is_expected() -> None:

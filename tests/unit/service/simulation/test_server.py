@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import settings as rules
@@ -27,6 +29,16 @@ def test_a_lone_request_takes_all_its_parts() -> None:
         "engine": pytest.approx(engine),
         "hub": 0,
     }
+
+
+def test_front_and_decision_take_the_whole_of_a_long_text() -> None:
+    made = model(StepCost(2.0, 0.01, 0))
+    decision, *steps = StepCost(0, 0.001, 0), made.table.steps[1]
+    made = replace(made, table=replace(made.table, steps=(decision, *steps)))
+    running, records = server(made, ServerCosts(ProcessCost(token=0.002)))
+    running.offer([replace(text(1), whole=1000)])
+    running.advance(END)
+    assert records.latency[0] == pytest.approx(2.0 + 1.0 + (2.0 + 1.0))
 
 
 def test_an_escalated_text_runs_twice() -> None:

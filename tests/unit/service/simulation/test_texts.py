@@ -12,7 +12,7 @@ from budgetformer.errors import DataError
 from budgetformer.policy import QUALITY_NAMES
 from service.simulation.texts import Population, made_up_texts, measured_texts, steps_of
 from tests.support.simulated import text
-from tests.support.stores import LABELS, TOPICS, sentences
+from tests.support.stores import LABELS, MAX_TOKENS, TOPICS, sentences
 
 
 @pytest.fixture
@@ -55,6 +55,17 @@ def test_a_heavy_tail_has_the_mean_and_is_longer(topics: Checkpoint) -> None:
     assert np.mean(heavy) == pytest.approx(50.0, rel=0.15)
     assert np.quantile(heavy, 0.999) > 3 * np.quantile(plain, 0.999)
     assert max(t.tokens for t in made_up_texts(rules, 50.0, 64, 2.0).texts) == 64
+
+
+def test_step_0_reads_more_of_the_long_ones(topics: Checkpoint) -> None:
+    rules = {level: topics.rule(level) for level in QUALITY_NAMES}
+    found = made_up_texts(rules, 50.0, 64, 2.0, whole_tokens=200).texts
+    assert max(t.tokens for t in found) == 64
+    assert max(t.exit_tokens for t in found) == 200
+    assert all(t.tokens == min(t.exit_tokens, 64) for t in found)
+    (long, short) = measured_texts(topics, ["The otter slept. " * 20, "The otter slept."]).texts
+    assert long.tokens == MAX_TOKENS < long.exit_tokens
+    assert short.tokens == short.exit_tokens
 
 
 def test_the_mix_of_hard_and_easy_texts_can_be_chosen() -> None:
