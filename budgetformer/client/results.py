@@ -30,8 +30,8 @@ class Classification:
         heads, heads_total: attention heads computed, of all in the network.
         per_layer: which heads, by layer, if that was asked for.
         macs, dense_macs: multiply-adds executed, and those of the full network.
-        tokens: tokens of the text, special ones included.
-        truncated: whether the text was longer than the model reads.
+        tokens: tokens of the text that the encoder may read, special ones included.
+        truncated: whether the text has more; step 0 may read them.
         quality: the quality that decided.
         model: `name:version` that answered.
     """

@@ -62,7 +62,7 @@ text needs.
 
 - Starting weights: {origin.starting_weights} ({origin.starting_weights_license})
 - Data: {origin.data}. Terms: {origin.data_terms}
-- Longest input: {manifest.max_tokens} tokens; of longer ones step 0 reads {manifest.whole_tokens}
+- Longest input: {_longest(manifest)}
 - Precision: weights in float16 as stored; multiplied in float32, or in bfloat16 where the processor
   gains by it, which is timed as the model loads (`budgetformer_model_info` names it)
 - Made: {manifest.created}, seed {manifest.seed}
@@ -119,3 +119,9 @@ def _plot(axes: Axes, manifest: Manifest) -> None:
     axes.set_xlabel("multiply-adds, % of the dense network")
     axes.set_ylabel("accuracy on held-out texts")
     axes.legend(loc="lower right")
+
+
+def _longest(manifest: Manifest) -> str:
+    encoder = f"{manifest.max_tokens} tokens"
+    more = manifest.exit_tokens
+    return encoder if more is None else f"{encoder} for the encoder, {more} for step 0"

@@ -134,7 +134,7 @@ async def unload_model(request: Request, name: str) -> Response:
     openapi_extra=describe_body(TokenizeRequest),
 )
 async def tokenize(request: Request) -> Response:
-    """Answer with the tokens that a model would read, and their number."""
+    """Answer with the tokens that a model's encoder would read, and their number."""
     state = state_of(request)
     body = await read_body(request, TokenizeRequest, state.settings.max_body_bytes)
     texts = check_texts(state, body.input)

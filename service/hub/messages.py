@@ -159,7 +159,7 @@ class ItemsAnswered(Message, frozen=True):
         expected: share of the items that calibration answers at each ladder step; None: it is not
             known, and what happened counts as expected.
         stages: seconds of each stage of the request.
-        truncated: items that were longer than the model reads.
+        truncated: items that were longer than the encoder reads.
         traceparent: the request's place in a trace.
     """
 

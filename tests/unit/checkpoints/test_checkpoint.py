@@ -192,7 +192,10 @@ class TestSound:
         assert checkpoint.budgets == [0, 1, 2, 3, 4]
 
     def test_without_step_0_budgets_start_at_1(self, model_store: Path) -> None:
-        assert read_checkpoint(model_store / PICKY / "1").budgets == [1, 2, 3, 4]
+        checkpoint = read_checkpoint(model_store / PICKY / "1")
+        assert checkpoint.budgets == [1, 2, 3, 4]
+        assert checkpoint.manifest.exit_tokens is None
+        assert checkpoint.manifest.whole_tokens == MAX_TOKENS
 
     def test_every_file_is_as_the_manifest_says(self, model_store: Path) -> None:
         for versions in read_store(model_store).checkpoints.values():
