@@ -261,6 +261,7 @@ def card(expected: Expected) -> dict[str, Any]:
     return {
         "name": TOPICS, "version": 2, "labels": manifest["labels"],
         "problem_type": "single_label_classification", "max_tokens": manifest["max_tokens"],
+        "exit_tokens": manifest["exit_tokens"],
         "layers": LAYERS, "heads_per_layer": HEADS, "hidden_size": config["hidden_size"],
         "ladder": config["ladder"], "step_0": True,
         "quality_levels": {
