@@ -70,10 +70,14 @@ class Provenance(_Data):
 
 
 class FixedStep(_Data):
-    """What one ladder step, given to every input, reached on the calibration data."""
+    """What one ladder step, given to every text, reached on the calibration data.
+
+    `accuracy` is None where that had no labels; then `agreement` with the full network is known.
+    """
 
     step: int
-    accuracy: float
+    accuracy: float | None = None
+    agreement: float | None = None
     macs_share: float
 
 
@@ -130,7 +134,7 @@ class Manifest(_Data):
     ranges: tuple[LayerRanges, ...] = ()
     provenance: Provenance
 
-    @cached_property
+    @property
     def levels(self) -> tuple[Level, ...]:
         """What every calibrated level reached, in order of rising cost; some carry a name."""
         if self.policy is not None:
@@ -219,7 +223,7 @@ class Checkpoint:
     @property
     def calibrated(self) -> bool:
         """Whether it has quality levels; otherwise only f_o's own rule can be asked for."""
-        return bool(self.manifest.levels)
+        return bool(self.manifest.policy or self.manifest.operating_points)
 
     @property
     def multi_label(self) -> bool:
@@ -264,8 +268,17 @@ class Checkpoint:
         if quality is None:
             return BudgetRule(num_steps=len(self.ladder), fixed=fixed, ceiling=ceiling)
         if self.manifest.policy is not None:
-            return self.manifest.policy.rule(quality, *limits)
+            policy = self.manifest.policy
+            return policy.rule_at(policy.level(quality), *limits)
         return choose_point(self.manifest.operating_points, quality).rule(*limits)
+
+    @property
+    def level_rules(self) -> list[BudgetRule]:
+        """The rule of every calibrated level, those without a name too, in order of rising cost."""
+        steps = len(self.ladder)
+        if self.manifest.policy is not None:
+            return [self.manifest.policy.rule_at(level, steps) for level in self.manifest.levels]
+        return [point.rule(steps) for point in self.manifest.operating_points]
 
     def _step_within(self, field: str, heads: int) -> int:
         if not 0 <= heads <= self.num_heads:

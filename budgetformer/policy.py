@@ -71,6 +71,14 @@ class Level(_Data):
     budgets: dict[int, float] = {}
     runs: dict[int, float] = {}
 
+    def reached(self, measure: Measure) -> tuple[float, Interval]:
+        """Return the share by a measure with its 95 % interval, which is 0..1 where unknown."""
+        if measure == "accuracy":
+            share, interval = self.accuracy, self.interval
+        else:
+            share, interval = self.agreement, self.agreement_interval
+        return (0.0 if share is None else share), interval or (0.0, 1.0)
+
 
 class Policy(_Data):
     """A chain of steps, f_o's bands over it, and one threshold per level.
@@ -126,19 +134,15 @@ class Policy(_Data):
             low = level
         return low
 
-    def rule(
-        self,
-        quality: str | float,
-        num_steps: int,
-        fixed: int | None = None,
-        ceiling: int | None = None,
+    def rule_at(
+        self, level: Level, num_steps: int, fixed: int | None = None, ceiling: int | None = None
     ) -> BudgetRule:
-        """Return the rule of a level; see `level` and `BudgetRule`."""
+        """Return the rule of one of its levels, or of one between them; see `BudgetRule`."""
         return BudgetRule(
             num_steps=num_steps,
             entry=self.entry,
             chain=self.chain,
-            level=self.level(quality),
+            level=level,
             fixed=fixed,
             ceiling=ceiling,
         )

@@ -1,45 +1,64 @@
-"""Find the rules for budgets that are worth naming, on texts that no weight has seen.
+"""Find a policy for budgets, and what it reaches, on texts that no weight has seen.
 
 Every held-out text is run once at every ladder step. Any rule can then be priced and scored by
-look-up, so thousands are; the best at each cost make the frontier, and three of those get the
-quality levels' names.
+look-up. What chooses a rule never scores it: the texts are cut into folds, and for each fold the
+weights of the fusion, the chain, f_o's bands and the thresholds come from the other folds. The
+policy that is shipped is chosen in the same way on all texts, and its figures are those of the
+folds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from budgetformer import cascade
+from budgetformer.architecture import Architecture
 from budgetformer.cascade import Work
 from budgetformer.checkpoint import FixedStep
 from budgetformer.compact import PackedPass, PackedTokens, measure_ranges
 from budgetformer.cost import decision_macs, dense_macs, encoder_macs
-from budgetformer.modules import SequenceClassifier, confidence, fuse
+from budgetformer.cost_table import CostTable
+from budgetformer.modules import MULTI_LABEL, SequenceClassifier, confidence, fuse, probabilities
 from budgetformer.policy import (
     QUALITY_NAMES,
     BudgetRule,
     EntryBand,
-    Escalation,
+    Level,
+    Measure,
     OperatingPoint,
+    Policy,
     QualityName,
 )
 from budgetformer.ranges import LayerRanges
+from budgetformer.training.chains import Chain, Curve, Goal, Route, Steps, chains, search
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.evaluation import interval
 from budgetformer.training.exits import wrong
+from budgetformer.training.fusion import StepFusion, fit_fusion
 from budgetformer.training.trainer import progress_bar
 
-BEST_SLACK = 0.0005
-"""Accuracy that `best` may lose against the most accurate rule, for the sake of cost."""
+FOLDS = 5
 BATCH = 32
 RANGE_TEXTS = 256
 """Texts, evenly chosen, in which states are looked at: most of a range is in all of them."""
-MOST_POINTS = 24
+UNNAMED = 17
+"""Levels without a name, between which a number of points is interpolated."""
+AGREEMENT = {"fast": 0.97, "balanced": 0.99}
+"""Share of the answers that are the full network's, at the levels of a policy for agreement."""
+SEARCHED_AGREEMENT = (0.95, 0.97, 0.99)
+"""Shares at which chains for agreement are compared."""
+TYPICAL_BATCH = 8
+"""Texts that share the constant seconds of a pass when costs are measured ones."""
+TIGHTER, TRIES = 0.995, 6
+"""A goal that is not met on unseen texts is set so much tighter, so often at most."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,10 @@ class Runs:
     logits: Tensor
     s: Tensor
     lengths: np.ndarray
+
+    def subset(self, rows: np.ndarray) -> Runs:
+        """Return the given texts."""
+        return Runs(self.logits[:, rows], self.s[rows], self.lengths[rows])
 
 
 @torch.inference_mode()
@@ -106,186 +129,345 @@ def _work(tokens: TokenizedTexts, row: int, rule: BudgetRule) -> Work:
 class Answers:
     """What a rule gives each of N texts, [N] each.
 
-    The ladder step that answers, whether it is right, multiply-adds and heads spent on the way.
+    The ladder step that answers, multiply-adds and heads spent on the way, and the steps that ran
+    [S+1, N].
     """
 
     step: np.ndarray
-    right: np.ndarray
     macs: np.ndarray
     heads: np.ndarray
+    ran: np.ndarray
 
 
-class Calibration:
-    """Score rules on the runs of N held-out texts.
+class Table:
+    """The answers of every step to N texts, with their confidences and prices, by step [S+1, N].
 
     Args:
-        network: whose configuration (with the fitted weights of its fusion) prices the steps.
+        config: of the network.
         runs: its answers.
-        labels: the right ones, [N] or [N, C].
+        fusion: weights of each step 1..S; None: those of the configuration.
     """
 
-    def __init__(self, network: PackedPass, runs: Runs, labels: Tensor) -> None:
-        config = network.config
-        self.config = config
-        own, exits = (
-            torch.tensor(weights)[:, None, None]
-            for weights in (config.encoder_weights, config.exit_weights)
-        )
+    def __init__(
+        self, config: Architecture, runs: Runs, fusion: Sequence[StepFusion] | None = None
+    ) -> None:
+        self.config, self.runs, self.lengths = config, runs, runs.lengths
+        weights = fusion or list(zip(config.encoder_weights, config.exit_weights, strict=True))
+        own, exits = torch.tensor(weights).T[..., None, None]
         fused = fuse(runs.logits[1:], runs.logits[0], own, exits)
         self.logits = torch.cat([runs.logits[:1], fused])
-        self.right = np.stack(
-            [1 - wrong(step, labels, config.problem_type).numpy() for step in self.logits]
-        ).astype(bool)
-        self.sure = confidence(self.logits, config.problem_type).numpy()
+        self.confidence = confidence(self.logits, config.problem_type).numpy()
         self.s = runs.s.numpy()
-        plans = [[0] * config.num_hidden_layers, *config.ladder]
-        self.lengths = runs.lengths
-        lengths, inverse = np.unique(runs.lengths, return_inverse=True)
-        by_length = np.array(
-            [
-                [encoder_macs(config, plan, int(n)) if i else 0 for n in lengths]
-                for i, plan in enumerate(plans)
-            ]
-        )
-        self.macs = by_length[:, inverse].astype(np.float64)
-        self.dense = np.array([dense_macs(config, int(n)) for n in lengths])[inverse].astype(
-            np.float64
-        )
-        self.decision = decision_macs(config)
-        self.heads = np.array([sum(plan) for plan in plans])
         self.rows = np.arange(len(self.s))
-        self.full_accuracy = float(self.right[-1].mean())
+        self.decision = decision_macs(config)
+        plans = [[0] * config.num_hidden_layers, *config.ladder]
+        self.heads = np.array([sum(plan) for plan in plans])
 
-    def fixed_steps(self) -> list[FixedStep]:
+    @cached_property
+    def macs(self) -> np.ndarray:
+        """Multiply-adds of each step's pass; step 0 has none."""
+        lengths, inverse = np.unique(self.lengths, return_inverse=True)
+        by_length = [[0] * len(lengths)]
+        by_length += [
+            [encoder_macs(self.config, plan, int(n)) for n in lengths]
+            for plan in self.config.ladder
+        ]
+        return np.array(by_length, dtype=np.float64)[:, inverse]
+
+    @cached_property
+    def dense(self) -> np.ndarray:
+        """Multiply-adds of the dense network, [N]."""
+        return np.array([dense_macs(self.config, int(n)) for n in self.lengths], dtype=np.float64)
+
+    def right(self, labels: Tensor) -> np.ndarray:
+        """Return whether each step's answer is the labels' [N] or [N, C]."""
+        marks = [wrong(step, labels, self.config.problem_type) for step in self.logits]
+        return np.asarray(torch.stack(marks) == 0)
+
+    def agrees(self, full: Tensor) -> np.ndarray:
+        """Return whether each step's answer is that of the full network's logits [N, C]."""
+        many = self.config.problem_type == MULTI_LABEL
+        return self.right((full > 0).long() if many else full.argmax(-1))
+
+    def probability_right(self) -> np.ndarray:
+        """Return how probable the full step's fused probabilities make each step's answer."""
+        full = probabilities(self.logits[-1], self.config.problem_type)
+        if self.config.problem_type == MULTI_LABEL:
+            return torch.where(self.logits > 0, full, 1 - full).prod(-1).numpy()
+        return full.gather(-1, self.logits.argmax(-1).T).T.numpy()
+
+    def answer(self, rule: BudgetRule, signal: np.ndarray | None = None) -> Answers:
+        """Look up what a rule gives each text; its bands are over `signal` [N], or f_o's s."""
+        if rule.fixed is not None:
+            route, threshold = Route((), (EntryBand(upto=1, step=rule.fixed),)), 0.0
+        else:
+            route = Route(rule.chain, rule.entry)
+            threshold = 0.0 if rule.level is None else rule.level.threshold
+        return self.take(route, threshold, signal)
+
+    def take(self, route: Route, threshold: float, signal: np.ndarray | None = None) -> Answers:
+        """Look up what a route gives each text at a threshold."""
+        s = self.s if signal is None else signal
+        walk = route.walk(self.confidence, s, threshold)
+        macs = (walk.ran * self.macs).sum(0) + self.decision
+        return Answers(walk.ends, macs, self.heads @ walk.ran, walk.ran)
+
+    def fixed_steps(self, right: np.ndarray, measure: Measure) -> list[FixedStep]:
         """Score every step when it is given to all texts."""
         first = 0 if self.config.embedding_exit else 1
         return [
-            FixedStep(
-                step=step,
-                accuracy=float(self.right[step].mean()),
-                macs_share=float(
-                    (self.macs[step].sum() + self.decision * len(self.rows)) / self.dense.sum()
-                ),
+            FixedStep.model_validate(
+                {
+                    "step": step,
+                    measure: float(right[step].mean()),
+                    "macs_share": float((self.macs[step] + self.decision).sum() / self.dense.sum()),
+                }
             )
-            for step in range(first, len(self.right))
+            for step in range(first, len(right))
         ]
 
-    def score(self, entry: Sequence[EntryBand], escalation: Escalation | None) -> OperatingPoint:
-        """Score one rule."""
-        answers = self.answer(entry, escalation)
-        accuracy = float(answers.right.mean())
-        used, counts = np.unique(answers.step, return_counts=True)
-        return OperatingPoint(
-            entry=tuple(entry),
-            escalation=escalation,
-            accuracy=accuracy,
-            points_lost=100 * (self.full_accuracy - accuracy),
-            macs_share=float(answers.macs.sum() / self.dense.sum()),
-            mean_heads=float(answers.heads.mean()),
-            budgets={int(k): float(n / len(self.rows)) for k, n in zip(used, counts, strict=True)},
+
+@dataclass(frozen=True)
+class Found:
+    """What calibration found.
+
+    Attributes:
+        fusion: weights of each step 1..S.
+        fixed: every step given to all texts, to compare.
+        policy: None where layers decide for themselves; then `points` are the levels.
+        points: see `layerwise_points`.
+    """
+
+    fusion: list[StepFusion]
+    fixed: list[FixedStep]
+    policy: Policy | None = None
+    points: list[OperatingPoint] = field(default_factory=list)
+
+    @property
+    def full_accuracy(self) -> float:
+        """Accuracy of the full step on the calibration texts, whose labels are known."""
+        accuracy = (self.fixed or self.points)[-1].accuracy
+        assert accuracy is not None
+        return accuracy
+
+    def of_manifest(self) -> dict[str, Any]:
+        """Return the fields of the manifest that calibration decides."""
+        return {
+            "frontier": tuple(self.fixed),
+            "policy": self.policy,
+            "operating_points": tuple(self.points),
+        }
+
+
+def calibrate(
+    config: Architecture,
+    runs: Runs,
+    labels: Tensor | None,
+    level_costs: Sequence[float],
+    costs: CostTable | None = None,
+) -> Found:
+    """Find the policy of a network.
+
+    With labels, a level reaches the most accuracy that its cost allows: `fast` and `balanced` cost
+    at most the share `level_costs` of the full step on average, `best` is the most accurate.
+    Without labels, the answers of the full step are the truth: `fast` and `balanced` agree with
+    them on the shares `AGREEMENT` at the least cost, `best` agrees most.
+
+    Args:
+        config: of the network; its stored weights of the last step define the full answers when
+            there are no labels.
+        runs: its answers to N held-out texts at every step.
+        labels: [N], or [N, C] when multi-label; None: calibrate for agreement.
+        level_costs: see above.
+        costs: measured seconds, to search on instead of multiply-adds.
+    """
+    return _Calibration(config, runs, labels, costs).find(level_costs)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Some texts with the answers that one fit of the fusion gives them.
+
+    right [S+1, N] is by the policy's measure.
+    """
+
+    rows: np.ndarray
+    table: Table
+    steps: Steps
+    right: np.ndarray
+
+
+class _Calibration:
+    """The folds of one calibration.
+
+    A step's answer is worth the mean of two things: whether it is right, and how probable the full
+    step's fused probabilities make it. The first alone is what counts, but on a thousand texts its
+    noise is larger than what many chains differ by, and a search takes the luckiest. The second has
+    little noise, and cannot see that a small step may be right where the full one is not.
+    Choosing by the mean of both gave better chains on other texts than by either. For agreement
+    the truth has no noise of its own, and agreement alone counts.
+    """
+
+    def __init__(
+        self, config: Architecture, runs: Runs, labels: Tensor | None, costs: CostTable | None
+    ) -> None:
+        self.config, self.runs, self.labels, self.costs = config, runs, labels, costs
+        self.measure: Measure = "agreement" if labels is None else "accuracy"
+        self.count = len(runs.s)
+
+    def find(self, level_costs: Sequence[float]) -> Found:
+        """See `calibrate`."""
+        fast, balanced = level_costs
+        if self.labels is None:
+            named: dict[str, Goal] = {k: Goal(value=share) for k, share in AGREEMENT.items()}
+            searched = [Goal(value=share) for share in SEARCHED_AGREEMENT]
+        else:
+            named = {"fast": Goal(cost=fast), "balanced": Goal(cost=balanced)}
+            costs = (fast / 2, fast, math.sqrt(fast * balanced), balanced)
+            searched = [Goal(cost=cost) for cost in costs]
+        fusion = self._fuse(np.arange(self.count))
+        folds = np.random.default_rng(0).permutation(self.count) % min(FOLDS, self.count)
+        options = chains(self.config)
+        self.whole = self._side(np.arange(self.count), fusion)
+        self.unseen: list[_Side] = []
+        choices = [self._choose(self.whole, options, [*searched, Goal()])]
+        for fold in range(folds.max() + 1):
+            seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+            weights = self._fuse(seen, fusion)
+            self.unseen.append(self._side(unseen, weights))
+            chosen = self._side(seen, weights)
+            choices.append(self._choose(chosen, options, [*searched, Goal()]))
+        return Found(
+            fusion,
+            self.whole.table.fixed_steps(self.whole.right, self.measure),
+            Policy(
+                measure=self.measure,
+                chain=choices[0].route.chain,
+                entry=choices[0].route.entry,
+                levels=tuple(self._levels(choices, named)),
+            ),
         )
 
-    def answer(
-        self,
-        entry: Sequence[EntryBand],
-        escalation: Escalation | None,
-        signal: np.ndarray | None = None,
-    ) -> Answers:
-        """Look up what one rule gives each text; its bands are over `signal` [N], or f_o's s."""
-        bounds = np.array([band.upto for band in entry])
-        steps = np.array([band.step for band in entry])
-        step = steps[
-            np.searchsorted(bounds, self.s if signal is None else signal).clip(max=len(steps) - 1)
-        ]
-        macs = self.macs[step, self.rows] + self.decision
-        heads = self.heads[step].astype(np.float64)
-        if escalation is not None:
-            unsure = (self.sure[step, self.rows] < escalation.below) & (step < escalation.step)
-            step = np.where(unsure, escalation.step, step)
-            macs += np.where(unsure, self.macs[escalation.step], 0)
-            heads += np.where(unsure, self.heads[escalation.step], 0)
-        return Answers(step, self.right[step, self.rows], macs, heads)
+    def _fuse(self, rows: np.ndarray, start: list[StepFusion] | None = None) -> list[StepFusion]:
+        kind, has_step_0 = self.config.problem_type, self.config.embedding_exit
+        logits = self.runs.logits[:, rows]
+        if self.labels is not None:
+            return fit_fusion(logits, self.labels[rows], kind, has_step_0, start)
+        # The full step's answers are what is to be met: its weights stay.
+        last = (self.config.encoder_weights[-1], self.config.exit_weights[-1])
+        truth = probabilities(fuse(logits[-1], logits[0], *last), kind)
+        return [*fit_fusion(logits[:-1], truth, kind, has_step_0, start), last]
 
-    def frontier(self, level_costs: Sequence[float]) -> list[OperatingPoint]:
-        """Return the rules that no other beats at their cost, by rising cost, three of them named.
+    def _side(self, rows: np.ndarray, fusion: list[StepFusion]) -> _Side:
+        table = Table(self.config, self.runs.subset(rows), fusion)
+        if self.labels is None:
+            value = right = table.agrees(table.logits[-1])
+        else:
+            right = table.right(self.labels[rows])
+            value = (right + table.probability_right()) / 2
+        cost = self._costs(table)
+        steps = Steps(table.confidence, value.astype(np.float32), cost, table.s)
+        return _Side(rows, table, steps, right)
 
-        `fast` and `balanced` are the most accurate rules whose mean multiply-adds are at most the
-        share `level_costs` of the dense network's; `best` is the most accurate of all.
-        Accuracy counts to a tenth of a standard error only; below that, the cheaper rule is the
-        better one.
-        """
-        grain = 0.1 * float(np.sqrt(self.full_accuracy * (1 - self.full_accuracy) / len(self.rows)))
-        scored = sorted(
-            (self.score(*rule) for rule in self.rules(self.s)),
-            key=lambda p: (p.macs_share, -p.accuracy),
+    def _costs(self, table: Table) -> np.ndarray:
+        """Return what steps cost [S+1, N], as a share of what the full step costs on average."""
+        if self.costs is None:
+            costs, whole = table.macs.copy(), table.dense
+            costs[0] += table.decision
+        else:
+            costs = np.array(
+                [
+                    TYPICAL_BATCH * step.token * table.lengths + step.constant
+                    for step in self.costs.steps
+                ]
+            )
+            costs = costs / TYPICAL_BATCH + np.array([[step.item] for step in self.costs.steps])
+            whole = costs[-1]
+        return np.asarray(costs / whole.mean(), dtype=np.float32)
+
+    def _choose(self, side: _Side, options: Sequence[Chain], goals: Sequence[Goal]) -> Curve:
+        route = search(side.steps, options, goals)
+        full = float(side.right[-1].mean())
+        # A tenth of a standard error of the accuracy: less is no reason to pay more.
+        grain = 0.1 * math.sqrt(full * (1 - full) / len(side.rows))
+        return Curve.of(route, side.steps, grain)
+
+    def _levels(self, choices: Sequence[Curve], named: dict[str, Goal]) -> list[Level]:
+        levels: list[Level] = []
+        lowest = np.zeros(len(choices))
+        for name in QUALITY_NAMES:
+            own = np.maximum(lowest, self._reach(named.get(name, Goal()), choices))
+            if own[0] > lowest[0]:  # levels of one threshold have one rule, and the same figures
+                lowest = own
+            levels.append(self._level(name, choices, lowest))
+        taken = {level.threshold for level in levels}
+        most = float(choices[0].cost.max())
+        for place in range(UNNAMED):
+            goal = Goal(cost=most * (place / (UNNAMED - 1)) ** 2)
+            own = np.array([choice.threshold(goal) for choice in choices])
+            if own[0] not in taken:
+                taken.add(float(own[0]))
+                levels.append(self._level(None, choices, own))
+        return sorted(levels, key=lambda level: level.threshold)
+
+    def _reach(self, goal: Goal, choices: Sequence[Curve]) -> np.ndarray:
+        """Return thresholds that reach a goal, of all choices, so that the unseen texts do too."""
+        wanted = goal
+        for _ in range(TRIES):
+            thresholds = np.array([choice.threshold(wanted) for choice in choices])
+            value, cost = self._mean_worth(choices, thresholds)
+            if goal.value is None and cost > goal.cost:
+                wanted = Goal(cost=wanted.cost * TIGHTER * goal.cost / cost)
+            elif goal.value is not None and wanted.value is not None and value < goal.value:
+                wanted = Goal(value=wanted.value + (goal.value - value) / TIGHTER)
+            else:
+                break
+        return thresholds
+
+    def _mean_worth(self, choices: Sequence[Curve], thresholds: np.ndarray) -> tuple[float, float]:
+        value = cost = 0.0
+        for side, choice, threshold in zip(self.unseen, choices[1:], thresholds[1:], strict=True):
+            worth, spent = choice.route.worth(side.steps, threshold)
+            value += float(worth.sum()) / self.count
+            cost += float(spent.sum()) / self.count
+        return value, cost
+
+    def _level(
+        self, name: QualityName | None, choices: Sequence[Curve], thresholds: np.ndarray
+    ) -> Level:
+        """Measure each fold's rule on the fold, and the shipped one's shares of steps."""
+        right, full, agrees = (np.zeros(self.count, dtype=bool) for _ in range(3))
+        macs, dense, heads = (np.zeros(self.count) for _ in range(3))
+        ends, runs = (np.zeros(self.config.num_steps + 1) for _ in range(2))
+        for side, choice, threshold in zip(self.unseen, choices[1:], thresholds[1:], strict=True):
+            found = side.table.take(choice.route, threshold)
+            right[side.rows] = side.right[found.step, side.table.rows]
+            full[side.rows] = side.right[-1]
+            agreeing = side.table.agrees(side.table.logits[-1])
+            agrees[side.rows] = agreeing[found.step, side.table.rows]
+            macs[side.rows], dense[side.rows] = found.macs, side.table.dense
+            heads[side.rows] = found.heads
+            shipped = side.table.take(choices[0].route, thresholds[0])
+            ends += np.bincount(shipped.step, minlength=len(ends))
+            runs += shipped.ran.sum(1)
+        accuracy, agreement = float(right.mean()), float(agrees.mean())
+        share = float(macs.sum() / dense.sum())
+        error = 1.96 * float((macs - share * dense).std() / dense.mean()) / math.sqrt(self.count)
+        labelled = self.labels is not None
+        return Level(
+            name=name,
+            threshold=float(thresholds[0]),
+            accuracy=accuracy if labelled else None,
+            interval=interval(accuracy, self.count) if labelled else None,
+            agreement=agreement,
+            agreement_interval=interval(agreement, self.count),
+            points_lost=100 * (float(full.mean()) - accuracy),
+            macs_share=share,
+            macs_interval=(max(share - error, 0.0), share + error),
+            mean_heads=float(heads.mean()),
+            budgets={int(k): float(ends[k] / self.count) for k in np.flatnonzero(ends)},
+            runs={int(k): float(runs[k] / self.count) for k in np.flatnonzero(runs) if k},
         )
-        kept: list[OperatingPoint] = []
-        for point in scored:
-            if not kept or point.accuracy > kept[-1].accuracy + grain:
-                kept.append(point)
-        rows = len(self.rows)
-        return [
-            point.model_copy(update={"interval": interval(point.accuracy, rows)})
-            for point in _thin(_named(kept, level_costs))
-        ]
-
-    def rules(self, signal: np.ndarray) -> Iterator[tuple[list[EntryBand], Escalation | None]]:
-        """Yield the rules that are tried: bands between quantiles of a signal [N] in 0..1."""
-        for entry in self._entries(signal):
-            yield entry, None
-            top = max(band.step for band in entry)
-            for step in self._larger_steps(top):
-                for below in (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
-                    yield entry, Escalation(below=below, step=step)
-
-    def _entries(self, signal: np.ndarray) -> Iterator[list[EntryBand]]:
-        def quantile(share: float) -> float:
-            return round(float(np.quantile(signal, min(share, 1.0))), 5)
-
-        last = self.config.num_steps
-        first = [0] if self.config.embedding_exit else []
-        small = sorted({1, min(2, last), *(max(1, last * i // 12) for i in (3, 4, 6, 8)), last})
-        exits = [0.0, *(i / 20 for i in range(2, 19))] if first else [0.0]
-        for share in exits:
-            below = [EntryBand(upto=quantile(share), step=0)] if share else []
-            for low in small:
-                yield [*below, EntryBand(upto=1, step=low)]
-                for high in (step for step in small if step > low):
-                    for split in (0.3, 0.5, 0.7, 0.85):
-                        at = quantile(share + split * (1 - share))
-                        yield [*below, EntryBand(upto=at, step=low), EntryBand(upto=1, step=high)]
-        if first:
-            yield [EntryBand(upto=1, step=0)]
-
-    def _larger_steps(self, step: int) -> list[int]:
-        last = self.config.num_steps
-        return sorted({s for s in (last // 3, last // 2, 2 * last // 3, last) if s > max(step, 0)})
-
-
-def _named(points: list[OperatingPoint], level_costs: Sequence[float]) -> list[OperatingPoint]:
-    """Name three points of a frontier; where it has fewer, one point stands for several levels."""
-    most = max(point.accuracy for point in points)
-    places: dict[QualityName, int] = {}
-    fast, balanced = level_costs
-    caps: dict[QualityName, float] = {"best": float("inf"), "balanced": balanced, "fast": fast}
-    for name, cost in caps.items():
-        affordable = [i for i, p in enumerate(points) if p.macs_share <= cost] or [0]
-        good = [i for i in affordable if points[i].accuracy >= most - BEST_SLACK]
-        places[name] = good[0] if good else affordable[-1]
-    named = [points[i].model_copy(update={"name": name}) for name, i in places.items()]
-    unnamed = [p for i, p in enumerate(points) if i not in places.values()]
-    return sorted(
-        [*named, *unnamed], key=lambda p: (p.macs_share, QUALITY_NAMES.index(p.name or "fast"))
-    )
-
-
-def _thin(points: list[OperatingPoint]) -> list[OperatingPoint]:
-    """Keep the named points and an even choice of the others."""
-    spare = [p for p in points if p.name is None]
-    room = MOST_POINTS - (len(points) - len(spare))
-    places = {round(i) for i in np.linspace(0, len(spare) - 1, min(room, len(spare)))}
-    unwanted = {id(p) for i, p in enumerate(spare) if i not in places}
-    return [p for p in points if id(p) not in unwanted]
 
 
 def answer_all(

@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from budgetformer.checkpoint import CARD, Manifest
+from budgetformer.checkpoint import CARD, FixedStep, Manifest
+from budgetformer.policy import Level, Measure
 from budgetformer.training.evaluation import Row
-from budgetformer.training.pages import draw
+from budgetformer.training.pages import draw, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,32 +28,19 @@ def write_card(folder: Path, manifest: Manifest, test: list[Row]) -> None:
 
 def _text(manifest: Manifest, test: list[Row]) -> str:
     origin = manifest.provenance
-    levels = "\n".join(
-        f"| {p.name} | {p.accuracy:.4f} | {p.points_lost:+.2f} | {p.macs_share:.1%} "
-        f"| {p.mean_heads:.1f} |"
-        for p in manifest.operating_points
-        if p.name
+    measure = manifest.measure
+    levels = markdown_table(
+        ["quality", "threshold", measure, "95 %", "points lost", "multiply-adds", "mean heads"],
+        [_level(level, measure) for level in manifest.named_levels.values()],
     )
-    steps = "\n".join(
-        f"| {s.step} | {s.accuracy:.4f} | {s.macs_share:.1%} |" for s in manifest.frontier
+    steps = markdown_table(
+        ["step", measure, "multiply-adds of dense"],
+        [
+            [str(s.step), f"{_share(s, measure):.4f}", f"{s.macs_share:.1%}"]
+            for s in manifest.frontier
+        ],
     )
-    tested = "\n".join(
-        f"| {r.quality} | {r.accuracy:.4f} | {r.low:.4f} to {r.high:.4f} | {r.mean_heads:.1f} "
-        f"| {r.macs_share:.1%} | {', '.join(str(b) for b in r.budgets)} |"
-        for r in test
-    )
-    report = (
-        f"""## On test texts
-{test[0].rows} texts that neither training nor calibration saw; 95 % intervals.
-
-| quality | accuracy | interval | mean heads | multiply-adds of dense | budgets in use |
-|---|---|---|---|---|---|
-{tested}
-
-"""
-        if test
-        else ""
-    )
+    report = _tested(test) if test else ""
     recipe = "\n".join(f"{key} = {value!r}" for key, value in manifest.recipe.items())
     return f"""# {manifest.name}, version {manifest.version}
 
@@ -68,17 +56,13 @@ text needs.
 - Made: {manifest.created}, seed {manifest.seed}
 
 {report}## Quality levels
-Calibrated on {manifest.metrics.get("calibration_rows", 0):.0f} held-out texts.
+{_explained(manifest)}
 
-| quality | accuracy | points lost against the full budget | multiply-adds of dense | mean heads |
-|---|---|---|---|---|
 {levels}
 
 ![Accuracy against cost]({PLOT})
 
 ## Fixed steps, for comparison
-| step | accuracy | multiply-adds of dense |
-|---|---|---|
 {steps}
 
 ## Limits
@@ -92,32 +76,101 @@ the data named above and says nothing of texts of another kind or time.
 """
 
 
+def _tested(test: list[Row]) -> str:
+    heads = ["quality", "accuracy", "interval", "mean heads", "multiply-adds of dense"]
+    table = markdown_table(
+        [*heads, "texts that end at each step"],
+        [
+            [
+                row.quality,
+                f"{row.accuracy:.4f}",
+                f"{row.low:.4f} to {row.high:.4f}",
+                f"{row.mean_heads:.1f}",
+                f"{row.macs_share:.1%}",
+                ", ".join(f"{step}: {share:.1%}" for step, share in row.budgets.items()),
+            ]
+            for row in test
+        ],
+    )
+    return f"""## On test texts
+{test[0].rows} texts that neither training nor calibration saw; 95 % intervals.
+
+{table}
+
+"""
+
+
+def _level(level: Level, measure: Measure) -> list[str]:
+    reached, (low, high) = level.reached(measure)
+    return [
+        str(level.name),
+        f"{level.threshold:.4f}",
+        f"{reached:.4f}",
+        f"{low:.4f} to {high:.4f}",
+        f"{level.points_lost:+.2f}",
+        f"{level.macs_share:.1%}",
+        f"{level.mean_heads:.1f}",
+    ]
+
+
+def _explained(manifest: Manifest) -> str:
+    """Say what the levels were calibrated for, and on what."""
+    rows = f"{manifest.metrics.get('calibration_rows', 0):.0f} held-out texts"
+    if manifest.policy is None:
+        return f"Calibrated for accuracy on {rows}. Points lost are against the full budget."
+    meaning = {
+        "accuracy": "the share of right answers",
+        "agreement": "the share of answers that are those of the full network, right or wrong; no "
+        "text had a label",
+    }[manifest.measure]
+    named = manifest.named_levels
+    shares = markdown_table(
+        ["quality", *(f"step {step}" for step in manifest.policy.chain)],
+        [
+            [name, *(f"{level.budgets.get(step, 0.0):.1%}" for step in manifest.policy.chain)]
+            for name, level in named.items()
+        ],
+    )
+    return f"""Calibrated for {manifest.measure} on {rows}: {meaning}.
+A text goes along the steps {", ".join(map(str, manifest.policy.chain))} until the confidence of an
+answer reaches the threshold of the level; *f_o* may skip steps. The figures are cross-fitted: each
+is of texts that did not choose the rule. Points lost are against the full network. Of the texts,
+this share ends at each step:
+
+{shares}
+"""
+
+
+def _share(step: FixedStep, measure: Measure) -> float:
+    share = step.accuracy if measure == "accuracy" else step.agreement
+    return 0.0 if share is None else share
+
+
 def _plot(axes: Axes, manifest: Manifest) -> None:
-    points, steps = manifest.operating_points, manifest.frontier
+    levels, steps, measure = manifest.levels, manifest.frontier, manifest.measure
     axes.plot(
         [100 * s.macs_share for s in steps],
-        [s.accuracy for s in steps],
+        [_share(s, measure) for s in steps],
         "s--",
         color="#999",
         label="fixed step",
     )
     axes.plot(
-        [100 * p.macs_share for p in points],
-        [p.accuracy for p in points],
+        [100 * level.macs_share for level in levels],
+        [level.reached(measure)[0] for level in levels],
         "o-",
         label="budget per text",
     )
-    for point in points:
-        if point.name:
-            axes.annotate(
-                point.name,
-                (100 * point.macs_share, point.accuracy),
-                xytext=(0, 8),
-                textcoords="offset points",
-                ha="center",
-            )
+    for name, level in manifest.named_levels.items():
+        axes.annotate(
+            name,
+            (100 * level.macs_share, level.reached(measure)[0]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+        )
     axes.set_xlabel("multiply-adds, % of the dense network")
-    axes.set_ylabel("accuracy on held-out texts")
+    axes.set_ylabel(f"{measure} on held-out texts")
     axes.legend(loc="lower right")
 
 

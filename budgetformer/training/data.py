@@ -107,6 +107,19 @@ def read_examples(
     return Examples(texts, pairs or None, labels, found)
 
 
+def read_texts(path: Path) -> Examples:
+    """Read texts, or pairs of texts, without labels: those of the result are empty.
+
+    Raises:
+        DataError: the file cannot be read, or has no rows.
+    """
+    rows = list(open_table(path))
+    if not rows:
+        raise DataError(f"{path}: no rows")
+    pairs = [pair for _, pair in rows if pair is not None]
+    return Examples([text for text, _ in rows], pairs or None, np.zeros(0, np.int64), [])
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """Padded tokens [B, T] of the items `rows` [B] of a data set."""

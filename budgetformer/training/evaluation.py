@@ -16,6 +16,7 @@ import numpy as np
 from budgetformer.checkpoint import Checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import BudgetFormerError, DataError
+from budgetformer.policy import QUALITY_NAMES
 from budgetformer.proxies import is_loopback
 from budgetformer.tables import find_table
 from budgetformer.training.data import Examples, read_examples
@@ -41,7 +42,12 @@ Ask = Callable[[Examples, str | None], list[Verdict]]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report; shares are 0..1."""
+    """One line of the report; shares are 0..1.
+
+    `budgets` is the share of the texts that ended at each step, `agreement` that of the answers
+    that are the full budget's; `cheaper` counts texts that took fewer multiply-adds than at the
+    level before, which no policy allows.
+    """
 
     quality: str
     rows: int
@@ -52,6 +58,8 @@ class Row:
     macs_share: float
     mean_macs: float
     budgets: dict[int, float]
+    agreement: float
+    cheaper: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -65,6 +73,7 @@ class Row:
             str(self.rows),
             f"{self.accuracy:.4f}",
             f"{self.low:.4f}..{self.high:.4f}",
+            f"{self.agreement:.4f}",
             f"{self.mean_heads:.2f}",
             f"{self.mean_macs / 1e6:.1f} M",
             f"{self.macs_share:.1%}",
@@ -113,8 +122,14 @@ def evaluate_checkpoint(
         ask: who answers; None: the checkpoint, in this process.
     """
     answer = ask or in_process(Classifier(checkpoint.path))
-    levels: list[str | None] = [*checkpoint.manifest.named_levels]
-    return [_row(level or FULL, answer(examples, level), examples) for level in [*levels, None]]
+    names = [name for name in QUALITY_NAMES if name in checkpoint.manifest.named_levels]
+    found = [(name or FULL, answer(examples, name)) for name in [*names, None]]
+    full = found[-1][1]
+    before = [found[0][1], *(verdicts for _, verdicts in found)]
+    return [
+        _row(name, verdicts, lower, full, examples)
+        for (name, verdicts), lower in zip(found, before, strict=False)
+    ]
 
 
 def in_process(classifier: Classifier) -> Ask:
@@ -188,7 +203,13 @@ def _chosen(probs: Sequence[float], many: bool) -> tuple[int, ...]:
     return (max(range(len(probs)), key=probs.__getitem__),)
 
 
-def _row(quality: str, verdicts: list[Verdict], examples: Examples) -> Row:
+def _row(
+    quality: str,
+    verdicts: list[Verdict],
+    lower: list[Verdict],
+    full: list[Verdict],
+    examples: Examples,
+) -> Row:
     if examples.multi_label:
         truth = [tuple(np.flatnonzero(row).tolist()) for row in examples.labels]
     else:
@@ -208,4 +229,6 @@ def _row(quality: str, verdicts: list[Verdict], examples: Examples) -> Row:
         macs_share=macs / sum(v.dense_macs for v in verdicts),
         mean_macs=macs / count,
         budgets={step: budgets[step] / count for step in sorted(budgets)},
+        agreement=sum(v.labels == f.labels for v, f in zip(verdicts, full, strict=True)) / count,
+        cheaper=sum(v.macs < less.macs for v, less in zip(verdicts, lower, strict=True)),
     )

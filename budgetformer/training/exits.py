@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from budgetformer.modeling import BudgetFormerForSequenceClassification
-from budgetformer.modules import MULTI_LABEL, BudgetController, BudgetDecision
+from budgetformer.modules import MULTI_LABEL, BudgetController, BudgetDecision, SequenceClassifier
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.trainer import inputs, progress_bar
 
@@ -85,9 +85,7 @@ def fit_controllers(
                 optimizer.step()
 
 
-def fit_controller(
-    model: BudgetFormerForSequenceClassification, read: Tensor, confident: Tensor, seed: int
-) -> Tensor:
+def fit_controller(model: SequenceClassifier, read: Tensor, confident: Tensor, seed: int) -> Tensor:
     """Teach f_o, which reads step 0's answer alone, at which step a text will be confident.
 
     s learns the share of the ladder that a text needs: its first confident step k as k / S, and 1
@@ -119,6 +117,9 @@ def fit_controller(
             _fit_share(decision.controller, read[~held], target[~held], seed)
             s[held] = decision.controller(read[held]).detach()
         _fit_share(decision.controller, read, target, seed)
+    with torch.no_grad():  # as a checkpoint holds it
+        for weight in decision.controller.parameters():
+            weight.copy_(weight.half())
     return s
 
 

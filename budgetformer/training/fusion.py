@@ -19,7 +19,11 @@ StepFusion = tuple[float, float]
 
 
 def fit_fusion(
-    logits: Tensor, labels: Tensor, problem_type: str | None, has_step_0: bool
+    logits: Tensor,
+    labels: Tensor,
+    problem_type: str | None,
+    has_step_0: bool,
+    start: Sequence[StepFusion] | None = None,
 ) -> list[StepFusion]:
     """Fit the weights of each step 1..S on held-out texts.
 
@@ -30,22 +34,33 @@ def fit_fusion(
 
     Args:
         logits: [S+1, N, C], row 0 step 0's, then the encoder's at each step, before fusion.
-        labels: class ids [N], or 0/1 targets [N, C] when multi-label.
+        labels: class ids [N], or 0/1 targets [N, C] when multi-label; or probabilities [N, C],
+            which the answers are to meet.
         problem_type: of the network.
         has_step_0: whether row 0 says anything; otherwise b is 0.
+        start: weights to start from, which changes how long it takes and nothing else.
     """
     exits = logits[0].double() if has_step_0 else None
-    return [_fit_step(step.double(), exits, labels, problem_type) for step in logits[1:]]
+    labels = labels.double() if labels.ndim == 2 else labels
+    begin = start or [(1.0, 0.0)] * len(logits[1:])
+    return [
+        _fit_step(step.double(), exits, labels, problem_type, own)
+        for step, own in zip(logits[1:], begin, strict=False)
+    ]
 
 
 def _fit_step(
-    encoder: Tensor, exits: Tensor | None, labels: Tensor, problem_type: str | None
+    encoder: Tensor,
+    exits: Tensor | None,
+    labels: Tensor,
+    problem_type: str | None,
+    start: StepFusion,
 ) -> StepFusion:
     kept = [True, exits is not None]
-    weights = _minimise(encoder, exits, labels, problem_type, kept)
+    weights = _minimise(encoder, exits, labels, problem_type, kept, start)
     if min(weights) < 0:  # at most one is: the other alone is better than nothing
         kept[weights.index(min(weights))] = False
-        weights = _minimise(encoder, exits, labels, problem_type, kept)
+        weights = _minimise(encoder, exits, labels, problem_type, kept, start)
     return max(weights[0], 0.0), max(weights[1], 0.0)
 
 
@@ -55,11 +70,12 @@ def _minimise(
     labels: Tensor,
     problem_type: str | None,
     kept: Sequence[bool],
+    start: StepFusion,
 ) -> StepFusion:
     """Return the weights of least cross-entropy; those that are not kept are 0."""
     mask = torch.tensor(kept, dtype=torch.double)
     prior = torch.tensor([1.0, 0.0], dtype=torch.double)
-    weights = (prior * mask).requires_grad_()
+    weights = (torch.tensor(start, dtype=torch.double) * mask).requires_grad_()
     solver = torch.optim.LBFGS([weights], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -67,7 +83,7 @@ def _minimise(
         own, share = weights * mask
         fused = fuse(encoder, exits, own, share)
         if problem_type == MULTI_LABEL:
-            error = F.binary_cross_entropy_with_logits(fused, labels.double())
+            error = F.binary_cross_entropy_with_logits(fused, labels)
         else:
             error = F.cross_entropy(fused, labels)
         error = error + PRIOR / len(labels) * (weights - prior).square().sum()

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from budgetformer.checkpoint import (
     MOST_VERSION,
     NAME,
     Checkpoint,
-    FixedStep,
     Manifest,
     Provenance,
     file_entries,
@@ -30,10 +29,11 @@ from budgetformer.checkpoint import (
 )
 from budgetformer.compact import PackedPass, load_pass
 from budgetformer.configuration import BudgetFormerConfig
+from budgetformer.cost_table import CostTable
 from budgetformer.errors import DataError, TokenizerError, TrainingError
 from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model, quiet
 from budgetformer.modules import MULTI_LABEL, BudgetController, table_columns
-from budgetformer.policy import BudgetRule, OperatingPoint
+from budgetformer.policy import BudgetRule, Measure
 from budgetformer.ranges import LayerRanges
 from budgetformer.staging import check_replaceable, staged
 from budgetformer.step0 import evidence
@@ -41,17 +41,20 @@ from budgetformer.tables import find_table, open_table
 from budgetformer.tokenization import tokenizer_errors
 from budgetformer.training.baseline import write_baseline
 from budgetformer.training.calibration import (
-    Calibration,
+    Found,
+    Table,
     answer_all,
+    calibrate,
     layerwise_points,
     ranges_of_states,
     run_every_step,
 )
 from budgetformer.training.card import write_card
 from budgetformer.training.conversion import MIN_POSITIONS, Conversion, convert_encoder
-from budgetformer.training.data import Examples, TokenizedTexts, read_examples
+from budgetformer.training.data import Examples, TokenizedTexts, read_examples, read_texts
 from budgetformer.training.evaluation import Row, evaluate_checkpoint
 from budgetformer.training.exits import (
+    fit_controller,
     fit_controllers,
     pooled_states,
     wrong,
@@ -168,15 +171,13 @@ def train_checkpoint(
         log(f"step 0 has {1 - errors.mean():.2%} of the texts to train on right, out of fold")
     trainer = Trainer(model, tokens, seen, recipe, work_dir, log, conversion.origin, out_of_fold)
     trainer.train(keep_dense)
-    log("fitting step 0 and f_o, calibrating budgets")
-    network, ranges, frontier, points = _calibrate(
-        model, (tokens, seen, out_of_fold), (unseen_tokens, unseen), recipe
-    )
+    log("fitting f_o, calibrating budgets")
+    network, ranges, found = _calibrate(model, unseen_tokens, unseen, recipe)
 
     metrics = {
         "train_rows": float(len(seen)),
         "calibration_rows": float(len(unseen)),
-        "full_budget_accuracy": frontier[-1].accuracy if frontier else points[-1].accuracy,
+        "full_budget_accuracy": found.full_accuracy,
     }
     if conversion.difference is not None:
         metrics["conversion_difference"] = conversion.difference
@@ -195,8 +196,6 @@ def train_checkpoint(
             seed=recipe.seed,
             recipe=recipe.as_dict(),
             metrics=metrics,
-            frontier=tuple(frontier),
-            operating_points=tuple(points),
             ranges=ranges,
             provenance=Provenance(
                 starting_weights=beginning.name,
@@ -205,6 +204,7 @@ def train_checkpoint(
                 data_terms=recipe.data_terms,
             ),
         )
+        manifest = manifest.model_copy(update=found.of_manifest())
         write_manifest(folder, manifest)
         report: list[Row] = []
         if test is not None and test_file is not None:
@@ -220,17 +220,28 @@ def train_checkpoint(
     log(f"wrote {output}")
 
 
-def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> Manifest:
-    """Write a checkpoint anew with quality levels calibrated on other labelled texts.
+def recalibrate(
+    checkpoint: Checkpoint,
+    data: Path,
+    output: Path,
+    log: Log,
+    *,
+    measure: Measure = "accuracy",
+    costs: CostTable | None = None,
+) -> Manifest:
+    """Write a checkpoint anew with quality levels calibrated on other texts.
 
     The weights stay; the rules for budgets, what they reach and cost, and the ranges of states are
     found again.
 
     Args:
         checkpoint: what to calibrate.
-        data: labelled texts that its training never saw, best of the kind that it will serve.
+        data: texts that its training never saw, best of the kind that it will serve; with labels
+            for `accuracy`, any for `agreement`.
         output: what to write, `<store>/<name>/<version>`; it must not exist.
         log: gets one line per event.
+        measure: what a level gives up: right answers, or the full network's.
+        costs: measured seconds of this checkpoint's steps, to search on instead of multiply-adds.
 
     Raises:
         DataError: the data does not fit, or the output exists or is no version folder.
@@ -238,8 +249,13 @@ def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> M
     """
     _check_output(output)
     check_replaceable(output, replace=False)
-    labels = list(checkpoint.manifest.labels)
-    examples = read_examples(data, labels, multi_label=checkpoint.multi_label)
+    if measure == "agreement":
+        examples = read_texts(data)
+    else:
+        names = list(checkpoint.manifest.labels)
+        examples = read_examples(data, names, multi_label=checkpoint.multi_label)
+    if costs is not None and len(costs.steps) != len(checkpoint.ladder) + 1:
+        raise DataError(f"the cost table of {costs.model} is not of this checkpoint's steps")
     if len(examples) < FEWEST_ROWS:
         raise DataError(f"{data}: {len(examples)} rows, calibration needs {FEWEST_ROWS} at least")
     checkpoint.verify()
@@ -248,8 +264,9 @@ def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> M
     log(f"calibrating on {len(examples)} texts")
     ranges = ranges_of_states(model, tokens)
     network = load_pass(model, "auto", ranges)
-    costs = checkpoint.manifest.recipe.get("level_costs", Recipe.level_costs)
-    frontier, points = _find_points(network, tokens, examples, costs)
+    level_costs = checkpoint.manifest.recipe.get("level_costs", Recipe.level_costs)
+    labels = None if measure == "agreement" else torch.from_numpy(examples.labels)
+    found = _find_policy(network, tokens, labels, level_costs, costs)
     with staged(output) as folder:
         _write_files(
             model,
@@ -264,11 +281,10 @@ def recalibrate(checkpoint: Checkpoint, data: Path, output: Path, log: Log) -> M
                 "version": int(output.name),
                 "created": _today(),
                 "files": file_entries(folder),
-                "frontier": tuple(frontier),
-                "operating_points": tuple(points),
                 "ranges": ranges,
                 "metrics": checkpoint.manifest.metrics | {"calibration_rows": float(len(examples))},
             }
+            | found.of_manifest()
         )
         write_manifest(folder, manifest)
         write_card(folder, manifest, [])
@@ -461,40 +477,60 @@ def _check_tokenizer(tokenizer: Tokenizer, config: Architecture, start: Start) -
 
 def _calibrate(
     model: BudgetFormerForSequenceClassification,
-    seen: tuple[TokenizedTexts, Examples, Tensor | None],
-    held_out: tuple[TokenizedTexts, Examples],
+    tokens: TokenizedTexts,
+    examples: Examples,
     recipe: Recipe,
-) -> tuple[PackedPass, tuple[LayerRanges, ...], list[FixedStep], list[OperatingPoint]]:
-    unseen_tokens, unseen = held_out
+) -> tuple[PackedPass, tuple[LayerRanges, ...], Found]:
+    labels = torch.from_numpy(examples.labels)
     # With soft gates f_o was trained together with the network.
-    if recipe.gating == "hard" and recipe.fixed_share is None:
-        _teach_controllers(model, seen, held_out, recipe)
+    teach = recipe.gating == "hard" and recipe.fixed_share is None
+    from_step0 = model.config.decides_from_step0
+    if teach and not from_step0:
+        _teach_controllers(model, tokens, labels, recipe.seed)
     # The checkpoint holds 16-bit weights and is served in this precision by default.
     model.half().float()
     for name, weight in model.state_dict().items():
         if not weight.isfinite().all():
             raise TrainingError(f"{name} is not finite in float16; try a lower learning_rate")
-    ranges = ranges_of_states(model, unseen_tokens)
+    ranges = ranges_of_states(model, tokens)
     network = load_pass(model, "auto", ranges)
-    return network, ranges, *_find_points(network, unseen_tokens, unseen, recipe.level_costs)
+    seed = recipe.seed if teach and from_step0 else None
+    found = _find_policy(network, tokens, labels, recipe.level_costs, f_o_seed=seed)
+    return network, ranges, found
 
 
-def _find_points(
+def _find_policy(
     network: PackedPass,
     tokens: TokenizedTexts,
-    examples: Examples,
+    labels: Tensor | None,
     level_costs: Sequence[float],
-) -> tuple[list[FixedStep], list[OperatingPoint]]:
+    costs: CostTable | None = None,
+    f_o_seed: int | None = None,
+) -> Found:
+    """Calibrate a network, whose configuration gets the weights of the fusion.
+
+    With `f_o_seed`, f_o learns from the same texts, and rules are scored with its out-of-fold s.
+    """
     config = network.config
-    labels = torch.from_numpy(examples.labels)
     if config.budget_scope == "layer":
-        return [], layerwise_points(network, tokens, labels)
+        if labels is None:
+            raise DataError("layers that decide for themselves have no levels for agreement")
+        return Found([], [], points=layerwise_points(network, tokens, labels))
     runs = run_every_step(network, tokens)
-    fusion = fit_fusion(runs.logits, labels, config.problem_type, config.embedding_exit)
-    config.encoder_weight = [own for own, _ in fusion]
-    config.exit_weight = [share for _, share in fusion]
-    calibration = Calibration(network, runs, labels)
-    return calibration.fixed_steps(), calibration.frontier(level_costs)
+    if f_o_seed is not None:
+        assert labels is not None
+        kind = config.problem_type
+        fusion = fit_fusion(runs.logits, labels, kind, config.embedding_exit)
+        confident = torch.from_numpy(Table(config, runs, fusion).confidence)
+        lengths = [len(ids) for ids in tokens.whole]
+        read = torch.from_numpy(evidence(runs.logits[0].numpy(), lengths, kind))
+        s = fit_controller(network.model, read, confident, f_o_seed)
+        network.step0 = network.model.step0_with_numpy()
+        runs = replace(runs, s=s)
+    found = calibrate(config, runs, labels, level_costs, costs)
+    config.encoder_weight = [own for own, _ in found.fusion]
+    config.exit_weight = [share for _, share in found.fusion]
+    return found
 
 
 def _check_output(output: Path) -> None:
@@ -519,26 +555,18 @@ def _today() -> str:
 
 
 def _teach_controllers(
-    model: BudgetFormerForSequenceClassification,
-    seen: tuple[TokenizedTexts, Examples, Tensor | None],
-    held_out: tuple[TokenizedTexts, Examples],
-    recipe: Recipe,
+    model: BudgetFormerForSequenceClassification, tokens: TokenizedTexts, labels: Tensor, seed: int
 ) -> None:
+    """Teach every f_o that reads pooled states when step 1 errs.
+
+    The texts are held-out ones: on those that trained it step 1 is right too often.
+    """
     config = model.config
-    tokens, examples, out_of_fold = seen
-    if out_of_fold is not None:
-        cheapest = out_of_fold
-        lengths = [len(ids) for ids in tokens.whole]
-        states = [torch.from_numpy(evidence(cheapest.numpy(), lengths, config.problem_type))]
-    else:
-        # Without a step 0 the cheapest answer is step 1's; on training texts it is too often right.
-        tokens, examples = held_out
-        states = pooled_states(model, tokens, "pooled states")
-        rule = BudgetRule(num_steps=config.num_steps, fixed=1)
-        items = answer_all(PackedPass(model), tokens, rule)
-        cheapest = torch.stack([item.logits for item in items if item.logits is not None])
-    target = wrong(cheapest, torch.from_numpy(examples.labels), config.problem_type)
-    fit_controllers(model, states, target, recipe.seed)
+    rule = BudgetRule(num_steps=config.num_steps, fixed=1)
+    items = answer_all(PackedPass(model), tokens, rule)
+    cheapest = torch.stack([item.logits for item in items if item.logits is not None])
+    target = wrong(cheapest, labels, config.problem_type)
+    fit_controllers(model, pooled_states(model, tokens, "pooled states"), target, seed)
 
 
 def _write_files(

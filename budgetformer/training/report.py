@@ -1,9 +1,10 @@
 """The frontier report: what budgets buy on test texts, beside everything one would use instead.
 
 Every text is run once at every ladder step and once through the dense network; each way to spend a
-budget is then a look-up in those answers. Thresholds of the quality levels come from the
-checkpoint, which chose them on other texts. Those of the rivals (early exit, confidence cascade)
-are chosen here, on the test texts themselves, so comparisons lean towards the rivals.
+budget is then a look-up in those answers. The chain of steps and the thresholds of the quality
+levels come from the checkpoint, which chose them on other texts. Those of the rivals (early exit,
+confidence cascade) are chosen here, on the test texts themselves, so comparisons lean towards the
+rivals.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from budgetformer.cost import layer_macs
 from budgetformer.errors import DataError
 from budgetformer.loading import load_network
 from budgetformer.modules import MULTI_LABEL, confidence, probabilities
-from budgetformer.policy import BudgetRule, EntryBand, Escalation, OperatingPoint
+from budgetformer.policy import BudgetRule, EntryBand, Measure
 from budgetformer.training.baseline import Baseline
-from budgetformer.training.calibration import Answers, Calibration, answer_all, run_every_step
+from budgetformer.training.calibration import Table, answer_all, run_every_step
+from budgetformer.training.chains import Route
 from budgetformer.training.data import Examples, TokenizedTexts, even_rows
 from budgetformer.training.evaluation import interval
 from budgetformer.training.exits import wrong
+from budgetformer.training.routing import Routing, compare_routing
 
 ECE_BINS = 15
 THRESHOLDS = tuple(np.linspace(0.3, 0.995, 140).tolist())
@@ -45,7 +48,8 @@ TIMED_ROUNDS = 3
 class Way:
     """One way to answer N texts, and what it reached.
 
-    macs_share: mean multiply-adds of the dense network's; milliseconds: per text, by batch size.
+    macs_share: mean multiply-adds of the dense network's; budgets: share of the texts that ended at
+    each step; milliseconds: per text, by batch size.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Way:
     ece: float
     macs_share: float
     mean_heads: float
+    budgets: dict[int, float]
     milliseconds: dict[int, float]
 
 
@@ -111,7 +116,10 @@ class Report:
 
     model: str
     rows: int
+    measure: Measure
+    chain: list[int]
     ways: list[Way]
+    routing: list[Routing]
     comparisons: list[Comparison]
     difficulty: list[Difficulty]
     curves: list[Curve]
@@ -125,12 +133,16 @@ class Report:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a way to answer gives each text: logits [N, C], right [N], cost [N], heads [N]."""
+    """What a way to answer gives each text.
+
+    logits [N, C], right [N], cost [N], heads [N]; the step that answers [N], where it is a step.
+    """
 
     logits: Tensor
     right: np.ndarray
     macs: np.ndarray
     heads: np.ndarray
+    step: np.ndarray | None = None
 
 
 def report_checkpoint(
@@ -153,9 +165,7 @@ def report_checkpoint(
     if network.config.budget_scope == "layer":
         raise DataError("a report compares fixed steps, which layer-wise budgets do not have")
     bench = _Bench(network, TokenizedTexts.of(checkpoint, examples), examples, baseline)
-    points = checkpoint.manifest.operating_points
-    times = bench.time([point for point in points if point.name]) if timed else {}
-    return bench.report(checkpoint.label, points, times)
+    return bench.report(checkpoint, bench.time(checkpoint) if timed else {})
 
 
 class _Bench:
@@ -172,23 +182,20 @@ class _Bench:
         self.config = network.config
         self.labels = torch.from_numpy(examples.labels)
         self.runs = run_every_step(network, tokens)
-        self.table = Calibration(network, self.runs, self.labels)
+        self.table = Table(self.config, self.runs)
+        self.right = self.table.right(self.labels)
         self.full = self._step(self.config.num_steps)
         self.baseline = baseline
         self.layers = None if baseline is None else baseline.layer_logits(tokens)
         logits = self.full.logits if self.layers is None else self.layers[-1]
         self.dense = self._outcome(logits, self.table.dense, self.full.heads)
 
-    def report(
-        self,
-        model: str,
-        points: Sequence[OperatingPoint],
-        times: dict[str, dict[int, float]],
-    ) -> Report:
+    def report(self, checkpoint: Checkpoint, times: dict[str, dict[int, float]]) -> Report:
+        manifest = checkpoint.manifest
         first = 0 if self.config.embedding_exit else 1
         steps = {f"step {i}": self._step(i) for i in range(first, self.config.num_steps + 1)}
-        ours = [(p, self._level(p)) for p in points]
-        named = {str(p.name): outcome for p, outcome in ours if p.name}
+        ours = [(rule, self._answers(rule)) for rule in checkpoint.level_rules]
+        named = {name: self._answers(checkpoint.rule(name)) for name in manifest.named_levels}
         oracle = self._oracle(first)
         dense = {"dense": self.dense} if self.baseline else {}
         outcomes = {**named, **dense, **steps, "oracle": oracle}
@@ -206,23 +213,26 @@ class _Bench:
         both_kinds = self.dense.right.any() and not self.dense.right.all()
         difficulty = [self._difficulty(name, o) for name, o in named.items()] if both_kinds else []
         return Report(
-            model=model,
+            model=checkpoint.label,
             rows=len(self.examples),
+            measure=manifest.measure,
+            chain=list(manifest.policy.chain if manifest.policy else ()),
+            routing=compare_routing(self.table, self.labels),
             ways=[self._way(name, o, times.get(name, {})) for name, o in outcomes.items()],
-            comparisons=list(self._compare(ours, rivals)),
+            comparisons=list(self._compare(ours, rivals, manifest.measure)),
             difficulty=difficulty,
             curves=curves,
             heads_by_confidence={n: self._by_confidence(o) for n, o in named.items()},
             heads_by_class={n: self._by_class(o) for n, o in named.items()},
         )
 
-    def time(self, levels: Sequence[OperatingPoint]) -> dict[str, dict[int, float]]:
+    def time(self, checkpoint: Checkpoint) -> dict[str, dict[int, float]]:
         """Time each level and each fixed step per text, interleaved, in the packed pass.
 
         The dense network is timed as our own full step; medians of a few rounds, in milliseconds.
         """
         last = self.config.num_steps
-        rules = {str(p.name): p.rule(last) for p in levels}
+        rules = {name: checkpoint.rule(name) for name in checkpoint.manifest.named_levels}
         for step in range(1, last + 1):
             rules[f"step {step}"] = BudgetRule(num_steps=last, fixed=step)
         found: dict[str, dict[int, float]] = {name: {} for name in rules}
@@ -243,38 +253,33 @@ class _Bench:
         right = 1 - wrong(logits, self.labels, self.config.problem_type).numpy()
         return _Outcome(logits, right.astype(bool), macs, heads)
 
-    def _picked(self, answers: Answers) -> _Outcome:
-        logits = self.table.logits[torch.from_numpy(answers.step), torch.arange(len(answers.step))]
-        return _Outcome(logits, answers.right, answers.macs, answers.heads)
+    def _at(self, step: np.ndarray, macs: np.ndarray, heads: np.ndarray) -> _Outcome:
+        logits = self.table.logits[torch.from_numpy(step), torch.arange(len(step))]
+        return _Outcome(logits, self.right[step, self.table.rows], macs, heads, step)
+
+    def _answers(self, rule: BudgetRule) -> _Outcome:
+        found = self.table.answer(rule)
+        return self._at(found.step, found.macs, found.heads)
 
     def _step(self, step: int) -> _Outcome:
-        return self._picked(self.table.answer([EntryBand(upto=1, step=step)], None))
-
-    def _level(self, point: OperatingPoint) -> _Outcome:
-        return self._picked(self.table.answer(point.entry, point.escalation))
+        return self._answers(BudgetRule(num_steps=self.config.num_steps, fixed=step))
 
     def _oracle(self, first: int) -> _Outcome:
         """Give each text the smallest step that is right, or the smallest of all."""
-        right = self.table.right[first:]
+        right = self.right[first:]
         step = np.where(right.any(0), right.argmax(0), 0) + first
-        rows = self.table.rows
-        macs = self.table.macs[step, rows] + self.table.decision
-        heads = self.table.heads[step].astype(np.float64)
-        return self._picked(Answers(step, self.table.right[step, rows], macs, heads))
+        macs = self.table.macs[step, self.table.rows] + self.table.decision
+        return self._at(step, macs, self.table.heads[step].astype(np.float64))
 
     def _cascades(self) -> list[_Outcome]:
-        """Run a small step, then the last one where the answer is not sure; both are paid for."""
+        """Run a small step, then the last one where it is not confident; both are paid for."""
         last = self.config.num_steps
-        return [
-            self._picked(
-                self.table.answer([EntryBand(upto=1, step=low)], Escalation(below=below, step=last))
-            )
-            for low in range(1, last)
-            for below in THRESHOLDS
-        ]
+        routes = [Route((low, last), (EntryBand(upto=1, step=low),)) for low in range(1, last)]
+        taken = [self.table.take(route, below) for route in routes for below in THRESHOLDS]
+        return [self._at(found.step, found.macs, found.heads) for found in taken]
 
     def _early_exits(self) -> Iterator[_Outcome]:
-        """Leave the dense network after the first layer that is sure enough."""
+        """Leave the dense network after the first layer that is confident enough."""
         assert self.layers is not None
         count = len(self.layers)
         sure = torch.stack([confidence(x, self.config.problem_type) for x in self.layers]).numpy()
@@ -291,16 +296,18 @@ class _Bench:
 
     def _compare(
         self,
-        ours: Sequence[tuple[OperatingPoint, _Outcome]],
+        ours: Sequence[tuple[BudgetRule, _Outcome]],
         rivals: dict[str, list[_Outcome]],
+        measure: Measure,
     ) -> Iterator[Comparison]:
+        levels = [(rule.level, outcome) for rule, outcome in ours if rule.level is not None]
         chosen = [
-            max(affordable, key=lambda pair: pair[0].accuracy)
+            max(affordable, key=lambda pair: pair[0].reached(measure)[0])
             for cost in EQUAL_COSTS
-            if (affordable := [pair for pair in ours if pair[0].macs_share <= cost])
+            if (affordable := [pair for pair in levels if pair[0].macs_share <= cost])
         ]
-        unique = list({id(point): (point, outcome) for point, outcome in chosen}.values())
-        for point, outcome in unique:
+        unique = list({id(level): (level, outcome) for level, outcome in chosen}.values())
+        for level, outcome in unique:
             cost = self._share(outcome)
             for name, best in rivals.items():
                 rival = self._at_cost(best, cost)
@@ -309,7 +316,7 @@ class _Bench:
                 gain, low, high = _paired(outcome.right, rival)
                 accuracy = float(rival.mean())
                 yield Comparison(
-                    name, point.name or "", cost, _mean(outcome), accuracy, gain, low, high
+                    name, level.name or "", cost, _mean(outcome), accuracy, gain, low, high
                 )
 
     def _best(self, family: Sequence[_Outcome]) -> list[_Outcome]:
@@ -346,6 +353,7 @@ class _Bench:
             ece=calibration_error(outcome.logits, outcome.right, self.config.problem_type),
             macs_share=self._share(outcome),
             mean_heads=float(outcome.heads.mean()),
+            budgets=_shares(outcome.step),
             milliseconds=milliseconds,
         )
 
@@ -402,6 +410,13 @@ def calibration_error(logits: Tensor, right: np.ndarray, problem_type: str | Non
         if (rows := bins == b).any()
     ]
     return float(sum(gaps) / len(sure))
+
+
+def _shares(step: np.ndarray | None) -> dict[int, float]:
+    if step is None:
+        return {}
+    used, counts = np.unique(step, return_counts=True)
+    return {int(k): float(n / len(step)) for k, n in zip(used, counts, strict=True)}
 
 
 def _mean(outcome: _Outcome) -> float:

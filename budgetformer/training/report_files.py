@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from budgetformer.training.pages import draw, markdown_table
 from budgetformer.training.report import Report
+from budgetformer.training.routing import AT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PAGE = "README.md"
+EQUAL = "multiply-adds for what the first is worth"
 MOST_BARS = 20
 """Classes shown in a plot: beyond that, the dearest and the cheapest ones."""
 
@@ -30,6 +32,8 @@ def write_report(report: Report, folder: Path) -> None:
 def report_text(report: Report) -> str:
     """Return the report as Markdown."""
     timed = sorted({batch for way in report.ways for batch in way.milliseconds})
+    steps = ", ".join(map(str, report.chain))
+    chain = f"Levels go along the steps {steps}. " if steps else ""
     heads = ["way", "accuracy", "95 %", "macro-F1", "ECE", "multiply-adds", "heads"]
     heads += [f"ms per text, batch {batch}" for batch in timed]
     ways = [
@@ -44,6 +48,19 @@ def report_text(report: Report) -> str:
             *(f"{ms:.2f}" if (ms := way.milliseconds.get(b)) else "" for b in timed),
         ]
         for way in report.ways
+    ]
+    ends = [
+        [way.name, ", ".join(f"{step}: {share:.1%}" for step, share in way.budgets.items())]
+        for way in report.ways
+        if way.name in report.heads_by_class
+    ]
+    routing = [
+        [
+            row.way,
+            *(f"{a:.4f} at {c:.1%}" for a, c in zip(row.accuracy, row.cost, strict=True)),
+            f"{row.equal_cost:.1%}",
+        ]
+        for row in report.routing
     ]
     rivals = [
         [
@@ -81,6 +98,21 @@ computes as much. The oracle gives each text the smallest step that is right.
 {markdown_table(heads, ways)}
 
 ![Accuracy against cost](frontier.png)
+
+## Steps in use
+{chain}The levels were calibrated for {report.measure}. Share of the texts that end at each step:
+
+{markdown_table(["level", "steps"], ends)}
+
+## What f_o's choice of a step gains
+Each way has the best chain of its own, chosen and scored on different parts of these texts.
+
+{
+        markdown_table(
+            ["a text that step 0 does not answer goes", *(f"within {c:.0%}" for c in AT), EQUAL],
+            routing,
+        )
+    }
 
 ## At equal mean cost
 The budget per text, calibrated on other texts, against the best mixture of each rival at exactly

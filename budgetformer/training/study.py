@@ -24,8 +24,9 @@ from budgetformer.compact import load_pass
 from budgetformer.cost import encoder_macs
 from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.modules import confidence, exit_evidence
-from budgetformer.policy import EntryBand, Escalation
-from budgetformer.training.calibration import Calibration, Runs, run_every_step
+from budgetformer.policy import EntryBand
+from budgetformer.training.calibration import Table, run_every_step
+from budgetformer.training.chains import CANDIDATES, Goal, Route, Steps, chains, search
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
 from budgetformer.training.evaluation import read_test
 from budgetformer.training.exits import pooled_states
@@ -58,11 +59,13 @@ Setting = Callable[["Side"], Choice]
 class Side:
     """All that is known of one set of texts.
 
-    features [N, F]: what f_o reads on arrival; probe [N, D]: mean states half-way through a small
-    step; errs, disagrees, losses: what small networks predict from them (see `study`).
+    right [S+1, N]: whether each step is; features [N, F]: what f_o reads on arrival; probe [N, D]:
+    mean states half-way through a small step; signals [N] each: what small networks predict from
+    them (see `study`).
     """
 
-    table: Calibration
+    table: Table
+    right: np.ndarray
     features: Tensor
     probe: Tensor
     labels: Tensor
@@ -90,12 +93,13 @@ def _side(
     network = load_pass(model, "auto")
     tokens = TokenizedTexts.of(checkpoint, examples)
     labels = torch.from_numpy(examples.labels)
-    runs: Runs = run_every_step(network, tokens)
-    table = Calibration(network, runs, labels)
+    runs = run_every_step(network, tokens)
+    table = Table(network.config, runs)
     pooled = pooled_states(model, tokens, "pooled states")[0]
     evidence = exit_evidence(runs.logits[0], network.config.problem_type)
     features = torch.cat([pooled, evidence], dim=1)
-    return Side(table, features, _probe_states(model, tokens), labels, {"f_o": table.s})
+    probe, right = _probe_states(model, tokens), table.right(labels)
+    return Side(table, right, features, probe, labels, {"f_o": table.s})
 
 
 @torch.no_grad()
@@ -119,7 +123,7 @@ def _predict_signals(held: Side, test: Side) -> None:
     table = held.table
     full = table.logits[-1].argmax(-1)
     losses = torch.stack([F.cross_entropy(x, held.labels, reduction="none") for x in table.logits])
-    right = torch.from_numpy(table.right).float()
+    right = torch.from_numpy(held.right).float()
     targets = {
         "teacher agreement": (held.features, test.features, (table.logits[0].argmax(-1) != full)),
         "losses": (held.features, test.features, losses.T),
@@ -187,6 +191,7 @@ def _ways(held: Side) -> dict[str, Iterator[Setting]]:
         label = "step 0 errs (f_o)" if name == "f_o" else name
         ways[f"{label}, one decision"] = _banded(held, name, False)
         ways[f"{label}, with escalation"] = _banded(held, name, True)
+        ways[f"{label}, a chain"] = _chained(held, name)
     ways["loss regressed per step, one decision"] = _regressed()
     ways["f_o, then a probe half-way through step 1"] = _probed(held)
     return ways
@@ -194,27 +199,65 @@ def _ways(held: Side) -> dict[str, Iterator[Setting]]:
 
 def _fixed(held: Side, first: int) -> Iterator[Setting]:
     for step in range(first, held.table.config.num_steps + 1):
-        yield _rule([EntryBand(upto=1, step=step)], None, "f_o")
+        yield _rule(Route((), (EntryBand(upto=1, step=step),)), 0.0, "f_o")
 
 
 def _cascades(held: Side) -> Iterator[Setting]:
     last = held.table.config.num_steps
     for low in range(1, last):
         for below in np.linspace(0.4, 0.99, 30):
-            yield _rule([EntryBand(upto=1, step=low)], Escalation(below=below, step=last), "f_o")
+            yield _rule(Route((last,), (EntryBand(upto=1, step=low),)), below, "f_o")
 
 
 def _banded(held: Side, signal: str, escalate: bool) -> Iterator[Setting]:
-    """Use the rules that calibration searches, over another signal."""
-    for entry, escalation in held.table.rules(held.signals[signal]):
-        if escalate or escalation is None:
-            yield _rule(entry, escalation, signal)
+    """Let bands over a signal choose the first step, and perhaps run it once more at a larger one.
+
+    The bands begin at quantiles of the signal.
+    """
+    for bands in _bands(held, held.signals[signal]):
+        yield _rule(Route((), bands), 0.0, signal)
+        top, last = max(band.step for band in bands), held.table.config.num_steps
+        larger = {step for step in (last // 3, last // 2, 2 * last // 3, last) if step > top}
+        if escalate:
+            for step in sorted(larger):
+                for below in (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
+                    yield _rule(Route((step,), bands), below, signal)
 
 
-def _rule(entry: Sequence[EntryBand], escalation: Escalation | None, signal: str) -> Setting:
+def _bands(held: Side, signal: np.ndarray) -> Iterator[tuple[EntryBand, ...]]:
+    def quantile(share: float) -> float:
+        return round(float(np.quantile(signal, min(share, 1.0))), 5)
+
+    last = held.table.config.num_steps
+    small = sorted({1, min(2, last), *(max(1, last * i // 12) for i in (3, 4, 6, 8)), last})
+    for share in (0.0, *(i / 20 for i in range(2, 19))):
+        below = [EntryBand(upto=quantile(share), step=0)] if share else []
+        for low in small:
+            yield (*below, EntryBand(upto=1, step=low))
+            for high in (step for step in small if step > low):
+                for split in (0.3, 0.5, 0.7, 0.85):
+                    at = quantile(share + split * (1 - share))
+                    yield (*below, EntryBand(upto=at, step=low), EntryBand(upto=1, step=high))
+    yield (EntryBand(upto=1, step=0),)
+
+
+def _chained(held: Side, signal: str) -> Iterator[Setting]:
+    """Use the policies that calibration finds, with bands over another signal."""
+    table = held.table
+    value = (held.right + table.probability_right()) / 2
+    cost = table.macs / table.dense.mean()
+    steps = Steps(table.confidence, value, cost, held.signals[signal])
+    for cap in CAPS:
+        route = search(steps, chains(table.config), [Goal(cost=cap)])
+        used = table.confidence[list(route.chain)]
+        for threshold in np.quantile(used, np.linspace(0, 1, CANDIDATES // 10)):
+            yield _rule(route, float(threshold), signal)
+
+
+def _rule(route: Route, threshold: float, signal: str) -> Setting:
     def apply(side: Side) -> Choice:
-        answers = side.table.answer(entry, escalation, side.signals[signal])
-        return Choice(answers.right, answers.macs)
+        answers = side.table.take(route, threshold, side.signals[signal])
+        return Choice(side.right[answers.step, side.table.rows], answers.macs)
 
     return apply
 
@@ -227,7 +270,7 @@ def _regressed() -> Iterator[Setting]:
             table = side.table
             cost = table.macs / table.dense
             step = (side.signals["losses"].T + price * cost).argmin(0)
-            return Choice(table.right[step, table.rows], table.macs[step, table.rows])
+            return Choice(side.right[step, table.rows], table.macs[step, table.rows])
 
         return apply
 
@@ -249,7 +292,7 @@ def _probed(held: Side) -> Iterator[Setting]:
             step = np.where(gone, 0, np.where(safe, PROBE_STEP, high))
             lost = np.array([encoder_macs(config, begun, int(n)) for n in table.lengths])
             macs = table.macs[step, table.rows] + np.where(~gone & ~safe, lost, 0)
-            return Choice(table.right[step, table.rows], macs)
+            return Choice(side.right[step, table.rows], macs)
 
         return apply
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,9 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from budgetformer.checkpoint import Checkpoint, Manifest, read_checkpoint
+from budgetformer.cost_table import read_tables
+from budgetformer.errors import DataError
+from budgetformer.policy import Measure
 from service.cli.terminal import JsonOption, ModelOption, StoreOption, note, out, resolve
 
 if TYPE_CHECKING:
@@ -84,16 +88,35 @@ def import_encoder(
 
 
 def calibrate(
-    data: Annotated[Path, typer.Option(help="Labelled texts that training never saw.")],
+    data: Annotated[
+        Path, typer.Option(help="Texts that training never saw; labelled, unless for agreement.")
+    ],
     output: Annotated[Path, typer.Option("--out", help="New checkpoint folder.")],
     model: ModelOption = None,
+    measure: Annotated[
+        Measure,
+        typer.Option(
+            help="What a level may give up: accuracy, or agreement with the full network, which "
+            "needs no labels."
+        ),
+    ] = "accuracy",
+    cost_tables: Annotated[
+        Path | None,
+        typer.Option(help="Tables of `tune`: search on seconds instead of multiply-adds."),
+    ] = None,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
-    """Find a checkpoint's quality levels anew, on your own texts."""
+    """Find a checkpoint's chain of steps and its quality levels anew, on your own texts."""
     from budgetformer.training.pipeline import recalibrate
 
-    manifest = recalibrate(resolve(model, model_store), data, output, note)
+    checkpoint = resolve(model, model_store)
+    costs = None
+    if cost_tables is not None:
+        costs = read_tables(cost_tables).get(checkpoint.label)
+        if costs is None:
+            raise DataError(f"{cost_tables}: no table of {checkpoint.label}")
+    manifest = recalibrate(checkpoint, data, output, note, measure=measure, costs=costs)
     _show_levels(manifest, as_json)
 
 
@@ -102,18 +125,27 @@ def _show_levels(manifest: Manifest, as_json: bool) -> None:
     if as_json:
         out.print_json(data=[level.model_dump(mode="json") for level in levels])
         return
-    table = Table("quality", "accuracy", "95 %", "points lost", "of dense", "mean heads")
-    for point in levels:
-        low, high = point.interval or (0.0, 1.0)
+    if manifest.policy is not None:
+        out.print(f"Steps: {', '.join(map(str, manifest.policy.chain))}")
+    columns = ("threshold", manifest.measure, "95 %", "points lost", "of dense", "mean heads")
+    table = Table("quality", *columns, "texts that end at each step")
+    for level in levels:
+        reached, bounds = level.reached(manifest.measure)
         table.add_row(
-            point.name,
-            f"{point.accuracy:.4f}",
-            f"{low:.4f}..{high:.4f}",
-            f"{point.points_lost:+.2f}",
-            f"{point.macs_share:.1%}",
-            f"{point.mean_heads:.2f}",
+            level.name,
+            f"{level.threshold:.4f}",
+            f"{reached:.4f}",
+            f"{bounds[0]:.4f}..{bounds[1]:.4f}",
+            f"{level.points_lost:+.2f}",
+            f"{level.macs_share:.1%}",
+            f"{level.mean_heads:.2f}",
+            _shares(level.budgets),
         )
     out.print(table)
+
+
+def _shares(budgets: Mapping[int, float]) -> str:
+    return "  ".join(f"{step}: {share:.1%}" for step, share in budgets.items())
 
 
 def evaluate(
@@ -153,11 +185,13 @@ def evaluate(
     if as_json:
         out.print_json(data=[row.as_dict() for row in rows])
         return
-    columns = ("quality", "n", "accuracy", "95 %", "mean heads", "mean MACs", "of dense")
-    table = Table(*columns, "budgets in use")
+    columns = ("quality", "n", "accuracy", "95 %", "as full", "mean heads", "mean MACs", "of dense")
+    table = Table(*columns, "texts that end at each step")
     for row in rows:
         table.add_row(*row.cells())
     out.print(table)
+    cheaper = sum(row.cheaper for row in rows)
+    out.print(f"Texts that cost less at a higher level than at the one before: {cheaper}")
 
 
 def _report(

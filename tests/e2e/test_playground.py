@@ -255,7 +255,9 @@ def test_a_model_without_calibration_has_its_steps(
     store = tmp_path / "store"
     shutil.copytree(model_store / "picky", store / "picky")
     manifest = read_checkpoint(store / "picky" / "1").manifest
-    write_manifest(store / "picky" / "1", manifest.model_copy(update={"operating_points": ()}))
+    write_manifest(
+        store / "picky" / "1", manifest.model_copy(update={"policy": None, "operating_points": ()})
+    )
     with server(store, tmp_path, engines=1) as own, visiting(browser, own.url) as visit:
         page = visit()
         assert [row[0] for row in page.table()] == ["step 1", "step 2", "step 3", "every head"]

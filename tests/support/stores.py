@@ -175,7 +175,9 @@ def calibrate_by_hand(path: Path) -> None:
         for name, bands, look, lost, share in levels
     ]
     manifest = read_checkpoint(path).manifest
-    write_manifest(path, manifest.model_copy(update={"operating_points": tuple(points)}))
+    write_manifest(
+        path, manifest.model_copy(update={"policy": None, "operating_points": tuple(points)})
+    )
 
 
 PANICS = {

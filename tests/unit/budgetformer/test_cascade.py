@@ -182,7 +182,7 @@ def test_nothing_more_is_packed_where_step_0_reads_what_the_encoder_does() -> No
 
 
 def test_step_0_gets_the_whole_of_a_long_text_beside_the_others_as_they_are() -> None:
-    fixed = BudgetRule(point=None, num_steps=4, fixed=0)
+    fixed = BudgetRule(num_steps=4, fixed=0)
     long = Work.of(Tokens([2, 8, 3], [0, 0, 1], True, [2, 8, 9, 3, 3], [0, 0, 0, 1, 1]), fixed)
     short = Work.of(Tokens([2, 4, 3], [0, 0, 0], False), fixed)
     window, whole = cascade.pack([long, short]), cascade.pack_whole([long, short])

@@ -437,7 +437,9 @@ class TestDamagedWeights:
         ids=lambda changes: next(iter(changes)),
     )
     def test_a_configuration_that_does_not_fit(self, folder: Path, changes: dict[str, Any]) -> None:
-        points = read_checkpoint(folder).manifest.model_copy(update={"operating_points": ()})
+        points = read_checkpoint(folder).manifest.model_copy(
+            update={"policy": None, "operating_points": ()}
+        )
         write_manifest(folder, points)
         edit("config.json", **changes)(folder)
         assert_one_line(self.refusal(folder), str(folder))

@@ -57,7 +57,7 @@ def rules(draw: st.DrawFn) -> BudgetRule:
     ceiling = draw(st.none() | st.integers(0, STEPS))
     form = draw(st.sampled_from(["none", "policy", "points"]))
     if form == "policy":
-        return draw(policies()).rule(draw(qualities), STEPS, fixed, ceiling)
+        return rule_of(draw(policies()), draw(qualities), fixed, ceiling)
     if form == "points":
         return draw(points()).rule(STEPS, fixed, ceiling)
     return BudgetRule(num_steps=STEPS, fixed=fixed, ceiling=ceiling)
@@ -94,6 +94,12 @@ def policies(draw: st.DrawFn) -> Policy:
             for place, threshold in enumerate(thresholds)
         ],
     )
+
+
+def rule_of(
+    policy: Policy, quality: str | float, fixed: int | None = None, ceiling: int | None = None
+) -> BudgetRule:
+    return policy.rule_at(policy.level(quality), STEPS, fixed, ceiling)
 
 
 def walk(rule: BudgetRule, s: float, sure: Sequence[float]) -> list[int]:
@@ -236,7 +242,7 @@ class TestPolicy:
         "entry": [{"upto": 0.5, "step": 2}, {"upto": 1.0, "step": 5}],
         "levels": [level(name="balanced", threshold=0.7)],
     }
-    rule = Policy.model_validate(CHAIN).rule("balanced", STEPS)
+    rule = rule_of(Policy.model_validate(CHAIN), "balanced")
 
     def test_step_0_goes_first_and_then_the_link_that_s_picks(self) -> None:
         assert self.rule.first_step(0.9) == 0
@@ -251,7 +257,7 @@ class TestPolicy:
         assert self.rule.next_step(5, 0.0, 0.5) is None
 
     def test_without_step_0_a_text_starts_at_the_link_that_s_picks(self) -> None:
-        rule = Policy.model_validate(self.CHAIN | {"chain": [2, 5]}).rule("balanced", STEPS)
+        rule = rule_of(Policy.model_validate(self.CHAIN | {"chain": [2, 5]}), "balanced")
         assert [rule.first_step(s) for s in (0.5, 0.51)] == [2, 5]
 
     @pytest.mark.parametrize(
@@ -279,7 +285,7 @@ class TestPolicy:
 
     def test_a_chain_of_step_0_alone_names_it_in_its_band(self) -> None:
         only = {"chain": [0], "entry": [{"upto": 1.0, "step": 0}]}
-        rule = Policy.model_validate(self.CHAIN | only).rule("balanced", STEPS)
+        rule = rule_of(Policy.model_validate(self.CHAIN | only), "balanced")
         assert walk(rule, 0.5, [0.0]) == [0]
 
     @PROPERTY
@@ -303,7 +309,7 @@ class TestPolicy:
         s: float,
         sure: list[float],
     ) -> None:
-        rules = [policy.rule(quality, STEPS, ceiling=ceiling) for quality in asked]
+        rules = [rule_of(policy, quality, ceiling=ceiling) for quality in asked]
         rules.sort(key=lambda rule: rule.level.threshold if rule.level else 0.0)
         walks = [walk(rule, s, sure) for rule in rules]
         for lower, higher in pairwise(walks):
@@ -314,7 +320,7 @@ class TestPolicy:
     def test_named_levels_cost_more_and_more(
         self, policy: Policy, s: float, sure: list[float]
     ) -> None:
-        fast, balanced, best = (walk(policy.rule(q, STEPS), s, sure) for q in QUALITY_NAMES)
+        fast, balanced, best = (walk(rule_of(policy, q), s, sure) for q in QUALITY_NAMES)
         assert balanced[: len(fast)] == fast
         assert best[: len(balanced)] == balanced
 

@@ -87,7 +87,7 @@ class TestModels:
         manifest = json.loads(command("models", "show", name, "--model-store", model_store).out)
         assert manifest["name"] == name.partition(":")[0]
         assert manifest["version"] == version
-        assert manifest["operating_points"]
+        assert manifest["policy"] or manifest["operating_points"]
 
     @pytest.mark.parametrize("name", ["nothing", "topics:9"])
     def test_show_of_what_is_not_there(
@@ -402,7 +402,7 @@ class TestEvaluate:
         assert outcome.code == 0, outcome.err
         manifest = read_checkpoint(made).manifest
         assert (manifest.max_tokens, manifest.truncation_side) == (12, "left")
-        named = {p.name: p.macs_share for p in manifest.operating_points}
+        named = {name: level.macs_share for name, level in manifest.named_levels.items()}
         assert named["fast"] <= 0.3
         assert named["balanced"] <= 0.6
         report = tmp_path / "report"
@@ -514,10 +514,10 @@ class TestCalibrate:
         assert after.label == "mine:3"
         assert len(after.manifest.ranges) == after.num_layers
         assert after.manifest.metrics["calibration_rows"] == len(labelled_sentences())
-        assert {p.name for p in after.manifest.operating_points} >= {"fast", "balanced", "best"}
-        for point in after.manifest.operating_points:
-            low, high = point.interval
-            assert low - 1e-9 <= point.accuracy <= high + 1e-9
+        assert list(after.manifest.named_levels) == ["fast", "balanced", "best"]
+        for level in after.manifest.levels:
+            accuracy, (low, high) = level.reached("accuracy")
+            assert low - 1e-9 <= accuracy <= high + 1e-9
         weights = "model.safetensors"
         assert after.manifest.files[weights] == before.manifest.files[weights]
 

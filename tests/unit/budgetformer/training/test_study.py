@@ -22,7 +22,7 @@ def table(model_store: Path) -> dict[str, list[float]]:
 
 class TestStudy:
     def test_every_way_is_scored_at_every_cost(self, table: dict[str, list[float]]) -> None:
-        assert len(table) == 13
+        assert len(table) == 17
         for row in table.values():
             assert len(row) == len(CAPS)
             assert all(0 <= x <= 1 for x in row if not np.isnan(x))
