@@ -70,6 +70,9 @@ bench-gpu: .venv/.dev ## on a GPU: check every pass, time it and weigh it, in a 
 train-%: .venv/.dev ## train a shipped model again (train-ag_news, ...) from DATA/<name>; stopped, it goes on
 	$(BIN)/budgetformer train --data $(DATA)/$* --start minilm-l6 --recipe model_store/$*/recipe.toml --out model_store/$*/$(call version,$*) --baseline build/dense/$*
 
+train-paper_%: .venv/.dev ## the same in the paper's own form, from scratch (train-paper_ag_news)
+	$(BIN)/budgetformer train --data $(DATA)/$* --recipe model_store/paper_$*/recipe.toml --out model_store/paper_$*/$(call version,paper_$*)
+
 report-%: .venv/.dev ## the frontier report of a shipped model on its test texts (report-ag_news, ...)
 	$(BIN)/budgetformer evaluate --data $(DATA)/$*/test.parquet --model $* --report docs/benchmarks/$* $(if $(wildcard build/dense/$*),--baseline build/dense/$*) $(if $(LIMIT),--limit $(LIMIT))
 
