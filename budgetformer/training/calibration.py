@@ -2,9 +2,10 @@
 
 Every held-out text is run once at every ladder step. Any rule can then be priced and scored by
 look-up. What chooses a rule never scores it: the texts are cut into folds, and for each fold the
-weights of the fusion, the chain, f_o's bands and the thresholds come from the other folds. The
-policy that is shipped is chosen in the same way on all texts, and its figures are those of the
-folds.
+weights of the fusion, f_o's bands and the thresholds come from the other folds. What a level
+reaches is measured on the folds so. The policy that is shipped is chosen in the same way on all
+texts; only the chain, one of a few dozen, is chosen once. What a level costs depends on no label
+and hardly on the texts that chose it, so that is measured of the shipped rule itself.
 """
 
 from __future__ import annotations
@@ -336,7 +337,7 @@ class _Calibration:
             weights = self._fuse(seen, fusion)
             self.unseen.append(self._side(unseen, weights))
             chosen = self._side(seen, weights)
-            choices.append(self._choose(chosen, options, [*searched, Goal()]))
+            choices.append(self._choose(chosen, [choices[0].route.chain], [*searched, Goal()]))
         return Found(
             fusion,
             self.whole.table.fixed_steps(self.whole.right, self.measure),
@@ -425,17 +426,18 @@ class _Calibration:
         return thresholds
 
     def _mean_worth(self, choices: Sequence[Curve], thresholds: np.ndarray) -> tuple[float, float]:
+        """Return the mean value of the folds' rules, and the mean cost of the shipped one."""
         value = cost = 0.0
         for side, choice, threshold in zip(self.unseen, choices[1:], thresholds[1:], strict=True):
-            worth, spent = choice.route.worth(side.steps, threshold)
-            value += float(worth.sum()) / self.count
+            value += float(choice.route.worth(side.steps, threshold)[0].sum()) / self.count
+            spent = choices[0].route.worth(side.steps, thresholds[0])[1]
             cost += float(spent.sum()) / self.count
         return value, cost
 
     def _level(
         self, name: QualityName | None, choices: Sequence[Curve], thresholds: np.ndarray
     ) -> Level:
-        """Measure each fold's rule on the fold, and the shipped one's shares of steps."""
+        """Measure what each fold's rule reaches on the fold, and what the shipped one costs."""
         right, full, agrees = (np.zeros(self.count, dtype=bool) for _ in range(3))
         macs, dense, heads = (np.zeros(self.count) for _ in range(3))
         ends, runs = (np.zeros(self.config.num_steps + 1) for _ in range(2))
@@ -445,9 +447,9 @@ class _Calibration:
             full[side.rows] = side.right[-1]
             agreeing = side.table.agrees(side.table.logits[-1])
             agrees[side.rows] = agreeing[found.step, side.table.rows]
-            macs[side.rows], dense[side.rows] = found.macs, side.table.dense
-            heads[side.rows] = found.heads
             shipped = side.table.take(choices[0].route, thresholds[0])
+            macs[side.rows], dense[side.rows] = shipped.macs, side.table.dense
+            heads[side.rows] = shipped.heads
             ends += np.bincount(shipped.step, minlength=len(ends))
             runs += shipped.ran.sum(1)
         accuracy, agreement = float(right.mean()), float(agrees.mean())
