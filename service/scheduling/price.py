@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from budgetformer.cost_table import CostTable
-from budgetformer.policy import BudgetRule
+from budgetformer.policy import BudgetRule, Shares
 
 SMOOTHING = 0.1
 MOST_OFF = 20.0
@@ -18,15 +18,13 @@ class Outlook:
     """Which ladder steps an item runs, as calibration saw it.
 
     Attributes:
-        steps: how often each step >= 1 is run, before anything is known of the item; an escalated
-            item runs two.
-        escalated: share of those that run a first step which are run again.
-        last: the step that they are run at then.
+        steps: share of the items that run each step >= 1.
+        onward: by step, the next step of the chain, and the share of those that ran the one which
+            go on to the other.
     """
 
-    steps: Mapping[int, float]
-    escalated: float = 0.0
-    last: int = 0
+    steps: Shares
+    onward: Mapping[int, tuple[int, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rule: BudgetRule) -> Outlook:
@@ -34,19 +32,28 @@ class Outlook:
         ends, steps = rule.expected_budgets(), rule.expected_runs()
         if ends is None or steps is None:
             return cls({rule.num_steps: 1.0 if rule.level is None else rule.level.macs_share})
-        last = max(steps, default=0)
-        begun = 1.0 - ends.get(0, 0.0)
-        again = sum(steps.values()) - begun
-        if rule.fixed is not None or last not in rule.chain or again <= 0 or begun <= 0:
-            return cls(steps)
-        return cls(steps, min(ends.get(last, 0.0) / begun, 1.0), last)
+        links = sorted(steps.keys() & {*rule.chain, rule.ceiling})
+        onward = {}
+        for step, share in steps.items():
+            following = next((link for link in links if link > step), None)
+            if following is not None and share > ends.get(step, 0.0):
+                onward[step] = following, 1 - ends.get(step, 0.0) / share
+        return cls(steps, onward)
 
     def up_to(self, most: int | None) -> Outlook:
         """Return what of it runs where no step above `most` does (None: all)."""
         if most is None:
             return self
         steps = {step: share for step, share in self.steps.items() if step <= most}
-        return Outlook(steps) if self.last > most else Outlook(steps, self.escalated, self.last)
+        return Outlook(steps, {a: (b, share) for a, (b, share) in self.onward.items() if b <= most})
+
+    def after(self, step: int) -> Iterator[tuple[int, float]]:
+        """Yield each step that an item at `step` runs from there on, and how likely it is."""
+        likely = 1.0
+        while likely:
+            yield step, likely
+            step, share = self.onward.get(step, (step, 0.0))
+            likely *= share
 
 
 class Prices:
@@ -95,11 +102,12 @@ class Prices:
         ]
 
     def item(self, key: Hashable, step: int, outlook: Outlook, tokens: int) -> float:
-        """Return the seconds that an item takes from its step on, a likely escalation included."""
+        """Return the seconds that an item takes from its step on, likely later steps included."""
         table = self._tables[key]
-        seconds = table.share(self._step(table, step), tokens)
-        if step < outlook.last:
-            seconds += outlook.escalated * table.share(outlook.last, tokens)
+        seconds = sum(
+            likely * table.share(self._step(table, later), tokens)
+            for later, likely in outlook.after(step)
+        )
         return self._scales[key] * seconds
 
     def constant(self, key: Hashable, step: int) -> float:

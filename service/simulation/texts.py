@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,12 +15,16 @@ from budgetformer.errors import DataError
 from budgetformer.policy import QUALITY_NAMES, BudgetRule, QualityName
 from service.scheduling.price import Outlook
 
+if TYPE_CHECKING:
+    from budgetformer.cascade import Work
+
 Steps = tuple[int, ...]
 """Ladder steps that a text runs one after the other; none: step 0 answers it."""
 
-
 TOGETHER = 32
 """Texts of a pass while they are measured."""
+LEAST_SHARE = 1e-9
+"""A smaller share of the texts is a rounding error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,31 +104,29 @@ def measured_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]
         raise DataError("there are no texts to measure")
     network = load_network(checkpoint, "cpu", "float32")
     encodings = load_encoder(checkpoint).encode(texts)
-    steps: list[dict[QualityName, list[int]]] = [{} for _ in encodings]
+    works: dict[QualityName, list[Work]] = {}
     for level in QUALITY_NAMES:
         rule = checkpoint.rule(level)
-        for start in range(0, len(encodings), TOGETHER):
-            own = range(start, min(start + TOGETHER, len(encodings)))
-            works = {n: Work.of(encodings[n], rule) for n in own}
-            cascade.arrive(network, list(works.values()))
-            for n in own:
-                steps[n][level] = []
-            while waiting := [n for n, work in works.items() if not work.done]:
-                step = works[waiting[0]].step
-                batch = [n for n in waiting if works[n].step == step]
-                for n in batch:
-                    steps[n][level].append(step)
-                cascade.run(network, [works[n] for n in batch])
+        works[level] = [Work.of(encoding, rule) for encoding in encodings]
+        cascade.answer(network, works[level], _batches)
     return Population(
         [
             Text(
                 len(encoding),
-                {level: tuple(ran) for level, ran in own.items()},
+                {level: _passes(own[place]) for level, own in works.items()},
                 None if encoding.whole is None else len(encoding.whole),
             )
-            for encoding, own in zip(encodings, steps, strict=True)
+            for place, encoding in enumerate(encodings)
         ]
     )
+
+
+def _batches(works: Sequence[Work]) -> Iterator[Sequence[Work]]:
+    return (works[start : start + TOGETHER] for start in range(0, len(works), TOGETHER))
+
+
+def _passes(work: Work) -> Steps:
+    return tuple(step for step in work.steps if step)
 
 
 def made_up_texts(
@@ -169,19 +173,22 @@ def made_up_texts(
 def steps_of(rule: BudgetRule) -> list[tuple[float, Steps]]:
     """Return how often texts run which steps under a rule, the easiest first.
 
-    Where calibration kept no budgets, what the scheduler expects then.
+    The shares of each step are those that the scheduler expects. Who goes on from a step does not
+    depend on where it came from.
     """
     outlook = Outlook.of(rule)
-    ends = rule.expected_budgets()
-    if ends is None:
-        some = [(share, (step,)) for step, share in sorted(outlook.steps.items())]
-        return [(1 - sum(share for share, _ in some), ()), *some]
-    first = max((band.step for band in rule.entry), default=0)
     found: list[tuple[float, Steps]] = []
-    for step, share in sorted(ends.items()):
-        again = outlook.escalated and step == outlook.last and first
-        found.append((share, (first, step) if again else (step,) if step else ()))
-    return found
+    coming: defaultdict[int, list[tuple[float, Steps]]] = defaultdict(list)
+    entered = 0.0
+    for step, share in sorted(outlook.steps.items()):
+        begin = max(share - sum(some for some, _ in coming[step]), 0.0)
+        entered += begin
+        following, onward = outlook.onward.get(step, (0, 0.0))
+        for some, before in [(begin, ()), *coming[step]]:
+            found.append((some * (1 - onward), (*before, step)))
+            coming[following].append((some * onward, (*before, step)))
+    ways = [(1 - entered, ()), *sorted(found, key=lambda way: (way[1][-1], way[1]))]
+    return [(share, steps) for share, steps in ways if share > LEAST_SHARE]
 
 
 def _at(difficulty: float, way: Sequence[tuple[float, Steps]]) -> Steps:

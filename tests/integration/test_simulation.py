@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+
+import pytest
 
 from budgetformer.checkpoint import read_checkpoint
 from service.engine.protocol import BatchRan, ToFront
@@ -10,12 +13,20 @@ from service.settings import Settings
 from service.simulation.costs import EngineCost
 from service.simulation.engine import SimEngine, SimModel, SimRequest
 from service.simulation.texts import measured_texts
-from tests.support.serving import Service, held
-from tests.support.stores import LABELS, sentences
+from tests.support.serving import Service, held, service
+from tests.support.stores import CHAINED, LABELS, TOPICS, sentences
 from tests.support.waiting import until
 
 
-async def test_the_simulated_engine_forms_the_batches_of_the_real_one(fresh: Service) -> None:
+@pytest.mark.parametrize("name", [TOPICS, CHAINED])
+async def test_the_simulated_engine_forms_the_batches_of_the_real_one(
+    model_store: Path, name: str
+) -> None:
+    async with service(model_store, models=[name], default_model=name) as running:
+        await compare(running)
+
+
+async def compare(fresh: Service) -> None:
     core = fresh.core
     (model,) = core.models.values()
     words = [sentence for label in LABELS for sentence in sentences(label)[:9]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from itertools import product
@@ -19,7 +21,14 @@ from budgetformer.cascade import Work
 from budgetformer.checkpoint import Manifest, file_entries, read_checkpoint, write_manifest
 from budgetformer.classifier import Classifier
 from budgetformer.modules import confidence
-from budgetformer.policy import BudgetRule, OperatingPoint
+from budgetformer.policy import (
+    BudgetRule,
+    EntryBand,
+    Level,
+    OperatingPoint,
+    Policy,
+    QualityName,
+)
 from budgetformer.training.data import Examples
 from budgetformer.training.pipeline import train_checkpoint
 from budgetformer.training.recipe import Recipe
@@ -30,6 +39,9 @@ LAYERS, HEADS = 2, 4
 MAX_TOKENS, EXIT_TOKENS = 32, 256
 TOPICS, TAGS, PAIRS, PICKY = "topics", "tags", "pairs", "picky"
 """Single-label (versions 1 and 2), multi-label, text pairs; PICKY has no step 0, heads by input."""
+CHAINED = "chained"
+"""The network of TOPICS, version 2, with a policy: a chain of several steps."""
+CHAIN = (0, 1, 2)
 
 _WORDS = {
     "animals": (
@@ -180,6 +192,56 @@ def calibrate_by_hand(path: Path) -> None:
     )
 
 
+def chain_by_hand(path: Path) -> None:
+    """Give a checkpoint a policy: a chain of three steps, f_o's bands over it, and four levels.
+
+    Thresholds are quantiles of step 0's confidence, so that the lower levels end some sentences
+    there; that of `best` is the median of step 1's, so that some run the whole chain. Where the
+    sentences end is counted; the other figures are made up, and only in order.
+    """
+    classifier = Classifier(path)
+    texts = [text for text, _ in labelled_sentences()]
+    everyone = BudgetRule(num_steps=HEADS, chain=CHAIN, level=_level(1.0))
+    found = [Work(tokens.ids, None, everyone) for tokens in classifier.encoder.encode(texts)]
+    cascade.arrive(classifier.network, found)
+    verdict = median(item.s for item in found if item.s is not None)
+    exits = torch.stack([item.exit_logits for item in found if item.exit_logits is not None])
+    sure = confidence(exits, "single_label_classification")
+    entry = (EntryBand(upto=verdict, step=1), EntryBand(upto=1, step=2))
+    levels = []
+    wanted: list[tuple[QualityName | None, float, float]] = [
+        ("fast", float(sure.quantile(0.3)), 4.0),
+        ("balanced", float(sure.quantile(0.5)), 2.0),
+        (None, float(sure.quantile(0.7)), 1.0),
+        ("best", median(prediction.score for prediction in classifier(texts, heads=1)), 0.0),
+    ]
+    for name, threshold, lost in wanted:
+        level = _level(threshold, name, lost)
+        rule = BudgetRule(num_steps=HEADS, entry=entry, chain=CHAIN, level=level)
+        items = [Work(item.ids, None, rule) for item in found]
+        cascade.answer(classifier.network, items, lambda some: [some])
+        ends = Counter(item.step for item in items)
+        runs = Counter(step for item in items for step in item.steps if step)
+        shares = [{step: n / len(items) for step, n in sorted(c.items())} for c in (ends, runs)]
+        levels.append(level.model_copy(update={"budgets": shares[0], "runs": shares[1]}))
+    policy = Policy(measure="agreement", chain=CHAIN, entry=entry, levels=tuple(levels))
+    changed = {"name": CHAINED, "version": 1, "policy": policy, "operating_points": ()}
+    write_manifest(path, read_checkpoint(path).manifest.model_copy(update=changed))
+
+
+def _level(threshold: float, name: QualityName | None = None, lost: float = 0.0) -> Level:
+    return Level(
+        name=name,
+        threshold=threshold,
+        agreement=1 - lost / 100,
+        agreement_interval=(0.95 - lost / 100, 1.0),
+        points_lost=lost,
+        macs_share=0.5 - lost / 10,
+        macs_interval=(0.05, 0.6),
+        mean_heads=3.0 - lost / 2,
+    )
+
+
 PANICS = {
     "type": "BPE", "vocab": {"a": 0, "aa": 1}, "merges": [["a", "a"]],
     "continuing_subword_prefix": "####",
@@ -200,6 +262,8 @@ def _trained(root: Path) -> Path:
     train(store / TOPICS / "2", single_label_rows(), seed=2)
     for version in ("1", "2"):
         calibrate_by_hand(store / TOPICS / version)
+    shutil.copytree(store / TOPICS / "2", store / CHAINED / "1")
+    chain_by_hand(store / CHAINED / "1")
     train(store / TAGS / "1", _multi_label_rows())
     train(store / PAIRS / "1", _pair_rows())
     train(store / PICKY / "1", single_label_rows(), head_selection="input", embedding_exit=False)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from budgetformer.cost_table import CostTable, StepCost
-from budgetformer.policy import BudgetRule, EntryBand, Escalation, OperatingPoint
+from budgetformer.policy import BudgetRule, EntryBand, Escalation, Level, OperatingPoint
 from service.scheduling.price import Outlook, Prices
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
@@ -41,6 +44,48 @@ def rule(
     return point.rule(3)
 
 
+Text = tuple[float, dict[int, float]]
+"""f_o's s for a text, and the confidence of its answer at each step."""
+Drawn = tuple[BudgetRule, list[Text]]
+
+
+def run(wanted: BudgetRule, text: Text) -> list[int]:
+    """Return the steps >= 1 that a text runs."""
+    s, sure = text
+    steps = [wanted.first_step(s)]
+    while (following := wanted.next_step(steps[-1], sure[steps[-1]], s)) is not None:
+        steps.append(following)
+    return [step for step in steps if step]
+
+
+def first_pass(steps: list[int]) -> int:
+    return steps[0] if steps else 0
+
+
+@st.composite
+def rules_and_texts(draw: st.DrawFn) -> Drawn:
+    """Draw a chain with bands and a threshold, calibrated on some texts, and maybe a ceiling."""
+    links = sorted(draw(st.sets(st.integers(1, 3), min_size=1)))
+    bands = sorted(draw(st.lists(st.floats(0, 1), max_size=2)))
+    entry = tuple(EntryBand(upto=b, step=draw(st.sampled_from(links))) for b in (*bands, 1.0))
+    chain = (0, *links) if draw(st.booleans()) else tuple(links)
+    figures = {"points_lost": 0.0, "macs_share": 0.2, "mean_heads": 1.0}
+    level = Level(threshold=draw(st.floats(0, 1)), **figures)
+    whole = BudgetRule(num_steps=3, entry=entry, chain=chain, level=level)
+    sure = st.fixed_dictionaries(dict.fromkeys(range(4), st.floats(0, 1)))
+    texts = draw(st.lists(st.tuples(st.floats(0, 1), sure), min_size=1, max_size=30))
+    ways = [run(whole, text) for text in texts]
+    ends = Counter(way[-1] if way else 0 for way in ways)
+    runs = Counter(step for way in ways for step in way)
+    seen = {
+        "budgets": {step: count / len(texts) for step, count in ends.items()},
+        "runs": {step: count / len(texts) for step, count in runs.items()},
+    }
+    calibrated = whole.model_copy(update={"level": level.model_copy(update=seen)})
+    ceiling = draw(st.none() | st.integers(1, 3))
+    return calibrated.model_copy(update={"ceiling": ceiling}), texts
+
+
 def test_a_fixed_step_is_run_by_everyone() -> None:
     assert Outlook.of(BudgetRule(num_steps=3, fixed=2)).steps == {2: 1.0}
     assert Outlook.of(BudgetRule(num_steps=3, fixed=0)).steps == {}
@@ -61,12 +106,60 @@ def test_step_zero_costs_no_pass() -> None:
 def test_an_escalated_item_runs_its_first_step_too() -> None:
     outlook = Outlook.of(rule({0: 0.5, 1: 0.3, 3: 0.2}, Escalation(below=0.7, step=3)))
     assert outlook.steps == {1: 0.5, 3: 0.2}
-    assert (outlook.escalated, outlook.last) == (pytest.approx(0.4), 3)
+    assert outlook.onward == {1: (3, pytest.approx(0.4))}
 
 
 def test_an_escalation_that_never_happened_costs_nothing() -> None:
     outlook = Outlook.of(rule({0: 0.5, 1: 0.5}, Escalation(below=0.7, step=3)))
-    assert (outlook.steps, outlook.escalated) == ({1: 0.5}, 0.0)
+    assert (outlook.steps, outlook.onward) == ({1: 0.5}, {})
+
+
+CHAINED = Outlook({1: 0.5, 2: 0.3, 3: 0.1}, {1: (2, 0.4), 2: (3, 0.25)})
+
+
+def test_a_text_may_go_through_all_later_steps() -> None:
+    assert list(CHAINED.after(1)) == [(1, 1.0), (2, 0.4), (3, pytest.approx(0.1))]
+    assert list(CHAINED.after(2)) == [(2, 1.0), (3, 0.25)]
+    assert list(CHAINED.after(3)) == [(3, 1.0)]
+
+
+def test_an_engine_of_small_steps_expects_those_alone() -> None:
+    assert CHAINED.up_to(2) == Outlook({1: 0.5, 2: 0.3}, {1: (2, 0.4)})
+    assert CHAINED.up_to(0) == Outlook({})
+    assert CHAINED.up_to(None) == CHAINED
+
+
+@PROPERTY
+@given(rules_and_texts())
+def test_what_waits_is_priced_as_it_was_on_arrival(drawn: Drawn) -> None:
+    """Over all texts: the price of what they are expected to run is that of what they wait for."""
+    wanted, texts = drawn
+    outlook, made = Outlook.of(wanted), prices()
+    begun = [first_pass(path) for path in map(partial(run, wanted), texts) if first_pass(path)]
+    waiting = sum(made.item(KEY, step, outlook, 40) for step in begun) / len(texts)
+    passes = made.expected(KEY, outlook, 40) - TABLE.share(0, 40)
+    assert waiting == pytest.approx(passes)
+
+
+@PROPERTY
+@given(rules_and_texts())
+def test_a_price_on_arrival_is_the_mean_of_what_texts_cost(drawn: Drawn) -> None:
+    wanted, texts = drawn
+    spent = [sum(TABLE.share(step, 40) for step in run(wanted, text)) for text in texts]
+    expected = prices().expected(KEY, Outlook.of(wanted), 40)
+    assert expected == pytest.approx(TABLE.share(0, 40) + sum(spent) / len(texts))
+
+
+@PROPERTY
+@given(rules_and_texts(), st.integers(0, 3))
+def test_a_step_further_on_costs_no_more(drawn: Drawn, most: int) -> None:
+    """What follows a step is a part of what follows an earlier one of the same way."""
+    outlook = Outlook.of(drawn[0]).up_to(most)
+    for step in outlook.steps:
+        steps, likely = zip(*outlook.after(step), strict=True)
+        assert list(steps) == sorted(set(steps))
+        assert max(steps) <= most
+        assert list(likely) == sorted(likely, reverse=True)
 
 
 def test_what_is_expected_is_the_mean_over_the_steps() -> None:
@@ -82,7 +175,7 @@ def test_the_decision_is_priced_by_the_tokens_that_step_0_reads() -> None:
 
 
 def test_a_likely_escalation_is_in_an_items_price() -> None:
-    outlook = Outlook({1: 0.5, 3: 0.2}, escalated=0.4, last=3)
+    outlook = Outlook({1: 0.5, 3: 0.2}, {1: (3, 0.4)})
     once, again = TABLE.share(1, 40), TABLE.share(3, 40)
     assert prices().item(KEY, 1, outlook, 40) == pytest.approx(once + 0.4 * again)
     assert prices().item(KEY, 3, outlook, 40) == pytest.approx(again)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from budgetformer.errors import DataError
 from budgetformer.policy import QUALITY_NAMES
 from service.simulation.texts import Population, made_up_texts, measured_texts, steps_of
 from tests.support.simulated import text
-from tests.support.stores import LABELS, MAX_TOKENS, TOPICS, sentences
+from tests.support.stores import CHAIN, CHAINED, LABELS, MAX_TOKENS, TOPICS, sentences
 
 
 @pytest.fixture
@@ -20,16 +20,15 @@ def topics(model_store: Path) -> Checkpoint:
     return read_checkpoint(model_store / TOPICS / "2")
 
 
-def test_measured_texts_need_what_the_classifier_spends(topics: Checkpoint) -> None:
+@pytest.mark.parametrize("name", [f"{TOPICS}/2", f"{CHAINED}/1"])
+def test_measured_texts_need_what_the_classifier_spends(model_store: Path, name: str) -> None:
     words = [sentence for label in LABELS for sentence in sentences(label)[:12]]
-    found = measured_texts(topics, words).texts
-    classifier = Classifier(topics.path, precision="float32")
+    found = measured_texts(read_checkpoint(model_store / name), words).texts
+    classifier = Classifier(model_store / name, precision="float32")
     for level in QUALITY_NAMES:
         answers = classifier(words, quality=level)
         assert [t.tokens for t in found] == [a.tokens for a in answers]
-        assert [(t.steps[level] or (0,))[-1] for t in found] == [a.budget for a in answers]
-        entered = [bool(t.steps[level]) for t in found]
-        assert entered == [a.heads > 0 for a in answers]
+        assert [[*t.steps[level]] for t in found] == [[k for k in a.steps if k] for a in answers]
 
 
 def test_no_text_cannot_be_measured(topics: Checkpoint) -> None:
@@ -75,3 +74,26 @@ def test_the_mix_of_hard_and_easy_texts_can_be_chosen() -> None:
     assert np.mean(drawn == 3) == pytest.approx(0.6, abs=0.02)
     with pytest.raises(DataError, match="equally hard"):
         Population([text(1)]).with_hard_share(0.5)
+
+
+@pytest.mark.parametrize("quality", [*QUALITY_NAMES, 1.5, 0.3])
+def test_ways_through_a_chain_are_as_frequent_as_calibration_saw(
+    model_store: Path, quality: str | float
+) -> None:
+    rule = read_checkpoint(model_store / CHAINED / "1").rule(quality)
+    ways = steps_of(rule)
+    assert sum(share for share, _ in ways) == pytest.approx(1)
+    ends, runs = defaultdict[int, float](float), defaultdict[int, float](float)
+    for share, steps in ways:
+        assert list(steps) == sorted({*steps} & {*CHAIN})
+        ends[steps[-1] if steps else 0] += share
+        for step in steps:
+            runs[step] += share
+    assert ends == pytest.approx({k: v for k, v in (rule.expected_budgets() or {}).items() if v})
+    assert runs == pytest.approx({k: v for k, v in (rule.expected_runs() or {}).items() if v})
+
+
+def test_made_up_texts_run_whole_chains(model_store: Path) -> None:
+    chained = read_checkpoint(model_store / CHAINED / "1")
+    found = made_up_texts({level: chained.rule(level) for level in QUALITY_NAMES}, 20.0, 512)
+    assert {text.steps["best"] for text in found.texts} == {(1,), (2,), (1, 2)}
