@@ -20,14 +20,24 @@ MAX_BATCH_TOKENS = 4096
 class Prediction:
     """The answer for one text, and what it cost.
 
-    probs [C] in label order; `budget` the ladder step that answered; `heads` computed, summed over
-    layers; `macs` against `dense_macs`, multiply-adds.
+    Attributes:
+        label, score: the best label.
+        probs: [C] in label order.
+        budget: the ladder step that answered.
+        predicted: the step that f_o expected to answer; None where every layer decides for itself.
+        steps: all steps that ran, in order.
+        heads: heads computed, summed over layers and steps.
+        macs, dense_macs: multiply-adds executed, and those of the full network.
+        tokens: tokens that were read.
+        truncated: whether the text was longer than the model reads.
     """
 
     label: str
     score: float
     probs: list[float]
     budget: int
+    predicted: int | None
+    steps: list[int]
     heads: int
     macs: int
     dense_macs: int
@@ -85,6 +95,8 @@ class Classifier:
             score=probs[best],
             probs=probs,
             budget=item.step,
+            predicted=None if item.predicted == cascade.LAYERWISE else item.predicted,
+            steps=item.steps,
             heads=sum(item.heads),
             macs=item.macs,
             dense_macs=item.dense_macs,

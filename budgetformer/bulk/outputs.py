@@ -13,8 +13,8 @@ from budgetformer.bulk.journal import Journal
 from budgetformer.errors import DataError
 
 COLUMNS = (
-    "text", "text_pair", "label", "score", "probs", "budget", "heads", "macs", "dense_macs",
-    "tokens", "truncated",
+    "text", "text_pair", "label", "score", "probs", "budget", "predicted", "steps", "heads", "macs",
+    "dense_macs", "tokens", "truncated",
 )  # fmt: skip
 ROW_GROUP = 65_536
 
@@ -32,7 +32,9 @@ def _csv(journal: Journal, path: Path) -> None:
         table = csv.DictWriter(file, columns)
         table.writeheader()
         for rows in (first, answers):
-            table.writerows(row | {"probs": json.dumps(row["probs"])} for row in rows)
+            table.writerows(
+                row | {name: json.dumps(row[name]) for name in ("probs", "steps")} for row in rows
+            )
 
 
 def _parquet(journal: Journal, path: Path) -> None:
@@ -44,6 +46,7 @@ def _parquet(journal: Journal, path: Path) -> None:
     kinds: dict[str, Any] = dict.fromkeys(COLUMNS, pa.int64())
     kinds |= dict.fromkeys(("text", "text_pair", "label"), pa.string())
     kinds |= {"score": pa.float64(), "probs": pa.list_(pa.float64()), "truncated": pa.bool_()}
+    kinds |= {"steps": pa.list_(pa.int64())}
     schema = pa.schema([(name, kinds[name]) for name in _columns(group)])
     with pyarrow.parquet.ParquetWriter(path, schema) as file:
         while group:

@@ -27,6 +27,8 @@ class Classification:
         probs: [C] in label order; logits, if these were asked for.
         labels: best first, as far as `top_k` and `threshold` leave them.
         budget: the ladder step that answered.
+        predicted: the step that f_o expected to answer; None where every layer decides for itself.
+        steps: all steps that ran, in order.
         heads, heads_total: attention heads computed, of all in the network.
         per_layer: which heads, by layer, if that was asked for.
         macs, dense_macs: multiply-adds executed, and those of the full network.
@@ -42,6 +44,8 @@ class Classification:
     probs: tuple[float, ...]
     labels: tuple[LabelScore, ...]
     budget: int
+    predicted: int | None
+    steps: tuple[int, ...]
     heads: int
     heads_total: int
     per_layer: tuple[tuple[int, ...], ...] | None
@@ -84,6 +88,8 @@ def _result(item: dict[str, Any], start: int, model: str) -> Result:
         probs=tuple(item["probs"]),
         labels=tuple(LabelScore(one["label"], one["score"]) for one in item["labels"]),
         budget=heads["budget"],
+        predicted=heads["predicted"],
+        steps=tuple(heads["steps"]),
         heads=heads["used"],
         heads_total=heads["total"],
         per_layer=None if layers is None else tuple(map(tuple, layers)),

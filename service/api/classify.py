@@ -327,6 +327,8 @@ def classify_response(request: Request, answered: Answered) -> Response:
                     "used": sum(item.heads),
                     "total": total,
                     "budget": item.budget,
+                    "predicted": item.predicted,
+                    "steps": item.steps,
                     "per_layer": item.chosen,
                 },
                 "macs": item.macs,

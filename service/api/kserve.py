@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 import budgetformer
+from budgetformer.checkpoint import Checkpoint
 from service.api.access import needs
 from service.api.answered import Answered, best_first
 from service.api.bodies import describe_body, max_values, parse, read_body, read_bytes, validate
@@ -38,7 +39,10 @@ TEXT, TEXT_PAIR = "text", "text_pair"
 HEADER_LENGTH = "Inference-Header-Content-Length"
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository"]
 PLATFORM = "budgetformer"
-_TYPES = {"BYTES": "TYPE_STRING", "FP32": "TYPE_FP32", "INT32": "TYPE_INT32", "INT64": "TYPE_INT64"}
+_TYPES = {
+    "BYTES": "TYPE_STRING", "BOOL": "TYPE_BOOL", "FP32": "TYPE_FP32", "INT32": "TYPE_INT32",
+    "INT64": "TYPE_INT64",
+}  # fmt: skip
 
 
 def infer_error(error: ApiError) -> dict[str, str]:
@@ -58,16 +62,32 @@ _ADMINS: dict[str, Any] = {"dependencies": [needs("admin")]}
 
 @dataclass(frozen=True)
 class Output:
-    """One output: its rows are `width` values for each item; None: as many as labels."""
+    """One output: for each item a row of one value, or of as many as `columns` says of a model."""
 
     name: str
     datatype: str
     row: Callable[[Answered, ItemAnswer], Sequence[Value]]
-    width: int | None = 1
+    columns: Callable[[Checkpoint], int] | None = None
+
+    def width(self, checkpoint: Checkpoint) -> int:
+        """Return the values in a row."""
+        return 1 if self.columns is None else self.columns(checkpoint)
+
+
+def _labels(checkpoint: Checkpoint) -> int:
+    return len(checkpoint.manifest.labels)
+
+
+def _steps(checkpoint: Checkpoint) -> int:
+    return len(checkpoint.ladder) + 1
 
 
 def _best(answered: Answered, item: ItemAnswer) -> dict[str, Any]:
     return answered.best_first(answered.activate(item))[0]
+
+
+def _or_minus_one(step: int | None) -> int:
+    return -1 if step is None else step
 
 
 OUTPUTS = {
@@ -75,9 +95,18 @@ OUTPUTS = {
     for output in (
         Output("label", "BYTES", lambda answered, item: [_best(answered, item)["label"]]),
         Output("score", "FP32", lambda answered, item: [_best(answered, item)["score"]]),
-        Output("probs", "FP32", lambda answered, item: answered.activate(item), width=None),
+        Output("probs", "FP32", lambda answered, item: answered.activate(item), _labels),
         Output("heads", "INT32", lambda _, item: [sum(item.heads)]),
         Output("budget", "INT32", lambda _, item: [item.budget]),
+        Output("predicted", "INT32", lambda _, item: [_or_minus_one(item.predicted)]),
+        Output(
+            "steps",
+            "BOOL",
+            lambda answered, item: [
+                step in item.steps for step in range(_steps(answered.checkpoint))
+            ],
+            _steps,
+        ),
         Output("macs", "INT64", lambda _, item: [item.macs]),
     )
 }
@@ -130,7 +159,6 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
 async def model_metadata(request: Request, name: str, version: str | None = None) -> Response:
     """Describe the tensors: texts in; labels, scores and what they cost out."""
     checkpoint = state_of(request).model(_spec(name, version)).checkpoint
-    classes = len(checkpoint.manifest.labels)
     content = {
         "name": checkpoint.name,
         "versions": [str(checkpoint.version)],
@@ -139,7 +167,7 @@ async def model_metadata(request: Request, name: str, version: str | None = None
             {"name": name, "datatype": "BYTES", "shape": [-1, 1]} for name in (TEXT, TEXT_PAIR)
         ],
         "outputs": [
-            {"name": o.name, "datatype": o.datatype, "shape": [-1, o.width or classes]}
+            {"name": o.name, "datatype": o.datatype, "shape": [-1, o.width(checkpoint)]}
             for o in OUTPUTS.values()
         ],
     }
@@ -154,7 +182,6 @@ async def model_config(request: Request, name: str, version: str | None = None) 
     """Describe the model as a Triton model configuration."""
     state = state_of(request)
     checkpoint = state.model(_spec(name, version)).checkpoint
-    classes = len(checkpoint.manifest.labels)
     content = {
         "name": checkpoint.name,
         "platform": PLATFORM,
@@ -166,7 +193,7 @@ async def model_config(request: Request, name: str, version: str | None = None) 
             {"name": TEXT_PAIR, "data_type": "TYPE_STRING", "dims": [1], "optional": True},
         ],
         "output": [
-            {"name": o.name, "data_type": _TYPES[o.datatype], "dims": [o.width or classes]}
+            {"name": o.name, "data_type": _TYPES[o.datatype], "dims": [o.width(checkpoint)]}
             for o in OUTPUTS.values()
         ],
     }
@@ -275,7 +302,7 @@ def _tensor(
     if top:
         ranked = [_ranked(answered, row)[:top] for row in rows]
         return Tensor(output.name, "BYTES", (len(rows), len(ranked[0])), list(chain(*ranked)))
-    dims = tuple(shape) if output.width else (len(rows), len(rows[0]))
+    dims = tuple(shape) if output.columns is None else (len(rows), len(rows[0]))
     return Tensor(output.name, output.datatype, dims, list(chain(*rows)))
 
 

@@ -122,7 +122,7 @@ class ClassifyRequest(RequestBody):
     timeout_ms: Milliseconds | None = None
     """Milliseconds after which the answer is worthless."""
     return_heads: bool = False
-    """Name the heads that were computed, by layer."""
+    """Name the heads that the last step computed, by layer; `steps` names what ran before it."""
     raw_scores: bool | None = None
     """Sent by Infinity's clients: if given, the answer has Infinity's shape; true: raw logits."""
     user: str | None = None
@@ -205,15 +205,21 @@ class LabelScore(BaseModel):
 
 
 class Heads(BaseModel):
-    """Heads computed for an item, of all the network has.
+    """Heads computed for an item, of all the network has, and the ladder steps that it ran."""
 
-    `budget` is the ladder step that answered.
-    """
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     used: int
+    """Summed over layers and steps."""
     total: int
-    budget: int
+    budget: Annotated[int, Field(examples=[8])]
+    """The ladder step that answered."""
+    predicted: Annotated[int | None, Field(examples=[2])]
+    """The step that f_o expected to answer; null where every layer decides for itself."""
+    steps: Annotated[list[int], Field(examples=[[0, 2, 8]])]
+    """All steps that ran, in order; the last one answered."""
     per_layer: list[list[int]] | None = None
+    """With `return_heads`: the heads that the last step computed."""
 
 
 class Classification(BaseModel):

@@ -17,9 +17,9 @@ import msgspec
 
 from service.api.errors import ApiError
 
-Value = str | int | float
+Value = str | int | float | bool
 
-_FORMATS = {"FP32": "f", "INT32": "i", "INT64": "q"}
+_FORMATS = {"FP32": "f", "INT32": "i", "INT64": "q", "BOOL": "?"}
 _LENGTH = struct.Struct("<I")
 
 

@@ -145,12 +145,12 @@ def _show(answered: Answered, as_json: bool) -> None:
     if as_json or not out.is_terminal:
         typer.echo(answered.lines, nl=False)
         return
-    table = Table("label", "score", "budget", "heads", "of dense", "text")
+    table = Table("label", "score", "steps", "heads", "of dense", "text")
     for row in map(json.loads, answered.lines.splitlines()):
         table.add_row(
             row["label"],
             f"{row['score']:.3f}",
-            str(row["budget"]),
+            ", ".join(map(str, row["steps"])),
             str(row["heads"]),
             f"{row['macs'] / row['dense_macs']:.1%}",
             Text(row["text"][:80]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from service.app import create_app
+from service.cluster.handing_on import through_pools
 from service.cluster.hub import FleetSeen
 from service.cluster.stream import Caller
 from service.engine.client import (
@@ -94,19 +95,10 @@ class PooledEngines(Engines):
             raise EngineDownError
         if (job.model, job.version) not in self._wanted:
             raise NotLoadedError
-        answer = await self._ask(self._pool_for(job.heads or 0), job, None)
-        while unfinished := [i for i, item in enumerate(answer.items) if item.next_step]:
-            steps = [answer.items[i].next_step for i in unfinished]
-            # The level that the first engine chose stays: the rule decides what comes next.
-            rest = replace(job, items=[job.items[i] for i in unfinished], quality=answer.quality)
-            more = await self._ask(self._pool_for(max(steps)), rest, steps)
-            answer = joined(answer, unfinished, more)
-        return answer
+        return await through_pools(self._ask, job)
 
-    def _pool_for(self, step: int) -> PoolHandle:
-        return next(pool for pool in self._pools if pool.pool.computes(step))
-
-    async def _ask(self, pool: PoolHandle, job: Job, steps: list[int] | None) -> Answer:
+    async def _ask(self, step: int, job: Job, steps: list[int] | None) -> Answer:
+        pool = next(pool for pool in self._pools if pool.pool.computes(step))
         model = f"{job.model}:{job.version}"
         for attempt in range(1, ATTEMPTS + 1):
             message = msgspec.structs.replace(request_of(job), steps=steps)
@@ -156,30 +148,6 @@ def _is_cancelled() -> bool:
     """Say whether it is this task that was cancelled, not the call that it awaits."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def joined(begun: Answer, places: Sequence[int], ended: Answer) -> Answer:
-    """Return an answer with the items at some places ended by another engine.
-
-    What both spent on an item counts; stages add up, as one followed the other.
-    """
-    items = list(begun.items)
-    for place, item in zip(places, ended.items, strict=True):
-        before = items[place]
-        items[place] = msgspec.structs.replace(
-            item,
-            heads=[a + b for a, b in zip(before.heads, item.heads, strict=True)]
-            if item.heads
-            else before.heads,
-            macs=before.macs + item.macs,
-        )
-    return msgspec.structs.replace(
-        ended,
-        items=items,
-        budget_seconds=begun.budget_seconds + ended.budget_seconds,
-        queue_seconds=begun.queue_seconds + ended.queue_seconds,
-        compute_seconds=begun.compute_seconds + ended.compute_seconds,
-    )
 
 
 class FrontReplica:

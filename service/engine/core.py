@@ -293,8 +293,8 @@ class EngineCore:
         queued = self.queued_seconds
         counts = [item.tokens for item in message.items]
         exit_counts = [item.exit_tokens for item in message.items]
-        quality = self._quality(message, model, queued, counts, exit_counts)
         try:
+            quality = self._quality(message, model, queued, counts, exit_counts)
             rule = model.rule(quality, message.heads, message.max_heads)
         except PolicyError as error:
             reply(Failed(message.id, str(error)))
@@ -432,7 +432,7 @@ class EngineCore:
             for slot in slots:
                 slot.budget_seconds += seconds
                 if slot.begin:  # what another engine has tried already is not tried again
-                    slot.work.step, slot.work.logits = slot.begin, None
+                    slot.work.step, slot.work.steps, slot.work.logits = slot.begin, [], None
                 self._settle(slot)
             exits = [slot for slot in slots if slot.work.done and not slot.error]
             if exits:
@@ -691,6 +691,8 @@ def _item_answer(slot: _Slot, return_heads: bool) -> ItemAnswer:
         logits=[] if work.logits is None else work.logits.tolist(),
         next_step=work.step if work.logits is None else 0,
         budget=work.step,
+        predicted=None if work.predicted == cascade.LAYERWISE else work.predicted,
+        steps=work.steps,
         heads=work.heads,
         chosen=[list(heads) for heads in work.chosen] if return_heads else None,
         macs=work.macs,

@@ -132,12 +132,17 @@ class Heartbeat(Message, frozen=True):
 class ItemAnswer(msgspec.Struct, frozen=True, array_like=True):
     """The answer for one item. `error` set: it failed alone and the other fields mean nothing.
 
+    `predicted` is the step that f_o expected to answer, None where layers decide for themselves;
+    `steps` are those that this engine ran, the last of which answered (`budget`).
+
     `next_step` set: it is not answered, as it needs this ladder step, which its engine does not
     compute; the other fields say what was spent on it until then.
     """
 
     logits: list[float] = []
     budget: int = 0
+    predicted: int | None = None
+    steps: list[int] = []
     heads: list[int] = []
     chosen: list[list[int]] | None = None
     macs: int = 0

@@ -12,6 +12,7 @@ import pytest
 from budgetformer.classifier import Classifier
 from tests.support.serving import Service
 from tests.support.stores import (  # fmt: skip
+    CHAINED,
     EXIT_TOKENS,
     HEADS,
     LABELS,
@@ -49,7 +50,7 @@ async def test_shape_of_the_answer(shared: Service) -> None:
         "index", "label", "score", "probs", "num_classes", "labels", "heads", "macs",
         "dense_macs", "tokens", "truncated", "quality",
     }  # fmt: skip
-    assert set(item["heads"]) == {"used", "total", "budget", "per_layer"}
+    assert set(item["heads"]) == {"used", "total", "budget", "predicted", "steps", "per_layer"}
     assert item["heads"]["per_layer"] is None
 
 
@@ -117,7 +118,7 @@ async def test_a_trained_model_knows_its_sentences(shared: Service) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", [TOPICS, PICKY])
+@pytest.mark.parametrize("name", [TOPICS, PICKY, CHAINED])
 async def test_answers_are_those_of_the_classifier_in_process(
     shared: Service, model_store: Path, name: str, choice: dict[str, Any]
 ) -> None:
@@ -129,6 +130,8 @@ async def test_answers_are_those_of_the_classifier_in_process(
         assert item["label"] == prediction.label
         assert item["probs"] == pytest.approx(prediction.probs, rel=1e-4)
         assert item["heads"]["budget"] == prediction.budget
+        assert item["heads"]["predicted"] == prediction.predicted
+        assert item["heads"]["steps"] == prediction.steps
         assert item["heads"]["used"] == prediction.heads
         assert (item["macs"], item["dense_macs"]) == (prediction.macs, prediction.dense_macs)
         assert item["tokens"] == prediction.tokens

@@ -110,8 +110,8 @@ class TestResults:
         assert [result.index for result in results] == list(range(len(TEXTS)))
         assert results[3] == Classification(
             index=3, label="text 3", score=1.0, probs=(1.0,), labels=results[3].labels,
-            budget=1, heads=2, heads_total=8, per_layer=None, macs=10, dense_macs=100,
-            tokens=3, truncated=False, quality="auto", model="echo:1",
+            budget=1, predicted=1, steps=(0, 1), heads=2, heads_total=8, per_layer=None, macs=10,
+            dense_macs=100, tokens=3, truncated=False, quality="auto", model="echo:1",
         )  # fmt: skip
 
     def test_one_text_gives_one_result(self, both: Both, echoing: Scripted) -> None:

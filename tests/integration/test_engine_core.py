@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from service.engine.core import EngineCore, EngineOptions
 from service.engine.device import EXIT_CODE
 from service.engine.protocol import (
     Answer,
+    BatchRan,
     Cancel,
     Classify,
     Done,
@@ -31,7 +33,7 @@ from service.engine.protocol import (
 from service.engine.server import EngineServer
 from service.models import open_model
 from tests.support.serving import _replaced, held
-from tests.support.stores import HEADS, labelled_sentences
+from tests.support.stores import CHAINED, HEADS, labelled_sentences
 from tests.support.waiting import until
 
 TEXTS = [text for text, _ in labelled_sentences()][:40]
@@ -124,6 +126,32 @@ def check_totals(core: EngineCore) -> None:
     assert beat.oldest_age["topics"] == pytest.approx(oldest)
     assert len(core._buckets) == sum(slot.entry is not None for slot in waiting)
     assert len(core._deadlines) == len(requests)
+
+
+async def test_texts_wait_in_the_bucket_of_the_step_that_f_o_predicted(model_store: Path) -> None:
+    model = open_model(model_store / CHAINED / "1")
+    texts = [text for text, _ in labelled_sentences()]
+    items = [ItemTokens(pack_ids(tokens.ids)) for tokens in model.encoder.encode(texts)]
+    core, told = EngineCore(EngineOptions(), precision="float32"), list[ToFront]()
+    core.broadcast = told.append
+    core.receive(Load(0, str(model.checkpoint.path)), told.append)
+    await until(lambda: any(isinstance(one, Done) for one in told), "the load")
+    core.receive(Classify(1, CHAINED, 1, items, "best", 1e6), told.append)
+    slots = next(iter(core._requests.values())).slots
+    await core._decide_arrivals()
+    for slot in slots:
+        assert slot.work.steps == [0]
+        assert slot.entry is not None
+        assert slot.entry.bucket == (slot.request.model, slot.work.predicted)
+    async with running(core):
+        await until(lambda: isinstance(told[-1], Answer), "the answer")
+    answer = told[-1]
+    assert isinstance(answer, Answer)
+    ran = Counter(step for item in answer.items for step in item.steps if step)
+    batches = [one for one in told if isinstance(one, BatchRan)]
+    assert ran == sum((Counter({one.budget: one.items}) for one in batches), Counter())
+    assert {tuple(item.steps) for item in answer.items} == {(0, 1), (0, 2), (0, 1, 2)}
+    assert core.queued_seconds == pytest.approx(0)
 
 
 @pytest.mark.parametrize("seed", range(4))

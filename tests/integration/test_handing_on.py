@@ -1,31 +1,54 @@
-"""An engine that computes small steps only gives the rest back, and another one ends it."""
+"""Engines that compute small steps only give the rest back, and others end it."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from budgetformer.cost import decision_macs
+from service.cluster.handing_on import through_pools
+from service.engine.client import Job, request_of
 from service.engine.core import EngineCore, EngineOptions
 from service.engine.protocol import Answer, Classify, Failed, ItemTokens, Load, ToFront, pack_ids
 from service.models import open_model
-from tests.support.stores import labelled_sentences
+from tests.support.stores import CHAINED, TOPICS, labelled_sentences
 
 TEXTS = [text for text, _ in labelled_sentences()][:40]
+MODELS = {TOPICS: 2, CHAINED: 1}
+
+
+@dataclass
+class Pools:
+    """Engines by the highest step that they compute (None: any), and how often each was asked."""
+
+    model: str
+    cores: dict[int | None, EngineCore]
+    asked: list[int | None]
+
+    async def ask(self, step: int, job: Job, steps: list[int] | None) -> Answer:
+        most = next(most for most in self.cores if most is None or step <= most)
+        self.asked.append(most)
+        message = msgspec.structs.replace(request_of(job), steps=steps)
+        answer = await asked(self.cores[most], message)
+        assert isinstance(answer, Answer), answer
+        return answer
 
 
 @asynccontextmanager
-async def running(store: Path, max_step: int | None) -> AsyncIterator[EngineCore]:
-    core = EngineCore(EngineOptions(max_step=max_step), precision="float32")
-    work = asyncio.create_task(core.run())
-    try:
-        await asked(core, Load(0, str(store / "topics" / "2")))
-        yield core
-    finally:
-        work.cancel()
+async def running(store: Path, model: str, *steps: int | None) -> AsyncIterator[Pools]:
+    async with AsyncExitStack() as stack:
+        cores = {step: EngineCore(EngineOptions(max_step=step)) for step in steps}
+        for core in cores.values():
+            work = asyncio.create_task(core.run())
+            stack.callback(work.cancel)
+            await asked(core, Load(0, str(store / model / str(MODELS[model]))))
+        yield Pools(model, cores, [])
 
 
 async def asked(core: EngineCore, message: Classify | Load) -> ToFront:
@@ -35,61 +58,81 @@ async def asked(core: EngineCore, message: Classify | Load) -> ToFront:
         return await future
 
 
-@pytest.fixture
-def items(model_store: Path) -> list[ItemTokens]:
-    model = open_model(model_store / "topics" / "2")
-    return [ItemTokens(pack_ids(encoding.ids)) for encoding in model.encoder.encode(list(TEXTS))]
+def job(store: Path, model: str, quality: str = "best") -> Job:
+    served = open_model(store / model / str(MODELS[model]))
+    items = [ItemTokens(pack_ids(encoding.ids)) for encoding in served.encoder.encode(list(TEXTS))]
+    deadline = asyncio.get_running_loop().time() + 60
+    return Job(model, MODELS[model], items, quality, deadline, return_heads=True)
 
 
-def classify(items: list[ItemTokens], steps: list[int] | None = None) -> Classify:
-    return Classify(7, "topics", 2, items, "best", 60.0, return_heads=True, steps=steps)
-
-
-async def answered(core: EngineCore, message: Classify) -> Answer:
-    answer = await asked(core, message)
-    assert isinstance(answer, Answer), answer
-    return answer
-
-
-async def test_two_engines_answer_together_what_one_answers_alone(
-    model_store: Path, items: list[ItemTokens]
+@pytest.mark.parametrize("pools", [(0, None), (1, None)], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+async def test_several_engines_answer_together_what_one_answers_alone(
+    model_store: Path, model: str, pools: tuple[int | None, ...]
 ) -> None:
-    async with AsyncExitStack() as stack:
-        alone, small, large = [
-            await stack.enter_async_context(running(model_store, step)) for step in (None, 0, None)
-        ]
-        right = await answered(alone, classify(items))
-        begun = await answered(small, classify(items))
-        left = [place for place, item in enumerate(begun.items) if item.next_step]
-        assert left
-        steps = [begun.items[place].next_step for place in left]
-        ended = await answered(large, classify([items[place] for place in left], steps))
-    for place, item in enumerate(begun.items):
-        if place not in left:
-            assert item == right.items[place]
-    for place, item in zip(left, ended.items, strict=True):
-        expected = right.items[place]
+    wanted = job(model_store, model)
+    async with running(model_store, model, None) as alone:
+        right = await alone.ask(0, wanted, None)
+        (core,) = alone.cores.values()
+        decision = decision_macs(core.models[model, MODELS[model]].network.sizes)
+    async with running(model_store, model, *pools) as several:
+        answer = await through_pools(several.ask, wanted)
+    compare(answer, right, decision)
+    assert several.asked == [pools[0], None]
+    if model == CHAINED:
+        assert {tuple(item.steps) for item in answer.items} == {(0, 1), (0, 2), (0, 1, 2)}
+
+
+async def test_a_text_goes_from_pool_to_pool_along_the_chain(model_store: Path) -> None:
+    wanted = job(model_store, CHAINED)
+    async with running(model_store, CHAINED, None) as alone:
+        some = (await alone.ask(0, wanted, None)).items
+        ones = [tokens for tokens, item in zip(wanted.items, some, strict=True)
+                if item.predicted == 1]  # fmt: skip
+        wanted = replace(wanted, items=ones)
+        right = await alone.ask(0, wanted, None)
+        (core,) = alone.cores.values()
+        decision = decision_macs(core.models[CHAINED, 1].network.sizes)
+    async with running(model_store, CHAINED, 0, 1, None) as several:
+        answer = await through_pools(several.ask, wanted)
+    assert several.asked == [0, 1, None]
+    assert {tuple(item.steps) for item in answer.items} == {(0, 1), (0, 1, 2)}
+    compare(answer, right, decision)
+
+
+def compare(answer: Answer, right: Answer, decision: int) -> None:
+    """Compare what several engines answered with what one did.
+
+    Every engine that takes an item over decides it once more, for step 0's logits.
+    """
+    handed_on = set[int]()
+    for item, expected in zip(answer.items, right.items, strict=True):
         assert not item.next_step
         assert item.logits == pytest.approx(expected.logits, rel=1e-4, abs=1e-5)
-        assert (item.budget, item.heads, item.chosen) == (
-            expected.budget, expected.heads, expected.chosen,
-        )  # fmt: skip
+        for name in ("budget", "predicted", "steps", "heads", "chosen", "dense_macs"):
+            assert getattr(item, name) == getattr(expected, name), name
+        more, rest = divmod(item.macs - expected.macs, decision)
+        assert rest == 0
+        handed_on.add(more)
+    assert max(handed_on) >= 1
 
 
-async def test_what_was_given_back_was_paid_for(model_store: Path, items: list[ItemTokens]) -> None:
-    async with running(model_store, 0) as small:
-        begun = await answered(small, classify(items))
+@pytest.mark.parametrize("model", MODELS)
+async def test_what_was_given_back_was_paid_for(model_store: Path, model: str) -> None:
+    async with running(model_store, model, 0) as small:
+        begun = await small.ask(0, job(model_store, model), None)
     for item in begun.items:
         assert not item.error
         assert bool(item.next_step) != bool(item.logits)
+        assert item.predicted == (item.next_step or 0)
         assert item.macs > 0
         assert item.dense_macs > item.macs
 
 
-async def test_steps_that_do_not_fit_the_items_are_refused(
-    model_store: Path, items: list[ItemTokens]
-) -> None:
-    async with running(model_store, None) as core:
-        answer = await asked(core, classify(items, steps=[1]))
+async def test_steps_that_do_not_fit_the_items_are_refused(model_store: Path) -> None:
+    async with running(model_store, TOPICS, None) as only:
+        (core,) = only.cores.values()
+        message = msgspec.structs.replace(request_of(job(model_store, TOPICS)), steps=[1])
+        answer = await asked(core, message)
         assert isinstance(answer, Failed)
         assert "as many steps as items" in answer.message

@@ -55,7 +55,9 @@ def _item(index: int, text: Any) -> dict[str, Any]:
     return {
         "index": index, "label": label, "score": 1.0, "probs": [1.0], "num_classes": 1,
         "labels": [{"label": label, "score": 1.0}],
-        "heads": {"used": 2, "total": 8, "budget": 1, "per_layer": None},
+        "heads": {
+            "used": 2, "total": 8, "budget": 1, "predicted": 1, "steps": [0, 1], "per_layer": None,
+        },
         "macs": 10, "dense_macs": 100, "tokens": 3, "truncated": False, "quality": "auto",
     }  # fmt: skip
 

@@ -49,6 +49,8 @@ answers = st.builds(
     ItemAnswer,
     logits=st.lists(finite, max_size=4),
     budget=numbers,
+    predicted=st.none() | numbers,
+    steps=st.lists(numbers, max_size=4),
     heads=st.lists(numbers, max_size=4),
     chosen=st.none() | st.lists(st.lists(numbers, max_size=3), max_size=3),
     macs=numbers,
