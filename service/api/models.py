@@ -58,7 +58,12 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/models/{name}", summary="One model's card", dependencies=[needs("classify")])
 async def show_model(request: Request, name: str) -> Response:
-    """Show labels, sizes, versions, and what each quality level reaches and costs."""
+    """Show labels, sizes, versions, the chain of steps, and each level's quality and cost.
+
+    `measure` says what a level was calibrated for: `accuracy`, the share of right answers, or
+    `agreement`, the share of answers equal to the full network's. `chain` and `entry` (f_o's bands)
+    are null for checkpoints whose levels have rules of their own.
+    """
     state = state_of(request)
     checkpoint = state.model(name).checkpoint
     key = (checkpoint.name, checkpoint.version)
@@ -180,7 +185,8 @@ def _card(checkpoint: Checkpoint) -> dict[str, Any]:
             for name, level in manifest.named_levels.items()
         },
         "measure": manifest.measure,
-        "policy": manifest.policy and manifest.policy.model_dump(mode="json", exclude={"levels"}),
+        "chain": manifest.policy and manifest.policy.chain,
+        "entry": manifest.policy and [band.model_dump() for band in manifest.policy.entry],
         "operating_points": [level.model_dump(mode="json") for level in manifest.levels],
         "frontier": [step.model_dump(mode="json") for step in manifest.frontier],
         "metrics": manifest.metrics,

@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_play
 from budgetformer.checkpoint import read_checkpoint, write_manifest
 from tests.support.processes import Server, server
 from tests.support.programs import program
-from tests.support.stores import HEADS, LAYERS, sentences
+from tests.support.stores import CHAINED, HEADS, LAYERS, labelled_sentences, sentences
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(300)
@@ -213,9 +213,10 @@ def test_the_trade_is_that_of_the_same_text_at_every_stop(visit: Open) -> None:
     for row, asked in zip(rows, [*fields, {"heads": HEADS}], strict=True):
         answer = page.ask(input=TEXT, **asked)
         assert row[1] == answer["label"]
-        assert row[3] == f"{answer['heads']['used']} of {LAYERS * HEADS}"
+        assert row[3] == ", ".join(map(str, answer["heads"]["steps"]))
+        assert row[4] == f"{answer['heads']['used']} of {LAYERS * HEADS}"
         share = answer["macs"] / answer["dense_macs"]
-        assert row[4] in (f"{100 * share:.1f} %", "< 0.1 %")
+        assert row[5] in (f"{100 * share:.1f} %", "< 0.1 %")
 
 
 def test_two_qualities_stand_side_by_side(visit: Open) -> None:
@@ -247,6 +248,43 @@ def test_another_model_has_its_own_answers(visit: Open) -> None:
     assert [bar.split() for bar in bars] == [
         [found["label"], f"{100 * found['score']:.1f}", "%"] for found in answer["labels"]
     ]
+
+
+def test_a_chain_shows_the_steps_that_a_text_took(visit: Open) -> None:
+    page = visit()
+    expect(page.page.locator("#chain")).to_be_empty()
+    expect(page.page.locator("#measure")).to_contain_text("Accuracy is the share of")
+    page.page.select_option("#model", CHAINED)
+    expect(page.page.locator("#live-state")).to_contain_text(CHAINED)
+    expect(page.page.locator("#chain")).to_contain_text("Steps 0 → 1 → 2: a text stops at")
+    expect(page.page.locator("#measure")).to_contain_text("answers as every head would")
+    text = next(
+        text
+        for text, _ in labelled_sentences()
+        if page.ask(input=text, model=CHAINED, quality="best")["heads"]["steps"] == [0, 1, 2]
+    )
+    page.type(text)
+    slider = page.slider("A")
+    slider.press("Home")
+    for name in ("fast", "balanced", "1.00 points given up", "best"):
+        assert page.shown("A", "quality") == name
+        assert "On average the same answer as every head on" in page.shown("A", "expected")
+        quality = 1.0 if name.startswith("1.00") else name
+        heads = page.ask(input=text, model=CHAINED, quality=quality)["heads"]
+        way = page.card("A").locator(".way li")
+        assert way.all_inner_texts() == ["0", "1", "2"]
+        ran = page.card("A").locator(".way .ran").all_inner_texts()
+        assert ran == [str(step) for step in heads["steps"]]
+        predicted = page.card("A").locator(".way .predicted").all_inner_texts()
+        assert predicted == [str(heads["predicted"])]
+        slider.press("ArrowRight")
+    slider.press("ArrowLeft")
+    assert page.shown("A", "steps") == "f_o predicted step 1; steps 0, 1 and 2 ran"
+    assert "after 2 in earlier steps" in page.shown("A", "caption")
+    slider.press("End")
+    assert page.shown("A", "steps") == f"As asked, step {HEADS} ran"
+    assert "the same answer as every head on 100.0 % of the" in page.shown("A", "expected")
+    assert _axe(page) == []
 
 
 def test_a_model_without_calibration_has_its_steps(

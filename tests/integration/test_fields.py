@@ -102,7 +102,8 @@ class Expected:
             "num_classes": len(self.probs),
             "labels": self.ranked,
             "heads": {
-                "used": self.used, "total": LAYERS * HEADS, "budget": STEP, "per_layer": None
+                "used": self.used, "total": LAYERS * HEADS, "budget": STEP, "predicted": STEP,
+                "steps": [STEP], "per_layer": None,
             },
             "macs": self.macs,
             "dense_macs": self.dense_macs,
@@ -132,6 +133,8 @@ class Expected:
                 ("probs", "FP32", classes, list(map(near, self.probs))),
                 ("heads", "INT32", 1, [self.used]),
                 ("budget", "INT32", 1, [STEP]),
+                ("predicted", "INT32", 1, [STEP]),
+                ("steps", "BOOL", HEADS + 1, [step == STEP for step in range(HEADS + 1)]),
                 ("macs", "INT64", 1, [self.macs]),
             ]
         ]
@@ -267,7 +270,7 @@ def card(expected: Expected) -> dict[str, Any]:
         "quality_levels": {
             p["name"]: {k: v for k, v in p.items() if k != "name"} for p in points if p["name"]
         },
-        "measure": "accuracy", "policy": None,
+        "measure": "accuracy", "chain": None, "entry": None,
         "operating_points": points, "frontier": manifest["frontier"],
         "metrics": manifest["metrics"], "provenance": manifest["provenance"],
         "versions": [1, 2], "ready": True,

@@ -18,12 +18,15 @@ import pytest
 import pytest_asyncio
 from structlog.testing import capture_logs
 
+from budgetformer.checkpoint import read_checkpoint
 from budgetformer.tokenization import Text, TextEncoder, Tokens
 from service.api import state
 from service.hub.hub import RETIRED_SECONDS
 from service.hub.poll import StorePoll
 from tests.support.serving import ADMIN, ADMIN_KEY, Service, error_of, held, service
 from tests.support.stores import (
+    CHAIN,
+    CHAINED,
     EXIT_TOKENS,
     HEADS,
     LABELS,
@@ -48,7 +51,7 @@ class TestList:
     async def test_as_openais(self, shared: Service) -> None:
         body = (await shared.client.get("/v1/models")).json()
         assert body["object"] == "list"
-        assert [model["id"] for model in body["data"]] == [PAIRS, PICKY, TAGS, TOPICS]
+        assert [model["id"] for model in body["data"]] == [CHAINED, PAIRS, PICKY, TAGS, TOPICS]
         for model in body["data"]:
             assert model["object"] == "model"
             assert model["owned_by"]
@@ -70,6 +73,24 @@ class TestList:
             assert 0 < level["accuracy"] <= 1
             assert level["macs_share"] > 0
             assert "mean_heads" in level
+
+    async def test_a_card_of_a_chain(self, shared: Service, model_store: Path) -> None:
+        card = (await shared.client.get(f"/models/{CHAINED}")).json()
+        policy = read_checkpoint(model_store / CHAINED / "1").manifest.policy
+        assert policy is not None
+        assert (card["measure"], card["chain"]) == ("agreement", list(CHAIN))
+        assert card["entry"] == [{"upto": band.upto, "step": band.step} for band in policy.entry]
+        levels = card["quality_levels"]
+        assert list(levels) == ["fast", "balanced", "best"]
+        for name, level in levels.items():
+            expected = policy.level(name)
+            assert level["threshold"] == expected.threshold
+            assert level["agreement"] == expected.agreement
+            assert level["agreement_interval"] == list(expected.agreement_interval or ())
+            assert level["accuracy"] is None
+            assert level["macs_interval"] == [0.05, 0.6]
+            assert level["budgets"] == {str(k): v for k, v in expected.budgets.items()}
+            assert sum(level["budgets"].values()) == pytest.approx(1)
 
     @pytest.mark.parametrize(
         ("name", "kind", "step_0"),

@@ -5,6 +5,7 @@ import { expectation } from "./stops.js";
 
 const MOST_LABELS = 6;
 const STAGES = ["tokenize", "budget", "queue", "compute", "other"];
+const listed = steps => steps.join(", ").replace(/, (\d+)$/, " and $1");
 
 export class AnswerCard {
   constructor(parent, letter) {
@@ -29,6 +30,7 @@ export class AnswerCard {
     this.put("score", percent(item.score));
     this.drawLabels(item.labels);
     this.drawHeads(card, item);
+    this.drawSteps(card, stop, item.heads);
     this.drawStages(stages);
   }
 
@@ -60,17 +62,33 @@ export class AnswerCard {
     });
     const each = lit.map((layer, at) => `layer ${at + 1}: ${layer.size}`).join(", ");
     grid.setAttribute("aria-label", `Heads lit of ${width} in each layer: ${each}`);
-    // A text that was looked at twice has paid for the first look too.
-    const twice = heads.used > count;
+    // A text that ran several steps has paid for all of them.
+    const before = heads.used - count;
     this.put("caption", count === 0
       ? "No head lit up: the words alone told"
-      : `${count} of ${heads.total} heads lit up, by layer${twice ? `, after a first look with ${heads.used - count}` : ""}`);
+      : `${count} of ${heads.total} heads lit up, by layer${before ? `, after ${before} in earlier steps` : ""}`);
     describe(part(this.root, "figures"), [
       [`of ${heads.total} heads used`, heads.used],
       ["of the multiply-adds saved", percent(1 - macs / dense)],
       [`of ${multiplyAdds(dense)} multiply-adds`, multiplyAdds(macs)],
       [tokens === 1 ? "token read" : "tokens read", tokens],
     ]);
+  }
+
+  /** Draw the links of the chain: those that ran, and the one that f_o predicted. */
+  drawSteps({ chain }, { fields }, { steps, predicted }) {
+    const links = [...new Set([...(chain ?? []), ...steps])].sort((a, b) => a - b);
+    part(this.root, "way").replaceChildren(...links.map(step => {
+      const link = make("li", { text: step });
+      link.classList.toggle("ran", steps.includes(step));
+      link.classList.toggle("predicted", step === predicted && fields.heads === undefined);
+      return link;
+    }));
+    const ran = `step${steps.length > 1 ? "s" : ""} ${listed(steps)} ran`;
+    this.put("steps", fields.heads !== undefined ? `As asked, ${ran}`
+      : predicted === null ? `Every layer decided for itself: ${ran}`
+        : predicted === 0 ? "Step 0 answered, so no other step ran"
+          : `f_o predicted step ${predicted}; ${ran}`);
   }
 
   drawStages({ total = 0, ...stages }) {

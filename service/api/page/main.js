@@ -5,7 +5,7 @@ import { askAgain, MOST_RETRIES, useKey } from "./api.js";
 import { byId, make, part, percent, say } from "./dom.js";
 import { examplesOf } from "./examples.js";
 import { watch } from "./live.js";
-import { expectation, stopsOf } from "./stops.js";
+import { chainOf, expectation, measureOf, stopsOf } from "./stops.js";
 import { drawTrade } from "./trade.js";
 
 const TYPING_PAUSE = 400;
@@ -73,6 +73,9 @@ async function chooseModel(name, request) {
   const balanced = page.stops.findIndex(stop => stop.name === "balanced");
   page.chosen = [balanced < 0 ? 0 : balanced, page.stops.length - 1].slice(0, page.chosen.length);
   for (const slider of sliders) slider.max = page.stops.length - 1;
+  byId("chain").textContent = chainOf(content);
+  byId("measure").textContent = measureOf(content).sentence;
+  byId("reached").textContent = measureOf(content).title;
   if (!text.value || page.examples.some(([, example]) => example === text.value)) text.value = examplesOf(name)[0][1];
   page.examples = examplesOf(name);
   byId("examples").replaceChildren(...page.examples.map(([label, example]) => {

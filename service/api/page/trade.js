@@ -40,10 +40,10 @@ function told(stops, answers) {
 
 function row(stop, answer) {
   const cells = answer
-    ? [answer.item.label, percent(answer.item.score), `${answer.item.heads.used} of ${answer.item.heads.total}`,
+    ? [answer.item.label, percent(answer.item.score), answer.item.heads.steps.join(", "), `${answer.item.heads.used} of ${answer.item.heads.total}`,
        percent(spent(answer))]
-    : ["", "", "", ""];
-  cells.push(stop.accuracy === undefined ? "" : percent(stop.accuracy));
+    : ["", "", "", "", ""];
+  cells.push(stop.reached == null ? "" : percent(stop.reached));
   cells.push(answer ? milliseconds(answer.stages.total ?? 0) : "");
   return make("tr", {}, make("th", { scope: "row", text: stop.name }),
     ...cells.map(text => make("td", { text })));

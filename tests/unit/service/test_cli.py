@@ -15,6 +15,8 @@ from budgetformer.classifier import Classifier
 from tests.support.command_line import CommandLine, Outcome
 from tests.support.processes import clean_environment
 from tests.support.stores import (
+    CHAIN,
+    CHAINED,
     LABELS,
     PAIRS,
     TOPICS,
@@ -62,6 +64,7 @@ class TestModels:
     def test_list_as_json(self, command: CommandLine, model_store: Path) -> None:
         outcome = command("models", "list", "--json", "--model-store", model_store)
         assert json.loads(outcome.out) == {
+            "chained": [1],
             "pairs": [1],
             "picky": [1],
             "tags": [1],
@@ -89,6 +92,14 @@ class TestModels:
         assert manifest["version"] == version
         assert manifest["policy"] or manifest["operating_points"]
 
+    def test_show_of_a_chain(self, command: CommandLine, model_store: Path) -> None:
+        manifest = json.loads(command("models", "show", CHAINED, "--model-store", model_store).out)
+        policy = manifest["policy"]
+        assert (policy["measure"], policy["chain"]) == ("agreement", list(CHAIN))
+        for level in policy["levels"]:
+            assert {"threshold", "agreement", "agreement_interval", "macs_interval"} <= set(level)
+            assert sum(level["budgets"].values()) == pytest.approx(1)
+
     @pytest.mark.parametrize("name", ["nothing", "topics:9"])
     def test_show_of_what_is_not_there(
         self, command: CommandLine, model_store: Path, name: str
@@ -100,6 +111,7 @@ class TestModels:
         outcome = command("models", "verify", "--model-store", model_store)
         assert outcome.code == 0
         assert [line.partition(": ")[0] for line in outcome.out.splitlines()] == [
+            "chained:1",
             "pairs:1",
             "picky:1",
             "tags:1",
