@@ -84,12 +84,10 @@ class _Judge:
         rules = [self._rules[i % len(QUALITIES)] for i in range(len(ids))]
         logits: list[Tensor] = [torch.empty(0)] * len(ids)
         steps, margins = [0] * len(ids), [1.0] * len(ids)
-        verdicts_of = [0.0] * len(ids)
+        verdicts = [0.0] * len(ids)
         for batch in _batches(ids, range(len(ids))):
-            verdicts, exits = self._decide(*_padded(ids, batch))
-            for i, s, exit_logits in zip(batch, verdicts, exits, strict=True):
-                steps[i], logits[i] = rules[i].first_step(s), exit_logits
-                verdicts_of[i] = s
+            for i, s, exit_logits in zip(batch, *self._decide(*_padded(ids, batch)), strict=True):
+                steps[i], logits[i], verdicts[i] = rules[i].first_step(s), exit_logits, s
                 bounds = [band.upto for band in rules[i].entry if band.upto < 1]
                 margins[i] = min((abs(s - bound) for bound in bounds), default=1.0)
         waiting = list(range(len(ids)))
@@ -103,9 +101,9 @@ class _Judge:
             unsure = []
             for i, share in zip(waiting, sure, strict=True):
                 level = rules[i].level
-                if level is not None and rules[i].next_step(steps[i], 0.0, verdicts_of[i]):
+                if level is not None and rules[i].next_step(steps[i], 0.0, verdicts[i]):
                     margins[i] = min(margins[i], abs(share - level.threshold))
-                following = rules[i].next_step(steps[i], share, verdicts_of[i])
+                following = rules[i].next_step(steps[i], share, verdicts[i])
                 if following is not None:
                     steps[i] = following
                     unsure.append(i)
