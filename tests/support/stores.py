@@ -196,9 +196,15 @@ def chain_by_hand(path: Path) -> None:
     """Give a checkpoint a policy: a chain of three steps, f_o's bands over it, and four levels.
 
     Thresholds are quantiles of step 0's confidence, so that the lower levels end some sentences
-    there; that of `best` is the median of step 1's, so that some run the whole chain. Where the
-    sentences end is counted; the other figures are made up, and only in order.
+    there; that of `best` is the median of step 1's, so that some run the whole chain. The encoder
+    weighs more than calibration made it, or step 1 would never be the more confident of the two.
+    Where the sentences end is counted; the other figures are made up, and only in order.
     """
+    config = path / "config.json"
+    known = json.loads(config.read_text())
+    known["encoder_weight"] = [1.6 * weight for weight in known["encoder_weight"]]
+    config.write_text(json.dumps(known))
+    sign(path)
     classifier = Classifier(path)
     texts = [text for text, _ in labelled_sentences()]
     everyone = BudgetRule(num_steps=HEADS, chain=CHAIN, level=_level(1.0))
@@ -209,11 +215,12 @@ def chain_by_hand(path: Path) -> None:
     sure = confidence(exits, "single_label_classification")
     entry = (EntryBand(upto=verdict, step=1), EntryBand(upto=1, step=2))
     levels = []
+    of_step_1 = median(prediction.score for prediction in classifier(texts, heads=1))
     wanted: list[tuple[QualityName | None, float, float]] = [
         ("fast", float(sure.quantile(0.3)), 4.0),
         ("balanced", float(sure.quantile(0.5)), 2.0),
         (None, float(sure.quantile(0.7)), 1.0),
-        ("best", median(prediction.score for prediction in classifier(texts, heads=1)), 0.0),
+        ("best", max(float(sure.max()) + 1e-6, of_step_1), 0.0),
     ]
     for name, threshold, lost in wanted:
         level = _level(threshold, name, lost)

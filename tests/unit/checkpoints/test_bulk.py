@@ -237,6 +237,7 @@ def test_every_kind_of_output_holds_the_same(
             row
             | {name: int(row[name]) for name in ("budget", "heads", "macs", "dense_macs", "tokens")}
             | {"score": float(row["score"]), "probs": json.loads(row["probs"])}
+            | {"predicted": int(row["predicted"]), "steps": json.loads(row["steps"])}
             | {"truncated": row["truncated"] == "True"}
             for row in table
         ]

@@ -133,9 +133,9 @@ def test_an_output_can_be_read_again(
     texts: list[str],
     paired: bool,
 ) -> None:
-    answer = {"label": "0101", "score": 1.0, "probs": [1.0], "truncated": True} | dict.fromkeys(
-        ("budget", "heads", "macs", "dense_macs", "tokens"), 1
-    )
+    answer = {"label": "0101", "score": 1.0, "probs": [1.0], "steps": [1], "truncated": True}
+    counts = ("budget", "predicted", "heads", "macs", "dense_macs", "tokens")
+    answer |= dict.fromkeys(counts, 1)
     given = [{k: v for k, v in r.items() if k != "id"} for r in of_texts(texts, paired)]
     lines = b"".join(json.dumps(row | answer).encode() + b"\n" for row in given)
     for kind in KINDS:
