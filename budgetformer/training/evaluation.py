@@ -67,7 +67,6 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """Return the line as a table shows it."""
-        budgets = "  ".join(f"{step}: {share:.1%}" for step, share in self.budgets.items())
         return (
             self.quality,
             str(self.rows),
@@ -77,7 +76,6 @@ class Row:
             f"{self.mean_heads:.2f}",
             f"{self.mean_macs / 1e6:.1f} M",
             f"{self.macs_share:.1%}",
-            budgets,
         )
 
 

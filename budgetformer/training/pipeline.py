@@ -250,6 +250,8 @@ def recalibrate(
     _check_output(output)
     check_replaceable(output, replace=False)
     if measure == "agreement":
+        if checkpoint.config.get("budget_scope") == "layer":
+            raise DataError("layers that decide for themselves have no levels for agreement")
         examples = read_texts(data)
     else:
         names = list(checkpoint.manifest.labels)
@@ -513,8 +515,7 @@ def _find_policy(
     """
     config = network.config
     if config.budget_scope == "layer":
-        if labels is None:
-            raise DataError("layers that decide for themselves have no levels for agreement")
+        assert labels is not None
         return Found([], [], points=layerwise_points(network, tokens, labels))
     runs = run_every_step(network, tokens)
     if f_o_seed is not None:

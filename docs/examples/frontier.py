@@ -1,4 +1,6 @@
-"""Plot accuracy against cost of a checkpoint: `python frontier.py MODEL_FOLDER PICTURE`.
+"""Plot what the levels of a checkpoint reach against their cost.
+
+`python frontier.py MODEL_FOLDER PICTURE`.
 
 Everything is in its manifest: no text is classified. Needs matplotlib.
 """
@@ -18,26 +20,27 @@ import matplotlib.pyplot as plt
 
 def main(model: str, picture: str) -> None:
     checkpoint = read_checkpoint(Path(model))
-    points = checkpoint.manifest.operating_points
+    manifest = checkpoint.manifest
+    levels = [(level, level.reached(manifest.measure)[0]) for level in manifest.levels]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(
-        [100 * point.macs_share for point in points],
-        [100 * point.accuracy for point in points],
+        [100 * level.macs_share for level, _ in levels],
+        [100 * reached for _, reached in levels],
         marker=".",
         label="a budget per text",
     )
-    fixed = checkpoint.manifest.frontier
+    fixed = [(step, getattr(step, manifest.measure)) for step in manifest.frontier]
     axes.plot(
-        [100 * step.macs_share for step in fixed],
-        [100 * step.accuracy for step in fixed],
+        [100 * step.macs_share for step, _ in fixed],
+        [100 * reached for _, reached in fixed],
         marker=".",
         label="the same step for all",
     )
-    for point in points:
-        if point.name:
-            place = (100 * point.macs_share, 100 * point.accuracy)
-            axes.annotate(point.name, place, (0, 8), textcoords="offset points", ha="center")
-    axes.set(xlabel="% of the dense network's multiply-adds", ylabel="accuracy, %")
+    for level, reached in levels:
+        if level.name:
+            place = (100 * level.macs_share, 100 * reached)
+            axes.annotate(level.name, place, (0, 8), textcoords="offset points", ha="center")
+    axes.set(xlabel="% of the dense network's multiply-adds", ylabel=f"{manifest.measure}, %")
     axes.set_title(f"{checkpoint.label} on its calibration texts")
     axes.legend()
     figure.savefig(picture)

@@ -128,7 +128,7 @@ def _show_levels(manifest: Manifest, as_json: bool) -> None:
     if manifest.policy is not None:
         out.print(f"Steps: {', '.join(map(str, manifest.policy.chain))}")
     columns = ("threshold", manifest.measure, "95 %", "points lost", "of dense", "mean heads")
-    table = Table("quality", *columns, "texts that end at each step")
+    table = Table("quality", *columns)
     for level in levels:
         reached, bounds = level.reached(manifest.measure)
         table.add_row(
@@ -139,13 +139,18 @@ def _show_levels(manifest: Manifest, as_json: bool) -> None:
             f"{level.points_lost:+.2f}",
             f"{level.macs_share:.1%}",
             f"{level.mean_heads:.2f}",
-            _shares(level.budgets),
         )
     out.print(table)
+    _show_steps({str(level.name): level.budgets for level in levels})
 
 
-def _shares(budgets: Mapping[int, float]) -> str:
-    return "  ".join(f"{step}: {share:.1%}" for step, share in budgets.items())
+def _show_steps(budgets: Mapping[str, Mapping[int, float]]) -> None:
+    """Print the share of the texts that ended at each step, by quality level."""
+    steps = sorted({step for shares in budgets.values() for step in shares})
+    table = Table("texts that end at", *(f"step {step}" for step in steps))
+    for name, shares in budgets.items():
+        table.add_row(name, *(f"{shares.get(step, 0.0):.1%}" for step in steps))
+    out.print(table)
 
 
 def evaluate(
@@ -186,10 +191,11 @@ def evaluate(
         out.print_json(data=[row.as_dict() for row in rows])
         return
     columns = ("quality", "n", "accuracy", "95 %", "as full", "mean heads", "mean MACs", "of dense")
-    table = Table(*columns, "texts that end at each step")
+    table = Table(*columns)
     for row in rows:
         table.add_row(*row.cells())
     out.print(table)
+    _show_steps({row.quality: row.budgets for row in rows})
     cheaper = sum(row.cheaper for row in rows)
     out.print(f"Texts that cost less at a higher level than at the one before: {cheaper}")
 

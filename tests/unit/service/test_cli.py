@@ -12,6 +12,7 @@ import pytest
 import budgetformer
 from budgetformer.checkpoint import read_checkpoint
 from budgetformer.classifier import Classifier
+from budgetformer.cost_table import CostTable, StepCost
 from tests.support.command_line import CommandLine, Outcome
 from tests.support.processes import clean_environment
 from tests.support.stores import (
@@ -23,6 +24,7 @@ from tests.support.stores import (
     labelled_sentences,
     sentences,
     single_label_rows,
+    train,
     write_jsonl,
 )
 
@@ -532,6 +534,75 @@ class TestCalibrate:
             assert low - 1e-9 <= accuracy <= high + 1e-9
         weights = "model.safetensors"
         assert after.manifest.files[weights] == before.manifest.files[weights]
+
+    def test_agreement_needs_no_labels(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
+        texts = [{"text": row["text"]} for row in single_label_rows()]
+        data = write_jsonl(tmp_path / "mine.jsonl", texts)
+        made = tmp_path / "store" / "mine" / "3"
+        source = ("--model", "topics:1", "--model-store", model_store)
+        outcome = command("calibrate", "--data", data, "--out", made, *source)
+        assert "no column 'label'" in outcome.complaint()
+        outcome = command(
+            "calibrate", "--data", data, "--out", made, "--measure", "agreement", *source
+        )
+        assert outcome.code == 0, outcome.err
+        checkpoint = read_checkpoint(made)
+        assert checkpoint.manifest.measure == "agreement"
+        assert all(level.accuracy is None for level in checkpoint.manifest.levels)
+        assert checkpoint.manifest.frontier[-1].agreement == 1.0
+        card = (made / "README.md").read_text()
+        assert "Calibrated for agreement" in card
+        assert "answers that are those of the full network" in card
+        labelled = write_jsonl(tmp_path / "test.jsonl", single_label_rows())
+        outcome = command("evaluate", "--data", labelled, "--model", made, "--json")
+        rows = {row["quality"]: row for row in json.loads(outcome.out)}
+        assert rows["full budget"]["agreement"] == 1.0
+        assert rows["balanced"]["agreement"] >= 0.95
+        assert sum(row["cheaper"] for row in rows.values()) == 0
+
+    def test_layers_that_decide_for_themselves_have_no_agreement(
+        self, command: CommandLine, tmp_path: Path
+    ) -> None:
+        made = tmp_path / "store" / "layers" / "1"
+        train(made, single_label_rows(), budget_scope="layer", embedding_exit=False)
+        data = write_jsonl(tmp_path / "mine.jsonl", single_label_rows())
+        outcome = command(
+            "calibrate", "--data", data, "--out", tmp_path / "layers" / "2", "--model", made,
+            "--measure", "agreement",
+        )  # fmt: skip
+        assert "no levels for agreement" in outcome.complaint()
+
+    def test_seconds_of_another_model_are_refused(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
+        data = write_jsonl(tmp_path / "mine.jsonl", single_label_rows())
+        source = ("--model", "topics:1", "--model-store", model_store)
+        made = ("--data", data, "--out", tmp_path / "store" / "mine" / "3")
+        steps = (StepCost(0.0, 1e-6, 1e-5),) * 3
+        for label, complaint in (("other:1", "no table of topics:1"), ("topics:1", "steps")):
+            table = tmp_path / "costs.json"
+            table.write_text(CostTable(label, "cpu", "float32", steps).dump())
+            outcome = command("calibrate", *made, *source, "--cost-tables", table)
+            assert complaint in outcome.complaint()
+
+    def test_seconds_decide_where_a_table_has_them(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
+        data = write_jsonl(tmp_path / "mine.jsonl", single_label_rows())
+        source = ("--model", "topics:1", "--model-store", model_store)
+        made = tmp_path / "store" / "mine" / "3"
+        steps = (StepCost(0.0, 0.0, 1e-6), *(StepCost(0.0, 0.0, 1e-3),) * 4)
+        table = tmp_path / "costs.json"
+        table.write_text(CostTable("topics:1", "cpu", "float32", steps).dump())
+        outcome = command(
+            "calibrate", "--data", data, "--out", made, *source, "--cost-tables", table
+        )
+        assert outcome.code == 0, outcome.err
+        policy = read_checkpoint(made).manifest.policy
+        assert policy is not None
+        assert len(policy.chain) <= 2  # every pass takes as long, so a second one never pays
 
     def test_what_is_there_is_not_overwritten(
         self, command: CommandLine, model_store: Path, tmp_path: Path

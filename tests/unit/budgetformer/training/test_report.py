@@ -19,7 +19,7 @@ from budgetformer.training.report import (
     macro_f1,
     report_checkpoint,
 )
-from budgetformer.training.report_files import write_report
+from budgetformer.training.report_files import report_text, write_report
 from tests.support.stores import TAGS, TOPICS, labelled_examples, labelled_sentences, model_store
 
 __all__ = ["model_store"]
@@ -46,6 +46,18 @@ class TestReport:
             assert way.mean_heads == pytest.approx(row.mean_heads)
             if row.quality in ways:  # the full budget is priced with f_o in a report, without here
                 assert way.macs_share == pytest.approx(row.macs_share, rel=1e-6)
+
+    def test_it_says_where_texts_end_and_what_f_o_gains(self, report: Report) -> None:
+        ways = {way.name: way for way in report.ways}
+        for name in ("fast", "balanced", "best", "step 2", "oracle"):
+            assert sum(ways[name].budgets.values()) == pytest.approx(1)
+        assert ways["step 2"].budgets == {2: 1.0}
+        assert {row.way for row in report.routing} == {
+            "link by link", "f_o", "step 0's confidence",
+        }  # fmt: skip
+        text = report_text(report)
+        assert "Share of the texts that end at each step" in text
+        assert "What f_o's choice of a step gains" in text
 
     def test_nothing_beats_the_oracle(self, report: Report) -> None:
         ways = {way.name: way for way in report.ways}
