@@ -170,12 +170,15 @@ class BudgetFormerForSequenceClassification(  # type: ignore[misc]  # their conf
         labels: Tensor | None = None,
         steps: Tensor | int | None = None,
         gates: Tensor | None = None,
+        step0: tuple[Tensor, Tensor] | None = None,
         **_: Any,
     ) -> BudgetFormerClassifierOutput:
         """Classify ids [B, T]; arguments as for `BudgetFormerModel.forward`.
 
         Args:
             labels: class ids [B], or 0/1 targets [B, C] when multi-label; adds the loss.
+            step0: what `SequenceClassifier.step0` returns where it read more of the texts than
+                `input_ids`; None: it reads those.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -183,7 +186,9 @@ class BudgetFormerForSequenceClassification(  # type: ignore[misc]  # their conf
             steps = torch.full((input_ids.shape[0],), steps, device=input_ids.device)
         exit_logits = evidence = None
         if self.exit_head is not None:
-            exit_logits, evidence = self.step0(input_ids, attention_mask, token_type_ids)
+            exit_logits, evidence = (
+                self.step0(input_ids, attention_mask, token_type_ids) if step0 is None else step0
+            )
         encoded = self.encoder(
             input_ids, attention_mask, token_type_ids, steps=steps, gates=gates, evidence=evidence
         )

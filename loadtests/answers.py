@@ -36,9 +36,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from budgetformer.checkpoint import Checkpoint, load_tokenizer, read_store
+from budgetformer.checkpoint import Checkpoint, load_encoder, read_store
 from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
-from budgetformer.modules import confidence, exit_evidence, masked_mean, probabilities
+from budgetformer.modules import confidence, masked_mean, probabilities
 from budgetformer.tables import read_texts
 from loadtests.chaos.server import MODEL, OTHER, PATIENCE, STORE, Server, serving
 from loadtests.texts import distinct
@@ -75,27 +75,35 @@ class _Judge:
         self._network: BudgetFormerForSequenceClassification = load_model(checkpoint.path).eval()
         self._kind = checkpoint.manifest.problem_type
         self._rules = [checkpoint.rule(quality) for quality in QUALITIES]
-        self._tokenizer = load_tokenizer(checkpoint)
+        self._encoder = load_encoder(checkpoint)
 
     @torch.no_grad()
     def judge(self, texts: list[str]) -> Reference:
         """Answer all texts, in small batches of like lengths."""
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+        encoded = self._encoder.encode(texts)
+        ids = [tokens.ids for tokens in encoded]
+        whole = [tokens.whole or tokens.ids for tokens in encoded]
         rules = [self._rules[i % len(QUALITIES)] for i in range(len(ids))]
         logits: list[Tensor] = [torch.empty(0)] * len(ids)
         steps, margins = [0] * len(ids), [1.0] * len(ids)
         verdicts = [0.0] * len(ids)
-        for batch in _batches(ids, range(len(ids))):
-            for i, s, exit_logits in zip(batch, *self._decide(*_padded(ids, batch)), strict=True):
-                steps[i], logits[i], verdicts[i] = rules[i].first_step(s), exit_logits, s
+        step0: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(ids)
+        for batch in _batches(whole, range(len(ids))):
+            found = self._network.step0(*_padded(whole, batch))
+            verdict = self._decide(*_padded(ids, batch), found[1])
+            for i, s, *own in zip(batch, verdict, *found, strict=True):
+                step0[i] = own[0], own[1]
+                steps[i], logits[i], verdicts[i] = rules[i].first_step(s), own[0], s
                 bounds = [band.upto for band in rules[i].entry if band.upto < 1]
                 margins[i] = min((abs(s - bound) for bound in bounds), default=1.0)
         waiting = list(range(len(ids)))
         while waiting:
             for step in {steps[i] for i in waiting} - {0}:
                 for batch in _batches(ids, [i for i in waiting if steps[i] == step]):
-                    found = self._network(*_padded(ids, batch), steps=step).logits
-                    for i, row in zip(batch, found, strict=True):
+                    exits, read = map(torch.stack, zip(*(step0[i] for i in batch), strict=True))
+                    given = {"steps": step, "step0": (exits, read)}
+                    answers = self._network(*_padded(ids, batch), **given).logits
+                    for i, row in zip(batch, answers, strict=True):
                         logits[i] = row
             sure = confidence(torch.stack([logits[i] for i in waiting]), self._kind).tolist()
             unsure = []
@@ -114,16 +122,12 @@ class _Judge:
             np.array(margins, np.float32),
         )
 
-    def _decide(self, ids: Tensor, mask: Tensor) -> tuple[list[float], Tensor]:
-        """Return f_o's verdicts [B] and step 0's logits [B, C], as the network's forward does."""
-        network = self._network
-        assert network.exit_head is not None
-        assert network.encoder.decision is not None
-        exits = network.exit_head(ids, mask)
-        evidence = exit_evidence(exits, self._kind)
-        states = network.encoder.embed(ids, None)
-        decision = network.encoder.decision(masked_mean(states, mask), None, evidence)
-        return decision.budget.tolist(), exits
+    def _decide(self, ids: Tensor, mask: Tensor, evidence: Tensor) -> list[float]:
+        """Return f_o's s [B], as the network's forward does."""
+        encoder = self._network.encoder
+        assert encoder.decision is not None
+        states = encoder.embed(ids, None)
+        return encoder.decision(masked_mean(states, mask), None, evidence).budget.tolist()
 
 
 def _batches(ids: list[list[int]], places: Iterable[int]) -> Iterator[list[int]]:
@@ -341,7 +345,7 @@ def _texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> list[str]:
     if arguments.data is not None:
         texts, _ = read_texts(arguments.data)
         real = list(dict.fromkeys(texts))[: arguments.texts]
-    vocabulary = load_tokenizer(checkpoint).get_vocab()
+    vocabulary = load_encoder(checkpoint).get_vocab()
     words = sorted(word for word in vocabulary if word.isalpha() and len(word) > 2)
     made = distinct(arguments.texts, arguments.seed, words)
     return list(dict.fromkeys([*real, *made]))[: arguments.texts]

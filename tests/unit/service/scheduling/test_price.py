@@ -137,7 +137,7 @@ def test_what_waits_is_priced_as_it_was_on_arrival(drawn: Drawn) -> None:
     outlook, made = Outlook.of(wanted), prices()
     begun = [first_pass(path) for path in map(partial(run, wanted), texts) if first_pass(path)]
     waiting = sum(made.item(KEY, step, outlook, 40) for step in begun) / len(texts)
-    passes = made.expected(KEY, outlook, 40) - TABLE.share(0, 40)
+    passes = made.expected(KEY, outlook, 40, 40) - TABLE.share(0, 40)
     assert waiting == pytest.approx(passes)
 
 
@@ -146,7 +146,7 @@ def test_what_waits_is_priced_as_it_was_on_arrival(drawn: Drawn) -> None:
 def test_a_price_on_arrival_is_the_mean_of_what_texts_cost(drawn: Drawn) -> None:
     wanted, texts = drawn
     spent = [sum(TABLE.share(step, 40) for step in run(wanted, text)) for text in texts]
-    expected = prices().expected(KEY, Outlook.of(wanted), 40)
+    expected = prices().expected(KEY, Outlook.of(wanted), 40, 40)
     assert expected == pytest.approx(TABLE.share(0, 40) + sum(spent) / len(texts))
 
 
