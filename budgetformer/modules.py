@@ -264,7 +264,8 @@ class BudgetDecision(nn.Module):
         parts = [] if self.config.decides_from_step0 else [pooled]
         missing = self.config.decision_inputs - sum(part.shape[-1] for part in parts)
         if missing:
-            parts.append(pooled.new_zeros(len(pooled), missing) if evidence is None else evidence)
+            none = pooled.new_zeros(len(pooled), missing)
+            parts.append(none if evidence is None else evidence.to(pooled.dtype))
         return cast(Tensor, self.controller(torch.cat(parts, dim=-1)))
 
     def heads(self, steps: Tensor) -> Tensor:

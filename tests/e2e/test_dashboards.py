@@ -138,7 +138,7 @@ def test_events_are_read_from_what_prometheus_has(seen: Seen, query: Query) -> N
 
 def test_a_model_load_is_an_event(seen: Seen) -> None:
     (loads,) = {event.filled(**WINDOW) for event in EVENTS if event.panel == "Model loads"}
-    assert seen.prometheus.values(f"count(count by (model) ({loads}))") == [4]
+    assert seen.prometheus.values(f"count(count by (model) ({loads}))") == [5]
 
 
 def test_shares_are_shares(seen: Seen) -> None:

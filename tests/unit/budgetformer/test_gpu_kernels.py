@@ -178,6 +178,7 @@ def test_classify(lengths: Sequence[int], width: int, labels: int, dtype: torch.
     by = linear(width, labels, gelu=False)
     module = nn.Linear(width, labels).requires_grad_(False)
     module.weight.copy_(by.weight)
+    module.bias.copy_(by.bias)
     assert_close(gpu.classify(states, layout, module), plain.classify(states, layout, module))
 
 

@@ -137,6 +137,15 @@ class TestStepZero:
         logits = step.logits(tokens.input_ids.numpy(), None, tokens.lengths)
         assert np.array_equal(logits[:, 0], -logits[:, 1])
 
+    @torch.no_grad()
+    def test_the_reference_runs_in_half_precision_too(self) -> None:
+        network = random_network(small_config(embedding_exit=True, exit_tfidf=True))
+        items = pad(random_items([5, 3]))
+        expected = network(**items)
+        halved = network.half()(**items)
+        assert halved.exit_logits.float().allclose(expected.exit_logits, atol=0.05)
+        assert halved.budget.float().allclose(expected.budget, atol=0.05)
+
     def test_is_none_where_f_o_reads_embeddings(self) -> None:
         assert random_network(small_config(embedding_exit=True)).step0_with_numpy() is None
         assert random_network(small_config()).step0_with_numpy() is None
