@@ -26,13 +26,11 @@ REGULARISATION = (0.25, 0.5, 1.0, 2.0)
 """Values of C that are tried."""
 REPEATS = (0.0, 1.0)
 """Weightings that are tried: a feature counts once, or 1 + log(count) times."""
-MAX_COLUMN = 127
-"""Largest whole number in the table."""
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Scores of a fitted machine: `features @ coefficients.T + intercept` [N, K]."""
+class LinearModel:
+    """A fitted model: `coefficients` [K, rows] and `intercept` [K] of its columns."""
 
     coefficients: np.ndarray
     intercept: np.ndarray
@@ -48,7 +46,7 @@ def fit_step0(
 ) -> tuple[TfidfHead, Tensor]:
     """Fit step 0 on N texts, and return it with out-of-fold logits [N, C] of each of them.
 
-    These come from machines that never saw the text, so they are as right and as confident as step
+    These come from models that never saw the text, so they are as right and as confident as step
     0 is on new texts; whatever learns from step 0's answers learns from these.
     """
     count = len(examples)
@@ -81,8 +79,8 @@ def fit_step0(
         for repeats, c in combinations:
             rows, held = chosen[folds[chosen] != 0], chosen[folds[chosen] == 0]
             if len(held) and len(rows):
-                machine = _fit(matrices[repeats][rows], columns[rows], c, recipe.seed)
-                scores = torch.from_numpy(machine.scores(matrices[repeats][held]))
+                model = _fit(matrices[repeats][rows], columns[rows], c, recipe.seed)
+                scores = torch.from_numpy(model.scores(matrices[repeats][held]))
                 loss = _error(scores, examples.labels[held], config)
                 if loss < least:
                     best, least = (repeats, c), loss
@@ -93,16 +91,16 @@ def fit_step0(
         for fold in range(recipe.exit_folds):
             held = folds == fold
             if held.any() and not held.all():
-                machine = _fit(matrix[~held], columns[~held], c, recipe.seed)
-                unseen[held] = machine.scores(matrix[held])
+                model = _fit(matrix[~held], columns[~held], c, recipe.seed)
+                unseen[held] = model.scores(matrix[held])
             bar.advance(task)
-        machine = _fit(matrix, columns, c, recipe.seed)
+        model = _fit(matrix, columns, c, recipe.seed)
         bar.advance(task)
     labels = torch.from_numpy(examples.labels)
     scale = _fit_scale(_logits(unseen, config), labels, config)
     head = TfidfHead(config)
     coefficients, intercept = (
-        torch.from_numpy(fitted * scale) for fitted in (machine.coefficients, machine.intercept)
+        torch.from_numpy(fitted * scale) for fitted in (model.coefficients, model.intercept)
     )
     head.fill(coefficients, intercept, torch.from_numpy(idf), repeats)
     return head, (_logits(unseen, config) * scale).float()
@@ -117,8 +115,8 @@ def _columns(examples: Examples, config: Architecture) -> np.ndarray:
     return (examples.labels[:, None] == classes).astype(np.int8)  # type: ignore[no-any-return]
 
 
-def _fit(matrix: sp.csr_matrix, columns: np.ndarray, c: float, seed: int) -> Machine:
-    """Fit one machine per column; a column of one value gets that answer."""
+def _fit(matrix: sp.csr_matrix, columns: np.ndarray, c: float, seed: int) -> LinearModel:
+    """Fit one model per column; a column of one value gets that answer."""
     coefficients = np.zeros((columns.shape[1], matrix.shape[1]))
     intercept = np.zeros(columns.shape[1])
     for place, target in enumerate(columns.T):
@@ -127,7 +125,7 @@ def _fit(matrix: sp.csr_matrix, columns: np.ndarray, c: float, seed: int) -> Mac
             continue
         fitted = LinearSVC(C=c, random_state=seed).fit(matrix, target)
         coefficients[place], intercept[place] = fitted.coef_[0], fitted.intercept_[0]
-    return Machine(coefficients, intercept)
+    return LinearModel(coefficients, intercept)
 
 
 def _logits(scores: np.ndarray, config: Architecture) -> Tensor:

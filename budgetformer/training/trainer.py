@@ -388,7 +388,7 @@ def _reach_weights(step0: Tensor | None, share: float, problem_type: str | None)
     if step0 is None or not share:
         return None
     unsure = 1 - confidence(step0, problem_type)
-    return (1 - share) + share * unsure / unsure.mean()
+    return (1 - share) + share * unsure / unsure.mean().clamp(min=1e-9)
 
 
 def _run_digest(
