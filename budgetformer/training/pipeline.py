@@ -67,6 +67,8 @@ from budgetformer.training.trainer import Trainer, split_rows
 
 Log = Callable[[str], None]
 
+DENSE = "dense"
+"""Folder in a run's work directory, for the state of the dense network that it is compared with."""
 FEWEST_ROWS = 50
 """Below this many texts a calibrated threshold would be chance."""
 
@@ -110,7 +112,8 @@ def train_checkpoint(
         work_dir: state of the run; a second call goes on from it.
         threads: of torch; None: its own choice.
         log: gets one line per event.
-        baseline: also keep the dense network here, with early exits, for `report_checkpoint`.
+        baseline: also train the dense network on its own, for as many epochs, and keep it here
+            with early exits for `report_checkpoint`.
 
     Raises:
         DataError, CheckpointError: something is missing or does not fit.
@@ -159,18 +162,22 @@ def train_checkpoint(
         f"{tokens.lengths.mean():.1f} tokens each"
     )
 
-    def keep_dense() -> None:
-        if baseline is not None:
-            log("fitting early exits on the dense network")
-            write_baseline(model, tokens, seen, baseline, recipe.seed)
-
+    if baseline is not None:
+        alone = replace(
+            recipe,
+            embedding_exit=False,
+            dense_epochs=recipe.dense_epochs + recipe.budget_epochs,
+            budget_epochs=0,
+        )
+        dense = convert_start(beginning, examples, alone, tokenizer.get_vocab_size(), numbered)
+        _train_baseline(dense, tokens, seen, alone, work_dir / DENSE, log, baseline)
     out_of_fold = None
     if model.config.embedding_exit:
         model.exit_head, out_of_fold = fit_step0(model.config, tokens, seen, recipe)
         errors = wrong(out_of_fold, torch.from_numpy(seen.labels), model.config.problem_type)
         log(f"step 0 has {1 - errors.mean():.2%} of the texts to train on right, out of fold")
     trainer = Trainer(model, tokens, seen, recipe, work_dir, log, conversion.origin, out_of_fold)
-    trainer.train(keep_dense)
+    trainer.train()
     log("fitting f_o, calibrating budgets")
     network, ranges, found = _calibrate(model, unseen_tokens, unseen, recipe)
 
@@ -216,8 +223,33 @@ def train_checkpoint(
             )
             write_manifest(folder, manifest)
         write_card(folder, manifest, report)
+    _clear(work_dir / DENSE)
     _clear(work_dir)
     log(f"wrote {output}")
+
+
+def _train_baseline(
+    conversion: Conversion,
+    tokens: TokenizedTexts,
+    examples: Examples,
+    recipe: Recipe,
+    work_dir: Path,
+    log: Log,
+    folder: Path,
+) -> None:
+    """Train a dense network without step 0, and keep it in `folder`.
+
+    That of the checkpoint will not do: it learns what step 0 leaves over, and is worth little
+    without it.
+    """
+    log("training the dense network on its own, to compare with")
+
+    def keep() -> None:
+        log("fitting early exits on it")
+        write_baseline(conversion.model, tokens, examples, folder, recipe.seed)
+
+    trainer = Trainer(conversion.model, tokens, examples, recipe, work_dir, log, conversion.origin)
+    trainer.train(keep)
 
 
 def recalibrate(
@@ -544,6 +576,8 @@ def _check_output(output: Path) -> None:
 
 def _clear(work_dir: Path) -> None:
     """Remove the state of a run that is done, and its folder if nothing else is there."""
+    if not work_dir.is_dir():
+        return
     for pattern in ("state.*", "tokenizer.*"):
         for path in work_dir.glob(pattern):
             path.unlink()

@@ -205,6 +205,8 @@ class _Bench:
         }
         if self.layers is not None:
             rivals["early exit"] = self._best(list(self._early_exits()))
+            if self.config.embedding_exit:
+                rivals["step 0, then dense"] = self._best(list(self._step0_then_dense()))
         curves = [
             Curve("budget per text", [self._share(o) for _, o in ours], [_mean(o) for _, o in ours])
         ]
@@ -293,6 +295,19 @@ class _Bench:
             logits = self.layers[torch.from_numpy(at), torch.arange(len(at))]
             macs = ((at + 1) * (layer + head)).astype(np.float64)
             yield self._outcome(logits, macs, (at + 1) * (self.table.heads[-1] / count))
+
+    def _step0_then_dense(self) -> Iterator[_Outcome]:
+        """Put the dense network behind step 0, a linear classifier of tokens, where it is unsure.
+
+        Nothing is fused: it is what two models of their own would answer.
+        """
+        assert self.layers is not None
+        for below in (0.0, *THRESHOLDS):
+            goes_on = self.table.confidence[0] < below
+            dense = torch.from_numpy(goes_on)[:, None]
+            logits = torch.where(dense, self.layers[-1], self.table.logits[0])
+            macs = np.where(goes_on, self.table.dense, 0.0)
+            yield self._outcome(logits, macs, np.where(goes_on, self.table.heads[-1], 0))
 
     def _compare(
         self,

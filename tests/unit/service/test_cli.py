@@ -13,6 +13,7 @@ import budgetformer
 from budgetformer.checkpoint import read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.cost_table import CostTable, StepCost
+from budgetformer.training.baseline import read_baseline
 from tests.support.command_line import CommandLine, Outcome
 from tests.support.processes import clean_environment
 from tests.support.stores import (
@@ -429,10 +430,16 @@ class TestEvaluate:
         found = json.loads((report / "report.json").read_text())
         assert {way["rows"] for way in found["ways"]} == {60}
         assert {c["rival"] for c in found["comparisons"]} <= {
-            "fixed step", "early exit", "confidence cascade",
+            "fixed step", "early exit", "confidence cascade", "step 0, then dense",
         }  # fmt: skip
         assert "dense" in {way["name"] for way in found["ways"]}
-        assert "early exit" in {curve["name"] for curve in found["curves"]}
+        curves = {curve["name"]: curve for curve in found["curves"]}
+        assert {"early exit", "step 0, then dense"} <= curves.keys()
+        costs = curves["step 0, then dense"]["cost"]
+        assert (min(costs), max(costs) <= 1) == (0, True)
+        # The dense network of the report learned alone, and the checkpoint's what step 0 left over.
+        assert not read_baseline(dense).model.config.embedding_exit
+        assert not [path for path in made.parent.iterdir() if path != made]
 
     def test_labels_that_the_model_does_not_have(
         self, command: CommandLine, model_store: Path, tmp_path: Path
