@@ -101,10 +101,10 @@ def evidence(logits: Array, lengths: Sequence[int] | Array, problem_type: str | 
     second label (multi-label: 0), and the logarithm of the text's length in tokens.
     """
     if problem_type == MULTI_LABEL:
-        sure = np.abs(logits)
-        odds, margin = sure.min(-1), np.zeros(len(logits))
-        p = 1 / (1 + np.exp(-sure))
-        entropy = (sure * (1 - p) - np.log(p)).mean(-1)
+        size = np.abs(logits)
+        odds, margin = size.min(-1), np.zeros(len(logits))
+        p = 1 / (1 + np.exp(-size))
+        entropy = (size * (1 - p) - np.log(p)).mean(-1)
     elif logits.shape[-1] < 2:
         odds, margin = np.full((2, len(logits)), MAX_ODDS)
         entropy = np.zeros(len(logits))

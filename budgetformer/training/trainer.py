@@ -387,8 +387,8 @@ def _reach_weights(step0: Tensor | None, share: float, problem_type: str | None)
     """Weigh texts by how likely they are to get past step 0, with a mean of 1: [N]; None: alike."""
     if step0 is None or not share:
         return None
-    unsure = 1 - confidence(step0, problem_type)
-    return (1 - share) + share * unsure / unsure.mean().clamp(min=1e-9)
+    uncertain = 1 - confidence(step0, problem_type)
+    return (1 - share) + share * uncertain / uncertain.mean().clamp(min=1e-9)
 
 
 def _run_digest(

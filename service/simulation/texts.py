@@ -40,7 +40,7 @@ class Text:
 
     @property
     def exit_tokens(self) -> int:
-        """Tokens that step 0 reads; the front makes as many."""
+        """Tokens that step 0 reads; the frontend makes as many."""
         return self.tokens if self.whole is None else self.whole
 
     @property
