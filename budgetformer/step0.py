@@ -111,7 +111,7 @@ def evidence(logits: Array, lengths: Sequence[int] | Array, problem_type: str | 
     else:
         ordered = np.sort(logits, -1)
         others = np.exp(ordered - ordered[:, -1:])
-        odds = -np.log(others[:, :-1].sum(-1))
+        odds = -np.log(np.maximum(others[:, :-1].sum(-1), 1e-30))
         margin = ordered[:, -1] - ordered[:, -2]
         p = others / others.sum(-1, keepdims=True)
         entropy = -(p * np.log(np.maximum(p, 1e-30))).sum(-1) / np.log(logits.shape[-1])

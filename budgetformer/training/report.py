@@ -297,7 +297,7 @@ class _Bench:
             yield self._outcome(logits, macs, (at + 1) * (self.table.heads[-1] / count))
 
     def _step0_then_dense(self) -> Iterator[_Outcome]:
-        """Put the dense network behind step 0, a linear classifier of tokens, where it is uncertain.
+        """Put the dense network behind step 0, a linear classifier, where that is uncertain.
 
         Nothing is fused: it is what two models of their own would answer.
         """

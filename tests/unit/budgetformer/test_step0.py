@@ -152,7 +152,7 @@ class TestStepZero:
 
 
 def logit_rows(labels: int) -> st.SearchStrategy[list[list[float]]]:
-    row = st.lists(st.floats(-30, 30), min_size=labels, max_size=labels)
+    row = st.lists(st.floats(-2000, 2000), min_size=labels, max_size=labels)
     return st.lists(row, min_size=1, max_size=4)
 
 
