@@ -31,14 +31,11 @@ from budgetformer.step0 import (
     HASHED_SECOND,
     HASHED_SHARED,
     IDF_UNIT,
+    MAX_ODDS,
     Array,
     StepZero,
     evidence,
 )
-
-MOST_ODDS = 14.0
-"""Log-odds of a confidence beyond which surer makes no difference (about 1 - 1e-6)."""
-
 
 _TANH_GELU = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -113,7 +110,7 @@ def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
     entropy = torch.special.entr(p).sum(-1)
     if problem_type == MULTI_LABEL:
         entropy = (entropy + torch.special.entr(1 - p).sum(-1)) / p.shape[-1]
-    return torch.stack([odds.clamp(max=MOST_ODDS), entropy], dim=-1)
+    return torch.stack([odds.clamp(max=MAX_ODDS), entropy], dim=-1)
 
 
 def fuse(
@@ -468,7 +465,6 @@ class TfidfHead(nn.Module):
     def __init__(self, config: Architecture) -> None:
         super().__init__()
         self.vocab_size, self.buckets = config.vocab_size, config.exit_buckets
-        self.problem_type = config.problem_type
         rows = config.vocab_size + config.exit_buckets
         self.classes = config.num_classes
         columns = table_columns(self.classes, config.problem_type == MULTI_LABEL)

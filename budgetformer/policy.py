@@ -210,7 +210,7 @@ class OperatingPoint(_Data):
         runs = {step: share for step, share in self.budgets.items() if step}
         if self.escalation is None or self.escalation.step not in runs:
             return runs
-        # Assume that whoever ended at the escalation's step came from the highest band.
+        # Assume that the texts that ended at the escalation's step came from the highest band.
         first = max((band.step for band in self.entry), default=0)
         if 0 < first < self.escalation.step:
             runs[first] = runs.get(first, 0.0) + runs[self.escalation.step]

@@ -17,6 +17,7 @@ from budgetformer import step0
 from budgetformer.architecture import Architecture
 from budgetformer.modules import MULTI_LABEL, TfidfHead
 from budgetformer.training.data import Examples, TokenizedTexts
+from budgetformer.training.exits import wrong
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import progress_bar
 
@@ -47,9 +48,9 @@ def fit_step0(
     """Fit step 0 on N texts, and return it with out-of-fold logits [N, C] of each of them.
 
     These come from models that never saw the text, so they are as right and as confident as step
-    0 is on new texts; whatever learns from step 0's answers learns from these.
+    0 is on new texts. The encoder learns from these logits.
     """
-    count = len(examples)
+    count, labels = len(examples), torch.from_numpy(examples.labels)
     folds = np.random.default_rng(recipe.seed).permutation(count) % recipe.exit_folds
     found = step0.features(
         np.concatenate(tokens.whole),
@@ -75,15 +76,15 @@ def fit_step0(
             return sp.csr_matrix((values, (found.owner, found.row)), shape=shape)
 
         matrices = {repeats: matrix_of(repeats) for repeats in REPEATS}
-        best, least = combinations[0], np.inf
+        best, fewest = combinations[0], np.inf
+        rows, held = chosen[folds[chosen] != 0], chosen[folds[chosen] == 0]
         for repeats, c in combinations:
-            rows, held = chosen[folds[chosen] != 0], chosen[folds[chosen] == 0]
             if len(held) and len(rows):
                 model = _fit(matrices[repeats][rows], columns[rows], c, recipe.seed)
-                scores = torch.from_numpy(model.scores(matrices[repeats][held]))
-                loss = _error(scores, examples.labels[held], config)
-                if loss < least:
-                    best, least = (repeats, c), loss
+                logits = _logits(model.scores(matrices[repeats][held]), config)
+                errors = float(wrong(logits, labels[held], config.problem_type).sum())
+                if errors < fewest:
+                    best, fewest = (repeats, c), errors
             bar.advance(task)
         repeats, c = best
         matrix = matrices[repeats]
@@ -96,14 +97,14 @@ def fit_step0(
             bar.advance(task)
         model = _fit(matrix, columns, c, recipe.seed)
         bar.advance(task)
-    labels = torch.from_numpy(examples.labels)
-    scale = _fit_scale(_logits(unseen, config), labels, config)
+    logits = _logits(unseen, config)
+    scale = _fit_scale(logits, labels, config)
     head = TfidfHead(config)
     coefficients, intercept = (
         torch.from_numpy(fitted * scale) for fitted in (model.coefficients, model.intercept)
     )
     head.fill(coefficients, intercept, torch.from_numpy(idf), repeats)
-    return head, (_logits(unseen, config) * scale).float()
+    return head, (logits * scale).float()
 
 
 def _columns(examples: Examples, config: Architecture) -> np.ndarray:
@@ -132,16 +133,6 @@ def _logits(scores: np.ndarray, config: Architecture) -> Tensor:
     """Turn scores [N, K] into logits [N, C], as `TfidfHead` does."""
     found = torch.from_numpy(scores)
     return torch.cat([-found, found], -1) if found.shape[1] < config.num_classes else found
-
-
-def _error(scores: Tensor, labels: np.ndarray, config: Architecture) -> float:
-    """Return the share of wrong answers."""
-    logits, right = _logits(scores.numpy(), config), torch.from_numpy(labels)
-    if config.problem_type == MULTI_LABEL:
-        wrong = ((logits > 0).long() != right).any(-1)
-    else:
-        wrong = logits.argmax(-1) != right
-    return float(wrong.double().mean())
 
 
 def _fit_scale(logits: Tensor, labels: Tensor, config: Architecture) -> float:

@@ -11,11 +11,10 @@ from budgetformer.architecture import EVIDENCE_SIZE
 from budgetformer.compact.kernels.tiles import tile_side
 from budgetformer.compact.layout import Layout
 from budgetformer.modules import (
-    MOST_ODDS,
     MULTI_LABEL,
     ExitHead,
 )
-from budgetformer.step0 import HASHED_LEFT, HASHED_RIGHT
+from budgetformer.step0 import HASHED_LEFT, HASHED_RIGHT, MAX_ODDS
 
 BAGGED_ROWS, BAGGED_COLUMNS, BAGGED_WARPS = 32, 64, 4
 
@@ -88,7 +87,7 @@ def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
             exit_logits,
             result,
             labels,
-            MOST_ODDS,
+            MAX_ODDS,
             LABELS=tile_side(labels),
             EACH=problem_type == MULTI_LABEL,
             num_warps=1,
