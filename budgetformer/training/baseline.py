@@ -1,30 +1,38 @@
-"""What budgets are measured against: the dense network, and early exits from its layers.
+"""What budgets are measured against: dense networks, large and small, and early exits.
 
-The dense network is the fine-tuned starting encoder, kept as it was before any budget changed it.
-An early exit is a linear classifier on the mean token state after a layer, fitted on the training
-texts while the encoder stays as it is (as in DeeBERT): a text leaves at the first layer whose
-classifier is sure enough.
+The dense network is the starting encoder, fine-tuned on its own for as many epochs as the
+checkpoint. An early exit is a linear classifier on the mean token state after a layer, fitted on
+the training texts while the encoder stays as it is (as in DeeBERT): a text leaves at the first
+layer whose classifier is sure enough. A smaller network keeps some layers of the dense one, with
+their most important heads and neurons, and learns from it and from the labels with the loss and
+for the epochs of the checkpoint.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from budgetformer.errors import DataError
 from budgetformer.modeling import BudgetFormerForSequenceClassification
 from budgetformer.modules import masked_mean
+from budgetformer.training.conversion import order_by_importance
 from budgetformer.training.data import Examples, TokenizedTexts, drawn_rows
-from budgetformer.training.trainer import inputs, progress_bar
+from budgetformer.training.recipe import Recipe
+from budgetformer.training.trainer import Log, Trainer, inputs, progress_bar
 
 EXITS = "exits.safetensors"
+SMALLER = "smaller"
+SMALLER_SIZES = ((1 / 6, 1 / 4), (1 / 6, 1 / 2), (1 / 3, 1 / 2), (1 / 3, 1))
+"""Shares of the dense network's layers, and of their heads and neurons, that smaller ones keep."""
 EXIT_ROWS = 10_000
 """Training texts that the early exits are fitted on, at most."""
 EXIT_PENALTY = 1e-4
@@ -33,14 +41,15 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Baseline:
-    """The dense network, and the classifiers after its first L - 1 layers.
+    """The dense network, the classifiers after its first L - 1 layers, and smaller networks.
 
-    weight [L-1, C, D], bias [L-1, C].
+    weight [L-1, C, D], bias [L-1, C]; a smaller network has one ladder step.
     """
 
     model: BudgetFormerForSequenceClassification
     weight: Tensor
     bias: Tensor
+    smaller: tuple[BudgetFormerForSequenceClassification, ...] = ()
 
     def layer_logits(self, tokens: TokenizedTexts) -> Tensor:
         """Return what each layer would answer, [L, N, C]; the last one is the network itself."""
@@ -48,15 +57,87 @@ class Baseline:
         early = torch.einsum("lnd,lcd->lnc", states[:-1], self.weight) + self.bias[:, None]
         return torch.cat([early, logits[None]])
 
+    def smaller_logits(self, tokens: TokenizedTexts) -> list[Tensor]:
+        """Return what each smaller network would answer, [N, C]."""
+        return [_layer_states(model, tokens, "smaller network")[1] for model in self.smaller]
 
-def write_baseline(
+
+def train_baseline(
+    model: BudgetFormerForSequenceClassification,
+    tokens: TokenizedTexts,
+    examples: Examples,
+    recipe: Recipe,
+    work_dir: Path,
+    folder: Path,
+    log: Log,
+    origin: str = "",
+) -> None:
+    """Train a dense network and smaller ones from a starting encoder, and keep them in `folder`.
+
+    The network inside the checkpoint will not do: it learns what step 0 leaves over, and is worth
+    little without it. A stopped run goes on when it is started again.
+
+    Args:
+        model: the starting encoder, without a step 0; it is trained.
+        tokens, examples: the texts that the checkpoint is trained on.
+        recipe: that of the checkpoint.
+        work_dir: where the states of the runs live; remove it when all is done.
+        folder: what `read_baseline` reads.
+        log: gets one line per event.
+        origin: identifies the starting weights.
+    """
+    epochs = recipe.dense_epochs + recipe.budget_epochs
+    alone = replace(recipe, dense_epochs=epochs, budget_epochs=0, ladder="uniform")
+    log("training the dense network on its own, to compare with")
+    dense = Trainer(model, tokens, examples, alone, work_dir, log, origin)
+    dense.train(lambda: _write(model, tokens, examples, folder, recipe.seed, log))
+    teacher = dense.predict(tokens, model.config.num_steps, "teacher")
+    for layers, heads in sizes_of_smaller(model):
+        name = f"{layers}x{heads}"
+        log(f"training a dense network of {layers} layers and {heads} heads, to compare with")
+        small = keep_layers(model, layers)
+        order_by_importance(small, dense.labelled_batches())
+        small.config.ladder = [[heads] * layers]
+        trainer = Trainer(
+            small, tokens, examples, alone, work_dir / name, log, origin, teacher=teacher
+        )
+        trainer.train()
+        small.save_pretrained(folder / SMALLER / name)
+
+
+def sizes_of_smaller(model: BudgetFormerForSequenceClassification) -> list[tuple[int, int]]:
+    """Return the layers, and heads in each, of the smaller networks of a dense one."""
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    sizes = {(max(1, round(a * layers)), max(1, round(b * heads))) for a, b in SMALLER_SIZES}
+    return sorted(sizes)
+
+
+def keep_layers(
+    model: BudgetFormerForSequenceClassification, count: int
+) -> BudgetFormerForSequenceClassification:
+    """Copy a network with `count` of its layers, the first and then evenly spaced ones."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = count
+    config.ladder = [[config.num_attention_heads] * count]
+    small = BudgetFormerForSequenceClassification(config)
+    layers = list(model.encoder.encoder_layers)
+    kept = nn.ModuleList(layers[i * len(layers) // count] for i in range(count))
+    own = {f"encoder.layers.{name}": weight for name, weight in kept.state_dict().items()}
+    shared = {k: v for k, v in model.state_dict().items() if not k.startswith("encoder.layers.")}
+    small.load_state_dict(shared | own)
+    return small
+
+
+def _write(
     model: BudgetFormerForSequenceClassification,
     tokens: TokenizedTexts,
     examples: Examples,
     folder: Path,
     seed: int,
+    log: Log,
 ) -> None:
     """Fit early exits on a trained dense network and write both to `folder`."""
+    log("fitting early exits on it")
     rows = drawn_rows(len(examples), EXIT_ROWS, seed)
     states, _ = _layer_states(model, tokens.subset(rows), "early exits")
     labels = torch.from_numpy(examples.labels[rows])
@@ -71,7 +152,7 @@ def write_baseline(
 
 
 def read_baseline(folder: Path) -> Baseline:
-    """Read what `write_baseline` wrote.
+    """Read what `train_baseline` wrote.
 
     Raises:
         DataError: the folder holds no such network.
@@ -79,7 +160,11 @@ def read_baseline(folder: Path) -> Baseline:
     try:
         exits = load_file(folder / EXITS)
         model = BudgetFormerForSequenceClassification.from_pretrained(folder).eval()
-        return Baseline(model, exits["weight"], exits["bias"])
+        smaller = [
+            BudgetFormerForSequenceClassification.from_pretrained(path).eval()
+            for path in sorted((folder / SMALLER).glob("*"))
+        ]
+        return Baseline(model, exits["weight"], exits["bias"], tuple(smaller))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise DataError(f"{folder}: no dense network with early exits: {error}") from error
 

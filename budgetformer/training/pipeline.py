@@ -6,6 +6,7 @@ import datetime
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from budgetformer.staging import check_replaceable, staged
 from budgetformer.step0 import evidence
 from budgetformer.tables import find_table, open_table
 from budgetformer.tokenization import tokenizer_errors
-from budgetformer.training.baseline import write_baseline
+from budgetformer.training.baseline import train_baseline
 from budgetformer.training.calibration import (
     Found,
     Table,
@@ -112,7 +113,7 @@ def train_checkpoint(
         work_dir: state of the run; a second call goes on from it.
         threads: of torch; None: its own choice.
         log: gets one line per event.
-        baseline: also train the dense network on its own, for as many epochs, and keep it here
+        baseline: also train dense networks on their own, for as many epochs, and keep them here
             with early exits for `report_checkpoint`.
 
     Raises:
@@ -163,14 +164,10 @@ def train_checkpoint(
     )
 
     if baseline is not None:
-        alone = replace(
-            recipe,
-            embedding_exit=False,
-            dense_epochs=recipe.dense_epochs + recipe.budget_epochs,
-            budget_epochs=0,
-        )
+        alone = replace(recipe, embedding_exit=False)
         dense = convert_start(beginning, examples, alone, tokenizer.get_vocab_size(), numbered)
-        _train_baseline(dense, tokens, seen, alone, work_dir / DENSE, log, baseline)
+        work, start = work_dir / DENSE, conversion.origin
+        train_baseline(dense.model, tokens, seen, alone, work, baseline, log, start)
     out_of_fold = None
     if model.config.embedding_exit:
         model.exit_head, out_of_fold = fit_step0(model.config, tokens, seen, recipe)
@@ -223,33 +220,9 @@ def train_checkpoint(
             )
             write_manifest(folder, manifest)
         write_card(folder, manifest, report)
-    _clear(work_dir / DENSE)
+    shutil.rmtree(work_dir / DENSE, ignore_errors=True)
     _clear(work_dir)
     log(f"wrote {output}")
-
-
-def _train_baseline(
-    conversion: Conversion,
-    tokens: TokenizedTexts,
-    examples: Examples,
-    recipe: Recipe,
-    work_dir: Path,
-    log: Log,
-    folder: Path,
-) -> None:
-    """Train a dense network without step 0, and keep it in `folder`.
-
-    That of the checkpoint will not do: it learns what step 0 leaves over, and is worth little
-    without it.
-    """
-    log("training the dense network on its own, to compare with")
-
-    def keep() -> None:
-        log("fitting early exits on it")
-        write_baseline(conversion.model, tokens, examples, folder, recipe.seed)
-
-    trainer = Trainer(conversion.model, tokens, examples, recipe, work_dir, log, conversion.origin)
-    trainer.train(keep)
 
 
 def recalibrate(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from budgetformer.checkpoint import Checkpoint
 from budgetformer.compact import PackedPass
-from budgetformer.cost import layer_macs
+from budgetformer.cost import encoder_macs, layer_macs
 from budgetformer.errors import DataError
 from budgetformer.loading import load_network
 from budgetformer.modules import MULTI_LABEL, confidence, probabilities
@@ -37,7 +37,7 @@ from budgetformer.training.routing import Routing, compare_routing
 
 ECE_BINS = 15
 THRESHOLDS = tuple(np.linspace(0.3, 0.995, 140).tolist())
-EQUAL_COSTS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+EQUAL_COSTS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Shares of the dense network's multiply-adds at which rivals are compared."""
 TIMED_BATCHES = {1: 16, 32: 64}
 """Batch size, and how many texts are timed at it."""
@@ -187,6 +187,7 @@ class _Bench:
         self.full = self._step(self.config.num_steps)
         self.baseline = baseline
         self.layers = None if baseline is None else baseline.layer_logits(tokens)
+        self.smaller = {} if baseline is None else self._smaller(baseline)
         logits = self.full.logits if self.layers is None else self.layers[-1]
         self.dense = self._outcome(logits, self.table.dense, self.full.heads)
 
@@ -197,7 +198,7 @@ class _Bench:
         ours = [(rule, self._answers(rule)) for rule in checkpoint.level_rules]
         named = {name: self._answers(checkpoint.rule(name)) for name in manifest.named_levels}
         oracle = self._oracle(first)
-        dense = {"dense": self.dense} if self.baseline else {}
+        dense = self.smaller | {"dense": self.dense} if self.baseline else {}
         outcomes = {**named, **dense, **steps, "oracle": oracle}
         rivals = {
             "fixed step": self._best(list(steps.values())),
@@ -206,7 +207,12 @@ class _Bench:
         if self.layers is not None:
             rivals["early exit"] = self._best(list(self._early_exits()))
             if self.config.embedding_exit:
-                rivals["step 0, then dense"] = self._best(list(self._step0_then_dense()))
+                rivals["step 0, then dense"] = self._best(list(self._step0_then([self.dense])))
+        if self.smaller:
+            sizes = [*self.smaller.values(), self.dense]
+            rivals["smaller dense"] = self._best(sizes)
+            if self.config.embedding_exit:
+                rivals["step 0, then smaller dense"] = self._best(list(self._step0_then(sizes)))
         curves = [
             Curve("budget per text", [self._share(o) for _, o in ours], [_mean(o) for _, o in ours])
         ]
@@ -296,18 +302,30 @@ class _Bench:
             macs = ((at + 1) * (layer + head)).astype(np.float64)
             yield self._outcome(logits, macs, (at + 1) * (self.table.heads[-1] / count))
 
-    def _step0_then_dense(self) -> Iterator[_Outcome]:
-        """Put the dense network behind step 0, a linear classifier, where that is uncertain.
+    def _smaller(self, baseline: Baseline) -> dict[str, _Outcome]:
+        """Let each smaller dense network answer all texts."""
+        found = {}
+        answers = baseline.smaller_logits(self.tokens)
+        for model, logits in zip(baseline.smaller, answers, strict=True):
+            config, (plan,) = model.config, model.config.ladder
+            macs = [encoder_macs(config, plan, int(n)) for n in self.tokens.lengths]
+            heads = np.full(len(macs), sum(plan))
+            name = f"dense, {len(plan)} of {self.config.num_hidden_layers} layers, {plan[0]} heads"
+            found[name] = self._outcome(logits, np.array(macs, dtype=np.float64), heads)
+        return found
+
+    def _step0_then(self, dense: Sequence[_Outcome]) -> Iterator[_Outcome]:
+        """Put a dense network behind step 0, a linear classifier, where that is uncertain.
 
         Nothing is fused: it is what two models of their own would answer.
         """
-        assert self.layers is not None
-        for below in (0.0, *THRESHOLDS):
-            goes_on = self.table.confidence[0] < below
-            dense = torch.from_numpy(goes_on)[:, None]
-            logits = torch.where(dense, self.layers[-1], self.table.logits[0])
-            macs = np.where(goes_on, self.table.dense, 0.0)
-            yield self._outcome(logits, macs, np.where(goes_on, self.table.heads[-1], 0))
+        for network in dense:
+            for below in (0.0, *THRESHOLDS):
+                goes_on = self.table.confidence[0] < below
+                rows = torch.from_numpy(goes_on)[:, None]
+                logits = torch.where(rows, network.logits, self.table.logits[0])
+                macs, heads = (np.where(goes_on, x, 0) for x in (network.macs, network.heads))
+                yield self._outcome(logits, macs, heads)
 
     def _compare(
         self,

@@ -91,8 +91,10 @@ def report_text(report: Report) -> str:
     return f"""# {report.model} on {report.rows} test texts
 
 Multiply-adds are shares of the dense network's, decisions and every escalation included. "dense" is
-the fine-tuned network that the checkpoint came from; its time is that of our own full step, which
-computes as much. The oracle gives each text the smallest step that is right.
+the starting encoder, fine-tuned on its own for as many epochs; its time is that of our own full
+step, which computes as much. Smaller dense networks keep some of its layers and heads, and learned
+from it and from the labels for as many epochs again. The oracle gives each text the smallest step
+that is right.
 
 ## Every way to answer
 {markdown_table(heads, ways)}

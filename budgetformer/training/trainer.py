@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,8 @@ class Trainer:
         log: gets one line per event.
         origin: identifies the starting weights; empty: they are random.
         step0: step 0's out-of-fold logits of the texts [N, C]; None: the encoder answers alone.
+        teacher: logits [N, C] to learn from the first epoch on; None: the network becomes its own
+            teacher after the dense epochs.
     """
 
     def __init__(
@@ -116,7 +119,9 @@ class Trainer:
         log: Log,
         origin: str = "",
         step0: Tensor | None = None,
+        teacher: Tensor | None = None,
     ) -> None:
+        self.teacher = teacher
         self.step0 = None if step0 is None else recipe.exit_share * step0
         self.weights = _reach_weights(step0, recipe.reach_weight, model.config.problem_type)
         self.model, self.tokens, self.recipe, self.log = model, tokens, recipe, log
@@ -135,19 +140,20 @@ class Trainer:
         resume = self._read_state()
         done = resume.get("done", [])
         if "dense" not in done:
-            self._run(Stage("dense", self.recipe.dense_epochs, self._dense_loss), resume, done)
+            stage = Stage("dense", self.recipe.dense_epochs, self._dense_loss, self.teacher)
+            self._run(stage, resume, done)
             if keep_dense is not None:
                 keep_dense()
             if self.model.config.head_selection == "ranked" or self.model.config.budget_ffn:
                 self.log("ordering heads and neurons by importance")
-                units = order_by_importance(self.model, self._labelled_batches(IMPORTANCE_BATCHES))
+                units = order_by_importance(self.model, self.labelled_batches())
                 if self.recipe.ladder == "importance":
                     self.model.config.ladder = ladder_by_importance(units)
             done = [*done, "dense"]
             self._save_state({"done": done})
             resume = {}
         if "budget" not in done:
-            teacher = resume.get("teacher")
+            teacher = resume.get("teacher", self.teacher)
             if teacher is None and self.recipe.distillation:
                 teacher = self.predict(self.tokens, self.model.config.num_steps, "teacher")
                 if self.step0 is not None:
@@ -172,10 +178,15 @@ class Trainer:
                 bar.advance(task, len(batch.rows))
         return result
 
-    def _dense_loss(self, batch: TokenBatch, _: Tensor | None) -> Tensor:
+    def labelled_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Return arguments of `forward`, labels among them, for measuring importance."""
+        batches = self.tokens.batches(self.recipe.batch_size, self.recipe.seed)
+        for batch in islice(batches, IMPORTANCE_BATCHES):
+            yield inputs(batch) | {"labels": self.labels[batch.rows]}
+
+    def _dense_loss(self, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
         logits = self._fused(self._logits(batch, self.model.config.num_steps), batch)
-        kind = self.model.config.problem_type
-        return self._mean(label_loss(logits, self.labels[batch.rows], kind), batch)
+        return self._taught_loss(logits, batch, teacher)
 
     def _budget_loss(self, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
         recipe, config = self.recipe, self.model.config
@@ -228,12 +239,12 @@ class Trainer:
 
     def _taught_loss(self, logits: Tensor, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
         recipe, kind = self.recipe, self.model.config.problem_type
-        losses = (1 - recipe.distillation) * label_loss(logits, self.labels[batch.rows], kind)
+        losses = label_loss(logits, self.labels[batch.rows], kind)
         if teacher is not None:
             taught = distillation_loss(
                 logits, teacher[batch.rows], recipe.distillation_temperature, kind
             )
-            losses = losses + recipe.distillation * taught
+            losses = torch.lerp(losses, taught, recipe.distillation)
         return self._mean(losses, batch)
 
     def _logits(self, batch: TokenBatch, step: int) -> Tensor:
@@ -270,14 +281,6 @@ class Trainer:
         if self.recipe.precision == "bf16":
             return torch.autocast("cpu", torch.bfloat16)
         return nullcontext()
-
-    def _labelled_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
-        for index, batch in enumerate(
-            self.tokens.batches(self.recipe.batch_size, self.recipe.seed)
-        ):
-            if index == count:
-                return
-            yield inputs(batch) | {"labels": self.labels[batch.rows]}
 
     def _run(self, stage: Stage, resume: dict[str, Any], done: list[str]) -> None:
         optimizer = self._optimizer()

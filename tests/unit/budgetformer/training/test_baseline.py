@@ -7,28 +7,27 @@ import torch
 from tokenizers import Tokenizer
 
 from budgetformer.errors import DataError
-from budgetformer.training.baseline import Baseline, read_baseline, write_baseline
+from budgetformer.training.baseline import Baseline, keep_layers, read_baseline, train_baseline
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.recipe import Recipe
-from budgetformer.training.trainer import Trainer
 from tests.support.texts import topic_examples
 from tests.unit.budgetformer.training.test_trainer import new_network
 
-RECIPE = Recipe(max_length=16, batch_size=12, learning_rate=5e-3, dense_epochs=4, budget_epochs=0)
+RECIPE = Recipe(max_length=16, batch_size=12, learning_rate=5e-3, dense_epochs=1, budget_epochs=3)
 
 
-@pytest.fixture
-def kept(tmp_path: Path, tokenizer: Tokenizer) -> tuple[Baseline, TokenizedTexts]:
-    """Return a baseline kept while training, and the texts of that run."""
-    examples = topic_examples()
+@pytest.fixture(scope="module")
+def kept(
+    tmp_path_factory: pytest.TempPathFactory, _tokenizer_text: str
+) -> tuple[Baseline, TokenizedTexts]:
+    """Return trained baselines, and the texts that they learned from."""
+    tmp_path = tmp_path_factory.mktemp("baseline")
+    examples, tokenizer = topic_examples(), Tokenizer.from_str(_tokenizer_text)
     tokens = TokenizedTexts(tokenizer, examples.texts, examples.pairs, 16)
-    model = new_network()
-    folder = tmp_path / "dense"
-
-    def keep() -> None:
-        write_baseline(model, tokens, examples, folder, seed=0)
-
-    Trainer(model, tokens, examples, RECIPE, tmp_path / "work", lambda _: None).train(keep)
+    model, folder = new_network(), tmp_path / "dense"
+    train_baseline(
+        model, tokens, examples, RECIPE, tmp_path / "work", folder, lambda _: None
+    )
     return read_baseline(folder), tokens
 
 
@@ -49,6 +48,25 @@ class TestBaseline:
             topic_examples().labels
         )
         assert (right.float().mean(1) > 0.9).all()  # three topics with words of their own
+
+    def test_smaller_networks_answer_with_fewer_layers_and_heads(
+        self, kept: tuple[Baseline, TokenizedTexts]
+    ) -> None:
+        baseline, tokens = kept
+        plans = [model.config.ladder for model in baseline.smaller]
+        assert plans == [[[1]], [[2]], [[4]]]  # of 2 layers with 4 heads
+        labels = torch.from_numpy(topic_examples().labels)
+        for logits in baseline.smaller_logits(tokens):
+            assert (logits.argmax(-1) == labels).float().mean() > 0.9
+
+    def test_kept_layers_are_evenly_spaced(self) -> None:
+        model = new_network(num_hidden_layers=5)
+        small = keep_layers(model, 2)
+        for ours, theirs in zip(small.encoder.encoder_layers, (0, 2), strict=True):
+            weight = model.encoder.encoder_layers[theirs].feed_forward.up.weight
+            assert torch.equal(ours.feed_forward.up.weight, weight)
+        assert small.config.num_hidden_layers == 2
+        assert model.config.num_hidden_layers == 5
 
     def test_a_folder_without_one(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no dense network"):

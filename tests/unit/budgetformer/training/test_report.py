@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from budgetformer.checkpoint import read_checkpoint
+from budgetformer.cost import dense_macs, encoder_macs
 from budgetformer.errors import DataError
+from budgetformer.modeling import load_model
 from budgetformer.modules import MULTI_LABEL
-from budgetformer.training.data import Examples
+from budgetformer.training.baseline import Baseline, keep_layers
+from budgetformer.training.data import Examples, TokenizedTexts
 from budgetformer.training.evaluation import evaluate_checkpoint
 from budgetformer.training.report import (
     Report,
@@ -105,6 +108,29 @@ class TestReport:
         text = (folder / "README.md").read_text()
         for way in report.ways:
             assert f"| {way.name} | {way.accuracy:.4f} |" in text
+
+    def test_dense_networks_large_and_small_are_rivals(
+        self, model_store: Path, examples: Examples
+    ) -> None:
+        checkpoint = read_checkpoint(model_store / TOPICS / "1")
+        model = load_model(checkpoint.path)
+        config = model.config
+        shape = (config.num_hidden_layers - 1, config.num_classes, config.hidden_size)
+        small = keep_layers(model, 1)
+        small.config.ladder = [[2]]
+        baseline = Baseline(model, torch.zeros(shape), torch.zeros(shape[:2]), (small,))
+        report = report_checkpoint(checkpoint, examples, baseline, timed=False)
+        assert [curve.name for curve in report.curves] == [
+            "budget per text", "fixed step", "confidence cascade", "early exit",
+            "step 0, then dense", "smaller dense", "step 0, then smaller dense",
+        ]  # fmt: skip
+        ways = {way.name: way for way in report.ways}
+        way = ways[f"dense, 1 of {config.num_hidden_layers} layers, 2 heads"]
+        tokens = TokenizedTexts.of(checkpoint, examples)
+        spent = sum(encoder_macs(small.config, [2], int(n)) for n in tokens.lengths)
+        dense = sum(dense_macs(config, int(n)) for n in tokens.lengths)
+        assert way.macs_share == pytest.approx(spent / dense)
+        assert way.mean_heads == 2
 
     def test_refuses_no_text(self, model_store: Path, examples: Examples) -> None:
         with pytest.raises(DataError, match="needs texts"):
