@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.errors import DataError
 from budgetformer.modeling import BudgetFormerForSequenceClassification
 from budgetformer.modules import masked_mean
@@ -116,7 +118,7 @@ def keep_layers(
     model: BudgetFormerForSequenceClassification, count: int
 ) -> BudgetFormerForSequenceClassification:
     """Copy a network with `count` of its layers, the first and then evenly spaced ones."""
-    config = copy.deepcopy(model.config)
+    config = cast(BudgetFormerConfig, copy.deepcopy(model.config))
     config.num_hidden_layers = count
     config.ladder = [[config.num_attention_heads] * count]
     small = BudgetFormerForSequenceClassification(config)

@@ -33,7 +33,7 @@ from budgetformer.training.chains import Route
 from budgetformer.training.data import Examples, TokenizedTexts, even_rows
 from budgetformer.training.evaluation import interval
 from budgetformer.training.exits import wrong
-from budgetformer.training.routing import Routing, compare_routing
+from budgetformer.training.routing import Routing, compare_lengths, compare_routing
 
 ECE_BINS = 15
 THRESHOLDS = tuple(np.linspace(0.3, 0.995, 140).tolist())
@@ -120,6 +120,7 @@ class Report:
     chain: list[int]
     ways: list[Way]
     routing: list[Routing]
+    lengths: list[Routing]
     comparisons: list[Comparison]
     difficulty: list[Difficulty]
     curves: list[Curve]
@@ -226,6 +227,7 @@ class _Bench:
             measure=manifest.measure,
             chain=list(manifest.policy.chain if manifest.policy else ()),
             routing=compare_routing(self.table, self.labels),
+            lengths=compare_lengths(self.table, self.labels),
             ways=[self._way(name, o, times.get(name, {})) for name, o in outcomes.items()],
             comparisons=list(self._compare(ours, rivals, manifest.measure)),
             difficulty=difficulty,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from budgetformer.training.pages import draw, markdown_table
 from budgetformer.training.report import Report
-from budgetformer.training.routing import AT
+from budgetformer.training.routing import AT, Routing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,14 +54,7 @@ def report_text(report: Report) -> str:
         for way in report.ways
         if way.name in report.heads_by_class
     ]
-    routing = [
-        [
-            row.way,
-            *(f"{a:.4f} at {c:.1%}" for a, c in zip(row.accuracy, row.cost, strict=True)),
-            f"{row.equal_cost:.1%}",
-        ]
-        for row in report.routing
-    ]
+    routing, lengths = _routing(report.routing), _routing(report.lengths)
     rivals = [
         [
             c.level or "unnamed",
@@ -116,6 +109,11 @@ Each way has the best chain of its own, chosen and scored on different parts of 
         )
     }
 
+## What more steps gain
+The best chains of so many steps, step 0 counted, chosen and scored in the same way.
+
+{markdown_table(["steps", *(f"within {c:.0%}" for c in AT), EQUAL], lengths)}
+
 ## At equal mean cost
 The budget per text, calibrated on other texts, against the best mixture of each rival at exactly
 the same mean multiply-adds. The rivals' thresholds and mixtures are chosen on these very texts, so
@@ -152,6 +150,17 @@ What is spent on the texts that the dense network gets wrong, and right.
 
 ![Heads by class](classes.png)
 """
+
+
+def _routing(rows: list[Routing]) -> list[list[str]]:
+    return [
+        [
+            row.way,
+            *(f"{a:.4f} at {c:.1%}" for a, c in zip(row.accuracy, row.cost, strict=True)),
+            f"{row.equal_cost:.1%}",
+        ]
+        for row in rows
+    ]
 
 
 def _frontier(axes: Axes, report: Report) -> None:

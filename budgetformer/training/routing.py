@@ -1,4 +1,4 @@
-"""What f_o's choice of a link gains over going link by link, and over step 0's confidence."""
+"""What f_o's choice of a link gains, and what more steps in a chain gain, on texts run at all."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from budgetformer.architecture import Architecture
 from budgetformer.training.calibration import FOLDS, Table
-from budgetformer.training.chains import Curve, Goal, Steps, chains, search
+from budgetformer.training.chains import Chain, Curve, Goal, Steps, chains, search
 
 COSTS = (0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3)
 """Mean multiply-adds, as shares of the dense network's, at which routes are compared."""
@@ -19,7 +18,7 @@ AT = (0.06, 0.14)
 
 @dataclass(frozen=True)
 class Routing:
-    """One way to choose the link at which a text starts.
+    """One way to choose the links of a text, or the chain of all.
 
     Attributes:
         way: how.
@@ -39,20 +38,37 @@ def compare_routing(table: Table, labels: Tensor) -> list[Routing]:
     The fusion is that of the table, which saw other texts. Of "link by link", every text that step
     0 does not answer starts at the same link.
     """
+    none, options = np.zeros_like(table.s), chains(table.config)
+    ways = {"link by link": (none, options), "f_o": (table.s, options)}
+    if table.config.embedding_exit:
+        ways["step 0's confidence"] = (1 - table.confidence[0], options)
+    return _compare(table, labels, ways)
+
+
+def compare_lengths(table: Table, labels: Tensor) -> list[Routing]:
+    """Compare the best chains of 2, 3, ... steps (step 0 counts), as `compare_routing` does."""
+    by_length: dict[int, list[Chain]] = {}
+    for chain in chains(table.config):
+        by_length.setdefault(len(chain), []).append(chain)
+    ways = {str(n): (table.s, by_length[n]) for n in sorted(by_length) if n > 1}
+    return _compare(table, labels, ways)
+
+
+def _compare(
+    table: Table, labels: Tensor, ways: dict[str, tuple[np.ndarray, list[Chain]]]
+) -> list[Routing]:
+    """Compare ways, each a signal [N] for the bands and the chains to choose from."""
     right = table.right(labels)
     value = (right + table.probability_right()) / 2
     costs = table.macs / table.dense.mean()
     costs[0] += table.decision / table.dense.mean()
     steps = Steps(table.confidence, value.astype(np.float32), costs.astype(np.float32), table.s)
-    none = np.zeros_like(table.s)
-    ways = {"link by link": none, "f_o": table.s}
-    if table.config.embedding_exit:
-        ways["step 0's confidence"] = 1 - table.confidence[0]
     curves = {
-        way: _curves(table.config, replace(steps, s=signal), right) for way, signal in ways.items()
+        way: _curves(replace(steps, s=signal), right, options)
+        for way, (signal, options) in ways.items()
     }
     places = [COSTS.index(cost) for cost in AT]
-    wanted = float(curves["link by link"][0][places[-1]])
+    wanted = float(next(iter(curves.values()))[0][places[-1]])
     return [
         Routing(
             way, accuracy[places].tolist(), cost[places].tolist(), _cost_of(wanted, value, cost)
@@ -62,10 +78,10 @@ def compare_routing(table: Table, labels: Tensor) -> list[Routing]:
 
 
 def _curves(
-    config: Architecture, steps: Steps, right: np.ndarray
+    steps: Steps, right: np.ndarray, options: list[Chain]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return mean value, cost and accuracy at each of `COSTS`, of texts that chose nothing."""
-    goals, options = [Goal(cost=cost) for cost in COSTS], chains(config)
+    goals = [Goal(cost=cost) for cost in COSTS]
     folds = np.random.default_rng(0).permutation(len(steps)) % min(FOLDS, len(steps))
     totals = np.zeros((3, len(COSTS)))
     for fold in range(folds.max() + 1):

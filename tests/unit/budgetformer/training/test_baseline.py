@@ -25,9 +25,7 @@ def kept(
     examples, tokenizer = topic_examples(), Tokenizer.from_str(_tokenizer_text)
     tokens = TokenizedTexts(tokenizer, examples.texts, examples.pairs, 16)
     model, folder = new_network(), tmp_path / "dense"
-    train_baseline(
-        model, tokens, examples, RECIPE, tmp_path / "work", folder, lambda _: None
-    )
+    train_baseline(model, tokens, examples, RECIPE, tmp_path / "work", folder, lambda _: None)
     return read_baseline(folder), tokens
 
 

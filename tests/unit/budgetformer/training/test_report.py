@@ -58,6 +58,7 @@ class TestReport:
         assert {row.way for row in report.routing} == {
             "link by link", "f_o", "step 0's confidence",
         }  # fmt: skip
+        assert [row.way for row in report.lengths] == ["2", "3"]  # more do not fit in a full pass
         text = report_text(report)
         assert "Share of the texts that end at each step" in text
         assert "What f_o's choice of a step gains" in text
