@@ -1,7 +1,7 @@
 """BudgetFormer: a Transformer classifier that spends, on each text, only the heads that it needs.
 
 Importing the package is light. The names below load torch and Transformers when first used, so that
-a process which only reads manifests (`budgetformer.checkpoint`) never pays for them.
+a process which only reads manifests (`budgetformer.checkpoint.store`) never pays for them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from wrapt import register_post_import_hook
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BudgetFormerConfig": "budgetformer.configuration",
-    "BudgetFormerModel": "budgetformer.modeling",
-    "BudgetFormerForSequenceClassification": "budgetformer.modeling",
+    "BudgetFormerConfig": "budgetformer.model.configuration",
+    "BudgetFormerModel": "budgetformer.model.modeling",
+    "BudgetFormerForSequenceClassification": "budgetformer.model.modeling",
     "Classifier": "budgetformer.classifier",
 }
 
@@ -25,7 +25,7 @@ __all__ = [*_HOMES, "__version__"]
 
 
 def _register(auto: ModuleType) -> None:
-    import_module(f"budgetformer.{auto.__name__.rpartition('.')[2].removesuffix('_auto')}")
+    import_module(f"budgetformer.model.{auto.__name__.rpartition('.')[2].removesuffix('_auto')}")
 
 
 for _auto in ("configuration_auto", "modeling_auto"):

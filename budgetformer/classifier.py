@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from budgetformer import cascade
-from budgetformer.cascade import Work
-from budgetformer.checkpoint import load_encoder, read_checkpoint
-from budgetformer.loading import load_network
-from budgetformer.modules import probabilities
-from budgetformer.precision import Precision
+from budgetformer.checkpoint.loading import load_network
+from budgetformer.checkpoint.store import load_encoder, read_checkpoint
+from budgetformer.inference import cascade
+from budgetformer.inference.cascade import Work
+from budgetformer.inference.precision import Precision
+from budgetformer.model.modules import probabilities
 
 MAX_BATCH_TOKENS = 4096
 

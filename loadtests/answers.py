@@ -2,7 +2,7 @@
 
     python -m loadtests.answers [--texts 100000] [--data texts.parquet] [--reference build/answers]
 
-The reference is the readable network of `budgetformer.modeling` with all heads and a mask, run in
+The reference is the readable network of `budgetformer.model` with all heads and a mask, run in
 this process before anything is asked; it is kept in a file and computed once. Then a server with
 two engines and two fronts is asked for all texts, in requests of 1 to 64, many at a time, while its
 processes are killed and stopped, its models are changed, and clients leave and ask again. A request
@@ -36,9 +36,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from budgetformer.checkpoint import Checkpoint, load_encoder, read_store
-from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
-from budgetformer.modules import confidence, masked_mean, probabilities
+from budgetformer.checkpoint.store import Checkpoint, load_encoder, read_store
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
+from budgetformer.model.modules import confidence, masked_mean, probabilities
 from budgetformer.tables import read_texts
 from loadtests.chaos.server import MODEL, OTHER, PATIENCE, STORE, Server, serving
 from loadtests.texts import distinct

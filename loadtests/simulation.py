@@ -32,9 +32,9 @@ import httpx
 import numpy as np
 import torch
 
-from budgetformer.checkpoint import read_store
-from budgetformer.cost_table import read_tables
-from budgetformer.policy import QUALITY_NAMES
+from budgetformer.checkpoint.store import read_store
+from budgetformer.cost.table import read_tables
+from budgetformer.inference.policy import QUALITY_NAMES
 from budgetformer.tables import read_texts
 from budgetformer.training.pages import draw, markdown_table
 from service.settings import Settings

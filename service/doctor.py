@@ -13,7 +13,7 @@ from typing import Literal
 
 import psutil
 
-from budgetformer.checkpoint import Checkpoint, Store, read_store
+from budgetformer.checkpoint.store import Checkpoint, Store, read_store
 from budgetformer.cores import cgroups, cpu_quota, usable_cores
 from budgetformer.errors import BudgetFormerError, CheckpointError
 from service.observability.traces import check_tracing, exporter_asked_for
@@ -107,7 +107,7 @@ def _threads(settings: Settings) -> Finding:
 def _dtype(settings: Settings) -> Finding:
     import torch
 
-    from budgetformer.compact.linear import can_multiply_bfloat16
+    from budgetformer.inference.backends.linear import can_multiply_bfloat16
 
     if settings.resolved_device() == "cuda":
         known = not torch.cuda.is_available() or can_multiply_bfloat16(torch.device("cuda"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from budgetformer.checkpoint import Checkpoint, load_encoder, read_checkpoint, read_store
+from budgetformer.checkpoint.store import Checkpoint, load_encoder, read_checkpoint, read_store
 from budgetformer.errors import CheckpointError
 from budgetformer.tokenization import TextEncoder
 from service.hub.messages import ServedVersion

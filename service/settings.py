@@ -28,8 +28,8 @@ from pydantic_settings import (
 
 from budgetformer.cores import usable_cores
 from budgetformer.errors import BudgetFormerError, readable
-from budgetformer.policy import QualityName
-from budgetformer.precision import Precision
+from budgetformer.inference.policy import QualityName
+from budgetformer.inference.precision import Precision
 from budgetformer.subprocesses import python_command
 from service.access import ADMIN, Key, KeyRing, Keys, digest
 from service.environment import PREFIX, is_ours, service_variables

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from budgetformer import cascade
-from budgetformer.cascade import Work
-from budgetformer.checkpoint import Checkpoint, load_encoder
-from budgetformer.compact import PackedPass
-from budgetformer.modules import MULTI_LABEL
-from budgetformer.policy import BudgetRule
+from budgetformer.checkpoint.store import Checkpoint, load_encoder
+from budgetformer.inference import cascade
+from budgetformer.inference.cascade import Work
+from budgetformer.inference.packed import PackedPass
+from budgetformer.inference.policy import BudgetRule
+from budgetformer.model.modules import MULTI_LABEL
 from budgetformer.tokenization import Text, Tokens
 
 BATCH = 32

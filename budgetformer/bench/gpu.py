@@ -25,11 +25,10 @@ from budgetformer.bench.agreement import Agreement, compare_labels
 from budgetformer.bench.passes import small_step
 from budgetformer.bench.rivals import bfloat16_twin, padded
 from budgetformer.bench.timing import TokenIds, made_up_texts, token_ids
-from budgetformer.checkpoint import Checkpoint
-from budgetformer.compact import PackedPass, PackedTokens
-from budgetformer.compact.choice import make_pass
-from budgetformer.compact.packed import ARRIVAL, Arrival
-from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
+from budgetformer.checkpoint.store import Checkpoint
+from budgetformer.inference.choice import make_pass
+from budgetformer.inference.packed import ARRIVAL, Arrival, PackedPass, PackedTokens
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.training.pages import markdown_table
 
 TOKENS = (64, 512, 2048, 8192, 16384)
@@ -241,7 +240,7 @@ def _ways(model: BudgetFormerForSequenceClassification) -> Iterator[tuple[str, P
     for precision in ("float32", "bfloat16"):
         yield precision, make_pass(model, precision)
     if model.where.type == "cuda":
-        from budgetformer.compact.kernels import gpu
+        from budgetformer.inference.backends.kernels import gpu
 
         yield "bfloat16, not recorded", PackedPass(model, "bfloat16", gpu)
 

@@ -6,15 +6,16 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from budgetformer import cascade
 from budgetformer.bench.timing import Contender, Machine, TokenIds
-from budgetformer.cascade import Work
-from budgetformer.checkpoint import Checkpoint
-from budgetformer.compact import PackedPass, PackedTokens, load_pass
-from budgetformer.configuration import BudgetFormerConfig
-from budgetformer.cost import encoder_macs, layer_weights
-from budgetformer.modeling import BudgetFormerForSequenceClassification
-from budgetformer.policy import BudgetRule
+from budgetformer.checkpoint.store import Checkpoint
+from budgetformer.cost.macs import encoder_macs, layer_weights
+from budgetformer.inference import cascade
+from budgetformer.inference.cascade import Work
+from budgetformer.inference.choice import load_pass
+from budgetformer.inference.packed import PackedPass, PackedTokens
+from budgetformer.inference.policy import BudgetRule
+from budgetformer.model.configuration import BudgetFormerConfig
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 
 
 def step_name(precision: str, step: int) -> str:

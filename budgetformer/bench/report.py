@@ -29,10 +29,10 @@ from budgetformer.bench.timing import (
     time_in_turns,
     token_ids,
 )
-from budgetformer.checkpoint import Checkpoint
-from budgetformer.compact import load_pass
-from budgetformer.configuration import BudgetFormerConfig
-from budgetformer.modeling import load_model
+from budgetformer.checkpoint.store import Checkpoint
+from budgetformer.inference.choice import load_pass
+from budgetformer.model.configuration import BudgetFormerConfig
+from budgetformer.model.modeling import load_model
 from budgetformer.training.pages import draw, markdown_table
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from functools import cached_property, partial
 
 import torch
 
-from budgetformer.checkpoint import Checkpoint, load_encoder
-from budgetformer.compact.linear import int8_linear
-from budgetformer.ranges import StateRange
+from budgetformer.checkpoint.store import Checkpoint, load_encoder
+from budgetformer.inference.backends.linear import int8_linear
+from budgetformer.inference.ranges import StateRange
 
 TokenIds = list[int]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from budgetformer.precision import Precision
+from budgetformer.inference.precision import Precision
 
 
 class Asked(msgspec.Struct, frozen=True):

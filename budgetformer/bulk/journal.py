@@ -15,9 +15,9 @@ from typing import Any, Self
 import msgspec
 
 from budgetformer.bulk.answerer import Answered
-from budgetformer.checkpoint import WEIGHTS, Checkpoint
+from budgetformer.checkpoint.store import WEIGHTS, Checkpoint
 from budgetformer.errors import DataError
-from budgetformer.precision import Precision
+from budgetformer.inference.precision import Precision
 from budgetformer.tables import Row
 
 

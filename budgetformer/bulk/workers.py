@@ -22,7 +22,7 @@ import msgspec
 
 from budgetformer.bulk.answerer import Answered, Answerer, Asked, Chunk
 from budgetformer.errors import BudgetFormerError, CheckpointError, PolicyError, WorkerError
-from budgetformer.precision import Precision
+from budgetformer.inference.precision import Precision
 from budgetformer.subprocesses import python_command
 
 CHUNKS_IN_FLIGHT = 3

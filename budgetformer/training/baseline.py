@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.errors import DataError
-from budgetformer.modeling import BudgetFormerForSequenceClassification
-from budgetformer.modules import masked_mean
+from budgetformer.model.configuration import BudgetFormerConfig
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from budgetformer.model.modules import masked_mean
 from budgetformer.training.conversion import order_by_importance
 from budgetformer.training.data import Examples, TokenizedTexts, drawn_rows
 from budgetformer.training.recipe import Recipe

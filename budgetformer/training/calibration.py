@@ -20,15 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from budgetformer import cascade
-from budgetformer.architecture import Architecture
-from budgetformer.cascade import Work
-from budgetformer.checkpoint import FixedStep
-from budgetformer.compact import PackedPass, PackedTokens, measure_ranges
-from budgetformer.cost import decision_macs, dense_macs, encoder_macs
-from budgetformer.cost_table import CostTable
-from budgetformer.modules import MULTI_LABEL, SequenceClassifier, confidence, fuse, probabilities
-from budgetformer.policy import (
+from budgetformer.checkpoint.store import FixedStep
+from budgetformer.cost.macs import decision_macs, dense_macs, encoder_macs
+from budgetformer.cost.table import CostTable
+from budgetformer.inference import cascade
+from budgetformer.inference.cascade import Work
+from budgetformer.inference.observed import measure_ranges
+from budgetformer.inference.packed import PackedPass, PackedTokens
+from budgetformer.inference.policy import (
     QUALITY_NAMES,
     BudgetRule,
     EntryBand,
@@ -38,7 +37,15 @@ from budgetformer.policy import (
     Policy,
     QualityName,
 )
-from budgetformer.ranges import LayerRanges
+from budgetformer.inference.ranges import LayerRanges
+from budgetformer.model.architecture import Architecture
+from budgetformer.model.modules import (
+    MULTI_LABEL,
+    SequenceClassifier,
+    confidence,
+    fuse,
+    probabilities,
+)
 from budgetformer.training.chains import Chain, Curve, Goal, Route, Steps, chains, search
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.evaluation import interval

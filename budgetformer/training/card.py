@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from budgetformer.checkpoint import CARD, FixedStep, Manifest
-from budgetformer.policy import Level, Measure
+from budgetformer.checkpoint.store import CARD, FixedStep, Manifest
+from budgetformer.inference.policy import Level, Measure
 from budgetformer.training.evaluation import Row
 from budgetformer.training.pages import draw, markdown_table
 

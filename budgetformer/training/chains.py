@@ -15,9 +15,9 @@ from itertools import combinations, combinations_with_replacement
 
 import numpy as np
 
-from budgetformer.architecture import Architecture
-from budgetformer.cost import fits_in_full_pass
-from budgetformer.policy import EntryBand
+from budgetformer.cost.macs import fits_in_full_pass
+from budgetformer.inference.policy import EntryBand
+from budgetformer.model.architecture import Architecture
 
 MOST_LINKS = 4
 """Links of a chain, step 0 not counted."""

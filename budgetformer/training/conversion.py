@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budgetformer.configuration import BudgetFormerConfig
 from budgetformer.errors import CheckpointError
-from budgetformer.modeling import BudgetFormerForSequenceClassification
-from budgetformer.modules import EncoderLayer, HeadScorer
+from budgetformer.model.configuration import BudgetFormerConfig
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from budgetformer.model.modules import EncoderLayer, HeadScorer
 from budgetformer.training.encoders import Family, Source, read_encoder
 
 TOLERANCE = 1e-4

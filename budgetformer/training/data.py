@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from budgetformer.checkpoint import Checkpoint, load_tokenizer
+from budgetformer.checkpoint.store import Checkpoint, load_tokenizer
 from budgetformer.errors import DataError
 from budgetformer.tables import open_table
 from budgetformer.tokenization import Side, TextEncoder

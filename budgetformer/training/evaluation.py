@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from budgetformer.checkpoint import Checkpoint
+from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import BudgetFormerError, DataError
-from budgetformer.policy import QUALITY_NAMES
+from budgetformer.inference.policy import QUALITY_NAMES
 from budgetformer.proxies import is_loopback
 from budgetformer.tables import find_table
 from budgetformer.training.data import Examples, read_examples

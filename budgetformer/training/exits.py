@@ -6,8 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budgetformer.modeling import BudgetFormerForSequenceClassification
-from budgetformer.modules import MULTI_LABEL, BudgetController, BudgetDecision, SequenceClassifier
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from budgetformer.model.modules import (
+    MULTI_LABEL,
+    BudgetController,
+    BudgetDecision,
+    SequenceClassifier,
+)
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.trainer import inputs, progress_bar
 
@@ -93,7 +98,7 @@ def fit_controller(model: SequenceClassifier, read: Tensor, confident: Tensor, s
 
     Args:
         model: whose f_o is trained, on all texts.
-        read: f_o's inputs [N, E] (`budgetformer.step0.evidence`).
+        read: f_o's inputs [N, E] (`budgetformer.model.tfidf.evidence`).
         confident: confidence of the served answer at each step [S+1, N], on texts that no weight
             has seen.
         seed: of folds and initial weights.

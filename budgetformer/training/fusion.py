@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budgetformer.modules import MULTI_LABEL, fuse
+from budgetformer.model.modules import MULTI_LABEL, fuse
 
 PRIOR = 1.0
 """Weight of the prior, counted in texts: it decides only where there are hardly any."""

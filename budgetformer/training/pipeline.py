@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from budgetformer.architecture import Architecture
-from budgetformer.checkpoint import (
+from budgetformer.checkpoint.staging import check_replaceable, staged
+from budgetformer.checkpoint.store import (
     MOST_VERSION,
     NAME,
     Checkpoint,
@@ -28,16 +28,17 @@ from budgetformer.checkpoint import (
     read_checkpoint,
     write_manifest,
 )
-from budgetformer.compact import PackedPass, load_pass
-from budgetformer.configuration import BudgetFormerConfig
-from budgetformer.cost_table import CostTable
+from budgetformer.cost.table import CostTable
 from budgetformer.errors import DataError, TokenizerError, TrainingError
-from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model, quiet
-from budgetformer.modules import MULTI_LABEL, BudgetController, table_columns
-from budgetformer.policy import BudgetRule, Measure
-from budgetformer.ranges import LayerRanges
-from budgetformer.staging import check_replaceable, staged
-from budgetformer.step0 import evidence
+from budgetformer.inference.choice import load_pass
+from budgetformer.inference.packed import PackedPass
+from budgetformer.inference.policy import BudgetRule, Measure
+from budgetformer.inference.ranges import LayerRanges
+from budgetformer.model.architecture import Architecture
+from budgetformer.model.configuration import BudgetFormerConfig
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model, quiet
+from budgetformer.model.modules import MULTI_LABEL, BudgetController, table_columns
+from budgetformer.model.tfidf import evidence
 from budgetformer.tables import find_table, open_table
 from budgetformer.tokenization import tokenizer_errors
 from budgetformer.training.baseline import train_baseline
@@ -124,7 +125,9 @@ def train_checkpoint(
     if recipe.max_length < MIN_POSITIONS:
         raise DataError(f"max_length is {recipe.max_length}, at least {MIN_POSITIONS} are needed")
     if recipe.random_heads:
-        raise DataError("random_heads is for budgetformer.training.paper: no checkpoint serves it")
+        raise DataError(
+            "random_heads is for budgetformer.experiments: no checkpoint serves it"
+        )
     if threads is not None:
         torch.set_num_threads(threads)
     train_file, test_file = find_data(data)

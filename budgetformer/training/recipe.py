@@ -52,7 +52,7 @@ class Recipe:
         fixed_share: the share that f_o answers to every input, untrained; None: f_o learns. An
             ablation of the paper.
         random_heads: heads are drawn at random instead of by g_d. An ablation of the paper, for
-            `budgetformer.training.paper` only: no checkpoint can serve it.
+            `budgetformer.experiments.paper` only: no checkpoint can serve it.
         distillation: weight of the teacher's answer against the label's, 0..1; 0: no teacher.
         distillation_temperature: softens both answers before they are compared.
         head_selection, budget_scope, budget_ffn, embedding_exit: see `BudgetFormerConfig`.

@@ -13,8 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budgetformer.modeling import BudgetFormerForSequenceClassification
-from budgetformer.modules import AdaptiveMultiHeadAttention, EncoderLayer, FeedForward, masked_mean
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from budgetformer.model.modules import (
+    AdaptiveMultiHeadAttention,
+    EncoderLayer,
+    FeedForward,
+    masked_mean,
+)
 from budgetformer.training.data import TokenBatch
 
 

@@ -13,9 +13,9 @@ from scipy.optimize import minimize_scalar
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
-from budgetformer import step0
-from budgetformer.architecture import Architecture
-from budgetformer.modules import MULTI_LABEL, TfidfHead
+from budgetformer.model import tfidf as step0
+from budgetformer.model.architecture import Architecture
+from budgetformer.model.modules import MULTI_LABEL, TfidfHead
 from budgetformer.training.data import Examples, TokenizedTexts
 from budgetformer.training.exits import wrong
 from budgetformer.training.recipe import Recipe

@@ -26,14 +26,14 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from budgetformer.architecture import FIELDS, Architecture
+from budgetformer.checkpoint.staging import disk_errors
 from budgetformer.errors import TrainingError, one_line
-from budgetformer.modeling import (
+from budgetformer.model.architecture import FIELDS, Architecture
+from budgetformer.model.modeling import (
     BudgetFormerClassifierOutput,
     BudgetFormerForSequenceClassification,
 )
-from budgetformer.modules import Gating, confidence
-from budgetformer.staging import disk_errors
+from budgetformer.model.modules import Gating, confidence
 from budgetformer.training.conversion import ladder_by_importance, order_by_importance
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
 from budgetformer.training.objectives import (

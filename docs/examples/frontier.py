@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib
 
-from budgetformer.checkpoint import read_checkpoint
+from budgetformer.checkpoint.store import read_checkpoint
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from budgetformer.configuration import BudgetFormerConfig
+from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
 from budgetformer.training.exits import wrong
 from budgetformer.training.pipeline import find_data, find_start

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from budgetformer.checkpoint import (
+from budgetformer.checkpoint.store import (
     CONFIG,
     MANIFEST,
     TOKENIZER,

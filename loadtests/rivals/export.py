@@ -19,8 +19,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from budgetformer.bench.rivals import DenseTwin, export_onnx
-from budgetformer.checkpoint import Checkpoint, load_tokenizer, read_checkpoint
-from budgetformer.modeling import load_model
+from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint
+from budgetformer.model.modeling import load_model
 
 CODE, NETWORK = Path(__file__).with_name("mean_bert.py"), "MeanBertForSequenceClassification"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from budgetformer.checkpoint import Checkpoint
+from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.tokenization import Tokens
 from service.api.errors import ApiError
 from service.api.schemas import ClassifyRequest

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 import budgetformer
-from budgetformer.checkpoint import Checkpoint
+from budgetformer.checkpoint.store import Checkpoint
 from service.api.access import needs
 from service.api.answered import Answered, best_first
 from service.api.bodies import describe_body, max_values, parse, read_body, read_bytes, validate

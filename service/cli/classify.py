@@ -32,7 +32,7 @@ from budgetformer.bulk import (
 )
 from budgetformer.cores import usable_cores
 from budgetformer.errors import PolicyError
-from budgetformer.policy import QUALITY_NAMES
+from budgetformer.inference.policy import QUALITY_NAMES
 from budgetformer.tables import Row, TableFile, lines_of, open_table
 from service.cli.terminal import JsonOption, ModelOption, StoreOption, err, out, resolve, say
 

@@ -9,7 +9,7 @@ import typer
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 
-from budgetformer.checkpoint import read_store
+from budgetformer.checkpoint.store import read_store
 from budgetformer.errors import CheckpointError
 from service.cli.terminal import (
     JsonOption,
@@ -104,7 +104,7 @@ def add_model(
     model_store: StoreOption = Path("model_store"),
 ) -> None:
     """Add a checkpoint to a store, whole and verified, or not at all."""
-    from budgetformer.install import install
+    from budgetformer.checkpoint.install import install
 
     columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:

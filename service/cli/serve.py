@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import CompletionItem, TyperCommand  # type: ignore[attr-defined]
 
-from budgetformer.cost_table import read_tables
+from budgetformer.cost.table import read_tables
 from service.cli.terminal import FAILED, JsonOption, out
 from service.environment import PREFIX, service_variables
 from service.observability.logs import configure_logs

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from budgetformer.checkpoint import Checkpoint
+from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.cores import usable_cores
-from budgetformer.cost_table import CostTable, read_tables
+from budgetformer.cost.table import CostTable, read_tables
 from budgetformer.errors import DataError, PolicyError
-from budgetformer.policy import QUALITY_NAMES
+from budgetformer.inference.policy import QUALITY_NAMES
 from service.cli.serve import read_serve_settings
 from service.cli.terminal import FAILED, JsonOption, ModelOption, out, resolve, say
 from service.settings import Settings, SettingsError

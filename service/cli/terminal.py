@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from budgetformer.checkpoint import Checkpoint, read_checkpoint, read_store
+from budgetformer.checkpoint.store import Checkpoint, read_checkpoint, read_store
 from budgetformer.errors import BudgetFormerError
 
 out = Console()

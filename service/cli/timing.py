@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from budgetformer.checkpoint import Checkpoint
-from budgetformer.cost_table import SERVER_FILE, read_tables
+from budgetformer.checkpoint.store import Checkpoint
+from budgetformer.cost.table import SERVER_FILE, read_tables
 from budgetformer.errors import DataError
-from budgetformer.precision import Precision
+from budgetformer.inference.precision import Precision
 from service.cli.terminal import JsonOption, ModelOption, StoreOption, complain, out, resolve
 from service.process import keep_large_blocks
 
@@ -54,8 +54,8 @@ def tune(
         return
     import torch
 
-    from budgetformer.loading import load_network
-    from budgetformer.tune import measure_costs
+    from budgetformer.checkpoint.loading import load_network
+    from budgetformer.inference.tune import measure_costs
 
     torch.set_num_threads(threads)
     keep_large_blocks()  # as engines do
@@ -151,7 +151,7 @@ def bench_agreement(
 ) -> None:
     """Count the texts whose label differs between a precision and float32, at each quality."""
     from budgetformer.bench.agreement import compare_labels
-    from budgetformer.loading import load_network
+    from budgetformer.checkpoint.loading import load_network
     from budgetformer.tables import read_texts
 
     checkpoint = resolve(model, model_store)

@@ -10,10 +10,10 @@ import typer
 from rich.markdown import Markdown
 from rich.table import Table
 
-from budgetformer.checkpoint import Checkpoint, Manifest, read_checkpoint
-from budgetformer.cost_table import read_tables
+from budgetformer.checkpoint.store import Checkpoint, Manifest, read_checkpoint
+from budgetformer.cost.table import read_tables
 from budgetformer.errors import DataError
-from budgetformer.policy import Measure
+from budgetformer.inference.policy import Measure
 from service.cli.terminal import JsonOption, ModelOption, StoreOption, note, out, resolve
 
 if TYPE_CHECKING:
@@ -203,9 +203,9 @@ def evaluate(
 def _report(
     checkpoint: Checkpoint, examples: Examples, folder: Path, baseline: Path | None
 ) -> None:
+    from budgetformer.experiments.report import report_checkpoint
+    from budgetformer.experiments.report_files import write_report
     from budgetformer.training.baseline import read_baseline
-    from budgetformer.training.report import report_checkpoint
-    from budgetformer.training.report_files import write_report
 
     dense = None if baseline is None else read_baseline(baseline)
     write_report(report_checkpoint(checkpoint, examples, dense), folder)

@@ -21,13 +21,13 @@ from pathlib import Path
 import structlog
 import torch
 
-from budgetformer import cascade
-from budgetformer.cascade import Work
-from budgetformer.compact import PackedPass
-from budgetformer.cost_table import CostTable
+from budgetformer.cost.table import CostTable
 from budgetformer.errors import CheckpointError, PolicyError
-from budgetformer.policy import BudgetRule, QualityName
-from budgetformer.precision import Precision
+from budgetformer.inference import cascade
+from budgetformer.inference.cascade import Work
+from budgetformer.inference.packed import PackedPass
+from budgetformer.inference.policy import BudgetRule, QualityName
+from budgetformer.inference.precision import Precision
 from service.background import Background, DetachedThreads, StillRunningError
 from service.engine import protocol
 from service.engine.device import DeviceLostError, check_device, probe_device

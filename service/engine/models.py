@@ -12,13 +12,13 @@ from typing import cast
 
 import structlog
 
-from budgetformer.checkpoint import WEIGHTS, Checkpoint, read_checkpoint
-from budgetformer.compact import PackedPass
-from budgetformer.cost import encoder_macs
-from budgetformer.cost_table import CostTable, guess_table
-from budgetformer.loading import load_network
-from budgetformer.policy import BudgetRule
-from budgetformer.precision import Precision
+from budgetformer.checkpoint.loading import load_network
+from budgetformer.checkpoint.store import WEIGHTS, Checkpoint, read_checkpoint
+from budgetformer.cost.macs import encoder_macs
+from budgetformer.cost.table import CostTable, guess_table
+from budgetformer.inference.packed import PackedPass
+from budgetformer.inference.policy import BudgetRule
+from budgetformer.inference.precision import Precision
 from service.engine.protocol import ModelInfo
 from service.process import large_blocks_apart
 

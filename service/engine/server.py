@@ -12,7 +12,7 @@ import msgspec
 import structlog
 import torch
 
-from budgetformer.cost_table import read_tables
+from budgetformer.cost.table import read_tables
 from service.connection import Say, handle_each, listening
 from service.engine.core import EngineCore, EngineOptions, Reply
 from service.engine.device import EXIT_CODE, DeviceLostError

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import re
 
-from budgetformer.checkpoint import NAME, Checkpoint, load_tokenizer, read_checkpoint, read_store
+from budgetformer.checkpoint.store import (
+    NAME,
+    Checkpoint,
+    load_tokenizer,
+    read_checkpoint,
+    read_store,
+)
 from budgetformer.errors import CheckpointError
 from service.settings import Settings
 

@@ -14,7 +14,7 @@ import structlog
 from prometheus_client import exposition
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from budgetformer.checkpoint import Checkpoint
+from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import CheckpointError
 from service.background import Background, DetachedThreads, StillRunningError, run_forever
 from service.connection import Say, handle_each, listening

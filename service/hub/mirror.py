@@ -9,9 +9,9 @@ from pathlib import Path
 
 import structlog
 
-from budgetformer.checkpoint import MANIFEST, NAME
+from budgetformer.checkpoint.install import install
+from budgetformer.checkpoint.store import MANIFEST, NAME
 from budgetformer.errors import CheckpointError
-from budgetformer.install import install
 from service.background import describe
 from service.settings import Settings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from budgetformer.policy import QualityName
+from budgetformer.inference.policy import QualityName
 
 
 @dataclass(frozen=True)

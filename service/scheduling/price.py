@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from budgetformer.cost_table import CostTable
-from budgetformer.policy import BudgetRule, Shares
+from budgetformer.cost.table import CostTable
+from budgetformer.inference.policy import BudgetRule, Shares
 
 SMOOTHING = 0.1
 MOST_OFF = 20.0

@@ -16,9 +16,9 @@ from itertools import cycle, islice
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from budgetformer.checkpoint import Checkpoint
+from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import DataError
-from budgetformer.policy import QualityName
+from budgetformer.inference.policy import QualityName
 from service.settings import Settings
 from service.simulation.costs import LEAST, Asked, EngineCost, ServerCosts, fit_server
 from service.simulation.engine import SimEngine, SimModel, SimRequest

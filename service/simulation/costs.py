@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
-from budgetformer.cost_table import SERVER_FILE, fit_costs
+from budgetformer.cost.table import SERVER_FILE, fit_costs
 from budgetformer.errors import DataError
 
 FORMAT = 1

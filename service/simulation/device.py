@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from budgetformer.cost_table import CostTable
+from budgetformer.cost.table import CostTable
 from service.scheduling.buckets import Entry, Lane
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Literal, cast
 
-from budgetformer.checkpoint import Checkpoint
-from budgetformer.cost_table import CostTable
-from budgetformer.policy import QUALITY_NAMES, QualityName
+from budgetformer.checkpoint.store import Checkpoint
+from budgetformer.cost.table import CostTable
+from budgetformer.inference.policy import QUALITY_NAMES, QualityName
 from service.scheduling.admission import Refusal, admit
 from service.scheduling.arrivals import decided_together
 from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to

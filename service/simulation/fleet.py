@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from budgetformer.policy import QualityName
+from budgetformer.inference.policy import QualityName
 from service.settings import DEFAULT_QUALITY, Settings
 from service.simulation.costs import ServerCosts
 from service.simulation.engine import SimModel

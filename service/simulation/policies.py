@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from budgetformer.checkpoint import Checkpoint, read_checkpoint
-from budgetformer.cost_table import CostTable, read_tables
-from budgetformer.policy import QUALITY_NAMES, BudgetRule
+from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
+from budgetformer.cost.table import CostTable, read_tables
+from budgetformer.inference.policy import QUALITY_NAMES, BudgetRule
 from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
 from service.simulation.device import Scheduler, SimDevice, SimItem, SimRequest
 from service.simulation.texts import steps_of

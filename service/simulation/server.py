@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from budgetformer.policy import QUALITY_NAMES
+from budgetformer.inference.policy import QUALITY_NAMES
 from service.scheduling.door import Door
 from service.settings import Settings
 from service.simulation.costs import ServerCosts

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from budgetformer.checkpoint import Checkpoint, load_encoder
+from budgetformer.checkpoint.store import Checkpoint, load_encoder
 from budgetformer.errors import DataError
-from budgetformer.policy import QUALITY_NAMES, BudgetRule, QualityName
+from budgetformer.inference.policy import QUALITY_NAMES, BudgetRule, QualityName
 from service.scheduling.price import Outlook
 
 if TYPE_CHECKING:
-    from budgetformer.cascade import Work
+    from budgetformer.inference.cascade import Work
 
 Steps = tuple[int, ...]
 """Ladder steps that a text runs one after the other; none: step 0 answers it."""
@@ -96,9 +96,9 @@ def measured_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]
     Raises:
         DataError: there is no text.
     """
-    from budgetformer import cascade
-    from budgetformer.cascade import Work
-    from budgetformer.loading import load_network
+    from budgetformer.checkpoint.loading import load_network
+    from budgetformer.inference import cascade
+    from budgetformer.inference.cascade import Work
 
     if not texts:
         raise DataError("there are no texts to measure")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from budgetformer.checkpoint import read_checkpoint
-from budgetformer.cost_table import CostTable, StepCost
+from budgetformer.checkpoint.store import read_checkpoint
+from budgetformer.cost.table import CostTable, StepCost
 from service.simulation.calibrate import calibrate
 from service.simulation.engine import SimModel
 from tests.support.processes import server

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from budgetformer.cost_table import CostTable, StepCost
+from budgetformer.cost.table import CostTable, StepCost
 from tests.support.command_line import CommandLine
 from tests.support.processes import COMMAND, Server, clean_environment, server
 from tests.support.stores import (

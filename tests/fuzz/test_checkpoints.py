@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from budgetformer.checkpoint import (
+from budgetformer.checkpoint.store import (
     load_tokenizer,
     read_checkpoint,
 )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from budgetformer.compact import PackedTokens
+from budgetformer.inference.packed import PackedTokens
 from service.engine.core import EngineCore, EngineOptions
 from service.engine.device import EXIT_CODE
 from service.engine.protocol import (

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import budgetformer
-from budgetformer.checkpoint import load_tokenizer, read_checkpoint, read_store
-from budgetformer.cost import dense_macs, step_macs
-from budgetformer.modeling import load_model
+from budgetformer.checkpoint.store import load_tokenizer, read_checkpoint, read_store
+from budgetformer.cost.macs import dense_macs, step_macs
+from budgetformer.model.modeling import load_model
 from tests.support.serving import ADMIN, Service, service
 from tests.support.stores import HEADS, LAYERS, TOPICS
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from budgetformer.cost import decision_macs
+from budgetformer.cost.macs import decision_macs
 from service.cluster.handing_on import through_pools
 from service.engine.client import Job, request_of
 from service.engine.core import EngineCore, EngineOptions

@@ -14,7 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from structlog.testing import capture_logs
 
-from budgetformer.checkpoint import read_store
+from budgetformer.checkpoint.store import read_store
 from budgetformer.errors import CheckpointError
 from service.hub.mirror import Mirror, copy, copy_at_start
 from service.hub.poll import StorePoll

@@ -18,7 +18,7 @@ import pytest
 import pytest_asyncio
 from structlog.testing import capture_logs
 
-from budgetformer.checkpoint import read_checkpoint
+from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.tokenization import Text, TextEncoder, Tokens
 from service.api import state
 from service.hub.hub import RETIRED_SECONDS

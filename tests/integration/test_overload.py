@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from budgetformer.cost_table import StepCost
+from budgetformer.cost.table import StepCost
 from budgetformer.tokenization import TextEncoder
 from service.engine.core import EngineOptions
 from tests.support.serving import Service, error_of, held, poison, service

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import pipeline
 
-from budgetformer.checkpoint import Checkpoint, read_store
+from budgetformer.checkpoint.store import Checkpoint, read_store
 from budgetformer.classifier import Classifier
 from budgetformer.training.recipe import Recipe
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from budgetformer.checkpoint import read_checkpoint
+from budgetformer.checkpoint.store import read_checkpoint
 from service.engine.protocol import BatchRan, ToFront
 from service.settings import Settings
 from service.simulation.costs import EngineCost

@@ -32,9 +32,9 @@ def serve() -> None:
 
 def engine() -> None:
     """Run the fork server and its engines."""
-    from budgetformer import cascade
-    from budgetformer.cascade import Work
-    from budgetformer.compact import PackedPass
+    from budgetformer.inference import cascade
+    from budgetformer.inference.cascade import Work
+    from budgetformer.inference.packed import PackedPass
     from service.engine import core
     from service.engine.__main__ import main
 

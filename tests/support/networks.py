@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from budgetformer.compact import PackedTokens
-from budgetformer.configuration import BudgetFormerConfig
-from budgetformer.modeling import BudgetFormerForSequenceClassification
-from budgetformer.modules import TfidfHead
+from budgetformer.inference.packed import PackedTokens
+from budgetformer.model.configuration import BudgetFormerConfig
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from budgetformer.model.modules import TfidfHead
 
 VOCABULARY = 40
 POSITIONS = 12

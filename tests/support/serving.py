@@ -16,7 +16,7 @@ import httpx
 from fastapi import FastAPI
 from opentelemetry.trace import TracerProvider
 
-from budgetformer.compact import PackedPass, PackedTokens, PassResult
+from budgetformer.inference.packed import PackedPass, PackedTokens, PassResult
 from service.app import create_app
 from service.engine.client import Engines
 from service.engine.core import EngineCore, EngineOptions

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from budgetformer.cost_table import CostTable, StepCost
-from budgetformer.policy import QUALITY_NAMES
+from budgetformer.cost.table import CostTable, StepCost
+from budgetformer.inference.policy import QUALITY_NAMES
 from service.scheduling.price import Outlook
 from service.settings import Settings
 from service.simulation.costs import EngineCost, ProcessCost, ServerCosts

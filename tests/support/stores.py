@@ -17,12 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from budgetformer import cascade
-from budgetformer.cascade import Work
-from budgetformer.checkpoint import Manifest, file_entries, read_checkpoint, write_manifest
+from budgetformer.checkpoint.store import Manifest, file_entries, read_checkpoint, write_manifest
 from budgetformer.classifier import Classifier
-from budgetformer.modules import confidence
-from budgetformer.policy import (
+from budgetformer.inference import cascade
+from budgetformer.inference.cascade import Work
+from budgetformer.inference.policy import (
     BudgetRule,
     EntryBand,
     Level,
@@ -30,6 +29,7 @@ from budgetformer.policy import (
     Policy,
     QualityName,
 )
+from budgetformer.model.modules import confidence
 from budgetformer.training.data import Examples
 from budgetformer.training.pipeline import train_checkpoint
 from budgetformer.training.recipe import Recipe

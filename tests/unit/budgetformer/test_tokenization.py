@@ -15,7 +15,7 @@ from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.pre_tokenizers import FixedLength, Whitespace
 from tokenizers.trainers import BpeTrainer
 
-from budgetformer.checkpoint import load_tokenizer, read_checkpoint
+from budgetformer.checkpoint.store import load_tokenizer, read_checkpoint
 from budgetformer.errors import TokenizerError
 from budgetformer.tokenization import (
     STEP_CHARACTERS,

@@ -15,9 +15,9 @@ from budgetformer.bench.passes import picked_name, step_name
 from budgetformer.bench.report import BenchReport, compare_passes, write_bench_report
 from budgetformer.bench.rivals import DENSE, ONNX_INT8, DenseTwin, padded, rival_contenders
 from budgetformer.bench.timing import Contender, Machine, Timing, made_up_texts, time_in_turns
-from budgetformer.checkpoint import read_checkpoint
-from budgetformer.loading import load_network
-from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.checkpoint.loading import load_network
+from budgetformer.checkpoint.store import read_checkpoint
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from tests.support.networks import assert_close, pad, random_items, random_network, small_config
 from tests.support.stores import TOPICS
 

@@ -15,7 +15,7 @@ import pytest
 
 from budgetformer.bulk import Asked, Journal, classify_rows, finish
 from budgetformer.bulk import run as run_module
-from budgetformer.checkpoint import read_checkpoint
+from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import CheckpointError, DataError, PolicyError, WorkerError
 from budgetformer.tables import Row

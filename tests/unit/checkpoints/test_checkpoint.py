@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from budgetformer.checkpoint import (
+from budgetformer.checkpoint.loading import load_network
+from budgetformer.checkpoint.store import (
     Checkpoint,
     load_tokenizer,
     read_checkpoint,
@@ -23,8 +24,7 @@ from budgetformer.checkpoint import (
     write_manifest,
 )
 from budgetformer.errors import CheckpointError, PolicyError
-from budgetformer.loading import load_network
-from budgetformer.precision import Precision
+from budgetformer.inference.precision import Precision
 from tests.support.stores import (
     EXIT_TOKENS,
     HEADS,

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budgetformer.bulk import Answered, Journal, finish, open_rows
-from budgetformer.checkpoint import Checkpoint, read_checkpoint
+from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.errors import DataError
 from budgetformer.tables import Row, open_table, read_texts
 from budgetformer.training.data import read_examples

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from budgetformer.errors import PolicyError
-from budgetformer.policy import (
+from budgetformer.inference.policy import (
     QUALITY_NAMES,
     BudgetRule,
     EntryBand,

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from budgetformer.checkpoint import read_checkpoint, read_store
+from budgetformer.checkpoint.install import install
+from budgetformer.checkpoint.staging import staged
+from budgetformer.checkpoint.store import read_checkpoint, read_store
 from budgetformer.errors import BudgetFormerError, CheckpointError, DataError
-from budgetformer.install import install
-from budgetformer.staging import staged
 from budgetformer.training.pipeline import recalibrate
 from tests.support.stores import TOPICS, single_label_rows, train, write_jsonl
 
@@ -119,7 +119,8 @@ class TestStaged:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_leaves_nothing(self, tmp_path: Path, number: int) -> None:
         program = (
-            "import sys, time; from pathlib import Path; from budgetformer.staging import staged\n"
+            "import sys, time; from pathlib import Path\n"
+            "from budgetformer.checkpoint.staging import staged\n"
             "with staged(Path(sys.argv[1])) as folder:\n"
             "    (folder / 'manifest.json').write_text('half'); print('half', flush=True)\n"
             "    while True: time.sleep(60)\n"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from budgetformer.checkpoint import read_checkpoint
+from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.classifier import Classifier
 from loadtests.answers import QUALITIES, reference
 from tests.support.stores import CHAINED, TOPICS, labelled_sentences, model_store

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import budgetformer
-from budgetformer.checkpoint import read_checkpoint
+from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.classifier import Classifier
-from budgetformer.cost_table import CostTable, StepCost
+from budgetformer.cost.table import CostTable, StepCost
 from budgetformer.training.baseline import read_baseline
 from tests.support.command_line import CommandLine, Outcome
 from tests.support.processes import clean_environment

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from budgetformer.checkpoint import read_checkpoint
-from budgetformer.cost_table import CostTable, StepCost
+from budgetformer.checkpoint.store import read_checkpoint
+from budgetformer.cost.table import CostTable, StepCost
 from tests.support.command_line import CommandLine
 from tests.support.simulated import COSTS
 from tests.support.stores import TOPICS

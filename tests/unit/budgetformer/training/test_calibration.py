@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from budgetformer.configuration import BudgetFormerConfig
-from budgetformer.cost import fits_in_full_pass
-from budgetformer.cost_table import CostTable, StepCost
-from budgetformer.policy import Policy
+from budgetformer.cost.macs import fits_in_full_pass
+from budgetformer.cost.table import CostTable, StepCost
+from budgetformer.inference.policy import Policy
+from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.training import calibration
 from budgetformer.training.calibration import Found, Runs, Table, calibrate
 from budgetformer.training.chains import Route

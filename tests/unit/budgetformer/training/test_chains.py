@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from budgetformer.policy import BudgetRule, EntryBand, Level
+from budgetformer.inference.policy import BudgetRule, EntryBand, Level
 from budgetformer.training.chains import Curve, Goal, Route, Steps, chains, search
 from tests.support.networks import PROPERTY, small_config
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from budgetformer.architecture import EVIDENCE_FEATURES
-from budgetformer.modeling import BudgetFormerForSequenceClassification
+from budgetformer.model.architecture import EVIDENCE_FEATURES
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.exits import fit_controller
 from tests.support.networks import random_network, small_config
 

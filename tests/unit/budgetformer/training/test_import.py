@@ -19,10 +19,10 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
-from budgetformer.checkpoint import read_checkpoint
+from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import BudgetFormerError, DataError, TrainingError
-from budgetformer.modeling import quiet
+from budgetformer.model.modeling import quiet
 from budgetformer.training.pipeline import train_checkpoint
 from budgetformer.training.recipe import Recipe
 from tests.support.stores import sentences, single_label_rows, write_jsonl

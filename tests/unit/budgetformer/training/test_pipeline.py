@@ -8,10 +8,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from budgetformer.checkpoint import read_checkpoint
+from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import DataError
-from budgetformer.modeling import BudgetFormerForSequenceClassification, load_model
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.training.pipeline import (
     build_model,
     find_start,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from budgetformer.architecture import MULTI_LABEL, Architecture
-from budgetformer.modules import TfidfHead, confidence
+from budgetformer.model.architecture import MULTI_LABEL, Architecture
+from budgetformer.model.modules import TfidfHead, confidence
 from budgetformer.training.data import Examples, TokenizedTexts
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.step0 import fit_step0

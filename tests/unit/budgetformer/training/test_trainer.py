@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from budgetformer.configuration import BudgetFormerConfig
-from budgetformer.modeling import BudgetFormerForSequenceClassification
-from budgetformer.modules import MULTI_LABEL, Gating
+from budgetformer.model.configuration import BudgetFormerConfig
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from budgetformer.model.modules import MULTI_LABEL, Gating
 from budgetformer.training import trainer as trainer_module
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
 from budgetformer.training.recipe import Recipe

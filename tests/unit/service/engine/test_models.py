@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from budgetformer.checkpoint import Checkpoint, read_checkpoint
-from budgetformer.compact import PackedPass
-from budgetformer.loading import load_network
+from budgetformer.checkpoint.loading import load_network
+from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
+from budgetformer.inference.packed import PackedPass
 from service.engine import models
 from service.engine.models import load_model
 

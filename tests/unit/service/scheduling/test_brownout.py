@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from budgetformer.policy import QUALITY_NAMES, QualityName
+from budgetformer.inference.policy import QUALITY_NAMES, QualityName
 from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from budgetformer.cost_table import CostTable, StepCost
-from budgetformer.policy import BudgetRule, EntryBand, Escalation, Level, OperatingPoint
+from budgetformer.cost.table import CostTable, StepCost
+from budgetformer.inference.policy import BudgetRule, EntryBand, Escalation, Level, OperatingPoint
 from service.scheduling.price import Outlook, Prices
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)

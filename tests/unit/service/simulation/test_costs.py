@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from budgetformer.cost_table import CostTable, StepCost, read_tables
+from budgetformer.cost.table import CostTable, StepCost, read_tables
 from budgetformer.errors import DataError
 from service.simulation.calibrate import among
 from service.simulation.costs import (

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from budgetformer.cost_table import StepCost
+from budgetformer.cost.table import StepCost
 from service.simulation.fleet import ROUTERS, Router, run
 from service.simulation.plan import Goals, most_rate, price_per_million, servers_needed
 from service.simulation.texts import Population

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from budgetformer.cost_table import CostTable, StepCost
+from budgetformer.cost.table import CostTable, StepCost
 from service.scheduling.buckets import Buckets, lane_of
 from service.simulation.device import SimDevice, SimItem, SimRequest
 from service.simulation.policies import Mix, capacity, policies, simulate, trace

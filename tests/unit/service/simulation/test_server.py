@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
 
-from budgetformer.cost_table import StepCost
+from budgetformer.cost.table import StepCost
 from service.simulation.costs import EngineCost, ProcessCost, ServerCosts
 from service.simulation.server import OUTCOMES
 from tests.support.simulated import COSTS, FREE, NOTHING, model, server, text

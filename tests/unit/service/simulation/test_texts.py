@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from budgetformer.checkpoint import Checkpoint, read_checkpoint
+from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import DataError
-from budgetformer.policy import QUALITY_NAMES
+from budgetformer.inference.policy import QUALITY_NAMES
 from service.simulation.texts import Population, made_up_texts, measured_texts, steps_of
 from tests.support.simulated import text
 from tests.support.stores import CHAIN, CHAINED, LABELS, MAX_TOKENS, TOPICS, sentences

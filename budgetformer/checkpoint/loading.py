@@ -1,0 +1,121 @@
+"""From a checkpoint folder to a network that is ready to run, without Transformers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from budgetformer.checkpoint.store import CONFIG, WEIGHTS, Checkpoint
+from budgetformer.errors import CheckpointError, one_line
+from budgetformer.inference.choice import load_pass
+from budgetformer.inference.packed import PackedPass
+from budgetformer.inference.precision import Precision
+from budgetformer.model.architecture import Architecture
+from budgetformer.model.modules import Encoder, SequenceClassifier
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def load_network(
+    checkpoint: Checkpoint, device: str = "cpu", precision: Precision = "float32"
+) -> PackedPass:
+    """Load a checkpoint's weights and return its compact pass, in a precision of `load_pass`.
+
+    Raises:
+        CheckpointError: a file is damaged, a weight is missing, left over or of another shape, or
+            there is no such precision for it here.
+    """
+    checkpoint.verify(but=WEIGHTS)
+    network = _assemble(checkpoint)
+    path = checkpoint.path / WEIGHTS
+    # Read once, and not mapped: the file may change, or shrink, while it is used.
+    content = checkpoint.read(WEIGHTS)
+    try:
+        weights = load(content)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {one_line(error)}") from error
+    del content
+    _check(path.as_posix(), network, weights)
+    kept = {name: w if _stays(name, w) else w.float() for name, w in weights.items()}
+    network.load_state_dict(kept, assign=True)
+    network.encoder.embeddings.states_dtype = torch.float32
+    network.to(torch.device(device))
+    try:
+        loaded = load_pass(network, precision, checkpoint.manifest.ranges)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    loaded.take_over()
+    return loaded
+
+
+def _stays(name: str, weight: Tensor) -> bool:
+    """Say whether a weight keeps the precision of its file, which takes half of the memory.
+
+    The tables do, of which a text reads few rows, and the matrices of which passes lay out copies.
+    """
+    if not weight.is_floating_point():
+        return True
+    table = name.startswith("encoder.embeddings.") or name == "exit_head.weight.weight"
+    laid_out = ".attention." in name or ".feed_forward." in name
+    return weight.dim() == 2 and (table or laid_out)
+
+
+def _assemble(checkpoint: Checkpoint) -> SequenceClassifier:
+    """Put the modules together, without weights."""
+    try:
+        architecture = Architecture.read(checkpoint.config)
+        with _unfilled():
+            encoder, network = Encoder(), SequenceClassifier()
+            encoder.build(architecture)
+            network.build(encoder, architecture)
+    except Exception as error:  # whatever torch makes of sizes that are none
+        told = one_line(error) or type(error).__name__
+        raise CheckpointError(f"{checkpoint.path / CONFIG}: {told}") from error
+    return network
+
+
+@contextmanager
+def _unfilled() -> Iterator[None]:
+    """Make modules without drawing their weights, which come from a file.
+
+    Memory that nothing was written to is not taken. The "meta" device would do as much, and import
+    a computer algebra system to do it. Other threads draw theirs meanwhile.
+    """
+    kinds: list[Any] = [nn.Linear, nn.Embedding, nn.LayerNorm]
+    here = threading.get_ident()
+
+    def unless_here(draw: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+        return lambda module: None if threading.get_ident() == here else draw(module)
+
+    with _ONE_AT_A_TIME:
+        drawing = [kind.reset_parameters for kind in kinds]
+        try:
+            for kind, draw in zip(kinds, drawing, strict=True):
+                kind.reset_parameters = unless_here(draw)
+            yield
+        finally:
+            for kind, draw in zip(kinds, drawing, strict=True):
+                kind.reset_parameters = draw
+
+
+def _check(label: str, network: nn.Module, weights: dict[str, Tensor]) -> None:
+    wanted = {name: weight.shape for name, weight in network.state_dict().items()}
+    found = {name: weight.shape for name, weight in weights.items()}
+    problems = {
+        "mismatched": [n for n in wanted.keys() & found.keys() if wanted[n] != found[n]],
+        "missing": list(wanted.keys() - found.keys()),
+        "unexpected": list(found.keys() - wanted.keys()),
+    }
+    for kind, names in problems.items():
+        if names:
+            named = one_line(", ".join(sorted(names)[:3]))
+            raise CheckpointError(f"{label}: {kind}: {named}")
+    if not all(bool(weight.isfinite().all()) for weight in weights.values()):
+        raise CheckpointError(f"{label}: a weight is not a finite number")

@@ -1,0 +1,562 @@
+"""A checkpoint folder and its manifest, without torch or Transformers.
+
+`model_store/<name>/<version>/` holds `config.json`, `model.safetensors`, `tokenizer.json` (and its
+config), `manifest.json` and `README.md`. The highest version is the one that is served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tokenizers import Tokenizer
+
+from budgetformer.cost.macs import fits_in_full_pass
+from budgetformer.errors import CheckpointError, PolicyError, TokenizerError
+from budgetformer.inference.policy import (
+    BudgetRule,
+    Level,
+    Measure,
+    OperatingPoint,
+    Policy,
+    choose_point,
+)
+from budgetformer.inference.ranges import LayerRanges
+from budgetformer.model.architecture import Architecture
+from budgetformer.tokenization import TextEncoder, tokenizer_errors
+
+FORMAT = 1
+CONFIG, WEIGHTS, TOKENIZER, MANIFEST, CARD = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "manifest.json",
+    "README.md",
+)
+_LOADED = (CONFIG, WEIGHTS, TOKENIZER)
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What a model may be called; nothing of it leads elsewhere on a disk."""
+MOST_VERSION = 2**63 - 1
+"""What the messages between processes, which name versions, can hold."""
+MOST_READ_BYTES = 64 * 2**20
+"""Of a manifest or a configuration, which are read whole."""
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Data):
+    """Size and digest of one file of the folder."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class Provenance(_Data):
+    """Where the starting weights and the data come from, and under which terms."""
+
+    starting_weights: str
+    starting_weights_license: str
+    data: str
+    data_terms: str = "not stated"
+
+
+class FixedStep(_Data):
+    """What one ladder step, given to every text, reached on the calibration data.
+
+    `accuracy` is None where that had no labels; then `agreement` with the full network is known.
+    """
+
+    step: int
+    accuracy: float | None = None
+    agreement: float | None = None
+    macs_share: float
+
+
+class Evaluation(_Data):
+    """Accuracy on one data set: rows, accuracy and its 95 % interval."""
+
+    data: str
+    rows: int
+    accuracy: float
+    low: float
+    high: float
+
+
+class Manifest(_Data):
+    """What a checkpoint says of itself.
+
+    Attributes:
+        format: version of this layout.
+        name: model name.
+        version: whole number; the highest is served.
+        created: date, ISO 8601.
+        files: every other file of the folder that is needed to serve, by name.
+        max_tokens: longest input, special tokens included; longer ones are truncated.
+        exit_tokens: likewise of what step 0 reads; None: `max_tokens`.
+        truncation_side: the end that is cut off then.
+        labels: label names in class order.
+        problem_type: `single_label_classification` or `multi_label_classification`.
+        seed, recipe: what `budgetformer train` was asked.
+        metrics: figures of the run (rows, epochs, accuracies).
+        frontier: fixed steps, for comparison.
+        policy: the calibrated chain and its levels.
+        operating_points: calibrated rules of the older form, in order of rising cost; none where
+            there is a policy. `levels` gives what either form reached.
+        ranges: of what each layer's maps read on the calibration data, for int8; may be none.
+        provenance: origin and terms of weights and data.
+    """
+
+    format: int = FORMAT
+    name: str = Field(pattern=NAME)
+    version: int = Field(ge=1, le=MOST_VERSION)
+    created: str
+    files: dict[str, FileEntry]
+    max_tokens: int = Field(ge=3)
+    exit_tokens: int | None = Field(default=None, le=2**20)
+    truncation_side: Literal["right", "left"] = "right"
+    labels: tuple[str, ...] = Field(min_length=1)
+    problem_type: str
+    seed: int
+    recipe: dict[str, Any]
+    metrics: dict[str, float]
+    frontier: tuple[FixedStep, ...] = ()
+    policy: Policy | None = None
+    operating_points: tuple[OperatingPoint, ...] = ()
+    ranges: tuple[LayerRanges, ...] = ()
+    provenance: Provenance
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """What every calibrated level reached, in order of rising cost; some carry a name."""
+        if self.policy is not None:
+            return self.policy.levels
+        return tuple(point.level for point in self.operating_points)
+
+    @property
+    def named_levels(self) -> dict[str, Level]:
+        """The quality levels by name."""
+        return {level.name: level for level in self.levels if level.name}
+
+    @property
+    def measure(self) -> Measure:
+        """What the points that a level loses are points of."""
+        return "accuracy" if self.policy is None else self.policy.measure
+
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens of a text that step 0 reads at most."""
+        return self.exit_tokens or self.max_tokens
+
+
+class _Shape(BaseModel):
+    """What this module needs to know of `config.json`."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    ladder: list[list[int]] = Field(min_length=1)
+    num_hidden_layers: int = Field(ge=1, le=1024)
+    num_attention_heads: int = Field(ge=1, le=1024)
+    hidden_size: int = Field(ge=1, le=2**16)
+    max_position_embeddings: int = Field(ge=1, le=2**20)
+    embedding_exit: bool
+    id2label: dict[str, str]
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"])) or "the file"
+    return f"{place.encode('unicode_escape').decode()}: {first['msg']}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint folder whose manifest and configuration have been read."""
+
+    path: Path
+    manifest: Manifest
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Model name."""
+        return self.manifest.name
+
+    @property
+    def version(self) -> int:
+        """Version number."""
+        return self.manifest.version
+
+    @property
+    def label(self) -> str:
+        """`name:version`, as answers give it."""
+        return f"{self.name}:{self.version}"
+
+    @cached_property
+    def ladder(self) -> list[list[int]]:
+        """Heads per layer of steps 1..S."""
+        return [list(map(int, plan)) for plan in self.config["ladder"]]
+
+    @property
+    def num_layers(self) -> int:
+        """Encoder layers L."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def num_heads(self) -> int:
+        """Heads per layer H."""
+        return int(self.config["num_attention_heads"])
+
+    @property
+    def has_exit(self) -> bool:
+        """Whether step 0 exists."""
+        return bool(self.config["embedding_exit"])
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it has quality levels; otherwise only f_o's own rule can be asked for."""
+        return bool(self.manifest.policy or self.manifest.operating_points)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a text may carry several labels."""
+        return self.manifest.problem_type == "multi_label_classification"
+
+    @property
+    def budgets(self) -> list[int]:
+        """Every ladder step that an answer can name."""
+        return list(range(0 if self.has_exit else 1, len(self.ladder) + 1))
+
+    def rule(
+        self,
+        quality: str | float | None = "balanced",
+        heads: int | None = None,
+        max_heads: int | None = None,
+    ) -> BudgetRule:
+        """Return the rule for one request's budgets.
+
+        Args:
+            quality: a level's name or the points given up, in the manifest's measure; None takes
+                f_o's own ceil(s * S).
+            heads: heads per layer, instead of f_o.
+            max_heads: at most so many heads per layer.
+
+        Raises:
+            PolicyError: there is no such level, or no step with so few heads.
+        """
+        return self._rules(quality, heads, max_heads)
+
+    @cached_property
+    def _rules(self) -> Callable[[str | float | None, int | None, int | None], BudgetRule]:
+        """Rules that were made: requests ask for few different ones, again and again."""
+        return lru_cache(maxsize=256)(self._make_rule)
+
+    def _make_rule(
+        self, quality: str | float | None, heads: int | None, max_heads: int | None
+    ) -> BudgetRule:
+        fixed = None if heads is None else self._step_within("heads", heads)
+        ceiling = None if max_heads is None else self._step_within("max_heads", max_heads)
+        limits = (len(self.ladder), fixed, ceiling)
+        if quality is None:
+            return BudgetRule(num_steps=len(self.ladder), fixed=fixed, ceiling=ceiling)
+        if self.manifest.policy is not None:
+            policy = self.manifest.policy
+            return policy.rule_at(policy.level(quality), *limits)
+        return choose_point(self.manifest.operating_points, quality).rule(*limits)
+
+    @property
+    def level_rules(self) -> list[BudgetRule]:
+        """The rule of every calibrated level, those without a name too, in order of rising cost."""
+        steps = len(self.ladder)
+        if self.manifest.policy is not None:
+            return [self.manifest.policy.rule_at(level, steps) for level in self.manifest.levels]
+        return [point.rule(steps) for point in self.manifest.operating_points]
+
+    def _step_within(self, field: str, heads: int) -> int:
+        if not 0 <= heads <= self.num_heads:
+            raise PolicyError(f"{field} must be 0..{self.num_heads}, not {heads}")
+        fitting = [step for step, plan in enumerate(self.ladder, start=1) if max(plan) <= heads]
+        if fitting:
+            return fitting[-1]
+        if self.has_exit:
+            return 0
+        raise PolicyError(f"{field}: no budget step computes at most {heads} heads per layer")
+
+    def verify(self, but: str | None = None) -> None:
+        """Compare each file with the manifest; `but` is one that is left out.
+
+        Raises:
+            CheckpointError: a file is missing or differs, named with what differs.
+        """
+        for name in _LOADED:
+            if name not in self.manifest.files:
+                raise CheckpointError(f"{self.path / MANIFEST}: names no {name}")
+        for name, entry in self.manifest.files.items():
+            if Path(name).name != name:
+                raise CheckpointError(
+                    f"{self.path / MANIFEST}: file name {name!r} leaves the folder"
+                )
+            if name != but:
+                with _as_checkpoint_errors(self.path / name):
+                    path = self._of_its_size(name)
+                    _compare(path, _sha256(path), entry)
+
+    def read(self, name: str) -> bytes:
+        """Return a file's content, which is what the manifest says.
+
+        Who reads a file anew after it was verified may get something else: it may change meanwhile.
+
+        Raises:
+            CheckpointError: it is missing or differs, named with what differs.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path / MANIFEST}: names no {name}")
+        with _as_checkpoint_errors(self.path / name):
+            path = self._of_its_size(name)
+            with path.open("rb") as file:
+                content = file.read(entry.bytes + 1)
+        _compare(path, hashlib.sha256(content).hexdigest(), entry)
+        return content
+
+    def _of_its_size(self, name: str) -> Path:
+        path, entry = _own_file(self.path, name), self.manifest.files[name]
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry.bytes}")
+        return path
+
+
+@contextmanager
+def _as_checkpoint_errors(path: Path) -> Iterator[None]:
+    """Raise what a disk makes of reading a file, which may go meanwhile, as `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+
+
+def _compare(path: Path, digest: str, entry: FileEntry) -> None:
+    if digest != entry.sha256:
+        raise CheckpointError(f"{path}: sha256 differs from the manifest")
+
+
+def _own_file(folder: Path, name: str) -> Path:
+    """Return the path of a folder's own file.
+
+    Raises:
+        CheckpointError: it is missing, no file, or a link that leads out of the folder.
+    """
+    path = folder / name
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{path}: leads out of its folder")
+    except (OSError, ValueError) as error:  # a name that no disk can hold
+        raise CheckpointError(f"{folder}: file name {name[:80]!r}: {error}") from error
+    return path
+
+
+def _read_own(folder: Path, name: str) -> bytes:
+    with _own_file(folder, name).open("rb") as file:
+        content = file.read(MOST_READ_BYTES + 1)
+    if len(content) > MOST_READ_BYTES:
+        raise CheckpointError(f"{folder / name}: larger than {MOST_READ_BYTES} bytes")
+    return content
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read manifest and configuration of a checkpoint folder; `Checkpoint.verify` checks the files.
+
+    Raises:
+        CheckpointError: either is missing, is not what it should be, or they contradict each other.
+    """
+    try:
+        manifest = Manifest.model_validate_json(_read_own(path, MANIFEST))
+    except OSError as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error.strerror or error}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{path / MANIFEST}: {_first_problem(error)}") from error
+    if manifest.format != FORMAT:
+        raise CheckpointError(
+            f"{path / MANIFEST}: format {manifest.format}, this program reads {FORMAT}"
+        )
+    try:
+        config = json.loads(_read_own(path, CONFIG))
+    except OSError as error:
+        raise CheckpointError(f"{path / CONFIG}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG}: not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("model_type") != "budgetformer":
+        raise CheckpointError(f"{path / CONFIG}: model_type is not 'budgetformer'")
+    try:
+        shape = _Shape.model_validate(config)
+    except ValidationError as error:
+        raise CheckpointError(f"{path / CONFIG}: {_first_problem(error)}") from error
+    labels = len(shape.id2label)
+    if len(manifest.labels) != labels:
+        count = len(manifest.labels)
+        raise CheckpointError(f"{path / MANIFEST}: {count} labels, the network has {labels}")
+    if manifest.max_tokens > shape.max_position_embeddings:
+        raise CheckpointError(
+            f"{path / MANIFEST}: max_tokens {manifest.max_tokens}, "
+            f"the network has {shape.max_position_embeddings} positions"
+        )
+    if manifest.exit_tokens is not None and manifest.exit_tokens < manifest.max_tokens:
+        raise CheckpointError(
+            f"{path / MANIFEST}: exit_tokens {manifest.exit_tokens}, "
+            f"less than max_tokens {manifest.max_tokens}"
+        )
+    layers = shape.num_hidden_layers
+    if len(manifest.ranges) not in (0, layers):
+        raise CheckpointError(
+            f"{path / MANIFEST}: ranges of {len(manifest.ranges)} layers, the network has {layers}"
+        )
+    top = len(shape.ladder)
+    for point in manifest.operating_points:
+        steps = [band.step for band in point.entry]
+        steps += [point.escalation.step] if point.escalation else []
+        if steps and max(steps) > top:
+            raise CheckpointError(
+                f"{path / MANIFEST}: step {max(steps)} is not on the ladder of {top}"
+            )
+    if manifest.policy is not None:
+        try:
+            _check_chain(manifest.policy.chain, Architecture.read(config))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path / MANIFEST}: policy: {error}") from error
+    return Checkpoint(path, manifest, config)
+
+
+def _check_chain(chain: Sequence[int], architecture: Architecture) -> None:
+    """Refuse a chain that this network cannot run, or that may cost more than its full step."""
+    if chain[-1] > architecture.num_steps:
+        raise ValueError(f"step {chain[-1]} is not on the ladder of {architecture.num_steps}")
+    if architecture.budget_scope == "layer":
+        raise ValueError('budget_scope "layer" has none: its layers decide for themselves')
+    if (chain[0] == 0) != architecture.embedding_exit:
+        has = "a" if architecture.embedding_exit else "no"
+        raise ValueError(f"its chain begins with step {chain[0]}, the network has {has} step 0")
+    if not fits_in_full_pass(architecture, chain):
+        steps = ", ".join(map(str, chain))
+        raise ValueError(f"the steps {steps} together cost more than the full step alone")
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """Load a checkpoint's tokenizer; it truncates to the model's length and does not pad.
+
+    Raises:
+        CheckpointError: the file differs from the manifest, or is not a tokenizer.
+    """
+    content = checkpoint.read(TOKENIZER)
+    try:
+        with tokenizer_errors():
+            tokenizer = Tokenizer.from_buffer(content)
+    except TokenizerError as error:
+        raise CheckpointError(f"{checkpoint.path / TOKENIZER}: {error}") from error
+    tokenizer.no_padding()
+    manifest = checkpoint.manifest
+    tokenizer.enable_truncation(manifest.max_tokens, direction=manifest.truncation_side)
+    return tokenizer
+
+
+def load_encoder(checkpoint: Checkpoint) -> TextEncoder:
+    """Load what makes tokens of texts for a checkpoint, cut to its lengths.
+
+    Raises:
+        CheckpointError: as `load_tokenizer` does.
+    """
+    manifest = checkpoint.manifest
+    return TextEncoder(
+        load_tokenizer(checkpoint),
+        manifest.max_tokens,
+        manifest.truncation_side,
+        manifest.whole_tokens,
+    )
+
+
+@dataclass(frozen=True)
+class Store:
+    """What a model store holds: sound checkpoints by name (versions rising), and what was wrong."""
+
+    checkpoints: dict[str, list[Checkpoint]]
+    errors: list[str]
+
+    def latest(self, name: str) -> Checkpoint:
+        """Return the highest version of `name`.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        return self.find(name)
+
+    def find(self, spec: str) -> Checkpoint:
+        """Return the model for `name` (its highest version) or `name:version`.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        name, _, version = spec.partition(":")
+        for checkpoint in reversed(self.checkpoints.get(name, [])):
+            if not version or version == str(checkpoint.version):
+                return checkpoint
+        raise CheckpointError(f"no model {spec!r} in the store")
+
+
+def read_store(path: Path) -> Store:
+    """Read every `<name>/<version>/` below `path`; a broken one is reported and the others stand.
+
+    Raises:
+        CheckpointError: `path` is no folder.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    found: dict[str, list[Checkpoint]] = {}
+    errors = []
+    for folder in sorted(p for p in path.glob("*/*") if p.is_dir() and p.name.isdecimal()):
+        try:
+            if not folder.resolve().is_relative_to(path.resolve()):
+                raise CheckpointError(f"{folder}: leads out of the store")
+            checkpoint = read_checkpoint(folder)
+            if (checkpoint.name, str(checkpoint.version)) != (folder.parent.name, folder.name):
+                raise CheckpointError(f"{folder}: the manifest says {checkpoint.label}")
+        except CheckpointError as error:
+            errors.append(str(error))
+        else:
+            found.setdefault(checkpoint.name, []).append(checkpoint)
+    for versions in found.values():
+        versions.sort(key=lambda c: c.version)
+    return Store(found, errors)
+
+
+def file_entries(path: Path) -> dict[str, FileEntry]:
+    """Describe every file of a checkpoint folder that is needed to serve."""
+    kept = sorted(
+        p for p in path.iterdir() if p.is_file() and p.suffix in {".json", ".safetensors"}
+    )
+    return {
+        p.name: FileEntry(sha256=_sha256(p), bytes=p.stat().st_size)
+        for p in kept
+        if p.name != MANIFEST
+    }
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, by rename, so that it is whole or not there."""
+    part = path / f"{MANIFEST}.part"
+    part.write_text(manifest.model_dump_json(indent=1) + "\n")
+    part.replace(path / MANIFEST)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

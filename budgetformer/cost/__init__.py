@@ -1,0 +1,1 @@
+"""What a pass costs: multiply-adds, counted, and seconds, measured."""

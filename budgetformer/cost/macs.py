@@ -1,0 +1,130 @@
+"""Multiply-adds of a pass, counted exactly from configuration, heads and tokens.
+
+A multiply-add (MAC) is one product that is added to a sum, in a projection, an attention score, a
+weighted sum of values, or a linear head. Table look-ups, sums of what was looked up (weighted as
+in step 0 or not), norms and activations are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from budgetformer.model.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The plain numbers of a configuration that cost depends on; quick to read, unlike it."""
+
+    width: int
+    head_size: int
+    neurons_per_head: int | None
+    neurons: int
+    layers: int
+    heads: int
+    classes: int
+    dense_head: bool
+    decision_inputs: int
+    exit_rank: int
+    controller: int
+    layerwise: bool
+    picks_heads: bool
+
+    @classmethod
+    def of(cls, config: Architecture | Sizes) -> Sizes:
+        """Read them from a configuration, once."""
+        if isinstance(config, Sizes):
+            return config
+        return cls(
+            width=config.hidden_size,
+            head_size=config.head_size,
+            neurons_per_head=config.neurons_per_head if config.budget_ffn else None,
+            neurons=config.intermediate_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            classes=config.num_classes,
+            dense_head=config.head_activation is not None,
+            decision_inputs=config.decision_inputs,
+            exit_rank=config.exit_rank if config.embedding_exit and not config.exit_tfidf else 0,
+            controller=config.controller_hidden_size,
+            layerwise=config.budget_scope == "layer",
+            picks_heads=config.head_selection == "input",
+        )
+
+
+Costed = Architecture | Sizes
+
+
+def layer_macs(config: Costed, heads: int, tokens: int) -> int:
+    """Count one encoder layer that computes `heads` heads over `tokens` tokens of one item."""
+    if heads == 0:
+        return 0
+    sizes = Sizes.of(config)
+    kept = heads * sizes.head_size
+    per_head = sizes.neurons_per_head
+    neurons = sizes.neurons if per_head is None else heads * per_head
+    projections = 4 * tokens * sizes.width * kept
+    attention = 2 * tokens * tokens * kept
+    return projections + attention + 2 * tokens * sizes.width * neurons
+
+
+def layer_weights(config: Costed, heads: int) -> int:
+    """Count the weights that one encoder layer multiplies by when it computes `heads` heads."""
+    sizes = Sizes.of(config)
+    per_head = sizes.neurons_per_head
+    neurons = sizes.neurons if per_head is None else heads * per_head
+    return sizes.width * (4 * heads * sizes.head_size + 2 * neurons) if heads else 0
+
+
+def decision_macs(config: Costed) -> int:
+    """Count f_o, g_d and step 0's map for one item: once, or (scope "layer") in every layer."""
+    sizes = Sizes.of(config)
+    controller = (sizes.decision_inputs + 1) * sizes.controller
+    decisions = (sizes.layers if sizes.layerwise else 1) * controller + scorer_macs(sizes)
+    return decisions + sizes.exit_rank * sizes.classes
+
+
+def scorer_macs(config: Costed) -> int:
+    """Count g_d alone, over all layers; 0 when heads are ranked once for all inputs."""
+    sizes = Sizes.of(config)
+    return sizes.width * sizes.layers * sizes.heads if sizes.picks_heads else 0
+
+
+def encoder_macs(config: Costed, heads: Sequence[int], tokens: int) -> int:
+    """Count the encoder and the classifier for one item with `heads` per layer; no decision."""
+    sizes = Sizes.of(config)
+    layers = sum(layer_macs(sizes, k, tokens) for k in heads)
+    head = sizes.width**2 if sizes.dense_head else 0
+    return layers + head + sizes.width * sizes.classes
+
+
+def step_macs(config: Architecture, steps: Sequence[int], tokens: int) -> int:
+    """Count one item that is decided once and run at each of `steps` in turn.
+
+    An escalation has several steps; step 0 costs no more than the decision.
+    """
+    passes = (encoder_macs(config, config.heads_per_layer(s), tokens) for s in steps if s > 0)
+    return decision_macs(config) + sum(passes)
+
+
+def dense_macs(config: Costed, tokens: int) -> int:
+    """Count the dense network, which has all heads and decides nothing, for one item."""
+    sizes = Sizes.of(config)
+    return encoder_macs(sizes, [sizes.heads] * sizes.layers, tokens)
+
+
+def fits_in_full_pass(config: Architecture, steps: Sequence[int]) -> bool:
+    """Whether running all of `steps` never costs more than one pass at the full step.
+
+    True if it holds for texts of every length.
+    """
+    sizes = Sizes.of(config)
+
+    def left(tokens: int) -> int:
+        passes = (encoder_macs(sizes, config.heads_per_layer(s), tokens) for s in steps if s > 0)
+        return encoder_macs(sizes, config.heads_per_layer(config.num_steps), tokens) - sum(passes)
+
+    # A quadratic in the tokens stays above 0 if it starts there, rises first and bends upwards.
+    one, two, three = left(1), left(2), left(3)
+    return 0 <= one <= two and two - one <= three - two

@@ -1,0 +1,1 @@
+"""Reports and studies: the frontier, the rivals, the recipe of the paper."""

@@ -1,0 +1,483 @@
+"""The frontier report: what budgets buy on test texts, beside everything one would use instead.
+
+Every text is run once at every ladder step and once through the dense network; each way to spend a
+budget is then a look-up in those answers. The chain of steps and the thresholds of the quality
+levels come from the checkpoint, which chose them on other texts. Those of the rivals (early exit,
+confidence cascade) are chosen here, on the test texts themselves, so comparisons lean towards the
+rivals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from budgetformer.checkpoint.loading import load_network
+from budgetformer.checkpoint.store import Checkpoint
+from budgetformer.cost.macs import encoder_macs, layer_macs
+from budgetformer.errors import DataError
+from budgetformer.experiments.routing import Routing, compare_lengths, compare_routing
+from budgetformer.inference.packed import PackedPass
+from budgetformer.inference.policy import BudgetRule, EntryBand, Measure
+from budgetformer.model.modules import MULTI_LABEL, confidence, probabilities
+from budgetformer.training.baseline import Baseline
+from budgetformer.training.calibration import Table, answer_all, run_every_step
+from budgetformer.training.chains import Route
+from budgetformer.training.data import Examples, TokenizedTexts, even_rows
+from budgetformer.training.evaluation import interval
+from budgetformer.training.exits import wrong
+
+ECE_BINS = 15
+THRESHOLDS = tuple(np.linspace(0.3, 0.995, 140).tolist())
+EQUAL_COSTS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5)
+"""Shares of the dense network's multiply-adds at which rivals are compared."""
+TIMED_BATCHES = {1: 16, 32: 64}
+"""Batch size, and how many texts are timed at it."""
+TIMED_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to answer N texts, and what it reached.
+
+    macs_share: mean multiply-adds of the dense network's; budgets: share of the texts that ended at
+    each step; milliseconds: per text, by batch size.
+    """
+
+    name: str
+    rows: int
+    accuracy: float
+    low: float
+    high: float
+    macro_f1: float
+    ece: float
+    macs_share: float
+    mean_heads: float
+    budgets: dict[int, float]
+    milliseconds: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The budget per text against one rival at equal mean cost.
+
+    gain: accuracy points (of 100), with its paired 95 % interval.
+    """
+
+    rival: str
+    level: str
+    macs_share: float
+    accuracy: float
+    rival_accuracy: float
+    gain: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """What a level spends on texts that the dense network gets wrong, and right.
+
+    Multiply-adds are shares of the dense network's on the same text.
+    """
+
+    level: str
+    heads_if_wrong: float
+    heads_if_right: float
+    macs_if_wrong: float
+    macs_if_right: float
+
+    @property
+    def ratio(self) -> float:
+        """Multiply-adds on the wrong ones per multiply-add on the right ones."""
+        return self.macs_if_wrong / self.macs_if_right
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy against the share of dense multiply-adds, of one family of rules."""
+
+    name: str
+    cost: list[float]
+    accuracy: list[float]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All figures of one checkpoint on one set of texts."""
+
+    model: str
+    rows: int
+    measure: Measure
+    chain: list[int]
+    ways: list[Way]
+    routing: list[Routing]
+    lengths: list[Routing]
+    comparisons: list[Comparison]
+    difficulty: list[Difficulty]
+    curves: list[Curve]
+    heads_by_confidence: dict[str, list[float]]
+    heads_by_class: dict[str, dict[str, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a way to answer gives each text.
+
+    logits [N, C], right [N], cost [N], heads [N]; the step that answers [N], where it is a step.
+    """
+
+    logits: Tensor
+    right: np.ndarray
+    macs: np.ndarray
+    heads: np.ndarray
+    step: np.ndarray | None = None
+
+
+def report_checkpoint(
+    checkpoint: Checkpoint, examples: Examples, baseline: Baseline | None, *, timed: bool = True
+) -> Report:
+    """Measure a checkpoint on labelled texts that neither training nor calibration saw.
+
+    Args:
+        checkpoint: with scope "input" (layers that decide for themselves have no fixed steps).
+        examples: the texts; each is run at every ladder step, so the cost is many passes.
+        baseline: the dense network that the checkpoint came from; None: its own full budget.
+        timed: also measure milliseconds per text on this machine.
+
+    Raises:
+        DataError: there is no text, or the checkpoint's layers decide for themselves.
+    """
+    if not len(examples):
+        raise DataError("a report needs texts")
+    network = load_network(checkpoint, precision="auto")
+    if network.config.budget_scope == "layer":
+        raise DataError("a report compares fixed steps, which layer-wise budgets do not have")
+    bench = _Bench(network, TokenizedTexts.of(checkpoint, examples), examples, baseline)
+    return bench.report(checkpoint, bench.time(checkpoint) if timed else {})
+
+
+class _Bench:
+    """The answers of all steps, layers and levels to the same texts."""
+
+    def __init__(
+        self,
+        network: PackedPass,
+        tokens: TokenizedTexts,
+        examples: Examples,
+        baseline: Baseline | None,
+    ) -> None:
+        self.network, self.tokens, self.examples = network, tokens, examples
+        self.config = network.config
+        self.labels = torch.from_numpy(examples.labels)
+        self.runs = run_every_step(network, tokens)
+        self.table = Table(self.config, self.runs)
+        self.right = self.table.right(self.labels)
+        self.full = self._step(self.config.num_steps)
+        self.baseline = baseline
+        self.layers = None if baseline is None else baseline.layer_logits(tokens)
+        self.smaller = {} if baseline is None else self._smaller(baseline)
+        logits = self.full.logits if self.layers is None else self.layers[-1]
+        self.dense = self._outcome(logits, self.table.dense, self.full.heads)
+
+    def report(self, checkpoint: Checkpoint, times: dict[str, dict[int, float]]) -> Report:
+        manifest = checkpoint.manifest
+        first = 0 if self.config.embedding_exit else 1
+        steps = {f"step {i}": self._step(i) for i in range(first, self.config.num_steps + 1)}
+        ours = [(rule, self._answers(rule)) for rule in checkpoint.level_rules]
+        named = {name: self._answers(checkpoint.rule(name)) for name in manifest.named_levels}
+        oracle = self._oracle(first)
+        dense = self.smaller | {"dense": self.dense} if self.baseline else {}
+        outcomes = {**named, **dense, **steps, "oracle": oracle}
+        rivals = {
+            "fixed step": self._best(list(steps.values())),
+            "confidence cascade": self._best(self._cascades()),
+        }
+        if self.layers is not None:
+            rivals["early exit"] = self._best(list(self._early_exits()))
+            if self.config.embedding_exit:
+                rivals["step 0, then dense"] = self._best(list(self._step0_then([self.dense])))
+        if self.smaller:
+            sizes = [*self.smaller.values(), self.dense]
+            rivals["smaller dense"] = self._best(sizes)
+            if self.config.embedding_exit:
+                rivals["step 0, then smaller dense"] = self._best(list(self._step0_then(sizes)))
+        curves = [
+            Curve("budget per text", [self._share(o) for _, o in ours], [_mean(o) for _, o in ours])
+        ]
+        for name, best in rivals.items():
+            curves.append(Curve(name, [self._share(o) for o in best], [_mean(o) for o in best]))
+        both_kinds = self.dense.right.any() and not self.dense.right.all()
+        difficulty = [self._difficulty(name, o) for name, o in named.items()] if both_kinds else []
+        return Report(
+            model=checkpoint.label,
+            rows=len(self.examples),
+            measure=manifest.measure,
+            chain=list(manifest.policy.chain if manifest.policy else ()),
+            routing=compare_routing(self.table, self.labels),
+            lengths=compare_lengths(self.table, self.labels),
+            ways=[self._way(name, o, times.get(name, {})) for name, o in outcomes.items()],
+            comparisons=list(self._compare(ours, rivals, manifest.measure)),
+            difficulty=difficulty,
+            curves=curves,
+            heads_by_confidence={n: self._by_confidence(o) for n, o in named.items()},
+            heads_by_class={n: self._by_class(o) for n, o in named.items()},
+        )
+
+    def time(self, checkpoint: Checkpoint) -> dict[str, dict[int, float]]:
+        """Time each level and each fixed step per text, interleaved, in the packed pass.
+
+        The dense network is timed as our own full step; medians of a few rounds, in milliseconds.
+        """
+        last = self.config.num_steps
+        rules = {name: checkpoint.rule(name) for name in checkpoint.manifest.named_levels}
+        for step in range(1, last + 1):
+            rules[f"step {step}"] = BudgetRule(num_steps=last, fixed=step)
+        found: dict[str, dict[int, float]] = {name: {} for name in rules}
+        for batch, count in TIMED_BATCHES.items():
+            some = self.tokens.subset(even_rows(len(self.tokens.ids), count))
+            taken: dict[str, list[float]] = {name: [] for name in rules}
+            for _ in range(TIMED_ROUNDS):
+                for name, rule in rules.items():
+                    begun = time.perf_counter()
+                    answer_all(self.network, some, rule, batch)
+                    taken[name].append(time.perf_counter() - begun)
+            for name, seconds in taken.items():
+                found[name][batch] = 1000 * statistics.median(seconds) / len(some.ids)
+        found["dense"] = found[f"step {last}"]
+        return found
+
+    def _outcome(self, logits: Tensor, macs: np.ndarray, heads: np.ndarray) -> _Outcome:
+        right = 1 - wrong(logits, self.labels, self.config.problem_type).numpy()
+        return _Outcome(logits, right.astype(bool), macs, heads)
+
+    def _at(self, step: np.ndarray, macs: np.ndarray, heads: np.ndarray) -> _Outcome:
+        logits = self.table.logits[torch.from_numpy(step), torch.arange(len(step))]
+        return _Outcome(logits, self.right[step, self.table.rows], macs, heads, step)
+
+    def _answers(self, rule: BudgetRule) -> _Outcome:
+        found = self.table.answer(rule)
+        return self._at(found.step, found.macs, found.heads)
+
+    def _step(self, step: int) -> _Outcome:
+        return self._answers(BudgetRule(num_steps=self.config.num_steps, fixed=step))
+
+    def _oracle(self, first: int) -> _Outcome:
+        """Give each text the smallest step that is right, or the smallest of all."""
+        right = self.right[first:]
+        step = np.where(right.any(0), right.argmax(0), 0) + first
+        macs = self.table.macs[step, self.table.rows] + self.table.decision
+        return self._at(step, macs, self.table.heads[step].astype(np.float64))
+
+    def _cascades(self) -> list[_Outcome]:
+        """Run a small step, then the last one where it is not confident; both are paid for."""
+        last = self.config.num_steps
+        routes = [Route((low, last), (EntryBand(upto=1, step=low),)) for low in range(1, last)]
+        taken = [self.table.take(route, below) for route in routes for below in THRESHOLDS]
+        return [self._at(found.step, found.macs, found.heads) for found in taken]
+
+    def _early_exits(self) -> Iterator[_Outcome]:
+        """Leave the dense network after the first layer that is confident enough."""
+        assert self.layers is not None
+        count = len(self.layers)
+        sure = torch.stack([confidence(x, self.config.problem_type) for x in self.layers]).numpy()
+        heads = self.config.num_attention_heads
+        layer = np.array([layer_macs(self.config, heads, int(n)) for n in self.tokens.lengths])
+        head = self.config.hidden_size * self.config.num_classes
+        for below in THRESHOLDS:
+            leaves = sure >= below
+            leaves[-1] = True
+            at = leaves.argmax(0)
+            logits = self.layers[torch.from_numpy(at), torch.arange(len(at))]
+            macs = ((at + 1) * (layer + head)).astype(np.float64)
+            yield self._outcome(logits, macs, (at + 1) * (self.table.heads[-1] / count))
+
+    def _smaller(self, baseline: Baseline) -> dict[str, _Outcome]:
+        """Let each smaller dense network answer all texts."""
+        found = {}
+        answers = baseline.smaller_logits(self.tokens)
+        for model, logits in zip(baseline.smaller, answers, strict=True):
+            config, (plan,) = model.config, model.config.ladder
+            macs = [encoder_macs(config, plan, int(n)) for n in self.tokens.lengths]
+            heads = np.full(len(macs), sum(plan))
+            name = f"dense, {len(plan)} of {self.config.num_hidden_layers} layers, {plan[0]} heads"
+            found[name] = self._outcome(logits, np.array(macs, dtype=np.float64), heads)
+        return found
+
+    def _step0_then(self, dense: Sequence[_Outcome]) -> Iterator[_Outcome]:
+        """Put a dense network behind step 0, a linear classifier, where that is uncertain.
+
+        Nothing is fused: it is what two models of their own would answer.
+        """
+        for network in dense:
+            for below in (0.0, *THRESHOLDS):
+                goes_on = self.table.confidence[0] < below
+                rows = torch.from_numpy(goes_on)[:, None]
+                logits = torch.where(rows, network.logits, self.table.logits[0])
+                macs, heads = (np.where(goes_on, x, 0) for x in (network.macs, network.heads))
+                yield self._outcome(logits, macs, heads)
+
+    def _compare(
+        self,
+        ours: Sequence[tuple[BudgetRule, _Outcome]],
+        rivals: dict[str, list[_Outcome]],
+        measure: Measure,
+    ) -> Iterator[Comparison]:
+        levels = [(rule.level, outcome) for rule, outcome in ours if rule.level is not None]
+        chosen = [
+            max(affordable, key=lambda pair: pair[0].reached(measure)[0])
+            for cost in EQUAL_COSTS
+            if (affordable := [pair for pair in levels if pair[0].macs_share <= cost])
+        ]
+        unique = list({id(level): (level, outcome) for level, outcome in chosen}.values())
+        for level, outcome in unique:
+            cost = self._share(outcome)
+            for name, best in rivals.items():
+                rival = self._at_cost(best, cost)
+                if rival is None:
+                    continue
+                gain, low, high = _paired(outcome.right, rival)
+                accuracy = float(rival.mean())
+                yield Comparison(
+                    name, level.name or "", cost, _mean(outcome), accuracy, gain, low, high
+                )
+
+    def _best(self, family: Sequence[_Outcome]) -> list[_Outcome]:
+        """Keep the members on the upper hull of accuracy against cost, by rising cost."""
+        return [family[i] for i in _hull([(self._share(o), _mean(o)) for o in family])]
+
+    def _at_cost(self, best: Sequence[_Outcome], cost: float) -> np.ndarray | None:
+        """Return how right [N] the best mixture of a hull's members is at exactly this mean cost.
+
+        Between two members, texts are split between them at random; None: all cost more.
+        """
+        costs = [self._share(outcome) for outcome in best]
+        above = int(np.searchsorted(costs, cost, side="right"))
+        if above == 0:
+            return None
+        low = best[above - 1].right.astype(float)
+        if above == len(best):
+            return low
+        weight = (cost - costs[above - 1]) / (costs[above] - costs[above - 1])
+        return (1 - weight) * low + weight * best[above].right
+
+    def _share(self, outcome: _Outcome) -> float:
+        return float(outcome.macs.sum() / self.table.dense.sum())
+
+    def _way(self, name: str, outcome: _Outcome, milliseconds: dict[int, float]) -> Way:
+        low, high = interval(_mean(outcome), len(outcome.right))
+        return Way(
+            name=name,
+            rows=len(outcome.right),
+            accuracy=_mean(outcome),
+            low=low,
+            high=high,
+            macro_f1=macro_f1(outcome.logits, self.labels, self.config.problem_type),
+            ece=calibration_error(outcome.logits, outcome.right, self.config.problem_type),
+            macs_share=self._share(outcome),
+            mean_heads=float(outcome.heads.mean()),
+            budgets=_shares(outcome.step),
+            milliseconds=milliseconds,
+        )
+
+    def _difficulty(self, name: str, outcome: _Outcome) -> Difficulty:
+        right = self.dense.right
+        share = outcome.macs / self.table.dense
+
+        return Difficulty(
+            name,
+            float(outcome.heads[~right].mean()),
+            float(outcome.heads[right].mean()),
+            float(share[~right].mean()),
+            float(share[right].mean()),
+        )
+
+    def _by_confidence(self, outcome: _Outcome) -> list[float]:
+        """Average the heads over tenths of the texts, from the dense network's least sure ones."""
+        parts = min(10, len(self.examples))
+        order = confidence(self.dense.logits, self.config.problem_type).argsort().numpy()
+        return [float(outcome.heads[part].mean()) for part in np.array_split(order, parts)]
+
+    def _by_class(self, outcome: _Outcome) -> dict[str, float]:
+        labels = self.examples.labels
+        found = {}
+        for number, name in enumerate(self.examples.names):
+            rows = labels[:, number] == 1 if labels.ndim == 2 else labels == number
+            if rows.any():
+                found[name] = float(outcome.heads[rows].mean())
+        return found
+
+
+def macro_f1(logits: Tensor, labels: Tensor, problem_type: str | None) -> float:
+    """Return the F1 score averaged over the classes that occur in labels or answers."""
+    if problem_type == MULTI_LABEL:
+        said, true = logits > 0, labels > 0
+    else:
+        classes = logits.shape[-1]
+        said = torch.nn.functional.one_hot(logits.argmax(-1), classes) > 0
+        true = torch.nn.functional.one_hot(labels, classes) > 0
+    both = (said & true).sum(0).double()
+    either = said.sum(0).double() + true.sum(0).double()
+    occurs = either > 0
+    return float((2 * both[occurs] / either[occurs]).mean())
+
+
+def calibration_error(logits: Tensor, right: np.ndarray, problem_type: str | None) -> float:
+    """Return the expected calibration error: |confidence - accuracy| over 15 equal bins."""
+    p = probabilities(logits, problem_type)
+    sure = (torch.maximum(p, 1 - p).prod(-1) if problem_type == MULTI_LABEL else p.amax(-1)).numpy()
+    bins = np.minimum((sure * ECE_BINS).astype(int), ECE_BINS - 1)
+    gaps = [
+        abs(sure[rows].mean() - right[rows].mean()) * rows.sum()
+        for b in range(ECE_BINS)
+        if (rows := bins == b).any()
+    ]
+    return float(sum(gaps) / len(sure))
+
+
+def _shares(step: np.ndarray | None) -> dict[int, float]:
+    if step is None:
+        return {}
+    used, counts = np.unique(step, return_counts=True)
+    return {int(k): float(n / len(step)) for k, n in zip(used, counts, strict=True)}
+
+
+def _mean(outcome: _Outcome) -> float:
+    return float(outcome.right.mean())
+
+
+def _hull(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the points (cost, accuracy) on the rising upper hull, by rising cost."""
+    kept: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if kept and points[i][1] <= points[kept[-1]][1]:
+            continue
+        while len(kept) > 1 and _slope(points, kept[-2], i) >= _slope(points, kept[-2], kept[-1]):
+            kept.pop()
+        kept.append(i)
+    return kept
+
+
+def _slope(points: Sequence[tuple[float, float]], a: int, b: int) -> float:
+    run = points[b][0] - points[a][0]
+    return (points[b][1] - points[a][1]) / run if run else float("inf")
+
+
+def _paired(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """Return the difference of two accuracies in points, with its paired 95 % interval."""
+    difference = ours.astype(float) - theirs.astype(float)
+    half = 1.96 * float(difference.std()) / float(np.sqrt(len(difference)))
+    gain = float(difference.mean())
+    return 100 * gain, 100 * (gain - half), 100 * (gain + half)

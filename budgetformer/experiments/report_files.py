@@ -1,0 +1,204 @@
+"""Write a frontier report as Markdown, JSON and plots (PNG and SVG)."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from budgetformer.experiments.report import Report
+from budgetformer.experiments.routing import AT, Routing
+from budgetformer.training.pages import draw, markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PAGE = "README.md"
+EQUAL = "multiply-adds for what the first is worth"
+MOST_BARS = 20
+"""Classes shown in a plot: beyond that, the dearest and the cheapest ones."""
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write `README.md`, `report.json` and the plots to `folder`, which is made where needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    (folder / PAGE).write_text(report_text(report))
+    for name, fill in (("frontier", _frontier), ("difficulty", _difficulty), ("classes", _classes)):
+        draw([folder / f"{name}.png", folder / f"{name}.svg"], partial(fill, report=report))
+
+
+def report_text(report: Report) -> str:
+    """Return the report as Markdown."""
+    timed = sorted({batch for way in report.ways for batch in way.milliseconds})
+    steps = ", ".join(map(str, report.chain))
+    chain = f"Levels go along the steps {steps}. " if steps else ""
+    heads = ["way", "accuracy", "95 %", "macro-F1", "ECE", "multiply-adds", "heads"]
+    heads += [f"ms per text, batch {batch}" for batch in timed]
+    ways = [
+        [
+            way.name,
+            f"{way.accuracy:.4f}",
+            f"{way.low:.4f} to {way.high:.4f}",
+            f"{way.macro_f1:.4f}",
+            f"{way.ece:.3f}",
+            f"{way.macs_share:.1%}",
+            f"{way.mean_heads:.1f}",
+            *(f"{ms:.2f}" if (ms := way.milliseconds.get(b)) else "" for b in timed),
+        ]
+        for way in report.ways
+    ]
+    ends = [
+        [way.name, ", ".join(f"{step}: {share:.1%}" for step, share in way.budgets.items())]
+        for way in report.ways
+        if way.name in report.heads_by_class
+    ]
+    routing, lengths = _routing(report.routing), _routing(report.lengths)
+    rivals = [
+        [
+            c.level or "unnamed",
+            f"{c.macs_share:.1%}",
+            f"{c.accuracy:.4f}",
+            c.rival,
+            f"{c.rival_accuracy:.4f}",
+            f"{c.gain:+.2f}",
+            f"{c.low:+.2f} to {c.high:+.2f}",
+        ]
+        for c in report.comparisons
+    ]
+    difficulty = [
+        [
+            d.level,
+            f"{d.heads_if_wrong:.1f}",
+            f"{d.heads_if_right:.1f}",
+            f"{d.macs_if_wrong:.1%}",
+            f"{d.macs_if_right:.1%}",
+            f"{d.ratio:.2f}",
+        ]
+        for d in report.difficulty
+    ]
+    classes = sorted(report.heads_by_class.get("balanced", {}).items(), key=lambda x: -x[1])
+    if len(classes) > MOST_BARS:
+        classes = classes[: MOST_BARS // 2] + classes[-MOST_BARS // 2 :]
+    return f"""# {report.model} on {report.rows} test texts
+
+Multiply-adds are shares of the dense network's, decisions and every escalation included. "dense" is
+the starting encoder, fine-tuned on its own for as many epochs; its time is that of our own full
+step, which computes as much. Smaller dense networks keep some of its layers and heads, and learned
+from it and from the labels for as many epochs again. The oracle gives each text the smallest step
+that is right.
+
+## Every way to answer
+{markdown_table(heads, ways)}
+
+![Accuracy against cost](frontier.png)
+
+## Steps in use
+{chain}The levels were calibrated for {report.measure}. Share of the texts that end at each step:
+
+{markdown_table(["level", "steps"], ends)}
+
+## What f_o's choice of a step gains
+Each way has the best chain of its own, chosen and scored on different parts of these texts.
+
+{
+        markdown_table(
+            ["a text that step 0 does not answer goes", *(f"within {c:.0%}" for c in AT), EQUAL],
+            routing,
+        )
+    }
+
+## What more steps gain
+The best chains of so many steps, step 0 counted, chosen and scored in the same way.
+
+{markdown_table(["steps", *(f"within {c:.0%}" for c in AT), EQUAL], lengths)}
+
+## At equal mean cost
+The budget per text, calibrated on other texts, against the best mixture of each rival at exactly
+the same mean multiply-adds. The rivals' thresholds and mixtures are chosen on these very texts, so
+a gain here is a lower bound. Gains are in accuracy points, intervals paired, 95 %.
+
+{
+        markdown_table(
+            ["level", "multiply-adds", "accuracy", "rival", "its accuracy", "gain", "interval"],
+            rivals,
+        )
+    }
+
+## Budget and difficulty
+What is spent on the texts that the dense network gets wrong, and right.
+
+{
+        markdown_table(
+            [
+                "level",
+                "heads if wrong",
+                "heads if right",
+                "multiply-adds if wrong",
+                "if right",
+                "ratio",
+            ],
+            difficulty,
+        )
+    }
+
+![Heads by confidence of the dense network](difficulty.png)
+
+## Budget by class, level "balanced"
+{markdown_table(["class", "mean heads"], [[name, f"{heads_:.1f}"] for name, heads_ in classes])}
+
+![Heads by class](classes.png)
+"""
+
+
+def _routing(rows: list[Routing]) -> list[list[str]]:
+    return [
+        [
+            row.way,
+            *(f"{a:.4f} at {c:.1%}" for a, c in zip(row.accuracy, row.cost, strict=True)),
+            f"{row.equal_cost:.1%}",
+        ]
+        for row in rows
+    ]
+
+
+def _frontier(axes: Axes, report: Report) -> None:
+    marks = {"budget per text": "o-", "fixed step": "s--"}
+    for curve in report.curves:
+        mark = marks.get(curve.name, ".:")
+        axes.plot([100 * c for c in curve.cost], curve.accuracy, mark, label=curve.name)
+    for way in report.ways:
+        if way.name == "dense":
+            axes.plot(100, way.accuracy, "k*", markersize=11, label="dense")
+        elif way.name in report.heads_by_confidence:
+            axes.annotate(
+                way.name,
+                (100 * way.macs_share, way.accuracy),
+                xytext=(0, 9),
+                textcoords="offset points",
+                ha="center",
+            )
+    best = max(way.accuracy for way in report.ways if way.name != "oracle")
+    lowest = min(accuracy for curve in report.curves for accuracy in curve.accuracy)
+    axes.set_ylim(max(lowest, best - 0.06) - 0.002, best + 0.006)
+    axes.set_xlim(-1, 102)
+    axes.set_xlabel("multiply-adds, % of the dense network")
+    axes.set_ylabel(f"accuracy on {report.rows} test texts")
+    axes.legend(loc="lower right")
+
+
+def _difficulty(axes: Axes, report: Report) -> None:
+    for level, heads in report.heads_by_confidence.items():
+        axes.plot(range(1, len(heads) + 1), heads, "o-", label=level)
+    axes.set_xlabel("tenth of the texts, from the dense network's least sure to its surest")
+    axes.set_ylabel("mean heads computed")
+    axes.legend()
+
+
+def _classes(axes: Axes, report: Report) -> None:
+    classes = sorted(report.heads_by_class.get("balanced", {}).items(), key=lambda x: x[1])
+    if len(classes) > MOST_BARS:
+        classes = classes[: MOST_BARS // 2] + classes[-MOST_BARS // 2 :]
+    axes.barh([name for name, _ in classes], [heads for _, heads in classes])
+    axes.set_xlabel('mean heads computed, level "balanced"')

@@ -1,0 +1,344 @@
+"""Compare ways to decide a budget on one network: `python -m budgetformer.experiments.study`.
+
+Every way gets the same network, the same held-out texts to learn and to choose thresholds on, and
+is scored on the same test texts, at the same caps on mean cost. So the table says what the decision
+is worth, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
+from budgetformer.cost.macs import encoder_macs
+from budgetformer.inference.choice import load_pass
+from budgetformer.inference.policy import EntryBand
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
+from budgetformer.model.modules import confidence, exit_evidence
+from budgetformer.training.calibration import Table, run_every_step
+from budgetformer.training.chains import CANDIDATES, Goal, Route, Steps, chains, search
+from budgetformer.training.data import Examples, TokenizedTexts, read_examples
+from budgetformer.training.evaluation import read_test
+from budgetformer.training.exits import pooled_states
+from budgetformer.training.pages import markdown_table
+from budgetformer.training.recipe import Recipe
+from budgetformer.training.sliced import sliced_states
+from budgetformer.training.trainer import progress_bar, split_rows
+
+CAPS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+"""Mean multiply-adds, as shares of the dense network's, at which ways are compared."""
+FOLDS = 2
+EPOCHS = 12
+HIDDEN = 64
+PROBE_STEP = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one setting of a way gives N texts: whether each is right, and its multiply-adds."""
+
+    right: np.ndarray
+    macs: np.ndarray
+
+
+Setting = Callable[["Side"], Choice]
+"""One setting (thresholds and steps, fixed on the held-out texts) applied to either side."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """All that is known of one set of texts.
+
+    right [S+1, N]: whether each step is; features [N, F]: what f_o reads on arrival; probe [N, D]:
+    mean states half-way through a small step; signals [N] each: what small networks predict from
+    them (see `study`).
+    """
+
+    table: Table
+    right: np.ndarray
+    features: Tensor
+    probe: Tensor
+    labels: Tensor
+    signals: dict[str, np.ndarray]
+
+
+def study(checkpoint: Checkpoint, held: Examples, test: Examples) -> dict[str, list[float]]:
+    """Return each way's test accuracy at every cap of `CAPS`.
+
+    Args:
+        checkpoint: with ranked heads, scope "input" and a step 0.
+        held: texts that training never saw, to learn decisions and thresholds on.
+        test: texts that neither saw.
+    """
+    checkpoint.verify()
+    model = load_model(checkpoint.path)
+    sides = [_side(model, checkpoint, examples) for examples in (held, test)]
+    _predict_signals(*sides)
+    return {name: _at_caps(list(settings), *sides) for name, settings in _ways(sides[0]).items()}
+
+
+def _side(
+    model: BudgetFormerForSequenceClassification, checkpoint: Checkpoint, examples: Examples
+) -> Side:
+    network = load_pass(model, "auto")
+    tokens = TokenizedTexts.of(checkpoint, examples)
+    labels = torch.from_numpy(examples.labels)
+    runs = run_every_step(network, tokens)
+    table = Table(network.config, runs)
+    pooled = pooled_states(model, tokens, "pooled states")[0]
+    evidence = exit_evidence(runs.logits[0], network.config.problem_type)
+    features = torch.cat([pooled, evidence], dim=1)
+    probe, right = _probe_states(model, tokens), table.right(labels)
+    return Side(table, right, features, probe, labels, {"f_o": table.s})
+
+
+@torch.no_grad()
+def _probe_states(model: BudgetFormerForSequenceClassification, tokens: TokenizedTexts) -> Tensor:
+    """Return mean token states after the first half of the layers at a small step, [N, D]."""
+    states = torch.zeros(len(tokens.ids), model.config.hidden_size)
+    with progress_bar() as bar:
+        task = bar.add_task("probe", total=len(tokens.ids), note="")
+        for batch in tokens.batches(32):
+            half = model.config.num_hidden_layers // 2
+            states[batch.rows] = sliced_states(model, batch, PROBE_STEP, half)
+            bar.advance(task, len(batch.rows))
+    return states
+
+
+def _predict_signals(held: Side, test: Side) -> None:
+    """Fit small networks on the held-out texts and let them speak of both sides.
+
+    What they say of a held-out text comes from one that never saw it.
+    """
+    table = held.table
+    full = table.logits[-1].argmax(-1)
+    losses = torch.stack([F.cross_entropy(x, held.labels, reduction="none") for x in table.logits])
+    right = torch.from_numpy(held.right).float()
+    targets = {
+        "teacher agreement": (held.features, test.features, (table.logits[0].argmax(-1) != full)),
+        "losses": (held.features, test.features, losses.T),
+        "smallest right step": (held.features, test.features, _smallest_right(right) / len(right)),
+        "probe": (held.probe, test.probe, 1 - right[PROBE_STEP]),
+    }
+    for name, (mine, theirs, target) in targets.items():
+        goal = target.float()
+        folds = np.random.default_rng(0).permutation(len(mine)) % FOLDS
+        said = torch.zeros(goal.shape)
+        for fold in range(FOLDS):
+            seen, unseen = torch.from_numpy(folds != fold), torch.from_numpy(folds == fold)
+            said[unseen] = _fit(mine[seen], goal[seen])(mine[unseen])
+        held.signals[name] = said.numpy()
+        test.signals[name] = _fit(mine, goal)(theirs).numpy()
+    for side in (held, test):
+        sure = confidence(side.table.logits[0], side.table.config.problem_type)
+        side.signals["step 0's confidence"] = (1 - sure).numpy()
+
+
+def _smallest_right(right: Tensor) -> Tensor:
+    """Return the smallest step that is right, [N]; where none is, the smallest of all."""
+    return torch.where(right.any(0), right.argmax(0), 0)
+
+
+def _fit(features: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+    """Fit f_o's form to a target in [0, 1] [N], or to positive losses [N, K]."""
+    torch.manual_seed(0)
+    mean, scale = features.mean(0), features.std(0) + 1e-6
+    several = target.ndim == 2
+    size = target.shape[1] if several else 1
+    net = nn.Sequential(nn.Linear(features.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, size))
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
+
+    def read(x: Tensor) -> Tensor:
+        raw: Tensor = net((x - mean) / scale)
+        return F.softplus(raw) if several else raw.squeeze(-1).sigmoid()
+
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(len(features)).split(128):
+            said = read(features[rows])
+            loss = (
+                F.smooth_l1_loss(said, target[rows])
+                if several
+                else F.binary_cross_entropy(said, target[rows])
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    @torch.no_grad()
+    def predict(x: Tensor) -> Tensor:
+        return read(x)
+
+    return predict
+
+
+def _ways(held: Side) -> dict[str, Iterator[Setting]]:
+    ways: dict[str, Iterator[Setting]] = {
+        "fixed step, step 0 among them": _fixed(held, 0),
+        "fixed step >= 1": _fixed(held, 1),
+        "cascade of two steps by confidence, no step 0": _cascades(held),
+    }
+    for name in ("f_o", "step 0's confidence", "teacher agreement", "smallest right step"):
+        label = "step 0 errs (f_o)" if name == "f_o" else name
+        ways[f"{label}, one decision"] = _banded(held, name, False)
+        ways[f"{label}, with escalation"] = _banded(held, name, True)
+        ways[f"{label}, a chain"] = _chained(held, name)
+    ways["loss regressed per step, one decision"] = _regressed()
+    ways["f_o, then a probe half-way through step 1"] = _probed(held)
+    return ways
+
+
+def _fixed(held: Side, first: int) -> Iterator[Setting]:
+    for step in range(first, held.table.config.num_steps + 1):
+        yield _rule(Route((), (EntryBand(upto=1, step=step),)), 0.0, "f_o")
+
+
+def _cascades(held: Side) -> Iterator[Setting]:
+    last = held.table.config.num_steps
+    for low in range(1, last):
+        for below in np.linspace(0.4, 0.99, 30):
+            yield _rule(Route((last,), (EntryBand(upto=1, step=low),)), below, "f_o")
+
+
+def _banded(held: Side, signal: str, escalate: bool) -> Iterator[Setting]:
+    """Let bands over a signal choose the first step, and perhaps run it once more at a larger one.
+
+    The bands begin at quantiles of the signal.
+    """
+    for bands in _bands(held, held.signals[signal]):
+        yield _rule(Route((), bands), 0.0, signal)
+        top, last = max(band.step for band in bands), held.table.config.num_steps
+        larger = {step for step in (last // 3, last // 2, 2 * last // 3, last) if step > top}
+        if escalate:
+            for step in sorted(larger):
+                for below in (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
+                    yield _rule(Route((step,), bands), below, signal)
+
+
+def _bands(held: Side, signal: np.ndarray) -> Iterator[tuple[EntryBand, ...]]:
+    def quantile(share: float) -> float:
+        return round(float(np.quantile(signal, min(share, 1.0))), 5)
+
+    last = held.table.config.num_steps
+    small = sorted({1, min(2, last), *(max(1, last * i // 12) for i in (3, 4, 6, 8)), last})
+    for share in (0.0, *(i / 20 for i in range(2, 19))):
+        below = [EntryBand(upto=quantile(share), step=0)] if share else []
+        for low in small:
+            yield (*below, EntryBand(upto=1, step=low))
+            for high in (step for step in small if step > low):
+                for split in (0.3, 0.5, 0.7, 0.85):
+                    at = quantile(share + split * (1 - share))
+                    yield (*below, EntryBand(upto=at, step=low), EntryBand(upto=1, step=high))
+    yield (EntryBand(upto=1, step=0),)
+
+
+def _chained(held: Side, signal: str) -> Iterator[Setting]:
+    """Use the policies that calibration finds, with bands over another signal."""
+    table = held.table
+    value = (held.right + table.probability_right()) / 2
+    cost = table.macs / table.dense.mean()
+    steps = Steps(table.confidence, value, cost, held.signals[signal])
+    for cap in CAPS:
+        route = search(steps, chains(table.config), [Goal(cost=cap)])
+        used = table.confidence[list(route.chain)]
+        for threshold in np.quantile(used, np.linspace(0, 1, CANDIDATES // 10)):
+            yield _rule(route, float(threshold), signal)
+
+
+def _rule(route: Route, threshold: float, signal: str) -> Setting:
+    def apply(side: Side) -> Choice:
+        answers = side.table.take(route, threshold, side.signals[signal])
+        return Choice(side.right[answers.step, side.table.rows], answers.macs)
+
+    return apply
+
+
+def _regressed() -> Iterator[Setting]:
+    """Take the step of the least predicted loss plus a price times its cost."""
+
+    def setting(price: float) -> Setting:
+        def apply(side: Side) -> Choice:
+            table = side.table
+            cost = table.macs / table.dense
+            step = (side.signals["losses"].T + price * cost).argmin(0)
+            return Choice(side.right[step, table.rows], table.macs[step, table.rows])
+
+        return apply
+
+    for price in np.geomspace(0.003, 3, 40):
+        yield setting(float(price))
+
+
+def _probed(held: Side) -> Iterator[Setting]:
+    """Leave at step 0 by f_o; else run half of a small step, and go on with it or with another."""
+    config = held.table.config
+    half = config.num_hidden_layers // 2
+    plan = config.heads_per_layer(PROBE_STEP)
+    begun = [heads if i < half else 0 for i, heads in enumerate(plan)]
+
+    def setting(leave: float, stay: float, high: int) -> Setting:
+        def apply(side: Side) -> Choice:
+            table = side.table
+            gone, safe = side.signals["f_o"] <= leave, side.signals["probe"] <= stay
+            step = np.where(gone, 0, np.where(safe, PROBE_STEP, high))
+            lost = np.array([encoder_macs(config, begun, int(n)) for n in table.lengths])
+            macs = table.macs[step, table.rows] + np.where(~gone & ~safe, lost, 0)
+            return Choice(side.right[step, table.rows], macs)
+
+        return apply
+
+    for leave in np.quantile(held.signals["f_o"], np.linspace(0, 0.9, 19)):
+        for stay in np.quantile(held.signals["probe"], (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)):
+            for high in sorted({config.num_steps // 3, config.num_steps // 2, config.num_steps}):
+                yield setting(float(leave), float(stay), high)
+
+
+def _at_caps(settings: Sequence[Setting], held: Side, test: Side) -> list[float]:
+    """Choose the best setting under each cap on the held-out texts, and score it on the test."""
+    tried: list[tuple[float, float, int]] = []
+    for place, setting in enumerate(settings):
+        choice = setting(held)
+        cost = float(choice.macs.sum() / held.table.dense.sum())
+        tried.append((float(choice.right.mean()), -cost, place))
+    found = []
+    for cap in CAPS:
+        affordable = [entry for entry in tried if -entry[1] <= cap]
+        if affordable:
+            best = settings[max(affordable)[2]]
+            found.append(float(best(test).right.mean()))
+        else:
+            found.append(float("nan"))
+    return found
+
+
+def main() -> None:
+    """Print the table for a checkpoint and the data that it was trained on."""
+    parser = argparse.ArgumentParser(prog="python -m budgetformer.experiments.study")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint folder, <name>/<version>")
+    parser.add_argument("--data", type=Path, required=True, help="folder it was trained on")
+    parser.add_argument("--limit", type=int, help="rows of either side, evenly chosen")
+    arguments = parser.parse_args()
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    recipe = Recipe(**checkpoint.manifest.recipe)
+    examples = read_examples(arguments.data / "train.parquet", list(checkpoint.manifest.labels))
+    _, rows = split_rows(len(examples), recipe.hold_out, recipe.seed)
+    held = examples.subset(rows).evenly(arguments.limit)
+    test = read_test(checkpoint, arguments.data / "test.parquet", arguments.limit)
+    lines = [
+        [name, *("" if math.isnan(x) else f"{x:.4f}" for x in row)]
+        for name, row in study(checkpoint, held, test).items()
+    ]
+    sys.stdout.write(markdown_table(["way", *(f"{cap:.0%}" for cap in CAPS)], lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How a pass multiplies: precisions of linear maps, and kernels between them."""

@@ -1,0 +1,60 @@
+"""What a pass does between its matrix products: plain torch on CPUs, Triton on GPUs."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from budgetformer.inference.backends.linear import Linear
+from budgetformer.inference.layout import Layout
+from budgetformer.model.modules import Embeddings, ExitHead
+
+
+class Kernels(Protocol):
+    """A module with these functions; `plain` says what they do."""
+
+    __name__: str
+
+    def bag(self, ids: Tensor, layout: Layout, by: ExitHead) -> Tensor:
+        """Put together what step 0 reads."""
+
+    def exit_evidence(self, exit_logits: Tensor, problem_type: str | None) -> Tensor:
+        """Summarise step-0 logits for f_o."""
+
+    def embed(
+        self, ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: torch.dtype
+    ) -> Tensor:
+        """Embed tokens."""
+
+    def attend(self, projected: Tensor, layout: Layout, heads: int) -> Tensor:
+        """Attend within each item."""
+
+    def add_norm(self, states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
+        """Normalise the sum of states and a change."""
+
+    def mean(self, states: Tensor, layout: Layout) -> Tensor:
+        """Average the states of each item."""
+
+    def classify(self, states: Tensor, layout: Layout, by: nn.Linear) -> Tensor:
+        """Map the mean of each item's states to logits."""
+
+
+class JoiningKernels(Kernels, Protocol):
+    """Kernels that can also take rows through two maps at once; so does `gpu`."""
+
+    def can_join(self, first: Linear, second: Linear | None, by: nn.LayerNorm) -> bool:
+        """Say whether these maps can be joined."""
+
+    def map_norm_map(
+        self,
+        inputs: Tensor,
+        first: Linear,
+        states: Tensor,
+        by: nn.LayerNorm,
+        second: Linear | None,
+        layout: Layout,
+        paired: bool = False,
+    ) -> Tensor:
+        """Map inputs, add them to the states, normalise these, and map what comes of it."""

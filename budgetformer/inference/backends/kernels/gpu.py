@@ -1,0 +1,308 @@
+"""The kernels in Triton, for GPUs: one launch each, whatever the number of items.
+
+They ask nothing of the host but upper bounds, so a CUDA graph can hold them: how many items there
+are and how long each is, they read on the device. Each equals its namesake in `plain`, by test.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from budgetformer.inference.backends.kernels.arrival import bag, exit_evidence, table_rows
+from budgetformer.inference.backends.kernels.joined import can_join, map_norm_map
+from budgetformer.inference.backends.kernels.tiles import dot_precision, tile_side
+from budgetformer.inference.layout import Layout
+from budgetformer.model.modules import Embeddings
+
+__all__ = ["add_norm", "attend", "bag", "can_join", "classify", "embed", "exit_evidence"]
+__all__ += ["map_norm_map", "mean"]
+
+ROWS = 64
+"""Queries and keys that one program of the attention takes at a time."""
+NORMED_ROWS, NORMED_WARPS = 2, 1
+"""Each warp sums rows of its own, and waits for no other."""
+POOLED_ROWS, POOLED_COLUMNS, POOLED_WARPS = 64, 32, 2
+CLASSIFIED_WARPS = 4
+LABELS = 8
+"""Classes whose weights a program holds at a time."""
+
+
+def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: torch.dtype) -> Tensor:
+    """Do as `plain.embed`; sums are float32."""
+    tokens, width = len(ids), by.word.embedding_dim
+    result = torch.empty(tokens, width, dtype=dtype, device=ids.device)
+    norm = by.norm if isinstance(by.norm, nn.LayerNorm) else None
+    if tokens:
+        _embed[(triton.cdiv(tokens, NORMED_ROWS),)](
+            ids,
+            kinds,
+            layout.positions,
+            by.word.weight,
+            by.segment.weight,
+            by.position.weight,
+            None if norm is None else norm.weight,
+            None if norm is None else norm.bias,
+            result,
+            tokens,
+            width,
+            0.0 if norm is None else norm.eps,
+            ROWS=NORMED_ROWS,
+            WIDTH=tile_side(width),
+            NORMED=norm is not None,
+            num_warps=NORMED_WARPS,
+        )
+    return result
+
+
+@triton.jit
+def _embed(
+    ids,
+    kinds,
+    positions,
+    words,
+    segments,
+    places,
+    weight,
+    bias,
+    result,
+    tokens,
+    width,
+    eps,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NORMED: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    state = table_rows(words, ids, row, tokens, column, width)
+    state += table_rows(segments, kinds, row, tokens, column, width)
+    state += table_rows(places, positions, row, tokens, column, width)
+    if NORMED:
+        state = _normed(state, weight, bias, column[None, :], width, eps)
+    place = row[:, None].to(tl.int64) * width + column[None, :]
+    there = (row < tokens)[:, None] & (column < width)[None, :]
+    tl.store(result + place, state.to(result.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _normed(state, weight, bias, column, width, eps):
+    """Normalise states [ROWS, WIDTH]."""
+    inside = column < width
+    centred = tl.where(inside, state - (tl.sum(state, 1) / width)[:, None], 0.0)
+    scaled = centred * tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)[:, None]
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    return scaled * scale + shift
+
+
+def attend(projected: Tensor, layout: Layout, heads: int) -> Tensor:
+    """Do as `plain.attend`; one program per head and `ROWS` rows, whoseever they are."""
+    tokens, width = projected.shape
+    size = width // (3 * heads)
+    contexts = projected.new_empty(tokens, heads * size)
+    if layout.tokens:
+        _attend[(triton.cdiv(layout.tokens, ROWS), heads)](
+            projected,
+            contexts,
+            layout.positions,
+            layout.ends,
+            layout.tokens,
+            math.log2(math.e) / math.sqrt(size),
+            heads,
+            size,
+            ROWS=ROWS,
+            SIDE=tile_side(size),
+            PRECISION=dot_precision(projected),
+        )
+    return contexts
+
+
+@triton.jit(do_not_specialize=["tokens", "heads"])
+def _attend(
+    projected,
+    contexts,
+    positions,
+    ends,
+    tokens,
+    scale,
+    heads,
+    size,
+    ROWS: tl.constexpr,
+    SIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    lead, head = tl.program_id(0) * ROWS, tl.program_id(1)
+    row = lead + tl.arange(0, ROWS)
+    end = tl.load(ends + row, mask=row < tokens, other=0).to(tl.int32)
+    start = row - tl.load(positions + row, mask=row < tokens, other=0).to(tl.int32)
+    asked = row < end
+    # Items lie in order: the first row's begins first, and the last row's ends last.
+    first = lead - tl.load(positions + lead).to(tl.int32)
+    last = tl.load(ends + tl.minimum(lead + ROWS, tokens) - 1).to(tl.int32)
+    side = tl.arange(0, SIDE)
+    inside = (side < size)[None, :]
+    stride = heads * 3 * size
+    own = projected + head * 3 * size + side[None, :]
+    place = own + row[:, None].to(tl.int64) * stride
+    query = tl.load(place, mask=asked[:, None] & inside, other=0.0)
+    # Running maximum, sum and mean of a softmax in base two over the keys so far. The maximum
+    # begins at a number, as a row may see none of the first keys.
+    most = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    context = tl.zeros([ROWS, SIDE], tl.float32)
+    for begin in range(first, last, ROWS):
+        other = begin + tl.arange(0, ROWS)
+        seen = (other < last)[:, None] & inside
+        place = own + other[:, None].to(tl.int64) * stride
+        key = tl.load(place + size, mask=seen, other=0.0)
+        value = tl.load(place + 2 * size, mask=seen, other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        mine = (start[:, None] <= other[None, :]) & (other[None, :] < end[:, None])
+        score = tl.where(mine, score, float("-inf"))
+        higher = tl.maximum(most, tl.max(score, 1))
+        weight = tl.exp2(score - higher[:, None])
+        kept = tl.exp2(most - higher)
+        total = total * kept + tl.sum(weight, 1)
+        added = tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+        context = context * kept[:, None] + added
+        most = higher
+    place = contexts + row[:, None].to(tl.int64) * (heads * size) + head * size + side[None, :]
+    # A row that is some item's has a total of 1 or more.
+    result = (context / tl.maximum(total, 1.0)[:, None]).to(contexts.dtype.element_ty)
+    tl.store(place, result, mask=asked[:, None] & inside)
+
+
+def add_norm(states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
+    """Do as `plain.add_norm`; sums are float32, the result is as the states."""
+    tokens, width = states.shape
+    result = torch.empty_like(states)
+    if tokens:
+        _add_norm[(triton.cdiv(tokens, NORMED_ROWS),)](
+            states,
+            change,
+            by.weight,
+            by.bias,
+            result,
+            tokens,
+            width,
+            by.eps,
+            ROWS=NORMED_ROWS,
+            WIDTH=tile_side(width),
+            num_warps=NORMED_WARPS,
+        )
+    return result
+
+
+@triton.jit
+def _add_norm(
+    states,
+    change,
+    weight,
+    bias,
+    result,
+    tokens,
+    width,
+    eps,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = column < width
+    there = (row < tokens)[:, None] & inside
+    place = row[:, None].to(tl.int64) * width + column
+    state = tl.load(states + place, mask=there, other=0.0).to(tl.float32)
+    state += tl.load(change + place, mask=there, other=0.0).to(tl.float32)
+    state = _normed(state, weight, bias, column, width, eps)
+    tl.store(result + place, state.to(result.dtype.element_ty), mask=there)
+
+
+def mean(states: Tensor, layout: Layout) -> Tensor:
+    """Do as `plain.mean`; an item is summed in the same order whatever its batch."""
+    width = states.shape[-1]
+    result = states.new_empty(layout.items, width, dtype=torch.float32)
+    grid = (layout.items, triton.cdiv(width, POOLED_COLUMNS))
+    if math.prod(grid):
+        _mean[grid](
+            states,
+            result,
+            layout.starts,
+            width,
+            ROWS=POOLED_ROWS,
+            COLUMNS=POOLED_COLUMNS,
+            num_warps=POOLED_WARPS,
+        )
+    return result
+
+
+@triton.jit
+def _mean(states, result, starts, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    item = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mean = _averaged(states, starts, item, column, width, ROWS, COLUMNS)
+    tl.store(result + item.to(tl.int64) * width + column, mean, mask=column < width)
+
+
+@triton.jit
+def _averaged(states, starts, item, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the mean of an item's states in some columns, [COLUMNS] in float32."""
+    start, stop = tl.load(starts + item), tl.load(starts + item + 1)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for begin in range(start, stop, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        seen = (row < stop)[:, None] & (column < width)[None, :]
+        place = row[:, None].to(tl.int64) * width + column[None, :]
+        total += tl.sum(tl.load(states + place, mask=seen, other=0.0).to(tl.float32), 0)
+    return total / tl.maximum(stop - start, 1)
+
+
+def classify(states: Tensor, layout: Layout, by: nn.Linear) -> Tensor:
+    """Do as `plain.classify`; an item is summed in the same order whatever its batch."""
+    width, labels = by.in_features, by.out_features
+    result = states.new_empty(layout.items, labels, dtype=torch.float32)
+    if layout.items:
+        _classify[(layout.items,)](
+            states,
+            layout.starts,
+            by.weight,
+            by.bias,
+            result,
+            width,
+            labels,
+            ROWS=POOLED_ROWS,
+            WIDTH=tile_side(width),
+            LABELS=LABELS,
+            num_warps=CLASSIFIED_WARPS,
+        )
+    return result
+
+
+@triton.jit
+def _classify(
+    states,
+    starts,
+    weight,
+    bias,
+    result,
+    width,
+    labels,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LABELS: tl.constexpr,
+):
+    item = tl.program_id(0)
+    column = tl.arange(0, WIDTH)
+    mean = _averaged(states, starts, item, column, width, ROWS, WIDTH)[None, :]
+    for begin in range(0, labels, LABELS):
+        label = begin + tl.arange(0, LABELS)
+        there = label < labels
+        place = weight + label[:, None] * width + column[None, :]
+        known = there[:, None] & (column < width)[None, :]
+        own = tl.load(place, mask=known, other=0.0).to(tl.float32)
+        logit = tl.sum(own * mean, 1) + tl.load(bias + label, mask=there, other=0.0).to(tl.float32)
+        tl.store(result + item.to(tl.int64) * labels + label, logit, mask=there)

@@ -1,0 +1,151 @@
+"""The reference of every kernel, in plain torch: what CPUs run."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from budgetformer.inference.backends.linear import Linear
+from budgetformer.inference.layout import Layout
+from budgetformer.model.modules import Embeddings, ExitHead, exit_evidence
+
+__all__ = ["add", "add_norm", "attend", "bag", "classify", "embed", "exit_evidence"]
+__all__ += ["map_norm_map", "mean", "norm"]
+
+
+def bag(ids: Tensor, layout: Layout, by: ExitHead) -> Tensor:
+    """Put together what step 0 reads.
+
+    Args:
+        ids: of tokens [N].
+        layout: where the items are.
+        by: whose table's rows are summed, of tokens and of neighbours.
+
+    Returns:
+        Bags [B, R], as `ExitHead.logits` reads them.
+    """
+    rows, counts = ids.long(), layout.counts
+    owner = None if layout.alone else layout.owner
+    if by.buckets and len(rows):
+        rows = torch.cat([rows, by.neighbours(rows)])
+        counts = 2 * counts - 1
+        if owner is not None:
+            together = owner[:-1] == owner[1:]
+            owner = torch.cat([owner, torch.where(together, owner[:-1], layout.items)])
+    added = F.embedding(rows, by.weight.weight).to(by.bias.dtype)
+    if owner is None:
+        total = added.sum(0, keepdim=True)
+    else:
+        # One row more: for what belongs to no item.
+        total = added.new_zeros(layout.items + 1, added.shape[1])
+        total = total.index_add_(0, owner, added)[:-1]
+    return total / counts.sqrt()
+
+
+def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: torch.dtype) -> Tensor:
+    """Embed tokens.
+
+    Args:
+        ids, kinds: of tokens and their segments, [N] each.
+        layout: where the items are.
+        by: the tables, and the norm of post-norm encoders.
+        dtype: of the result.
+
+    Returns:
+        States [N, D].
+    """
+    # Not through the modules: their calls take as long as the rows of a short text.
+    states = by.word.weight.index_select(0, ids)
+    states = states.to(by.states_dtype or states.dtype)
+    states += by.segment.weight.index_select(0, kinds)
+    states += by.position.weight.index_select(0, layout.positions)
+    if isinstance(by.norm, nn.LayerNorm):
+        states = norm(states, by.norm)
+    return states.to(dtype)
+
+
+def attend(projected: Tensor, layout: Layout, heads: int) -> Tensor:
+    """Attend within each item of a packed batch.
+
+    Args:
+        projected: queries, keys and values, interleaved by head, [N, k * 3 * D/H].
+        layout: where the items are; spare rows come back as they will.
+        heads: k.
+
+    Returns:
+        Contexts [N, k * D/H].
+    """
+    tokens, width = projected.shape
+    size = width // (3 * heads)
+    per_head = projected.view(1, tokens, heads, 3, size).permute(3, 0, 2, 1, 4)
+    if layout.alone and layout.tokens == tokens > 0:
+        return _attend_one(per_head).reshape(tokens, heads * size)
+    *items, spare = per_head.split([*layout.lengths, tokens - layout.tokens], dim=3)
+    contexts = [_attend_one(item) for item in items if item.shape[3]]
+    if spare.shape[3] or not contexts:
+        contexts.append(torch.zeros_like(spare[0]).transpose(1, 2))
+    return torch.cat(contexts, dim=1).reshape(tokens, heads * size)
+
+
+def _attend_one(per_head: Tensor) -> Tensor:
+    """Attend within one item: [3, 1, k, T, D/H] to [1, T, k, D/H]."""
+    query, key, value = per_head.unbind(0)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def add(states: Tensor, change: Tensor) -> Tensor:
+    """Add states and a change [N, D] in place of the change, which nobody else holds.
+
+    The change is converted first: a mixed sum is slow.
+    """
+    if change.dtype != states.dtype:
+        change = change.to(states.dtype)
+    return change.add_(states)
+
+
+def norm(states: Tensor, by: nn.LayerNorm) -> Tensor:
+    """Normalise each of the states [N, D]."""
+    # Not through the module: its call takes as long as the norm of a short text.
+    weight = by.weight
+    if states.dtype != weight.dtype:
+        states = states.to(weight.dtype)
+    return torch.layer_norm(states, by.normalized_shape, weight, by.bias, by.eps)
+
+
+def add_norm(states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
+    """Normalise the sum of states and a change, [N, D] each."""
+    return norm(add(states, change), by)
+
+
+def map_norm_map(
+    inputs: Tensor, first: Linear, states: Tensor, by: nn.LayerNorm, second: Linear | None
+) -> Tensor:
+    """Map inputs, add them to the states, normalise these, and map what comes of it.
+
+    Args:
+        inputs: [N, K], which `first` maps to [N, D].
+        states: [N, D], which become the normalised ones.
+        by: the norm of the sum.
+        second: maps the normalised states; None: nothing does.
+
+    Returns:
+        What `second` made of the normalised states, [N, M].
+    """
+    states.copy_(add_norm(states, first(inputs), by))
+    return states.new_empty(len(states), 0) if second is None else second(states)
+
+
+def mean(states: Tensor, layout: Layout) -> Tensor:
+    """Average the states [N, D] of each item, [B, D] in float32; no token at all gives zeros."""
+    states = states[: layout.tokens].float()
+    if layout.alone:
+        return states.sum(0, keepdim=True) / max(layout.tokens, 1)
+    total = states.new_zeros(layout.items, states.shape[-1])
+    return total.index_add_(0, layout.owner, states) / layout.counts
+
+
+def classify(states: Tensor, layout: Layout, by: nn.Linear) -> Tensor:
+    """Map the mean of each item's states [N, D] to logits [B, C] in float32."""
+    logits: Tensor = by(mean(states, layout))
+    return logits

@@ -1,0 +1,171 @@
+"""Choose the precision in which a network's pass multiplies on this machine.
+
+`auto` chooses by what is known before anything runs: the device, the processor's instructions, the
+number of weights, and whether the checkpoint has ranges of states. The same checkpoint on the same
+machine thus gets the same precision, and the same text the same answer, after every start.
+`fastest` times the pass in every precision instead, which may choose differently at another start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+
+from budgetformer.cost.macs import Sizes
+from budgetformer.inference.backends.linear import (
+    PRECISIONS,
+    can_multiply_bfloat16,
+    can_multiply_int8,
+    has_amx,
+    lay_out,
+)
+from budgetformer.inference.packed import PackedPass, PackedTokens
+from budgetformer.inference.precision import Precision
+from budgetformer.inference.ranges import LayerRanges
+from budgetformer.model.modules import SequenceClassifier
+
+BATCHES = ((40,), (40,) * 8)
+"""Tokens of the items that are timed: a lone text, and a small batch."""
+ROUNDS = 5
+GAIN = 1.2
+"""A lower precision must be so many times as fast as float32, or it is not worth its error."""
+MIN_WEIGHTS = 2**20
+"""An encoder with fewer weights gains nothing: its time is that of the calls."""
+
+
+def make_pass(
+    model: SequenceClassifier,
+    precision: str,
+    ranges: Sequence[LayerRanges] = (),
+    timed: bool = False,
+) -> PackedPass:
+    """Return the pass of a network in one precision, on the device of its weights.
+
+    Args:
+        model: the network.
+        precision: of its products.
+        ranges: of its states, which int8 needs.
+        timed: on a GPU, time the variants of the kernels instead of choosing them by size.
+    """
+    if precision == "int8":
+        sizes = Sizes.of(model.config)
+        alike = sizes.picks_heads or sizes.layerwise
+        own = [lay_out(precision, of_layer, alike) for of_layer in ranges]
+        return PackedPass(model, precision, lay_outs=own)
+    if model.where.type != "cuda":
+        return PackedPass(model, precision)
+    from budgetformer.inference.backends.kernels import gpu
+    from budgetformer.inference.graphs import GraphedPass
+
+    return GraphedPass(model, precision, gpu, timed)
+
+
+def load_pass(
+    model: SequenceClassifier, precision: str = "float32", ranges: Sequence[LayerRanges] = ()
+) -> PackedPass:
+    """Return the compact pass over the weights of `model`.
+
+    Args:
+        model: the network.
+        precision: of its matrix products: one of `PRECISIONS`; "auto", chosen by capability (see
+            `choose_precision`); or "fastest", chosen by timing.
+        ranges: of each layer's states (`measure_ranges`); without them there is no int8.
+
+    Raises:
+        ValueError: there is no such precision, or not here.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(
+            f"unknown precision {precision!r}; there are: auto, fastest, {', '.join(PRECISIONS)}"
+        )
+    if precision == "auto":
+        return auto_pass(model, ranges)
+    if precision == "fastest":
+        return fastest_pass(model, ranges)
+    if precision == "int8" and not ranges:
+        raise ValueError("int8 needs ranges of states, which `budgetformer calibrate` measures")
+    if precision == "int8" and not can_multiply_int8(model.where):
+        raise ValueError("int8 is for x86 processors with AVX2")
+    return make_pass(model, precision, ranges)
+
+
+def choose_precision(device: torch.device, weights: int, ranges: bool) -> tuple[str, str]:
+    """Return the precision that `auto` stands for, and the reason in words.
+
+    Args:
+        device: where the network is.
+        weights: how many weights its encoder has.
+        ranges: whether the ranges of its states are known.
+    """
+    if weights < MIN_WEIGHTS:
+        return "float32", f"the encoder has fewer than {MIN_WEIGHTS:,} weights"
+    if device.type == "cuda":
+        has = can_multiply_bfloat16(device)
+        return ("bfloat16" if has else "float32"), f"the GPU has {'' if has else 'no '}bfloat16"
+    if has_amx():
+        return "bfloat16", "the processor has AMX"
+    if not can_multiply_int8(device):
+        return "float32", "the processor has neither AMX nor AVX2"
+    if not ranges:
+        return "float32", "the checkpoint has no ranges of states for int8"
+    return "int8", "the checkpoint has ranges of states, and the processor AVX2 without AMX"
+
+
+def auto_pass(model: SequenceClassifier, ranges: Sequence[LayerRanges]) -> PackedPass:
+    """Return the pass in the precision that capability says, as `choose_precision` does."""
+    precision, reason = choose_precision(model.where, _weights(model), bool(ranges))
+    chosen = make_pass(model, precision, ranges)
+    chosen.precision_reason = reason
+    return chosen
+
+
+def fastest_pass(model: SequenceClassifier, ranges: Sequence[LayerRanges]) -> PackedPass:
+    """Time the pass in each precision on made-up texts at the middle step, and return the best.
+
+    A few seconds, for a small encoder on a CPU.
+    """
+    precisions = ["float32"]
+    if _weights(model) >= MIN_WEIGHTS:
+        if can_multiply_bfloat16(model.where):
+            precisions.append("bfloat16")
+        if ranges and can_multiply_int8(model.where):
+            precisions.append("int8")
+    candidates = [make_pass(model, precision, ranges, timed=True) for precision in precisions]
+    if len(candidates) == 1:
+        chosen, reason = candidates[0], "no other precision comes into question"
+    else:
+        seconds = _time(candidates)
+        best, least = min(zip(candidates, seconds, strict=True), key=lambda pair: pair[1])
+        chosen = best if seconds[0] / least >= GAIN else candidates[0]
+        times = zip(precisions, seconds, strict=True)
+        reason = "timed: " + ", ".join(f"{name} {1000 * own:.1f} ms" for name, own in times)
+        chosen.forget()
+    chosen.precision_reason = reason
+    return chosen
+
+
+def _weights(model: SequenceClassifier) -> int:
+    return sum(p.numel() for p in model.encoder.layers.parameters())
+
+
+def _time(passes: list[PackedPass]) -> list[float]:
+    taken: list[list[float]] = [[] for _ in passes]
+    for turn in range(ROUNDS + 1):
+        for network, own in zip(passes, taken, strict=True):
+            started = time.perf_counter()
+            for lengths in BATCHES:
+                _run(network, lengths)
+            if turn:  # the first round lays out weights and compiles
+                own.append(time.perf_counter() - started)
+    return [min(own) for own in taken]  # what else runs here only ever adds
+
+
+def _run(network: PackedPass, lengths: tuple[int, ...]) -> None:
+    most = network.config.max_position_embeddings
+    tokens = PackedTokens.filler([min(length, most) for length in lengths])
+    network.run_at((network.config.num_steps + 1) // 2, tokens)
+    if network.device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,557 @@
+"""The compact pass: packed tokens, and of each layer the heads that are kept.
+
+Items of one batch lie one after another, N tokens in all, so no padding is ever multiplied. With
+ranked heads the items of one step keep the same heads, and a layer is one pass over the rows and
+columns of its weights that belong to them. Where items keep different heads, a few sets are run one
+after the other and many are routed (`budgetformer.inference.routed`).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from itertools import accumulate
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from budgetformer.cost.macs import Sizes
+from budgetformer.inference.backends.kernels import Kernels, plain
+from budgetformer.inference.backends.linear import LayOut, lay_out, padded_rows
+from budgetformer.inference.layout import Layout
+from budgetformer.inference.routed import RoutedLayer, Routing
+from budgetformer.inference.shared import SharedTensors
+from budgetformer.inference.weights import HeadSet, SliceCache
+from budgetformer.model.modules import (
+    EncoderLayer,
+    ExitHead,
+    SequenceClassifier,
+    budget_step,
+    fuse,
+)
+from budgetformer.model.tfidf import StepZero
+
+MOST_SETS = 2
+"""Up to so many sets of heads in a layer are run one after the other; more are routed."""
+
+CPU_ROWS, CPU_ROUTED_ROWS = 512, 2048
+"""Tokens that are passed together on a CPU: more stay in no cache, and gain no speed.
+
+Routed among heads it takes more of them to fill a product.
+"""
+GPU_ROWS = 16384
+"""On a GPU, which is full long before."""
+
+ARRIVAL = 0
+"""In place of a step: what is decided before any."""
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Token and segment ids of B items, one after another: [N] each, with their `lengths`."""
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    lengths: tuple[int, ...]
+
+    def part(self, start: int, stop: int) -> PackedTokens:
+        """Return the items from `start` to `stop`, not included."""
+        if stop - start == len(self.lengths):
+            return self
+        ends = [0, *accumulate(self.lengths)]
+        rows = slice(ends[start], ends[stop])
+        return PackedTokens(
+            self.input_ids[rows], self.token_type_ids[rows], self.lengths[start:stop]
+        )
+
+    @classmethod
+    def pack(
+        cls, items: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None
+    ) -> PackedTokens:
+        """Pack the ids of some items; `segments` None means segment 0 throughout."""
+        ids = _flat(items)
+        kinds = torch.zeros_like(ids) if segments is None else _flat(segments)
+        return cls(ids, kinds, tuple(map(len, items)))
+
+    @classmethod
+    def filler(cls, lengths: Sequence[int]) -> PackedTokens:
+        """Return items of these lengths that say nothing, to time or to warm a pass."""
+        ids = torch.zeros(sum(lengths), dtype=torch.long)
+        return cls(ids, ids, tuple(lengths))
+
+    def to(self, device: torch.device) -> PackedTokens:
+        """Return the same tokens on `device`."""
+        if self.input_ids.device == device:
+            return self
+        return PackedTokens(self.input_ids.to(device), self.token_type_ids.to(device), self.lengths)
+
+
+def _flat(items: Sequence[Sequence[int]]) -> Tensor:
+    """Put numbers of 32 bits one after the other; arrays of them are copied whole."""
+    numbers = array("i")
+    for item in items:
+        numbers.extend(item)
+    return torch.frombuffer(numbers, dtype=torch.int32).long() if numbers else torch.empty(0).long()
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What is known of B items before the encoder runs.
+
+    budget: f_o's s [B]; None when the layers decide for themselves.
+    exit_logits: step 0's answer [B, C]; None without a step 0.
+    ranking: g_d's heads of each layer, best first [B, L, H]; None when ranked or layer-wise.
+    """
+
+    budget: Tensor | None
+    exit_logits: Tensor | None
+    ranking: Tensor | None
+
+    @classmethod
+    def join(cls, parts: Sequence[Arrival]) -> Arrival:
+        """Put what is known of several batches one after the other."""
+
+        def together(values: list[Tensor | None]) -> Tensor | None:
+            known = [value for value in values if value is not None]
+            return torch.cat(known) if known else None
+
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            together([part.budget for part in parts]),
+            together([part.exit_logits for part in parts]),
+            together([part.ranking for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Logits [B, C], and for each item the heads that were computed in each layer."""
+
+    logits: Tensor
+    heads: list[list[HeadSet]]
+
+    @classmethod
+    def join(cls, parts: Sequence[PassResult]) -> PassResult:
+        """Put the results of several passes one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            torch.cat([part.logits for part in parts]), [h for part in parts for h in part.heads]
+        )
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def inferring(method: Callable[P, R]) -> Callable[P, R]:
+    """Run a method without gradients, and ask no operand whether it overrides torch's functions.
+
+    Asked that, packed weights throw and catch an exception at every product, and parameters look
+    for an attribute that they lack: for the rows of a short text that takes as long as the product.
+    """
+
+    @wraps(method)
+    def run(*given: P.args, **named: P.kwargs) -> R:
+        with torch.inference_mode(), torch._C.DisableTorchFunctionSubclass():
+            return method(*given, **named)
+
+    return run
+
+
+class PackedPass:
+    """Run a BudgetFormer over packed tokens, computing the chosen heads only.
+
+    Args:
+        model: the network; in float32 its weights are shared, not copied.
+        precision: of the matrix products, one of `PRECISIONS`.
+        kernels: what else a layer does.
+        lay_outs: how each layer's maps multiply, where the precision alone does not say.
+    """
+
+    def __init__(
+        self,
+        model: SequenceClassifier,
+        precision: str = "float32",
+        kernels: Kernels = plain,
+        lay_outs: Sequence[LayOut] = (),
+    ) -> None:
+        self.model = model.eval()
+        self.config = model.config
+        self.encoder = model.encoder
+        self.precision = precision
+        self.precision_reason = "as configured"
+        # Plain values of our own: to read a Transformers configuration takes microseconds.
+        self.sizes = Sizes.of(self.config)
+        self._layers = self.encoder.encoder_layers
+        self._post = self.config.norm_position == "post"
+        self._mean = self.config.pooling == "mean"
+        self._most_tokens = self.config.max_position_embeddings
+        self.kernels = kernels
+        self._first: list[HeadSet] = [tuple(range(k)) for k in range(self.sizes.heads + 1)]
+        self._plans: dict[int, list[int]] = {}
+        self.step0 = model.step0_with_numpy()
+        self._shared: SharedTensors | None = None
+        with torch.no_grad():
+            own = lay_outs or [lay_out(precision)] * len(self._layers)
+            self._slices = SliceCache(self._layers, self.sizes, precision, own)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.where
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights, and of what is laid out of them by now."""
+        tensors = (*self.model.parameters(), *self.model.buffers(), *self._slices.weights)
+        held = [tensor.untyped_storage() for tensor in tensors]
+        weights = {storage.data_ptr(): storage.nbytes() for storage in held}
+        return sum(weights.values()) + self._slices.nbytes
+
+    def take_over(self) -> None:
+        """Let the layers' own matrices go, of which the pass keeps what it reads.
+
+        The model cannot run by itself any more.
+        """
+        for layer in self._layers:
+            for module in (*layer.attention.modules(), *layer.feed_forward.modules()):
+                if isinstance(module, nn.Linear):
+                    empty = module.weight.new_empty(0)
+                    module.weight = nn.Parameter(empty, requires_grad=False)
+
+    def forget(self) -> None:
+        """Let go of what is laid out for some steps, until they are asked for again."""
+        self._slices.forget()
+
+    def share(self, link: Path) -> None:
+        """Hold the weights once with all processes that name the same link.
+
+        Args:
+            link: see `SharedTensors`.
+
+        Raises:
+            OSError: they cannot be shared, and everything stays as it is.
+        """
+        self._shared = SharedTensors(link)
+        tables = [p for p in self.model.parameters() if p.dim() == 2 and p.is_contiguous()]
+        held = (*tables, *self.model.buffers(), *self._slices.weights)
+        self._shared.hold([tensor for tensor in held if tensor.numel()])
+        self.step0 = self.model.step0_with_numpy()
+        self.forget()
+
+    def forget_shared(self) -> None:
+        """Let no further process share the weights; this one keeps them until it lets them go."""
+        if self._shared is not None:
+            self._shared.forget()
+
+    @inferring
+    def warm(self, steps: Sequence[int]) -> None:
+        """Lay out the weights of some ladder steps, and compile what is compiled on first use.
+
+        In bfloat16 on a CPU that is every product, for every number of rows (see `padded_rows`).
+        """
+        for step in steps:
+            self.run_at(step, PackedTokens.filler([min(self._most_tokens, 32)]))
+        if self.precision == "bfloat16" and self.device.type == "cpu":
+            sizes = sorted({padded_rows(rows) for rows in range(CPU_ROWS + 1)})
+            kept = {k: i for s in steps for i, k in enumerate(self._plan(s)) if k}
+            for heads, index in kept.items():
+                self._slices.get(index, self._first[heads]).warm(sizes, self.sizes)
+
+    @inferring
+    def arrive(self, tokens: PackedTokens, whole: PackedTokens | None = None) -> Arrival:
+        """Decide budgets and heads for B items before the encoder runs.
+
+        Step 0 and pooled embeddings are all that this needs.
+
+        Args:
+            tokens: the items, as the encoder reads them.
+            whole: the same items as a TF-IDF step 0 reads them; None: it reads the same tokens.
+        """
+        parts = self._parts(tokens.lengths)
+        if self.step0 is not None:
+            places, read = [(p.start, p.stop) for p in parts], whole or tokens
+            return Arrival.join(
+                [
+                    self._decide_with_numpy(self.step0, tokens.part(*p), read.part(*p))
+                    for p in places
+                ]
+            )
+        return Arrival.join([self._arrive(tokens.part(p.start, p.stop)) for p in parts])
+
+    def _arrive(self, tokens: PackedTokens) -> Arrival:
+        return self._decide(tokens.to(self.device), self._layout(tokens))
+
+    def _decide_with_numpy(
+        self, step0: StepZero, tokens: PackedTokens, read: PackedTokens
+    ) -> Arrival:
+        """Decide on the host, where the tokens are; g_d's order of heads needs the embeddings.
+
+        Step 0 reads `read`, the encoder `tokens`.
+        """
+        ids, segments = (t.numpy() for t in (read.input_ids, read.token_type_ids))
+        exit_logits, s = step0.decide(ids, segments, read.lengths)
+        decision, ranking = self.encoder.decision, None
+        if decision is not None and decision.scorer is not None:
+            layout = self._layout(tokens)
+            pooled = self.kernels.mean(self._embed(tokens.to(self.device), layout), layout)
+            ranking = decision.scorer(pooled).argsort(dim=-1, descending=True, stable=True)
+        return Arrival(torch.from_numpy(s), torch.from_numpy(exit_logits), ranking)
+
+    def _decide(self, tokens: PackedTokens, layout: Layout) -> Arrival:
+        exit_logits = evidence = None
+        if isinstance(self.model.exit_head, ExitHead):
+            bag = self.kernels.bag(tokens.input_ids, layout, self.model.exit_head)
+            exit_logits = self.model.exit_head.logits(bag)
+            evidence = self.kernels.exit_evidence(exit_logits, self.config.problem_type)
+        decision = self.encoder.decision
+        if decision is None:
+            return Arrival(None, exit_logits, None)
+        pooled = self.kernels.mean(self._embed(tokens, layout), layout)
+        ranking = None
+        if decision.scorer is not None:
+            ranking = decision.scorer(pooled).argsort(dim=-1, descending=True, stable=True)
+        return Arrival(decision.budget(pooled, evidence), exit_logits, ranking)
+
+    @inferring
+    def run(
+        self,
+        tokens: PackedTokens,
+        steps: Sequence[int] | None = None,
+        exit_logits: Tensor | None = None,
+        ranking: Tensor | None = None,
+        ceilings: Sequence[int] | None = None,
+        fused: bool = True,
+    ) -> PassResult:
+        """Run the encoder over B items.
+
+        Args:
+            tokens: the items.
+            steps: ladder step >= 1 of each item; None lets each layer decide (scope "layer").
+            exit_logits: the items' `Arrival.exit_logits` [B, C].
+            ranking: the items' `Arrival.ranking` [B, L, H].
+            ceilings: highest step of each item where the layers decide; None: the ladder's last.
+            fused: combine the encoder's logits with step 0's, as the configuration weighs them;
+                False: return the encoder's alone, which calibration fits those weights on.
+
+        Raises:
+            ValueError: steps are missing (scope "input") or not on the ladder.
+        """
+        if steps is None and not self.sizes.layerwise:
+            raise ValueError("a budget is decided before the pass: give the steps")
+        if steps is not None and 0 in steps and self.model.exit_head is not None:
+            raise ValueError("step 0 answers on arrival, it has no pass")
+        if not self.sizes.layerwise and self.sizes.picks_heads and ranking is None:
+            raise ValueError("heads are chosen before the pass: give the ranking")
+
+        def run_part(part: slice) -> PassResult:
+            return self._run(
+                tokens.part(part.start, part.stop),
+                None if steps is None else steps[part],
+                None if exit_logits is None else exit_logits[part],
+                None if ranking is None else ranking[part],
+                None if ceilings is None else ceilings[part],
+                fused,
+            )
+
+        return PassResult.join([run_part(part) for part in self._parts(tokens.lengths)])
+
+    def run_at(self, step: int, tokens: PackedTokens) -> PassResult:
+        """Run all items at one step, with the heads that g_d ranks first; step 0 has no say."""
+        ranking = self.arrive(tokens).ranking if self.sizes.picks_heads else None
+        return self.run(tokens, [step] * len(tokens.lengths), ranking=ranking)
+
+    def recorded(
+        self,
+        step: int,  # noqa: ARG002
+        tokens: PackedTokens,  # noqa: ARG002
+    ) -> Callable[[], None] | None:
+        """Return what runs items once more that lie on the device already, to time the device.
+
+        None: a pass like this one is launched from the host.
+        """
+        return None
+
+    @property
+    def _most_rows(self) -> int:
+        """Tokens that are passed together."""
+        if self.device.type != "cpu":
+            return GPU_ROWS
+        return CPU_ROUTED_ROWS if self.sizes.picks_heads else CPU_ROWS
+
+    def _parts(self, lengths: Sequence[int]) -> list[slice]:
+        """Cut a batch into runs of items that are passed together; a long one goes alone."""
+        most = self._most_rows
+        if sum(lengths) <= most:
+            return [slice(0, len(lengths))]
+        parts, start, rows = [], 0, 0
+        for item, length in enumerate(lengths):
+            if item > start and rows + length > most:
+                parts.append(slice(start, item))
+                start, rows = item, 0
+            rows += length
+        return [*parts, slice(start, len(lengths))]
+
+    def _run(
+        self,
+        tokens: PackedTokens,
+        steps: Sequence[int] | None,
+        exit_logits: Tensor | None,
+        ranking: Tensor | None,
+        ceilings: Sequence[int] | None,
+        fused: bool,
+    ) -> PassResult:
+        tokens = tokens.to(self.device)
+        plans = None if steps is None else [self._plan(step) for step in steps]
+        order: list[list[HeadSet]] | None = None if ranking is None else ranking.tolist()
+        layout = self._layout(tokens)
+        states = self._embed(tokens, layout)
+        if self.precision == "bfloat16":
+            spare = padded_rows(len(states)) - len(states)
+            states = F.pad(states, (0, 0, 0, spare))
+        heads: list[list[HeadSet]] = [[] for _ in tokens.lengths]
+        for index, layer in enumerate(self._layers):
+            counts = None if plans is None else [plan[index] for plan in plans]
+            best = None if order is None else [of_item[index] for of_item in order]
+            if layer.decision is not None:
+                pooled = self.kernels.mean(states, layout)
+                if counts is None:
+                    counts = self._own_counts(layer, index, pooled, ceilings)
+                best = self._own_order(layer, pooled)
+            assert counts is not None
+            sets = self._head_sets(counts, best)
+            for item, head_set in zip(heads, sets, strict=True):
+                item.append(head_set)
+            states = self._run_layer(index, states, layout, sets)
+        logits = self._classify(states, layout)
+        if fused and steps is not None:
+            if exit_logits is not None:
+                exit_logits = exit_logits.to(self.device)
+            by_step = list(zip(self.config.encoder_weights, self.config.exit_weights, strict=True))
+            weights = logits.new_tensor([by_step[step - 1] for step in steps])
+            logits = fuse(logits, exit_logits, weights[:, :1], weights[:, 1:])
+        return PassResult(logits, heads)
+
+    def _plan(self, step: int) -> list[int]:
+        if step not in self._plans:
+            self._plans[step] = self.config.heads_per_layer(step)
+        return self._plans[step]
+
+    def _layout(self, tokens: PackedTokens) -> Layout:
+        layout = Layout(tokens.lengths, self.device)
+        if layout.longest > self._most_tokens:
+            raise ValueError(f"{layout.longest} tokens, but only {self._most_tokens} positions")
+        return layout
+
+    def _embed(self, tokens: PackedTokens, layout: Layout) -> Tensor:
+        ids, kinds, by = tokens.input_ids, tokens.token_type_ids, self.encoder.embeddings
+        return self.kernels.embed(ids, kinds, layout, by, torch.float32)
+
+    def _classify(self, states: Tensor, layout: Layout) -> Tensor:
+        if not self._post:
+            states = self.encoder.final_norm(states.float())
+        if self._mean and self.model.head is None:
+            return self.kernels.classify(states, layout, self.model.classifier)
+        if self._mean:
+            return self.model.classify(self.kernels.mean(states, layout))
+        if not len(states):
+            states = states.new_zeros(1, self.sizes.width)
+        first = states[layout.starts[:-1].clamp(max=len(states) - 1)]
+        return self.model.classify(torch.where(layout.empty, 0, first.float()))
+
+    def _own_counts(
+        self, layer: EncoderLayer, index: int, pooled: Tensor, ceilings: Sequence[int] | None
+    ) -> list[int]:
+        """Let a layer's own f_o say how many heads each item keeps in it."""
+        assert layer.decision is not None
+        steps = budget_step(layer.decision.budget(pooled), self.config.num_steps)
+        if ceilings is not None:
+            steps = torch.minimum(steps, torch.tensor(ceilings, device=steps.device))
+        return [self._plan(step)[index] for step in steps.tolist()]
+
+    def _own_order(self, layer: EncoderLayer, pooled: Tensor) -> list[HeadSet] | None:
+        """Let a layer's own g_d order its heads for each item, best first."""
+        assert layer.decision is not None
+        if layer.decision.scorer is None:
+            return None
+        scores = layer.decision.scorer(pooled)[:, 0]
+        order: list[HeadSet] = scores.argsort(dim=-1, descending=True, stable=True).tolist()
+        return order
+
+    def _head_sets(self, counts: list[int], order: list[HeadSet] | None) -> list[HeadSet]:
+        if order is None:
+            return [self._first[count] for count in counts]
+        return [tuple(sorted(best[:count])) for count, best in zip(counts, order, strict=True)]
+
+    def _run_layer(
+        self,
+        index: int,
+        states: Tensor,
+        layout: Layout,
+        sets: Sequence[HeadSet],
+    ) -> Tensor:
+        groups: dict[HeadSet, list[int]] = {}
+        for item, head_set in enumerate(sets):
+            groups.setdefault(head_set, []).append(item)
+        if not layout.tokens:
+            return states
+        if len(groups) == 1:
+            (head_set,) = groups
+            return self._run_set(index, states, layout, head_set)
+        spare_rows = len(states) - layout.tokens
+        if len(groups) > MOST_SETS:
+            routing = Routing.of(sets, layout, self.sizes.heads, spare_rows)
+            return self._run_routed(index, states, routing)
+        *parts, spare = states.split([*layout.lengths, spare_rows])
+        for head_set, items in groups.items():
+            group = layout.select(items)
+            packed = torch.cat([parts[i] for i in items])
+            result = self._run_set(index, packed, group, head_set)
+            for item, part in zip(items, result.split(list(group.lengths)), strict=True):
+                parts[item] = part
+        return torch.cat([*parts, spare])
+
+    def _run_set(self, index: int, states: Tensor, layout: Layout, head_set: HeadSet) -> Tensor:
+        """Run items that all keep the same heads."""
+        if not head_set:
+            return states
+        kept = self._slices.get(index, head_set)
+
+        def attention(x: Tensor) -> Tensor:
+            return kept.output(self.kernels.attend(kept.qkv(x), layout, kept.heads))
+
+        layer = self._layers[index]
+        first, second = layer.attention_norm, layer.feed_forward_norm
+        if self._post:
+            mixed = self.kernels.add_norm(states, attention(states), first)
+            return self.kernels.add_norm(mixed, kept.down(kept.up(mixed)), second)
+        mixed = plain.add(states, attention(plain.norm(states, first)))
+        return plain.add(mixed, kept.down(kept.up(plain.norm(mixed, second))))
+
+    def _run_routed(self, index: int, states: Tensor, routing: Routing) -> Tensor:
+        """Run items that keep many different sets of heads."""
+        routed = RoutedLayer(self._slices, self.kernels, index, routing)
+
+        def whole_net(x: Tensor, onto: Tensor) -> Tensor:
+            up, down = self._slices.layers[index].whole_net
+            return plain.add(onto, down(up(x)))
+
+        coupled = self.sizes.neurons_per_head is not None
+        net = routed.transform if coupled else whole_net
+        layer = self._layers[index]
+        first, second = layer.attention_norm, layer.feed_forward_norm
+        if self._post:
+            mixed = plain.norm(routed.attend(states, states), first)
+            result = plain.norm(net(mixed, mixed), second)
+        else:
+            mixed = routed.attend(plain.norm(states, first), states)
+            result = net(plain.norm(mixed, second), mixed)
+        result = result.to(states.dtype)
+        return result if routing.used is None else torch.where(routing.used, result, states)

@@ -1,0 +1,63 @@
+"""Measure a network's cost table on the device at hand."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from budgetformer.cost.table import CostTable, Measurement, fit_table
+from budgetformer.inference.packed import PackedPass, PackedTokens
+
+GRID = ((1, 16), (1, 64), (4, 40), (8, 24), (8, 64), (24, 40))
+"""Batches that are timed: (items, tokens of each)."""
+GPU_GRID = (*GRID, (64, 24), (64, 64), (200, 40), (256, 64))
+"""A GPU is full with these only."""
+ROUNDS = 5
+
+
+def measure_costs(network: PackedPass, model: str) -> CostTable:
+    """Time every ladder step, and the decision on arrival, on batches of several sizes.
+
+    A few seconds for a small encoder. Batches take turns, and the median round counts.
+
+    Args:
+        network: in the precision that will be served.
+        model: `name:version`, for the table.
+    """
+    longest = network.config.max_position_embeddings
+    sizes = GPU_GRID if network.device.type == "cuda" else GRID
+    grid = [(items, min(tokens, longest)) for items, tokens in sizes]
+    steps = range(network.config.num_steps + 1)
+    taken: dict[tuple[int, int, int], list[float]] = {
+        (step, *size): [] for step in steps for size in grid
+    }
+    for turn in range(ROUNDS + 1):
+        for (step, items, tokens), seconds in taken.items():
+            elapsed = _time(network, step, items, tokens)
+            if turn:
+                seconds.append(elapsed)
+    measured = [
+        Measurement(step, items * tokens, items, statistics.median(seconds))
+        for (step, items, tokens), seconds in taken.items()
+    ]
+    return fit_table(model, network.device.type, network.precision, measured)
+
+
+def _time(network: PackedPass, step: int, items: int, tokens: int) -> float:
+    packed = PackedTokens.filler([tokens] * items)
+    ranking = network.arrive(packed).ranking if step and network.sizes.picks_heads else None
+    _wait(network)
+    started = time.perf_counter()
+    if step:
+        network.run(packed, [step] * items, ranking=ranking)
+    else:
+        network.arrive(packed)
+    _wait(network)
+    return time.perf_counter() - started
+
+
+def _wait(network: PackedPass) -> None:
+    if network.device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,203 @@
+"""A network's weights as passes read them: one slice per layer and set of heads, laid out once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from budgetformer.cost.macs import Sizes
+from budgetformer.inference.backends.linear import STATES, LayOut, Linear, Product, Weights
+from budgetformer.model.modules import EncoderLayer
+
+HeadSet = tuple[int, ...]
+
+CACHE_BYTES = 256 * 2**20
+"""Room for slices that are copies; the least recently used go first."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One layer's maps for k heads and the neurons that they own.
+
+    Attributes:
+        heads: k.
+        qkv: [N, D] to queries, keys and values, interleaved by head, [N, k * 3 * D/H].
+        output: [N, k * D/H] to [N, D].
+        up: the feed-forward net's first, with its activation.
+        down: the feed-forward net's second.
+        nbytes: memory of its own.
+    """
+
+    heads: int
+    qkv: Linear
+    output: Linear
+    up: Linear
+    down: Linear
+    nbytes: int
+
+    def warm(self, rows: Sequence[int], sizes: Sizes) -> None:
+        """Run every map once for each of some numbers of rows."""
+        per_head = sizes.neurons_per_head
+        neurons = sizes.neurons if per_head is None else self.heads * per_head
+        widths = (sizes.width, self.heads * sizes.head_size, sizes.width, neurons)
+        for apply, width in zip((self.qkv, self.output, self.up, self.down), widths, strict=True):
+            for count in rows:
+                apply(torch.zeros(count, width))
+
+
+class LayerWeights:
+    """One layer's weights for all heads, of which slices are taken.
+
+    Queries, keys and values are interleaved by head, [H * 3 * D/H, D], so that the first heads of a
+    ranked layer are its first rows.
+
+    Args:
+        layer: the layer.
+        sizes: its network's.
+        dtype: of the numbers of a slice.
+        lay_out: how its maps multiply.
+    """
+
+    def __init__(
+        self, layer: EncoderLayer, sizes: Sizes, dtype: torch.dtype, lay_out: LayOut
+    ) -> None:
+        attention, net = layer.attention, layer.feed_forward
+        self._dtype = dtype
+        maps = [self._read(m) for m in (attention.query, attention.key, attention.value)]
+        weight, bias = (
+            torch.stack([part.unflatten(0, (sizes.heads, -1)) for part in parts], dim=1)
+            for parts in zip(*maps, strict=True)
+        )
+        self._qkv = weight.flatten(0, 2), bias.flatten()
+        self._output, self._up, self._down = map(self._read, (attention.output, net.up, net.down))
+        self._sizes = sizes
+        self._activation: Linear = net.activation
+        self._lay_out = lay_out
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The matrices of which slices are taken."""
+        return self._qkv[0], self._output[0], self._up[0], self._down[0]
+
+    @property
+    def biases(self) -> tuple[Tensor, Tensor]:
+        """What `output` and `down` add, [D] each; slices `without_bias` leave it to the caller."""
+        return self._output[1], self._down[1]
+
+    def keep(self, head_set: HeadSet, with_bias: bool = True) -> Slice:
+        """Lay out the rows and columns of some heads, those of the first heads without a copy."""
+        sizes = self._sizes
+        heads = self._places(head_set, sizes.head_size)
+        fused = self._places(head_set, sizes.head_size * 3)
+        qkv = Weights("qkv", self._qkv[0][fused], self._qkv[1][fused])
+        output_bias, down_bias = self.biases if with_bias else (None, None)
+        output = Weights("output", self._output[0], output_bias, heads)
+        own = [qkv, output]
+        if sizes.neurons_per_head is None:
+            up, down = self.whole_net
+        else:
+            neurons = self._places(head_set, sizes.neurons_per_head)
+            own.append(Weights("up", self._up[0][neurons], self._up[1][neurons]))
+            own.append(Weights("down", self._down[0], down_bias, neurons))
+            up, down = self._lay_out_up(own[2]), self._lay_out(own[3])
+        copied = own
+        if self._dtype == torch.float32 and isinstance(heads, slice):
+            copied = []  # views
+        return Slice(
+            heads=len(head_set),
+            qkv=self._lay_out(qkv),
+            output=self._lay_out(output),
+            up=up,
+            down=down,
+            nbytes=sum(self._dtype.itemsize * some.weight.numel() for some in copied),
+        )
+
+    @cached_property
+    def whole_net(self) -> tuple[Linear, Linear]:
+        """The feed-forward net where it is not coupled to heads: the same for every slice."""
+        up, down = Weights("up", *self._up), Weights("down", *self._down)
+        return self._lay_out_up(up), self._lay_out(down)
+
+    def forget(self) -> None:
+        """Let go of the feed-forward net that all slices share."""
+        self.__dict__.pop("whole_net", None)
+
+    def _lay_out_up(self, some: Weights) -> Linear:
+        """Lay out a map whose results are activated."""
+        activation, up = self._activation, self._lay_out(some)
+        if activation is F.gelu and isinstance(up, Product):
+            return replace(up, gelu=True)
+        return lambda states: activation(up(states))
+
+    def _read(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Return weight and bias; a weight that is laid out as a copy may wait as it lies."""
+        weight = linear.weight.detach()
+        return weight.float() if self._dtype == torch.float32 else weight, linear.bias.detach()
+
+    def _places(self, head_set: HeadSet, size: int) -> slice | Tensor:
+        if head_set == tuple(range(len(head_set))):
+            return slice(0, len(head_set) * size)
+        starts = torch.tensor(head_set, device=self._qkv[0].device).unsqueeze(1) * size
+        return (starts + torch.arange(size, device=starts.device)).flatten()
+
+
+class SliceCache:
+    """The slices in use; copies among them in bounded memory.
+
+    Args:
+        layers: a network's.
+        sizes: its sizes.
+        precision: one of `PRECISIONS`.
+        lay_outs: how each layer's maps multiply.
+
+    Attributes:
+        dtype: what the maps read.
+    """
+
+    def __init__(
+        self,
+        layers: list[EncoderLayer],
+        sizes: Sizes,
+        precision: str,
+        lay_outs: Sequence[LayOut],
+    ) -> None:
+        self.layers = [
+            LayerWeights(layer, sizes, getattr(torch, precision), own)
+            for layer, own in zip(layers, lay_outs, strict=True)
+        ]
+        self.dtype = STATES[precision]
+        self.nbytes = 0
+        self._slices: OrderedDict[tuple[int, HeadSet, bool], Slice] = OrderedDict()
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The matrices of all layers."""
+        return [weight for layer in self.layers for weight in layer.weights]
+
+    def forget(self) -> None:
+        """Let go of all slices, which are made anew when they are asked for."""
+        self._slices.clear()
+        self.nbytes = 0
+        for layer in self.layers:
+            layer.forget()
+
+    def get(self, layer: int, head_set: HeadSet, with_bias: bool = True) -> Slice:
+        """Return a layer's slice for a set of heads."""
+        key = (layer, head_set, with_bias)
+        found = self._slices.get(key)
+        if found is not None:
+            self._slices.move_to_end(key)
+            return found
+        made = self.layers[layer].keep(head_set, with_bias)
+        self._slices[key] = made
+        self.nbytes += made.nbytes
+        while self.nbytes > CACHE_BYTES and len(self._slices) > 1:
+            _, dropped = self._slices.popitem(last=False)
+            self.nbytes -= dropped.nbytes
+        return made

@@ -1,0 +1,1 @@
+"""The reference network: what every pass is tested against."""

@@ -1,0 +1,262 @@
+"""The shape of a BudgetFormer network, and the budget ladder that it carries: plain numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any, Literal, get_args
+
+MULTI_LABEL = "multi_label_classification"
+"""`problem_type` of a network whose labels do not exclude each other."""
+
+BudgetScope = Literal["input", "layer"]
+HeadSelection = Literal["input", "ranked"]
+Pooling = Literal["mean", "cls"]
+NormPosition = Literal["post", "pre"]
+
+EVIDENCE_FEATURES = 4
+"""Features of step 0's answer that f_o reads (`budgetformer.model.tfidf.evidence`)."""
+EVIDENCE_SIZE = 2
+"""The same with the step 0 of older checkpoints, beside the pooled embeddings."""
+
+
+def uniform_ladder(num_layers: int, num_heads: int) -> list[list[int]]:
+    """Return the paper's ladder: step k keeps k heads in every layer, for k = 1..H."""
+    return [[step] * num_layers for step in range(1, num_heads + 1)]
+
+
+class Architecture:
+    """Describe a BudgetFormer encoder and its classification head.
+
+    Sizes (`vocab_size`, `hidden_size`, `num_hidden_layers`, `num_attention_heads`,
+    `intermediate_size`, `max_position_embeddings`, `type_vocab_size`, `layer_norm_eps`,
+    `hidden_act`, dropouts) mean what they mean for BERT. What is special to this network:
+
+    Args:
+        norm_position: `"post"` (BERT: layer norm after each residual sum) or `"pre"`.
+        pooling: how token states become one vector for the classifier, `"mean"` or `"cls"`.
+        head_activation: put a dense layer and this activation between pooled state and classifier,
+            as BERT ("tanh") and DistilBERT ("relu") do; None: nothing is between them.
+        budget_ffn: couple the feed-forward net to the heads. Each head owns 1/H of the neurons, and
+            a head that is not computed takes its neurons with it. False: the paper's form, always
+            whole.
+        budget_scope: `"input"` decides budget and heads once per input, from the pooled embeddings;
+            `"layer"` is the paper's form, each layer decides from its own pooled input.
+        head_selection: `"input"` lets the head scorer g_d choose heads per input (paper);
+            `"ranked"` orders the heads of each layer once, and a budget of k computes the first k.
+        ladder: heads per layer for each budget step 1..S, in order of rising cost. None: the
+            uniform ladder, step k = k heads in every layer. A plan may name 0 heads for a layer
+            when `budget_ffn` is true; that layer is then skipped.
+        embedding_exit: add step 0, a linear head on the bag of tokens that answers before the
+            encoder runs.
+        exit_buckets: rows of step 0's table for pairs of neighbouring tokens, which are hashed into
+            them; 0: step 0 reads single tokens only.
+        exit_tfidf: make step 0 a linear classifier on TF-IDF features, and let f_o read its answer
+            alone. False: the form of older checkpoints, a bag of trained token vectors, and an f_o
+            that reads the pooled embeddings too.
+        exit_rank: width of step 0's token vectors, which a linear map turns into logits; 0: each
+            token has a weight per label.
+        encoder_weight, exit_weight: weights of the encoder's and of step 0's logits in the answer
+            of a step >= 1: one number for all steps, or one for each of 1..S. Calibration fits both
+            (`budgetformer.training.fusion`).
+        controller_hidden_size: width of f_o's hidden layer.
+        budget_bounds: (s_min, s_max), outside which the budget regulariser pushes s back (paper:
+            0.1, 0.9).
+
+    Raises:
+        ValueError: a size does not divide, a choice is unknown, or the ladder does not fit.
+    """
+
+    id2label: dict[int, str]
+    problem_type: str | None
+
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        hidden_size: int = 256,
+        num_hidden_layers: int = 4,
+        num_attention_heads: int = 8,
+        intermediate_size: int = 1024,
+        hidden_act: str = "gelu",
+        max_position_embeddings: int = 512,
+        type_vocab_size: int = 2,
+        layer_norm_eps: float = 1e-12,
+        initializer_range: float = 0.02,
+        hidden_dropout_prob: float = 0.1,
+        attention_probs_dropout_prob: float = 0.1,
+        classifier_dropout: float | None = None,
+        norm_position: NormPosition = "post",
+        pooling: Pooling = "mean",
+        head_activation: str | None = None,
+        budget_ffn: bool = True,
+        budget_scope: BudgetScope = "input",
+        head_selection: HeadSelection = "ranked",
+        ladder: list[list[int]] | None = None,
+        embedding_exit: bool = False,
+        exit_tfidf: bool = False,
+        exit_buckets: int = 0,
+        exit_rank: int = 0,
+        exit_weight: float | list[float] = 0.0,
+        encoder_weight: float | list[float] = 1.0,
+        controller_hidden_size: int = 64,
+        budget_bounds: tuple[float, float] = (0.1, 0.9),
+        pad_token_id: int | None = 0,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.type_vocab_size = type_vocab_size
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.classifier_dropout = classifier_dropout
+        self.norm_position = norm_position
+        self.pooling = pooling
+        self.head_activation = head_activation
+        self.budget_ffn = budget_ffn
+        self.budget_scope = budget_scope
+        self.head_selection = head_selection
+        self.ladder = (
+            ladder if ladder is not None else uniform_ladder(num_hidden_layers, num_attention_heads)
+        )
+        self.embedding_exit = embedding_exit
+        self.exit_tfidf = exit_tfidf
+        self.exit_buckets = exit_buckets
+        self.exit_rank = exit_rank
+        self.exit_weight = exit_weight
+        self.encoder_weight = encoder_weight
+        self.controller_hidden_size = controller_hidden_size
+        self.budget_bounds = list(budget_bounds)
+        self.pad_token_id = pad_token_id
+        self._check()
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Architecture:
+        """Read it from the content of a `config.json`, whose other keys say nothing here.
+
+        Raises:
+            ValueError, TypeError: it does not fit.
+        """
+        made = cls(**{name: config[name] for name in FIELDS if name in config})
+        made.id2label = config["id2label"]
+        made.problem_type = config.get("problem_type")
+        return made
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head, D / H."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels C."""
+        return len(self.id2label or ())
+
+    @property
+    def neurons_per_head(self) -> int:
+        """Feed-forward neurons that one head owns when the feed-forward net is coupled."""
+        return self.intermediate_size // self.num_attention_heads
+
+    @property
+    def num_steps(self) -> int:
+        """Number of ladder steps S, step 0 not counted."""
+        return len(self.ladder)
+
+    @property
+    def decides_from_step0(self) -> bool:
+        """Whether f_o reads step 0's answer alone, and not the pooled embeddings."""
+        return self.embedding_exit and self.exit_tfidf
+
+    @property
+    def decision_inputs(self) -> int:
+        """How many numbers f_o reads."""
+        if self.decides_from_step0:
+            return EVIDENCE_FEATURES
+        return self.hidden_size + (EVIDENCE_SIZE if self.embedding_exit else 0)
+
+    @property
+    def exit_weights(self) -> list[float]:
+        """Weight of step 0's logits in the answer of each step 1..S."""
+        return self._each_step(self.exit_weight)
+
+    @property
+    def encoder_weights(self) -> list[float]:
+        """Weight of the encoder's logits in the answer of each step 1..S."""
+        return self._each_step(self.encoder_weight)
+
+    def _each_step(self, weight: float | list[float]) -> list[float]:
+        return weight if isinstance(weight, list) else [weight] * self.num_steps
+
+    def heads_per_layer(self, step: int) -> list[int]:
+        """Return the heads of each layer at ladder step `step`; step 0 computes none.
+
+        Raises:
+            ValueError: the ladder has no such step.
+        """
+        if step == 0 and self.embedding_exit:
+            return [0] * self.num_hidden_layers
+        if not 1 <= step <= self.num_steps:
+            first = 0 if self.embedding_exit else 1
+            raise ValueError(f"budget step {step} is not on the ladder ({first}..{self.num_steps})")
+        return self.ladder[step - 1]
+
+    def _check(self) -> None:
+        heads = self.num_attention_heads
+        for name, allowed in (
+            ("norm_position", get_args(NormPosition)),
+            ("pooling", get_args(Pooling)),
+            ("budget_scope", get_args(BudgetScope)),
+            ("head_selection", get_args(HeadSelection)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        if heads < 1:
+            raise ValueError(f"num_attention_heads must be at least 1, not {heads}")
+        for name in ("exit_buckets", "exit_rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
+        if self.hidden_size % heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {heads} heads")
+        if self.budget_ffn and self.intermediate_size % heads:
+            raise ValueError(
+                f"intermediate_size {self.intermediate_size} is not a multiple of {heads} heads, "
+                "which a coupled feed-forward net needs"
+            )
+        if not self.ladder:
+            raise ValueError("the ladder has no step")
+        fewest = 0 if self.budget_ffn else 1
+        for step, plan in enumerate(self.ladder, start=1):
+            if len(plan) != self.num_hidden_layers:
+                raise ValueError(
+                    f"ladder step {step} plans {len(plan)} layers of {self.num_hidden_layers}"
+                )
+            if not all(isinstance(k, int) and fewest <= k <= heads for k in plan):
+                raise ValueError(f"ladder step {step} leaves {fewest}..{heads} heads: {plan}")
+            if step > 1 and sum(plan) < sum(self.ladder[step - 2]):
+                raise ValueError(f"ladder step {step} computes fewer heads than the step before it")
+        for name in ("exit_weight", "encoder_weight"):
+            weight = getattr(self, name)
+            weights = self._each_step(weight)
+            if len(weights) != self.num_steps or not all(map(math.isfinite, weights)):
+                raise ValueError(
+                    f"{name} must be a finite number, or one for each of {self.num_steps} steps, "
+                    f"not {weight}"
+                )
+        if self.budget_scope == "layer" and self.encoder_weight != 1:
+            raise ValueError(
+                'encoder_weight needs budget_scope "input": with "layer" an answer has no step'
+            )
+        if self.budget_scope == "layer" and self.embedding_exit:
+            raise ValueError(
+                'embedding_exit needs budget_scope "input": step 0 is decided before the encoder'
+            )
+
+
+FIELDS = tuple(signature(Architecture).parameters)
+"""The names of what describes an architecture."""

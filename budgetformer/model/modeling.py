@@ -1,0 +1,258 @@
+"""The reference BudgetFormer network as a Transformers model.
+
+Its modules are `budgetformer.model.modules`; here they are put together, loaded and saved.
+
+Shapes: B items, T tokens, D width, H heads, L layers, C labels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import logging as hf_logging
+from transformers.utils.generic import ModelOutput
+
+from budgetformer.model.configuration import BudgetFormerConfig
+from budgetformer.model.modules import (
+    MULTI_LABEL,
+    BudgetDecision,
+    Decision,
+    Encoder,
+    Gating,
+    SequenceClassifier,
+    budget_step,
+    fuse,
+    masked_mean,
+)
+
+
+@dataclass
+class BudgetFormerModelOutput(ModelOutput):
+    """Encoder output.
+
+    last_hidden_state [B, T, D]; pooled [B, D]; budget s [B, 1 or L]; relevance [B, L, H] (None when
+    ranked); gates [B, L, H], the heads that counted.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooled: Tensor | None = None
+    budget: Tensor | None = None
+    relevance: Tensor | None = None
+    gates: Tensor | None = None
+
+
+@dataclass
+class BudgetFormerClassifierOutput(ModelOutput):
+    """Classifier output.
+
+    Loss (with labels), logits [B, C], step-0 exit_logits [B, C], and the encoder's.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    exit_logits: Tensor | None = None
+    budget: Tensor | None = None
+    relevance: Tensor | None = None
+    gates: Tensor | None = None
+
+
+class BudgetFormerPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialising, as everywhere in Transformers."""
+
+    config_class = BudgetFormerConfig
+    config: BudgetFormerConfig
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = False
+    _supports_sdpa = True
+
+    def set_gating(self, gating: Gating) -> None:
+        """Set how every decision in this network turns budgets into gates while training."""
+        for module in self.modules():
+            if isinstance(module, BudgetDecision):
+                module.gating = gating
+
+
+class BudgetFormerModel(  # type: ignore[misc]  # their configurations differ
+    Encoder, BudgetFormerPreTrainedModel
+):
+    """Embeddings and encoder, with the budget decided once per input or layer by layer."""
+
+    def __init__(self, config: BudgetFormerConfig) -> None:
+        super().__init__(config)
+        self.build(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the word embeddings."""
+        return self.embeddings.word
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embeddings."""
+        self.embeddings.word = cast(nn.Embedding, value)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        steps: Tensor | int | None = None,
+        gates: Tensor | None = None,
+        evidence: Tensor | None = None,
+        **_: Any,
+    ) -> BudgetFormerModelOutput:
+        """Encode ids [B, T].
+
+        Args:
+            input_ids: token ids [B, T].
+            attention_mask: 1 for real tokens, 0 for padding, [B, T]; None: all real.
+            token_type_ids: segment ids [B, T]; None: all 0.
+            steps: ladder step of each item [B], or one for all, in place of f_o's.
+            gates: heads of each item and layer [B, L, H], in place of f_o's and g_d's. The steps
+                still say how much step 0 counts.
+            evidence: what step 0 found, [B, E], for f_o.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if isinstance(steps, int):
+            steps = torch.full((input_ids.shape[0],), steps, device=input_ids.device)
+        states = self.embed(input_ids, token_type_ids)
+        # A large finite number: a row of -inf (an item without any token) would turn into NaN.
+        bias = torch.where(attention_mask[:, None, None, :] > 0, 0.0, -1e9)
+        decisions: list[Decision] = []
+        if self.decision is not None:
+            decisions.append(self.decision(masked_mean(states, attention_mask), steps, evidence))
+        for index, layer in enumerate(self.encoder_layers):
+            if layer.decision is not None:
+                decisions.append(layer.decision(masked_mean(states, attention_mask), steps))
+                own = decisions[-1].gates[:, 0]
+            else:
+                own = decisions[0].gates[:, index]
+            states = layer(states, bias, own if gates is None else gates[:, index])
+        states = self.final_norm(states)
+        if self.config.pooling == "cls":
+            pooled = (states[:, :1] * attention_mask[:, :1, None]).sum(1)
+        else:
+            pooled = masked_mean(states, attention_mask)
+        relevance = [d.relevance for d in decisions if d.relevance is not None]
+        return BudgetFormerModelOutput(
+            last_hidden_state=states,
+            pooled=pooled,
+            budget=torch.stack([d.budget for d in decisions], dim=1),
+            relevance=torch.cat(relevance, dim=1) if relevance else None,
+            gates=torch.cat([d.gates for d in decisions], dim=1) if gates is None else gates,
+        )
+
+
+class BudgetFormerForSequenceClassification(  # type: ignore[misc]  # their configurations differ
+    SequenceClassifier, BudgetFormerPreTrainedModel
+):
+    """A BudgetFormer with a linear classifier: single-label, multi-label, and text pairs."""
+
+    def __init__(self, config: BudgetFormerConfig) -> None:
+        super().__init__(config)
+        self.build(BudgetFormerModel(config), config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        steps: Tensor | int | None = None,
+        gates: Tensor | None = None,
+        step0: tuple[Tensor, Tensor] | None = None,
+        **_: Any,
+    ) -> BudgetFormerClassifierOutput:
+        """Classify ids [B, T]; arguments as for `BudgetFormerModel.forward`.
+
+        Args:
+            labels: class ids [B], or 0/1 targets [B, C] when multi-label; adds the loss.
+            step0: what `SequenceClassifier.step0` returns where it read more of the texts than
+                `input_ids`; None: it reads those.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if isinstance(steps, int):
+            steps = torch.full((input_ids.shape[0],), steps, device=input_ids.device)
+        exit_logits = evidence = None
+        if self.exit_head is not None:
+            exit_logits, evidence = (
+                self.step0(input_ids, attention_mask, token_type_ids) if step0 is None else step0
+            )
+        encoded = self.encoder(
+            input_ids, attention_mask, token_type_ids, steps=steps, gates=gates, evidence=evidence
+        )
+        logits = self.classify(self.dropout(encoded.pooled))
+        if self.config.budget_scope == "input":
+            answering = steps
+            if answering is None:
+                answering = budget_step(encoded.budget[:, 0], self.config.num_steps)
+            own, exits = (
+                logits.new_tensor([of_step_0, *weights])[answering].unsqueeze(-1)
+                for of_step_0, weights in (
+                    (1.0, self.config.encoder_weights),
+                    (0.0, self.config.exit_weights),
+                )
+            )
+            logits = fuse(logits, exit_logits, own, exits)
+        if exit_logits is not None and steps is not None and gates is None:
+            logits = torch.where((steps == 0).unsqueeze(-1), exit_logits, logits)
+        return BudgetFormerClassifierOutput(
+            loss=None if labels is None else self.loss(logits, labels),
+            logits=logits,
+            exit_logits=exit_logits,
+            budget=encoded.budget,
+            relevance=encoded.relevance,
+            gates=encoded.gates,
+        )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of logits [B, C], or the mean binary one over labels when multi-label."""
+        if self.config.problem_type == MULTI_LABEL:
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Transformers from printing reports and progress in this block."""
+    verbosity, shown = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def load_model(folder: Path) -> BudgetFormerForSequenceClassification:
+    """Load the network of a checkpoint folder as a Transformers model, in float32.
+
+    Raises:
+        OSError: a file is missing or damaged.
+    """
+    with quiet():
+        model: BudgetFormerForSequenceClassification = (
+            BudgetFormerForSequenceClassification.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
+        )
+    return model
+
+
+AutoModel.register(BudgetFormerConfig, BudgetFormerModel, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    BudgetFormerConfig, BudgetFormerForSequenceClassification, exist_ok=True
+)

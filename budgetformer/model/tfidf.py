@@ -1,0 +1,176 @@
+"""Step 0 and f_o with NumPy alone: what is decided of a text before the encoder runs.
+
+Step 0 is a linear classifier on TF-IDF features: the text's tokens, and its pairs of neighbouring
+tokens, which share a table of `exit_buckets` rows by their hash. f_o reads a few numbers about step
+0's answer. Neither needs torch, so whoever has the tokens can decide.
+
+Shapes: B texts, C labels, K columns of the table (C, or 1 where there are two labels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from budgetformer.model.architecture import MULTI_LABEL
+
+Array: TypeAlias = npt.NDArray[Any]
+
+HASHED_LEFT, HASHED_RIGHT = 1_000_003, 7_919
+"""Factors of the two token ids in the hash of a pair of neighbours."""
+HASHED_SECOND, HASHED_SHARED = 15_485_863, 32_452_843
+"""Factors of a token of a pair's second text, and of whether the first text has it too."""
+IDF_UNIT = 1 / 16
+"""Inverse document frequencies are stored as whole multiples of this."""
+MAX_ODDS = 14.0
+"""Log-odds of a confidence are clipped here (about 1 - 1e-6)."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """The distinct features of B texts: for each its text `owner`, table `row` and `count`."""
+
+    texts: int
+    owner: Array
+    row: Array
+    count: Array
+
+
+def features(
+    ids: Array,
+    segments: Array | None,
+    lengths: Sequence[int] | Array,
+    vocab_size: int,
+    buckets: int,
+) -> Features:
+    """Find the distinct features of B texts, counted.
+
+    A token has the table row of its id, a pair of neighbours one of `buckets` rows behind those. A
+    token of a pair's second text has a row there too: one if the first text also has it, and
+    another if not.
+
+    Args:
+        ids: token ids of the texts, one text after another, special tokens included.
+        segments: 0 or 1 for each token; None: 0 throughout.
+        lengths: tokens of each text.
+        vocab_size: rows for single tokens.
+        buckets: rows for hashed features; 0: single tokens are all that is read.
+    """
+    texts = len(lengths)
+    ids = ids.astype(np.int64, copy=False)
+    owner = np.repeat(np.arange(texts), lengths)
+    row = ids
+    if buckets:
+        if segments is not None and (second := segments > 0).any():
+            own = owner * vocab_size + ids
+            shared = np.isin(own, own[~second])
+            hashed = (ids * HASHED_SECOND + shared * HASHED_SHARED) % buckets
+            row = np.where(second, vocab_size + hashed, ids)
+        together = owner[:-1] == owner[1:]
+        pairs = (ids[:-1] * HASHED_LEFT + ids[1:] * HASHED_RIGHT)[together] % buckets
+        row = np.concatenate([row, vocab_size + pairs])
+        owner = np.concatenate([owner, owner[:-1][together]])
+    size = vocab_size + buckets
+    keys, count = np.unique(owner * size + row, return_counts=True)
+    return Features(texts, keys // size, keys % size, count)
+
+
+def tfidf(found: Features, idf: Array, repeats: float) -> Array:
+    """Return the TF-IDF weight of each feature, as float32; the vector of a text has length 1.
+
+    Args:
+        found: features of texts.
+        idf: of each table row, in units of `IDF_UNIT`.
+        repeats: how much a feature's count adds: its frequency is 1 + repeats * log(count).
+    """
+    raw = idf[found.row].astype(np.float32) * IDF_UNIT
+    if repeats:
+        raw *= 1 + repeats * np.log(found.count).astype(np.float32)
+    norms = np.sqrt(np.bincount(found.owner, raw * raw, minlength=found.texts))
+    return (raw / np.maximum(norms, 1e-9)[found.owner]).astype(np.float32)
+
+
+def evidence(logits: Array, lengths: Sequence[int] | Array, problem_type: str | None) -> Array:
+    """Summarise step 0's answers [B, C] for f_o: [B, `EVIDENCE_FEATURES`], float32.
+
+    Log-odds of its confidence, its mean entropy per label that it could have, its margin over the
+    second label (multi-label: 0), and the logarithm of the text's length in tokens.
+    """
+    if problem_type == MULTI_LABEL:
+        size = np.abs(logits)
+        odds, margin = size.min(-1), np.zeros(len(logits))
+        p = 1 / (1 + np.exp(-size))
+        entropy = (size * (1 - p) - np.log(p)).mean(-1)
+    elif logits.shape[-1] < 2:
+        odds, margin = np.full((2, len(logits)), MAX_ODDS)
+        entropy = np.zeros(len(logits))
+    else:
+        ordered = np.sort(logits, -1)
+        others = np.exp(ordered - ordered[:, -1:])
+        odds = -np.log(np.maximum(others[:, :-1].sum(-1), 1e-30))
+        margin = ordered[:, -1] - ordered[:, -2]
+        p = others / others.sum(-1, keepdims=True)
+        entropy = -(p * np.log(np.maximum(p, 1e-30))).sum(-1) / np.log(logits.shape[-1])
+    parts = [odds.clip(max=MAX_ODDS), entropy, margin.clip(max=MAX_ODDS), np.log1p(lengths)]
+    return np.stack(parts, -1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class StepZero:
+    """Step 0 and f_o of one network.
+
+    Attributes:
+        table: coefficients in units of `scale`, int8 [rows, K].
+        scale, bias: of each column, float32 [K].
+        idf: of each row, in units of `IDF_UNIT`, uint8 [rows].
+        repeats: see `tfidf`.
+        vocab_size, buckets: see `features`.
+        classes: labels C.
+        problem_type: of the network.
+        hidden, out: weight and bias of f_o's two layers.
+    """
+
+    table: Array
+    scale: Array
+    bias: Array
+    idf: Array
+    repeats: float
+    vocab_size: int
+    buckets: int
+    classes: int
+    problem_type: str | None
+    hidden: tuple[Array, Array]
+    out: tuple[Array, Array]
+
+    def decide(
+        self, ids: Array, segments: Array | None, lengths: Sequence[int] | Array
+    ) -> tuple[Array, Array]:
+        """Answer B texts, and return step 0's logits [B, C] and f_o's s [B], float32 both.
+
+        Args:
+            ids, segments, lengths: see `features`.
+        """
+        logits = self.logits(ids, segments, lengths)
+        return logits, self.budget(evidence(logits, lengths, self.problem_type))
+
+    def logits(self, ids: Array, segments: Array | None, lengths: Sequence[int] | Array) -> Array:
+        """Return step 0's logits [B, C]."""
+        found = features(ids, segments, lengths, self.vocab_size, self.buckets)
+        scores = np.zeros((found.texts, self.table.shape[1]), np.float32)
+        if len(found.row):
+            weighted = self.table[found.row] * tfidf(found, self.idf, self.repeats)[:, None]
+            starts = np.flatnonzero(np.diff(found.owner, prepend=-1))
+            scores[found.owner[starts]] = np.add.reduceat(weighted, starts)
+        scores = scores * self.scale + self.bias
+        return scores if scores.shape[1] == self.classes else np.concatenate([-scores, scores], -1)
+
+    def budget(self, found: Array) -> Array:
+        """Map evidence [B, `EVIDENCE_FEATURES`] to f_o's s [B] in (0, 1)."""
+        hidden = np.maximum(found @ self.hidden[0].T + self.hidden[1], 0)
+        logit = hidden @ self.out[0].T + self.out[1]
+        s: Array = 1 / (1 + np.exp(-logit[:, 0].clip(-80, 80)))
+        return s

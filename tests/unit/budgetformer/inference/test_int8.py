@@ -1,0 +1,250 @@
+"""Products in int8, whose states are scaled by ranges that were measured before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from budgetformer.inference import choice as choice_module
+from budgetformer.inference.backends import linear as linear_module
+from budgetformer.inference.backends.linear import can_multiply_int8, int8_linear
+from budgetformer.inference.choice import load_pass
+from budgetformer.inference.observed import measure_ranges
+from budgetformer.inference.packed import PackedPass
+from budgetformer.inference.ranges import LayerRanges, StateRange
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from tests.support.networks import (
+    POSITIONS,
+    PROPERTY,
+    Item,
+    assert_close,
+    batches,
+    networks,
+    pack,
+    pad,
+    random_items,
+    random_network,
+    small_config,
+    step_lists,
+)
+
+Network = BudgetFormerForSequenceClassification
+
+pytestmark = pytest.mark.skipif(
+    not can_multiply_int8(torch.device("cpu")), reason="no products in int8 here"
+)
+
+BOUND = 0.4
+"""Of random networks' logits in int8; their states are of the order of 1, and not too few."""
+LARGE = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
+"""Sizes of a network that is worth timing."""
+
+
+NOTHING = StateRange(low=0, high=0)
+
+
+def rounded(
+    states: Tensor, weight: Tensor, bias: Tensor, reads: StateRange, apart: list[int]
+) -> Tensor:
+    """Multiply as int8 does, in exact arithmetic: weights of 127 levels, states of 256."""
+    exact = states[:, apart].double() @ weight[:, apart].double().T
+    weight = weight.index_fill(1, torch.tensor(apart, dtype=torch.long), 0.0)
+    scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 63
+    scale = (reads.high - reads.low) / 255 or 1.0
+    zero = round(-reads.low / scale)
+    levels = ((states / scale).round() + zero).clamp(0, 255) - zero
+    weights = (weight / scales).round()
+    return levels.double() @ weights.double().T * (scale * scales.double().T) + bias + exact
+
+
+def in_int8(network: Network, items: list[Item]) -> PackedPass:
+    """Return a network's pass in int8, with the ranges that states have in some items."""
+    return load_pass(network, "int8", measure_ranges(network, [pack(items)]))
+
+
+def answer(compact: PackedPass, items: list[Item], steps: list[int] | None) -> Tensor:
+    tokens = pack(items)
+    arrival = compact.arrive(tokens)
+    return compact.run(tokens, steps, arrival.exit_logits, arrival.ranking).logits
+
+
+@PROPERTY
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.floats(-5, 0, width=32),
+    st.floats(0, 5, width=32),
+    st.lists(st.integers(0, 69), max_size=4, unique=True),
+    st.integers(0, 2**16),
+)
+def test_a_product_is_that_of_rounded_numbers(
+    rows: int,
+    inner: int,
+    columns: int,
+    low: float,
+    high: float,
+    some: list[int],
+    seed: int,
+) -> None:
+    reads, apart = StateRange(low=low, high=high), [column for column in some if column < inner]
+    random = torch.Generator().manual_seed(seed)
+    states = torch.randn(rows, inner, generator=random) * 3
+    weight = torch.randn(columns, inner, generator=random)
+    bias = torch.randn(columns, generator=random)
+    result = int8_linear(weight, bias, reads, apart)(states)
+    expected = rounded(states, weight, bias, reads, apart)
+    # A state half way between two levels may become either.
+    level = (high - low) / 255 * weight.abs().max()
+    assert (result - expected).abs().max() <= level + 1e-4 * expected.abs().max()
+    assert (result - expected).abs().median() <= 1e-4 * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("state", [-1e6, 1e6, -2.0, 3.0])
+def test_what_is_out_of_range_is_brought_to_its_end(state: float) -> None:
+    result = int8_linear(torch.ones(1, 1), None, StateRange(low=-2, high=3))(
+        torch.full((1, 1), state)
+    )
+    assert result.item() == pytest.approx(max(-2.0, min(3.0, state)), abs=0.02)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-0.17, 30.0), (-8.0, 0.0)])
+def test_the_largest_products_fit(low: float, high: float) -> None:
+    # Two of them are added in 16 bits where a processor has no better instruction.
+    inner = 512
+    states = torch.full((3, inner), max(low, high, key=abs))
+    reads = StateRange(low=low, high=high)
+    for sign in (1.0, -1.0):
+        result = int8_linear(torch.full((5, inner), sign), None, reads)(states)
+        assert_close(result, sign * inner * states[:, :5], tolerance=0.005)
+
+
+def test_weights_that_are_all_zero() -> None:
+    bias = torch.tensor([1.0, -2.0])
+    result = int8_linear(torch.zeros(2, 9), bias, NOTHING)(torch.randn(4, 9))
+    assert torch.equal(result, bias.expand(4, -1))
+
+
+@PROPERTY
+@given(networks(hidden_size=48, budget_scope="input"), batches(), st.data())
+def test_stays_near_the_reference(network: Network, items: list[Item], data: st.DataObject) -> None:
+    steps = data.draw(step_lists(network.config, len(items)), label="steps")
+    result = answer(in_int8(network, items), items, steps)
+    with torch.no_grad():
+        expected = network(**pad(items), steps=torch.tensor(steps)).logits
+    scale = max(1.0, expected.abs().max().item())
+    assert (result - expected).abs().max().item() <= BOUND * scale
+
+
+@PROPERTY
+@given(networks(head_selection="ranked"), batches(smallest=2), batches(), st.data())
+def test_an_answer_does_not_depend_on_batch_mates(
+    network: Network, items: list[Item], seen: list[Item], data: st.DataObject
+) -> None:
+    # Of one step: where heads differ, what they add is summed in another order, and a state that is
+    # half way between two levels may become either.
+    steps = [data.draw(st.integers(1, network.config.num_steps), label="step")] * len(items)
+    compact = in_int8(network, seen)
+    together = answer(compact, items, steps)
+    order = data.draw(st.permutations(range(len(items))), label="order")
+    turned = answer(compact, [items[i] for i in order], [steps[i] for i in order])
+    for place, item in enumerate(items):
+        alone = answer(compact, [item], [steps[place]])[0]
+        # No closer: the classifier multiplies in float32.
+        assert_close(together[place], alone, tolerance=1e-6)
+        assert_close(turned[order.index(place)], alone, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_ranges_hold_what_was_seen_at_every_step(coupled: bool) -> None:
+    network = random_network(small_config(budget_ffn=coupled))
+    some, more = random_items([5]), random_items([POSITIONS, 3, 7], seed=1)
+    narrow = measure_ranges(network, [pack(some)])
+    wide = measure_ranges(network, [pack(some), pack(more)])
+    assert len(narrow) == network.config.num_hidden_layers
+    for inner, outer in zip(narrow, wide, strict=True):
+        for name in LayerRanges.model_fields:
+            assert getattr(inner, name).low < getattr(inner, name).high
+            if not getattr(outer, name).apart:
+                assert getattr(outer, name).low <= getattr(inner, name).low
+                assert getattr(outer, name).high >= getattr(inner, name).high
+
+
+def test_layers_that_never_run_have_ranges_too() -> None:
+    network = random_network(small_config(ladder=[[0, 2, 2], [0, 4, 4]]))
+    items = random_items([5, 3])
+    ranges = measure_ranges(network, [pack(items)])
+    assert ranges[0] == LayerRanges(qkv=NOTHING, output=NOTHING, up=NOTHING, down=NOTHING)
+    assert answer(load_pass(network, "int8", ranges), items, [1, 2]).isfinite().all()
+
+
+def test_ranges_are_needed() -> None:
+    with pytest.raises(ValueError, match="ranges"):
+        load_pass(random_network(small_config()), "int8")
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 2), (-2, -1), (2, -1), (0, float("inf"))])
+def test_a_range_holds_zero_and_is_finite(low: float, high: float) -> None:
+    with pytest.raises(ValueError, match="less than or equal|greater than or equal|finite"):
+        StateRange(low=low, high=high)
+
+
+def error(network: Network, items: list[Item], ranges: Sequence[LayerRanges]) -> float:
+    """Return the mean difference of a logit between int8 and float32, over all steps."""
+    plain, compact = load_pass(network), load_pass(network, "int8", ranges)
+    steps = [[step] * len(items) for step in range(1, network.config.num_steps + 1)]
+    differences = [answer(compact, items, own) - answer(plain, items, own) for own in steps]
+    return torch.stack(differences).abs().mean().item()
+
+
+@pytest.mark.parametrize("selection", ["ranked", "input"])
+def test_a_state_far_beyond_stands_apart(selection: str) -> None:
+    network = random_network(small_config(head_selection=selection))
+    items, layer = random_items([5, 9, 4]), network.encoder.layers[1]
+    column, neuron = 11, 2 * layer.feed_forward.neurons_per_head + 1
+    with torch.no_grad():
+        layer.attention_norm.weight[column] *= 40
+        layer.feed_forward.up.weight[:, column] /= 40
+        layer.feed_forward.up.bias[neuron] = 300.0
+        layer.feed_forward.down.weight[:, neuron] /= 300
+    ranges = measure_ranges(network, [pack(items)])
+    assert column in ranges[1].up.apart
+    assert neuron in ranges[1].down.apart
+    together = [
+        LayerRanges(**{name: reads.model_copy(update={"apart": ()}) for name, reads in layer})
+        for layer in ranges
+    ]
+    assert error(network, items, ranges) < 0.5 * error(network, items, together)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_it_is_timed_where_there_are_ranges(monkeypatch: pytest.MonkeyPatch, ranges: bool) -> None:
+    network = random_network(small_config(**LARGE))
+    measured = measure_ranges(network, [pack(random_items([5]))]) if ranges else ()
+    monkeypatch.setattr(linear_module, "_has_bfloat16", lambda: False)
+    # Each pass takes less time than the one before.
+    monkeypatch.setattr(choice_module, "_time", lambda passes: [0.5**i for i in range(len(passes))])
+    expected = "int8" if ranges else "float32"
+    assert load_pass(network, "fastest", measured).precision == expected
+
+
+def test_auto_takes_it_where_there_are_ranges_and_no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = random_network(small_config(**LARGE))
+    measured = measure_ranges(network, [pack(random_items([5]))])
+    monkeypatch.setattr(choice_module, "has_amx", lambda: False)
+    assert load_pass(network, "auto", measured).precision == "int8"
+    assert load_pass(network, "auto").precision == "float32"
+
+
+def test_copies_are_a_quarter_of_the_weights() -> None:
+    network = random_network(small_config(**LARGE))
+    compact = in_int8(network, random_items([5]))
+    before = compact.nbytes
+    compact.warm([network.config.num_steps])
+    matrices = sum(weight.numel() for weight in compact._slices.weights)
+    assert compact.nbytes - before == matrices

@@ -1,0 +1,593 @@
+"""The compact pass against the reference network, which computes all heads and masks them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from budgetformer.cost.counter import MacCounter
+from budgetformer.cost.macs import decision_macs, encoder_macs, scorer_macs
+from budgetformer.inference import choice as choice_module
+from budgetformer.inference import weights as weights_module
+from budgetformer.inference.backends import linear as linear_module
+from budgetformer.inference.backends.linear import PRECISIONS
+from budgetformer.inference.choice import MIN_WEIGHTS, choose_precision, load_pass
+from budgetformer.inference.packed import Arrival, PackedPass, PackedTokens, PassResult
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from tests.support.networks import (
+    POSITIONS,
+    PROPERTY,
+    Item,
+    assert_close,
+    batches,
+    gates_of,
+    networks,
+    pack,
+    pad,
+    random_items,
+    random_network,
+    small_config,
+    step_lists,
+)
+
+Network = BudgetFormerForSequenceClassification
+
+
+LARGE = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
+"""Sizes of a network for which a lower precision may pay."""
+BFLOAT16_BOUND = 0.05
+"""Of random networks' logits in bfloat16; their states are of the order of 1."""
+
+
+def classify(
+    network: Network,
+    items: list[Item],
+    steps: list[int] | None = None,
+    precision: str = "float32",
+) -> tuple[Arrival, PassResult]:
+    """Take items through a fresh compact pass: arrival, then the encoder."""
+    compact = load_pass(network, precision)
+    tokens = pack(items)
+    arrival = compact.arrive(tokens)
+    return arrival, compact.run(tokens, steps, arrival.exit_logits, arrival.ranking)
+
+
+@torch.no_grad()
+def reference_logits(network: Network, items: list[Item], **budget: Tensor | None) -> Tensor:
+    """Classify items by the reference network, with its `steps` and `gates`."""
+    return network(**pad(items), **budget).logits
+
+
+def draw_steps(data: st.DataObject, network: Network, items: list[Item]) -> list[int]:
+    return data.draw(step_lists(network.config, len(items)), label="steps")
+
+
+def draw_budget(data: st.DataObject, network: Network, items: list[Item]) -> list[int] | None:
+    """Draw the steps, or None where the layers may decide."""
+    if network.config.budget_scope == "layer" and data.draw(st.booleans(), label="layers decide"):
+        return None
+    return draw_steps(data, network, items)
+
+
+@PROPERTY
+@given(networks(), batches(), st.data())
+def test_equals_the_reference_at_the_same_steps(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    steps = draw_steps(data, network, items)
+    _, result = classify(network, items, steps)
+    assert_close(result.logits, reference_logits(network, items, steps=torch.tensor(steps)))
+
+
+@PROPERTY
+@given(networks(budget_scope="input"), batches(), st.data())
+def test_stays_near_the_reference_in_bfloat16(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    steps = draw_steps(data, network, items)
+    _, result = classify(network, items, steps, "bfloat16")
+    expected = reference_logits(network, items, steps=torch.tensor(steps))
+    scale = max(1.0, expected.abs().max().item())
+    assert (result.logits - expected).abs().max().item() <= BFLOAT16_BOUND * scale
+
+
+@PROPERTY
+@given(networks(budget_scope="layer"), batches())
+def test_equals_the_reference_where_layers_decide(network: Network, items: list[Item]) -> None:
+    _, result = classify(network, items)
+    assert_close(result.logits, reference_logits(network, items))
+
+
+@PROPERTY
+@given(networks(), batches(), st.data())
+def test_equals_the_reference_masked_to_the_heads_it_reports(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    steps = draw_budget(data, network, items)
+    _, result = classify(network, items, steps)
+    gates = gates_of(result.heads, network.config.num_attention_heads)
+    known = None if steps is None else torch.tensor(steps)
+    assert_close(result.logits, reference_logits(network, items, steps=known, gates=gates))
+
+
+@PROPERTY
+@given(networks(budget_scope="input", head_selection="input"), batches(), st.data())
+def test_computes_any_head_sets_that_a_ranking_names(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    config = network.config
+    steps = draw_steps(data, network, items)
+    order = st.permutations(range(config.num_attention_heads))
+    layers = st.lists(order, min_size=config.num_hidden_layers, max_size=config.num_hidden_layers)
+    ranking = torch.tensor([data.draw(layers) for _ in items])
+    compact = load_pass(network)
+    result = compact.run(
+        pack(items), steps, exit_logits=compact.arrive(pack(items)).exit_logits, ranking=ranking
+    )
+    for item, step in enumerate(steps):
+        for layer, kept in enumerate(config.heads_per_layer(step)):
+            assert result.heads[item][layer] == tuple(sorted(ranking[item, layer, :kept].tolist()))
+    gates = gates_of(result.heads, config.num_attention_heads)
+    known = torch.tensor(steps)
+    assert_close(result.logits, reference_logits(network, items, steps=known, gates=gates))
+
+
+@PROPERTY
+@given(networks(budget_scope="input"), batches(), st.data())
+def test_without_fusion_the_encoder_answers_alone(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    steps = draw_steps(data, network, items)
+    compact, tokens = load_pass(network), pack(items)
+    arrival = compact.arrive(tokens)
+    alone = compact.run(tokens, steps, arrival.exit_logits, arrival.ranking, fused=False)
+    network.config.encoder_weight, network.config.exit_weight = 1.0, 0.0
+    assert_close(alone.logits, reference_logits(network, items, steps=torch.tensor(steps)))
+
+
+@PROPERTY
+@given(networks(), batches(), st.data())
+def test_computes_the_number_of_heads_that_the_ladder_plans(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    steps = draw_steps(data, network, items)
+    _, result = classify(network, items, steps)
+    computed = [[len(kept) for kept in item] for item in result.heads]
+    assert computed == [network.config.heads_per_layer(step) for step in steps]
+
+
+@PROPERTY
+@given(networks(head_selection="ranked"), batches(), st.data())
+def test_ranked_heads_are_the_first_ones(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    _, result = classify(network, items, draw_budget(data, network, items))
+    assert all(kept == tuple(range(len(kept))) for item in result.heads for kept in item)
+
+
+@PROPERTY
+@given(networks(budget_scope="input"), batches())
+def test_arrival_decides_as_the_reference_does(network: Network, items: list[Item]) -> None:
+    arrival = load_pass(network).arrive(pack(items))
+    with torch.no_grad():
+        expected = network(**pad(items), steps=1)
+    assert arrival.budget is not None
+    assert_close(arrival.budget, expected.budget[:, 0])
+    assert (arrival.exit_logits is None) == (expected.exit_logits is None)
+    if arrival.exit_logits is not None:
+        assert_close(arrival.exit_logits, expected.exit_logits)
+    assert (arrival.ranking is None) == (expected.relevance is None)
+    if arrival.ranking is not None:
+        assert_close(
+            expected.relevance.gather(-1, arrival.ranking),
+            expected.relevance.sort(-1, descending=True).values,
+        )
+
+
+@PROPERTY
+@given(networks(budget_scope="layer"), batches())
+def test_nothing_is_decided_on_arrival_where_layers_decide(
+    network: Network, items: list[Item]
+) -> None:
+    assert load_pass(network).arrive(pack(items)) == Arrival(None, None, None)
+
+
+@PROPERTY
+@given(networks(), batches(smallest=2), st.data())
+def test_an_answer_does_not_depend_on_batch_mates(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    steps = draw_budget(data, network, items)
+    arrival, together = classify(network, items, steps)
+    for place, item in enumerate(items):
+        alone_arrival, alone = classify(network, [item], None if steps is None else [steps[place]])
+        assert alone.heads[0] == together.heads[place]
+        assert_close(together.logits[place], alone.logits[0])
+        if arrival.budget is not None and alone_arrival.budget is not None:
+            assert_close(arrival.budget[place], alone_arrival.budget[0])
+
+
+@PROPERTY
+@given(networks(), batches(smallest=2), st.data())
+def test_answers_follow_the_order_of_the_batch(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    steps = draw_budget(data, network, items)
+    order = data.draw(st.permutations(range(len(items))), label="order")
+    _, straight = classify(network, items, steps)
+    _, turned = classify(
+        network, [items[i] for i in order], None if steps is None else [steps[i] for i in order]
+    )
+    assert turned.heads == [straight.heads[i] for i in order]
+    assert_close(turned.logits, straight.logits[order])
+
+
+@PROPERTY
+@given(networks(), batches(), st.data())
+def test_padding_of_the_reference_changes_nothing(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    # the compact pass has no padding, so the reference must not see its own either
+    steps = draw_steps(data, network, items)
+    assume(all(items))
+    alone = [
+        reference_logits(network, [item], steps=torch.tensor([step]))
+        for item, step in zip(items, steps, strict=True)
+    ]
+    together = reference_logits(network, items, steps=torch.tensor(steps))
+    assert_close(together, torch.cat(alone))
+
+
+def counted_decision(network: Network) -> int:
+    """Return what `MacCounter` sees of a decision: NumPy's products are not torch's."""
+    numpy_decides = network.step0_with_numpy() is not None
+    return scorer_macs(network.config) if numpy_decides else decision_macs(network.config)
+
+
+@PROPERTY
+@given(networks(), batches(), st.data())
+def test_executes_exactly_the_multiply_adds_of_the_heads_used(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    config = network.config
+    layers_decide = config.budget_scope == "layer"
+    steps = None if layers_decide else draw_steps(data, network, items)
+    with MacCounter() as counter:
+        _, result = classify(network, items, steps)
+    expected = sum(
+        counted_decision(network) + encoder_macs(config, [len(kept) for kept in heads], len(item))
+        for item, heads in zip(items, result.heads, strict=True)
+    )
+    assert counter.macs == expected
+
+
+@PROPERTY
+@given(networks(budget_scope="input"), batches(), st.data())
+def test_arrival_and_encoder_share_the_count(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    config, compact, tokens = network.config, load_pass(network), pack(items)
+    steps = draw_steps(data, network, items)
+    with MacCounter() as deciding:
+        arrival = compact.arrive(tokens)
+    with MacCounter() as running:
+        compact.run(tokens, steps, arrival.exit_logits, arrival.ranking)
+    assert deciding.macs == len(items) * counted_decision(network)
+    assert running.macs == sum(
+        encoder_macs(config, config.heads_per_layer(step), len(item))
+        for item, step in zip(items, steps, strict=True)
+    )
+
+
+@torch.no_grad()
+def poison(network: Network, layer: int, head: int) -> None:
+    """Make everything that one head owns NaN."""
+    config, target = network.config, network.encoder.layers[layer]
+    rows = slice(head * config.head_size, (head + 1) * config.head_size)
+    attention, net = target.attention, target.feed_forward
+    for linear in (attention.query, attention.key, attention.value):
+        linear.weight[rows] = torch.nan
+        linear.bias[rows] = torch.nan
+    attention.output.weight[:, rows] = torch.nan
+    if net.neurons_per_head is not None:
+        owned = slice(head * net.neurons_per_head, (head + 1) * net.neurons_per_head)
+        net.up.weight[owned] = torch.nan
+        net.up.bias[owned] = torch.nan
+        net.down.weight[:, owned] = torch.nan
+
+
+@PROPERTY
+@given(networks(), batches(), st.data())
+def test_no_unselected_head_is_multiplied(
+    network: Network, items: list[Item], data: st.DataObject
+) -> None:
+    steps = draw_budget(data, network, items)
+    _, clean = classify(network, items, steps)
+    for layer in range(network.config.num_hidden_layers):
+        used = {head for item in clean.heads for head in item[layer]}
+        for head in set(range(network.config.num_attention_heads)) - used:
+            poison(network, layer, head)
+    _, poisoned = classify(network, items, steps)
+    assert poisoned.heads == clean.heads
+    assert poisoned.logits.isfinite().all()
+    assert torch.equal(poisoned.logits, clean.logits)
+
+
+def test_the_poison_would_show() -> None:
+    network = random_network(small_config())
+    poison(network, layer=1, head=3)
+    items = random_items([4])
+    assert classify(network, items, [3])[1].logits.isfinite().all()
+    assert not classify(network, items, [4])[1].logits.isfinite().all()
+    assert not reference_logits(network, items, steps=torch.tensor([3])).isfinite().all()
+
+
+@pytest.mark.parametrize("selection", ["input", "ranked"])
+@pytest.mark.parametrize("scope", ["input", "layer"])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_each_form_of_the_network(selection: str, scope: str, norm: str, pooling: str) -> None:
+    config = small_config(
+        head_selection=selection,
+        budget_scope=scope,
+        norm_position=norm,
+        pooling=pooling,
+        ladder=[[0, 1, 0], [2, 1, 3], [4, 4, 4]],
+    )
+    network = random_network(config, seed=1)
+    items = random_items([5, 0, 12, 1, 7])
+    steps = [1, 2, 3, 3, 2]
+    _, result = classify(network, items, steps)
+    assert_close(result.logits, reference_logits(network, items, steps=torch.tensor(steps)))
+    assert result.logits.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("length", range(13))
+def test_every_length(length: int) -> None:
+    network = random_network(small_config(embedding_exit=True, exit_weight=0.5))
+    items = random_items([length])
+    _, result = classify(network, items, [2])
+    assert_close(result.logits, reference_logits(network, items, steps=torch.tensor([2])))
+
+
+def test_segments_change_the_answer() -> None:
+    network = random_network(small_config())
+    pair = random_items([6])
+    text = [Item(pair[0].ids, [0] * 6)]
+    assert not torch.equal(
+        classify(network, pair, [2])[1].logits, classify(network, text, [2])[1].logits
+    )
+
+
+def test_without_segments_all_are_zero() -> None:
+    tokens = PackedTokens.pack([[4, 5], [], [6]])
+    assert tokens.input_ids.tolist() == [4, 5, 6]
+    assert tokens.token_type_ids.tolist() == [0, 0, 0]
+    assert tokens.lengths == (2, 0, 1)
+
+
+def test_packing_keeps_segments_in_order() -> None:
+    tokens = PackedTokens.pack([[4, 5], [6]], [[0, 1], [1]])
+    assert tokens.token_type_ids.tolist() == [0, 1, 1]
+
+
+def test_packing_nothing() -> None:
+    tokens = PackedTokens.pack([])
+    assert tokens.input_ids.shape == (0,)
+    assert tokens.lengths == ()
+
+
+@pytest.mark.parametrize("scope", ["input", "layer"])
+@pytest.mark.parametrize("selection", ["input", "ranked"])
+def test_a_batch_of_empty_items(scope: str, selection: str) -> None:
+    network = random_network(small_config(budget_scope=scope, head_selection=selection))
+    _, result = classify(network, [Item([], []), Item([], [])], [1, 4])
+    assert result.logits.isfinite().all()
+    assert_close(result.logits, network.classifier.bias.detach().expand(2, -1))
+
+
+def test_empty_item_has_a_budget_and_a_step_zero_answer() -> None:
+    network = random_network(small_config(embedding_exit=True))
+    arrival = load_pass(network).arrive(pack([Item([], [])]))
+    assert arrival.budget is not None
+    assert arrival.exit_logits is not None
+    assert network.exit_head is not None
+    assert 0 < arrival.budget.item() < 1
+    assert torch.equal(arrival.exit_logits[0], network.exit_head.bias)
+
+
+def test_layers_without_heads_pass_the_embeddings_on() -> None:
+    network = random_network(small_config(ladder=[[0, 0, 0], [4, 4, 4]]))
+    items = random_items([5])
+    _, result = classify(network, items, [1])
+    embedded = network.encoder.embed(
+        torch.tensor([items[0].ids]), torch.tensor([items[0].segments])
+    )
+    assert result.heads == [[(), (), ()]]
+    assert_close(result.logits, network.classifier(embedded.mean(1)).detach())
+
+
+def test_a_pass_answers_the_same_twice() -> None:
+    network = random_network(small_config(head_selection="input"))
+    compact, tokens = load_pass(network), pack(random_items([3, 8, 5]))
+    ranking = compact.arrive(tokens).ranking
+    first = compact.run(tokens, [1, 2, 3], ranking=ranking)
+    again = compact.run(tokens, [1, 2, 3], ranking=ranking)
+    assert torch.equal(first.logits, again.logits)
+
+
+def test_answers_survive_a_slice_cache_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = random_network(small_config())
+    items, steps = random_items([3, 8, 5]), [1, 2, 4]
+    roomy = classify(network, items, steps)[1]
+    monkeypatch.setattr(weights_module, "CACHE_BYTES", 1)
+    compact = load_pass(network)
+    for _ in range(2):
+        assert torch.equal(compact.run(pack(items), steps).logits, roomy.logits)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("coupled", [True, False])
+def test_a_warm_pass_answers_as_a_cold_one(precision: str, coupled: bool) -> None:
+    network = random_network(small_config(budget_ffn=coupled))
+    items, steps = random_items([3, 8, 5]), [2, 2, 2]
+    cold = classify(network, items, steps, precision)[1]
+    compact = load_pass(network, precision)
+    compact.warm([2, 4])
+    assert torch.equal(compact.run(pack(items), steps).logits, cold.logits)
+
+
+@pytest.mark.parametrize("precision", ["auto", "fastest"])
+def test_a_small_network_runs_in_float32(precision: str) -> None:
+    assert load_pass(random_network(small_config()), precision).precision == "float32"
+
+
+def test_the_fastest_precision_of_a_larger_one_is_one_of_them() -> None:
+    chosen = load_pass(random_network(small_config(**LARGE)), "fastest")
+    assert chosen.precision in PRECISIONS
+    assert not list(chosen._slices._slices)  # what was laid out to be timed is let go
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_what_a_processor_lacks_is_not_timed(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+    tried: list[str] = []
+
+    def make_pass(model: Network, precision: str, *_: object, **__: object) -> PackedPass:
+        tried.append(precision)
+        return PackedPass(model)
+
+    monkeypatch.setattr(linear_module, "_has_bfloat16", lambda: has)
+    monkeypatch.setattr(choice_module, "make_pass", make_pass)
+    load_pass(random_network(small_config(**LARGE)), "fastest")
+    assert ("bfloat16" in tried) == has
+
+
+def test_auto_never_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice_module, "_time", None)
+    network = random_network(small_config(**LARGE))
+    chosen = {load_pass(network, "auto").precision for _ in range(3)}
+    assert len(chosen) == 1
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx2", "ranges", "weights", "expected"),
+    [
+        (True, True, True, MIN_WEIGHTS, "bfloat16"),
+        (True, True, False, MIN_WEIGHTS, "bfloat16"),
+        (False, True, True, MIN_WEIGHTS, "int8"),
+        (False, True, False, MIN_WEIGHTS, "float32"),
+        (False, False, True, MIN_WEIGHTS, "float32"),
+        (True, True, True, MIN_WEIGHTS - 1, "float32"),
+    ],
+)
+def test_auto_follows_from_capabilities(
+    monkeypatch: pytest.MonkeyPatch,
+    amx: bool,
+    avx2: bool,
+    ranges: bool,
+    weights: int,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(choice_module, "has_amx", lambda: amx)
+    monkeypatch.setattr(choice_module, "can_multiply_int8", lambda _: avx2)
+    precision, reason = choose_precision(torch.device("cpu"), weights, ranges)
+    assert precision == expected
+    assert reason
+
+
+@pytest.mark.parametrize(("has", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has: bool, expected: str) -> None:
+    monkeypatch.setattr(choice_module, "can_multiply_bfloat16", lambda _: has)
+    assert choose_precision(torch.device("cuda"), MIN_WEIGHTS, True)[0] == expected
+
+
+def test_what_torch_says_of_the_processor() -> None:
+    assert "amx_bf16" in torch.cpu.get_capabilities()
+    assert linear_module.has_amx() == torch.cpu.get_capabilities()["amx_bf16"]
+
+
+def test_memory_grows_with_what_is_laid_out() -> None:
+    compact = load_pass(random_network(small_config()), "bfloat16")
+    before = compact.nbytes
+    compact.warm([4])
+    assert compact.nbytes > before
+
+
+def test_a_budget_needs_its_steps() -> None:
+    compact = load_pass(random_network(small_config()))
+    with pytest.raises(ValueError, match="give the steps"):
+        compact.run(pack(random_items([3])))
+
+
+@pytest.mark.parametrize("step", [0, 5, -1])
+def test_a_step_off_the_ladder(step: int) -> None:
+    compact = load_pass(random_network(small_config()))
+    with pytest.raises(ValueError, match=f"step {step} is not on the ladder"):
+        compact.run(pack(random_items([3])), [step])
+
+
+def test_a_choice_per_input_needs_its_ranking() -> None:
+    compact = load_pass(random_network(small_config(head_selection="input")))
+    with pytest.raises(ValueError, match="ranking"):
+        compact.run(pack(random_items([3])), [2])
+
+
+def test_step_zero_has_no_pass() -> None:
+    compact = load_pass(random_network(small_config(embedding_exit=True)))
+    tokens = pack(random_items([3]))
+    with pytest.raises(ValueError, match="step 0"):
+        compact.run(tokens, [0], compact.arrive(tokens).exit_logits)
+
+
+@pytest.mark.parametrize("length", [POSITIONS + 1, 10 * POSITIONS])
+def test_too_many_tokens(length: int) -> None:
+    compact = load_pass(random_network(small_config()))
+    tokens = pack(random_items([2, length]))
+    with pytest.raises(ValueError, match=f"{length} tokens, but only {POSITIONS} positions"):
+        compact.arrive(tokens)
+    with pytest.raises(ValueError, match=f"{length} tokens, but only {POSITIONS} positions"):
+        compact.run(tokens, [1, 1])
+
+
+def test_an_unknown_precision() -> None:
+    with pytest.raises(ValueError, match="unknown precision 'telepathy'; there are: .*float32"):
+        load_pass(random_network(small_config()), "telepathy")
+
+
+def test_a_pass_puts_the_network_into_evaluation_mode() -> None:
+    network = random_network(small_config()).train()
+    load_pass(network)
+    assert not network.training
+
+
+def test_tokens_move_whole() -> None:
+    tokens = PackedTokens.pack([[4, 5], [6]], [[0, 1], [1]])
+    moved = tokens.to(torch.device("cpu"))
+    assert moved.lengths == tokens.lengths
+    assert torch.equal(moved.input_ids, tokens.input_ids)
+    assert torch.equal(moved.token_type_ids, tokens.token_type_ids)
+
+
+def test_operands_are_not_asked_whether_they_override_torch() -> None:
+    # An answer costs packed weights an exception for every product.
+    asked: list[type] = []
+
+    class Asking(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            asked.append(cls)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    compact = load_pass(random_network(small_config()))
+    tokens = pack(random_items([5, 3]))
+    asking = replace(tokens, input_ids=tokens.input_ids.as_subclass(Asking))
+    compact.arrive(asking)
+    compact.run(asking, [2, 2])
+    assert not asked
+    asking.input_ids.add(1)
+    assert asked
