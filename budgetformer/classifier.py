@@ -11,7 +11,7 @@ from budgetformer.checkpoint.store import load_encoder, read_checkpoint
 from budgetformer.inference import cascade
 from budgetformer.inference.cascade import Work
 from budgetformer.inference.precision import Precision
-from budgetformer.model.modules import probabilities
+from budgetformer.model.answers import probabilities
 
 MAX_BATCH_TOKENS = 4096
 

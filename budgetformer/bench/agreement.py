@@ -13,7 +13,7 @@ from budgetformer.inference import cascade
 from budgetformer.inference.cascade import Work
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule
-from budgetformer.model.modules import MULTI_LABEL
+from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.tokenization import Text, Tokens
 
 BATCH = 32

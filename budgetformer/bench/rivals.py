@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from budgetformer.bench.timing import Contender, TokenIds
+from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
-from budgetformer.model.modules import masked_mean
 
 DENSE = "dense, Transformers sdpa"
 DENSE_BFLOAT16 = "dense, Transformers sdpa bfloat16"

@@ -18,7 +18,7 @@ from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.precision import Precision
 from budgetformer.model.architecture import Architecture
-from budgetformer.model.modules import Encoder, SequenceClassifier
+from budgetformer.model.encoder import Encoder, SequenceClassifier
 
 _ONE_AT_A_TIME = threading.Lock()
 

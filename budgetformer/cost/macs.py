@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from budgetformer.model.architecture import Architecture
+from budgetformer.model.distances import count_score_rows, multiplied_pairs
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,20 @@ class Sizes:
     controller: int
     layerwise: bool
     picks_heads: bool
+    windows: tuple[int | None, ...]
+    maps_up: int
+    embedding: int
+    distance_terms: int
+    distances: int
+    farthest: int
+    buckets: bool
 
     @classmethod
     def of(cls, config: Architecture | Sizes) -> Sizes:
         """Read them from a configuration, once."""
         if isinstance(config, Sizes):
             return config
+        scores_distances = config.relative_positions == "disentangled"
         return cls(
             width=config.hidden_size,
             head_size=config.head_size,
@@ -50,13 +59,20 @@ class Sizes:
             controller=config.controller_hidden_size,
             layerwise=config.budget_scope == "layer",
             picks_heads=config.head_selection == "input",
+            windows=tuple(config.window(i) for i in range(config.num_hidden_layers)),
+            maps_up=2 if config.gated_ffn else 1,
+            embedding=config.embedding_size or 0,
+            distance_terms=len(config.relative_terms) if scores_distances else 0,
+            distances=config.relative_span,
+            farthest=config.relative_distance,
+            buckets=config.relative_buckets > 0,
         )
 
 
 Costed = Architecture | Sizes
 
 
-def layer_macs(config: Costed, heads: int, tokens: int) -> int:
+def layer_macs(config: Costed, heads: int, tokens: int, layer: int = 0) -> int:
     """Count one encoder layer that computes `heads` heads over `tokens` tokens of one item."""
     if heads == 0:
         return 0
@@ -65,8 +81,12 @@ def layer_macs(config: Costed, heads: int, tokens: int) -> int:
     per_head = sizes.neurons_per_head
     neurons = sizes.neurons if per_head is None else heads * per_head
     projections = 4 * tokens * sizes.width * kept
-    attention = 2 * tokens * tokens * kept
-    return projections + attention + 2 * tokens * sizes.width * neurons
+    attention = 2 * kept * multiplied_pairs(tokens, sizes.windows[layer])
+    if sizes.distance_terms:
+        rows = count_score_rows(tokens, sizes.distances, sizes.farthest, sizes.buckets)
+        attention += sizes.distance_terms * tokens * rows * kept
+    net = (1 + sizes.maps_up) * tokens * sizes.width * neurons
+    return projections + attention + net
 
 
 def layer_weights(config: Costed, heads: int) -> int:
@@ -74,7 +94,8 @@ def layer_weights(config: Costed, heads: int) -> int:
     sizes = Sizes.of(config)
     per_head = sizes.neurons_per_head
     neurons = sizes.neurons if per_head is None else heads * per_head
-    return sizes.width * (4 * heads * sizes.head_size + 2 * neurons) if heads else 0
+    net = (1 + sizes.maps_up) * neurons
+    return sizes.width * (4 * heads * sizes.head_size + net) if heads else 0
 
 
 def decision_macs(config: Costed) -> int:
@@ -94,9 +115,10 @@ def scorer_macs(config: Costed) -> int:
 def encoder_macs(config: Costed, heads: Sequence[int], tokens: int) -> int:
     """Count the encoder and the classifier for one item with `heads` per layer; no decision."""
     sizes = Sizes.of(config)
-    layers = sum(layer_macs(sizes, k, tokens) for k in heads)
+    layers = sum(layer_macs(sizes, k, tokens, i) for i, k in enumerate(heads))
     head = sizes.width**2 if sizes.dense_head else 0
-    return layers + head + sizes.width * sizes.classes
+    embeddings = tokens * sizes.embedding * sizes.width
+    return embeddings + layers + head + sizes.width * sizes.classes
 
 
 def step_macs(config: Architecture, steps: Sequence[int], tokens: int) -> int:
@@ -120,11 +142,22 @@ def fits_in_full_pass(config: Architecture, steps: Sequence[int]) -> bool:
     True if it holds for texts of every length.
     """
     sizes = Sizes.of(config)
+    full = config.heads_per_layer(config.num_steps)
+    plans = [config.heads_per_layer(step) for step in steps if step > 0]
 
-    def left(tokens: int) -> int:
-        passes = (encoder_macs(sizes, config.heads_per_layer(s), tokens) for s in steps if s > 0)
-        return encoder_macs(sizes, config.heads_per_layer(config.num_steps), tokens) - sum(passes)
+    def left(tokens: int, layers: Sequence[int]) -> int:
+        """Return what of the full pass is left in some layers."""
+        spent = sum(layer_macs(sizes, p[i], tokens, i) for p in plans for i in layers)
+        return sum(layer_macs(sizes, full[i], tokens, i) for i in layers) - spent
 
     # A quadratic in the tokens stays above 0 if it starts there, rises first and bends upwards.
-    one, two, three = left(1), left(2), left(3)
-    return 0 <= one <= two and two - one <= three - two
+    # Layers with one window are one quadratic, until their attention is local and rises less.
+    by_window: dict[int | None, list[int]] = {}
+    for i, window in enumerate(sizes.windows):
+        by_window.setdefault(window, []).append(i)
+    for layers in by_window.values():
+        one, two, three = (left(tokens, layers) for tokens in (1, 2, 3))
+        if not (one <= two and two - one <= three - two):
+            return False
+    once = encoder_macs(sizes, [0] * sizes.layers, 1)
+    return left(1, range(sizes.layers)) >= (len(plans) - 1) * once

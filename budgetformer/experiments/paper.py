@@ -21,8 +21,8 @@ import torch
 from budgetformer.cost.macs import decision_macs, dense_macs, encoder_macs
 from budgetformer.errors import DataError
 from budgetformer.model.architecture import Architecture
+from budgetformer.model.budget import Gating
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
-from budgetformer.model.modules import Gating
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts, read_examples
 from budgetformer.training.evaluation import interval
 from budgetformer.training.pipeline import build_model, find_data, find_start, kept_tokenizer

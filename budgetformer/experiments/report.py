@@ -27,7 +27,8 @@ from budgetformer.errors import DataError
 from budgetformer.experiments.routing import Routing, compare_lengths, compare_routing
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule, EntryBand, Measure
-from budgetformer.model.modules import MULTI_LABEL, confidence, probabilities
+from budgetformer.model.answers import confidence, probabilities
+from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.training.baseline import Baseline
 from budgetformer.training.calibration import Table, answer_all, run_every_step
 from budgetformer.training.chains import Route

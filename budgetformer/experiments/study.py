@@ -23,8 +23,10 @@ from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.cost.macs import encoder_macs
 from budgetformer.inference.choice import load_pass
 from budgetformer.inference.policy import EntryBand
+from budgetformer.model.answers import confidence
+from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
-from budgetformer.model.modules import confidence, exit_evidence
+from budgetformer.model.step0 import exit_evidence
 from budgetformer.training.calibration import Table, run_every_step
 from budgetformer.training.chains import CANDIDATES, Goal, Route, Steps, chains, search
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
@@ -32,8 +34,7 @@ from budgetformer.training.evaluation import read_test
 from budgetformer.training.exits import pooled_states
 from budgetformer.training.pages import markdown_table
 from budgetformer.training.recipe import Recipe
-from budgetformer.training.sliced import sliced_states
-from budgetformer.training.trainer import progress_bar, split_rows
+from budgetformer.training.trainer import inputs, progress_bar, split_rows
 
 CAPS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Mean multiply-adds, as shares of the dense network's, at which ways are compared."""
@@ -110,7 +111,8 @@ def _probe_states(model: BudgetFormerForSequenceClassification, tokens: Tokenize
         task = bar.add_task("probe", total=len(tokens.ids), note="")
         for batch in tokens.batches(32):
             half = model.config.num_hidden_layers // 2
-            states[batch.rows] = sliced_states(model, batch, PROBE_STEP, half)
+            probed = model.encoder.run_at(PROBE_STEP, **inputs(batch), layers=half)
+            states[batch.rows] = masked_mean(probed, batch.attention_mask)
             bar.advance(task, len(batch.rows))
     return states
 

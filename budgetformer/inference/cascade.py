@@ -11,7 +11,7 @@ from torch import Tensor
 from budgetformer.cost.macs import decision_macs, dense_macs, encoder_macs, scorer_macs
 from budgetformer.inference.packed import PackedPass, PackedTokens, PassResult
 from budgetformer.inference.policy import BudgetRule
-from budgetformer.model.modules import confidence
+from budgetformer.model.answers import confidence
 from budgetformer.tokenization import Tokens
 
 LAYERWISE = -1

@@ -25,7 +25,7 @@ from budgetformer.inference.backends.linear import (
 from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.inference.precision import Precision
 from budgetformer.inference.ranges import LayerRanges
-from budgetformer.model.modules import SequenceClassifier
+from budgetformer.model.encoder import SequenceClassifier
 
 BATCHES = ((40,), (40,) * 8)
 """Tokens of the items that are timed: a lone text, and a small batch."""
@@ -60,6 +60,8 @@ def make_pass(
     from budgetformer.inference.backends.kernels import gpu
     from budgetformer.inference.graphs import GraphedPass
 
+    if not gpu.can_attend(model.config):
+        return PackedPass(model, precision)
     return GraphedPass(model, precision, gpu, timed)
 
 

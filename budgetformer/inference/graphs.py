@@ -32,7 +32,8 @@ from budgetformer.inference.packed import (
     inferring,
 )
 from budgetformer.inference.weights import Slice
-from budgetformer.model.modules import SequenceClassifier, fuse
+from budgetformer.model.answers import fuse
+from budgetformer.model.encoder import SequenceClassifier
 
 MOST_PROGRAMS = 256
 """Recorded passes that are kept; the least recently used go first."""
@@ -351,12 +352,12 @@ class GraphedPass(PackedPass):
         In float32 a card takes its time for the products, and nothing is to be gained.
         """
         exact = self._memory is not None and self._dtype == torch.float32
-        if not slices or not self._post or exact:
+        if not slices or self._norms_last or exact:
             return False
         return all(
-            self.kernels.can_join(kept.output, kept.up, self._layers[layer].attention_norm)
-            and self.kernels.can_join(kept.down, kept.qkv, self._layers[layer].feed_forward_norm)
-            for layer, kept in slices.items()
+            self.kernels.can_join(kept.output, kept.up, kept.attention_norm)
+            and self.kernels.can_join(kept.down, kept.qkv, kept.feed_forward_norm)
+            for kept in slices.values()
         )
 
     def _joined(
@@ -370,14 +371,13 @@ class GraphedPass(PackedPass):
         order = list(slices.values())
         following = [*(kept.qkv for kept in order[1:]), None]
         mapped = order[0].qkv(states)
-        for (index, kept), then in zip(slices.items(), following, strict=True):
-            layer = self._layers[index]
-            contexts = self.kernels.attend(mapped, layout, kept.heads)
+        for kept, then in zip(order, following, strict=True):
+            contexts = self.kernels.attend(mapped, layout, kept)
             neurons = self.kernels.map_norm_map(
-                contexts, kept.output, states, layer.attention_norm, kept.up, layout, paired
+                contexts, kept.output, states, kept.attention_norm, kept.up, layout, paired
             )
             mapped = self.kernels.map_norm_map(
-                neurons, kept.down, states, layer.feed_forward_norm, then, layout, paired
+                neurons, kept.down, states, kept.feed_forward_norm, then, layout, paired
             )
         return states
 

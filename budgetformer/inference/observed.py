@@ -11,7 +11,7 @@ from budgetformer.cost.macs import Sizes
 from budgetformer.inference.backends.linear import Linear, Product, Weights
 from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.inference.ranges import MOST_APART, LayerRanges, MapName, StateRange
-from budgetformer.model.modules import SequenceClassifier
+from budgetformer.model.encoder import SequenceClassifier
 
 NARROWER = 0.85
 """A column stands apart if the range without it is less than so many times as wide."""

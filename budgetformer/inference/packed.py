@@ -24,16 +24,14 @@ from budgetformer.cost.macs import Sizes
 from budgetformer.inference.backends.kernels import Kernels, plain
 from budgetformer.inference.backends.linear import LayOut, lay_out, padded_rows
 from budgetformer.inference.layout import Layout
-from budgetformer.inference.routed import RoutedLayer, Routing
+from budgetformer.inference.routed import Routed, RoutedWeights, Routing
 from budgetformer.inference.shared import SharedTensors
 from budgetformer.inference.weights import HeadSet, SliceCache
-from budgetformer.model.modules import (
-    EncoderLayer,
-    ExitHead,
-    SequenceClassifier,
-    budget_step,
-    fuse,
-)
+from budgetformer.model.answers import fuse
+from budgetformer.model.budget import budget_step
+from budgetformer.model.encoder import SequenceClassifier
+from budgetformer.model.layer import EncoderLayer, LayerWeights, run_layer
+from budgetformer.model.step0 import ExitHead
 from budgetformer.model.tfidf import StepZero
 
 MOST_SETS = 2
@@ -190,7 +188,7 @@ class PackedPass:
         # Plain values of our own: to read a Transformers configuration takes microseconds.
         self.sizes = Sizes.of(self.config)
         self._layers = self.encoder.encoder_layers
-        self._post = self.config.norm_position == "post"
+        self._norms_last = self.config.norm_position == "pre"
         self._mean = self.config.pooling == "mean"
         self._most_tokens = self.config.max_position_embeddings
         self.kernels = kernels
@@ -200,7 +198,8 @@ class PackedPass:
         self._shared: SharedTensors | None = None
         with torch.no_grad():
             own = lay_outs or [lay_out(precision)] * len(self._layers)
-            self._slices = SliceCache(self._layers, self.sizes, precision, own)
+            distances = self.encoder.embedded_distances()
+            self._slices = SliceCache(self._layers, self.sizes, precision, own, distances)
 
     @property
     def device(self) -> torch.device:
@@ -455,7 +454,7 @@ class PackedPass:
         return self.kernels.embed(ids, kinds, layout, by, torch.float32)
 
     def _classify(self, states: Tensor, layout: Layout) -> Tensor:
-        if not self._post:
+        if self._norms_last:
             states = self.encoder.final_norm(states.float())
         if self._mean and self.model.head is None:
             return self.kernels.classify(states, layout, self.model.classifier)
@@ -507,7 +506,9 @@ class PackedPass:
             return self._run_set(index, states, layout, head_set)
         spare_rows = len(states) - layout.tokens
         if len(groups) > MOST_SETS:
-            routing = Routing.of(sets, layout, self.sizes.heads, spare_rows)
+            positions = self._slices.layers[index].positions
+            alike = positions is None or not positions.tables
+            routing = Routing.of(sets, layout, self.sizes.heads, spare_rows, alike)
             return self._run_routed(index, states, routing)
         *parts, spare = states.split([*layout.lengths, spare_rows])
         for head_set, items in groups.items():
@@ -523,35 +524,34 @@ class PackedPass:
         if not head_set:
             return states
         kept = self._slices.get(index, head_set)
-
-        def attention(x: Tensor) -> Tensor:
-            return kept.output(self.kernels.attend(kept.qkv(x), layout, kept.heads))
-
-        layer = self._layers[index]
-        first, second = layer.attention_norm, layer.feed_forward_norm
-        if self._post:
-            mixed = self.kernels.add_norm(states, attention(states), first)
-            return self.kernels.add_norm(mixed, kept.down(kept.up(mixed)), second)
-        mixed = plain.add(states, attention(plain.norm(states, first)))
-        return plain.add(mixed, kept.down(kept.up(plain.norm(mixed, second))))
+        return run_layer(states, kept, Packed(self.kernels, layout))
 
     def _run_routed(self, index: int, states: Tensor, routing: Routing) -> Tensor:
         """Run items that keep many different sets of heads."""
-        routed = RoutedLayer(self._slices, self.kernels, index, routing)
-
-        def whole_net(x: Tensor, onto: Tensor) -> Tensor:
-            up, down = self._slices.layers[index].whole_net
-            return plain.add(onto, down(up(x)))
-
-        coupled = self.sizes.neurons_per_head is not None
-        net = routed.transform if coupled else whole_net
-        layer = self._layers[index]
-        first, second = layer.attention_norm, layer.feed_forward_norm
-        if self._post:
-            mixed = plain.norm(routed.attend(states, states), first)
-            result = plain.norm(net(mixed, mixed), second)
-        else:
-            mixed = routed.attend(plain.norm(states, first), states)
-            result = net(plain.norm(mixed, second), mixed)
-        result = result.to(states.dtype)
+        weights = RoutedWeights(self._slices, index, routing)
+        result = run_layer(states, weights, Routed(self.kernels, weights)).to(states.dtype)
         return result if routing.used is None else torch.where(routing.used, result, states)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a layer computes for packed items that keep the same heads; a layer's `Backend`."""
+
+    kernels: Kernels
+    layout: Layout
+
+    def attend(self, projected: Tensor, weights: LayerWeights) -> Tensor:
+        """Attend within each item."""
+        return self.kernels.attend(projected, self.layout, weights)
+
+    def norm(self, states: Tensor, by: nn.Module) -> Tensor:
+        """Normalise states."""
+        return plain.norm(states, by)
+
+    def add(self, states: Tensor, change: Tensor) -> Tensor:
+        """Add a change to states."""
+        return plain.add(states, change)
+
+    def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+        """Normalise the sum of states and a change."""
+        return self.kernels.add_norm(states, change, by)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from budgetformer.inference.backends.kernels import Kernels
+from budgetformer.inference.backends.kernels import Kernels, plain
 from budgetformer.inference.backends.linear import padded_rows
 from budgetformer.inference.layout import Layout
 from budgetformer.inference.weights import HeadSet, SliceCache
+from budgetformer.model.layer import LayerSpec, LayerWeights
+from budgetformer.model.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,15 @@ class Routing:
     Attributes:
         heads: those that some item keeps, with their tokens.
         places: of the pairs sorted by token, in the order of `heads`, [P].
-        items: in runs of as many kept heads: (kept heads, where the run's items are).
+        items: in runs that attention takes at once: (kept heads of the first, where they are).
+        rows: of states, N'.
         used: whether a row keeps any head, [N', 1]; None: all of them do.
     """
 
     heads: list[Pairs]
     places: Tensor
-    items: list[tuple[int, Layout]]
+    items: list[tuple[HeadSet, Layout]]
+    rows: int
     used: Tensor | None
 
     @classmethod
@@ -67,6 +72,7 @@ class Routing:
         layout: Layout,
         num_heads: int,
         spare_rows: int,
+        alike: bool = True,
     ) -> Routing:
         """Sort the pairs of B items.
 
@@ -75,6 +81,7 @@ class Routing:
             layout: where they are.
             num_heads: H.
             spare_rows: rows of states after the tokens'; with any, a head's tokens are padded.
+            alike: whether attention tells heads apart by their queries, keys and values alone.
         """
         owner = layout.owner
         cells = [item * num_heads + head for item, heads in enumerate(sets) for head in heads]
@@ -89,10 +96,12 @@ class Routing:
         places[pairs] = torch.arange(len(pairs), device=owner.device)
         counts = heads.bincount(minlength=num_heads).tolist()
         by_head = zip(counts, rows.split(counts), pairs.split(counts), strict=True)
-        runs: list[tuple[int, list[int]]] = []
+        runs: list[tuple[HeadSet, list[int]]] = []
         for head_set, length in zip(sets, layout.lengths, strict=True):
-            if not runs or runs[-1][0] != len(head_set):
-                runs.append((len(head_set), []))
+            last = runs[-1][0] if runs else None
+            joins = last is not None and (len(last) == len(head_set) if alike else last == head_set)
+            if not joins:
+                runs.append((head_set, []))
             runs[-1][1].append(length)
         return cls(
             heads=[
@@ -101,51 +110,115 @@ class Routing:
                 if count
             ],
             places=places,
-            items=[(heads, Layout(tuple(run), layout.device)) for heads, run in runs],
+            items=[(head_set, Layout(tuple(run), layout.device)) for head_set, run in runs],
+            rows=len(owner) + spare_rows,
             used=None if all(sets) else F.pad(kept.any(1)[owner], (0, spare_rows)).unsqueeze(1),
         )
 
 
-class RoutedLayer:
-    """The two maps of one layer over routed tokens, head by head so that each stays in cache."""
+class RoutedWeights:
+    """One layer's maps over routed tokens, head by head so that each stays in cache.
 
-    def __init__(self, slices: SliceCache, kernels: Kernels, index: int, routing: Routing) -> None:
+    They are a layer's `LayerWeights`: states are [N', D], and contexts and neurons are those of all
+    pairs of a token and a head.
+
+    Args:
+        slices: the network's.
+        index: of the layer.
+        routing: which tokens go to which heads.
+    """
+
+    def __init__(self, slices: SliceCache, index: int, routing: Routing) -> None:
         self.routing = routing
-        self._kernels = kernels
         self._dtype = slices.dtype
-        self._heads = [
+        self._by_head = [
             (pairs, slices.get(index, (pairs.head,), with_bias=False)) for pairs in routing.heads
         ]
-        self._output_bias, self._down_bias = slices.layers[index].biases
+        self._weights = slices.layers[index]
+        self._output_bias, self._down_bias = self._weights.biases
+        layer = self._weights.layer
+        self.spec, self.positions, self.heads = (
+            layer.spec,
+            self._weights.positions,
+            layer.spec.heads,
+        )
+        self.attention_norm, self.feed_forward_norm = layer.attention_norm, layer.feed_forward_norm
 
-    def attend(self, states: Tensor, onto: Tensor) -> Tensor:
-        """Return `onto` [N', D] and what attention to states [N', D] adds."""
+    def qkv(self, states: Tensor) -> Tensor:
+        """Return queries, keys and values of each pair, sorted by token, [P, 3 * D/H]."""
         read = states.to(self._dtype)
-        by_head = [
-            kept.qkv(read.index_select(0, pairs.rows))[: pairs.count] for pairs, kept in self._heads
+        parts = [
+            kept.qkv(read.index_select(0, pairs.rows))[: pairs.count]
+            for pairs, kept in self._by_head
         ]
-        projected = torch.cat(by_head).index_select(0, self.routing.places)
-        contexts, start = [], 0
-        for heads, layout in self.routing.items:
-            if not heads:
-                continue
-            count = heads * layout.tokens
-            part = projected[start : start + count].view(layout.tokens, heads * projected.shape[1])
-            context = self._kernels.attend(part, layout, heads)
-            contexts.append(context.view(count, projected.shape[1] // 3))
-            start += count
-        context = torch.cat(contexts)
-        added = onto + self._output_bias
-        for pairs, kept in self._heads:
+        return torch.cat(parts).index_select(0, self.routing.places)
+
+    def output(self, context: Tensor) -> Tensor:
+        """Map contexts [P, D/H] to states [N', D]."""
+        added = self._output_bias.float().repeat(self.routing.rows, 1)
+        for pairs, kept in self._by_head:
             result = kept.output(context.index_select(0, pairs.pairs))
-            added.index_add_(0, pairs.rows, result.to(added.dtype))
+            added.index_add_(0, pairs.rows, result.float())
         return added
 
-    def transform(self, states: Tensor, onto: Tensor) -> Tensor:
-        """Return `onto` [N', D] and what the coupled feed-forward net makes of states [N', D]."""
+    def up(self, states: Tensor) -> Any:
+        """Map states [N', D] to neurons: of each head's tokens, where heads own them."""
+        if self.spec.neurons_per_head is None:
+            return self._weights.whole_net[0](states)
         read = states.to(self._dtype)
-        added = onto + self._down_bias
-        for pairs, kept in self._heads:
-            result = kept.down(kept.up(read.index_select(0, pairs.rows)))
-            added.index_add_(0, pairs.rows, result.to(added.dtype))
+        return [kept.up(read.index_select(0, pairs.rows)) for pairs, kept in self._by_head]
+
+    def down(self, neurons: Any) -> Tensor:
+        """Map neurons to states [N', D]."""
+        if self.spec.neurons_per_head is None:
+            return self._weights.whole_net[1](neurons)
+        added = self._down_bias.float().repeat(self.routing.rows, 1)
+        for (pairs, kept), own in zip(self._by_head, neurons, strict=True):
+            added.index_add_(0, pairs.rows, kept.down(own).float())
         return added
+
+
+@dataclass(frozen=True)
+class Run:
+    """Items next to one another that keep equally many heads, as attention sees them."""
+
+    heads: int
+    spec: LayerSpec
+    positions: Positions | None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """How a layer computes for routed tokens; a layer's `Backend`."""
+
+    kernels: Kernels
+    weights: RoutedWeights
+
+    def attend(self, projected: Tensor, weights: LayerWeights) -> Tensor:
+        """Attend within each item, over the pairs of its tokens: [P, 3 * D/H] to [P, D/H]."""
+        contexts, start, width = [], 0, projected.shape[1]
+        for head_set, layout in self.weights.routing.items:
+            if not head_set:
+                continue
+            heads = len(head_set)
+            count = heads * layout.tokens
+            part = projected[start : start + count].view(layout.tokens, heads * width)
+            whole = weights.positions
+            which = torch.tensor(head_set, device=projected.device)
+            own = None if whole is None else whole.of_heads(which)
+            context = self.kernels.attend(part, layout, Run(heads, weights.spec, own))
+            contexts.append(context.view(count, width // 3))
+            start += count
+        return torch.cat(contexts)
+
+    def norm(self, states: Tensor, by: nn.Module) -> Tensor:
+        """Normalise states."""
+        return plain.norm(states, by)
+
+    def add(self, states: Tensor, change: Tensor) -> Tensor:
+        """Add a change to states."""
+        return plain.add(states, change)
+
+    def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+        """Normalise the sum of states and a change."""
+        return plain.add_norm(states, change, by)

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from budgetformer.cost.macs import Sizes
 from budgetformer.inference.backends.linear import STATES, LayOut, Linear, Product, Weights
-from budgetformer.model.modules import EncoderLayer
+from budgetformer.model.layer import EncoderLayer, LayerSpec
+from budgetformer.model.positions import Positions
 
 HeadSet = tuple[int, ...]
+Row = tuple[Tensor, Tensor]
+"""Weight and bias of a map."""
 
 CACHE_BYTES = 256 * 2**20
 """Room for slices that are copies; the least recently used go first."""
@@ -23,10 +26,13 @@ CACHE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Slice:
-    """One layer's maps for k heads and the neurons that they own.
+    """One layer's maps for k heads and the neurons that they own, as `run_layer` takes them.
 
     Attributes:
+        spec: what the layer computes.
         heads: k.
+        attention_norm, feed_forward_norm: the layer's norms.
+        positions: what the heads' scores know of places.
         qkv: [N, D] to queries, keys and values, interleaved by head, [N, k * 3 * D/H].
         output: [N, k * D/H] to [N, D].
         up: the feed-forward net's first, with its activation.
@@ -34,7 +40,11 @@ class Slice:
         nbytes: memory of its own.
     """
 
+    spec: LayerSpec
     heads: int
+    attention_norm: nn.Module
+    feed_forward_norm: nn.Module
+    positions: Positions | None
     qkv: Linear
     output: Linear
     up: Linear
@@ -62,28 +72,40 @@ class LayerWeights:
         sizes: its network's.
         dtype: of the numbers of a slice.
         lay_out: how its maps multiply.
+        distances: embeddings of distances [2S, D], where its scores read them.
     """
 
     def __init__(
-        self, layer: EncoderLayer, sizes: Sizes, dtype: torch.dtype, lay_out: LayOut
+        self,
+        layer: EncoderLayer,
+        sizes: Sizes,
+        dtype: torch.dtype,
+        lay_out: LayOut,
+        distances: Tensor | None,
     ) -> None:
         attention, net = layer.attention, layer.feed_forward
+        self.layer, self.spec = layer, layer.spec
         self._dtype = dtype
+        self.positions = attention.positions(layer.spec, sizes.heads, distances)
         maps = [self._read(m) for m in (attention.query, attention.key, attention.value)]
         weight, bias = (
             torch.stack([part.unflatten(0, (sizes.heads, -1)) for part in parts], dim=1)
             for parts in zip(*maps, strict=True)
         )
         self._qkv = weight.flatten(0, 2), bias.flatten()
-        self._output, self._up, self._down = map(self._read, (attention.output, net.up, net.down))
+        self._output, self._down = map(self._read, (attention.output, net.down))
+        self._up = self._read(net.up)
+        if net.gate is not None:
+            self._up = self._gated(self._read(net.gate), self._up)
         self._sizes = sizes
         self._activation: Linear = net.activation
         self._lay_out = lay_out
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """The matrices of which slices are taken."""
-        return self._qkv[0], self._output[0], self._up[0], self._down[0]
+        """The matrices of which slices are taken, and the tables of positions."""
+        tables = () if self.positions is None else self.positions.tables
+        return self._qkv[0], self._output[0], self._up[0], self._down[0], *tables
 
     @property
     def biases(self) -> tuple[Tensor, Tensor]:
@@ -103,14 +125,21 @@ class LayerWeights:
             up, down = self.whole_net
         else:
             neurons = self._places(head_set, sizes.neurons_per_head)
-            own.append(Weights("up", self._up[0][neurons], self._up[1][neurons]))
+            rows = self._places(head_set, sizes.neurons_per_head * self._maps_up)
+            own.append(Weights("up", self._up[0][rows], self._up[1][rows]))
             own.append(Weights("down", self._down[0], down_bias, neurons))
             up, down = self._lay_out_up(own[2]), self._lay_out(own[3])
         copied = own
         if self._dtype == torch.float32 and isinstance(heads, slice):
             copied = []  # views
+        whole = self.positions
+        positions = None if whole is None else whole.of_heads(self._places(head_set, 1))
         return Slice(
+            spec=self.spec,
             heads=len(head_set),
+            attention_norm=self.layer.attention_norm,
+            feed_forward_norm=self.layer.feed_forward_norm,
+            positions=positions,
             qkv=self._lay_out(qkv),
             output=self._lay_out(output),
             up=up,
@@ -129,11 +158,33 @@ class LayerWeights:
         self.__dict__.pop("whole_net", None)
 
     def _lay_out_up(self, some: Weights) -> Linear:
-        """Lay out a map whose results are activated."""
+        """Lay out a map whose results are activated, and gated."""
         activation, up = self._activation, self._lay_out(some)
+        if self.spec.gated:
+            own = self.spec.neurons_per_head or self._sizes.neurons
+
+            def gate(states: Tensor) -> Tensor:
+                activated, factors = up(states).view(len(states), -1, 2, own).unbind(2)
+                return (activation(activated) * factors).flatten(1)
+
+            return gate
         if activation is F.gelu and isinstance(up, Product):
             return replace(up, gelu=True)
         return lambda states: activation(up(states))
+
+    @property
+    def _maps_up(self) -> int:
+        """Rows of the first map for each neuron."""
+        return 2 if self.spec.gated else 1
+
+    def _gated(self, gate: Row, up: Row) -> Row:
+        """Put the activated rows of each head before those that they are multiplied by."""
+        own = self.spec.neurons_per_head or len(up[0])
+        weight, bias = (
+            torch.stack([part.unflatten(0, (-1, own)) for part in parts], dim=1)
+            for parts in zip(gate, up, strict=True)
+        )
+        return weight.flatten(0, 2), bias.flatten()
 
     def _read(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         """Return weight and bias; a weight that is laid out as a copy may wait as it lies."""
@@ -155,6 +206,7 @@ class SliceCache:
         sizes: its sizes.
         precision: one of `PRECISIONS`.
         lay_outs: how each layer's maps multiply.
+        distances: see `LayerWeights`.
 
     Attributes:
         dtype: what the maps read.
@@ -166,9 +218,10 @@ class SliceCache:
         sizes: Sizes,
         precision: str,
         lay_outs: Sequence[LayOut],
+        distances: Tensor | None = None,
     ) -> None:
         self.layers = [
-            LayerWeights(layer, sizes, getattr(torch, precision), own)
+            LayerWeights(layer, sizes, getattr(torch, precision), own, distances)
             for layer, own in zip(layers, lay_outs, strict=True)
         ]
         self.dtype = STATES[precision]

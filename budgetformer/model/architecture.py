@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, Literal, get_args
 
@@ -14,6 +14,7 @@ BudgetScope = Literal["input", "layer"]
 HeadSelection = Literal["input", "ranked"]
 Pooling = Literal["mean", "cls"]
 NormPosition = Literal["post", "pre"]
+RelativePositions = Literal["bias", "disentangled"]
 
 EVIDENCE_FEATURES = 4
 """Features of step 0's answer that f_o reads (`budgetformer.model.tfidf.evidence`)."""
@@ -35,9 +36,28 @@ class Architecture:
 
     Args:
         norm_position: `"post"` (BERT: layer norm after each residual sum) or `"pre"`.
+        norm_first_layer: normalise what the first layer's attention reads; some pre-norm encoders
+            do not, whose embeddings are normalised already.
+        norm_embeddings: normalise the embeddings; None: with `"post"` only.
+        embedding_size: width of the embeddings, where a linear map brings them to `hidden_size`;
+            None: they have it.
+        position_embeddings: add a learned vector by absolute position to the embeddings.
+        relative_positions: `"bias"` adds a learned number by distance to each head's scores (T5,
+            MPNet), `"disentangled"` scores contents with distances (DeBERTa); None: neither.
+        relative_buckets: rows of the bias; of disentangled positions, half of the distances that
+            are told apart; 0: as many as `relative_distance`.
+        relative_distance: distance from which on all are alike.
+        relative_terms: of disentangled positions, `"c2p"` and `"p2c"`: contents that look at
+            distances, and distances at contents.
+        relative_shares_maps: let disentangled positions use the maps of queries and keys.
+        relative_norm: normalise the embeddings of distances.
+        rotary_bases: base of each layer's rotary positions; None: there are none.
+        windows: tokens on each side that a token attends to, by layer, 0 for all; None: all.
+        gated_ffn: multiply activated neurons by others (GLU), `activation(gate(x)) * up(x)`.
         pooling: how token states become one vector for the classifier, `"mean"` or `"cls"`.
         head_activation: put a dense layer and this activation between pooled state and classifier,
             as BERT ("tanh") and DistilBERT ("relu") do; None: nothing is between them.
+        head_norm: normalise after that activation, as ModernBERT does.
         budget_ffn: couple the feed-forward net to the heads. Each head owns 1/H of the neurons, and
             a head that is not computed takes its neurons with it. False: the paper's form, always
             whole.
@@ -87,8 +107,22 @@ class Architecture:
         attention_probs_dropout_prob: float = 0.1,
         classifier_dropout: float | None = None,
         norm_position: NormPosition = "post",
+        norm_first_layer: bool = True,
+        norm_embeddings: bool | None = None,
+        embedding_size: int | None = None,
+        position_embeddings: bool = True,
+        relative_positions: RelativePositions | None = None,
+        relative_buckets: int = 0,
+        relative_distance: int = 0,
+        relative_terms: Sequence[str] = (),
+        relative_shares_maps: bool = True,
+        relative_norm: bool = False,
+        rotary_bases: list[float] | None = None,
+        windows: list[int] | None = None,
+        gated_ffn: bool = False,
         pooling: Pooling = "mean",
         head_activation: str | None = None,
+        head_norm: bool = False,
         budget_ffn: bool = True,
         budget_scope: BudgetScope = "input",
         head_selection: HeadSelection = "ranked",
@@ -117,8 +151,23 @@ class Architecture:
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.classifier_dropout = classifier_dropout
         self.norm_position = norm_position
+        self.norm_first_layer = norm_first_layer
+        post = norm_position == "post"
+        self.norm_embeddings = post if norm_embeddings is None else norm_embeddings
+        self.embedding_size = embedding_size
+        self.position_embeddings = position_embeddings
+        self.relative_positions = relative_positions
+        self.relative_buckets = relative_buckets
+        self.relative_distance = relative_distance
+        self.relative_terms = list(relative_terms)
+        self.relative_shares_maps = relative_shares_maps
+        self.relative_norm = relative_norm
+        self.rotary_bases = rotary_bases
+        self.windows = windows
+        self.gated_ffn = gated_ffn
         self.pooling = pooling
         self.head_activation = head_activation
+        self.head_norm = head_norm
         self.budget_ffn = budget_ffn
         self.budget_scope = budget_scope
         self.head_selection = head_selection
@@ -152,6 +201,19 @@ class Architecture:
     def head_size(self) -> int:
         """Width of one attention head, D / H."""
         return self.hidden_size // self.num_attention_heads
+
+    def window(self, layer: int) -> int | None:
+        """Return the tokens on each side that a layer's tokens attend to; None: all."""
+        return (self.windows[layer] or None) if self.windows else None
+
+    def rotary_base(self, layer: int) -> float | None:
+        """Return the base of a layer's rotary positions; None: there are none."""
+        return self.rotary_bases[layer] if self.rotary_bases else None
+
+    @property
+    def relative_span(self) -> int:
+        """Half of the distances that disentangled positions tell apart."""
+        return self.relative_buckets or self.relative_distance
 
     @property
     def num_classes(self) -> int:
@@ -216,6 +278,7 @@ class Architecture:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        self._check_positions()
         if heads < 1:
             raise ValueError(f"num_attention_heads must be at least 1, not {heads}")
         for name in ("exit_buckets", "exit_rank"):
@@ -256,6 +319,26 @@ class Architecture:
             raise ValueError(
                 'embedding_exit needs budget_scope "input": step 0 is decided before the encoder'
             )
+
+    def _check_positions(self) -> None:
+        known = (None, *get_args(RelativePositions))
+        if self.relative_positions not in known:
+            raise ValueError(
+                f"relative_positions must be one of {known}, not {self.relative_positions!r}"
+            )
+        if self.relative_positions is not None and self.relative_span < 1:
+            raise ValueError("relative_positions needs relative_buckets or relative_distance")
+        if unknown := set(self.relative_terms) - {"c2p", "p2c"}:
+            raise ValueError(f"relative_terms must be of 'c2p' and 'p2c', not {sorted(unknown)}")
+        layers = self.num_hidden_layers
+        for name in ("rotary_bases", "windows"):
+            by_layer = getattr(self, name)
+            if by_layer is not None and len(by_layer) != layers:
+                raise ValueError(f"{name} must have {layers} numbers, one for each layer")
+        if self.relative_positions is not None and any(self.windows or ()):
+            raise ValueError("local attention (windows) knows no relative_positions")
+        if self.rotary_bases is not None and self.head_size % 2:
+            raise ValueError(f"rotary positions need an even head size, not {self.head_size}")
 
 
 FIELDS = tuple(signature(Architecture).parameters)

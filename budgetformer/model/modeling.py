@@ -1,6 +1,6 @@
 """The reference BudgetFormer network as a Transformers model.
 
-Its modules are `budgetformer.model.modules`; here they are put together, loaded and saved.
+Its modules are beside this one; here they are put together, loaded and saved.
 
 Shapes: B items, T tokens, D width, H heads, L layers, C labels.
 """
@@ -21,18 +21,12 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from transformers.utils import logging as hf_logging
 from transformers.utils.generic import ModelOutput
 
+from budgetformer.model.answers import fuse
+from budgetformer.model.architecture import MULTI_LABEL
+from budgetformer.model.budget import BudgetDecision, Decision, Gating, budget_step
 from budgetformer.model.configuration import BudgetFormerConfig
-from budgetformer.model.modules import (
-    MULTI_LABEL,
-    BudgetDecision,
-    Decision,
-    Encoder,
-    Gating,
-    SequenceClassifier,
-    budget_step,
-    fuse,
-    masked_mean,
-)
+from budgetformer.model.embeddings import masked_mean
+from budgetformer.model.encoder import Encoder, SequenceClassifier, additive_mask
 
 
 @dataclass
@@ -125,8 +119,7 @@ class BudgetFormerModel(  # type: ignore[misc]  # their configurations differ
         if isinstance(steps, int):
             steps = torch.full((input_ids.shape[0],), steps, device=input_ids.device)
         states = self.embed(input_ids, token_type_ids)
-        # A large finite number: a row of -inf (an item without any token) would turn into NaN.
-        bias = torch.where(attention_mask[:, None, None, :] > 0, 0.0, -1e9)
+        bias, distances = additive_mask(attention_mask), self.embedded_distances()
         decisions: list[Decision] = []
         if self.decision is not None:
             decisions.append(self.decision(masked_mean(states, attention_mask), steps, evidence))
@@ -136,12 +129,10 @@ class BudgetFormerModel(  # type: ignore[misc]  # their configurations differ
                 own = decisions[-1].gates[:, 0]
             else:
                 own = decisions[0].gates[:, index]
-            states = layer(states, bias, own if gates is None else gates[:, index])
+            kept = own if gates is None else gates[:, index]
+            states = layer(states, bias, kept, distances)
         states = self.final_norm(states)
-        if self.config.pooling == "cls":
-            pooled = (states[:, :1] * attention_mask[:, :1, None]).sum(1)
-        else:
-            pooled = masked_mean(states, attention_mask)
+        pooled = self.pool(states, attention_mask)
         relevance = [d.relevance for d in decisions if d.relevance is not None]
         return BudgetFormerModelOutput(
             last_hidden_state=states,

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from budgetformer.errors import DataError
 from budgetformer.model.configuration import BudgetFormerConfig
+from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
-from budgetformer.model.modules import masked_mean
 from budgetformer.training.conversion import order_by_importance
 from budgetformer.training.data import Examples, TokenizedTexts, drawn_rows
 from budgetformer.training.recipe import Recipe

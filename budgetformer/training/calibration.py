@@ -38,14 +38,9 @@ from budgetformer.inference.policy import (
     QualityName,
 )
 from budgetformer.inference.ranges import LayerRanges
-from budgetformer.model.architecture import Architecture
-from budgetformer.model.modules import (
-    MULTI_LABEL,
-    SequenceClassifier,
-    confidence,
-    fuse,
-    probabilities,
-)
+from budgetformer.model.answers import confidence, fuse, probabilities
+from budgetformer.model.architecture import MULTI_LABEL, Architecture
+from budgetformer.model.encoder import SequenceClassifier
 from budgetformer.training.chains import Chain, Curve, Goal, Route, Steps, chains, search
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.evaluation import interval

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from budgetformer.errors import CheckpointError
+from budgetformer.model.budget import HeadScorer
 from budgetformer.model.configuration import BudgetFormerConfig
+from budgetformer.model.layer import EncoderLayer
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
-from budgetformer.model.modules import EncoderLayer, HeadScorer
 from budgetformer.training.encoders import Family, Source, read_encoder
 
 TOLERANCE = 1e-4

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from budgetformer.errors import CheckpointError, one_line
+from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.modeling import quiet
-from budgetformer.model.modules import MULTI_LABEL
 
 
 @dataclass(frozen=True)

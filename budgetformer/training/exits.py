@@ -6,13 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from budgetformer.model.architecture import MULTI_LABEL
+from budgetformer.model.budget import BudgetController, BudgetDecision
+from budgetformer.model.encoder import SequenceClassifier
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
-from budgetformer.model.modules import (
-    MULTI_LABEL,
-    BudgetController,
-    BudgetDecision,
-    SequenceClassifier,
-)
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.trainer import inputs, progress_bar
 

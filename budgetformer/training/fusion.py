@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budgetformer.model.modules import MULTI_LABEL, fuse
+from budgetformer.model.answers import fuse
+from budgetformer.model.architecture import MULTI_LABEL
 
 PRIOR = 1.0
 """Weight of the prior, counted in texts: it decides only where there are hardly any."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from budgetformer.model.modules import MULTI_LABEL
+from budgetformer.model.architecture import MULTI_LABEL
 
 
 def distillation_loss(

@@ -34,10 +34,11 @@ from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule, Measure
 from budgetformer.inference.ranges import LayerRanges
-from budgetformer.model.architecture import Architecture
+from budgetformer.model.architecture import MULTI_LABEL, Architecture
+from budgetformer.model.budget import BudgetController
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model, quiet
-from budgetformer.model.modules import MULTI_LABEL, BudgetController, table_columns
+from budgetformer.model.step0 import table_columns
 from budgetformer.model.tfidf import evidence
 from budgetformer.tables import find_table, open_table
 from budgetformer.tokenization import tokenizer_errors
@@ -125,9 +126,7 @@ def train_checkpoint(
     if recipe.max_length < MIN_POSITIONS:
         raise DataError(f"max_length is {recipe.max_length}, at least {MIN_POSITIONS} are needed")
     if recipe.random_heads:
-        raise DataError(
-            "random_heads is for budgetformer.experiments: no checkpoint serves it"
-        )
+        raise DataError("random_heads is for budgetformer.experiments: no checkpoint serves it")
     if threads is not None:
         torch.set_num_threads(threads)
     train_file, test_file = find_data(data)

@@ -14,8 +14,8 @@ from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from budgetformer.model import tfidf as step0
-from budgetformer.model.architecture import Architecture
-from budgetformer.model.modules import MULTI_LABEL, TfidfHead
+from budgetformer.model.architecture import MULTI_LABEL, Architecture
+from budgetformer.model.step0 import TfidfHead
 from budgetformer.training.data import Examples, TokenizedTexts
 from budgetformer.training.exits import wrong
 from budgetformer.training.recipe import Recipe

@@ -28,12 +28,13 @@ from torch import Tensor, nn
 
 from budgetformer.checkpoint.staging import disk_errors
 from budgetformer.errors import TrainingError, one_line
+from budgetformer.model.answers import confidence
 from budgetformer.model.architecture import FIELDS, Architecture
+from budgetformer.model.budget import Gating
 from budgetformer.model.modeling import (
     BudgetFormerClassifierOutput,
     BudgetFormerForSequenceClassification,
 )
-from budgetformer.model.modules import Gating, confidence
 from budgetformer.training.conversion import ladder_by_importance, order_by_importance
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
 from budgetformer.training.objectives import (
@@ -44,7 +45,6 @@ from budgetformer.training.objectives import (
     relevance_entropy,
 )
 from budgetformer.training.recipe import Recipe
-from budgetformer.training.sliced import sliced_logits
 
 SAVE_SECONDS = 120
 IMPORTANCE_BATCHES = 32
@@ -251,7 +251,7 @@ class Trainer:
         """Return the encoder's logits of a batch at one ladder step, at its cost if possible."""
         with self._autocast():
             if self._sliceable:
-                return sliced_logits(self.model, batch, step).float()
+                return self.model.logits_at(step, **inputs(batch)).float()
             output: BudgetFormerClassifierOutput = self.model(**inputs(batch), steps=step)
         assert output.logits is not None
         return output.logits.float()

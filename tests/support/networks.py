@@ -14,7 +14,7 @@ from torch import Tensor
 from budgetformer.inference.packed import PackedTokens
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
-from budgetformer.model.modules import TfidfHead
+from budgetformer.model.step0 import TfidfHead
 
 VOCABULARY = 40
 POSITIONS = 12
@@ -143,9 +143,11 @@ def configs(draw: st.DrawFn, **fixed: Any) -> BudgetFormerConfig:
     ladder = draw(st.none() | ladders(layers, heads, fewest=0 if coupled else 1))
     ladder = fixed.get("ladder", ladder)
     steps = heads if ladder is None else len(ladder)
+    size = draw(st.sampled_from([2, 4, 6]))
+    norm = fixed.get("norm_position", draw(st.sampled_from(["post", "pre"])))
     drawn: dict[str, Any] = {
         "vocab_size": VOCABULARY,
-        "hidden_size": heads * draw(st.sampled_from([2, 4, 6])),
+        "hidden_size": heads * size,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "intermediate_size": neurons,
@@ -156,7 +158,12 @@ def configs(draw: st.DrawFn, **fixed: Any) -> BudgetFormerConfig:
         "budget_ffn": coupled,
         "budget_scope": scope,
         "head_selection": draw(st.sampled_from(["input", "ranked"])),
-        "norm_position": draw(st.sampled_from(["post", "pre"])),
+        "norm_position": norm,
+        "norm_first_layer": norm == "post" or draw(st.booleans()),
+        "norm_embeddings": draw(st.sampled_from([None, True])),
+        "embedding_size": draw(st.sampled_from([None, None, 3])),
+        "gated_ffn": draw(st.booleans()),
+        "head_norm": draw(st.booleans()),
         "pooling": draw(st.sampled_from(["mean", "cls"])),
         "head_activation": draw(st.sampled_from([None, "tanh"])),
         "ladder": ladder,
@@ -171,7 +178,33 @@ def configs(draw: st.DrawFn, **fixed: Any) -> BudgetFormerConfig:
         "num_labels": draw(st.integers(2, 5)),
         "problem_type": f"{'multi' if several else 'single'}_label_classification",
     }
-    return BudgetFormerConfig(**drawn | fixed)
+    return BudgetFormerConfig(**drawn | draw(positions(layers)) | fixed)
+
+
+@st.composite
+def positions(draw: st.DrawFn, layers: int) -> dict[str, Any]:
+    """Draw how a network of some layers takes places into account."""
+    by_layer = st.lists(st.sampled_from([0, 1, 2, 3]), min_size=layers, max_size=layers)
+    scheme = draw(st.sampled_from(["absolute", "bias", "disentangled", "rotary", "local"]))
+    found: dict[str, Any] = {"position_embeddings": scheme == "absolute" or draw(st.booleans())}
+    if scheme in ("rotary", "local"):
+        bases = st.lists(st.sampled_from([10.0, 1000.0]), min_size=layers, max_size=layers)
+        found["rotary_bases"] = draw(bases)
+    if scheme == "local":
+        found["windows"] = draw(by_layer)
+    if scheme == "bias":
+        found |= {"relative_positions": scheme, "relative_buckets": 8, "relative_distance": 6}
+    if scheme == "disentangled":
+        terms = draw(st.sampled_from([["c2p"], ["p2c"], ["c2p", "p2c"]]))
+        found |= {
+            "relative_positions": scheme,
+            "relative_terms": terms,
+            "relative_shares_maps": draw(st.booleans()),
+            "relative_norm": draw(st.booleans()),
+            "relative_buckets": draw(st.sampled_from([0, 4])),
+            "relative_distance": draw(st.sampled_from([5, 12])),
+        }
+    return found
 
 
 @st.composite

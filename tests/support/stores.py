@@ -29,7 +29,7 @@ from budgetformer.inference.policy import (
     Policy,
     QualityName,
 )
-from budgetformer.model.modules import confidence
+from budgetformer.model.answers import confidence
 from budgetformer.training.data import Examples
 from budgetformer.training.pipeline import train_checkpoint
 from budgetformer.training.recipe import Recipe

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from budgetformer.inference.backends.linear import Linear
 from budgetformer.inference.layout import Layout
-from budgetformer.model.modules import Embeddings, ExitHead
+from budgetformer.model.embeddings import Embeddings
+from budgetformer.model.layer import Heads
+from budgetformer.model.step0 import ExitHead
 
 
 class Kernels(Protocol):
@@ -28,10 +30,10 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Embed tokens."""
 
-    def attend(self, projected: Tensor, layout: Layout, heads: int) -> Tensor:
+    def attend(self, projected: Tensor, layout: Layout, weights: Heads) -> Tensor:
         """Attend within each item."""
 
-    def add_norm(self, states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
+    def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
         """Normalise the sum of states and a change."""
 
     def mean(self, states: Tensor, layout: Layout) -> Tensor:
@@ -44,7 +46,7 @@ class Kernels(Protocol):
 class JoiningKernels(Kernels, Protocol):
     """Kernels that can also take rows through two maps at once; so does `gpu`."""
 
-    def can_join(self, first: Linear, second: Linear | None, by: nn.LayerNorm) -> bool:
+    def can_join(self, first: Linear, second: Linear | None, by: nn.Module) -> bool:
         """Say whether these maps can be joined."""
 
     def map_norm_map(
@@ -52,7 +54,7 @@ class JoiningKernels(Kernels, Protocol):
         inputs: Tensor,
         first: Linear,
         states: Tensor,
-        by: nn.LayerNorm,
+        by: nn.Module,
         second: Linear | None,
         layout: Layout,
         paired: bool = False,

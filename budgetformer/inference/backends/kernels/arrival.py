@@ -9,11 +9,8 @@ from torch import Tensor
 
 from budgetformer.inference.backends.kernels.tiles import tile_side
 from budgetformer.inference.layout import Layout
-from budgetformer.model.architecture import EVIDENCE_SIZE
-from budgetformer.model.modules import (
-    MULTI_LABEL,
-    ExitHead,
-)
+from budgetformer.model.architecture import EVIDENCE_SIZE, MULTI_LABEL
+from budgetformer.model.step0 import ExitHead
 from budgetformer.model.tfidf import HASHED_LEFT, HASHED_RIGHT, MAX_ODDS
 
 BAGGED_ROWS, BAGGED_COLUMNS, BAGGED_WARPS = 32, 64, 4

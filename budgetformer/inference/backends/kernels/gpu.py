@@ -9,17 +9,31 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from budgetformer.inference.backends.kernels import plain
 from budgetformer.inference.backends.kernels.arrival import bag, exit_evidence, table_rows
 from budgetformer.inference.backends.kernels.joined import can_join, map_norm_map
 from budgetformer.inference.backends.kernels.tiles import dot_precision, tile_side
 from budgetformer.inference.layout import Layout
-from budgetformer.model.modules import Embeddings
+from budgetformer.model.architecture import Architecture
+from budgetformer.model.embeddings import Embeddings
+from budgetformer.model.layer import Heads
+from budgetformer.model.positions import DistanceBias, Rotary
 
-__all__ = ["add_norm", "attend", "bag", "can_join", "classify", "embed", "exit_evidence"]
+__all__ = [
+    "add_norm",
+    "attend",
+    "bag",
+    "can_attend",
+    "can_join",
+    "classify",
+    "embed",
+    "exit_evidence",
+]
 __all__ += ["map_norm_map", "mean"]
 
 ROWS = 64
@@ -34,6 +48,8 @@ LABELS = 8
 
 def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: torch.dtype) -> Tensor:
     """Do as `plain.embed`; sums are float32."""
+    if by.position is None or by.map is not None:
+        return plain.embed(ids, kinds, layout, by, dtype)
     tokens, width = len(ids), by.word.embedding_dim
     result = torch.empty(tokens, width, dtype=dtype, device=ids.device)
     norm = by.norm if isinstance(by.norm, nn.LayerNorm) else None
@@ -100,10 +116,26 @@ def _normed(state, weight, bias, column, width, eps):
     return scaled * scale + shift
 
 
-def attend(projected: Tensor, layout: Layout, heads: int) -> Tensor:
+def can_attend(config: Architecture) -> bool:
+    """Say whether `attend` knows a network's positions."""
+    return config.relative_positions != "disentangled"
+
+
+def attend(projected: Tensor, layout: Layout, weights: Heads) -> Tensor:
     """Do as `plain.attend`; one program per head and `ROWS` rows, whoseever they are."""
     tokens, width = projected.shape
+    heads, positions, window = weights.heads, weights.positions, weights.spec.window
     size = width // (3 * heads)
+    if isinstance(positions, Rotary) and tokens:
+        query, key, value = projected.view(tokens, heads, 3, size).unbind(2)
+        places = layout.positions[:tokens]
+        places = F.pad(places, (0, tokens - len(places)))
+        turned = [positions.rotate_at(part, places) for part in (query, key)]
+        projected = torch.stack([*turned, value], dim=2).view(tokens, width)
+    biases, farthest = projected, 0
+    if isinstance(positions, DistanceBias):
+        farthest = positions.farthest
+        biases = positions.by_distance(farthest + 1).contiguous()
     contexts = projected.new_empty(tokens, heads * size)
     if layout.tokens:
         _attend[(triton.cdiv(layout.tokens, ROWS), heads)](
@@ -111,30 +143,40 @@ def attend(projected: Tensor, layout: Layout, heads: int) -> Tensor:
             contexts,
             layout.positions,
             layout.ends,
+            biases,
             layout.tokens,
             math.log2(math.e) / math.sqrt(size),
             heads,
             size,
+            window or 0,
+            farthest,
             ROWS=ROWS,
             SIDE=tile_side(size),
             PRECISION=dot_precision(projected),
+            LOCAL=window is not None,
+            BIASED=farthest > 0,
         )
     return contexts
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])
+@triton.jit(do_not_specialize=["tokens", "heads", "window", "farthest"])
 def _attend(
     projected,
     contexts,
     positions,
     ends,
+    biases,
     tokens,
     scale,
     heads,
     size,
+    window,
+    farthest,
     ROWS: tl.constexpr,
     SIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
     lead, head = tl.program_id(0) * ROWS, tl.program_id(1)
     row = lead + tl.arange(0, ROWS)
@@ -144,6 +186,9 @@ def _attend(
     # Items lie in order: the first row's begins first, and the last row's ends last.
     first = lead - tl.load(positions + lead).to(tl.int32)
     last = tl.load(ends + tl.minimum(lead + ROWS, tokens) - 1).to(tl.int32)
+    if LOCAL:
+        first = tl.maximum(first, lead - window)
+        last = tl.minimum(last, lead + ROWS + window)
     side = tl.arange(0, SIDE)
     inside = (side < size)[None, :]
     stride = heads * 3 * size
@@ -163,6 +208,13 @@ def _attend(
         value = tl.load(place + 2 * size, mask=seen, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         mine = (start[:, None] <= other[None, :]) & (other[None, :] < end[:, None])
+        distance = other[None, :] - row[:, None]
+        if LOCAL:
+            mine = mine & (distance <= window) & (distance >= -window)
+        if BIASED:
+            near = tl.minimum(tl.maximum(distance, -farthest), farthest) + farthest
+            bias = tl.load(biases + head * (2 * farthest + 1) + near)
+            score += bias.to(tl.float32) * 1.4426950408889634  # as scores are in base two
         score = tl.where(mine, score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, 1))
         weight = tl.exp2(score - higher[:, None])
@@ -177,7 +229,7 @@ def _attend(
     tl.store(place, result, mask=asked[:, None] & inside)
 
 
-def add_norm(states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
+def add_norm(states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
     """Do as `plain.add_norm`; sums are float32, the result is as the states."""
     tokens, width = states.shape
     result = torch.empty_like(states)

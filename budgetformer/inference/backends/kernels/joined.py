@@ -30,8 +30,10 @@ PROGRAMS = 128
 """So many keep a large card busy; with fewer rows each program takes less of them."""
 
 
-def can_join(first: Linear, second: Linear | None, by: nn.LayerNorm) -> bool:
+def can_join(first: Linear, second: Linear | None, by: nn.Module) -> bool:
     """Say whether `map_norm_map` can run these maps."""
+    if not isinstance(by, nn.LayerNorm):
+        return False
     width = by.normalized_shape[0]
     maps = [each for each in (first, second) if each is not None]
     known = all(isinstance(each, Product) and each.bias is not None for each in maps)
@@ -42,7 +44,7 @@ def map_norm_map(
     inputs: Tensor,
     first: Linear,
     states: Tensor,
-    by: nn.LayerNorm,
+    by: nn.Module,
     second: Linear | None,
     layout: Layout,
     paired: bool = False,

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from budgetformer.inference.backends.linear import Linear
 from budgetformer.inference.layout import Layout
-from budgetformer.model.modules import Embeddings, ExitHead, exit_evidence
+from budgetformer.model.embeddings import Embeddings
+from budgetformer.model.layer import Heads
+from budgetformer.model.layer import attend as attend_padded
+from budgetformer.model.step0 import ExitHead, exit_evidence
 
 __all__ = ["add", "add_norm", "attend", "bag", "classify", "embed", "exit_evidence"]
 __all__ += ["map_norm_map", "mean", "norm"]
@@ -59,39 +62,40 @@ def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: tor
     states = by.word.weight.index_select(0, ids)
     states = states.to(by.states_dtype or states.dtype)
     states += by.segment.weight.index_select(0, kinds)
-    states += by.position.weight.index_select(0, layout.positions)
-    if isinstance(by.norm, nn.LayerNorm):
-        states = norm(states, by.norm)
-    return states.to(dtype)
+    if by.position is not None:
+        states += by.position.weight.index_select(0, layout.positions)
+    states = norm(states, by.norm)
+    return (states if by.map is None else by.map(states.to(by.map.weight.dtype))).to(dtype)
 
 
-def attend(projected: Tensor, layout: Layout, heads: int) -> Tensor:
+def attend(projected: Tensor, layout: Layout, weights: Heads) -> Tensor:
     """Attend within each item of a packed batch.
 
     Args:
         projected: queries, keys and values, interleaved by head, [N, k * 3 * D/H].
         layout: where the items are; spare rows come back as they will.
-        heads: k.
+        weights: of the layer, whose heads, positions and window count.
 
     Returns:
         Contexts [N, k * D/H].
     """
     tokens, width = projected.shape
+    heads, positions, window = weights.heads, weights.positions, weights.spec.window
     size = width // (3 * heads)
     per_head = projected.view(1, tokens, heads, 3, size).permute(3, 0, 2, 1, 4)
+
+    def attend_one(item: Tensor) -> Tensor:
+        """Attend within one item: [3, 1, k, T, D/H] to [1, T, k, D/H]."""
+        query, key, value = item.unbind(0)
+        return attend_padded(query, key, value, positions, window).transpose(1, 2)
+
     if layout.alone and layout.tokens == tokens > 0:
-        return _attend_one(per_head).reshape(tokens, heads * size)
+        return attend_one(per_head).reshape(tokens, heads * size)
     *items, spare = per_head.split([*layout.lengths, tokens - layout.tokens], dim=3)
-    contexts = [_attend_one(item) for item in items if item.shape[3]]
+    contexts = [attend_one(item) for item in items if item.shape[3]]
     if spare.shape[3] or not contexts:
         contexts.append(torch.zeros_like(spare[0]).transpose(1, 2))
     return torch.cat(contexts, dim=1).reshape(tokens, heads * size)
-
-
-def _attend_one(per_head: Tensor) -> Tensor:
-    """Attend within one item: [3, 1, k, T, D/H] to [1, T, k, D/H]."""
-    query, key, value = per_head.unbind(0)
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def add(states: Tensor, change: Tensor) -> Tensor:
@@ -104,8 +108,10 @@ def add(states: Tensor, change: Tensor) -> Tensor:
     return change.add_(states)
 
 
-def norm(states: Tensor, by: nn.LayerNorm) -> Tensor:
-    """Normalise each of the states [N, D]."""
+def norm(states: Tensor, by: nn.Module) -> Tensor:
+    """Normalise each of the states [N, D]; `by` may be no norm, and leave them as they are."""
+    if not isinstance(by, nn.LayerNorm):
+        return states
     # Not through the module: its call takes as long as the norm of a short text.
     weight = by.weight
     if states.dtype != weight.dtype:
@@ -113,13 +119,13 @@ def norm(states: Tensor, by: nn.LayerNorm) -> Tensor:
     return torch.layer_norm(states, by.normalized_shape, weight, by.bias, by.eps)
 
 
-def add_norm(states: Tensor, change: Tensor, by: nn.LayerNorm) -> Tensor:
+def add_norm(states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
     """Normalise the sum of states and a change, [N, D] each."""
     return norm(add(states, change), by)
 
 
 def map_norm_map(
-    inputs: Tensor, first: Linear, states: Tensor, by: nn.LayerNorm, second: Linear | None
+    inputs: Tensor, first: Linear, states: Tensor, by: nn.Module, second: Linear | None
 ) -> Tensor:
     """Map inputs, add them to the states, normalise these, and map what comes of it.
 

@@ -18,8 +18,8 @@ from budgetformer.experiments.report import (
     report_checkpoint,
 )
 from budgetformer.experiments.report_files import report_text, write_report
+from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.modeling import load_model
-from budgetformer.model.modules import MULTI_LABEL
 from budgetformer.training.baseline import Baseline, keep_layers
 from budgetformer.training.data import Examples, TokenizedTexts
 from budgetformer.training.evaluation import evaluate_checkpoint

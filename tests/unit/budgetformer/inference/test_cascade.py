@@ -10,8 +10,9 @@ from budgetformer.inference import cascade
 from budgetformer.inference.cascade import Work
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule, EntryBand, Escalation, Level, OperatingPoint
+from budgetformer.model.answers import confidence
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
-from budgetformer.model.modules import TfidfHead, confidence
+from budgetformer.model.step0 import TfidfHead
 from budgetformer.tokenization import Tokens
 from tests.support.networks import (
     PROPERTY,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,12 @@ if "TRITON_INTERPRET" not in os.environ:
 from budgetformer.inference.backends.kernels import gpu, plain
 from budgetformer.inference.backends.linear import Product
 from budgetformer.inference.layout import Layout
-from budgetformer.model.modules import MULTI_LABEL, Embeddings, ExitHead
+from budgetformer.inference.routed import Run
+from budgetformer.model.architecture import MULTI_LABEL
+from budgetformer.model.embeddings import Embeddings
+from budgetformer.model.layer import LayerSpec
+from budgetformer.model.positions import DistanceBias, Positions, Rotary
+from budgetformer.model.step0 import ExitHead
 from tests.support.networks import assert_close, small_config
 
 LENGTHS = [(5,), (1, 0, 3), (64, 65, 1), (0, 0), (130, 7, 0, 31)]
@@ -25,6 +31,12 @@ CPU = torch.device("cpu")
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def heads_of(heads: int, positions: Positions | None = None, window: int | None = None) -> Run:
+    """Return what attention reads of some heads of a layer."""
+    spec = replace(LayerSpec.of(small_config(), 0), window=window)
+    return Run(heads, spec, positions)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -52,16 +64,36 @@ def test_attention(lengths: Sequence[int], heads: int, size: int, spare: int) ->
     layout = Layout(tuple(lengths), CPU)
     projected = random(layout.tokens + spare, heads * 3 * size)
     used = layout.tokens
-    expected = plain.attend(projected, layout, heads)[:used]
-    assert_close(gpu.attend(projected, layout, heads)[:used], expected)
+    expected = plain.attend(projected, layout, heads_of(heads))[:used]
+    assert_close(gpu.attend(projected, layout, heads_of(heads))[:used], expected)
+
+
+@pytest.mark.parametrize("lengths", [*LENGTHS, (200,)])
+@pytest.mark.parametrize("window", [None, 1, 9, 70])
+@pytest.mark.parametrize("positions", ["absolute", "rotary", "bias"])
+def test_attention_with_positions(
+    lengths: Sequence[int], window: int | None, positions: str
+) -> None:
+    layout = Layout(tuple(lengths), CPU)
+    known: dict[str, Positions | None] = {
+        "absolute": None,
+        "rotary": Rotary(100.0),
+        "bias": DistanceBias(random(16, 2), 40),
+    }
+    if positions == "bias":
+        window = None
+    read = heads_of(2, known[positions], window)
+    projected = random(layout.tokens, 2 * 3 * 8)
+    expected = plain.attend(projected, layout, read)
+    assert_close(gpu.attend(projected, layout, read), expected)
 
 
 def test_attention_in_half_precision() -> None:
     layout = Layout((70, 3), CPU)
     projected = random(73, 2 * 3 * 32)
-    expected = plain.attend(projected, layout, 2)
+    expected = plain.attend(projected, layout, heads_of(2))
     # float16: the interpreter multiplies the bits of bfloat16, not its values.
-    actual = gpu.attend(projected.half(), layout, 2)
+    actual = gpu.attend(projected.half(), layout, heads_of(2))
     assert actual.dtype == torch.float16
     assert_close(actual[: layout.tokens].float(), expected[: layout.tokens], tolerance=0.005)
 
@@ -69,21 +101,23 @@ def test_attention_in_half_precision() -> None:
 def test_attention_of_one_item_reads_no_other() -> None:
     layout = Layout((20, 70), CPU)
     projected = random(90, 2 * 3 * 32)
-    before = gpu.attend(projected, layout, 2)[:20]
+    before = gpu.attend(projected, layout, heads_of(2))[:20]
     projected[20:] = 50 * projected[20:].flip(0)
-    assert torch.equal(gpu.attend(projected, layout, 2)[:20], before)
+    assert torch.equal(gpu.attend(projected, layout, heads_of(2))[:20], before)
 
 
 def test_attention_of_large_scores_does_not_overflow() -> None:
     layout = Layout((70,), CPU)
     projected = 100 * random(70, 3 * 32)
-    assert_close(gpu.attend(projected, layout, 1), plain.attend(projected, layout, 1))
+    assert_close(
+        gpu.attend(projected, layout, heads_of(1)), plain.attend(projected, layout, heads_of(1))
+    )
 
 
 def test_attention_of_no_row_of_an_item_depends_on_where_it_lies() -> None:
     projected, before = random(100, 3 * 32), random(37, 3 * 32)
-    alone = gpu.attend(projected, Layout((100,), CPU), 1)
-    behind = gpu.attend(torch.cat([before, projected]), Layout((37, 100), CPU), 1)[37:]
+    alone = gpu.attend(projected, Layout((100,), CPU), heads_of(1))
+    behind = gpu.attend(torch.cat([before, projected]), Layout((37, 100), CPU), heads_of(1))[37:]
     assert_close(behind, alone)
 
 
@@ -158,7 +192,7 @@ def test_mean_does_not_depend_on_the_batch() -> None:
 
 def test_nothing_to_do() -> None:
     layout = Layout((), CPU)
-    assert gpu.attend(torch.empty(0, 12), layout, 2).shape == (0, 4)
+    assert gpu.attend(torch.empty(0, 12), layout, 2).shape == (0, heads_of(4))
     assert gpu.add_norm(torch.empty(0, 8), torch.empty(0, 8), nn.LayerNorm(8)).shape == (0, 8)
     assert gpu.mean(torch.empty(0, 8), layout).shape == (0, 8)
     assert gpu.classify(torch.empty(0, 8), layout, nn.Linear(8, 2)).shape == (0, 2)

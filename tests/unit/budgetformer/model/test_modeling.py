@@ -12,20 +12,20 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import budgetformer
-from budgetformer.model.configuration import BudgetFormerConfig
-from budgetformer.model.modeling import BudgetFormerForSequenceClassification, BudgetFormerModel
-from budgetformer.model.modules import (
-    MULTI_LABEL,
+from budgetformer.model.answers import confidence, probabilities
+from budgetformer.model.architecture import MULTI_LABEL
+from budgetformer.model.budget import (
     BudgetController,
     BudgetDecision,
     Gating,
     budget_step,
-    confidence,
-    exit_evidence,
     keep_top,
-    masked_mean,
-    probabilities,
 )
+from budgetformer.model.configuration import BudgetFormerConfig
+from budgetformer.model.embeddings import masked_mean
+from budgetformer.model.layer import PrefixWeights
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification, BudgetFormerModel
+from budgetformer.model.step0 import exit_evidence
 from tests.support.networks import (
     POSITIONS,
     PROPERTY,
@@ -433,10 +433,12 @@ class TestForward:
     def test_gates_switch_the_neurons_only_when_coupled(self) -> None:
         for coupled in (True, False):
             network = random_network(small_config(budget_ffn=coupled, num_hidden_layers=1))
-            net = network.encoder.layers[0].feed_forward
-            states, gates = torch.randn(1, 2, 16), torch.tensor([[1.0, 0.0, 1.0, 1.0]])
-            same = torch.equal(net(states, gates), net(states, torch.ones(1, 4)))
-            assert same != coupled
+            gated, whole = (
+                PrefixWeights(network.encoder.layers[0], 4, None, torch.tensor([gates]))
+                for gates in ([1.0, 0.0, 1.0, 1.0], [1.0] * 4)
+            )
+            neurons = whole.up(torch.randn(1, 2, 16))
+            assert torch.equal(gated.down(neurons), whole.down(neurons)) != coupled
 
 
 class TestStepZero:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budgetformer.model import tfidf as step0
+from budgetformer.model.answers import confidence
 from budgetformer.model.architecture import EVIDENCE_FEATURES, MULTI_LABEL
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification as Network
-from budgetformer.model.modules import confidence
 from budgetformer.model.tfidf import MAX_ODDS, StepZero, evidence, features, tfidf
 from tests.support.networks import (
     PROPERTY,

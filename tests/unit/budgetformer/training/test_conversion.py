@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from budgetformer.errors import CheckpointError
+from budgetformer.model.architecture import MULTI_LABEL
+from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
-from budgetformer.model.modules import MULTI_LABEL, masked_mean
 from budgetformer.training.conversion import (
     convert_encoder,
     ladder_by_importance,

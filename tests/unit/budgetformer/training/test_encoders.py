@@ -31,8 +31,9 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from budgetformer.errors import CheckpointError
+from budgetformer.model.activations import ACTIVATIONS, activation
+from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.modeling import quiet
-from budgetformer.model.modules import ACTIVATIONS, MULTI_LABEL, activation
 from budgetformer.training import conversion
 from budgetformer.training.conversion import TOLERANCE, Conversion, convert_encoder
 from budgetformer.training.encoders import FAMILIES

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from budgetformer.model.modules import MULTI_LABEL
+from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.training.fusion import fit_fusion
 from tests.support.networks import PROPERTY
 

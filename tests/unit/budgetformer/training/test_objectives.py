@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from budgetformer.model.modules import MULTI_LABEL
+from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.training.objectives import (
     budget_penalty,
     distillation_loss,

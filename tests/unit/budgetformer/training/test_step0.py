@@ -7,8 +7,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from budgetformer.model.answers import confidence
 from budgetformer.model.architecture import MULTI_LABEL, Architecture
-from budgetformer.model.modules import TfidfHead, confidence
+from budgetformer.model.step0 import TfidfHead
 from budgetformer.training.data import Examples, TokenizedTexts
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.step0 import fit_step0

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from budgetformer.model.architecture import MULTI_LABEL
+from budgetformer.model.budget import Gating
 from budgetformer.model.configuration import BudgetFormerConfig
+from budgetformer.model.encoder import SequenceClassifier
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
-from budgetformer.model.modules import MULTI_LABEL, Gating
 from budgetformer.training import trainer as trainer_module
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
 from budgetformer.training.recipe import Recipe
@@ -469,14 +471,14 @@ class TestStep0:
 class TestSandwich:
     def steps(self, monkeypatch: pytest.MonkeyPatch, run: Run) -> list[tuple[int, int]]:
         seen: list[tuple[int, int]] = []
-        sliced = trainer_module.sliced_logits
+        run_at = SequenceClassifier.logits_at
 
-        def record(model: Any, batch: TokenBatch, step: int) -> Tensor:
+        def record(model: Any, step: int, input_ids: Tensor, *rest: Any, **more: Any) -> Tensor:
             if model.training:
-                seen.append((step, len(batch.rows)))
-            return sliced(model, batch, step)
+                seen.append((step, len(input_ids)))
+            return run_at(model, step, input_ids, *rest, **more)
 
-        monkeypatch.setattr(trainer_module, "sliced_logits", record)
+        monkeypatch.setattr(SequenceClassifier, "logits_at", record)
         run.trainer(new_network()).train()
         dense = run.recipe.dense_epochs * 4
         return seen[dense:]

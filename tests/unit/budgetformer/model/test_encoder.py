@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budgetformer.training.data import TokenBatch
-from budgetformer.training.sliced import sliced_logits
+from budgetformer.training.trainer import inputs
 from tests.support.networks import (
     PROPERTY,
     assert_close,
@@ -30,7 +30,7 @@ def padded(lengths: list[int], seed: int = 0) -> TokenBatch:
     )
 
 
-class TestSlicedPass:
+class TestOneStep:
     @PROPERTY
     @given(
         config=configs(
@@ -53,7 +53,7 @@ class TestSlicedPass:
         batch = padded(lengths, seed)
         expected = model(batch.input_ids, batch.attention_mask, batch.token_type_ids, steps=step)
         with torch.no_grad():
-            assert_close(sliced_logits(model, batch, step), expected.logits.detach())
+            assert_close(model.logits_at(step, **inputs(batch)), expected.logits.detach())
 
     def test_has_the_gradients_of_the_reference_pass(self) -> None:
         dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -63,7 +63,7 @@ class TestSlicedPass:
         gradients = []
         for logits in (
             model(batch.input_ids, batch.attention_mask, batch.token_type_ids, steps=2).logits,
-            sliced_logits(model, batch, 2),
+            model.logits_at(2, **inputs(batch)),
         ):
             model.zero_grad()
             model.loss(logits, labels).backward()
@@ -82,7 +82,7 @@ class TestSlicedPass:
     def test_needs_a_prefix(self, choice: dict[str, str]) -> None:
         model = random_network(small_config(**choice))
         with pytest.raises(ValueError, match="ranked"):
-            sliced_logits(model, padded([4]), 1)
+            model.logits_at(1, **inputs(padded([4])))
 
 
 class TestSplit:

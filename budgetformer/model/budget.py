@@ -1,0 +1,174 @@
+"""Which heads an input gets: f_o says how many, g_d which ones.
+
+Shapes: B items, D width, H heads, L layers, E features of step 0's answer.
+Source: Faye et al., "Adaptive Head Budgeting for Efficient Multi-Head Attention", 2026 ("the
+paper").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from budgetformer.model.architecture import Architecture
+
+
+class BudgetController(nn.Module):
+    """f_o: from a pooled state, the share of the heads that an input needs (paper)."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(input_size, hidden_size)
+        self.out = nn.Linear(hidden_size, 1)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map pooled states [B, D'] to s [B] in (0, 1)."""
+        logit = cast(Tensor, self.out(F.relu(self.hidden(pooled))))
+        return logit.squeeze(-1).sigmoid()
+
+    def fix(self, share: float) -> None:
+        """Answer `share` to every input, and learn no more: the ablation without f_o (paper).
+
+        The weights say so, so every pass and every saved copy of this network does the same.
+        """
+        self.requires_grad_(False)
+        self.out.weight.zero_()
+        self.out.bias.fill_(torch.logit(torch.tensor(share), eps=1e-6).item())
+
+
+class HeadScorer(nn.Module):
+    """g_d: from a pooled state, how relevant each head is (paper, head scorer).
+
+    With `budget_scope = "input"` one scorer speaks for all layers at once.
+    """
+
+    def __init__(self, config: Architecture, num_layers: int) -> None:
+        super().__init__()
+        self.num_layers, self.num_heads = num_layers, config.num_attention_heads
+        self.out = nn.Linear(config.hidden_size, num_layers * self.num_heads)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map pooled states [B, D] to scores [B, layers, H]; their softmax is the relevance."""
+        return cast(Tensor, self.out(pooled)).view(-1, self.num_layers, self.num_heads)
+
+
+@dataclass(frozen=True)
+class Gating:
+    """How budgets become gates while training; evaluation always uses hard gates.
+
+    `mode` "hard" keeps the top k with a straight-through gradient on the relevance; "soft" is the
+    paper's training form, all heads kept and weighted. `temperature` divides the scores before the
+    softmax and `noise` is the standard deviation added to them: high early (exploration), annealed
+    late (exploitation). `random_heads` puts noise alone in place of g_d's scores, in evaluation
+    too: the paper's ablation without g_d.
+    """
+
+    mode: Literal["hard", "soft"] = "hard"
+    temperature: float = 1.0
+    noise: float = 0.0
+    random_heads: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What f_o and g_d said.
+
+    budget s [B], relevance [B, layers, H] or None (ranked), gates [B, layers, H].
+    """
+
+    budget: Tensor
+    relevance: Tensor | None
+    gates: Tensor
+
+
+class BudgetDecision(nn.Module):
+    """Turn a pooled state into head gates.
+
+    For all layers (scope "input") or for one (scope "layer").
+    """
+
+    def __init__(self, config: Architecture, layer: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = list(range(config.num_hidden_layers)) if layer is None else [layer]
+        self.controller = BudgetController(config.decision_inputs, config.controller_hidden_size)
+        picks = config.head_selection == "input"
+        self.scorer = HeadScorer(config, len(self.layers)) if picks else None
+        self.gating = Gating()
+
+    def budget(self, pooled: Tensor, evidence: Tensor | None = None) -> Tensor:
+        """Return s [B] for pooled states [B, D] and, with a step 0, its evidence [B, E]."""
+        parts = [] if self.config.decides_from_step0 else [pooled]
+        missing = self.config.decision_inputs - sum(part.shape[-1] for part in parts)
+        if missing:
+            none = pooled.new_zeros(len(pooled), missing)
+            parts.append(none if evidence is None else evidence.to(pooled.dtype))
+        return cast(Tensor, self.controller(torch.cat(parts, dim=-1)))
+
+    def heads(self, steps: Tensor) -> Tensor:
+        """Look up ladder steps [B] (0 allowed): heads kept in each of these layers, [B, layers]."""
+        plans = [[0] * self.config.num_hidden_layers, *self.config.ladder]
+        table = torch.tensor(plans, device=steps.device)[:, self.layers]
+        return table[steps]
+
+    def forward(
+        self, pooled: Tensor, steps: Tensor | None = None, evidence: Tensor | None = None
+    ) -> Decision:
+        """Decide for pooled states [B, D]; `steps` [B] overrides f_o."""
+        s = share = self.budget(pooled, evidence)
+        if steps is None:
+            steps = budget_step(s, self.config.num_steps)
+        else:
+            share = s.detach()  # f_o had no say: no gradient flows through it
+        heads = self.heads(steps)
+        scores = self._scores(pooled)
+        if scores is None:
+            first = torch.arange(self.config.num_attention_heads, device=pooled.device)
+            hard = (first < heads.unsqueeze(-1)).to(pooled.dtype)
+            return Decision(s, None, self._soften(hard, share, None))
+        relevance = (scores / self.gating.temperature).softmax(-1)
+        return Decision(s, relevance, self._soften(keep_top(scores, heads), share, relevance))
+
+    def _scores(self, pooled: Tensor) -> Tensor | None:
+        if self.scorer is None:
+            return None
+        scores = cast(Tensor, self.scorer(pooled))
+        if self.gating.random_heads:
+            return torch.randn_like(scores)
+        if self.training and self.gating.noise:
+            scores = scores + self.gating.noise * torch.randn_like(scores)
+        return scores
+
+    def _soften(self, hard: Tensor, s: Tensor, relevance: Tensor | None) -> Tensor:
+        if not self.training:
+            return hard
+        share = s[:, None, None] * self.config.num_attention_heads
+        if relevance is None:
+            place = torch.arange(self.config.num_attention_heads, device=s.device) + 0.5
+            soft = ((share - place) / self.gating.temperature).sigmoid().expand_as(hard)
+        else:
+            soft = share * relevance
+        if self.gating.mode == "soft":
+            return soft
+        return hard + soft - soft.detach()
+
+
+def budget_step(s: Tensor, num_steps: int) -> Tensor:
+    """Apply the paper's rule k = ceil(s * H), on a ladder of S steps.
+
+    Maps s [B] to steps [B] in 1..S.
+    """
+    return (s * num_steps).ceil().long().clamp(1, num_steps)
+
+
+def keep_top(scores: Tensor, heads: Tensor) -> Tensor:
+    """Mark the `heads` [...] highest of scores [..., H] with 1, the others with 0.
+
+    Ties go to the lower index.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return (order.argsort(dim=-1) < heads.unsqueeze(-1)).to(scores.dtype)

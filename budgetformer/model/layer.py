@@ -1,0 +1,440 @@
+"""The encoder layer: one function, whoever runs it.
+
+`run_layer` says what a layer does. What differs between the reference, training and the compact
+passes is which heads' weights it gets (`LayerWeights`) and how sums, norms and attention are
+computed (`Backend`).
+
+Shapes: B items, T tokens, D width, H heads, k of them kept, d columns of a head, I feed-forward
+neurons. States are [B, T, D] padded, or [N, D] packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from budgetformer.model.activations import activation
+from budgetformer.model.architecture import Architecture
+from budgetformer.model.budget import BudgetDecision
+from budgetformer.model.distances import runs_in_blocks
+from budgetformer.model.positions import Disentangled, DistanceBias, Positions, Rotary
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer computes, beside its weights.
+
+    Attributes:
+        heads: H.
+        head_size: d.
+        norm_position: "post" normalises sums with the residual, "pre" what a map reads.
+        norms_attention: whether the norm of attention is there; the first layer of some pre-norm
+            encoders has none.
+        activation: of the feed-forward net, by Transformers' name.
+        gated: whether activated neurons are multiplied by others that are not.
+        neurons_per_head: neurons that each head owns; None: the net is always whole.
+        window: tokens on each side that a token attends to; None: all.
+        rotary_base: of rotary positions; None: there are none.
+    """
+
+    heads: int
+    head_size: int
+    norm_position: Literal["post", "pre"]
+    norms_attention: bool
+    activation: str
+    gated: bool
+    neurons_per_head: int | None
+    window: int | None
+    rotary_base: float | None
+
+    @classmethod
+    def of(cls, config: Architecture, index: int) -> LayerSpec:
+        """Return what layer `index` of a network does."""
+        return cls(
+            heads=config.num_attention_heads,
+            head_size=config.head_size,
+            norm_position=config.norm_position,
+            norms_attention=index > 0 or config.norm_first_layer,
+            activation=config.hidden_act,
+            gated=config.gated_ffn,
+            neurons_per_head=config.neurons_per_head if config.budget_ffn else None,
+            window=config.window(index),
+            rotary_base=config.rotary_base(index),
+        )
+
+
+class Heads(Protocol):
+    """What attention knows of k heads of a layer, beside their queries, keys and values."""
+
+    @property
+    def spec(self) -> LayerSpec:
+        """What the layer computes."""
+
+    @property
+    def heads(self) -> int:
+        """How many heads are kept, k."""
+
+    @property
+    def positions(self) -> Positions | None:
+        """What the heads' scores know of places."""
+
+
+class LayerWeights(Heads, Protocol):
+    """The maps and norms of one layer for k heads and the neurons that they own."""
+
+    @property
+    def attention_norm(self) -> nn.Module:
+        """The norm of attention: of what it reads, or of its sum with the residual."""
+
+    @property
+    def feed_forward_norm(self) -> nn.Module:
+        """The same of the feed-forward net."""
+
+    def qkv(self, states: Tensor) -> Any:
+        """Map states to queries, keys and values, as the backend's attention reads them."""
+
+    def output(self, context: Tensor) -> Tensor:
+        """Map contexts of the kept heads to states."""
+
+    def up(self, states: Tensor) -> Tensor:
+        """Map states to activated, and gated, neurons."""
+
+    def down(self, neurons: Tensor) -> Tensor:
+        """Map neurons to states."""
+
+
+class Backend(Protocol):
+    """How a layer's states are summed, normalised and attended to."""
+
+    def attend(self, projected: Any, weights: LayerWeights) -> Tensor:
+        """Return contexts of what `weights.qkv` gave."""
+
+    def norm(self, states: Tensor, by: nn.Module) -> Tensor:
+        """Normalise states."""
+
+    def add(self, states: Tensor, change: Tensor) -> Tensor:
+        """Add a change to states."""
+
+    def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+        """Normalise the sum of states and a change."""
+
+
+def run_layer(states: Tensor, weights: LayerWeights, backend: Backend) -> Tensor:
+    """Run one encoder layer: attention and the feed-forward net, each with its residual."""
+    if weights.spec.norm_position == "post":
+        context = backend.attend(weights.qkv(states), weights)
+        mixed = backend.add_norm(states, weights.output(context), weights.attention_norm)
+        neurons = weights.up(mixed)
+        return backend.add_norm(mixed, weights.down(neurons), weights.feed_forward_norm)
+    read = backend.norm(states, weights.attention_norm)
+    context = backend.attend(weights.qkv(read), weights)
+    mixed = backend.add(states, weights.output(context))
+    neurons = weights.up(backend.norm(mixed, weights.feed_forward_norm))
+    return backend.add(mixed, weights.down(neurons))
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Positions | None = None,
+    window: int | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attend within padded items.
+
+    Args:
+        query, key, value: [B, k, T, d] each.
+        positions: what scores know of places.
+        window: tokens on each side that a token attends to; None: all.
+        mask: added to scores, [B, 1, 1, T].
+        dropout: of attention weights.
+
+    Returns:
+        Contexts [B, k, T, d].
+    """
+    bias = scale = None
+    if positions is not None:
+        query, key = positions.rotate(query, key)
+        bias, scale = positions.bias(query, key), positions.scale
+    tokens = query.shape[-2]
+    if window is not None and tokens > window + 1:
+        if runs_in_blocks(tokens, window):
+            return _attend_in_blocks(query, key, value, window, mask, dropout)
+        place = torch.arange(tokens, device=query.device)
+        outside = (place[:, None] - place).abs() > window
+        far = torch.zeros_like(outside, dtype=query.dtype).masked_fill(outside, -1e9)
+        bias = far if bias is None else bias + far
+    if mask is not None:
+        mask = mask.to(query.dtype)
+        bias = mask if bias is None else bias + mask
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale
+    )
+
+
+def _attend_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, window: int, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """Let each block of `window` queries attend to its own and the two neighbouring blocks."""
+    items, heads, tokens, size = query.shape
+    blocks = -(-tokens // window)
+    spare = blocks * window - tokens
+    flat = items * heads
+    query = F.pad(query, (0, 0, 0, spare)).reshape(flat, blocks, window, size)
+    key, value = (
+        F.pad(x, (0, 0, window, spare + window))
+        .reshape(flat, (blocks + 2) * window, size)
+        .unfold(1, 3 * window, window)
+        .transpose(-1, -2)
+        for x in (key, value)
+    )
+    at = torch.arange(window, device=query.device)
+    other = torch.arange(3 * window, device=query.device) - window
+    first = torch.arange(blocks, device=query.device)[:, None, None] * window
+    place = first + other
+    near = (other - at[:, None]).abs() <= window
+    outside = ~(near & (place >= 0) & (place < tokens))
+    bias = torch.zeros(outside.shape, device=query.device, dtype=query.dtype)
+    bias = bias.masked_fill(outside, -1e9)
+    if mask is not None:
+        padding = F.pad(mask.to(query.dtype)[:, 0, 0], (window, spare + window))
+        padding = padding.unfold(1, 3 * window, window)[:, None, :, None]
+        bias = (bias + padding).expand(items, heads, -1, -1, -1).reshape(flat, *bias.shape)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+    return context.reshape(items, heads, blocks * window, size)[:, :, :tokens]
+
+
+class SelfAttention(nn.Module):
+    """The weights of multi-head self-attention; head h owns rows h*d .. (h+1)*d of its maps."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
+        self.dropout = config.attention_probs_dropout_prob
+        self.scheme = config.relative_positions
+        self.farthest, self.buckets = config.relative_distance, config.relative_buckets
+        self.terms = 1 + len(config.relative_terms)
+        self.distance_bias: Tensor | None = None
+        self.position_key: nn.Linear | None = None
+        self.position_query: nn.Linear | None = None
+        self._read_terms = config.relative_terms
+        if self.scheme == "bias":
+            rows, heads = config.relative_buckets, config.num_attention_heads
+            self.distance_bias = nn.Parameter(torch.zeros(rows, heads))
+        if self.scheme == "disentangled" and not config.relative_shares_maps:
+            if "c2p" in self._read_terms:
+                self.position_key = nn.Linear(width, width)
+            if "p2c" in self._read_terms:
+                self.position_query = nn.Linear(width, width)
+
+    def positions(self, spec: LayerSpec, heads: int, distances: Tensor | None) -> Positions | None:
+        """Return what the scores of the first heads know of places.
+
+        Args:
+            spec: of the layer.
+            heads: how many.
+            distances: embeddings of distances [2S, D], for "disentangled".
+        """
+        if spec.rotary_base is not None:
+            return Rotary(spec.rotary_base)
+        if self.distance_bias is not None:
+            return DistanceBias(self.distance_bias[:, :heads], self.farthest)
+        if self.scheme != "disentangled":
+            return None
+        assert distances is not None
+        rows = heads * spec.head_size
+
+        def table(term: str, by: nn.Linear) -> Tensor | None:
+            if term not in self._read_terms:
+                return None
+            weight, bias = by.weight[:rows].to(distances.dtype), by.bias[:rows]
+            mapped: Tensor = F.linear(distances, weight, bias.to(distances.dtype))
+            by_head: Tensor = mapped.unflatten(-1, (heads, spec.head_size)).transpose(0, 1)
+            return by_head
+
+        return Disentangled(
+            to_position=table("c2p", self.position_key or self.key),
+            from_position=table("p2c", self.position_query or self.query),
+            farthest=self.farthest,
+            terms=self.terms,
+            buckets=self.buckets > 0,
+            size=spec.head_size,
+        )
+
+
+class FeedForward(nn.Module):
+    """The weights of the position-wise net; coupled, head h owns neurons h*I/H .. (h+1)*I/H."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        gated = config.gated_ffn
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size) if gated else None
+        self.activation = activation(config.hidden_act)
+
+
+class EncoderLayer(nn.Module):
+    """The weights of one layer, and how the reference network runs them."""
+
+    def __init__(self, config: Architecture, index: int) -> None:
+        super().__init__()
+        self.spec = LayerSpec.of(config, index)
+        self.attention = SelfAttention(config)
+        normed = self.spec.norms_attention
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.attention_norm = nn.LayerNorm(width, eps=eps) if normed else nn.Identity()
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.decision = BudgetDecision(config, index) if config.budget_scope == "layer" else None
+
+    def forward(
+        self, states: Tensor, bias: Tensor, gates: Tensor, distances: Tensor | None = None
+    ) -> Tensor:
+        """Run all heads and switch them by gates; an item whose heads are all off is unchanged.
+
+        Args:
+            states: [B, T, D].
+            bias: additive mask [B, 1, 1, T].
+            gates: [B, H].
+            distances: embeddings of distances [2S, D]; see `SelfAttention.positions`.
+        """
+        weights = PrefixWeights(self, self.spec.heads, distances, gates)
+        result = run_layer(states, weights, Padded(self, bias))
+        used = (gates != 0).any(-1)[:, None, None]
+        return torch.where(used, result, states)
+
+    def run_first(
+        self, states: Tensor, bias: Tensor, heads: int, distances: Tensor | None = None
+    ) -> Tensor:
+        """Run the first heads alone, at their cost: what `forward` does with the others gated."""
+        if not heads:
+            return states
+        return run_layer(states, PrefixWeights(self, heads, distances), Padded(self, bias))
+
+
+@dataclass(frozen=True)
+class PrefixWeights:
+    """The weights of a layer's first k heads, which gradients reach; gates switch them."""
+
+    layer: EncoderLayer
+    heads: int
+    distances: Tensor | None = None
+    gates: Tensor | None = None
+
+    @property
+    def spec(self) -> LayerSpec:
+        """What the layer computes."""
+        return self.layer.spec
+
+    @property
+    def attention_norm(self) -> nn.Module:
+        """The first norm."""
+        return self.layer.attention_norm
+
+    @property
+    def feed_forward_norm(self) -> nn.Module:
+        """The second norm."""
+        return self.layer.feed_forward_norm
+
+    @cached_property
+    def positions(self) -> Positions | None:
+        """What the heads' scores know of places."""
+        return self.layer.attention.positions(self.spec, self.heads, self.distances)
+
+    def qkv(self, states: Tensor) -> tuple[Tensor, ...]:
+        """Map states [B, T, D] to queries, keys and values, [B, T, k * d] each."""
+        attention = self.layer.attention
+        maps = (attention.query, attention.key, attention.value)
+        return tuple(_first_rows(by, states, self._columns) for by in maps)
+
+    def output(self, context: Tensor) -> Tensor:
+        """Map contexts [B, T, k * d] to states [B, T, D]."""
+        return _first_columns(self.layer.attention.output, self._gated(context))
+
+    def up(self, states: Tensor) -> Tensor:
+        """Map states [B, T, D] to neurons."""
+        net, kept = self.layer.feed_forward, self._neurons
+        neurons = _first_rows(net.up, states, kept)
+        if net.gate is not None:
+            return net.activation(_first_rows(net.gate, states, kept)) * neurons
+        return net.activation(neurons)
+
+    def down(self, neurons: Tensor) -> Tensor:
+        """Map neurons to states [B, T, D]."""
+        coupled = self.spec.neurons_per_head is not None
+        return _first_columns(
+            self.layer.feed_forward.down, self._gated(neurons) if coupled else neurons
+        )
+
+    @property
+    def _columns(self) -> int:
+        return self.heads * self.spec.head_size
+
+    @property
+    def _neurons(self) -> int:
+        own = self.spec.neurons_per_head
+        return self.layer.feed_forward.up.out_features if own is None else own * self.heads
+
+    def _gated(self, values: Tensor) -> Tensor:
+        """Multiply what belongs to each head, [B, T, k * n], by its gate."""
+        if self.gates is None:
+            return values
+        by_head = values.unflatten(-1, (self.heads, -1))
+        gated: Tensor = (by_head * self.gates[:, None, :, None]).flatten(-2)
+        return gated
+
+
+def _first_rows(by: nn.Linear, values: Tensor, rows: int) -> Tensor:
+    """Map values by the first rows of a weight; by all of them through the module and its hooks."""
+    if rows == by.out_features:
+        return cast(Tensor, by(values))
+    return F.linear(values, by.weight[:rows], by.bias[:rows])
+
+
+def _first_columns(by: nn.Linear, values: Tensor) -> Tensor:
+    """Map values by as many of the first columns of a weight as they have."""
+    columns = values.shape[-1]
+    if columns == by.in_features:
+        return cast(Tensor, by(values))
+    return F.linear(values, by.weight[:, :columns], by.bias)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """How the reference and training compute: padded items, with dropout while training."""
+
+    layer: EncoderLayer
+    mask: Tensor
+
+    def attend(self, projected: tuple[Tensor, ...], weights: LayerWeights) -> Tensor:
+        """Attend within each item."""
+        query, key, value = (
+            part.unflatten(-1, (weights.heads, -1)).transpose(1, 2) for part in projected
+        )
+        dropout = self.layer.attention.dropout if self.layer.training else 0.0
+        context = attend(
+            query, key, value, weights.positions, weights.spec.window, self.mask, dropout
+        )
+        return context.transpose(1, 2).flatten(2)
+
+    def norm(self, states: Tensor, by: nn.Module) -> Tensor:
+        """Normalise states."""
+        return cast(Tensor, by(states))
+
+    def add(self, states: Tensor, change: Tensor) -> Tensor:
+        """Add a change to states."""
+        return states + cast(Tensor, self.layer.dropout(change))
+
+    def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+        """Normalise the sum of states and a change."""
+        return cast(Tensor, by(self.add(states, change)))
