@@ -34,6 +34,7 @@ class Sizes:
     windows: tuple[int | None, ...]
     maps_up: int
     embedding: int
+    embeds_first: bool
     distance_terms: int
     distances: int
     farthest: int
@@ -62,6 +63,8 @@ class Sizes:
             windows=tuple(config.window(i) for i in range(config.num_hidden_layers)),
             maps_up=2 if config.gated_ffn else 1,
             embedding=config.embedding_size or 0,
+            embeds_first=config.budget_scope == "input"
+            and (config.head_selection == "input" or not config.decides_from_step0),
             distance_terms=len(config.relative_terms) if scores_distances else 0,
             distances=config.relative_span,
             farthest=config.relative_distance,
@@ -98,12 +101,22 @@ def layer_weights(config: Costed, heads: int) -> int:
     return sizes.width * (4 * heads * sizes.head_size + net) if heads else 0
 
 
-def decision_macs(config: Costed) -> int:
-    """Count f_o, g_d and step 0's map for one item: once, or (scope "layer") in every layer."""
+def decision_macs(config: Costed, tokens: int = 0) -> int:
+    """Count f_o, g_d and step 0's map for one item: once, or (scope "layer") in every layer.
+
+    `tokens` count where f_o or g_d reads embeddings that a map brings to their width.
+    """
     sizes = Sizes.of(config)
     controller = (sizes.decision_inputs + 1) * sizes.controller
     decisions = (sizes.layers if sizes.layerwise else 1) * controller + scorer_macs(sizes)
-    return decisions + sizes.exit_rank * sizes.classes
+    embeddings = embedding_macs(sizes, tokens) if sizes.embeds_first else 0
+    return embeddings + decisions + sizes.exit_rank * sizes.classes
+
+
+def embedding_macs(config: Costed, tokens: int) -> int:
+    """Count what brings the embeddings of one item to the encoder's width."""
+    sizes = Sizes.of(config)
+    return tokens * sizes.embedding * sizes.width
 
 
 def scorer_macs(config: Costed) -> int:
@@ -117,8 +130,7 @@ def encoder_macs(config: Costed, heads: Sequence[int], tokens: int) -> int:
     sizes = Sizes.of(config)
     layers = sum(layer_macs(sizes, k, tokens, i) for i, k in enumerate(heads))
     head = sizes.width**2 if sizes.dense_head else 0
-    embeddings = tokens * sizes.embedding * sizes.width
-    return embeddings + layers + head + sizes.width * sizes.classes
+    return embedding_macs(sizes, tokens) + layers + head + sizes.width * sizes.classes
 
 
 def step_macs(config: Architecture, steps: Sequence[int], tokens: int) -> int:
@@ -127,7 +139,7 @@ def step_macs(config: Architecture, steps: Sequence[int], tokens: int) -> int:
     An escalation has several steps; step 0 costs no more than the decision.
     """
     passes = (encoder_macs(config, config.heads_per_layer(s), tokens) for s in steps if s > 0)
-    return decision_macs(config) + sum(passes)
+    return decision_macs(config, tokens) + sum(passes)
 
 
 def dense_macs(config: Costed, tokens: int) -> int:
@@ -148,6 +160,8 @@ def fits_in_full_pass(config: Architecture, steps: Sequence[int]) -> bool:
     def left(tokens: int, layers: Sequence[int]) -> int:
         """Return what of the full pass is left in some layers."""
         spent = sum(layer_macs(sizes, p[i], tokens, i) for p in plans for i in layers)
+        if 0 in layers:
+            spent += (len(plans) - 1) * embedding_macs(sizes, tokens)
         return sum(layer_macs(sizes, full[i], tokens, i) for i in layers) - spent
 
     # A quadratic in the tokens stays above 0 if it starts there, rises first and bends upwards.
@@ -159,5 +173,5 @@ def fits_in_full_pass(config: Architecture, steps: Sequence[int]) -> bool:
         one, two, three = (left(tokens, layers) for tokens in (1, 2, 3))
         if not (one <= two and two - one <= three - two):
             return False
-    once = encoder_macs(sizes, [0] * sizes.layers, 1)
-    return left(1, range(sizes.layers)) >= (len(plans) - 1) * once
+    classified = encoder_macs(sizes, [0] * sizes.layers, 0)
+    return left(1, range(sizes.layers)) >= (len(plans) - 1) * classified

@@ -109,7 +109,6 @@ def arrive(network: PackedPass, items: Sequence[Work]) -> None:
     An item whose step is 0 has its answer afterwards.
     """
     sizes, problem_type = network.sizes, network.config.problem_type
-    decided = 0 if sizes.layerwise else decision_macs(sizes)
     arrival = network.arrive(pack(items), pack_whole(items))
     exits = None if arrival.exit_logits is None else arrival.exit_logits.cpu()
     budget = None if arrival.budget is None else arrival.budget.tolist()
@@ -118,7 +117,7 @@ def arrive(network: PackedPass, items: Sequence[Work]) -> None:
         item.heads = [0] * sizes.layers
         item.chosen = [()] * sizes.layers
         item.steps = []
-        item.macs = decided
+        item.macs = 0 if sizes.layerwise else decision_macs(sizes, len(item.ids))
         item.dense_macs = dense_macs(sizes, len(item.ids))
         item.exit_logits = None if exits is None else exits[place]
         item.ranking = None if arrival.ranking is None else arrival.ranking[place]

@@ -164,7 +164,9 @@ class LayerWeights:
             own = self.spec.neurons_per_head or self._sizes.neurons
 
             def gate(states: Tensor) -> Tensor:
-                activated, factors = up(states).view(len(states), -1, 2, own).unbind(2)
+                mapped = up(states)
+                pairs = mapped.unflatten(1, (mapped.shape[1] // (2 * own), 2, own))
+                activated, factors = pairs.unbind(2)
                 return (activation(activated) * factors).flatten(1)
 
             return gate

@@ -42,7 +42,10 @@ def score_rows(tokens: int, span: int, farthest: int, buckets: bool) -> Rows:
         farthest: distance from which on all share a row.
         buckets: whether distances beyond half of S are on a logarithmic scale.
     """
-    distance = np.arange(1 - tokens, tokens)
+    return _score_rows(np.arange(1 - tokens, tokens), span, farthest, buckets)
+
+
+def _score_rows(distance: Rows, span: int, farthest: int, buckets: bool) -> Rows:
     if buckets:
         half = span // 2
         size = np.maximum(abs(distance), half - 1)
@@ -54,12 +57,13 @@ def score_rows(tokens: int, span: int, farthest: int, buckets: bool) -> Rows:
     return found
 
 
+@lru_cache(maxsize=4096)
 def count_score_rows(tokens: int, span: int, farthest: int, buckets: bool) -> int:
     """Count the rows of `score_rows` from the first to the last."""
     if not tokens:
         return 0
-    rows = score_rows(tokens, span, farthest, buckets)
-    return int(rows[-1] - rows[0]) + 1
+    first, last = _score_rows(np.array([1 - tokens, tokens - 1]), span, farthest, buckets)
+    return int(last - first) + 1
 
 
 def runs_in_blocks(tokens: int, window: int | None) -> bool:

@@ -162,7 +162,7 @@ class Table:
         self.confidence = confidence(self.logits, config.problem_type).numpy()
         self.s = runs.s.numpy()
         self.rows = np.arange(len(self.s))
-        self.decision = decision_macs(config)
+        self.decision = np.array([decision_macs(config, int(n)) for n in self.lengths])
         plans = [[0] * config.num_hidden_layers, *config.ladder]
         self.heads = np.array([sum(plan) for plan in plans])
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from budgetformer.cost.counter import MacCounter
 from budgetformer.cost.macs import (
     decision_macs,
+    embedding_macs,
     dense_macs,
     encoder_macs,
     fits_in_full_pass,
@@ -127,6 +128,7 @@ def test_reference_network_executes_the_dense_count(
     ids = torch.ones(count_of_items, tokens, dtype=torch.long)
     with torch.no_grad(), MacCounter() as counter:
         network(ids)
+    # The reference embeds once, for the decision and for the encoder.
     each = dense_macs(network.config, tokens) + decision_macs(network.config)
     assert counter.macs == count_of_items * each
 
@@ -139,7 +141,8 @@ def test_full_step_costs_the_dense_network_and_the_decision(
     full = [config.num_attention_heads] * config.num_hidden_layers
     changes = {"ladder": [full]} | EVEN
     config = BudgetFormerConfig.from_dict(config.to_dict() | changes)
-    assert step_macs(config, [1], tokens) == dense_macs(config, tokens) + decision_macs(config)
+    decided = decision_macs(config, tokens)
+    assert step_macs(config, [1], tokens) == dense_macs(config, tokens) + decided
 
 
 @PROPERTY
@@ -190,7 +193,8 @@ def top_macs(config: BudgetFormerConfig) -> int:
 def test_a_layer_without_heads_costs_nothing(config: BudgetFormerConfig, tokens: int) -> None:
     assert layer_macs(config, 0, tokens) == 0
     none = [0] * config.num_hidden_layers
-    assert encoder_macs(config, none, tokens) == top_macs(config)
+    embedded = embedding_macs(config, tokens)
+    assert encoder_macs(config, none, tokens) == embedded + top_macs(config)
 
 
 @PROPERTY

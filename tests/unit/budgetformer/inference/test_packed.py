@@ -243,10 +243,12 @@ def test_padding_of_the_reference_changes_nothing(
     assert_close(together, torch.cat(alone))
 
 
-def counted_decision(network: Network) -> int:
+def counted_decision(network: Network, tokens: int) -> int:
     """Return what `MacCounter` sees of a decision: NumPy's products are not torch's."""
-    numpy_decides = network.step0_with_numpy() is not None
-    return scorer_macs(network.config) if numpy_decides else decision_macs(network.config)
+    decided = decision_macs(network.config, tokens)
+    if network.step0_with_numpy() is None:
+        return decided
+    return decided - decision_macs(network.config) + scorer_macs(network.config)
 
 
 @PROPERTY
@@ -260,7 +262,8 @@ def test_executes_exactly_the_multiply_adds_of_the_heads_used(
     with MacCounter() as counter:
         _, result = classify(network, items, steps)
     expected = sum(
-        counted_decision(network) + encoder_macs(config, [len(kept) for kept in heads], len(item))
+        counted_decision(network, len(item))
+        + encoder_macs(config, [len(kept) for kept in heads], len(item))
         for item, heads in zip(items, result.heads, strict=True)
     )
     assert counter.macs == expected
@@ -277,7 +280,7 @@ def test_arrival_and_encoder_share_the_count(
         arrival = compact.arrive(tokens)
     with MacCounter() as running:
         compact.run(tokens, steps, arrival.exit_logits, arrival.ranking)
-    assert deciding.macs == len(items) * counted_decision(network)
+    assert deciding.macs == sum(counted_decision(network, len(item)) for item in items)
     assert running.macs == sum(
         encoder_macs(config, config.heads_per_layer(step), len(item))
         for item, step in zip(items, steps, strict=True)
@@ -294,8 +297,8 @@ def poison(network: Network, layer: int, head: int) -> None:
         linear.weight[rows] = torch.nan
         linear.bias[rows] = torch.nan
     attention.output.weight[:, rows] = torch.nan
-    if net.neurons_per_head is not None:
-        owned = slice(head * net.neurons_per_head, (head + 1) * net.neurons_per_head)
+    if (own := target.spec.neurons_per_head) is not None:
+        owned = slice(head * own, (head + 1) * own)
         net.up.weight[owned] = torch.nan
         net.up.bias[owned] = torch.nan
         net.down.weight[:, owned] = torch.nan
