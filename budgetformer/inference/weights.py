@@ -167,7 +167,8 @@ class LayerWeights:
                 mapped = up(states)
                 pairs = mapped.unflatten(1, (mapped.shape[1] // (2 * own), 2, own))
                 activated, factors = pairs.unbind(2)
-                return (activation(activated) * factors).flatten(1)
+                gated: Tensor = (activation(activated) * factors).flatten(1)
+                return gated
 
             return gate
         if activation is F.gelu and isinstance(up, Product):

@@ -222,13 +222,13 @@ class SelfAttention(nn.Module):
         self.scheme = config.relative_positions
         self.farthest, self.buckets = config.relative_distance, config.relative_buckets
         self.terms = 1 + len(config.relative_terms)
-        self.distance_bias: Tensor | None = None
+        self.distance_bias: nn.Embedding | None = None
         self.position_key: nn.Linear | None = None
         self.position_query: nn.Linear | None = None
         self._read_terms = config.relative_terms
         if self.scheme == "bias":
             rows, heads = config.relative_buckets, config.num_attention_heads
-            self.distance_bias = nn.Parameter(torch.zeros(rows, heads))
+            self.distance_bias = nn.Embedding(rows, heads)
         if self.scheme == "disentangled" and not config.relative_shares_maps:
             if "c2p" in self._read_terms:
                 self.position_key = nn.Linear(width, width)
@@ -246,7 +246,7 @@ class SelfAttention(nn.Module):
         if spec.rotary_base is not None:
             return Rotary(spec.rotary_base)
         if self.distance_bias is not None:
-            return DistanceBias(self.distance_bias[:, :heads], self.farthest)
+            return DistanceBias(self.distance_bias.weight[:, :heads], self.farthest)
         if self.scheme != "disentangled":
             return None
         assert distances is not None

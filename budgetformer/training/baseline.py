@@ -26,8 +26,8 @@ from budgetformer.errors import DataError
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
-from budgetformer.training.conversion import order_by_importance
 from budgetformer.training.data import Examples, TokenizedTexts, drawn_rows
+from budgetformer.training.importance import order_by_importance
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import Log, Trainer, inputs, progress_bar
 

@@ -30,6 +30,7 @@ from budgetformer.checkpoint.store import (
 )
 from budgetformer.cost.table import CostTable
 from budgetformer.errors import DataError, TokenizerError, TrainingError
+from budgetformer.families.conversion import MIN_POSITIONS, Conversion, convert_encoder
 from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule, Measure
@@ -53,7 +54,6 @@ from budgetformer.training.calibration import (
     run_every_step,
 )
 from budgetformer.training.card import write_card
-from budgetformer.training.conversion import MIN_POSITIONS, Conversion, convert_encoder
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples, read_texts
 from budgetformer.training.evaluation import Row, evaluate_checkpoint
 from budgetformer.training.exits import (

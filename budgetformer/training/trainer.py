@@ -35,8 +35,8 @@ from budgetformer.model.modeling import (
     BudgetFormerClassifierOutput,
     BudgetFormerForSequenceClassification,
 )
-from budgetformer.training.conversion import ladder_by_importance, order_by_importance
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
+from budgetformer.training.importance import ladder_by_importance, order_by_importance
 from budgetformer.training.objectives import (
     budget_penalty,
     distillation_loss,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from budgetformer.cost.counter import MacCounter
 from budgetformer.cost.macs import (
     decision_macs,
-    embedding_macs,
     dense_macs,
+    embedding_macs,
     encoder_macs,
     fits_in_full_pass,
     layer_macs,

@@ -31,12 +31,11 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from budgetformer.errors import CheckpointError
+from budgetformer.families import FAMILIES, conversion
+from budgetformer.families.conversion import TOLERANCE, Conversion, convert_encoder
 from budgetformer.model.activations import ACTIVATIONS, activation
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.modeling import quiet
-from budgetformer.training import conversion
-from budgetformer.training.conversion import TOLERANCE, Conversion, convert_encoder
-from budgetformer.training.encoders import FAMILIES
 
 NAMES = ["calm", "glad", "sad"]
 WEIGHTS, BIN = "model.safetensors", "pytorch_model.bin"

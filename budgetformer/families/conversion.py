@@ -1,13 +1,9 @@
-"""Convert a BERT-shaped encoder or classifier into a BudgetFormer that computes the same function.
-
-Its heads and neurons can then be ordered by importance.
-"""
+"""Convert an encoder or classifier into a BudgetFormer that computes the same function."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from budgetformer.errors import CheckpointError
-from budgetformer.model.budget import HeadScorer
+from budgetformer.families.family import Weights
+from budgetformer.families.source import Source, read_encoder
 from budgetformer.model.configuration import BudgetFormerConfig
-from budgetformer.model.layer import EncoderLayer
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
-from budgetformer.training.encoders import Family, Source, read_encoder
 
 TOLERANCE = 1e-4
 """Largest accepted difference between a converted network and its source, relative to the largest
@@ -71,23 +66,24 @@ def convert_encoder(
     source = read_encoder(folder)
     rows, note = _match_head(source, names, numbered, choices.get("problem_type"))
     weights = _rename(source)
+    head: Weights = {}
     if rows is not None:
-        choices = {"pooling": "cls", "head_activation": source.family.activation} | choices
-        head = {ours: source.weights[theirs] for ours, theirs in source.family.head_names.items()}
-        head |= {name: head[name][rows] for name in ("classifier.weight", "classifier.bias")}
+        choices = source.family.head_choices(source.network.config) | choices
+        named = source.family.head_names.items()
+        head = {ours: source.weights[theirs] for ours, theirs in named if theirs in source.weights}
+        head |= {n: head[n][rows] for n in ("classifier.weight", "classifier.bias") if n in head}
     try:
         config = _configure(source, weights, names, choices)
         model = BudgetFormerForSequenceClassification(config)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    with torch.no_grad():
-        state = model.encoder.state_dict()
-        for name, weight in weights.items():
-            state.pop(name).copy_(weight)
-        if left := [name for name in state if "decision" not in name]:
-            raise CheckpointError(f"{folder}: the conversion leaves out {left[0]}")
-        if rows is not None:
-            model.load_state_dict(head, strict=False)
+    _fill(model.encoder, weights, folder)
+    if rows is not None:
+        places = {name.rpartition(".")[0] for name in head}
+        own = {n: p for n, p in model.state_dict().items() if n.rpartition(".")[0] in places}
+        with torch.no_grad():
+            for name, weight in own.items():
+                weight.copy_(head[name] if name in head else torch.zeros_like(weight))
     difference = measure_difference(source, model, rows)
     if not difference <= TOLERANCE:
         raise CheckpointError(
@@ -100,6 +96,20 @@ def convert_encoder(
     return Conversion(model, (*source.notes, *note, proof), difference, _digest(source.weights))
 
 
+@torch.no_grad()
+def _fill(encoder: nn.Module, weights: Weights, folder: Path) -> None:
+    """Give an encoder its weights; a bias that its family does not have is 0."""
+    state = encoder.state_dict()
+    for name, weight in weights.items():
+        state.pop(name).copy_(weight)
+    for name, weight in state.items():
+        if "decision" in name:
+            continue
+        if not name.endswith(".bias") or name.removesuffix("bias") + "weight" not in weights:
+            raise CheckpointError(f"{folder}: the conversion leaves out {name}")
+        weight.zero_()
+
+
 def _digest(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, weight in weights.items():
@@ -109,13 +119,14 @@ def _digest(weights: dict[str, Tensor]) -> str:
 
 
 def _configure(
-    source: Source, weights: dict[str, Tensor], names: list[str], choices: dict[str, Any]
+    source: Source, weights: Weights, names: list[str], choices: dict[str, Any]
 ) -> BudgetFormerConfig:
-    sizes = {
-        ours: getattr(source.network.config, theirs) for ours, theirs in source.family.sizes.items()
-    }
+    theirs = source.network.config
+    sizes = {ours: getattr(theirs, name) for ours, name in source.family.sizes.items()}
+    sizes |= source.family.choices(theirs)
     # The embeddings say how many rows they have here: positions before the first are left out.
-    sizes["max_position_embeddings"] = len(weights["embeddings.position.weight"])
+    if (position := weights.get("embeddings.position.weight")) is not None:
+        sizes["max_position_embeddings"] = len(position)
     sizes["type_vocab_size"] = len(weights["embeddings.segment.weight"])
     if sizes["max_position_embeddings"] < MIN_POSITIONS:
         raise ValueError(f"fewer than {MIN_POSITIONS} positions")
@@ -123,27 +134,16 @@ def _configure(
     return BudgetFormerConfig(**sizes | labels | choices)
 
 
-def _rename(source: Source) -> dict[str, Tensor]:
-    """Give the encoder's weights our names."""
-    renamed: dict[str, Tensor] = {}
-    for name, weight in source.weights.items():
-        place, _, kind = name.removeprefix(source.family.prefix).rpartition(".")
-        ours = _our_name(source.family, place)
-        if ours is not None:
-            renamed[f"{ours}.{kind}"] = weight
-    position = renamed["embeddings.position.weight"]
-    renamed["embeddings.position.weight"] = position[source.first_position :]
+def _rename(source: Source) -> Weights:
+    """Return the encoder's weights as ours: positions from a text's first one on, two types."""
+    renamed = source.encoder_weights
+    if (position := renamed.get("embeddings.position.weight")) is not None:
+        renamed["embeddings.position.weight"] = position[source.first_position :]
     # Tokenizers mark the second text of a pair, even for encoders that do not read the mark.
-    types = renamed.get("embeddings.segment.weight", torch.zeros(1, position.shape[1]))
+    width = renamed["embeddings.word.weight"].shape[1]
+    types = renamed.get("embeddings.segment.weight", torch.zeros(1, width))
     renamed["embeddings.segment.weight"] = types.expand(2, -1) if len(types) == 1 else types
     return renamed
-
-
-def _our_name(family: Family, place: str) -> str | None:
-    if not place.startswith(f"{family.layers}."):
-        return family.embeddings.get(place)
-    index, _, part = place.removeprefix(f"{family.layers}.").partition(".")
-    return f"layers.{index}.{family.layer[part]}" if part in family.layer else None
 
 
 def _match_head(
@@ -200,32 +200,54 @@ def measure_difference(
     """
     training = model.training
     model.eval()
-    limit = model.config.max_position_embeddings
+    config = model.config
+    limit = config.max_position_embeddings
     batch = _random_batch(source, [limit])
-    embeddings: Any = source.network.base_model.embeddings
     compared = [
-        (
-            model.encoder.embed(batch["input_ids"], batch["token_type_ids"]),
-            embeddings(**_for_source(source, batch)),
-        )
+        (model.encoder.embed(batch["input_ids"], batch["token_type_ids"]), _embed(source, batch))
     ]
-    for lengths in PROOF_LENGTHS:
+    # Long enough for local attention to be local, and for distances that share a row.
+    longest = max([0, 4 * max(config.windows or [0]), config.relative_distance + 2])
+    for lengths in (*PROOF_LENGTHS, (longest,) if longest else ()):
+        if not lengths:
+            continue
         batch = _random_batch(source, [min(length, limit) for length in lengths])
         mask = batch["attention_mask"]
-        theirs = source.network(
-            **_for_source(source, batch), attention_mask=mask, output_hidden_states=True
-        )
-        ours = model.encoder(**batch, steps=model.config.num_steps)
-        mask = mask.bool()
-        compared.append((ours.last_hidden_state[mask], theirs.hidden_states[-1][mask]))
+        given = _for_source(source, batch) | {"attention_mask": mask}
+        theirs = source.network.base_model(**given).last_hidden_state
+        ours = model.encoder(**batch, steps=config.num_steps)
+        used = mask.bool()
+        compared.append((ours.last_hidden_state[used], theirs[used]))
         if rows is not None:
-            compared.append((model.classify(ours.pooled), theirs.logits[:, rows]))
+            logits = source.network(**given).logits
+            compared.append((model.classify(ours.pooled), logits[:, rows]))
     model.train(training)
     differences = [
         (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-2)
         for actual, expected in compared
     ]
     return torch.stack(differences).max().item()
+
+
+class _ReachedError(Exception):
+    """Carries what a network's first layer reads."""
+
+
+def _embed(source: Source, batch: dict[str, Tensor]) -> Tensor:
+    """Return what the source's first layer reads, and run no more of it."""
+
+    def stop(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        raise _ReachedError(args[0] if args else named["hidden_states"])
+
+    hook = source.first_layer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        source.network.base_model(**_for_source(source, batch))
+    except _ReachedError as reached:
+        states: Tensor = reached.args[0]
+        return states
+    finally:
+        hook.remove()
+    raise RuntimeError("the source has not run its first layer")
 
 
 def _random_batch(source: Source, lengths: list[int]) -> dict[str, Tensor]:
@@ -246,114 +268,3 @@ def _for_source(source: Source, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return ids, and token types where the source knows more than one."""
     types = getattr(source.network.config, "type_vocab_size", 1) if source.family.has_types else 1
     return {name: batch[name] for name in ("input_ids", "token_type_ids")[: 1 + (types > 1)]}
-
-
-class _UnitImportance:
-    """First-order importance of the inputs of a linear map.
-
-    |sum over tokens of value * gradient|.
-    """
-
-    def __init__(self, linear: nn.Linear, group: int) -> None:
-        self.group = group
-        self.total = torch.zeros(linear.in_features // group)
-        self._inputs: Tensor | None = None
-        self._hook = linear.register_forward_pre_hook(self._keep)
-
-    def _keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._inputs = args[0]
-        self._inputs.retain_grad()
-
-    def collect(self) -> None:
-        if self._inputs is None or self._inputs.grad is None:
-            raise RuntimeError("collect() needs a backward pass first")
-        product = (self._inputs * self._inputs.grad).detach().float()
-        self.total += product.unflatten(-1, (-1, self.group)).sum((1, 3)).abs().sum(0)
-        self._inputs = None
-
-    def close(self) -> Tensor:
-        self._hook.remove()
-        return self.total
-
-
-def order_by_importance(
-    model: BudgetFormerForSequenceClassification, batches: Iterable[dict[str, Tensor]]
-) -> Tensor:
-    """Permute every layer's heads, and its neurons, so that the most important come first.
-
-    The network computes the same function afterwards; a ladder step, which keeps the first heads
-    and with them the first neurons, then keeps what matters most. Importance is the mean size of
-    the first-order change in the loss when a head or neuron is removed (Michel et al., 2019).
-
-    Args:
-        model: any BudgetFormer.
-        batches: arguments of `forward`, labels among them.
-
-    Returns:
-        The importance of every head, with the neurons in its place where they are coupled, [L, H],
-        falling within each layer.
-    """
-    meters: list[tuple[EncoderLayer, _UnitImportance, _UnitImportance]] = []
-    for layer in model.encoder.encoder_layers:
-        heads = _UnitImportance(layer.attention.output, model.config.head_size)
-        meters.append((layer, heads, _UnitImportance(layer.feed_forward.down, 1)))
-    training = model.training
-    model.eval()
-    for batch in batches:
-        model.zero_grad()
-        loss = model(**batch, steps=model.config.num_steps).loss
-        loss.backward()
-        for _, head_meter, neuron_meter in meters:
-            head_meter.collect()
-            neuron_meter.collect()
-    model.zero_grad()
-    model.train(training)
-    size = model.config.head_size
-    units: list[Tensor] = []
-    for index, (layer, head_meter, neuron_meter) in enumerate(meters):
-        units_of_layer, order = head_meter.close().sort(descending=True, stable=True)
-        neurons, neuron_order = neuron_meter.close().sort(descending=True, stable=True)
-        if model.config.budget_ffn:
-            units_of_layer = units_of_layer + neurons.unflatten(0, (len(order), -1)).sum(1)
-        units.append(units_of_layer)
-        shared = model.encoder.decision
-        if shared is not None and shared.scorer is not None:
-            _permute_scores(shared.scorer, index * len(order), order)
-        if layer.decision is not None and layer.decision.scorer is not None:
-            _permute_scores(layer.decision.scorer, 0, order)
-        rows = (order[:, None] * size + torch.arange(size)).flatten()
-        _permute(layer, rows, neuron_order)
-    return torch.stack(units)
-
-
-def ladder_by_importance(units: Tensor) -> list[list[int]]:
-    """Return H steps of as many heads in all as the uniform ladder's, where they matter most.
-
-    Args:
-        units: importance of the heads [L, H], falling within each layer; step k keeps the k * L
-            most important of them all.
-    """
-    layers, heads = units.shape
-    order = units.flatten().argsort(descending=True, stable=True) // heads
-    return [
-        order[: step * layers].bincount(minlength=layers).tolist() for step in range(1, heads + 1)
-    ]
-
-
-@torch.no_grad()
-def _permute_scores(scorer: HeadScorer, start: int, order: Tensor) -> None:
-    rows = slice(start, start + len(order))
-    scorer.out.weight[rows] = scorer.out.weight[rows][order].clone()
-    scorer.out.bias[rows] = scorer.out.bias[rows][order].clone()
-
-
-@torch.no_grad()
-def _permute(layer: EncoderLayer, heads: Tensor, neurons: Tensor) -> None:
-    attention, net = layer.attention, layer.feed_forward
-    for linear in (attention.query, attention.key, attention.value):
-        linear.weight.copy_(linear.weight[heads].clone())
-        linear.bias.copy_(linear.bias[heads].clone())
-    attention.output.weight.copy_(attention.output.weight[:, heads].clone())
-    net.up.weight.copy_(net.up.weight[neurons].clone())
-    net.up.bias.copy_(net.up.bias[neurons].clone())
-    net.down.weight.copy_(net.down.weight[:, neurons].clone())

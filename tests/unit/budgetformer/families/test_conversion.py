@@ -20,14 +20,11 @@ from transformers import (
 )
 
 from budgetformer.errors import CheckpointError
+from budgetformer.families.conversion import convert_encoder
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
-from budgetformer.training.conversion import (
-    convert_encoder,
-    ladder_by_importance,
-    order_by_importance,
-)
+from budgetformer.training.importance import ladder_by_importance, order_by_importance
 from tests.support.networks import (
     VOCABULARY,
     assert_close,

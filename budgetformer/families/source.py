@@ -1,4 +1,4 @@
-"""Read the folder of a BERT-shaped encoder or classifier, as Transformers saves it.
+"""Read the folder of an encoder or classifier, as Transformers saves it.
 
 Transformers itself loads the weights (one file or several, safetensors or `.bin`, any precision,
 old names), and says which are missing or left over. Pickled code is never run.
@@ -9,137 +9,19 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from budgetformer.errors import CheckpointError, one_line
+from budgetformer.families import FAMILIES
+from budgetformer.families.family import Family, Weights
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.modeling import quiet
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one family of encoders names its weights and sizes, and what sits on its encoder.
-
-    Attributes:
-        architecture: Transformers' class of its classifiers.
-        prefix: of the encoder's weights inside a classifier.
-        embeddings, layer: our names by theirs; `layers` is where its layers are.
-        sizes: our configuration's names by theirs.
-        head, activation: the dense map before its classifier, and what follows it.
-        classifier: its last map.
-        positions_after_padding: whether a text's first position is the one after `pad_token_id`.
-        has_types: whether its network reads token types.
-    """
-
-    architecture: str
-    prefix: str
-    layers: str
-    embeddings: dict[str, str]
-    layer: dict[str, str]
-    sizes: dict[str, str]
-    head: str
-    activation: str
-    classifier: str
-    positions_after_padding: bool = False
-    has_types: bool = True
-
-    @property
-    def head_names(self) -> dict[str, str]:
-        """The names of a classifier's head, by ours."""
-        maps = (("head", self.head), ("classifier", self.classifier))
-        return {f"{o}.{kind}": f"{t}.{kind}" for o, t in maps for kind in ("weight", "bias")}
-
-
-_SAME_SIZES = ("vocab_size", "max_position_embeddings", "pad_token_id")
-_BERT = Family(
-    architecture="BertForSequenceClassification",
-    prefix="bert.",
-    layers="encoder.layer",
-    embeddings={
-        "embeddings.word_embeddings": "embeddings.word",
-        "embeddings.position_embeddings": "embeddings.position",
-        "embeddings.token_type_embeddings": "embeddings.segment",
-        "embeddings.LayerNorm": "embeddings.norm",
-    },
-    layer={
-        "attention.self.query": "attention.query",
-        "attention.self.key": "attention.key",
-        "attention.self.value": "attention.value",
-        "attention.output.dense": "attention.output",
-        "attention.output.LayerNorm": "attention_norm",
-        "intermediate.dense": "feed_forward.up",
-        "output.dense": "feed_forward.down",
-        "output.LayerNorm": "feed_forward_norm",
-    },
-    sizes={
-        name: name
-        for name in (
-            *_SAME_SIZES,
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "hidden_act",
-            "layer_norm_eps",
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-        )
-    },
-    head="bert.pooler.dense",
-    activation="tanh",
-    classifier="classifier",
-)
-FAMILIES = {
-    "bert": _BERT,
-    "roberta": replace(
-        _BERT,
-        architecture="RobertaForSequenceClassification",
-        prefix="roberta.",
-        head="classifier.dense",
-        classifier="classifier.out_proj",
-        positions_after_padding=True,
-    ),
-    "distilbert": Family(
-        architecture="DistilBertForSequenceClassification",
-        prefix="distilbert.",
-        layers="transformer.layer",
-        embeddings={
-            "embeddings.word_embeddings": "embeddings.word",
-            "embeddings.position_embeddings": "embeddings.position",
-            "embeddings.LayerNorm": "embeddings.norm",
-        },
-        layer={
-            "attention.q_lin": "attention.query",
-            "attention.k_lin": "attention.key",
-            "attention.v_lin": "attention.value",
-            "attention.out_lin": "attention.output",
-            "sa_layer_norm": "attention_norm",
-            "ffn.lin1": "feed_forward.up",
-            "ffn.lin2": "feed_forward.down",
-            "output_layer_norm": "feed_forward_norm",
-        },
-        sizes={name: name for name in _SAME_SIZES}
-        | {
-            "hidden_size": "dim",
-            "num_hidden_layers": "n_layers",
-            "num_attention_heads": "n_heads",
-            "intermediate_size": "hidden_dim",
-            "hidden_act": "activation",
-            "hidden_dropout_prob": "dropout",
-            "attention_probs_dropout_prob": "attention_dropout",
-        },
-        head="pre_classifier",
-        activation="relu",
-        classifier="classifier",
-        has_types=False,
-    ),
-}
 
 _ONLY: dict[str, Any] = {
     "position_embedding_type": "absolute",
@@ -186,11 +68,30 @@ class Source:
     notes: tuple[str, ...]
 
     @property
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Weights:
         """The weights by Transformers' names, a random head left out."""
         unused = () if self.has_head else self.family.head_names.values()
-        state: dict[str, Tensor] = self.network.state_dict()
+        state: Weights = self.network.state_dict()
         return {name: weight for name, weight in state.items() if name not in unused}
+
+    @property
+    def encoder_weights(self) -> Weights:
+        """The encoder's weights by our names."""
+        prefix, config = self.family.prefix, self.network.config
+        below = {
+            name.removeprefix(prefix): weight
+            for name, weight in self.network.state_dict().items()
+            if name.startswith(prefix)
+        }
+        adapted = self.family.adapt(below, config)
+        named = {self.family.our_name(name): weight for name, weight in adapted.items()}
+        return {name: weight for name, weight in named.items() if name is not None}
+
+    @property
+    def first_layer(self) -> nn.Module:
+        """Its first layer."""
+        name = self.family.first_layer or f"{self.family.layers}.0"
+        return self.network.base_model.get_submodule(name)
 
     @property
     def first_position(self) -> int:
@@ -203,7 +104,7 @@ def read_encoder(folder: Path) -> Source:
     """Load an encoder or classifier and check that its whole meaning is known.
 
     Args:
-        folder: `config.json` and weights of a BERT, MiniLM, RoBERTa or DistilBERT.
+        folder: `config.json` and weights of one of `FAMILIES`.
 
     Raises:
         CheckpointError: the folder holds no such network, a weight is missing, left over, of
@@ -212,7 +113,7 @@ def read_encoder(folder: Path) -> Source:
     config = _read_config(folder)
     family = FAMILIES[config["model_type"]]
     network, report = _load(folder)
-    head = set(family.head_names.values())
+    head = set(family.head_names.values()) & network.state_dict().keys()
     architectures = config.get("architectures") or ()
     declared = family.architecture in architectures
     missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
@@ -234,12 +135,15 @@ def read_encoder(folder: Path) -> Source:
             f"{_some(unexpected - other_heads)}"
         )
     known = type(network.config)().to_dict().keys() | _ONLY.keys() | _NO_FUNCTION
+    known |= family.extra_keys
     ignored = sorted(config.keys() - known)
     notes = []
     if other_heads:
         notes.append(f"weights of another task are not used: {_some(other_heads)}")
     if ignored:
         notes.append(f"keys of config.json that Transformers ignores: {', '.join(ignored)}")
+    if reason := family.refuse(network.config):
+        raise CheckpointError(f"{folder}: {reason}")
     source = Source(folder, family, network, has_head, tuple(notes))
     _check_finite(source)
     _check_outputs(source)
@@ -264,8 +168,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"{folder}: {key} in config.json is {one_line(config[key])[:80]!r}, "
                 f"only {only!r} can be converted"
             )
-    if config.get("embedding_size", width := config.get("hidden_size")) != width:
-        raise CheckpointError(f"{folder}: embedding_size differs from hidden_size")
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder}: holds an adapter, merge it into the encoder first")
     return config

@@ -1,0 +1,57 @@
+"""ALBERT (Lan et al., 2020): narrow embeddings, and layers that share their weights.
+
+Budgets order the heads of each layer, so every layer gets a copy of what it shares.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from budgetformer.families.bert import BERT
+from budgetformer.families.family import Weights, cls_head
+
+_GROUP = "encoder.albert_layer_groups."
+
+
+def _choices(config: Any) -> dict[str, Any]:
+    layers = config.num_hidden_layers * config.inner_group_num
+    return {"embedding_size": config.embedding_size, "num_hidden_layers": layers}
+
+
+def _copy_shared(weights: Weights, config: Any) -> Weights:
+    found = {name: w for name, w in weights.items() if not name.startswith(_GROUP)}
+    inner, layers = config.inner_group_num, config.num_hidden_layers
+    for index in range(layers):
+        group = int(index / (layers / config.num_hidden_groups))
+        for place in range(inner):
+            theirs = f"{_GROUP}{group}.albert_layers.{place}."
+            ours = f"layers.{index * inner + place}."
+            for name, weight in weights.items():
+                if name.startswith(theirs):
+                    found[ours + name.removeprefix(theirs)] = weight
+    return found
+
+
+ALBERT = replace(
+    BERT,
+    model_type="albert",
+    architecture="AlbertForSequenceClassification",
+    prefix="albert.",
+    layers="layers",
+    names=dict(BERT.names) | {"encoder.embedding_hidden_mapping_in": "embeddings.map"},
+    layer={
+        "attention.query": "attention.query",
+        "attention.key": "attention.key",
+        "attention.value": "attention.value",
+        "attention.dense": "attention.output",
+        "attention.LayerNorm": "attention_norm",
+        "ffn": "feed_forward.up",
+        "ffn_output": "feed_forward.down",
+        "full_layer_layer_norm": "feed_forward_norm",
+    },
+    head={"albert.pooler": "head", "classifier": "classifier"},
+    choices=_choices,
+    head_choices=cls_head("tanh"),
+    adapt=_copy_shared,
+    first_layer=f"{_GROUP}0.albert_layers.0",
+)
+FAMILIES = [ALBERT]

@@ -1,0 +1,130 @@
+"""Order heads and neurons by importance, and make ladders of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from budgetformer.model.budget import HeadScorer
+from budgetformer.model.layer import EncoderLayer
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+
+
+class _UnitImportance:
+    """First-order importance of the inputs of a linear map.
+
+    |sum over tokens of value * gradient|.
+    """
+
+    def __init__(self, linear: nn.Linear, group: int) -> None:
+        self.group = group
+        self.total = torch.zeros(linear.in_features // group)
+        self._inputs: Tensor | None = None
+        self._hook = linear.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._inputs = args[0]
+        self._inputs.retain_grad()
+
+    def collect(self) -> None:
+        if self._inputs is None or self._inputs.grad is None:
+            raise RuntimeError("collect() needs a backward pass first")
+        product = (self._inputs * self._inputs.grad).detach().float()
+        self.total += product.unflatten(-1, (-1, self.group)).sum((1, 3)).abs().sum(0)
+        self._inputs = None
+
+    def close(self) -> Tensor:
+        self._hook.remove()
+        return self.total
+
+
+def order_by_importance(
+    model: BudgetFormerForSequenceClassification, batches: Iterable[dict[str, Tensor]]
+) -> Tensor:
+    """Permute every layer's heads, and its neurons, so that the most important come first.
+
+    The network computes the same function afterwards; a ladder step, which keeps the first heads
+    and with them the first neurons, then keeps what matters most. Importance is the mean size of
+    the first-order change in the loss when a head or neuron is removed (Michel et al., 2019).
+
+    Args:
+        model: any BudgetFormer.
+        batches: arguments of `forward`, labels among them.
+
+    Returns:
+        The importance of every head, with the neurons in its place where they are coupled, [L, H],
+        falling within each layer.
+    """
+    meters: list[tuple[EncoderLayer, _UnitImportance, _UnitImportance]] = []
+    for layer in model.encoder.encoder_layers:
+        heads = _UnitImportance(layer.attention.output, model.config.head_size)
+        meters.append((layer, heads, _UnitImportance(layer.feed_forward.down, 1)))
+    training = model.training
+    model.eval()
+    for batch in batches:
+        model.zero_grad()
+        loss = model(**batch, steps=model.config.num_steps).loss
+        loss.backward()
+        for _, head_meter, neuron_meter in meters:
+            head_meter.collect()
+            neuron_meter.collect()
+    model.zero_grad()
+    model.train(training)
+    size = model.config.head_size
+    units: list[Tensor] = []
+    for index, (layer, head_meter, neuron_meter) in enumerate(meters):
+        units_of_layer, order = head_meter.close().sort(descending=True, stable=True)
+        neurons, neuron_order = neuron_meter.close().sort(descending=True, stable=True)
+        if model.config.budget_ffn:
+            units_of_layer = units_of_layer + neurons.unflatten(0, (len(order), -1)).sum(1)
+        units.append(units_of_layer)
+        shared = model.encoder.decision
+        if shared is not None and shared.scorer is not None:
+            _permute_scores(shared.scorer, index * len(order), order)
+        if layer.decision is not None and layer.decision.scorer is not None:
+            _permute_scores(layer.decision.scorer, 0, order)
+        rows = (order[:, None] * size + torch.arange(size)).flatten()
+        _permute(layer, rows, neuron_order)
+    return torch.stack(units)
+
+
+def ladder_by_importance(units: Tensor) -> list[list[int]]:
+    """Return H steps of as many heads in all as the uniform ladder's, where they matter most.
+
+    Args:
+        units: importance of the heads [L, H], falling within each layer; step k keeps the k * L
+            most important of them all.
+    """
+    layers, heads = units.shape
+    order = units.flatten().argsort(descending=True, stable=True) // heads
+    return [
+        order[: step * layers].bincount(minlength=layers).tolist() for step in range(1, heads + 1)
+    ]
+
+
+@torch.no_grad()
+def _permute_scores(scorer: HeadScorer, start: int, order: Tensor) -> None:
+    rows = slice(start, start + len(order))
+    scorer.out.weight[rows] = scorer.out.weight[rows][order].clone()
+    scorer.out.bias[rows] = scorer.out.bias[rows][order].clone()
+
+
+@torch.no_grad()
+def _permute(layer: EncoderLayer, heads: Tensor, neurons: Tensor) -> None:
+    attention, net = layer.attention, layer.feed_forward
+    of_heads = [attention.query, attention.key, attention.value]
+    of_heads += [m for m in (attention.position_key, attention.position_query) if m is not None]
+    for linear in of_heads:
+        linear.weight.copy_(linear.weight[heads].clone())
+        linear.bias.copy_(linear.bias[heads].clone())
+    if attention.distance_bias is not None:
+        size = len(heads) // attention.distance_bias.embedding_dim
+        whole = heads[::size] // size
+        attention.distance_bias.weight.copy_(attention.distance_bias.weight[:, whole].clone())
+    attention.output.weight.copy_(attention.output.weight[:, heads].clone())
+    for linear in (net.up,) if net.gate is None else (net.up, net.gate):
+        linear.weight.copy_(linear.weight[neurons].clone())
+        linear.bias.copy_(linear.bias[neurons].clone())
+    net.down.weight.copy_(net.down.weight[:, neurons].clone())

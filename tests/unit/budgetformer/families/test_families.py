@@ -1,0 +1,272 @@
+"""Each family, as Transformers computes it and as we do: the same numbers, in every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from budgetformer.cost.counter import MacCounter
+from budgetformer.cost.macs import dense_macs
+from budgetformer.errors import CheckpointError
+from budgetformer.families import FAMILIES
+from budgetformer.families.conversion import convert_encoder
+from budgetformer.inference.choice import load_pass
+from budgetformer.inference.packed import PackedTokens
+from budgetformer.model.configuration import BudgetFormerConfig
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification, quiet
+from budgetformer.training.importance import order_by_importance
+from tests.support.networks import assert_close
+
+NAMES = ["calm", "glad", "sad"]
+TOLERANCE = 1e-4
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 70,
+    "initializer_range": 0.3,
+}
+DISTILBERT = {
+    "vocab_size": 60,
+    "dim": 24,
+    "n_layers": 3,
+    "n_heads": 4,
+    "hidden_dim": 40,
+    "max_position_embeddings": 70,
+    "initializer_range": 0.3,
+}
+V3 = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "type_vocab_size": 0,
+}
+CONFIGS: dict[str, list[dict[str, Any]]] = {
+    "bert": [SMALL, SMALL | {"hidden_act": "relu", "type_vocab_size": 3}],
+    "roberta": [SMALL | {"pad_token_id": 1}, SMALL | {"pad_token_id": 3, "type_vocab_size": 1}],
+    "xlm-roberta": [SMALL | {"pad_token_id": 1, "type_vocab_size": 1}],
+    "camembert": [SMALL | {"pad_token_id": 1, "type_vocab_size": 1}],
+    "distilbert": [DISTILBERT, DISTILBERT | {"activation": "relu"}],
+    "electra": [SMALL | {"embedding_size": 8}, SMALL | {"embedding_size": 24}],
+    "albert": [
+        SMALL | {"embedding_size": 8},
+        SMALL | {"embedding_size": 24, "num_hidden_groups": 3},
+        SMALL | {"embedding_size": 8, "num_hidden_layers": 2, "inner_group_num": 2},
+    ],
+    "mpnet": [SMALL, SMALL | {"max_position_embeddings": 300}],
+    "modernbert": [
+        SMALL | {"local_attention": 8, "pad_token_id": 0},
+        SMALL | {"local_attention": 4, "pad_token_id": 0, "classifier_pooling": "mean"},
+        SMALL
+        | {"global_attn_every_n_layers": 2, "pad_token_id": 0, "norm_bias": True, "mlp_bias": True}
+        | {"attention_bias": True, "classifier_bias": True, "local_attention": 20},
+    ],
+    "deberta-v2": [
+        SMALL | V3 | {"position_buckets": 8},
+        SMALL | V3 | {"position_buckets": -1, "pos_att_type": ["c2p"]},
+        SMALL | V3 | {"position_buckets": 16, "share_att_key": False, "norm_rel_ebd": "none"},
+        SMALL | V3 | {"position_biased_input": True, "type_vocab_size": 2, "pos_att_type": []},
+        SMALL | {"relative_attention": False},
+    ],
+    "nomic_bert": [SMALL, SMALL | {"hidden_act": "gelu", "type_vocab_size": 1}],
+    "gte": [SMALL | {"pad_token_id": 1}, SMALL | {"pad_token_id": 0, "type_vocab_size": 2}],
+}
+CASES = [(name, place) for name in CONFIGS for place in range(len(CONFIGS[name]))]
+
+
+def make(model_type: str, folder: Path, **sizes: Any) -> PreTrainedModel:
+    """Save a small random classifier of a family, all of whose weights say something."""
+    labels = {"id2label": dict(enumerate(NAMES)), "label2id": {n: i for i, n in enumerate(NAMES)}}
+    config = AutoConfig.for_model(model_type, **sizes, **labels)
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias") or "norm" in name.lower():
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+    return model.eval()
+
+
+def batch_of(model: PreTrainedModel, lengths: list[int]) -> dict[str, Tensor]:
+    """Return padded pairs of these lengths."""
+    config, longest = model.config, max(lengths)
+    random = torch.Generator().manual_seed(sum(lengths))
+    pad = config.pad_token_id or 0
+    ids = torch.randint(config.vocab_size - 1, (len(lengths), longest), generator=random)
+    ids += ids >= pad
+    place = torch.arange(longest)
+    mask = place < torch.tensor(lengths)[:, None]
+    types = (2 * place >= torch.tensor(lengths)[:, None]).long()
+    known = getattr(config, "type_vocab_size", 0) > 1 and FAMILIES[config.model_type].has_types
+    return {
+        "input_ids": ids.where(mask, pad),
+        "attention_mask": mask.long(),
+        "token_type_ids": types if known else torch.zeros_like(types),
+    }
+
+
+@torch.no_grad()
+def theirs(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Return Transformers' logits [B, C]."""
+    config = model.config
+    known = getattr(config, "type_vocab_size", 0) > 1 and FAMILIES[config.model_type].has_types
+    given = {k: v for k, v in batch.items() if known or k != "token_type_ids"}
+    logits: Tensor = model(**given).logits
+    return logits
+
+
+def packed(batch: dict[str, Tensor]) -> PackedTokens:
+    """Return the real tokens of a padded batch."""
+    kept = [mask.bool() for mask in batch["attention_mask"]]
+    ids, types = (
+        [row[mask].tolist() for row, mask in zip(batch[name], kept, strict=True)]
+        for name in ("input_ids", "token_type_ids")
+    )
+    return PackedTokens.pack(ids, types)
+
+
+@pytest.fixture
+def converted(
+    tmp_path: Path,
+) -> Callable[..., tuple[PreTrainedModel, BudgetFormerForSequenceClassification]]:
+    def convert(
+        model_type: str, place: int, **choices: Any
+    ) -> tuple[PreTrainedModel, BudgetFormerForSequenceClassification]:
+        source = make(model_type, tmp_path, **CONFIGS[model_type][place])
+        return source, convert_encoder(tmp_path, NAMES, **choices).model.eval()
+
+    return convert
+
+
+Converted = Callable[..., tuple[PreTrainedModel, BudgetFormerForSequenceClassification]]
+
+
+def test_every_family_is_tested() -> None:
+    assert CONFIGS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize(("model_type", "place"), CASES)
+class TestSameNumbers:
+    @torch.no_grad()
+    def test_at_the_full_budget(self, converted: Converted, model_type: str, place: int) -> None:
+        source, model = converted(model_type, place)
+        limit = model.config.max_position_embeddings
+        last = model.config.num_steps
+        for lengths in ([5, 1, 12], [40], [limit, 9]):
+            batch = batch_of(source, lengths)
+            expected = theirs(source, batch)
+            assert_close(model(**batch, steps=last).logits, expected, TOLERANCE)
+            compact = load_pass(model).run(packed(batch), [last] * len(lengths))
+            assert_close(compact.logits, expected, TOLERANCE)
+
+    @torch.no_grad()
+    def test_in_whatever_order_heads_are(
+        self, converted: Converted, model_type: str, place: int
+    ) -> None:
+        source, model = converted(model_type, place)
+        batch = batch_of(source, [30, 7])
+        before = model(**batch, steps=4).logits
+        with torch.enable_grad():
+            order_by_importance(model, [batch | {"labels": torch.tensor([0, 2])}])
+        assert_close(model.eval()(**batch, steps=4).logits, before, TOLERANCE)
+
+    @torch.no_grad()
+    def test_at_a_small_budget_in_every_pass(
+        self, converted: Converted, model_type: str, place: int
+    ) -> None:
+        _, model = converted(model_type, place)
+        batch = batch_of_any(model, [30, 7, 19])
+        expected = model(**batch, steps=2).logits
+        assert_close(model.logits_at(2, **batch), expected, TOLERANCE)
+        assert_close(load_pass(model).run(packed(batch), [2, 2, 2]).logits, expected, TOLERANCE)
+
+
+def batch_of_any(
+    model: BudgetFormerForSequenceClassification, lengths: list[int]
+) -> dict[str, Tensor]:
+    """Return padded pairs for a network of ours."""
+    longest = max(lengths)
+    ids = torch.randint(2, model.config.vocab_size, (len(lengths), longest))
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return {
+        "input_ids": ids,
+        "attention_mask": mask.long(),
+        "token_type_ids": (torch.arange(longest) % 2).expand_as(ids),
+    }
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("model_type", "changes", "message"),
+        [
+            ("deberta-v2", V3 | {"conv_kernel_size": 3}, "conv_kernel_size"),
+            ("deberta-v2", {"pos_att_type": ["c2p"]}, "pos_att_type"),
+            ("nomic_bert", {"head_dim": 8}, "head_dim"),
+            ("mpnet", {"relative_attention_num_buckets": 16}, "num_buckets"),
+        ],
+    )
+    def test_one_line_names_the_cause(
+        self, tmp_path: Path, model_type: str, changes: dict[str, Any], message: str
+    ) -> None:
+        make(model_type, tmp_path, **SMALL | changes)
+        with pytest.raises(CheckpointError, match=message):
+            convert_encoder(tmp_path, NAMES)
+
+    def test_an_unknown_family_is_told_which_are_known(self, tmp_path: Path) -> None:
+        make("gpt2", tmp_path, vocab_size=60, n_embd=24, n_layer=1, n_head=4)
+        with pytest.raises(CheckpointError) as caught:
+            convert_encoder(tmp_path, NAMES)
+        assert all(name in str(caught.value) for name in FAMILIES)
+
+
+def test_local_attention_multiplies_no_far_pair(converted: Converted) -> None:
+    """Beyond the window nothing is masked away: it is not computed."""
+    _, model = converted("modernbert", 1)
+    config, ids = model.config, torch.zeros(70, dtype=torch.long)
+    tokens, compact = PackedTokens(ids, ids, (70,)), load_pass(model)
+    with MacCounter() as counter:
+        compact.run(tokens, [config.num_steps])
+    everywhere = BudgetFormerConfig.from_dict(config.to_dict() | {"windows": None})
+    assert counter.macs == dense_macs(config, 70)
+    near = 2 * config.hidden_size * sum(70**2 - 70 * 6 for window in config.windows or [] if window)
+    assert dense_macs(everywhere, 70) - counter.macs == near
+
+
+TINY = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "initializer_range": 0.3,
+}
+AS_RELEASED: dict[str, dict[str, Any]] = {
+    "modernbert": {"pad_token_id": 0, "global_attn_every_n_layers": 2},
+    "deberta-v2": V3 | {"position_buckets": 256, "max_position_embeddings": 512},
+    "mpnet": {"max_position_embeddings": 514},
+    "nomic_bert": {},
+    "gte": {"pad_token_id": 1, "max_position_embeddings": 4096},
+}
+
+
+@pytest.mark.parametrize("model_type", AS_RELEASED)
+@torch.no_grad()
+def test_texts_as_long_as_the_family_takes(tmp_path: Path, model_type: str) -> None:
+    source = make(model_type, tmp_path, **TINY | AS_RELEASED[model_type])
+    model = convert_encoder(tmp_path, NAMES).model.eval()
+    limit = model.config.max_position_embeddings
+    batch = batch_of(source, [limit])
+    expected = theirs(source, batch)
+    assert_close(load_pass(model).run(packed(batch), [2]).logits, expected, TOLERANCE)
