@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from budgetformer.families.bert import BERT
-from budgetformer.families.family import Weights, cls_head
+from budgetformer.families.family import Weights, accept, cls_head
 
 _GROUP = "encoder.albert_layer_groups."
 
@@ -50,6 +50,7 @@ ALBERT = replace(
     },
     head={"albert.pooler": "head", "classifier": "classifier"},
     choices=_choices,
+    refuse=accept,
     head_choices=cls_head("tanh"),
     adapt=_copy_shared,
     first_layer=f"{_GROUP}0.albert_layers.0",

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from budgetformer.families.bert import BERT
+from budgetformer.families.family import refuse_narrow_embeddings
 
 
 def _choices(config: Any) -> dict[str, Any]:
@@ -26,14 +27,12 @@ def _refuse(config: Any) -> str | None:
     width = config.hidden_size
     if getattr(config, "conv_kernel_size", 0) > 0:
         return "a convolution after the first layer (conv_kernel_size) cannot be converted"
-    if getattr(config, "embedding_size", width) != width:
-        return "embedding_size differs from hidden_size"
     if config.pos_att_type and not config.relative_attention:
         return "pos_att_type without relative_attention cannot be converted"
     size = width // config.num_attention_heads
     if getattr(config, "attention_head_size", size) != size:
         return f"attention_head_size is not {size}"
-    return None
+    return refuse_narrow_embeddings(config)
 
 
 DEBERTA = replace(

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from budgetformer.families.bert import BERT
-from budgetformer.families.family import cls_head
+from budgetformer.families.family import accept, cls_head
 
 
 def _choices(config: Any) -> dict[str, Any]:
@@ -20,6 +20,7 @@ ELECTRA = replace(
     names=dict(BERT.names) | {"embeddings_project": "embeddings.map"},
     head={"classifier.dense": "head", "classifier.out_proj": "classifier"},
     choices=_choices,
+    refuse=accept,
     head_choices=cls_head("gelu"),
 )
 FAMILIES = [ELECTRA]

@@ -11,8 +11,15 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 
 
-def _nothing(_: Any) -> None:
-    return None
+def refuse_narrow_embeddings(config: Any) -> str | None:
+    """Refuse embeddings that the family's networks do not bring to their width."""
+    width = config.hidden_size
+    narrow = getattr(config, "embedding_size", width) != width
+    return "embedding_size differs from hidden_size" if narrow else None
+
+
+def accept(_: Any) -> None:
+    """Refuse nothing."""
 
 
 def _no_more(_: Any) -> dict[str, Any]:
@@ -60,7 +67,7 @@ class Family:
     choices: Callable[[Any], dict[str, Any]] = _no_more
     head_choices: Callable[[Any], dict[str, Any]] = _no_more
     adapt: Callable[[Weights, Any], Weights] = _as_they_are
-    refuse: Callable[[Any], str | None] = _nothing
+    refuse: Callable[[Any], str | None] = refuse_narrow_embeddings
     extra_keys: frozenset[str] = field(default=frozenset())
     positions_after_padding: bool = False
     has_types: bool = True

@@ -275,8 +275,8 @@ def add_weight(name: str) -> Callable[[Path], None]:
 
 def drop(pattern: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        name = FAMILIES[folder.name].head if pattern == "HEAD" else pattern
-        name = FAMILIES[folder.name].classifier if pattern == "CLASSIFIER" else name
+        places = {ours: theirs for theirs, ours in FAMILIES[folder.name].head.items()}
+        name = places.get(pattern, pattern)
         set_weights(folder, lambda ws: {n: w for n, w in ws.items() if name not in n})
 
     return change
@@ -334,8 +334,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "unknown weight on top": (add_weight("extra.weight"), "extra.weight"),
     "a weight is missing": (drop("layer.1.output"), "lack"),
-    "half of the head is missing": (drop("HEAD"), "lack"),
-    "the classifier is missing": (drop("CLASSIFIER"), "lack"),
+    "half of the head is missing": (drop("head"), "lack"),
+    "the classifier is missing": (drop("classifier"), "lack"),
     "pickled code": (pickle_code, "more than tensors"),
     "a shard is missing": (lose_shard, "not an encoder folder"),
     "a file is cut short": (cut_short, "not an encoder folder"),
