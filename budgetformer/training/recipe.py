@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from budgetformer.errors import DataError
 
 _PACKAGED = Path(__file__).parent / "recipes"
 
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class Recipe:
     """A training run.
 
@@ -72,49 +80,49 @@ class Recipe:
 
     data_name: str = ""
     data_terms: str = "not stated"
-    seed: int = 0
-    max_train_rows: int = 0
-    max_length: int = 128
+    seed: Count = 0
+    max_train_rows: Count = 0
+    max_length: Size = 128
     truncation_side: Literal["right", "left"] = "right"
-    batch_size: int = 32
-    learning_rate: float = 5e-5
-    weight_decay: float = 0.01
-    warmup: float = 0.06
-    attention_dropout: float = 0.0
+    batch_size: Size = 32
+    learning_rate: Positive = 5e-5
+    weight_decay: Weight = 0.01
+    warmup: Share = 0.06
+    attention_dropout: Share = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
-    dense_epochs: int = 1
-    budget_epochs: int = 2
-    small_step_bias: float = 2.0
-    full_step_share: float = 0.0
+    dense_epochs: Count = 1
+    budget_epochs: Count = 2
+    small_step_bias: Positive = 2.0
+    full_step_share: Share = 0.0
     sandwich: bool = True
-    reach_weight: float = 0.0
+    reach_weight: Share = 0.0
     freeze_embeddings: bool = False
     gating: Literal["hard", "soft"] = "hard"
-    temperature: tuple[float, float] = (2.0, 0.5)
-    noise: float = 0.5
-    entropy_weight: float = 0.0
-    budget_weight: float = 0.0
-    budget_bounds: tuple[float, float] = (0.1, 0.9)
-    fixed_share: float | None = None
+    temperature: tuple[Positive, Positive] = (2.0, 0.5)
+    noise: Weight = 0.5
+    entropy_weight: Weight = 0.0
+    budget_weight: Weight = 0.0
+    budget_bounds: tuple[Share, Share] = (0.1, 0.9)
+    fixed_share: Share | None = None
     random_heads: bool = False
-    distillation: float = 0.7
-    distillation_temperature: float = 2.0
+    distillation: Share = 0.7
+    distillation_temperature: Positive = 2.0
     head_selection: Literal["input", "ranked"] = "ranked"
     budget_scope: Literal["input", "layer"] = "input"
     budget_ffn: bool = True
     embedding_exit: bool = True
     ladder: Literal["uniform", "importance"] = "uniform"
-    hold_out: float = 0.1
-    exit_folds: int = 5
-    exit_share: float = 0.7
-    exit_tokens: int = 4096
-    exit_weights: int = 2**20
-    level_costs: tuple[float, float] = (0.1, 0.3)
-    hidden_size: int = 256
-    num_layers: int = 2
-    num_heads: int = 8
-    intermediate_size: int = 1024
-    vocab_size: int = 8000
+    hold_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    exit_folds: Annotated[int, Field(ge=2)] = 5
+    exit_share: Weight = 0.7
+    exit_tokens: Size = 4096
+    exit_weights: Count = 2**20
+    level_costs: tuple[Share, Share] = (0.1, 0.3)
+    hidden_size: Size = 256
+    num_layers: Size = 2
+    num_heads: Size = 8
+    intermediate_size: Size = 1024
+    vocab_size: Size = 8000
 
     @classmethod
     def read(cls, source: Path | str | None, **overrides: Any) -> Recipe:
@@ -125,7 +133,8 @@ class Recipe:
             overrides: fields of the recipe.
 
         Raises:
-            DataError: the file cannot be read, or names an unknown key.
+            DataError: the file cannot be read, names an unknown key, or gives a key a value that it
+                cannot have.
         """
         values: dict[str, Any] = {}
         if source is not None:
@@ -145,7 +154,12 @@ class Recipe:
         for name, value in values.items():
             if isinstance(value, list):  # TOML has no tuples
                 values[name] = tuple(value)
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            key, message = str(problem["loc"][0]), problem["msg"]
+            raise DataError(f"recipe key {key} is {values[key]!r}: {message}") from None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as plain values."""

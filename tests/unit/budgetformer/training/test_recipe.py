@@ -31,6 +31,29 @@ def test_unknown_keys_are_named(tmp_path: Path) -> None:
         Recipe.read(path)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        'precision = "bfloat16"',
+        'ladder = "importence"',
+        "distillation = 1.7",
+        "level_costs = [0.1]",
+        "batch_size = true",
+        "batch_size = 0",
+        'learning_rate = "1e-4"',
+        "learning_rate = nan",
+        "seed = -1",
+        "hold_out = 0.0",
+        "temperature = 2.0",
+    ],
+)
+def test_a_value_that_a_key_cannot_have_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(line)
+    with pytest.raises(DataError, match=f"recipe key {line.split()[0]} is "):
+        Recipe.read(path)
+
+
 @pytest.mark.parametrize("content", ["seed = ", "[", "seed 3"])
 def test_broken_file(tmp_path: Path, content: str) -> None:
     path = tmp_path / "recipe.toml"
