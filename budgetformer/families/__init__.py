@@ -11,6 +11,7 @@ from budgetformer.families import (
     distilbert,
     electra,
     gte,
+    megatron_bert,
     modernbert,
     mpnet,
     nomic_bert,
@@ -20,7 +21,7 @@ from budgetformer.families.family import Family
 
 _FILES = (
     *(albert, bert, deberta, distilbert, electra),
-    *(gte, modernbert, mpnet, nomic_bert, roberta),
+    *(gte, megatron_bert, modernbert, mpnet, nomic_bert, roberta),
 )
 FAMILIES: dict[str, Family] = {
     family.model_type: family for file in _FILES for family in file.FAMILIES

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -78,6 +80,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
         SMALL | V3 | {"position_biased_input": True, "type_vocab_size": 2, "pos_att_type": []},
         SMALL | {"relative_attention": False},
     ],
+    "megatron-bert": [SMALL],
     "nomic_bert": [SMALL, SMALL | {"hidden_act": "gelu", "type_vocab_size": 1}],
     "gte": [SMALL | {"pad_token_id": 1}, SMALL | {"pad_token_id": 0, "type_vocab_size": 2}],
 }
@@ -270,3 +273,25 @@ def test_texts_as_long_as_the_family_takes(tmp_path: Path, model_type: str) -> N
     batch = batch_of(source, [limit])
     expected = theirs(source, batch)
     assert_close(load_pass(model).run(packed(batch), [2]).logits, expected, TOLERANCE)
+
+
+def largest_error(model_type: str, folder: Path) -> float:
+    """Return the largest difference of a family's logits, relative to the largest logit."""
+    found = []
+    for sizes in CONFIGS[model_type]:
+        source = make(model_type, folder, **sizes)
+        model = convert_encoder(folder, NAMES).model.eval()
+        for lengths in ([5, 1, 12], [model.config.max_position_embeddings, 9]):
+            batch = batch_of(source, lengths)
+            steps = [model.config.num_steps] * len(lengths)
+            actual = load_pass(model).run(packed(batch), steps).logits
+            expected = theirs(source, batch)
+            found.append(((actual - expected).abs().max() / expected.abs().max()).item())
+    return max(found)
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as room:
+        for name in sorted(CONFIGS):
+            error = largest_error(name, Path(room))
+            sys.stdout.write(f"| `{name}` | {len(CONFIGS[name])} | {error:.1e} |\n")
