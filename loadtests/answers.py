@@ -37,9 +37,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from budgetformer.checkpoint.store import Checkpoint, load_encoder, read_store
-from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.model.answers import confidence, probabilities
 from budgetformer.model.embeddings import masked_mean
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.tables import read_texts
 from loadtests.chaos.server import MODEL, OTHER, PATIENCE, STORE, Server, serving
 from loadtests.texts import distinct

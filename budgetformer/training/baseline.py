@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +29,7 @@ from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.data import Examples, TokenizedTexts, drawn_rows
 from budgetformer.training.importance import order_by_importance
 from budgetformer.training.recipe import Recipe
-from budgetformer.training.trainer import Log, Trainer, inputs, progress_bar
+from budgetformer.training.trainer import CPU, Log, Trainer, inputs, progress_bar
 
 EXITS = "exits.safetensors"
 SMALLER = "smaller"
@@ -73,6 +73,8 @@ def train_baseline(
     folder: Path,
     log: Log,
     origin: str = "",
+    device: torch.device = CPU,
+    micro_batch: int | None = None,
 ) -> None:
     """Train a dense network and smaller ones from a starting encoder, and keep them in `folder`.
 
@@ -87,11 +89,13 @@ def train_baseline(
         folder: what `read_baseline` reads.
         log: gets one line per event.
         origin: identifies the starting weights.
+        device, micro_batch: see `Trainer`.
     """
+    on: dict[str, Any] = {"device": device, "micro_batch": micro_batch}
     epochs = recipe.dense_epochs + recipe.budget_epochs
     alone = replace(recipe, dense_epochs=epochs, budget_epochs=0, ladder="uniform")
     log("training the dense network on its own, to compare with")
-    dense = Trainer(model, tokens, examples, alone, work_dir, log, origin)
+    dense = Trainer(model, tokens, examples, alone, work_dir, log, origin, **on)
     dense.train(lambda: _write(model, tokens, examples, folder, recipe.seed, log))
     teacher = dense.predict(tokens, model.config.num_steps, "teacher")
     for layers, heads in sizes_of_smaller(model):
@@ -101,7 +105,7 @@ def train_baseline(
         order_by_importance(small, dense.labelled_batches())
         small.config.ladder = [[heads] * layers]
         trainer = Trainer(
-            small, tokens, examples, alone, work_dir / name, log, origin, teacher=teacher
+            small, tokens, examples, alone, work_dir / name, log, origin, teacher=teacher, **on
         )
         trainer.train()
         small.save_pretrained(folder / SMALLER / name)

@@ -132,15 +132,27 @@ class TokenBatch:
     def split(self, parts: int) -> list[TokenBatch]:
         """Cut the batch into at most `parts` batches of like size."""
         size = -(-len(self.rows) // parts)
-        return [
-            TokenBatch(
-                self.rows[i : i + size],
-                self.input_ids[i : i + size],
-                self.token_type_ids[i : i + size],
-                self.attention_mask[i : i + size],
-            )
-            for i in range(0, len(self.rows), size)
-        ]
+        return [self.take(slice(i, i + size)) for i in range(0, len(self.rows), size)]
+
+    def take(self, items: slice) -> TokenBatch:
+        """Return some of the items."""
+        return TokenBatch(
+            self.rows[items],
+            self.input_ids[items],
+            self.token_type_ids[items],
+            self.attention_mask[items],
+        )
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """Return the same batch with its tokens on `device`."""
+        if self.input_ids.device == device:
+            return self
+        return TokenBatch(
+            self.rows,
+            self.input_ids.to(device),
+            self.token_type_ids.to(device),
+            self.attention_mask.to(device),
+        )
 
 
 class TokenizedTexts:

@@ -104,19 +104,24 @@ def train_checkpoint(
     threads: int | None,
     log: Log,
     baseline: Path | None = None,
+    device: str = "auto",
+    micro_batch: int | None = None,
 ) -> None:
     """Train, calibrate and write the checkpoint folder `output` (`<store>/<name>/<version>`).
 
     Args:
         data: a training file, or a folder with `train.*` and, for the report, `test.*`.
         output: what to write; its last two parts are the model's name and version.
-        start: folder of a BERT-shaped encoder, "minilm-l6", or None, from scratch.
+        start: folder of an encoder, "minilm-l6", or None, from scratch.
         recipe: see there.
         work_dir: state of the run; a second call goes on from it.
         threads: of torch; None: its own choice.
         log: gets one line per event.
         baseline: also train dense networks on their own, for as many epochs, and keep them here
             with early exits for `report_checkpoint`.
+        device: where the network is trained: "auto" (a GPU if there is one), "cpu" or "cuda".
+        micro_batch: items that are passed together, for devices with little memory; None: all of
+            a batch.
 
     Raises:
         DataError, CheckpointError: something is missing or does not fit.
@@ -129,6 +134,7 @@ def train_checkpoint(
         raise DataError("random_heads is for budgetformer.experiments: no checkpoint serves it")
     if threads is not None:
         torch.set_num_threads(threads)
+    where = find_device(device)
     train_file, test_file = find_data(data)
     beginning = find_start(start)
     examples = read_examples(train_file, encoder_names=label_names_of(beginning))
@@ -169,13 +175,26 @@ def train_checkpoint(
         alone = replace(recipe, embedding_exit=False)
         dense = convert_start(beginning, examples, alone, tokenizer.get_vocab_size(), numbered)
         work, start = work_dir / DENSE, conversion.origin
-        train_baseline(dense.model, tokens, seen, alone, work, baseline, log, start)
+        train_baseline(
+            dense.model, tokens, seen, alone, work, baseline, log, start, where, micro_batch
+        )
     out_of_fold = None
     if model.config.embedding_exit:
         model.exit_head, out_of_fold = fit_step0(model.config, tokens, seen, recipe)
         errors = wrong(out_of_fold, torch.from_numpy(seen.labels), model.config.problem_type)
         log(f"step 0 has {1 - errors.mean():.2%} of the texts to train on right, out of fold")
-    trainer = Trainer(model, tokens, seen, recipe, work_dir, log, conversion.origin, out_of_fold)
+    trainer = Trainer(
+        model,
+        tokens,
+        seen,
+        recipe,
+        work_dir,
+        log,
+        conversion.origin,
+        out_of_fold,
+        device=where,
+        micro_batch=micro_batch,
+    )
     trainer.train()
     log("fitting f_o, calibrating budgets")
     network, ranges, found = _calibrate(model, unseen_tokens, unseen, recipe)
@@ -299,6 +318,18 @@ def recalibrate(
         write_card(folder, manifest, [])
     log(f"wrote {output}")
     return manifest
+
+
+def find_device(name: str) -> torch.device:
+    """Resolve what `--device` names.
+
+    Raises:
+        DataError: there is no such device here.
+    """
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise DataError("no CUDA device here; --device auto takes the CPU then")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and has_cuda) else "cpu")
 
 
 def find_start(start: str | None) -> Start:

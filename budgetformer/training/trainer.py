@@ -49,6 +49,7 @@ from budgetformer.training.recipe import Recipe
 SAVE_SECONDS = 120
 IMPORTANCE_BATCHES = 32
 STEPS_PER_BATCH = 2
+CPU = torch.device("cpu")
 
 Log = Callable[[str], None]
 
@@ -107,6 +108,8 @@ class Trainer:
         step0: step 0's out-of-fold logits of the texts [N, C]; None: the encoder answers alone.
         teacher: logits [N, C] to learn from the first epoch on; None: the network becomes its own
             teacher after the dense epochs.
+        device: where the network is trained. A run may go on on another device.
+        micro_batch: items that are passed together; the gradients of a batch add up. None: all.
     """
 
     def __init__(
@@ -120,12 +123,17 @@ class Trainer:
         origin: str = "",
         step0: Tensor | None = None,
         teacher: Tensor | None = None,
+        device: torch.device = CPU,
+        micro_batch: int | None = None,
     ) -> None:
-        self.teacher = teacher
-        self.step0 = None if step0 is None else recipe.exit_share * step0
-        self.weights = _reach_weights(step0, recipe.reach_weight, model.config.problem_type)
+        self.device, self.micro_batch = device, micro_batch
+        self.teacher = self._here(teacher)
+        self.step0 = self._here(None if step0 is None else recipe.exit_share * step0)
+        weights = _reach_weights(step0, recipe.reach_weight, model.config.problem_type)
+        self.weights = self._here(weights)
         self.model, self.tokens, self.recipe, self.log = model, tokens, recipe, log
-        self.labels = torch.from_numpy(examples.labels)
+        self._move(device)
+        self.labels = torch.from_numpy(examples.labels).to(device)
         self.state_path = work_dir / "state.pt"
         with disk_errors(work_dir):
             work_dir.mkdir(parents=True, exist_ok=True)
@@ -135,7 +143,8 @@ class Trainer:
     def train(self, keep_dense: Callable[[], None] | None = None) -> None:
         """Run the stages of the recipe: dense, order by importance, every budget.
 
-        `keep_dense` is called when the dense network is trained, before a budget changes it.
+        `keep_dense` is called when the dense network is trained, before a budget changes it. Then,
+        and at the end, the network is on the CPU.
         """
         resume = self._read_state()
         done = resume.get("done", [])
@@ -143,7 +152,9 @@ class Trainer:
             stage = Stage("dense", self.recipe.dense_epochs, self._dense_loss, self.teacher)
             self._run(stage, resume, done)
             if keep_dense is not None:
+                self._move(CPU)
                 keep_dense()
+                self._move(self.device)
             if self.model.config.head_selection == "ranked" or self.model.config.budget_ffn:
                 self.log("ordering heads and neurons by importance")
                 units = order_by_importance(self.model, self.labelled_batches())
@@ -153,9 +164,10 @@ class Trainer:
             self._save_state({"done": done})
             resume = {}
         if "budget" not in done:
-            teacher = resume.get("teacher", self.teacher)
+            teacher = self._here(resume.get("teacher", self.teacher))
             if teacher is None and self.recipe.distillation:
-                teacher = self.predict(self.tokens, self.model.config.num_steps, "teacher")
+                last = self.model.config.num_steps
+                teacher = self.predict(self.tokens, last, "teacher").to(self.device)
                 if self.step0 is not None:
                     teacher += self.step0
             stage = Stage("budget", self.recipe.budget_epochs, self._budget_loss, teacher)
@@ -165,16 +177,18 @@ class Trainer:
             self._run(stage, resume, done)
             embeddings.requires_grad_(True)
             self._save_state({"done": [*done, "budget"]})
+        self._move(CPU)
 
     @torch.no_grad()
     def predict(self, tokens: TokenizedTexts, step: int, title: str) -> Tensor:
-        """Return logits [N, C] of a data set at one ladder step."""
+        """Return logits [N, C] of a data set at one ladder step, on the CPU."""
+        self._move(self.device)
         self.model.eval()
         result = torch.zeros(len(tokens.ids), self.model.config.num_classes)
         with progress_bar() as bar:
             task = bar.add_task(title, total=len(tokens.ids), note="")
             for batch in tokens.batches(64):
-                result[batch.rows] = self._logits(batch, step)
+                result[batch.rows] = self._logits(batch.to(self.device), step).cpu()
                 bar.advance(task, len(batch.rows))
         return result
 
@@ -182,7 +196,7 @@ class Trainer:
         """Return arguments of `forward`, labels among them, for measuring importance."""
         batches = self.tokens.batches(self.recipe.batch_size, self.recipe.seed)
         for batch in islice(batches, IMPORTANCE_BATCHES):
-            yield inputs(batch) | {"labels": self.labels[batch.rows]}
+            yield inputs(batch.to(self.device)) | {"labels": self.labels[batch.rows]}
 
     def _dense_loss(self, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
         logits = self._fused(self._logits(batch, self.model.config.num_steps), batch)
@@ -194,7 +208,7 @@ class Trainer:
         if recipe.gating == "hard":
             if self._sliceable:
                 return self._sliced_loss(batch, teacher)
-            steps = self._random_steps(len(batch.rows))
+            steps = self._random_steps(len(batch.rows)).to(self.device)
         output = self._forward(batch, steps)
         assert output.logits is not None
         assert output.budget is not None
@@ -217,7 +231,7 @@ class Trainer:
         else:
             parts = batch.split(STEPS_PER_BATCH)
             steps = self._random_steps(len(parts)).tolist()
-        total, rows = torch.zeros(()), sum(len(part.rows) for part in parts)
+        total, rows = torch.zeros((), device=self.device), sum(len(part.rows) for part in parts)
         for part, step in zip(parts, steps, strict=True):
             logits = self._fused(self._logits(part, step), part)
             loss = self._taught_loss(logits, part, teacher)
@@ -256,6 +270,24 @@ class Trainer:
         assert output.logits is not None
         return output.logits.float()
 
+    def _move(self, device: torch.device) -> None:
+        nn.Module.to(self.model, device)
+
+    def _here(self, values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.to(self.device)
+
+    def _backward(self, stage: Stage, batch: TokenBatch, seed: int) -> float:
+        """Add up the gradients of a batch, part by part, and return its loss."""
+        total, rows = 0.0, len(batch.rows)
+        for part in batch.split(-(-rows // (self.micro_batch or rows))):
+            # Seeding every step makes a resumed run repeat the noise of an unbroken one, and gives
+            # all parts of a batch the same random steps.
+            torch.manual_seed(seed)
+            loss = stage.loss(part.to(self.device), stage.teacher) * (len(part.rows) / rows)
+            loss.backward()
+            total += loss.item()
+        return total
+
     @property
     def _sliceable(self) -> bool:
         config = self.model.config
@@ -279,7 +311,7 @@ class Trainer:
 
     def _autocast(self) -> Any:
         if self.recipe.precision == "bf16":
-            return torch.autocast("cpu", torch.bfloat16)
+            return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
     def _run(self, stage: Stage, resume: dict[str, Any], done: list[str]) -> None:
@@ -296,12 +328,11 @@ class Trainer:
         with progress_bar() as bar:
             task = bar.add_task(stage.name, total=total, completed=start, note="")
             for step, batch in self._schedule(start, total):
-                # Seeding every step makes a resumed run repeat the noise of an unbroken one.
-                torch.manual_seed(self.recipe.seed * 1_000_003 + step)
                 self.model.train()
                 self.model.set_gating(self._gating(stage, step / total))
-                loss = stage.loss(batch, stage.teacher)
-                value = loss.item()
+                # f_o and step 0 get gradients too, and clipping would count what they pile up.
+                self.model.zero_grad(set_to_none=True)
+                value = self._backward(stage, batch, self.recipe.seed * 1_000_003 + step)
                 if not math.isfinite(value):
                     raise TrainingError(
                         f"{stage.name}: the loss at step {step + 1} of {total} is not a number; "
@@ -310,9 +341,6 @@ class Trainer:
                 rate = min((step + 1) / warmup, (total - step) / max(1, total - warmup))
                 for group in optimizer.param_groups:
                     group["lr"] = self.recipe.learning_rate * rate
-                # f_o and step 0 get gradients too, and clipping would count what they pile up.
-                self.model.zero_grad(set_to_none=True)
-                loss.backward()
                 nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 optimizer.step()
                 running = 0.98 * running + 0.02 * value
@@ -373,7 +401,9 @@ class Trainer:
         if not self.state_path.exists():
             return {}
         try:
-            state: dict[str, Any] = torch.load(self.state_path, weights_only=True)
+            state: dict[str, Any] = torch.load(
+                self.state_path, map_location="cpu", weights_only=True
+            )
         except Exception as error:  # torch raises many kinds
             raise TrainingError(f"{self.state_path}: damaged; remove it to start anew") from error
         if state.pop("run", None) != self.run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markdown import Markdown
@@ -33,6 +33,14 @@ RecipeOption = Annotated[
 SeedOption = Annotated[int | None, typer.Option(help="Everything random follows from it.")]
 WorkOption = Annotated[Path | None, typer.Option(help="State of the run, to go on from.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads; none: all cores.")]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="Where to train; auto: on a GPU if there is one."),
+]
+MicroBatchOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Items passed at once, where a batch takes too much memory."),
+]
 BaselineOption = Annotated[
     Path | None,
     typer.Option(help="Also keep the dense network here, for `evaluate --report`."),
@@ -44,13 +52,15 @@ def train(
     output: OutOption,
     start: Annotated[
         str | None,
-        typer.Option(help="Folder of a BERT-shaped encoder, or `minilm-l6`; none: from scratch."),
+        typer.Option(help="Folder of an encoder, or `minilm-l6`; none: from scratch."),
     ] = None,
     recipe: RecipeOption = None,
     seed: SeedOption = None,
     work_dir: WorkOption = None,
     threads: ThreadsOption = None,
     baseline: BaselineOption = None,
+    device: DeviceOption = "auto",
+    micro_batch: MicroBatchOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train, calibrate and write a checkpoint; an interrupted run goes on where it was."""
@@ -66,13 +76,15 @@ def train(
         threads=threads,
         log=note,
         baseline=baseline,
+        device=device,
+        micro_batch=micro_batch,
     )
     _show_levels(read_checkpoint(output).manifest, as_json)
 
 
 def import_encoder(
     encoder: Annotated[
-        str, typer.Argument(help="Folder of a BERT-shaped encoder or classifier, or `minilm-l6`.")
+        str, typer.Argument(help="Folder of an encoder or classifier, or `minilm-l6`.")
     ],
     data: DataOption,
     output: OutOption,
@@ -81,10 +93,24 @@ def import_encoder(
     work_dir: WorkOption = None,
     threads: ThreadsOption = None,
     baseline: BaselineOption = None,
+    device: DeviceOption = "auto",
+    micro_batch: MicroBatchOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn an encoder into a checkpoint, on your data: `train` with a start that must be there."""
-    train(data, output, encoder, recipe, seed, work_dir, threads, baseline, as_json)
+    train(
+        data,
+        output,
+        encoder,
+        recipe,
+        seed,
+        work_dir,
+        threads,
+        baseline,
+        device,
+        micro_batch,
+        as_json,
+    )
 
 
 def calibrate(

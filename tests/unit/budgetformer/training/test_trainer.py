@@ -82,7 +82,10 @@ class Run:
         self.lines: list[str] = []
 
     def trainer(
-        self, model: BudgetFormerForSequenceClassification, step0: Tensor | None = None
+        self,
+        model: BudgetFormerForSequenceClassification,
+        step0: Tensor | None = None,
+        micro_batch: int | None = None,
     ) -> Trainer:
         return Trainer(
             model,
@@ -92,6 +95,7 @@ class Run:
             self.folder,
             self.lines.append,
             step0=step0,
+            micro_batch=micro_batch,
         )
 
     def weights(self, after: int | None = None, **network: Any) -> dict[str, Tensor]:
@@ -466,6 +470,27 @@ class TestStep0:
                 trainer._fused(trainer._logits(batch, 4), batch), batch, taught
             )
         assert loss.item() == pytest.approx(0, abs=1e-5)
+
+
+class TestMicroBatches:
+    @pytest.mark.parametrize("micro_batch", [1, 5, 12, 100])
+    def test_gradients_of_a_batch_add_up(
+        self, new_run: Callable[..., Run], micro_batch: int
+    ) -> None:
+        """Without dropout they are those of the whole batch, but for rounding."""
+        found = []
+        for size in (None, micro_batch):
+            model = new_network(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+            run = new_run()
+            trainer = run.trainer(model, micro_batch=size)
+            stage = trainer_module.Stage("budget", 1, trainer._budget_loss)
+            loss = trainer._backward(stage, run.tokens.batch(np.arange(12)), seed=3)
+            named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            found.append((loss, named))
+        assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+        assert found[1][1].keys() == found[0][1].keys()
+        for name, gradient in found[0][1].items():
+            torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
 class TestSandwich:
