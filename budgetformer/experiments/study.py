@@ -330,7 +330,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="rows of either side, evenly chosen")
     arguments = parser.parse_args()
     checkpoint = read_checkpoint(arguments.checkpoint)
-    recipe = Recipe(**checkpoint.manifest.recipe)
+    recipe = Recipe.read(None, **checkpoint.manifest.recipe)
     examples = read_examples(arguments.data / "train.parquet", list(checkpoint.manifest.labels))
     _, rows = split_rows(len(examples), recipe.hold_out, recipe.seed)
     held = examples.subset(rows).evenly(arguments.limit)

@@ -3,6 +3,8 @@
 Absolute positions are part of the embeddings and need none of this. Distances are those of tokens
 of one text, so padding and packing make no difference.
 
+Tables are made outside of inference mode, whoever asks first: training shares them with passes.
+
 Shapes: B items, k heads, T tokens, d columns of a head, S rows of a table of distances.
 """
 
@@ -80,6 +82,7 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _angles(base: float, size: int, places: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of the angles of some places, [places, size] each."""
     place = torch.arange(places, device=device)[:, None]
@@ -88,6 +91,7 @@ def _angles(base: float, size: int, places: int, device: torch.device) -> tuple[
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _frequencies(base: float, size: int, device: torch.device) -> Tensor:
     """Return the angle between one place and the next, of each pair of columns: [size / 2]."""
     return 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
@@ -138,6 +142,7 @@ class DistanceBias:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _bias_rows(tokens: int, rows: int, farthest: int, device: torch.device) -> Tensor:
     """Return `bias_rows` on a device."""
     return torch.from_numpy(bias_rows(tokens, rows, farthest)).to(device)
@@ -202,6 +207,7 @@ class Disentangled:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _score_rows(
     tokens: int, span: int, farthest: int, buckets: bool, device: torch.device
 ) -> tuple[slice, Tensor]:

@@ -430,7 +430,8 @@ class TestEvaluate:
         found = json.loads((report / "report.json").read_text())
         assert {way["rows"] for way in found["ways"]} == {60}
         assert {c["rival"] for c in found["comparisons"]} <= {
-            "fixed step", "early exit", "confidence cascade", "step 0, then dense",
+            "fixed step", "early exit", "confidence cascade", "step 0, then dense", "smaller dense",
+            "step 0, then smaller dense",
         }  # fmt: skip
         assert "dense" in {way["name"] for way in found["ways"]}
         curves = {curve["name"]: curve for curve in found["curves"]}

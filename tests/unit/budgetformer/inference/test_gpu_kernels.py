@@ -68,20 +68,17 @@ def test_attention(lengths: Sequence[int], heads: int, size: int, spare: int) ->
     assert_close(gpu.attend(projected, layout, heads_of(heads))[:used], expected)
 
 
-@pytest.mark.parametrize("lengths", [*LENGTHS, (200,)])
-@pytest.mark.parametrize("window", [None, 1, 9, 70])
-@pytest.mark.parametrize("positions", ["absolute", "rotary", "bias"])
-def test_attention_with_positions(
-    lengths: Sequence[int], window: int | None, positions: str
-) -> None:
-    layout = Layout(tuple(lengths), CPU)
+@pytest.mark.parametrize(
+    ("positions", "window"),
+    [("absolute", 1), ("absolute", 9), ("rotary", None), ("rotary", 70), ("bias", None)],
+)
+def test_attention_with_positions(positions: str, window: int | None) -> None:
+    layout = Layout((130, 7, 0, 71), CPU)
     known: dict[str, Positions | None] = {
         "absolute": None,
         "rotary": Rotary(100.0),
         "bias": DistanceBias(random(16, 2), 40),
     }
-    if positions == "bias":
-        window = None
     read = heads_of(2, known[positions], window)
     projected = random(layout.tokens, 2 * 3 * 8)
     expected = plain.attend(projected, layout, read)
@@ -192,7 +189,7 @@ def test_mean_does_not_depend_on_the_batch() -> None:
 
 def test_nothing_to_do() -> None:
     layout = Layout((), CPU)
-    assert gpu.attend(torch.empty(0, 12), layout, 2).shape == (0, heads_of(4))
+    assert gpu.attend(torch.empty(0, 12), layout, heads_of(2)).shape == (0, 4)
     assert gpu.add_norm(torch.empty(0, 8), torch.empty(0, 8), nn.LayerNorm(8)).shape == (0, 8)
     assert gpu.mean(torch.empty(0, 8), layout).shape == (0, 8)
     assert gpu.classify(torch.empty(0, 8), layout, nn.Linear(8, 2)).shape == (0, 2)

@@ -206,7 +206,7 @@ def error(network: Network, items: list[Item], ranges: Sequence[LayerRanges]) ->
 def test_a_state_far_beyond_stands_apart(selection: str) -> None:
     network = random_network(small_config(head_selection=selection))
     items, layer = random_items([5, 9, 4]), network.encoder.layers[1]
-    column, neuron = 11, 2 * layer.feed_forward.neurons_per_head + 1
+    column, neuron = 11, 2 * layer.spec.neurons_per_head + 1
     with torch.no_grad():
         layer.attention_norm.weight[column] *= 40
         layer.feed_forward.up.weight[:, column] /= 40

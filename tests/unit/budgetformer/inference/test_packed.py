@@ -259,8 +259,10 @@ def test_executes_exactly_the_multiply_adds_of_the_heads_used(
     config = network.config
     layers_decide = config.budget_scope == "layer"
     steps = None if layers_decide else draw_steps(data, network, items)
+    compact, tokens = load_pass(network), pack(items)
     with MacCounter() as counter:
-        _, result = classify(network, items, steps)
+        arrival = compact.arrive(tokens)
+        result = compact.run(tokens, steps, arrival.exit_logits, arrival.ranking)
     expected = sum(
         counted_decision(network, len(item))
         + encoder_macs(config, [len(kept) for kept in heads], len(item))
