@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from budgetformer.cost.macs import Sizes
 from budgetformer.inference.backends.kernels import Kernels, plain
 from budgetformer.inference.backends.linear import LayOut, lay_out, padded_rows
+from budgetformer.inference.backends.private import without_overrides
 from budgetformer.inference.layout import Layout
 from budgetformer.inference.routed import Routed, RoutedWeights, Routing
 from budgetformer.inference.shared import SharedTensors
@@ -157,7 +158,7 @@ def inferring(method: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(method)
     def run(*given: P.args, **named: P.kwargs) -> R:
-        with torch.inference_mode(), torch._C.DisableTorchFunctionSubclass():
+        with torch.inference_mode(), without_overrides():
             return method(*given, **named)
 
     return run

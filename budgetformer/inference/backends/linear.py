@@ -7,7 +7,6 @@ of nothing else.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from budgetformer.inference.backends import private
 from budgetformer.inference.ranges import LayerRanges, MapName, StateRange
 
 Linear = Callable[[Tensor], Tensor]
@@ -43,7 +43,7 @@ class Product:
             return F.linear(states, self.weight, self.bias)
         if self.bias is None or not self.weight.is_cuda or self.weight.dtype == torch.float32:
             return F.gelu(F.linear(states, self.weight, self.bias))
-        return torch._addmm_activation(self.bias, states, self.weight.t(), use_gelu=True)
+        return private.product_with_gelu(states, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -113,21 +113,14 @@ def has_amx() -> bool:
 def can_multiply_bfloat16(device: torch.device) -> bool:
     """Return whether a device multiplies in bfloat16 without converting each number."""
     if device.type != "cuda":
-        return _has_bfloat16()
+        return private.multiplies_bfloat16()
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def can_multiply_int8(device: torch.device) -> bool:
-    """Return whether there are products in int8: on x86 processors with AVX2.
-
-    Torch may drop the tensors that they take.
-    """
-    there = hasattr(torch, "quantize_per_channel")
-    return there and device.type == "cpu" and torch.backends.quantized.engine in ("x86", "fbgemm")
-
-
-def _has_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Return whether there are products in int8: on x86 processors with AVX2."""
+    known = ("AVX2", "AVX512", "AVX10", "AMX")
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith(known)
 
 
 def bfloat16_linear(weight: Tensor, bias: Tensor | None) -> Linear:
@@ -137,16 +130,9 @@ def bfloat16_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     of a lone text takes as long as the product.
     """
     half, half_bias = weight.bfloat16().contiguous(), None if bias is None else bias.bfloat16()
-    if weight.device.type != "cpu" or not _has_bfloat16():
+    if weight.device.type != "cpu" or not private.multiplies_bfloat16():
         return Product(half, half_bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(half, PREPACK_ROWS)
-    run: Any = torch.ops.mkldnn._linear_pointwise
-
-    def apply_packed(states: Tensor) -> Tensor:
-        result: Tensor = run(states.bfloat16(), packed, half_bias, "none", [], "")
-        return result
-
-    return apply_packed
+    return private.bfloat16_product(half, half_bias, PREPACK_ROWS)
 
 
 def int8_linear(
@@ -156,7 +142,7 @@ def int8_linear(
     apart: Sequence[int] = (),
     largest: Tensor | None = None,
 ) -> Linear:
-    """Multiply in int8 by a copy of a weight [M, D], on a CPU in FBGEMM's own layout.
+    """Multiply in int8 by a copy of a weight [M, D], laid out as FBGEMM or oneDNN reads it.
 
     Each output has a scale of its own for its weights. States are scaled by the range that they
     were found in, and what lies beyond is brought to its end: a row's result is the same whatever
@@ -177,19 +163,16 @@ def int8_linear(
         exact = exact.index_fill(1, torch.tensor(apart), 0.0)
     largest = exact.abs().amax(1) if largest is None else largest
     scales = largest.clamp(min=1e-12) / LARGEST_WEIGHT
-    with warnings.catch_warnings():  # torch means to drop these tensors, not the products
-        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
-        rounded = torch.quantize_per_channel(
-            exact, scales, torch.zeros_like(scales, dtype=torch.long), 0, torch.qint8
-        )
-    packed = torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.float())
     scale = (reads.high - reads.low) / LEVELS or 1.0
     zero = round(-reads.low / scale)
-    product: Any = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    run = getattr(product, "_op", product)  # without a look for operands that are traced
+    known = private.has_quantized_tensors()
+    lay_out_int8 = private.fbgemm_product if known else private.onednn_product
+    run = lay_out_int8(exact, scales, None if bias is None else bias.float(), scale, zero)
+    if not beyond:
+        return run
 
     def apply(states: Tensor) -> Tensor:
-        result: Tensor = run(states, scale, zero, packed)
+        result = run(states)
         for column, own in beyond:
             result.addcmul_(states[:, column], own)
         return result

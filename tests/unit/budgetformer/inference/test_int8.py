@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from budgetformer.inference import choice as choice_module
-from budgetformer.inference.backends import linear as linear_module
+from budgetformer.inference.backends import private
 from budgetformer.inference.backends.linear import can_multiply_int8, int8_linear
 from budgetformer.inference.choice import load_pass
 from budgetformer.inference.observed import measure_ranges
@@ -226,7 +226,7 @@ def test_a_state_far_beyond_stands_apart(selection: str) -> None:
 def test_it_is_timed_where_there_are_ranges(monkeypatch: pytest.MonkeyPatch, ranges: bool) -> None:
     network = random_network(small_config(**LARGE))
     measured = measure_ranges(network, [pack(random_items([5]))]) if ranges else ()
-    monkeypatch.setattr(linear_module, "_has_bfloat16", lambda: False)
+    monkeypatch.setattr(private, "multiplies_bfloat16", lambda: False)
     # Each pass takes less time than the one before.
     monkeypatch.setattr(choice_module, "_time", lambda passes: [0.5**i for i in range(len(passes))])
     expected = "int8" if ranges else "float32"

@@ -14,7 +14,7 @@ from budgetformer.cost.counter import MacCounter
 from budgetformer.cost.macs import decision_macs, encoder_macs, scorer_macs
 from budgetformer.inference import choice as choice_module
 from budgetformer.inference import weights as weights_module
-from budgetformer.inference.backends import linear as linear_module
+from budgetformer.inference.backends import linear, private
 from budgetformer.inference.backends.linear import PRECISIONS
 from budgetformer.inference.choice import MIN_WEIGHTS, choose_precision, load_pass
 from budgetformer.inference.packed import Arrival, PackedPass, PackedTokens, PassResult
@@ -295,9 +295,9 @@ def poison(network: Network, layer: int, head: int) -> None:
     config, target = network.config, network.encoder.layers[layer]
     rows = slice(head * config.head_size, (head + 1) * config.head_size)
     attention, net = target.attention, target.feed_forward
-    for linear in (attention.query, attention.key, attention.value):
-        linear.weight[rows] = torch.nan
-        linear.bias[rows] = torch.nan
+    for one in (attention.query, attention.key, attention.value):
+        one.weight[rows] = torch.nan
+        one.bias[rows] = torch.nan
     attention.output.weight[:, rows] = torch.nan
     if (own := target.spec.neurons_per_head) is not None:
         owned = slice(head * own, (head + 1) * own)
@@ -466,7 +466,7 @@ def test_what_a_processor_lacks_is_not_timed(monkeypatch: pytest.MonkeyPatch, ha
         tried.append(precision)
         return PackedPass(model)
 
-    monkeypatch.setattr(linear_module, "_has_bfloat16", lambda: has)
+    monkeypatch.setattr(private, "multiplies_bfloat16", lambda: has)
     monkeypatch.setattr(choice_module, "make_pass", make_pass)
     load_pass(random_network(small_config(**LARGE)), "fastest")
     assert ("bfloat16" in tried) == has
@@ -513,7 +513,7 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has: bool, expected: str
 
 def test_what_torch_says_of_the_processor() -> None:
     assert "amx_bf16" in torch.cpu.get_capabilities()
-    assert linear_module.has_amx() == torch.cpu.get_capabilities()["amx_bf16"]
+    assert linear.has_amx() == torch.cpu.get_capabilities()["amx_bf16"]
 
 
 def test_memory_grows_with_what_is_laid_out() -> None:
