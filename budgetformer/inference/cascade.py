@@ -166,7 +166,8 @@ def run(network: PackedPass, items: Sequence[Work]) -> None:
         item.macs += encoder_macs(sizes, counts, len(item.ids))
         if sizes.layerwise:
             item.macs += decision_macs(sizes) if steps is None else scorer_macs(sizes)
-            item.step = max(counts) if item.step == LAYERWISE else item.step
+            if item.step == LAYERWISE:
+                item.step = network.config.covering_step(counts)
         item.steps.append(item.step)
         following = None
         if item.s is not None:

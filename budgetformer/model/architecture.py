@@ -268,6 +268,13 @@ class Architecture:
             raise ValueError(f"budget step {step} is not on the ladder ({first}..{self.num_steps})")
         return self.ladder[step - 1]
 
+    def covering_step(self, heads: Sequence[int]) -> int:
+        """Return the first step that has as many heads in every layer; the last, if none has."""
+        for step, plan in enumerate(self.ladder, start=1):
+            if all(own <= planned for own, planned in zip(heads, plan, strict=True)):
+                return step
+        return self.num_steps
+
     def _check(self) -> None:
         heads = self.num_attention_heads
         for name, allowed in (

@@ -51,8 +51,7 @@ text needs.
 - Starting weights: {origin.starting_weights} ({origin.starting_weights_license})
 - Data: {origin.data}. Terms: {origin.data_terms}
 - Longest input: {_longest(manifest)}
-- Precision: weights in float16 as stored; multiplied in float32, or in bfloat16 where the processor
-  gains by it, which is timed as the model loads (`budgetformer_model_info` names it)
+- Precision: weights in float16 as stored; served in {_precision(manifest)}
 - Made: {manifest.created}, seed {manifest.seed}
 
 {report}## Quality levels
@@ -172,6 +171,17 @@ def _plot(axes: Axes, manifest: Manifest) -> None:
     axes.set_xlabel("multiply-adds, % of the dense network")
     axes.set_ylabel(f"{measure} on held-out texts")
     axes.legend(loc="lower right")
+
+
+def _precision(manifest: Manifest) -> str:
+    """Say in which precision `--dtype auto` serves it, as `choose_precision` decides."""
+    half = (
+        "float32 if its encoder has fewer than a million weights; if not, in bfloat16 on GPUs that "
+        "have it and on processors with AMX"
+    )
+    if not manifest.ranges:
+        return f"{half}, else in float32: it has no ranges of states for int8"
+    return f"{half}, in int8 on other processors with AVX2, else in float32"
 
 
 def _longest(manifest: Manifest) -> str:

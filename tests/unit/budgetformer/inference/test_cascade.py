@@ -225,3 +225,19 @@ def test_an_unsure_step_0_goes_on_at_once() -> None:
     cascade.arrive(PackedPass(model), [item])
     assert not item.done
     assert item.step in (1, 3)
+
+
+@PROPERTY
+@given(networks(budget_scope="layer"), batches())
+def test_a_step_that_layers_choose_is_on_the_ladder(
+    model: BudgetFormerForSequenceClassification, items: list[Item]
+) -> None:
+    """With an uneven ladder the heads of a layer are no step's number."""
+    ladder = model.config.ladder
+    answered = works(items, BudgetRule(num_steps=len(ladder)))
+    finish(PackedPass(model), answered)
+    for item in answered:
+        assert 1 <= item.step <= len(ladder)
+        kept = [len(heads) for heads in item.chosen]
+        covers = [all(a <= b for a, b in zip(kept, plan, strict=True)) for plan in ladder]
+        assert item.step == (covers.index(True) + 1 if any(covers) else len(ladder))
