@@ -15,7 +15,8 @@ from typing import Any, Self
 import msgspec
 
 from budgetformer.bulk.answerer import Answered
-from budgetformer.checkpoint.store import WEIGHTS, Checkpoint
+from budgetformer.checkpoint.manifest import WEIGHTS
+from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import DataError
 from budgetformer.inference.precision import Precision
 from budgetformer.tables import Row

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from budgetformer.checkpoint.store import CONFIG, WEIGHTS, Checkpoint
+from budgetformer.checkpoint.manifest import CONFIG, WEIGHTS
+from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import CheckpointError, one_line
 from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass

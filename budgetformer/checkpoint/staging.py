@@ -14,7 +14,7 @@ from types import FrameType
 
 from safetensors import SafetensorError
 
-from budgetformer.checkpoint.store import MANIFEST
+from budgetformer.checkpoint.manifest import MANIFEST
 from budgetformer.errors import CheckpointError, one_line
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from budgetformer.checkpoint.store import FixedStep
+from budgetformer.checkpoint.manifest import FixedStep
 from budgetformer.cost.macs import decision_macs, dense_macs, encoder_macs
 from budgetformer.cost.table import CostTable
 from budgetformer.inference import cascade

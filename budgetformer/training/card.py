@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from budgetformer.checkpoint.store import CARD, FixedStep, Manifest
+from budgetformer.checkpoint.manifest import CARD, FixedStep, Manifest
 from budgetformer.inference.policy import Level, Measure
 from budgetformer.training.evaluation import Row
 from budgetformer.training.pages import draw, markdown_table

@@ -16,18 +16,16 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from budgetformer.checkpoint.staging import check_replaceable, staged
-from budgetformer.checkpoint.store import (
+from budgetformer.checkpoint.manifest import (
     MOST_VERSION,
     NAME,
-    Checkpoint,
     Manifest,
     Provenance,
     file_entries,
-    load_tokenizer,
-    read_checkpoint,
     write_manifest,
 )
+from budgetformer.checkpoint.staging import check_replaceable, staged
+from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint
 from budgetformer.cost.table import CostTable
 from budgetformer.errors import DataError, TokenizerError, TrainingError
 from budgetformer.families.conversion import MIN_POSITIONS, Conversion, convert_encoder

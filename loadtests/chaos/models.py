@@ -16,16 +16,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from budgetformer.checkpoint.store import (
+from budgetformer.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
     TOKENIZER,
     WEIGHTS,
     file_entries,
-    load_tokenizer,
-    read_checkpoint,
     write_manifest,
 )
+from budgetformer.checkpoint.store import load_tokenizer, read_checkpoint
 from loadtests.chaos.load import Seen, under_load
 from loadtests.chaos.server import MODEL, OTHER, STORE, Server, Setup, serving
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 
-from budgetformer.checkpoint.store import MOST_VERSION, Checkpoint
+from budgetformer.checkpoint.manifest import MOST_VERSION
+from budgetformer.checkpoint.store import Checkpoint
 from service.api.access import needs, spending
 from service.api.bodies import describe_body, read_body, travelled
 from service.api.classify import check_texts, while_client_waits

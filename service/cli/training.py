@@ -10,7 +10,8 @@ import typer
 from rich.markdown import Markdown
 from rich.table import Table
 
-from budgetformer.checkpoint.store import Checkpoint, Manifest, read_checkpoint
+from budgetformer.checkpoint.manifest import Manifest
+from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.cost.table import read_tables
 from budgetformer.errors import DataError
 from budgetformer.inference.policy import Measure

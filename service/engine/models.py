@@ -13,7 +13,8 @@ from typing import cast
 import structlog
 
 from budgetformer.checkpoint.loading import load_network
-from budgetformer.checkpoint.store import WEIGHTS, Checkpoint, read_checkpoint
+from budgetformer.checkpoint.manifest import WEIGHTS
+from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.cost.macs import encoder_macs
 from budgetformer.cost.table import CostTable, guess_table
 from budgetformer.inference.packed import PackedPass

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import re
 
-from budgetformer.checkpoint.store import (
-    NAME,
-    Checkpoint,
-    load_tokenizer,
-    read_checkpoint,
-    read_store,
-)
+from budgetformer.checkpoint.manifest import NAME
+from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint, read_store
 from budgetformer.errors import CheckpointError
 from service.settings import Settings
 

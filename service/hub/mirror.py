@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 
 from budgetformer.checkpoint.install import install
-from budgetformer.checkpoint.store import MANIFEST, NAME
+from budgetformer.checkpoint.manifest import MANIFEST, NAME
 from budgetformer.errors import CheckpointError
 from service.background import describe
 from service.settings import Settings

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 
-from budgetformer.checkpoint.store import MANIFEST
+from budgetformer.checkpoint.manifest import MANIFEST
 from service.background import DetachedThreads, StillRunningError, describe
 from service.hub.fleet import LoadTimeoutError, NoEngineError
 from service.hub.hub import Hub

@@ -16,7 +16,8 @@ import pytest
 import typer
 from typer.main import get_command
 
-from budgetformer.checkpoint.store import read_checkpoint, write_manifest
+from budgetformer.checkpoint.manifest import write_manifest
+from budgetformer.checkpoint.store import read_checkpoint
 from service.cli import app
 from service.cli.serve import read_serve_settings
 from tests.support.command_line import CommandLine

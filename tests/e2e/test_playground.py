@@ -16,7 +16,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
-from budgetformer.checkpoint.store import read_checkpoint, write_manifest
+from budgetformer.checkpoint.manifest import write_manifest
+from budgetformer.checkpoint.store import read_checkpoint
 from tests.support.processes import Server, server
 from tests.support.programs import program
 from tests.support.stores import CHAINED, HEADS, LAYERS, labelled_sentences, sentences

@@ -12,10 +12,7 @@ from typing import Any
 
 import pytest
 
-from budgetformer.checkpoint.store import (
-    load_tokenizer,
-    read_checkpoint,
-)
+from budgetformer.checkpoint.store import load_tokenizer, read_checkpoint
 from budgetformer.classifier import load_network
 from budgetformer.errors import CheckpointError, PolicyError
 from tests.support.mutation import fuzzed, mutated_bytes, mutated_json

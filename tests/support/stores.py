@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from budgetformer.checkpoint.store import Manifest, file_entries, read_checkpoint, write_manifest
+from budgetformer.checkpoint.manifest import Manifest, file_entries, write_manifest
+from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.inference import cascade
 from budgetformer.inference.cascade import Work

@@ -9,16 +9,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from budgetformer.checkpoint.install.sources import MAX_BYTES, Source, Tell, open_source
+from budgetformer.checkpoint.manifest import CARD, MANIFEST, Manifest, write_manifest
 from budgetformer.checkpoint.staging import disk_errors, place, scratch_folder
-from budgetformer.checkpoint.store import (
-    CARD,
-    MANIFEST,
-    Checkpoint,
-    Manifest,
-    load_tokenizer,
-    read_checkpoint,
-    write_manifest,
-)
+from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint
 from budgetformer.errors import CheckpointError
 
 __all__ = ["install"]

@@ -16,13 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from budgetformer.checkpoint.loading import load_network
-from budgetformer.checkpoint.store import (
-    Checkpoint,
-    load_tokenizer,
-    read_checkpoint,
-    read_store,
-    write_manifest,
-)
+from budgetformer.checkpoint.manifest import write_manifest
+from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint, read_store
 from budgetformer.errors import CheckpointError, PolicyError
 from budgetformer.inference.precision import Precision
 from tests.support.stores import (

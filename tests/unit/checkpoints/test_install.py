@@ -126,7 +126,7 @@ def test_a_manifest_of_absurd_sizes(checkpoint: Path, store: Path) -> None:
 
 def test_a_network_that_cannot_be_loaded(checkpoint: Path, store: Path) -> None:
     """The manifest is right about its files, and they are wrong."""
-    from budgetformer.checkpoint.store import file_entries, write_manifest
+    from budgetformer.checkpoint.manifest import file_entries, write_manifest
 
     config = json.loads((checkpoint / "config.json").read_text())
     config["intermediate_size"] *= 2

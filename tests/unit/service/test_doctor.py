@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from budgetformer import cores
-from budgetformer.checkpoint.store import read_checkpoint, read_store, write_manifest
+from budgetformer.checkpoint.manifest import write_manifest
+from budgetformer.checkpoint.store import read_checkpoint, read_store
 from budgetformer.cores import usable_cores
 from service import doctor
 from service.doctor import Finding, available_memory, examine
