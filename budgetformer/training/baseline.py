@@ -3,9 +3,9 @@
 The dense network is the starting encoder, fine-tuned on its own for as many epochs as the
 checkpoint. An early exit is a linear classifier on the mean token state after a layer, fitted on
 the training texts while the encoder stays as it is (as in DeeBERT): a text leaves at the first
-layer whose classifier is sure enough. A smaller network keeps some layers of the dense one, with
-their most important heads and neurons, and learns from it and from the labels with the loss and
-for the epochs of the checkpoint.
+layer whose classifier is confident enough. A smaller network keeps some layers of the dense one,
+with their most important heads and neurons. It learns from the dense network and from the labels,
+for as many epochs as the checkpoint.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def train_baseline(
         name = f"{layers}x{heads}"
         log(f"training a dense network of {layers} layers and {heads} heads, to compare with")
         small = keep_layers(model, layers)
+        nn.Module.to(small, device)
         order_by_importance(small, dense.labelled_batches())
         small.config.ladder = [[heads] * layers]
         trainer = Trainer(
