@@ -25,7 +25,7 @@ from budgetformer.inference.backends.kernels import Kernels, plain
 from budgetformer.inference.backends.linear import LayOut, lay_out, padded_rows
 from budgetformer.inference.backends.private import without_overrides
 from budgetformer.inference.layout import Layout
-from budgetformer.inference.routed import Routed, RoutedWeights, Routing
+from budgetformer.inference.routed import PlainSums, Routed, RoutedWeights, Routing
 from budgetformer.inference.shared import SharedTensors
 from budgetformer.inference.weights import HeadSet, SliceCache
 from budgetformer.model.answers import fuse
@@ -530,12 +530,12 @@ class PackedPass:
     def _run_routed(self, index: int, states: Tensor, routing: Routing) -> Tensor:
         """Run items that keep many different sets of heads."""
         weights = RoutedWeights(self._slices, index, routing)
-        result = run_layer(states, weights, Routed(self.kernels, weights)).to(states.dtype)
+        result = run_layer(states, weights, Routed(self.kernels, routing)).to(states.dtype)
         return result if routing.used is None else torch.where(routing.used, result, states)
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(PlainSums):
     """How a layer computes for packed items that keep the same heads; a layer's `Backend`."""
 
     kernels: Kernels
@@ -544,14 +544,6 @@ class Packed:
     def attend(self, projected: Tensor, weights: LayerWeights) -> Tensor:
         """Attend within each item."""
         return self.kernels.attend(projected, self.layout, weights)
-
-    def norm(self, states: Tensor, by: nn.Module) -> Tensor:
-        """Normalise states."""
-        return plain.norm(states, by)
-
-    def add(self, states: Tensor, change: Tensor) -> Tensor:
-        """Add a change to states."""
-        return plain.add(states, change)
 
     def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
         """Normalise the sum of states and a change."""

@@ -137,11 +137,8 @@ class RoutedWeights:
         self._weights = slices.layers[index]
         self._output_bias, self._down_bias = self._weights.biases
         layer = self._weights.layer
-        self.spec, self.positions, self.heads = (
-            layer.spec,
-            self._weights.positions,
-            layer.spec.heads,
-        )
+        self.spec, self.heads = layer.spec, layer.spec.heads
+        self.positions = self._weights.positions
         self.attention_norm, self.feed_forward_norm = layer.attention_norm, layer.feed_forward_norm
 
     def qkv(self, states: Tensor) -> Tensor:
@@ -178,38 +175,8 @@ class RoutedWeights:
         return added
 
 
-@dataclass(frozen=True)
-class Run:
-    """Items next to one another that keep equally many heads, as attention sees them."""
-
-    heads: int
-    spec: LayerSpec
-    positions: Positions | None
-
-
-@dataclass(frozen=True)
-class Routed:
-    """How a layer computes for routed tokens; a layer's `Backend`."""
-
-    kernels: Kernels
-    weights: RoutedWeights
-
-    def attend(self, projected: Tensor, weights: LayerWeights) -> Tensor:
-        """Attend within each item, over the pairs of its tokens: [P, 3 * D/H] to [P, D/H]."""
-        contexts, start, width = [], 0, projected.shape[1]
-        for head_set, layout in self.weights.routing.items:
-            if not head_set:
-                continue
-            heads = len(head_set)
-            count = heads * layout.tokens
-            part = projected[start : start + count].view(layout.tokens, heads * width)
-            whole = weights.positions
-            which = torch.tensor(head_set, device=projected.device)
-            own = None if whole is None else whole.of_heads(which)
-            context = self.kernels.attend(part, layout, Run(heads, weights.spec, own))
-            contexts.append(context.view(count, width // 3))
-            start += count
-        return torch.cat(contexts)
+class PlainSums:
+    """The sums and norms of a layer's `Backend`, in plain torch."""
 
     def norm(self, states: Tensor, by: nn.Module) -> Tensor:
         """Normalise states."""
@@ -222,3 +189,38 @@ class Routed:
     def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
         """Normalise the sum of states and a change."""
         return plain.add_norm(states, change, by)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Items next to one another that keep equally many heads, as attention sees them."""
+
+    heads: int
+    spec: LayerSpec
+    positions: Positions | None
+
+
+@dataclass(frozen=True)
+class Routed(PlainSums):
+    """How a layer computes for routed tokens; a layer's `Backend`."""
+
+    kernels: Kernels
+    routing: Routing
+
+    def attend(self, projected: Tensor, weights: LayerWeights) -> Tensor:
+        """Attend within each item, over the pairs of its tokens: [P, 3 * D/H] to [P, D/H]."""
+        contexts, start, width = [], 0, projected.shape[1]
+        whole = weights.positions
+        for head_set, layout in self.routing.items:
+            if not head_set:
+                continue
+            heads = len(head_set)
+            count = heads * layout.tokens
+            part = projected[start : start + count].view(layout.tokens, heads * width)
+            own = whole
+            if whole is not None and whole.tables:
+                own = whole.of_heads(torch.tensor(head_set, device=projected.device))
+            context = self.kernels.attend(part, layout, Run(heads, weights.spec, own))
+            contexts.append(context.view(count, width // 3))
+            start += count
+        return torch.cat(contexts)

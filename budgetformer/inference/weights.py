@@ -61,7 +61,7 @@ class Slice:
                 apply(torch.zeros(count, width))
 
 
-class LayerWeights:
+class WholeLayer:
     """One layer's weights for all heads, of which slices are taken.
 
     Queries, keys and values are interleaved by head, [H * 3 * D/H, D], so that the first heads of a
@@ -209,7 +209,7 @@ class SliceCache:
         sizes: its sizes.
         precision: one of `PRECISIONS`.
         lay_outs: how each layer's maps multiply.
-        distances: see `LayerWeights`.
+        distances: see `WholeLayer`.
 
     Attributes:
         dtype: what the maps read.
@@ -224,7 +224,7 @@ class SliceCache:
         distances: Tensor | None = None,
     ) -> None:
         self.layers = [
-            LayerWeights(layer, sizes, getattr(torch, precision), own, distances)
+            WholeLayer(layer, sizes, getattr(torch, precision), own, distances)
             for layer, own in zip(layers, lay_outs, strict=True)
         ]
         self.dtype = STATES[precision]

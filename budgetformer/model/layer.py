@@ -224,18 +224,17 @@ class SelfAttention(nn.Module):
         self.dropout = config.attention_probs_dropout_prob
         self.scheme = config.relative_positions
         self.farthest, self.buckets = config.relative_distance, config.relative_buckets
-        self.terms = 1 + len(config.relative_terms)
+        self.terms = config.relative_terms
         self.distance_bias: nn.Embedding | None = None
         self.position_key: nn.Linear | None = None
         self.position_query: nn.Linear | None = None
-        self._read_terms = config.relative_terms
         if self.scheme == "bias":
             rows, heads = config.relative_buckets, config.num_attention_heads
             self.distance_bias = nn.Embedding(rows, heads)
         if self.scheme == "disentangled" and not config.relative_shares_maps:
-            if "c2p" in self._read_terms:
+            if "c2p" in self.terms:
                 self.position_key = nn.Linear(width, width)
-            if "p2c" in self._read_terms:
+            if "p2c" in self.terms:
                 self.position_query = nn.Linear(width, width)
 
     def positions(self, spec: LayerSpec, heads: int, distances: Tensor | None) -> Positions | None:
@@ -256,7 +255,7 @@ class SelfAttention(nn.Module):
         rows = heads * spec.head_size
 
         def table(term: str, by: nn.Linear) -> Tensor | None:
-            if term not in self._read_terms:
+            if term not in self.terms:
                 return None
             weight, bias = by.weight[:rows].to(distances.dtype), by.bias[:rows]
             mapped: Tensor = F.linear(distances, weight, bias.to(distances.dtype))
@@ -267,7 +266,7 @@ class SelfAttention(nn.Module):
             to_position=table("c2p", self.position_key or self.key),
             from_position=table("p2c", self.position_query or self.query),
             farthest=self.farthest,
-            terms=self.terms,
+            terms=1 + len(self.terms),
             buckets=self.buckets > 0,
             size=spec.head_size,
         )

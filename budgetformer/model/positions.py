@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,62 +19,58 @@ from torch import Tensor
 from budgetformer.model.distances import bias_rows, score_rows
 
 
-class Positions(Protocol):
-    """How k heads of one layer take places into account."""
+class Positions:
+    """How k heads of one layer take places into account: here, not at all."""
 
     def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn queries and keys [B, k, T, d] by their places."""
+        """Rotate queries and keys [B, k, T, d] by their places."""
+        return query, key
 
-    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:  # noqa: ARG002
         """Return what is added to scaled scores, [B or 1, k, T, T]; None: nothing."""
+        return None
 
     @property
     def scale(self) -> float | None:
         """Factor of the scores; None: the usual 1 / sqrt(d)."""
+        return None
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
-        """What it holds in memory."""
+        """Weights that it holds, which differ between heads."""
+        return ()
 
-    def of_heads(self, heads: slice | Tensor) -> Positions:
+    def of_heads(self, heads: slice | Tensor) -> Positions:  # noqa: ARG002
         """Return the same for some of the heads."""
+        return self
 
 
 @dataclass(frozen=True)
-class Rotary:
-    """Rotary positions (Su et al., 2021): pairs of columns turn by angles that grow with the place.
+class Rotary(Positions):
+    """Rotary positions (Su et al., 2021): pairs of columns rotate by angles that grow with it.
 
     Attributes:
         base: of the angles' frequencies.
     """
 
     base: float
-    scale = None
-    tables = ()
 
     def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn queries and keys."""
+        """Rotate queries and keys."""
         tokens, size = query.shape[-2:]
         angles = _angles(self.base, size, _room(tokens), query.device)
         cos, sin = (own[:tokens] for own in angles)
-        return _turn(query, cos, sin), _turn(key, cos, sin)
-
-    def bias(self, query: Tensor, key: Tensor) -> None:  # noqa: ARG002
-        """Add nothing to the scores."""
-
-    def of_heads(self, heads: slice | Tensor) -> Rotary:  # noqa: ARG002
-        """Return the same: heads do not differ in it."""
-        return self
+        return _rotated(query, cos, sin), _rotated(key, cos, sin)
 
     def rotate_at(self, states: Tensor, places: Tensor) -> Tensor:
-        """Turn packed states [N, k, d] by their places [N], which only the device may know."""
+        """Rotate packed states [N, k, d] by their places [N], which only the device may know."""
         frequencies = _frequencies(self.base, states.shape[-1], states.device)
         angles = (places[:, None] * frequencies).repeat(1, 2)[:, None]
-        return _turn(states, angles.cos(), angles.sin())
+        return _rotated(states, angles.cos(), angles.sin())
 
 
-def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn states [..., T, d], whose column c and column c + d/2 are a pair."""
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate states [..., T, d], whose column c and column c + d/2 are a pair."""
     first, second = states.float().chunk(2, dim=-1)
     swapped = torch.cat([-second, first], dim=-1)
     return (states.float() * cos + swapped * sin).to(states.dtype)
@@ -103,7 +98,7 @@ def _room(places: int) -> int:
 
 
 @dataclass(frozen=True)
-class DistanceBias:
+class DistanceBias(Positions):
     """A learned number by distance and head (T5, MPNet).
 
     Attributes:
@@ -113,11 +108,6 @@ class DistanceBias:
 
     table: Tensor
     farthest: int
-    scale = None
-
-    def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave queries and keys as they are."""
-        return query, key
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG002
         """Look up the distance from each query to each key."""
@@ -149,7 +139,7 @@ def _bias_rows(tokens: int, rows: int, farthest: int, device: torch.device) -> T
 
 
 @dataclass(frozen=True)
-class Disentangled:
+class Disentangled(Positions):
     """Scores of contents with distances (DeBERTa).
 
     Attributes:
@@ -172,10 +162,6 @@ class Disentangled:
     def scale(self) -> float:
         """Factor of the scores."""
         return float((self.size * self.terms) ** -0.5)
-
-    def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave queries and keys as they are."""
-        return query, key
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
         """Score each content with its distance to each other."""

@@ -142,7 +142,7 @@ def int8_linear(
     apart: Sequence[int] = (),
     largest: Tensor | None = None,
 ) -> Linear:
-    """Multiply in int8 by a copy of a weight [M, D], laid out as FBGEMM or oneDNN reads it.
+    """Multiply in int8 by a copy of a weight [M, D], packed for FBGEMM or oneDNN.
 
     Each output has a scale of its own for its weights. States are scaled by the range that they
     were found in, and what lies beyond is brought to its end: a row's result is the same whatever
@@ -165,9 +165,9 @@ def int8_linear(
     scales = largest.clamp(min=1e-12) / LARGEST_WEIGHT
     scale = (reads.high - reads.low) / LEVELS or 1.0
     zero = round(-reads.low / scale)
-    known = private.has_quantized_tensors()
-    lay_out_int8 = private.fbgemm_product if known else private.onednn_product
-    run = lay_out_int8(exact, scales, None if bias is None else bias.float(), scale, zero)
+    has = private.has_quantized_tensors()
+    pack = private.fbgemm_product if has else private.onednn_product
+    run = pack(exact, scales, None if bias is None else bias.float(), scale, zero)
     if not beyond:
         return run
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Product = Callable[[Tensor], Tensor]
+LinearMap = Callable[[Tensor], Tensor]
 """Maps states [N, D] to [N, M]."""
 
 
@@ -38,8 +38,8 @@ def multiplies_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def bfloat16_product(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
-    """Lay a weight [M, D] in bfloat16 out as oneDNN reads it, best for so many rows of states."""
+def bfloat16_product(weight: Tensor, bias: Tensor | None, rows: int) -> LinearMap:
+    """Pack a weight [M, D] in bfloat16 for oneDNN, best for so many rows of states."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     run: Any = torch.ops.mkldnn._linear_pointwise
 
@@ -57,7 +57,7 @@ def has_quantized_tensors() -> bool:
 
 def fbgemm_product(
     weight: Tensor, scales: Tensor, bias: Tensor | None, scale: float, zero: int
-) -> Product:
+) -> LinearMap:
     """Multiply states, rounded to 0..255, by a rounded weight, in FBGEMM.
 
     Args:
@@ -83,7 +83,7 @@ def fbgemm_product(
 
 def onednn_product(
     weight: Tensor, scales: Tensor, bias: Tensor | None, scale: float, zero: int
-) -> Product:
+) -> LinearMap:
     """Multiply as `fbgemm_product` does, in oneDNN and without quantized tensors."""
     rounded = (weight / scales[:, None]).round_().to(torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(rounded, None)
