@@ -17,6 +17,7 @@ import torch
 from budgetformer.cost.macs import Sizes
 from budgetformer.inference.backends.linear import (
     PRECISIONS,
+    RangeCheck,
     can_multiply_bfloat16,
     can_multiply_int8,
     has_amx,
@@ -53,8 +54,9 @@ def make_pass(
     if precision == "int8":
         sizes = Sizes.of(model.config)
         alike = sizes.picks_heads or sizes.layerwise
-        own = [lay_out(precision, of_layer, alike) for of_layer in ranges]
-        return PackedPass(model, precision, lay_outs=own)
+        check = RangeCheck()
+        own = [lay_out(precision, of_layer, alike, check) for of_layer in ranges]
+        return PackedPass(model, precision, lay_outs=own, range_check=check)
     if model.where.type != "cuda":
         return PackedPass(model, precision)
     from budgetformer.inference.backends.kernels import gpu

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from budgetformer.cost.macs import Sizes
 from budgetformer.inference.backends.kernels import Kernels, plain
-from budgetformer.inference.backends.linear import LayOut, lay_out, padded_rows
+from budgetformer.inference.backends.linear import LayOut, RangeCheck, lay_out, padded_rows
 from budgetformer.inference.backends.private import without_overrides
 from budgetformer.inference.layout import Layout
 from budgetformer.inference.routed import PlainSums, Routed, RoutedWeights, Routing
@@ -172,6 +172,7 @@ class PackedPass:
         precision: of the matrix products, one of `PRECISIONS`.
         kernels: what else a layer does.
         lay_outs: how each layer's maps multiply, where the precision alone does not say.
+        range_check: counts int8 states outside their calibrated ranges.
     """
 
     def __init__(
@@ -180,7 +181,9 @@ class PackedPass:
         precision: str = "float32",
         kernels: Kernels = plain,
         lay_outs: Sequence[LayOut] = (),
+        range_check: RangeCheck | None = None,
     ) -> None:
+        self.range_check = range_check or RangeCheck()
         self.model = model.eval()
         self.config = model.config
         self.encoder = model.encoder
@@ -264,6 +267,7 @@ class PackedPass:
             kept = {k: i for s in steps for i, k in enumerate(self._plan(s)) if k}
             for heads, index in kept.items():
                 self._slices.get(index, self._first[heads]).warm(sizes, self.sizes)
+        self.range_check.take()
 
     @inferring
     def arrive(self, tokens: PackedTokens, whole: PackedTokens | None = None) -> Arrival:

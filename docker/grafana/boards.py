@@ -365,6 +365,18 @@ def budgets() -> Rows:
                 stacked=True,
             ),
             chart(
+                "Clipped int8 inputs",
+                "Share of the inputs of int8 products outside their calibrated range. "
+                "When it rises, recalibrate on current texts.",
+                "percentunit",
+                {
+                    "{{model}}:{{version}}": share(
+                        rate("int8_states_clipped_total", "model, version", VERSION),
+                        rate("int8_states_checked_total", "model, version", VERSION),
+                    )
+                },
+            ),
+            chart(
                 "Tokens per text",
                 "Mean length.",
                 "short",

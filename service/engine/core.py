@@ -583,7 +583,10 @@ class EngineCore:
         tokens = _tokens(slots, decision=step == 0)
         name, version = model.key
         budget = max(slot.work.step for slot in slots) if step == cascade.LAYERWISE else step
-        self.broadcast(BatchRan(name, version, budget, len(slots), tokens, 0.0, seconds))
+        checked, clipped = model.network.range_check.take()
+        self.broadcast(
+            BatchRan(name, version, budget, len(slots), tokens, 0.0, seconds, checked, clipped)
+        )
 
     # Models
 

@@ -14,7 +14,7 @@ import msgspec
 
 from service.frames import FrameError, Message, decoder
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 
 class ItemTokens(msgspec.Struct, frozen=True, array_like=True):
@@ -195,7 +195,9 @@ class Done(Message, frozen=True):
 class BatchRan(Message, frozen=True):
     """One batch ran; only those who watch are told.
 
-    `dropped` counts batches before it that were not told, because the receiver did not read.
+    `checked` and `clipped` count the int8 states that were looked at since the last batch of the
+    model, and those outside their calibrated range. `dropped` counts batches before it that were
+    not told, because the receiver did not read.
     """
 
     droppable: ClassVar[bool] = True
@@ -207,6 +209,8 @@ class BatchRan(Message, frozen=True):
     tokens: int
     padding: float
     seconds: float
+    checked: int = 0
+    clipped: int = 0
     dropped: int = 0
 
 

@@ -112,6 +112,18 @@ class Metrics:
         )
         self.heads_used = self._counter("heads_used", "Heads computed.", "model", "version")
         self.heads = self._counter("heads", "Heads that the dense network has.", "model", "version")
+        self.int8_checked = self._counter(
+            "int8_states_checked",
+            "Inputs of int8 products compared with their calibrated range (a sample).",
+            "model",
+            "version",
+        )
+        self.int8_clipped = self._counter(
+            "int8_states_clipped",
+            "Of the inputs checked, those clipped to their calibrated range.",
+            "model",
+            "version",
+        )
         self.batch_items = self._histogram(
             "batch_items", "Items in a batch.", BATCH_ITEMS, "model", "budget"
         )
@@ -235,6 +247,7 @@ class Metrics:
         for metric in (
             self.request_heads, self.items, self.items_expected, self.item_tokens,
             self.macs, self.dense_macs, self.heads_used, self.heads,
+            self.int8_checked, self.int8_clipped,
         ):  # fmt: skip
             metric.remove_by_labels({"model": model, "version": version})
 
@@ -346,6 +359,8 @@ class ModelSeries:
         self._dense_macs = metrics.dense_macs.labels(*key)
         self._heads_used = metrics.heads_used.labels(*key)
         self._heads_total = metrics.heads.labels(*key)
+        self._checked = metrics.int8_checked.labels(*key)
+        self._clipped = metrics.int8_clipped.labels(*key)
         self._items: dict[int, Counter] = {}
         self._expected: dict[int, Counter] = {}
 
@@ -381,6 +396,11 @@ class ModelSeries:
         self._heads_total.inc(len(items) * heads_of_one)
         self._macs.inc(sum(item.macs for item in items))
         self._dense_macs.inc(sum(item.dense_macs for item in items))
+
+    def count_states(self, checked: int, clipped: int) -> None:
+        """Count the int8 inputs that were checked, and those that were clipped."""
+        self._checked.inc(checked)
+        self._clipped.inc(clipped)
 
 
 class BatchSeries:

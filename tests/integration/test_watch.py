@@ -83,6 +83,17 @@ def test_the_time_of_passes_is_the_time_that_a_device_is_busy(
     assert busy == {"1": pytest.approx(0.3)}
 
 
+def test_clipped_states_are_counted_by_model_and_version(
+    metrics: Metrics, watch: EngineWatch
+) -> None:
+    metrics.know_model("topics", "2", range(3))
+    for clipped in (3, 4):
+        watch(1, BatchRan("topics", 2, 1, 8, 80, 0.0, 0.25, checked=100, clipped=clipped))
+    seen = shown(metrics)
+    assert seen.total("int8_states_checked_total", model="topics", version="2") == 200
+    assert seen.total("int8_states_clipped_total", model="topics", version="2") == 7
+
+
 def test_an_engine_that_never_came_grows_silent(
     metrics: Metrics, watch: EngineWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,8 @@ of nothing else.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -79,6 +81,31 @@ class Weights:
 LayOut = Callable[[Weights], Linear]
 """Lays out one of a layer's maps."""
 
+
+@dataclass
+class RangeCheck:
+    """Counts the states that int8 maps read, and those outside their calibrated range.
+
+    Attributes:
+        checked: states looked at: those of one call in `CHECK_EVERY` of each map.
+        clipped: of these, how many were cut off at an end of the range.
+    """
+
+    checked: int = 0
+    clipped: int = 0
+
+    def count(self, states: Tensor, low: Tensor, high: Tensor) -> None:
+        """Count states [N, D]; columns with infinite limits are not in int8."""
+        self.checked += len(states) * int(low.isfinite().sum())
+        self.clipped += int(((states < low) | (states > high)).sum())
+
+    def take(self) -> tuple[int, int]:
+        """Return what was checked and clipped since the last call."""
+        taken = self.checked, self.clipped
+        self.checked = self.clipped = 0
+        return taken
+
+
 PREPACK_ROWS = 64
 """Rows that a prepacked layout is chosen for; other numbers of rows run on it as well."""
 LARGEST_WEIGHT, LEVELS = 63, 255
@@ -86,6 +113,8 @@ LARGEST_WEIGHT, LEVELS = 63, 255
 
 Where a processor adds two products in 16 bits, they fit in there.
 """
+CHECK_EVERY = 16
+"""One in so many calls of an int8 map is checked for states outside their calibrated range."""
 STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 """What the maps of each precision read, if there is a choice."""
 
@@ -141,6 +170,7 @@ def int8_linear(
     reads: StateRange,
     apart: Sequence[int] = (),
     largest: Tensor | None = None,
+    check: RangeCheck | None = None,
 ) -> Linear:
     """Multiply in int8 by a copy of a weight [M, D], packed for FBGEMM or oneDNN.
 
@@ -156,6 +186,7 @@ def int8_linear(
         apart: columns that go beyond.
         largest: magnitude of a weight by output, [M], where it is not that of these weights: parts
             of one map are rounded alike, so that it is all one which of them a pass takes.
+        check: counts states outside `reads`.
     """
     exact = weight.float()
     beyond = [(slice(column, column + 1), exact[:, column].clone()) for column in apart]
@@ -168,16 +199,27 @@ def int8_linear(
     has = private.has_quantized_tensors()
     pack = private.fbgemm_product if has else private.onednn_product
     run = pack(exact, scales, None if bias is None else bias.float(), scale, zero)
-    if not beyond:
-        return run
 
-    def apply(states: Tensor) -> Tensor:
+    def with_outliers(states: Tensor) -> Tensor:
         result = run(states)
         for column, own in beyond:
             result.addcmul_(states[:, column], own)
         return result
 
-    return apply
+    product = with_outliers if beyond else run
+    if check is None:
+        return product
+    low = torch.full((weight.shape[1],), reads.low - scale / 2)
+    high = torch.full((weight.shape[1],), reads.high + scale / 2)
+    low[list(apart)], high[list(apart)] = -math.inf, math.inf
+    calls = itertools.count()
+
+    def checked(states: Tensor) -> Tensor:
+        if next(calls) % CHECK_EVERY == 0:
+            check.count(states, low, high)
+        return product(states)
+
+    return checked
 
 
 LINEARS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
@@ -188,7 +230,12 @@ LINEARS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
 PRECISIONS = (*LINEARS, "int8")
 
 
-def lay_out(precision: str, ranges: LayerRanges | None = None, alike: bool = False) -> LayOut:
+def lay_out(
+    precision: str,
+    ranges: LayerRanges | None = None,
+    alike: bool = False,
+    check: RangeCheck | None = None,
+) -> LayOut:
     """Return what lays out a layer's maps in a precision.
 
     Args:
@@ -197,6 +244,7 @@ def lay_out(precision: str, ranges: LayerRanges | None = None, alike: bool = Fal
         alike: let int8 round a weight alike in every slice, for batches whose items keep different
             heads: it is all one then which slices such a batch takes. A slice that rounds by its
             own weights is more exact.
+        check: counts int8 states outside their ranges.
     """
     if precision != "int8":
         return lambda some: LINEARS[precision](some.weight, some.bias)
@@ -210,6 +258,6 @@ def lay_out(precision: str, ranges: LayerRanges | None = None, alike: bool = Fal
         if alike:
             others = some.rows.float().index_fill(1, torch.tensor(known, dtype=torch.long), 0.0)
             largest = others.abs().amax(1)
-        return int8_linear(some.weight, some.bias, reads, some.places(known), largest)
+        return int8_linear(some.weight, some.bias, reads, some.places(known), largest, check)
 
     return in_int8

@@ -33,6 +33,8 @@ CONTRACT = {
     "dense_macs": ("counter", {"model", "version"}),
     "heads_used": ("counter", {"model", "version"}),
     "heads": ("counter", {"model", "version"}),
+    "int8_states_checked": ("counter", {"model", "version"}),
+    "int8_states_clipped": ("counter", {"model", "version"}),
     "batch_items": ("histogram", {"model", "budget"}),
     "batch_tokens": ("histogram", {"model", "budget"}),
     "batch_padding_ratio": ("histogram", {"model"}),

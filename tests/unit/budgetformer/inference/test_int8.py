@@ -12,7 +12,12 @@ from torch import Tensor
 
 from budgetformer.inference import choice as choice_module
 from budgetformer.inference.backends import private
-from budgetformer.inference.backends.linear import can_multiply_int8, int8_linear
+from budgetformer.inference.backends.linear import (
+    CHECK_EVERY,
+    RangeCheck,
+    can_multiply_int8,
+    int8_linear,
+)
 from budgetformer.inference.choice import load_pass
 from budgetformer.inference.observed import measure_ranges
 from budgetformer.inference.packed import PackedPass
@@ -111,6 +116,30 @@ def test_what_is_out_of_range_is_brought_to_its_end(state: float) -> None:
         torch.full((1, 1), state)
     )
     assert result.item() == pytest.approx(max(-2.0, min(3.0, state)), abs=0.02)
+
+
+def test_states_outside_their_range_are_counted() -> None:
+    check = RangeCheck()
+    product = int8_linear(torch.eye(3), None, StateRange(low=-1, high=1), [2], check=check)
+    states = torch.tensor([[0.5, 1.0, 9.0], [1.2, -1.0, -9.0], [-3.0, 0.0, 0.0]])
+    product(states)
+    assert (check.checked, check.clipped) == (6, 2)  # the outlier column is not in int8
+    for _ in range(CHECK_EVERY):
+        product(states)
+    assert check.take() == (12, 4)
+    assert check.take() == (0, 0)
+
+
+def test_a_pass_counts_what_its_texts_exceed() -> None:
+    network = random_network(small_config())
+    seen, more = random_items([5]), random_items([POSITIONS, 3, 7], seed=1)
+    compact = in_int8(network, seen)
+    compact.warm([1])
+    assert compact.range_check.take() == (0, 0)
+    last = network.config.num_steps
+    answer(compact, more, [last] * len(more))
+    checked, clipped = compact.range_check.take()
+    assert 0 < clipped < checked
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-0.17, 30.0), (-8.0, 0.0)])
