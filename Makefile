@@ -97,7 +97,7 @@ lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/serve.txt requirements/torch.in pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra tracing --constraint requirements/serve.txt --output-file requirements/image.txt requirements/torch.in pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/loadtest.txt requirements/loadtest.in
-	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra dev --extra bench --extra docs --extra remote --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra gpus --extra dev --extra bench --extra docs --extra remote --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra cluster --extra chart --constraint requirements/dev.txt --output-file requirements/cluster.txt requirements/torch.in pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra tracing --extra cluster --constraint requirements/image.txt --constraint requirements/cluster.txt --output-file requirements/ray.txt requirements/torch.in pyproject.toml
 	$(BIN)/python requirements/hashes.py requirements/serve.txt requirements/image.txt requirements/dev.txt requirements/loadtest.txt requirements/cluster.txt requirements/ray.txt

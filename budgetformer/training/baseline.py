@@ -28,6 +28,7 @@ from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.data import Examples, TokenizedTexts, drawn_rows
 from budgetformer.training.importance import order_by_importance
+from budgetformer.training.processes import ALONE, Processes
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import CPU, Log, Trainer, inputs, progress_bar
 
@@ -75,6 +76,7 @@ def train_baseline(
     origin: str = "",
     device: torch.device = CPU,
     micro_batch: int | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Train a dense network and smaller ones from a starting encoder, and keep them in `folder`.
 
@@ -89,9 +91,13 @@ def train_baseline(
         folder: what `read_baseline` reads.
         log: gets one line per event.
         origin: identifies the starting weights.
-        device, micro_batch: see `Trainer`.
+        device, micro_batch, processes: see `Trainer`.
     """
-    on: dict[str, Any] = {"device": device, "micro_batch": micro_batch}
+    on: dict[str, Any] = {
+        "device": device,
+        "micro_batch": micro_batch,
+        "processes": processes,
+    }
     epochs = recipe.dense_epochs + recipe.budget_epochs
     alone = replace(recipe, dense_epochs=epochs, budget_epochs=0, ladder="uniform")
     log("training the dense network on its own, to compare with")
@@ -109,7 +115,8 @@ def train_baseline(
             small, tokens, examples, alone, work_dir / name, log, origin, teacher=teacher, **on
         )
         trainer.train()
-        small.save_pretrained(folder / SMALLER / name)
+        if processes.is_main:
+            small.save_pretrained(folder / SMALLER / name)
 
 
 def sizes_of_smaller(model: BudgetFormerForSequenceClassification) -> list[tuple[int, int]]:

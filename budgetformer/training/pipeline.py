@@ -62,6 +62,7 @@ from budgetformer.training.exits import (
 )
 from budgetformer.training.fusion import fit_fusion
 from budgetformer.training.labels import check_classes, check_names, stored_names
+from budgetformer.training.processes import join_processes
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.step0 import fit_step0
 from budgetformer.training.trainer import Trainer, split_rows
@@ -104,8 +105,10 @@ def train_checkpoint(
     baseline: Path | None = None,
     device: str = "auto",
     micro_batch: int | None = None,
-) -> None:
+) -> bool:
     """Train, calibrate and write the checkpoint folder `output` (`<store>/<name>/<version>`).
+
+    Of several processes that `accelerate launch` started, the first one calibrates and writes.
 
     Args:
         data: a training file, or a folder with `train.*` and, for the report, `test.*`.
@@ -121,6 +124,9 @@ def train_checkpoint(
         micro_batch: items that are passed together, for devices with little memory; None: all of
             a batch.
 
+    Returns:
+        Whether this process wrote the checkpoint.
+
     Raises:
         DataError, CheckpointError: something is missing or does not fit.
     """
@@ -132,7 +138,9 @@ def train_checkpoint(
         raise DataError("random_heads is for budgetformer.experiments: no checkpoint serves it")
     if threads is not None:
         torch.set_num_threads(threads)
-    where = find_device(device)
+    processes, where = join_processes(find_device(device))
+    if not processes.is_main:
+        log = _silent
     train_file, test_file = find_data(data)
     beginning = find_start(start)
     examples = read_examples(train_file, encoder_names=label_names_of(beginning))
@@ -147,7 +155,8 @@ def train_checkpoint(
             f"{train_file}: {len(examples)} rows are too few to hold some out for calibration"
         )
     seen, unseen = examples.subset(kept), examples.subset(held)
-    tokenizer = _tokenizer(beginning, seen, recipe, work_dir)
+    with processes.main_first():
+        tokenizer = _tokenizer(beginning, seen, recipe, work_dir)
     torch.manual_seed(recipe.seed)
     numbered = stored_names(open_table(train_file)) is not None
     conversion = convert_start(beginning, examples, recipe, tokenizer.get_vocab_size(), numbered)
@@ -174,7 +183,8 @@ def train_checkpoint(
         dense = convert_start(beginning, examples, alone, tokenizer.get_vocab_size(), numbered)
         work, start = work_dir / DENSE, conversion.origin
         train_baseline(
-            dense.model, tokens, seen, alone, work, baseline, log, start, where, micro_batch
+            *(dense.model, tokens, seen, alone, work, baseline, log, start),
+            *(where, micro_batch, processes),
         )
     out_of_fold = None
     if model.config.embedding_exit:
@@ -192,8 +202,11 @@ def train_checkpoint(
         out_of_fold,
         device=where,
         micro_batch=micro_batch,
+        processes=processes,
     )
     trainer.train()
+    if not processes.is_main:
+        return False
     log("fitting f_o, calibrating budgets")
     network, ranges, found = _calibrate(model, unseen_tokens, unseen, recipe)
 
@@ -242,6 +255,7 @@ def train_checkpoint(
     shutil.rmtree(work_dir / DENSE, ignore_errors=True)
     _clear(work_dir)
     log(f"wrote {output}")
+    return True
 
 
 def recalibrate(
@@ -587,6 +601,10 @@ def _clear(work_dir: Path) -> None:
             path.unlink()
     if not any(work_dir.iterdir()):
         work_dir.rmdir()
+
+
+def _silent(line: str) -> None:
+    """Log nothing: the first process does."""
 
 
 def _today() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -44,6 +45,7 @@ from budgetformer.training.objectives import (
     random_steps,
     relevance_entropy,
 )
+from budgetformer.training.processes import ALONE, Processes
 from budgetformer.training.recipe import Recipe
 
 SAVE_SECONDS = 120
@@ -68,7 +70,7 @@ class Stage:
 
 
 def progress_bar() -> Progress:
-    """Return the bar that every long loop of this package shows, on a terminal only."""
+    """Return the bar that every long loop shows, on a terminal and in the first process only."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
@@ -78,7 +80,7 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or os.environ.get("RANK", "0") != "0",
     )
 
 
@@ -110,6 +112,7 @@ class Trainer:
             teacher after the dense epochs.
         device: where the network is trained. A run may go on on another device.
         micro_batch: items that are passed together; the gradients of a batch add up. None: all.
+        processes: that train the network together.
     """
 
     def __init__(
@@ -125,8 +128,9 @@ class Trainer:
         teacher: Tensor | None = None,
         device: torch.device = CPU,
         micro_batch: int | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self.device, self.micro_batch = device, micro_batch
+        self.device, self.micro_batch, self.processes = device, micro_batch, processes
         self.teacher = self._here(teacher)
         self.step0 = self._here(None if step0 is None else recipe.exit_share * step0)
         weights = _reach_weights(step0, recipe.reach_weight, model.config.problem_type)
@@ -151,7 +155,7 @@ class Trainer:
         if "dense" not in done:
             stage = Stage("dense", self.recipe.dense_epochs, self._dense_loss, self.teacher)
             self._run(stage, resume, done)
-            if keep_dense is not None:
+            if keep_dense is not None and self.processes.is_main:
                 self._move(CPU)
                 keep_dense()
                 self._move(self.device)
@@ -177,6 +181,7 @@ class Trainer:
             self._run(stage, resume, done)
             embeddings.requires_grad_(True)
             self._save_state({"done": [*done, "budget"]})
+        self.processes.wait()
         self._move(CPU)
 
     @torch.no_grad()
@@ -279,14 +284,16 @@ class Trainer:
     def _backward(self, stage: Stage, batch: TokenBatch, seed: int) -> float:
         """Add up the gradients of a batch, part by part, and return its loss."""
         total, rows = 0.0, len(batch.rows)
-        for part in batch.split(-(-rows // (self.micro_batch or rows))):
+        own, factor = self.processes.part_of(batch)
+        for part in own.split(-(-len(own.rows) // (self.micro_batch or rows))):
             # Seeding every step makes a resumed run repeat the noise of an unbroken one, and gives
             # all parts of a batch the same random steps.
             torch.manual_seed(seed)
-            loss = stage.loss(part.to(self.device), stage.teacher) * (len(part.rows) / rows)
+            share = factor * len(part.rows) / rows
+            loss = stage.loss(part.to(self.device), stage.teacher) * share
             loss.backward()
             total += loss.item()
-        return total
+        return self.processes.add_up(self.model, total)
 
     @property
     def _sliceable(self) -> bool:
@@ -315,6 +322,7 @@ class Trainer:
         return nullcontext()
 
     def _run(self, stage: Stage, resume: dict[str, Any], done: list[str]) -> None:
+        self.processes.agree(self.model)
         optimizer = self._optimizer()
         total = stage.epochs * self.steps_per_epoch
         warmup = max(1, int(total * self.recipe.warmup))
@@ -387,6 +395,8 @@ class Trainer:
         return torch.optim.AdamW(groups, lr=self.recipe.learning_rate, fused=True)
 
     def _save_state(self, state: dict[str, Any]) -> None:
+        if not self.processes.is_main:
+            return
         part = self.state_path.with_suffix(".part")
         weights = {"model": self.model.state_dict(), "ladder": self.model.config.ladder}
         try:

@@ -68,7 +68,7 @@ def train(
     from budgetformer.training.pipeline import train_checkpoint
     from budgetformer.training.recipe import Recipe
 
-    train_checkpoint(
+    wrote = train_checkpoint(
         data=data,
         output=output,
         start=start,
@@ -80,7 +80,8 @@ def train(
         device=device,
         micro_batch=micro_batch,
     )
-    _show_levels(read_checkpoint(output).manifest, as_json)
+    if wrote:
+        _show_levels(read_checkpoint(output).manifest, as_json)
 
 
 def import_encoder(

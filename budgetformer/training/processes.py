@@ -1,0 +1,122 @@
+"""The processes that train one network: one alone, or several that `accelerate launch` started.
+
+Each process runs its part of every batch, and gradients add up over all of them. So every process
+makes the same updates, and ends with the weights of a run in one process, but for rounding.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from budgetformer.errors import DataError
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from budgetformer.training.data import TokenBatch
+
+
+class Processes:
+    """One process that trains alone.
+
+    Attributes:
+        count: of the processes.
+        index: of this one; the first one writes files and logs.
+    """
+
+    count, index = 1, 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.index == 0
+
+    def part_of(self, batch: TokenBatch) -> tuple[TokenBatch, float]:
+        """Return what this process runs of a batch, and a factor for its loss.
+
+        Where a batch has too few items, some processes run a part of another with a factor of 0,
+        so that all have gradients of the same weights.
+        """
+        parts = batch.split(self.count)
+        has_own = self.index < len(parts)
+        return (parts[self.index], 1.0) if has_own else (parts[0], 0.0)
+
+    def add_up(self, model: BudgetFormerForSequenceClassification, loss: float) -> float:
+        """Add up gradients over the processes, in place, and return the sum of their losses."""
+        del model
+        return loss
+
+    def agree(self, model: BudgetFormerForSequenceClassification) -> None:
+        """Give every process the weights and the ladder of the first one."""
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the first process run a block before the others."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+
+ALONE = Processes()
+
+
+class Several(Processes):
+    """One of several processes, joined by Accelerate.
+
+    Args:
+        accelerate: the package.
+        device: that training was asked for.
+    """
+
+    def __init__(self, accelerate: Any, device: torch.device) -> None:
+        self._utils = accelerate.utils
+        self._accelerator = accelerate.Accelerator(cpu=device.type == "cpu")
+        self.count = self._accelerator.num_processes
+        self.index = self._accelerator.process_index
+        self.device: torch.device = self._accelerator.device
+
+    def add_up(self, model: BudgetFormerForSequenceClassification, loss: float) -> float:
+        """Add up gradients over the processes, in place, and return the sum of their losses."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = [gradient.reshape(-1) for gradient in gradients]
+        value = torch.tensor([loss], device=self.device)
+        total: Tensor = self._accelerator.reduce(torch.cat([*flat, value]), reduction="sum")
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, part in zip(gradients, total[:-1].split(sizes), strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return float(total[-1])
+
+    def agree(self, model: BudgetFormerForSequenceClassification) -> None:
+        """Give every process the weights and the ladder of the first one."""
+        for weight in model.state_dict().values():
+            weight.copy_(self._utils.broadcast(weight.contiguous()))
+        (model.config.ladder,) = self._utils.broadcast_object_list([model.config.ladder])
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self._accelerator.wait_for_everyone()
+
+
+def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
+    """Return the processes of this run, and the device on which this one trains.
+
+    Raises:
+        DataError: there are several, and Accelerate is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE, device
+    try:
+        accelerate = importlib.import_module("accelerate")
+    except ImportError as error:
+        raise DataError("several processes need the package accelerate (extra: gpus)") from error
+    several = Several(accelerate, device)
+    return several, several.device
