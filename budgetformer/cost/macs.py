@@ -35,6 +35,7 @@ class Sizes:
     maps_up: int
     embedding: int
     embeds_first: bool
+    one_budget: bool
     distance_terms: int
     distances: int
     farthest: int
@@ -65,6 +66,7 @@ class Sizes:
             embedding=config.embedding_size or 0,
             embeds_first=config.budget_scope == "input"
             and (config.head_selection == "input" or not config.decides_from_step0),
+            one_budget=config.has_one_budget,
             distance_terms=len(config.relative_terms) if scores_distances else 0,
             distances=config.relative_span,
             farthest=config.relative_distance,
@@ -107,6 +109,8 @@ def decision_macs(config: Costed, tokens: int = 0) -> int:
     `tokens` count where f_o or g_d reads embeddings that a map brings to their width.
     """
     sizes = Sizes.of(config)
+    if sizes.one_budget:
+        return 0
     controller = (sizes.decision_inputs + 1) * sizes.controller
     decisions = (sizes.layers if sizes.layerwise else 1) * controller + scorer_macs(sizes)
     embeddings = embedding_macs(sizes, tokens) if sizes.embeds_first else 0

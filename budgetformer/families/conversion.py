@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from budgetformer.errors import CheckpointError
 from budgetformer.families.family import Weights
-from budgetformer.families.source import Source, read_encoder
+from budgetformer.families.source import Source, read_encoder, without_head
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 
@@ -64,8 +64,51 @@ def convert_encoder(
         CheckpointError: the folder holds no such network, or the result computes another function.
     """
     source = read_encoder(folder)
-    rows, note = _match_head(source, names, numbered, choices.get("problem_type"))
-    weights = _rename(source)
+    rows, notes = _match_head(source, names, numbered, choices.get("problem_type"))
+    return _convert(source, names, rows, notes, choices)
+
+
+def convert_classifier(folder: Path, **choices: Any) -> Conversion:
+    """Build a BudgetFormer that computes at its full budget what a classifier does.
+
+    It has the classifier's own labels, in their order, and its kind of answer.
+
+    Args:
+        folder: see `read_encoder`.
+        choices: further `BudgetFormerConfig` arguments.
+
+    Raises:
+        CheckpointError: the folder holds no classifier, two labels have one name, or the result
+            computes another function.
+    """
+    source = read_encoder(folder)
+    if not source.has_head:
+        found = next(iter(source.architectures), "an encoder")
+        raise CheckpointError(
+            f"{folder}: "
+            + (
+                without_head(folder)
+                or f"{found}, which has no head for classes of whole texts; train one "
+                "(`budgetformer import` with --data)"
+            )
+        )
+    config: Any = source.network.config
+    names = [str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels)]
+    if len(set(names)) < len(names):
+        raise CheckpointError(f"{folder}: two labels of config.json (id2label) have the same name")
+    choices = {"problem_type": config.problem_type or "single_label_classification"} | choices
+    return _convert(source, names, list(range(len(names))), [], choices)
+
+
+def _convert(
+    source: Source,
+    names: list[str],
+    rows: list[int] | None,
+    notes: list[str],
+    choices: dict[str, Any],
+) -> Conversion:
+    """Convert a source whose head, if `rows` are given, is kept; compare the two."""
+    folder, weights = source.folder, _rename(source)
     head: Weights = {}
     if rows is not None:
         choices = source.family.head_choices(source.network.config) | choices
@@ -93,7 +136,7 @@ def convert_encoder(
     proof = (
         f"the converted network and the encoder differ by {difference:.1e} of the largest output"
     )
-    return Conversion(model, (*source.notes, *note, proof), difference, _digest(source.weights))
+    return Conversion(model, (*source.notes, *notes, proof), difference, _digest(source.weights))
 
 
 @torch.no_grad()

@@ -30,9 +30,15 @@ _ONLY: dict[str, Any] = {
     "add_cross_attention": False,
     "quantization_config": None,
     "pruned_heads": {},
-    "auto_map": None,
 }
 """Keys of `config.json` that change the function of an encoder, with the one value that is read."""
+
+_OTHER_KINDS = {
+    "config_setfit.json": "a SetFit model, whose head is pickled code, which is never run",
+    "model_head.pkl": "a model whose head is pickled code (model_head.pkl), which is never run",
+    "modules.json": "a sentence-transformers model, which has no head of Transformers",
+}
+"""Files that mark models whose head is elsewhere, or is none."""
 
 _NO_FUNCTION = {
     *("_name_or_path", "_num_labels", "architectures", "dtype", "finetuning_task", "torch_dtype"),
@@ -58,6 +64,7 @@ class Source:
         family: how its weights are named.
         network: Transformers' classifier; without a head of its own, its head is random.
         has_head: whether the folder holds a classification head.
+        architectures: classes of Transformers that it was saved from; may be none.
         notes: what was left out, one line each.
     """
 
@@ -65,6 +72,7 @@ class Source:
     family: Family
     network: PreTrainedModel
     has_head: bool
+    architectures: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
@@ -144,23 +152,56 @@ def read_encoder(folder: Path) -> Source:
         notes.append(f"keys of config.json that Transformers ignores: {', '.join(ignored)}")
     if reason := family.refuse(network.config):
         raise CheckpointError(f"{folder}: {reason}")
-    source = Source(folder, family, network, has_head, tuple(notes))
+    source = Source(folder, family, network, has_head, tuple(architectures), tuple(notes))
     _check_finite(source)
     _check_outputs(source)
     return source
 
 
+def is_source(folder: Path) -> bool:
+    """Say whether a folder holds a model of some kind, convertible or not."""
+    names = ("config.json", "adapter_config.json", *_OTHER_KINDS)
+    return any((folder / name).exists() for name in names)
+
+
+def without_head(folder: Path) -> str | None:
+    """Say what kind of model a folder holds, if its head is none that Transformers knows."""
+    kind = next((kind for name, kind in _OTHER_KINDS.items() if (folder / name).exists()), None)
+    return kind and (
+        f"{kind}; train a head on its encoder (`budgetformer import` on the folder with the "
+        "encoder's config.json, with --data)"
+    )
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder}: a PEFT adapter; merge it into its model first "
+            "(AutoPeftModelForSequenceClassification: merge_and_unload, then save_pretrained)"
+        )
     try:
         config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError as error:
+        kind = without_head(folder) or "not an encoder folder: it has no config.json"
+        raise CheckpointError(f"{folder}: {kind}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: not an encoder folder: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder}: not an encoder folder: config.json holds no object")
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"{folder}: needs code of its own (auto_map in config.json), which is never run; "
+            "save it with a model class of Transformers"
+        )
+    if config.get("model_type") == "budgetformer":
+        raise CheckpointError(
+            f"{folder}: a BudgetFormer already; `budgetformer models add` takes it"
+        )
     if str(config.get("model_type")) not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise CheckpointError(
-            f"{folder}: model_type {config.get('model_type')!r}, only {known} can be converted"
+            f"{folder}: model_type {config.get('model_type')!r} is no family that can be "
+            f"converted; there are: {known}"
         )
     for key, only in _ONLY.items():
         if config.get(key) not in (only, None):
@@ -168,8 +209,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"{folder}: {key} in config.json is {one_line(config[key])[:80]!r}, "
                 f"only {only!r} can be converted"
             )
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: holds an adapter, merge it into the encoder first")
     return config
 
 

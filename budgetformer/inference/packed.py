@@ -279,6 +279,8 @@ class PackedPass:
             tokens: the items, as the encoder reads them.
             whole: the same items as a TF-IDF step 0 reads them; None: it reads the same tokens.
         """
+        if self.sizes.one_budget:
+            return Arrival(torch.ones(len(tokens.lengths)), None, None)
         parts = self._parts(tokens.lengths)
         if self.step0 is not None:
             places, read = [(p.start, p.stop) for p in parts], whole or tokens

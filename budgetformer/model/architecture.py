@@ -231,6 +231,16 @@ class Architecture:
         return len(self.ladder)
 
     @property
+    def has_one_budget(self) -> bool:
+        """Whether all texts take the same step, so that nothing is decided."""
+        return (
+            self.num_steps == 1
+            and not self.embedding_exit
+            and self.budget_scope == "input"
+            and self.head_selection == "ranked"
+        )
+
+    @property
     def decides_from_step0(self) -> bool:
         """Whether f_o reads step 0's answer alone, and not the pooled embeddings."""
         return self.embedding_exit and self.exit_tfidf

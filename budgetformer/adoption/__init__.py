@@ -1,0 +1,1 @@
+"""Take over a classifier that somebody else trained."""

@@ -1,0 +1,246 @@
+"""Serve a classifier as it is: all heads for every text, the same answers, no training."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+
+from budgetformer.checkpoint.manifest import (
+    CARD,
+    MANIFEST,
+    NAME,
+    Manifest,
+    Provenance,
+    file_entries,
+    write_manifest,
+)
+from budgetformer.checkpoint.staging import staged
+from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
+from budgetformer.checkpoint.writing import smallest_dtype, write_network
+from budgetformer.errors import CheckpointError, one_line
+from budgetformer.families.conversion import convert_classifier
+from budgetformer.families.source import is_source
+from budgetformer.families.tokenizer import SourceTokenizer, check_tokenizer, read_tokenizer
+from budgetformer.inference.policy import QUALITY_NAMES, EntryBand, Level, Policy
+from budgetformer.inference.ranges import LayerRanges
+from budgetformer.model.architecture import Architecture
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from budgetformer.training.calibration import ranges_of_states
+from budgetformer.training.data import TokenizedTexts, read_texts
+
+Log = Callable[[str], None]
+
+ORIGIN = "origin"
+"""Key of a manifest's recipe: digest of the classifier that a checkpoint was made of."""
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+"""Of a model on the hub; no pickled weights, no code."""
+
+
+def add_classifier(
+    folder: Path,
+    model_store: Path,
+    log: Log,
+    name: str | None = None,
+    version: int | None = None,
+    texts: Path | None = None,
+) -> Checkpoint:
+    """Make a checkpoint of a classifier without training, and put it into a store.
+
+    Its answers are those of Transformers' pipeline: its weights keep their precision. It has one
+    quality level, as every text gets all heads. The same classifier is not added twice.
+
+    Args:
+        folder: what `save_pretrained` wrote: a classifier of a known family with its tokenizer.
+        model_store: the store.
+        log: gets one line per event.
+        name: of the model; None: the folder's.
+        version: of the model; None: the next one.
+        texts: texts of the kind that it will classify, on which the ranges of int8 are measured;
+            None: CPUs without AMX compute in float32.
+
+    Raises:
+        CheckpointError: the folder cannot be converted, or the version exists.
+        DataError: the texts cannot be read.
+    """
+    name = _checked_name(name or folder.resolve().name)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    conversion = convert_classifier(
+        folder,
+        head_selection="ranked",
+        budget_scope="input",
+        budget_ffn=False,
+        embedding_exit=False,
+    )
+    model, tokenizer = conversion.model, read_tokenizer(folder)
+    check_tokenizer(tokenizer.tokenizer, model.config, folder)
+    config = model.config
+    config.ladder = [[config.num_attention_heads] * config.num_hidden_layers]
+    assert model.encoder.decision is not None
+    for weight in model.encoder.decision.parameters():  # nothing is decided
+        weight.data.zero_()
+    if not tokenizer.has_types:  # the second text of a pair is embedded as the first
+        types = model.encoder.embeddings.segment.weight.data
+        types[1:] = types[0]
+    for note in conversion.notes:
+        log(note)
+    positions = config.max_position_embeddings
+    max_tokens = min(tokenizer.max_tokens or positions, positions)
+    ranges = () if texts is None else _measure(model, tokenizer, max_tokens, texts, log)
+    manifest = Manifest(
+        name=name,
+        version=version or 1,
+        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        files={},
+        max_tokens=max_tokens,
+        truncation_side=tokenizer.side,
+        labels=tuple(config.id2label[i] for i in range(config.num_classes)),
+        problem_type=config.problem_type or "single_label_classification",
+        seed=0,
+        recipe={ORIGIN: _digest(conversion.origin, tokenizer)},
+        metrics={"conversion_difference": conversion.difference or 0.0},
+        ranges=ranges,
+        policy=_one_level(config),
+        provenance=Provenance(
+            starting_weights=folder.resolve().name,
+            starting_weights_license="as stated with those weights",
+            data="none: used as it is",
+        ),
+    )
+    there = _versions(model_store / name)
+    if version is None:
+        for known in there:
+            if _is_same(known.manifest, manifest):
+                log(f"{known.label} is this classifier already")
+                return known
+        highest = max((known.version for known in there), default=0)
+        manifest = manifest.model_copy(update={"version": highest + 1})
+    target = model_store / name / str(manifest.version)
+    dtype = smallest_dtype(dict(model.state_dict()))
+    with staged(target) as staging:
+        write_network(model, tokenizer.tokenizer, staging, max_tokens, tokenizer.side, dtype)
+        manifest = manifest.model_copy(update={"files": file_entries(staging)})
+        write_manifest(staging, manifest)
+        (staging / CARD).write_text(_card(manifest, dtype))
+    log(f"wrote {target}")
+    return read_checkpoint(target)
+
+
+def find_classifier(source: str) -> Path | None:
+    """Return the folder of a classifier; None: the source is something else.
+
+    Args:
+        source: a folder that Transformers wrote, or the id of a model on the Hugging Face hub,
+            which is downloaded.
+
+    Raises:
+        CheckpointError: the hub does not have it, or cannot be reached.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path if is_source(path) and not (path / MANIFEST).exists() else None
+    if path.exists() or not re.fullmatch(_HUB_ID, source):
+        return None
+    try:
+        folder = snapshot_download(source, allow_patterns=_HUB_FILES)
+    except Exception as error:  # of the hub's client and of the libraries below it
+        told = one_line(error)[:200] or type(error).__name__
+        raise CheckpointError(
+            f"{source}: no such file or folder, and not loaded from the Hugging Face hub: {told}"
+        ) from None
+    return Path(folder)
+
+
+def _checked_name(name: str) -> str:
+    if not re.match(NAME, name):
+        raise CheckpointError(
+            f"{name!r} is no model name (letters, digits, '.', '_' and '-', at most 64); "
+            "give another (--name)"
+        )
+    return name
+
+
+def _measure(
+    model: BudgetFormerForSequenceClassification,
+    tokenizer: SourceTokenizer,
+    max_tokens: int,
+    texts: Path,
+    log: Log,
+) -> tuple[LayerRanges, ...]:
+    """Measure what int8 products need to know of a network's states."""
+    examples = read_texts(texts)
+    tokens = TokenizedTexts(
+        tokenizer.tokenizer, examples.texts, examples.pairs, max_tokens, tokenizer.side
+    )
+    log(f"measuring ranges of states for int8 on {texts}")
+    return ranges_of_states(model, tokens)
+
+
+def _one_level(config: Architecture) -> Policy:
+    """Return the policy of a network with one step, which every level takes."""
+    heads = config.num_hidden_layers * config.num_attention_heads
+    levels = (
+        Level(
+            name=name,
+            threshold=0,
+            agreement=1,
+            points_lost=0,
+            macs_share=1,
+            mean_heads=heads,
+            budgets={1: 1},
+            runs={1: 1},
+        )
+        for name in QUALITY_NAMES
+    )
+    entry = (EntryBand(upto=1, step=1),)
+    return Policy(measure="agreement", chain=(1,), entry=entry, levels=tuple(levels))
+
+
+def _versions(folder: Path) -> list[Checkpoint]:
+    """Return the sound checkpoints of a model, the newest first."""
+    found = []
+    for path in folder.glob("*"):
+        if path.name.isdecimal():
+            try:
+                found.append(read_checkpoint(path))
+            except CheckpointError:  # the store reports it
+                continue
+    return sorted(found, key=lambda checkpoint: -checkpoint.version)
+
+
+def _is_same(known: Manifest, wanted: Manifest) -> bool:
+    """Say whether a checkpoint is what was asked for; one with ranges does as well."""
+    same = ("recipe", "labels", "problem_type", "max_tokens", "truncation_side")
+    alike = all(getattr(known, field) == getattr(wanted, field) for field in same)
+    return alike and (not wanted.ranges or known.ranges == wanted.ranges)
+
+
+def _digest(weights: str, tokenizer: SourceTokenizer) -> str:
+    return hashlib.sha256(f"{weights} {tokenizer.tokenizer.to_str()}".encode()).hexdigest()
+
+
+def _card(manifest: Manifest, dtype: torch.dtype) -> str:
+    served = "int8 on CPUs without AMX" if manifest.ranges else "float32 on CPUs without AMX"
+    return f"""# {manifest.name}, version {manifest.version}
+
+{manifest.provenance.starting_weights}, served as it is. Labels: {", ".join(manifest.labels)}.
+
+- Starting weights: {manifest.provenance.starting_weights} (licence as stated with them)
+- Longest input: {manifest.max_tokens} tokens
+- Precision: weights in {str(dtype).removeprefix("torch.")} as stored; served in {served}, in
+  bfloat16 on CPUs with AMX and on GPUs
+- Largest relative difference from Transformers' own network:
+  {manifest.metrics["conversion_difference"]:.1e}
+- Made: {manifest.created}
+
+## Quality levels
+One: every text gets all heads, whatever `quality` a request asks for. `budgetformer import` makes
+budgets out of a log of texts, without labels.
+"""

@@ -1,0 +1,67 @@
+"""Write the files of a checkpoint folder that a network is loaded from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification, quiet
+
+_SPECIAL_TOKENS = {
+    "pad_token": ("[PAD]", "<pad>"),
+    "unk_token": ("[UNK]", "<unk>"),
+    "cls_token": ("[CLS]", "<s>"),
+    "sep_token": ("[SEP]", "</s>"),
+}
+
+
+def write_network(
+    model: BudgetFormerForSequenceClassification,
+    tokenizer: Tokenizer,
+    folder: Path,
+    max_tokens: int,
+    truncation_side: Literal["right", "left"],
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write weights, configuration and tokenizer.
+
+    Args:
+        model: in float32; its weights become what the file holds.
+        tokenizer: its padding and truncation are not kept.
+        folder: where to.
+        max_tokens: longest input that the encoder reads.
+        truncation_side: the end of a longer one that is cut off.
+        dtype: of the weights in the file.
+    """
+    with quiet():
+        nn.Module.to(model, dtype)
+        model.save_pretrained(folder)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_tokens,
+        "truncation_side": truncation_side,
+    }
+    for name, spellings in _SPECIAL_TOKENS.items():
+        known = [token for token in spellings if tokenizer.token_to_id(token) is not None]
+        if known:
+            settings[name] = known[0]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    for path in folder.iterdir():
+        path.chmod(0o644)  # the server may run as another user than the one who trained
+    model.float()
+
+
+def smallest_dtype(weights: dict[str, Tensor]) -> torch.dtype:
+    """Return the smallest precision that holds these float32 weights exactly."""
+    for dtype in (torch.float16, torch.bfloat16):
+        if all(torch.equal(weight.to(dtype).float(), weight) for weight in weights.values()):
+            return dtype
+    return torch.float32

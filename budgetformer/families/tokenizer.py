@@ -1,0 +1,94 @@
+"""Read the tokenizer of an encoder's folder as Transformers does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from budgetformer.errors import CheckpointError, one_line
+from budgetformer.model.architecture import Architecture
+from budgetformer.model.modeling import quiet
+from budgetformer.tokenization import Side
+
+_NO_LIMIT = 10**9
+"""A `model_max_length` above this says that there is none (Transformers writes 1e30)."""
+
+
+@dataclass(frozen=True)
+class SourceTokenizer:
+    """A tokenizer as Transformers loads it.
+
+    Attributes:
+        tokenizer: without padding and truncation.
+        max_tokens: longest input, special tokens included; None: the encoder's positions decide.
+        side: the end of a longer one that is cut off.
+        has_types: whether the network is given token types.
+    """
+
+    tokenizer: Tokenizer
+    max_tokens: int | None
+    side: Side
+    has_types: bool
+
+
+def read_tokenizer(folder: Path) -> SourceTokenizer:
+    """Read the tokenizer in a folder.
+
+    Transformers makes a fast one of other files (`vocab.txt`, SentencePiece) where there is no
+    `tokenizer.json`, and follows `tokenizer_config.json` where the two differ, in casing for
+    example.
+
+    Raises:
+        CheckpointError: there is none, or it has no fast form.
+    """
+    try:
+        with quiet():
+            loaded: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # Transformers and the tokenizers raise many kinds
+        told = one_line(error)[:200] or type(error).__name__
+        raise CheckpointError(f"{folder}: Transformers cannot load its tokenizer: {told}") from None
+    if not getattr(loaded, "is_fast", False):
+        raise CheckpointError(
+            f"{folder}: its tokenizer ({type(loaded).__name__}) has no fast form; "
+            "save one with PreTrainedTokenizerFast"
+        )
+    if len(loaded) <= len(loaded.all_special_tokens):  # what Transformers makes of no files at all
+        raise CheckpointError(
+            f"{folder}: it has no tokenizer; save the one that the model was trained with there"
+        )
+    tokenizer = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    limit = int(min(loaded.model_max_length, _NO_LIMIT))
+    return SourceTokenizer(
+        tokenizer,
+        None if limit >= _NO_LIMIT else limit,
+        "left" if loaded.truncation_side == "left" else "right",
+        "token_type_ids" in loaded.model_input_names,
+    )
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: Architecture, folder: Path | None) -> None:
+    """Refuse a tokenizer whose ids or token types have no row in the embeddings.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    top = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if top >= config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has token ids up to {top}, "
+            f"the encoder's vocab_size is {config.vocab_size}"
+        )
+    types = max(tokenizer.encode("a", "b").type_ids, default=0)
+    if types >= config.type_vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has token types up to {types}, "
+            f"the encoder has {config.type_vocab_size}"
+        )
