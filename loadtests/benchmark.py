@@ -24,9 +24,10 @@ from typing import Any
 
 import uvloop
 from openloop import Client, Phase, quantile
-from servers import Cores, Server, ours, processor
+from servers import Cores, Server, ours
 from texts import texts_of
 
+from budgetformer.cost.processor import processor_name
 from budgetformer.training.pages import draw, markdown_table
 
 FIRST_RATE = 25.0
@@ -174,8 +175,8 @@ async def run(url: str, server: Server | None, cores: str, given: argparse.Names
         [
             "# Rates and latency",
             f"`python loadtests/benchmark.py{' --data test.parquet' if given.data else ''}`; "
-            f"{processor()}, {cores}; {'given' if given.data else 'made-up'} texts, {BULK} in one "
-            f"request of ten; {given.seconds:g} s a rate; milliseconds from the due moment. "
+            f"{processor_name()}, {cores}; {'given' if given.data else 'made-up'} texts, {BULK} in "
+            f"one request of ten; {given.seconds:g} s a rate; milliseconds from the due moment. "
             f"The highest rate with a p99 of {given.p99_ms:g} ms or less: "
             f"**{best.rate:.0f} a second**. The last row holds {HELD_SHARE:.0%} of it for "
             f"{given.hold:g} s.",

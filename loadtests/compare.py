@@ -29,9 +29,10 @@ from contenders import DENSE, ENVIRONMENTS, FLOOR, OURS, PIPELINE, RIVALS, Rival
 from openloop import Client, limit_lines, quantile
 from promises import Promise, spread
 from rivals.network import Network
-from servers import Cores, Server, ours, processor, run_quietly
+from servers import Cores, Server, ours, run_quietly
 from texts import texts_of
 
+from budgetformer.cost.processor import processor_name
 from budgetformer.training.data import read_examples
 from budgetformer.training.pages import draw, markdown_table
 
@@ -329,7 +330,8 @@ def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) ->
 def machine(plan: Plan, data: Path | None) -> dict[str, str]:
     """Return what a report says of the circumstances."""
     return {
-        "processor": processor(), "cores": plan.cores.told(), "python": platform.python_version(),
+        "processor": processor_name(), "cores": plan.cores.told(),
+        "python": platform.python_version(),
         "texts": "Texts given" if data else "Texts made up",
     }  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -23,13 +22,6 @@ import psutil
 START_SECONDS = 120.0
 SETTLE_SECONDS = 10.0
 """Until what starting has left is done."""
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
 
 
 def run_quietly(program: Sequence[str | Path]) -> None:

@@ -24,7 +24,7 @@ from budgetformer.checkpoint.staging import staged
 from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.checkpoint.writing import smallest_dtype, write_network
 from budgetformer.errors import CheckpointError, one_line
-from budgetformer.families.conversion import convert_classifier
+from budgetformer.families.conversion import convert_classifier, read_classifier
 from budgetformer.families.source import is_source
 from budgetformer.families.tokenizer import SourceTokenizer, check_tokenizer, read_tokenizer
 from budgetformer.inference.policy import QUALITY_NAMES, EntryBand, Level, Policy
@@ -73,7 +73,7 @@ def add_classifier(
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     conversion = convert_classifier(
-        folder,
+        read_classifier(folder),
         head_selection="ranked",
         budget_scope="input",
         budget_ffn=False,
@@ -86,13 +86,10 @@ def add_classifier(
     assert model.encoder.decision is not None
     for weight in model.encoder.decision.parameters():  # nothing is decided
         weight.data.zero_()
-    if not tokenizer.has_types:  # the second text of a pair is embedded as the first
-        types = model.encoder.embeddings.segment.weight.data
-        types[1:] = types[0]
+    tokenizer.fit(model)
     for note in conversion.notes:
         log(note)
-    positions = config.max_position_embeddings
-    max_tokens = min(tokenizer.max_tokens or positions, positions)
+    max_tokens = tokenizer.longest(config)
     ranges = () if texts is None else _measure(model, tokenizer, max_tokens, texts, log)
     manifest = Manifest(
         name=name,

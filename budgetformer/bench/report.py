@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from budgetformer.bench.timing import (
     token_ids,
 )
 from budgetformer.checkpoint.store import Checkpoint
+from budgetformer.cost.processor import processor_name
 from budgetformer.inference.choice import load_pass
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import load_model
@@ -246,17 +246,8 @@ def _round(items: Sequence[TokenIds], turn: int, batch: int) -> list[TokenIds]:
 
 def _facts(threads: int) -> dict[str, str]:
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(threads),
         "torch": torch.__version__,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

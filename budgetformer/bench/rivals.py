@@ -161,29 +161,42 @@ def _onnx_contenders(twin: DenseTwin, threads: int) -> Iterator[Contender]:
 
 def export_onnx(twin: DenseTwin, folder: Path) -> tuple[Path, Path]:
     """Write a network for ONNX Runtime; return its file in float32 and the one in int8."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    plain, small = folder / "plain.onnx", folder / "int8.onnx"
-    _export(twin, plain)
-    quantize_dynamic(plain, small, per_channel=True, weight_type=QuantType.QInt8)
-    return plain, small
+    small = quantize(twin, NAMES, folder)
+    return folder / "plain.onnx", small
 
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def _export(twin: DenseTwin, path: Path) -> None:
-    example = tuple(torch.ones(2, 9, dtype=torch.long) for _ in NAMES)
+def quantize(network: nn.Module, inputs: Sequence[str], folder: Path) -> Path:
+    """Write a network for ONNX Runtime, in float32 and in int8; return the file in int8.
+
+    Args:
+        network: takes token ids and the like, [B, T] each, by name.
+        inputs: these names.
+        folder: gets `plain.onnx` and `int8.onnx`.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    plain, small = folder / "plain.onnx", folder / "int8.onnx"
+    _export(network, inputs, plain)
+    quantize_dynamic(plain, small, per_channel=True, weight_type=QuantType.QInt8)
+    return small
+
+
+def _export(network: nn.Module, inputs: Sequence[str], path: Path) -> None:
+    example = {name: torch.ones(2, 9, dtype=torch.long) for name in inputs}
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about its own parts
         torch.onnx.export(
-            twin,
-            example,
+            network,
+            (),
             path,
-            input_names=NAMES,
+            kwargs=example,
+            input_names=list(inputs),
             output_names=("logits",),
-            dynamic_shapes=tuple(sizes for _ in NAMES),
+            dynamic_shapes=dict.fromkeys(inputs, sizes),
             external_data=False,
             verbose=False,
         )

@@ -21,6 +21,8 @@ CONFIG, WEIGHTS, TOKENIZER, MANIFEST, CARD = (
 )
 LOADED = (CONFIG, WEIGHTS, TOKENIZER)
 """What a network is loaded from."""
+FULL = "full budget"
+"""In place of a quality level's name: all heads for every text."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a model may be called; nothing of it leads elsewhere on a disk."""
 MOST_VERSION = 2**63 - 1
@@ -71,6 +73,28 @@ class Evaluation(_Data):
     high: float
 
 
+class Timing(_Data):
+    """Time per text on the machine that made a checkpoint, in batches, tokenization included.
+
+    Attributes:
+        processor, threads, precision: what computed, and in which precision.
+        texts: how many were timed.
+        milliseconds: per text, by quality level and for the full budget.
+        core_hour_price: of one core for an hour, in any currency.
+    """
+
+    processor: str
+    threads: int = Field(ge=1)
+    precision: str
+    texts: int = Field(ge=1)
+    milliseconds: dict[str, float]
+    core_hour_price: float = Field(ge=0)
+
+    def price(self, level: str) -> float:
+        """Return what a million texts cost at a level."""
+        return self.milliseconds[level] * 1e6 / 3.6e6 * self.threads * self.core_hour_price
+
+
 class Manifest(_Data):
     """What a checkpoint says of itself.
 
@@ -91,6 +115,7 @@ class Manifest(_Data):
         policy: the calibrated chain and its levels.
         operating_points: calibrated rules of the older form, in order of rising cost; none where
             there is a policy. `levels` gives what either form reached.
+        timing: what the levels took on the machine that made it, if that was measured.
         ranges: of what each layer's maps read on the calibration data, for int8; may be none.
         provenance: origin and terms of weights and data.
     """
@@ -111,6 +136,7 @@ class Manifest(_Data):
     frontier: tuple[FixedStep, ...] = ()
     policy: Policy | None = None
     operating_points: tuple[OperatingPoint, ...] = ()
+    timing: Timing | None = None
     ranges: tuple[LayerRanges, ...] = ()
     provenance: Provenance
 

@@ -68,18 +68,11 @@ def convert_encoder(
     return _convert(source, names, rows, notes, choices)
 
 
-def convert_classifier(folder: Path, **choices: Any) -> Conversion:
-    """Build a BudgetFormer that computes at its full budget what a classifier does.
-
-    It has the classifier's own labels, in their order, and its kind of answer.
-
-    Args:
-        folder: see `read_encoder`.
-        choices: further `BudgetFormerConfig` arguments.
+def read_classifier(folder: Path) -> Source:
+    """Load a classifier and check that its whole meaning is known.
 
     Raises:
-        CheckpointError: the folder holds no classifier, two labels have one name, or the result
-            computes another function.
+        CheckpointError: as `read_encoder` does; or it has no head, or two labels of one name.
     """
     source = read_encoder(folder)
     if not source.has_head:
@@ -92,11 +85,24 @@ def convert_classifier(folder: Path, **choices: Any) -> Conversion:
                 "(`budgetformer import` with --data)"
             )
         )
-    config: Any = source.network.config
-    names = [str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels)]
-    if len(set(names)) < len(names):
+    if len(set(source.label_names)) < len(source.label_names):
         raise CheckpointError(f"{folder}: two labels of config.json (id2label) have the same name")
-    choices = {"problem_type": config.problem_type or "single_label_classification"} | choices
+    return source
+
+
+def convert_classifier(source: Source, **choices: Any) -> Conversion:
+    """Build a BudgetFormer that computes at its full budget what a classifier does.
+
+    It has the classifier's own labels, in their order, and its kind of answer.
+
+    Args:
+        source: what `read_classifier` returned.
+        choices: further `BudgetFormerConfig` arguments.
+
+    Raises:
+        CheckpointError: the result computes another function.
+    """
+    names, choices = source.label_names, {"problem_type": source.problem_type} | choices
     return _convert(source, names, list(range(len(names))), [], choices)
 
 

@@ -76,6 +76,17 @@ class Source:
     notes: tuple[str, ...]
 
     @property
+    def label_names(self) -> list[str]:
+        """The names of the head's labels, in the order of its outputs."""
+        config: Any = self.network.config
+        return [str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels)]
+
+    @property
+    def problem_type(self) -> str:
+        """Whether a text has one label or several."""
+        return self.network.config.problem_type or "single_label_classification"
+
+    @property
     def weights(self) -> Weights:
         """The weights by Transformers' names, a random head left out."""
         unused = () if self.has_head else self.family.head_names.values()

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from budgetformer.errors import CheckpointError, one_line
 from budgetformer.model.architecture import Architecture
+from budgetformer.model.encoder import SequenceClassifier
 from budgetformer.model.modeling import quiet
 from budgetformer.tokenization import Side
 
@@ -33,6 +34,17 @@ class SourceTokenizer:
     max_tokens: int | None
     side: Side
     has_types: bool
+
+    def longest(self, config: Architecture) -> int:
+        """Return the longest input that tokenizer and encoder allow, special tokens included."""
+        positions = config.max_position_embeddings
+        return min(self.max_tokens or positions, positions)
+
+    def fit(self, model: SequenceClassifier) -> None:
+        """Embed the second text of a pair as the first one where it is given no other type."""
+        if not self.has_types:
+            types = model.encoder.embeddings.segment.weight.data
+            types[1:] = types[0]
 
 
 def read_tokenizer(folder: Path) -> SourceTokenizer:

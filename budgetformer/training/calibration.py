@@ -142,6 +142,11 @@ class Answers:
     ran: np.ndarray
 
 
+def answers_of(logits: Tensor, problem_type: str | None) -> Tensor:
+    """Return the class ids [N] that logits [N, C] choose, or 0/1 rows [N, C] when multi-label."""
+    return (logits > 0).long() if problem_type == MULTI_LABEL else logits.argmax(-1)
+
+
 class Table:
     """The answers of every step to N texts, with their confidences and prices, by step [S+1, N].
 
@@ -189,8 +194,7 @@ class Table:
 
     def agrees(self, full: Tensor) -> np.ndarray:
         """Return whether each step's answer is that of the full network's logits [N, C]."""
-        many = self.config.problem_type == MULTI_LABEL
-        return self.right((full > 0).long() if many else full.argmax(-1))
+        return self.right(answers_of(full, self.config.problem_type))
 
     def probability_right(self) -> np.ndarray:
         """Return how probable the full step's fused probabilities make each step's answer."""
@@ -268,36 +272,42 @@ def calibrate(
     labels: Tensor | None,
     level_costs: Sequence[float],
     costs: CostTable | None = None,
+    original: Tensor | None = None,
 ) -> Found:
     """Find the policy of a network.
 
     With labels, a level reaches the most accuracy that its cost allows: `fast` and `balanced` cost
     at most the share `level_costs` of the full step on average, `best` is the most accurate.
-    Without labels, the answers of the full step are the truth: `fast` and `balanced` agree with
-    them on the shares `AGREEMENT` at the least cost, `best` agrees most.
+    Without labels, or for an `original`, the answers of the full step, or of the original, are
+    the truth: `fast` and `balanced` agree with them on the shares `AGREEMENT` at the least cost,
+    `best` agrees most.
 
     Args:
         config: of the network; its stored weights of the last step define the full answers when
-            there are no labels.
+            there are neither labels nor an original.
         runs: its answers to N held-out texts at every step.
         labels: [N], or [N, C] when multi-label; None: calibrate for agreement.
         level_costs: see above.
         costs: measured seconds, to search on instead of multiply-adds.
+        original: logits [N, C] of the classifier that the network was made of; calibrate for
+            agreement with it. Labels then only say how accurate the levels are.
     """
-    return _Calibration(config, runs, labels, costs).find(level_costs)
+    return _Calibration(config, runs, labels, costs, original).find(level_costs)
 
 
 @dataclass(frozen=True)
 class _Side:
     """Some texts with the answers that one fit of the fusion gives them.
 
-    right [S+1, N] is by the policy's measure.
+    right [S+1, N] is by the policy's measure, `agrees` [S+1, N] with the full network or the
+    original.
     """
 
     rows: np.ndarray
     table: Table
     steps: Steps
     right: np.ndarray
+    agrees: np.ndarray
 
 
 class _Calibration:
@@ -312,16 +322,23 @@ class _Calibration:
     """
 
     def __init__(
-        self, config: Architecture, runs: Runs, labels: Tensor | None, costs: CostTable | None
+        self,
+        config: Architecture,
+        runs: Runs,
+        labels: Tensor | None,
+        costs: CostTable | None,
+        original: Tensor | None,
     ) -> None:
         self.config, self.runs, self.labels, self.costs = config, runs, labels, costs
-        self.measure: Measure = "agreement" if labels is None else "accuracy"
+        self.original = original
+        for_agreement = labels is None or original is not None
+        self.measure: Measure = "agreement" if for_agreement else "accuracy"
         self.count = len(runs.s)
 
     def find(self, level_costs: Sequence[float]) -> Found:
         """See `calibrate`."""
         fast, balanced = level_costs
-        if self.labels is None:
+        if self.measure == "agreement":
             named: dict[str, Goal] = {k: Goal(value=share) for k, share in AGREEMENT.items()}
             searched = [Goal(value=share) for share in SEARCHED_AGREEMENT]
         else:
@@ -354,6 +371,9 @@ class _Calibration:
     def _fuse(self, rows: np.ndarray, start: list[StepFusion] | None = None) -> list[StepFusion]:
         kind, has_step_0 = self.config.problem_type, self.config.embedding_exit
         logits = self.runs.logits[:, rows]
+        if self.original is not None:
+            truth = probabilities(self.original[rows], kind)
+            return fit_fusion(logits, truth, kind, has_step_0, start)
         if self.labels is not None:
             return fit_fusion(logits, self.labels[rows], kind, has_step_0, start)
         # The full step's answers are what is to be met: its weights stay.
@@ -363,14 +383,15 @@ class _Calibration:
 
     def _side(self, rows: np.ndarray, fusion: list[StepFusion]) -> _Side:
         table = Table(self.config, self.runs.subset(rows), fusion)
-        if self.labels is None:
-            value = right = table.agrees(table.logits[-1])
+        agrees = table.agrees(table.logits[-1] if self.original is None else self.original[rows])
+        if self.measure == "agreement" or self.labels is None:
+            value = right = agrees
         else:
             right = table.right(self.labels[rows])
             value = (right + table.probability_right()) / 2
         cost = self._costs(table)
         steps = Steps(table.confidence, value.astype(np.float32), cost, table.s)
-        return _Side(rows, table, steps, right)
+        return _Side(rows, table, steps, right, agrees)
 
     def _costs(self, table: Table) -> np.ndarray:
         """Return what steps cost [S+1, N], as a share of what the full step costs on average."""
@@ -440,15 +461,17 @@ class _Calibration:
         self, name: QualityName | None, choices: Sequence[Curve], thresholds: np.ndarray
     ) -> Level:
         """Measure what each fold's rule reaches on the fold, and what the shipped one costs."""
-        right, full, agrees = (np.zeros(self.count, dtype=bool) for _ in range(3))
+        measured, full, agrees, right = (np.zeros(self.count, dtype=bool) for _ in range(4))
         macs, dense, heads = (np.zeros(self.count) for _ in range(3))
         ends, runs = (np.zeros(self.config.num_steps + 1) for _ in range(2))
         for side, choice, threshold in zip(self.unseen, choices[1:], thresholds[1:], strict=True):
             found = side.table.take(choice.route, threshold)
-            right[side.rows] = side.right[found.step, side.table.rows]
+            measured[side.rows] = side.right[found.step, side.table.rows]
             full[side.rows] = side.right[-1]
-            agreeing = side.table.agrees(side.table.logits[-1])
-            agrees[side.rows] = agreeing[found.step, side.table.rows]
+            agrees[side.rows] = side.agrees[found.step, side.table.rows]
+            if self.labels is not None:
+                by_labels = side.table.right(self.labels[side.rows])
+                right[side.rows] = by_labels[found.step, side.table.rows]
             shipped = side.table.take(choices[0].route, thresholds[0])
             macs[side.rows], dense[side.rows] = shipped.macs, side.table.dense
             heads[side.rows] = shipped.heads
@@ -465,7 +488,7 @@ class _Calibration:
             interval=interval(accuracy, self.count) if labelled else None,
             agreement=agreement,
             agreement_interval=interval(agreement, self.count),
-            points_lost=100 * (float(full.mean()) - accuracy),
+            points_lost=100 * (float(full.mean()) - float(measured.mean())),
             macs_share=share,
             macs_interval=(max(share - error, 0.0), share + error),
             mean_heads=float(heads.mean()),

@@ -61,7 +61,7 @@ text needs.
 
 ![Accuracy against cost]({PLOT})
 
-## Fixed steps, for comparison
+{_costs(manifest)}## Fixed steps, for comparison
 {steps}
 
 ## Limits
@@ -137,6 +137,27 @@ is of texts that did not choose the rule. Points lost are against the full netwo
 this share ends at each step:
 
 {shares}
+"""
+
+
+def _costs(manifest: Manifest) -> str:
+    """Say what each level cost in time and money, if that was measured."""
+    timing = manifest.timing
+    if timing is None:
+        return ""
+    table = markdown_table(
+        ["quality", "ms per text", "cost of a million texts"],
+        [
+            [name, f"{own:.3f}", f"{timing.price(name):.2f}"]
+            for name, own in timing.milliseconds.items()
+        ],
+    )
+    return f"""## Time and money
+{timing.processor}, {timing.threads} threads, {timing.precision}; {timing.texts} texts in batches,
+tokenization included; a core for {timing.core_hour_price:g} an hour.
+
+{table}
+
 """
 
 

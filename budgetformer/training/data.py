@@ -21,7 +21,7 @@ from budgetformer.training.labels import LabelColumn, stored_names
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled texts: `labels` holds class ids [N], or 0/1 rows [N, C] when multi-label."""
+    """Texts: `labels` holds class ids [N], or 0/1 rows [N, C] when multi-label; or none at all."""
 
     texts: list[str]
     pairs: list[str] | None
@@ -41,7 +41,7 @@ class Examples:
         return Examples(
             [self.texts[i] for i in rows],
             None if self.pairs is None else [self.pairs[i] for i in rows],
-            self.labels[np.asarray(rows, dtype=np.intp)],
+            self.labels[np.asarray(rows, dtype=np.intp)] if len(self.labels) else self.labels,
             self.names,
         )
 
@@ -118,6 +118,15 @@ def read_texts(path: Path) -> Examples:
         raise DataError(f"{path}: no rows")
     pairs = [pair for _, pair in rows if pair is not None]
     return Examples([text for text, _ in rows], pairs or None, np.zeros(0, np.int64), [])
+
+
+def has_labels(path: Path) -> bool:
+    """Say whether the first row of a file has a label; what is wrong with it is said elsewhere."""
+    try:
+        _, _, label = next(iter(open_table(path).rows("label")))
+    except (DataError, StopIteration):
+        return False
+    return label is not None
 
 
 @dataclass(frozen=True)

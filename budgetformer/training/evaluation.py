@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from budgetformer.checkpoint.manifest import FULL
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import BudgetFormerError, DataError
 from budgetformer.inference.policy import QUALITY_NAMES
 from budgetformer.proxies import is_loopback
 from budgetformer.tables import find_table
-from budgetformer.training.data import Examples, read_examples
+from budgetformer.training.data import Examples, has_labels, read_examples, read_texts
 
-FULL = "full budget"
 HTTP_BATCH = 64
 
 
@@ -44,6 +44,7 @@ Ask = Callable[[Examples, str | None], list[Verdict]]
 class Row:
     """One line of the report; shares are 0..1.
 
+    `accuracy` and its interval are None where the texts have no labels.
     `budgets` is the share of the texts that ended at each step, `agreement` that of the answers
     that are the full budget's; `cheaper` counts texts that took fewer multiply-adds than at the
     level before, which no policy allows.
@@ -51,9 +52,9 @@ class Row:
 
     quality: str
     rows: int
-    accuracy: float
-    low: float
-    high: float
+    accuracy: float | None
+    low: float | None
+    high: float | None
     mean_heads: float
     macs_share: float
     mean_macs: float
@@ -70,8 +71,8 @@ class Row:
         return (
             self.quality,
             str(self.rows),
-            f"{self.accuracy:.4f}",
-            f"{self.low:.4f}..{self.high:.4f}",
+            "" if self.accuracy is None else f"{self.accuracy:.4f}",
+            "" if self.accuracy is None else f"{self.low:.4f}..{self.high:.4f}",
             f"{self.agreement:.4f}",
             f"{self.mean_heads:.2f}",
             f"{self.mean_macs / 1e6:.1f} M",
@@ -92,7 +93,7 @@ def interval(accuracy: float, rows: int) -> tuple[float, float]:
 
 
 def read_test(checkpoint: Checkpoint, data: Path, limit: int | None = None) -> Examples:
-    """Read labelled texts with a checkpoint's labels.
+    """Read texts with a checkpoint's labels, or without any if the file has no column `label`.
 
     Args:
         checkpoint: whose labels count.
@@ -105,6 +106,8 @@ def read_test(checkpoint: Checkpoint, data: Path, limit: int | None = None) -> E
     path = find_table(data, "test") if data.is_dir() else data
     if path is None:
         raise DataError(f"{data}: a folder without test.parquet, test.csv or test.jsonl")
+    if not has_labels(path):
+        return read_texts(path).evenly(limit)
     labels = list(checkpoint.manifest.labels)
     return read_examples(path, labels, multi_label=checkpoint.multi_label).evenly(limit)
 
@@ -112,7 +115,7 @@ def read_test(checkpoint: Checkpoint, data: Path, limit: int | None = None) -> E
 def evaluate_checkpoint(
     checkpoint: Checkpoint, examples: Examples, ask: Ask | None = None
 ) -> list[Row]:
-    """Score every quality level, then the full budget, on labelled texts.
+    """Score every quality level, then the full budget, on texts with labels or without.
 
     Args:
         checkpoint: whose levels and labels count.
@@ -208,13 +211,15 @@ def _row(
     full: list[Verdict],
     examples: Examples,
 ) -> Row:
-    if examples.multi_label:
-        truth = [tuple(np.flatnonzero(row).tolist()) for row in examples.labels]
-    else:
-        truth = [(int(label),) for label in examples.labels]
     count = len(verdicts)
-    accuracy = sum(v.labels == right for v, right in zip(verdicts, truth, strict=True)) / count
-    low, high = interval(accuracy, count)
+    accuracy = low = high = None
+    if len(examples.labels):
+        if examples.multi_label:
+            truth = [tuple(np.flatnonzero(row).tolist()) for row in examples.labels]
+        else:
+            truth = [(int(label),) for label in examples.labels]
+        accuracy = sum(v.labels == right for v, right in zip(verdicts, truth, strict=True)) / count
+        low, high = interval(accuracy, count)
     macs = sum(v.macs for v in verdicts)
     budgets = Counter(v.budget for v in verdicts)
     return Row(

@@ -26,7 +26,7 @@ from budgetformer.checkpoint.manifest import (
 )
 from budgetformer.checkpoint.staging import check_replaceable, staged
 from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint
-from budgetformer.checkpoint.writing import write_network
+from budgetformer.checkpoint.writing import smallest_dtype, write_network
 from budgetformer.cost.table import CostTable
 from budgetformer.errors import DataError, TrainingError
 from budgetformer.families.conversion import MIN_POSITIONS, Conversion, convert_encoder
@@ -35,6 +35,7 @@ from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule, Measure
 from budgetformer.inference.ranges import LayerRanges
+from budgetformer.model.answers import probabilities
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.budget import BudgetController
 from budgetformer.model.configuration import BudgetFormerConfig
@@ -125,7 +126,7 @@ def train_checkpoint(
     Raises:
         DataError, CheckpointError: something is missing or does not fit.
     """
-    _check_output(output)
+    check_output(output)
     check_replaceable(output, replace=True)
     if recipe.max_length < MIN_POSITIONS:
         raise DataError(f"max_length is {recipe.max_length}, at least {MIN_POSITIONS} are needed")
@@ -217,7 +218,7 @@ def train_checkpoint(
         manifest = Manifest(
             name=output.parent.name,
             version=int(output.name),
-            created=_today(),
+            created=today(),
             files=file_entries(folder),
             max_tokens=max_tokens,
             exit_tokens=exit_tokens,
@@ -248,7 +249,7 @@ def train_checkpoint(
             write_manifest(folder, manifest)
         write_card(folder, manifest, report)
     shutil.rmtree(work_dir / DENSE, ignore_errors=True)
-    _clear(work_dir)
+    clear(work_dir)
     log(f"wrote {output}")
     return True
 
@@ -280,7 +281,7 @@ def recalibrate(
         DataError: the data does not fit, or the output exists or is no version folder.
         CheckpointError: the checkpoint is damaged.
     """
-    _check_output(output)
+    check_output(output)
     check_replaceable(output, replace=False)
     if measure == "agreement":
         if checkpoint.config.get("budget_scope") == "layer":
@@ -301,7 +302,7 @@ def recalibrate(
     network = load_pass(model, "auto", ranges)
     level_costs = checkpoint.manifest.recipe.get("level_costs", Recipe.level_costs)
     labels = None if measure == "agreement" else torch.from_numpy(examples.labels)
-    found = _find_policy(network, tokens, labels, level_costs, costs)
+    found = find_policy(network, tokens, labels, level_costs, costs)
     with staged(output) as folder:
         write_network(
             model,
@@ -309,12 +310,13 @@ def recalibrate(
             folder,
             checkpoint.manifest.max_tokens,
             checkpoint.manifest.truncation_side,
+            smallest_dtype(dict(model.state_dict())),
         )
         manifest = checkpoint.manifest.model_copy(
             update={
                 "name": output.parent.name,
                 "version": int(output.name),
-                "created": _today(),
+                "created": today(),
                 "files": file_entries(folder),
                 "ranges": ranges,
                 "metrics": checkpoint.manifest.metrics | {"calibration_rows": float(len(examples))},
@@ -519,21 +521,23 @@ def _calibrate(
     ranges = ranges_of_states(model, tokens)
     network = load_pass(model, "auto", ranges)
     seed = recipe.seed if teach and from_step0 else None
-    found = _find_policy(network, tokens, labels, recipe.level_costs, f_o_seed=seed)
+    found = find_policy(network, tokens, labels, recipe.level_costs, f_o_seed=seed)
     return network, ranges, found
 
 
-def _find_policy(
+def find_policy(
     network: PackedPass,
     tokens: TokenizedTexts,
     labels: Tensor | None,
     level_costs: Sequence[float],
     costs: CostTable | None = None,
     f_o_seed: int | None = None,
+    original: Tensor | None = None,
 ) -> Found:
     """Calibrate a network, whose configuration gets the weights of the fusion.
 
     With `f_o_seed`, f_o learns from the same texts, and rules are scored with its out-of-fold s.
+    The other arguments are those of `calibrate`.
     """
     config = network.config
     if config.budget_scope == "layer":
@@ -541,22 +545,24 @@ def _find_policy(
         return Found([], [], points=layerwise_points(network, tokens, labels))
     runs = run_every_step(network, tokens)
     if f_o_seed is not None:
-        assert labels is not None
         kind = config.problem_type
-        fusion = fit_fusion(runs.logits, labels, kind, config.embedding_exit)
+        truth = labels if original is None else probabilities(original, kind)
+        assert truth is not None
+        fusion = fit_fusion(runs.logits, truth, kind, config.embedding_exit)
         confident = torch.from_numpy(Table(config, runs, fusion).confidence)
         lengths = [len(ids) for ids in tokens.whole]
         read = torch.from_numpy(evidence(runs.logits[0].numpy(), lengths, kind))
         s = fit_controller(network.model, read, confident, f_o_seed)
         network.step0 = network.model.step0_with_numpy()
         runs = replace(runs, s=s)
-    found = calibrate(config, runs, labels, level_costs, costs)
+    found = calibrate(config, runs, labels, level_costs, costs, original)
     config.encoder_weight = [own for own, _ in found.fusion]
     config.exit_weight = [share for _, share in found.fusion]
     return found
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Refuse an output that is not `<store>/<name>/<version>`."""
     version, name = output.name, output.parent.name
     if not version.isdecimal() or not 1 <= int(version) <= MOST_VERSION:
         raise DataError(f"{output}: the last part must be a version number, such as 1")
@@ -564,7 +570,7 @@ def _check_output(output: Path) -> None:
         raise DataError(f"{output}: the part before the version must be a model name, not {name!r}")
 
 
-def _clear(work_dir: Path) -> None:
+def clear(work_dir: Path) -> None:
     """Remove the state of a run that is done, and its folder if nothing else is there."""
     if not work_dir.is_dir():
         return
@@ -579,7 +585,8 @@ def _silent(line: str) -> None:
     """Log nothing: the first process does."""
 
 
-def _today() -> str:
+def today() -> str:
+    """Return the date, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 

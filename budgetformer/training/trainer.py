@@ -169,7 +169,7 @@ class Trainer:
             resume = {}
         if "budget" not in done:
             teacher = self._here(resume.get("teacher", self.teacher))
-            if teacher is None and self.recipe.distillation:
+            if teacher is None and self.recipe.distillation and self.recipe.budget_epochs:
                 last = self.model.config.num_steps
                 teacher = self.predict(self.tokens, last, "teacher").to(self.device)
                 if self.step0 is not None:

@@ -20,7 +20,7 @@ from service.cli.serve import SettingsCommand, doctor, serve
 from service.cli.simulation import simulate
 from service.cli.terminal import FAILED, USAGE, JsonOption, say
 from service.cli.timing import bench_app, tune
-from service.cli.training import calibrate, evaluate, import_encoder, train
+from service.cli.training import calibrate, evaluate, import_encoder, recalibrate, train
 from service.observability.traces import TracingError
 from service.settings import SettingsError
 
@@ -43,7 +43,7 @@ _open = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(cls=SettingsCommand, context_settings=_open, add_help_option=False)(serve)
 app.command(cls=SettingsCommand, context_settings=_open)(doctor)
 app.command(cls=SettingsCommand, context_settings=_open)(simulate)
-for _command in (classify, train, calibrate, evaluate, tune):
+for _command in (classify, train, calibrate, recalibrate, evaluate, tune):
     app.command()(_command)
 app.command("import")(import_encoder)
 app.add_typer(models_app, name="models")

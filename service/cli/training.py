@@ -10,7 +10,7 @@ import typer
 from rich.markdown import Markdown
 from rich.table import Table
 
-from budgetformer.checkpoint.manifest import Manifest
+from budgetformer.checkpoint.manifest import FULL, Manifest
 from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.cost.table import read_tables
 from budgetformer.errors import DataError
@@ -46,6 +46,12 @@ BaselineOption = Annotated[
     Path | None,
     typer.Option(help="Also keep the dense network here, for `evaluate --report`."),
 ]
+
+
+PriceOption = Annotated[
+    float, typer.Option(min=0, help="Of a core for an hour, for the cost of a million texts.")
+]
+Effort = Literal["minutes", "hours"]
 
 
 def train(
@@ -88,8 +94,23 @@ def import_encoder(
     encoder: Annotated[
         str, typer.Argument(help="Folder of an encoder or classifier, or `minilm-l6`.")
     ],
-    data: DataOption,
     output: OutOption,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with labelled train and test files, or a file.")
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Texts without labels (CSV, JSONL, Parquet): a classifier's own answers teach its "
+            "budgets. A column `label` says how accurate they are."
+        ),
+    ] = None,
+    effort: Annotated[
+        Effort,
+        typer.Option(
+            help="With --texts: `minutes` trains nothing of the classifier, `hours` every step."
+        ),
+    ] = "minutes",
     recipe: RecipeOption = None,
     seed: SeedOption = None,
     work_dir: WorkOption = None,
@@ -97,22 +118,38 @@ def import_encoder(
     baseline: BaselineOption = None,
     device: DeviceOption = "auto",
     micro_batch: MicroBatchOption = None,
+    core_hour_price: PriceOption = 0.05,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn an encoder into a checkpoint, on your data: `train` with a start that must be there."""
-    train(
-        data,
-        output,
-        encoder,
-        recipe,
-        seed,
-        work_dir,
-        threads,
-        baseline,
-        device,
-        micro_batch,
-        as_json,
+    """Give an encoder budgets: with labelled data, or a classifier with texts alone."""
+    if (data is None) == (texts is None):
+        raise typer.BadParameter("give --data (labelled texts) or --texts (texts without labels)")
+    if data is not None:
+        train(
+            *(data, output, encoder, recipe, seed, work_dir, threads),
+            *(baseline, device, micro_batch, as_json),
+        )
+        return
+    assert texts is not None
+    from budgetformer.adoption.budgets import add_budgets
+    from budgetformer.training.recipe import Recipe
+
+    if baseline is not None:
+        raise typer.BadParameter("--baseline is for --data")
+    wrote = add_budgets(
+        classifier=Path(encoder),
+        texts=texts,
+        output=output,
+        recipe=Recipe.read(recipe or effort, seed=seed),
+        work_dir=work_dir or output.parent / f".{output.name}.work",
+        threads=threads,
+        log=note,
+        device=device,
+        micro_batch=micro_batch,
+        core_hour_price=core_hour_price,
     )
+    if wrote:
+        _show_levels(read_checkpoint(output).manifest, as_json)
 
 
 def calibrate(
@@ -148,27 +185,61 @@ def calibrate(
     _show_levels(manifest, as_json)
 
 
+def recalibrate(
+    model: Annotated[str, typer.Argument(help="Model name, `name:version`, or a folder.")],
+    texts: Annotated[
+        Path, typer.Option(help="Texts of current production traffic (CSV, JSONL, Parquet).")
+    ],
+    as_json: JsonOption = False,
+    model_store: StoreOption = Path("model_store"),
+) -> None:
+    """Write the next version of a model, its levels calibrated anew on texts without labels.
+
+    Levels are calibrated for agreement with its own full budget. A server that polls its store
+    serves the new version without a restart.
+    """
+    from budgetformer.training.pipeline import recalibrate as run
+
+    checkpoint = resolve(model, model_store)
+    folder = checkpoint.path.parent
+    versions = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+    output = folder / str(max(versions, default=checkpoint.version) + 1)
+    _show_levels(run(checkpoint, texts, output, note, measure="agreement"), as_json)
+
+
 def _show_levels(manifest: Manifest, as_json: bool) -> None:
     levels = list(manifest.named_levels.values())
+    timing = manifest.timing
     if as_json:
         out.print_json(data=[level.model_dump(mode="json") for level in levels])
         return
     if manifest.policy is not None:
         out.print(f"Steps: {', '.join(map(str, manifest.policy.chain))}")
-    columns = ("threshold", manifest.measure, "95 %", "points lost", "of dense", "mean heads")
+    both = manifest.measure == "agreement" and any(level.accuracy is not None for level in levels)
+    columns = ["threshold", manifest.measure, "95 %", "points lost", "of dense", "mean heads"]
+    columns += ["accuracy"] * both + ["ms per text", "cost of a million"] * (timing is not None)
     table = Table("quality", *columns)
     for level in levels:
         reached, bounds = level.reached(manifest.measure)
-        table.add_row(
-            level.name,
+        row = [
+            str(level.name),
             f"{level.threshold:.4f}",
             f"{reached:.4f}",
             f"{bounds[0]:.4f}..{bounds[1]:.4f}",
             f"{level.points_lost:+.2f}",
             f"{level.macs_share:.1%}",
             f"{level.mean_heads:.2f}",
-        )
+        ]
+        if both:
+            row.append("" if level.accuracy is None else f"{level.accuracy:.4f}")
+        if timing is not None:
+            name = str(level.name)
+            row += [f"{timing.milliseconds[name]:.3f}", f"{timing.price(name):.2f}"]
+        table.add_row(*row)
     out.print(table)
+    if timing is not None:
+        dense = f"{timing.milliseconds[FULL]:.3f} ms per text, {timing.price(FULL):.2f} a million"
+        out.print(f"All heads: {dense} ({timing.processor}, {timing.precision}).")
     _show_steps({str(level.name): level.budgets for level in levels})
 
 
@@ -183,7 +254,11 @@ def _show_steps(budgets: Mapping[str, Mapping[int, float]]) -> None:
 
 def evaluate(
     data: Annotated[
-        Path, typer.Option(help="Labelled CSV, JSONL or Parquet file, or a folder with `test.*`.")
+        Path,
+        typer.Option(
+            help="CSV, JSONL or Parquet file, or a folder with `test.*`; without a column `label` "
+            "there is agreement, and no accuracy."
+        ),
     ],
     model: ModelOption = None,
     url: Annotated[
@@ -200,10 +275,11 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use this many rows, evenly chosen.")
     ] = None,
+    core_hour_price: PriceOption = 0.05,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
-    """Report accuracy and cost of every quality level, and of the full budget."""
+    """Report accuracy, agreement and cost of every quality level, and of the full budget."""
     from budgetformer.training.evaluation import evaluate_checkpoint, read_test, through_http
 
     checkpoint = resolve(model, model_store)
@@ -211,7 +287,7 @@ def evaluate(
     if report is not None:
         if url is not None:
             raise typer.BadParameter("a report is made here, it cannot ask a server")
-        _report(checkpoint, examples, report, baseline)
+        _report(checkpoint, examples, report, baseline, core_hour_price)
         return
     ask = None if url is None else through_http(url, checkpoint)
     rows = evaluate_checkpoint(checkpoint, examples, ask)
@@ -229,12 +305,25 @@ def evaluate(
 
 
 def _report(
-    checkpoint: Checkpoint, examples: Examples, folder: Path, baseline: Path | None
+    checkpoint: Checkpoint,
+    examples: Examples,
+    folder: Path,
+    baseline: Path | None,
+    core_hour_price: float,
 ) -> None:
+    """Write the levels' own report, and the frontier where texts have labels."""
+    from budgetformer.adoption.costs import measure_levels
+    from budgetformer.adoption.report import PAGE, write_levels
     from budgetformer.experiments.report import report_checkpoint
     from budgetformer.experiments.report_files import write_report
     from budgetformer.training.baseline import read_baseline
+    from budgetformer.training.evaluation import evaluate_checkpoint
 
+    timing = measure_levels(checkpoint, examples, core_hour_price)
+    write_levels(checkpoint.label, evaluate_checkpoint(checkpoint, examples), timing, folder)
+    out.print(Markdown((folder / PAGE).read_text()))
+    if not len(examples.labels):
+        return
     dense = None if baseline is None else read_baseline(baseline)
     write_report(report_checkpoint(checkpoint, examples, dense), folder)
     out.print(Markdown((folder / "README.md").read_text()))

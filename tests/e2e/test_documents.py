@@ -20,18 +20,22 @@ from budgetformer.checkpoint.manifest import write_manifest
 from budgetformer.checkpoint.store import read_checkpoint
 from service.cli import app
 from service.cli.serve import read_serve_settings
+from tests.support.classifiers import save_classifier
 from tests.support.command_line import CommandLine
 from tests.support.documents import PAGES, ROOT, Block, blocks_of
 from tests.support.processes import Server, clean_environment, server
 from tests.support.programs import program
 from tests.support.serving import ADMIN_KEY
-from tests.support.stores import TOPICS, single_label_rows
+from tests.support.stores import TOPICS, single_label_rows, write_jsonl
 
 pytestmark = pytest.mark.timeout(300)
 
 NOT_RUN = {
     "budgetformer train": "takes hours: its options are read",
-    "budgetformer import": "takes minutes: its options are read; docs/examples/convert.py runs it",
+    "budgetformer import my_encoder/": "takes minutes: its options are read; "
+    "docs/examples/convert.py runs it",
+    "budgetformer import my_classifier/ --texts log.jsonl --effort hours": "takes minutes: its "
+    "options are read; tests/unit/budgetformer/adoption runs it",
     "budgetformer evaluate --data my_texts/test.parquet --model my_model": "needs a long training",
     "budgetformer serve": "does not end: its settings are read; a server runs beside this test",
     "budgetformer classify --file million.jsonl": "takes minutes: its options are read",
@@ -91,6 +95,8 @@ def reader(named_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     table = "text,label\n" + "".join(f'"{row["text"]}",{row["label"]}\n' for row in rows)
     for name in ("train.csv", "test.csv"):
         (tmp_path / "my_texts" / name).write_text(table)
+    save_classifier(tmp_path / "my_classifier", "bert")
+    write_jsonl(tmp_path / "log.jsonl", ({"text": text} for text in texts))
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     for name in ("my_texts/test.parquet", "my_labelled_texts.parquet"):
@@ -111,6 +117,18 @@ def test_the_code_of_a_page_runs(
         elif block.language == "bash":
             for line in block.code.replace("\\\n", " ").splitlines():
                 _run_line(block, line, documented.url, command, reader)
+
+
+@pytest.mark.parametrize("family", ["distilbert", "modernbert", "deberta-v2"])
+def test_a_classifier_of_another_family(
+    documented: Server, command: CommandLine, reader: Path, family: str
+) -> None:
+    shutil.rmtree(reader / "my_classifier")
+    save_classifier(reader / "my_classifier", family)
+    test_the_code_of_a_page_runs(
+        documented, command, reader, ROOT / "docs" / "bring-your-classifier.md"
+    )
+    assert len(list((reader / "model_store" / "mine").iterdir())) == 3
 
 
 def _at(url: str, text: str) -> str:

@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
     pipeline,
 )
 
@@ -24,29 +23,17 @@ from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import CheckpointError
 from budgetformer.model.modeling import quiet
-from tests.support.stores import labelled_sentences, write_jsonl
-from tests.support.texts import tokenizer_for
-from tests.unit.budgetformer.families.test_families import CONFIGS, DISTILBERT, SMALL, make
+from tests.support.classifiers import (
+    CONFIGS,
+    DISTILBERT,
+    SMALL,
+    TEXTS,
+    save_classifier,
+    save_tokenizer,
+)
+from tests.support.stores import write_jsonl
 
-TEXTS = [text for text, _ in labelled_sentences()[:40]]
 PAIRS = list(zip(TEXTS[:20], TEXTS[20:], strict=True))
-
-
-def save_tokenizer(folder: Path, **settings: Any) -> None:
-    """Save a tokenizer for the sentences, with padding and truncation in its file."""
-    made = tokenizer_for(TEXTS)
-    made.enable_padding(length=60)
-    made.enable_truncation(7)
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=made, **names | settings).save_pretrained(folder)
-
-
-def classifier(folder: Path, family: str = "bert", **sizes: Any) -> Path:
-    """Save a small random classifier with its tokenizer."""
-    words = tokenizer_for(TEXTS).get_vocab_size()
-    make(family, folder, **CONFIGS[family][0] | sizes | {"vocab_size": words})
-    save_tokenizer(folder)
-    return folder
 
 
 def adopt(folder: Path, **choices: Any) -> Checkpoint:
@@ -79,7 +66,7 @@ def assert_same(folder: Path, checkpoint: Checkpoint, texts: list[Any], **settin
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_probabilities_are_those_of_the_pipeline(tmp_path: Path, family: str) -> None:
-    folder = classifier(tmp_path / "made", family)
+    folder = save_classifier(tmp_path / "made", family)
     checkpoint = adopt(folder)
     assert_same(folder, checkpoint, TEXTS[:5])
     assert checkpoint.label == "made:1"
@@ -88,18 +75,18 @@ def test_probabilities_are_those_of_the_pipeline(tmp_path: Path, family: str) ->
 
 
 def test_pairs(tmp_path: Path) -> None:
-    folder = classifier(tmp_path / "made")
+    folder = save_classifier(tmp_path / "made")
     assert_same(folder, adopt(folder), PAIRS[:5])
 
 
 def test_pairs_of_a_tokenizer_without_token_types(tmp_path: Path) -> None:
-    folder = classifier(tmp_path / "made")
+    folder = save_classifier(tmp_path / "made")
     save_tokenizer(folder, model_input_names=["input_ids", "attention_mask"])
     assert_same(folder, adopt(folder), PAIRS[:5])
 
 
 def test_several_labels_of_a_text(tmp_path: Path) -> None:
-    folder = classifier(tmp_path / "made", problem_type="multi_label_classification")
+    folder = save_classifier(tmp_path / "made", problem_type="multi_label_classification")
     checkpoint = adopt(folder)
     assert checkpoint.multi_label
     assert_same(folder, checkpoint, TEXTS[:5])
@@ -107,7 +94,7 @@ def test_several_labels_of_a_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_weights_keep_their_precision(tmp_path: Path, dtype: torch.dtype) -> None:
-    folder = classifier(tmp_path / "made")
+    folder = save_classifier(tmp_path / "made")
     with quiet():
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
         (folder / "model.safetensors").unlink()
@@ -120,14 +107,14 @@ def test_weights_keep_their_precision(tmp_path: Path, dtype: torch.dtype) -> Non
 
 
 def test_every_quality_is_all_heads(tmp_path: Path) -> None:
-    ask = Classifier(adopt(classifier(tmp_path / "made")).path)
+    ask = Classifier(adopt(save_classifier(tmp_path / "made")).path)
     found = [ask(TEXTS[:3], quality=quality) for quality in ("fast", "balanced", "best", 2.0)]
     assert all(answers == found[0] for answers in found)
     assert {(a.macs, a.budget) for a in found[0]} == {(a.dense_macs, 1) for a in found[0]}
 
 
 def test_the_same_classifier_is_added_once(tmp_path: Path) -> None:
-    folder = classifier(tmp_path / "made")
+    folder = save_classifier(tmp_path / "made")
     assert adopt(folder).path == adopt(folder).path
     with quiet():
         model = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -138,7 +125,7 @@ def test_the_same_classifier_is_added_once(tmp_path: Path) -> None:
 
 
 def test_texts_give_int8_its_ranges(tmp_path: Path) -> None:
-    folder = classifier(tmp_path / "made")
+    folder = save_classifier(tmp_path / "made")
     texts = write_jsonl(tmp_path / "sample.jsonl", ({"text": text} for text in TEXTS))
     checkpoint = adopt(folder, texts=texts)
     assert len(checkpoint.manifest.ranges) == SMALL["num_hidden_layers"]
@@ -153,7 +140,7 @@ class TestTokenizers:
         assert_same(folder, checkpoint, [text])
 
     def test_without_tokenizer_json(self, tmp_path: Path) -> None:
-        folder = classifier(tmp_path / "made")
+        folder = save_classifier(tmp_path / "made")
         vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
         (folder / "tokenizer.json").unlink()
         (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
@@ -162,14 +149,14 @@ class TestTokenizers:
 
     @pytest.mark.parametrize("lower", [True, False])
     def test_casing_that_differs_from_its_configuration(self, tmp_path: Path, lower: bool) -> None:
-        folder = classifier(tmp_path / "made")
+        folder = save_classifier(tmp_path / "made")
         settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         self.words(adopt(folder), folder, TEXTS[0].upper())
 
     @pytest.mark.parametrize("limit", [int(1e30), 12])
     def test_its_longest_input(self, tmp_path: Path, limit: int) -> None:
-        folder = classifier(tmp_path / "made")
+        folder = save_classifier(tmp_path / "made")
         save_tokenizer(folder, model_max_length=limit)
         checkpoint = adopt(folder)
         longest = min(limit, int(SMALL["max_position_embeddings"]))
@@ -178,7 +165,7 @@ class TestTokenizers:
         assert_same(folder, checkpoint, [text], truncation=True, max_length=longest)
 
     def test_longer_texts_are_cut_at_its_own_side(self, tmp_path: Path) -> None:
-        folder = classifier(tmp_path / "made")
+        folder = save_classifier(tmp_path / "made")
         save_tokenizer(folder, model_max_length=12, truncation_side="left")
         assert_same(folder, adopt(folder), [" ".join(TEXTS[:9])], truncation=True)
 
@@ -236,7 +223,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_served_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
     change, message = REFUSED[kind]
-    folder = classifier(tmp_path / "made")
+    folder = save_classifier(tmp_path / "made")
     change(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
         adopt(folder)
@@ -247,18 +234,18 @@ def test_what_cannot_be_served_is_refused_in_one_line(tmp_path: Path, kind: str)
 
 @pytest.mark.parametrize("name", ["a b", "..", "", "x" * 65])
 def test_a_name_that_no_model_may_have(tmp_path: Path, name: str) -> None:
-    folder = classifier(tmp_path / "made")
+    folder = save_classifier(tmp_path / "made")
     with pytest.raises(CheckpointError, match="--name"):
         adopt(folder, name=name or " ")
 
 
 class TestFinding:
     def test_a_folder(self, tmp_path: Path) -> None:
-        folder = classifier(tmp_path / "made")
+        folder = save_classifier(tmp_path / "made")
         assert find_classifier(str(folder)) == folder
 
     def test_a_checkpoint_is_none(self, tmp_path: Path) -> None:
-        checkpoint = adopt(classifier(tmp_path / "made"))
+        checkpoint = adopt(save_classifier(tmp_path / "made"))
         assert find_classifier(str(checkpoint.path)) is None
         assert read_checkpoint(checkpoint.path)
 
@@ -275,5 +262,5 @@ class TestFinding:
 
 
 def test_distilbert_has_the_sizes_of_its_family(tmp_path: Path) -> None:
-    folder = classifier(tmp_path / "made", "distilbert")
+    folder = save_classifier(tmp_path / "made", "distilbert")
     assert adopt(folder).num_heads == DISTILBERT["n_heads"]

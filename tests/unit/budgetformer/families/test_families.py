@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from budgetformer.cost.counter import MacCounter
 from budgetformer.cost.macs import dense_macs
@@ -21,85 +21,13 @@ from budgetformer.families.conversion import convert_encoder
 from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedTokens
 from budgetformer.model.configuration import BudgetFormerConfig
-from budgetformer.model.modeling import BudgetFormerForSequenceClassification, quiet
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.importance import order_by_importance
+from tests.support.classifiers import CONFIGS, LABELS, SMALL, V3, make
 from tests.support.networks import assert_close
 
-NAMES = ["calm", "glad", "sad"]
 TOLERANCE = 1e-4
-SMALL = {
-    "vocab_size": 60,
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "max_position_embeddings": 70,
-    "initializer_range": 0.3,
-}
-DISTILBERT = {
-    "vocab_size": 60,
-    "dim": 24,
-    "n_layers": 3,
-    "n_heads": 4,
-    "hidden_dim": 40,
-    "max_position_embeddings": 70,
-    "initializer_range": 0.3,
-}
-V3 = {
-    "relative_attention": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_biased_input": False,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "type_vocab_size": 0,
-}
-CONFIGS: dict[str, list[dict[str, Any]]] = {
-    "bert": [SMALL, SMALL | {"hidden_act": "relu", "type_vocab_size": 3}],
-    "roberta": [SMALL | {"pad_token_id": 1}, SMALL | {"pad_token_id": 3, "type_vocab_size": 1}],
-    "xlm-roberta": [SMALL | {"pad_token_id": 1, "type_vocab_size": 1}],
-    "camembert": [SMALL | {"pad_token_id": 1, "type_vocab_size": 1}],
-    "distilbert": [DISTILBERT, DISTILBERT | {"activation": "relu"}],
-    "electra": [SMALL | {"embedding_size": 8}, SMALL | {"embedding_size": 24}],
-    "albert": [
-        SMALL | {"embedding_size": 8},
-        SMALL | {"embedding_size": 24, "num_hidden_groups": 3},
-        SMALL | {"embedding_size": 8, "num_hidden_layers": 2, "inner_group_num": 2},
-    ],
-    "mpnet": [SMALL, SMALL | {"max_position_embeddings": 300}],
-    "modernbert": [
-        SMALL | {"local_attention": 8, "pad_token_id": 0},
-        SMALL | {"local_attention": 4, "pad_token_id": 0, "classifier_pooling": "mean"},
-        SMALL
-        | {"global_attn_every_n_layers": 2, "pad_token_id": 0, "norm_bias": True, "mlp_bias": True}
-        | {"attention_bias": True, "classifier_bias": True, "local_attention": 20},
-    ],
-    "deberta-v2": [
-        SMALL | V3 | {"position_buckets": 8},
-        SMALL | V3 | {"position_buckets": -1, "pos_att_type": ["c2p"]},
-        SMALL | V3 | {"position_buckets": 16, "share_att_key": False, "norm_rel_ebd": "none"},
-        SMALL | V3 | {"position_biased_input": True, "type_vocab_size": 2, "pos_att_type": []},
-        SMALL | {"relative_attention": False},
-    ],
-    "megatron-bert": [SMALL],
-    "nomic_bert": [SMALL, SMALL | {"hidden_act": "gelu", "type_vocab_size": 1}],
-    "gte": [SMALL | {"pad_token_id": 1}, SMALL | {"pad_token_id": 0, "type_vocab_size": 2}],
-}
 CASES = [(name, place) for name in CONFIGS for place in range(len(CONFIGS[name]))]
-
-
-def make(model_type: str, folder: Path, **sizes: Any) -> PreTrainedModel:
-    """Save a small random classifier of a family, all of whose weights say something."""
-    labels = {"id2label": dict(enumerate(NAMES)), "label2id": {n: i for i, n in enumerate(NAMES)}}
-    config = AutoConfig.for_model(model_type, **sizes, **labels)
-    with torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias") or "norm" in name.lower():
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-        model.save_pretrained(folder)
-    return model.eval()
 
 
 def batch_of(model: PreTrainedModel, lengths: list[int]) -> dict[str, Tensor]:
@@ -148,7 +76,7 @@ def converted(
         model_type: str, place: int, **choices: Any
     ) -> tuple[PreTrainedModel, BudgetFormerForSequenceClassification]:
         source = make(model_type, tmp_path, **CONFIGS[model_type][place])
-        return source, convert_encoder(tmp_path, NAMES, **choices).model.eval()
+        return source, convert_encoder(tmp_path, LABELS, **choices).model.eval()
 
     return convert
 
@@ -225,12 +153,12 @@ class TestRefusals:
     ) -> None:
         make(model_type, tmp_path, **SMALL | changes)
         with pytest.raises(CheckpointError, match=message):
-            convert_encoder(tmp_path, NAMES)
+            convert_encoder(tmp_path, LABELS)
 
     def test_an_unknown_family_is_told_which_are_known(self, tmp_path: Path) -> None:
         make("gpt2", tmp_path, vocab_size=60, n_embd=24, n_layer=1, n_head=4)
         with pytest.raises(CheckpointError) as caught:
-            convert_encoder(tmp_path, NAMES)
+            convert_encoder(tmp_path, LABELS)
         assert all(name in str(caught.value) for name in FAMILIES)
 
 
@@ -268,7 +196,7 @@ AS_RELEASED: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 def test_texts_as_long_as_the_family_takes(tmp_path: Path, model_type: str) -> None:
     source = make(model_type, tmp_path, **TINY | AS_RELEASED[model_type])
-    model = convert_encoder(tmp_path, NAMES).model.eval()
+    model = convert_encoder(tmp_path, LABELS).model.eval()
     limit = model.config.max_position_embeddings
     batch = batch_of(source, [limit])
     expected = theirs(source, batch)
@@ -280,7 +208,7 @@ def largest_error(model_type: str, folder: Path) -> float:
     found = []
     for sizes in CONFIGS[model_type]:
         source = make(model_type, folder, **sizes)
-        model = convert_encoder(folder, NAMES).model.eval()
+        model = convert_encoder(folder, LABELS).model.eval()
         for lengths in ([5, 1, 12], [model.config.max_position_embeddings, 9]):
             batch = batch_of(source, lengths)
             steps = [model.config.num_steps] * len(lengths)

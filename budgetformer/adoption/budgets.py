@@ -1,0 +1,260 @@
+"""Give a classifier budgets, with texts alone: its own answers are what its steps learn.
+
+Nobody labels anything. Step 0 and f_o learn the classifier's answers; with effort "hours" so does
+every step of the ladder. Levels are calibrated for agreement with the classifier, on texts that
+nothing was trained on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from budgetformer.adoption.costs import CORE_HOUR_PRICE, measure_levels
+from budgetformer.checkpoint.manifest import Manifest, Provenance, file_entries, write_manifest
+from budgetformer.checkpoint.staging import check_replaceable, staged
+from budgetformer.checkpoint.store import read_checkpoint
+from budgetformer.checkpoint.writing import smallest_dtype, write_network
+from budgetformer.errors import DataError
+from budgetformer.families.conversion import convert_classifier, read_classifier
+from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
+from budgetformer.inference.choice import load_pass
+from budgetformer.inference.packed import PackedPass, PackedTokens
+from budgetformer.model.architecture import MULTI_LABEL
+from budgetformer.model.step0 import table_columns
+from budgetformer.training.calibration import answers_of, ranges_of_states
+from budgetformer.training.card import write_card
+from budgetformer.training.data import (
+    Examples,
+    TokenizedTexts,
+    drawn_rows,
+    has_labels,
+    read_examples,
+    read_texts,
+)
+from budgetformer.training.pipeline import (
+    FEWEST_ROWS,
+    Log,
+    check_output,
+    clear,
+    find_device,
+    find_policy,
+    today,
+)
+from budgetformer.training.processes import join_processes
+from budgetformer.training.recipe import Recipe
+from budgetformer.training.step0 import fit_step0
+from budgetformer.training.trainer import Trainer, progress_bar, split_rows
+
+Effort = Literal["minutes", "hours"]
+
+MAX_HELD_OUT = 5000
+"""Texts that are calibrated on, at most: more hardly narrow the intervals."""
+BATCH = 32
+
+
+def add_budgets(
+    *,
+    classifier: Path,
+    texts: Path,
+    output: Path,
+    recipe: Recipe,
+    work_dir: Path,
+    threads: int | None,
+    log: Log,
+    device: str = "auto",
+    micro_batch: int | None = None,
+    core_hour_price: float = CORE_HOUR_PRICE,
+) -> bool:
+    """Make a checkpoint with budgets of a classifier and a log of texts.
+
+    Args:
+        classifier: folder of a classifier of a known family, with its tokenizer.
+        texts: a file with texts of the kind that it will serve; a column `label`, if there is one,
+            says how accurate the levels are, and teaches nothing.
+        output: what to write; its last two parts are the model's name and version.
+        recipe: `Recipe.read("minutes")` or `("hours")`, or another without dense epochs.
+        work_dir: state of the run; a second call goes on from it.
+        threads: of torch; None: its own choice.
+        log: gets one line per event.
+        device, micro_batch: see `budgetformer.training.pipeline.train_checkpoint`.
+        core_hour_price: of one core for an hour, for the table of costs.
+
+    Returns:
+        Whether this process wrote the checkpoint.
+
+    Raises:
+        DataError: the texts or the recipe do not fit.
+        CheckpointError: the classifier cannot be converted.
+    """
+    check_output(output)
+    check_replaceable(output, replace=True)
+    _check_recipe(recipe)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    processes, where = join_processes(find_device(device))
+    if not processes.is_main:
+        log = _silent
+    source = read_classifier(classifier)
+    labelled = has_labels(texts)
+    examples = _read(texts, source.label_names, source.problem_type, labelled)
+    if recipe.max_train_rows < len(examples) and recipe.max_train_rows:
+        rows = drawn_rows(len(examples), recipe.max_train_rows, recipe.seed)
+        log(f"{len(rows)} of {len(examples)} texts, drawn at random")
+        examples = examples.subset(rows)
+    if len(examples) < 2 * FEWEST_ROWS:
+        raise DataError(f"{texts}: {len(examples)} texts, {2 * FEWEST_ROWS} are needed")
+    tokenizer = read_tokenizer(classifier)
+    columns = table_columns(len(source.label_names), source.problem_type == MULTI_LABEL)
+    torch.manual_seed(recipe.seed)
+    conversion = convert_classifier(
+        source,
+        head_selection="ranked",
+        budget_scope="input",
+        budget_ffn=recipe.budget_ffn,
+        embedding_exit=True,
+        exit_tfidf=True,
+        exit_buckets=recipe.exit_weights // columns,
+        attention_probs_dropout_prob=recipe.attention_dropout,
+    )
+    model = conversion.model
+    check_tokenizer(tokenizer.tokenizer, model.config, classifier)
+    tokenizer.fit(model)
+    for note in conversion.notes:
+        log(note)
+    max_tokens = min(tokenizer.longest(model.config), recipe.max_length)
+    exit_tokens = max(recipe.exit_tokens, max_tokens)
+    tokens = TokenizedTexts(
+        tokenizer.tokenizer,
+        examples.texts,
+        examples.pairs,
+        max_tokens,
+        tokenizer.side,
+        exit_tokens,
+    )
+    log(f"{len(tokens.ids)} texts of {tokens.lengths.mean():.1f} tokens on average")
+    original = full_logits(load_pass(model, "float32"), tokens)
+    answers = answers_of(original, model.config.problem_type).numpy()
+    kept, held = split_rows(len(tokens.ids), recipe.hold_out, recipe.seed)
+    held = held[:: -(-len(held) // MAX_HELD_OUT)]
+    taught = replace(examples.subset(kept), labels=answers[kept], names=source.label_names)
+    seen = tokens.subset(kept)
+    model.exit_head, out_of_fold = fit_step0(model.config, seen, taught, recipe)
+    trainer = Trainer(
+        *(model, seen, taught, recipe, work_dir, log, conversion.origin, out_of_fold),
+        teacher=original[kept],
+        device=where,
+        micro_batch=micro_batch,
+        processes=processes,
+    )
+    trainer.train()
+    if not processes.is_main:
+        return False
+    log("fitting f_o, calibrating budgets")
+    trained = recipe.budget_epochs > 0
+    dtype = torch.float16 if trained else smallest_dtype(source.weights)
+    with torch.no_grad():  # served as the file holds it
+        for weight in model.parameters():
+            weight.copy_(weight.to(dtype).float())
+    unseen = tokens.subset(held)
+    ranges = ranges_of_states(model, unseen)
+    network = load_pass(model, "auto", ranges)
+    found = find_policy(
+        network,
+        unseen,
+        torch.from_numpy(examples.labels[held]) if labelled else None,
+        recipe.level_costs,
+        f_o_seed=recipe.seed,
+        original=original[held],
+    )
+    with staged(output, replace=True) as folder:
+        write_network(model, tokenizer.tokenizer, folder, max_tokens, tokenizer.side, dtype)
+        manifest = Manifest(
+            name=output.parent.name,
+            version=int(output.name),
+            created=today(),
+            files=file_entries(folder),
+            max_tokens=max_tokens,
+            exit_tokens=exit_tokens,
+            truncation_side=tokenizer.side,
+            labels=tuple(source.label_names),
+            problem_type=source.problem_type,
+            seed=recipe.seed,
+            recipe=recipe.as_dict(),
+            metrics={
+                "train_rows": float(len(kept)),
+                "calibration_rows": float(len(held)),
+                "conversion_difference": conversion.difference or 0.0,
+            },
+            ranges=ranges,
+            provenance=Provenance(
+                starting_weights=classifier.resolve().name,
+                starting_weights_license="as stated with those weights",
+                data=recipe.data_name or texts.name,
+                data_terms=recipe.data_terms,
+            ),
+        )
+        manifest = manifest.model_copy(update=found.of_manifest())
+        write_manifest(folder, manifest)
+        log("measuring time per text")
+        manifest = manifest.model_copy(
+            update={
+                "timing": measure_levels(
+                    read_checkpoint(folder), examples.subset(held), core_hour_price
+                )
+            }
+        )
+        write_manifest(folder, manifest)
+        write_card(folder, manifest, [])
+    clear(work_dir)
+    log(f"wrote {output}")
+    return True
+
+
+def full_logits(network: PackedPass, tokens: TokenizedTexts) -> Tensor:
+    """Return the full network's own logits [N, C] of N texts."""
+    count, last = len(tokens.ids), network.config.num_steps
+    logits = torch.zeros(count, network.config.num_classes)
+    order = np.argsort(tokens.lengths, kind="stable")
+    with progress_bar() as bar:
+        task = bar.add_task("the classifier's answers", total=count, note="")
+        for start in range(0, count, BATCH):
+            rows = order[start : start + BATCH]
+            packed = PackedTokens.pack(
+                [tokens.ids[row].tolist() for row in rows],
+                [tokens.types[row].tolist() for row in rows],
+            )
+            logits[rows] = network.run(packed, [last] * len(rows), fused=False).logits.cpu()
+            bar.advance(task, len(rows))
+    return logits
+
+
+def _read(path: Path, names: list[str], problem_type: str, labelled: bool) -> Examples:
+    if not labelled:
+        return read_texts(path)
+    return read_examples(path, names, multi_label=problem_type == MULTI_LABEL)
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """Refuse what would not keep the classifier that is taken over."""
+    wanted = {
+        "dense_epochs": 0,
+        "head_selection": "ranked",
+        "budget_scope": "input",
+        "embedding_exit": True,
+        "gating": "hard",
+    }
+    for key, value in wanted.items():
+        if getattr(recipe, key) != value:
+            raise DataError(
+                f"recipe key {key} is {getattr(recipe, key)!r}, with --texts it must be {value!r}"
+            )
+
+
+def _silent(line: str) -> None:
+    """Log nothing: the first process does."""

@@ -1,0 +1,81 @@
+"""The report of a checkpoint's quality levels on some texts: one table and one plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from budgetformer.checkpoint.manifest import FULL, Timing
+from budgetformer.training.evaluation import Row, interval
+from budgetformer.training.pages import draw, markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PAGE, PLOT = "levels.md", "levels.png"
+COLUMNS = (
+    *("quality", "agreement", "95 %", "accuracy", "multiply-adds", "ms per text"),
+    *("cost of a million",),
+)
+
+
+def level_cells(rows: Sequence[Row], timing: Timing) -> list[list[str]]:
+    """Return the table of a report, by `COLUMNS`."""
+    return [
+        [
+            row.quality,
+            f"{row.agreement:.4f}",
+            "{:.4f}..{:.4f}".format(*interval(row.agreement, row.rows)),
+            "" if row.accuracy is None else f"{row.accuracy:.4f}",
+            f"{row.macs_share:.1%}",
+            f"{timing.milliseconds[row.quality]:.3f}",
+            f"{timing.price(row.quality):.2f}",
+        ]
+        for row in rows
+    ]
+
+
+def write_levels(label: str, rows: Sequence[Row], timing: Timing, folder: Path) -> None:
+    """Write `levels.md` and `levels.png` to a folder, which is made where needed.
+
+    Args:
+        label: of the checkpoint.
+        rows: what its levels reached.
+        timing: what they took.
+        folder: where to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    draw([folder / PLOT], partial(_plot, rows=rows, timing=timing), size=(7, 4.2))
+    table = markdown_table(COLUMNS, level_cells(rows, timing))
+    (folder / PAGE).write_text(f"""# {label} on {rows[0].rows} texts
+
+Agreement is the share of answers that are those of the full budget. Multiply-adds are shares of the
+dense network's. Times are of {timing.processor}, {timing.threads} threads, {timing.precision}, in
+batches, tokenization included; costs are for a core at {timing.core_hour_price:g} an hour.
+
+{table}
+
+![Agreement against time]({PLOT})
+""")
+
+
+def _plot(axes: Axes, rows: Sequence[Row], timing: Timing) -> None:
+    times = [timing.milliseconds[row.quality] for row in rows]
+    axes.plot(times, [row.agreement for row in rows], "o-", label="agreement with the full budget")
+    if all(row.accuracy is not None for row in rows):
+        axes.plot(times, [row.accuracy or 0.0 for row in rows], "s--", label="accuracy")
+    for row, milliseconds in zip(rows, times, strict=True):
+        name = "full" if row.quality == FULL else row.quality
+        axes.annotate(
+            name,
+            (milliseconds, row.agreement),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="center",
+        )
+    axes.set_xlim(left=0)
+    axes.set_xlabel("milliseconds per text")
+    axes.set_ylabel(f"share of {rows[0].rows} texts")
+    axes.legend(loc="lower right")

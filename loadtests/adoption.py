@@ -1,0 +1,198 @@
+"""A classifier of somebody else, served in every way: time to the first answer, and rates.
+
+`python -m loadtests.adoption my_classifier/ --texts log.jsonl --budgets model_store/mine/2`
+compares Transformers' pipeline and ONNX Runtime int8 with this project: the classifier as it is,
+and with budgets. All answer the same texts in batches of 32, taking turns, with the same threads.
+Agreement is with the pipeline's labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from budgetformer.adoption.as_is import add_classifier
+from budgetformer.bench.rivals import quantize
+from budgetformer.classifier import Classifier
+from budgetformer.cost.processor import processor_name
+from budgetformer.training.data import read_texts
+from budgetformer.training.evaluation import interval
+from budgetformer.training.pages import markdown_table
+from loadtests.servers import free_port
+
+BATCH, ROUNDS, WAIT_SECONDS = 32, 3, 120.0
+LOAD = """
+import sys
+from transformers import pipeline
+print(pipeline("text-classification", model=sys.argv[1], device="cpu")(sys.argv[2]))
+"""
+
+Answer = Callable[[list[str]], list[str]]
+"""Return the label of each text."""
+
+
+def seconds_to_serve(folder: Path, store: Path, text: str) -> float:
+    """Return how long after `serve --model` the first answer comes."""
+    port = free_port()
+    command = [sys.executable, "-m", "budgetformer", "serve", "--model", str(folder)]
+    command += ["--model-store", str(store), "--port", str(port)]
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            while time.perf_counter() - began < WAIT_SECONDS:
+                request = urllib.request.Request(
+                    f"http://127.0.0.1:{port}/classify",
+                    json.dumps({"input": text}).encode(),
+                    {"Content-Type": "application/json"},
+                )
+                try:
+                    with urllib.request.urlopen(request, timeout=10) as response:
+                        json.load(response)
+                    return time.perf_counter() - began
+                except (urllib.error.URLError, OSError):
+                    time.sleep(0.02)
+            raise SystemExit(f"no answer within {WAIT_SECONDS:g} s")
+        finally:
+            server.terminate()
+
+
+def seconds_of_pipeline(folder: Path, text: str) -> float:
+    """Return how long a program takes that loads the pipeline and answers one text."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", LOAD, folder, text], check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def of_pipeline(folder: Path, longest: int) -> Answer:
+    """Answer with Transformers' pipeline."""
+    ask = pipeline("text-classification", model=str(folder), device="cpu", dtype=torch.float32)
+
+    def answer(texts: list[str]) -> list[str]:
+        given: Any = ask(texts, batch_size=BATCH, truncation=True, max_length=longest)
+        return [one["label"] for one in given]
+
+    return answer
+
+
+def of_onnx(folder: Path, scratch: Path, longest: int, threads: int) -> Answer:
+    """Answer with ONNX Runtime, the classifier's weights in int8."""
+    import onnxruntime
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    inputs = list(tokenizer(["a", "b"], return_tensors="pt"))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        quantize(model, inputs, scratch), options, providers=["CPUExecutionProvider"]
+    )
+
+    def answer(texts: list[str]) -> list[str]:
+        labels: list[str] = []
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for start in range(0, len(texts), BATCH):
+            some = [texts[i] for i in order[start : start + BATCH]]
+            tokens = tokenizer(
+                some, padding=True, truncation=True, max_length=longest, return_tensors="np"
+            )
+            (logits,) = session.run(None, {name: tokens[name] for name in inputs})
+            labels += [names[i] for i in logits.argmax(-1)]
+        found = dict(zip(order, labels, strict=True))
+        return [found[i] for i in range(len(texts))]
+
+    return answer
+
+
+def of_checkpoint(path: Path, quality: str | None, precision: Any = "auto") -> Answer:
+    """Answer with a checkpoint of this project; no quality means all heads."""
+    classifier = Classifier(path, precision=precision)
+    heads = classifier.checkpoint.num_heads if quality is None else None
+
+    def answer(texts: list[str]) -> list[str]:
+        return [one.label for one in classifier(texts, quality=quality, heads=heads)]
+
+    return answer
+
+
+def measure(ways: dict[str, Answer], texts: list[str]) -> dict[str, tuple[list[str], list[float]]]:
+    """Let all ways answer by turns; return the labels of each, and its texts a second."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    labels: dict[str, list[str]] = {}
+    for turn in range(ROUNDS + 1):
+        for name, answer in ways.items():
+            began = time.perf_counter()
+            labels[name] = answer(texts)
+            if turn:
+                rates[name].append(len(texts) / (time.perf_counter() - began))
+    return {name: (labels[name], rates[name]) for name in ways}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--budgets", type=Path, action="append", default=[])
+    parser.add_argument("--limit", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    texts = read_texts(given.texts).evenly(given.limit).texts
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Path(scratch) / "store"
+        first, second = (seconds_to_serve(given.folder, store, texts[0]) for _ in range(2))
+        theirs = seconds_of_pipeline(given.folder, texts[0])
+        plain = add_classifier(given.folder, store, lambda _: None)
+        ranged = add_classifier(given.folder, store, lambda _: None, texts=given.texts)
+        longest = plain.manifest.max_tokens
+        ways = {
+            "Transformers' pipeline, float32": of_pipeline(given.folder, longest),
+            "ONNX Runtime, int8": of_onnx(given.folder, Path(scratch), longest, given.threads),
+            "as it is, float32": of_checkpoint(plain.path, None, "float32"),
+            "as it is, int8": of_checkpoint(ranged.path, None),
+        }
+        for path in given.budgets:
+            for level in ("best", "balanced", "fast"):
+                ways[f"{path}, {level}"] = of_checkpoint(path, level)
+        found = measure(ways, texts)
+    reference, base = found["Transformers' pipeline, float32"]
+    rows = []
+    for name, (labels, rates) in found.items():
+        same = sum(a == b for a, b in zip(labels, reference, strict=True)) / len(texts)
+        low, high = interval(same, len(texts))
+        rate = statistics.median(rates)
+        rows.append(
+            [
+                name,
+                f"{rate:,.0f} ({min(rates):,.0f} to {max(rates):,.0f})",
+                f"{rate / statistics.median(base):.2f}",
+                f"{same:.4f} ({low:.4f} to {high:.4f})",
+            ]
+        )
+    where = f"{processor_name()}, {given.threads} threads"
+    print(f"{where}; {len(texts)} texts of {given.texts.name}")
+    print(
+        f"From the command to the first answer: `serve --model` {first:.1f} s, again "
+        f"{second:.1f} s; a program with the pipeline {theirs:.1f} s.\n"
+    )
+    heads = ["way", "texts a second (spread)", "times the pipeline", "agreement with the pipeline"]
+    print(markdown_table(heads, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Budgets out of texts without labels: the classifier's own answers are what counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from budgetformer.adoption.budgets import add_budgets
+from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
+from budgetformer.classifier import Classifier
+from budgetformer.errors import BudgetFormerError, CheckpointError, DataError
+from budgetformer.training.recipe import Recipe
+from tests.support.classifiers import save_classifier
+from tests.support.stores import labelled_sentences, write_jsonl
+from tests.unit.budgetformer.adoption.test_as_is import theirs, touch
+
+ROWS = [{"text": text} for text, _ in labelled_sentences()]
+SHORT = {"hold_out": 0.4, "max_length": 16, "exit_weights": 2**10}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_classifier(tmp_path_factory.mktemp("source") / "made", num_hidden_layers=2)
+
+
+def run(
+    folder: Path, tmp_path: Path, rows: Any = ROWS, effort: str = "minutes", **recipe: Any
+) -> tuple[Checkpoint, list[str]]:
+    lines: list[str] = []
+    output = tmp_path / "store" / "mine" / "1"
+    add_budgets(
+        classifier=folder,
+        texts=write_jsonl(tmp_path / "log.jsonl", rows),
+        output=output,
+        recipe=dataclasses.replace(Recipe.read(effort), **SHORT | recipe),
+        work_dir=tmp_path / "work",
+        threads=1,
+        log=lines.append,
+    )
+    return read_checkpoint(output), lines
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return run(folder, tmp_path_factory.mktemp("minutes"))[0]
+
+
+class TestMinutes:
+    def test_the_full_budget_is_the_classifier(self, folder: Path, made: Checkpoint) -> None:
+        texts = [str(row["text"]) for row in ROWS[:9]]
+        answers = Classifier(made.path, precision="float32")(texts, heads=made.num_heads)
+        for answer, expected in zip(answers, theirs(folder, texts), strict=True):
+            own = dict(zip(made.manifest.labels, answer.probs, strict=True))
+            assert own == pytest.approx(expected, abs=1e-3)
+            assert answer.steps == [len(made.ladder)]
+
+    def test_weights_keep_their_precision(self, made: Checkpoint) -> None:
+        weights = load_file(made.path / "model.safetensors")
+        assert weights["encoder.layers.0.attention.query.weight"].dtype == torch.float32
+
+    def test_levels_promise_agreement(self, made: Checkpoint) -> None:
+        manifest = made.manifest
+        assert manifest.measure == "agreement"
+        assert list(manifest.named_levels) == ["fast", "balanced", "best"]
+        for level in manifest.levels:
+            assert level.accuracy is None
+            assert level.agreement is not None
+            assert level.agreement_interval is not None
+        assert manifest.named_levels["best"].agreement >= 0.97
+
+    def test_agreement_is_what_a_user_measures(self, made: Checkpoint) -> None:
+        texts = [str(row["text"]) for row in ROWS]
+        ask = Classifier(made.path)
+        full = [a.label for a in ask(texts, heads=made.num_heads)]
+        shares = []
+        for level in ("fast", "balanced", "best"):
+            answers = ask(texts, quality=level)
+            shares.append(np.mean([a.label == b for a, b in zip(answers, full, strict=True)]))
+        assert shares == sorted(shares)
+        assert shares[-1] >= 0.97
+
+    def test_its_card_says_what_it_costs(self, made: Checkpoint) -> None:
+        timing = made.manifest.timing
+        assert timing is not None
+        assert set(timing.milliseconds) == {"fast", "balanced", "best", "full budget"}
+        assert all(own > 0 for own in timing.milliseconds.values())
+        card = (made.path / "README.md").read_text()
+        assert "cost of a million texts" in card
+        assert "those of the full network, right or wrong" in card
+        assert timing.price("fast") == pytest.approx(
+            timing.milliseconds["fast"] / 3.6 * timing.threads * timing.core_hour_price
+        )
+
+
+def test_labels_only_say_how_accurate_it_is(folder: Path, made: Checkpoint, tmp_path: Path) -> None:
+    names = {"animals": "calm", "music": "glad", "weather": "sad"}
+    rows = [{"text": text, "label": names[label]} for text, label in labelled_sentences()]
+    labelled, _ = run(folder, tmp_path, rows)
+    for own, other in zip(labelled.manifest.levels, made.manifest.levels, strict=True):
+        assert own.accuracy is not None
+        assert own.model_copy(update={"accuracy": None, "interval": None}) == other
+
+
+def test_hours_teach_every_step_the_answers(folder: Path, made: Checkpoint, tmp_path: Path) -> None:
+    taught, _ = run(
+        folder, tmp_path, effort="hours", budget_epochs=40, learning_rate=1e-2, batch_size=12
+    )
+    assert taught.manifest.measure == "agreement"
+    texts = [str(row["text"]) for row in ROWS]
+    names = made.manifest.labels
+    wanted = np.array([[own[name] for name in names] for own in theirs(folder, texts)])
+
+    def distance(checkpoint: Checkpoint) -> float:
+        answers = Classifier(checkpoint.path)(texts, heads=1)
+        return float(np.abs(np.array([a.probs for a in answers]) - wanted).mean())
+
+    assert distance(taught) < 0.9 * distance(made)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dense_epochs": 1}, "dense_epochs is 1, with --texts it must be 0"),
+        ({"head_selection": "input", "ladder": "uniform"}, "head_selection is 'input'"),
+    ],
+)
+def test_recipes_that_would_not_keep_the_classifier(
+    folder: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        run(folder, tmp_path, **change)
+
+
+def test_too_few_texts(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="20 texts, 100 are needed"):
+        run(folder, tmp_path, ROWS[:20])
+
+
+def test_a_log_that_is_larger_than_needed_is_sampled(folder: Path, tmp_path: Path) -> None:
+    checkpoint, lines = run(folder, tmp_path, max_train_rows=102)
+    assert f"102 of {len(ROWS)} texts, drawn at random" in lines
+    metrics = checkpoint.manifest.metrics
+    assert metrics["train_rows"] + metrics["calibration_rows"] == 102
+
+
+def test_an_encoder_without_a_head_is_refused(tmp_path: Path) -> None:
+    source = save_classifier(tmp_path / "made")
+    touch("modules.json")(source)
+    with pytest.raises(CheckpointError, match="sentence-transformers"):
+        run(source, tmp_path)
+
+
+def test_labels_that_the_classifier_does_not_know(folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": text, "label": "another"} for text, _ in labelled_sentences()]
+    with pytest.raises(BudgetFormerError, match="another"):
+        run(folder, tmp_path, rows)
