@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--data", type=Path, help="labelled texts, Parquet, beside labels.json")
-    parser.add_argument("--checkpoint", type=Path, default=Path("model_store/ag_news/2"))
+    parser.add_argument("--checkpoint", type=Path, default=Path("model_store/ag_news/3"))
     parser.add_argument("--repeats", type=int, default=1, help="of the service beside others")
     given = parser.parse_args()
     began = time.monotonic()

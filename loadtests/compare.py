@@ -340,7 +340,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="labelled texts, Parquet, beside labels.json")
     parser.add_argument("--out", type=Path, default=Path("build/compare"))
-    parser.add_argument("--checkpoint", type=Path, default=Path("model_store/ag_news/2"))
+    parser.add_argument("--checkpoint", type=Path, default=Path("model_store/ag_news/3"))
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5.0, help="of a phase")
     given = parser.parse_args()

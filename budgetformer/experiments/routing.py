@@ -59,7 +59,7 @@ def _compare(
 ) -> list[Routing]:
     """Compare ways, each a signal [N] for the bands and the chains to choose from."""
     right = table.right(labels)
-    value = (right + table.probability_right()) / 2
+    value = table.probability_right()
     costs = table.macs / table.dense.mean()
     costs[0] += table.decision / table.dense.mean()
     steps = Steps(table.confidence, value.astype(np.float32), costs.astype(np.float32), table.s)

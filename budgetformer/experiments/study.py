@@ -246,7 +246,7 @@ def _bands(held: Side, signal: np.ndarray) -> Iterator[tuple[EntryBand, ...]]:
 def _chained(held: Side, signal: str) -> Iterator[Setting]:
     """Use the policies that calibration finds, with bands over another signal."""
     table = held.table
-    value = (held.right + table.probability_right()) / 2
+    value = table.probability_right()
     cost = table.macs / table.dense.mean()
     steps = Steps(table.confidence, value, cost, held.signals[signal])
     for cap in CAPS:

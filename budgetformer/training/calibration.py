@@ -313,12 +313,11 @@ class _Side:
 class _Calibration:
     """The folds of one calibration.
 
-    A step's answer is worth the mean of two things: whether it is right, and how probable the full
-    step's fused probabilities make it. The first alone is what counts, but on a thousand texts its
-    noise is larger than what many chains differ by, and a search takes the luckiest. The second has
-    little noise, and cannot see that a small step may be right where the full one is not.
-    Choosing by the mean of both gave better chains on other texts than by either. For agreement
-    the truth has no noise of its own, and agreement alone counts.
+    While rules are chosen, a step's answer is worth how probable the full step's fused
+    probabilities make it: that is the expectation of whether it is right. Labels themselves are so
+    noisy on some thousand texts that a search takes the luckiest of many chains; they calibrate the
+    probabilities, and say what a level reaches. For agreement the truth has no noise of its own,
+    and agreement itself counts.
     """
 
     def __init__(
@@ -387,8 +386,7 @@ class _Calibration:
         if self.measure == "agreement" or self.labels is None:
             value = right = agrees
         else:
-            right = table.right(self.labels[rows])
-            value = (right + table.probability_right()) / 2
+            right, value = table.right(self.labels[rows]), table.probability_right()
         cost = self._costs(table)
         steps = Steps(table.confidence, value.astype(np.float32), cost, table.s)
         return _Side(rows, table, steps, right, agrees)

@@ -1,6 +1,6 @@
 """Write the dense twin of a checkpoint as other servers take it.
 
-    python loadtests/rivals/export.py model_store/ag_news/2 build/rivals/networks/ag_news-2
+    python loadtests/rivals/export.py model_store/ag_news/3 build/rivals/networks/ag_news-3
 
 The twin is the checkpoint's full step as a BERT with the same weights, so it answers what this
 service answers at full budget. The folder is a model of Transformers, and holds the network for

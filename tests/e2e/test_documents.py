@@ -66,11 +66,13 @@ CODE = [page for page in PAGES if any(b.language in ("bash", "python") for b in 
 def named_store(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a store with a small model under the name of a shipped one."""
     store = tmp_path_factory.mktemp("documented") / "model_store"
-    for version in ("1", "2"):
+    for version, source in (("2", "1"), ("3", "2")):
         folder = store / "ag_news" / version
-        shutil.copytree(model_store / TOPICS / version, folder)
+        shutil.copytree(model_store / TOPICS / source, folder)
         manifest = read_checkpoint(folder).manifest
-        write_manifest(folder, manifest.model_copy(update={"name": "ag_news"}))
+        write_manifest(
+            folder, manifest.model_copy(update={"name": "ag_news", "version": int(version)})
+        )
     return store
 
 
@@ -86,8 +88,8 @@ def documented(named_store: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def reader(named_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Change to a folder with what the pages take for granted."""
     shutil.copytree(named_store, tmp_path / "model_store")
-    shutil.copytree(named_store / "ag_news" / "2", tmp_path / "trained" / "ag_news")
-    shutil.make_archive(str(tmp_path / "ag_news"), "gztar", named_store / "ag_news" / "2")
+    shutil.copytree(named_store / "ag_news" / "3", tmp_path / "trained" / "ag_news")
+    shutil.make_archive(str(tmp_path / "ag_news"), "gztar", named_store / "ag_news" / "3")
     rows = single_label_rows()
     texts = [str(row["text"]) for row in rows]
     (tmp_path / "reviews.csv").write_text("text\n" + "".join(f'"{text}"\n' for text in texts))

@@ -16,7 +16,7 @@ from budgetformer.classifier import Classifier
 from budgetformer.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ROOT / "model_store" / "ag_news" / "2"
+SHIPPED = ROOT / "model_store" / "ag_news" / "3"
 STORE = read_store(ROOT / "model_store")
 CHECKPOINTS = [c for versions in STORE.checkpoints.values() for c in versions]
 each = pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=[c.label for c in CHECKPOINTS])
