@@ -8,6 +8,9 @@ from budgetformer.errors import DataError
 from budgetformer.training.recipe import Recipe, packaged_recipes
 
 
+PAPER = ["paper", "paper-small"]
+
+
 def test_without_a_file_the_defaults_hold() -> None:
     assert Recipe.read(None) == Recipe()
 
@@ -79,10 +82,10 @@ def test_lists_of_a_file_become_the_tuples_they_mean(tmp_path: Path) -> None:
 
 
 def test_the_paper_is_packaged_at_both_sizes() -> None:
-    assert packaged_recipes() == ["paper", "paper-small"]
+    assert packaged_recipes() == ["hours", "minutes", *PAPER]
 
 
-@pytest.mark.parametrize("name", packaged_recipes())
+@pytest.mark.parametrize("name", PAPER)
 def test_a_packaged_recipe_is_the_papers_form(name: str) -> None:
     recipe = Recipe.read(name, seed=4)
     assert (recipe.seed, recipe.gating, recipe.budget_scope) == (4, "soft", "layer")
@@ -115,5 +118,5 @@ def test_the_small_paper_differs_in_size_and_schedule_only() -> None:
 
 
 def test_neither_file_nor_packaged() -> None:
-    with pytest.raises(DataError, match=r"papyrus.*packaged: paper, paper-small"):
+    with pytest.raises(DataError, match=r"papyrus.*packaged: hours, minutes, paper, paper-small"):
         Recipe.read("papyrus")
