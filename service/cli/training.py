@@ -215,27 +215,21 @@ def _show_levels(manifest: Manifest, as_json: bool) -> None:
         return
     if manifest.policy is not None:
         out.print(f"Steps: {', '.join(map(str, manifest.policy.chain))}")
-    both = manifest.measure == "agreement" and any(level.accuracy is not None for level in levels)
-    columns = ["threshold", manifest.measure, "95 %", "points lost", "of dense", "mean heads"]
-    columns += ["accuracy"] * both + ["ms per text", "cost of a million"] * (timing is not None)
-    table = Table("quality", *columns)
+    table = Table("quality", manifest.measure, "95 %", "of dense")
+    timed = timing is not None
+    for name in ("accuracy", "ms/text", "a million") if timed else ("points lost", "mean heads"):
+        table.add_column(name)
     for level in levels:
         reached, bounds = level.reached(manifest.measure)
-        row = [
-            str(level.name),
-            f"{level.threshold:.4f}",
-            f"{reached:.4f}",
-            f"{bounds[0]:.4f}..{bounds[1]:.4f}",
-            f"{level.points_lost:+.2f}",
-            f"{level.macs_share:.1%}",
-            f"{level.mean_heads:.2f}",
-        ]
-        if both:
-            row.append("" if level.accuracy is None else f"{level.accuracy:.4f}")
-        if timing is not None:
-            name = str(level.name)
-            row += [f"{timing.milliseconds[name]:.3f}", f"{timing.price(name):.2f}"]
-        table.add_row(*row)
+        name = str(level.name)
+        if timing is None:
+            more: tuple[str, ...] = (f"{level.points_lost:+.2f}", f"{level.mean_heads:.2f}")
+        else:
+            accuracy = "" if level.accuracy is None else f"{level.accuracy:.4f}"
+            milliseconds = f"{timing.milliseconds[name]:.3f}"
+            more = (accuracy, milliseconds, f"{timing.price(name):.2f}")
+        interval = f"{bounds[0]:.4f}..{bounds[1]:.4f}"
+        table.add_row(name, f"{reached:.4f}", interval, f"{level.macs_share:.1%}", *more)
     out.print(table)
     if timing is not None:
         dense = f"{timing.milliseconds[FULL]:.3f} ms per text, {timing.price(FULL):.2f} a million"

@@ -16,8 +16,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from transformers import pipeline
 
 from budgetformer.cost.table import CostTable, StepCost
+from tests.support.classifiers import save_classifier
 from tests.support.command_line import CommandLine
 from tests.support.processes import COMMAND, Server, clean_environment, server
 from tests.support.stores import (
@@ -398,3 +400,34 @@ def test_a_default_model_that_is_not_in_the_store_is_one_line(model_store: Path)
 def test_labels_are_those_of_the_training_data(running: Server) -> None:
     response = httpx.get(f"{running.url}/models/topics")
     assert response.json()["labels"] == list(LABELS)
+
+
+def test_a_classifier_is_served_as_it_is(tmp_path: Path) -> None:
+    """From a folder of `save_pretrained`: the pipeline's probabilities, metrics and the page."""
+    folder = save_classifier(tmp_path / "mine", "distilbert")
+    store = tmp_path / "store"
+    expected = pipeline("text-classification", model=str(folder), top_k=None)([TEXT])[0]
+    with server(store, tmp_path, engines=1, model=str(folder)) as it:
+        answer = httpx.post(f"{it.url}/classify", json={"input": TEXT, "quality": "fast"}).json()
+        (item,) = answer["data"]
+        assert answer["model"] == "mine:1"
+        found = {one["label"]: one["score"] for one in item["labels"]}
+        assert found == pytest.approx({o["label"]: o["score"] for o in expected}, abs=1e-4)
+        assert item["macs"] == item["dense_macs"]
+        assert it.scrape().total("items_total", model="mine", version="1", budget="1") == 1
+        assert httpx.get(f"{it.url}/models/mine").json()["chain"] == [1]
+        assert httpx.get(it.url).status_code == 200
+    with server(store, tmp_path, engines=1, model=str(folder)):
+        assert [path.name for path in (store / "mine").iterdir()] == ["1"]
+
+
+def test_what_cannot_be_served_as_it_is_ends_the_start(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    done = subprocess.run(
+        [*COMMAND, "--model", tmp_path / "adapter", "--model-store", tmp_path / "store"],
+        capture_output=True, text=True, check=False, timeout=100, env=clean_environment(),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "merge it into its model first" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -7,7 +7,6 @@ import pytest
 from budgetformer.errors import DataError
 from budgetformer.training.recipe import Recipe, packaged_recipes
 
-
 PAPER = ["paper", "paper-small"]
 
 

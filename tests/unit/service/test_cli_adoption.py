@@ -1,0 +1,139 @@
+"""The commands that take over a classifier: add, import with texts, evaluate, recalibrate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from budgetformer.checkpoint.store import read_checkpoint, read_store
+from tests.support.classifiers import save_classifier
+from tests.support.command_line import CommandLine
+from tests.support.stores import labelled_sentences, write_jsonl
+
+RECIPE = """
+hold_out = 0.4
+max_length = 16
+exit_weights = 1024
+dense_epochs = 0
+budget_epochs = 0
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_classifier(tmp_path_factory.mktemp("source") / "mine", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = ({"text": text} for text, _ in labelled_sentences())
+    return write_jsonl(tmp_path_factory.mktemp("texts") / "log.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where the tests of one import keep what they make."""
+    return tmp_path_factory.mktemp("imported") / "store"
+
+
+class TestAdd:
+    def test_a_classifier_gets_the_name_of_its_folder(
+        self, command: CommandLine, folder: Path, tmp_path: Path
+    ) -> None:
+        store = ("--model-store", tmp_path / "store", "--json")
+        outcome = command("models", "add", folder, *store)
+        assert outcome.code == 0, outcome.err
+        added = json.loads(outcome.out)
+        assert (added["name"], added["version"]) == ("mine", 1)
+        assert read_checkpoint(Path(added["path"])).label == "mine:1"
+        again = command("models", "add", folder, *store)
+        assert json.loads(again.out) == added
+
+    def test_another_name_and_ranges_for_int8(
+        self, command: CommandLine, folder: Path, texts: Path, tmp_path: Path
+    ) -> None:
+        outcome = command(
+            *("models", "add", folder, "--name", "other", "--texts", texts),
+            *("--model-store", tmp_path / "store"),
+        )
+        assert outcome.code == 0, outcome.err
+        assert read_store(tmp_path / "store").latest("other").manifest.ranges
+
+    def test_options_of_a_classifier_are_none_of_a_checkpoint(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
+        source = model_store / "topics" / "1"
+        outcome = command(
+            *("models", "add", source, "--name", "x", "--model-store", tmp_path / "store")
+        )
+        assert "this is a checkpoint" in outcome.err
+        assert outcome.code == 2
+
+
+class TestImport:
+    def run(self, command: CommandLine, folder: Path, texts: Path, out: Path, *more: object) -> str:
+        recipe = out.parents[1].parent / "recipe.toml"
+        recipe.write_text(RECIPE)
+        outcome = command(
+            *("import", folder, "--texts", texts, "--out", out, "--recipe", recipe, *more)
+        )
+        assert outcome.code == 0, outcome.err
+        return outcome.out
+
+    def test_texts_alone_give_budgets(
+        self, command: CommandLine, folder: Path, texts: Path, store: Path
+    ) -> None:
+        shown = self.run(command, folder, texts, store / "mine" / "1", "--core-hour-price", 0.1)
+        for word in ("agreement", "ms/text", "a million", "All heads:", "balanced"):
+            assert word in shown
+        timing = read_checkpoint(store / "mine" / "1").manifest.timing
+        assert timing is not None
+        assert timing.core_hour_price == 0.1
+
+    def test_its_report_needs_no_labels(
+        self, command: CommandLine, texts: Path, store: Path, tmp_path: Path
+    ) -> None:
+        source = ("--model", "mine", "--model-store", store)
+        outcome = command("evaluate", "--data", texts, "--json", *source)
+        rows = json.loads(outcome.out)
+        assert [row["accuracy"] for row in rows] == [None] * 4
+        assert rows[-1]["agreement"] == 1
+        outcome = command("evaluate", "--data", texts, "--report", tmp_path / "report", *source)
+        assert outcome.code == 0, outcome.err
+        page = (tmp_path / "report" / "levels.md").read_text()
+        assert "cost of a million" in page
+        assert (tmp_path / "report" / "levels.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_new_texts_make_the_next_version(
+        self, command: CommandLine, texts: Path, store: Path
+    ) -> None:
+        outcome = command("recalibrate", "mine", "--texts", texts, "--model-store", store)
+        assert outcome.code == 0, outcome.err
+        before, after = (read_checkpoint(store / "mine" / version) for version in ("1", "2"))
+        assert after.manifest.measure == "agreement"
+        weights = "model.safetensors"
+        assert after.manifest.files[weights] == before.manifest.files[weights]
+        after.verify()
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            ((), "give --data (labelled texts) or --texts"),
+            (("--texts", "a.jsonl", "--data", "b.jsonl"), "give --data (labelled texts) or"),
+            (("--texts", "a.jsonl", "--baseline", "dense"), "--baseline is for --data"),
+            (("--texts", "a.jsonl", "--effort", "days"), "'days' is not one of"),
+        ],
+    )
+    def test_what_does_not_go_together(
+        self,
+        command: CommandLine,
+        folder: Path,
+        tmp_path: Path,
+        more: tuple[str, ...],
+        message: str,
+    ) -> None:
+        outcome = command("import", folder, "--out", tmp_path / "store" / "mine" / "1", *more)
+        assert outcome.code == 2
+        assert message in " ".join(outcome.err.replace("│", " ").split())
