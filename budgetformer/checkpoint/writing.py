@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from budgetformer.checkpoint.manifest import CONFIG
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, quiet
 
 _SPECIAL_TOKENS = {
@@ -41,6 +42,7 @@ def write_network(
     with quiet():
         nn.Module.to(model, dtype)
         model.save_pretrained(folder)
+    _write_labels(folder / CONFIG, model.config.id2label)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -57,6 +59,15 @@ def write_network(
     for path in folder.iterdir():
         path.chmod(0o644)  # the server may run as another user than the one who trained
     model.float()
+
+
+def _write_labels(path: Path, names: dict[int, str]) -> None:
+    """Add the labels to a configuration, from which Transformers leaves two default names out."""
+    config = json.loads(path.read_text())
+    if "id2label" not in config:
+        config["id2label"] = {str(i): name for i, name in names.items()}
+        config["label2id"] = {name: i for i, name in names.items()}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def smallest_dtype(weights: dict[str, Tensor]) -> torch.dtype:

@@ -81,7 +81,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
 def make(model_type: str, folder: Path, **sizes: Any) -> PreTrainedModel:
     """Save a small random classifier of a family, all of whose weights say something."""
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
-    config = AutoConfig.for_model(model_type, **sizes, **labels)
+    config = AutoConfig.for_model(model_type, **labels | sizes)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)

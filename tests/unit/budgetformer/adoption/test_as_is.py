@@ -85,6 +85,15 @@ def test_pairs_of_a_tokenizer_without_token_types(tmp_path: Path) -> None:
     assert_same(folder, adopt(folder), PAIRS[:5])
 
 
+def test_two_labels_without_names(tmp_path: Path) -> None:
+    """Transformers writes no labels at all where they are what it assumes."""
+    folder = save_classifier(tmp_path / "made", id2label=None, label2id=None)
+    assert "id2label" not in json.loads((folder / "config.json").read_text())
+    checkpoint = adopt(folder)
+    assert checkpoint.manifest.labels == ("LABEL_0", "LABEL_1")
+    assert_same(folder, checkpoint, TEXTS[:5])
+
+
 def test_several_labels_of_a_text(tmp_path: Path) -> None:
     folder = save_classifier(tmp_path / "made", problem_type="multi_label_classification")
     checkpoint = adopt(folder)
