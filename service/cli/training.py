@@ -216,19 +216,21 @@ def _show_levels(manifest: Manifest, as_json: bool) -> None:
     if manifest.policy is not None:
         out.print(f"Steps: {', '.join(map(str, manifest.policy.chain))}")
     table = Table("quality", manifest.measure, "95 %", "of dense")
-    timed = timing is not None
-    for name in ("accuracy", "ms/text", "a million") if timed else ("points lost", "mean heads"):
+    scored = timing is not None and any(level.accuracy is not None for level in levels)
+    for name in ("ms/text", "a million") if timing else ("points lost", "mean heads"):
         table.add_column(name)
+    if scored:
+        table.add_column("accuracy")
     for level in levels:
         reached, bounds = level.reached(manifest.measure)
         name = str(level.name)
         if timing is None:
             more: tuple[str, ...] = (f"{level.points_lost:+.2f}", f"{level.mean_heads:.2f}")
         else:
-            accuracy = "" if level.accuracy is None else f"{level.accuracy:.4f}"
-            milliseconds = f"{timing.milliseconds[name]:.3f}"
-            more = (accuracy, milliseconds, f"{timing.price(name):.2f}")
-        interval = f"{bounds[0]:.4f}..{bounds[1]:.4f}"
+            more = (f"{timing.milliseconds[name]:.3f}", f"{timing.price(name):.2f}")
+        if scored:
+            more += ("" if level.accuracy is None else f"{level.accuracy:.4f}",)
+        interval = f"{bounds[0]:.3f}..{bounds[1]:.3f}"
         table.add_row(name, f"{reached:.4f}", interval, f"{level.macs_share:.1%}", *more)
     out.print(table)
     if timing is not None:
