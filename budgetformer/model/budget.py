@@ -102,6 +102,8 @@ class BudgetDecision(nn.Module):
 
     def budget(self, pooled: Tensor, evidence: Tensor | None = None) -> Tensor:
         """Return s [B] for pooled states [B, D] and, with a step 0, its evidence [B, E]."""
+        if self.config.has_one_budget:
+            return pooled.new_ones(len(pooled))
         parts = [] if self.config.decides_from_step0 else [pooled]
         missing = self.config.decision_inputs - sum(part.shape[-1] for part in parts)
         if missing:

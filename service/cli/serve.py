@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from rich.text import Text
 from typer.core import CompletionItem, TyperCommand  # type: ignore[attr-defined]
 
 from budgetformer.cost.table import read_tables
+from budgetformer.subprocesses import python_command
 from service.cli.terminal import FAILED, JsonOption, out
 from service.environment import PREFIX, service_variables
 from service.observability.logs import configure_logs
@@ -73,7 +73,7 @@ def _with_classifier(settings: Settings, source: str) -> Settings:
 
     A process of its own does so: this one must stay small, as it forks others.
     """
-    command = [sys.executable, "-m", "budgetformer", "models", "add", source, "--json"]
+    command = python_command("-m", "budgetformer", "models", "add", source, "--json")
     command += ["--model-store", str(settings.model_store)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode:
