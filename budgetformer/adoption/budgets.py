@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from budgetformer.adoption.costs import CORE_HOUR_PRICE, measure_levels
-from budgetformer.checkpoint.manifest import Manifest, Provenance, file_entries, write_manifest
+from budgetformer.checkpoint.manifest import Provenance, write_manifest
 from budgetformer.checkpoint.staging import check_replaceable, staged
 from budgetformer.checkpoint.store import read_checkpoint
-from budgetformer.checkpoint.writing import smallest_dtype, write_network
+from budgetformer.checkpoint.writing import describe, smallest_dtype, write_network
 from budgetformer.errors import DataError
 from budgetformer.families.conversion import convert_classifier, read_classifier
 from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
@@ -44,7 +44,6 @@ from budgetformer.training.pipeline import (
     clear,
     find_device,
     find_policy,
-    today,
 )
 from budgetformer.training.processes import join_processes
 from budgetformer.training.recipe import Recipe
@@ -174,11 +173,9 @@ def add_budgets(
     )
     with staged(output, replace=True) as folder:
         write_network(model, tokenizer.tokenizer, folder, max_tokens, tokenizer.side, dtype)
-        manifest = Manifest(
-            name=output.parent.name,
-            version=int(output.name),
-            created=today(),
-            files=file_entries(folder),
+        manifest = describe(
+            folder,
+            output,
             max_tokens=max_tokens,
             exit_tokens=exit_tokens,
             truncation_side=tokenizer.side,
@@ -198,8 +195,8 @@ def add_budgets(
                 data=recipe.data_name or texts.name,
                 data_terms=recipe.data_terms,
             ),
+            **found.of_manifest(),
         )
-        manifest = manifest.model_copy(update=found.of_manifest())
         write_manifest(folder, manifest)
         log("measuring time per text")
         manifest = manifest.model_copy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from budgetformer.checkpoint.manifest import CONFIG
+from budgetformer.checkpoint.manifest import CONFIG, Manifest, file_entries
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, quiet
 
 _SPECIAL_TOKENS = {
@@ -59,6 +60,23 @@ def write_network(
     for path in folder.iterdir():
         path.chmod(0o644)  # the server may run as another user than the one who trained
     model.float()
+
+
+def describe(folder: Path, target: Path, **fields: Any) -> Manifest:
+    """Return the manifest of a folder whose network is written, made today.
+
+    Args:
+        folder: where its files are.
+        target: where it will be: the last two parts are name and version.
+        fields: the other fields of the manifest.
+    """
+    return Manifest(
+        name=target.parent.name,
+        version=int(target.name),
+        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        files=file_entries(folder),
+        **fields,
+    )
 
 
 def _write_labels(path: Path, names: dict[int, str]) -> None:

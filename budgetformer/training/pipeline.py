@@ -26,7 +26,7 @@ from budgetformer.checkpoint.manifest import (
 )
 from budgetformer.checkpoint.staging import check_replaceable, staged
 from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint
-from budgetformer.checkpoint.writing import smallest_dtype, write_network
+from budgetformer.checkpoint.writing import describe, smallest_dtype, write_network
 from budgetformer.cost.table import CostTable
 from budgetformer.errors import DataError, TrainingError
 from budgetformer.families.conversion import MIN_POSITIONS, Conversion, convert_encoder
@@ -215,11 +215,9 @@ def train_checkpoint(
         metrics["conversion_difference"] = conversion.difference
     with staged(output, replace=True) as folder:
         write_network(model, tokenizer, folder, max_tokens, recipe.truncation_side)
-        manifest = Manifest(
-            name=output.parent.name,
-            version=int(output.name),
-            created=today(),
-            files=file_entries(folder),
+        manifest = describe(
+            folder,
+            output,
             max_tokens=max_tokens,
             exit_tokens=exit_tokens,
             truncation_side=recipe.truncation_side,
@@ -235,8 +233,8 @@ def train_checkpoint(
                 data=recipe.data_name or train_file.parent.name,
                 data_terms=recipe.data_terms,
             ),
+            **found.of_manifest(),
         )
-        manifest = manifest.model_copy(update=found.of_manifest())
         write_manifest(folder, manifest)
         report: list[Row] = []
         if test is not None and test_file is not None:
@@ -319,6 +317,7 @@ def recalibrate(
                 "created": today(),
                 "files": file_entries(folder),
                 "ranges": ranges,
+                "timing": None,  # that of other thresholds
                 "metrics": checkpoint.manifest.metrics | {"calibration_rows": float(len(examples))},
             }
             | found.of_manifest()
