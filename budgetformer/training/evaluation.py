@@ -70,11 +70,10 @@ class Row:
         """Return the line as a table shows it."""
         return (
             self.quality,
-            str(self.rows),
             "" if self.accuracy is None else f"{self.accuracy:.4f}",
-            "" if self.accuracy is None else f"{self.low:.4f}..{self.high:.4f}",
+            "" if self.accuracy is None else f"{self.low:.3f}..{self.high:.3f}",
             f"{self.agreement:.4f}",
-            f"{self.mean_heads:.2f}",
+            f"{self.mean_heads:.1f}",
             f"{self.mean_macs / 1e6:.1f} M",
             f"{self.macs_share:.1%}",
         )

@@ -290,8 +290,8 @@ def evaluate(
     if as_json:
         out.print_json(data=[row.as_dict() for row in rows])
         return
-    columns = ("quality", "n", "accuracy", "95 %", "as full", "mean heads", "mean MACs", "of dense")
-    table = Table(*columns)
+    columns = ("quality", "accuracy", "95 %", "as full", "heads", "MACs", "of dense")
+    table = Table(*columns, title=f"{checkpoint.label} on {rows[0].rows} texts")
     for row in rows:
         table.add_row(*row.cells())
     out.print(table)
