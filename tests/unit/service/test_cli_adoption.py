@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from budgetformer.adoption.budgets import add_budgets
 from budgetformer.checkpoint.store import read_checkpoint, read_store
+from budgetformer.training.recipe import Recipe
 from tests.support.classifiers import save_classifier
 from tests.support.command_line import CommandLine
 from tests.support.stores import labelled_sentences, write_jsonl
@@ -33,9 +36,20 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return where the tests of one import keep what they make."""
-    return tmp_path_factory.mktemp("imported") / "store"
+def imported(folder: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a store with a model that was made of a classifier and texts."""
+    place = tmp_path_factory.mktemp("imported")
+    (place / "recipe.toml").write_text(RECIPE)
+    add_budgets(
+        classifier=folder,
+        texts=texts,
+        output=place / "store" / "mine" / "1",
+        recipe=Recipe.read(place / "recipe.toml", ladder="importance"),
+        work_dir=place / "work",
+        threads=1,
+        log=lambda _: None,
+    )
+    return place / "store"
 
 
 class TestAdd:
@@ -73,29 +87,26 @@ class TestAdd:
 
 
 class TestImport:
-    def run(self, command: CommandLine, folder: Path, texts: Path, out: Path, *more: object) -> str:
-        recipe = out.parents[1].parent / "recipe.toml"
-        recipe.write_text(RECIPE)
+    def test_texts_alone_give_budgets(
+        self, command: CommandLine, folder: Path, texts: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "recipe.toml").write_text(RECIPE)
+        out = tmp_path / "store" / "mine" / "1"
         outcome = command(
-            *("import", folder, "--texts", texts, "--out", out, "--recipe", recipe, *more)
+            *("import", folder, "--texts", texts, "--out", out, "--core-hour-price", 0.1),
+            *("--recipe", tmp_path / "recipe.toml"),
         )
         assert outcome.code == 0, outcome.err
-        return outcome.out
-
-    def test_texts_alone_give_budgets(
-        self, command: CommandLine, folder: Path, texts: Path, store: Path
-    ) -> None:
-        shown = self.run(command, folder, texts, store / "mine" / "1", "--core-hour-price", 0.1)
         for word in ("agreement", "ms/text", "a million", "All heads:", "balanced"):
-            assert word in shown
-        timing = read_checkpoint(store / "mine" / "1").manifest.timing
+            assert word in outcome.out
+        timing = read_checkpoint(out).manifest.timing
         assert timing is not None
         assert timing.core_hour_price == 0.1
 
     def test_its_report_needs_no_labels(
-        self, command: CommandLine, texts: Path, store: Path, tmp_path: Path
+        self, command: CommandLine, texts: Path, imported: Path, tmp_path: Path
     ) -> None:
-        source = ("--model", "mine", "--model-store", store)
+        source = ("--model", "mine", "--model-store", imported)
         outcome = command("evaluate", "--data", texts, "--json", *source)
         rows = json.loads(outcome.out)
         assert [row["accuracy"] for row in rows] == [None] * 4
@@ -107,8 +118,9 @@ class TestImport:
         assert (tmp_path / "report" / "levels.png").read_bytes().startswith(b"\x89PNG")
 
     def test_new_texts_make_the_next_version(
-        self, command: CommandLine, texts: Path, store: Path
+        self, command: CommandLine, texts: Path, imported: Path, tmp_path: Path
     ) -> None:
+        store = shutil.copytree(imported, tmp_path / "store")
         outcome = command("recalibrate", "mine", "--texts", texts, "--model-store", store)
         assert outcome.code == 0, outcome.err
         before, after = (read_checkpoint(store / "mine" / version) for version in ("1", "2"))
