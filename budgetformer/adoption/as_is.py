@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -17,12 +17,11 @@ from budgetformer.checkpoint.manifest import (
     NAME,
     Manifest,
     Provenance,
-    file_entries,
     write_manifest,
 )
 from budgetformer.checkpoint.staging import staged
-from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
-from budgetformer.checkpoint.writing import smallest_dtype, write_network
+from budgetformer.checkpoint.store import Checkpoint, next_version, read_checkpoint
+from budgetformer.checkpoint.writing import describe, smallest_dtype, write_network
 from budgetformer.errors import CheckpointError, one_line
 from budgetformer.families.conversion import convert_classifier, read_classifier
 from budgetformer.families.source import is_source
@@ -72,8 +71,9 @@ def add_classifier(
     name = _checked_name(name or folder.resolve().name)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
+    source = read_classifier(folder)
     conversion = convert_classifier(
-        read_classifier(folder),
+        source,
         head_selection="ranked",
         budget_scope="input",
         budget_ffn=False,
@@ -91,39 +91,36 @@ def add_classifier(
         log(note)
     max_tokens = tokenizer.longest(config)
     ranges = () if texts is None else _measure(model, tokenizer, max_tokens, texts, log)
-    manifest = Manifest(
-        name=name,
-        version=version or 1,
-        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        files={},
-        max_tokens=max_tokens,
-        truncation_side=tokenizer.side,
-        labels=tuple(config.id2label[i] for i in range(config.num_classes)),
-        problem_type=config.problem_type or "single_label_classification",
-        seed=0,
-        recipe={ORIGIN: _digest(conversion.origin, tokenizer)},
-        metrics={"conversion_difference": conversion.difference or 0.0},
-        ranges=ranges,
-        policy=_one_level(config),
-        provenance=Provenance(
-            starting_weights=folder.resolve().name,
-            starting_weights_license="as stated with those weights",
-            data="none: used as it is",
-        ),
-    )
-    there = _versions(model_store / name)
+    fields: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "truncation_side": tokenizer.side,
+        "labels": tuple(source.label_names),
+        "problem_type": source.problem_type,
+        "recipe": {ORIGIN: _digest(conversion.origin, tokenizer)},
+        "ranges": ranges,
+    }
     if version is None:
-        for known in there:
-            if _is_same(known.manifest, manifest):
+        for known in _versions(model_store / name):
+            if _is_same(known.manifest, fields):
                 log(f"{known.label} is this classifier already")
                 return known
-        highest = max((known.version for known in there), default=0)
-        manifest = manifest.model_copy(update={"version": highest + 1})
-    target = model_store / name / str(manifest.version)
+    target = model_store / name / str(version or next_version(model_store / name))
     dtype = smallest_dtype(dict(model.state_dict()))
     with staged(target) as staging:
         write_network(model, tokenizer.tokenizer, staging, max_tokens, tokenizer.side, dtype)
-        manifest = manifest.model_copy(update={"files": file_entries(staging)})
+        manifest = describe(
+            staging,
+            target,
+            seed=0,
+            metrics={"conversion_difference": conversion.difference or 0.0},
+            policy=_one_level(config),
+            provenance=Provenance(
+                starting_weights=folder.resolve().name,
+                starting_weights_license="as stated with those weights",
+                data="none: used as it is",
+            ),
+            **fields,
+        )
         write_manifest(staging, manifest)
         (staging / CARD).write_text(_card(manifest, dtype))
     log(f"wrote {target}")
@@ -212,11 +209,10 @@ def _versions(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: -checkpoint.version)
 
 
-def _is_same(known: Manifest, wanted: Manifest) -> bool:
-    """Say whether a checkpoint is what was asked for; one with ranges does as well."""
-    same = ("recipe", "labels", "problem_type", "max_tokens", "truncation_side")
-    alike = all(getattr(known, field) == getattr(wanted, field) for field in same)
-    return alike and (not wanted.ranges or known.ranges == wanted.ranges)
+def _is_same(known: Manifest, wanted: dict[str, Any]) -> bool:
+    """Say whether a checkpoint has these fields; without wanted ranges, any ranges will do."""
+    names = [name for name in wanted if name != "ranges" or wanted[name]]
+    return all(getattr(known, name) == wanted[name] for name in names)
 
 
 def _digest(weights: str, tokenizer: SourceTokenizer) -> str:

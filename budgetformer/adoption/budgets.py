@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from budgetformer.adoption.costs import CORE_HOUR_PRICE, measure_levels
-from budgetformer.checkpoint.manifest import Provenance, write_manifest
+from budgetformer.adoption.costs import measure_levels
+from budgetformer.checkpoint.manifest import CORE_HOUR_PRICE, Provenance, write_manifest
 from budgetformer.checkpoint.staging import check_replaceable, staged
 from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.checkpoint.writing import describe, smallest_dtype, write_network
@@ -49,8 +48,6 @@ from budgetformer.training.processes import join_processes
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.step0 import fit_step0
 from budgetformer.training.trainer import Trainer, progress_bar, split_rows
-
-Effort = Literal["minutes", "hours"]
 
 MAX_HELD_OUT = 5000
 """Texts that are calibrated on, at most: more hardly narrow the intervals."""
@@ -97,8 +94,7 @@ def add_budgets(
     if threads is not None:
         torch.set_num_threads(threads)
     processes, where = join_processes(find_device(device))
-    if not processes.is_main:
-        log = _silent
+    log = processes.log_of_main(log)
     source = read_classifier(classifier)
     labelled = has_labels(texts)
     examples = _read(texts, source.label_names, source.problem_type, labelled)
@@ -251,7 +247,3 @@ def _check_recipe(recipe: Recipe) -> None:
             raise DataError(
                 f"recipe key {key} is {getattr(recipe, key)!r}, with --texts it must be {value!r}"
             )
-
-
-def _silent(line: str) -> None:
-    """Log nothing: the first process does."""

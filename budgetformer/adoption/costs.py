@@ -14,8 +14,6 @@ from budgetformer.cost.processor import processor_name
 from budgetformer.training.data import Examples
 
 TEXTS, ROUNDS = 512, 3
-CORE_HOUR_PRICE = 0.05
-"""About what a core of a rented machine costs, in dollars."""
 
 
 def measure_levels(checkpoint: Checkpoint, examples: Examples, core_hour_price: float) -> Timing:

@@ -31,6 +31,10 @@ MOST_READ_BYTES = 64 * 2**20
 """Of a manifest or a configuration, which are read whole."""
 
 
+CORE_HOUR_PRICE = 0.05
+"""What a rented core costs for an hour, about, in dollars."""
+
+
 class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -394,6 +394,11 @@ class Store:
         raise CheckpointError(f"no model {spec!r} in the store")
 
 
+def next_version(folder: Path) -> int:
+    """Return the version after the highest in the folder of a model, 1 if there is none."""
+    return max((int(p.name) for p in folder.glob("*") if p.name.isdecimal()), default=0) + 1
+
+
 def read_store(path: Path) -> Store:
     """Read every `<name>/<version>/` below `path`; a broken one is reported and the others stand.
 

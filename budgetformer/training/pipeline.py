@@ -135,8 +135,7 @@ def train_checkpoint(
     if threads is not None:
         torch.set_num_threads(threads)
     processes, where = join_processes(find_device(device))
-    if not processes.is_main:
-        log = _silent
+    log = processes.log_of_main(log)
     train_file, test_file = find_data(data)
     beginning = find_start(start)
     examples = read_examples(train_file, encoder_names=label_names_of(beginning))
@@ -578,10 +577,6 @@ def clear(work_dir: Path) -> None:
             path.unlink()
     if not any(work_dir.iterdir()):
         work_dir.rmdir()
-
-
-def _silent(line: str) -> None:
-    """Log nothing: the first process does."""
 
 
 def today() -> str:

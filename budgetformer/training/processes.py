@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,10 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this process writes files and logs."""
         return self.index == 0
+
+    def log_of_main(self, log: Callable[[str], None]) -> Callable[[str], None]:
+        """Return the log of the first process; in the others, one that drops every line."""
+        return log if self.is_main else lambda _: None
 
     def part_of(self, batch: TokenBatch) -> tuple[TokenBatch, float]:
         """Return what this process runs of a batch, and a factor for its loss.

@@ -10,8 +10,8 @@ import typer
 from rich.markdown import Markdown
 from rich.table import Table
 
-from budgetformer.checkpoint.manifest import FULL, Manifest
-from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
+from budgetformer.checkpoint.manifest import CORE_HOUR_PRICE, FULL, Manifest
+from budgetformer.checkpoint.store import Checkpoint, next_version, read_checkpoint
 from budgetformer.cost.table import read_tables
 from budgetformer.errors import DataError
 from budgetformer.inference.policy import Measure
@@ -118,7 +118,7 @@ def import_encoder(
     baseline: BaselineOption = None,
     device: DeviceOption = "auto",
     micro_batch: MicroBatchOption = None,
-    core_hour_price: PriceOption = 0.05,
+    core_hour_price: PriceOption = CORE_HOUR_PRICE,
     as_json: JsonOption = False,
 ) -> None:
     """Give an encoder budgets: with labelled data, or a classifier with texts alone."""
@@ -202,8 +202,7 @@ def recalibrate(
 
     checkpoint = resolve(model, model_store)
     folder = checkpoint.path.parent
-    versions = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
-    output = folder / str(max(versions, default=checkpoint.version) + 1)
+    output = folder / str(next_version(folder))
     _show_levels(run(checkpoint, texts, output, note, measure="agreement"), as_json)
 
 
@@ -271,7 +270,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use this many rows, evenly chosen.")
     ] = None,
-    core_hour_price: PriceOption = 0.05,
+    core_hour_price: PriceOption = CORE_HOUR_PRICE,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from budgetformer.checkpoint.install.sources import MAX_BYTES, Source, Tell, open_source
 from budgetformer.checkpoint.manifest import CARD, MANIFEST, Manifest, write_manifest
 from budgetformer.checkpoint.staging import disk_errors, place, scratch_folder
-from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint
+from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, next_version, read_checkpoint
 from budgetformer.errors import CheckpointError
 
 __all__ = ["install"]
@@ -50,9 +50,7 @@ def install(
         with ExitStack() as stack:
             opened = stack.enter_context(open_source(source, staging, tell or (lambda *_: None)))
             manifest = _copy(opened, folder)
-        there = [p for p in (model_store / manifest.name).glob("*") if p.name.isdecimal()]
-        highest = max((int(p.name) for p in there), default=0)
-        number = version or max(manifest.version, highest + 1)
+        number = version or max(manifest.version, next_version(model_store / manifest.name))
         write_manifest(folder, manifest.model_copy(update={"version": number}))
         _try_out(folder, source, try_out)
         target = model_store / manifest.name / str(number)
