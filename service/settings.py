@@ -120,8 +120,9 @@ class Settings(BaseSettings):
     poll_store_seconds: float = Field(default=0.0, ge=0)
     """Look into the store so often for higher versions, and serve them; 0 never does."""
     model: str | None = None
-    """A classifier to serve as it is, with no other unless `models` names some: the folder of
-    `save_pretrained`, or an id of the Hugging Face hub. It is added to the store, once."""
+    """Classifier to serve as it is: a folder written by `save_pretrained`, or a model id of the
+    Hugging Face hub. It is added to the store once. Other models are served if `models` names
+    them."""
     models: list[str] = []
     """Models to load, `name` or `name:version`; none means all in the store."""
     default_model: str | None = None

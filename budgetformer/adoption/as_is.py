@@ -39,7 +39,7 @@ ORIGIN = "origin"
 """Key of a manifest's recipe: digest of the classifier that a checkpoint was made of."""
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-"""Of a model on the hub; no pickled weights, no code."""
+"""Files that are downloaded from the hub: no pickled weights and no code."""
 
 
 def add_classifier(
@@ -52,8 +52,8 @@ def add_classifier(
 ) -> Checkpoint:
     """Make a checkpoint of a classifier without training, and put it into a store.
 
-    Its answers are those of Transformers' pipeline: its weights keep their precision. It has one
-    quality level, as every text gets all heads. The same classifier is not added twice.
+    Weights keep their precision, so answers are those of Transformers' pipeline. There is one
+    quality level: every text gets all heads. The same classifier is not added twice.
 
     Args:
         folder: what `save_pretrained` wrote: a classifier of a known family with its tokenizer.
@@ -86,7 +86,7 @@ def add_classifier(
     assert model.encoder.decision is not None
     for weight in model.encoder.decision.parameters():  # nothing is decided
         weight.data.zero_()
-    tokenizer.fit(model)
+    tokenizer.match_token_types(model)
     for note in conversion.notes:
         log(note)
     max_tokens = tokenizer.longest(config)
@@ -128,7 +128,7 @@ def add_classifier(
 
 
 def find_classifier(source: str) -> Path | None:
-    """Return the folder of a classifier; None: the source is something else.
+    """Return the folder of a classifier, or None if the source is a checkpoint or something else.
 
     Args:
         source: a folder that Transformers wrote, or the id of a model on the Hugging Face hub,
@@ -178,7 +178,7 @@ def _measure(
 
 
 def _one_level(config: Architecture) -> Policy:
-    """Return the policy of a network with one step, which every level takes."""
+    """Return the policy of a network with one step: all quality levels are that step."""
     heads = config.num_hidden_layers * config.num_attention_heads
     levels = (
         Level(

@@ -119,7 +119,7 @@ def add_budgets(
     )
     model = conversion.model
     check_tokenizer(tokenizer.tokenizer, model.config, classifier)
-    tokenizer.fit(model)
+    tokenizer.match_token_types(model)
     for note in conversion.notes:
         log(note)
     max_tokens = min(tokenizer.longest(model.config), recipe.max_length)

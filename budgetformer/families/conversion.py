@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from budgetformer.errors import CheckpointError
 from budgetformer.families.family import Weights
-from budgetformer.families.source import Source, read_encoder, without_head
+from budgetformer.families.source import Source, describe_headless, read_encoder
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 
@@ -80,7 +80,7 @@ def read_classifier(folder: Path) -> Source:
         raise CheckpointError(
             f"{folder}: "
             + (
-                without_head(folder)
+                describe_headless(folder)
                 or f"{found}, which has no head for classes of whole texts; train one "
                 "(`budgetformer import` with --data)"
             )
@@ -113,7 +113,7 @@ def _convert(
     notes: list[str],
     choices: dict[str, Any],
 ) -> Conversion:
-    """Convert a source whose head, if `rows` are given, is kept; compare the two."""
+    """Convert a source, keep its head if `rows` are given, and compare the result with it."""
     folder, weights = source.folder, _rename(source)
     head: Weights = {}
     if rows is not None:

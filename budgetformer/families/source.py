@@ -38,7 +38,7 @@ _OTHER_KINDS = {
     "model_head.pkl": "a model whose head is pickled code (model_head.pkl), which is never run",
     "modules.json": "a sentence-transformers model, which has no head of Transformers",
 }
-"""Files that mark models whose head is elsewhere, or is none."""
+"""Files that mark models without a head that Transformers can load, and what each model is."""
 
 _NO_FUNCTION = {
     *("_name_or_path", "_num_labels", "architectures", "dtype", "finetuning_task", "torch_dtype"),
@@ -170,13 +170,13 @@ def read_encoder(folder: Path) -> Source:
 
 
 def is_source(folder: Path) -> bool:
-    """Say whether a folder holds a model of some kind, convertible or not."""
+    """Return whether a folder holds a model, even one that cannot be converted."""
     names = ("config.json", "adapter_config.json", *_OTHER_KINDS)
     return any((folder / name).exists() for name in names)
 
 
-def without_head(folder: Path) -> str | None:
-    """Say what kind of model a folder holds, if its head is none that Transformers knows."""
+def describe_headless(folder: Path) -> str | None:
+    """Describe a model whose head Transformers cannot load, and what to do; None: no such model."""
     kind = next((kind for name, kind in _OTHER_KINDS.items() if (folder / name).exists()), None)
     return kind and (
         f"{kind}; train a head on its encoder (`budgetformer import` on the folder with the "
@@ -193,7 +193,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError as error:
-        kind = without_head(folder) or "not an encoder folder: it has no config.json"
+        kind = describe_headless(folder) or "not an encoder folder: it has no config.json"
         raise CheckpointError(f"{folder}: {kind}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: not an encoder folder: {one_line(error)}") from error

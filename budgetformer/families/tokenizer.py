@@ -16,7 +16,7 @@ from budgetformer.model.modeling import quiet
 from budgetformer.tokenization import Side
 
 _NO_LIMIT = 10**9
-"""A `model_max_length` above this says that there is none (Transformers writes 1e30)."""
+"""A `model_max_length` above this means no limit (Transformers writes 1e30)."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SourceTokenizer:
         tokenizer: without padding and truncation.
         max_tokens: longest input, special tokens included; None: the encoder's positions decide.
         side: the end of a longer one that is cut off.
-        has_types: whether the network is given token types.
+        has_types: whether it returns token types.
     """
 
     tokenizer: Tokenizer
@@ -40,8 +40,11 @@ class SourceTokenizer:
         positions = config.max_position_embeddings
         return min(self.max_tokens or positions, positions)
 
-    def fit(self, model: SequenceClassifier) -> None:
-        """Embed the second text of a pair as the first one where it is given no other type."""
+    def match_token_types(self, model: SequenceClassifier) -> None:
+        """Give both token types one embedding if the tokenizer returns no token types.
+
+        Transformers then passes no types, so both texts of a pair have type 0.
+        """
         if not self.has_types:
             types = model.encoder.embeddings.segment.weight.data
             types[1:] = types[0]
@@ -50,12 +53,12 @@ class SourceTokenizer:
 def read_tokenizer(folder: Path) -> SourceTokenizer:
     """Read the tokenizer in a folder.
 
-    Transformers makes a fast one of other files (`vocab.txt`, SentencePiece) where there is no
-    `tokenizer.json`, and follows `tokenizer_config.json` where the two differ, in casing for
-    example.
+    Without `tokenizer.json`, Transformers builds a fast tokenizer from `vocab.txt` or SentencePiece
+    files. Where `tokenizer_config.json` differs from `tokenizer.json`, in casing for example, the
+    configuration wins.
 
     Raises:
-        CheckpointError: there is none, or it has no fast form.
+        CheckpointError: the folder has no tokenizer, or only a slow one.
     """
     try:
         with quiet():
@@ -90,7 +93,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: Architecture, folder: Path | N
     """Refuse a tokenizer whose ids or token types have no row in the embeddings.
 
     Raises:
-        CheckpointError: it has.
+        CheckpointError: an id or a type is out of range.
     """
     top = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if top >= config.vocab_size:

@@ -278,8 +278,8 @@ def calibrate(
 
     With labels, a level reaches the most accuracy that its cost allows: `fast` and `balanced` cost
     at most the share `level_costs` of the full step on average, `best` is the most accurate.
-    Without labels, or for an `original`, the answers of the full step, or of the original, are
-    the truth: `fast` and `balanced` agree with them on the shares `AGREEMENT` at the least cost,
+    Without labels, levels are calibrated for agreement with the full step; with an `original`, for
+    agreement with that. `fast` and `balanced` agree on the shares `AGREEMENT` at the least cost,
     `best` agrees most.
 
     Args:

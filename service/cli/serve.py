@@ -69,9 +69,9 @@ def serve(context: typer.Context) -> None:
 
 
 def _with_classifier(settings: Settings, source: str) -> Settings:
-    """Add a classifier to the store, and let it be served as the default model.
+    """Add a classifier to the store and make it the default model.
 
-    A process of its own does so: this one must stay small, as it forks others.
+    A child process adds it, so that this process, which forks others, does not load torch.
     """
     command = python_command("-m", "budgetformer", "models", "add", source, "--json")
     command += ["--model-store", str(settings.model_store)]
