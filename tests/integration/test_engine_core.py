@@ -181,7 +181,8 @@ async def test_totals_are_those_of_what_is_here_after_any_sequence(
         check_totals(core)
         assert core.queued_seconds == 0.0
         assert core._queues == {}
-        kinds = {type(told) for told in front.replies.values()}
+        # Where the clock is moved while a batch runs, the engine counts itself slow and refuses.
+        kinds = {type(told) for told in front.replies.values()} - {Refused}
         assert kinds == {Done, Answer, Expired}
 
 
