@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -76,6 +77,7 @@ def create_app(
     engines: Engines,
     hub_place: Place,
     tracer_provider: TracerProvider | None = None,
+    shared: Path | None = None,
 ) -> FastAPI:
     """Build the application of a front.
 
@@ -84,11 +86,13 @@ def create_app(
         engines: that compute for it; the application starts and stops them.
         hub_place: where its hub listens.
         tracer_provider: where spans go; None: nobody traces.
+        shared: folder through which the frontends of a server hold tables once; None: this one has
+            its own.
 
     Raises:
         KeysError: the keys are none.
     """
-    models = Models(settings.model_store, settings.default_model)
+    models = Models(settings.model_store, settings.default_model, shared)
     routes: list[str] = []
     hub = HubLink(hub_place, lambda serving: follow(serving), routes)
     follow = Follow(models, engines, hub)

@@ -148,7 +148,8 @@ def main() -> None:
     tracing = open_tracing(name)
     provider = tracing.provider if tracing else None
     engines = Engines(sockets, first=index)
-    app = create_app(settings, engines, hub_socket(run_dir), provider)
+    shared = run_dir if settings.fronts > 1 else None
+    app = create_app(settings, engines, hub_socket(run_dir), provider, shared)
     _raise_descriptors(settings.max_connections)
     common: dict[str, Any] = {
         "loop": "uvloop",

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import structlog
 
+from budgetformer.checkpoint.deciding import load_decider
 from budgetformer.checkpoint.store import Checkpoint, load_encoder, read_checkpoint, read_store
 from budgetformer.errors import CheckpointError
+from budgetformer.inference.decider import Decider
 from budgetformer.tokenization import TextEncoder
 from service.hub.messages import ServedVersion
 from service.process import return_memory
@@ -25,13 +27,16 @@ class UnknownModelError(Exception):
 
 @dataclass(eq=False)
 class ServedModel:
-    """A checkpoint and its tokenizer, which cuts texts to the model's length.
+    """A checkpoint, its tokenizer, which cuts texts to the model's length, and its decider.
+
+    `decider` None: budgets are decided by the engine, as its network reads embeddings for that.
 
     It counts who uses it, so that it is not taken from the engines before the last is done.
     """
 
     checkpoint: Checkpoint
     encoder: TextEncoder
+    decider: Decider | None
     _users: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -53,14 +58,19 @@ class ServedModel:
             await self._idle.wait()
 
 
-def open_model(path: Path) -> ServedModel:
+def open_model(path: Path, shared: Path | None = None) -> ServedModel:
     """Load what the front needs of a checkpoint folder.
+
+    Args:
+        path: the folder.
+        shared: see `load_decider`.
 
     Raises:
         CheckpointError: it is damaged.
     """
     checkpoint = read_checkpoint(path)
-    served = ServedModel(checkpoint, load_encoder(checkpoint))
+    encoder, decider = load_encoder(checkpoint), load_decider(checkpoint, shared)
+    served = ServedModel(checkpoint, encoder, decider)
     return_memory()
     return served
 
@@ -72,10 +82,12 @@ class Models:
         store: folder of checkpoints.
         default: model of requests that name none, `name` or `name:version`; None: the first by
             name.
+        shared: folder through which the frontends of a server hold tables once.
     """
 
-    def __init__(self, store: Path, default: str | None) -> None:
+    def __init__(self, store: Path, default: str | None, shared: Path | None = None) -> None:
         self.store = store
+        self._shared = shared
         self.served: dict[str, ServedModel] = {}
         self._default = default and default.partition(":")[0]
 
@@ -110,7 +122,9 @@ class Models:
                 now[wanted.name] = served
                 continue
             try:
-                now[wanted.name] = await asyncio.to_thread(open_model, Path(wanted.path))
+                now[wanted.name] = await asyncio.to_thread(
+                    open_model, Path(wanted.path), self._shared
+                )
             except CheckpointError as error:  # the hub has read it a moment ago
                 log.error("checkpoint left out", reason=str(error))
         before, self.served = self.served, now

@@ -25,7 +25,7 @@ from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
 from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.model.architecture import MULTI_LABEL
-from budgetformer.model.step0 import table_columns
+from budgetformer.model.tfidf import table_columns
 from budgetformer.training.calibration import answers_of, ranges_of_states
 from budgetformer.training.card import write_card
 from budgetformer.training.data import (

@@ -11,6 +11,7 @@ from torch import Tensor
 from budgetformer.cost.macs import decision_macs, dense_macs, encoder_macs, scorer_macs
 from budgetformer.inference.packed import PackedPass, PackedTokens, PassResult
 from budgetformer.inference.policy import BudgetRule
+from budgetformer.model import tfidf
 from budgetformer.model.answers import confidence
 from budgetformer.tokenization import Tokens
 
@@ -112,7 +113,8 @@ def arrive(network: PackedPass, items: Sequence[Work]) -> None:
     arrival = network.arrive(pack(items), pack_whole(items))
     exits = None if arrival.exit_logits is None else arrival.exit_logits.cpu()
     budget = None if arrival.budget is None else arrival.budget.tolist()
-    sure = None if exits is None else confidence(exits, problem_type).tolist()
+    # With NumPy, as `Decider` computes it: a rounding error must not decide otherwise.
+    sure = None if exits is None else tfidf.confidence(exits.numpy(), problem_type).tolist()
     for place, item in enumerate(items):
         item.heads = [0] * sizes.layers
         item.chosen = [()] * sizes.layers
@@ -135,11 +137,31 @@ def arrive(network: PackedPass, items: Sequence[Work]) -> None:
         item.predicted = item.step
 
 
+def begin(network: PackedPass, item: Work, step: int, s: float, exit_logits: Tensor | None) -> None:
+    """Let an item begin at a step that somebody else has decided (`Decider`).
+
+    What its decision cost is for them to count.
+
+    Args:
+        network: what will run the item.
+        item: a new one.
+        step: 1 or more.
+        s: f_o's verdict.
+        exit_logits: step 0's logits [C]; None: the network has no step 0.
+    """
+    sizes = network.sizes
+    item.step = item.predicted = step
+    item.s, item.exit_logits = s, exit_logits
+    item.heads, item.chosen = [0] * sizes.layers, [()] * sizes.layers
+    item.dense_macs = dense_macs(sizes, len(item.ids))
+
+
 def compute(network: PackedPass, items: Sequence[Work], steps: Sequence[int] | None) -> PassResult:
     """Run arrived items at the given ladder steps, or (None) as their layers decide."""
     exits = [item.exit_logits for item in items if item.exit_logits is not None]
-    ranking = [item.ranking for item in items if item.ranking is not None]
     last = network.config.num_steps
+    _rank(network, items)
+    ranking = [item.ranking for item in items if item.ranking is not None]
     return network.run(
         pack(items),
         steps,
@@ -147,6 +169,16 @@ def compute(network: PackedPass, items: Sequence[Work], steps: Sequence[int] | N
         torch.stack(ranking) if ranking else None,
         [item.rule.ceiling or last for item in items] if steps is None else None,
     )
+
+
+def _rank(network: PackedPass, items: Sequence[Work]) -> None:
+    """Let g_d rank the heads of items for which that has not been done."""
+    if not network.sizes.picks_heads or network.sizes.layerwise:
+        return
+    unranked = [item for item in items if item.ranking is None]
+    if unranked:
+        for item, ranking in zip(unranked, network.rank(pack(unranked)), strict=True):
+            item.ranking = ranking
 
 
 def run(network: PackedPass, items: Sequence[Work]) -> None:

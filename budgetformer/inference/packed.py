@@ -304,12 +304,22 @@ class PackedPass:
         """
         ids, segments = (t.numpy() for t in (read.input_ids, read.token_type_ids))
         exit_logits, s = step0.decide(ids, segments, read.lengths)
-        decision, ranking = self.encoder.decision, None
-        if decision is not None and decision.scorer is not None:
-            layout = self._layout(tokens)
-            pooled = self.kernels.mean(self._embed(tokens.to(self.device), layout), layout)
-            ranking = decision.scorer(pooled).argsort(dim=-1, descending=True, stable=True)
+        ranking = self._rank(tokens) if self.sizes.picks_heads else None
         return Arrival(torch.from_numpy(s), torch.from_numpy(exit_logits), ranking)
+
+    @inferring
+    def rank(self, tokens: PackedTokens) -> Tensor:
+        """Return g_d's heads of each layer, best first, for B items: [B, L, H]."""
+        parts = self._parts(tokens.lengths)
+        return torch.cat([self._rank(tokens.part(part.start, part.stop)) for part in parts])
+
+    def _rank(self, tokens: PackedTokens) -> Tensor:
+        decision, layout = self.encoder.decision, self._layout(tokens)
+        assert decision is not None
+        assert decision.scorer is not None
+        pooled = self.kernels.mean(self._embed(tokens.to(self.device), layout), layout)
+        scores: Tensor = decision.scorer(pooled)
+        return scores.argsort(dim=-1, descending=True, stable=True)
 
     def _decide(self, tokens: PackedTokens, layout: Layout) -> Arrival:
         exit_logits = evidence = None
@@ -371,7 +381,8 @@ class PackedPass:
 
     def run_at(self, step: int, tokens: PackedTokens) -> PassResult:
         """Run all items at one step, with the heads that g_d ranks first; step 0 has no say."""
-        ranking = self.arrive(tokens).ranking if self.sizes.picks_heads else None
+        ranks = self.sizes.picks_heads and not self.sizes.layerwise
+        ranking = self.rank(tokens) if ranks else None
         return self.run(tokens, [step] * len(tokens.lengths), ranking=ranking)
 
     def recorded(

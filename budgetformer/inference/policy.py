@@ -18,9 +18,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Literal, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from budgetformer.errors import PolicyError
+from budgetformer.model.tfidf import Array
 
 Measure = Literal["accuracy", "agreement"]
 """What a policy was calibrated for: right answers, or the answers of the full network."""
@@ -246,9 +248,12 @@ class BudgetRule(_Data):
 
     def path(self, s: float) -> tuple[int, ...]:
         """Return the rising steps that a text with f_o's `s` runs until an answer stands."""
+        return self._path_from(self._band(s))
+
+    def _path_from(self, start: int) -> tuple[int, ...]:
+        """Return the path of a text that f_o sends to step `start`."""
         if self.fixed is not None:
             return (self.fixed,)
-        start = self._band(s)
         steps = [start, *(step for step in self.chain if step > start)]
         if self.chain[:1] == (0,) and start > 0:
             steps.insert(0, 0)
@@ -268,6 +273,28 @@ class BudgetRule(_Data):
         if self.level is None or confidence >= self.level.threshold:
             return None
         return next((later for later in self.path(s) if later > step), None)
+
+    def first_steps(self, s: Array, confidence: Array | None = None) -> tuple[Array, Array]:
+        """Decide B texts before the encoder runs.
+
+        Args:
+            s: f_o's verdicts, [B].
+            confidence: of step 0's answers, [B]; None: there is no step 0.
+
+        Returns:
+            The encoder's step that each text runs first [B], 0 where step 0's answer stands; and
+            whether step 0 was asked [B].
+        """
+        starts = self._bands(s)
+        steps, asked = np.zeros(len(s), np.int32), np.zeros(len(s), bool)
+        for start in np.unique(starts):
+            here = starts == start
+            first, *later = self._path_from(int(start))
+            steps[here], asked[here] = first, not first and confidence is not None
+            if not first and later and self.level is not None and confidence is not None:
+                uncertain = confidence.astype(np.float64) < self.level.threshold
+                steps[here & uncertain] = later[0]
+        return steps, asked
 
     def expected_budgets(self) -> Shares | None:
         """Return the share of texts that calibration saw end at each step under this rule.
@@ -306,6 +333,17 @@ class BudgetRule(_Data):
             if s <= band.upto:
                 return band.step
         return min(max(math.ceil(s * self.num_steps), 1), self.num_steps)
+
+    def _bands(self, s: Array) -> Array:
+        """Return the step of each verdict's band, [B]."""
+        s = s.astype(np.float64)
+        if not self.entry:
+            own: Array = np.clip(np.ceil(s * self.num_steps), 1, self.num_steps).astype(np.int32)
+            return own
+        bounds = np.array([band.upto for band in self.entry])
+        places = np.searchsorted(bounds, s).clip(max=len(bounds) - 1)
+        steps: Array = np.array([band.step for band in self.entry], np.int32)[places]
+        return steps
 
 
 def choose_point(points: Sequence[OperatingPoint], quality: str | float) -> OperatingPoint:

@@ -19,6 +19,7 @@ from budgetformer.model.tfidf import (
     HASHED_SHARED,
     IDF_UNIT,
     MAX_ODDS,
+    table_columns,
 )
 
 
@@ -91,11 +92,6 @@ def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
     if problem_type == MULTI_LABEL:
         entropy = (entropy + torch.special.entr(1 - p).sum(-1)) / p.shape[-1]
     return torch.stack([odds.clamp(max=MAX_ODDS), entropy], dim=-1)
-
-
-def table_columns(classes: int, multi_label: bool) -> int:
-    """Return the columns of step 0's table: two labels that exclude each other need one."""
-    return 1 if classes == 2 and not multi_label else classes
 
 
 class TfidfHead(nn.Module):

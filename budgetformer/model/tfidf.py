@@ -30,6 +30,23 @@ MAX_ODDS = 14.0
 """Log-odds of a confidence are clipped here (about 1 - 1e-6)."""
 
 
+def table_columns(classes: int, multi_label: bool) -> int:
+    """Return the columns of step 0's table: two labels that exclude each other need one."""
+    return 1 if classes == 2 and not multi_label else classes
+
+
+def confidence(logits: Array, problem_type: str | None) -> Array:
+    """Return the confidence of answers with logits [B, C], as float32 [B] in (0, 1).
+
+    The largest probability; for multi-label, that of the label nearest to a coin flip.
+    """
+    if problem_type == MULTI_LABEL:
+        sure: Array = 1 / (1 + np.exp(-np.abs(logits).min(-1)))
+    else:
+        sure = 1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
+    return sure
+
+
 @dataclass(frozen=True)
 class Features:
     """The distinct features of B texts: for each its text `owner`, table `row` and `count`."""

@@ -40,8 +40,7 @@ from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.budget import BudgetController
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
-from budgetformer.model.step0 import table_columns
-from budgetformer.model.tfidf import evidence
+from budgetformer.model.tfidf import evidence, table_columns
 from budgetformer.tables import find_table, open_table
 from budgetformer.training.baseline import train_baseline
 from budgetformer.training.calibration import (

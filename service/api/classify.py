@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from budgetformer.errors import PolicyError
+from budgetformer.inference.decider import Decider
 from budgetformer.tokenization import Text, Tokens, characters
 from service.api import infinity
 from service.api.access import needs, spending
@@ -39,6 +41,8 @@ from service.engine.protocol import Answer, ItemAnswer, ItemTokens, pack_ids
 from service.hub.messages import ItemsAnswered, ItemSpent
 from service.models import ServedModel
 from service.observability.context import current_request
+from service.observability.traces import stage_span
+from service.pipeline.decision import DecidedTexts
 from service.settings import DEFAULT_QUALITY
 
 router = APIRouter(
@@ -119,31 +123,15 @@ async def _respond(
 ) -> Response:
     started = time.monotonic()
     quality = _quality(state, body, model)
-    if state.tracer is None:
+    with stage_span(state.tracer, "tokenize") as span:
         tokenized = await state.tokenize(model, texts, deadline)
-    else:
-        # An exception could quote a text, so it is not recorded.
-        with state.tracer.start_as_current_span(
-            "tokenize", record_exception=False, set_status_on_exception=False
-        ) as span:
-            tokenized = await state.tokenize(model, texts, deadline)
+        if span.is_recording():
             span.set_attribute("budgetformer.items", len(tokenized))
             span.set_attribute("budgetformer.tokens", sum(map(len, tokenized)))
     if not body.truncate:
         _refuse_overlong(tokenized, model)
     begun = time.monotonic()
-    job = Job(
-        model=model.checkpoint.name,
-        version=model.checkpoint.version,
-        items=[_item(tokens) for tokens in tokenized],
-        quality=quality,
-        deadline=deadline,
-        heads=body.heads,
-        max_heads=body.max_heads,
-        return_heads=body.return_heads,
-        target=None if body.target_ms is None else body.target_ms / 1000,
-    )
-    answer = await _ask(state, job)
+    answer = await _answer(state, body, model, tokenized, quality, deadline)
     computed = time.monotonic()
     # A level that is not the usual one is named: overload lowered it, or a target chose it.
     usual = body.target_ms is None and answer.quality == DEFAULT_QUALITY
@@ -156,13 +144,64 @@ async def _respond(
         "queue": answer.queue_seconds,
         "compute": answer.compute_seconds,
     }
-    _measure(state, model, job, answer, tokenized, stages | {"respond": responded - computed})
+    _measure(state, model, body, answer, tokenized, stages | {"respond": responded - computed})
     stages["total"] = time.monotonic() - started
     response.headers["X-Quality"] = str(answer.quality)
     response.headers["Server-Timing"] = ", ".join(
         f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items()
     )
     return response
+
+
+async def _answer(
+    state: State,
+    body: ClassifyRequest,
+    model: ServedModel,
+    tokenized: list[Tokens],
+    quality: str | float,
+    deadline: float,
+) -> Answer:
+    """Decide the budgets of texts, answer what step 0 answers, and have an engine do the rest.
+
+    A model whose network reads embeddings to decide leaves that to the engine; so does a request
+    with a target, for which the engine's queue chooses the quality.
+    """
+    job = Job(
+        model=model.checkpoint.name,
+        version=model.checkpoint.version,
+        items=[],
+        quality=quality,
+        deadline=deadline,
+        heads=body.heads,
+        max_heads=body.max_heads,
+        return_heads=body.return_heads,
+        target=None if body.target_ms is None else body.target_ms / 1000,
+    )
+    if model.decider is None or job.target is not None:
+        return await _ask(state, replace(job, items=list(map(_item, tokenized))))
+    texts = _decide(state, model, model.decider, tokenized, job)
+    places, ran = texts.unanswered, None
+    if places:
+        items = [_window(tokenized[place]) for place in places]
+        asked = replace(job, items=items, quality=texts.quality, decisions=texts.decisions())
+        ran = await _ask(state, asked)
+    return texts.answer(body.return_heads, ran)
+
+
+def _decide(
+    state: State, model: ServedModel, decider: Decider, tokenized: list[Tokens], job: Job
+) -> DecidedTexts:
+    started = time.monotonic()
+    checkpoint = model.checkpoint
+    quality = state.engines.level if job.quality == "auto" else job.quality
+    rule = checkpoint.rule(quality if checkpoint.calibrated else None, job.heads, job.max_heads)
+    with stage_span(state.tracer, "budget") as span:
+        decided = decider.decide(tokenized, rule)
+        if span.is_recording():
+            span.set_attribute("budgetformer.model", checkpoint.label)
+            span.set_attribute("budgetformer.items", len(tokenized))
+            span.set_attribute("budgetformer.budget", int(decided.steps.max()))
+    return DecidedTexts(tokenized, decided, decider, quality, time.monotonic() - started)
 
 
 def _seconds(state: State, body: ClassifyRequest) -> float:
@@ -242,10 +281,16 @@ def _refuse_overlong(tokenized: list[Tokens], model: ServedModel) -> None:
             raise ApiError(422, message, f"input[{index}]", "text_too_long")
 
 
+def _window(tokens: Tokens) -> ItemTokens:
+    """Return what the encoder reads of a text."""
+    return ItemTokens(pack_ids(tokens.ids), _pack_segments(tokens.type_ids))
+
+
 def _item(tokens: Tokens) -> ItemTokens:
-    ids, segments = pack_ids(tokens.ids), _pack_segments(tokens.type_ids)
+    """Return what the encoder and step 0 read of a text."""
     if tokens.whole is None:
-        return ItemTokens(ids, segments)
+        return _window(tokens)
+    ids, segments = pack_ids(tokens.ids), _pack_segments(tokens.type_ids)
     return ItemTokens(ids, segments, pack_ids(tokens.whole), _pack_segments(tokens.whole_type_ids))
 
 
@@ -380,7 +425,7 @@ def _scores(answered: Answered, item: ItemAnswer) -> dict[str, Any]:
 def _measure(
     state: State,
     model: ServedModel,
-    job: Job,
+    body: ClassifyRequest,
     answer: Answer,
     tokenized: list[Tokens],
     stages: dict[str, float],
@@ -392,7 +437,7 @@ def _measure(
         if not item.error
     ]
     quality = answer.quality if checkpoint.calibrated else None
-    expected = checkpoint.rule(quality, job.heads, job.max_heads).expected_budgets()
+    expected = checkpoint.rule(quality, body.heads, body.max_heads).expected_budgets()
     state.hub.observe(
         ItemsAnswered(
             checkpoint.name,

@@ -58,8 +58,7 @@ class PoolHandle:
 class PooledEngines(Engines):
     """All engines of the cluster, asked through Ray.
 
-    Requests begin in the pool of the smallest budgets. What needs a higher ladder step than that
-    pool computes comes back, and goes on in the next.
+    Each text goes to the first pool that computes its step; see `through_pools`.
 
     Args:
         pools: by rising `max_step`.
@@ -95,13 +94,13 @@ class PooledEngines(Engines):
             raise EngineDownError
         if (job.model, job.version) not in self._wanted:
             raise NotLoadedError
-        return await through_pools(self._ask, job)
+        return await through_pools(self._ask, [one.pool.computes for one in self._pools], job)
 
-    async def _ask(self, step: int, job: Job, steps: list[int] | None) -> Answer:
-        pool = next(pool for pool in self._pools if pool.pool.computes(step))
+    async def _ask(self, place: int, job: Job) -> Answer:
+        pool = self._pools[place]
         model = f"{job.model}:{job.version}"
         for attempt in range(1, ATTEMPTS + 1):
-            message = msgspec.structs.replace(request_of(job), steps=steps)
+            message = request_of(job)
             response = pool.handle.classify.remote(model, len(job.items), _encode(message))
             try:
                 async with asyncio.timeout(message.remaining + GRACE_SECONDS):
@@ -137,8 +136,13 @@ class PooledEngines(Engines):
                 self._wanted = fleet.wanted
                 self.clients = [
                     EngineClient.seen(
-                        one.index, one.hello, now - one.silent_seconds, one.models, one.items
-                    )
+                        one.index,
+                        one.hello,
+                        now - one.silent_seconds,
+                        one.models,
+                        one.items,
+                        one.level,
+                    )  # fmt: skip
                     for one in fleet.engines
                 ]
             await asyncio.sleep(LOOK_SECONDS)

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from budgetformer.inference.policy import QualityName
 from service.background import Background, run_forever
 from service.cluster.stream import Switchboard
 from service.connection import Streams, attend
@@ -30,6 +31,7 @@ class EngineSeen(msgspec.Struct, frozen=True, array_like=True):
     silent_seconds: float
     models: list[ModelInfo]
     items: int
+    level: QualityName
 
 
 class FleetSeen(msgspec.Struct, frozen=True, array_like=True):
@@ -81,6 +83,7 @@ class HubReplica:
                 now - client.heard,
                 list(client.models.values()),
                 watch.in_flight(client.index),
+                client.level,
             )
             for client in self._hub.fleet.clients
             if client.hello is not None

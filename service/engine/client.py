@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
 
+from budgetformer.inference.policy import QUALITY_NAMES, QualityName
 from service.background import Background
 from service.connection import (
     RECONNECT_SECONDS,
@@ -24,17 +25,20 @@ from service.engine.protocol import (
     BatchRan,
     Cancel,
     Classify,
+    Decisions,
     Expired,
     Failed,
     Heartbeat,
     Hello,
     ItemTokens,
+    LevelChanged,
     ModelInfo,
     Models,
     Refused,
 )
 from service.observability.context import current_request
 from service.process import on_silence
+from service.settings import DEFAULT_QUALITY
 
 log = structlog.get_logger()
 
@@ -80,7 +84,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What to classify; `deadline` on the monotonic clock."""
+    """What to classify; `deadline` on the monotonic clock, the rest as in `Classify`."""
 
     model: str
     version: int
@@ -91,6 +95,14 @@ class Job:
     max_heads: int | None = None
     return_heads: bool = False
     target: float | None = None
+    decisions: Decisions | None = None
+    steps: list[int] | None = None
+
+    def part(self, places: Sequence[int]) -> Job:
+        """Return the job for the items at some places."""
+        items = [self.items[place] for place in places]
+        decisions = self.decisions and self.decisions.part(places)
+        return replace(self, items=items, decisions=decisions)
 
 
 def request_of(job: Job) -> Classify:
@@ -106,7 +118,7 @@ def request_of(job: Job) -> Classify:
     return Classify(
         0, job.model, job.version, job.items, job.quality, remaining,
         job.heads, job.max_heads, job.return_heads, job.target,
-        context.request_id, context.traceparent,
+        context.request_id, context.traceparent, job.steps, job.decisions,
     )  # fmt: skip
 
 
@@ -138,14 +150,23 @@ class EngineClient(Connection):
         self.hello: Hello | None = None
         self.models: dict[ModelKey, ModelInfo] = {}
         self.items_in_flight = 0
+        self.level = DEFAULT_QUALITY
+        """Quality level in force for requests that leave it open."""
         self._observe = observe
 
     @classmethod
     def seen(
-        cls, index: int, hello: Hello, heard: float, models: list[ModelInfo], items: int
+        cls,
+        index: int,
+        hello: Hello,
+        heard: float,
+        models: list[ModelInfo],
+        items: int,
+        level: QualityName,
     ) -> EngineClient:
         """Return an engine as another process has seen it; it is not connected to."""
         client = cls(index, nowhere, lambda *_: None)
+        client.level = level
         client.hello, client.heard, client.items_in_flight = hello, heard, items
         client._know(models)
         return client
@@ -172,7 +193,12 @@ class EngineClient(Connection):
             case Models():
                 self._know(message.models)
                 self._observe(self.index, message)
-            case Heartbeat() | BatchRan():
+            case Heartbeat():
+                self.level = message.quality
+                self._observe(self.index, message)
+            case LevelChanged():
+                self.level = message.quality
+            case BatchRan():
                 self._observe(self.index, message)
             case _:
                 super()._take(message)
@@ -237,6 +263,12 @@ class Engines:
     def models(self) -> set[ModelKey]:
         """Every model that some live engine serves."""
         return {key for client in self.alive for key in client.models}
+
+    @property
+    def level(self) -> QualityName:
+        """Quality level for requests that leave it open: the lowest in force in a live engine."""
+        levels = {client.level for client in self.alive}
+        return next((name for name in QUALITY_NAMES if name in levels), DEFAULT_QUALITY)
 
     async def classify(self, job: Job) -> Answer:
         """Have a job done by the engine with the least in flight; if it dies, by another.

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import structlog
 import torch
+from torch import Tensor
 
 from budgetformer.cost.table import CostTable
 from budgetformer.errors import CheckpointError, PolicyError
@@ -37,12 +38,14 @@ from service.engine.protocol import (
     BatchRan,
     Cancel,
     Classify,
+    Decisions,
     Done,
     Expired,
     Failed,
     Heartbeat,
     ItemAnswer,
     ItemTokens,
+    LevelChanged,
     Load,
     ModelInfo,
     Models,
@@ -51,6 +54,7 @@ from service.engine.protocol import (
     Unload,
 )
 from service.engine.salvage import salvage
+from service.frames import FrameError
 from service.observability.context import RequestContext
 from service.observability.passes import PassRun, PassSpans, Rider, Stage
 from service.process import return_memory
@@ -282,7 +286,7 @@ class EngineCore:
         arrived = {name: queue.oldest for name, queue in queues.items()}
         oldest = {name: 0.0 if at is None else now - at for name, at in arrived.items()}
         in_flight = {name: queue.open for name, queue in queues.items()}
-        level = self.brownout.observe(self.queued_seconds, now)
+        level = self._level(self.queued_seconds)
         return Heartbeat(items, seconds, oldest, in_flight, memory_bytes, level)
 
     def _classify(self, message: Classify, reply: Reply) -> None:
@@ -291,16 +295,25 @@ class EngineCore:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
             return
         queued = self.queued_seconds
+        level = self._level(queued)
         counts = [item.tokens for item in message.items]
         exit_counts = [item.exit_tokens for item in message.items]
         try:
-            quality = self._quality(message, model, queued, counts, exit_counts)
+            quality = message.quality
+            if quality == "auto":
+                quality = self._best_within(message, level, queued, model)
             rule = model.rule(quality, message.heads, message.max_heads)
         except PolicyError as error:
             reply(Failed(message.id, str(error)))
             return
-        begins = message.steps or [0] * len(message.items)
-        if len(begins) != len(message.items):
+        decisions = message.decisions
+        begins = (decisions.steps if decisions else message.steps) or [0] * len(message.items)
+        try:
+            decided = None if decisions is None else _unpack(decisions, model.network)
+        except FrameError as error:
+            reply(Failed(message.id, str(error)))
+            return
+        if len(begins) != len(message.items) or (decisions and not all(begins)):
             reply(Failed(message.id, "there must be as many steps as items"))
             return
         outlook = Outlook.of(rule).up_to(self.options.max_step)
@@ -328,16 +341,21 @@ class EngineCore:
             lane_of(len(message.items)),
         )
         for tokens, begin, price in zip(message.items, begins, prices, strict=True):
-            slot = _Slot(request, _work(tokens, rule), price, now, begin)
-            request.slots.append(slot)
-            self._arrivals[slot] = None
-            self._outside.add(price)
-            queue.wait(slot)
+            request.slots.append(_Slot(request, _work(tokens, rule), price, now, begin))
         request.open = len(request.slots)
         queue.open += request.open
         queue.requests[request] = None
         self._requests[reply, message.id] = request
         self._deadlines.push(request.deadline, request)
+        if decided is None:
+            for slot in request.slots:
+                self._arrivals[slot] = None
+                self._outside.add(slot.price)
+                queue.wait(slot)
+        else:
+            for slot, begin, s, logits in zip(request.slots, begins, *decided, strict=True):
+                cascade.begin(model.network, slot.work, begin, s, logits)
+                self._go_on(slot)
         self._work_came.set()
 
     def _admit(
@@ -366,31 +384,30 @@ class EngineCore:
         model, step = bucket
         return self.prices.constant(model.key, step)
 
-    def _quality(
-        self,
-        message: Classify,
-        model: LoadedModel,
-        queued: float,
-        tokens: Sequence[int],
-        exit_tokens: Sequence[int],
-    ) -> str | float:
-        """Return the quality that a request gets: its own, or the level that the load allows."""
-        if message.quality != "auto":
-            return message.quality
+    def _level(self, queued: float) -> QualityName:
+        """Return the level that the load allows; tell the frontends when it has changed."""
+        before = self.brownout.level
         level = self.brownout.observe(queued, self._clock())
-        if message.target is None or not model.checkpoint.calibrated:
-            return level
-        return self._best_within(message.target - queued, model, tokens, exit_tokens)
+        if level != before:
+            self.broadcast(LevelChanged(level))
+        return level
 
     def _best_within(
-        self, left: float, model: LoadedModel, tokens: Sequence[int], exit_tokens: Sequence[int]
+        self, message: Classify, usual: QualityName, queued: float, model: LoadedModel
     ) -> QualityName:
-        """Return the best level at which items are answered within `left` seconds from now."""
+        """Return the best level at which a request is answered within its target, if it has one."""
+        if message.target is None or not model.checkpoint.calibrated:
+            return usual
+        left = message.target - queued
+        sizes = (
+            sum(item.tokens for item in message.items),
+            sum(item.exit_tokens for item in message.items),
+            len(message.items),
+        )
         levels: tuple[QualityName, ...] = ("best", "balanced")
         for level in levels:
             outlook = Outlook.of(model.rule(level, None, None))
             passes = sum(self.prices.constant(model.key, step) for step in outlook.steps)
-            sizes = sum(tokens), sum(exit_tokens), len(tokens)
             seconds = self.prices.expected(model.key, outlook, *sizes)
             if passes + seconds <= left:
                 return level
@@ -509,11 +526,17 @@ class EngineCore:
         if work.logits is not None and not all(map(math.isfinite, work.logits.tolist())):
             slot.error = "the network's answer is not a finite number"
         self._priced += slot.price
-        if not slot.error and not work.done and not self._beyond(work):
+        if self._continues(slot):
             slot.price = self.prices.item(
                 request.model.key, work.step, request.outlook, len(work.ids)
             )
             self._priced -= slot.price
+        self._go_on(slot)
+
+    def _go_on(self, slot: _Slot) -> None:
+        """Let an item wait in the bucket of its next step, or finish it if there is none here."""
+        request, work = slot.request, slot.work
+        if self._continues(slot):
             bucket = (request.model, work.step)
             slot.entry = Entry(
                 slot, bucket, slot.price, request.arrived, request.deadline, request.lane
@@ -527,8 +550,10 @@ class EngineCore:
         if not request.open:
             self._answer(request)
 
-    def _beyond(self, work: Work) -> bool:
-        return self.options.max_step is not None and work.step > self.options.max_step
+    def _continues(self, slot: _Slot) -> bool:
+        """Say whether an item has a next step that this engine computes."""
+        most = self.options.max_step
+        return not slot.error and not slot.work.done and (most is None or slot.work.step <= most)
 
     def _answer(self, request: _Request) -> None:
         self._forget(request)
@@ -674,6 +699,24 @@ def _work(item: ItemTokens, rule: BudgetRule) -> Work:
         for part in (item.ids, item.segments, item.whole, item.whole_segments)
     )
     return Work(ids or (), segments, rule, whole=whole, whole_segments=whole_segments)
+
+
+def _unpack(
+    decisions: Decisions, network: PackedPass
+) -> tuple[list[float], Sequence[Tensor | None]]:
+    """Return f_o's verdicts, and step 0's logits of each item.
+
+    Raises:
+        FrameError: they are not as many numbers as the items of this network have.
+    """
+    s, exit_logits = map(protocol.unpack_floats, (decisions.s, decisions.exit_logits))
+    count = len(decisions.steps)
+    classes = 0 if network.model.exit_head is None else network.sizes.classes
+    if (len(s), len(exit_logits)) != (count, count * classes):
+        raise FrameError("there must be as many decisions as items")
+    if not classes:
+        return s.tolist(), [None] * count
+    return s.tolist(), torch.from_numpy(exit_logits).view(count, classes).unbind()
 
 
 def _tokens(slots: Sequence[_Slot], decision: bool = False) -> int:

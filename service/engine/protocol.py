@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from typing import ClassVar, TypeAlias
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
+from budgetformer.inference.policy import QualityName
 from service.frames import FrameError, Message, decoder
 
-PROTOCOL = 5
+PROTOCOL = 6
 
 
 class ItemTokens(msgspec.Struct, frozen=True, array_like=True):
@@ -39,12 +42,34 @@ class ItemTokens(msgspec.Struct, frozen=True, array_like=True):
         return len(self.whole or self.ids) // ID_BYTES
 
 
+class Decisions(msgspec.Struct, frozen=True, array_like=True):
+    """What a frontend has decided of some items: the step that each runs first, 1 or more.
+
+    `s` holds f_o's verdicts, float32 bytes; `exit_logits` step 0's logits, one item after another,
+    and is empty for a network without a step 0.
+    """
+
+    steps: list[int]
+    s: bytes
+    exit_logits: bytes = b""
+
+    def part(self, places: Sequence[int]) -> Decisions:
+        """Return those of the items at some places."""
+        width = len(self.exit_logits) // len(self.steps)
+        return Decisions(
+            [self.steps[place] for place in places],
+            _rows(self.s, ID_BYTES, places),
+            _rows(self.exit_logits, width, places),
+        )
+
+
 class Classify(Message, frozen=True):
     """Classify some items with one model; `remaining` seconds until the answer is worthless.
 
     A quality of "auto" leaves the level to the engine; so does `target`, the seconds that the
     answer should take. `request_id` and the W3C `traceparent` name the request in logs and traces.
-    `steps` are the ladder steps at which items begin that another engine began.
+    `decisions` are the frontend's; None: the engine decides. `steps` are the ladder steps at which
+    items begin that another engine decided and began.
     """
 
     id: int
@@ -60,6 +85,7 @@ class Classify(Message, frozen=True):
     request_id: str = ""
     traceparent: str = ""
     steps: list[int] | None = None
+    decisions: Decisions | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -126,7 +152,13 @@ class Heartbeat(Message, frozen=True):
     oldest_age: dict[str, float]
     in_flight: dict[str, int]
     memory_bytes: int
-    quality: str
+    quality: QualityName
+
+
+class LevelChanged(Message, frozen=True):
+    """The quality level in force, as in `Heartbeat`, has changed to this one."""
+
+    quality: QualityName
 
 
 class ItemAnswer(msgspec.Struct, frozen=True, array_like=True):
@@ -216,7 +248,16 @@ class BatchRan(Message, frozen=True):
 
 ToEngine: TypeAlias = Classify | Cancel | Load | Unload | Watch
 ToFront: TypeAlias = (
-    Hello | Models | Heartbeat | Answer | Refused | Expired | Failed | Done | BatchRan
+    Hello
+    | Models
+    | Heartbeat
+    | LevelChanged
+    | Answer
+    | Refused
+    | Expired
+    | Failed
+    | Done
+    | BatchRan
 )
 
 TO_ENGINE = decoder(ToEngine)
@@ -225,12 +266,27 @@ TO_FRONT = decoder(ToFront)
 ID_BYTES = 4
 
 
+def _rows(data: bytes, width: int, places: Sequence[int]) -> bytes:
+    return b"".join([data[place * width : (place + 1) * width] for place in places])
+
+
 def pack_ids(ids: Sequence[int]) -> bytes:
     """Encode token ids as little-endian int32."""
     packed = array.array("i", ids)
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tobytes()
+
+
+def unpack_floats(data: bytes) -> npt.NDArray[np.float32]:
+    """Decode little-endian float32 numbers.
+
+    Raises:
+        FrameError: the length is not a multiple of four.
+    """
+    if len(data) % ID_BYTES:
+        raise FrameError("numbers are not whole float32 numbers")
+    return np.frombuffer(data, "<f4").astype(np.float32)
 
 
 def unpack_ids(data: bytes) -> array.array[int]:

@@ -1,22 +1,21 @@
 """An engine in virtual time: the scheduler as it is, and costs in place of a network.
 
 What `service.engine.core` does between its messages, without its processes and its tensors:
-admission, level, arrivals, batches, escalation, expiry. Each pass takes what the cost table says.
+admission, level, batches, escalation, expiry. Each pass takes what the cost table says. Budgets are
+decided in the frontend (`service.simulation.server`), so only texts that need a pass come here.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Literal, cast
 
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.cost.table import CostTable
 from budgetformer.inference.policy import QUALITY_NAMES, QualityName
 from service.scheduling.admission import Refusal, admit
-from service.scheduling.arrivals import decided_together
 from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
 from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
 from service.scheduling.drain import Drain
@@ -53,17 +52,18 @@ class SimRequest:
         arrived, deadline: in seconds, and after which its answer is worthless.
         texts, tokens: what is asked, and its tokens in all, as step 0 reads them.
         level: quality that it gets.
-        open: texts without an answer.
+        open: texts that wait for an engine's answer.
         gone: an engine does not hold it any more.
         held: its front has let it in.
         front, engine: of its server, where it is.
         outcome: empty until it is known.
-        slots: the texts in their engine.
+        sent: texts that its front sent to an engine.
+        slots: the texts that need a pass, in their engine.
     """
 
     __slots__ = (
         "arrived", "deadline", "engine", "front", "gone", "held", "lane", "level", "open",
-        "outcome", "slots", "texts", "tokens",
+        "outcome", "sent", "slots", "texts", "tokens",
     )  # fmt: skip
 
     def __init__(self, arrived: float, deadline: float, texts: Sequence[Text]) -> None:
@@ -73,9 +73,10 @@ class SimRequest:
         self.tokens = sum([text.exit_tokens for text in texts])
         self.lane: Lane = lane_of(len(texts))
         self.level: QualityName = DEFAULT_QUALITY
-        self.open = len(texts)
+        self.open = 0
         self.gone = False
         self.held = False
+        self.sent = 0
         self.front = 0
         self.engine = 0
         self.outcome: Outcome | None = None
@@ -83,23 +84,28 @@ class SimRequest:
 
 
 class _Slot:
-    """One text of a request that an engine holds."""
+    """One text of a request that an engine holds; it runs at least one step."""
 
     __slots__ = ("entry", "price", "request", "runs", "steps", "text")
 
-    def __init__(self, request: SimRequest, text: Text, price: float) -> None:
+    def __init__(self, request: SimRequest, text: Text) -> None:
         self.request = request
         self.text = text
-        self.price = price
+        self.price = 0.0
         self.steps = text.steps[request.level]
         self.runs = 0
         self.entry: Entry[_Slot] | None = None
+
+    @property
+    def step(self) -> int:
+        """The step that it runs next."""
+        return self.steps[self.runs]
 
 
 class SimEngine:
     """One engine; whoever holds it begins its passes and tells it when they end.
 
-    `running` and `step` say what runs: 0 is the decision on arrival.
+    `running` and `step` say what runs.
 
     Args:
         model: the only one that it serves.
@@ -131,67 +137,56 @@ class SimEngine:
         self._cost = cost
         self._expire = expire
         self._here: deque[SimRequest] = deque()
-        self._arrivals: OrderedDict[_Slot, None] = OrderedDict()
         self.running: list[_Slot] = []
         self._held = TotalSeconds()
-        """Prices of the arrivals and of what runs."""
+        """Prices of what runs."""
         self.step = 0
         self._began = self._pass = self._work = 0.0
         self._beside = 0.0
         """What was done meanwhile, and is still to be counted."""
-        self._batch_next = False
 
     @property
     def queued_seconds(self) -> float:
         """Seconds that all that is here will take, as fast as it drains now."""
         return self.drain.stretch * (self.buckets.seconds + self._held.seconds)
 
+    def level(self, now: float) -> QualityName:
+        """Return the quality level of a request that comes now."""
+        return self._named or self.brownout.observe(self.queued_seconds, now)
+
     def receive(self, request: SimRequest, now: float) -> Refusal | None:
-        """Take a request in, or say why not."""
+        """Take the texts of a request in that need a pass at its level, or say why not."""
         queued = self.queued_seconds
-        request.level = self._named or self.brownout.observe(queued, now)
         outlook = self.model.outlooks[request.level]
-        tokens = [text.tokens for text in request.texts]
-        exit_tokens = [text.exit_tokens for text in request.texts]
-        prices = self.prices.expected_each(_MODEL, outlook, tokens, exit_tokens)
-        price = sum(prices)
+        slots = [_Slot(request, text) for text in request.texts if text.steps[request.level]]
+        for slot in slots:
+            slot.price = self.prices.item(_MODEL, slot.step, outlook, slot.text.tokens)
         self._beside += self._cost.request
         refusal = admit(
-            items=len(prices),
-            queued_items=len(self.buckets) + len(self._arrivals) + len(self.running),
+            items=len(slots),
+            queued_items=len(self.buckets) + len(self.running),
             max_items=self._most,
             queued_seconds=queued,
-            price=price,
+            price=sum([slot.price for slot in slots]),
             remaining=request.deadline - now,
         )
         if refusal is None:
             self._here.append(request)
-            request.slots = list(map(_Slot, repeat(request), request.texts, prices))
-            self._arrivals.update(dict.fromkeys(request.slots))
-            for one in prices:
-                self._held.add(one)
+            request.slots, request.open = slots, len(slots)
+            for slot in slots:
+                self._queue(slot)
         return refusal
 
     def begin(self, now: float) -> float | None:
-        """Begin the next pass; return its seconds of processor time, None if there is nothing.
-
-        As the engine does, it decides the budgets of what has come before each batch.
-        """
-        while self._arrivals or len(self.buckets):
-            self._batch_next = not self._batch_next
-            if self._batch_next:
-                self._drop_late(now)
-                if self._arrivals:
-                    count = decided_together(slot.text.exit_tokens for slot in self._arrivals)
-                    came = [self._arrivals.popitem(last=False)[0] for _ in range(count)]
-                    return self._run(0, came, now)
-            elif batch := [entry.item for entry in self.buckets.take()]:
-                for slot in batch:
-                    slot.entry = None
-                    self._held.add(slot.price)
-                return self._run(batch[0].steps[batch[0].runs], batch, now)
-        self._batch_next = False
-        return None
+        """Begin the next pass; return its seconds of processor time, None if there is nothing."""
+        self._drop_late(now)
+        batch = [entry.item for entry in self.buckets.take()]
+        if not batch:
+            return None
+        for slot in batch:
+            slot.entry = None
+            self._held.add(slot.price)
+        return self._run(batch[0].step, batch, now)
 
     def finish(self, now: float) -> list[SimRequest]:
         """End the pass that runs; return the requests that have all their answers now."""
@@ -199,16 +194,15 @@ class SimEngine:
         priced = sum([slot.price for slot in batch])
         for slot in batch:
             self._held.subtract(slot.price)
-        if self.step and self._work:
+        if self._work:
             # A pass is priced by the time it takes, slowed by whatever shares its core.
             seconds = (now - self._began) * self._pass / self._work
             tokens = sum([slot.text.tokens for slot in batch])
             self.prices.observe(_MODEL, self.step, tokens, len(batch), seconds)
-        ran = 1 if self.step else 0
         answered = []
         for slot in batch:
             request = slot.request
-            slot.runs += ran
+            slot.runs += 1
             if slot.runs < len(slot.steps):
                 self._wait(slot)
                 priced -= slot.price
@@ -218,14 +212,13 @@ class SimEngine:
                 request.gone = True
                 answered.append(request)
         self.drain.observe(now - self._began, priced)
-        if not self._arrivals and not len(self.buckets):
+        if not len(self.buckets):
             self.brownout.observe(0.0, now)  # a real engine looks once a second, asked or not
         return answered
 
     def _run(self, step: int, batch: list[_Slot], now: float) -> float:
-        tokens = sum([slot.text.tokens if step else slot.text.exit_tokens for slot in batch])
-        ran = 1 if step else 0
-        answered = sum([slot.runs + ran >= len(slot.steps) for slot in batch])
+        tokens = sum([slot.text.tokens for slot in batch])
+        answered = sum([slot.runs + 1 >= len(slot.steps) for slot in batch])
         cost = self._cost
         self.running, self.step, self._began = batch, step, now
         self._pass = self.model.table.batch(step, tokens, len(batch))
@@ -235,10 +228,15 @@ class SimEngine:
 
     def _wait(self, slot: _Slot) -> None:
         """Let a text wait in the bucket of its next step."""
-        request, step = slot.request, slot.steps[slot.runs]
-        outlook = self.model.outlooks[request.level]
-        slot.price = self.prices.item(_MODEL, step, outlook, slot.text.tokens)
-        slot.entry = Entry(slot, step, slot.price, request.arrived, request.deadline, request.lane)
+        outlook = self.model.outlooks[slot.request.level]
+        slot.price = self.prices.item(_MODEL, slot.step, outlook, slot.text.tokens)
+        self._queue(slot)
+
+    def _queue(self, slot: _Slot) -> None:
+        request = slot.request
+        slot.entry = Entry(
+            slot, slot.step, slot.price, request.arrived, request.deadline, request.lane
+        )
         self.buckets.add(slot.entry)
 
     def _drop_late(self, now: float) -> None:
@@ -251,10 +249,7 @@ class SimEngine:
     def _drop(self, request: SimRequest) -> None:
         request.gone = True
         for slot in request.slots:
-            if slot in self._arrivals:
-                del self._arrivals[slot]
-                self._held.subtract(slot.price)
-            elif slot.entry is not None:
+            if slot.entry is not None:
                 self.buckets.discard(slot.entry)
         self._expire(request)
 

@@ -59,6 +59,7 @@ class SimServer:
     runs at the same part of its speed. Half of what a request costs a front comes before the engine
     and half after it; a deadline counts from when the front begins. A request that is refused costs
     the front what it costs without texts; one that is turned away unread costs a real front less.
+    The front decides budgets, and answers itself what step 0 answers.
     The door is told tokens in place of bytes.
 
     Args:
@@ -83,6 +84,7 @@ class SimServer:
         """Requests that are here."""
         self._cores = cores
         self._costs = costs
+        self._model = model
         self._records = records
         self._timeout = settings.timeout_ms / 1000
         self._room = settings.max_queue_items * engines
@@ -162,6 +164,7 @@ class SimServer:
             request.deadline = self.now + self._timeout
             front.door.enter(count, self._timeout, self.now)
             work = cost.seconds(count, request.tokens) / 2
+            work += self._model.table.batch(0, request.tokens, count)
         self._start(place, "front", share * work)
 
     def _turned_away(self, door: Door, request: SimRequest) -> bool:
@@ -186,8 +189,13 @@ class SimServer:
     def _ask_engine(self, request: SimRequest) -> None:
         in_flight = self._fronts[request.front].in_flight
         place = request.engine = in_flight.index(min(in_flight))
-        in_flight[place] += len(request.texts)
-        if self.now >= request.deadline:
+        request.level = self._engines[place].level(self.now)
+        hard = sum([bool(text.steps[request.level]) for text in request.texts])
+        request.sent = hard
+        in_flight[place] += hard
+        if not hard:
+            self._return(request, "answered")
+        elif self.now >= request.deadline:
             self._return(request, "expired")
         elif self._engines[place].receive(request, self.now) is not None:
             door = self._fronts[request.front].door
@@ -197,7 +205,7 @@ class SimServer:
             self._begin(place)
 
     def _return(self, request: SimRequest, outcome: Outcome) -> None:
-        self._fronts[request.front].in_flight[request.engine] -= len(request.texts)
+        self._fronts[request.front].in_flight[request.engine] -= request.sent
         request.outcome = outcome
         self._queue(request)
 

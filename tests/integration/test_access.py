@@ -232,12 +232,13 @@ class TestRates:
             error_of(slow, 429, "rate")
 
     async def test_requests_under_way_are_counted_until_their_end(self, model_store: Path) -> None:
+        body = {"input": "a", "heads": 1}
         keys = {"two": key("t", max_requests=2)}
         headers = {"X-API-Key": "t"}
         async with service(model_store, models=[TOPICS], keys=keys) as running:
 
             async def ask() -> httpx.Response:
-                return await running.client.post("/classify", json={"input": "a"}, headers=headers)
+                return await running.client.post("/classify", json=body, headers=headers)
 
             with held(running.core):
                 begun = [asyncio.create_task(ask()) for _ in range(2)]

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -31,13 +32,20 @@ class Pools:
     cores: dict[int | None, EngineCore]
     asked: list[int | None]
 
-    async def ask(self, step: int, job: Job, steps: list[int] | None) -> Answer:
-        most = next(most for most in self.cores if most is None or step <= most)
+    async def ask(self, place: int, job: Job) -> Answer:
+        most, core = list(self.cores.items())[place]
         self.asked.append(most)
-        message = msgspec.structs.replace(request_of(job), steps=steps)
-        answer = await asked(self.cores[most], message)
+        answer = await asked(core, request_of(job))
         assert isinstance(answer, Answer), answer
         return answer
+
+    async def answer(self, job: Job) -> Answer:
+        computes = [partial(_computes, most) for most in self.cores]
+        return await through_pools(self.ask, computes, job)
+
+
+def _computes(most: int | None, step: int) -> bool:
+    return most is None or step <= most
 
 
 @asynccontextmanager
@@ -72,11 +80,11 @@ async def test_several_engines_answer_together_what_one_answers_alone(
 ) -> None:
     wanted = job(model_store, model)
     async with running(model_store, model, None) as alone:
-        right = await alone.ask(0, wanted, None)
+        right = await alone.ask(0, wanted)
         (core,) = alone.cores.values()
         decision = decision_macs(core.models[model, MODELS[model]].network.sizes)
     async with running(model_store, model, *pools) as several:
-        answer = await through_pools(several.ask, wanted)
+        answer = await several.answer(wanted)
     compare(answer, right, decision)
     assert several.asked == [pools[0], None]
     if model == CHAINED:
@@ -86,15 +94,15 @@ async def test_several_engines_answer_together_what_one_answers_alone(
 async def test_a_text_goes_from_pool_to_pool_along_the_chain(model_store: Path) -> None:
     wanted = job(model_store, CHAINED)
     async with running(model_store, CHAINED, None) as alone:
-        some = (await alone.ask(0, wanted, None)).items
+        some = (await alone.ask(0, wanted)).items
         ones = [tokens for tokens, item in zip(wanted.items, some, strict=True)
                 if item.predicted == 1]  # fmt: skip
         wanted = replace(wanted, items=ones)
-        right = await alone.ask(0, wanted, None)
+        right = await alone.ask(0, wanted)
         (core,) = alone.cores.values()
         decision = decision_macs(core.models[CHAINED, 1].network.sizes)
     async with running(model_store, CHAINED, 0, 1, None) as several:
-        answer = await through_pools(several.ask, wanted)
+        answer = await several.answer(wanted)
     assert several.asked == [0, 1, None]
     assert {tuple(item.steps) for item in answer.items} == {(0, 1), (0, 1, 2)}
     compare(answer, right, decision)
@@ -120,7 +128,7 @@ def compare(answer: Answer, right: Answer, decision: int) -> None:
 @pytest.mark.parametrize("model", MODELS)
 async def test_what_was_given_back_was_paid_for(model_store: Path, model: str) -> None:
     async with running(model_store, model, 0) as small:
-        begun = await small.ask(0, job(model_store, model), None)
+        begun = await small.ask(0, job(model_store, model))
     for item in begun.items:
         assert not item.error
         assert bool(item.next_step) != bool(item.logits)

@@ -315,7 +315,7 @@ class TestLoad:
         self, one: Service
     ) -> None:
         with held(one.core):
-            begun = asyncio.create_task(one.ask(TEXT))
+            begun = asyncio.create_task(one.ask(TEXT, heads=1))
             await until(lambda: one.in_flight() == 1, "arrival at the engine")
             assert (await load(one)).status_code == 200
         assert (await begun).json()["model"] == "topics:1"
@@ -454,7 +454,7 @@ class TestUnload:
 
     async def test_what_was_begun_is_finished(self, one: Service) -> None:
         with held(one.core):
-            begun = asyncio.create_task(one.ask(TEXT))
+            begun = asyncio.create_task(one.ask(TEXT, heads=1))
             await until(lambda: one.in_flight() == 1, "arrival at the engine")
             assert (await self.unload(one)).status_code == 200
         assert (await begun).status_code == 200

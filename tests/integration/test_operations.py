@@ -332,14 +332,20 @@ async def test_metrics_add_up_to_the_answers(fresh: Service) -> None:
 
     async def batches_counted() -> bool:
         shown = await fresh.scrape()
-        return shown.total("batch_items_sum", budget=0) == budgets["0"]
+        return all(
+            shown.total("batch_items_sum", budget=budget) >= count
+            for budget, count in budgets.items()
+            if budget != "0"
+        )
 
     await until(batches_counted, "the report of the last batch")
     shown = await fresh.scrape()
-    for budget in "01234":
+    # Step 0 answers in the frontend, text by text.
+    assert shown.total("batches_total", budget=0) == 0
+    for budget in "1234":
         ran = shown.total("batches_total", budget=budget)
         assert ran == shown.total("batch_items_count", budget=budget)
-        assert shown.total("batch_items_sum", budget=budget) >= max(budgets.get(budget, 0), ran)
+        assert shown.total("batch_items_sum", budget=budget) >= ran
     assert shown.total("in_flight_items", model=TOPICS) >= 0
 
 
@@ -353,7 +359,7 @@ async def test_two_engines_share_the_work(model_store: Path) -> None:
 
         await until(both, "the model in both engines")
         with held(first), held(second):
-            tasks = [asyncio.create_task(pair.ask(text)) for text in TEXTS[:4]]
+            tasks = [asyncio.create_task(pair.ask(text, heads=1)) for text in TEXTS[:4]]
             await until(lambda: pair.in_flight() == 4, "arrival at the engines")
             in_flight = [sum(c.heartbeat(0).in_flight.values()) for c in pair.cores]
             assert in_flight == [2, 2]

@@ -21,6 +21,8 @@ from tests.support.waiting import until
 
 TEXT = sentences("music")[0]
 OTHERS = sentences("weather")[:3]
+COMPUTED = {"heads": 1}
+"""Of a request whose texts need an engine."""
 
 
 async def begin(fresh: Service, given: Any, **fields: Any) -> asyncio.Task[Any]:
@@ -49,10 +51,10 @@ class TestFullQueue:
     ) -> None:
         async with service(model_store, options=small, models=["topics"]) as fresh:
             with held(fresh.core):
-                first = await begin(fresh, [TEXT] * 2)
-                refused = await fresh.ask([TEXT] * 2)
+                first = await begin(fresh, [TEXT] * 2, **COMPUTED)
+                refused = await fresh.ask([TEXT] * 2, **COMPUTED)
                 error_of(refused, 429, "queue_full")
-                fitting = await begin(fresh, TEXT)
+                fitting = await begin(fresh, TEXT, **COMPUTED)
             assert (await first).status_code == 200
             assert (await fitting).status_code == 200
             shown = await fresh.scrape()
@@ -75,35 +77,35 @@ class TestFullQueue:
             model_store, options=small, models=["topics"], max_queue_items=3
         ) as fresh:
             with fresh.app.state.shared.room_for(2, None, 10.0):
-                error_of(await fresh.ask([TEXT] * 2), 429, "queue_full")
-                assert (await fresh.ask(TEXT)).status_code == 200
+                error_of(await fresh.ask([TEXT] * 2, **COMPUTED), 429, "queue_full")
+                assert (await fresh.ask(TEXT, **COMPUTED)).status_code == 200
             assert (await fresh.ask([TEXT] * 10)).status_code == 200
 
     async def test_a_model_that_is_full_leaves_room_for_the_others(self, model_store: Path) -> None:
         options = EngineOptions(model_queue_items={"topics": 2})
         async with service(model_store, options=options, models=["topics", "tags"]) as fresh:
             with held(fresh.core):
-                first = await begin(fresh, [TEXT] * 2)
-                error_of(await fresh.ask(TEXT), 429, "queue_full")
-                other = await begin(fresh, [TEXT] * 3, model="tags")
+                first = await begin(fresh, [TEXT] * 2, **COMPUTED)
+                error_of(await fresh.ask(TEXT, **COMPUTED), 429, "queue_full")
+                other = await begin(fresh, [TEXT] * 3, model="tags", **COMPUTED)
             assert (await first).status_code == (await other).status_code == 200
-            assert (await fresh.ask(TEXT)).status_code == 200
+            assert (await fresh.ask(TEXT, **COMPUTED)).status_code == 200
 
     async def test_once_it_has_drained_there_is_room_again(
         self, model_store: Path, small: EngineOptions
     ) -> None:
         async with service(model_store, options=small, models=["topics"]) as fresh:
             with held(fresh.core):
-                first = await begin(fresh, [TEXT] * 3)
-                error_of(await fresh.ask(TEXT), 429, "queue_full")
+                first = await begin(fresh, [TEXT] * 3, **COMPUTED)
+                error_of(await fresh.ask(TEXT, **COMPUTED), 429, "queue_full")
             await first
-            assert (await fresh.ask(TEXT)).status_code == 200
+            assert (await fresh.ask(TEXT, **COMPUTED)).status_code == 200
 
 
 class TestDeadlines:
     async def test_an_answer_that_comes_too_late_is_a_504(self, fresh: Service) -> None:
         with held(fresh.core):
-            error = error_of(await fresh.ask(TEXT, timeout_ms=1), 504)
+            error = error_of(await fresh.ask(TEXT, timeout_ms=1, **COMPUTED), 504)
         assert error["param"] == "timeout_ms"
         shown = await fresh.scrape()
         assert shown.total("deadline_exceeded_total") == 1
@@ -111,8 +113,8 @@ class TestDeadlines:
 
     async def test_what_is_not_computed_yet_is_dropped(self, fresh: Service) -> None:
         with held(fresh.core):
-            running = await begin(fresh, TEXT)
-            late = await begin(fresh, OTHERS, timeout_ms=1)
+            running = await begin(fresh, TEXT, **COMPUTED)
+            late = await begin(fresh, OTHERS, timeout_ms=1, **COMPUTED)
             error_of(await late, 504)
             await until(lambda: fresh.in_flight() == 1, "the drop")
         assert (await running).status_code == 200
@@ -121,7 +123,7 @@ class TestDeadlines:
 
     async def test_a_deadline_that_cannot_be_met_is_refused_at_once(self, fresh: Service) -> None:
         slow(fresh)
-        error_of(await fresh.ask(TEXT), 429, "deadline")
+        error_of(await fresh.ask(TEXT, **COMPUTED), 429, "deadline")
         shown = await fresh.scrape()
         assert shown.total("rejected_total", reason="deadline") == 1
         assert shown.by("outcome", "requests_total", route="/classify") == {"rejected": 1}
@@ -129,7 +131,7 @@ class TestDeadlines:
     async def test_the_servers_own_deadline(self, model_store: Path) -> None:
         async with service(model_store, models=["topics"], timeout_ms=1) as fresh:
             with held(fresh.core):
-                error_of(await fresh.ask(TEXT), 504)
+                error_of(await fresh.ask(TEXT, **COMPUTED), 504)
 
 
 class TestBrownOut:
@@ -142,9 +144,12 @@ class TestBrownOut:
     ) -> None:
         async with service(model_store, options=touchy, models=["topics"]) as fresh:
             with held(fresh.core):
-                first = await begin(fresh, TEXT)
-                second = await begin(fresh, TEXT)
-            usual, lowered = await first, await second
+                first = await begin(fresh, TEXT, **COMPUTED)
+                second = await begin(fresh, TEXT, **COMPUTED)
+                engines = fresh.app.state.shared.engines
+                await until(lambda: engines.level == "fast", "word of the lower level")
+                lowered = await fresh.ask(TEXT)
+            usual, _ = await first, await second
             assert usual.headers["x-quality"] == "balanced"
             assert usual.json()["data"][0]["quality"] == "auto"
             assert lowered.headers["x-quality"] == "fast"
@@ -153,7 +158,7 @@ class TestBrownOut:
     async def test_the_metric_follows(self, model_store: Path, touchy: EngineOptions) -> None:
         async with service(model_store, options=touchy, models=["topics"]) as fresh:
             with held(fresh.core):
-                tasks = [await begin(fresh, TEXT) for _ in range(2)]
+                tasks = [await begin(fresh, TEXT, **COMPUTED) for _ in range(2)]
                 fresh.hub.watch(0, fresh.core.heartbeat(0))
                 assert (await fresh.scrape()).total("quality_level", model="topics") == 1
             await asyncio.gather(*tasks)
@@ -171,7 +176,7 @@ class TestBrownOut:
         floored = EngineOptions(brownout_seconds=1e-9, quality_floor="balanced")
         async with service(model_store, options=floored, models=["topics"]) as fresh:
             with held(fresh.core):
-                tasks = [await begin(fresh, TEXT) for _ in range(3)]
+                tasks = [await begin(fresh, TEXT, **COMPUTED) for _ in range(3)]
             for task in tasks:
                 assert (await task).headers["x-quality"] == "balanced"
 
@@ -202,7 +207,8 @@ async def test_a_large_request_does_not_hold_up_a_single_text(fresh: Service) ->
 class TestWithoutAnEngine:
     async def test_nobody_is_there(self, model_store: Path) -> None:
         async with service(model_store, engines=0, models=["topics"]) as alone:
-            error_of(await alone.ask(TEXT), 503, "engine_down")
+            error_of(await alone.ask(TEXT, **COMPUTED), 503, "engine_down")
+            assert (await alone.item(TEXT, heads=0))["heads"]["budget"] == 0
             error_of(await alone.client.get("/health/ready"), 503, "not_ready")
             assert (await alone.client.get("/health/live")).status_code == 200
             assert (await alone.client.get("/health")).status_code == 503
@@ -220,7 +226,7 @@ class TestWithoutAnEngine:
         async with service(model_store, models=["topics"]) as fresh:
             await fresh.hub.fleet.unload(("topics", 2))
             await until(lambda: not fresh.app.state.shared.engines.models, "the engine's word")
-            error_of(await fresh.ask(TEXT), 503, "loading", "model")
+            error_of(await fresh.ask(TEXT, **COMPUTED), 503, "loading", "model")
             error_of(await fresh.client.get("/health/ready"), 503, "not_ready")
 
     async def test_an_empty_store(self, tmp_path: Path) -> None:
@@ -231,7 +237,7 @@ class TestWithoutAnEngine:
 
 async def test_draining_refuses_what_is_new_and_finishes_what_was_begun(fresh: Service) -> None:
     with held(fresh.core):
-        begun = await begin(fresh, TEXT)
+        begun = await begin(fresh, TEXT, **COMPUTED)
         fresh.app.state.draining = True
         error_of(await fresh.ask(TEXT), 503, "draining")
         error_of(await fresh.client.get("/health/ready"), 503, "not_ready")
@@ -335,8 +341,8 @@ class Browser:
 class TestDisconnect:
     async def test_what_nobody_waits_for_is_dropped_from_the_queue(self, fresh: Service) -> None:
         with held(fresh.core):
-            running = await begin(fresh, TEXT)
-            browser = Browser(fresh, json.dumps({"input": OTHERS}).encode())
+            running = await begin(fresh, TEXT, **COMPUTED)
+            browser = Browser(fresh, json.dumps({"input": OTHERS, **COMPUTED}).encode())
             visit = asyncio.create_task(browser.run())
             await until(lambda: fresh.in_flight() == 1 + len(OTHERS), "arrival at the engine")
             browser.leave()
@@ -353,7 +359,7 @@ class TestDisconnect:
         assert shown.total("items_total") == 1
 
     async def test_one_who_leaves_while_it_is_computed_harms_nobody(self, fresh: Service) -> None:
-        browser = Browser(fresh, json.dumps({"input": OTHERS}).encode())
+        browser = Browser(fresh, json.dumps({"input": OTHERS, **COMPUTED}).encode())
         with held(fresh.core):
             visit = asyncio.create_task(browser.run())
             await until(lambda: fresh.in_flight() == len(OTHERS), "arrival at the engine")

@@ -34,7 +34,8 @@ async def compare(fresh: Service) -> None:
         zip(words, measured_texts(read_checkpoint(model.checkpoint.path), words).texts, strict=True)
     )
     # The first text holds the device; behind it come single texts, and a large request.
-    asked = [[words[0]], *([word] for word in words[1:9]), words[9:]]
+    hard = [word for word in words if texts[word].steps["best"]]
+    asked = [[hard[0]], *([word] for word in hard[1:9]), [w for w in words if w not in hard[:9]]]
 
     real: list[tuple[int, int]] = []
     say = core.broadcast
@@ -47,9 +48,10 @@ async def compare(fresh: Service) -> None:
     core.broadcast = listen
     with held(core):
         asking = []
-        for count, some in enumerate(asked, 1):
+        done = 0
+        for some in asked:
             asking.append(asyncio.create_task(fresh.answer(some, quality="best")))
-            done = sum(map(len, asked[:count]))
+            done += sum(word in hard for word in some)
             await until(lambda done=done: fresh.in_flight() == done, "the request")
     await asyncio.gather(*asking)
 
@@ -61,14 +63,15 @@ async def compare(fresh: Service) -> None:
     requests = [
         SimRequest(n / 1000, 10.0, [texts[w] for w in some]) for n, some in enumerate(asked)
     ]
+    for request in requests:
+        request.level = engine.level(0.0)
     assert engine.receive(requests[0], 0.0) is None
     took = engine.begin(0.0)
     for request in requests[1:]:
         assert engine.receive(request, request.arrived) is None
     while took is not None:
         now += took
-        if engine.step:
-            simulated.append((engine.step, len(engine.running)))
+        simulated.append((engine.step, len(engine.running)))
         engine.finish(now)
         took = engine.begin(now)
     assert real == simulated

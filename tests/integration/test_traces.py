@@ -78,12 +78,12 @@ async def test_one_trace_leads_from_http_through_every_stage(traced: Traced) -> 
     assert request.kind is SpanKind.SERVER
     stages = [span for span in traced.spans() if parent_of(span) == id_of(request)]
     assert sorted(span.name for span in stages) == [
-        "budget", "compute", "queue", "queue", "tokenize",
+        "budget", "compute", "queue", "tokenize",
     ]  # fmt: skip
     assert {trace_of(span) for span in stages} == {trace_of(request)}
     processes = {span.name: span.resource.attributes["budgetformer.process"] for span in stages}
-    assert processes["tokenize"] == "front"
-    assert processes["compute"] == processes["budget"] == processes["queue"] == "engine-0"
+    assert processes["tokenize"] == processes["budget"] == "front"
+    assert processes["compute"] == processes["queue"] == "engine-0"
 
 
 async def test_the_stages_of_a_trace_follow_each_other_within_the_request(traced: Traced) -> None:
@@ -91,7 +91,7 @@ async def test_the_stages_of_a_trace_follow_each_other_within_the_request(traced
     request = traced.one("POST /classify")
     stages = [span for span in traced.spans() if parent_of(span) == id_of(request)]
     stages.sort(key=lambda span: (span.start_time or 0, span.end_time or 0))
-    assert [span.name for span in stages] == ["tokenize", "queue", "budget", "queue", "compute"]
+    assert [span.name for span in stages] == ["tokenize", "budget", "queue", "compute"]
     slack = 2_000_000  # nanoseconds: two clocks are read one after the other
     moments = [moment or 0 for span in stages for moment in (span.start_time, span.end_time)]
     assert all(
@@ -127,7 +127,7 @@ async def test_a_second_look_is_a_second_wait_and_pass(traced: Traced) -> None:
     answers = [await traced.service.item(text, quality="best") for text in sentences("music")[:12]]
     escalated = [answer for answer in answers if answer["heads"]["used"] > 2 * 3]
     assert len(traced.spans("compute")) == len(answers) + len(escalated)
-    assert len(traced.spans("queue")) == 2 * len(answers) + len(escalated)
+    assert len(traced.spans("queue")) == len(answers) + len(escalated)
 
 
 async def test_the_trace_of_the_caller_goes_on(traced: Traced) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from budgetformer.inference import shared as shared_module
+from budgetformer.inference import shared_file
 from budgetformer.inference.choice import load_pass
 from budgetformer.inference.observed import measure_ranges
 from budgetformer.inference.packed import PackedPass
@@ -109,8 +109,8 @@ def test_who_has_not_made_it_leaves_it_to_be_found(link: Path) -> None:
     holder.hold(held)
     other = os.fork()
     if not other:  # what it inherits is not its own, as for one that was started by itself
-        shared_module._files.clear()
-        shared_module._users.clear()
+        shared_file._files.clear()
+        shared_file._users.clear()
         tensors, reader = some(), SharedTensors(link)
         reader.hold(tensors)
         reader.forget()

@@ -22,7 +22,7 @@ def test_a_lone_request_takes_all_its_parts() -> None:
     running.offer([text(1)])
     running.advance(END)
     front = 0.5 + 0.25 + 0.1
-    engine = 0.125 + 0.0625 + 2 * 0.03125 + (2.0 + 1.0 + 0.5)
+    engine = 0.125 + 0.0625 + 0.03125 + (2.0 + 1.0 + 0.5)
     assert records.latency[0] == pytest.approx(1.0 + front + engine)
     assert records.busy == {
         "front": pytest.approx(front),
@@ -104,7 +104,7 @@ def test_what_waits_past_its_deadline_expires() -> None:
     # Nobody knows how slow this device is until it has run a batch.
     slow = model(StepCost(1.0, 0, 0))
     running, records = server(
-        slow, ServerCosts(engine=EngineCost(run=4.0)), batch_items=1, timeout_ms=6000
+        slow, ServerCosts(engine=EngineCost(run=7.0)), batch_items=1, timeout_ms=6000
     )
     for _ in range(3):
         running.offer([text(1)])

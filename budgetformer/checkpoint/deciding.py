@@ -1,0 +1,120 @@
+"""From a checkpoint folder to what decides the budgets of its texts, without torch."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from budgetformer.checkpoint.manifest import WEIGHTS
+from budgetformer.checkpoint.store import Checkpoint
+from budgetformer.cost.macs import Sizes
+from budgetformer.errors import CheckpointError
+from budgetformer.inference.decider import Decider
+from budgetformer.inference.shared_file import SharedFile
+from budgetformer.model.architecture import MULTI_LABEL, Architecture
+from budgetformer.model.tfidf import Array, StepZero, table_columns
+
+HEAD, F_O = "exit_head.", "encoder.decision.controller."
+"""Prefixes of the tensors of step 0 and of f_o."""
+_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
+
+
+def load_decider(checkpoint: Checkpoint, shared: Path | None = None) -> Decider | None:
+    """Load step 0 and f_o of a checkpoint; None: its network decides by embeddings, in its pass.
+
+    Args:
+        checkpoint: its files need not have been verified.
+        shared: folder through which processes hold the tables once, in a file in memory; None:
+            they are this process's own. Where no such file can be made, too.
+
+    Raises:
+        CheckpointError: the file of the weights differs from the manifest, or lacks a tensor.
+    """
+    architecture = Architecture.read(checkpoint.config)
+    sizes = Sizes.of(architecture)
+    if architecture.has_one_budget:
+        return Decider(sizes, None)
+    if not architecture.decides_from_step0 or architecture.budget_scope == "layer":
+        return None
+    try:
+        tensors = _read(checkpoint) if shared is None else _map(checkpoint, shared)
+        return Decider(sizes, _step0(architecture, tensors))
+    except (KeyError, ValueError, TypeError) as error:
+        path = checkpoint.path / WEIGHTS
+        raise CheckpointError(f"{path}: no step 0 can be read from it: {error}") from error
+
+
+def _step0(architecture: Architecture, tensors: Mapping[str, Array]) -> StepZero:
+    """Put the tensors of step 0 and f_o together.
+
+    Raises:
+        KeyError, ValueError: one is missing or has another shape.
+    """
+    classes, multi_label = architecture.num_classes, architecture.problem_type == MULTI_LABEL
+    rows = architecture.vocab_size + architecture.exit_buckets
+    columns = table_columns(classes, multi_label)
+
+    def tensor(name: str, *shape: int) -> Array:
+        found = tensors[name]
+        if found.shape != shape:
+            raise ValueError(f"{name} has shape {found.shape}, not {shape}")
+        return found
+
+    inputs, width = architecture.decision_inputs, architecture.controller_hidden_size
+    return StepZero(
+        table=tensor(f"{HEAD}table", rows, columns),
+        scale=tensor(f"{HEAD}scale", columns),
+        bias=tensor(f"{HEAD}bias", columns),
+        idf=tensor(f"{HEAD}idf", rows),
+        repeats=float(tensor(f"{HEAD}repeats")),
+        vocab_size=architecture.vocab_size,
+        buckets=architecture.exit_buckets,
+        classes=classes,
+        problem_type=architecture.problem_type,
+        hidden=(tensor(f"{F_O}hidden.weight", width, inputs), tensor(f"{F_O}hidden.bias", width)),
+        out=(tensor(f"{F_O}out.weight", 1, width), tensor(f"{F_O}out.bias", 1)),
+    )
+
+
+def _read(checkpoint: Checkpoint) -> dict[str, Array]:
+    """Read the tensors of step 0 and f_o, floats as float32."""
+    # The whole file is read once, and compared with the manifest: it may change meanwhile.
+    found = _tensors(np.frombuffer(checkpoint.read(WEIGHTS), np.uint8))
+    return {name: array.copy() for name, array in found.items()}
+
+
+def _map(checkpoint: Checkpoint, shared: Path) -> dict[str, Array]:
+    """Map the same tensors from a file that the first process that asks for it makes."""
+    link = shared / f"{checkpoint.manifest.files[WEIGHTS].sha256}-step0"
+    try:
+        with SharedFile(link).opened(lambda file: file.write(save(_read(checkpoint)))) as file:
+            content = np.frombuffer(mmap.mmap(file, 0, prot=mmap.PROT_READ), np.uint8)
+    except OSError:
+        return _read(checkpoint)
+    return _tensors(content)
+
+
+def _tensors(content: Array) -> dict[str, Array]:
+    """Return views of the tensors of step 0 and f_o in a file of safetensors.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none.
+    """
+    begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    entries = json.loads(content[8:begin].tobytes())
+    found = {}
+    for name, entry in entries.items():
+        if name.startswith((HEAD, F_O)):
+            start, stop = entry["data_offsets"]
+            array = content[begin + start : begin + stop].view(_TYPES[entry["dtype"]])
+            if entry["dtype"] == "BF16":
+                array = (array.astype(np.uint32) << 16).view(np.float32)
+            elif entry["dtype"] == "F16":
+                array = array.astype(np.float32)
+            found[name] = array.reshape(entry["shape"])
+    return found

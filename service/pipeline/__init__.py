@@ -1,0 +1,1 @@
+"""What a frontend does with the texts of a request, from tokens to answers."""
