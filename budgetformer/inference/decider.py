@@ -28,7 +28,7 @@ class Decided:
     Attributes:
         steps: ladder step that each text runs first, [B]; 0: step 0's answer stands.
         asked: whether step 0 was asked for an answer, [B]; with a fixed budget it is not.
-        s: f_o's verdict, float32 [B].
+        s: f_o's verdict, float32 [B]; 0 where the rule has one answer to all of them.
         exit_logits: step 0's logits, float32 [B, C]; None: the network has no step 0.
     """
 
@@ -37,7 +37,7 @@ class Decided:
     s: Array
     exit_logits: Array | None
 
-    def part(self, places: Array) -> Decided:
+    def part(self, places: Array | slice) -> Decided:
         """Return the texts at some places."""
         logits = None if self.exit_logits is None else self.exit_logits[places]
         return Decided(self.steps[places], self.asked[places], self.s[places], logits)
@@ -66,7 +66,11 @@ class Decider:
         segments = None
         if any(own and any(own) for own in kinds):
             segments = _column([own or [0] * n for own, n in zip(kinds, lengths, strict=True)])
-        logits, s = self.step0.decide(ids, segments, lengths)
+        if rule.asks_f_o:
+            logits, s = self.step0.decide(ids, segments, lengths)
+        else:
+            logits = self.step0.logits(ids, segments, lengths)
+            s = np.zeros(len(texts), np.float32)
         sure = confidence(logits, self.step0.problem_type)
         return Decided(*rule.first_steps(s, sure), s, logits)
 

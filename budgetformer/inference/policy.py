@@ -246,6 +246,11 @@ class BudgetRule(_Data):
             return None
         return self.first_step(0.0)
 
+    @property
+    def asks_f_o(self) -> bool:
+        """Whether a text's path depends on f_o."""
+        return self.fixed is None and len(self.entry) != 1
+
     def path(self, s: float) -> tuple[int, ...]:
         """Return the rising steps that a text with f_o's `s` runs until an answer stands."""
         return self._path_from(self._band(s))
@@ -285,15 +290,24 @@ class BudgetRule(_Data):
             The encoder's step that each text runs first [B], 0 where step 0's answer stands; and
             whether step 0 was asked [B].
         """
+        if not self.asks_f_o:
+            return self._first_steps(self._band(0.0), len(s), confidence)
         starts = self._bands(s)
         steps, asked = np.zeros(len(s), np.int32), np.zeros(len(s), bool)
-        for start in np.unique(starts):
+        for start in np.unique(starts).tolist():
             here = starts == start
-            first, *later = self._path_from(int(start))
-            steps[here], asked[here] = first, not first and confidence is not None
-            if not first and later and self.level is not None and confidence is not None:
-                uncertain = confidence.astype(np.float64) < self.level.threshold
-                steps[here & uncertain] = later[0]
+            sure = None if confidence is None else confidence[here]
+            steps[here], asked[here] = self._first_steps(start, int(here.sum()), sure)
+        return steps, asked
+
+    def _first_steps(self, start: int, count: int, confidence: Array | None) -> tuple[Array, Array]:
+        """Decide `count` texts that f_o sends to step `start`; see `first_steps`."""
+        first, *later = self._path_from(start)
+        steps = np.full(count, first, np.int32)
+        asked = np.full(count, not first and confidence is not None)
+        if not first and later and self.level is not None and confidence is not None:
+            # Numbers of double precision are compared, as `next_step` does.
+            steps[confidence.astype(np.float64) < self.level.threshold] = later[0]
         return steps, asked
 
     def expected_budgets(self) -> Shares | None:

@@ -179,7 +179,7 @@ async def _answer(
     )
     if model.decider is None or job.target is not None:
         return await _ask(state, replace(job, items=list(map(_item, tokenized))))
-    texts = _decide(state, model, model.decider, tokenized, job)
+    texts = await _decide(state, model, model.decider, tokenized, job)
     places, ran = texts.unanswered, None
     if places:
         items = [_window(tokenized[place]) for place in places]
@@ -188,7 +188,7 @@ async def _answer(
     return texts.answer(body.return_heads, ran)
 
 
-def _decide(
+async def _decide(
     state: State, model: ServedModel, decider: Decider, tokenized: list[Tokens], job: Job
 ) -> DecidedTexts:
     started = time.monotonic()
@@ -196,7 +196,7 @@ def _decide(
     quality = state.engines.level if job.quality == "auto" else job.quality
     rule = checkpoint.rule(quality if checkpoint.calibrated else None, job.heads, job.max_heads)
     with stage_span(state.tracer, "budget") as span:
-        decided = decider.decide(tokenized, rule)
+        decided = await state.deciding.decide(decider, rule, tokenized)
         if span.is_recording():
             span.set_attribute("budgetformer.model", checkpoint.label)
             span.set_attribute("budgetformer.items", len(tokenized))

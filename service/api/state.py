@@ -22,6 +22,7 @@ from service.connection import DisconnectedError
 from service.engine.client import Engines
 from service.hub.link import HubError, HubLink
 from service.models import Models, ServedModel, UnknownModelError
+from service.pipeline.decision import Deciding
 from service.scheduling.door import Door
 from service.settings import Settings
 
@@ -48,6 +49,7 @@ class State:
         default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
     )
 
+    deciding: Deciding = field(default_factory=Deciding)
     door: Door = field(init=False)
 
     body_bytes: int = 0
