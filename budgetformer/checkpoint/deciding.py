@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,12 +42,17 @@ def load_decider(checkpoint: Checkpoint, shared: Path | None = None) -> Decider 
         return Decider(sizes, None)
     if not architecture.decides_from_step0 or architecture.budget_scope == "layer":
         return None
+    link = shared and shared / f"{checkpoint.manifest.files[WEIGHTS].sha256}-step0"
+    file = link and SharedFile(link)
     try:
-        tensors = _read(checkpoint) if shared is None else _map(checkpoint, shared)
-        return Decider(sizes, _step0(architecture, tensors))
+        tensors = _read(checkpoint) if file is None else _map(checkpoint, file)
+        decider = Decider(sizes, _step0(architecture, tensors))
     except (KeyError, ValueError, TypeError) as error:
         path = checkpoint.path / WEIGHTS
         raise CheckpointError(f"{path}: no step 0 can be read from it: {error}") from error
+    if file is not None:
+        weakref.finalize(decider, file.forget)
+    return decider
 
 
 def _step0(architecture: Architecture, tensors: Mapping[str, Array]) -> StepZero:
@@ -88,12 +94,11 @@ def _read(checkpoint: Checkpoint) -> dict[str, Array]:
     return {name: array.copy() for name, array in found.items()}
 
 
-def _map(checkpoint: Checkpoint, shared: Path) -> dict[str, Array]:
+def _map(checkpoint: Checkpoint, file: SharedFile) -> dict[str, Array]:
     """Map the same tensors from a file that the first process that asks for it makes."""
-    link = shared / f"{checkpoint.manifest.files[WEIGHTS].sha256}-step0"
     try:
-        with SharedFile(link).opened(lambda file: file.write(save(_read(checkpoint)))) as file:
-            content = np.frombuffer(mmap.mmap(file, 0, prot=mmap.PROT_READ), np.uint8)
+        with file.opened(lambda writer: writer.write(save(_read(checkpoint)))) as descriptor:
+            content = np.frombuffer(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ), np.uint8)
     except OSError:
         return _read(checkpoint)
     return _tensors(content)

@@ -16,8 +16,18 @@ from budgetformer.cost.macs import decision_macs
 from service.cluster.handing_on import through_pools
 from service.engine.client import Job, request_of
 from service.engine.core import EngineCore, EngineOptions
-from service.engine.protocol import Answer, Classify, Failed, ItemTokens, Load, ToFront, pack_ids
+from service.engine.protocol import (
+    Answer,
+    Classify,
+    Decisions,
+    Failed,
+    ItemTokens,
+    Load,
+    ToFront,
+    pack_ids,
+)
 from service.models import open_model
+from service.pipeline.decision import DecidedTexts
 from tests.support.stores import CHAINED, TOPICS, labelled_sentences
 
 TEXTS = [text for text, _ in labelled_sentences()][:40]
@@ -91,6 +101,48 @@ async def test_several_engines_answer_together_what_one_answers_alone(
         assert {tuple(item.steps) for item in answer.items} == {(0, 1), (0, 2), (0, 1, 2)}
 
 
+@pytest.mark.parametrize("pools", [(0, None), (1, None), (0, 1, None)], ids=str)
+async def test_texts_that_are_decided_go_straight_to_the_pool_of_their_step(
+    model_store: Path, pools: tuple[int | None, ...]
+) -> None:
+    wanted = job(model_store, CHAINED)
+    async with running(model_store, CHAINED, None) as alone:
+        right = await alone.ask(0, wanted)
+    served = open_model(model_store / CHAINED / "1")
+    assert served.decider is not None
+    tokens, rule = served.encoder.encode(TEXTS), served.checkpoint.rule("best")
+    decided = served.decider.decide(tokens, rule)
+    texts = DecidedTexts(tokens, decided, served.decider, "best", 0.0)
+    assert set(decided.steps) == {1, 2}
+    direct = replace(wanted, decisions=texts.decisions())
+    async with running(model_store, CHAINED, *pools) as several:
+        answer = texts.answer(True, await several.answer(direct))
+    compare(answer, right)
+    first = sorted(several.asked[:2], key=str)
+    assert first == ([1, None] if 1 in pools else [None])
+    # Those that go on from step 1 to step 2 are the only ones that are sent twice.
+    assert several.asked[2:] == ([None] if 1 in pools else [])
+
+
+async def test_decisions_that_do_not_fit_the_items_are_refused(model_store: Path) -> None:
+    wanted = job(model_store, CHAINED)
+    count = len(wanted.items)
+    good = Decisions([1] * count, bytes(4 * count), bytes(4 * 3 * count))
+    async with running(model_store, CHAINED, None) as only:
+        (core,) = only.cores.values()
+        for bad in (
+            msgspec.structs.replace(good, steps=[1]),
+            msgspec.structs.replace(good, steps=[0] * count),
+            msgspec.structs.replace(good, s=b""),
+            msgspec.structs.replace(good, s=bytes(4 * count - 1)),
+            msgspec.structs.replace(good, exit_logits=bytes(4 * count)),
+            msgspec.structs.replace(good, exit_logits=b""),
+        ):
+            answer = await asked(core, request_of(replace(wanted, decisions=bad)))
+            assert isinstance(answer, Failed)
+        assert isinstance(await asked(core, request_of(replace(wanted, decisions=good))), Answer)
+
+
 async def test_a_text_goes_from_pool_to_pool_along_the_chain(model_store: Path) -> None:
     wanted = job(model_store, CHAINED)
     async with running(model_store, CHAINED, None) as alone:
@@ -108,10 +160,11 @@ async def test_a_text_goes_from_pool_to_pool_along_the_chain(model_store: Path) 
     compare(answer, right, decision)
 
 
-def compare(answer: Answer, right: Answer, decision: int) -> None:
+def compare(answer: Answer, right: Answer, decision: int | None = None) -> None:
     """Compare what several engines answered with what one did.
 
-    Every engine that takes an item over decides it once more, for step 0's logits.
+    Every engine that takes an item over decides it once more, for step 0's logits, and spends
+    `decision` multiply-adds on that; None: it was decided before.
     """
     handed_on = set[int]()
     for item, expected in zip(answer.items, right.items, strict=True):
@@ -119,10 +172,13 @@ def compare(answer: Answer, right: Answer, decision: int) -> None:
         assert item.logits == pytest.approx(expected.logits, rel=1e-4, abs=1e-5)
         for name in ("budget", "predicted", "steps", "heads", "chosen", "dense_macs"):
             assert getattr(item, name) == getattr(expected, name), name
+        if decision is None:
+            assert item.macs == expected.macs
+            continue
         more, rest = divmod(item.macs - expected.macs, decision)
         assert rest == 0
         handed_on.add(more)
-    assert max(handed_on) >= 1
+    assert decision is None or max(handed_on) >= 1
 
 
 @pytest.mark.parametrize("model", MODELS)

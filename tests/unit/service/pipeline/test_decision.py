@@ -1,0 +1,137 @@
+"""Texts of several requests are decided at once, and each request gets its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from budgetformer.cost.macs import Sizes
+from budgetformer.inference.decider import Decided, Decider
+from budgetformer.inference.policy import BudgetRule
+from budgetformer.tokenization import Tokens
+from service.engine.protocol import Answer, ItemAnswer
+from service.pipeline.decision import FEW_TEXTS, DecidedTexts, Deciding
+from tests.support.networks import small_config
+
+SIZES = Sizes.of(small_config())
+RULE, OTHER = BudgetRule(num_steps=3), BudgetRule(num_steps=3, ceiling=1)
+
+
+def texts(*lengths: int) -> list[Tokens]:
+    return [Tokens([1] * length, [0] * length, False) for length in lengths]
+
+
+@dataclass(frozen=True)
+class Noting(Decider):
+    """Decides that a text runs the step of its length, and notes what it was asked together."""
+
+    calls: list[list[int]] = ...  # type: ignore[assignment]
+
+    def decide(self, texts: Sequence[Tokens], rule: BudgetRule) -> Decided:  # noqa: ARG002
+        lengths = [len(text) for text in texts]
+        self.calls.append(lengths)
+        if 13 in lengths:
+            raise RuntimeError("an unlucky text")
+        steps = np.array(lengths)
+        return Decided(steps, steps == 0, steps / 10, steps[:, None].astype(np.float32))
+
+
+def noting() -> Noting:
+    return Noting(SIZES, None, [])
+
+
+async def test_requests_of_one_turn_are_decided_together() -> None:
+    decider, deciding = noting(), Deciding()
+    asked = [texts(1), texts(2, 3), texts(4)]
+    found = await asyncio.gather(*(deciding.decide(decider, RULE, some) for some in asked))
+    assert decider.calls == [[1, 2, 3, 4]]
+    assert [one.steps.tolist() for one in found] == [[1], [2, 3], [4]]
+    assert [one.s.tolist() for one in found] == [[0.1], [0.2, 0.3], [0.4]]
+    await deciding.decide(decider, RULE, texts(5))
+    assert decider.calls[1:] == [[5]]
+
+
+async def test_each_rule_and_decider_has_its_own_decision() -> None:
+    first, second, deciding = noting(), noting(), Deciding()
+    await asyncio.gather(
+        deciding.decide(first, RULE, texts(1)),
+        deciding.decide(first, OTHER, texts(2)),
+        deciding.decide(second, RULE, texts(3)),
+        deciding.decide(first, RULE, texts(4)),
+    )
+    assert first.calls == [[1, 4], [2]]
+    assert second.calls == [[3]]
+
+
+async def test_many_texts_do_not_wait_for_others() -> None:
+    decider, deciding = noting(), Deciding()
+    few = asyncio.create_task(deciding.decide(decider, RULE, texts(1)))
+    await asyncio.sleep(0)
+    await deciding.decide(decider, RULE, texts(*[2] * FEW_TEXTS))
+    await few
+    assert decider.calls == [[2] * FEW_TEXTS, [1]]
+
+
+async def test_whoever_is_cancelled_leaves_the_others_their_answers() -> None:
+    decider, deciding = noting(), Deciding()
+    tasks = [asyncio.create_task(deciding.decide(decider, RULE, texts(n))) for n in (1, 2, 3)]
+    await asyncio.sleep(0)
+    tasks[1].cancel()
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(found[1], asyncio.CancelledError)
+    assert [one.steps.tolist() for one in found if isinstance(one, Decided)] == [[1], [3]]
+
+
+async def test_an_error_reaches_everyone_who_waits_and_nobody_later() -> None:
+    decider, deciding = noting(), Deciding()
+    asked = [deciding.decide(decider, RULE, texts(n)) for n in (1, 13)]
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert [str(one) for one in found] == ["an unlucky text"] * 2
+    assert (await deciding.decide(decider, RULE, texts(2))).steps.tolist() == [2]
+
+
+class TestAnswers:
+    @pytest.fixture
+    def decided(self) -> DecidedTexts:
+        decider = Decider(SIZES, None)
+        steps, logits = np.array([0, 2, 0, 1]), np.arange(8, dtype=np.float32).reshape(4, 2)
+        asked = np.array([True, True, True, False])
+        own = Decided(steps, asked, np.zeros(4, np.float32), logits)
+        return DecidedTexts(texts(5, 6, 7, 8), own, decider, "fast", 0.25)
+
+    def test_they_stand_in_the_order_of_the_texts(self, decided: DecidedTexts) -> None:
+        assert decided.unanswered == [1, 3]
+        ran = [
+            ItemAnswer([9.0, 1.0], 2, None, [2], [2, 2, 2], None, 100, 500),
+            ItemAnswer(error="the item could not be computed"),
+        ]
+        answer = decided.answer(False, Answer(7, ran, 0.0, 0.5, 0.75, "fast"))
+        first, second, third, fourth = answer.items
+        assert first.logits == [0.0, 1.0]
+        assert third.logits == [4.0, 5.0]
+        for item in (first, third):
+            assert (item.budget, item.predicted, item.steps, sum(item.heads)) == (0, 0, [0], 0)
+            assert 0 < item.macs < item.dense_macs
+        assert second.steps == [0, 2]
+        assert second.predicted == 2
+        assert second.macs == 100 + decided.decider.macs(6)[0]
+        assert fourth == ran[1]
+        stages = (answer.budget_seconds, answer.queue_seconds, answer.compute_seconds)
+        assert stages == (0.25, 0.5, 0.75)
+
+    def test_what_an_engine_is_told_is_of_the_unanswered_alone(self, decided: DecidedTexts) -> None:
+        told = decided.decisions()
+        assert told.steps == [2, 1]
+        assert np.frombuffer(told.exit_logits, "<f4").tolist() == [2.0, 3.0, 6.0, 7.0]
+        assert told.part([1]).steps == [1]
+        assert np.frombuffer(told.part([1]).exit_logits, "<f4").tolist() == [6.0, 7.0]
+        assert len(told.part([1]).s) == 4
+
+    def test_heads_are_named_where_they_are_asked_for(self, decided: DecidedTexts) -> None:
+        decided.decided.steps[:] = 0
+        for item in decided.answer(True, None).items:
+            assert item.chosen == [[]] * SIZES.layers
