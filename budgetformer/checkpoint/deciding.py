@@ -42,8 +42,8 @@ def load_decider(checkpoint: Checkpoint, shared: Path | None = None) -> Decider 
         return Decider(sizes, None)
     if not architecture.decides_from_step0 or architecture.budget_scope == "layer":
         return None
-    link = shared and shared / f"{checkpoint.manifest.files[WEIGHTS].sha256}-step0"
-    file = link and SharedFile(link)
+    name = f"{checkpoint.manifest.files[WEIGHTS].sha256}-step0"
+    file = None if shared is None else SharedFile(shared / name)
     try:
         tensors = _read(checkpoint) if file is None else _map(checkpoint, file)
         decider = Decider(sizes, _step0(architecture, tensors))
