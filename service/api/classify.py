@@ -41,7 +41,7 @@ from service.engine.protocol import Answer, ItemAnswer, ItemTokens, pack_ids
 from service.hub.messages import ItemsAnswered, ItemSpent
 from service.models import ServedModel
 from service.observability.context import current_request
-from service.observability.traces import stage_span
+from service.observability.stages import stage_span
 from service.pipeline.decision import DecidedTexts
 from service.settings import DEFAULT_QUALITY
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
-
-from opentelemetry.trace import INVALID_SPAN, Span, Tracer
 
 from budgetformer.errors import BudgetFormerError
 
@@ -64,21 +61,6 @@ def check_tracing() -> None:
                 f"OTEL_* asks for traces, but {package} is not installed: "
                 "pip install 'budgetformer-serving[tracing]'"
             )
-
-
-@contextmanager
-def stage_span(tracer: Tracer | None, name: str) -> Iterator[Span]:
-    """Open the span of a stage of a request; one that records nothing if nobody traces.
-
-    No exception is recorded with it, as it could quote a text.
-    """
-    if tracer is None:
-        yield INVALID_SPAN
-        return
-    with tracer.start_as_current_span(
-        name, record_exception=False, set_status_on_exception=False
-    ) as span:
-        yield span
 
 
 def open_tracing(process: str, *, follow: bool = False) -> Tracing | None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from budgetformer.inference.policy import QUALITY_NAMES
 from service import frames
 from service.engine import protocol
 from service.engine.protocol import (
@@ -16,6 +17,7 @@ from service.engine.protocol import (
     BatchRan,
     Cancel,
     Classify,
+    Decisions,
     Done,
     Expired,
     Failed,
@@ -23,6 +25,7 @@ from service.engine.protocol import (
     Hello,
     ItemAnswer,
     ItemTokens,
+    LevelChanged,
     Load,
     ModelInfo,
     Models,
@@ -71,18 +74,23 @@ TO_ENGINE = {
         return_heads=st.booleans(),
         request_id=words,
         traceparent=words,
+        steps=st.none() | st.lists(numbers, max_size=4),
+        decisions=st.none()
+        | st.builds(Decisions, st.lists(numbers, max_size=4), st.binary(), st.binary()),
     ),
     Cancel: st.builds(Cancel, numbers),
     Load: st.builds(Load, numbers, words),
     Unload: st.builds(Unload, numbers, words, numbers),
     Watch: st.builds(Watch),
 }
+levels = st.sampled_from(QUALITY_NAMES)
 TO_FRONT = {
     Hello: st.builds(Hello, numbers, numbers, words, words, st.lists(model_info, max_size=2)),
     Models: st.builds(Models, st.lists(model_info, max_size=2)),
     Heartbeat: st.builds(
-        Heartbeat, by_model, seconds_by_model, seconds_by_model, by_model, numbers, words
+        Heartbeat, by_model, seconds_by_model, seconds_by_model, by_model, numbers, levels
     ),
+    LevelChanged: st.builds(LevelChanged, levels),
     Answer: st.builds(
         Answer, numbers, st.lists(answers, max_size=4), finite, finite, finite, words
     ),

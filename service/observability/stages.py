@@ -1,0 +1,23 @@
+"""The spans that a frontend makes of the stages of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from opentelemetry.trace import INVALID_SPAN, Span, Tracer
+
+
+@contextmanager
+def stage_span(tracer: Tracer | None, name: str) -> Iterator[Span]:
+    """Open the span of a stage of a request; one that records nothing if nobody traces.
+
+    No exception is recorded with it, as it could quote a text.
+    """
+    if tracer is None:
+        yield INVALID_SPAN
+        return
+    with tracer.start_as_current_span(
+        name, record_exception=False, set_status_on_exception=False
+    ) as span:
+        yield span
