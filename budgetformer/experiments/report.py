@@ -349,7 +349,7 @@ class _Bench:
                 rival = self._at_cost(best, cost)
                 if rival is None:
                     continue
-                gain, low, high = _paired(outcome.right, rival)
+                gain, low, high = paired(outcome.right, rival)
                 accuracy = float(rival.mean())
                 yield Comparison(
                     name, level.name or "", cost, _mean(outcome), accuracy, gain, low, high
@@ -476,7 +476,7 @@ def _slope(points: Sequence[tuple[float, float]], a: int, b: int) -> float:
     return (points[b][1] - points[a][1]) / run if run else float("inf")
 
 
-def _paired(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+def paired(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
     """Return the difference of two accuracies in points, with its paired 95 % interval."""
     difference = ours.astype(float) - theirs.astype(float)
     half = 1.96 * float(difference.std()) / float(np.sqrt(len(difference)))

@@ -86,7 +86,7 @@ def test_one_trace_crosses_the_processes_and_nothing_is_lost_at_the_end(
             ("front-0", "POST /classify"),
             ("front-0", "tokenize"),
             ("engine-0", "queue"),
-            ("engine-0", "budget"),
+            ("front-0", "budget"),
             ("engine-0", "compute"),
         }
         (request,) = [span for _, span in of_it if span.name == "POST /classify"]
