@@ -67,7 +67,7 @@ class Frontier:
         runs = run_every_step(network, TokenizedTexts.of(checkpoint, examples))
         table = Table(network.config, runs)
         right = table.right(torch.from_numpy(examples.labels))
-        route = Route(policy.chain, policy.entry)
+        route = Route(policy.chain, policy.entry, policy.exit_margin)
         spread = np.quantile(table.confidence[list(policy.chain)], np.linspace(0, 1, THRESHOLDS))
         taken = [table.take(route, float(threshold)) for threshold in [*np.unique(spread), 1.0]]
         return cls(

@@ -1,11 +1,12 @@
 """How many heads a text gets: calibrated rules, as plain data and pure functions.
 
 A policy is a chain of ladder steps and one confidence threshold per quality level. Step 0, where
-there is one, answers first. A text whose answer is not confident enough goes to the link of the
-chain that f_o's s picks, and from there link by link until an answer reaches the threshold; the
-last link always answers. Only the threshold depends on the level, so the steps that a text runs at
-one level are the first of those that it runs at a higher one, and its cost can only rise with the
-level.
+there is one, answers first. Its confidence must exceed the threshold by the exit margin, which is
+the same for all levels: above 0 where a cheap step would know more. A text whose answer is not
+confident enough goes to the link of the chain that f_o's s picks, and from there link by link until
+an answer reaches the threshold; the last link always answers. Only the threshold depends on the
+level, so the steps that a text runs at one level are the first of those that it runs at a higher
+one, and its cost can only rise with the level.
 
 Checkpoints of the older form have operating points instead: bands and one escalation for each
 level. Both forms become a `BudgetRule`.
@@ -90,12 +91,15 @@ class Policy(_Data):
         chain: rising ladder steps, beginning with 0 where the checkpoint has a step 0.
         entry: bands over f_o's s, the same for all levels, in rising order and the last one up to
             1. Each names the link to which a text goes that step 0 has not answered.
+        exit_margin: step 0's answer stands if its confidence is the threshold plus this, or more;
+            above 1 minus the threshold it never does.
         levels: by rising threshold; some carry a quality level's name.
     """
 
     measure: Measure = "accuracy"
     chain: tuple[int, ...] = Field(min_length=1)
     entry: tuple[EntryBand, ...] = Field(min_length=1)
+    exit_margin: float = Field(default=0.0, ge=0, le=1)
     levels: tuple[Level, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -144,6 +148,7 @@ class Policy(_Data):
             num_steps=num_steps,
             entry=self.entry,
             chain=self.chain,
+            exit_margin=self.exit_margin,
             level=level,
             fixed=fixed,
             ceiling=ceiling,
@@ -227,6 +232,7 @@ class BudgetRule(_Data):
         entry: bands over s; empty: f_o's own ceil(s * S).
         chain: rising steps. Step 0 goes first if it is among them; after an answer that is not
             confident enough the next higher one follows.
+        exit_margin: see `Policy`.
         level: the threshold and what calibration saw; None: every answer stands.
         fixed: the only step that is run, whatever else is set.
         ceiling: highest step that may be run.
@@ -235,6 +241,7 @@ class BudgetRule(_Data):
     num_steps: int
     entry: tuple[EntryBand, ...] = ()
     chain: tuple[int, ...] = ()
+    exit_margin: float = 0.0
     level: Level | None = None
     fixed: int | None = None
     ceiling: int | None = None
@@ -275,7 +282,9 @@ class BudgetRule(_Data):
 
         None: the answer stands.
         """
-        if self.level is None or confidence >= self.level.threshold:
+        if self.level is None or confidence >= threshold_at(
+            step, self.level.threshold, self.exit_margin
+        ):
             return None
         return next((later for later in self.path(s) if later > step), None)
 
@@ -306,8 +315,9 @@ class BudgetRule(_Data):
         steps = np.full(count, first, np.int32)
         asked = np.full(count, not first and confidence is not None)
         if not first and later and self.level is not None and confidence is not None:
+            needed = threshold_at(0, self.level.threshold, self.exit_margin)
             # Numbers of double precision are compared, as `next_step` does.
-            steps[confidence.astype(np.float64) < self.level.threshold] = later[0]
+            steps[confidence.astype(np.float64) < needed] = later[0]
         return steps, asked
 
     def expected_budgets(self) -> Shares | None:
@@ -358,6 +368,11 @@ class BudgetRule(_Data):
         places = np.searchsorted(bounds, s).clip(max=len(bounds) - 1)
         steps: Array = np.array([band.step for band in self.entry], np.int32)[places]
         return steps
+
+
+def threshold_at(step: int, threshold: float, exit_margin: float) -> float:
+    """Return the confidence at which the answer of a step stands."""
+    return threshold if step else threshold + exit_margin
 
 
 def choose_point(points: Sequence[OperatingPoint], quality: str | float) -> OperatingPoint:

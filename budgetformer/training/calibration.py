@@ -41,7 +41,16 @@ from budgetformer.inference.ranges import LayerRanges
 from budgetformer.model.answers import confidence, fuse, probabilities
 from budgetformer.model.architecture import MULTI_LABEL, Architecture
 from budgetformer.model.encoder import SequenceClassifier
-from budgetformer.training.chains import Chain, Curve, Goal, Route, Steps, chains, search
+from budgetformer.training.chains import (
+    EXIT_MARGINS,
+    Chain,
+    Curve,
+    Goal,
+    Route,
+    Steps,
+    chains,
+    search,
+)
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.evaluation import interval
 from budgetformer.training.exits import wrong
@@ -208,7 +217,7 @@ class Table:
         if rule.fixed is not None:
             route, threshold = Route((), (EntryBand(upto=1, step=rule.fixed),)), 0.0
         else:
-            route = Route(rule.chain, rule.entry)
+            route = Route(rule.chain, rule.entry, rule.exit_margin)
             threshold = 0.0 if rule.level is None else rule.level.threshold
         return self.take(route, threshold, signal)
 
@@ -355,7 +364,9 @@ class _Calibration:
             weights = self._fuse(seen, fusion)
             self.unseen.append(self._side(unseen, weights))
             chosen = self._side(seen, weights)
-            choices.append(self._choose(chosen, [choices[0].route.chain], [*searched, Goal()]))
+            route = choices[0].route
+            own = self._choose(chosen, [route.chain], [*searched, Goal()], [route.exit_margin])
+            choices.append(own)
         return Found(
             fusion,
             self.whole.table.fixed_steps(self.whole.right, self.measure),
@@ -363,6 +374,7 @@ class _Calibration:
                 measure=self.measure,
                 chain=choices[0].route.chain,
                 entry=choices[0].route.entry,
+                exit_margin=choices[0].route.exit_margin,
                 levels=tuple(self._levels(choices, named)),
             ),
         )
@@ -407,8 +419,14 @@ class _Calibration:
             whole = costs[-1]
         return np.asarray(costs / whole.mean(), dtype=np.float32)
 
-    def _choose(self, side: _Side, options: Sequence[Chain], goals: Sequence[Goal]) -> Curve:
-        route = search(side.steps, options, goals)
+    def _choose(
+        self,
+        side: _Side,
+        options: Sequence[Chain],
+        goals: Sequence[Goal],
+        margins: Sequence[float] = EXIT_MARGINS,
+    ) -> Curve:
+        route = search(side.steps, options, goals, margins)
         full = float(side.right[-1].mean())
         # A tenth of a standard error of the accuracy: less is no reason to pay more.
         grain = 0.1 * math.sqrt(full * (1 - full) / len(side.rows))

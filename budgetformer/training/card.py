@@ -130,11 +130,13 @@ def _explained(manifest: Manifest) -> str:
             for name, level in named.items()
         ],
     )
+    margin = manifest.policy.exit_margin
+    exits = f"step 0's must exceed it by {margin:g}; " if margin else ""
     return f"""Calibrated for {manifest.measure} on {rows}: {meaning}.
 A text goes along the steps {", ".join(map(str, manifest.policy.chain))} until the confidence of an
-answer reaches the threshold of the level; *f_o* may skip steps. The figures are cross-fitted: each
-is of texts that did not choose the rule. Points lost are against the full network. Of the texts,
-this share ends at each step:
+answer reaches the threshold of the level; {exits}*f_o* may skip steps.
+The figures are cross-fitted: each is of texts that did not choose the rule. Points lost are against
+the full network. Of the texts, this share ends at each step:
 
 {shares}
 """

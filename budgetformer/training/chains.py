@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, combinations_with_replacement
 
 import numpy as np
 
 from budgetformer.cost.macs import fits_in_full_pass
-from budgetformer.inference.policy import EntryBand
+from budgetformer.inference.policy import EntryBand, threshold_at
 from budgetformer.model.architecture import Architecture
 
+EXIT_MARGINS = (0.0, 0.1, 0.2, 0.4, 1.0)
+"""How much more confident than the others step 0 may have to be; with the last one it never is."""
 MOST_LINKS = 4
 """Links of a chain, step 0 not counted."""
 THRESHOLDS = 48
@@ -105,11 +107,17 @@ class Steps:
             self.confidence[:, rows], self.value[:, rows], self.cost[:, rows], self.s[rows]
         )
 
+    def with_exit_margin(self, margin: float) -> Steps:
+        """Return the same steps with step 0's confidence lower by a margin."""
+        confidence = self.confidence.copy()
+        confidence[0] -= margin
+        return replace(self, confidence=confidence)
+
     @cached_property
     def thresholds(self) -> np.ndarray:
         """Confidences that share the answers evenly, rising, from 0 to 1, [Q]."""
         spread = np.quantile(self.confidence, np.linspace(0, 1, THRESHOLDS)[1:-1])
-        return np.unique([0.0, *spread, 1.0]).astype(np.float32)
+        return np.unique([0.0, *spread.clip(0, 1), 1.0]).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -122,10 +130,11 @@ class Walk:
 
 @dataclass(frozen=True)
 class Route:
-    """Bands over s and a chain, as a `BudgetRule` has them; a threshold makes them a rule."""
+    """Chain, bands over s and exit margin, as a `BudgetRule` has; a threshold makes them a rule."""
 
     chain: Chain
     entry: tuple[EntryBand, ...]
+    exit_margin: float = 0.0
 
     def walk(self, confidence: np.ndarray, s: np.ndarray, threshold: float) -> Walk:
         """Return what texts do whose answers have a confidence [S+1, N], and s [N]."""
@@ -143,7 +152,8 @@ class Route:
             if step in self.chain:
                 begins |= (start < step) | (step == 0)
             ran[step] = waiting & begins
-            stops = ran[step] & (confidence[step] >= threshold)
+            needed = threshold_at(step, threshold, self.exit_margin)
+            stops = ran[step] & (confidence[step] >= needed)
             ends[ran[step]] = step
             waiting &= ~stops
         return Walk(ends, ran)
@@ -184,18 +194,29 @@ class Curve:
         return float(self.thresholds[np.argmax(score >= score.max() - self.grain)])
 
 
-def search(steps: Steps, options: Sequence[Chain], goals: Sequence[Goal]) -> Route:
-    """Return the chain and the bands that reach some goals best, on average.
+def search(
+    steps: Steps,
+    options: Sequence[Chain],
+    goals: Sequence[Goal],
+    margins: Sequence[float] = EXIT_MARGINS,
+) -> Route:
+    """Return the chain, the bands and the exit margin that reach some goals best, on average.
 
-    Each route is judged at its best threshold for each goal. Chains whose paired difference is
+    Each route is judged at its best threshold for each goal. Routes whose paired difference is
     within noise are equal; of those, the one with most links in use is taken, then the best.
 
     Args:
         steps: of the texts that choose.
         options: chains to try.
         goals: see there.
+        margins: exit margins to try with the chains that have a step 0 and another.
     """
-    found = _Search(steps, options).best(goals)
+    found = []
+    for margin in margins:
+        tried = [option for option in options if not margin or (not option[0] and len(option) > 1)]
+        if tried:
+            own = _Search(steps.with_exit_margin(margin), tried).best(goals)
+            found += [(replace(route, exit_margin=margin), at, score) for route, at, score in own]
     judged = [_judge(route, steps, thresholds, goals) for route, thresholds, _ in found]
     scores = np.array([score for _, _, score in found])
     top = int(scores.argmax())

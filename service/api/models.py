@@ -62,8 +62,9 @@ async def show_model(request: Request, name: str) -> Response:
     """Show labels, sizes, versions, the chain of steps, and each level's quality and cost.
 
     `measure` says what a level was calibrated for: `accuracy`, the share of right answers, or
-    `agreement`, the share of answers equal to the full network's. `chain` and `entry` (f_o's bands)
-    are null for checkpoints whose levels have rules of their own.
+    `agreement`, the share of answers equal to the full network's. `chain`, `entry` (f_o's bands)
+    and `exit_margin` (how far step 0's confidence must exceed a level's threshold) are null for
+    checkpoints whose levels have rules of their own.
     """
     state = state_of(request)
     checkpoint = state.model(name).checkpoint
@@ -187,6 +188,7 @@ def _card(checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "measure": manifest.measure,
         "chain": manifest.policy and manifest.policy.chain,
+        "exit_margin": manifest.policy and manifest.policy.exit_margin,
         "entry": manifest.policy and [band.model_dump() for band in manifest.policy.entry],
         "operating_points": [level.model_dump(mode="json") for level in manifest.levels],
         "frontier": [step.model_dump(mode="json") for step in manifest.frontier],

@@ -270,7 +270,7 @@ def card(expected: Expected) -> dict[str, Any]:
         "quality_levels": {
             p["name"]: {k: v for k, v in p.items() if k != "name"} for p in points if p["name"]
         },
-        "measure": "accuracy", "chain": None, "entry": None,
+        "measure": "accuracy", "chain": None, "exit_margin": None, "entry": None,
         "operating_points": points, "frontier": manifest["frontier"],
         "metrics": manifest["metrics"], "provenance": manifest["provenance"],
         "versions": [1, 2], "ready": True,

@@ -79,6 +79,7 @@ class TestList:
         policy = read_checkpoint(model_store / CHAINED / "1").manifest.policy
         assert policy is not None
         assert (card["measure"], card["chain"]) == ("agreement", list(CHAIN))
+        assert card["exit_margin"] == 0
         assert card["entry"] == [{"upto": band.upto, "step": band.step} for band in policy.entry]
         levels = card["quality_levels"]
         assert list(levels) == ["fast", "balanced", "best"]

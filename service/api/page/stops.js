@@ -69,7 +69,8 @@ export function expectation({ reached, measure, share }) {
 }
 
 /** How a text goes through a model's chain, in one sentence; empty where it has none. */
-export function chainOf({ chain }) {
+export function chainOf({ chain, exit_margin: margin }) {
   if (!chain) return "";
-  return `Steps ${chain.join(" → ")}: a text stops at the first answer that is confident enough. f_o predicts which step that is and skips those between.`;
+  const exit = margin ? ` Step 0 must be more confident than the others, by ${margin}.` : "";
+  return `Steps ${chain.join(" → ")}: a text stops at the first answer that is confident enough.${exit} f_o predicts which step that is and skips those between.`;
 }

@@ -91,7 +91,9 @@ class TestAccuracy:
         table = Table(network(), runs, found.fusion)
         right = table.right(labels)
         for level in policy.levels:
-            answers = table.take(Route(policy.chain, policy.entry), level.threshold)
+            answers = table.take(
+                Route(policy.chain, policy.entry, policy.exit_margin), level.threshold
+            )
             accuracy = right[answers.step, table.rows].mean()
             # Twice the interval: what is measured has one, too, and a fold's rule is another.
             low, high = level.interval or (0.0, 1.0)
@@ -113,7 +115,7 @@ class TestAccuracy:
         runs, _ = made_up(2000, 2)
         policy = policy_of(found)
         table = Table(network(), runs, found.fusion)
-        route = Route(policy.chain, policy.entry)
+        route = Route(policy.chain, policy.entry, policy.exit_margin)
         spent = [table.take(route, level.threshold).macs for level in policy.levels]
         assert all((more >= less).all() for less, more in pairwise(spent))
         assert (spent[-1] <= table.macs[-1] + table.decision).all()
@@ -161,6 +163,8 @@ class TestAgreement:
         agrees = table.agrees(table.logits[-1])
         for name, least in calibration.AGREEMENT.items():
             level = policy.level(name)
-            answers = table.take(Route(policy.chain, policy.entry), level.threshold)
+            answers = table.take(
+                Route(policy.chain, policy.entry, policy.exit_margin), level.threshold
+            )
             assert agrees[answers.step, table.rows].mean() >= least - 0.01
             assert level.macs_share < 1

@@ -35,7 +35,8 @@ def routes(draw: st.DrawFn) -> Route:
     ends = sorted({draw(st.floats(0, 0.99)) for _ in links[1:]})
     steps = [draw(st.sampled_from(links)) for _ in range(len(ends) + 1)]
     bands = zip([*ends, 1.0], steps, strict=True)
-    return Route(chain, tuple(EntryBand(upto=upto, step=step) for upto, step in bands))
+    entry = tuple(EntryBand(upto=upto, step=step) for upto, step in bands)
+    return Route(chain, entry, draw(st.sampled_from([0.0, 0.15, 1.0])))
 
 
 @PROPERTY
@@ -47,7 +48,13 @@ def test_a_route_takes_each_text_where_its_rule_does(
     walk = route.walk(steps.confidence, steps.s, threshold)
     value, cost = route.worth(steps, threshold)
     level = Level(threshold=threshold, **FIGURES)
-    rule = BudgetRule(num_steps=STEPS, entry=route.entry, chain=route.chain, level=level)
+    rule = BudgetRule(
+        num_steps=STEPS,
+        entry=route.entry,
+        chain=route.chain,
+        exit_margin=route.exit_margin,
+        level=level,
+    )
     for text, s in enumerate(steps.s.tolist()):
         ran = [rule.first_step(s)]
         while (
@@ -71,7 +78,7 @@ def test_no_other_way_is_better_than_the_one_that_was_found(
     steps = random_steps(300, 1, count=3)
     options = [(0,), (0, 1), (0, 2), (0, 1, 2), (1,), (1, 2), (3,)]
     goal = Goal(cost=0.4)
-    found = search(steps, options, [goal])
+    found = search(steps, options, [goal], margins=[0.0])
     parts = sorted({band.upto for band in found.entry} | {0.25, 0.5, 0.75, 1.0})
 
     def best(route: Route) -> float:
@@ -86,6 +93,25 @@ def test_no_other_way_is_better_than_the_one_that_was_found(
                 bands = (EntryBand(upto=cut, step=low), EntryBand(upto=1, step=high))
                 if cut == 1.0 or cut in {band.upto for band in found.entry}:
                     assert best(Route(option, bands)) <= ours + 1e-6
+
+
+def test_step_0_answers_less_where_a_cheap_step_would_know_more() -> None:
+    """One threshold for all steps lets step 0 answer texts that cost little to answer better."""
+    easy = np.linspace(0, 1, 2000)
+    confidence = np.stack([low + (1 - low) * easy for low in (0.3, 0.6, 0.99)])
+    cost = np.repeat(np.array([[0.0], [0.05], [1.0]]), len(easy), axis=1)
+    arrays = (confidence, confidence, cost, np.full(len(easy), 0.5))
+    steps = Steps(*(array.astype(np.float32) for array in arrays))
+    goals = [Goal(cost=0.2)]
+    options = [(0,), (0, 1), (0, 1, 2), (0, 2)]
+    found, plain = search(steps, options, goals), search(steps, options, goals, margins=[0.0])
+    assert found.exit_margin > 0
+
+    def reached(route: Route) -> float:
+        curve = Curve.of(route, steps)
+        return float(route.worth(steps, curve.threshold(goals[0]))[0].mean())
+
+    assert reached(found) > reached(plain) + 0.01
 
 
 def test_chains_fit_and_begin_with_step_0_where_there_is_one() -> None:
