@@ -346,7 +346,7 @@ def _texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> list[str]:
     if arguments.data is not None:
         texts, _ = read_texts(arguments.data)
         real = list(dict.fromkeys(texts))[: arguments.texts]
-    vocabulary = load_encoder(checkpoint).get_vocab()
+    vocabulary = load_encoder(checkpoint).tokenizer.get_vocab()
     words = sorted(word for word in vocabulary if word.isalpha() and len(word) > 2)
     made = distinct(arguments.texts, arguments.seed, words)
     return list(dict.fromkeys([*real, *made]))[: arguments.texts]
