@@ -71,8 +71,8 @@ class Decider:
         else:
             logits = self.step0.logits(ids, segments, lengths)
             s = np.zeros(len(texts), np.float32)
-        sure = confidence(logits, self.step0.problem_type)
-        return Decided(*rule.first_steps(s, sure), s, logits)
+        confidences = confidence(logits, self.step0.problem_type)
+        return Decided(*rule.first_steps(s, confidences), s, logits)
 
     @cached_property
     def macs(self) -> Callable[[int], tuple[int, int]]:

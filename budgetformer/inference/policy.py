@@ -305,8 +305,8 @@ class BudgetRule(_Data):
         steps, asked = np.zeros(len(s), np.int32), np.zeros(len(s), bool)
         for start in np.unique(starts).tolist():
             here = starts == start
-            sure = None if confidence is None else confidence[here]
-            steps[here], asked[here] = self._first_steps(start, int(here.sum()), sure)
+            own = None if confidence is None else confidence[here]
+            steps[here], asked[here] = self._first_steps(start, int(here.sum()), own)
         return steps, asked
 
     def _first_steps(self, start: int, count: int, confidence: Array | None) -> tuple[Array, Array]:

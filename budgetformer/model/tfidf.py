@@ -41,10 +41,10 @@ def confidence(logits: Array, problem_type: str | None) -> Array:
     The largest probability; for multi-label, that of the label nearest to a coin flip.
     """
     if problem_type == MULTI_LABEL:
-        sure: Array = 1 / (1 + np.exp(-np.abs(logits).min(-1)))
+        found: Array = 1 / (1 + np.exp(-np.abs(logits).min(-1)))
     else:
-        sure = 1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
-    return sure
+        found = 1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
+    return found
 
 
 @dataclass(frozen=True)
