@@ -1,4 +1,4 @@
-"""From a checkpoint folder to what decides the budgets of its texts, without torch."""
+"""Load the `Decider` of a checkpoint folder, without torch."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _tensors(content: Array) -> dict[str, Array]:
     """Return views of the tensors of step 0 and f_o in a file of safetensors.
 
     Raises:
-        ValueError, KeyError, TypeError: it is none.
+        ValueError, KeyError, TypeError: the content is not a file of safetensors.
     """
     begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
     entries = json.loads(content[8:begin].tobytes())

@@ -113,8 +113,10 @@ def arrive(network: PackedPass, items: Sequence[Work]) -> None:
     arrival = network.arrive(pack(items), pack_whole(items))
     exits = None if arrival.exit_logits is None else arrival.exit_logits.cpu()
     budget = None if arrival.budget is None else arrival.budget.tolist()
-    # With NumPy, as `Decider` computes it: a rounding error must not decide otherwise.
-    sure = None if exits is None else tfidf.confidence(exits.numpy(), problem_type).tolist()
+    # NumPy, as in `Decider`: rounding must not lead to another decision.
+    exit_confidence = (
+        None if exits is None else tfidf.confidence(exits.numpy(), problem_type).tolist()
+    )
     for place, item in enumerate(items):
         item.heads = [0] * sizes.layers
         item.chosen = [()] * sizes.layers
@@ -129,23 +131,23 @@ def arrive(network: PackedPass, items: Sequence[Work]) -> None:
             continue
         item.s = budget[place]
         item.step = item.rule.first_step(item.s)
-        if item.step == 0 and sure is not None:
+        if item.step == 0 and exit_confidence is not None:
             item.steps = [0]
-            item.step = item.rule.next_step(0, sure[place], item.s) or 0
+            item.step = item.rule.next_step(0, exit_confidence[place], item.s) or 0
         if item.step == 0:
             item.logits = item.exit_logits
         item.predicted = item.step
 
 
 def begin(network: PackedPass, item: Work, step: int, s: float, exit_logits: Tensor | None) -> None:
-    """Let an item begin at a step that somebody else has decided (`Decider`).
+    """Start an item at a step that the caller has decided with a `Decider`.
 
-    What its decision cost is for them to count.
+    The caller counts the multiply-adds of the decision.
 
     Args:
         network: what will run the item.
-        item: a new one.
-        step: 1 or more.
+        item: nothing has been decided or computed of it yet.
+        step: ladder step, 1 or more.
         s: f_o's verdict.
         exit_logits: step 0's logits [C]; None: the network has no step 0.
     """
@@ -172,7 +174,7 @@ def compute(network: PackedPass, items: Sequence[Work], steps: Sequence[int] | N
 
 
 def _rank(network: PackedPass, items: Sequence[Work]) -> None:
-    """Let g_d rank the heads of items for which that has not been done."""
+    """Let g_d rank the heads of the items that have no ranking yet."""
     if not network.sizes.picks_heads or network.sizes.layerwise:
         return
     unranked = [item for item in items if item.ranking is None]

@@ -1,7 +1,7 @@
 """Decide the budgets of texts before the encoder runs, with NumPy alone.
 
-Whoever has the tokens can decide: step 0's table and f_o's weights are a few megabytes, and no
-embedding is read. Networks whose f_o or layers read embeddings decide during their pass instead.
+Tokens, step 0's table and f_o's weights are all that this needs: a few megabytes, and no torch.
+Networks whose f_o or layers read embeddings decide during their pass instead.
 
 Shapes: B texts, C labels.
 """
@@ -28,7 +28,7 @@ class Decided:
     Attributes:
         steps: ladder step that each text runs first, [B]; 0: step 0's answer stands.
         asked: whether step 0 was asked for an answer, [B]; with a fixed budget it is not.
-        s: f_o's verdict, float32 [B]; 0 where the rule has one answer to all of them.
+        s: f_o's verdict, float32 [B]; 0 where the rule does not ask f_o.
         exit_logits: step 0's logits, float32 [B, C]; None: the network has no step 0.
     """
 
