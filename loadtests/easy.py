@@ -98,13 +98,6 @@ def easy(url: str, texts: Sequence[str]) -> list[str]:
     return [t for t, item in zip(texts, items, strict=True) if item["heads"]["budget"] == 0]
 
 
-def before(checkout: Path, flags: Sequence[str], cores: Sequence[int]) -> Server:
-    """Return the service of another checkout, in its own environment."""
-    python = str(checkout / ".venv" / "bin" / "python")
-    words = ["-m", "service.cli", "serve", "--port={port}", "--log-level=error", "--engines=1"]
-    return Server([python, *words, *flags], cores[:1], folder=checkout)
-
-
 def measure(server: Server, traffic: Traffic, texts: Sequence[str]) -> dict[str, float]:
     """Return microseconds of processor time per text, by part of the server."""
     before = {part: server.cpu_seconds(word) for part, word in PARTS.items()}
@@ -128,7 +121,7 @@ def main() -> None:
     with ExitStack() as stack:
         servers = {"this": stack.enter_context(ours(cores[:1], *flags))}
         if given.before is not None:
-            servers["before"] = stack.enter_context(before(given.before.absolute(), flags, cores))
+            servers["before"] = stack.enter_context(ours(cores[:1], *flags, folder=given.before))
         servers["floor"] = stack.enter_context(FLOOR.server(MODEL, cores[:1]))
         texts = easy(servers["this"].url, texts_of(given.data, 1500))
         if "before" in servers:

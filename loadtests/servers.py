@@ -203,10 +203,11 @@ class Server:
 def ours(cores: Sequence[int], *flags: str, folder: Path | None = None) -> Server:
     """Return this service, one engine per core, with further flags of `serve`.
 
-    `folder` is another checkout of it.
+    `folder` is another checkout of it, which runs in its own environment.
     """
+    python = sys.executable if folder is None else str(folder.absolute() / ".venv/bin/python")
     command = [
-        sys.executable, "-m", "service.cli", "serve", "--port={port}", "--log-level=error",
+        python, "-m", "service.cli", "serve", "--port={port}", "--log-level=error",
         f"--engines={len(cores)}", *flags,
     ]  # fmt: skip
     return Server(command, cores, folder=folder)
