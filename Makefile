@@ -85,10 +85,10 @@ sbom: .venv/.audit ## write the bill of materials of the image, CycloneDX, to bu
 	cat requirements/image.txt requirements/torch.in | $(BIN)/cyclonedx-py requirements - --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json
 
 openapi: .venv/.serve ## write docs/openapi.json anew from the routes
-	$(BIN)/python -m service.openapi docs/openapi.json
+	$(BIN)/python -m service.http.openapi docs/openapi.json
 
 swagger-ui: ## fetch the files of /docs anew: SWAGGER_UI=5.35.0, 1.9 MB; needs npm
-	cd service/api/page && npm pack --silent swagger-ui-dist@$(SWAGGER_UI) && tar xzf swagger-ui-dist-$(SWAGGER_UI).tgz --strip-components 1 $(SWAGGER_FILES:%=package/%) && rm swagger-ui-dist-$(SWAGGER_UI).tgz
+	cd service/http/page && npm pack --silent swagger-ui-dist@$(SWAGGER_UI) && tar xzf swagger-ui-dist-$(SWAGGER_UI).tgz --strip-components 1 $(SWAGGER_FILES:%=package/%) && rm swagger-ui-dist-$(SWAGGER_UI).tgz
 
 docs: .venv/.dev ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -122,7 +122,7 @@ async def measure(
     requests = [client.request(body(text)) for text in plan.texts]
     await client.closed("warm-up", requests, CALLERS, min(WARM_UP, plan.seconds))
     lone = await client.closed("lone", requests, 1, plan.seconds / 2)
-    part = "" if name == FLOOR.name else "service.front"
+    part = "" if name == FLOOR.name else "service.frontend"
     before, front = server.cpu_seconds(), server.cpu_seconds(part)
     most = await client.closed("most", requests, CALLERS, plan.seconds)
     cpu, front = server.cpu_seconds() - before, server.cpu_seconds(part) - front

@@ -29,7 +29,7 @@ from servers import Server, ours
 from texts import texts_of
 
 MODEL = Path("model_store/ag_news/3")
-PARTS = {"frontend": "service.front", "engine": "service.engine", "rest": ""}
+PARTS = {"frontend": "service.frontend", "engine": "service.engine", "rest": ""}
 SETTLE = 0.3
 """Seconds after which what is told twenty times a second has been told."""
 

@@ -21,9 +21,8 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import NoOpTracer, Tracer
 from prometheus_client import generate_latest
 
-from service.api.middleware import Observe
-from service.hub.link import HubLink
-from service.hub.messages import (
+from service.http.middleware import Observe
+from service.ipc.control_messages import (
     TO_HUB,
     ItemsAnswered,
     ItemSpent,
@@ -32,11 +31,12 @@ from service.hub.messages import (
     RequestEnded,
     Serving,
 )
-from service.observability.context import RequestContext
-from service.observability.metrics import Metrics
-from service.observability.otel import Tracing
-from service.observability.passes import PassRun, Rider
-from service.observability.recent import Recent
+from service.ipc.hub_client import HubLink
+from service.telemetry.context import RequestContext
+from service.telemetry.metrics import Metrics
+from service.telemetry.otel import Tracing
+from service.telemetry.pass_spans import PassRun, Rider
+from service.telemetry.recent_traffic import Recent
 
 REPEATS, CALLS = 15, 2000
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

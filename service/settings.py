@@ -31,8 +31,8 @@ from budgetformer.errors import BudgetFormerError, readable
 from budgetformer.inference.policy import QualityName
 from budgetformer.inference.precision import Precision
 from budgetformer.subprocesses import python_command
-from service.access import ADMIN, Key, KeyRing, Keys, digest
 from service.environment import PREFIX, is_ours, service_variables
+from service.keys import ADMIN, Key, KeyRing, Keys, digest
 
 CONFIG_FILE = "config"
 DEFAULT_QUALITY: QualityName = "balanced"

@@ -21,8 +21,8 @@ from service.cli.simulation import simulate
 from service.cli.terminal import FAILED, USAGE, JsonOption, say
 from service.cli.timing import bench_app, tune
 from service.cli.training import calibrate, evaluate, import_encoder, recalibrate, train
-from service.observability.traces import TracingError
 from service.settings import SettingsError
+from service.telemetry.traces import TracingError
 
 __all__ = ["app", "main"]
 

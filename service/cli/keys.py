@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from service.access import check_keys, key_line, new_key
 from service.cli.terminal import err
+from service.keys import check_keys, key_line, new_key
 
 keys_app = typer.Typer(no_args_is_help=True, help="Make keys for callers of a server.")
 

@@ -23,13 +23,13 @@ from budgetformer.cost.table import read_tables
 from budgetformer.subprocesses import python_command
 from service.cli.terminal import FAILED, JsonOption, out
 from service.environment import PREFIX, service_variables
-from service.observability.logs import configure_logs
 from service.settings import (
     CONFIG_FILE,
     Settings,
     SettingsError,
     refuse_unknown_environment,
 )
+from service.telemetry.logs import configure_logs
 
 log = structlog.get_logger()
 
@@ -63,7 +63,7 @@ def serve(context: typer.Context) -> None:
     if settings.cluster:
         _run_on_cluster(settings)
         return
-    from service.supervisor import supervise
+    from service.control.supervisor import supervise
 
     supervise(settings)
 
@@ -100,7 +100,7 @@ def _run_on_cluster(settings: Settings) -> None:
 def doctor(context: typer.Context, as_json: JsonOption = False) -> None:
     """Check if `serve` with the same options would run well here, and say what to change."""
     settings, _ = read_serve_settings(context.args)
-    from service.doctor import examine
+    from service.cli.startup_checks import examine
 
     findings = list(examine(settings))
     if as_json:

@@ -25,7 +25,7 @@ from ray.serve.schema import LoggingConfig
 from budgetformer.subprocesses import hidden_by
 from service.cluster import RAY
 from service.cluster.engine import EngineReplica
-from service.cluster.front import FrontReplica
+from service.cluster.frontend import FrontReplica
 from service.cluster.hub import HubReplica
 from service.settings import Pool, Settings, SettingsError
 

@@ -14,10 +14,11 @@ import torch
 
 from service.background import Background
 from service.cluster.stream import Caller
-from service.connection import RECONNECT_SECONDS, attend
-from service.engine.client import ModelKey
 from service.engine.core import Reply
-from service.engine.protocol import (
+from service.engine.server import EngineServer, core_of
+from service.ipc.connection import RECONNECT_SECONDS, attend
+from service.ipc.engine_client import ModelKey
+from service.ipc.engine_messages import (
     TO_ENGINE,
     Cancel,
     Classify,
@@ -28,10 +29,9 @@ from service.engine.protocol import (
     ToFront,
     Unload,
 )
-from service.engine.server import EngineServer, core_of
-from service.observability.logs import configure_logs
-from service.observability.traces import open_tracing
 from service.settings import Pool, Settings
+from service.telemetry.logs import configure_logs
+from service.telemetry.traces import open_tracing
 
 log = structlog.get_logger()
 

@@ -12,15 +12,15 @@ import msgspec
 from budgetformer.inference.policy import QualityName
 from service.background import Background, run_forever
 from service.cluster.stream import Switchboard
-from service.connection import Streams, attend
-from service.engine.client import ModelKey
-from service.engine.protocol import Hello, ModelInfo
-from service.hub.catalog import Catalog
-from service.hub.hub import Hub
-from service.hub.mirror import copy_at_start, mirror_of
-from service.hub.poll import StorePoll
-from service.observability.logs import configure_logs
+from service.control.catalog import Catalog
+from service.control.hub import Hub
+from service.control.mirror import copy_at_start, mirror_of
+from service.control.poll import StorePoll
+from service.ipc.connection import Streams, attend
+from service.ipc.engine_client import ModelKey
+from service.ipc.engine_messages import Hello, ModelInfo
 from service.settings import Settings
+from service.telemetry.logs import configure_logs
 
 
 class EngineSeen(msgspec.Struct, frozen=True, array_like=True):

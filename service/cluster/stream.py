@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from uuid import uuid4
 
-from service.connection import Streams
+from service.ipc.connection import Streams
 
 GATHER_SECONDS = 0.5
 """A call takes along all that was written since the last one, and comes no sooner after it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import service.lean  # noqa: F401
+    import service.without_rich  # noqa: F401
 
 import asyncio
 import contextlib
@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 import uvloop
 
+from service.control.fork_server import fork_on_demand
 from service.engine.server import EngineServer, core_of
-from service.forks import fork_on_demand
-from service.observability.logs import configure_logs
-from service.observability.traces import open_tracing
 from service.process import (
     engine_socket,
     exit_with_parent,
@@ -26,6 +24,8 @@ from service.process import (
     receive_settings,
 )
 from service.settings import Settings
+from service.telemetry.logs import configure_logs
+from service.telemetry.traces import open_tracing
 
 
 async def _main(run_dir: Path, index: int, settings: Settings) -> None:

@@ -30,10 +30,11 @@ from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule, QualityName
 from budgetformer.inference.precision import Precision
 from service.background import Background, DetachedThreads, StillRunningError
-from service.engine import protocol
 from service.engine.device import DeviceLostError, check_device, probe_device
-from service.engine.models import LoadedModel, load_model
-from service.engine.protocol import (
+from service.engine.loaded_model import LoadedModel, load_model
+from service.engine.salvage import salvage
+from service.ipc import engine_messages as protocol
+from service.ipc.engine_messages import (
     Answer,
     BatchRan,
     Cancel,
@@ -53,10 +54,7 @@ from service.engine.protocol import (
     ToFront,
     Unload,
 )
-from service.engine.salvage import salvage
-from service.frames import FrameError
-from service.observability.context import RequestContext
-from service.observability.passes import PassRun, PassSpans, Rider, Stage
+from service.ipc.frames import FrameError
 from service.process import return_memory
 from service.scheduling.admission import Refusal, admit
 from service.scheduling.arrivals import decided_together
@@ -67,6 +65,8 @@ from service.scheduling.drain import Drain
 from service.scheduling.heap import Heap
 from service.scheduling.price import Outlook, Prices
 from service.scheduling.totals import TotalSeconds
+from service.telemetry.context import RequestContext
+from service.telemetry.pass_spans import PassRun, PassSpans, Rider, Stage
 
 log = structlog.get_logger()
 

@@ -13,10 +13,10 @@ import structlog
 import torch
 
 from budgetformer.cost.table import read_tables
-from service.connection import Say, handle_each, listening
 from service.engine.core import EngineCore, EngineOptions, Reply
 from service.engine.device import EXIT_CODE, DeviceLostError
-from service.engine.protocol import (
+from service.ipc.connection import Say, handle_each, listening
+from service.ipc.engine_messages import (
     PROTOCOL,
     TO_ENGINE,
     BatchRan,
@@ -29,9 +29,9 @@ from service.engine.protocol import (
     Unload,
     Watch,
 )
-from service.observability.logs import drain_logs
 from service.process import resident_bytes
 from service.settings import Settings
+from service.telemetry.logs import drain_logs
 
 log = structlog.get_logger()
 

@@ -15,7 +15,7 @@ import numpy as np
 from budgetformer.inference.decider import Decided, Decider
 from budgetformer.inference.policy import BudgetRule
 from budgetformer.tokenization import Tokens
-from service.engine.protocol import Answer, Decisions, ItemAnswer
+from service.ipc.engine_messages import Answer, Decisions, ItemAnswer
 
 FEW_TEXTS = 16
 """A request of as many texts is decided by itself: more at once would hardly be faster."""

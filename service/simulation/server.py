@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from budgetformer.inference.policy import QUALITY_NAMES
-from service.scheduling.door import Door
+from service.scheduling.load_shedding import Door
 from service.settings import Settings
 from service.simulation.costs import ServerCosts
 from service.simulation.engine import Outcome, SimEngine, SimModel, SimRequest

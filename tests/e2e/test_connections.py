@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.api.lingering import LINGER_BYTES
+from service.http.lingering import LINGER_BYTES
 from tests.support.exposition import Exposition
 from tests.support.processes import Server, free_port, server
 from tests.support.programs import program

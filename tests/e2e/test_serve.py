@@ -241,7 +241,7 @@ def test_a_killed_front_is_replaced_while_another_answers(
 
         wait_until(lambda: {"front-0", "front-1"} <= set(fronts()), "both fronts")
         before = fronts()
-        victim = next(c for c in running.children if "service.front" in c.cmdline())
+        victim = next(c for c in running.children if "service.frontend" in c.cmdline())
         victim.kill()
         wait_until(lambda: running.ready() and fronts().keys() >= before.keys(), "both fronts")
         (replaced,) = [name for name, start in fronts().items() if start != before[name]]

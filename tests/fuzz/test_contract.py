@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.access import Key, digest, key_line
+from service.keys import Key, digest, key_line
 from tests.support.mutation import INPUTS
 from tests.support.processes import server
 from tests.support.stores import TOPICS

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from budgetformer.tokenization import STEP_CHARACTERS, Text, TextEncoder
-from service.api.bodies import parse
-from service.api.errors import ApiError
-from service.api.schemas import ClassifyRequest, PredictRequest, RequestBody, TextPair
+from service.http.bodies import parse
+from service.http.errors import ApiError
+from service.http.schemas import ClassifyRequest, PredictRequest, RequestBody, TextPair
 from tests.support.mutation import fuzzed, mutated_bytes
 from tests.support.mutation import text as some_text
 from tests.support.texts import small_tokenizer

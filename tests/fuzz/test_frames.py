@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine import protocol
-from service.frames import Decoder, FrameError
+from service.ipc import engine_messages as protocol
+from service.ipc.frames import Decoder, FrameError
 from tests.support.mutation import INPUTS, fuzzed, mutated_bytes, mutated_json
-from tests.unit.service.test_protocol import PAIRS, frame, reading
+from tests.unit.service.ipc.test_messages import PAIRS, frame, reading
 
 CORPUS = sorted((Path(__file__).parent / "corpus" / "frames").iterdir())
 READERS = [messages for _, _, messages in PAIRS]

@@ -17,10 +17,10 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 import service as package
-from service.api.access import HEADER as KEY
-from service.api.kserve import HEADER_LENGTH
-from service.api.playground import UNLISTED
-from service.app import protocol_of
+from service.http.app import protocol_of
+from service.http.authentication import HEADER as KEY
+from service.http.kserve import HEADER_LENGTH
+from service.http.playground import UNLISTED
 from tests.fuzz.test_bodies import SAMPLES
 from tests.support.connected import Wire
 from tests.support.mutation import INPUTS, fuzzed, mutated_bytes

@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 
 from budgetformer.errors import BudgetFormerError
-from service.access import KeysError, key_line, new_key, read_keys
 from service.cli.serve import read_serve_settings
+from service.keys import KeysError, key_line, new_key, read_keys
 from service.settings import Settings
 from tests.support.mutation import fuzzed, junk, mutated_bytes, text
 

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from budgetformer.tokenization import Text, TextEncoder, Tokens
-from service.access import Key, digest
+from service.keys import Key, digest
 from tests.support.serving import Service, error_of, service
 from tests.support.stores import TOPICS
 from tests.support.waiting import until

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from service.api import kserve
-from service.api.models import LoadRequest
-from service.api.schemas import (
+from service.http import kserve
+from service.http.model_routes import LoadRequest
+from service.http.schemas import (
     ClassifyRequest,
     IndexRequest,
     InferInput,

@@ -11,9 +11,10 @@ from time import monotonic
 
 import pytest
 
-from service import frames
-from service.engine import protocol
-from service.engine.client import (
+from service.control.fleet import Fleet, LoadFailedError
+from service.ipc import engine_messages as protocol
+from service.ipc import frames
+from service.ipc.engine_client import (
     DeadlineError,
     EngineDownError,
     EngineFailedError,
@@ -23,7 +24,7 @@ from service.engine.client import (
     NotLoadedError,
     RefusedError,
 )
-from service.engine.protocol import (
+from service.ipc.engine_messages import (
     Answer,
     Cancel,
     Classify,
@@ -41,7 +42,6 @@ from service.engine.protocol import (
     ToFront,
     Unload,
 )
-from service.hub.fleet import Fleet, LoadFailedError
 from tests.support.waiting import until
 
 KEY = ("topics", 1)

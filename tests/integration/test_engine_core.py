@@ -16,7 +16,8 @@ import torch
 from budgetformer.inference.packed import PackedTokens
 from service.engine.core import EngineCore, EngineOptions
 from service.engine.device import EXIT_CODE
-from service.engine.protocol import (
+from service.engine.server import EngineServer
+from service.ipc.engine_messages import (
     Answer,
     BatchRan,
     Cancel,
@@ -30,8 +31,7 @@ from service.engine.protocol import (
     ToFront,
     pack_ids,
 )
-from service.engine.server import EngineServer
-from service.models import open_model
+from service.pipeline.served_models import open_model
 from tests.support.serving import _replaced, held
 from tests.support.stores import CHAINED, HEADS, labelled_sentences
 from tests.support.waiting import until

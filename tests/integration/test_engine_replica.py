@@ -11,8 +11,16 @@ import msgspec
 import pytest
 
 from service.cluster.engine import EngineReplica
-from service.engine.protocol import TO_FRONT, Answer, Classify, Failed, ItemTokens, Load, pack_ids
-from service.models import open_model
+from service.ipc.engine_messages import (
+    TO_FRONT,
+    Answer,
+    Classify,
+    Failed,
+    ItemTokens,
+    Load,
+    pack_ids,
+)
+from service.pipeline.served_models import open_model
 from service.settings import Pool, Settings
 
 TOPICS, TAGS = ("topics", 2), ("tags", 1)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from budgetformer.tokenization import Text, TextEncoder, Tokens
-from service.api import state
+from service.http import state
 from tests.support.serving import ADMIN, Service, error_of, service
 from tests.support.stores import TOPICS, sentences
 from tests.support.waiting import until

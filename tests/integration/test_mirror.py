@@ -16,8 +16,8 @@ from structlog.testing import capture_logs
 
 from budgetformer.checkpoint.store import read_store
 from budgetformer.errors import CheckpointError
-from service.hub.mirror import Mirror, copy, copy_at_start
-from service.hub.poll import StorePoll
+from service.control.mirror import Mirror, copy, copy_at_start
+from service.control.poll import StorePoll
 from tests.support.serving import service
 from tests.support.stores import PAIRS, TOPICS, sentences
 

@@ -20,9 +20,9 @@ from structlog.testing import capture_logs
 
 from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.tokenization import Text, TextEncoder, Tokens
-from service.api import state
-from service.hub.hub import RETIRED_SECONDS
-from service.hub.poll import StorePoll
+from service.control.hub import RETIRED_SECONDS
+from service.control.poll import StorePoll
+from service.http import state
 from tests.support.serving import ADMIN, ADMIN_KEY, Service, error_of, held, service
 from tests.support.stores import (
     CHAIN,
@@ -255,7 +255,7 @@ class TestTokenizerThatPanics:
 
 class TestLoad:
     @pytest.mark.parametrize(
-        "where", ["service.engine.core.load_model", "service.hub.catalog.Catalog.candidate"]
+        "where", ["service.engine.core.load_model", "service.control.catalog.Catalog.candidate"]
     )
     async def test_whatever_goes_wrong_is_answered(
         self, one: Service, monkeypatch: pytest.MonkeyPatch, where: str
@@ -468,7 +468,7 @@ class TestLoadThatHangs:
     """The store or a device may take for ever: the change fails, and others are made."""
 
     @pytest.mark.parametrize(
-        "where", ["service.engine.core.load_model", "service.hub.catalog.Catalog.candidate"]
+        "where", ["service.engine.core.load_model", "service.control.catalog.Catalog.candidate"]
     )
     async def test_the_change_fails_in_time_and_later_ones_are_made(
         self, store: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -504,7 +504,7 @@ class TestLoadThatHangs:
     async def test_no_more_changes_wait_than_a_bound(
         self, one: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("service.hub.hub.MAX_CHANGES", 3)
+        monkeypatch.setattr("service.control.hub.MAX_CHANGES", 3)
         async with one.hub._changing:
             waiting = [asyncio.create_task(load(one)) for _ in range(4)]
             await until(lambda: one.hub._changes == 4, "the changes")
@@ -536,7 +536,7 @@ class TestRetiredVersions:
     async def test_there_is_a_bound_on_how_many_are_kept(
         self, one: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("service.hub.hub.MAX_RETIRED", 0)
+        monkeypatch.setattr("service.control.hub.MAX_RETIRED", 0)
         for version in (2, 1, 2):
             assert (await load(one, version=version)).status_code == 200
             one.hub.forget_retired(time.monotonic())

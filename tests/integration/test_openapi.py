@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from service.openapi import document
+from service.http.openapi import document
 from tests.support.serving import Service
 
 FILE = Path(__file__).parents[2] / "docs" / "openapi.json"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 import budgetformer
-from service.api.health import prefers_openmetrics
+from service.http.health import prefers_openmetrics
 from tests.support.exposition import Exposition
 from tests.support.serving import ADMIN, Service, error_of, held, poison, service
 from tests.support.stores import HEADS, LAYERS, TAGS, TOPICS, labelled_sentences, sentences
@@ -110,7 +110,7 @@ class TestPage:
         wanted = re.search(r"SWAGGER_UI \?= (\S+)", (root / "Makefile").read_text())
         assert wanted is not None
         assert f"swagger-ui-dist {wanted[1]}" in (root / "NOTICE").read_text()
-        shipped = (root / "service/api/page/swagger-ui-bundle.js").read_text()
+        shipped = (root / "service/http/page/swagger-ui-bundle.js").read_text()
         assert f'"{wanted[1]}"' in shipped
 
 

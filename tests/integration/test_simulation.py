@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from budgetformer.checkpoint.store import read_checkpoint
-from service.engine.protocol import BatchRan, ToFront
+from service.ipc.engine_messages import BatchRan, ToFront
 from service.settings import Settings
 from service.simulation.costs import EngineCost
 from service.simulation.engine import SimEngine, SimModel, SimRequest

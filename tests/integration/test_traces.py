@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, format_span_id, format_trace_id
 
-from service.observability.otel import Tracing
+from service.telemetry.otel import Tracing
 from tests.support.serving import Service, held, service
 from tests.support.stores import sentences
 from tests.support.waiting import until

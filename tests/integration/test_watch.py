@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
-from service.engine.client import EngineClient, Lost
-from service.engine.protocol import PROTOCOL, BatchRan, Heartbeat, Hello, ModelInfo, Models
-from service.hub.catalog import Catalog
-from service.observability.metrics import Metrics
-from service.observability.watch import EngineWatch
+from service.control.catalog import Catalog
+from service.control.engine_watch import EngineWatch
+from service.ipc.engine_client import EngineClient, Lost
+from service.ipc.engine_messages import PROTOCOL, BatchRan, Heartbeat, Hello, ModelInfo, Models
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 from tests.support.exposition import Exposition
 
 BEAT = Heartbeat({"topics": 3}, {"topics": 0.5}, {"topics": 2.0}, {"topics": 4}, 1000, "balanced")

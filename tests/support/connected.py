@@ -11,9 +11,9 @@ from typing import Any, cast
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from service.api.connections import ConnectionLimits, Guard, GuardedProtocol
-from service.api.errors import own_shape
-from service.scheduling.door import Door
+from service.http.connections import ConnectionLimits, Guard, GuardedProtocol
+from service.http.errors import own_shape
+from service.scheduling.load_shedding import Door
 
 HEAD_BYTES = 4096
 EARLY = b"/early"

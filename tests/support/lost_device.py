@@ -16,8 +16,8 @@ ERROR = "CUDA error: an illegal memory access was encountered"
 
 def serve() -> None:
     """Run the command line, with engines that come from this file."""
-    from service import supervisor
     from service.cli import main
+    from service.control import supervisor
 
     original = supervisor.child_command
 

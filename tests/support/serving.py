@@ -17,12 +17,12 @@ from fastapi import FastAPI
 from opentelemetry.trace import TracerProvider
 
 from budgetformer.inference.packed import PackedPass, PackedTokens, PassResult
-from service.app import create_app
-from service.engine.client import Engines
+from service.control.catalog import Catalog
+from service.control.hub import Hub
 from service.engine.core import EngineCore, EngineOptions
 from service.engine.server import EngineServer
-from service.hub.catalog import Catalog
-from service.hub.hub import Hub
+from service.http.app import create_app
+from service.ipc.engine_client import Engines
 from service.settings import Settings
 from tests.support.exposition import Exposition
 from tests.support.waiting import until

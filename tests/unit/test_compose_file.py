@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.access import read_keys
+from service.keys import read_keys
 from tests.support.programs import program
 
 ROOT = Path(__file__).parents[2]

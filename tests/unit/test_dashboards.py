@@ -15,7 +15,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from service.observability.metrics import Metrics
+from service.telemetry.metrics import Metrics
 from tests.support.dashboards import BOARDS, MEASURING, Query, annotations, queries, read_board
 
 DOCKER = Path(__file__).parents[2] / "docker"

@@ -12,9 +12,9 @@ import torch
 
 import service.settings
 from budgetformer.cores import usable_cores
-from service.api.playground import UNLISTED
-from service.app import create_app
-from service.engine.client import Engines
+from service.http.app import create_app
+from service.http.playground import UNLISTED
+from service.ipc.engine_client import Engines
 from service.settings import Settings, gpu_count
 from tests.support.command_line import CommandLine
 

@@ -13,7 +13,7 @@ from budgetformer.cost.macs import Sizes
 from budgetformer.inference.decider import Decided, Decider
 from budgetformer.inference.policy import BudgetRule
 from budgetformer.tokenization import Tokens
-from service.engine.protocol import Answer, ItemAnswer
+from service.ipc.engine_messages import Answer, ItemAnswer
 from service.pipeline.decision import FEW_TEXTS, DecidedTexts, Deciding
 from tests.support.networks import small_config
 

@@ -1,0 +1,179 @@
+"""A front as a replica of a Ray Serve deployment, and the engines as it sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import structlog
+from fastapi import FastAPI
+from grpc.aio import AioRpcError
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+
+from service.cluster.hub import FleetSeen
+from service.cluster.pools import through_pools
+from service.cluster.stream import Caller
+from service.http.app import create_app
+from service.ipc.engine_client import (
+    GRACE_SECONDS,
+    DeadlineError,
+    EngineClient,
+    EngineDownError,
+    EngineFailedError,
+    Engines,
+    Job,
+    ModelKey,
+    NotLoadedError,
+    answer_of,
+    request_of,
+)
+from service.ipc.engine_messages import TO_FRONT, Answer
+from service.settings import Pool, Settings
+from service.telemetry.logs import configure_logs
+from service.telemetry.traces import open_tracing
+
+log = structlog.get_logger()
+
+LOOK_SECONDS, LOOK_PATIENCE = 1.0, 10.0
+ATTEMPTS = 4
+"""A host that dies takes several replicas with it, and each is found out by itself."""
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_fleet = msgspec.msgpack.Decoder(FleetSeen).decode
+
+
+@dataclass(frozen=True)
+class PoolHandle:
+    """A pool of engines, and how to call it."""
+
+    pool: Pool
+    handle: Any
+
+
+class PooledEngines(Engines):
+    """All engines of the cluster, asked through Ray.
+
+    Each text goes to the first pool that computes its step; see `through_pools`.
+
+    Args:
+        pools: by rising `max_step`.
+        hub: handle of the hub's deployment.
+    """
+
+    def __init__(self, pools: Sequence[PoolHandle], hub: Any) -> None:
+        super().__init__([])
+        self._pools = pools
+        self._hub = hub
+        self._wanted: list[ModelKey] = []
+
+    def start(self) -> None:
+        """Begin to look at the engines."""
+        self._background.start(self._look())
+
+    @property
+    def models(self) -> set[ModelKey]:
+        """Every wanted model that some live engine has, or loads when it is asked.
+
+        Only what the hub wants is asked for, and word of that may come after the engines'.
+        """
+        if self.alive and any(pool.pool.models for pool in self._pools):
+            return set(self._wanted)
+        return super().models & set(self._wanted)
+
+    async def classify(self, job: Job) -> Answer:
+        """Have a job done; see `Engines.classify`.
+
+        Whether a replica is there is Ray's to know: what the hub has heard of it may be late.
+        """
+        if not self.clients:
+            raise EngineDownError
+        if (job.model, job.version) not in self._wanted:
+            raise NotLoadedError
+        return await through_pools(self._ask, [one.pool.computes for one in self._pools], job)
+
+    async def _ask(self, place: int, job: Job) -> Answer:
+        pool = self._pools[place]
+        model = f"{job.model}:{job.version}"
+        for attempt in range(1, ATTEMPTS + 1):
+            message = request_of(job)
+            response = pool.handle.classify.remote(model, len(job.items), _encode(message))
+            try:
+                async with asyncio.timeout(message.remaining + GRACE_SECONDS):
+                    reply = await response
+            except TimeoutError as error:
+                raise DeadlineError from error
+            except (RayActorError, ReplicaUnavailableError, AioRpcError):
+                log.warning("a replica died with a request in flight", attempt=attempt)
+            except asyncio.CancelledError:
+                if _is_cancelled():
+                    raise
+                log.warning("a replica ended with a request in flight", attempt=attempt)
+            except DeploymentUnavailableError as error:
+                raise EngineDownError from error
+            except Exception as error:  # what a replica raised comes as it raised it
+                log.error("a replica failed", reason=type(error).__name__)
+                raise EngineFailedError("an engine failed") from error
+            else:
+                return answer_of(TO_FRONT.decode(reply))
+            finally:
+                response.cancel()  # nobody waits for it any more, however this ended
+        raise EngineDownError
+
+    async def _look(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_PATIENCE):
+                    fleet = _decode_fleet(await self._hub.fleet.remote())
+            except Exception as error:  # Ray has many words for a hub that is not there
+                log.warning("the hub does not tell of the engines", reason=type(error).__name__)
+            else:
+                now = time.monotonic()
+                self._wanted = fleet.wanted
+                self.clients = [
+                    EngineClient.seen(
+                        one.index,
+                        one.hello,
+                        now - one.silent_seconds,
+                        one.models,
+                        one.items,
+                        one.level,
+                    )  # fmt: skip
+                    for one in fleet.engines
+                ]
+            await asyncio.sleep(LOOK_SECONDS)
+
+
+def _is_cancelled() -> bool:
+    """Say whether it is this task that was cancelled, not the call that it awaits."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+class FrontReplica:
+    """One front: the application of `service.http.app` in front of pools of engines.
+
+    Args:
+        settings: of the whole server, as `Settings.model_dump`.
+        hub: handle of the hub's deployment.
+        handles: of the pools' deployments, in the order of `Settings.ordered_pools`.
+    """
+
+    def __init__(self, settings: dict[str, Any], hub: Any, *handles: Any) -> None:
+        self._settings = Settings(**settings)
+        self._hub = hub
+        self._handles = handles
+        configure_logs(self._settings.log_level, self._settings.log_format, "front")
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Return the application; Ray Serve runs its life and calls it."""
+        pools = self._settings.ordered_pools().values()
+        handles = [PoolHandle(pool, h) for pool, h in zip(pools, self._handles, strict=True)]
+        tracing = open_tracing("front")
+        provider = tracing.provider if tracing else None
+        engines = PooledEngines(handles, self._hub)
+        return create_app(self._settings, engines, Caller(self._hub, "front"), provider)

@@ -1,0 +1,128 @@
+"""Turn what engines report into metrics."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import budgetformer
+from service.control.catalog import Catalog
+from service.ipc.engine_client import EngineClient, Event, Lost
+from service.ipc.engine_messages import BatchRan, Heartbeat, Hello, ModelInfo, Models
+from service.telemetry.metrics import QUALITY_RANK, Metrics
+
+
+class EngineWatch:
+    """Keep the metrics of the engines: it is told of every event, with the engine's index.
+
+    Args:
+        metrics: to keep.
+        catalog: what is served.
+        auto: whether the engines choose the quality of requests that name none.
+    """
+
+    def __init__(self, metrics: Metrics, catalog: Catalog, auto: bool) -> None:
+        self._metrics = metrics
+        self._auto = auto
+        self._catalog = catalog
+        self._began = time.monotonic()
+        self._hellos: dict[int, Hello] = {}
+        self._beats: dict[int, Heartbeat] = {}
+        self._names: set[str] = set()
+        self._models: dict[int, list[ModelInfo]] = {}
+        self._shown: set[tuple[str, ...]] = set()
+
+    def __call__(self, index: int, event: Event) -> None:
+        """Count one event."""
+        match event:
+            case Hello():
+                self._hello(index, event)
+            case Models():
+                self._models[index] = event.models
+                self.show_models()
+            case Lost():
+                self._beats.pop(index, None)
+                self._metrics.device_memory.labels(str(index)).set(0)
+                self._sum_queues()
+            case Heartbeat():
+                self._beats[index] = event
+                self._metrics.device_memory.labels(str(index)).set(event.memory_bytes)
+                self._sum_queues()
+            case BatchRan():
+                batch = self._metrics.batch(event.model, event.budget)
+                if batch is not None:
+                    batch.count(event.items, event.tokens, event.padding)
+                series = self._metrics.model(event.model, str(event.version))
+                if series is not None:
+                    series.count_states(event.checked, event.clipped)
+                self._metrics.dropped_reports.labels("engine").inc(event.dropped)
+                self._metrics.device_busy.labels(str(index)).inc(event.seconds)
+
+    def in_flight(self, index: int) -> int:
+        """Return how many items an engine had begun and not answered when it was heard last."""
+        beat = self._beats.get(index)
+        return sum(beat.in_flight.values()) if beat is not None else 0
+
+    def refresh(self, clients: Sequence[EngineClient]) -> None:
+        """Bring up to date what changes without an event: how long each engine has been silent."""
+        now = time.monotonic()
+        for client in clients:
+            age = now - (client.heard or self._began)
+            self._metrics.heartbeat_age.labels(str(client.index)).set(age)
+
+    def show_models(self) -> None:
+        """Let the metrics describe what is served now, as the engines have it.
+
+        An engine that is away counts with what it had: another precision may come back with it.
+        """
+        described: set[tuple[str, ...]] = set()
+        for index, models in self._models.items():
+            for model in models:
+                checkpoint = self._catalog.served.get(model.name)
+                if checkpoint is None or checkpoint.version != model.version:
+                    continue
+                key = (model.name, str(model.version))
+                self._metrics.model_load.labels(*key).set(model.load_seconds)
+                self._metrics.model_memory.labels(*key).set(model.memory_bytes)
+                labels = len(checkpoint.manifest.labels)
+                sizes = map(str, (labels, checkpoint.num_layers, checkpoint.num_heads))
+                described.add((*key, *sizes, self._hellos[index].device, model.dtype))
+        for info in described:
+            self._metrics.model_info.labels(*info).set(1)
+        for info in self._shown - described:
+            self._metrics.model_info.remove(*info)
+        gone = {info[:2] for info in self._shown} - {info[:2] for info in described}
+        for name, version in gone:
+            self._metrics.model_load.remove(name, version)
+            self._metrics.model_memory.remove(name, version)
+        self._shown = described
+
+    def forget_model(self, name: str) -> None:
+        """Show the queues of a model no more, unless engines have it still."""
+        self._names.discard(name)
+
+    def _hello(self, index: int, hello: Hello) -> None:
+        before = self._hellos.get(index)
+        if before is not None and before.pid != hello.pid:
+            self._metrics.engine_restarts.inc()
+        self._hellos[index] = hello
+        commit = os.environ.get("GIT_COMMIT", "unknown")
+        self._metrics.build_info.labels(budgetformer.__version__, commit, hello.torch).set(1)
+        if hello.models:
+            self._models[index] = hello.models
+            self.show_models()
+
+    def _sum_queues(self) -> None:
+        metrics, beats = self._metrics, self._beats.values()
+        named = {name for beat in beats for name in beat.queue_items}
+        self._names |= {n for n in named if n in self._catalog.served or metrics.knows(n)}
+        for model in self._names:
+            metrics.queue_items.labels(model).set(sum(b.queue_items.get(model, 0) for b in beats))
+            metrics.queue_cost.labels(model).set(sum(b.queue_seconds.get(model, 0) for b in beats))
+            metrics.in_flight.labels(model).set(sum(b.in_flight.get(model, 0) for b in beats))
+            oldest = max((b.oldest_age.get(model, 0.0) for b in beats), default=0.0)
+            metrics.queue_oldest.labels(model).set(oldest)
+            if self._auto and beats and model in self._catalog.served:
+                lowest = min(QUALITY_RANK[b.quality] for b in beats)
+                metrics.quality_level.labels(model).set(lowest)

@@ -1,0 +1,316 @@
+"""The parent of a server's processes.
+
+It holds the socket and the hub, starts fronts and engines, and replaces those that die or hang.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from asyncio.subprocess import Process
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import structlog
+import uvloop
+
+from service.background import FIRST_BACKOFF, LONGEST_BACKOFF, describe, run_forever
+from service.control.catalog import Catalog
+from service.control.fork_server import Forked, ForkServer
+from service.control.hub import Hub
+from service.control.mirror import copy_at_start, mirror_of
+from service.control.poll import StorePoll
+from service.environment import is_ours
+from service.ipc.engine_client import EngineClient
+from service.process import (
+    bind,
+    child_command,
+    engine_socket,
+    hub_socket,
+    keep_what_is_here,
+    on_silence,
+    run_folder,
+    start,
+)
+from service.settings import Settings, SettingsError
+from service.telemetry.traces import check_tracing
+
+log = structlog.get_logger()
+
+CRASH_LOOP = 3
+"""Starts in a row that fail, or end before the process could serve."""
+START_SECONDS = 120.0
+"""How long a process may take until it is heard of."""
+LOOK_SECONDS = 0.1
+KILL_SECONDS = 3.0
+LONGEST_SOCKET = 103
+"""Bytes of a path that every system takes for a local socket."""
+
+
+class _Child:
+    """One process that is kept running.
+
+    Args:
+        name: for people.
+        start: starts it.
+        report: is told why it does not stay up, and None when it does again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        start: Callable[[], Awaitable[Process | Forked]],
+        report: Callable[[str, str | None], None],
+    ) -> None:
+        self.name = name
+        self.started = 0.0
+        self._start = start
+        self._report = report
+        self._process: Process | Forked | None = None
+        self._heard = 0.0
+        self._served = False
+        self._stopping = False
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None: it does not run now."""
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else None
+
+    @property
+    def watched(self) -> bool:
+        """Whether it runs, and is to go on."""
+        return self.pid is not None and not self._stopping
+
+    def last_word(self, heard: float | None, patience: float) -> float:
+        """Return when its silence began, on the monotonic clock.
+
+        Args:
+            heard: when it was heard last; None: there is no connection to it now.
+            patience: seconds after its start until which it need not have said anything.
+        """
+        if heard is not None:
+            self._heard = heard
+        return self._heard if self._heard > self.started else self.started + patience
+
+    async def keep_running(self) -> None:
+        """Start the process, and again whenever it ends, until `stop` or cancelled."""
+        backoff, failures = FIRST_BACKOFF, 0
+        while not self._stopping:
+            self.started, self._served = time.monotonic(), False
+            reason = await self._run()
+            if self._stopping:
+                return
+            if self._served:
+                backoff, failures = FIRST_BACKOFF, 0
+            else:
+                failures += 1
+            log.error("process down", process=self.name, reason=reason, restart_in=backoff)
+            if failures >= CRASH_LOOP:
+                self._report(
+                    self.name,
+                    f"{self.name} does not come up: {reason}; {failures} failed starts in a row, "
+                    f"next one in {backoff:g} s",
+                )
+            await asyncio.sleep(backoff)
+            backoff = min(backoff * 2, LONGEST_BACKOFF)
+
+    async def _run(self) -> str:
+        """Run the process once, and return why it is down."""
+        self._process = None
+        try:
+            self._process = await self._start()
+        except Exception as error:  # no room for a process, a thread, an open file
+            return f"it could not be started ({describe(error)})"
+        if self._stopping:
+            self._process.terminate()
+        return f"it ended with exit code {await self._process.wait()}"
+
+    def serves(self) -> None:
+        """Say that the process has come up: should it die, it is started again at once."""
+        if not self._served:
+            self._served = True
+            self._report(self.name, None)
+
+    def kill(self) -> None:
+        """Kill the process, which hangs."""
+        if self.pid is not None and self._process is not None:
+            log.error("process hangs, it is killed", process=self.name)
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def stop(self, patience: float) -> None:
+        """Ask the process to end, wait for `patience` seconds, then kill it."""
+        self._stopping = True
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+            try:
+                async with asyncio.timeout(patience):
+                    await process.wait()
+            except TimeoutError:
+                log.error("process did not end in time, it is killed", process=self.name)
+                process.kill()
+                await process.wait()
+
+
+class _Server:
+    """All processes of one server, and the hub that they meet in.
+
+    Args:
+        settings: of the server.
+        catalog: what it serves at first.
+        listeners: sockets that every frontend takes connections from: the one for callers, and one
+            for probes and metrics where that has a port of its own.
+        run_dir: for its sockets.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        listeners: Sequence[socket.socket],
+        run_dir: Path,
+    ) -> None:
+        self._settings = settings
+        self._run_dir = run_dir
+        sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]
+        self.hub = Hub(settings, catalog, sockets, self._family)
+        self._forks = ForkServer(
+            child_command("service.engine", str(run_dir)), settings, START_SECONDS
+        )
+        self._engines = [
+            _Child(f"engine-{i}", partial(self._forks.fork, i), self.hub.report_crash_loop)
+            for i in range(settings.engines)
+        ]
+        descriptors = [listener.fileno() for listener in listeners]
+        self._fronts = [
+            _Child(
+                f"front-{i}",
+                partial(
+                    start,
+                    child_command("service.frontend", str(run_dir), str(i), *map(str, descriptors)),
+                    settings,
+                    descriptors,
+                ),
+                self.hub.report_crash_loop,
+            )
+            for i in range(settings.fronts)
+        ]
+
+    async def run(self) -> None:
+        """Keep everything running, until cancelled."""
+        socket = hub_socket(self._run_dir)
+        settings, hub = self._settings, self.hub
+        work: dict[str, Callable[[], Awaitable[None]]] = {
+            "hub": partial(hub.serve, socket),
+            "readiness": self._look_after,
+            "silence": partial(on_silence, self._last_words, settings.hang_seconds, _Child.kill),
+        }
+        work |= {child.name: child.keep_running for child in (*self._engines, *self._fronts)}
+        if settings.poll_store_seconds:
+            poll = StorePoll(hub, settings.models, mirror_of(settings))
+            work["store"] = partial(poll.run, settings.poll_store_seconds)
+        async with asyncio.TaskGroup() as tasks:
+            for name, run in work.items():
+                tasks.create_task(run_forever(name, run, hub.report_problem))
+
+    async def stop(self) -> None:
+        """Let the fronts finish what they have begun, then end all."""
+        patience = self._settings.drain_seconds + KILL_SECONDS
+        await asyncio.gather(*(front.stop(patience) for front in self._fronts))
+        await asyncio.gather(*(engine.stop(KILL_SECONDS) for engine in self._engines))
+        await self._forks.stop()
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            for child, client in self._clients():
+                if self.hub.fleet.equipped(client):
+                    child.serves()
+            there = {front.pid for front in self.hub.fronts}
+            for child in self._fronts:
+                if child.pid in there:
+                    child.serves()
+
+    def _last_words(self) -> dict[_Child, float]:
+        patience = START_SECONDS - self._settings.hang_seconds
+        fronts = {front.pid: front.heard for front in self.hub.fronts}
+        heard = [
+            *((child, client.heard) for child, client in self._clients()),
+            *((child, fronts.get(child.pid or 0)) for child in self._fronts),
+        ]
+        return {child: child.last_word(word, patience) for child, word in heard if child.watched}
+
+    def _clients(self) -> Iterator[tuple[_Child, EngineClient]]:
+        return zip(self._engines, self.hub.fleet.clients, strict=True)
+
+    def _family(self) -> dict[str, int]:
+        children = {c.name: c.pid for c in (*self._fronts, *self._engines)}
+        others = {"supervisor": os.getpid(), "fork-server": self._forks.pid}
+        return {name: pid for name, pid in (others | children).items() if pid}
+
+
+async def _supervise(
+    settings: Settings, catalog: Catalog, listeners: Sequence[socket.socket], run_dir: Path
+) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    server = _Server(settings, catalog, listeners, run_dir)
+    running = asyncio.create_task(server.run())
+    waiting = asyncio.create_task(stopping.wait())
+    await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    log.info("draining", seconds=settings.drain_seconds)
+    # Without this the kernel would go on taking connections that nobody answers.
+    for listener in listeners:
+        listener.close()
+    await server.stop()
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    log.info("stopped")
+
+
+def supervise(settings: Settings) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain it.
+
+    Raises:
+        SettingsError: the address cannot be had, or there is no folder for sockets, or its path is
+            too long.
+        CheckpointError: the model store is no folder, or lacks the default model.
+        TracingError: the environment asks for traces that cannot be had.
+    """
+    check_tracing()
+    mirror = mirror_of(settings)
+    if mirror is not None:
+        copy_at_start(mirror)
+    catalog = Catalog(settings)
+    ports = (
+        [settings.port] if settings.metrics_port is None else [settings.metrics_port, settings.port]
+    )
+    # The metrics port first: the system might choose its number where `port` is 0.
+    *side, listener = (bind(settings.host, port) for port in ports)
+    host, port = listener.getsockname()[:2]
+    with run_folder() as folder:
+        run_dir = Path(folder)
+        device, engines = settings.resolved_device(), settings.resolved_engines()
+        resolved = settings.model_copy(update={"port": port, "device": device, "engines": engines})
+        if len(os.fsencode(engine_socket(run_dir, engines))) > LONGEST_SOCKET:
+            where = run_dir.parent
+            raise SettingsError(f"{where}: too long for sockets, let TMPDIR name a shorter folder")
+        # Children get their settings from this process alone.
+        for name in list(filter(is_ours, os.environ)):
+            del os.environ[name]
+        log.info("starting", url=f"http://{host}:{port}", engines=engines, device=device)
+        keep_what_is_here()
+        uvloop.run(_supervise(resolved, catalog, [listener, *side], run_dir))

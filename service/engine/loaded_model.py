@@ -1,0 +1,160 @@
+"""The models that an engine has loaded."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import structlog
+
+from budgetformer.checkpoint.loading import load_network
+from budgetformer.checkpoint.manifest import WEIGHTS
+from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
+from budgetformer.cost.macs import encoder_macs
+from budgetformer.cost.table import CostTable, guess_table
+from budgetformer.inference.packed import PackedPass
+from budgetformer.inference.policy import BudgetRule
+from budgetformer.inference.precision import Precision
+from service.ipc.engine_messages import ModelInfo
+from service.process import large_blocks_apart
+
+log = structlog.get_logger()
+
+TYPICAL_TOKENS = 64
+GUESSES = {"cpu": (1e-11, 2e-3), "cuda": (2e-14, 5e-4)}
+"""First guess of a device that was never measured; prices follow what batches really take."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A checkpoint with its network on the device."""
+
+    checkpoint: Checkpoint
+    network: PackedPass
+    info: ModelInfo
+    costs: CostTable
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Name and version."""
+        return self.checkpoint.name, self.checkpoint.version
+
+    def rule(self, quality: str | float, heads: int | None, max_heads: int | None) -> BudgetRule:
+        """Return the rule for a request's budgets.
+
+        Raises:
+            PolicyError: the checkpoint does not offer it.
+        """
+        # A checkpoint without operating points still serves, by f_o's own rule.
+        named = quality if self.checkpoint.calibrated else None
+        return self.checkpoint.rule(named, heads, max_heads)
+
+
+def load_model(
+    path: Path,
+    device: str,
+    precision: Precision,
+    tables: Mapping[str, CostTable],
+    shared: Path | None = None,
+) -> LoadedModel:
+    """Load, verify and warm one checkpoint folder; price it by the table of its name, if any.
+
+    Args:
+        path: the folder.
+        device: where its network is to be.
+        precision: of its passes.
+        tables: measured costs, by `name:version`.
+        shared: folder through which engines hold weights once; None: this one has its own.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    started = time.monotonic()
+    checkpoint = read_checkpoint(path)
+    with large_blocks_apart():
+        network = _load(checkpoint, device, precision, shared)
+        if shared is not None:
+            _share(checkpoint, network, shared)
+        try:
+            network.warm(_steps_in_use(checkpoint))
+        except BaseException:
+            network.forget_shared()
+            raise
+    seconds = time.monotonic() - started
+    memory = network.nbytes
+    info = ModelInfo(checkpoint.name, checkpoint.version, seconds, memory, network.precision)
+    log.info(
+        "model loaded",
+        model=checkpoint.label,
+        seconds=round(seconds, 3),
+        dtype=network.precision,
+        dtype_reason=network.precision_reason,
+    )
+    return LoadedModel(checkpoint, network, info, _costs(checkpoint, network, tables))
+
+
+def _load(
+    checkpoint: Checkpoint, device: str, precision: Precision, shared: Path | None
+) -> PackedPass:
+    """Load a network; with `fastest` the first of several engines times, and the others follow.
+
+    Otherwise two engines might choose differently, and would be timed while the other is busy.
+    """
+    if precision != "fastest" or shared is None:
+        return load_network(checkpoint, device, precision)
+    name = hashlib.sha256(checkpoint.manifest.model_dump_json().encode()).hexdigest()
+    with (shared / f"{name}-precision").open("a+") as choice:
+        fcntl.flock(choice, fcntl.LOCK_EX)
+        choice.seek(0)
+        chosen = choice.read()
+        if not chosen:
+            network = load_network(checkpoint, device, precision)
+            choice.write(network.precision)
+            return network
+    return load_network(checkpoint, device, cast(Precision, chosen))
+
+
+def _share(checkpoint: Checkpoint, network: PackedPass, shared: Path) -> None:
+    if network.device.type != "cpu":
+        return
+    try:
+        network.share(shared / f"{checkpoint.manifest.files[WEIGHTS].sha256}-{network.precision}")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        log.warning("this engine holds weights of its own", model=checkpoint.label, reason=reason)
+
+
+def _costs(
+    checkpoint: Checkpoint, network: PackedPass, tables: Mapping[str, CostTable]
+) -> CostTable:
+    """Return the measured table if it is of this network as it runs here, or a guess."""
+    measured = tables.get(checkpoint.label)
+    if measured is not None:
+        here = (network.device.type, network.precision, len(checkpoint.ladder) + 1)
+        if here == (measured.device, measured.dtype, len(measured.steps)):
+            return measured
+        log.warning(
+            "cost table left out, it was measured on another device or precision",
+            model=checkpoint.label,
+        )
+    plans = [[0] * checkpoint.num_layers, *checkpoint.ladder]
+    per_token = [encoder_macs(network.sizes, plan, TYPICAL_TOKENS) for plan in plans]
+    macs = [0.0, *(count / TYPICAL_TOKENS for count in per_token[1:])]
+    return guess_table(checkpoint.label, macs, *GUESSES[network.device.type])
+
+
+def _steps_in_use(checkpoint: Checkpoint) -> list[int]:
+    """Return the steps that the quality levels use, or the full one where there are none.
+
+    The first who asks for another one waits while it is laid out.
+    """
+    steps = set() if checkpoint.calibrated else {len(checkpoint.ladder)}
+    for name in checkpoint.manifest.named_levels:
+        rule = checkpoint.rule(name)
+        steps |= {band.step for band in rule.entry} | set(rule.chain)
+    return sorted(steps - {0})

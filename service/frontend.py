@@ -1,0 +1,200 @@
+"""A frontend process, which serves HTTP on sockets that it shares with the other frontends.
+
+`python -m service.frontend RUN_DIR INDEX DESCRIPTOR [METRICS_DESCRIPTOR]`
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import service.without_rich  # noqa: F401
+
+import asyncio
+import contextlib
+import os
+import resource
+import socket
+import ssl
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from service.http.acceptor import Acceptor
+from service.http.app import create_app, is_full, protocol_of
+from service.ipc.engine_client import Engines
+from service.process import (
+    collect_seldom,
+    engine_socket,
+    exit_with_parent,
+    hub_socket,
+    keep_what_is_here,
+    name_process,
+    receive_settings,
+)
+from service.settings import Settings
+from service.telemetry.logs import configure_logs, drain_logs
+from service.telemetry.traces import open_tracing
+
+if TYPE_CHECKING:
+    from service.telemetry.otel import Tracing
+
+log = structlog.get_logger()
+
+KEEP_ALIVE_SECONDS = 75
+"""Longer than the minute after which load balancers let an idle connection go, so that a request
+never meets a connection that is just being closed."""
+SPARE_DESCRIPTORS = 256
+"""Open files of a front besides its connections."""
+
+
+class _SharedServer(uvicorn.Server):
+    """Uvicorn on a listening socket that other frontends accept connections from, too.
+
+    Args:
+        config: of uvicorn.
+        app: the application.
+        listener: the socket.
+        seconds: how long a TLS handshake may take.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, app: FastAPI, listener: socket.socket, seconds: float
+    ) -> None:
+        super().__init__(config)
+        self._app = app
+        self._acceptor = Acceptor(listener, seconds)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._acceptor.start(self._protocol, self.config.ssl, self._full)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._acceptor.close()
+        await super().shutdown(sockets)
+
+    def _full(self) -> bool:
+        return is_full(self._app, len(self.server_state.connections))
+
+    def _protocol(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+
+class _SideServer(_SharedServer):
+    """Uvicorn on a second port: it leaves signals to the first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _DrainingServer(_SharedServer):
+    """Uvicorn, with the app told at the signal, before connections close, and spans kept.
+
+    Another server may stand beside it, and stays until it has drained.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: FastAPI,
+        listener: socket.socket,
+        seconds: float,
+        tracing: Tracing | None,
+        side: _SideServer | None,
+    ) -> None:
+        super().__init__(config, app, listener, seconds)
+        self._tracing = tracing
+        self._side = side
+        self._beside: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._side is not None:
+            self._beside = asyncio.create_task(self._side.serve([]))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._app.state.draining = True
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self._side is not None and self._beside is not None:
+            self._side.should_exit = True
+            await self._beside
+        # Here, as uvicorn ends the process by the signal that it caught.
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
+        await asyncio.to_thread(drain_logs)
+
+
+def main() -> None:
+    """Run the front."""
+    run_dir, index = Path(sys.argv[1]), int(sys.argv[2])
+    listener, *side_listeners = (socket.socket(fileno=int(word)) for word in sys.argv[3:])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settings = receive_settings()
+    exit_with_parent()
+    name = f"front-{index}"
+    name_process(name)
+    configure_logs(settings.log_level, settings.log_format, name)
+    sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]
+    tracing = open_tracing(name)
+    provider = tracing.provider if tracing else None
+    engines = Engines(sockets, first=index)
+    shared = run_dir if settings.fronts > 1 else None
+    app = create_app(settings, engines, hub_socket(run_dir), provider, shared)
+    _raise_descriptors(settings.max_connections)
+    common: dict[str, Any] = {
+        "loop": "uvloop",
+        "http": protocol_of(app, settings),
+        "ws": "none",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        # What no trusted proxy said is not believed, whatever uvicorn takes for one by itself.
+        "proxy_headers": bool(settings.trusted_proxies),
+        "forwarded_allow_ips": settings.trusted_proxies,
+        "timeout_keep_alive": KEEP_ALIVE_SECONDS,
+        "timeout_graceful_shutdown": int(settings.drain_seconds) or 1,
+    }
+    config = uvicorn.Config(app, lifespan="on", **common, **_tls(settings))
+    seconds, side = settings.receive_seconds, None
+    for side_listener in side_listeners:
+        side_config = uvicorn.Config(app, lifespan="off", **common)
+        side = _SideServer(side_config, app, side_listener, seconds)
+    server = _DrainingServer(config, app, listener, seconds, tracing, side)
+    keep_what_is_here()
+    collect_seldom()
+    server.run(sockets=[])  # the acceptors' connections are all that there are
+
+
+def _tls(settings: Settings) -> dict[str, Any]:
+    """Return what uvicorn is told of certificates."""
+    if settings.tls_cert is None:
+        return {}
+    shown = {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key}
+    if settings.tls_client_ca is None:
+        return shown
+    return shown | {"ssl_ca_certs": settings.tls_client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+
+
+def _raise_descriptors(connections: int) -> None:
+    """Allow this process as many open files as its connections take, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + SPARE_DESCRIPTORS
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        log.warning("fewer open files than connections", files=most, connections=connections)
+
+
+if __name__ == "__main__":
+    main()

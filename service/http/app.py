@@ -1,0 +1,220 @@
+"""The front's application: routes, state and life."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from opentelemetry.trace import TracerProvider
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
+
+import budgetformer
+from service.http import classify, health, kserve, playground, sagemaker, tei
+from service.http import model_routes as api_models
+from service.http.authentication import document_keys
+from service.http.connections import ConnectionLimits, Guard, GuardedProtocol
+from service.http.direct import Direct
+from service.http.errors import install_error_handlers, own_shape
+from service.http.middleware import OTHER, PROBES, Head, Observe, OperationsPort
+from service.http.model_routes import LoadRequest
+from service.http.schemas import (
+    ClassifyRequest,
+    IndexRequest,
+    InferRequest,
+    PredictRequest,
+    RepositoryRequest,
+    TokenizeRequest,
+)
+from service.http.state import State
+from service.ipc.connection import Place
+from service.ipc.control_messages import ConnectionEnded, KeysKnown, RequestEnded
+from service.ipc.engine_client import Engines
+from service.ipc.hub_client import HubLink
+from service.keys import ANONYMOUS, KeyRing
+from service.pipeline.catalog_follower import Follow
+from service.pipeline.served_models import Models
+from service.settings import Settings
+
+REFUSED_CONNECTIONS = 128
+"""Connections above the limit that get an answer; further ones are closed as they come."""
+
+
+class _Application(FastAPI):
+    """FastAPI behind a proxy that puts a path before ours, whether it then strips it or not.
+
+    Args:
+        prefix: that path, such as "/classifier".
+        options: of FastAPI.
+    """
+
+    def __init__(self, prefix: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve, with the path as it would be without the proxy."""
+        if self.prefix and scope["type"] == "http":
+            path = without_prefix(scope["path"], self.prefix)
+            scope = {**scope, "path": path, "root_path": self.prefix}
+        await super().__call__(scope, receive, send)
+
+
+def without_prefix(path: str, prefix: str) -> str:
+    """Return a path without the one before it, if that is there."""
+    if path == prefix or path.startswith(f"{prefix}/"):
+        return path.removeprefix(prefix) or "/"
+    return path
+
+
+def create_app(
+    settings: Settings,
+    engines: Engines,
+    hub_place: Place,
+    tracer_provider: TracerProvider | None = None,
+    shared: Path | None = None,
+) -> FastAPI:
+    """Build the application of a front.
+
+    Args:
+        settings: of the whole server.
+        engines: that compute for it; the application starts and stops them.
+        hub_place: where its hub listens.
+        tracer_provider: where spans go; None: nobody traces.
+        shared: folder through which the frontends of a server hold tables once; None: this one has
+            its own.
+
+    Raises:
+        KeysError: the keys are none.
+    """
+    models = Models(settings.model_store, settings.default_model, shared)
+    routes: list[str] = []
+    hub = HubLink(hub_place, lambda serving: follow(serving), routes)
+    follow = Follow(models, engines, hub)
+    keys = KeyRing(
+        settings.all_keys(),
+        settings.keys_file,
+        anonymous=settings.anonymous,
+        changed=lambda names: hub.observe(KeysKnown([*names, ANONYMOUS])),
+    )
+    tracer = None if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
+    state = State(settings, models, engines, hub, tracer, keys)
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        state.start_threads()
+        engines.start()
+        await hub.start()
+        yield
+        await hub.stop()
+        await follow.stop()
+        await engines.stop()
+        state.tokenizing.shutdown()
+
+    app = _Application(
+        settings.root_path,
+        title="BudgetFormer Serving",
+        version=budgetformer.__version__,
+        summary="Text classification that spends, on each text, only the heads that it needs.",
+        lifespan=life,
+        docs_url=None,  # its page would ask two other servers for its scripts
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry={
+            "tracer_provider": tracer_provider,
+            "tracing": tracer_provider is not None,
+            "operation_spans": False,
+            "metrics": False,
+            "logs": False,
+            "auto_configure": False,
+            "exclude": _operational,
+        },
+    )
+    app.state.shared, app.state.draining = state, False
+    for module in (classify, health, api_models, tei, kserve, sagemaker, playground):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    asked_most = [
+        route
+        for module in (classify, tei, sagemaker)
+        for route in module.router.routes
+        if isinstance(route, APIRoute) and route.methods == {"POST"}
+    ]
+    app.add_middleware(Direct, routes=asked_most)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id"],
+            expose_headers=["Retry-After", "Server-Timing", "X-Quality", "X-Request-Id"],
+        )
+    app.add_middleware(Head)
+    if settings.metrics_port is not None:
+        app.add_middleware(OperationsPort, port=settings.metrics_port)
+    app.add_middleware(Observe, hub=hub, log_share=settings.access_log)
+    _document(app)
+    routes += [*app.openapi()["paths"], *playground.UNLISTED, OTHER]
+    return app
+
+
+def protocol_of(app: FastAPI, settings: Settings) -> Any:
+    """Return what is to read HTTP from each connection, for uvicorn."""
+    limits = ConnectionLimits(
+        settings.max_connections,
+        settings.max_header_bytes,
+        # Chunks may be as small as the sizes and line ends between them.
+        settings.max_header_bytes + 2 * settings.max_body_bytes,
+        settings.receive_seconds,
+    )
+    state: State = app.state.shared
+    hub = state.hub
+
+    def count(reason: str) -> None:
+        hub.observe(ConnectionEnded(reason))
+
+    def turned_away(route: str) -> None:
+        route = without_prefix(route, settings.root_path) if settings.root_path else route
+        hub.observe(RequestEnded(route, "rejected", 0.0, refusal="queue_full"))
+
+    shapes = {
+        b"/classify": own_shape,
+        b"/invocations": own_shape,
+        b"/predict": tei.predict_error,
+        b"/": tei.predict_error,
+    }
+    prefixed = {settings.root_path.encode() + path: shape for path, shape in shapes.items()}
+    guard = Guard(state.door, shapes | prefixed, turned_away)
+    return partial(GuardedProtocol, limits=limits, guard=guard, count=count)
+
+
+def is_full(app: FastAPI, connections: int) -> bool:
+    """Say whether one more connection is closed without an answer; it is counted."""
+    state: State = app.state.shared
+    full = connections >= state.settings.max_connections + REFUSED_CONNECTIONS
+    if full:
+        state.hub.observe(ConnectionEnded("too_many"))
+    return full
+
+
+def _operational(scope: MutableMapping[str, Any]) -> bool:
+    """Say whether a request is a probe or a scrape, which would drown the traces of the others."""
+    path = str(scope.get("path"))
+    return path == "/metrics" or path.startswith(PROBES)
+
+
+def _document(app: FastAPI) -> None:
+    """Add what the routes see to themselves: keys, and the schemas of bodies."""
+    schema = app.openapi()
+    document_keys(schema)
+    for model in (
+        ClassifyRequest, TokenizeRequest, LoadRequest, PredictRequest, InferRequest,
+        IndexRequest, RepositoryRequest,
+    ):  # fmt: skip
+        described = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema["components"]["schemas"] |= described.pop("$defs", {}) | {model.__name__: described}

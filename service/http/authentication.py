@@ -1,0 +1,109 @@
+"""Who asks, and whether they may: what stands before every route but the open ones."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import Depends, Request
+from fastapi.openapi.models import APIKey, APIKeyIn, HTTPBearer, SecurityBase
+from fastapi.security.base import SecurityBase as SecurityDependency
+
+from service.http.errors import ApiError
+from service.http.state import state_of
+from service.ipc.control_messages import TextsAsked
+from service.keys import Caller, Scope
+
+_TEXT = "A key; `budgetformer keys new` makes one."
+HEADER = "X-API-Key"
+_AFTER_WORK = (500, 504)
+"""Errors of requests that were admitted, and cost what others cost."""
+SCHEMES: dict[str, SecurityBase] = {
+    "bearer": HTTPBearer(description=_TEXT),
+    "header": APIKey.model_validate({"in": APIKeyIn.header, "name": HEADER, "description": _TEXT}),
+}
+"""The ways to give a key, as OpenAPI names them; routes that take one take either."""
+
+
+class _Needs(SecurityDependency):
+    """Lets those in whose key has a scope, as many as it may at once."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scheme_name = "bearer"
+        self.model = SCHEMES[self.scheme_name]
+        self._scope = scope
+
+    async def __call__(self, request: Request) -> None:
+        caller = _caller(request, _key_of(request), self._scope)
+        request.state.caller = caller
+        if caller.busy:
+            message = "this key has as many requests under way as it may; try again in 1 s"
+            raise ApiError(429, message, code="too_many_requests", retry_after=1)
+        caller.requests += 1
+        request.state.under_way = caller  # until `Observe` has seen the end of it
+
+
+def needs(scope: Scope) -> Any:
+    """Return a dependency that lets those in whose key has a scope, as many as it may at once."""
+    return Depends(_Needs(scope))
+
+
+def document_keys(schema: dict[str, Any]) -> None:
+    """Say in an OpenAPI document that a route which takes a key takes it in either way."""
+    schemes = {
+        name: scheme.model_dump(mode="json", by_alias=True, exclude_none=True)
+        for name, scheme in SCHEMES.items()
+    }
+    schema["components"]["securitySchemes"] = schemes
+    for operations in schema["paths"].values():
+        for operation in operations.values():
+            if "security" in operation:
+                operation["security"] = [{name: []} for name in SCHEMES]
+
+
+def _key_of(request: Request) -> str | None:
+    """Return the key that a request brings; that of a Bearer token goes first."""
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer" and token.strip():
+        return token.strip()
+    return request.headers.get(HEADER)
+
+
+def _caller(request: Request, given: str | None, scope: Scope) -> Caller:
+    keys = state_of(request).keys
+    caller = keys.find(given.encode("latin-1", "replace") if given else None)
+    if caller is not None and keys.opens(caller, scope):
+        return caller
+    if not given:
+        message = f"this takes a key with the scope {scope!r}, as a Bearer token or in X-API-Key"
+        raise ApiError(401, message, code="no_key")
+    if caller is None or caller.key is None:
+        raise ApiError(401, "the key is wrong", code="wrong_key")
+    request.state.caller = caller
+    message = f"the key {caller.name!r} lacks the scope {scope!r}"
+    raise ApiError(403, message, code="missing_scope")
+
+
+@contextmanager
+def spending(request: Request, texts: int) -> Iterator[None]:
+    """Charge the texts of a request to its key's rate, unless the request is refused.
+
+    Raises:
+        ApiError: 429, it is too much for now.
+    """
+    caller: Caller = request.state.caller
+    wait = caller.take(texts, time.monotonic())
+    if wait:
+        seconds = math.ceil(wait)
+        message = f"this key may not ask for so many texts yet; try again in {seconds} s"
+        raise ApiError(429, message, code="rate", retry_after=seconds)
+    state_of(request).hub.observe(TextsAsked(caller.name, texts))
+    try:
+        yield
+    except ApiError as error:
+        if error.status not in _AFTER_WORK:
+            caller.give_back(texts)
+        raise

@@ -1,0 +1,452 @@
+"""POST /classify."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from budgetformer.errors import PolicyError
+from budgetformer.inference.decider import Decider
+from budgetformer.tokenization import Text, Tokens, characters
+from service.http import infinity
+from service.http.answers import Answered, best_first
+from service.http.authentication import needs, spending
+from service.http.bodies import describe_body, read_body, travelled
+from service.http.errors import CLASSIFYING, ApiError, ClientGoneError, errors_documented_as
+from service.http.responses import json_response
+from service.http.schemas import (
+    ClassifyRequest,
+    ClassifyResponse,
+    ErrorResponse,
+    InfinityResponse,
+    Input,
+)
+from service.http.state import State, state_of, too_late
+from service.ipc.control_messages import ItemsAnswered, ItemSpent
+from service.ipc.engine_client import (
+    DeadlineError,
+    EngineDownError,
+    EngineFailedError,
+    Job,
+    NotLoadedError,
+    RefusedError,
+)
+from service.ipc.engine_messages import Answer, ItemAnswer, ItemTokens, pack_ids
+from service.pipeline.decision import DecidedTexts
+from service.pipeline.served_models import ServedModel
+from service.settings import DEFAULT_QUALITY
+from service.telemetry.context import current_request
+from service.telemetry.stages import stage_span
+
+router = APIRouter(
+    tags=["classify"],
+    dependencies=[needs("classify")],
+    responses=errors_documented_as(ErrorResponse, CLASSIFYING),
+)
+
+
+@router.post(
+    "/classify",
+    summary="Classify texts, each with the heads that it needs",
+    response_model=ClassifyResponse | InfinityResponse,
+    openapi_extra=describe_body(ClassifyRequest),
+)
+async def classify(request: Request) -> Response:
+    """Answer with labels, scores, and what they cost in heads and multiply-adds."""
+    body = await read_body(request, ClassifyRequest, state_of(request).settings.max_body_bytes)
+    return await respond_to_classify(request, body)
+
+
+async def respond_to_classify(request: Request, body: ClassifyRequest) -> Response:
+    """Answer in our own shape, which is vLLM's and more, or in Infinity's if its client asks.
+
+    Raises:
+        ApiError, ClientGoneError: as `respond` does.
+    """
+    if body.raw_scores is None:
+        return await respond(request, body, partial(classify_response, request))
+    if body.model == infinity.NO_MODEL:
+        body.model = None
+    return await respond(request, body, infinity.infinity_response)
+
+
+async def respond(
+    request: Request, body: ClassifyRequest, write: Callable[[Answered], Response]
+) -> Response:
+    """Classify what a request asks for: the one way there, whatever shape a route speaks.
+
+    `write` makes the response of what came back.
+
+    Raises:
+        ApiError: see docs/api.md for all that can be wrong.
+        ClientGoneError: the client did not wait.
+    """
+    if request.app.state.draining:
+        raise ApiError(503, "the server is shutting down", code="draining", retry_after=1)
+    state = state_of(request)
+    started = time.monotonic()
+    texts = check_texts(state, body.input)
+    model = state.model(body.model)
+    size = travelled(request.scope["headers"])
+    seconds = _seconds(state, body)
+    with (
+        model.in_use(),
+        state.room_for(len(texts), size, seconds),
+        spending(request, len(texts)),
+    ):
+        try:
+            async with while_client_waits(request):
+                return await _respond(request, state, body, texts, model, started + seconds, write)
+        except RefusedError as error:
+            # A model's own share of the queue says nothing of other models.
+            shared = model.checkpoint.name not in state.settings.model_queue_items
+            if state.door.patient(seconds) if error.reason == "deadline" else shared:
+                state.door.refuse(size, state.door.texts - len(texts))
+            raise _refusal(error) from None
+
+
+async def _respond(
+    request: Request,
+    state: State,
+    body: ClassifyRequest,
+    texts: list[Text],
+    model: ServedModel,
+    deadline: float,
+    write: Callable[[Answered], Response],
+) -> Response:
+    started = time.monotonic()
+    quality = _quality(state, body, model)
+    with stage_span(state.tracer, "tokenize") as span:
+        tokenized = await state.tokenize(model, texts, deadline)
+        if span.is_recording():
+            span.set_attribute("budgetformer.items", len(tokenized))
+            span.set_attribute("budgetformer.tokens", sum(map(len, tokenized)))
+    if not body.truncate:
+        _refuse_overlong(tokenized, model)
+    begun = time.monotonic()
+    answer = await _answer(state, body, model, tokenized, quality, deadline)
+    computed = time.monotonic()
+    # A level that is not the usual one is named: overload lowered it, or a target chose it.
+    usual = body.target_ms is None and answer.quality == DEFAULT_QUALITY
+    shown = quality if usual else answer.quality
+    response = write(Answered(request.state.request_id, model, body, shown, tokenized, answer))
+    responded = time.monotonic()
+    stages = {
+        "tokenize": begun - started,
+        "budget": answer.budget_seconds,
+        "queue": answer.queue_seconds,
+        "compute": answer.compute_seconds,
+    }
+    _measure(state, model, body, answer, tokenized, stages | {"respond": responded - computed})
+    stages["total"] = time.monotonic() - started
+    response.headers["X-Quality"] = str(answer.quality)
+    response.headers["Server-Timing"] = ", ".join(
+        f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items()
+    )
+    return response
+
+
+async def _answer(
+    state: State,
+    body: ClassifyRequest,
+    model: ServedModel,
+    tokenized: list[Tokens],
+    quality: str | float,
+    deadline: float,
+) -> Answer:
+    """Decide the budgets of texts, answer what step 0 answers, and have an engine do the rest.
+
+    A model whose network reads embeddings to decide leaves that to the engine; so does a request
+    with a target, for which the engine's queue chooses the quality.
+    """
+    job = Job(
+        model=model.checkpoint.name,
+        version=model.checkpoint.version,
+        items=[],
+        quality=quality,
+        deadline=deadline,
+        heads=body.heads,
+        max_heads=body.max_heads,
+        return_heads=body.return_heads,
+        target=None if body.target_ms is None else body.target_ms / 1000,
+    )
+    if model.decider is None or job.target is not None:
+        return await _ask(state, replace(job, items=list(map(_item, tokenized))))
+    texts = await _decide(state, model, model.decider, tokenized, job)
+    places, ran = texts.unanswered, None
+    if places:
+        items = [_window(tokenized[place]) for place in places]
+        asked = replace(job, items=items, quality=texts.quality, decisions=texts.decisions())
+        ran = await _ask(state, asked)
+    return texts.answer(body.return_heads, ran)
+
+
+async def _decide(
+    state: State, model: ServedModel, decider: Decider, tokenized: list[Tokens], job: Job
+) -> DecidedTexts:
+    started = time.monotonic()
+    checkpoint = model.checkpoint
+    quality = state.engines.level if job.quality == "auto" else job.quality
+    rule = checkpoint.rule(quality if checkpoint.calibrated else None, job.heads, job.max_heads)
+    with stage_span(state.tracer, "budget") as span:
+        decided = await state.deciding.decide(decider, rule, tokenized)
+        if span.is_recording():
+            span.set_attribute("budgetformer.model", checkpoint.label)
+            span.set_attribute("budgetformer.items", len(tokenized))
+            span.set_attribute("budgetformer.budget", int(decided.steps.max()))
+    return DecidedTexts(tokenized, decided, decider, quality, time.monotonic() - started)
+
+
+def _seconds(state: State, body: ClassifyRequest) -> float:
+    """Return the seconds to a request's deadline.
+
+    Raises:
+        ApiError: 422, it asks for a later one than the server accepts.
+    """
+    most = state.settings.max_timeout_ms
+    for name in ("timeout_ms", "target_ms"):
+        if (getattr(body, name) or 0) > most:
+            message = f"{name} may be at most {most}, the server's max_timeout_ms"
+            raise ApiError(422, message, name, "invalid_field")
+    return (body.timeout_ms or state.settings.timeout_ms) / 1000
+
+
+def check_texts(state: State, given: Input) -> list[Text]:
+    """Return the texts of a request, after counting items and characters.
+
+    Raises:
+        ApiError: 413 too many items, 422 a text is too long.
+    """
+    items = given if isinstance(given, list) else [given]
+    most = state.settings.max_batch_items
+    if len(items) > most:
+        raise ApiError(
+            413, f"{len(items)} items, at most {most} are taken", "input", "too_many_items"
+        )
+    texts: list[Text] = [
+        item
+        if isinstance(item, str)
+        else item.text
+        if item.text_pair is None
+        else (item.text, item.text_pair)
+        for item in items
+    ]
+    limit = state.settings.max_text_characters
+    for index, text in enumerate(texts):
+        length = characters(text)
+        if length > limit:
+            message = f"input[{index}] has {length} characters, at most {limit} are taken"
+            raise ApiError(422, message, f"input[{index}]", "text_too_long")
+    return texts
+
+
+def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | float:
+    if body.target_ms is not None and body.quality not in (None, "auto"):
+        message = "target_ms lets the server choose a quality, so none can be named beside it"
+        raise ApiError(422, message, "target_ms", "invalid_field")
+    quality = state.settings.quality if body.quality is None else body.quality
+    if body.target_ms is not None:
+        quality = "auto"
+    checkpoint = model.checkpoint
+    if not checkpoint.calibrated and body.quality not in (None, "auto"):
+        message = f"{checkpoint.label} is not calibrated: it has no quality levels"
+        raise ApiError(422, message, "quality", "no_such_quality")
+    try:
+        named = DEFAULT_QUALITY if quality == "auto" else quality
+        checkpoint.rule(named if checkpoint.calibrated else None)
+    except PolicyError as error:
+        raise ApiError(422, str(error), "quality", "no_such_quality") from None
+    for name in ("heads", "max_heads"):
+        value = getattr(body, name)
+        if value is not None:
+            try:
+                checkpoint.rule(None, **{name: value})
+            except PolicyError as error:
+                raise ApiError(422, str(error), name, "invalid_field") from None
+    return quality
+
+
+def _refuse_overlong(tokenized: list[Tokens], model: ServedModel) -> None:
+    for index, tokens in enumerate(tokenized):
+        if tokens.truncated:
+            most = model.checkpoint.manifest.max_tokens
+            message = f"input[{index}] has more than {most} tokens, and truncate is false"
+            raise ApiError(422, message, f"input[{index}]", "text_too_long")
+
+
+def _window(tokens: Tokens) -> ItemTokens:
+    """Return what the encoder reads of a text."""
+    return ItemTokens(pack_ids(tokens.ids), _pack_segments(tokens.type_ids))
+
+
+def _item(tokens: Tokens) -> ItemTokens:
+    """Return what the encoder and step 0 read of a text."""
+    if tokens.whole is None:
+        return _window(tokens)
+    ids, segments = pack_ids(tokens.ids), _pack_segments(tokens.type_ids)
+    return ItemTokens(ids, segments, pack_ids(tokens.whole), _pack_segments(tokens.whole_type_ids))
+
+
+def _pack_segments(segments: list[int] | None) -> bytes:
+    return pack_ids(segments) if segments and any(segments) else b""
+
+
+def _refusal(error: RefusedError) -> ApiError:
+    seconds = error.retry_after
+    if error.reason == "deadline":
+        message = f"the deadline cannot be met at the present load; try again in {seconds} s"
+    else:
+        message = f"the queue is full; try again in {seconds} s"
+    return ApiError(429, message, code=error.reason, retry_after=seconds)
+
+
+async def _ask(state: State, job: Job) -> Answer:
+    try:
+        return await state.engines.classify(job)
+    except DeadlineError:
+        raise too_late() from None
+    except NotLoadedError:
+        message = f"{job.model} is still loading"
+        raise ApiError(503, message, "model", "loading", retry_after=1) from None
+    except EngineDownError:
+        message = "no engine is running; it is being restarted"
+        raise ApiError(503, message, code="engine_down", retry_after=1) from None
+    except EngineFailedError as error:
+        raise ApiError(503, str(error), code="engine_failed", retry_after=1) from None
+
+
+@asynccontextmanager
+async def while_client_waits(request: Request) -> AsyncIterator[None]:
+    """Cancel this block when the client goes away.
+
+    Raises:
+        ClientGoneError: it went away.
+    """
+    waiting = asyncio.timeout(None)
+    leaving = asyncio.ensure_future(_wait_no_more(request, waiting))
+    try:
+        async with waiting:
+            yield
+    except TimeoutError:
+        if not waiting.expired():
+            raise
+        raise ClientGoneError from None
+    finally:
+        leaving.cancel()
+
+
+async def _wait_no_more(request: Request, waiting: asyncio.Timeout) -> None:
+    """End what waits for an answer when the client goes."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    waiting.reschedule(asyncio.get_running_loop().time())
+
+
+def classify_response(request: Request, answered: Answered) -> Response:
+    """Write the answer of POST /classify: failed items stand among the others.
+
+    Raises:
+        ApiError: 500, every item failed.
+    """
+    answer, body = answered.answer, answered.body
+    total = answered.checkpoint.num_layers * answered.checkpoint.num_heads
+    data: list[dict[str, Any]] = []
+    failures = []
+    for index, (tokens, item) in enumerate(zip(answered.tokenized, answer.items, strict=True)):
+        if failure := answered.failure(index):
+            failures.append(failure)
+            data.append({"index": index, "error": failure.body()})
+            continue
+        data.append(
+            {
+                "index": index,
+                **_scores(answered, item),
+                "heads": {
+                    "used": sum(item.heads),
+                    "total": total,
+                    "budget": item.budget,
+                    "predicted": item.predicted,
+                    "steps": item.steps,
+                    "per_layer": item.chosen,
+                },
+                "macs": item.macs,
+                "dense_macs": item.dense_macs,
+                "tokens": len(tokens),
+                "truncated": tokens.truncated,
+                "quality": answered.quality,
+            }
+        )
+    if len(failures) == len(data):
+        raise ApiError(500, failures[0].message, "input", "item_failed")
+    if failures:
+        request.scope["outcome"] = "partial"
+    return json_response(
+        {
+            "id": f"classify-{body.request_id or answered.request_id}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": answered.checkpoint.label,
+            "data": data,
+            "usage": {
+                "prompt_tokens": answered.tokens,
+                "total_tokens": answered.tokens,
+                "heads_used": sum(sum(item.heads) for item in answer.items),
+                "heads_total": total * (len(data) - len(failures)),
+            },
+        }
+    )
+
+
+def _scores(answered: Answered, item: ItemAnswer) -> dict[str, Any]:
+    body = answered.body
+    names = answered.checkpoint.manifest.labels
+    probs = answered.activate(item)
+    ranked = best_first(probs)
+    least = 0.0 if body.threshold is None else body.threshold
+    labels = [
+        {"label": names[i], "score": probs[i]} for i in ranked[: body.top_k] if probs[i] >= least
+    ]
+    return {
+        "label": names[ranked[0]],
+        "score": probs[ranked[0]],
+        "probs": item.logits if body.use_activation is False else probs,
+        "num_classes": len(probs),
+        "labels": labels,
+    }
+
+
+def _measure(
+    state: State,
+    model: ServedModel,
+    body: ClassifyRequest,
+    answer: Answer,
+    tokenized: list[Tokens],
+    stages: dict[str, float],
+) -> None:
+    checkpoint = model.checkpoint
+    items = [
+        ItemSpent(item.budget, sum(item.heads), len(tokens), item.macs, item.dense_macs)
+        for tokens, item in zip(tokenized, answer.items, strict=True)
+        if not item.error
+    ]
+    quality = answer.quality if checkpoint.calibrated else None
+    expected = checkpoint.rule(quality, body.heads, body.max_heads).expected_budgets()
+    state.hub.observe(
+        ItemsAnswered(
+            checkpoint.name,
+            checkpoint.version,
+            items,
+            checkpoint.num_layers * checkpoint.num_heads,
+            None if expected is None else dict(expected),
+            stages,
+            sum(tokens.truncated for tokens in tokenized),
+            current_request().traceparent,
+        )
+    )

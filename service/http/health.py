@@ -1,0 +1,140 @@
+"""Probes and metrics."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from service.http.errors import ApiError, errors_documented_as
+from service.http.responses import json_response
+from service.http.schemas import ErrorResponse
+from service.http.state import State, from_hub, state_of
+from service.ipc.control_messages import Scrape, TellRecent
+from service.ipc.hub_client import SILENCE_LIMIT
+
+router = APIRouter(tags=["operations"], responses=errors_documented_as(ErrorResponse))
+
+
+class Exposition(Response):
+    """Metrics, in the form that is asked for."""
+
+    media_type = "text/plain"
+
+
+@router.get("/health/live", summary="Is the process alive?")
+async def live() -> Response:
+    """Answer 200 as long as this process answers at all."""
+    return json_response({"status": "ok"})
+
+
+@router.get("/health/ready", summary="Can it classify now?")
+async def ready(request: Request) -> Response:
+    """Answer 200 with a warmed default model, a fresh engine heartbeat, and no drain; else 503."""
+    reason = why_not_ready(state_of(request), request.app.state.draining)
+    if reason:
+        raise ApiError(503, reason, code="not_ready", retry_after=1)
+    return json_response({"status": "ok"})
+
+
+@router.get(
+    "/health",
+    summary="The whole picture",
+    responses={503: {"description": "It cannot classify now; the picture says why"}},
+)
+async def health(request: Request) -> Response:
+    """Describe engines and models; the status is that of `/health/ready`."""
+    state = state_of(request)
+    reason = why_not_ready(state, request.app.state.draining)
+    now = time.monotonic()
+    engines = [
+        {
+            "index": client.index,
+            "alive": client.alive,
+            "pid": client.hello.pid if client.hello else None,
+            "device": client.hello.device if client.hello else None,
+            "heartbeat_age_seconds": round(now - client.heard, 3) if client.heard else None,
+            "in_flight_items": client.items_in_flight,
+            "models": [f"{name}:{version}" for name, version in sorted(client.models)],
+        }
+        for client in state.engines.clients
+    ]
+    content: dict[str, Any] = {
+        "status": "ok" if reason is None else "unavailable",
+        "reason": reason,
+        "models": [f"{name}:{version}" for name, version in sorted(state.engines.models)],
+        "errors": _errors(state),
+        "crash_loops": list(state.hub.serving.crash_loops.values()),
+        "engines": engines,
+    }
+    return json_response(content, 200 if reason is None else 503)
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Exposition)
+async def metrics(request: Request) -> Response:
+    """Expose all series, as Prometheus text or OpenMetrics, whichever is accepted."""
+    accept = ",".join(request.headers.getlist("accept"))
+    return await shown(request, Scrape(0, prefers_openmetrics(accept)))
+
+
+def prefers_openmetrics(accept: str) -> bool:
+    """Return whether an Accept header asks for OpenMetrics 1.0.0 rather than Prometheus text.
+
+    Any header is an answer: what cannot be read, or is not offered, does not count.
+    """
+    weights = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for choice in accept.lower().split(","):
+        kind, *given = (part.strip() for part in choice.split(";"))
+        parameters = {k.strip(): v.strip(' "') for k, _, v in (p.partition("=") for p in given)}
+        if kind == "application/openmetrics-text" and parameters.get("version", "1.0.0") != "1.0.0":
+            continue
+        if kind in weights:
+            weights[kind] = max(weights[kind], _weight(parameters.get("q", "1")))
+    openmetrics, text = weights.values()
+    return openmetrics > 0 and openmetrics >= text
+
+
+def _weight(text: str) -> float:
+    """Return the weight of a choice, 0 to 1; 0 for what is not a number."""
+    return float(text) if re.fullmatch(r"(0(\.\d{0,3})?|1(\.0{0,3})?)", text) else 0.0
+
+
+async def shown(request: Request, question: Scrape | TellRecent) -> Response:
+    """Return what the hub has to show.
+
+    Raises:
+        ApiError: see `from_hub`.
+    """
+    answer = await from_hub(state_of(request).hub.show(question))
+    return Response(answer.content, media_type=answer.media_type)
+
+
+def _errors(state: State) -> list[str]:
+    silent = state.hub.silent_seconds
+    stalled = (
+        [f"the supervisor has been silent for {silent:.0f} s"] if silent > SILENCE_LIMIT else []
+    )
+    return [*state.hub.serving.errors, *stalled]
+
+
+def why_not_ready(state: State, draining: bool) -> str | None:
+    """Return why this server cannot classify now; None: it can."""
+    if draining:
+        return "the server is shutting down"
+    serving = state.hub.serving
+    if state.models.default is None:
+        return "no model is served: " + ("; ".join(serving.errors) or "the store is empty")
+    engines = [why for name, why in serving.crash_loops.items() if name.startswith("engine-")]
+    if engines and len(engines) >= len(state.engines.clients):
+        return "; ".join(engines)
+    if not state.engines.alive:
+        return "no engine is running"
+    served = state.models.served.get(state.models.default)
+    if served is None:
+        return f"the default model {state.models.default} is not served"
+    checkpoint = served.checkpoint
+    if (checkpoint.name, checkpoint.version) not in state.engines.models:
+        return "; ".join(serving.errors) or f"{checkpoint.label} is still loading"
+    return None

@@ -1,0 +1,372 @@
+"""/v2: the Open Inference Protocol (KServe v2) with the extensions that Triton's client uses."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+import budgetformer
+from budgetformer.checkpoint.store import Checkpoint
+from service.http.answers import Answered, best_first
+from service.http.authentication import needs
+from service.http.bodies import describe_body, max_values, parse, read_body, read_bytes, validate
+from service.http.classify import respond
+from service.http.errors import CLASSIFYING, ApiError, errors_as, errors_documented_as, shorten
+from service.http.health import why_not_ready
+from service.http.model_routes import MOST_LOAD_BYTES, load, unload
+from service.http.responses import json_response
+from service.http.schemas import (
+    ClassifyRequest,
+    IndexRequest,
+    InferError,
+    InferOutput,
+    InferParameters,
+    InferRequest,
+    RepositoryRequest,
+    TextPair,
+)
+from service.http.state import State, state_of
+from service.http.tensors import Tensor, Value, read_texts, split_body, write_body
+from service.ipc.engine_messages import ItemAnswer
+
+TEXT, TEXT_PAIR = "text", "text_pair"
+HEADER_LENGTH = "Inference-Header-Content-Length"
+EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository"]
+PLATFORM = "budgetformer"
+_TYPES = {
+    "BYTES": "TYPE_STRING", "BOOL": "TYPE_BOOL", "FP32": "TYPE_FP32", "INT32": "TYPE_INT32",
+    "INT64": "TYPE_INT64",
+}  # fmt: skip
+
+
+def infer_error(error: ApiError) -> dict[str, str]:
+    """Write an error as the protocol does."""
+    return {"error": error.message}
+
+
+router = APIRouter(
+    prefix="/v2",
+    tags=["compatibility"],
+    dependencies=[errors_as(infer_error)],
+    responses=errors_documented_as(InferError),
+)
+_CALLERS: dict[str, Any] = {"dependencies": [needs("classify")]}
+_ADMINS: dict[str, Any] = {"dependencies": [needs("admin")]}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output: for each item a row of one value, or of as many as `columns` says of a model."""
+
+    name: str
+    datatype: str
+    row: Callable[[Answered, ItemAnswer], Sequence[Value]]
+    columns: Callable[[Checkpoint], int] | None = None
+
+    def width(self, checkpoint: Checkpoint) -> int:
+        """Return the values in a row."""
+        return 1 if self.columns is None else self.columns(checkpoint)
+
+
+def _labels(checkpoint: Checkpoint) -> int:
+    return len(checkpoint.manifest.labels)
+
+
+def _steps(checkpoint: Checkpoint) -> int:
+    return len(checkpoint.ladder) + 1
+
+
+def _best(answered: Answered, item: ItemAnswer) -> dict[str, Any]:
+    return answered.best_first(answered.activate(item))[0]
+
+
+def _or_minus_one(step: int | None) -> int:
+    return -1 if step is None else step
+
+
+OUTPUTS = {
+    output.name: output
+    for output in (
+        Output("label", "BYTES", lambda answered, item: [_best(answered, item)["label"]]),
+        Output("score", "FP32", lambda answered, item: [_best(answered, item)["score"]]),
+        Output("probs", "FP32", lambda answered, item: answered.activate(item), _labels),
+        Output("heads", "INT32", lambda _, item: [sum(item.heads)]),
+        Output("budget", "INT32", lambda _, item: [item.budget]),
+        Output("predicted", "INT32", lambda _, item: [_or_minus_one(item.predicted)]),
+        Output(
+            "steps",
+            "BOOL",
+            lambda answered, item: [
+                step in item.steps for step in range(_steps(answered.checkpoint))
+            ],
+            _steps,
+        ),
+        Output("macs", "INT64", lambda _, item: [item.macs]),
+    )
+}
+
+
+@router.get("", summary="Name, version and extensions of the server", **_CALLERS)
+async def server_metadata() -> Response:
+    """Say what this server is and which extensions of the protocol it knows."""
+    content = {
+        "name": "budgetformer-serving",
+        "version": budgetformer.__version__,
+        "extensions": EXTENSIONS,
+    }
+    return json_response(content)
+
+
+@router.get("/health/live", summary="Is the process alive? (KServe)")
+async def server_live() -> Response:
+    """Answer as `/health/live` does."""
+    return json_response({"live": True})
+
+
+@router.get("/health/ready", summary="Can it classify now? (KServe)")
+async def server_ready(request: Request) -> Response:
+    """Answer as `/health/ready` does."""
+    reason = why_not_ready(state_of(request), request.app.state.draining)
+    if reason:
+        raise ApiError(503, reason, code="not_ready", retry_after=1)
+    return json_response({"ready": True})
+
+
+@router.get(
+    "/models/{name}/versions/{version}/ready", summary="Is this version served?", **_CALLERS
+)
+@router.get("/models/{name}/ready", summary="Is this model served?", **_CALLERS)
+async def model_ready(request: Request, name: str, version: str | None = None) -> Response:
+    """Answer 200 if an engine has the model, 503 while it is loading, 404 if it is not served."""
+    state = state_of(request)
+    checkpoint = state.model(_spec(name, version)).checkpoint
+    if (checkpoint.name, checkpoint.version) not in state.engines.models:
+        message = f"{checkpoint.label} is still loading"
+        raise ApiError(503, message, "model", "loading", retry_after=1)
+    return json_response({"name": checkpoint.name, "ready": True})
+
+
+@router.get(
+    "/models/{name}/versions/{version}", summary="Inputs and outputs of this version", **_CALLERS
+)
+@router.get("/models/{name}", summary="Inputs and outputs of a model", **_CALLERS)
+async def model_metadata(request: Request, name: str, version: str | None = None) -> Response:
+    """Describe the tensors: texts in; labels, scores and what they cost out."""
+    checkpoint = state_of(request).model(_spec(name, version)).checkpoint
+    content = {
+        "name": checkpoint.name,
+        "versions": [str(checkpoint.version)],
+        "platform": PLATFORM,
+        "inputs": [
+            {"name": name, "datatype": "BYTES", "shape": [-1, 1]} for name in (TEXT, TEXT_PAIR)
+        ],
+        "outputs": [
+            {"name": o.name, "datatype": o.datatype, "shape": [-1, o.width(checkpoint)]}
+            for o in OUTPUTS.values()
+        ],
+    }
+    return json_response(content)
+
+
+@router.get(
+    "/models/{name}/versions/{version}/config", summary="Triton's view of this version", **_CALLERS
+)
+@router.get("/models/{name}/config", summary="Triton's view of a model", **_CALLERS)
+async def model_config(request: Request, name: str, version: str | None = None) -> Response:
+    """Describe the model as a Triton model configuration."""
+    state = state_of(request)
+    checkpoint = state.model(_spec(name, version)).checkpoint
+    content = {
+        "name": checkpoint.name,
+        "platform": PLATFORM,
+        "backend": PLATFORM,
+        "version_policy": {"specific": {"versions": [checkpoint.version]}},
+        "max_batch_size": state.settings.max_batch_items,
+        "input": [
+            {"name": TEXT, "data_type": "TYPE_STRING", "dims": [1], "optional": False},
+            {"name": TEXT_PAIR, "data_type": "TYPE_STRING", "dims": [1], "optional": True},
+        ],
+        "output": [
+            {"name": o.name, "data_type": _TYPES[o.datatype], "dims": [o.width(checkpoint)]}
+            for o in OUTPUTS.values()
+        ],
+    }
+    return json_response(content)
+
+
+_INFER: dict[str, Any] = _CALLERS | {
+    "responses": errors_documented_as(InferError, CLASSIFYING),
+    "openapi_extra": describe_body(InferRequest),
+}
+
+
+@router.post("/models/{name}/versions/{version}/infer", summary="Classify with it", **_INFER)
+@router.post("/models/{name}/infer", summary="Classify with a model", **_INFER)
+async def infer(request: Request, name: str, version: str | None = None) -> Response:
+    """Classify the texts of the input tensor; tensors may be JSON or binary, either way."""
+    state = state_of(request)
+    body = await read_bytes(request, state.settings.max_body_bytes)
+    text, binary = split_body(body, request.headers.get(HEADER_LENGTH))
+    asked = parse(text, InferRequest, max_values(state))
+    parameters = validate(asked.parameters, InferParameters)
+    texts, shape = _inputs(asked, binary)
+    wanted = _outputs(asked.outputs or [InferOutput(name=name) for name in OUTPUTS])
+    classify = ClassifyRequest.model_construct(
+        input=texts,
+        model=_spec(name, version),
+        quality=parameters.quality,
+        heads=parameters.heads,
+        max_heads=parameters.max_heads,
+        truncate=parameters.truncate,
+        timeout_ms=math.ceil(parameters.timeout / 1000) or None,
+    )
+
+    def write(answered: Answered) -> Response:
+        items = answered.whole()
+        tensors = [
+            (
+                _tensor(answered, items, output, asked_for.top_classes, shape),
+                asked_for.binary(default=parameters.binary_data_output),
+            )
+            for output, asked_for in wanted
+        ]
+        checkpoint = answered.checkpoint
+        head: dict[str, Any] = {"id": asked.id} if asked.id else {}
+        head |= {"model_name": checkpoint.name, "model_version": str(checkpoint.version)}
+        content, length = write_body(head, tensors)
+        if length is None:
+            return Response(content, media_type="application/json")
+        headers = {HEADER_LENGTH: str(length)}
+        return Response(content, headers=headers, media_type="application/octet-stream")
+
+    return await respond(request, classify, write)
+
+
+def _inputs(asked: InferRequest, binary: memoryview) -> tuple[list[str | TextPair], list[int]]:
+    """Return the items, and the shape in which their texts came."""
+    columns: dict[str, list[str]] = {}
+    shapes = {}
+    place = 0
+    for tensor in asked.inputs:
+        if tensor.name not in (TEXT, TEXT_PAIR) or tensor.name in columns:
+            message = (
+                f"unexpected input {shorten(tensor.name)!r}; there are {TEXT!r} and {TEXT_PAIR!r}"
+            )
+            raise ApiError(422, message, "inputs", "invalid_field")
+        size = tensor.parameters.binary_data_size
+        blob = None if size is None else binary[place : place + size]
+        place += size or 0
+        columns[tensor.name] = read_texts(tensor.name, tensor.shape, tensor.data, blob)
+        shapes[tensor.name] = tensor.shape
+    if place != len(binary):
+        message = f"{len(binary)} bytes follow the JSON, but the inputs' sizes add up to {place}"
+        raise ApiError(422, message, "inputs", "invalid_field")
+    if TEXT not in columns:
+        raise ApiError(422, f"input {TEXT!r} is missing", "inputs", "missing_field")
+    texts, pairs = columns[TEXT], columns.get(TEXT_PAIR)
+    if pairs is None:
+        return list(texts), shapes[TEXT]
+    if len(pairs) != len(texts):
+        message = f"{TEXT!r} has {len(texts)} elements, {TEXT_PAIR!r} has {len(pairs)}"
+        raise ApiError(422, message, TEXT_PAIR, "invalid_shape")
+    items = [
+        TextPair(text=text, text_pair=pair) if pair else text
+        for text, pair in zip(texts, pairs, strict=True)
+    ]
+    return items, shapes[TEXT]
+
+
+def _outputs(asked: list[InferOutput]) -> list[tuple[Output, InferOutput]]:
+    wanted = []
+    for one in asked:
+        if one.name not in OUTPUTS:
+            message = f"unexpected output {shorten(one.name)!r}; there are {', '.join(OUTPUTS)}"
+            raise ApiError(422, message, "outputs", "invalid_field")
+        if one.top_classes and one.name != "probs":
+            message = f"output {one.name!r} cannot be ranked by class; 'probs' can"
+            raise ApiError(422, message, "outputs", "invalid_field")
+        wanted.append((OUTPUTS[one.name], one))
+    return wanted
+
+
+def _tensor(
+    answered: Answered, items: list[ItemAnswer], output: Output, top: int, shape: list[int]
+) -> Tensor:
+    rows = [output.row(answered, item) for item in items]
+    if top:
+        ranked = [_ranked(answered, row)[:top] for row in rows]
+        return Tensor(output.name, "BYTES", (len(rows), len(ranked[0])), list(chain(*ranked)))
+    dims = tuple(shape) if output.columns is None else (len(rows), len(rows[0]))
+    return Tensor(output.name, output.datatype, dims, list(chain(*rows)))
+
+
+def _ranked(answered: Answered, scores: Sequence[Any]) -> list[str]:
+    """Name classes as Triton's classification extension does, score:index:label."""
+    names = answered.checkpoint.manifest.labels
+    return [f"{scores[i]:f}:{i}:{names[i]}" for i in best_first(scores)]
+
+
+@router.post(
+    "/repository/index",
+    summary="What the model store holds",
+    **_CALLERS,
+    openapi_extra=describe_body(IndexRequest, required=False),
+)
+async def repository_index(request: Request) -> Response:
+    """List every version in the store, and whether it is ready."""
+    state = state_of(request)
+    body = await read_body(request, IndexRequest, MOST_LOAD_BYTES, default=IndexRequest())
+    stored = await asyncio.to_thread(state.models.stored)
+    rows = [_index_row(state, name, version) for name, version in stored]
+    return json_response([row for row in rows if not body.ready or row["state"] == "READY"])
+
+
+def _index_row(state: State, name: str, version: int) -> dict[str, str]:
+    served = state.models.served.get(name)
+    loading = f"{name}:{version}" in state.hub.serving.loading
+    phase, reason = "UNAVAILABLE", "not served"
+    if served is not None and served.checkpoint.version == version:
+        ready = (name, version) in state.engines.models
+        phase, reason = ("READY", "") if ready else ("LOADING", "")
+    elif loading:
+        phase, reason = "LOADING", ""
+    return {"name": name, "version": str(version), "state": phase, "reason": reason}
+
+
+@router.post(
+    "/repository/models/{name}/load",
+    summary="Load the highest version and serve it (Triton)",
+    **_ADMINS,
+    openapi_extra=describe_body(RepositoryRequest, required=False),
+)
+async def repository_load(request: Request, name: str) -> Response:
+    """Do what `/models/{name}/load` does."""
+    body = await read_body(request, RepositoryRequest, MOST_LOAD_BYTES, RepositoryRequest())
+    if body.parameters:
+        message = "a checkpoint is its own configuration: load takes no parameters"
+        raise ApiError(422, message, "parameters", "invalid_field")
+    await load(request, name, None)
+    return json_response({})
+
+
+@router.post(
+    "/repository/models/{name}/unload",
+    summary="Stop serving a model (Triton)",
+    **_ADMINS,
+    openapi_extra=describe_body(RepositoryRequest, required=False),
+)
+async def repository_unload(request: Request, name: str) -> Response:
+    """Do what `/models/{name}/unload` does."""
+    await read_body(request, RepositoryRequest, MOST_LOAD_BYTES, RepositoryRequest())
+    await unload(request, name)
+    return json_response({})
+
+
+def _spec(name: str, version: str | None) -> str:
+    return name if version is None else f"{name}:{version}"

@@ -1,0 +1,221 @@
+"""Around every request.
+
+Its id and trace, its outcome, its duration, its line in the log, what its answer tells browsers.
+Plain ASGI, so that nothing is buffered.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+
+import structlog
+from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.http.errors import CLIENT_GONE, ApiError, ClientGoneError
+from service.ipc.control_messages import DENIALS, REASONS, RequestEnded
+from service.ipc.hub_client import HubLink
+from service.telemetry.context import RequestContext, current_request, serving
+
+log = structlog.get_logger()
+
+_SOUND_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+OTHER = "other"
+PROBES = ("/health", "/v2/health", "/ping")
+"""How the paths of probes begin, whose errors are answers."""
+_REFUSALS = {
+    "body_too_large": "too_large",
+    "too_many_items": "too_large",
+    "too_many_requests": "rate",
+}
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+)
+_HSTS = (b"strict-transport-security", b"max-age=31536000")
+
+
+_ADDED = ("route", "outcome", "refusal")
+"""What the application adds to the scope of a request, for `Observe`."""
+_W3C = TraceContextTextMapPropagator()
+
+
+def name_request(given: bytes) -> str:
+    """Return the id of a request: what its caller gave, if that is sound, or a new one."""
+    text = given.decode("latin-1")
+    # Unique is enough; nobody has to be kept from guessing it.
+    return text if _SOUND_ID.fullmatch(text) else f"{random.getrandbits(128):032x}"
+
+
+class Observe:
+    """Name, time, count and log every request.
+
+    Args:
+        app: what serves it.
+        hub: where it is counted.
+        log_share: share of the requests that get a line in the log; one that ended in an error
+            always does.
+    """
+
+    def __init__(self, app: ASGIApp, hub: HubLink, log_share: float) -> None:
+        self.app = app
+        self.hub = hub
+        self.log_share = log_share
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        request_id = name_request(headers.get(b"x-request-id", b""))
+        scope.setdefault("state", {})["request_id"] = request_id
+        with serving(RequestContext(request_id, _traceparent(scope, headers))):
+            await self._serve(scope, receive, send, request_id)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        started = time.monotonic()
+        status, begun = 500, False
+        added = [*SECURITY_HEADERS, (b"x-request-id", request_id.encode())]
+        if scope.get("scheme") == "https":
+            added.append(_HSTS)
+
+        async def send_named(message: Message) -> None:
+            nonlocal status, begun
+            if message["type"] == "http.response.start":
+                status, begun = message["status"], True
+                headers = list(message.get("headers", ()))
+                given = {name.lower() for name, _ in headers}
+                message["headers"] = headers + [one for one in added if one[0] not in given]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_named)
+        except ClientGoneError:
+            status = CLIENT_GONE
+        except Exception as error:  # the last stop: whatever it is, the client gets its answer
+            log.error("unexpected error", exc_info=error)
+            if begun:
+                # A fresh one: whoever logs it next would write what the first one says.
+                raise ConnectionAbortedError("the answer was cut off") from None
+            response = ApiError(
+                500, "something went wrong in the server; its log says what"
+            ).response(scope["state"])
+            await response(scope, receive, send_named)
+        finally:
+            under_way = scope["state"].get("under_way")
+            if under_way is not None:
+                under_way.requests -= 1
+            self._count(scope, status, time.monotonic() - started)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", OTHER)
+        outcome = scope.get("outcome") or _outcome(status)
+        refusal = str(scope.get("refusal"))
+        reason = _REFUSALS.get(refusal, refusal)
+        refused = reason in REASONS
+        if refused:
+            outcome = "rejected"
+        caller = scope["state"].get("caller")
+        name = "" if caller is None else caller.name
+        self.hub.observe(
+            RequestEnded(
+                route,
+                outcome,
+                seconds,
+                current_request().traceparent,
+                reason if refused else "",
+                refusal if refusal in DENIALS else "",
+                name,
+            )
+        )
+        names = {"key": name} if name else {}
+        if scope.get("client"):
+            names["client"] = scope["client"][0]
+        failed = outcome == "error" and not route.startswith(PROBES)
+        chosen = failed or random.random() < self.log_share
+        write = log.info if chosen else log.debug
+        milliseconds = round(seconds * 1000, 2)
+        write("request", route=route, status=status, outcome=outcome, ms=milliseconds, **names)
+
+
+class Head:
+    """Answer HEAD as GET, without the body.
+
+    Args:
+        app: what serves GET.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        # The server reads the method of its own scope, so that one stays.
+        asked = {**scope, "method": "GET"}
+        await self.app(asked, receive, send_head)
+        scope.update({name: asked[name] for name in _ADDED if name in asked})
+
+
+class OperationsPort:
+    """Keep to a port of its own what only operators need: the metrics there alone, probes too.
+
+    Args:
+        app: what serves it.
+        port: the port of probes and metrics.
+    """
+
+    def __init__(self, app: ASGIApp, port: int) -> None:
+        self.app = app
+        self.port = port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, unless it came to the wrong port."""
+        if scope["type"] == "http":
+            path = scope["path"]
+            here = (scope.get("server") or ("", None))[1] == self.port
+            fits = path == "/metrics" or path.startswith(PROBES) if here else path != "/metrics"
+            if not fits:
+                error = ApiError(404, f"there is no route {path} on this port")
+                await error.response({})(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def _traceparent(scope: Scope, headers: dict[bytes, bytes]) -> str:
+    """Return the place of a request in its trace: the span around it, else what the caller says."""
+    span = trace.get_current_span()
+    context = span.get_span_context()
+    if context.is_valid:
+        if scope["query_string"]:  # no route reads it, so it may hold anything, a text too
+            span.set_attribute("url.query", "REDACTED")
+    elif b"traceparent" in headers:
+        carrier = {"traceparent": headers[b"traceparent"].decode("latin-1")}
+        context = trace.get_current_span(_W3C.extract(carrier)).get_span_context()
+    if not context.is_valid:
+        return ""
+    ids = trace.format_trace_id(context.trace_id), trace.format_span_id(context.span_id)
+    return f"00-{ids[0]}-{ids[1]}-{context.trace_flags:02x}"
+
+
+def _outcome(status: int) -> str:
+    if status < 400:
+        return "ok"
+    if status in (CLIENT_GONE, 504):
+        return "cancelled" if status == CLIENT_GONE else "timeout"
+    if status in (413, 429):
+        return "rejected"
+    return "invalid" if status < 500 else "error"

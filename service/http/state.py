@@ -1,0 +1,183 @@
+"""What the routes share: settings, models, engines, the hub."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from fastapi import Request
+from opentelemetry.trace import Tracer
+
+from budgetformer.errors import TokenizerError
+from budgetformer.tokenization import Text, Tokens, characters
+from service.http.errors import ApiError
+from service.ipc.connection import DisconnectedError
+from service.ipc.engine_client import Engines
+from service.ipc.hub_client import HubError, HubLink
+from service.keys import KeyRing
+from service.pipeline.decision import Deciding
+from service.pipeline.served_models import Models, ServedModel, UnknownModelError
+from service.scheduling.load_shedding import Door
+from service.settings import Settings
+
+Answer = TypeVar("Answer")
+
+SHORT_CHARACTERS = 2000
+"""Tokenized sooner than a thread wakes up."""
+THREADS = 2
+MOST_BODIES = 16
+"""As many bodies of the largest size may be arriving at once."""
+
+
+@dataclass
+class State:
+    """The front's own state, one per app."""
+
+    settings: Settings
+    models: Models
+    engines: Engines
+    hub: HubLink
+    tracer: Tracer | None
+    keys: KeyRing
+    tokenizing: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
+    )
+
+    deciding: Deciding = field(default_factory=Deciding)
+    door: Door = field(init=False)
+
+    body_bytes: int = 0
+    """Bytes of the bodies that are arriving."""
+
+    def __post_init__(self) -> None:
+        self.door = Door(self.settings.timeout_ms / 1000)
+
+    def start_threads(self) -> None:
+        """Start the threads now: later, when one is needed, there may be no room for it."""
+        together = threading.Barrier(THREADS)
+        for _ in range(THREADS):
+            self.tokenizing.submit(together.wait)
+
+    def receive(self, count: int) -> None:
+        """Count bytes of a body that is arriving; below 0, one that is here, or given up.
+
+        Many callers may send large bodies slowly: together they may hold only so much.
+
+        Raises:
+            ApiError: 429, there is no room; they are counted nevertheless.
+        """
+        self.body_bytes += count
+        if count > 0 and self.body_bytes > MOST_BODIES * self.settings.max_body_bytes:
+            message = "the server receives all the bytes that it can; try again in 1 s"
+            raise ApiError(429, message, code="queue_full", retry_after=1)
+
+    @contextmanager
+    def room_for(self, count: int, size: int | None, seconds: float) -> Iterator[None]:
+        """Hold some texts, no more in all than the engines' queues take.
+
+        What they would refuse is refused before it is tokenized: under overload that work alone
+        would make everybody late.
+
+        Args:
+            count: texts of the request.
+            size: bytes of its body as it travelled, if that is known.
+            seconds: to its deadline.
+
+        Raises:
+            ApiError: 429, there is no room.
+        """
+        door, most = self.door, self.settings.max_queue_items * max(1, len(self.engines.alive))
+        if door.texts and door.texts + count > most:
+            door.refuse(size, door.texts)
+            raise no_room(door.retry_after(door.texts + count - most, time.monotonic()))
+        door.enter(count, seconds, time.monotonic())
+        answered = False
+        try:
+            yield
+            answered = True
+        finally:
+            door.leave(count, answered, time.monotonic())
+
+    async def tokenize(
+        self, model: ServedModel, texts: list[Text], deadline: float
+    ) -> list[Tokens]:
+        """Tokenize texts and pairs, in threads unless they are short.
+
+        Each step takes its turn among those of other requests. At the deadline, or when the caller
+        is cancelled, no further step begins.
+
+        Args:
+            model: whose tokenizer reads them.
+            texts: of one request.
+            deadline: on the monotonic clock.
+
+        Raises:
+            ApiError: 504, the deadline passed; 500, the tokenizer fails at a text, which is named.
+        """
+        try:
+            if sum(map(characters, texts)) <= SHORT_CHARACTERS:
+                return model.encoder.encode(texts)
+            loop = asyncio.get_running_loop()
+            steps = model.encoder.steps(texts)
+            found: list[Tokens] = []
+            async with asyncio.timeout(deadline - time.monotonic()):
+                while len(found) < len(texts):
+                    found += await loop.run_in_executor(self.tokenizing, next, steps)
+            return found
+        except TimeoutError:
+            raise too_late() from None
+        except TokenizerError as error:
+            place = f"input[{error.place}]"
+            message = f"{place}: the tokenizer of {model.checkpoint.label} fails at it"
+            raise ApiError(500, message, place, "item_failed") from None
+
+    def model(self, spec: str | None) -> ServedModel:
+        """Return the model that a request names.
+
+        Raises:
+            ApiError: 404 unknown; 503 none is served at all.
+        """
+        if spec is None and self.models.default is None:
+            raise ApiError(503, "no model is served", code="no_model", retry_after=5)
+        try:
+            return self.models.get(spec)
+        except UnknownModelError as error:
+            raise ApiError(404, str(error), "model", "unknown_model") from None
+
+
+def too_late() -> ApiError:
+    """Return the error of a request whose deadline passed."""
+    return ApiError(504, "the deadline passed before the answer was there", "timeout_ms")
+
+
+def no_room(seconds: int) -> ApiError:
+    """Return the error of a request for which there is room in so many seconds."""
+    message = f"the server holds all the texts that it can; try again in {seconds} s"
+    return ApiError(429, message, code="queue_full", retry_after=seconds)
+
+
+async def from_hub(asking: Awaitable[Answer]) -> Answer:
+    """Return the hub's answer.
+
+    Raises:
+        ApiError: 503, it is not there or does not answer; 500, it failed at the question.
+    """
+    try:
+        return await asking
+    except DisconnectedError:
+        message = "the server's hub does not answer"
+        raise ApiError(503, message, code="hub_down", retry_after=1) from None
+    except HubError as error:
+        raise ApiError(500, str(error)) from None
+
+
+def state_of(request: Request) -> State:
+    """Return the state of the app that serves this request."""
+    state: State = request.app.state.shared
+    return state

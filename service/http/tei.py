@@ -1,0 +1,122 @@
+"""POST / and POST /predict: what Text Embeddings Inference and Hugging Face's clients speak."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from service.http.answers import Answered
+from service.http.authentication import needs
+from service.http.bodies import describe_body, read_body
+from service.http.classify import respond
+from service.http.errors import CLASSIFYING, ApiError, errors_as, errors_documented_as
+from service.http.responses import json_response
+from service.http.schemas import (
+    ClassifyRequest,
+    LabelScore,
+    PipelineParameters,
+    PredictError,
+    PredictRequest,
+    TextPair,
+)
+from service.http.state import State, state_of
+
+
+def predict_error(error: ApiError) -> dict[str, str]:
+    """Write an error as TEI does."""
+    special = {429: "overloaded", 503: "unhealthy"}
+    usual = "validation" if error.status < 500 else "backend"
+    return {"error": error.message, "error_type": special.get(error.status, usual)}
+
+
+router = APIRouter(
+    tags=["compatibility"],
+    dependencies=[errors_as(predict_error), needs("classify")],
+    responses=errors_documented_as(PredictError, CLASSIFYING),
+)
+
+
+_PREDICT: dict[str, Any] = {
+    "response_model": list[LabelScore] | list[list[LabelScore]],
+    "openapi_extra": describe_body(PredictRequest),
+}
+
+
+@router.post("/predict", summary="Classify, as Text Embeddings Inference does", **_PREDICT)
+@router.post("/", summary="Classify, as Hugging Face's clients ask for it", **_PREDICT)
+async def predict(request: Request) -> Response:
+    """Answer with labels and scores, best first.
+
+    One text is answered by a list of them, a batch by a list of lists. With `parameters`, as
+    Hugging Face's clients send them, the answer is always a list of lists.
+    """
+    body = await read_body(request, PredictRequest, state_of(request).settings.max_body_bytes)
+    return await respond_to_predict(request, body)
+
+
+async def respond_to_predict(request: Request, body: PredictRequest) -> Response:
+    """Classify what a request to predict asks for.
+
+    Raises:
+        ApiError: as `respond` does, and 422 for a shape of `inputs` or a direction that is none.
+    """
+    given, batched = _items(body)
+    _check_direction(body, state_of(request))
+    parameters = body.parameters or PipelineParameters()
+    activation = "none" if body.raw_scores else parameters.function_to_apply
+    asked = ClassifyRequest.model_construct(
+        input=given,
+        model=body.model,
+        truncate=False not in (body.truncate, parameters.truncation),
+        quality=body.quality,
+        timeout_ms=body.timeout_ms,
+    )
+
+    def write(answered: Answered) -> Response:
+        rows = [
+            answered.best_first(answered.activate(item, activation))[: parameters.top_k]
+            for item in answered.whole()
+        ]
+        return json_response(rows if batched or body.parameters is not None else rows[0])
+
+    return await respond(request, asked, write)
+
+
+def _items(body: PredictRequest) -> tuple[list[str | TextPair], bool]:
+    """Return the items, and whether they are a batch."""
+    inputs = body.inputs
+    if not isinstance(inputs, list):
+        return [inputs], False
+    if body.parameters is None and isinstance(inputs[0], str):
+        return [_pair(inputs, "inputs")], False
+    items = [
+        _pair(part, f"inputs[{index}]") if isinstance(part, list) else part
+        for index, part in enumerate(inputs)
+    ]
+    if body.parameters is None and any(isinstance(item, str) for item in inputs):
+        raise _refusal("inputs")
+    return items, True
+
+
+def _pair(parts: Sequence[object], place: str) -> str | TextPair:
+    match parts:
+        case [str() as text]:
+            return text
+        case [str() as text, str() as text_pair]:
+            return TextPair(text=text, text_pair=text_pair)
+        case _:
+            raise _refusal(place)
+
+
+def _refusal(place: str) -> ApiError:
+    message = f"field {place!r} {PredictRequest.hints['inputs']}"
+    return ApiError(422, message, place, "invalid_field")
+
+
+def _check_direction(body: PredictRequest, state: State) -> None:
+    side = state.model(body.model).checkpoint.manifest.truncation_side
+    if body.truncation_direction is not None and body.truncation_direction.lower() != side:
+        message = f"this model cuts texts on the {side}, as it was trained"
+        raise ApiError(422, message, "truncation_direction", "invalid_field")

@@ -1,0 +1,124 @@
+"""Tensors of the Open Inference Protocol: JSON, or Triton's binary extension to it.
+
+Binary numbers are little-endian; an element of a BYTES tensor is a uint32 length and that many
+bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+from typing import Any
+
+import msgspec
+
+from service.http.errors import ApiError
+
+Value = str | int | float | bool
+
+_FORMATS = {"FP32": "f", "INT32": "i", "INT64": "q", "BOOL": "?"}
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A named tensor, its values in row-major order."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    values: Sequence[Value]
+
+    def described(self) -> dict[str, Any]:
+        """Return what stands in the JSON of both forms."""
+        return {"name": self.name, "datatype": self.datatype, "shape": self.shape}
+
+    def binary(self) -> bytes:
+        """Return the values in the binary form."""
+        if self.datatype == "BYTES":
+            texts = [str(value).encode() for value in self.values]
+            return b"".join(_LENGTH.pack(len(text)) + text for text in texts)
+        return struct.pack(f"<{len(self.values)}{_FORMATS[self.datatype]}", *self.values)
+
+
+def split_body(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
+    """Split a body into its JSON and the binary data after it.
+
+    Raises:
+        ApiError: 400, the header's length is none of this body.
+    """
+    if header_length is None:
+        return body, memoryview(b"")
+    if not header_length.isdecimal() or int(header_length) > len(body):
+        message = "Inference-Header-Content-Length must be the length of the JSON in the body"
+        raise ApiError(400, message, code="invalid_header_length")
+    length = int(header_length)
+    return body[:length], memoryview(body)[length:]
+
+
+def read_texts(
+    name: str, shape: Sequence[int], data: list[Any] | None, binary: memoryview | None
+) -> list[str]:
+    """Return the texts of a BYTES tensor of shape [B] or [B, 1].
+
+    Raises:
+        ApiError: 422, the shape is another, or the data do not fit it or are no text.
+    """
+    if not shape or prod(shape) != shape[0] or shape[0] < 1:
+        message = f"input {name!r} must have the shape [items, 1] or [items], at least one item"
+        raise ApiError(422, message, name, "invalid_shape")
+    if (data is None) == (binary is None):
+        message = f"input {name!r} needs either `data` or `binary_data_size`"
+        raise ApiError(422, message, name, "invalid_field")
+    texts = _flat(data) if binary is None else _unpack(name, binary)
+    if len(texts) != shape[0]:
+        message = f"input {name!r} has {len(texts)} elements, but its shape says {shape[0]}"
+        raise ApiError(422, message, name, "invalid_shape")
+    if not all(isinstance(text, str) for text in texts):
+        raise ApiError(422, f"input {name!r} must hold strings", name, "invalid_field")
+    return texts
+
+
+def _flat(data: list[Any] | None) -> list[Any]:
+    rows = data or []
+    return list(chain.from_iterable(row if isinstance(row, list) else [row] for row in rows))
+
+
+def _unpack(name: str, data: memoryview) -> list[str]:
+    texts = []
+    place = 0
+    try:
+        while place < len(data):
+            (length,) = _LENGTH.unpack_from(data, place)
+            place += _LENGTH.size + length
+            if place > len(data):
+                raise struct.error
+            texts.append(str(data[place - length : place], "utf-8"))
+    except struct.error:
+        message = f"the binary data of input {name!r} end within an element"
+        raise ApiError(422, message, name, "invalid_field") from None
+    except UnicodeDecodeError:
+        item = f"{name}[{len(texts)}]"
+        raise ApiError(400, f"{item} is not UTF-8", item, "invalid_field") from None
+    return texts
+
+
+def write_body(
+    head: dict[str, Any], outputs: Sequence[tuple[Tensor, bool]]
+) -> tuple[bytes, int | None]:
+    """Write an answer of tensors, each in binary form or not; the length of its JSON, if any is."""
+    described = []
+    blobs = []
+    for tensor, as_binary in outputs:
+        entry = tensor.described()
+        if as_binary:
+            blobs.append(tensor.binary())
+            entry["parameters"] = {"binary_data_size": len(blobs[-1])}
+        else:
+            entry["data"] = tensor.values
+        described.append(entry)
+    text = msgspec.json.encode(head | {"outputs": described})
+    return b"".join([text, *blobs]), len(text) if blobs else None

@@ -1,0 +1,202 @@
+"""Engines that compute small steps only give the rest back, and others end it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from budgetformer.cost.macs import decision_macs
+from service.cluster.pools import through_pools
+from service.engine.core import EngineCore, EngineOptions
+from service.ipc.engine_client import Job, request_of
+from service.ipc.engine_messages import (
+    Answer,
+    Classify,
+    Decisions,
+    Failed,
+    ItemTokens,
+    Load,
+    ToFront,
+    pack_ids,
+)
+from service.pipeline.decision import DecidedTexts
+from service.pipeline.served_models import open_model
+from tests.support.stores import CHAINED, TOPICS, labelled_sentences
+
+TEXTS = [text for text, _ in labelled_sentences()][:40]
+MODELS = {TOPICS: 2, CHAINED: 1}
+
+
+@dataclass
+class Pools:
+    """Engines by the highest step that they compute (None: any), and how often each was asked."""
+
+    model: str
+    cores: dict[int | None, EngineCore]
+    asked: list[int | None]
+
+    async def ask(self, place: int, job: Job) -> Answer:
+        most, core = list(self.cores.items())[place]
+        self.asked.append(most)
+        answer = await asked(core, request_of(job))
+        assert isinstance(answer, Answer), answer
+        return answer
+
+    async def answer(self, job: Job) -> Answer:
+        computes = [partial(_computes, most) for most in self.cores]
+        return await through_pools(self.ask, computes, job)
+
+
+def _computes(most: int | None, step: int) -> bool:
+    return most is None or step <= most
+
+
+@asynccontextmanager
+async def running(store: Path, model: str, *steps: int | None) -> AsyncIterator[Pools]:
+    async with AsyncExitStack() as stack:
+        cores = {step: EngineCore(EngineOptions(max_step=step)) for step in steps}
+        for core in cores.values():
+            work = asyncio.create_task(core.run())
+            stack.callback(work.cancel)
+            await asked(core, Load(0, str(store / model / str(MODELS[model]))))
+        yield Pools(model, cores, [])
+
+
+async def asked(core: EngineCore, message: Classify | Load) -> ToFront:
+    future: asyncio.Future[ToFront] = asyncio.get_running_loop().create_future()
+    core.receive(message, lambda told: future.done() or future.set_result(told))
+    async with asyncio.timeout(60):
+        return await future
+
+
+def job(store: Path, model: str, quality: str = "best") -> Job:
+    served = open_model(store / model / str(MODELS[model]))
+    items = [ItemTokens(pack_ids(encoding.ids)) for encoding in served.encoder.encode(list(TEXTS))]
+    deadline = asyncio.get_running_loop().time() + 60
+    return Job(model, MODELS[model], items, quality, deadline, return_heads=True)
+
+
+@pytest.mark.parametrize("pools", [(0, None), (1, None)], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+async def test_several_engines_answer_together_what_one_answers_alone(
+    model_store: Path, model: str, pools: tuple[int | None, ...]
+) -> None:
+    wanted = job(model_store, model)
+    async with running(model_store, model, None) as alone:
+        right = await alone.ask(0, wanted)
+        (core,) = alone.cores.values()
+        decision = decision_macs(core.models[model, MODELS[model]].network.sizes)
+    async with running(model_store, model, *pools) as several:
+        answer = await several.answer(wanted)
+    compare(answer, right, decision)
+    assert several.asked == [pools[0], None]
+    if model == CHAINED:
+        assert {tuple(item.steps) for item in answer.items} == {(0, 1), (0, 2), (0, 1, 2)}
+
+
+@pytest.mark.parametrize("pools", [(0, None), (1, None), (0, 1, None)], ids=str)
+async def test_texts_that_are_decided_go_straight_to_the_pool_of_their_step(
+    model_store: Path, pools: tuple[int | None, ...]
+) -> None:
+    wanted = job(model_store, CHAINED)
+    async with running(model_store, CHAINED, None) as alone:
+        right = await alone.ask(0, wanted)
+    served = open_model(model_store / CHAINED / "1")
+    assert served.decider is not None
+    tokens, rule = served.encoder.encode(TEXTS), served.checkpoint.rule("best")
+    decided = served.decider.decide(tokens, rule)
+    texts = DecidedTexts(tokens, decided, served.decider, "best", 0.0)
+    assert set(decided.steps) == {1, 2}
+    direct = replace(wanted, decisions=texts.decisions())
+    async with running(model_store, CHAINED, *pools) as several:
+        answer = texts.answer(True, await several.answer(direct))
+    compare(answer, right)
+    first = sorted(several.asked[:2], key=str)
+    assert first == ([1, None] if 1 in pools else [None])
+    # Those that go on from step 1 to step 2 are the only ones that are sent twice.
+    assert several.asked[2:] == ([None] if 1 in pools else [])
+
+
+async def test_decisions_that_do_not_fit_the_items_are_refused(model_store: Path) -> None:
+    wanted = job(model_store, CHAINED)
+    count = len(wanted.items)
+    good = Decisions([1] * count, bytes(4 * count), bytes(4 * 3 * count))
+    async with running(model_store, CHAINED, None) as only:
+        (core,) = only.cores.values()
+        for bad in (
+            msgspec.structs.replace(good, steps=[1]),
+            msgspec.structs.replace(good, steps=[0] * count),
+            msgspec.structs.replace(good, s=b""),
+            msgspec.structs.replace(good, s=bytes(4 * count - 1)),
+            msgspec.structs.replace(good, exit_logits=bytes(4 * count)),
+            msgspec.structs.replace(good, exit_logits=b""),
+        ):
+            answer = await asked(core, request_of(replace(wanted, decisions=bad)))
+            assert isinstance(answer, Failed)
+        assert isinstance(await asked(core, request_of(replace(wanted, decisions=good))), Answer)
+
+
+async def test_a_text_goes_from_pool_to_pool_along_the_chain(model_store: Path) -> None:
+    wanted = job(model_store, CHAINED)
+    async with running(model_store, CHAINED, None) as alone:
+        some = (await alone.ask(0, wanted)).items
+        ones = [tokens for tokens, item in zip(wanted.items, some, strict=True)
+                if item.predicted == 1]  # fmt: skip
+        wanted = replace(wanted, items=ones)
+        right = await alone.ask(0, wanted)
+        (core,) = alone.cores.values()
+        decision = decision_macs(core.models[CHAINED, 1].network.sizes)
+    async with running(model_store, CHAINED, 0, 1, None) as several:
+        answer = await several.answer(wanted)
+    assert several.asked == [0, 1, None]
+    assert {tuple(item.steps) for item in answer.items} == {(0, 1), (0, 1, 2)}
+    compare(answer, right, decision)
+
+
+def compare(answer: Answer, right: Answer, decision: int | None = None) -> None:
+    """Compare what several engines answered with what one did.
+
+    Every engine that takes an item over decides it once more, for step 0's logits, and spends
+    `decision` multiply-adds on that; None: it was decided before.
+    """
+    handed_on = set[int]()
+    for item, expected in zip(answer.items, right.items, strict=True):
+        assert not item.next_step
+        assert item.logits == pytest.approx(expected.logits, rel=1e-4, abs=1e-5)
+        for name in ("budget", "predicted", "steps", "heads", "chosen", "dense_macs"):
+            assert getattr(item, name) == getattr(expected, name), name
+        if decision is None:
+            assert item.macs == expected.macs
+            continue
+        more, rest = divmod(item.macs - expected.macs, decision)
+        assert rest == 0
+        handed_on.add(more)
+    assert decision is None or max(handed_on) >= 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+async def test_what_was_given_back_was_paid_for(model_store: Path, model: str) -> None:
+    async with running(model_store, model, 0) as small:
+        begun = await small.ask(0, job(model_store, model))
+    for item in begun.items:
+        assert not item.error
+        assert bool(item.next_step) != bool(item.logits)
+        assert item.predicted == (item.next_step or 0)
+        assert item.macs > 0
+        assert item.dense_macs > item.macs
+
+
+async def test_steps_that_do_not_fit_the_items_are_refused(model_store: Path) -> None:
+    async with running(model_store, TOPICS, None) as only:
+        (core,) = only.cores.values()
+        message = msgspec.structs.replace(request_of(job(model_store, TOPICS)), steps=[1])
+        answer = await asked(core, message)
+        assert isinstance(answer, Failed)
+        assert "as many steps as items" in answer.message

@@ -1,0 +1,44 @@
+"""What an engine lays out as it loads a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from budgetformer.checkpoint.loading import load_network
+from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
+from budgetformer.inference.packed import PackedPass
+from service.engine import loaded_model as models
+from service.engine.loaded_model import load_model
+
+
+def test_steps_that_levels_use_are_laid_out(model_store: Path) -> None:
+    path = model_store / "topics" / "1"
+    checkpoint = read_checkpoint(path)
+    rules = [checkpoint.rule(name) for name in checkpoint.manifest.named_levels]
+    steps = {step for rule in rules for step in rule.chain}
+    steps |= {band.step for rule in rules for band in rule.entry}
+    network = load_model(path, "cpu", "float32", {}).network
+    laid_out = {heads for layer, heads, _ in network._slices._slices if layer == 0}
+    wanted = {tuple(range(network.config.heads_per_layer(step)[0])) for step in steps - {0}}
+    assert laid_out == wanted - {()}
+
+
+def test_engines_that_are_timed_compute_in_one_precision(
+    model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def load(checkpoint: Checkpoint, device: str, precision: str) -> PackedPass:
+        asked.append(precision)
+        return load_network(checkpoint, device, "bfloat16" if precision == "fastest" else "float32")
+
+    monkeypatch.setattr(models, "load_network", load)
+    path = model_store / "topics" / "1"
+    for _ in range(2):
+        models._load(read_checkpoint(path), "cpu", "fastest", tmp_path)
+    assert asked == ["fastest", "bfloat16"]
+    models._load(read_checkpoint(path), "cpu", "fastest", None)
+    models._load(read_checkpoint(path), "cpu", "auto", tmp_path)
+    assert asked[2:] == ["fastest", "auto"]

@@ -1,0 +1,27 @@
+"""Tensors of the Open Inference Protocol, in JSON and in binary."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.http.tensors import Tensor, read_texts, write_body
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=8))
+def test_texts_survive_the_binary_form(texts: list[str]) -> None:
+    blob = Tensor("text", "BYTES", (len(texts), 1), texts).binary()
+    assert read_texts("text", [len(texts), 1], None, memoryview(blob)) == texts
+
+
+def test_json_and_binary_outputs_stand_in_one_answer() -> None:
+    labels = Tensor("label", "BYTES", (2,), ["a", "ü"])
+    macs = Tensor("macs", "INT64", (2,), [1, 2**40])
+    body, length = write_body({"model_name": "m"}, [(labels, False), (macs, True)])
+    head = json.loads(body[:length])
+    assert head["outputs"][0]["data"] == ["a", "ü"]
+    assert head["outputs"][1]["parameters"] == {"binary_data_size": 16}
+    assert struct.unpack("<2q", body[length:]) == (1, 2**40)

@@ -1,0 +1,268 @@
+"""One message that cannot be handled is that message's matter; a peer that stalls is bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from service.background import Background
+from service.ipc import connection, frames
+from service.ipc import hub_client as link
+from service.ipc.connection import Connection, DisconnectedError, Say, handle_each, listening
+from service.ipc.control_messages import (
+    TO_HUB,
+    ConnectionEnded,
+    KeysKnown,
+    Observed,
+    Scrape,
+    Serving,
+    Shown,
+)
+from service.ipc.engine_messages import (
+    TO_ENGINE,
+    TO_FRONT,
+    Cancel,
+    Done,
+    Expired,
+    Failed,
+    Load,
+    Unload,
+)
+from service.ipc.hub_client import HubLink
+from tests.support.waiting import until
+
+PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+ERRORS: tuple[type[Exception], ...] = (
+    ValueError, KeyError, OSError, RecursionError, StopIteration, frames.FrameError, TimeoutError,
+)  # fmt: skip
+
+
+class Client(Connection):
+    """Counts what it cannot handle."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__("server", place, TO_FRONT)
+        self.made = self.expired = 0
+
+    def _came(self) -> None:
+        self.made += 1
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, Expired):
+            self.expired += 1
+            raise ERRORS[message.id % len(ERRORS)]
+        super()._take(message)
+
+
+@asynccontextmanager
+async def connected(
+    came: Callable[[asyncio.StreamReader, Say], Any],
+) -> AsyncIterator[Client]:
+    with tempfile.TemporaryDirectory(prefix="bf-") as folder:
+        socket = Path(folder) / "it.sock"
+        async with listening(socket, came):
+            client, tasks = Client(socket), Background()
+            tasks.start(client.stay_connected())
+            await until(lambda: client.connected, "the connection")
+            yield client
+            await tasks.stop()
+
+
+@PROPERTY
+@given(st.lists(st.none() | st.sampled_from(ERRORS), max_size=30))
+def test_every_good_message_is_answered_whatever_those_between_raise(
+    raised: list[type[Exception] | None],
+) -> None:
+    async def came(reader: asyncio.StreamReader, say: Say) -> None:
+        def handle(message: Load | Unload | Cancel) -> None:
+            # The other direction at the same time: the client cannot handle these.
+            say(Expired(10**6 + message.id))
+            if isinstance(message, Unload):
+                raise ERRORS[message.version]
+            say(Done(message.id))
+
+        def failed(message: Load | Unload | Cancel, reason: str) -> None:
+            say(Failed(message.id, reason))
+
+        await handle_each(reader, TO_ENGINE, handle, failed, "client")
+
+    async def run() -> None:
+        async with connected(came) as client:
+            questions = [
+                Load(0, "/") if error is None else Unload(0, "m", ERRORS.index(error))
+                for error in raised
+            ]
+            with capture_logs() as lines:
+                answers = await asyncio.gather(*(client.ask(one, 30) for one in questions))
+            for answer, error in zip(answers, raised, strict=True):
+                assert isinstance(answer, Done if error is None else Failed)
+                if error is not None:
+                    assert error.__name__ in answer.message
+            assert client.expired == len(raised)
+            assert client.made == 1, "the connection broke"
+            logged = [(line["peer"], line["message"], type(line["exc_info"])) for line in lines]
+            assert len(logged) == len(set(logged)), "each kind of error is logged once"
+            wanted = {("client", "Unload", error) for error in raised if error is not None}
+            assert {line for line in logged if line[0] == "client"} == wanted
+
+    asyncio.run(run())
+
+
+async def test_a_bad_frame_ends_its_connection_alone() -> None:
+    async def came(reader: asyncio.StreamReader, say: Say) -> None:
+        await handle_each(
+            reader, TO_ENGINE, lambda message: say(Done(message.id)), lambda *_: None, "client"
+        )
+
+    async with connected(came) as client:
+        other = Client(client._place)  # type: ignore[arg-type]
+        tasks = Background()
+        tasks.start(other.stay_connected())
+        await until(lambda: other.connected, "the other connection")
+        client.say(Done(1))  # an engine does not take this
+        await until(lambda: client.made == 2, "another connection")
+        assert await other.ask(Load(0, "/"), 30) == Done(0)
+        assert other.made == 1
+        await tasks.stop()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MAX_REPORT_BYTES", 2**20)
+    monkeypatch.setattr(connection, "MAX_UNSENT_BYTES", 2**22)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("droppable", [True, False])
+async def test_what_a_peer_does_not_read_is_bounded(droppable: bool) -> None:
+    """Reports are left out, and the connection stays; of other messages none may be missing."""
+    outlets: list[connection.Outlet] = []
+    gate = asyncio.Event()
+
+    async def came(reader: asyncio.StreamReader, _: Say) -> None:
+        await gate.wait()
+        await reader.read(1)
+
+    class Report(frames.Message, frozen=True):
+        text: str
+
+    Report.droppable = droppable
+    async with connected(came) as client:
+        outlet = client._outlet
+        assert outlet is not None
+        outlets.append(outlet)
+        said = 0
+        for _ in range(200):
+            said += client.say(Report("x" * 2**16))
+            assert client.unsent <= (2**20 if droppable else 2**22) + 2**17
+            await asyncio.sleep(0)
+        if droppable:
+            assert 0 < said < 200
+            assert client.connected
+        else:
+            await until(lambda: client.made == 2, "another connection")
+        gate.set()
+
+
+class StalledHub:
+    """A hub that reads only while it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(link, "SILENCE_LIMIT", 1.5)
+        self.reads = asyncio.Event()
+        self.observed: list[Observed] = []
+        self.connections = 0
+
+    async def came(self, reader: asyncio.StreamReader, say: Say) -> None:
+        self.connections += 1
+        say(Serving(0, [], [], [], {}))
+        while True:
+            await self.reads.wait()
+            message = await frames.read(reader, TO_HUB)
+            if message is None:
+                return
+            if isinstance(message, Observed):
+                self.observed.append(message)
+            if isinstance(message, Scrape):
+                say(Shown(message.id, b"series", "text/plain"))
+
+
+@pytest.mark.parametrize(("count", "kept"), [(60_000, 60_000), (250_000, link.MAX_OBSERVED)])
+async def test_a_stalled_hub_is_not_waited_for_and_what_is_counted_is_kept(
+    monkeypatch: pytest.MonkeyPatch, count: int, kept: int
+) -> None:
+    async def serve(_: Serving) -> None:
+        return
+
+    with tempfile.TemporaryDirectory(prefix="bf-") as folder:
+        socket = Path(folder) / "hub.sock"
+        hub = StalledHub(monkeypatch)
+        async with listening(socket, hub.came):
+            to_hub = HubLink(socket, serve, ["/classify"])
+            await to_hub.start()
+            to_hub.observe(KeysKnown(["one"]))
+            hub.reads.set()
+            assert (await to_hub.show(Scrape(0, False))).content == b"series"
+            hub.reads.clear()
+            seen = ConnectionEnded("malformed")
+            for _ in range(count):
+                to_hub.observe(seen)
+            loop = asyncio.get_running_loop()
+            for _ in range(3):
+                began = loop.time()
+                with pytest.raises(DisconnectedError):
+                    await to_hub.show(Scrape(0, False))
+                assert loop.time() - began < 10
+            assert to_hub.unsent < link.MAX_UNSENT_BYTES + 2**19
+            hub.reads.set()
+
+            def told() -> tuple[int, int]:
+                kinds = [one for observed in hub.observed for one in observed.observations]
+                dropped = sum(observed.dropped for observed in hub.observed)
+                return sum(isinstance(one, ConnectionEnded) for one in kinds), dropped
+
+            await until(lambda: sum(told()) == count, "all counts")
+            assert told()[0] >= kept
+            assert hub.connections == 1, "it was the same connection all the time"
+            keys = [o for observed in hub.observed for o in observed.observations]
+            assert KeysKnown(["one"]) in keys
+            await to_hub.stop()
+
+
+async def test_a_catalog_that_cannot_be_applied_is_tried_again_and_then_the_newest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link, "RETRY_SECONDS", 0.01)
+    applied: list[int] = []
+    tries = 0
+
+    async def serve(serving: Serving) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise OSError("too many open files")
+        applied.append(serving.generation)
+
+    async def came(reader: asyncio.StreamReader, say: Say) -> None:
+        for generation in range(1, 6):
+            say(Serving(generation, [], [], [], {}))
+        await reader.read()
+
+    with tempfile.TemporaryDirectory(prefix="bf-") as folder:
+        socket = Path(folder) / "hub.sock"
+        async with listening(socket, came):
+            to_hub = HubLink(socket, serve, [])
+            await to_hub.start()
+            await until(lambda: to_hub.serving.generation == 5, "the newest")
+            assert applied[-1] == 5
+            assert tries >= 3
+            await to_hub.stop()

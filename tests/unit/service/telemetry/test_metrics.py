@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
+
+from service.ipc.control_messages import ItemsAnswered, ItemSpent, RequestEnded
+from service.telemetry.metrics import Metrics
+from tests.support.exposition import Exposition
+from tests.support.programs import program
+
+DURATIONS = [
+    0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
+    0.1, 0.2, 0.5, 1, 2.5, 5, 10,
+]  # fmt: skip
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+CONTRACT = {
+    "requests": ("counter", {"route", "outcome"}),
+    "request_duration_seconds": ("histogram", {"route"}),
+    "request_heads": ("histogram", {"model", "version"}),
+    "items": ("counter", {"model", "version", "budget"}),
+    "items_expected": ("counter", {"model", "version", "budget"}),
+    "item_tokens": ("histogram", {"model", "version"}),
+    "stage_duration_seconds": ("histogram", {"stage"}),
+    "macs": ("counter", {"model", "version"}),
+    "dense_macs": ("counter", {"model", "version"}),
+    "heads_used": ("counter", {"model", "version"}),
+    "heads": ("counter", {"model", "version"}),
+    "int8_states_checked": ("counter", {"model", "version"}),
+    "int8_states_clipped": ("counter", {"model", "version"}),
+    "batch_items": ("histogram", {"model", "budget"}),
+    "batch_tokens": ("histogram", {"model", "budget"}),
+    "batch_padding_ratio": ("histogram", {"model"}),
+    "batches": ("counter", {"model", "budget"}),
+    "queue_items": ("gauge", {"model"}),
+    "queue_cost_seconds": ("gauge", {"model"}),
+    "queue_oldest_age_seconds": ("gauge", {"model"}),
+    "in_flight_items": ("gauge", {"model"}),
+    "rejected": ("counter", {"reason"}),
+    "cancelled": ("counter", set()),
+    "deadline_exceeded": ("counter", set()),
+    "truncated": ("counter", set()),
+    "engine_restarts": ("counter", set()),
+    "dropped_reports": ("counter", {"source"}),
+    "fronts": ("gauge", set()),
+    "device_busy_seconds": ("counter", {"engine"}),
+    "device_memory_bytes": ("gauge", {"engine"}),
+    "engine_heartbeat_age_seconds": ("gauge", {"engine"}),
+}
+"""What reads 0 from the start, once routes and models are known."""
+
+
+def scrape(metrics: Metrics) -> Exposition:
+    return Exposition(generate_latest(metrics.registry).decode())
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    metrics = Metrics()
+    metrics.know_routes(["/classify", "other"])
+    metrics.know_engines(2)
+    metrics.know_model("topics", "1", [0, 1, 2])
+    return metrics
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_every_series_reads_0_from_the_start(metrics: Metrics, name: str) -> None:
+    kind, labels = CONTRACT[name]
+    shown = scrape(metrics)
+    assert shown.kinds[name] == kind
+    suffix = {"counter": "_total", "histogram": "_count", "gauge": ""}[kind]
+    series = shown.select(name + suffix)
+    assert series
+    for sample in series:
+        assert set(sample.labels) == labels
+        assert sample.value == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "values"),
+    [
+        (
+            "requests_total",
+            "outcome",
+            {"ok", "partial", "invalid", "rejected", "timeout", "cancelled", "error"},
+        ),
+        ("requests_total", "route", {"/classify", "other"}),
+        (
+            "stage_duration_seconds_count",
+            "stage",
+            {"tokenize", "budget", "queue", "compute", "respond"},
+        ),
+        ("rejected_total", "reason", {"queue_full", "deadline", "draining", "too_large", "rate"}),
+        ("items_total", "budget", {"0", "1", "2"}),
+        ("batches_total", "budget", {"0", "1", "2"}),
+    ],
+)
+def test_every_value_of_a_label_is_there_from_the_start(
+    metrics: Metrics, name: str, label: str, values: set[str]
+) -> None:
+    assert {sample.labels[label] for sample in scrape(metrics).select(name)} == values
+
+
+@pytest.mark.parametrize("name", ["request_duration_seconds", "stage_duration_seconds"])
+def test_durations_use_the_ladder_from_half_a_millisecond(metrics: Metrics, name: str) -> None:
+    assert scrape(metrics).buckets(name) == DURATIONS
+
+
+def test_heads_are_counted_in_whole_numbers(metrics: Metrics) -> None:
+    bounds = scrape(metrics).buckets("request_heads")
+    assert bounds[0] == 0
+    assert all(bound == int(bound) for bound in bounds)
+
+
+def test_every_metric_has_the_prefix_and_a_help_text(metrics: Metrics) -> None:
+    text = generate_latest(metrics.registry).decode()
+    helps = [line.split(" ", 3) for line in text.splitlines() if line.startswith("# HELP")]
+    assert len(helps) > 25
+    for _, _, name, explanation in helps:
+        assert name.startswith("budgetformer_")
+        assert explanation.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("model_info", {"model", "version", "labels", "layers", "heads", "device", "dtype"}),
+        ("build_info", {"version", "commit", "torch"}),
+        ("quality_level", {"model"}),
+    ],
+)
+def test_what_is_known_later_has_its_labels(metrics: Metrics, name: str, labels: set[str]) -> None:
+    gauge = getattr(metrics, name)
+    gauge.labels(*sorted(labels)).set(1)
+    (sample,) = scrape(metrics).select(name)
+    assert set(sample.labels) == labels
+
+
+@pytest.fixture
+def counted(metrics: Metrics) -> Metrics:
+    """Count one request of three texts, two answered at step 0 and one at step 2, traced."""
+    place = f"00-{TRACE}-b7ad6b7169203331-01"
+    items = [
+        ItemSpent(0, 0, 12, 10, 600),
+        ItemSpent(2, 5, 41, 300, 900),
+        ItemSpent(0, 0, 9, 8, 400),
+    ]
+    stages = {"tokenize": 0.001, "compute": 0.004}
+    expected = {0: 0.5, 1: 0.5}
+    metrics.take(
+        [
+            ItemsAnswered("topics", 1, items, 8, expected, stages, 1, place),
+            RequestEnded("/classify", "ok", 0.006, place),
+        ]
+    )
+    batch = metrics.batch("topics", 2)
+    assert batch is not None
+    batch.count(1, 41, 0.0)
+    return metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("heads_used_total", 5),
+        ("heads_total", 24),
+        ("macs_total", 318),
+        ("dense_macs_total", 1900),
+        ("request_heads_sum", 5),
+        ("request_heads_count", 3),
+        ("item_tokens_sum", 62),
+        ("batches_total", 1),
+        ("batch_tokens_sum", 41),
+        ("stage_duration_seconds_sum", 0.005),
+        ("request_duration_seconds_sum", 0.006),
+        ("truncated_total", 1),
+    ],
+)
+def test_a_request_is_counted_once_everywhere(counted: Metrics, name: str, value: float) -> None:
+    assert scrape(counted).total(name) == pytest.approx(value)
+
+
+def test_texts_are_counted_by_the_step_that_answered_and_by_the_one_expected(
+    counted: Metrics,
+) -> None:
+    shown = scrape(counted)
+    assert shown.by("budget", "items_total") == {"0": 2, "2": 1}
+    assert shown.by("budget", "items_expected_total") == {"0": 1.5, "1": 1.5}
+
+
+def test_where_nothing_was_calibrated_what_happens_is_expected(metrics: Metrics) -> None:
+    metrics.take([ItemsAnswered("topics", 1, [ItemSpent(1, 4, 5, 6, 7)], 8, None, {}, 0)])
+    shown = scrape(metrics)
+    assert shown.by("budget", "items_expected_total") == shown.by("budget", "items_total")
+
+
+def test_exemplars_name_the_trace(counted: Metrics) -> None:
+    text = generate_openmetrics(counted.registry).decode()
+    named = {
+        sample.name
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.exemplar is not None and sample.exemplar.labels == {"trace_id": TRACE}
+    }
+    assert named == {
+        "budgetformer_request_duration_seconds_bucket",
+        "budgetformer_stage_duration_seconds_bucket",
+        "budgetformer_request_heads_bucket",
+    }
+
+
+def test_promtool_finds_nothing_to_complain_about(counted: Metrics) -> None:
+    done = subprocess.run(
+        [program("promtool"), "check", "metrics"],
+        input=generate_latest(counted.registry),
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+def test_two_servers_in_one_process_count_apart() -> None:
+    one, other = Metrics(), Metrics()
+    one.cancelled.inc()
+    assert scrape(other).total("cancelled_total") == 0
+
+
+@pytest.mark.parametrize(
+    ("ended", "counter"),
+    [
+        (RequestEnded("/classify", "cancelled", 0.1), "cancelled_total"),
+        (RequestEnded("/classify", "timeout", 0.1), "deadline_exceeded_total"),
+        (RequestEnded("/classify", "rejected", 0.1, refusal="queue_full"), "rejected_total"),
+    ],
+)
+def test_how_a_request_ended_is_counted(
+    metrics: Metrics, ended: RequestEnded, counter: str
+) -> None:
+    metrics.take([ended])
+    shown = scrape(metrics)
+    assert shown.total(counter) == 1
+    assert shown.total("requests_total", outcome=ended.outcome) == 1
+
+
+def test_what_every_process_takes_is_shown_by_its_name() -> None:
+    mine = os.getpid()
+    shown = scrape(Metrics(lambda: {"supervisor": mine, "front-0": mine, "engine-0": 2**22 + 1}))
+    for name in ("cpu_seconds_total", "resident_memory_bytes", "start_time_seconds", "open_fds"):
+        values = shown.by("process", f"process_{name}")
+        assert set(values) == {"supervisor", "front-0"}, "one that is gone is left out"
+        assert all(value > 0 for value in values.values())
+
+
+def series_of_models(metrics: Metrics) -> list[str]:
+    lines = generate_latest(metrics.registry).decode().splitlines()
+    return [line for line in lines if "model=" in line]
+
+
+def test_roll_outs_do_not_make_the_exposition_grow(metrics: Metrics) -> None:
+    item = ItemSpent(2, 5, 41, 300, 900)
+    before = series_of_models(metrics)
+    for number in range(2, 1002):
+        version = str(number)
+        metrics.know_model("topics", version, [0, 1, 2])
+        told = ItemsAnswered("topics", number, [item], 8, {0: 1.0}, {}, 0)
+        metrics.take([told])
+        if not number % 250:
+            assert scrape(metrics).total("items_total", version=number) == 1
+        metrics.forget_model("topics", version)
+        metrics.take([told])  # a late one does not bring the series back
+    assert series_of_models(metrics) == before
+
+
+def test_a_model_that_is_gone_leaves_no_series(metrics: Metrics) -> None:
+    before = series_of_models(metrics)
+    metrics.know_model("tags", "1", [0, 1])
+    batch = metrics.batch("tags", 1)
+    assert batch is not None
+    batch.count(1, 41, 0.0)
+    metrics.forget_model("tags", "1")
+    metrics.forget_name("tags")
+    assert metrics.batch("tags", 1) is None
+    assert series_of_models(metrics) == before
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ItemsAnswered("topics", 1, [ItemSpent(2, 5, 41, -1, 900)], 8, None, {}, 0),
+        ItemsAnswered("topics", 1, [], 8, None, {"nonsense": 1.0}, 0),
+        ItemsAnswered("topics", 1, [], 8, None, {}, -1),
+    ],
+)
+def test_an_observation_that_cannot_be_counted_takes_no_other_with_it(
+    metrics: Metrics, bad: ItemsAnswered
+) -> None:
+    good = RequestEnded("/classify", "ok", 0.006)
+    with capture_logs() as lines:
+        metrics.take([good, bad, good, bad, good])
+    assert scrape(metrics).total("requests_total", outcome="ok") == 3
+    (line,) = lines
+    assert line["observation"] == "ItemsAnswered"

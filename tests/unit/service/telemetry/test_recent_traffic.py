@@ -1,0 +1,121 @@
+"""What is told of the last minutes."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.ipc.control_messages import ItemsAnswered, ItemSpent, RequestEnded
+from service.telemetry.metrics import Metrics
+from service.telemetry.recent_traffic import SLOTS, Recent
+
+HARD = ItemSpent(budget=4, heads=8, tokens=9, macs=80, dense_macs=100)
+EASY = ItemSpent(budget=0, heads=0, tokens=5, macs=0, dense_macs=100)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    metrics = Metrics()
+    metrics.know_routes(["/classify", "/predict"])
+    for version in ("1", "2"):
+        metrics.know_model("topics", version, range(5))
+    return metrics
+
+
+def answer(metrics: Metrics, seconds: float, *items: ItemSpent, version: str = "1") -> None:
+    metrics.take(
+        [
+            ItemsAnswered("topics", int(version), list(items), 8, None, {}, 0),
+            RequestEnded("/classify", "ok", seconds),
+        ]
+    )
+
+
+def test_before_an_interval_has_passed_there_is_nothing_to_tell(metrics: Metrics) -> None:
+    recent = Recent(metrics)
+    nothing = {"model": "topics", "slots": [], "window": None}
+    assert recent.tell("topics") == nothing
+    recent.sample(100.0)
+    assert recent.tell("topics") == nothing
+
+
+def test_an_interval_tells_of_what_happened_in_it_over_all_versions(metrics: Metrics) -> None:
+    recent = Recent(metrics)
+    answer(metrics, 0.004, HARD)
+    recent.sample(100.0)
+    answer(metrics, 0.004, HARD, EASY, EASY)
+    answer(metrics, 0.004, EASY, version="2")
+    recent.sample(105.0)
+    (slot,) = recent.tell("topics")["slots"]
+    assert slot["at"] == 105
+    assert slot["seconds"] == 5
+    assert slot["budgets"] == {0: 3, 4: 1}
+    assert slot["texts"] == 4
+    assert slot["requests"] == 2
+    assert slot["heads_share"] == 8 / 32
+    assert slot["macs_share"] == 80 / 400
+
+
+def test_times_are_quantiles_within_their_bucket(metrics: Metrics) -> None:
+    recent = Recent(metrics)
+    recent.sample(0.0)
+    for _ in range(98):
+        answer(metrics, 0.0045, EASY)  # between 3 and 5 ms
+    answer(metrics, 0.15, EASY)  # between 100 and 200 ms
+    answer(metrics, 60.0, EASY)  # beyond the last bucket, 10 s
+    recent.sample(5.0)
+    (slot,) = recent.tell("topics")["slots"]
+    assert slot["p50_ms"] == pytest.approx(3 + 2 * 50 / 98, abs=1e-3)
+    assert slot["p99_ms"] == pytest.approx(200)
+    answer(metrics, 60.0, EASY)
+    recent.sample(10.0)
+    assert recent.tell("topics")["slots"][1]["p99_ms"] == 10_000
+
+
+def test_an_idle_interval_has_no_times_and_no_shares(metrics: Metrics) -> None:
+    recent = Recent(metrics)
+    for now in (0.0, 5.0):
+        recent.sample(now)
+    (slot,) = recent.tell("topics")["slots"]
+    assert slot["texts"] == slot["requests"] == 0
+    assert [slot[name] for name in ("p50_ms", "p99_ms", "heads_share", "macs_share")] == [None] * 4
+
+
+def test_only_the_last_minutes_are_remembered_and_summed(metrics: Metrics) -> None:
+    recent = Recent(metrics)
+    for now in range(SLOTS + 30):
+        answer(metrics, 0.004, EASY)
+        recent.sample(float(now))
+    told = recent.tell("topics")
+    assert len(told["slots"]) == SLOTS
+    assert told["window"]["texts"] == sum(slot["texts"] for slot in told["slots"]) == SLOTS
+    assert told["window"]["seconds"] == SLOTS
+
+
+def test_a_model_that_came_later_counts_from_nothing(metrics: Metrics) -> None:
+    recent = Recent(metrics)
+    recent.sample(0.0)
+    metrics.know_model("tags", "1", [4])
+    metrics.take([ItemsAnswered("tags", 1, [HARD], 8, None, {}, 0)])
+    recent.sample(5.0)
+    assert recent.tell("tags")["window"]["budgets"] == {4: 1}
+    assert recent.tell("topics")["window"]["budgets"] == {}
+
+
+def test_requests_to_other_routes_are_left_out(metrics: Metrics) -> None:
+    recent = Recent(metrics)
+    recent.sample(0.0)
+    metrics.take([RequestEnded("/predict", "ok", 0.004)])
+    recent.sample(5.0)
+    assert recent.tell("topics")["window"]["requests"] == 0
+
+
+def test_a_version_whose_series_were_removed_takes_nothing_away(metrics: Metrics) -> None:
+    recent = Recent(metrics)
+    answer(metrics, 0.004, HARD, HARD)
+    recent.sample(0.0)
+    answer(metrics, 0.004, EASY, version="2")
+    metrics.forget_model("topics", "1")
+    recent.sample(5.0)
+    window = recent.tell("topics")["window"]
+    assert window["budgets"] == {0: 1}
+    assert (window["heads_share"], window["macs_share"]) == (0.0, 0.0)
