@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from budgetformer.checkpoint.loading import load_network
 from budgetformer.checkpoint.store import load_encoder, read_checkpoint
 from budgetformer.inference import cascade
-from budgetformer.inference.cascade import Work
+from budgetformer.inference.cascade import Items
 from budgetformer.inference.precision import Precision
+from budgetformer.inference.texts import Texts
 from budgetformer.model.answers import probabilities
+from budgetformer.model.tfidf import Array
+from budgetformer.tokenization import Tokens
 
 MAX_BATCH_TOKENS = 4096
 
@@ -79,29 +85,31 @@ class Classifier:
         rule = self.checkpoint.rule(quality, heads, max_heads)
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         encoded = self.encoder.encode(inputs)
-        items = [Work.of(tokens, rule) for tokens in encoded]
-        cascade.answer(self.network, items, _batches)
+        tokens = Texts.of(encoded)
+        items = cascade.answer(self.network, tokens, rule, partial(_batches, tokens.window.lengths))
+        probs = probabilities(torch.from_numpy(items.logits), self.checkpoint.manifest.problem_type)
         return [
-            self._prediction(item, tokens.truncated)
-            for item, tokens in zip(items, encoded, strict=True)
+            self._prediction(items, place, own, text)
+            for place, (own, text) in enumerate(zip(probs.tolist(), encoded, strict=True))
         ]
 
-    def _prediction(self, item: Work, truncated: bool) -> Prediction:
-        assert item.logits is not None
-        probs = probabilities(item.logits, self.checkpoint.manifest.problem_type).tolist()
+    def _prediction(
+        self, items: Items, place: int, probs: list[float], tokens: Tokens
+    ) -> Prediction:
         best = max(range(len(probs)), key=probs.__getitem__)
+        predicted = int(items.predicted[place])
         return Prediction(
             label=self.checkpoint.manifest.labels[best],
             score=probs[best],
             probs=probs,
-            budget=item.step,
-            predicted=None if item.predicted == cascade.LAYERWISE else item.predicted,
-            steps=item.steps,
-            heads=sum(item.heads),
-            macs=item.macs,
-            dense_macs=item.dense_macs,
-            tokens=len(item.ids),
-            truncated=truncated,
+            budget=int(items.step[place]),
+            predicted=None if predicted == cascade.LAYERWISE else predicted,
+            steps=items.steps(place),
+            heads=int(items.heads[place]),
+            macs=int(items.macs[place]),
+            dense_macs=int(items.dense_macs[place]),
+            tokens=len(tokens),
+            truncated=tokens.truncated,
         )
 
 
@@ -112,15 +120,15 @@ def _version_folder(path: Path) -> Path:
     return max(versions, key=lambda p: int(p.name), default=path)
 
 
-def _batches(items: Sequence[Work]) -> Iterator[list[Work]]:
-    """Group items of like length into batches of at most `MAX_BATCH_TOKENS` tokens."""
-    batch: list[Work] = []
+def _batches(lengths: Array, places: list[int]) -> Iterator[list[int]]:
+    """Group texts of like length into batches of at most `MAX_BATCH_TOKENS` tokens."""
+    batch: list[int] = []
     tokens = 0
-    for item in sorted(items, key=lambda item: len(item.ids)):
-        if batch and tokens + len(item.ids) > MAX_BATCH_TOKENS:
-            yield batch
+    for place in sorted(places, key=lengths.__getitem__):
+        if batch and tokens + lengths[place] > MAX_BATCH_TOKENS:
+            yield sorted(batch)
             batch, tokens = [], 0
-        batch.append(item)
-        tokens += len(item.ids)
+        batch.append(place)
+        tokens += int(lengths[place])
     if batch:
-        yield batch
+        yield sorted(batch)

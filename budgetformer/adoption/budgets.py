@@ -218,10 +218,7 @@ def full_logits(network: PackedPass, tokens: TokenizedTexts) -> Tensor:
         task = bar.add_task("the classifier's answers", total=count, note="")
         for start in range(0, count, BATCH):
             rows = order[start : start + BATCH]
-            packed = PackedTokens.pack(
-                [tokens.ids[row].tolist() for row in rows],
-                [tokens.types[row].tolist() for row in rows],
-            )
+            packed = PackedTokens.of(tokens.columns(rows).window)
             logits[rows] = network.run(packed, [last] * len(rows), fused=False).logits.cpu()
             bar.advance(task, len(rows))
     return logits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from budgetformer.checkpoint.store import Checkpoint, load_encoder
 from budgetformer.inference import cascade
-from budgetformer.inference.cascade import Work
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule
+from budgetformer.inference.texts import Texts
 from budgetformer.model.architecture import MULTI_LABEL
-from budgetformer.tokenization import Text, Tokens
+from budgetformer.tokenization import Text
 
 BATCH = 32
 
@@ -47,14 +47,14 @@ def compare_labels(
     checkpoint: Checkpoint, texts: Sequence[Text], plain: PackedPass, other: PackedPass
 ) -> list[Agreement]:
     """Classify all texts by both passes, at every quality level and at the full budget."""
-    items = load_encoder(checkpoint).encode(texts)
+    items = Texts.of(load_encoder(checkpoint).encode(texts))
     ways = {name: checkpoint.rule(name) for name in checkpoint.manifest.named_levels}
     ways["full"] = checkpoint.rule(None, heads=checkpoint.num_heads)
     return [_compare(way, rule, items, plain, other) for way, rule in ways.items()]
 
 
 def _compare(
-    way: str, rule: BudgetRule, items: Sequence[Tokens], plain: PackedPass, other: PackedPass
+    way: str, rule: BudgetRule, items: Texts, plain: PackedPass, other: PackedPass
 ) -> Agreement:
     expected, steps = _answers(plain, rule, items)
     actual, taken = _answers(other, rule, items)
@@ -73,14 +73,14 @@ def _compare(
     )
 
 
-def _answers(
-    network: PackedPass, rule: BudgetRule, items: Sequence[Tokens]
-) -> tuple[Tensor, Tensor]:
+def _answers(network: PackedPass, rule: BudgetRule, texts: Texts) -> tuple[Tensor, Tensor]:
     """Return logits [B, C] and final steps [B]."""
-    works = [Work.of(tokens, rule) for tokens in items]
-    # Texts of about one length together, as a scheduler would have them.
-    order = sorted(works, key=lambda work: len(work.ids))
-    for start in range(0, len(order), BATCH):
-        cascade.answer(network, order[start : start + BATCH], lambda some: [some])
-    logits = [work.logits for work in works if work.logits is not None]
-    return torch.stack(logits).float().cpu(), torch.tensor([work.step for work in works])
+    lengths = texts.window.lengths
+
+    def batches(places: list[int]) -> Iterator[list[int]]:
+        """Group texts of about one length, as a scheduler would."""
+        order = sorted(places, key=lengths.__getitem__)
+        return (sorted(order[at : at + BATCH]) for at in range(0, len(order), BATCH))
+
+    items = cascade.answer(network, texts, rule, batches)
+    return torch.from_numpy(items.logits), torch.from_numpy(items.step)

@@ -10,10 +10,10 @@ from budgetformer.bench.timing import Contender, Machine, TokenIds
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.cost.macs import encoder_macs, layer_weights
 from budgetformer.inference import cascade
-from budgetformer.inference.cascade import Work
 from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.inference.policy import BudgetRule
+from budgetformer.inference.texts import Texts, TokenColumns
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 
@@ -81,9 +81,8 @@ def level_contenders(network: PackedPass, checkpoint: Checkpoint) -> Iterator[Co
 
     def contender(name: str, rule: BudgetRule) -> Contender:
         def run(items: Sequence[TokenIds]) -> object:
-            works = [Work(ids, None, rule) for ids in items]
-            cascade.answer(network, works, lambda some: [some])
-            return works
+            window = TokenColumns.of(items)
+            return cascade.answer(network, Texts(window, window), rule)
 
         return Contender(f"{name}, {network.precision}", run)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from budgetformer.model.architecture import Architecture
 from budgetformer.model.distances import count_score_rows, multiplied_pairs
@@ -150,6 +151,27 @@ def dense_macs(config: Costed, tokens: int) -> int:
     """Count the dense network, which has all heads and decides nothing, for one item."""
     sizes = Sizes.of(config)
     return encoder_macs(sizes, [sizes.heads] * sizes.layers, tokens)
+
+
+class MacCounts:
+    """Multiply-adds of one network's passes, each counted once.
+
+    Args:
+        sizes: of the network.
+        plans: heads per layer of each step, step 0 first.
+    """
+
+    def __init__(self, sizes: Sizes, plans: Sequence[Sequence[int]]) -> None:
+        def of_step(step: int, tokens: int) -> int:
+            return encoder_macs(sizes, plans[step], tokens)
+
+        def of_dense(tokens: int) -> int:
+            return dense_macs(sizes, tokens)
+
+        self.step = lru_cache(maxsize=16384)(of_step)
+        """Of one item at a step, by step and tokens."""
+        self.dense = lru_cache(maxsize=4096)(of_dense)
+        """Of one item in the dense network, by tokens."""
 
 
 def fits_in_full_pass(config: Architecture, steps: Sequence[int]) -> bool:

@@ -1,232 +1,306 @@
-"""An item on its way through the steps of its rule: decision, passes, answer."""
+"""Texts on their way through the steps of a rule: decision, passes, answer.
+
+What is known of the texts is kept in columns, and a pass over a batch is followed by array
+arithmetic, so that beside the passes hardly anything is done for each text.
+
+Shapes: B texts, C labels, H heads, L layers, S steps.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from budgetformer.cost.macs import decision_macs, dense_macs, encoder_macs, scorer_macs
+from budgetformer.cost.macs import decision_macs, encoder_macs, scorer_macs
+from budgetformer.inference.decider import Decided
 from budgetformer.inference.packed import PackedPass, PackedTokens, PassResult
 from budgetformer.inference.policy import BudgetRule
+from budgetformer.inference.texts import Texts, TokenColumns
+from budgetformer.inference.weights import HeadSet
 from budgetformer.model import tfidf
 from budgetformer.model.answers import confidence
-from budgetformer.tokenization import Tokens
+from budgetformer.model.tfidf import Array
 
 LAYERWISE = -1
-"""The step of an item whose layers decide for themselves (scope "layer"), until it has run."""
+"""The step of texts whose layers decide for themselves (scope "layer"), until they have run."""
+
+Index = slice | list[int]
 
 
-@dataclass(eq=False)
-class Work:
-    """One item: its tokens, the rule for its budget, and what has been decided and computed so far.
+class Items:
+    """Columns of B texts that have one rule.
 
     Attributes:
-        ids, segments: token and segment ids.
-        rule: how its budget is decided.
-        step: ladder step to run next; once `logits` is set, the step that answered.
-        predicted: step at which f_o expects the answer, decided on arrival; 0 if step 0 answers;
-            LAYERWISE where layers decide for themselves.
-        steps: all that have been run, in order, step 0 included where it was asked.
-        s: f_o's verdict, None before arrival and with layer-wise budgets.
-        exit_logits: step 0's logits [C], if the network has a step 0.
-        ranking: g_d's order of heads [L, H], if heads are picked per input.
-        heads: heads computed so far in each layer, summed over the passes.
-        chosen: head indices of the last pass, by layer.
-        macs, dense_macs: multiply-adds spent so far, and what the dense network would spend.
-        logits: the answer [C], once there is one.
-        whole, whole_segments: token and segment ids as step 0 reads them; None: `ids` and
-            `segments`.
+        texts: their tokens.
+        rule: how their budgets are decided.
+        step: ladder step to run next, int32 [B]; of those that are done, the step that answered.
+        predicted: step at which f_o expects the answer, int32 [B]; 0 if step 0 answers; LAYERWISE
+            where layers decide for themselves.
+        s: f_o's verdict, float32 [B].
+        exit_logits: step 0's logits, float32 [B, C]; None: there is no step 0, or nothing is
+            decided yet.
+        ran: whether a step was run, step 0 included where it was asked, bool [B, S + 1].
+        heads: heads computed so far, over all layers and passes, int32 [B].
+        macs, dense_macs: multiply-adds spent so far, and those of the dense network, int64 [B].
+        logits: the last answer of each, float32 [B, C].
+        done: whether that answer stands, bool [B].
+        chosen: heads of each layer in the last pass, by text.
+        rankings: g_d's order of heads [L, H] by text, where heads are picked by text.
     """
 
-    ids: Sequence[int]
-    segments: Sequence[int] | None
-    rule: BudgetRule
-    step: int = LAYERWISE
-    predicted: int = LAYERWISE
-    steps: list[int] = field(default_factory=list)
-    s: float | None = None
-    exit_logits: Tensor | None = None
-    ranking: Tensor | None = None
-    heads: list[int] = field(default_factory=list)
-    chosen: list[tuple[int, ...]] = field(default_factory=list)
-    macs: int = 0
-    dense_macs: int = 0
-    logits: Tensor | None = None
-    whole: Sequence[int] | None = None
-    whole_segments: Sequence[int] | None = None
-
-    @classmethod
-    def of(cls, tokens: Tokens, rule: BudgetRule) -> Work:
-        """Return the work that a tokenized text or pair asks for."""
-        return cls(
-            tokens.ids,
-            tokens.type_ids,
-            rule,
-            whole=tokens.whole,
-            whole_segments=tokens.whole_type_ids,
+    def __init__(self, network: PackedPass, texts: Texts, rule: BudgetRule) -> None:
+        count, sizes = len(texts), network.sizes
+        self.texts = texts
+        self.rule = rule
+        self.step = np.full(count, LAYERWISE, np.int32)
+        self.predicted = self.step.copy()
+        self.s = np.zeros(count, np.float32)
+        self.exit_logits: Array | None = None
+        self.ran = np.zeros((count, network.num_steps + 1), bool)
+        self.heads = np.zeros(count, np.int32)
+        self.macs = np.zeros(count, np.int64)
+        self.dense_macs = np.array(
+            [network.macs.dense(tokens) for tokens in texts.window.lengths.tolist()], np.int64
         )
+        self.logits = np.zeros((count, sizes.classes), np.float32)
+        self.done = np.zeros(count, bool)
+        self.chosen: list[Sequence[HeadSet]] = [((),) * sizes.layers] * count
+        self.rankings: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def index(self, places: list[int]) -> Index:
+        """Return what picks some places of a column; rising ones that are all are a slice."""
+        return slice(None) if len(places) == len(self) else places
+
+    def steps(self, place: int) -> list[int]:
+        """Return the steps that a text has run, in order; step 0 included where it was asked."""
+        found: list[int] = np.flatnonzero(self.ran[place]).tolist()
+        return found
+
+    def begin(self, decided: Decided, index: Index = slice(None)) -> None:
+        """Start texts as decided; those whose step is 0 are done. Counts no multiply-adds."""
+        self.step[index] = self.predicted[index] = decided.steps
+        self.s[index] = decided.s
+        self.ran[index, 0] = decided.asked
+        if decided.exit_logits is not None:
+            if self.exit_logits is None:
+                self.exit_logits = np.zeros_like(self.logits)
+            self.exit_logits[index] = self.logits[index] = decided.exit_logits
+            self.done[index] = decided.steps == 0
+
+    def begin_again(self, steps: Array, places: list[int]) -> None:
+        """Start decided texts at other steps, as another engine has run those before."""
+        self.step[places] = steps
+        self.ran[places] = self.done[places] = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some texts of one request in a batch: `places` of `items`, rising."""
+
+    items: Items
+    places: list[int]
+
+
+class Batch:
+    """Texts of one model that are passed together, by the columns that they are in.
+
+    Its length is the number of texts, and a slice of it is a batch of some of them.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum([len(part.places) for part in self.parts])
+
+    @overload
+    def __getitem__(self, which: int) -> Part: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> Batch: ...
+
+    def __getitem__(self, which: int | slice) -> Part | Batch:
+        if isinstance(which, int):
+            return self[which : which + 1].parts[0]
+        start, stop, _ = which.indices(len(self))
+        parts = []
+        for part in self.parts:
+            places = part.places[max(start, 0) : max(stop, 0)]
+            if places:
+                parts.append(Part(part.items, places))
+            start, stop = start - len(part.places), stop - len(part.places)
+        return Batch(parts)
 
     @property
-    def done(self) -> bool:
-        """Whether the answer is there."""
-        return self.logits is not None
+    def step(self) -> int:
+        """The step that all of them run next."""
+        first = self.parts[0]
+        return int(first.items.step[first.places[0]])
 
-    @property
-    def exit_tokens(self) -> int:
-        """Tokens that step 0 reads."""
-        return len(self.ids if self.whole is None else self.whole)
+    def window(self) -> TokenColumns:
+        """Return the tokens that the encoder reads."""
+        return TokenColumns.join([p.items.texts.window.take(p.places) for p in self.parts])
 
+    def whole(self) -> TokenColumns | None:
+        """Return the tokens that step 0 reads; None: those of the encoder."""
+        if all(part.items.texts.whole is part.items.texts.window for part in self.parts):
+            return None
+        return TokenColumns.join([p.items.texts.whole.take(p.places) for p in self.parts])
 
-def pack(items: Sequence[Work]) -> PackedTokens:
-    """Pack the tokens of some items, as the encoder reads them."""
-    return _pack([(item.ids, item.segments) for item in items])
-
-
-def pack_whole(items: Sequence[Work]) -> PackedTokens | None:
-    """Pack the tokens of some items, as step 0 reads them; None: it reads what the encoder does."""
-    if all(item.whole is None for item in items):
-        return None
-    return _pack(
-        [
-            (item.ids, item.segments) if item.whole is None else (item.whole, item.whole_segments)
-            for item in items
+    def exit_logits(self) -> Tensor | None:
+        """Return step 0's logits [B, C]; None: there is no step 0."""
+        columns = [
+            part.items.exit_logits[part.items.index(part.places)]
+            for part in self.parts
+            if part.items.exit_logits is not None
         ]
-    )
+        return torch.from_numpy(np.concatenate(columns)) if columns else None
 
 
-def _pack(texts: Sequence[tuple[Sequence[int], Sequence[int] | None]]) -> PackedTokens:
-    ids, segments = [own for own, _ in texts], None
-    if any(own for _, own in texts):
-        segments = [kinds or [0] * len(own) for own, kinds in texts]
-    return PackedTokens.pack(ids, segments)
+def arrive(network: PackedPass, batch: Batch) -> None:
+    """Let f_o decide the first step of each text.
 
-
-def arrive(network: PackedPass, items: Sequence[Work]) -> None:
-    """Let f_o decide the first step of each item.
-
-    An item whose step is 0 has its answer afterwards.
+    A text whose step is 0 is done afterwards.
     """
-    sizes, problem_type = network.sizes, network.config.problem_type
-    arrival = network.arrive(pack(items), pack_whole(items))
-    exits = None if arrival.exit_logits is None else arrival.exit_logits.cpu()
-    budget = None if arrival.budget is None else arrival.budget.tolist()
+    sizes = network.sizes
+    window, whole = batch.window(), batch.whole()
+    arrival = network.arrive(
+        PackedTokens.of(window), None if whole is None else PackedTokens.of(whole)
+    )
+    exits = None if arrival.exit_logits is None else arrival.exit_logits.cpu().numpy()
+    s = None if arrival.budget is None else arrival.budget.cpu().numpy()
     # NumPy, as in `Decider`: rounding must not lead to another decision.
-    exit_confidence = (
-        None if exits is None else tfidf.confidence(exits.numpy(), problem_type).tolist()
-    )
-    for place, item in enumerate(items):
-        item.heads = [0] * sizes.layers
-        item.chosen = [()] * sizes.layers
-        item.steps = []
-        item.macs = 0 if sizes.layerwise else decision_macs(sizes, len(item.ids))
-        item.dense_macs = dense_macs(sizes, len(item.ids))
-        item.exit_logits = None if exits is None else exits[place]
-        item.ranking = None if arrival.ranking is None else arrival.ranking[place]
-        if budget is None:
-            constant = item.rule.constant
-            item.step = item.predicted = LAYERWISE if constant is None else constant
-            continue
-        item.s = budget[place]
-        item.step = item.rule.first_step(item.s)
-        if item.step == 0 and exit_confidence is not None:
-            item.steps = [0]
-            item.step = item.rule.next_step(0, exit_confidence[place], item.s) or 0
-        if item.step == 0:
-            item.logits = item.exit_logits
-        item.predicted = item.step
-
-
-def begin(network: PackedPass, item: Work, step: int, s: float, exit_logits: Tensor | None) -> None:
-    """Start an item at a step that the caller has decided with a `Decider`.
-
-    The caller counts the multiply-adds of the decision.
-
-    Args:
-        network: what will run the item.
-        item: nothing has been decided or computed of it yet.
-        step: ladder step, 1 or more.
-        s: f_o's verdict.
-        exit_logits: step 0's logits [C]; None: the network has no step 0.
-    """
-    sizes = network.sizes
-    item.step = item.predicted = step
-    item.s, item.exit_logits = s, exit_logits
-    item.heads, item.chosen = [0] * sizes.layers, [()] * sizes.layers
-    item.dense_macs = dense_macs(sizes, len(item.ids))
-
-
-def compute(network: PackedPass, items: Sequence[Work], steps: Sequence[int] | None) -> PassResult:
-    """Run arrived items at the given ladder steps, or (None) as their layers decide."""
-    exits = [item.exit_logits for item in items if item.exit_logits is not None]
-    last = network.config.num_steps
-    _rank(network, items)
-    ranking = [item.ranking for item in items if item.ranking is not None]
-    return network.run(
-        pack(items),
-        steps,
-        torch.stack(exits) if exits else None,
-        torch.stack(ranking) if ranking else None,
-        [item.rule.ceiling or last for item in items] if steps is None else None,
-    )
-
-
-def _rank(network: PackedPass, items: Sequence[Work]) -> None:
-    """Let g_d rank the heads of the items that have no ranking yet."""
-    if not network.sizes.picks_heads or network.sizes.layerwise:
-        return
-    unranked = [item for item in items if item.ranking is None]
-    if unranked:
-        for item, ranking in zip(unranked, network.rank(pack(unranked)), strict=True):
-            item.ranking = ranking
-
-
-def run(network: PackedPass, items: Sequence[Work]) -> None:
-    """Run each item at its step.
-
-    Those that are not confident enough get their next step, the others an answer.
-    """
-    sizes = network.sizes
-    steps = None if items[0].step == LAYERWISE else [item.step for item in items]
-    result = compute(network, items, steps)
-    logits = result.logits.cpu()
-    sure = confidence(logits, network.config.problem_type).tolist()
-    for place, item in enumerate(items):
-        item.chosen = result.heads[place]
-        counts = [len(head_set) for head_set in item.chosen]
-        item.heads = [a + b for a, b in zip(item.heads, counts, strict=True)]
-        item.macs += encoder_macs(sizes, counts, len(item.ids))
-        if sizes.layerwise:
-            item.macs += decision_macs(sizes) if steps is None else scorer_macs(sizes)
-            if item.step == LAYERWISE:
-                item.step = network.config.covering_step(counts)
-        item.steps.append(item.step)
-        following = None
-        if item.s is not None:
-            following = item.rule.next_step(item.step, sure[place], item.s)
-        if following is None:
-            item.logits = logits[place]
+    confidences = None if exits is None else tfidf.confidence(exits, network.config.problem_type)
+    begin = 0
+    for part in batch.parts:
+        items, index = part.items, part.items.index(part.places)
+        rows = slice(begin, begin := begin + len(part.places))
+        logits = None if exits is None else exits[rows]
+        if s is None:
+            items.begin(_layerwise(items.rule, len(part.places), logits), index)
         else:
-            item.step = following
+            own = None if confidences is None else confidences[rows]
+            items.begin(Decided(*items.rule.first_steps(s[rows], own), s[rows], logits), index)
+        if not sizes.layerwise:
+            lengths = items.texts.window.lengths[index].tolist()
+            items.macs[index] = [decision_macs(sizes, tokens) for tokens in lengths]
+        if arrival.ranking is not None:
+            items.rankings.update(zip(part.places, arrival.ranking[rows], strict=True))
+
+
+def _layerwise(rule: BudgetRule, count: int, exit_logits: Array | None) -> Decided:
+    """Return the decision for texts whose layers decide for themselves."""
+    step = LAYERWISE if rule.constant is None else rule.constant
+    return Decided(
+        np.full(count, step, np.int32),
+        np.zeros(count, bool),
+        np.zeros(count, np.float32),
+        exit_logits,
+    )
+
+
+def compute(network: PackedPass, batch: Batch) -> PassResult:
+    """Run decided texts at their step, or as their layers decide."""
+    count, step = len(batch), batch.step
+    tokens = PackedTokens.of(batch.window())
+    ranking = ceilings = None
+    if network.sizes.picks_heads and not network.sizes.layerwise:
+        ranking = _ranking(network, batch)
+    if step == LAYERWISE:
+        last = network.num_steps
+        ceilings = [p.items.rule.ceiling or last for p in batch.parts for _ in p.places]
+    steps = None if step == LAYERWISE else [step] * count
+    return network.run(tokens, steps, batch.exit_logits(), ranking, ceilings)
+
+
+def _ranking(network: PackedPass, batch: Batch) -> Tensor:
+    """Return g_d's order of heads [B, L, H]; it ranks those that have none yet."""
+    for part in batch.parts:
+        known = part.items.rankings
+        places = [place for place in part.places if place not in known]
+        if places:
+            tokens = PackedTokens.of(part.items.texts.window.take(places))
+            known.update(zip(places, network.rank(tokens), strict=True))
+    return torch.stack([p.items.rankings[place] for p in batch.parts for place in p.places])
+
+
+def run(network: PackedPass, batch: Batch) -> None:
+    """Run texts at their step.
+
+    Those that are not confident enough get their next step, the others are done.
+    """
+    step = batch.step
+    result = compute(network, batch)
+    answers = result.logits.float().cpu()
+    # Numbers of double precision are compared with thresholds.
+    confidences = confidence(answers, network.config.problem_type).double().numpy()
+    logits = answers.numpy()
+    begin = 0
+    for part in batch.parts:
+        items, index = part.items, part.items.index(part.places)
+        rows = slice(begin, begin := begin + len(part.places))
+        heads = result.heads[rows]
+        items.logits[index] = logits[rows]
+        for place, chosen in zip(part.places, heads, strict=True):
+            items.chosen[place] = chosen
+        if network.sizes.layerwise:
+            _count_layers(network, part, heads, step)
+        else:
+            items.heads[index] += sum(map(len, heads[0]))
+            lengths = items.texts.window.lengths[index].tolist()
+            items.macs[index] += [network.macs.step(step, tokens) for tokens in lengths]
+        items.ran[part.places, items.step[index]] = True
+        following = None if network.sizes.layerwise else items.rule.following(step)
+        if following is None:
+            items.done[index] = True
+        else:
+            stands = confidences[rows] >= items.rule.needed(step)
+            items.done[index] = stands
+            items.step[index] = np.where(stands, step, following)
+
+
+def _count_layers(
+    network: PackedPass, part: Part, chosen: Sequence[Sequence[HeadSet]], step: int
+) -> None:
+    """Count what a pass cost in which every layer may have taken other heads for each text."""
+    items, sizes = part.items, network.sizes
+    decision = decision_macs(sizes) if step == LAYERWISE else scorer_macs(sizes)
+    for place, sets in zip(part.places, chosen, strict=True):
+        counts = [len(head_set) for head_set in sets]
+        tokens = int(items.texts.window.lengths[place])
+        items.heads[place] += sum(counts)
+        items.macs[place] += encoder_macs(sizes, counts, tokens) + decision
+        if step == LAYERWISE:
+            items.step[place] = network.config.covering_step(counts)
 
 
 def answer(
     network: PackedPass,
-    items: Sequence[Work],
-    batches: Callable[[Sequence[Work]], Iterable[Sequence[Work]]],
-) -> None:
-    """Take items all the way to their answers; those of one step run together.
+    texts: Texts,
+    rule: BudgetRule,
+    batches: Callable[[list[int]], Iterable[list[int]]] = lambda places: [places],
+) -> Items:
+    """Take texts all the way to their answers; those of one step run together.
 
     Args:
         network: what computes them.
-        items: new ones.
-        batches: how to cut items that run together into batches.
+        texts: their tokens.
+        rule: for their budgets.
+        batches: how to cut the places of texts that run together into batches of rising places.
     """
-    for batch in batches(items):
-        arrive(network, batch)
-    while waiting := [item for item in items if not item.done]:
-        for step in sorted({item.step for item in waiting}):
-            for batch in batches([item for item in waiting if item.step == step]):
-                run(network, batch)
+    items = Items(network, texts, rule)
+    for places in batches(list(range(len(items)))):
+        arrive(network, Batch([Part(items, places)]))
+    while len(waiting := np.flatnonzero(~items.done)):
+        for step in np.unique(items.step[waiting]).tolist():
+            for places in batches(waiting[items.step[waiting] == step].tolist()):
+                run(network, Batch([Part(items, places)]))
+    return items

@@ -8,8 +8,7 @@ Shapes: B texts, C labels.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -17,8 +16,8 @@ import numpy as np
 
 from budgetformer.cost.macs import Sizes, decision_macs, dense_macs
 from budgetformer.inference.policy import BudgetRule
+from budgetformer.inference.texts import TokenColumns
 from budgetformer.model.tfidf import Array, StepZero, confidence
-from budgetformer.tokenization import Tokens
 
 
 @dataclass(frozen=True)
@@ -55,22 +54,16 @@ class Decider:
     sizes: Sizes
     step0: StepZero | None
 
-    def decide(self, texts: Sequence[Tokens], rule: BudgetRule) -> Decided:
-        """Decide B texts at once."""
+    def decide(self, texts: TokenColumns, rule: BudgetRule) -> Decided:
+        """Decide B texts at once, by all that step 0 reads of them."""
         if self.step0 is None:
             s = np.ones(len(texts), np.float32)
             return Decided(*rule.first_steps(s), s, None)
-        ids = _column([text.ids if text.whole is None else text.whole for text in texts])
-        lengths = [len(text.ids if text.whole is None else text.whole) for text in texts]
-        kinds = [text.type_ids if text.whole is None else text.whole_type_ids for text in texts]
-        segments = None
-        if any(own and any(own) for own in kinds):
-            segments = _column([own or [0] * n for own, n in zip(kinds, lengths, strict=True)])
+        given = texts.ids, texts.types, texts.lengths
         if rule.asks_f_o:
-            logits, s = self.step0.decide(ids, segments, lengths)
+            logits, s = self.step0.decide(*given)
         else:
-            logits = self.step0.logits(ids, segments, lengths)
-            s = np.zeros(len(texts), np.float32)
+            logits, s = self.step0.logits(*given), np.zeros(len(texts), np.float32)
         confidences = confidence(logits, self.step0.problem_type)
         return Decided(*rule.first_steps(s, confidences), s, logits)
 
@@ -81,11 +74,3 @@ class Decider:
 
     def _count(self, tokens: int) -> tuple[int, int]:
         return decision_macs(self.sizes, tokens), dense_macs(self.sizes, tokens)
-
-
-def _column(texts: Sequence[Sequence[int]]) -> Array:
-    """Put the ids of texts one after another, int32 [N]."""
-    numbers = array("i")
-    for text in texts:
-        numbers.extend(text)
-    return np.frombuffer(numbers, np.int32)

@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from budgetformer.cost.macs import Sizes
+from budgetformer.cost.macs import MacCounts, Sizes
 from budgetformer.inference.backends.kernels import Kernels, plain
 from budgetformer.inference.backends.linear import LayOut, RangeCheck, lay_out, padded_rows
 from budgetformer.inference.backends.private import without_overrides
 from budgetformer.inference.layout import Layout
 from budgetformer.inference.routed import PlainSums, Routed, RoutedWeights, Routing
 from budgetformer.inference.shared import SharedTensors
+from budgetformer.inference.texts import TokenColumns
 from budgetformer.inference.weights import HeadSet, SliceCache
 from budgetformer.model.answers import fuse
 from budgetformer.model.budget import budget_step
@@ -76,6 +77,14 @@ class PackedTokens:
         ids = _flat(items)
         kinds = torch.zeros_like(ids) if segments is None else _flat(segments)
         return cls(ids, kinds, tuple(map(len, items)))
+
+    @classmethod
+    def of(cls, columns: TokenColumns) -> PackedTokens:
+        """Pack columns of token ids."""
+        ids = torch.from_numpy(columns.ids).long()
+        kinds = columns.types
+        types = torch.zeros_like(ids) if kinds is None else torch.from_numpy(kinds).long()
+        return cls(ids, types, tuple(columns.lengths.tolist()))
 
     @classmethod
     def filler(cls, lengths: Sequence[int]) -> PackedTokens:
@@ -197,7 +206,10 @@ class PackedPass:
         self._most_tokens = self.config.max_position_embeddings
         self.kernels = kernels
         self._first: list[HeadSet] = [tuple(range(k)) for k in range(self.sizes.heads + 1)]
-        self._plans: dict[int, list[int]] = {}
+        self.num_steps = self.config.num_steps
+        steps = range(1, self.num_steps + 1)
+        self._plans = [[0] * self.sizes.layers, *map(self.config.heads_per_layer, steps)]
+        self.macs = MacCounts(self.sizes, self._plans)
         self.step0 = model.step0_with_numpy()
         self._shared: SharedTensors | None = None
         with torch.no_grad():
@@ -426,14 +438,42 @@ class PackedPass:
         fused: bool,
     ) -> PassResult:
         tokens = tokens.to(self.device)
-        plans = None if steps is None else [self._plan(step) for step in steps]
-        order: list[list[HeadSet]] | None = None if ranking is None else ranking.tolist()
         layout = self._layout(tokens)
         states = self._embed(tokens, layout)
         if self.precision == "bfloat16":
             spare = padded_rows(len(states)) - len(states)
             states = F.pad(states, (0, 0, 0, spare))
-        heads: list[list[HeadSet]] = [[] for _ in tokens.lengths]
+        own_heads = self.sizes.picks_heads or self.sizes.layerwise
+        together = steps is not None and steps.count(steps[0]) == len(steps)
+        if together and not own_heads and steps is not None:
+            steps = steps[:1]
+            plan = [self._first[count] for count in self._plan(steps[0])]
+            heads = [plan] * len(tokens.lengths)
+            for index, head_set in enumerate(plan):
+                states = self._run_set(index, states, layout, head_set)
+        else:
+            states, heads = self._run_apart(states, layout, steps, ranking, ceilings)
+        logits = self._classify(states, layout)
+        if fused and steps is not None:
+            if exit_logits is not None:
+                exit_logits = exit_logits.to(self.device)
+            by_step = list(zip(self.config.encoder_weights, self.config.exit_weights, strict=True))
+            weights = logits.new_tensor([by_step[step - 1] for step in steps])
+            logits = fuse(logits, exit_logits, weights[:, :1], weights[:, 1:])
+        return PassResult(logits, heads)
+
+    def _run_apart(
+        self,
+        states: Tensor,
+        layout: Layout,
+        steps: Sequence[int] | None,
+        ranking: Tensor | None,
+        ceilings: Sequence[int] | None,
+    ) -> tuple[Tensor, list[list[HeadSet]]]:
+        """Run items that may keep different heads; return their states, and the heads of each."""
+        plans = None if steps is None else [self._plan(step) for step in steps]
+        order: list[list[HeadSet]] | None = None if ranking is None else ranking.tolist()
+        heads: list[list[HeadSet]] = [[] for _ in layout.lengths]
         for index, layer in enumerate(self._layers):
             counts = None if plans is None else [plan[index] for plan in plans]
             best = None if order is None else [of_item[index] for of_item in order]
@@ -447,19 +487,12 @@ class PackedPass:
             for item, head_set in zip(heads, sets, strict=True):
                 item.append(head_set)
             states = self._run_layer(index, states, layout, sets)
-        logits = self._classify(states, layout)
-        if fused and steps is not None:
-            if exit_logits is not None:
-                exit_logits = exit_logits.to(self.device)
-            by_step = list(zip(self.config.encoder_weights, self.config.exit_weights, strict=True))
-            weights = logits.new_tensor([by_step[step - 1] for step in steps])
-            logits = fuse(logits, exit_logits, weights[:, :1], weights[:, 1:])
-        return PassResult(logits, heads)
+        return states, heads
 
     def _plan(self, step: int) -> list[int]:
-        if step not in self._plans:
-            self._plans[step] = self.config.heads_per_layer(step)
-        return self._plans[step]
+        if 0 < step <= self.num_steps:
+            return self._plans[step]
+        return self.config.heads_per_layer(step)  # says what is wrong
 
     def _layout(self, tokens: PackedTokens) -> Layout:
         layout = Layout(tokens.lengths, self.device)
@@ -514,11 +547,11 @@ class PackedPass:
         layout: Layout,
         sets: Sequence[HeadSet],
     ) -> Tensor:
+        if not layout.tokens:
+            return states
         groups: dict[HeadSet, list[int]] = {}
         for item, head_set in enumerate(sets):
             groups.setdefault(head_set, []).append(item)
-        if not layout.tokens:
-            return states
         if len(groups) == 1:
             (head_set,) = groups
             return self._run_set(index, states, layout, head_set)
@@ -539,7 +572,7 @@ class PackedPass:
 
     def _run_set(self, index: int, states: Tensor, layout: Layout, head_set: HeadSet) -> Tensor:
         """Run items that all keep the same heads."""
-        if not head_set:
+        if not head_set or not layout.tokens:
             return states
         kept = self._slices.get(index, head_set)
         return run_layer(states, kept, Packed(self.kernels, layout))

@@ -282,11 +282,27 @@ class BudgetRule(_Data):
 
         None: the answer stands.
         """
-        if self.level is None or confidence >= threshold_at(
-            step, self.level.threshold, self.exit_margin
-        ):
+        if self.level is None or confidence >= self.needed(step):
             return None
         return next((later for later in self.path(s) if later > step), None)
+
+    def needed(self, step: int) -> float:
+        """Return the confidence at which an answer of `step` stands."""
+        if self.level is None:
+            return 0.0
+        return threshold_at(step, self.level.threshold, self.exit_margin)
+
+    def following(self, step: int) -> int | None:
+        """Return the step for answers of `step`, 1 or more, that do not stand.
+
+        From there on it is the same for every s. None: every answer stands.
+        """
+        if self.level is None or self.fixed is not None:
+            return None
+        later = next((link for link in self.chain if link > step), None)
+        if later is None or self.ceiling is None or later <= self.ceiling:
+            return later
+        return self.ceiling if self.ceiling > step else None
 
     def first_steps(self, s: Array, confidence: Array | None = None) -> tuple[Array, Array]:
         """Decide B texts before the encoder runs.
@@ -315,9 +331,8 @@ class BudgetRule(_Data):
         steps = np.full(count, first, np.int32)
         asked = np.full(count, not first and confidence is not None)
         if not first and later and self.level is not None and confidence is not None:
-            needed = threshold_at(0, self.level.threshold, self.exit_margin)
-            # Numbers of double precision are compared, as `next_step` does.
-            steps[confidence.astype(np.float64) < needed] = later[0]
+            # Numbers of double precision are compared, as after every other step.
+            steps[confidence.astype(np.float64) < self.needed(0)] = later[0]
         return steps, asked
 
     def expected_budgets(self) -> Shares | None:

@@ -24,7 +24,7 @@ from budgetformer.checkpoint.manifest import FixedStep
 from budgetformer.cost.macs import decision_macs, dense_macs, encoder_macs
 from budgetformer.cost.table import CostTable
 from budgetformer.inference import cascade
-from budgetformer.inference.cascade import Work
+from budgetformer.inference.cascade import Items
 from budgetformer.inference.observed import measure_ranges
 from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.inference.policy import (
@@ -95,9 +95,9 @@ def ranges_of_states(model: SequenceClassifier, tokens: TokenizedTexts) -> tuple
     """Measure what int8 products need to know of a network's states, on some of the texts."""
     count = len(tokens.ids)
     chosen = np.unique(np.linspace(0, count - 1, min(count, RANGE_TEXTS)).astype(int))
-    ids, types = ([own[row].tolist() for row in chosen] for own in (tokens.ids, tokens.types))
-    batches = [slice(start, start + BATCH) for start in range(0, len(chosen), BATCH)]
-    return measure_ranges(model, (PackedTokens.pack(ids[rows], types[rows]) for rows in batches))
+    batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
+    windows = (tokens.columns(rows).window for rows in batches)
+    return measure_ranges(model, map(PackedTokens.of, windows))
 
 
 @torch.inference_mode()
@@ -112,10 +112,9 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
         task = bar.add_task("every step", total=count, note="")
         for start in range(0, count, BATCH):
             rows = order[start : start + BATCH]
-            rule = BudgetRule(num_steps=1)
-            items = [_work(tokens, row, rule) for row in rows]
-            packed = cascade.pack(items)
-            arrival = network.arrive(packed, cascade.pack_whole(items))
+            texts = tokens.columns(rows)
+            packed = PackedTokens.of(texts.window)
+            arrival = network.arrive(packed, PackedTokens.of(texts.whole))
             assert arrival.budget is not None
             s[rows] = arrival.budget
             if arrival.exit_logits is not None:
@@ -127,14 +126,6 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
                 logits[step, rows] = result.logits
             bar.advance(task, len(rows))
     return Runs(logits, s, tokens.lengths)
-
-
-def _work(tokens: TokenizedTexts, row: int, rule: BudgetRule) -> Work:
-    ids, whole = tokens.ids[row], tokens.whole[row]
-    work = Work(ids.tolist(), tokens.types[row].tolist(), rule)
-    if len(whole) > len(ids):
-        work.whole, work.whole_segments = whole.tolist(), tokens.whole_types[row].tolist()
-    return work
 
 
 @dataclass(frozen=True)
@@ -515,15 +506,13 @@ class _Calibration:
 
 def answer_all(
     network: PackedPass, tokens: TokenizedTexts, rule: BudgetRule, batch: int = BATCH
-) -> list[Work]:
+) -> Items:
     """Answer N texts under one rule, `batch` at a time; those of one step run together."""
-    items = [_work(tokens, row, rule) for row in range(len(tokens.ids))]
 
-    def batches(some: Sequence[Work]) -> Iterator[Sequence[Work]]:
-        return (some[start : start + batch] for start in range(0, len(some), batch))
+    def batches(places: list[int]) -> Iterator[list[int]]:
+        return (places[start : start + batch] for start in range(0, len(places), batch))
 
-    cascade.answer(network, items, batches)
-    return items
+    return cascade.answer(network, tokens.columns(range(len(tokens.ids))), rule, batches)
 
 
 def layerwise_points(
@@ -539,16 +528,16 @@ def layerwise_points(
     for entry in set(entries.values()):
         fixed = config.num_steps if entry else None
         items = answer_all(network, tokens, BudgetRule(num_steps=config.num_steps, fixed=fixed))
-        logits = torch.stack([item.logits for item in items if item.logits is not None])
-        used, counts = np.unique([item.step for item in items], return_counts=True)
-        accuracy = 1 - float(wrong(logits, labels, config.problem_type).mean())
+        used, counts = np.unique(items.step, return_counts=True)
+        answers = torch.from_numpy(items.logits)
+        accuracy = 1 - float(wrong(answers, labels, config.problem_type).mean())
         scored[entry] = OperatingPoint(
             entry=entry,
             accuracy=accuracy,
             interval=interval(accuracy, len(items)),
             points_lost=0,
-            macs_share=sum(item.macs for item in items) / sum(item.dense_macs for item in items),
-            mean_heads=sum(sum(item.heads) for item in items) / len(items),
+            macs_share=float(items.macs.sum() / items.dense_macs.sum()),
+            mean_heads=float(items.heads.mean()),
             budgets={int(k): float(n / len(items)) for k, n in zip(used, counts, strict=True)},
         )
     full = scored[entries["best"]].accuracy

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from budgetformer.checkpoint.store import Checkpoint, load_tokenizer
 from budgetformer.errors import DataError
+from budgetformer.inference.texts import Texts, TokenColumns
 from budgetformer.tables import open_table
 from budgetformer.tokenization import Side, TextEncoder
 from budgetformer.training.labels import LabelColumn, stored_names
@@ -218,6 +219,13 @@ class TokenizedTexts:
         chosen.lengths = self.lengths[rows]
         return chosen
 
+    def columns(self, rows: np.ndarray | Sequence[int]) -> Texts:
+        """Return the given texts, one after another."""
+        window = _columns(self.ids, self.types, rows)
+        if all(self.whole[row] is self.ids[row] for row in rows):
+            return Texts(window, window)
+        return Texts(window, _columns(self.whole, self.whole_types, rows))
+
     def batch(self, rows: np.ndarray) -> TokenBatch:
         """Pad the given rows to their longest."""
         longest = max(int(self.lengths[rows].max()), 1)
@@ -247,3 +255,15 @@ class TokenizedTexts:
             batches = [batches[i] for i in random.permutation(len(batches))]
         for rows in batches:
             yield self.batch(rows)
+
+
+def _columns(
+    ids: list[np.ndarray], types: list[np.ndarray], rows: np.ndarray | Sequence[int]
+) -> TokenColumns:
+    none = [np.empty(0, np.int64)]
+    column, kinds = (np.concatenate([*none, *(own[row] for row in rows)]) for own in (ids, types))
+    return TokenColumns(
+        column.astype(np.int32),
+        np.fromiter((len(ids[row]) for row in rows), np.int32, len(rows)),
+        kinds.astype(np.int32) if kinds.any() else None,
+    )

@@ -592,7 +592,6 @@ def _teach_controllers(
     """
     config = model.config
     rule = BudgetRule(num_steps=config.num_steps, fixed=1)
-    items = answer_all(PackedPass(model), tokens, rule)
-    cheapest = torch.stack([item.logits for item in items if item.logits is not None])
+    cheapest = torch.from_numpy(answer_all(PackedPass(model), tokens, rule).logits)
     target = wrong(cheapest, labels, config.problem_type)
     fit_controllers(model, pooled_states(model, tokens, "pooled states"), target, seed)

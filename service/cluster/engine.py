@@ -14,7 +14,7 @@ import torch
 
 from service.background import Background
 from service.cluster.stream import Caller
-from service.engine.core import Reply
+from service.engine.requests import Reply
 from service.engine.server import EngineServer, core_of
 from service.ipc.connection import RECONNECT_SECONDS, attend
 from service.ipc.engine_client import ModelKey

@@ -19,6 +19,7 @@ from service.cluster.hub import FleetSeen
 from service.cluster.pools import through_pools
 from service.cluster.stream import Caller
 from service.http.app import create_app
+from service.ipc.answers import Answers
 from service.ipc.engine_client import (
     GRACE_SECONDS,
     DeadlineError,
@@ -29,10 +30,10 @@ from service.ipc.engine_client import (
     Job,
     ModelKey,
     NotLoadedError,
-    answer_of,
+    answers_of,
     request_of,
 )
-from service.ipc.engine_messages import TO_FRONT, Answer
+from service.ipc.engine_messages import TO_FRONT
 from service.settings import Pool, Settings
 from service.telemetry.logs import configure_logs
 from service.telemetry.traces import open_tracing
@@ -85,7 +86,7 @@ class PooledEngines(Engines):
             return set(self._wanted)
         return super().models & set(self._wanted)
 
-    async def classify(self, job: Job) -> Answer:
+    async def classify(self, job: Job) -> Answers:
         """Have a job done; see `Engines.classify`.
 
         Whether a replica is there is Ray's to know: what the hub has heard of it may be late.
@@ -96,12 +97,12 @@ class PooledEngines(Engines):
             raise NotLoadedError
         return await through_pools(self._ask, [one.pool.computes for one in self._pools], job)
 
-    async def _ask(self, place: int, job: Job) -> Answer:
+    async def _ask(self, place: int, job: Job) -> Answers:
         pool = self._pools[place]
         model = f"{job.model}:{job.version}"
         for attempt in range(1, ATTEMPTS + 1):
             message = request_of(job)
-            response = pool.handle.classify.remote(model, len(job.items), _encode(message))
+            response = pool.handle.classify.remote(model, len(job.texts), _encode(message))
             try:
                 async with asyncio.timeout(message.remaining + GRACE_SECONDS):
                     reply = await response
@@ -119,7 +120,7 @@ class PooledEngines(Engines):
                 log.error("a replica failed", reason=type(error).__name__)
                 raise EngineFailedError("an engine failed") from error
             else:
-                return answer_of(TO_FRONT.decode(reply))
+                return answers_of(TO_FRONT.decode(reply))
             finally:
                 response.cancel()  # nobody waits for it any more, however this ended
         raise EngineDownError

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -18,40 +17,38 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import structlog
 import torch
-from torch import Tensor
 
 from budgetformer.cost.table import CostTable
 from budgetformer.errors import CheckpointError, PolicyError
 from budgetformer.inference import cascade
-from budgetformer.inference.cascade import Work
+from budgetformer.inference.cascade import Batch, Items, Part
 from budgetformer.inference.packed import PackedPass
-from budgetformer.inference.policy import BudgetRule, QualityName
+from budgetformer.inference.policy import QualityName
 from budgetformer.inference.precision import Precision
+from budgetformer.inference.texts import Texts
+from budgetformer.model.tfidf import Array
 from service.background import Background, DetachedThreads, StillRunningError
 from service.engine.device import DeviceLostError, check_device, probe_device
 from service.engine.loaded_model import LoadedModel, load_model
+from service.engine.requests import ModelQueue, Reply, Request
 from service.engine.salvage import salvage
 from service.ipc import engine_messages as protocol
 from service.ipc.engine_messages import (
-    Answer,
     BatchRan,
     Cancel,
     Classify,
-    Decisions,
     Done,
     Expired,
     Failed,
     Heartbeat,
-    ItemAnswer,
-    ItemTokens,
     LevelChanged,
     Load,
     ModelInfo,
     Models,
     Refused,
-    ToFront,
     Unload,
 )
 from service.ipc.frames import FrameError
@@ -60,7 +57,7 @@ from service.scheduling.admission import Refusal, admit
 from service.scheduling.arrivals import decided_together
 from service.scheduling.batch_limit import BatchLimit
 from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
-from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
+from service.scheduling.buckets import Buckets, Span, lane_of
 from service.scheduling.drain import Drain
 from service.scheduling.heap import Heap
 from service.scheduling.price import Outlook, Prices
@@ -70,7 +67,6 @@ from service.telemetry.pass_spans import PassRun, PassSpans, Rider, Stage
 
 log = structlog.get_logger()
 
-Reply = Callable[[ToFront], object]
 Clock = Callable[[], float]
 
 SETTLE_SECONDS = 1.0
@@ -99,76 +95,6 @@ class EngineOptions:
     brownout_seconds: float = 0.5
     model_queue_items: Mapping[str, int] = field(default_factory=dict)
     max_step: int | None = None
-
-
-@dataclass(eq=False)
-class _ModelQueue:
-    """The requests of one model, and running totals of their items.
-
-    Attributes:
-        requests: in the order of their arrival.
-        waiting: items that wait, on arrival or in a bucket.
-        price: of the items that wait.
-        open: items without an answer: those that wait, and those that run.
-    """
-
-    requests: dict[_Request, None] = field(default_factory=dict)
-    waiting: int = 0
-    price: TotalSeconds = field(default_factory=TotalSeconds)
-    open: int = 0
-
-    @property
-    def oldest(self) -> float | None:
-        """Arrival of the oldest request with an item that waits; those before it run."""
-        return next((request.arrived for request in self.requests if request.waiting), None)
-
-    def wait(self, slot: _Slot) -> None:
-        """Count an item as waiting."""
-        slot.request.waiting += 1
-        self.waiting += 1
-        self.price.add(slot.price)
-
-    def leave(self, slot: _Slot) -> None:
-        """Count an item as no longer waiting: it runs, or its request was dropped."""
-        slot.request.waiting -= 1
-        self.waiting -= 1
-        self.price.subtract(slot.price)
-
-
-@dataclass(eq=False)
-class _Request:
-    id: int
-    reply: Reply
-    model: LoadedModel
-    queue: _ModelQueue
-    arrived: float
-    deadline: float
-    return_heads: bool
-    context: RequestContext
-    quality: str | float
-    outlook: Outlook
-    lane: Lane
-    slots: list[_Slot] = field(default_factory=list)
-    open: int = 0
-    waiting: int = 0
-    gone: bool = False
-
-
-@dataclass(eq=False)
-class _Slot:
-    """One item of a request."""
-
-    request: _Request
-    work: Work
-    price: float
-    waits_since: float
-    begin: int = 0
-    entry: Entry[_Slot] | None = None
-    """Its place in a bucket, while it waits there."""
-    budget_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    finished: float = 0.0
-    error: str = ""
 
 
 class EngineCore:
@@ -210,21 +136,22 @@ class EngineCore:
         self.spans: PassSpans | None = None
         self.computed_seconds = 0.0
         self._clock = clock
-        self._buckets: Buckets[_Slot] = Buckets(
+        self._buckets: Buckets[Request] = Buckets(
             options.batch_seconds, options.batch_items, self._constant
         )
         self._batch_limit = BatchLimit(options.batch_items)
         self._check = partial(check_device, probe or partial(probe_device, device))
         self._device_lost: DeviceLostError | None = None
-        self._arrivals: OrderedDict[_Slot, None] = OrderedDict()
+        self._undecided: OrderedDict[Span[Request], None] = OrderedDict()
+        self._undecided_items = 0
         self._running = 0
         self._outside = TotalSeconds()
-        """Price of the arrivals and of what runs; the buckets know their own."""
+        """Price of what is undecided and of what runs; the buckets know their own."""
         self._priced = 0.0
         self._began: float | None = None
-        self._requests: dict[tuple[Reply, int], _Request] = {}
-        self._deadlines: Heap[_Request] = Heap()
-        self._queues: dict[str, _ModelQueue] = {}
+        self._requests: dict[tuple[Reply, int], Request] = {}
+        self._deadlines: Heap[Request] = Heap()
+        self._queues: dict[str, ModelQueue] = {}
         self._work_came = asyncio.Event()
         self._compute = ThreadPoolExecutor(1, "device", _use, (device,))
         self._loading = asyncio.Lock()
@@ -279,7 +206,7 @@ class EngineCore:
     def heartbeat(self, memory_bytes: int) -> Heartbeat:
         """Describe the queue."""
         now = self._clock()
-        none = _ModelQueue()
+        none = ModelQueue()
         queues = {name: self._queues.get(name, none) for name, _ in self.models} | self._queues
         items = {name: queue.waiting for name, queue in queues.items()}
         seconds = {name: queue.price.seconds for name, queue in queues.items()}
@@ -294,40 +221,44 @@ class EngineCore:
         if model is None:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
             return
+        try:
+            self._admit(message, reply, model)
+        except (PolicyError, FrameError) as error:
+            reply(Failed(message.id, str(error)))
+
+    def _admit(self, message: Classify, reply: Reply, model: LoadedModel) -> None:
+        """Take a request in, or refuse it as a whole.
+
+        Raises:
+            PolicyError: the checkpoint does not offer what is asked.
+            FrameError: the columns of the message do not fit together.
+        """
         queued = self.queued_seconds
         level = self._level(queued)
-        counts = [item.tokens for item in message.items]
-        exit_counts = [item.exit_tokens for item in message.items]
-        try:
-            quality = message.quality
-            if quality == "auto":
-                quality = self._best_within(message, level, queued, model)
-            rule = model.rule(quality, message.heads, message.max_heads)
-        except PolicyError as error:
-            reply(Failed(message.id, str(error)))
-            return
-        decisions = message.decisions
-        begins = (decisions.steps if decisions else message.steps) or [0] * len(message.items)
-        try:
-            decided = None if decisions is None else _unpack(decisions, model.network)
-        except FrameError as error:
-            reply(Failed(message.id, str(error)))
-            return
-        if len(begins) != len(message.items) or (decisions and not all(begins)):
-            reply(Failed(message.id, "there must be as many steps as items"))
-            return
+        texts = message.texts.read()
+        if not len(texts):
+            raise FrameError("there is no text")
+        quality = message.quality
+        if quality == "auto":
+            quality = self._best_within(message, texts, level, queued, model)
+        rule = model.rule(quality, message.heads, message.max_heads)
+        classes = 0 if model.network.model.exit_head is None else model.network.sizes.classes
+        sent = message.decisions
+        decided = None if sent is None else sent.read(len(texts), classes)
+        begun = protocol.unpack(message.steps, "<i4") if message.steps else None
+        if begun is not None and len(begun) != len(texts):
+            raise FrameError("there must be as many steps as texts")
         outlook = Outlook.of(rule).up_to(self.options.max_step)
-        prices = self.prices.expected_each(model.key, outlook, counts, exit_counts)
-        for place, begin in enumerate(begins):
-            if begin:
-                prices[place] = self.prices.item(model.key, begin, outlook, counts[place])
-        refusal = self._admit(model.checkpoint.name, prices, queued, message.remaining)
+        steps = begun if decided is None else decided.steps
+        prices = self._prices(model, outlook, texts, steps)
+        refusal = self._why_not(model.checkpoint.name, prices, queued, message.remaining)
         if refusal is not None:
             reply(Refused(message.id, refusal.reason, refusal.retry_after))
             return
         now = self._clock()
-        queue = self._queues.setdefault(model.checkpoint.name, _ModelQueue())
-        request = _Request(
+        queue = self._queues.setdefault(model.checkpoint.name, ModelQueue())
+        items = Items(model.network, texts, rule)
+        request = Request(
             message.id,
             reply,
             model,
@@ -338,30 +269,55 @@ class EngineCore:
             RequestContext(message.request_id, message.traceparent),
             quality,
             outlook,
-            lane_of(len(message.items)),
+            lane_of(len(texts)),
+            items,
+            begun,
         )
-        for tokens, begin, price in zip(message.items, begins, prices, strict=True):
-            request.slots.append(_Slot(request, _work(tokens, rule), price, now, begin))
-        request.open = len(request.slots)
         queue.open += request.open
         queue.requests[request] = None
         self._requests[reply, message.id] = request
         self._deadlines.push(request.deadline, request)
+        places = list(range(len(texts)))
         if decided is None:
-            for slot in request.slots:
-                self._arrivals[slot] = None
-                self._outside.add(slot.price)
-                queue.wait(slot)
+            span = self._span(request, places, prices, None)
+            self._undecided[span] = None
+            self._undecided_items += len(span)
+            self._outside.add(span.seconds)
         else:
-            for slot, begin, s, logits in zip(request.slots, begins, *decided, strict=True):
-                cascade.begin(model.network, slot.work, begin, s, logits)
-                self._go_on(slot)
+            items.begin(decided)
+            self._go_on(request, places, prices)
         self._work_came.set()
 
-    def _admit(
+    def _prices(
+        self, model: LoadedModel, outlook: Outlook, texts: Texts, steps: Array | None
+    ) -> list[float]:
+        """Return the expected seconds of each text, from its step on where that is known."""
+        tokens = texts.window.lengths.tolist()
+        if steps is None:
+            exit_tokens = texts.whole.lengths.tolist()
+            return self.prices.expected_each(model.key, outlook, tokens, exit_tokens)
+        known = {
+            step: self.prices.each(model.key, step, outlook, tokens) for step in set(steps.tolist())
+        }
+        return [known[step][place] for place, step in enumerate(steps.tolist())]
+
+    def _span(
+        self, request: Request, places: list[int], prices: list[float], step: int | None
+    ) -> Span[Request]:
+        """Let texts of a request wait, to be decided (no step) or for a pass."""
+        bucket = request.model, step
+        span = Span(
+            request, places, prices, bucket, request.arrived, request.deadline, request.lane
+        )
+        request.spans[span] = None
+        request.queue.wait(span)
+        return span
+
+    def _why_not(
         self, name: str, prices: list[float], queued: float, remaining: float
     ) -> Refusal | None:
-        here = len(self._buckets) + len(self._arrivals) + self._running
+        """Return why a request that would have these prices is not admitted."""
+        here = len(self._buckets) + self._undecided_items + self._running
         rooms = [(here, self.options.max_queue_items)]
         if name in self.options.model_queue_items:
             queue = self._queues.get(name)
@@ -393,17 +349,18 @@ class EngineCore:
         return level
 
     def _best_within(
-        self, message: Classify, usual: QualityName, queued: float, model: LoadedModel
+        self,
+        message: Classify,
+        texts: Texts,
+        usual: QualityName,
+        queued: float,
+        model: LoadedModel,
     ) -> QualityName:
         """Return the best level at which a request is answered within its target, if it has one."""
         if message.target is None or not model.checkpoint.calibrated:
             return usual
         left = message.target - queued
-        sizes = (
-            sum(item.tokens for item in message.items),
-            sum(item.exit_tokens for item in message.items),
-            len(message.items),
-        )
+        sizes = len(texts.window.ids), len(texts.whole.ids), len(texts)
         levels: tuple[QualityName, ...] = ("best", "balanced")
         for level in levels:
             outlook = Outlook.of(model.rule(level, None, None))
@@ -425,67 +382,90 @@ class EngineCore:
         while True:
             if self._device_lost is not None:
                 raise self._device_lost
-            if not self._arrivals and not len(self._buckets):
+            if not self._undecided and not len(self._buckets):
                 self._work_came.clear()
                 await self._work_came.wait()
                 continue
             began, self._priced = self._clock(), 0.0
             self._expire()
-            await self._decide_arrivals()
+            await self._decide()
             await self._run_batch()
             await asyncio.sleep(0)  # answers are written, and what has come is read
             self.drain.observe(self._clock() - began, self._priced)
 
-    async def _decide_arrivals(self) -> None:
-        count = decided_together(slot.work.exit_tokens for slot in self._arrivals)
-        by_model: defaultdict[LoadedModel, list[_Slot]] = defaultdict(list)
-        for _ in range(count):
-            slot, _ = self._arrivals.popitem(last=False)
-            slot.request.queue.leave(slot)
-            by_model[slot.request.model].append(slot)
+    async def _decide(self) -> None:
+        """Decide the budgets of texts that came undecided, for each model in one go."""
+        count = decided_together(
+            tokens
+            for span in self._undecided
+            for tokens in span.owner.items.texts.whole.lengths[span.places].tolist()
+        )
+        by_model: defaultdict[LoadedModel, list[Span[Request]]] = defaultdict(list)
         self._running = count
-        for model, slots in by_model.items():
-            seconds = await self._on_device(cascade.arrive, model.network, slots)
-            for slot in slots:
-                slot.budget_seconds += seconds
-                if slot.begin:  # what another engine has tried already is not tried again
-                    slot.work.step, slot.work.steps, slot.work.logits = slot.begin, [], None
-                self._settle(slot)
-            exits = [slot for slot in slots if slot.work.done and not slot.error]
-            if exits:
-                self._report(model, 0, exits, seconds)
+        self._undecided_items -= count
+        while count:
+            first = next(iter(self._undecided))
+            span = first
+            if len(first) > count:
+                span = first.cut(count)
+            else:
+                del self._undecided[first]
+                del first.owner.spans[first]
+            first.owner.queue.leave(span)
+            by_model[span.owner.model].append(span)
+            count -= len(span)
+        for model, spans in by_model.items():
+            seconds = await self._on_device(cascade.arrive, model, 0, spans)
+            ended = []
+            for span in spans:
+                request, items = span.owner, span.owner.items
+                for place in span.places:
+                    request.budget_seconds[place] += seconds
+                whole = [place for place in span.places if place not in request.errors]
+                if request.begun is not None:  # steps that another engine ran are not run again
+                    items.begin_again(request.begun[whole], whole)
+                ended += [place for place in whole if items.done[place]]
+                self._settle(span)
+            if ended:
+                self._report(model, 0, spans, seconds, len(ended))
 
     async def _run_batch(self) -> None:
         self._buckets.batch_items = self._batch_limit.items
-        batch = [entry.item for entry in self._buckets.take()]
-        if not batch:
+        spans = self._buckets.take()
+        if not spans:
             return
-        for slot in batch:
-            slot.entry = None
-            slot.request.queue.leave(slot)
-            self._outside.add(slot.price)
-        self._running = len(batch)
-        model, step = batch[0].request.model, batch[0].work.step
-        seconds = await self._on_device(cascade.run, model.network, batch)
-        self.prices.observe(model.key, step, _tokens(batch), len(batch), seconds)
-        self._report(model, step, batch, seconds)
-        for slot in batch:
-            slot.compute_seconds += seconds
-            self._settle(slot)
+        for span in spans:
+            span.owner.spans.pop(span, None)  # a part of a span was never there by itself
+            span.owner.queue.leave(span)
+            self._outside.add(span.seconds)
+        self._running = sum(map(len, spans))
+        model, step = spans[0].owner.model, int(spans[0].owner.items.step[spans[0].places[0]])
+        seconds = await self._on_device(cascade.run, model, step, spans)
+        self.prices.observe(model.key, step, _tokens(spans), self._running, seconds)
+        self._report(model, step, spans, seconds, self._running)
+        for span in spans:
+            for place in span.places:
+                span.owner.compute_seconds[place] += seconds
+            self._settle(span)
 
     async def _on_device(
         self,
-        work: Callable[[PackedPass, Sequence[Work]], None],
-        network: PackedPass,
-        slots: list[_Slot],
+        work: Callable[[PackedPass, Batch], None],
+        model: LoadedModel,
+        step: int,
+        spans: list[Span[Request]],
     ) -> float:
-        step = slots[0].work.step
+        """Do a piece of work for some texts; return the seconds that it took."""
+        owners = {span.owner.items: span.owner for span in spans}
+        batch = Batch([Part(span.owner.items, span.places) for span in spans])
+        decides = work is cascade.arrive
+
+        def failed(text: Part, error: Exception) -> None:
+            _fail(owners[text.items], text.places[0], error)
 
         def compute() -> tuple[float, float, int | None]:
             started = self._clock()
-            room = salvage(
-                lambda some: work(network, [s.work for s in some]), slots, _fail, self._check
-            )
+            room = salvage(partial(work, model.network), batch, failed, self._check)
             return started, self._clock(), room
 
         loop = asyncio.get_running_loop()
@@ -493,16 +473,16 @@ class EngineCore:
         started, ended, room = await loop.run_in_executor(self._compute, compute)
         self._began = None
         self.computed_seconds += ended - started
-        self._adapt(len(slots), room, batch=work is cascade.run)
+        self._adapt(len(batch), room, batch=not decides)
         if self.spans is not None:
-            stage: Stage = "budget" if work is cascade.arrive else "compute"
-            name, version = slots[0].request.model.key
-            tokens = _tokens(slots, decision=work is cascade.arrive)
-            self.spans.ran(
-                PassRun(stage, f"{name}:{version}", step, tokens, _riders(slots), started, ended)
-            )
-        for slot in slots:
-            slot.waits_since = ended
+            stage: Stage = "budget" if decides else "compute"
+            name = f"{model.key[0]}:{model.key[1]}"
+            tokens = _tokens(spans, decision=decides)
+            riders = _riders(spans)
+            self.spans.ran(PassRun(stage, name, step, tokens, riders, started, ended))
+            for span in spans:
+                for place in span.places:
+                    span.owner.waits_since[place] = ended
         return ended - started
 
     def _adapt(self, items: int, room: int | None, batch: bool) -> None:
@@ -516,60 +496,60 @@ class EngineCore:
             if limit.items > before:
                 log.info("batches grow again", batch_items=limit.items, limit=limit.configured)
 
-    def _settle(self, slot: _Slot) -> None:
-        """After a pass: an item is finished, or waits in the bucket of its next step."""
-        request, work = slot.request, slot.work
-        self._running -= 1
-        self._outside.subtract(slot.price)
+    def _settle(self, span: Span[Request]) -> None:
+        """After a pass: let texts wait for their next step, and finish the others."""
+        request, items, places = span.owner, span.owner.items, span.places
+        self._running -= len(span)
+        self._outside.subtract(span.seconds)
         if request.gone:
             return
-        if work.logits is not None and not all(map(math.isfinite, work.logits.tolist())):
-            slot.error = "the network's answer is not a finite number"
-        self._priced += slot.price
-        if self._continues(slot):
-            slot.price = self.prices.item(
-                request.model.key, work.step, request.outlook, len(work.ids)
-            )
-            self._priced -= slot.price
-        self._go_on(slot)
+        answers = items.logits[items.index(places)]
+        if not np.isfinite(answers).all():
+            wrong = ~np.isfinite(answers).all(-1)
+            for place in np.array(places)[wrong].tolist():
+                request.errors[place] = "the network's answer is not a finite number"
+                items.done[place] = True
+        self._priced += span.seconds - self._go_on(request, places)
 
-    def _go_on(self, slot: _Slot) -> None:
-        """Let an item wait in the bucket of its next step, or finish it if there is none here."""
-        request, work = slot.request, slot.work
-        if self._continues(slot):
-            bucket = (request.model, work.step)
-            slot.entry = Entry(
-                slot, bucket, slot.price, request.arrived, request.deadline, request.lane
-            )
-            self._buckets.add(slot.entry)
-            request.queue.wait(slot)
-            return
-        slot.finished = self._clock()
-        request.open -= 1
-        request.queue.open -= 1
-        if not request.open:
-            self._answer(request)
+    def _go_on(
+        self, request: Request, places: list[int], prices: list[float] | None = None
+    ) -> float:
+        """Let texts wait in the bucket of their next step; finish those that have none here.
 
-    def _continues(self, slot: _Slot) -> bool:
-        """Say whether an item has a next step that this engine computes."""
-        most = self.options.max_step
-        return not slot.error and not slot.work.done and (most is None or slot.work.step <= most)
+        Args:
+            request: whose texts they are.
+            places: of these texts.
+            prices: of all texts of the request, if they are known.
 
-    def _answer(self, request: _Request) -> None:
-        self._forget(request)
-        last = max(request.slots, key=lambda slot: slot.finished)
-        waited = last.finished - request.arrived - last.budget_seconds - last.compute_seconds
-        items = [_item_answer(slot, request.return_heads) for slot in request.slots]
-        request.reply(
-            Answer(
-                request.id,
-                items,
-                last.budget_seconds,
-                max(waited, 0.0),
-                last.compute_seconds,
-                request.quality,
-            )
-        )
+        Returns:
+            The price of those that wait.
+        """
+        items, most = request.items, self.options.max_step
+        index = items.index(places)
+        ahead = ~items.done[index]
+        if most is not None:
+            ahead &= items.step[index] <= most
+        price, finished = 0.0, len(places)
+        if ahead.any():
+            waiting = [place for place, one in zip(places, ahead.tolist(), strict=True) if one]
+            finished -= len(waiting)
+            for step, own in _by_step(items, waiting):
+                if prices is None:
+                    tokens = items.texts.window.lengths[own].tolist()
+                    each = self.prices.each(request.model.key, step, request.outlook, tokens)
+                else:
+                    each = [prices[place] for place in own]
+                span = self._span(request, own, each, step)
+                self._buckets.add(span)
+                price += span.seconds
+        if finished:
+            request.last = places[-1], self._clock()
+            request.open -= finished
+            request.queue.open -= finished
+            if not request.open:
+                self._forget(request)
+                request.reply(request.answer())
+        return price
 
     def _expire(self) -> None:
         now = self._clock()
@@ -580,38 +560,43 @@ class EngineCore:
             self._drop(request)
             request.reply(Expired(request.id))
 
-    def _drop(self, request: _Request | None) -> None:
-        """Forget a request, and remove its items from wherever they wait."""
+    def _drop(self, request: Request | None) -> None:
+        """Forget a request, and remove its texts from wherever they wait."""
         if request is None:
             return
         request.gone = True
         request.queue.open -= request.open
         self._forget(request)
-        for slot in request.slots:
-            if slot in self._arrivals:
-                del self._arrivals[slot]
-                self._outside.subtract(slot.price)
-            elif slot.entry is not None:
-                self._buckets.discard(slot.entry)
+        for span in request.spans:
+            if span in self._undecided:
+                del self._undecided[span]
+                self._undecided_items -= len(span)
+                self._outside.subtract(span.seconds)
             else:
-                continue  # it runs, or is finished
-            request.queue.leave(slot)
+                self._buckets.discard(span)
+            request.queue.leave(span)
 
-    def _forget(self, request: _Request) -> None:
+    def _forget(self, request: Request) -> None:
         del self._requests[request.reply, request.id]
         del request.queue.requests[request]
         self._deadlines.discard(request)
         if not request.queue.requests:
             del self._queues[request.model.checkpoint.name]
 
-    def _report(self, model: LoadedModel, step: int, slots: list[_Slot], seconds: float) -> None:
-        tokens = _tokens(slots, decision=step == 0)
+    def _report(
+        self,
+        model: LoadedModel,
+        step: int,
+        spans: list[Span[Request]],
+        seconds: float,
+        items: int,
+    ) -> None:
+        tokens = _tokens(spans, decision=step == 0)
         name, version = model.key
-        budget = max(slot.work.step for slot in slots) if step == cascade.LAYERWISE else step
+        if step == cascade.LAYERWISE:
+            step = max(int(span.owner.items.step[span.places].max()) for span in spans)
         checked, clipped = model.network.range_check.take()
-        self.broadcast(
-            BatchRan(name, version, budget, len(slots), tokens, 0.0, seconds, checked, clipped)
-        )
+        self.broadcast(BatchRan(name, version, step, items, tokens, 0.0, seconds, checked, clipped))
 
     # Models
 
@@ -682,65 +667,43 @@ def _use(device: str) -> None:
         torch.cuda.set_device(device)
 
 
-def _fail(slot: _Slot, error: Exception) -> None:
-    context = slot.request.context
+def _fail(request: Request, place: int, error: Exception) -> None:
+    """Let one text of a request fail."""
+    context = request.context
     log.warning(
         "an item failed",
         reason=type(error).__name__,
         request_id=context.request_id,
         trace_id=context.trace_id,
     )
-    slot.error = "the item could not be computed"
+    request.errors[place] = "the item could not be computed"
+    request.items.done[place] = True
 
 
-def _work(item: ItemTokens, rule: BudgetRule) -> Work:
-    ids, segments, whole, whole_segments = (
-        protocol.unpack_ids(part) if part else None
-        for part in (item.ids, item.segments, item.whole, item.whole_segments)
-    )
-    return Work(ids or (), segments, rule, whole=whole, whole_segments=whole_segments)
+def _by_step(items: Items, places: list[int]) -> list[tuple[int, list[int]]]:
+    """Group texts by the step that they run next."""
+    steps = items.step[places].tolist()
+    if steps.count(steps[0]) == len(steps):
+        return [(steps[0], places)]
+    by_step: defaultdict[int, list[int]] = defaultdict(list)
+    for place, step in zip(places, steps, strict=True):
+        by_step[step].append(place)
+    return list(by_step.items())
 
 
-def _unpack(
-    decisions: Decisions, network: PackedPass
-) -> tuple[list[float], Sequence[Tensor | None]]:
-    """Return f_o's verdicts, and step 0's logits of each item.
-
-    Raises:
-        FrameError: they are not as many numbers as the items of this network have.
-    """
-    s, exit_logits = map(protocol.unpack_floats, (decisions.s, decisions.exit_logits))
-    count = len(decisions.steps)
-    classes = 0 if network.model.exit_head is None else network.sizes.classes
-    if (len(s), len(exit_logits)) != (count, count * classes):
-        raise FrameError("there must be as many decisions as items")
-    if not classes:
-        return s.tolist(), [None] * count
-    return s.tolist(), torch.from_numpy(exit_logits).view(count, classes).unbind()
-
-
-def _tokens(slots: Sequence[_Slot], decision: bool = False) -> int:
+def _tokens(spans: Sequence[Span[Request]], decision: bool = False) -> int:
     """Return the tokens that a pass reads: of the encoder, or of step 0 in the decision."""
-    works = (slot.work for slot in slots)
-    return sum(work.exit_tokens if decision else len(work.ids) for work in works)
+    total = 0
+    for span in spans:
+        items = span.owner.items
+        columns = items.texts.whole if decision else items.texts.window
+        total += int(columns.lengths[items.index(span.places)].sum())
+    return total
 
 
-def _riders(slots: list[_Slot]) -> list[Rider]:
-    return [Rider(slot.request.context, slot.waits_since, slot.work.step) for slot in slots]
-
-
-def _item_answer(slot: _Slot, return_heads: bool) -> ItemAnswer:
-    work = slot.work
-    if slot.error:
-        return ItemAnswer(error=slot.error)
-    return ItemAnswer(
-        logits=[] if work.logits is None else work.logits.tolist(),
-        next_step=work.step if work.logits is None else 0,
-        budget=work.step,
-        predicted=None if work.predicted == cascade.LAYERWISE else work.predicted,
-        steps=work.steps,
-        heads=work.heads,
-        chosen=[list(heads) for heads in work.chosen] if return_heads else None,
-        macs=work.macs,
-        dense_macs=work.dense_macs,
-    )
+def _riders(spans: Sequence[Span[Request]]) -> list[Rider]:
+    return [
+        Rider(span.owner.context, span.owner.waits_since[place], int(span.owner.items.step[place]))
+        for span in spans
+        for place in span.places
+    ]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
 
 import torch
 
-T = TypeVar("T")
+from budgetformer.inference.cascade import Batch, Part
 
 
 def salvage(
-    run: Callable[[Sequence[T]], None],
-    items: Sequence[T],
-    failed: Callable[[T, Exception], None],
+    run: Callable[[Batch], None],
+    items: Batch,
+    failed: Callable[[Part, Exception], None],
     check: Callable[[Exception], None],
 ) -> int | None:
     """Run items together, and in halves where that fails.

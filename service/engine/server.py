@@ -13,8 +13,9 @@ import structlog
 import torch
 
 from budgetformer.cost.table import read_tables
-from service.engine.core import EngineCore, EngineOptions, Reply
+from service.engine.core import EngineCore, EngineOptions
 from service.engine.device import EXIT_CODE, DeviceLostError
+from service.engine.requests import Reply
 from service.ipc.connection import Say, handle_each, listening
 from service.ipc.engine_messages import (
     PROTOCOL,

@@ -1,32 +1,45 @@
-"""What came back for a request, before a route writes it in the shape that its clients read."""
+"""What came back for a request, before a route writes it in the shape that its clients read.
+
+Shapes: B texts, C labels.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Literal
+
+import msgspec
+import numpy as np
 
 from budgetformer.checkpoint.store import Checkpoint
+from budgetformer.model.tfidf import Array
 from budgetformer.tokenization import Tokens
 from service.http.errors import ApiError
 from service.http.schemas import ClassifyRequest
-from service.ipc.engine_messages import Answer, ItemAnswer
+from service.ipc.answers import Answers
 from service.pipeline.served_models import ServedModel
 
 Activation = Literal["softmax", "sigmoid", "none"]
 
 
+class Scored(msgspec.Struct, frozen=True):
+    """A label and its score."""
+
+    label: str
+    score: float
+
+
 @dataclass(frozen=True)
 class Answered:
-    """A request and the engines' answer to it."""
+    """A request and the answers to its texts."""
 
     request_id: str
     model: ServedModel
     body: ClassifyRequest
     quality: str | float
     tokenized: list[Tokens]
-    answer: Answer
+    answers: Answers
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -35,52 +48,63 @@ class Answered:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all items."""
+        """Tokens of all texts."""
         return sum(map(len, self.tokenized))
 
-    def failure(self, index: int) -> ApiError | None:
-        """Return why an item failed alone; None: it did not."""
-        reason = self.answer.items[index].error
-        if not reason:
+    def failure(self, place: int) -> ApiError | None:
+        """Return why a text failed alone; None: it did not."""
+        reason = self.answers.errors.get(place)
+        if reason is None:
             return None
-        place = f"input[{index}]"
-        return ApiError(500, f"{place}: {reason}", place, "item_failed")
+        param = f"input[{place}]"
+        return ApiError(500, f"{param}: {reason}", param, "item_failed")
 
-    def whole(self) -> list[ItemAnswer]:
-        """Return the answers of all items, for a shape that has no place for a failed one.
+    def refuse_failures(self) -> None:
+        """Refuse what a shape has no place for: the failure of some texts.
 
         Raises:
-            ApiError: 500, an item failed.
+            ApiError: 500, a text failed.
         """
-        failures = map(self.failure, range(len(self.answer.items)))
-        if failure := next(filter(None, failures), None):
+        if self.answers.errors:
+            failure = self.failure(min(self.answers.errors))
+            assert failure is not None
             raise failure
-        return self.answer.items
 
-    def activate(self, item: ItemAnswer, function: Activation | None = None) -> list[float]:
-        """Return an item's scores [C]; by default those of the checkpoint's kind of problem."""
-        if function is None:
-            function = "sigmoid" if self.checkpoint.multi_label else "softmax"
-        return activate(item.logits, function)
+    @cached_property
+    def scores(self) -> Array:
+        """The scores of the checkpoint's kind of problem, float64 [B, C]."""
+        function: Activation = "sigmoid" if self.checkpoint.multi_label else "softmax"
+        return activate(self.answers.logits, function)
 
-    def best_first(self, scores: Sequence[float]) -> list[dict[str, Any]]:
-        """Name scores [C] by their labels, best first."""
+    def ranked(self, function: Activation | None, most: int | None = None) -> list[list[Scored]]:
+        """Name the scores of all texts by their labels, the best of each text first.
+
+        Args:
+            function: makes scores of logits; None: that of the checkpoint's kind of problem.
+            most: labels of each text; None: all.
+        """
+        scores = self.scores if function is None else activate(self.answers.logits, function)
         names = self.checkpoint.manifest.labels
-        return [{"label": names[i], "score": scores[i]} for i in best_first(scores)]
+        return [
+            [Scored(names[i], own[i]) for i in order]
+            for own, order in zip(
+                scores.tolist(), best_first(scores)[:, :most].tolist(), strict=True
+            )
+        ]
 
 
-def best_first(scores: Sequence[float]) -> list[int]:
-    """Return the indices of scores, highest score first."""
-    return sorted(range(len(scores)), key=lambda i: -scores[i])
+def best_first(scores: Array) -> Array:
+    """Return the places of scores [B, C] in each row, highest score first."""
+    order: Array = np.argsort(-scores, axis=-1, kind="stable")
+    return order
 
 
-def activate(logits: Sequence[float], function: Activation) -> list[float]:
-    """Turn logits [C] into scores [C]."""
-    if function == "none":
-        return list(logits)
+def activate(logits: Array, function: Activation) -> Array:
+    """Turn logits [B, C] into scores, float64 [B, C]."""
+    scores = logits.astype(np.float64)
     if function == "sigmoid":
-        return [0.5 * (1 + math.tanh(0.5 * z)) for z in logits]
-    top = max(logits)
-    powers = [math.exp(z - top) for z in logits]
-    total = sum(powers)
-    return [power / total for power in powers]
+        scores = 0.5 * (1 + np.tanh(0.5 * scores))
+    elif function == "softmax":
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+    return scores

@@ -8,19 +8,19 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from budgetformer.errors import PolicyError
 from budgetformer.inference.decider import Decider
+from budgetformer.inference.texts import Texts
 from budgetformer.tokenization import Text, Tokens, characters
 from service.http import infinity
-from service.http.answers import Answered, best_first
+from service.http.answers import Answered
 from service.http.authentication import needs, spending
 from service.http.bodies import describe_body, read_body, travelled
+from service.http.classify_answer import classify_response
 from service.http.errors import CLASSIFYING, ApiError, ClientGoneError, errors_documented_as
-from service.http.responses import json_response
 from service.http.schemas import (
     ClassifyRequest,
     ClassifyResponse,
@@ -29,6 +29,7 @@ from service.http.schemas import (
     Input,
 )
 from service.http.state import State, state_of, too_late
+from service.ipc.answers import Answers
 from service.ipc.control_messages import ItemsAnswered, ItemSpent
 from service.ipc.engine_client import (
     DeadlineError,
@@ -38,7 +39,6 @@ from service.ipc.engine_client import (
     NotLoadedError,
     RefusedError,
 )
-from service.ipc.engine_messages import Answer, ItemAnswer, ItemTokens, pack_ids
 from service.pipeline.decision import DecidedTexts
 from service.pipeline.served_models import ServedModel
 from service.settings import DEFAULT_QUALITY
@@ -131,22 +131,22 @@ async def _respond(
     if not body.truncate:
         _refuse_overlong(tokenized, model)
     begun = time.monotonic()
-    answer = await _answer(state, body, model, tokenized, quality, deadline)
+    answers = await _answer(state, body, model, tokenized, quality, deadline)
     computed = time.monotonic()
     # A level that is not the usual one is named: overload lowered it, or a target chose it.
-    usual = body.target_ms is None and answer.quality == DEFAULT_QUALITY
-    shown = quality if usual else answer.quality
-    response = write(Answered(request.state.request_id, model, body, shown, tokenized, answer))
+    usual = body.target_ms is None and answers.quality == DEFAULT_QUALITY
+    shown = quality if usual else answers.quality
+    response = write(Answered(request.state.request_id, model, body, shown, tokenized, answers))
     responded = time.monotonic()
     stages = {
         "tokenize": begun - started,
-        "budget": answer.budget_seconds,
-        "queue": answer.queue_seconds,
-        "compute": answer.compute_seconds,
+        "budget": answers.budget_seconds,
+        "queue": answers.queue_seconds,
+        "compute": answers.compute_seconds,
     }
-    _measure(state, model, body, answer, tokenized, stages | {"respond": responded - computed})
+    _measure(state, model, body, answers, tokenized, stages | {"respond": responded - computed})
     stages["total"] = time.monotonic() - started
-    response.headers["X-Quality"] = str(answer.quality)
+    response.headers["X-Quality"] = str(answers.quality)
     response.headers["Server-Timing"] = ", ".join(
         f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items()
     )
@@ -160,7 +160,7 @@ async def _answer(
     tokenized: list[Tokens],
     quality: str | float,
     deadline: float,
-) -> Answer:
+) -> Answers:
     """Decide the budgets of texts, answer what step 0 answers, and have an engine do the rest.
 
     A model whose network reads embeddings to decide leaves that to the engine; so does a request
@@ -169,7 +169,7 @@ async def _answer(
     job = Job(
         model=model.checkpoint.name,
         version=model.checkpoint.version,
-        items=[],
+        texts=Texts.of(tokenized),
         quality=quality,
         deadline=deadline,
         heads=body.heads,
@@ -178,30 +178,27 @@ async def _answer(
         target=None if body.target_ms is None else body.target_ms / 1000,
     )
     if model.decider is None or job.target is not None:
-        return await _ask(state, replace(job, items=list(map(_item, tokenized))))
-    texts = await _decide(state, model, model.decider, tokenized, job)
+        return await _ask(state, job)
+    texts = await _decide(state, model, model.decider, job)
     places, ran = texts.unanswered, None
     if places:
-        items = [_window(tokenized[place]) for place in places]
-        asked = replace(job, items=items, quality=texts.quality, decisions=texts.decisions())
+        asked = replace(job, quality=texts.quality, decided=texts.decided).part(places)
         ran = await _ask(state, asked)
     return texts.answer(body.return_heads, ran)
 
 
-async def _decide(
-    state: State, model: ServedModel, decider: Decider, tokenized: list[Tokens], job: Job
-) -> DecidedTexts:
+async def _decide(state: State, model: ServedModel, decider: Decider, job: Job) -> DecidedTexts:
     started = time.monotonic()
     checkpoint = model.checkpoint
     quality = state.engines.level if job.quality == "auto" else job.quality
     rule = checkpoint.rule(quality if checkpoint.calibrated else None, job.heads, job.max_heads)
     with stage_span(state.tracer, "budget") as span:
-        decided = await state.deciding.decide(decider, rule, tokenized)
+        decided = await state.deciding.decide(decider, rule, job.texts.whole)
         if span.is_recording():
             span.set_attribute("budgetformer.model", checkpoint.label)
-            span.set_attribute("budgetformer.items", len(tokenized))
+            span.set_attribute("budgetformer.items", len(job.texts))
             span.set_attribute("budgetformer.budget", int(decided.steps.max()))
-    return DecidedTexts(tokenized, decided, decider, quality, time.monotonic() - started)
+    return DecidedTexts(job.texts, decided, decider, rule, quality, time.monotonic() - started)
 
 
 def _seconds(state: State, body: ClassifyRequest) -> float:
@@ -281,23 +278,6 @@ def _refuse_overlong(tokenized: list[Tokens], model: ServedModel) -> None:
             raise ApiError(422, message, f"input[{index}]", "text_too_long")
 
 
-def _window(tokens: Tokens) -> ItemTokens:
-    """Return what the encoder reads of a text."""
-    return ItemTokens(pack_ids(tokens.ids), _pack_segments(tokens.type_ids))
-
-
-def _item(tokens: Tokens) -> ItemTokens:
-    """Return what the encoder and step 0 read of a text."""
-    if tokens.whole is None:
-        return _window(tokens)
-    ids, segments = pack_ids(tokens.ids), _pack_segments(tokens.type_ids)
-    return ItemTokens(ids, segments, pack_ids(tokens.whole), _pack_segments(tokens.whole_type_ids))
-
-
-def _pack_segments(segments: list[int] | None) -> bytes:
-    return pack_ids(segments) if segments and any(segments) else b""
-
-
 def _refusal(error: RefusedError) -> ApiError:
     seconds = error.retry_after
     if error.reason == "deadline":
@@ -307,7 +287,7 @@ def _refusal(error: RefusedError) -> ApiError:
     return ApiError(429, message, code=error.reason, retry_after=seconds)
 
 
-async def _ask(state: State, job: Job) -> Answer:
+async def _ask(state: State, job: Job) -> Answers:
     try:
         return await state.engines.classify(job)
     except DeadlineError:
@@ -349,94 +329,28 @@ async def _wait_no_more(request: Request, waiting: asyncio.Timeout) -> None:
     waiting.reschedule(asyncio.get_running_loop().time())
 
 
-def classify_response(request: Request, answered: Answered) -> Response:
-    """Write the answer of POST /classify: failed items stand among the others.
-
-    Raises:
-        ApiError: 500, every item failed.
-    """
-    answer, body = answered.answer, answered.body
-    total = answered.checkpoint.num_layers * answered.checkpoint.num_heads
-    data: list[dict[str, Any]] = []
-    failures = []
-    for index, (tokens, item) in enumerate(zip(answered.tokenized, answer.items, strict=True)):
-        if failure := answered.failure(index):
-            failures.append(failure)
-            data.append({"index": index, "error": failure.body()})
-            continue
-        data.append(
-            {
-                "index": index,
-                **_scores(answered, item),
-                "heads": {
-                    "used": sum(item.heads),
-                    "total": total,
-                    "budget": item.budget,
-                    "predicted": item.predicted,
-                    "steps": item.steps,
-                    "per_layer": item.chosen,
-                },
-                "macs": item.macs,
-                "dense_macs": item.dense_macs,
-                "tokens": len(tokens),
-                "truncated": tokens.truncated,
-                "quality": answered.quality,
-            }
-        )
-    if len(failures) == len(data):
-        raise ApiError(500, failures[0].message, "input", "item_failed")
-    if failures:
-        request.scope["outcome"] = "partial"
-    return json_response(
-        {
-            "id": f"classify-{body.request_id or answered.request_id}",
-            "object": "list",
-            "created": int(time.time()),
-            "model": answered.checkpoint.label,
-            "data": data,
-            "usage": {
-                "prompt_tokens": answered.tokens,
-                "total_tokens": answered.tokens,
-                "heads_used": sum(sum(item.heads) for item in answer.items),
-                "heads_total": total * (len(data) - len(failures)),
-            },
-        }
-    )
-
-
-def _scores(answered: Answered, item: ItemAnswer) -> dict[str, Any]:
-    body = answered.body
-    names = answered.checkpoint.manifest.labels
-    probs = answered.activate(item)
-    ranked = best_first(probs)
-    least = 0.0 if body.threshold is None else body.threshold
-    labels = [
-        {"label": names[i], "score": probs[i]} for i in ranked[: body.top_k] if probs[i] >= least
-    ]
-    return {
-        "label": names[ranked[0]],
-        "score": probs[ranked[0]],
-        "probs": item.logits if body.use_activation is False else probs,
-        "num_classes": len(probs),
-        "labels": labels,
-    }
-
-
 def _measure(
     state: State,
     model: ServedModel,
     body: ClassifyRequest,
-    answer: Answer,
+    answers: Answers,
     tokenized: list[Tokens],
     stages: dict[str, float],
 ) -> None:
     checkpoint = model.checkpoint
+    whole = [place for place in range(len(answers)) if place not in answers.errors]
     items = [
-        ItemSpent(item.budget, sum(item.heads), len(tokens), item.macs, item.dense_macs)
-        for tokens, item in zip(tokenized, answer.items, strict=True)
-        if not item.error
+        ItemSpent(step, heads, len(tokenized[place]), macs, dense)
+        for place, step, heads, macs, dense in zip(
+            whole,
+            answers.step[whole].tolist(),
+            answers.heads[whole].tolist(),
+            answers.macs[whole].tolist(),
+            answers.dense_macs[whole].tolist(),
+            strict=True,
+        )
     ]
-    quality = answer.quality if checkpoint.calibrated else None
+    quality = answers.quality if checkpoint.calibrated else None
     expected = checkpoint.rule(quality, body.heads, body.max_heads).expected_budgets()
     state.hub.observe(
         ItemsAnswered(

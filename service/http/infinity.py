@@ -6,7 +6,7 @@ import time
 
 from fastapi import Response
 
-from service.http.answers import Activation, Answered
+from service.http.answers import Answered
 from service.http.responses import json_response
 
 NO_MODEL = "default/not-specified"
@@ -19,14 +19,11 @@ def infinity_response(answered: Answered) -> Response:
     Raises:
         ApiError: 500, an item failed.
     """
-    activation: Activation | None = "none" if answered.body.raw_scores else None
+    answered.refuse_failures()
     return json_response(
         {
             "object": "classify",
-            "data": [
-                answered.best_first(answered.activate(item, activation))
-                for item in answered.whole()
-            ],
+            "data": answered.ranked("none" if answered.body.raw_scores else None),
             "model": answered.checkpoint.label,
             "usage": {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens},
             "id": f"infinity-{answered.request_id}",

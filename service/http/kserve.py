@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 import budgetformer
 from budgetformer.checkpoint.store import Checkpoint
+from budgetformer.model.tfidf import Array
 from service.http.answers import Answered, best_first
 from service.http.authentication import needs
 from service.http.bodies import describe_body, max_values, parse, read_body, read_bytes, validate
@@ -32,8 +32,7 @@ from service.http.schemas import (
     TextPair,
 )
 from service.http.state import State, state_of
-from service.http.tensors import Tensor, Value, read_texts, split_body, write_body
-from service.ipc.engine_messages import ItemAnswer
+from service.http.tensors import Tensor, read_texts, split_body, write_body
 
 TEXT, TEXT_PAIR = "text", "text_pair"
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -62,15 +61,15 @@ _ADMINS: dict[str, Any] = {"dependencies": [needs("admin")]}
 
 @dataclass(frozen=True)
 class Output:
-    """One output: for each item a row of one value, or of as many as `columns` says of a model."""
+    """One output: for each text one value, or as many as `columns` says of a model."""
 
     name: str
     datatype: str
-    row: Callable[[Answered, ItemAnswer], Sequence[Value]]
+    values: Callable[[Answered], Array | list[str]]
     columns: Callable[[Checkpoint], int] | None = None
 
     def width(self, checkpoint: Checkpoint) -> int:
-        """Return the values in a row."""
+        """Return the values of a text."""
         return 1 if self.columns is None else self.columns(checkpoint)
 
 
@@ -82,32 +81,22 @@ def _steps(checkpoint: Checkpoint) -> int:
     return len(checkpoint.ladder) + 1
 
 
-def _best(answered: Answered, item: ItemAnswer) -> dict[str, Any]:
-    return answered.best_first(answered.activate(item))[0]
-
-
-def _or_minus_one(step: int | None) -> int:
-    return -1 if step is None else step
+def _best(answered: Answered) -> list[str]:
+    names = answered.checkpoint.manifest.labels
+    return [names[i] for i in answered.scores.argmax(-1).tolist()]
 
 
 OUTPUTS = {
     output.name: output
     for output in (
-        Output("label", "BYTES", lambda answered, item: [_best(answered, item)["label"]]),
-        Output("score", "FP32", lambda answered, item: [_best(answered, item)["score"]]),
-        Output("probs", "FP32", lambda answered, item: answered.activate(item), _labels),
-        Output("heads", "INT32", lambda _, item: [sum(item.heads)]),
-        Output("budget", "INT32", lambda _, item: [item.budget]),
-        Output("predicted", "INT32", lambda _, item: [_or_minus_one(item.predicted)]),
-        Output(
-            "steps",
-            "BOOL",
-            lambda answered, item: [
-                step in item.steps for step in range(_steps(answered.checkpoint))
-            ],
-            _steps,
-        ),
-        Output("macs", "INT64", lambda _, item: [item.macs]),
+        Output("label", "BYTES", _best),
+        Output("score", "FP32", lambda answered: answered.scores.max(-1)),
+        Output("probs", "FP32", lambda answered: answered.scores, _labels),
+        Output("heads", "INT32", lambda answered: answered.answers.heads),
+        Output("budget", "INT32", lambda answered: answered.answers.step),
+        Output("predicted", "INT32", lambda answered: answered.answers.predicted),
+        Output("steps", "BOOL", lambda answered: answered.answers.ran, _steps),
+        Output("macs", "INT64", lambda answered: answered.answers.macs),
     )
 }
 
@@ -228,10 +217,10 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     )
 
     def write(answered: Answered) -> Response:
-        items = answered.whole()
+        answered.refuse_failures()
         tensors = [
             (
-                _tensor(answered, items, output, asked_for.top_classes, shape),
+                _tensor(answered, output, asked_for.top_classes, shape),
                 asked_for.binary(default=parameters.binary_data_output),
             )
             for output, asked_for in wanted
@@ -295,21 +284,24 @@ def _outputs(asked: list[InferOutput]) -> list[tuple[Output, InferOutput]]:
     return wanted
 
 
-def _tensor(
-    answered: Answered, items: list[ItemAnswer], output: Output, top: int, shape: list[int]
-) -> Tensor:
-    rows = [output.row(answered, item) for item in items]
+def _tensor(answered: Answered, output: Output, top: int, shape: list[int]) -> Tensor:
+    values = output.values(answered)
+    count = len(answered.answers)
     if top:
-        ranked = [_ranked(answered, row)[:top] for row in rows]
-        return Tensor(output.name, "BYTES", (len(rows), len(ranked[0])), list(chain(*ranked)))
-    dims = tuple(shape) if output.columns is None else (len(rows), len(rows[0]))
-    return Tensor(output.name, output.datatype, dims, list(chain(*rows)))
+        order = best_first(answered.scores)[:, :top]
+        return Tensor(output.name, "BYTES", order.shape, _ranked(answered, order))
+    dims = tuple(shape) if output.columns is None else (count, output.width(answered.checkpoint))
+    return Tensor(output.name, output.datatype, dims, values)
 
 
-def _ranked(answered: Answered, scores: Sequence[Any]) -> list[str]:
+def _ranked(answered: Answered, order: Array) -> list[str]:
     """Name classes as Triton's classification extension does, score:index:label."""
-    names = answered.checkpoint.manifest.labels
-    return [f"{scores[i]:f}:{i}:{names[i]}" for i in best_first(scores)]
+    names, scores = answered.checkpoint.manifest.labels, answered.scores
+    return [
+        f"{scores[place, i]:f}:{i}:{names[i]}"
+        for place, row in enumerate(order.tolist())
+        for i in row
+    ]
 
 
 @router.post(

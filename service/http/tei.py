@@ -75,10 +75,8 @@ async def respond_to_predict(request: Request, body: PredictRequest) -> Response
     )
 
     def write(answered: Answered) -> Response:
-        rows = [
-            answered.best_first(answered.activate(item, activation))[: parameters.top_k]
-            for item in answered.whole()
-        ]
+        answered.refuse_failures()
+        rows = answered.ranked(activation, parameters.top_k)
         return json_response(rows if batched or body.parameters is not None else rows[0])
 
     return await respond(request, asked, write)

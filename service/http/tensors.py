@@ -14,23 +14,23 @@ from math import prod
 from typing import Any
 
 import msgspec
+import numpy as np
 
+from budgetformer.model.tfidf import Array
 from service.http.errors import ApiError
 
-Value = str | int | float | bool
-
-_FORMATS = {"FP32": "f", "INT32": "i", "INT64": "q", "BOOL": "?"}
+_DTYPES = {"FP32": "<f4", "INT32": "<i4", "INT64": "<i8", "BOOL": "?"}
 _LENGTH = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named tensor, its values in row-major order."""
+    """A named tensor: its values in row-major order, a list of texts if it is a BYTES tensor."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
-    values: Sequence[Value]
+    values: Array | Sequence[str]
 
     def described(self) -> dict[str, Any]:
         """Return what stands in the JSON of both forms."""
@@ -38,10 +38,17 @@ class Tensor:
 
     def binary(self) -> bytes:
         """Return the values in the binary form."""
-        if self.datatype == "BYTES":
-            texts = [str(value).encode() for value in self.values]
-            return b"".join(_LENGTH.pack(len(text)) + text for text in texts)
-        return struct.pack(f"<{len(self.values)}{_FORMATS[self.datatype]}", *self.values)
+        if isinstance(self.values, np.ndarray):
+            return self.values.astype(_DTYPES[self.datatype], copy=False).tobytes()
+        texts = [value.encode() for value in self.values]
+        return b"".join(_LENGTH.pack(len(text)) + text for text in texts)
+
+    def data(self) -> list[Any]:
+        """Return the values in the JSON form."""
+        if isinstance(self.values, np.ndarray):
+            found: list[Any] = self.values.ravel().tolist()
+            return found
+        return list(self.values)
 
 
 def split_body(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
@@ -118,7 +125,7 @@ def write_body(
             blobs.append(tensor.binary())
             entry["parameters"] = {"binary_data_size": len(blobs[-1])}
         else:
-            entry["data"] = tensor.values
+            entry["data"] = tensor.data()
         described.append(entry)
     text = msgspec.json.encode(head | {"outputs": described})
     return b"".join([text, *blobs]), len(text) if blobs else None

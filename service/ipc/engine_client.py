@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import structlog
 
+from budgetformer.inference.decider import Decided
 from budgetformer.inference.policy import QUALITY_NAMES, QualityName
+from budgetformer.inference.texts import Texts
+from budgetformer.model.tfidf import Array
 from service.background import Background
 from service.ipc import engine_messages as protocol
+from service.ipc.answers import Answers
 from service.ipc.connection import (
     RECONNECT_SECONDS,
     Connection,
@@ -30,11 +35,12 @@ from service.ipc.engine_messages import (
     Failed,
     Heartbeat,
     Hello,
-    ItemTokens,
     LevelChanged,
     ModelInfo,
     Models,
     Refused,
+    SentTexts,
+    pack,
 )
 from service.process import on_silence
 from service.settings import DEFAULT_QUALITY
@@ -88,21 +94,20 @@ class Job:
 
     model: str
     version: int
-    items: list[ItemTokens]
+    texts: Texts
     quality: str | float
     deadline: float
     heads: int | None = None
     max_heads: int | None = None
     return_heads: bool = False
     target: float | None = None
-    decisions: Decisions | None = None
-    steps: list[int] | None = None
+    decided: Decided | None = None
+    steps: Array | None = None
 
-    def part(self, places: Sequence[int]) -> Job:
-        """Return the job for the items at some places."""
-        items = [self.items[place] for place in places]
-        decisions = self.decisions and self.decisions.part(places)
-        return replace(self, items=items, decisions=decisions)
+    def part(self, places: list[int]) -> Job:
+        """Return the job for the texts at some places."""
+        decided = self.decided and self.decided.part(np.array(places))
+        return replace(self, texts=self.texts.take(places), decided=decided)
 
 
 def request_of(job: Job) -> Classify:
@@ -116,13 +121,15 @@ def request_of(job: Job) -> Classify:
     if remaining <= 0:
         raise DeadlineError
     return Classify(
-        0, job.model, job.version, job.items, job.quality, remaining,
-        job.heads, job.max_heads, job.return_heads, job.target,
-        context.request_id, context.traceparent, job.steps, job.decisions,
+        0, job.model, job.version, SentTexts.of(job.texts, job.decided is None),
+        job.quality, remaining, job.heads, job.max_heads, job.return_heads, job.target,
+        context.request_id, context.traceparent,
+        b"" if job.steps is None else pack(job.steps, "<i4"),
+        None if job.decided is None else Decisions.of(job.decided),
     )  # fmt: skip
 
 
-def answer_of(reply: protocol.ToFront) -> Answer:
+def answers_of(reply: protocol.ToFront) -> Answers:
     """Return what an engine answers to a `Classify`.
 
     Raises:
@@ -130,7 +137,13 @@ def answer_of(reply: protocol.ToFront) -> Answer:
     """
     match reply:
         case Answer():
-            return reply
+            return replace(
+                reply.answers.read(),
+                budget_seconds=reply.budget_seconds,
+                queue_seconds=reply.queue_seconds,
+                compute_seconds=reply.compute_seconds,
+                quality=reply.quality,
+            )
         case Refused(reason=reason, retry_after=seconds):
             raise RefusedError(reason, seconds)
         case Expired():
@@ -270,7 +283,7 @@ class Engines:
         levels = {client.level for client in self.alive}
         return next((name for name in QUALITY_NAMES if name in levels), DEFAULT_QUALITY)
 
-    async def classify(self, job: Job) -> Answer:
+    async def classify(self, job: Job) -> Answers:
         """Have a job done by the engine with the least in flight; if it dies, by another.
 
         Raises:
@@ -280,7 +293,7 @@ class Engines:
         for attempt in (1, 2):
             client = await self._choose(job, wait=attempt == 2)
             message = request_of(job)
-            client.items_in_flight += len(job.items)
+            client.items_in_flight += len(job.texts)
             try:
                 reply = await client.ask(message, message.remaining + GRACE_SECONDS)
             except TimeoutError as error:
@@ -291,8 +304,8 @@ class Engines:
                 )
                 continue
             finally:
-                client.items_in_flight -= len(job.items)
-            return answer_of(reply)
+                client.items_in_flight -= len(job.texts)
+            return answers_of(reply)
         raise EngineDownError
 
     async def _choose(self, job: Job, wait: bool) -> EngineClient:

@@ -1,81 +1,136 @@
-"""What fronts and the hub say to an engine, and it to them; see `service.ipc.frames` for the form.
+"""What frontends and the hub say to an engine, and it to them; see `service.ipc.frames`.
 
-Token ids travel as raw little-endian int32.
+Numbers of many texts travel as columns: the raw bytes of a little-endian array.
+
+Shapes: B texts, N tokens, C labels, S steps.
 """
 
 from __future__ import annotations
 
-import array
-import sys
-from collections.abc import Sequence
 from typing import ClassVar, TypeAlias
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
+from budgetformer.inference.decider import Decided
 from budgetformer.inference.policy import QualityName
+from budgetformer.inference.texts import Texts, TokenColumns
+from budgetformer.model.tfidf import Array
+from service.ipc.answers import Answers
 from service.ipc.frames import FrameError, Message, decoder
 
-PROTOCOL = 6
+PROTOCOL = 7
 
 
-class ItemTokens(msgspec.Struct, frozen=True, array_like=True):
-    """One text: token ids and segment ids, int32 bytes; no segments means all 0.
-
-    `whole` and `whole_segments` are what step 0 reads; no `whole` means that it reads `ids`.
-    """
+class SentTokens(msgspec.Struct, frozen=True, array_like=True):
+    """`TokenColumns`: ids and lengths, int32; no `types` means type 0 throughout."""
 
     ids: bytes
-    segments: bytes = b""
-    whole: bytes = b""
-    whole_segments: bytes = b""
+    lengths: bytes
+    types: bytes = b""
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that the encoder reads."""
-        return len(self.ids) // ID_BYTES
+    @classmethod
+    def of(cls, columns: TokenColumns) -> SentTokens:
+        """Encode token columns."""
+        types = b"" if columns.types is None else pack(columns.types, "<i4")
+        return cls(pack(columns.ids, "<i4"), pack(columns.lengths, "<i4"), types)
 
-    @property
-    def exit_tokens(self) -> int:
-        """Tokens that step 0 reads."""
-        return len(self.whole or self.ids) // ID_BYTES
+    def read(self) -> TokenColumns:
+        """Decode token columns.
+
+        Raises:
+            FrameError: the columns do not fit together.
+        """
+        ids, lengths = unpack(self.ids, "<i4"), unpack(self.lengths, "<i4")
+        types = unpack(self.types, "<i4") if self.types else None
+        if (lengths < 0).any() or int(lengths.sum(dtype=np.int64)) != len(ids):
+            raise FrameError("the lengths of texts do not add up to their tokens")
+        if types is not None and len(types) != len(ids):
+            raise FrameError("there must be as many token types as tokens")
+        return TokenColumns(ids, lengths, types)
+
+
+class SentTexts(msgspec.Struct, frozen=True, array_like=True):
+    """`Texts`: what the encoder reads, and what step 0 does; None: the same."""
+
+    window: SentTokens
+    whole: SentTokens | None = None
+
+    @classmethod
+    def of(cls, texts: Texts, step0_reads: bool = True) -> SentTexts:
+        """Encode texts; what step 0 reads is left out if nobody has to decide any more."""
+        window = SentTokens.of(texts.window)
+        if texts.whole is texts.window or not step0_reads:
+            return cls(window)
+        return cls(window, SentTokens.of(texts.whole))
+
+    def read(self) -> Texts:
+        """Decode texts.
+
+        Raises:
+            FrameError: the columns do not fit together.
+        """
+        window = self.window.read()
+        whole = window if self.whole is None else self.whole.read()
+        if len(whole) != len(window):
+            raise FrameError("step 0 must read as many texts as the encoder")
+        return Texts(window, whole)
 
 
 class Decisions(msgspec.Struct, frozen=True, array_like=True):
-    """What a frontend has decided of some items: the step that each runs first, 1 or more.
+    """What a frontend has decided of texts: the step that each runs first, 1 or more, int32.
 
-    `s` holds f_o's verdicts, float32 bytes; `exit_logits` step 0's logits, one item after another,
-    and is empty for a network without a step 0.
+    `s` holds f_o's verdicts, float32; `exit_logits` step 0's logits, float32 [B, C], and is empty
+    for a network without a step 0.
     """
 
-    steps: list[int]
+    steps: bytes
     s: bytes
     exit_logits: bytes = b""
 
-    def part(self, places: Sequence[int]) -> Decisions:
-        """Return those of the items at some places."""
-        width = len(self.exit_logits) // len(self.steps)
-        return Decisions(
-            [self.steps[place] for place in places],
-            _rows(self.s, ID_BYTES, places),
-            _rows(self.exit_logits, width, places),
+    @classmethod
+    def of(cls, decided: Decided) -> Decisions:
+        """Encode what was decided of texts of which step 0 answers none."""
+        logits = decided.exit_logits
+        return cls(
+            pack(decided.steps, "<i4"),
+            pack(decided.s, "<f4"),
+            b"" if logits is None else pack(logits, "<f4"),
         )
+
+    def read(self, texts: int, classes: int) -> Decided:
+        """Decode decisions.
+
+        Args:
+            texts: how many there are.
+            classes: labels C of step 0; 0: there is none.
+
+        Raises:
+            FrameError: they are not as many numbers as the texts of this network have.
+        """
+        steps, s = unpack(self.steps, "<i4"), unpack(self.s, "<f4")
+        logits = unpack(self.exit_logits, "<f4")
+        if not len(steps) == len(s) == texts or len(logits) != texts * classes:
+            raise FrameError("there must be as many decisions as texts")
+        if not (steps > 0).all():
+            raise FrameError("step 0 needs no engine")
+        asked = np.zeros(texts, bool)
+        return Decided(steps, asked, s, logits.reshape(texts, classes) if classes else None)
 
 
 class Classify(Message, frozen=True):
-    """Classify some items with one model; `remaining` seconds until the answer is worthless.
+    """Classify texts with one model; `remaining` seconds until the answer is worthless.
 
     A quality of "auto" leaves the level to the engine; so does `target`, the seconds that the
     answer should take. `request_id` and the W3C `traceparent` name the request in logs and traces.
-    `decisions` are the frontend's; None: the engine decides. `steps` are the ladder steps at which
-    items begin that another engine decided and began.
+    `decisions` are the frontend's; None: the engine decides. `steps` are the ladder steps, int32,
+    at which texts begin that another engine decided and began; empty: there is none.
     """
 
     id: int
     model: str
     version: int
-    items: list[ItemTokens]
+    texts: SentTexts
     quality: str | float
     remaining: float
     heads: int | None = None
@@ -84,7 +139,7 @@ class Classify(Message, frozen=True):
     target: float | None = None
     request_id: str = ""
     traceparent: str = ""
-    steps: list[int] | None = None
+    steps: bytes = b""
     decisions: Decisions | None = None
 
 
@@ -161,36 +216,81 @@ class LevelChanged(Message, frozen=True):
     quality: QualityName
 
 
-class ItemAnswer(msgspec.Struct, frozen=True, array_like=True):
-    """The answer for one item. `error` set: it failed alone and the other fields mean nothing.
+class SentAnswers(msgspec.Struct, frozen=True, array_like=True):
+    """The columns of `Answers`."""
 
-    `predicted` is the step that f_o expected to answer, None where layers decide for themselves;
-    `steps` are those that this engine ran, the last of which answered (`budget`).
+    logits: bytes
+    step: bytes
+    predicted: bytes
+    ran: bytes
+    heads: bytes
+    macs: bytes
+    dense_macs: bytes
+    next_step: bytes = b""
+    chosen: list[list[list[int]]] | None = None
+    errors: dict[int, str] = {}
 
-    `next_step` set: it is not answered, as it needs this ladder step, which its engine does not
-    compute; the other fields say what was spent on it until then.
-    """
+    @classmethod
+    def of(cls, answers: Answers) -> SentAnswers:
+        """Encode answers."""
+        unfinished = answers.next_step.any()
+        return cls(
+            pack(answers.logits, "<f4"),
+            pack(answers.step, "<i4"),
+            pack(answers.predicted, "<i4"),
+            pack(answers.ran, "?"),
+            pack(answers.heads, "<i4"),
+            pack(answers.macs, "<i8"),
+            pack(answers.dense_macs, "<i8"),
+            pack(answers.next_step, "<i4") if unfinished else b"",
+            answers.chosen,
+            dict(answers.errors),
+        )
 
-    logits: list[float] = []
-    budget: int = 0
-    predicted: int | None = None
-    steps: list[int] = []
-    heads: list[int] = []
-    chosen: list[list[int]] | None = None
-    macs: int = 0
-    dense_macs: int = 0
-    error: str = ""
-    next_step: int = 0
+    def read(self) -> Answers:
+        """Decode answers.
+
+        Raises:
+            FrameError: the columns do not fit together.
+        """
+        step = unpack(self.step, "<i4")
+        count = len(step)
+        logits, ran = unpack(self.logits, "<f4"), unpack(self.ran, "?")
+        single = [
+            step,
+            unpack(self.predicted, "<i4"),
+            unpack(self.heads, "<i4"),
+            unpack(self.macs, "<i8"),
+            unpack(self.dense_macs, "<i8"),
+            unpack(self.next_step, "<i4") if self.next_step else np.zeros(count, np.int32),
+        ]
+        rows = [len(logits), len(ran)]
+        chosen = count if self.chosen is None else len(self.chosen)
+        if {chosen, *map(len, single)} != {count} or (count and any(n % count for n in rows)):
+            raise FrameError("the columns of an answer are not of one length")
+        step, predicted, heads, macs, dense_macs, next_step = single
+        return Answers(
+            logits.reshape(count, -1) if count else logits.reshape(0, 0),
+            step,
+            predicted,
+            ran.reshape(count, -1) if count else ran.reshape(0, 0),
+            heads,
+            macs,
+            dense_macs,
+            next_step,
+            self.chosen,
+            self.errors,
+        )
 
 
 class Answer(Message, frozen=True):
-    """The answers of a request, and the seconds of its stages (the slowest item's).
+    """The answers of a request, and the seconds of its stages (the slowest text's).
 
     `quality` is what decided the budgets: a level, or the points given up.
     """
 
     id: int
-    items: list[ItemAnswer]
+    answers: SentAnswers
     budget_seconds: float
     queue_seconds: float
     compute_seconds: float
@@ -263,42 +363,19 @@ ToFront: TypeAlias = (
 TO_ENGINE = decoder(ToEngine)
 TO_FRONT = decoder(ToFront)
 
-ID_BYTES = 4
+
+def pack(column: Array, dtype: str) -> bytes:
+    """Encode a column as little-endian numbers of one kind."""
+    return column.astype(dtype, copy=False).tobytes()
 
 
-def _rows(data: bytes, width: int, places: Sequence[int]) -> bytes:
-    return b"".join([data[place * width : (place + 1) * width] for place in places])
-
-
-def pack_ids(ids: Sequence[int]) -> bytes:
-    """Encode token ids as little-endian int32."""
-    packed = array.array("i", ids)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
-
-
-def unpack_floats(data: bytes) -> npt.NDArray[np.float32]:
-    """Decode little-endian float32 numbers.
+def unpack(data: bytes, dtype: str) -> Array:
+    """Decode a column; what comes of it may be written to.
 
     Raises:
-        FrameError: the length is not a multiple of four.
+        FrameError: the bytes are not whole numbers of this kind.
     """
-    if len(data) % ID_BYTES:
-        raise FrameError("numbers are not whole float32 numbers")
-    return np.frombuffer(data, "<f4").astype(np.float32)
-
-
-def unpack_ids(data: bytes) -> array.array[int]:
-    """Decode what `pack_ids` made.
-
-    Raises:
-        FrameError: the length is not a multiple of four.
-    """
-    if len(data) % ID_BYTES:
-        raise FrameError("token ids are not whole int32 numbers")
-    unpacked = array.array("i")
-    unpacked.frombytes(data)
-    if sys.byteorder == "big":
-        unpacked.byteswap()
-    return unpacked
+    kind = np.dtype(dtype)
+    if len(data) % kind.itemsize:
+        raise FrameError(f"{len(data)} bytes are not whole numbers of {kind.itemsize} bytes")
+    return np.frombuffer(data, kind).astype(kind.newbyteorder("="))

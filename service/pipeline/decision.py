@@ -6,16 +6,14 @@ The other texts go to an engine, which only runs passes for them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 
 from budgetformer.inference.decider import Decided, Decider
 from budgetformer.inference.policy import BudgetRule
-from budgetformer.tokenization import Tokens
-from service.ipc.engine_messages import Answer, Decisions, ItemAnswer
+from budgetformer.inference.texts import Texts, TokenColumns
+from service.ipc.answers import Answers
 
 FEW_TEXTS = 16
 """A request of as many texts is decided by itself: more at once would hardly be faster."""
@@ -30,8 +28,8 @@ class Deciding:
     def __init__(self) -> None:
         self._waiting: dict[tuple[int, int], _Waiting] = {}
 
-    async def decide(self, decider: Decider, rule: BudgetRule, texts: Sequence[Tokens]) -> Decided:
-        """Return what is decided of the texts of one request."""
+    async def decide(self, decider: Decider, rule: BudgetRule, texts: TokenColumns) -> Decided:
+        """Return what is decided of the texts of one request, by all that step 0 reads of them."""
         if len(texts) >= FEW_TEXTS:
             return decider.decide(texts, rule)
         loop = asyncio.get_running_loop()
@@ -41,14 +39,15 @@ class Deciding:
         waiting = self._waiting.setdefault(key, _Waiting(decider, rule, [], []))
         asking: asyncio.Future[Decided] = loop.create_future()
         waiting.asking.append((len(texts), asking))
-        waiting.texts.extend(texts)
+        waiting.texts.append(texts)
         return await asking
 
     def _decide_all(self) -> None:
         groups, self._waiting = self._waiting, {}
         for group in groups.values():
             try:
-                decided = group.decider.decide(group.texts, group.rule)
+                texts = TokenColumns.join(group.texts)
+                decided = group.decider.decide(texts, group.rule)
             except Exception as error:  # whatever it is, nobody may wait for ever
                 for _, asking in group.asking:
                     if not asking.done():
@@ -67,7 +66,7 @@ class _Waiting:
 
     decider: Decider
     rule: BudgetRule
-    texts: list[Tokens]
+    texts: list[TokenColumns]
     asking: list[tuple[int, asyncio.Future[Decided]]]
 
 
@@ -79,13 +78,15 @@ class DecidedTexts:
         texts: their tokens.
         decided: what was decided of them.
         decider: of the model.
+        rule: by which it was decided.
         quality: level, or points given up, for which it was decided.
         seconds: that the decision took.
     """
 
-    texts: Sequence[Tokens]
+    texts: Texts
     decided: Decided
     decider: Decider
+    rule: BudgetRule
     quality: str | float
     seconds: float
 
@@ -95,54 +96,31 @@ class DecidedTexts:
         places: list[int] = np.flatnonzero(self.decided.steps).tolist()
         return places
 
-    def decisions(self) -> Decisions:
-        """Return what an engine must know of the texts that need one."""
-        part = self.decided.part(np.flatnonzero(self.decided.steps))
-        logits = b"" if part.exit_logits is None else part.exit_logits.astype("<f4").tobytes()
-        return Decisions(part.steps.tolist(), part.s.astype("<f4").tobytes(), logits)
-
-    def answer(self, return_heads: bool, engine: Answer | None) -> Answer:
+    def answer(self, return_heads: bool, engine: Answers | None) -> Answers:
         """Put the answers of step 0 and those of an engine together, in the order of the texts.
 
         Args:
             return_heads: name the heads that were computed.
-            engine: the answer to the `unanswered` texts; None: there were none.
+            engine: the answers to the `unanswered` texts; None: there were none.
         """
-        ran = iter([] if engine is None else engine.items)
-        decided = self.decided
-        items = [
-            self._joined(place, next(ran)) if step else self._exit(place, return_heads)
-            for place, step in enumerate(decided.steps.tolist())
-        ]
-        if engine is None:
-            return Answer(0, items, self.seconds, 0.0, 0.0, self.quality)
-        return msgspec.structs.replace(engine, items=items, budget_seconds=self.seconds)
-
-    def _exit(self, place: int, return_heads: bool) -> ItemAnswer:
-        layers = self.decider.sizes.layers
-        decision, dense = self.decider.macs(len(self.texts[place]))
-        logits = self.decided.exit_logits
-        assert logits is not None
-        return ItemAnswer(
-            logits=logits[place].tolist(),
-            budget=0,
-            predicted=0,
-            steps=[0],
-            heads=[0] * layers,
-            chosen=[[]] * layers if return_heads else None,
-            macs=decision,
+        decided, sizes, count = self.decided, self.decider.sizes, len(self.texts)
+        macs = [self.decider.macs(tokens) for tokens in self.texts.window.lengths.tolist()]
+        spent, dense = np.array(macs, np.int64).T
+        logits = decided.exit_logits
+        none = np.zeros(count, np.int32)
+        ran = np.zeros((count, self.rule.num_steps + 1), bool)
+        ran[:, 0] = decided.asked
+        answers = Answers(
+            logits=np.zeros((count, sizes.classes), np.float32) if logits is None else logits,
+            step=none,
+            predicted=decided.steps,
+            ran=ran,
+            heads=none,
+            macs=spent,
             dense_macs=dense,
+            next_step=none,
+            chosen=[[[] for _ in range(sizes.layers)]] * count if return_heads else None,
+            budget_seconds=self.seconds,
+            quality=self.quality,
         )
-
-    def _joined(self, place: int, item: ItemAnswer) -> ItemAnswer:
-        """Add what the decision took and found to what an engine says of a text."""
-        if item.error:
-            return item
-        decision, _ = self.decider.macs(len(self.texts[place]))
-        before = [0] if self.decided.asked[place] else []
-        return msgspec.structs.replace(
-            item,
-            predicted=int(self.decided.steps[place]),
-            steps=[*before, *item.steps],
-            macs=item.macs + decision,
-        )
+        return answers if engine is None else answers.with_later(self.unanswered, engine)

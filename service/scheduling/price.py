@@ -103,12 +103,19 @@ class Prices:
 
     def item(self, key: Hashable, step: int, outlook: Outlook, tokens: int) -> float:
         """Return the seconds that an item takes from its step on, likely later steps included."""
-        table = self._tables[key]
-        seconds = sum(
-            likely * table.share(self._step(table, later), tokens)
-            for later, likely in outlook.after(step)
-        )
-        return self._scales[key] * seconds
+        return self.each(key, step, outlook, [tokens])[0]
+
+    def each(
+        self, key: Hashable, step: int, outlook: Outlook, tokens: Sequence[int]
+    ) -> list[float]:
+        """Return the same of each of some items, by their tokens."""
+        table, scale = self._tables[key], self._scales[key]
+        item = token = 0.0
+        for later, likely in outlook.after(step):
+            at = self._step(table, later)
+            item += scale * likely * table.share(at, 0)
+            token += scale * likely * table.share(at, 1, 0)
+        return [item + token * count for count in tokens]
 
     def constant(self, key: Hashable, step: int) -> float:
         """Return the seconds that a batch at a step takes whatever is in it."""

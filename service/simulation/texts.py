@@ -6,17 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from budgetformer.checkpoint.store import Checkpoint, load_encoder
 from budgetformer.errors import DataError
 from budgetformer.inference.policy import QUALITY_NAMES, BudgetRule, QualityName
+from budgetformer.inference.texts import Texts
 from service.scheduling.price import Outlook
-
-if TYPE_CHECKING:
-    from budgetformer.inference.cascade import Work
 
 Steps = tuple[int, ...]
 """Ladder steps that a text runs one after the other; none: step 0 answers it."""
@@ -98,22 +95,21 @@ def measured_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]
     """
     from budgetformer.checkpoint.loading import load_network
     from budgetformer.inference import cascade
-    from budgetformer.inference.cascade import Work
 
     if not texts:
         raise DataError("there are no texts to measure")
     network = load_network(checkpoint, "cpu", "float32")
     encodings = load_encoder(checkpoint).encode(texts)
-    works: dict[QualityName, list[Work]] = {}
+    columns = Texts.of(encodings)
+    ran: dict[QualityName, np.ndarray] = {}
     for level in QUALITY_NAMES:
-        rule = checkpoint.rule(level)
-        works[level] = [Work.of(encoding, rule) for encoding in encodings]
-        cascade.answer(network, works[level], _batches)
+        items = cascade.answer(network, columns, checkpoint.rule(level), _batches)
+        ran[level] = items.ran[:, 1:]
     return Population(
         [
             Text(
                 len(encoding),
-                {level: _passes(own[place]) for level, own in works.items()},
+                {level: _passes(own[place]) for level, own in ran.items()},
                 None if encoding.whole is None else len(encoding.whole),
             )
             for place, encoding in enumerate(encodings)
@@ -121,12 +117,13 @@ def measured_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]
     )
 
 
-def _batches(works: Sequence[Work]) -> Iterator[Sequence[Work]]:
-    return (works[start : start + TOGETHER] for start in range(0, len(works), TOGETHER))
+def _batches(places: list[int]) -> Iterator[list[int]]:
+    return (places[start : start + TOGETHER] for start in range(0, len(places), TOGETHER))
 
 
-def _passes(work: Work) -> Steps:
-    return tuple(step for step in work.steps if step)
+def _passes(ran: np.ndarray) -> Steps:
+    """Return the steps from 1 on that ran."""
+    return tuple((np.flatnonzero(ran) + 1).tolist())
 
 
 def made_up_texts(

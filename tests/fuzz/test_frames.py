@@ -94,14 +94,16 @@ def test_noise(read: Read, random: Random) -> None:
 
 
 @fuzzed(0.1)
-def test_token_ids(random: Random) -> None:
-    data = random.randbytes(random.randint(0, 40))
-    try:
-        ids = protocol.unpack_ids(data)
-    except FrameError:
-        assert len(data) % 4
-    else:
-        assert protocol.pack_ids(ids) == data
+def test_columns(random: Random) -> None:
+    ids, lengths, types, *answers = (
+        random.randbytes(random.choice([0, 4, 8, 12, random.randint(0, 40)])) for _ in range(11)
+    )
+    for sent in (protocol.SentTokens(ids, lengths, types), protocol.SentAnswers(*answers)):
+        try:
+            read = sent.read()
+        except FrameError:
+            continue
+        assert type(sent).of(read).read() is not None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("reader", READERS, ids=["to engine", "to front", "to hub", "from hub"])

@@ -32,16 +32,16 @@ from service.ipc.engine_messages import (
     Expired,
     Failed,
     Hello,
-    ItemAnswer,
-    ItemTokens,
     Load,
     ModelInfo,
     Models,
     Refused,
+    SentAnswers,
     ToEngine,
     ToFront,
     Unload,
 )
+from tests.support.columns import answers_to, texts_of
 from tests.support.waiting import until
 
 KEY = ("topics", 1)
@@ -89,7 +89,8 @@ class ScriptedEngine:
 
 
 def answers(message: Classify) -> ToFront:
-    return Answer(message.id, [ItemAnswer([0.0, 1.0])] * len(message.items), 0.1, 0.2, 0.3, "fast")
+    sent = SentAnswers.of(answers_to(len(message.texts.read())))
+    return Answer(message.id, sent, 0.1, 0.2, 0.3, "fast")
 
 
 def dies(_: Classify) -> None:
@@ -97,8 +98,8 @@ def dies(_: Classify) -> None:
 
 
 def job(seconds: float = 20.0, items: int = 1) -> Job:
-    tokens = [ItemTokens(protocol.pack_ids([2, 5, 3]))] * items
-    return Job(*KEY, tokens, "balanced", monotonic() + seconds)
+    texts = texts_of(*[[2, 5, 3]] * items)
+    return Job(*KEY, texts, "balanced", monotonic() + seconds)
 
 
 @asynccontextmanager
@@ -124,7 +125,7 @@ async def engines(*scripted: ScriptedEngine, loaded: bool = True) -> AsyncIterat
 async def test_an_answer() -> None:
     async with engines(ScriptedEngine(answers)) as held:
         answer = await held.classify(job(items=3))
-    assert len(answer.items) == 3
+    assert len(answer) == 3
     assert (answer.budget_seconds, answer.queue_seconds, answer.compute_seconds) == (0.1, 0.2, 0.3)
 
 
@@ -178,7 +179,7 @@ async def test_a_request_whose_engine_dies_is_done_by_another(last_words: bytes 
 
     first, second = ScriptedEngine(fails), ScriptedEngine(answers)
     async with engines(first, second) as held:
-        assert len((await held.classify(job())).items) == 1
+        assert len(await held.classify(job())) == 1
     assert (first.asked, second.asked) == (1, 1)
 
 
@@ -187,7 +188,7 @@ async def test_one_that_dies_is_asked_again_when_it_is_back() -> None:
     engine = ScriptedEngine(lambda message: next(replies)(message))
     async with engines(engine) as held:
         answer = await held.classify(job())
-    assert len(answer.items) == 1
+    assert len(answer) == 1
     assert engine.asked == 2
 
 

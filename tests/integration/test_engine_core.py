@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from budgetformer.inference.packed import PackedTokens
+from budgetformer.inference.texts import Texts
 from service.engine.core import EngineCore, EngineOptions
 from service.engine.device import EXIT_CODE
 from service.engine.server import EngineServer
@@ -25,11 +27,10 @@ from service.ipc.engine_messages import (
     Done,
     Expired,
     Failed,
-    ItemTokens,
     Load,
     Refused,
+    SentTexts,
     ToFront,
-    pack_ids,
 )
 from service.pipeline.served_models import open_model
 from tests.support.serving import _replaced, held
@@ -53,19 +54,18 @@ class Clock:
 class Front:
     """Sends requests to a core, and keeps the last reply to each."""
 
-    def __init__(self, core: EngineCore, items: list[ItemTokens]) -> None:
+    def __init__(self, core: EngineCore, texts: Texts) -> None:
         self.core = core
         self.replies: dict[int, ToFront] = {}
-        self._items = items
+        self._texts = texts
         self._number = 0
 
     def ask(self, items: int, remaining: float = 1e6, heads: int | None = None) -> int:
         """Send a request; return its number."""
         self._number += 1
-        some = [self._items[place % len(self._items)] for place in range(items)]
-        self.core.receive(
-            Classify(self._number, *KEY, some, "best", remaining, heads=heads), self.reply
-        )
+        some = self._texts.take([place % len(self._texts) for place in range(items)])
+        message = Classify(self._number, *KEY, SentTexts.of(some), "best", remaining, heads=heads)
+        self.core.receive(message, self.reply)
         return self._number
 
     def cancel(self, number: int) -> None:
@@ -80,18 +80,18 @@ class Front:
 
 
 @pytest.fixture(scope="module")
-def items(model_store: Path) -> list[ItemTokens]:
+def texts(model_store: Path) -> Texts:
     model = open_model(model_store / KEY[0] / str(KEY[1]))
-    return [ItemTokens(pack_ids(tokens.ids)) for tokens in model.encoder.encode(TEXTS)]
+    return Texts.of(model.encoder.encode(TEXTS))
 
 
 @asynccontextmanager
 async def loaded(
-    store: Path, items: list[ItemTokens], options: EngineOptions, **parts: Any
+    store: Path, texts: Texts, options: EngineOptions, **parts: Any
 ) -> AsyncIterator[Front]:
     """Return a front of a core that has a model, and does not run yet."""
     core = EngineCore(options, precision="float32", **parts)
-    front = Front(core, items)
+    front = Front(core, texts)
     core.receive(Load(0, str(store / KEY[0] / str(KEY[1]))), front.reply)
     await until(lambda: 0 in front.replies, "the load")
     assert isinstance(front.replies[0], Done)
@@ -111,56 +111,58 @@ async def running(core: EngineCore) -> AsyncIterator[None]:
 def check_totals(core: EngineCore) -> None:
     """Compare the running totals with sums over all that the core holds."""
     beat, requests = core.heartbeat(0), list(core._requests.values())
-    waiting = [
-        slot
-        for request in requests
-        for slot in request.slots
-        if slot in core._arrivals or slot.entry is not None
-    ]
-    open_items = sum(not slot.finished for request in requests for slot in request.slots)
-    assert beat.queue_items["topics"] == len(waiting)
-    assert beat.queue_seconds["topics"] == pytest.approx(sum(s.price for s in waiting), abs=1e-6)
-    assert beat.in_flight["topics"] == open_items
-    arrived = [slot.request.arrived for slot in waiting]
+    waiting = [span for request in requests for span in request.spans]
+    seconds = sum(price for span in waiting for price in span.prices)
+    undecided = sum(len(span) for span in waiting if span in core._undecided)
+    assert beat.queue_items["topics"] == sum(map(len, waiting))
+    assert beat.queue_seconds["topics"] == pytest.approx(seconds, abs=1e-6)
+    running = sum(request.open - sum(map(len, request.spans)) for request in requests)
+    assert beat.in_flight["topics"] == beat.queue_items["topics"] + running
+    assert 0 <= running <= core._running  # that of requests which were given up included
+    arrived = [span.owner.arrived for span in waiting]
     oldest = core._clock() - min(arrived) if arrived else 0.0
     assert beat.oldest_age["topics"] == pytest.approx(oldest)
-    assert len(core._buckets) == sum(slot.entry is not None for slot in waiting)
+    assert core._undecided_items == undecided
+    assert len(core._buckets) == sum(map(len, waiting)) - undecided
     assert len(core._deadlines) == len(requests)
 
 
 async def test_texts_wait_in_the_bucket_of_the_step_that_f_o_predicted(model_store: Path) -> None:
     model = open_model(model_store / CHAINED / "1")
     texts = [text for text, _ in labelled_sentences()]
-    items = [ItemTokens(pack_ids(tokens.ids)) for tokens in model.encoder.encode(texts)]
+    sent = SentTexts.of(Texts.of(model.encoder.encode(texts)))
     core, told = EngineCore(EngineOptions(), precision="float32"), list[ToFront]()
     core.broadcast = told.append
     core.receive(Load(0, str(model.checkpoint.path)), told.append)
     await until(lambda: any(isinstance(one, Done) for one in told), "the load")
-    core.receive(Classify(1, CHAINED, 1, items, "best", 1e6), told.append)
-    slots = next(iter(core._requests.values())).slots
-    await core._decide_arrivals()
-    for slot in slots:
-        assert slot.work.steps == [0]
-        assert slot.entry is not None
-        assert slot.entry.bucket == (slot.request.model, slot.work.predicted)
+    core.receive(Classify(1, CHAINED, 1, sent, "best", 1e6), told.append)
+    (request,) = core._requests.values()
+    await core._decide()
+    assert request.items.ran[:, 0].all()
+    assert not request.items.ran[:, 1:].any()
+    assert sum(map(len, request.spans)) == len(texts)
+    for span in request.spans:
+        for place in span.places:
+            assert span.bucket == (request.model, request.items.predicted[place])
     async with running(core):
         await until(lambda: isinstance(told[-1], Answer), "the answer")
     answer = told[-1]
     assert isinstance(answer, Answer)
-    ran = Counter(step for item in answer.items for step in item.steps if step)
+    steps = answer.answers.read().all_steps()
+    ran = Counter(step for own in steps for step in own if step)
     batches = [one for one in told if isinstance(one, BatchRan)]
     assert ran == sum((Counter({one.budget: one.items}) for one in batches), Counter())
-    assert {tuple(item.steps) for item in answer.items} == {(0, 1), (0, 2), (0, 1, 2)}
+    assert set(map(tuple, steps)) == {(0, 1), (0, 2), (0, 1, 2)}
     assert core.queued_seconds == pytest.approx(0)
 
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_totals_are_those_of_what_is_here_after_any_sequence(
-    model_store: Path, items: list[ItemTokens], seed: int
+    model_store: Path, texts: Texts, seed: int
 ) -> None:
     draw, clock = random.Random(seed), Clock()
     options = EngineOptions(batch_items=4)
-    async with loaded(model_store, items, options, clock=clock) as front:
+    async with loaded(model_store, texts, options, clock=clock) as front:
         core, asked = front.core, list[int]()
         async with running(core):
             for _ in range(150):
@@ -187,11 +189,11 @@ async def test_totals_are_those_of_what_is_here_after_any_sequence(
 
 
 async def test_requests_that_are_given_up_leave_nothing_and_others_are_answered(
-    model_store: Path, items: list[ItemTokens]
+    model_store: Path, texts: Texts
 ) -> None:
     clock = Clock()
     async with (
-        loaded(model_store, items, EngineOptions(), clock=clock) as front,
+        loaded(model_store, texts, EngineOptions(), clock=clock) as front,
         running(front.core),
     ):
         with held(front.core):
@@ -221,9 +223,9 @@ def short_of_memory(run: Callable[..., Any], room: list[int]) -> Callable[..., A
 
 
 async def test_batches_grow_again_when_memory_is_there_again(
-    model_store: Path, items: list[ItemTokens]
+    model_store: Path, texts: Texts
 ) -> None:
-    async with loaded(model_store, items, EngineOptions(batch_items=8)) as front:
+    async with loaded(model_store, texts, EngineOptions(batch_items=8)) as front:
         core = front.core
         network, room = core.models[KEY].network, [2]
         sizes: list[int] = []
@@ -240,7 +242,7 @@ async def test_batches_grow_again_when_memory_is_there_again(
     assert sizes[-1] == 8
     answers = [told for told in front.replies.values() if isinstance(told, Answer)]
     assert len(answers) == 12
-    assert not any(item.error for answer in answers for item in answer.items)
+    assert not any(answer.answers.errors for answer in answers)
 
 
 LOST = "CUDA error: an illegal memory access was encountered"
@@ -262,10 +264,10 @@ class LostDevice:
 
 
 async def test_a_lost_device_ends_the_engine_at_once_and_no_text_is_blamed(
-    model_store: Path, items: list[ItemTokens]
+    model_store: Path, texts: Texts
 ) -> None:
     device, codes = LostDevice(), list[int]()
-    async with loaded(model_store, items, EngineOptions(), probe=device.probe) as front:
+    async with loaded(model_store, texts, EngineOptions(), probe=device.probe) as front:
         network = front.core.models[KEY].network
         with _replaced(network, run=device.run):
             for _ in range(192):
@@ -278,10 +280,10 @@ async def test_a_lost_device_ends_the_engine_at_once_and_no_text_is_blamed(
 
 
 async def test_a_device_that_is_lost_while_a_model_loads_ends_the_engine(
-    model_store: Path, items: list[ItemTokens], monkeypatch: pytest.MonkeyPatch
+    model_store: Path, texts: Texts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device, codes = LostDevice(), list[int]()
-    async with loaded(model_store, items, EngineOptions(), probe=device.probe) as front:
+    async with loaded(model_store, texts, EngineOptions(), probe=device.probe) as front:
         monkeypatch.setattr("service.engine.core.load_model", device.run)
         working = asyncio.create_task(EngineServer(front.core, exit=codes.append).work())
         front.core.receive(Load(7, "another/1"), front.reply)
@@ -292,32 +294,32 @@ async def test_a_device_that_is_lost_while_a_model_loads_ends_the_engine(
 
 
 async def test_a_text_that_fails_on_a_working_device_fails_alone(
-    model_store: Path, items: list[ItemTokens]
+    model_store: Path, texts: Texts
 ) -> None:
-    async with loaded(model_store, items, EngineOptions()) as front:
+    async with loaded(model_store, texts, EngineOptions()) as front:
         network = front.core.models[KEY].network
-        run, longest = network.run, max(len(item.ids) // 4 for item in items)
+        run, lengths = network.run, texts.window.lengths
 
         def poisoned(packed: PackedTokens, *arguments: Any) -> Any:
-            if longest in packed.lengths:
+            if lengths.max() in packed.lengths:
                 raise RuntimeError("CUDA error: invalid argument")
             return run(packed, *arguments)
 
         with _replaced(network, run=poisoned):
             async with running(front.core):
-                number = front.ask(len(items), heads=HEADS)
+                number = front.ask(len(texts), heads=HEADS)
                 await until(lambda: number in front.replies, "answers")
     answer = front.replies[number]
     assert isinstance(answer, Answer)
-    failed: Sequence[bool] = [bool(item.error) for item in answer.items]
-    assert failed == [len(item.ids) // 4 == longest for item in items]
+    longest = np.flatnonzero(lengths == lengths.max()).tolist()
+    assert sorted(answer.answers.errors) == longest
 
 
 async def test_a_full_queue_counts_what_waits_and_what_runs(
-    model_store: Path, items: list[ItemTokens]
+    model_store: Path, texts: Texts
 ) -> None:
     options = EngineOptions(max_queue_items=10)
-    async with loaded(model_store, items, options) as front, running(front.core):
+    async with loaded(model_store, texts, options) as front, running(front.core):
         with held(front.core):
             first = front.ask(4)
             await until(lambda: front.core._running == 4, "a pass")

@@ -16,12 +16,12 @@ from service.ipc.engine_messages import (
     Answer,
     Classify,
     Failed,
-    ItemTokens,
     Load,
-    pack_ids,
+    SentTexts,
 )
 from service.pipeline.served_models import open_model
 from service.settings import Pool, Settings
+from tests.support.columns import texts_of
 
 TOPICS, TAGS = ("topics", 2), ("tags", 1)
 
@@ -47,11 +47,11 @@ async def replica(store: Path, **pool: Any) -> AsyncIterator[EngineReplica]:
     await running.stop()
 
 
-def frame(store: Path, key: tuple[str, int], steps: list[int] | None = None) -> bytes:
+def frame(store: Path, key: tuple[str, int]) -> bytes:
     model = open_model(store / key[0] / str(key[1]))
     (encoding,) = model.encoder.encode(["The otter slept under the hedge."])
-    item = ItemTokens(pack_ids(encoding.ids))
-    return msgspec.msgpack.encode(Classify(0, *key, [item], "best", 60.0, steps=steps))
+    texts = SentTexts.of(texts_of(encoding.ids))
+    return msgspec.msgpack.encode(Classify(0, *key, texts, "best", 60.0))
 
 
 async def ask(running: EngineReplica, store: Path, key: tuple[str, int]) -> Any:

@@ -10,24 +10,26 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from budgetformer.cost.macs import decision_macs
+from budgetformer.inference.texts import Texts
 from service.cluster.pools import through_pools
 from service.engine.core import EngineCore, EngineOptions
-from service.ipc.engine_client import Job, request_of
+from service.ipc.answers import Answers
+from service.ipc.engine_client import Job, answers_of, request_of
 from service.ipc.engine_messages import (
     Answer,
     Classify,
     Decisions,
     Failed,
-    ItemTokens,
     Load,
     ToFront,
-    pack_ids,
 )
 from service.pipeline.decision import DecidedTexts
 from service.pipeline.served_models import open_model
+from tests.support.columns import rows
 from tests.support.stores import CHAINED, TOPICS, labelled_sentences
 
 TEXTS = [text for text, _ in labelled_sentences()][:40]
@@ -42,14 +44,12 @@ class Pools:
     cores: dict[int | None, EngineCore]
     asked: list[int | None]
 
-    async def ask(self, place: int, job: Job) -> Answer:
+    async def ask(self, place: int, job: Job) -> Answers:
         most, core = list(self.cores.items())[place]
         self.asked.append(most)
-        answer = await asked(core, request_of(job))
-        assert isinstance(answer, Answer), answer
-        return answer
+        return answers_of(await asked(core, request_of(job)))
 
-    async def answer(self, job: Job) -> Answer:
+    async def answer(self, job: Job) -> Answers:
         computes = [partial(_computes, most) for most in self.cores]
         return await through_pools(self.ask, computes, job)
 
@@ -78,9 +78,9 @@ async def asked(core: EngineCore, message: Classify | Load) -> ToFront:
 
 def job(store: Path, model: str, quality: str = "best") -> Job:
     served = open_model(store / model / str(MODELS[model]))
-    items = [ItemTokens(pack_ids(encoding.ids)) for encoding in served.encoder.encode(list(TEXTS))]
+    texts = Texts.of(served.encoder.encode(TEXTS))
     deadline = asyncio.get_running_loop().time() + 60
-    return Job(model, MODELS[model], items, quality, deadline, return_heads=True)
+    return Job(model, MODELS[model], texts, quality, deadline, return_heads=True)
 
 
 @pytest.mark.parametrize("pools", [(0, None), (1, None)], ids=str)
@@ -98,7 +98,7 @@ async def test_several_engines_answer_together_what_one_answers_alone(
     compare(answer, right, decision)
     assert several.asked == [pools[0], None]
     if model == CHAINED:
-        assert {tuple(item.steps) for item in answer.items} == {(0, 1), (0, 2), (0, 1, 2)}
+        assert set(map(tuple, answer.all_steps())) == {(0, 1), (0, 2), (0, 1, 2)}
 
 
 @pytest.mark.parametrize("pools", [(0, None), (1, None), (0, 1, None)], ids=str)
@@ -110,11 +110,11 @@ async def test_texts_that_are_decided_go_straight_to_the_pool_of_their_step(
         right = await alone.ask(0, wanted)
     served = open_model(model_store / CHAINED / "1")
     assert served.decider is not None
-    tokens, rule = served.encoder.encode(TEXTS), served.checkpoint.rule("best")
-    decided = served.decider.decide(tokens, rule)
-    texts = DecidedTexts(tokens, decided, served.decider, "best", 0.0)
+    rule = served.checkpoint.rule("best")
+    decided = served.decider.decide(wanted.texts.whole, rule)
+    texts = DecidedTexts(wanted.texts, decided, served.decider, rule, "best", 0.0)
     assert set(decided.steps) == {1, 2}
-    direct = replace(wanted, decisions=texts.decisions())
+    direct = replace(wanted, decided=decided)
     async with running(model_store, CHAINED, *pools) as several:
         answer = texts.answer(True, await several.answer(direct))
     compare(answer, right)
@@ -126,56 +126,58 @@ async def test_texts_that_are_decided_go_straight_to_the_pool_of_their_step(
 
 async def test_decisions_that_do_not_fit_the_items_are_refused(model_store: Path) -> None:
     wanted = job(model_store, CHAINED)
-    count = len(wanted.items)
-    good = Decisions([1] * count, bytes(4 * count), bytes(4 * 3 * count))
+    count = len(wanted.texts)
+    steps = np.ones(count, "<i4").tobytes()
+    good = Decisions(steps, bytes(4 * count), bytes(4 * 3 * count))
+    sent = request_of(wanted)
     async with running(model_store, CHAINED, None) as only:
         (core,) = only.cores.values()
         for bad in (
-            msgspec.structs.replace(good, steps=[1]),
-            msgspec.structs.replace(good, steps=[0] * count),
+            msgspec.structs.replace(good, steps=steps[:4]),
+            msgspec.structs.replace(good, steps=steps[:-1]),
+            msgspec.structs.replace(good, steps=bytes(4 * count)),
             msgspec.structs.replace(good, s=b""),
             msgspec.structs.replace(good, s=bytes(4 * count - 1)),
             msgspec.structs.replace(good, exit_logits=bytes(4 * count)),
             msgspec.structs.replace(good, exit_logits=b""),
         ):
-            answer = await asked(core, request_of(replace(wanted, decisions=bad)))
+            answer = await asked(core, msgspec.structs.replace(sent, decisions=bad))
             assert isinstance(answer, Failed)
-        assert isinstance(await asked(core, request_of(replace(wanted, decisions=good))), Answer)
+        assert isinstance(await asked(core, msgspec.structs.replace(sent, decisions=good)), Answer)
 
 
 async def test_a_text_goes_from_pool_to_pool_along_the_chain(model_store: Path) -> None:
     wanted = job(model_store, CHAINED)
     async with running(model_store, CHAINED, None) as alone:
-        some = (await alone.ask(0, wanted)).items
-        ones = [tokens for tokens, item in zip(wanted.items, some, strict=True)
-                if item.predicted == 1]  # fmt: skip
-        wanted = replace(wanted, items=ones)
+        predicted = (await alone.ask(0, wanted)).predicted
+        wanted = wanted.part(np.flatnonzero(predicted == 1).tolist())
         right = await alone.ask(0, wanted)
         (core,) = alone.cores.values()
         decision = decision_macs(core.models[CHAINED, 1].network.sizes)
     async with running(model_store, CHAINED, 0, 1, None) as several:
         answer = await several.answer(wanted)
     assert several.asked == [0, 1, None]
-    assert {tuple(item.steps) for item in answer.items} == {(0, 1), (0, 1, 2)}
+    assert set(map(tuple, answer.all_steps())) == {(0, 1), (0, 1, 2)}
     compare(answer, right, decision)
 
 
-def compare(answer: Answer, right: Answer, decision: int | None = None) -> None:
+def compare(answer: Answers, right: Answers, decision: int | None = None) -> None:
     """Compare what several engines answered with what one did.
 
     Every engine that takes an item over decides it once more, for step 0's logits, and spends
     `decision` multiply-adds on that; None: it was decided before.
     """
     handed_on = set[int]()
-    for item, expected in zip(answer.items, right.items, strict=True):
-        assert not item.next_step
-        assert item.logits == pytest.approx(expected.logits, rel=1e-4, abs=1e-5)
-        for name in ("budget", "predicted", "steps", "heads", "chosen", "dense_macs"):
-            assert getattr(item, name) == getattr(expected, name), name
+    for item, expected in zip(rows(answer), rows(right), strict=True):
+        assert not item["next_step"]
+        assert not item["error"]
+        assert item["logits"] == pytest.approx(expected["logits"], rel=1e-4, abs=1e-5)
+        for name in ("step", "predicted", "steps", "heads", "chosen", "dense_macs"):
+            assert item[name] == expected[name], name
         if decision is None:
-            assert item.macs == expected.macs
+            assert item["macs"] == expected["macs"]
             continue
-        more, rest = divmod(item.macs - expected.macs, decision)
+        more, rest = divmod(item["macs"] - expected["macs"], decision)
         assert rest == 0
         handed_on.add(more)
     assert decision is None or max(handed_on) >= 1
@@ -185,18 +187,16 @@ def compare(answer: Answer, right: Answer, decision: int | None = None) -> None:
 async def test_what_was_given_back_was_paid_for(model_store: Path, model: str) -> None:
     async with running(model_store, model, 0) as small:
         begun = await small.ask(0, job(model_store, model))
-    for item in begun.items:
-        assert not item.error
-        assert bool(item.next_step) != bool(item.logits)
-        assert item.predicted == (item.next_step or 0)
-        assert item.macs > 0
-        assert item.dense_macs > item.macs
+    assert not begun.errors
+    assert begun.predicted.tolist() == begun.next_step.tolist()
+    assert (begun.macs > 0).all()
+    assert (begun.dense_macs > begun.macs).all()
 
 
 async def test_steps_that_do_not_fit_the_items_are_refused(model_store: Path) -> None:
     async with running(model_store, TOPICS, None) as only:
         (core,) = only.cores.values()
-        message = msgspec.structs.replace(request_of(job(model_store, TOPICS)), steps=[1])
+        message = msgspec.structs.replace(request_of(job(model_store, TOPICS)), steps=bytes(4))
         answer = await asked(core, message)
         assert isinstance(answer, Failed)
-        assert "as many steps as items" in answer.message
+        assert "as many steps as texts" in answer.message

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 
 ERROR = "CUDA error: an illegal memory access was encountered"
 
@@ -33,7 +32,7 @@ def serve() -> None:
 def engine() -> None:
     """Run the fork server and its engines."""
     from budgetformer.inference import cascade
-    from budgetformer.inference.cascade import Work
+    from budgetformer.inference.cascade import Batch
     from budgetformer.inference.packed import PackedPass
     from service.engine import core
     from service.engine.__main__ import main
@@ -41,7 +40,7 @@ def engine() -> None:
     run, probe = cascade.run, core.probe_device
     lost: list[bool] = []
 
-    def failing_run(network: PackedPass, items: Sequence[Work]) -> None:
+    def failing_run(network: PackedPass, batch: Batch) -> None:
         if not lost:
             try:
                 os.close(os.open(os.environ["LOST_DEVICE"], os.O_CREAT | os.O_EXCL))
@@ -50,7 +49,7 @@ def engine() -> None:
                 lost.append(False)
         if lost[0]:
             raise RuntimeError(ERROR)
-        run(network, items)
+        run(network, batch)
 
     def failing_probe(device: str) -> None:
         if lost and lost[0]:

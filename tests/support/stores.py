@@ -21,7 +21,7 @@ from budgetformer.checkpoint.manifest import Manifest, file_entries, write_manif
 from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.inference import cascade
-from budgetformer.inference.cascade import Work
+from budgetformer.inference.cascade import Batch, Items, Part
 from budgetformer.inference.policy import (
     BudgetRule,
     EntryBand,
@@ -30,6 +30,7 @@ from budgetformer.inference.policy import (
     Policy,
     QualityName,
 )
+from budgetformer.inference.texts import Texts
 from budgetformer.model.answers import confidence
 from budgetformer.training.data import Examples
 from budgetformer.training.pipeline import train_checkpoint
@@ -162,10 +163,10 @@ def calibrate_by_hand(path: Path) -> None:
     classifier = Classifier(path)
     texts = [text for text, _ in labelled_sentences()]
     rule = BudgetRule(num_steps=HEADS, fixed=0)
-    items = [Work.of(tokens, rule) for tokens in classifier.encoder.encode(texts)]
-    cascade.arrive(classifier.network, items)
-    exits = torch.stack([item.exit_logits for item in items if item.exit_logits is not None])
-    verdict = median(item.s for item in items if item.s is not None)
+    items = Items(classifier.network, Texts.of(classifier.encoder.encode(texts)), rule)
+    cascade.arrive(classifier.network, Batch([Part(items, list(range(len(items))))]))
+    exits = torch.from_numpy(items.logits)
+    verdict = median(items.s.tolist())
     sure_of_exit = median(confidence(exits, "single_label_classification").tolist())
     sure_of_step_1 = median(prediction.score for prediction in classifier(texts, heads=1))
     levels = [
@@ -210,11 +211,11 @@ def chain_by_hand(path: Path) -> None:
     classifier = Classifier(path)
     texts = [text for text, _ in labelled_sentences()]
     everyone = BudgetRule(num_steps=HEADS, chain=CHAIN, level=_level(1.0))
-    found = [Work(tokens.ids, None, everyone) for tokens in classifier.encoder.encode(texts)]
-    cascade.arrive(classifier.network, found)
-    verdict = median(item.s for item in found if item.s is not None)
-    exits = torch.stack([item.exit_logits for item in found if item.exit_logits is not None])
-    sure = confidence(exits, "single_label_classification")
+    tokens = Texts.of(classifier.encoder.encode(texts))
+    found = Items(classifier.network, tokens, everyone)
+    cascade.arrive(classifier.network, Batch([Part(found, list(range(len(found))))]))
+    verdict = median(found.s.tolist())
+    sure = confidence(torch.from_numpy(found.exit_logits), "single_label_classification")
     entry = (EntryBand(upto=verdict, step=1), EntryBand(upto=1, step=2))
     levels = []
     of_step_1 = median(prediction.score for prediction in classifier(texts, heads=1))
@@ -227,10 +228,9 @@ def chain_by_hand(path: Path) -> None:
     for name, threshold, lost in wanted:
         level = _level(threshold, name, lost)
         rule = BudgetRule(num_steps=HEADS, entry=entry, chain=CHAIN, level=level)
-        items = [Work(item.ids, None, rule) for item in found]
-        cascade.answer(classifier.network, items, lambda some: [some])
-        ends = Counter(item.step for item in items)
-        runs = Counter(step for item in items for step in item.steps if step)
+        items = cascade.answer(classifier.network, tokens, rule)
+        ends = Counter(items.step.tolist())
+        runs = Counter({k: n for k, n in enumerate(items.ran.sum(0).tolist()) if k and n})
         shares = [{step: n / len(items) for step, n in sorted(c.items())} for c in (ends, runs)]
         levels.append(level.model_copy(update={"budgets": shares[0], "runs": shares[1]}))
     policy = Policy(measure="agreement", chain=CHAIN, entry=entry, levels=tuple(levels))

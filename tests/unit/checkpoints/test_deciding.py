@@ -17,7 +17,8 @@ from budgetformer.checkpoint.manifest import WEIGHTS
 from budgetformer.checkpoint.store import load_encoder, read_checkpoint
 from budgetformer.errors import CheckpointError
 from budgetformer.inference import cascade
-from budgetformer.inference.cascade import Work
+from budgetformer.inference.cascade import Batch, Items, Part
+from budgetformer.inference.texts import Texts
 from budgetformer.subprocesses import python_command
 from tests.support.stores import CHAINED, TOPICS, labelled_sentences, sign
 
@@ -32,16 +33,16 @@ def test_every_text_is_decided_as_the_network_decides(
     checkpoint = read_checkpoint(model_store / model)
     decider = load_decider(checkpoint, tmp_path if shares else None)
     assert decider is not None
-    network, tokens = load_network(checkpoint), load_encoder(checkpoint).encode(TEXTS)
+    network = load_network(checkpoint)
+    texts = Texts.of(load_encoder(checkpoint).encode(TEXTS))
     for quality in ("fast", "balanced", "best", 1.5) if checkpoint.calibrated else (None,):
         rule = checkpoint.rule(quality)
-        works = [Work.of(text, rule) for text in tokens]
-        cascade.arrive(network, works)
-        decided = decider.decide(tokens, rule)
-        assert decided.steps.tolist() == [work.step for work in works]
+        items = Items(network, texts, rule)
+        cascade.arrive(network, Batch([Part(items, list(range(len(items))))]))
+        decided = decider.decide(texts.whole, rule)
+        assert decided.steps.tolist() == items.step.tolist()
         assert decided.exit_logits is not None
-        expected = np.stack([np.asarray(work.exit_logits) for work in works])
-        assert np.abs(decided.exit_logits - expected).max() < 1e-6
+        assert np.abs(decided.exit_logits - items.exit_logits).max() < 1e-6
 
 
 def test_processes_hold_the_tables_once(model_store: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,9 +9,10 @@ from hypothesis import strategies as st
 from budgetformer.cost.counter import MacCounter
 from budgetformer.cost.macs import decision_macs, dense_macs, scorer_macs, step_macs
 from budgetformer.inference import cascade
-from budgetformer.inference.cascade import Work
-from budgetformer.inference.packed import PackedPass
+from budgetformer.inference.cascade import Batch, Items, Part
+from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.inference.policy import BudgetRule, EntryBand, Escalation, Level, OperatingPoint
+from budgetformer.inference.texts import Texts, TokenColumns
 from budgetformer.model.answers import confidence
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.model.step0 import TfidfHead
@@ -54,14 +57,33 @@ def policy_rules(draw: st.DrawFn, steps: int, step_0: bool) -> BudgetRule:
     )
 
 
-def works(items: list[Item], wanted: BudgetRule) -> list[Work]:
-    return [Work(item.ids, item.segments, wanted) for item in items]
+def texts_of(items: list[Item]) -> Texts:
+    window = TokenColumns.of([item.ids for item in items], [item.segments for item in items])
+    return Texts(window, window)
 
 
-def finish(network: PackedPass, items: list[Work]) -> None:
-    cascade.arrive(network, items)
-    while waiting := [item for item in items if not item.done]:
-        cascade.run(network, [item for item in waiting if item.step == waiting[0].step])
+def decided(network: PackedPass, items: list[Item], wanted: BudgetRule) -> Items:
+    found = Items(network, texts_of(items), wanted)
+    cascade.arrive(network, everything(found))
+    return found
+
+
+def everything(items: Items) -> Batch:
+    return Batch([Part(items, list(range(len(items))))])
+
+
+def finish(
+    model: BudgetFormerForSequenceClassification, items: list[Item], wanted: BudgetRule
+) -> Items:
+    return cascade.answer(PackedPass(model), texts_of(items), wanted)
+
+
+def needed_confidence(answered: Items, place: int, problem_type: str | None) -> tuple[float, float]:
+    """Return the confidence of an answer, and what its step needs."""
+    rule, step = answered.rule, int(answered.step[place])
+    assert rule.level is not None
+    sure = float(confidence(torch.from_numpy(answered.logits[place]), problem_type))
+    return sure, rule.level.threshold + (0 if step else rule.exit_margin)
 
 
 @st.composite
@@ -82,32 +104,64 @@ def rules(draw: st.DrawFn, model: BudgetFormerForSequenceClassification) -> Budg
 def test_an_answer_is_the_reference_networks_at_the_step_that_answered(
     model: BudgetFormerForSequenceClassification, items: list[Item], data: st.DataObject
 ) -> None:
-    answered = works(items, data.draw(rules(model)))
-    finish(PackedPass(model), answered)
+    answered = finish(model, items, data.draw(rules(model)))
+    assert answered.done.all()
     with torch.no_grad():
-        steps = torch.tensor([item.step for item in answered])
-        expected = model(**pad(items), steps=steps).logits
-    assert_close(torch.stack([item.logits for item in answered]), expected)
+        expected = model(**pad(items), steps=torch.from_numpy(answered.step)).logits
+    assert_close(torch.from_numpy(answered.logits), expected)
 
 
 @PROPERTY
 @given(networks(budget_scope="input"), batches(), st.data())
-def test_an_item_runs_its_rules_path_up_to_the_step_that_answered(
+def test_a_text_runs_its_rules_path_up_to_the_step_that_answered(
     model: BudgetFormerForSequenceClassification, items: list[Item], data: st.DataObject
 ) -> None:
     wanted = data.draw(policy_rules(model.config.num_steps, model.config.embedding_exit))
-    answered = works(items, wanted)
-    finish(PackedPass(model), answered)
-    for item in answered:
-        assert item.s is not None
-        path = wanted.path(item.s)
-        assert tuple(item.steps) == path[: len(item.steps)]
-        assert item.steps[-1] == item.step
-        assert item.predicted == (item.steps[0] or (item.steps[1] if item.step else 0))
-        assert item.macs == step_macs(model.config, item.steps, len(item.ids))
-        sure = float(confidence(item.logits, model.config.problem_type))
-        needed = wanted.level.threshold + (0 if item.step else wanted.exit_margin)
-        assert item.step == path[-1] or sure >= needed - 1e-6
+    answered = finish(model, items, wanted)
+    for place, item in enumerate(items):
+        path = wanted.path(float(answered.s[place]))
+        steps, step = answered.steps(place), int(answered.step[place])
+        assert tuple(steps) == path[: len(steps)]
+        assert steps[-1] == step
+        assert answered.predicted[place] == (steps[0] or (steps[1] if step else 0))
+        assert answered.macs[place] == step_macs(model.config, steps, len(item.ids))
+        sure, needed = needed_confidence(answered, place, model.config.problem_type)
+        assert step == path[-1] or sure >= needed - 1e-6
+
+
+@given(st.data())
+def test_the_step_after_an_answer_that_does_not_stand_is_the_same_for_every_verdict(
+    data: st.DataObject,
+) -> None:
+    """So that it is looked up once for all texts of a request in a batch."""
+    wanted = data.draw(policy_rules(6, data.draw(st.booleans())))
+    assert wanted.level is not None
+    for step in wanted.path(s := data.draw(st.floats(0, 1))):
+        needed = wanted.needed(step)
+        assert wanted.next_step(step, needed, s) is None
+        if step and needed > 0:
+            assert wanted.following(step) == wanted.next_step(step, math.nextafter(needed, 0), s)
+
+
+@given(st.data())
+def test_a_batch_is_cut_where_its_texts_are(data: st.DataObject) -> None:
+    """A batch that fails is run again in halves."""
+    network = PackedPass(random_network(small_config()))
+    lengths = data.draw(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1))
+    requests = [decided(network, random_items(own), rule(4)) for own in lengths]
+    parts = []
+    for request in requests:
+        places = data.draw(st.sets(st.integers(0, len(request) - 1), min_size=1))
+        parts.append(Part(request, sorted(places)))
+    batch = Batch(parts)
+    cut = data.draw(st.integers(0, len(batch)))
+    every = [(id(part.items), place) for part in batch.parts for place in part.places]
+    halves = [
+        [(id(part.items), place) for part in half.parts for place in part.places]
+        for half in (batch[:cut], batch[cut:])
+    ]
+    assert (len(batch[:cut]), len(batch[cut:])) == (cut, len(every) - cut)
+    assert [text for half in halves for text in half] == every
 
 
 @PROPERTY
@@ -121,17 +175,16 @@ def test_multiply_adds_are_what_was_executed(
         wanted = BudgetRule(num_steps=steps, fixed=fixed)
     else:
         wanted = data.draw(rules(model))
-    answered = works(items, wanted)
     network = PackedPass(model)  # which maps the embeddings of distances, once for all texts
     with MacCounter() as counter:
-        finish(network, answered)
+        answered = cascade.answer(network, texts_of(items), wanted)
     # The counter sees torch's products, and not f_o's where NumPy decides.
     unseen = decision_macs(model.config) - scorer_macs(model.config)
     numpy_decides = model.step0_with_numpy() is not None
-    spent = sum(item.macs for item in answered) - (unseen * len(items) if numpy_decides else 0)
+    spent = answered.macs.sum() - (unseen * len(items) if numpy_decides else 0)
     assert spent == counter.macs
-    for item in answered:
-        assert item.dense_macs == dense_macs(model.config, len(item.ids))
+    expected = [dense_macs(model.config, len(item.ids)) for item in items]
+    assert answered.dense_macs.tolist() == expected
 
 
 @PROPERTY
@@ -141,62 +194,53 @@ def test_a_ceiling_holds_where_layers_decide(
 ) -> None:
     config = model.config
     ceiling = data.draw(st.integers(1, config.num_steps))
-    answered = works(items, BudgetRule(num_steps=config.num_steps, ceiling=ceiling))
-    finish(PackedPass(model), answered)
+    answered = finish(model, items, BudgetRule(num_steps=config.num_steps, ceiling=ceiling))
     most = [
         max(plan[layer] for plan in config.ladder[:ceiling])
         for layer in range(config.num_hidden_layers)
     ]
-    for item in answered:
-        assert all(len(kept) <= k for kept, k in zip(item.chosen, most, strict=True))
+    for chosen in answered.chosen:
+        assert all(len(kept) <= k for kept, k in zip(chosen, most, strict=True))
 
 
 def test_an_unsure_answer_is_run_again_and_both_passes_count() -> None:
     model = random_network(small_config())
-    network = PackedPass(model)
-    (once,) = works(random_items([6]), rule(4))
-    (twice,) = works(random_items([6]), rule(4, below=1.0, step=4))
-    finish(network, [once])
-    finish(network, [twice])
-    assert twice.step == 4
-    assert sum(twice.heads) == sum(once.heads) + 3 * 4
+    once = finish(model, random_items([6]), rule(4))
+    twice = finish(model, random_items([6]), rule(4, below=1.0, step=4))
+    assert twice.step == [4]
+    assert twice.heads == once.heads + 3 * 4
     assert twice.macs > once.macs
 
 
 def test_a_sure_answer_stands() -> None:
-    model = random_network(small_config())
-    (item,) = works(random_items([6]), rule(4, below=0.01, step=4))
-    finish(PackedPass(model), [item])
-    assert item.step in (1, 2)
-    assert confidence(item.logits, None) >= 0.01
+    answered = finish(
+        random_network(small_config()), random_items([6]), rule(4, below=0.01, step=4)
+    )
+    assert answered.step[0] in (1, 2)
+    assert needed_confidence(answered, 0, None)[0] >= 0.01
 
 
 def test_step_0_answers_on_arrival() -> None:
     model = random_network(small_config(embedding_exit=True))
-    items = works(random_items([6, 3]), BudgetRule(num_steps=4, fixed=0))
-    cascade.arrive(PackedPass(model), items)
-    assert all(item.done for item in items)
-    assert all(sum(item.heads) == 0 for item in items)
-    assert_close(
-        torch.stack([item.logits for item in items]),
-        model(**pad(random_items([6, 3])), steps=0).logits.detach(),
-    )
+    items = random_items([6, 3])
+    answered = decided(PackedPass(model), items, BudgetRule(num_steps=4, fixed=0))
+    assert answered.done.all()
+    assert not answered.heads.any()
+    expected = model(**pad(items), steps=0).logits.detach()
+    assert_close(torch.from_numpy(answered.logits), expected)
 
 
 def test_nothing_more_is_packed_where_step_0_reads_what_the_encoder_does() -> None:
-    items = works(random_items([6, 3]), rule(4))
-    assert cascade.pack_whole(items) is None
-    assert [item.exit_tokens for item in items] == [6, 3]
+    network = PackedPass(random_network(small_config()))
+    assert everything(decided(network, random_items([6, 3]), rule(4))).whole() is None
 
 
 def test_step_0_gets_the_whole_of_a_long_text_beside_the_others_as_they_are() -> None:
-    fixed = BudgetRule(num_steps=4, fixed=0)
-    long = Work.of(Tokens([2, 8, 3], [0, 0, 1], True, [2, 8, 9, 3, 3], [0, 0, 0, 1, 1]), fixed)
-    short = Work.of(Tokens([2, 4, 3], [0, 0, 0], False), fixed)
-    window, whole = cascade.pack([long, short]), cascade.pack_whole([long, short])
-    assert whole is not None
+    long = Tokens([2, 8, 3], [0, 0, 1], True, [2, 8, 9, 3, 3], [0, 0, 0, 1, 1])
+    texts = Texts.of([long, Tokens([2, 4, 3], [0, 0, 0], False)])
+    window, whole = (PackedTokens.of(columns) for columns in (texts.window, texts.whole))
     assert window.input_ids.tolist() == [2, 8, 3, 2, 4, 3]
-    assert (whole.lengths, long.exit_tokens, short.exit_tokens) == ((5, 3), 5, 3)
+    assert whole.lengths == (5, 3)
     assert whole.input_ids.tolist() == [2, 8, 9, 3, 3, 2, 4, 3]
     assert whole.token_type_ids.tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
 
@@ -210,23 +254,24 @@ def test_step_0_reads_the_whole_text_and_the_encoder_its_window() -> None:
     head.fill(torch.randn(columns, rows), torch.randn(columns), head.idf, 1.0)
     long, (short, other) = random_items([9])[0], random_items([4, 6], seed=1)
     window = Item(long.ids[:5], long.segments[:5])
-    items = works([short, window, other], rule(4))
-    items[1].whole, items[1].whole_segments = long.ids, long.segments
-    cascade.arrive(PackedPass(model), items)
+    network = PackedPass(model)
+    texts = Texts(texts_of([short, window, other]).window, texts_of([short, long, other]).window)
+    items = Items(network, texts, rule(4, first=1))
+    cascade.arrive(network, everything(items))
     reads = pad([short, long, other])
     expected = head(reads["input_ids"], reads["attention_mask"], reads["token_type_ids"])
-    assert_close(torch.stack([item.exit_logits for item in items]), expected)
-    assert items[1].dense_macs == dense_macs(model.config, 5)
-    result = cascade.compute(PackedPass(model), items, [1, 1, 1])
-    assert result.logits.shape == (3, model.config.num_classes)
+    assert items.exit_logits is not None
+    assert_close(torch.from_numpy(items.exit_logits), expected)
+    assert items.dense_macs[1] == dense_macs(model.config, 5)
+    items.step[:] = 1
+    assert cascade.compute(network, everything(items)).logits.shape == (3, model.config.num_classes)
 
 
 def test_an_unsure_step_0_goes_on_at_once() -> None:
     model = random_network(small_config(embedding_exit=True))
-    (item,) = works(random_items([6]), rule(4, below=1.0, step=3, first=0))
-    cascade.arrive(PackedPass(model), [item])
-    assert not item.done
-    assert item.step in (1, 3)
+    items = decided(PackedPass(model), random_items([6]), rule(4, below=1.0, step=3, first=0))
+    assert not items.done.any()
+    assert items.step[0] in (1, 3)
 
 
 @PROPERTY
@@ -236,10 +281,9 @@ def test_a_step_that_layers_choose_is_on_the_ladder(
 ) -> None:
     """With an uneven ladder the heads of a layer are no step's number."""
     ladder = model.config.ladder
-    answered = works(items, BudgetRule(num_steps=len(ladder)))
-    finish(PackedPass(model), answered)
-    for item in answered:
-        assert 1 <= item.step <= len(ladder)
-        kept = [len(heads) for heads in item.chosen]
+    answered = finish(model, items, BudgetRule(num_steps=len(ladder)))
+    for step, chosen in zip(answered.step.tolist(), answered.chosen, strict=True):
+        assert 1 <= step <= len(ladder)
+        kept = [len(heads) for heads in chosen]
         covers = [all(a <= b for a, b in zip(kept, plan, strict=True)) for plan in ladder]
-        assert item.step == (covers.index(True) + 1 if any(covers) else len(ladder))
+        assert step == (covers.index(True) + 1 if any(covers) else len(ladder))

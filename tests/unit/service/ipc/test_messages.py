@@ -5,11 +5,13 @@ import struct
 from typing import Any, cast
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from budgetformer.inference.policy import QUALITY_NAMES
+from budgetformer.inference.texts import Texts, TokenColumns
 from service.ipc import control_messages as hub
 from service.ipc import engine_messages as protocol
 from service.ipc import frames
@@ -24,17 +26,19 @@ from service.ipc.engine_messages import (
     Failed,
     Heartbeat,
     Hello,
-    ItemAnswer,
-    ItemTokens,
     LevelChanged,
     Load,
     ModelInfo,
     Models,
     Refused,
+    SentAnswers,
+    SentTexts,
+    SentTokens,
     Unload,
     Watch,
 )
 from service.ipc.frames import Decoder, FrameError
+from tests.support.columns import answers_to, rows
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -44,21 +48,14 @@ words = st.text(max_size=20)
 by_model = st.dictionaries(words, numbers, max_size=3)
 seconds_by_model = st.dictionaries(words, finite, max_size=3)
 some_bytes = st.binary(max_size=32)
-items = st.builds(
-    ItemTokens, ids=some_bytes, segments=some_bytes, whole=some_bytes, whole_segments=some_bytes
-)
+sent_tokens = st.builds(SentTokens, some_bytes, some_bytes, some_bytes)
+sent_texts = st.builds(SentTexts, sent_tokens, st.none() | sent_tokens)
 model_info = st.builds(ModelInfo, words, numbers, finite, numbers, words)
-answers = st.builds(
-    ItemAnswer,
-    logits=st.lists(finite, max_size=4),
-    budget=numbers,
-    predicted=st.none() | numbers,
-    steps=st.lists(numbers, max_size=4),
-    heads=st.lists(numbers, max_size=4),
-    chosen=st.none() | st.lists(st.lists(numbers, max_size=3), max_size=3),
-    macs=numbers,
-    dense_macs=numbers,
-    error=words,
+sent_answers = st.builds(
+    SentAnswers,
+    *[some_bytes] * 8,
+    chosen=st.none() | st.lists(st.lists(st.lists(numbers, max_size=3), max_size=3), max_size=3),
+    errors=st.dictionaries(numbers, words, max_size=2),
 )
 TO_ENGINE = {
     Classify: st.builds(
@@ -66,7 +63,7 @@ TO_ENGINE = {
         id=numbers,
         model=words,
         version=numbers,
-        items=st.lists(items, max_size=4),
+        texts=sent_texts,
         quality=words | finite,
         remaining=finite,
         heads=st.none() | numbers,
@@ -74,9 +71,8 @@ TO_ENGINE = {
         return_heads=st.booleans(),
         request_id=words,
         traceparent=words,
-        steps=st.none() | st.lists(numbers, max_size=4),
-        decisions=st.none()
-        | st.builds(Decisions, st.lists(numbers, max_size=4), st.binary(), st.binary()),
+        steps=some_bytes,
+        decisions=st.none() | st.builds(Decisions, some_bytes, some_bytes, some_bytes),
     ),
     Cancel: st.builds(Cancel, numbers),
     Load: st.builds(Load, numbers, words),
@@ -91,9 +87,7 @@ TO_FRONT = {
         Heartbeat, by_model, seconds_by_model, seconds_by_model, by_model, numbers, levels
     ),
     LevelChanged: st.builds(LevelChanged, levels),
-    Answer: st.builds(
-        Answer, numbers, st.lists(answers, max_size=4), finite, finite, finite, words
-    ),
+    Answer: st.builds(Answer, numbers, sent_answers, finite, finite, finite, words),
     Refused: st.builds(Refused, numbers, words, numbers),
     Expired: st.builds(Expired, numbers),
     Failed: st.builds(Failed, numbers, words),
@@ -285,24 +279,77 @@ def test_noise_is_an_error_or_the_end_and_never_anything_else(noise: bytes) -> N
         return
 
 
+ids = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=4)
+types = st.lists(st.integers(0, 1), min_size=4, max_size=4)
+
+
 @PROPERTY
-@given(st.lists(st.integers(-(2**31), 2**31 - 1)))
-def test_token_ids_come_back(ids: list[int]) -> None:
-    assert protocol.unpack_ids(protocol.pack_ids(ids)).tolist() == ids
+@given(st.lists(st.tuples(ids, ids, types), max_size=4), st.booleans(), st.booleans())
+def test_texts_come_out_as_they_went_in(
+    drawn: list[tuple[list[int], list[int], list[int]]], same: bool, step0_reads: bool
+) -> None:
+    windows = TokenColumns.of([own for own, _, _ in drawn], [t[: len(o)] for o, _, t in drawn])
+    wholes = windows if same else TokenColumns.of([more for _, more, _ in drawn])
+    read = SentTexts.of(Texts(windows, wholes), step0_reads).read()
+    assert columns(read.window) == columns(windows)
+    assert columns(read.whole) == columns(wholes if step0_reads else windows)
+    assert (read.whole is read.window) == (same or not step0_reads)
 
 
-def test_an_item_knows_what_the_encoder_and_step_0_read_of_it() -> None:
-    window, whole = protocol.pack_ids([2, 9, 3]), protocol.pack_ids([2, 9, 8, 7, 3])
-    short, long = ItemTokens(window), ItemTokens(window, whole=whole)
-    assert (short.tokens, short.exit_tokens) == (3, 3)
-    assert (long.tokens, long.exit_tokens) == (3, 5)
+def columns(texts: TokenColumns) -> tuple[list[int], list[int], list[int] | None]:
+    return (
+        texts.ids.tolist(),
+        texts.lengths.tolist(),
+        None if texts.types is None else texts.types.tolist(),
+    )
 
 
 def test_token_ids_travel_little_endian() -> None:
-    assert protocol.pack_ids([1, 258]) == b"\x01\x00\x00\x00\x02\x01\x00\x00"
+    assert SentTokens.of(TokenColumns.of([[1, 258]])).ids == b"\x01\x00\x00\x00\x02\x01\x00\x00"
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 5, 7])
-def test_token_ids_cut_in_the_middle_are_an_error(length: int) -> None:
+GOOD = SentTokens.of(TokenColumns.of([[1, 2], [3]], [[0, 1], [0]]))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"ids": GOOD.ids[:-1]},
+        {"ids": GOOD.ids[:-4]},
+        {"ids": b""},
+        {"lengths": GOOD.lengths[:4]},
+        {"lengths": GOOD.lengths[:3]},
+        {"lengths": np.array([-1, 4], "<i4").tobytes()},
+        {"lengths": np.array([2**31 - 1, 2**31 - 1, 5], "<i4").tobytes()},
+        {"types": GOOD.types[:-4]},
+        {"types": b"\0"},
+    ],
+    ids=str,
+)
+def test_columns_of_tokens_that_do_not_fit_together_are_an_error(bad: dict[str, bytes]) -> None:
     with pytest.raises(FrameError):
-        protocol.unpack_ids(bytes(length))
+        msgspec.structs.replace(GOOD, **bad).read()
+
+
+def test_step_0_reads_as_many_texts_as_the_encoder() -> None:
+    with pytest.raises(FrameError, match="as many texts"):
+        SentTexts(GOOD, SentTokens.of(TokenColumns.of([[1]]))).read()
+
+
+@PROPERTY
+@given(st.integers(0, 3), st.booleans(), st.booleans())
+def test_answers_come_out_as_they_went_in(count: int, chosen: bool, unfinished: bool) -> None:
+    heads = [[[0, 2], []]] * count if chosen else None
+    errors = {0: "it failed"} if count else {}
+    told = answers_to(count, next_step=[2 * unfinished] * count, chosen=heads, errors=errors)
+    assert rows(SentAnswers.of(told).read()) == rows(told)
+
+
+SENT = SentAnswers.of(answers_to(2))
+
+
+@pytest.mark.parametrize("name", [name for name in SENT.__struct_fields__ if name != "errors"])
+def test_columns_of_answers_that_do_not_fit_together_are_an_error(name: str) -> None:
+    bad = [[[]]] if name == "chosen" else b"\0" * 11
+    with pytest.raises(FrameError):
+        msgspec.structs.replace(SENT, **{name: bad}).read()

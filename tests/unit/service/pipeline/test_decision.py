@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,17 +11,17 @@ import pytest
 from budgetformer.cost.macs import Sizes
 from budgetformer.inference.decider import Decided, Decider
 from budgetformer.inference.policy import BudgetRule
-from budgetformer.tokenization import Tokens
-from service.ipc.engine_messages import Answer, ItemAnswer
+from budgetformer.inference.texts import Texts, TokenColumns
 from service.pipeline.decision import FEW_TEXTS, DecidedTexts, Deciding
+from tests.support.columns import answers_to, rows
 from tests.support.networks import small_config
 
 SIZES = Sizes.of(small_config())
 RULE, OTHER = BudgetRule(num_steps=3), BudgetRule(num_steps=3, ceiling=1)
 
 
-def texts(*lengths: int) -> list[Tokens]:
-    return [Tokens([1] * length, [0] * length, False) for length in lengths]
+def texts(*lengths: int) -> TokenColumns:
+    return TokenColumns.of([[1] * length for length in lengths])
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Noting(Decider):
 
     calls: list[list[int]] = ...  # type: ignore[assignment]
 
-    def decide(self, texts: Sequence[Tokens], rule: BudgetRule) -> Decided:  # noqa: ARG002
-        lengths = [len(text) for text in texts]
+    def decide(self, texts: TokenColumns, rule: BudgetRule) -> Decided:  # noqa: ARG002
+        lengths = texts.lengths.tolist()
         self.calls.append(lengths)
         if 13 in lengths:
             raise RuntimeError("an unlucky text")
@@ -101,37 +100,40 @@ class TestAnswers:
         steps, logits = np.array([0, 2, 0, 1]), np.arange(8, dtype=np.float32).reshape(4, 2)
         asked = np.array([True, True, True, False])
         own = Decided(steps, asked, np.zeros(4, np.float32), logits)
-        return DecidedTexts(texts(5, 6, 7, 8), own, decider, "fast", 0.25)
+        window = texts(5, 6, 7, 8)
+        return DecidedTexts(Texts(window, window), own, decider, RULE, "fast", 0.25)
 
     def test_they_stand_in_the_order_of_the_texts(self, decided: DecidedTexts) -> None:
         assert decided.unanswered == [1, 3]
-        ran = [
-            ItemAnswer([9.0, 1.0], 2, None, [2], [2, 2, 2], None, 100, 500),
-            ItemAnswer(error="the item could not be computed"),
-        ]
-        answer = decided.answer(False, Answer(7, ran, 0.0, 0.5, 0.75, "fast"))
-        first, second, third, fourth = answer.items
-        assert first.logits == [0.0, 1.0]
-        assert third.logits == [4.0, 5.0]
+        ran = answers_to(
+            2,
+            logits=[[9.0, 1.0], [0.0, 0.0]],
+            step=[2, 0],
+            ran=[[False, False, True, False]] * 2,
+            heads=[6, 0],
+            macs=[100, 0],
+            dense_macs=[500, 500],
+            errors={1: "the item could not be computed"},
+            queue_seconds=0.5,
+            compute_seconds=0.75,
+            quality="fast",
+        )
+        answers = decided.answer(False, ran)
+        first, second, third, fourth = rows(answers)
+        assert first["logits"] == [0.0, 1.0]
+        assert third["logits"] == [4.0, 5.0]
         for item in (first, third):
-            assert (item.budget, item.predicted, item.steps, sum(item.heads)) == (0, 0, [0], 0)
-            assert 0 < item.macs < item.dense_macs
-        assert second.steps == [0, 2]
-        assert second.predicted == 2
-        assert second.macs == 100 + decided.decider.macs(6)[0]
-        assert fourth == ran[1]
-        stages = (answer.budget_seconds, answer.queue_seconds, answer.compute_seconds)
+            assert (item["step"], item["predicted"], item["steps"], item["heads"]) == (0, 0, [0], 0)
+            assert 0 < item["macs"] < item["dense_macs"]
+            assert not item["error"]
+        assert (second["logits"], second["step"], second["heads"]) == ([9.0, 1.0], 2, 6)
+        assert second["steps"] == [0, 2]
+        assert second["predicted"] == 2
+        assert second["macs"] == 100 + decided.decider.macs(6)[0]
+        assert fourth["error"] == "the item could not be computed"
+        stages = (answers.budget_seconds, answers.queue_seconds, answers.compute_seconds)
         assert stages == (0.25, 0.5, 0.75)
-
-    def test_what_an_engine_is_told_is_of_the_unanswered_alone(self, decided: DecidedTexts) -> None:
-        told = decided.decisions()
-        assert told.steps == [2, 1]
-        assert np.frombuffer(told.exit_logits, "<f4").tolist() == [2.0, 3.0, 6.0, 7.0]
-        assert told.part([1]).steps == [1]
-        assert np.frombuffer(told.part([1]).exit_logits, "<f4").tolist() == [6.0, 7.0]
-        assert len(told.part([1]).s) == 4
 
     def test_heads_are_named_where_they_are_asked_for(self, decided: DecidedTexts) -> None:
         decided.decided.steps[:] = 0
-        for item in decided.answer(True, None).items:
-            assert item.chosen == [[]] * SIZES.layers
+        assert decided.answer(True, None).chosen == [[[]] * SIZES.layers] * 4

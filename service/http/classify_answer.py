@@ -1,0 +1,112 @@
+"""The JSON of an answer to POST /classify."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from fastapi import Request, Response
+
+from service.http.answers import Answered, Scored, best_first
+from service.http.errors import ApiError
+from service.http.responses import json_response
+from service.ipc.answers import UNPREDICTED
+
+
+class _Heads(msgspec.Struct, frozen=True):
+    used: int
+    total: int
+    budget: int
+    predicted: int | None
+    steps: list[int]
+    per_layer: list[list[int]] | None
+
+
+class _Item(msgspec.Struct, frozen=True):
+    index: int
+    label: str
+    score: float
+    probs: list[float]
+    num_classes: int
+    labels: list[Scored]
+    heads: _Heads
+    macs: int
+    dense_macs: int
+    tokens: int
+    truncated: bool
+    quality: str | float
+
+
+class _Failed(msgspec.Struct, frozen=True):
+    index: int
+    error: dict[str, Any]
+
+
+def classify_response(request: Request, answered: Answered) -> Response:
+    """Write the answer of POST /classify: failed items stand among the others.
+
+    Raises:
+        ApiError: 500, every item failed.
+    """
+    answers, body = answered.answers, answered.body
+    total = answered.checkpoint.num_layers * answered.checkpoint.num_heads
+    scores = answered.scores
+    probs = answers.logits if body.use_activation is False else scores
+    names = answered.checkpoint.manifest.labels
+    least = 0.0 if body.threshold is None else body.threshold
+    columns = zip(
+        answered.tokenized,
+        best_first(scores).tolist(),
+        scores.tolist(),
+        probs.tolist(),
+        answers.heads.tolist(),
+        answers.step.tolist(),
+        answers.predicted.tolist(),
+        answers.all_steps(),
+        answers.macs.tolist(),
+        answers.dense_macs.tolist(),
+        strict=True,
+    )
+    data: list[_Item | _Failed] = []
+    for index, (tokens, order, own, shown, used, step, predicted, steps, macs, dense) in enumerate(
+        columns
+    ):
+        if failure := answered.failure(index):
+            data.append(_Failed(index, failure.body()))
+            continue
+        heads = _Heads(
+            used,
+            total,
+            step,
+            None if predicted == UNPREDICTED else predicted,
+            steps,
+            None if answers.chosen is None else answers.chosen[index],
+        )
+        labels = [Scored(names[i], own[i]) for i in order[: body.top_k] if own[i] >= least]
+        best = order[0]
+        data.append(
+            _Item(
+                index, names[best], own[best], shown, len(own), labels, heads, macs, dense,
+                len(tokens), tokens.truncated, answered.quality,
+            )
+        )  # fmt: skip
+    if len(answers.errors) == len(data):
+        raise ApiError(500, f"input[0]: {answers.errors[0]}", "input", "item_failed")
+    if answers.errors:
+        request.scope["outcome"] = "partial"
+    return json_response(
+        {
+            "id": f"classify-{body.request_id or answered.request_id}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": answered.checkpoint.label,
+            "data": data,
+            "usage": {
+                "prompt_tokens": answered.tokens,
+                "total_tokens": answered.tokens,
+                "heads_used": int(answers.heads.sum()),
+                "heads_total": total * (len(data) - len(answers.errors)),
+            },
+        }
+    )
