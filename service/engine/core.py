@@ -60,7 +60,7 @@ from service.scheduling.admission import Refusal, admit
 from service.scheduling.arrivals import decided_together
 from service.scheduling.batch_limit import BatchLimit
 from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
-from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
+from service.scheduling.buckets import Buckets, Lane, Span, lane_of
 from service.scheduling.drain import Drain
 from service.scheduling.heap import Heap
 from service.scheduling.price import Outlook, Prices
@@ -163,7 +163,7 @@ class _Slot:
     price: float
     waits_since: float
     begin: int = 0
-    entry: Entry[_Slot] | None = None
+    entry: Span[_Slot] | None = None
     """Its place in a bucket, while it waits there."""
     budget_seconds: float = 0.0
     compute_seconds: float = 0.0
@@ -457,7 +457,7 @@ class EngineCore:
 
     async def _run_batch(self) -> None:
         self._buckets.batch_items = self._batch_limit.items
-        batch = [entry.item for entry in self._buckets.take()]
+        batch = [span.owner for span in self._buckets.take()]
         if not batch:
             return
         for slot in batch:
@@ -538,8 +538,8 @@ class EngineCore:
         request, work = slot.request, slot.work
         if self._continues(slot):
             bucket = (request.model, work.step)
-            slot.entry = Entry(
-                slot, bucket, slot.price, request.arrived, request.deadline, request.lane
+            slot.entry = Span(
+                slot, [0], [slot.price], bucket, request.arrived, request.deadline, request.lane
             )
             self._buckets.add(slot.entry)
             request.queue.wait(slot)
