@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Self
+
 NANOSECONDS = 10**9
 
 
@@ -10,10 +13,23 @@ class TotalSeconds:
 
     Whole nanoseconds are added, so that the total is exact: zero when everything added has been
     subtracted, however many operations lie between.
+
+    Args:
+        durations: what is in it at first, seconds.
     """
 
-    def __init__(self) -> None:
-        self._nanoseconds = 0
+    __slots__ = ("_nanoseconds",)
+
+    def __init__(self, durations: Iterable[float] = ()) -> None:
+        self._nanoseconds = sum([int(seconds * NANOSECONDS) for seconds in durations])
+
+    def __iadd__(self, other: TotalSeconds) -> Self:
+        self._nanoseconds += other._nanoseconds
+        return self
+
+    def __isub__(self, other: TotalSeconds) -> Self:
+        self._nanoseconds -= other._nanoseconds
+        return self
 
     @property
     def seconds(self) -> float:

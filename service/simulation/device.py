@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol
 
 from budgetformer.cost.table import CostTable
-from service.scheduling.buckets import Entry, Lane
+from service.scheduling.buckets import Lane, Span
 
 
 @dataclass(eq=False)
@@ -41,12 +42,12 @@ class Scheduler(Protocol):
     """What forms batches."""
 
     def __len__(self) -> int:
-        """Return how many entries wait."""
+        """Return how many items wait."""
 
-    def add(self, entry: Entry[SimItem]) -> None:
-        """Let an entry wait."""
+    def add(self, span: Span[SimRequest]) -> None:
+        """Let a span wait; its bucket is the step that its items run next."""
 
-    def take(self) -> list[Entry[SimItem]]:
+    def take(self) -> list[Span[SimRequest]]:
         """Return the next batch."""
 
 
@@ -77,37 +78,42 @@ class SimDevice:
                 self._compute(batch)
 
     def _decide(self) -> None:
-        came: list[tuple[SimRequest, SimItem]] = []
+        came: list[SimRequest] = []
         while self._arrivals and self._arrivals[0][0] <= self.now:
-            _, _, request = heapq.heappop(self._arrivals)
-            came += [(request, item) for item in request.items]
-        if not came:
+            came.append(heapq.heappop(self._arrivals)[2])
+        items = [item for request in came for item in request.items]
+        if not items:
             return
-        self._spend(self.table.batch(0, sum(item.tokens for _, item in came), len(came)))
-        for request, item in came:
-            if not item.steps:
-                item.done = self.now
-                continue
-            deadline = request.arrived + self.patience
-            self._wait(Entry(item, 0, 0.0, request.arrived, deadline, request.lane))
+        self._spend(self.table.batch(0, sum(item.tokens for item in items), len(items)))
+        for request in came:
+            self._go_on(request, range(len(request.items)))
 
-    def _wait(self, entry: Entry[SimItem]) -> None:
-        step = entry.item.steps[0]
-        seconds = self.table.share(step, entry.item.tokens)
-        self.scheduler.add(replace(entry, bucket=step, seconds=seconds))
+    def _go_on(self, request: SimRequest, places: Iterable[int]) -> None:
+        """Let items wait for their next step, in this order; those without one are answered."""
+        items, going_on = request.items, []
+        for place in places:
+            if items[place].steps:
+                going_on.append(place)
+            else:
+                items[place].done = self.now
+        deadline = request.arrived + self.patience
+        for step, neighbours in groupby(going_on, lambda place: items[place].steps[0]):
+            own = list(neighbours)
+            prices = [self.table.share(step, items[place].tokens) for place in own]
+            span = Span(request, own, prices, step, request.arrived, deadline, request.lane)
+            self.scheduler.add(span)
 
-    def _compute(self, batch: list[Entry[SimItem]]) -> None:
+    def _compute(self, batch: list[Span[SimRequest]]) -> None:
         by_step: dict[int, list[SimItem]] = {}
-        for entry in batch:
-            by_step.setdefault(entry.item.steps[0], []).append(entry.item)
+        for span in batch:
+            for item in [span.owner.items[place] for place in span.places]:
+                by_step.setdefault(item.steps[0], []).append(item)
         for step, items in by_step.items():
             self._spend(self.table.batch(step, sum(item.tokens for item in items), len(items)))
-        for entry in batch:
-            entry.item.steps = entry.item.steps[1:]
-            if entry.item.steps:
-                self._wait(entry)
-            else:
-                entry.item.done = self.now
+            for item in items:
+                item.steps = item.steps[1:]
+        for span in batch:
+            self._go_on(span.owner, span.places)
 
     def _spend(self, seconds: float) -> None:
         self.now += seconds

@@ -8,7 +8,7 @@ decided in the frontend (`service.simulation.server`), so only texts that need a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -17,7 +17,7 @@ from budgetformer.cost.table import CostTable
 from budgetformer.inference.policy import QUALITY_NAMES, QualityName
 from service.scheduling.admission import Refusal, admit
 from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
-from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
+from service.scheduling.buckets import Buckets, Lane, Span, lane_of
 from service.scheduling.drain import Drain
 from service.scheduling.price import Outlook, Prices
 from service.scheduling.totals import TotalSeconds
@@ -58,12 +58,12 @@ class SimRequest:
         front, engine: of its server, where it is.
         outcome: empty until it is known.
         sent: texts that its front sent to an engine.
-        slots: the texts that need a pass, in their engine.
+        waiting: its texts that wait in the buckets of their engine, as spans of places in `texts`.
     """
 
     __slots__ = (
         "arrived", "deadline", "engine", "front", "gone", "held", "lane", "level", "open",
-        "outcome", "sent", "slots", "texts", "tokens",
+        "outcome", "sent", "texts", "tokens", "waiting",
     )  # fmt: skip
 
     def __init__(self, arrived: float, deadline: float, texts: Sequence[Text]) -> None:
@@ -80,26 +80,7 @@ class SimRequest:
         self.front = 0
         self.engine = 0
         self.outcome: Outcome | None = None
-        self.slots: list[_Slot] = []
-
-
-class _Slot:
-    """One text of a request that an engine holds; it runs at least one step."""
-
-    __slots__ = ("entry", "price", "request", "runs", "steps", "text")
-
-    def __init__(self, request: SimRequest, text: Text) -> None:
-        self.request = request
-        self.text = text
-        self.price = 0.0
-        self.steps = text.steps[request.level]
-        self.runs = 0
-        self.entry: Entry[_Slot] | None = None
-
-    @property
-    def step(self) -> int:
-        """The step that it runs next."""
-        return self.steps[self.runs]
+        self.waiting: set[Span[SimRequest]] = set()
 
 
 class SimEngine:
@@ -129,7 +110,7 @@ class SimEngine:
         self.brownout = BrownOut(
             levels_down_to(settings.quality_floor), BrownOutLimits(seconds, seconds / 4)
         )
-        self.buckets: Buckets[_Slot] = Buckets(
+        self.buckets: Buckets[SimRequest] = Buckets(
             settings.batch_milliseconds / 1000, settings.batch_items, self._constant
         )
         self._named = None if settings.quality == "auto" else cast(QualityName, settings.quality)
@@ -137,7 +118,7 @@ class SimEngine:
         self._cost = cost
         self._expire = expire
         self._here: deque[SimRequest] = deque()
-        self.running: list[_Slot] = []
+        self.running: list[Span[SimRequest]] = []
         self._held = TotalSeconds()
         """Prices of what runs."""
         self.step = 0
@@ -158,56 +139,65 @@ class SimEngine:
         """Take the texts of a request in that need a pass at its level, or say why not."""
         queued = self.queued_seconds
         outlook = self.model.outlooks[request.level]
-        slots = [_Slot(request, text) for text in request.texts if text.steps[request.level]]
-        for slot in slots:
-            slot.price = self.prices.item(_MODEL, slot.step, outlook, slot.text.tokens)
+        items = [
+            (place, steps[0], self.prices.item(_MODEL, steps[0], outlook, text.tokens))
+            for place, text in enumerate(request.texts)
+            if (steps := text.steps[request.level])
+        ]
         self._beside += self._cost.request
         refusal = admit(
-            items=len(slots),
-            queued_items=len(self.buckets) + len(self.running),
+            items=len(items),
+            queued_items=len(self.buckets) + sum(map(len, self.running)),
             max_items=self._most,
             queued_seconds=queued,
-            price=sum([slot.price for slot in slots]),
+            price=sum([price for _, _, price in items]),
             remaining=request.deadline - now,
         )
         if refusal is None:
             self._here.append(request)
-            request.slots, request.open = slots, len(slots)
-            for slot in slots:
-                self._queue(slot)
+            request.open = len(items)
+            self._wait(request, items)
         return refusal
 
     def begin(self, now: float) -> float | None:
         """Begin the next pass; return its seconds of processor time, None if there is nothing."""
         self._drop_late(now)
-        batch = [entry.item for entry in self.buckets.take()]
+        batch = self.buckets.take()
         if not batch:
             return None
-        for slot in batch:
-            slot.entry = None
-            self._held.add(slot.price)
-        return self._run(batch[0].step, batch, now)
+        for span in batch:
+            span.owner.waiting.discard(span)
+            self._held += span.total
+        step = batch[0].bucket
+        assert isinstance(step, int)
+        return self._run(step, batch, now)
 
     def finish(self, now: float) -> list[SimRequest]:
         """End the pass that runs; return the requests that have all their answers now."""
         batch, self.running = self.running, []
-        priced = sum([slot.price for slot in batch])
-        for slot in batch:
-            self._held.subtract(slot.price)
+        priced = sum([price for span in batch for price in span.prices])
+        for span in batch:
+            self._held -= span.total
         if self._work:
             # A pass is priced by the time it takes, slowed by whatever shares its core.
             seconds = (now - self._began) * self._pass / self._work
-            tokens = sum([slot.text.tokens for slot in batch])
-            self.prices.observe(_MODEL, self.step, tokens, len(batch), seconds)
+            tokens, count = _size(batch)
+            self.prices.observe(_MODEL, self.step, tokens, count, seconds)
         answered = []
-        for slot in batch:
-            request = slot.request
-            slot.runs += 1
-            if slot.runs < len(slot.steps):
-                self._wait(slot)
-                priced -= slot.price
-                continue
-            request.open -= 1
+        for span in batch:
+            request = span.owner
+            outlook = self.model.outlooks[request.level]
+            going_on = []
+            for place in span.places:
+                text = request.texts[place]
+                step = text.step_after(self.step, request.level)
+                if step is None:
+                    request.open -= 1
+                else:
+                    price = self.prices.item(_MODEL, step, outlook, text.tokens)
+                    priced -= price
+                    going_on.append((place, step, price))
+            self._wait(request, going_on)
             if not request.open:
                 request.gone = True
                 answered.append(request)
@@ -216,28 +206,35 @@ class SimEngine:
             self.brownout.observe(0.0, now)  # a real engine looks once a second, asked or not
         return answered
 
-    def _run(self, step: int, batch: list[_Slot], now: float) -> float:
-        tokens = sum([slot.text.tokens for slot in batch])
-        answered = sum([slot.runs + 1 >= len(slot.steps) for slot in batch])
+    def _run(self, step: int, batch: list[Span[SimRequest]], now: float) -> float:
+        tokens, count = _size(batch)
+        answered = sum(
+            [
+                span.owner.texts[place].step_after(step, span.owner.level) is None
+                for span in batch
+                for place in span.places
+            ]
+        )
         cost = self._cost
         self.running, self.step, self._began = batch, step, now
-        self._pass = self.model.table.batch(step, tokens, len(batch))
+        self._pass = self.model.table.batch(step, tokens, count)
         self._work = self._pass + cost.run + cost.text * answered + self._beside
         self._beside = 0.0
         return self._work
 
-    def _wait(self, slot: _Slot) -> None:
-        """Let a text wait in the bucket of its next step."""
-        outlook = self.model.outlooks[slot.request.level]
-        slot.price = self.prices.item(_MODEL, slot.step, outlook, slot.text.tokens)
-        self._queue(slot)
-
-    def _queue(self, slot: _Slot) -> None:
-        request = slot.request
-        slot.entry = Entry(
-            slot, slot.step, slot.price, request.arrived, request.deadline, request.lane
-        )
-        self.buckets.add(slot.entry)
+    def _wait(self, request: SimRequest, items: Iterable[tuple[int, int, float]]) -> None:
+        """Let texts of a request wait, given as place, step and price."""
+        by_step: dict[int, tuple[list[int], list[float]]] = {}
+        for place, step, price in items:
+            places, prices = by_step.setdefault(step, ([], []))
+            places.append(place)
+            prices.append(price)
+        for step, (places, prices) in by_step.items():
+            span = Span(
+                request, places, prices, step, request.arrived, request.deadline, request.lane
+            )
+            request.waiting.add(span)
+            self.buckets.add(span)
 
     def _drop_late(self, now: float) -> None:
         here = self._here
@@ -248,11 +245,16 @@ class SimEngine:
 
     def _drop(self, request: SimRequest) -> None:
         request.gone = True
-        for slot in request.slots:
-            if slot.entry is not None:
-                self.buckets.discard(slot.entry)
+        while request.waiting:
+            self.buckets.discard(request.waiting.pop())
         self._expire(request)
 
     def _constant(self, bucket: Hashable) -> float:
         assert isinstance(bucket, int)
         return self.prices.constant(_MODEL, bucket)
+
+
+def _size(batch: Sequence[Span[SimRequest]]) -> tuple[int, int]:
+    """Return a batch's tokens and texts."""
+    tokens = [span.owner.texts[place].tokens for span in batch for place in span.places]
+    return sum(tokens), len(tokens)

@@ -16,7 +16,7 @@ from pathlib import Path
 from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.cost.table import CostTable, read_tables
 from budgetformer.inference.policy import QUALITY_NAMES, BudgetRule
-from service.scheduling.buckets import Buckets, Entry, Lane, lane_of
+from service.scheduling.buckets import Buckets, Lane, Span, lane_of
 from service.simulation.device import Scheduler, SimDevice, SimItem, SimRequest
 from service.simulation.texts import steps_of
 
@@ -29,34 +29,38 @@ class OneQueue:
     """First come, first served: a batch is whatever is at the front, of all steps."""
 
     def __init__(self) -> None:
-        self._queue: deque[Entry[SimItem]] = deque()
+        self._queue: deque[Span[SimRequest]] = deque()
+        """Of one item each."""
 
     def __len__(self) -> int:
-        """Return how many entries wait."""
+        """Return how many items wait."""
         return len(self._queue)
 
-    def add(self, entry: Entry[SimItem]) -> None:
-        """Let an entry wait at the end."""
-        self._queue.append(entry)
+    def add(self, span: Span[SimRequest]) -> None:
+        """Let the items of a span wait at the end."""
+        while len(span) > 1:
+            self._queue.append(span.cut(1))
+        self._queue.append(span)
 
-    def take(self) -> list[Entry[SimItem]]:
+    def take(self) -> list[Span[SimRequest]]:
         """Return the front of the queue, as much as fits into a batch."""
-        batch: list[Entry[SimItem]] = []
+        batch: list[Span[SimRequest]] = []
         seconds = 0.0
         while self._queue and len(batch) < BATCH_ITEMS:
-            if batch and seconds + self._queue[0].seconds > BATCH_SECONDS:
+            (price,) = self._queue[0].prices
+            if batch and seconds + price > BATCH_SECONDS:
                 break
             batch.append(self._queue.popleft())
-            seconds += batch[-1].seconds
+            seconds += price
         return batch
 
 
-class OneLane(Buckets[SimItem]):
+class OneLane(Buckets[SimRequest]):
     """Buckets by step, and no lane of its own for large requests."""
 
-    def add(self, entry: Entry[SimItem]) -> None:
-        """Let an entry wait in its bucket."""
-        super().add(replace(entry, lane="interactive"))
+    def add(self, span: Span[SimRequest]) -> None:
+        """Let a span wait in its bucket."""
+        super().add(replace(span, lane="interactive"))
 
 
 def policies(table: CostTable) -> dict[str, Callable[[], Scheduler]]:

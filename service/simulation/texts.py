@@ -16,7 +16,7 @@ from budgetformer.inference.texts import Texts
 from service.scheduling.price import Outlook
 
 Steps = tuple[int, ...]
-"""Ladder steps that a text runs one after the other; none: step 0 answers it."""
+"""Ladder steps that a text runs one after the other, each once; none: step 0 answers it."""
 
 TOGETHER = 32
 """Texts of a pass while they are measured."""
@@ -39,6 +39,12 @@ class Text:
     def exit_tokens(self) -> int:
         """Tokens that step 0 reads; the frontend makes as many."""
         return self.tokens if self.whole is None else self.whole
+
+    def step_after(self, step: int, level: QualityName) -> int | None:
+        """Return the step that follows one of its steps at a level; None: that was the last."""
+        steps = self.steps[level]
+        following = steps.index(step) + 1
+        return steps[following] if following < len(steps) else None
 
     @property
     def hard(self) -> bool:

@@ -71,7 +71,7 @@ async def compare(fresh: Service) -> None:
         assert engine.receive(request, request.arrived) is None
     while took is not None:
         now += took
-        simulated.append((engine.step, len(engine.running)))
+        simulated.append((engine.step, sum(map(len, engine.running))))
         engine.finish(now)
         took = engine.begin(now)
     assert real == simulated

@@ -1,14 +1,24 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.scheduling.admission import admit
-from service.scheduling.buckets import MAX_BATCHES, Buckets, Entry, Lane, lane_of
+from service.scheduling.buckets import (
+    MAX_BATCHES,
+    QUEUE_SHARE,
+    WEIGHTS,
+    Buckets,
+    Lane,
+    Span,
+    lane_of,
+)
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
@@ -27,41 +37,70 @@ class Clock:
         return self.now
 
 
-def entry(
-    item: int,
+class Item(NamedTuple):
+    """One item of a span."""
+
+    owner: int
+    place: int
+    price: float
+    bucket: Hashable
+    urgency: float
+
+
+def span(
+    owner: int,
     bucket: str = "a",
     seconds: float = 0.01,
     arrived: float = 0.0,
     deadline: float = 100.0,
-) -> Entry[int]:
-    return Entry(item, bucket, seconds, arrived, deadline)
+    lane: Lane = "interactive",
+) -> Span[int]:
+    """Return a span of one item."""
+    return Span(owner, [0], [seconds], bucket, arrived, deadline, lane)
 
 
-def drain(buckets: Buckets[int]) -> list[list[Entry[int]]]:
+def items_of(spans: list[Span[int]]) -> list[Item]:
+    return [
+        Item(one.owner, place, price, one.bucket, one.urgency)
+        for one in spans
+        for place, price in zip(one.places, one.prices, strict=True)
+    ]
+
+
+def owners_of(spans: list[Span[int]]) -> list[int]:
+    return [item.owner for item in items_of(spans)]
+
+
+def drain(buckets: Buckets[int]) -> list[list[Span[int]]]:
     batches = []
     while batch := buckets.take():
         batches.append(batch)
     return batches
 
 
+PRICES = st.lists(st.floats(1e-6, 0.2) | st.just(0.1), min_size=1, max_size=6)
+
+
 @st.composite
-def arrivals(draw: st.DrawFn, buckets: str = "abc") -> list[Entry[int]]:
-    """Draw entries in the order of their arrival."""
+def arrivals(draw: st.DrawFn) -> list[Span[int]]:
+    """Draw spans in the order of their arrival."""
     clock = Clock()
-    entries = []
-    for item in range(draw(st.integers(0, 30))):
+    spans = []
+    for owner in range(draw(st.integers(0, 20))):
         now = clock.tick(draw(st.sampled_from([0.0, 0.1, 3.0])))
-        seconds = draw(st.floats(1e-6, 0.2))
+        prices = draw(PRICES)
         patience = draw(st.floats(0.01, 20.0))
-        entries.append(entry(item, draw(st.sampled_from(buckets)), seconds, now, now + patience))
-    return entries
+        places = list(range(len(prices)))
+        bucket = draw(st.sampled_from("abc"))
+        spans.append(Span(owner, places, prices, bucket, now, now + patience))
+    return spans
 
 
 def filled(
-    entries: list[Entry[int]], batch_seconds: float = 0.2, batch_items: int = 4
+    spans: list[Span[int]], batch_seconds: float = 0.2, batch_items: int = 4
 ) -> Buckets[int]:
     buckets: Buckets[int] = Buckets(batch_seconds, batch_items)
-    for one in entries:
+    for one in spans:
         buckets.add(one)
     return buckets
 
@@ -75,56 +114,56 @@ def test_nothing_waits_at_first() -> None:
 
 @PROPERTY
 @given(arrivals(), st.integers(1, 6), st.floats(0.001, 0.5))
-def test_every_entry_comes_out_exactly_once(
-    entries: list[Entry[int]], batch_items: int, batch_seconds: float
+def test_every_item_comes_out_exactly_once(
+    spans: list[Span[int]], batch_items: int, batch_seconds: float
 ) -> None:
-    batches = drain(filled(entries, batch_seconds, batch_items))
-    assert sorted(one.item for batch in batches for one in batch) == [one.item for one in entries]
+    items = items_of(spans)
+    batches = drain(filled(spans, batch_seconds, batch_items))
+    assert sorted(item for batch in batches for item in items_of(batch)) == items
 
 
 @PROPERTY
 @given(arrivals())
-def test_a_batch_is_of_one_bucket(entries: list[Entry[int]]) -> None:
-    for batch in drain(filled(entries)):
+def test_a_batch_is_of_one_bucket(spans: list[Span[int]]) -> None:
+    for batch in drain(filled(spans)):
         assert len({one.bucket for one in batch}) == 1
 
 
 @PROPERTY
 @given(arrivals(), st.integers(1, 6), st.floats(0.001, 0.5))
 def test_a_batch_keeps_its_bounds_unless_one_item_alone_breaks_them(
-    entries: list[Entry[int]], batch_items: int, batch_seconds: float
+    spans: list[Span[int]], batch_items: int, batch_seconds: float
 ) -> None:
-    for batch in drain(filled(entries, batch_seconds, batch_items)):
+    for batch in map(items_of, drain(filled(spans, batch_seconds, batch_items))):
         assert 1 <= len(batch) <= batch_items
         most = MAX_BATCHES * batch_seconds + 1e-9
-        assert len(batch) == 1 or sum(one.seconds for one in batch) <= most
+        assert len(batch) == 1 or sum(item.price for item in batch) <= most
 
 
 @PROPERTY
 @given(arrivals(), st.integers(1, 6), st.floats(0.001, 0.5))
 def test_a_batch_is_as_full_as_its_bounds_allow(
-    entries: list[Entry[int]], batch_items: int, batch_seconds: float
+    spans: list[Span[int]], batch_items: int, batch_seconds: float
 ) -> None:
-    buckets = filled(entries, batch_seconds, batch_items)
-    waiting = {one.item: one for one in entries}
-    while batch := buckets.take():
-        for one in batch:
-            del waiting[one.item]
-        rest = [one for one in waiting.values() if one.bucket == batch[0].bucket]
+    waiting = items_of(spans)
+    buckets = filled(spans, batch_seconds, batch_items)
+    while batch := items_of(buckets.take()):
+        waiting = [item for item in waiting if item not in batch]
+        rest = [item for item in waiting if item.bucket == batch[0].bucket]
         if rest and len(batch) < batch_items:
-            following = min(rest, key=lambda one: one.urgency)
-            assert sum(one.seconds for one in [*batch, following]) > batch_seconds - 1e-9
+            following = min(rest, key=lambda item: item.urgency)
+            assert sum(item.price for item in [*batch, following]) > batch_seconds - 1e-9
 
 
 def test_where_many_wait_batches_grow_and_where_few_do_they_stay_small() -> None:
-    waiting = [Entry(i, "a", 1.0, arrived=i, deadline=1000.0) for i in range(100)]
+    waiting = [span(i, "a", 1.0, arrived=i, deadline=1000.0) for i in range(100)]
     sizes = [len(batch) for batch in drain(filled(waiting, batch_seconds=10.0, batch_items=99))]
     assert sizes == [20, 20, 15, 11, 10, 10, 10, 4]
 
 
 def test_a_long_queue_of_large_requests_does_not_lengthen_small_ones_batches() -> None:
-    large = [Entry(i, "a", 1.0, i, 1000.0, "bulk") for i in range(100)]
-    small = [Entry(i, "a", 1.0, i, 1000.0) for i in range(12)]
+    large = [span(i, "a", 1.0, i, 1000.0, "bulk") for i in range(100)]
+    small = [span(i, "a", 1.0, i, 1000.0) for i in range(12)]
     buckets = filled([*large, *small], batch_seconds=10.0, batch_items=99)
     sizes = [(batch[0].lane, len(batch)) for batch in drain(buckets)]
     assert max(size for lane, size in sizes if lane == "bulk") == 20
@@ -133,61 +172,59 @@ def test_a_long_queue_of_large_requests_does_not_lengthen_small_ones_batches() -
 
 @PROPERTY
 @given(arrivals())
-def test_a_batch_holds_the_most_urgent_entries_of_its_bucket_and_begins_with_that_of_all(
-    entries: list[Entry[int]],
+def test_a_batch_holds_the_most_urgent_items_of_its_bucket_and_begins_with_that_of_all(
+    spans: list[Span[int]],
 ) -> None:
-    buckets = filled(entries)
-    waiting = list(entries)
-    while batch := buckets.take():
-        assert batch[0].urgency == min(one.urgency for one in waiting)
-        assert [one.urgency for one in batch] == sorted(one.urgency for one in batch)
-        waiting = [one for one in waiting if one not in batch]
-        rest = [one.urgency for one in waiting if one.bucket == batch[0].bucket]
+    waiting = items_of(spans)
+    buckets = filled(spans)
+    while batch := items_of(buckets.take()):
+        assert batch[0].urgency == min(item.urgency for item in waiting)
+        assert [item.urgency for item in batch] == sorted(item.urgency for item in batch)
+        waiting = [item for item in waiting if item not in batch]
+        rest = [item.urgency for item in waiting if item.bucket == batch[0].bucket]
         assert batch[-1].urgency <= min(rest, default=float("inf"))
 
 
-def test_with_equal_patience_the_oldest_entry_of_all_goes_first() -> None:
+def test_with_equal_patience_the_oldest_span_of_all_goes_first() -> None:
     clock = Clock()
-    entries = [
-        entry(i, "abc"[i % 3], arrived=clock.tick(), deadline=clock.now + 10) for i in range(9)
-    ]
-    assert drain(filled(entries))[0][0].item == 0
+    spans = [span(i, "abc"[i % 3], arrived=clock.tick(), deadline=clock.now + 10) for i in range(9)]
+    assert drain(filled(spans))[0][0].owner == 0
 
 
-def test_a_younger_entry_that_is_about_to_be_late_goes_before_an_older_one() -> None:
-    patient = entry(1, "a", arrived=0.0, deadline=60.0)
-    pressed = entry(2, "b", arrived=10.0, deadline=10.5)
-    assert [batch[0].item for batch in drain(filled([patient, pressed]))] == [2, 1]
+def test_a_younger_span_that_is_about_to_be_late_goes_before_an_older_one() -> None:
+    patient = span(1, "a", arrived=0.0, deadline=60.0)
+    pressed = span(2, "b", arrived=10.0, deadline=10.5)
+    assert [batch[0].owner for batch in drain(filled([patient, pressed]))] == [2, 1]
 
 
-def test_a_patient_entry_is_not_starved_by_a_stream_of_pressed_ones() -> None:
+def test_a_patient_span_is_not_starved_by_a_stream_of_pressed_ones() -> None:
     clock = Clock()
-    buckets = filled([entry(0, "patient", arrived=0.0, deadline=10.0)], batch_items=1)
+    buckets = filled([span(0, "patient", arrived=0.0, deadline=10.0)], batch_items=1)
     for item in range(1, 100):
         now = clock.tick(0.2)
-        buckets.add(entry(item, "pressed", arrived=now, deadline=now + 1))
-        if buckets.take()[0].item == 0:
+        buckets.add(span(item, "pressed", arrived=now, deadline=now + 1))
+        if buckets.take()[0].owner == 0:
             break
     assert clock.now < 10.0
 
 
-def test_an_escalated_entry_keeps_its_place() -> None:
+def test_an_escalated_span_keeps_its_place() -> None:
     clock = Clock()
-    old = entry(0, "step 1", arrived=clock.tick())
-    young = [entry(i, "step 4", arrived=clock.tick()) for i in (1, 2, 3)]
+    old = span(0, "step 1", arrived=clock.tick())
+    young = [span(i, "step 4", arrived=clock.tick()) for i in (1, 2, 3)]
     buckets = filled([*young], batch_items=2)
     buckets.add(replace(old, bucket="step 4"))
-    assert [one.item for batch in drain(buckets) for one in batch] == [0, 1, 2, 3]
+    assert [one.owner for batch in drain(buckets) for one in batch] == [0, 1, 2, 3]
 
 
-def test_an_escalated_entry_goes_between_older_and_younger_ones() -> None:
-    buckets = filled([entry(0, arrived=1.0), entry(2, arrived=3.0)])
-    buckets.add(entry(1, arrived=2.0))
-    assert [one.item for one in buckets.take()] == [0, 1, 2]
+def test_an_escalated_span_goes_between_older_and_younger_ones() -> None:
+    buckets = filled([span(0, arrived=1.0), span(2, arrived=3.0)])
+    buckets.add(span(1, arrived=2.0))
+    assert [one.owner for one in buckets.take()] == [0, 1, 2]
 
 
-def test_entries_of_one_moment_keep_the_order_they_came_in() -> None:
-    assert [one.item for one in filled([entry(i, arrived=1.0) for i in range(4)]).take()] == [
+def test_spans_of_one_moment_keep_the_order_they_came_in() -> None:
+    assert [one.owner for one in filled([span(i, arrived=1.0) for i in range(4)]).take()] == [
         0,
         1,
         2,
@@ -196,52 +233,181 @@ def test_entries_of_one_moment_keep_the_order_they_came_in() -> None:
 
 
 @PROPERTY
-@given(arrivals(), st.sets(st.integers(0, 30)))
-def test_discard_takes_exactly_what_is_unwanted(
-    entries: list[Entry[int]], unwanted: set[int]
+@given(arrivals(), st.sets(st.integers(0, 20)))
+def test_discard_takes_exactly_what_is_unwanted(spans: list[Span[int]], unwanted: set[int]) -> None:
+    wanted = [item for item in items_of(spans) if item.owner not in unwanted]
+    buckets = filled(spans)
+    assert all(buckets.discard(one) for one in spans if one.owner in unwanted)
+    assert not any(buckets.discard(one) for one in spans if one.owner in unwanted)
+    assert sorted(item for batch in drain(buckets) for item in items_of(batch)) == wanted
+    assert not any(map(buckets.discard, spans))
+
+
+def test_of_a_span_that_was_cut_the_rest_waits_and_can_be_discarded() -> None:
+    whole = Span(0, [5, 6, 7, 8], [0.1, 0.2, 0.3, 0.4], "a", 0.0, 100.0)
+    buckets = filled([whole], batch_seconds=10.0, batch_items=1)
+    (part,) = buckets.take()
+    assert (part.places, part.prices, part.seconds) == ([5], [0.1], 0.1)
+    assert (whole.places, whole.prices, whole.seconds) == ([6, 7, 8], [0.2, 0.3, 0.4], 0.9)
+    assert len(buckets) == 3
+    assert not buckets.discard(part)
+    assert buckets.discard(whole)
+    assert len(buckets) == 0
+    assert buckets.seconds == 0.0
+
+
+def test_a_cut_span_goes_on_before_others_as_urgent_as_it() -> None:
+    spans = [Span(owner, [0, 1], [0.01, 0.01], "a", 0.0, 100.0) for owner in (0, 1)]
+    batches = drain(filled(spans, batch_items=3))
+    assert list(map(owners_of, batches)) == [[0, 0, 1], [1]]
+
+
+CONSTANTS: dict[Hashable, float] = {"a": 0.01, "b": 0.2, "c": 3.0}
+
+
+class Reference:
+    """Hold items one by one, in lists: batches of spans have to be the same.
+
+    Prices add up exactly in any order: they are multiples of 2 ** -9 seconds.
+    """
+
+    def __init__(self, batch_seconds: float, batch_items: int) -> None:
+        self.batch_seconds = batch_seconds
+        self.batch_items = batch_items
+        self.waiting: dict[Lane, dict[Hashable, list[Item]]] = {lane: {} for lane in LANES}
+        self.used = dict.fromkeys(LANES, 0.0)
+
+    def items(self, lane: Lane) -> list[Item]:
+        return [item for items in self.waiting[lane].values() for item in items]
+
+    def seconds(self) -> float:
+        buckets = {bucket for lane in LANES for bucket in self.waiting[lane]}
+        prices = [item.price for lane in LANES for item in self.items(lane)]
+        return sum(prices) + sum(CONSTANTS[bucket] for bucket in buckets)
+
+    def add(self, one: Span[int]) -> None:
+        if not self.waiting[one.lane]:
+            busy = [self.used[lane] for lane in LANES if self.waiting[lane]]
+            self.used[one.lane] = max([self.used[one.lane], *busy])
+        items = self.waiting[one.lane].setdefault(one.bucket, [])
+        items.extend(items_of([one]))
+        items.sort(key=lambda item: item.urgency)
+
+    def discard(self, owner: int) -> None:
+        for lane in LANES:
+            for item in self.items(lane):
+                if item.owner == owner:
+                    self.remove(lane, item)
+
+    def remove(self, lane: Lane, item: Item) -> None:
+        self.waiting[lane][item.bucket].remove(item)
+        if not self.waiting[lane][item.bucket]:
+            del self.waiting[lane][item.bucket]
+        if not any(self.waiting.values()):
+            self.used = dict.fromkeys(LANES, 0.0)
+
+    def take(self) -> list[Item]:
+        lanes = [lane for lane in LANES if self.waiting[lane]]
+        if not lanes:
+            return []
+        lane = min(lanes, key=self.used.__getitem__)
+        firsts = [items[0] for items in self.waiting[lane].values()]
+        bucket = min(firsts, key=lambda item: item.urgency).bucket
+        constant = CONSTANTS[bucket]
+        queue = sum(item.price for item in self.items(lane))
+        limit = min(QUEUE_SHARE * queue, MAX_BATCHES * self.batch_seconds)
+        batch = self.fit(lane, bucket, max(self.batch_seconds, limit), [])
+        own = sum(item.price for item in batch)
+        self.used[lane] += (own + constant) / WEIGHTS[lane]
+        taken = [(lane, item) for item in batch]
+        for other in lanes:
+            if other != lane and own < constant:
+                extra = self.fit(other, bucket, constant, batch)
+                self.used[other] += sum(item.price for item in extra) / WEIGHTS[other]
+                taken += [(other, item) for item in extra]
+        for lane, item in taken:
+            self.remove(lane, item)
+        return [item for _, item in taken]
+
+    def fit(self, lane: Lane, bucket: Hashable, limit: float, batch: list[Item]) -> list[Item]:
+        """Return the items of a lane's bucket that fit into a batch beside those in it."""
+        fitting: list[Item] = []
+        for item in self.waiting[lane].get(bucket, []):
+            dear = sum(other.price for other in [*fitting, item]) > limit
+            if len(batch) + len(fitting) == self.batch_items or (dear and batch + fitting):
+                break
+            fitting.append(item)
+        return fitting
+
+
+@PROPERTY
+@given(st.data(), st.integers(1, 12), st.integers(1, 256))
+def test_batches_are_those_of_items_one_by_one(
+    data: st.DataObject, batch_items: int, batch_price: int
 ) -> None:
-    buckets = filled(entries)
-    assert all(buckets.discard(one) for one in entries if one.item in unwanted)
-    assert not any(buckets.discard(one) for one in entries if one.item in unwanted)
-    left = [one.item for batch in drain(buckets) for one in batch]
-    assert sorted(left) == [e.item for e in entries if e.item not in unwanted]
-    assert not any(map(buckets.discard, entries))
+    buckets: Buckets[int] = Buckets(batch_price / 512, batch_items, CONSTANTS.__getitem__)
+    reference = Reference(batch_price / 512, batch_items)
+    spans: list[Span[int]] = []
+    prices = st.integers(1, 128).map(lambda price: price / 512)
+    for owner in range(data.draw(st.integers(1, 40), "operations")):
+        match data.draw(st.sampled_from(["add", "add", "discard", "take"])):
+            case "add":
+                own = data.draw(st.lists(prices, min_size=1, max_size=20))
+                deadline, bucket = data.draw(st.integers(1, 4)), data.draw(st.sampled_from("bc"))
+                lane = data.draw(st.sampled_from(LANES))
+                one = Span(owner, list(range(len(own))), own, bucket, 0.0, deadline, lane)
+                spans.append(one)
+                reference.add(one)
+                buckets.add(one)
+            case "discard" if spans:
+                one = spans.pop(data.draw(st.integers(0, len(spans) - 1)))
+                buckets.discard(one)
+                reference.discard(one.owner)
+            case "take":
+                assert items_of(buckets.take()) == reference.take()
+        assert len(buckets) == sum(len(reference.items(lane)) for lane in LANES)
+        assert buckets.seconds == pytest.approx(reference.seconds(), abs=1e-12)
+    while batch := items_of(buckets.take()):
+        assert batch == reference.take()
+    assert not reference.take()
 
 
 @PROPERTY
 @given(st.data())
 def test_count_and_price_are_those_of_what_waits_after_any_sequence(data: st.DataObject) -> None:
-    buckets: Buckets[int] = Buckets(0.2, 4, {"a": 0.01, "b": 0.2, "c": 3.0}.__getitem__)  # type: ignore[arg-type]
-    waiting: list[Entry[int]] = []
-    for item in range(data.draw(st.integers(0, 60), "operations")):
+    buckets: Buckets[int] = Buckets(0.2, 4, CONSTANTS.__getitem__)
+    waiting: list[Span[int]] = []
+    for owner in range(data.draw(st.integers(0, 60), "operations")):
         match data.draw(st.sampled_from(["add", "add", "discard", "take"])):
             case "add":
-                seconds, lane = data.draw(st.floats(0, 1e4)), data.draw(st.sampled_from(LANES))
+                prices = data.draw(st.lists(st.floats(0, 1e4), min_size=1, max_size=9))
                 deadline, bucket = data.draw(st.floats(0, 1e3)), data.draw(st.sampled_from("abc"))
-                waiting.append(Entry(item, bucket, seconds, 0.0, deadline, lane))
+                lane = data.draw(st.sampled_from(LANES))
+                places = list(range(len(prices)))
+                waiting.append(Span(owner, places, prices, bucket, 0.0, deadline, lane))
                 buckets.add(waiting[-1])
             case "discard" if waiting:
                 buckets.discard(waiting.pop(data.draw(st.integers(0, len(waiting) - 1))))
             case "take":
                 taken = buckets.take()
                 waiting = [one for one in waiting if one not in taken]
-        again: Buckets[int] = Buckets(0.2, 4, buckets._constant)
+        again: Buckets[int] = Buckets(0.2, 4, CONSTANTS.__getitem__)
         for one in waiting:
-            again.add(one)
-        assert len(buckets) == len(waiting)
+            again.add(replace(one))
+        assert len(buckets) == sum(map(len, waiting))
         assert buckets.seconds == again.seconds  # exactly: nothing drifts
-        prices = sum(one.seconds for one in waiting)
-        constants = sum(map(buckets._constant, {one.bucket for one in waiting}))
-        assert buckets.seconds == pytest.approx(prices + constants, abs=1e-6)
+        prices = [price for one in waiting for price in one.prices]
+        constants = sum(CONSTANTS[bucket] for bucket in {one.bucket for one in waiting})
+        assert buckets.seconds == pytest.approx(sum(prices) + constants, abs=1e-6)
 
 
 def test_an_item_dearer_than_a_whole_batch_goes_alone() -> None:
-    batches = drain(filled([entry(0, seconds=9.0), entry(1), entry(2)], batch_seconds=0.1))
-    assert [[one.item for one in batch] for batch in batches] == [[0], [1, 2]]
+    batches = drain(filled([span(0, seconds=9.0), span(1), span(2)], batch_seconds=0.1))
+    assert [[one.owner for one in batch] for batch in batches] == [[0], [1, 2]]
 
 
 def test_an_empty_queue_has_no_price_left_over_from_rounding() -> None:
-    buckets = filled([entry(i, seconds=0.1 + i * 1e-10) for i in range(1000)], batch_items=7)
+    buckets = filled([span(i, seconds=0.1 + i * 1e-10) for i in range(1000)], batch_items=7)
     drain(buckets)
     assert buckets.seconds == 0.0
 
@@ -251,9 +417,9 @@ class TestStarvation:
 
     @staticmethod
     def serve(
-        buckets: Buckets[int], arrivals: list[Entry[int]], until: float = 1e9
+        buckets: Buckets[int], arrivals: list[Span[int]], until: float = 1e9
     ) -> dict[int, float]:
-        """Serve entries as they arrive; return when each was done, expired ones left out."""
+        """Serve spans as they arrive; return when each was done, expired ones left out."""
         clock, done = Clock(), {}
         coming = sorted(arrivals, key=lambda one: one.arrived)
         while (coming or len(buckets)) and clock.now < until:
@@ -264,29 +430,29 @@ class TestStarvation:
             batch = buckets.take()
             for one in [one for one in batch if one.deadline > clock.now]:
                 clock.tick(one.seconds)
-                done[one.item] = clock.now
+                done[one.owner] = clock.now
         return done
 
     @staticmethod
-    def stream(bucket: str, seconds: float, patience: float, first: int = 1000) -> list[Entry[int]]:
+    def stream(bucket: str, seconds: float, patience: float, first: int = 1000) -> list[Span[int]]:
         """Return texts of one bucket that ask for a tenth more than the device can do."""
         gap = seconds / 1.1
         return [
-            Entry(first + i, bucket, seconds, i * gap, i * gap + patience)
+            span(first + i, bucket, seconds, i * gap, i * gap + patience)
             for i in range(int(30 / gap))
         ]
 
     def test_short_deadlines_do_not_wait_behind_a_long_one_of_their_bucket(self) -> None:
-        long = Entry(0, "a", 0.02, 0.0, 600.0)
-        short = [Entry(i, "a", 0.02, 0.001 * i, 0.001 * i + 10.0) for i in range(1, 6)]
+        long = span(0, "a", 0.02, 0.0, 600.0)
+        short = [span(i, "a", 0.02, 0.001 * i, 0.001 * i + 10.0) for i in range(1, 6)]
         done = self.serve(filled([]), [long, *short, *self.stream("b", 0.02, 10.0)], until=12.0)
-        assert all(done[one.item] < 1.0 for one in short)
+        assert all(done[one.owner] < 1.0 for one in short)
 
     @pytest.mark.parametrize("bucket", ["a", "b"])
     def test_a_long_deadline_does_not_wait_for_ever_beside_endless_short_ones(
         self, bucket: str
     ) -> None:
-        long = Entry(0, bucket, 0.02, 0.0, 40.0)
+        long = span(0, bucket, 0.02, 0.0, 40.0)
         done = self.serve(filled([]), [long, *self.stream("b", 0.02, 10.0)])
         # It is overtaken by arrivals of its first 15 s only, of which at most 1.5 s are left then.
         assert done[0] < 20.0
@@ -305,7 +471,7 @@ class TestStarvation:
         draw, clock, limit = random.Random(seed), Clock(), 0.05
         buckets: Buckets[int] = Buckets(limit, 8)
         slack = (len(names) + 1) * limit  # a batch that runs, and the less urgent rest of others
-        waiting: dict[int, Entry[int]] = {}
+        waiting: dict[int, Span[int]] = {}
         arrived = 0.0
         for item in range(300):
             price, patience = draw.uniform(0.001, 0.03), draw.choice(patiences)
@@ -313,12 +479,12 @@ class TestStarvation:
             while waiting and clock.now < arrived:
                 for ran in buckets.take():
                     clock.tick(ran.seconds)
-                    del waiting[ran.item]
+                    del waiting[ran.owner]
                 assert all(one.deadline >= clock.now for one in waiting.values())
             clock.now = max(clock.now, arrived)
             left = arrived + patience - clock.now - slack
             if admit(1, len(buckets), 4096, buckets.seconds, price, left) is None:
-                one = Entry(item, draw.choice(names), price, arrived, arrived + patience)
+                one = span(item, draw.choice(names), price, arrived, arrived + patience)
                 buckets.add(one)
                 waiting[item] = one
         while batch := buckets.take():
@@ -327,8 +493,8 @@ class TestStarvation:
 
 
 class TestLanes:
-    def bulk(self, count: int, bucket: str = "a", seconds: float = 0.01) -> list[Entry[int]]:
-        return [replace(entry(1000 + i, bucket, seconds), lane="bulk") for i in range(count)]
+    def bulk(self, count: int, bucket: str = "a", seconds: float = 0.01) -> list[Span[int]]:
+        return [replace(span(1000 + i, bucket, seconds), lane="bulk") for i in range(count)]
 
     @pytest.mark.parametrize(
         ("items", "lane"), [(1, "interactive"), (15, "interactive"), (16, "bulk"), (2048, "bulk")]
@@ -339,12 +505,12 @@ class TestLanes:
     def test_a_single_text_does_not_wait_for_thousands(self) -> None:
         buckets = filled(self.bulk(2000, seconds=0.05))
         buckets.take()
-        buckets.add(entry(1, "b", arrived=50.0))
-        taken = [one.item for _ in range(2) for one in buckets.take()]
+        buckets.add(span(1, "b", arrived=50.0))
+        taken = [one.owner for _ in range(2) for one in buckets.take()]
         assert 1 in taken
 
     def test_both_lanes_share_the_device_by_weight(self) -> None:
-        singles = [entry(i, "a") for i in range(400)]
+        singles = [span(i, "a") for i in range(400)]
         buckets = filled([*singles, *self.bulk(400, "b")])
         order = [one for batch in drain(buckets) for one in batch]
         first = order[:200]
@@ -356,7 +522,7 @@ class TestLanes:
         for _ in range(100):
             buckets.take()
         for item in range(100):
-            buckets.add(entry(item, "a"))
+            buckets.add(span(item, "a"))
         order = [one.lane for batch in drain(buckets) for one in batch][:100]
         assert "bulk" in order
 
@@ -366,30 +532,40 @@ class TestLanes:
             buckets.add(one)
             buckets.take()
         for item in range(100):
-            buckets.add(entry(item, "a", seconds=0.05))
+            buckets.add(span(item, "a", seconds=0.05))
         buckets.add(self.bulk(1)[0])
         lanes = [one.lane for batch in drain(buckets) for one in batch]
         assert lanes.index("bulk") <= 8
 
     def test_each_lane_gets_its_share_whatever_the_deadlines_of_the_other(self) -> None:
-        pressed = [Entry(i, "a", 0.01, 0.0, 0.1) for i in range(400)]
-        patient = [Entry(1000 + i, "b", 0.01, 0.0, 600.0, "bulk") for i in range(100)]
+        pressed = [span(i, "a", 0.01, 0.0, 0.1) for i in range(400)]
+        patient = [span(1000 + i, "b", 0.01, 0.0, 600.0, "bulk") for i in range(100)]
         order = [one.lane for batch in drain(filled([*pressed, *patient])) for one in batch]
         assert order[:250].count("bulk") == pytest.approx(50, abs=5)
 
     def test_a_small_batch_takes_bulk_items_along(self) -> None:
         buckets: Buckets[int] = Buckets(1.0, 100, lambda _: 0.05)
-        for one in [entry(1), *self.bulk(100)]:
+        for one in [span(1), *self.bulk(100)]:
             buckets.add(one)
         batch = buckets.take()
-        assert batch[0].item == 1
+        assert batch[0].owner == 1
         assert sum(one.seconds for one in batch[1:]) == pytest.approx(0.05)
+
+    def test_items_that_ride_along_are_cut_from_their_span_where_the_batch_is_full(self) -> None:
+        buckets: Buckets[int] = Buckets(1.0, 5, lambda _: 1.0)
+        for one in [
+            Span(1, [0, 1, 2], [0.01] * 3, "a", 0.0, 100.0),
+            Span(2, list(range(20)), [0.01] * 20, "a", 0.0, 100.0, "bulk"),
+        ]:
+            buckets.add(one)
+        assert owners_of(buckets.take()) == [1, 1, 1, 2, 2]
+        assert len(buckets) == 18
 
     def test_a_lone_lane_has_the_whole_device(self) -> None:
         assert len(filled(self.bulk(8), 1.0, 8).take()) == 8
 
     def test_waiting_buckets_cost_a_batch_each(self) -> None:
         buckets: Buckets[int] = Buckets(1.0, 100, lambda _: 0.5)
-        for one in [entry(1), entry(2), entry(3, "b")]:
+        for one in [span(1), span(2), span(3, "b")]:
             buckets.add(one)
         assert buckets.seconds == pytest.approx(0.03 + 2 * 0.5)
