@@ -282,7 +282,7 @@ class EngineCore:
             span = self._span(request, places, prices, None)
             self._undecided[span] = None
             self._undecided_items += len(span)
-            self._outside.add(span.seconds)
+            self._outside += span.total
         else:
             items.begin(decided)
             self._go_on(request, places, prices)
@@ -437,7 +437,7 @@ class EngineCore:
         for span in spans:
             span.owner.spans.pop(span, None)  # a part of a span was never there by itself
             span.owner.queue.leave(span)
-            self._outside.add(span.seconds)
+            self._outside += span.total
         self._running = sum(map(len, spans))
         model, step = spans[0].owner.model, int(spans[0].owner.items.step[spans[0].places[0]])
         seconds = await self._on_device(cascade.run, model, step, spans)
@@ -500,7 +500,7 @@ class EngineCore:
         """After a pass: let texts wait for their next step, and finish the others."""
         request, items, places = span.owner, span.owner.items, span.places
         self._running -= len(span)
-        self._outside.subtract(span.seconds)
+        self._outside -= span.total
         if request.gone:
             return
         answers = items.logits[items.index(places)]
@@ -571,7 +571,7 @@ class EngineCore:
             if span in self._undecided:
                 del self._undecided[span]
                 self._undecided_items -= len(span)
-                self._outside.subtract(span.seconds)
+                self._outside -= span.total
             else:
                 self._buckets.discard(span)
             request.queue.leave(span)

@@ -128,10 +128,10 @@ class ModelQueue:
         """Count the texts of a span as waiting."""
         span.owner.waiting += len(span)
         self.waiting += len(span)
-        self.price.add(span.seconds)
+        self.price += span.total
 
     def leave(self, span: Span[Request]) -> None:
         """Count the texts of a span as no longer waiting: they run, or the request is dropped."""
         span.owner.waiting -= len(span)
         self.waiting -= len(span)
-        self.price.subtract(span.seconds)
+        self.price -= span.total
