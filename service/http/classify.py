@@ -29,7 +29,6 @@ from service.http.schemas import (
     Input,
 )
 from service.http.state import State, state_of, too_late
-from service.ipc.control_messages import ItemsAnswered, ItemSpent
 from service.ipc.engine_client import (
     DeadlineError,
     EngineDownError,
@@ -42,7 +41,6 @@ from service.ipc.engine_messages import Answer, ItemAnswer, ItemTokens, pack_ids
 from service.pipeline.decision import DecidedTexts
 from service.pipeline.served_models import ServedModel
 from service.settings import DEFAULT_QUALITY
-from service.telemetry.context import current_request
 from service.telemetry.stages import stage_span
 
 router = APIRouter(
@@ -431,22 +429,22 @@ def _measure(
     stages: dict[str, float],
 ) -> None:
     checkpoint = model.checkpoint
-    items = [
-        ItemSpent(item.budget, sum(item.heads), len(tokens), item.macs, item.dense_macs)
+    answered = [
+        (tokens, item)
         for tokens, item in zip(tokenized, answer.items, strict=True)
         if not item.error
     ]
     quality = answer.quality if checkpoint.calibrated else None
-    expected = checkpoint.rule(quality, body.heads, body.max_heads).expected_budgets()
-    state.hub.observe(
-        ItemsAnswered(
-            checkpoint.name,
-            checkpoint.version,
-            items,
-            checkpoint.num_layers * checkpoint.num_heads,
-            None if expected is None else dict(expected),
-            stages,
-            sum(tokens.truncated for tokens in tokenized),
-            current_request().traceparent,
-        )
+    state.hub.counts.classified(
+        checkpoint.name,
+        checkpoint.version,
+        budgets=[item.budget for _, item in answered],
+        heads=[sum(item.heads) for _, item in answered],
+        tokens=[len(tokens) for tokens, _ in answered],
+        macs=[item.macs for _, item in answered],
+        dense_macs=[item.dense_macs for _, item in answered],
+        heads_of_one=checkpoint.num_layers * checkpoint.num_heads,
+        expected=checkpoint.rule(quality, body.heads, body.max_heads).expected_budgets(),
+        stages=stages,
+        truncated=sum(tokens.truncated for tokens in tokenized),
     )
