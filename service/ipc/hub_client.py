@@ -129,7 +129,9 @@ class HubLink(Connection):
         self._introduce()
 
     async def show(self, question: Scrape | TellRecent) -> Shown:
-        """Ask for something to show; what this frontend has counted by now is in it.
+        """Ask for something to show.
+
+        What this frontend has counted by now is in it, unless the hub is behind with its reports.
 
         Raises:
             DisconnectedError: the hub is not there, silent for `SILENCE_LIMIT`, or takes longer
