@@ -30,8 +30,8 @@ from texts import texts_of
 
 MODEL = Path("model_store/ag_news/3")
 PARTS = {"frontend": "service.frontend", "engine": "service.engine", "rest": ""}
-SETTLE = 0.3
-"""Seconds after which what is told twenty times a second has been told."""
+SETTLE = 0.5
+"""Seconds after which reports, which are sent four times a second, have been sent."""
 
 
 @dataclass(frozen=True)

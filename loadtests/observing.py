@@ -22,17 +22,9 @@ from opentelemetry.trace import NoOpTracer, Tracer
 from prometheus_client import generate_latest
 
 from service.http.middleware import Observe
-from service.ipc.control_messages import (
-    TO_HUB,
-    ItemsAnswered,
-    ItemSpent,
-    Observation,
-    Observed,
-    RequestEnded,
-    Serving,
-)
-from service.ipc.hub_client import HubLink
-from service.telemetry.context import RequestContext
+from service.ipc.control_messages import TO_HUB, Report
+from service.telemetry.context import RequestContext, serving
+from service.telemetry.counts import Counts
 from service.telemetry.metrics import Metrics
 from service.telemetry.otel import Tracing
 from service.telemetry.pass_spans import PassRun, Rider
@@ -41,7 +33,7 @@ from service.telemetry.recent_traffic import Recent
 REPEATS, CALLS = 15, 2000
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 STAGES = {"tokenize": 4e-4, "budget": 6e-4, "queue": 2e-4, "compute": 3e-3, "respond": 1e-4}
-ITEM = ItemSpent(budget=2, heads=12, tokens=41, macs=11_000_000, dense_macs=66_000_000)
+TEXT = {"budgets": 2, "heads": 12, "tokens": 41, "macs": 11_000_000, "dense_macs": 66_000_000}
 EXPECTED = {0: 0.76, 8: 0.24}
 
 
@@ -74,25 +66,22 @@ def metrics_known() -> Metrics:
     return metrics
 
 
-def seen(traceparent: str = "") -> list[Observation]:
-    """Return what a front sees of one request of one text."""
-    return [
-        ItemsAnswered("ag_news", 1, [ITEM], 72, EXPECTED, STAGES, 0, traceparent),
-        RequestEnded("/classify", "ok", 5e-3, traceparent),
-    ]
+def count(counts: Counts, texts: int = 1, traceparent: str = "") -> None:
+    """Count one request, as the frontend does."""
+    columns = {name: [value] * texts for name, value in TEXT.items()}
+    with serving(RequestContext("r", traceparent)):
+        counts.classified(
+            "ag_news", 1, **columns,
+            heads_of_one=72, expected=EXPECTED, stages=STAGES, truncated=0,
+        )  # fmt: skip
+        counts.request_ended("/classify", "ok", 5e-3)
 
 
-def count(metrics: Metrics, observations: list[Observation]) -> None:
-    """Count one request, as the hub does."""
-    metrics.take(observations)
-    batch = metrics.batch("ag_news", 2)
-    assert batch is not None
-    batch.count(1, 41, 0.0)
-
-
-def travel() -> None:
-    """Take one request's observations from a front to the hub, which reports many at once."""
-    TO_HUB.decode(msgspec.msgpack.encode(Observed(seen())))
+def report(counts: Counts, metrics: Metrics) -> None:
+    """Take the counts of one model and route to the registry, as happens four times a second."""
+    count(counts)
+    travelled = TO_HUB.decode(msgspec.msgpack.encode(Report(0, counts.take())))
+    metrics.add(travelled.difference)
 
 
 def app(tracing: Tracing | None) -> FastAPI:
@@ -141,10 +130,6 @@ def stage(tracer: Tracer) -> None:
         span.set_attribute("budgetformer.tokens", 41)
 
 
-async def never(_: Serving) -> None:
-    """Serve nothing: no hub says anything here."""
-
-
 def rows() -> dict[str, float]:
     metrics = metrics_known()
     front, engine = Tracing(Nowhere(), "front"), Tracing(Nowhere(), "engine-0", follow=True)
@@ -155,18 +140,17 @@ def rows() -> dict[str, float]:
         PassRun(stage, "ag_news:1", 2, 41, [rider], now, now) for stage in ("budget", "compute")
     )
     tracer, nobody = front.provider.get_tracer("budgetformer"), NoOpTracer()
-    hub = HubLink(Path("nowhere"), never, [])
+    counts = Counts()
     bare, traced = app(None), app(front)
-    observed = Observe(app(None), hub, log_share=0.01)
-    logged = Observe(app(None), hub, log_share=1.0)
+    observed = Observe(app(None), counts, log_share=0.01)
+    logged = Observe(app(None), counts, log_share=1.0)
     recent = Recent(metrics)
     floor = microseconds(http(bare))
     return {
-        "metrics, in the hub": microseconds(lambda: count(metrics, seen())),
-        "metrics, in the hub, with exemplars": microseconds(
-            lambda: count(metrics, seen(TRACEPARENT))
-        ),
-        "metrics, from the front to the hub": microseconds(travel),
+        "metrics of a request": microseconds(lambda: count(counts)),
+        "metrics of a request, with exemplars": microseconds(lambda: count(counts, 1, TRACEPARENT)),
+        "metrics of a request of 64 texts": microseconds(lambda: count(counts, 64)),
+        "a report of counts, to the registry": microseconds(lambda: report(counts, metrics)),
         "middleware (id, context, count, 1 % logged)": microseconds(http(observed)) - floor,
         "middleware, every request logged": microseconds(http(logged)) - floor,
         "tracing off: the stage's place in the code": microseconds(lambda: stage(nobody)),

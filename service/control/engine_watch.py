@@ -53,9 +53,8 @@ class EngineWatch:
                 batch = self._metrics.batch(event.model, event.budget)
                 if batch is not None:
                     batch.count(event.items, event.tokens, event.padding)
-                series = self._metrics.model(event.model, str(event.version))
-                if series is not None:
-                    series.count_states(event.checked, event.clipped)
+                version = str(event.version)
+                self._metrics.count_states(event.model, version, event.checked, event.clipped)
                 self._metrics.dropped_reports.labels("engine").inc(event.dropped)
                 self._metrics.device_busy.labels(str(index)).inc(event.seconds)
 

@@ -23,6 +23,7 @@ from service.control.fleet import Fleet, LoadFailedError, LoadTimeoutError, NoEn
 from service.ipc.connection import Say, handle_each, listening
 from service.ipc.control_messages import (
     TO_HUB,
+    Acknowledged,
     Alive,
     Changed,
     ChangeFailed,
@@ -30,7 +31,7 @@ from service.ipc.control_messages import (
     Drained,
     Here,
     NotShown,
-    Observed,
+    Report,
     Scrape,
     ServedVersion,
     Serving,
@@ -55,6 +56,8 @@ RETIRED_SECONDS = 900.0
 """How long the series of a retired version are shown: longer than `Recent` remembers."""
 MAX_RETIRED = 50
 """Versions whose series are shown for so long; beyond, the oldest go first."""
+MAX_FRONTENDS = 1000
+"""Frontends whose last report is remembered; beyond, the one heard longest ago goes first."""
 
 
 class FrontPeer:
@@ -62,6 +65,7 @@ class FrontPeer:
 
     def __init__(self, say: Say) -> None:
         self.say = say
+        self.name = ""
         self.pid = 0
         self.heard = time.monotonic()
         self.swapped = self.drained = 0
@@ -98,6 +102,7 @@ class Hub:
         self._load_seconds = settings.load_timeout_seconds
         self._threads = DetachedThreads()
         self._changes = 0
+        self._reported: dict[str, int] = {}
         self._loading: list[str] = []
         self._generation = 0
         self._moved = asyncio.Event()
@@ -284,13 +289,14 @@ class Hub:
     def _take(self, front: FrontPeer, message: ToHub) -> None:
         front.heard = time.monotonic()
         match message:
-            case Observed():
-                self.metrics.dropped_reports.labels("frontend").inc(message.dropped)
-                self.metrics.take(message.observations)
+            case Report():
+                self._count(front.name, message)
+                front.say(Acknowledged(message.number))
             case Here():
-                front.pid = message.pid
+                front.name, front.pid = message.frontend, message.pid
                 self._count_fronts()
                 self.metrics.know_routes(message.routes)
+                self.metrics.know_keys(message.keys)
             case Swapped():
                 front.swapped = message.generation
                 self._moved.set()
@@ -309,6 +315,15 @@ class Hub:
             case ChangeModel():
                 self._changes += 1
                 self._background.start(self._change(front, message))
+
+    def _count(self, frontend: str, report: Report) -> None:
+        """Count a report, unless it came before over another connection."""
+        last = self._reported.pop(frontend, -1)
+        self._reported[frontend] = max(last, report.number)
+        if len(self._reported) > MAX_FRONTENDS:
+            del self._reported[next(iter(self._reported))]
+        if report.number > last:
+            self.metrics.add(report.difference)
 
     def _exposition(self, as_openmetrics: bool) -> tuple[bytes, str]:
         registry = self.metrics.registry

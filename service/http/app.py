@@ -33,7 +33,6 @@ from service.http.schemas import (
 )
 from service.http.state import State
 from service.ipc.connection import Place
-from service.ipc.control_messages import ConnectionEnded, KeysKnown, RequestEnded
 from service.ipc.engine_client import Engines
 from service.ipc.hub_client import HubLink
 from service.keys import ANONYMOUS, KeyRing
@@ -100,7 +99,7 @@ def create_app(
         settings.all_keys(),
         settings.keys_file,
         anonymous=settings.anonymous,
-        changed=lambda names: hub.observe(KeysKnown([*names, ANONYMOUS])),
+        changed=lambda names: hub.know_keys([*names, ANONYMOUS]),
     )
     tracer = None if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
     state = State(settings, models, engines, hub, tracer, keys)
@@ -157,7 +156,7 @@ def create_app(
     app.add_middleware(Head)
     if settings.metrics_port is not None:
         app.add_middleware(OperationsPort, port=settings.metrics_port)
-    app.add_middleware(Observe, hub=hub, log_share=settings.access_log)
+    app.add_middleware(Observe, counts=hub.counts, log_share=settings.access_log)
     _document(app)
     routes += [*app.openapi()["paths"], *playground.UNLISTED, OTHER]
     return app
@@ -173,14 +172,11 @@ def protocol_of(app: FastAPI, settings: Settings) -> Any:
         settings.receive_seconds,
     )
     state: State = app.state.shared
-    hub = state.hub
-
-    def count(reason: str) -> None:
-        hub.observe(ConnectionEnded(reason))
+    counts = state.hub.counts
 
     def turned_away(route: str) -> None:
         route = without_prefix(route, settings.root_path) if settings.root_path else route
-        hub.observe(RequestEnded(route, "rejected", 0.0, refusal="queue_full"))
+        counts.request_ended(route, "rejected", 0.0, refusal="queue_full")
 
     shapes = {
         b"/classify": own_shape,
@@ -190,7 +186,7 @@ def protocol_of(app: FastAPI, settings: Settings) -> Any:
     }
     prefixed = {settings.root_path.encode() + path: shape for path, shape in shapes.items()}
     guard = Guard(state.door, shapes | prefixed, turned_away)
-    return partial(GuardedProtocol, limits=limits, guard=guard, count=count)
+    return partial(GuardedProtocol, limits=limits, guard=guard, count=counts.connection_ended)
 
 
 def is_full(app: FastAPI, connections: int) -> bool:
@@ -198,7 +194,7 @@ def is_full(app: FastAPI, connections: int) -> bool:
     state: State = app.state.shared
     full = connections >= state.settings.max_connections + REFUSED_CONNECTIONS
     if full:
-        state.hub.observe(ConnectionEnded("too_many"))
+        state.hub.counts.connection_ended("too_many")
     return full
 
 

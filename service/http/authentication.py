@@ -14,7 +14,6 @@ from fastapi.security.base import SecurityBase as SecurityDependency
 
 from service.http.errors import ApiError
 from service.http.state import state_of
-from service.ipc.control_messages import TextsAsked
 from service.keys import Caller, Scope
 
 _TEXT = "A key; `budgetformer keys new` makes one."
@@ -100,7 +99,7 @@ def spending(request: Request, texts: int) -> Iterator[None]:
         seconds = math.ceil(wait)
         message = f"this key may not ask for so many texts yet; try again in {seconds} s"
         raise ApiError(429, message, code="rate", retry_after=seconds)
-    state_of(request).hub.observe(TextsAsked(caller.name, texts))
+    state_of(request).hub.counts.texts_asked(caller.name, texts)
     try:
         yield
     except ApiError as error:

@@ -30,7 +30,6 @@ from service.http.schemas import (
 )
 from service.http.state import State, state_of, too_late
 from service.ipc.answers import Answers
-from service.ipc.control_messages import ItemsAnswered, ItemSpent
 from service.ipc.engine_client import (
     DeadlineError,
     EngineDownError,
@@ -42,7 +41,6 @@ from service.ipc.engine_client import (
 from service.pipeline.decision import DecidedTexts
 from service.pipeline.served_models import ServedModel
 from service.settings import DEFAULT_QUALITY
-from service.telemetry.context import current_request
 from service.telemetry.stages import stage_span
 
 router = APIRouter(
@@ -338,29 +336,23 @@ def _measure(
     stages: dict[str, float],
 ) -> None:
     checkpoint = model.checkpoint
-    whole = [place for place in range(len(answers)) if place not in answers.errors]
-    items = [
-        ItemSpent(step, heads, len(tokenized[place]), macs, dense)
-        for place, step, heads, macs, dense in zip(
-            whole,
-            answers.step[whole].tolist(),
-            answers.heads[whole].tolist(),
-            answers.macs[whole].tolist(),
-            answers.dense_macs[whole].tolist(),
-            strict=True,
-        )
-    ]
+    heads, macs, dense = answers.heads, answers.macs, answers.dense_macs
+    budgets, tokens = answers.step, list(map(len, tokenized))
+    if answers.errors:
+        whole = [place for place in range(len(answers)) if place not in answers.errors]
+        budgets, heads, macs, dense = (own[whole] for own in (budgets, heads, macs, dense))
+        tokens = [tokens[place] for place in whole]
     quality = answers.quality if checkpoint.calibrated else None
-    expected = checkpoint.rule(quality, body.heads, body.max_heads).expected_budgets()
-    state.hub.observe(
-        ItemsAnswered(
-            checkpoint.name,
-            checkpoint.version,
-            items,
-            checkpoint.num_layers * checkpoint.num_heads,
-            None if expected is None else dict(expected),
-            stages,
-            sum(tokens.truncated for tokens in tokenized),
-            current_request().traceparent,
-        )
+    state.hub.counts.classified(
+        checkpoint.name,
+        checkpoint.version,
+        budgets=budgets,
+        heads=heads,
+        tokens=tokens,
+        macs=macs,
+        dense_macs=dense,
+        heads_of_one=checkpoint.num_layers * checkpoint.num_heads,
+        expected=checkpoint.rule(quality, body.heads, body.max_heads).expected_budgets(),
+        stages=stages,
+        truncated=sum(tokens.truncated for tokens in tokenized),
     )

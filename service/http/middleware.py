@@ -16,9 +16,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.http.errors import CLIENT_GONE, ApiError, ClientGoneError
-from service.ipc.control_messages import DENIALS, REASONS, RequestEnded
-from service.ipc.hub_client import HubLink
-from service.telemetry.context import RequestContext, current_request, serving
+from service.telemetry.context import RequestContext, serving
+from service.telemetry.counts import DENIALS, REASONS, Counts
 
 log = structlog.get_logger()
 
@@ -56,14 +55,14 @@ class Observe:
 
     Args:
         app: what serves it.
-        hub: where it is counted.
+        counts: where it is counted.
         log_share: share of the requests that get a line in the log; one that ended in an error
             always does.
     """
 
-    def __init__(self, app: ASGIApp, hub: HubLink, log_share: float) -> None:
+    def __init__(self, app: ASGIApp, counts: Counts, log_share: float) -> None:
         self.app = app
-        self.hub = hub
+        self.counts = counts
         self.log_share = log_share
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,16 +121,13 @@ class Observe:
             outcome = "rejected"
         caller = scope["state"].get("caller")
         name = "" if caller is None else caller.name
-        self.hub.observe(
-            RequestEnded(
-                route,
-                outcome,
-                seconds,
-                current_request().traceparent,
-                reason if refused else "",
-                refusal if refusal in DENIALS else "",
-                name,
-            )
+        self.counts.request_ended(
+            route,
+            outcome,
+            seconds,
+            refusal=reason if refused else "",
+            denial=refusal if refusal in DENIALS else "",
+            caller=name,
         )
         names = {"key": name} if name else {}
         if scope.get("client"):

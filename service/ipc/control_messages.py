@@ -7,13 +7,7 @@ from typing import ClassVar, Literal, TypeAlias
 import msgspec
 
 from service.ipc.frames import Message, decoder
-
-REASONS = ("queue_full", "deadline", "draining", "too_large", "rate")
-"""Why requests are refused."""
-DENIALS = ("no_key", "wrong_key", "missing_scope")
-"""Why callers are turned away."""
-BREAKS = ("too_many", "slow", "head_too_large", "malformed")
-"""Why connections are ended before a request was there."""
+from service.telemetry.counts import Difference
 
 
 class ServedVersion(msgspec.Struct, frozen=True, array_like=True):
@@ -46,10 +40,18 @@ class Alive(Message, frozen=True):
 
 
 class Here(Message, frozen=True):
-    """First message of a front: its process, and the routes that it counts requests by."""
+    """First message of a frontend, sent again when its keys change.
 
+    Attributes:
+        frontend: tells it from all others, also when its connection is made anew.
+        pid: its process.
+        routes, keys: that it counts requests by; all that there are.
+    """
+
+    frontend: str
     pid: int
     routes: list[str]
+    keys: list[str]
 
 
 class Swapped(Message, frozen=True):
@@ -117,96 +119,24 @@ class NotShown(Message, frozen=True):
     message: str
 
 
-class RequestEnded(Message, frozen=True):
-    """A request has ended.
+class Report(Message, frozen=True):
+    """What a frontend counted since its report before; sent again until it is acknowledged.
 
-    Attributes:
-        route: its template.
-        outcome: how it ended.
-        seconds: from the first byte to the last.
-        traceparent: its place in a trace.
-        refusal: why it was rejected, if it was: one of `REASONS`.
-        denial: why its caller was turned away, if so: one of `DENIALS`.
-        caller: name of the caller's key, where it is known.
+    `number` rises from report to report, so the hub counts none twice.
     """
 
-    route: str
-    outcome: str
-    seconds: float
-    traceparent: str = ""
-    refusal: str = ""
-    denial: str = ""
-    caller: str = ""
+    number: int
+    difference: Difference
 
 
-class ItemSpent(msgspec.Struct, frozen=True, array_like=True):
-    """What one answered item took: its ladder step, heads, tokens and multiply-adds."""
+class Acknowledged(Message, frozen=True):
+    """The hub has counted the report of this number, and those before it."""
 
-    budget: int
-    heads: int
-    tokens: int
-    macs: int
-    dense_macs: int
+    number: int
 
 
-class ItemsAnswered(Message, frozen=True):
-    """The items of a request were answered.
-
-    Attributes:
-        model, version: by which model.
-        items: what each took; those that failed are left out.
-        heads_of_one: heads of the dense network.
-        expected: share of the items that calibration answers at each ladder step; None: it is not
-            known, and what happened counts as expected.
-        stages: seconds of each stage of the request.
-        truncated: items that were longer than the encoder reads.
-        traceparent: the request's place in a trace.
-    """
-
-    model: str
-    version: int
-    items: list[ItemSpent]
-    heads_of_one: int
-    expected: dict[int, float] | None
-    stages: dict[str, float]
-    truncated: int
-    traceparent: str = ""
-
-
-class TextsAsked(Message, frozen=True):
-    """A caller, by the name of its key, asked for so many texts."""
-
-    caller: str
-    texts: int
-
-
-class KeysKnown(Message, frozen=True):
-    """The names of all keys, from now on."""
-
-    names: list[str]
-
-
-class ConnectionEnded(Message, frozen=True):
-    """A connection was ended before a request was there, for one of `BREAKS`."""
-
-    reason: str
-
-
-Observation: TypeAlias = RequestEnded | ItemsAnswered | TextsAsked | KeysKnown | ConnectionEnded
-
-
-class Observed(Message, frozen=True):
-    """What a front has seen since it last said so; it says so, if only of nothing, all the time.
-
-    `dropped` counts what it had to drop meanwhile, because the hub did not read.
-    """
-
-    observations: list[Observation]
-    dropped: int = 0
-
-
-ToHub: TypeAlias = Here | Swapped | Drained | ChangeModel | Scrape | TellRecent | Observed
-FromHub: TypeAlias = Serving | Alive | Changed | ChangeFailed | Shown | NotShown
+ToHub: TypeAlias = Here | Swapped | Drained | ChangeModel | Scrape | TellRecent | Report
+FromHub: TypeAlias = Serving | Alive | Acknowledged | Changed | ChangeFailed | Shown | NotShown
 
 TO_HUB = decoder(ToHub)
 FROM_HUB = decoder(FromHub)

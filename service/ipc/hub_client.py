@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from uuid import uuid4
 
 import structlog
 
@@ -15,32 +16,28 @@ from service.background import Background
 from service.ipc.connection import Connection, DisconnectedError, Place
 from service.ipc.control_messages import (
     FROM_HUB,
+    Acknowledged,
     Alive,
     ChangeModel,
     FromHub,
     Here,
-    ItemsAnswered,
-    KeysKnown,
     NotShown,
-    Observation,
-    Observed,
+    Report,
     Scrape,
     Serving,
     Shown,
     TellRecent,
 )
 from service.ipc.frames import Message
+from service.telemetry.counts import Counts
 
-REPORT_SECONDS = 0.05
-"""So long what is to be counted is gathered."""
-SILENT_SECONDS = 0.5
-"""After so long without anything to count, a front says that it is there."""
-MAX_OBSERVED = 200_000
-"""Observations, and items in them, held at most while the hub does not read: some 50 MB."""
-CHUNK = 5000
-"""Of these, sent in one message."""
-MAX_UNSENT_BYTES = 2**20
-"""Unsent bytes above which nothing more is sent to the hub: it does not read."""
+REPORT_SECONDS = 0.25
+"""Time between reports: short beside the seconds between scrapes, and all that a frontend that is
+killed takes with it; long enough that a report costs little beside the requests that it counts."""
+MAX_UNACKNOWLEDGED = 4
+"""Reports sent and not acknowledged; beyond, what is counted is added to the next one."""
+SHOW_SECONDS = 8.0
+"""Time for an answer to a scrape, below the 10 s for which Prometheus waits."""
 SILENCE_LIMIT = 5.0
 """Seconds without a word after which the hub is not waited for."""
 LOOK_SECONDS = 0.25
@@ -55,45 +52,31 @@ class HubError(Exception):
     """The hub failed at what it was asked."""
 
 
-class _Observations:
-    """Hold observations in their order, the newest `MAX_OBSERVED` of them, and count the others."""
+class Reports:
+    """Reports of counts, each kept until the hub acknowledges it.
+
+    Attributes:
+        counts: what the next report will hold.
+        unacknowledged: reports to be sent again over a new connection, oldest first.
+    """
 
     def __init__(self) -> None:
-        self._seen: deque[Observation] = deque()
-        self._size = 0
-        self._dropped = 0
-        self._keys: KeysKnown | None = None
+        self.counts = Counts()
+        self.unacknowledged: deque[Report] = deque()
+        self._numbers = itertools.count()
 
-    def add(self, seen: Observation) -> None:
-        if isinstance(seen, KeysKnown):  # the last one says all, and must not be dropped
-            self._keys = seen
-            return
-        self._seen.append(seen)
-        self._size += _size(seen)
-        while self._size > MAX_OBSERVED:
-            self._size -= _size(self._seen.popleft())
-            self._dropped += 1
+    def next(self) -> Report | None:
+        """Return the next report to send; None: too many are not acknowledged."""
+        if len(self.unacknowledged) >= MAX_UNACKNOWLEDGED:
+            return None
+        report = Report(next(self._numbers), self.counts.take())
+        self.unacknowledged.append(report)
+        return report
 
-    def take(self) -> Observed:
-        """Remove and return the next ones to send."""
-        chunk: list[Observation] = []
-        if self._keys is not None:
-            chunk.append(self._keys)
-            self._keys = None
-        size = 0
-        while self._seen and size < CHUNK:
-            size += _size(self._seen[0])
-            chunk.append(self._seen.popleft())
-        self._size -= size
-        dropped, self._dropped = self._dropped, 0
-        return Observed(chunk, dropped)
-
-    def __len__(self) -> int:
-        return len(self._seen)
-
-
-def _size(seen: Observation) -> int:
-    return 1 + len(seen.items) if isinstance(seen, ItemsAnswered) else 1
+    def acknowledge(self, number: int) -> None:
+        """Forget the reports up to this number."""
+        while self.unacknowledged and self.unacknowledged[0].number <= number:
+            self.unacknowledged.popleft()
 
 
 class HubLink(Connection):
@@ -104,6 +87,9 @@ class HubLink(Connection):
         serve: is told what is to be served, again until it succeeds; of changes that come while it
             is at work it is told the last.
         routes: that requests are counted by.
+
+    Attributes:
+        counts: everything that the hub is to count for this frontend.
     """
 
     def __init__(
@@ -115,11 +101,13 @@ class HubLink(Connection):
         """Seconds since the hub was last heard."""
         self._serve = serve
         self._routes = routes
-        self._seen = _Observations()
+        self._keys: list[str] = []
+        self._frontend = uuid4().hex
+        self._reports = Reports()
+        self.counts = self._reports.counts
         self._next = NOTHING
         self._changed = asyncio.Event()
         self._first = asyncio.Event()
-        self._something = asyncio.Event()
         self._background = Background()
 
     async def start(self) -> None:
@@ -135,20 +123,23 @@ class HubLink(Connection):
         self._flush()
         await self._background.stop()
 
-    def observe(self, seen: Observation) -> None:
-        """Have something counted."""
-        self._seen.add(seen)
-        self._something.set()
+    def know_keys(self, names: list[str]) -> None:
+        """Tell the hub the names of all keys."""
+        self._keys = names
+        self._introduce()
 
     async def show(self, question: Scrape | TellRecent) -> Shown:
-        """Ask for something to show; what this front has seen by now is in it.
+        """Ask for something to show.
+
+        What this frontend has counted by now is in it, unless the hub is behind with its reports.
 
         Raises:
-            DisconnectedError: the hub is not there, or silent for `SILENCE_LIMIT`.
+            DisconnectedError: the hub is not there, silent for `SILENCE_LIMIT`, or takes longer
+                than `SHOW_SECONDS`.
             HubError: it failed at the question.
         """
         self._flush()
-        answer = await self._ask(question)
+        answer = await self._ask(question, SHOW_SECONDS)
         assert isinstance(answer, Shown)
         return answer
 
@@ -162,14 +153,16 @@ class HubLink(Connection):
         """
         return await self._ask(wanted)
 
-    async def _ask(self, question: Message) -> FromHub:
-        asking = asyncio.create_task(self.ask(question))
+    async def _ask(self, question: Message, timeout: float | None = None) -> FromHub:
+        asking = asyncio.create_task(self.ask(question, timeout))
         try:
             while not asking.done():
                 if self.silent_seconds > SILENCE_LIMIT:
                     raise DisconnectedError
                 await asyncio.wait({asking}, timeout=LOOK_SECONDS)
             answer: FromHub = asking.result()
+        except TimeoutError:
+            raise DisconnectedError from None
         finally:
             asking.cancel()
         if isinstance(answer, NotShown):
@@ -177,12 +170,19 @@ class HubLink(Connection):
         return answer
 
     def _came(self) -> None:
-        self.say(Here(os.getpid(), self._routes))
+        self._introduce()
+        for report in self._reports.unacknowledged:
+            self.say(report)
+
+    def _introduce(self) -> None:
+        self.say(Here(self._frontend, os.getpid(), self._routes, self._keys))
 
     def _take(self, message: FromHub) -> None:
         if isinstance(message, Serving):
             self._next = message
             self._changed.set()
+        elif isinstance(message, Acknowledged):
+            self._reports.acknowledge(message.number)
         elif not isinstance(message, Alive):  # that was for `heard`
             super()._take(message)
 
@@ -212,17 +212,11 @@ class HubLink(Connection):
             heard, before = self.heard, now
 
     async def _report(self) -> None:
+        """Report at even intervals, if only that this frontend is there."""
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(SILENT_SECONDS):
-                    await self._something.wait()
             await asyncio.sleep(REPORT_SECONDS)
             self._flush()
 
     def _flush(self) -> None:
-        """Send what was seen, as long as the hub reads it."""
-        while self.connected and self.unsent < MAX_UNSENT_BYTES:
-            self.say(self._seen.take())
-            if not self._seen:
-                self._something.clear()
-                return
+        if self.connected and (report := self._reports.next()) is not None:
+            self.say(report)

@@ -5,63 +5,50 @@ One process, the hub, owns the registry that /metrics shows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import assert_never
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import structlog
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     disable_created_metrics,
 )
+from prometheus_client.metrics_core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
+from prometheus_client.utils import floatToGoString
 
-from service.ipc.control_messages import (
+from service.telemetry.counts import (
     BREAKS,
     DENIALS,
+    DURATIONS,
+    HEADS,
+    OUTCOMES,
     REASONS,
-    ConnectionEnded,
-    ItemsAnswered,
-    ItemSpent,
-    KeysKnown,
-    Observation,
-    RequestEnded,
-    TextsAsked,
+    STAGES,
+    TOKENS,
+    Difference,
+    Observations,
+    Series,
 )
-from service.telemetry.context import RequestContext
 from service.telemetry.processes import Family, FamilyCollector, only_this_process
 
 log = structlog.get_logger()
 
 PREFIX = "budgetformer"
 
-DURATIONS = (
-    0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
-    0.1, 0.2, 0.5, 1, 2.5, 5, 10,
-)  # fmt: skip
-HEADS = (0, 1, 2, 4, 6, 8, 12, 18, 24, 30, 36, 48, 60, 72, 96, 144, 192, 288, 384)
-TOKENS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 BATCH_ITEMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BATCH_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 RATIOS = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1)
 
-OUTCOMES = ("ok", "partial", "invalid", "rejected", "timeout", "cancelled", "error")
-STAGES = ("tokenize", "budget", "queue", "compute", "respond")
 SOURCES = ("frontend", "engine")
 """Processes that report to the hub."""
 QUALITY_RANK = {"fast": 1, "balanced": 2, "best": 3}
 
 
-Exemplar = dict[str, str] | None
-"""What an observation points to: a trace."""
-
-
 class Metrics:
     """All metrics of a server, in a registry of their own.
-
-    Looking up a series by its labels costs more than counting in it, so what every request needs
-    is looked up once.
 
     Args:
         family: the processes of the server.
@@ -70,6 +57,9 @@ class Metrics:
     def __init__(self, family: Family = only_this_process) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody asks for
         self.registry = CollectorRegistry()
+        self._counters: dict[str, Counter] = {}
+        self._histograms: dict[str, Histogram] = {}
+        self._labels: dict[str, tuple[str, ...]] = {}
         self.requests = self._counter(
             "requests", "Requests by route and outcome.", "route", "outcome"
         )
@@ -187,13 +177,12 @@ class Metrics:
             "engine",
         )
         self.registry.register(FamilyCollector(PREFIX, family))
-        self._stages = {stage: self.stage_duration.labels(stage) for stage in STAGES}
-        self._models: dict[tuple[str, str], ModelSeries] = {}
+        self._models: set[tuple[str, str]] = set()
         self._batches: dict[tuple[str, int], BatchSeries] = {}
-        self._requests: dict[tuple[str, str], Counter] = {}
-        self._durations: dict[str, Histogram] = {}
         self._keys: set[str] = set()
-        self._failed_kinds: set[str] = set()
+        self._failed: set[str] = set()
+        for stage in STAGES:
+            self.stage_duration.labels(stage)
         for source in SOURCES:
             self.dropped_reports.labels(source)
         for counter, reasons in (
@@ -234,16 +223,22 @@ class Metrics:
 
     def know_model(self, model: str, version: str, budgets: Iterable[int]) -> None:
         """Let every series of a model read 0 from the start."""
-        known = self._models.setdefault((model, version), ModelSeries(self, model, version))
+        self._models.add((model, version))
+        for metric in (
+            self.request_heads, self.item_tokens, self.macs, self.dense_macs, self.heads_used,
+            self.heads, self.int8_checked, self.int8_clipped,
+        ):  # fmt: skip
+            metric.labels(model, version)
         for gauge in (self.queue_items, self.queue_cost, self.queue_oldest, self.in_flight):
             gauge.labels(model)
         for budget in budgets:
-            known.know(budget)
+            for counter in (self.items, self.items_expected):
+                counter.labels(model, version, budget)
             self.batch(model, budget)
 
     def forget_model(self, model: str, version: str) -> None:
         """Remove the series of a model version; what is still told of it is not counted."""
-        self._models.pop((model, version), None)
+        self._models.discard((model, version))
         for metric in (
             self.request_heads, self.items, self.items_expected, self.item_tokens,
             self.macs, self.dense_macs, self.heads_used, self.heads,
@@ -264,10 +259,6 @@ class Metrics:
         """Return whether some version of a model has series."""
         return any(name == model for name, _ in self._models)
 
-    def model(self, model: str, version: str) -> ModelSeries | None:
-        """Return the series of a model version; None: it is not known, or not any more."""
-        return self._models.get((model, version))
-
     def batch(self, model: str, budget: int) -> BatchSeries | None:
         """Return the series of a known model's batches at one ladder step."""
         key = model, budget
@@ -275,132 +266,91 @@ class Metrics:
             self._batches[key] = BatchSeries(self, model, budget)
         return self._batches.get(key)
 
-    def take(self, observations: Iterable[Observation]) -> None:
-        """Count what a front has seen; one that cannot be counted is logged and left out."""
-        for seen in observations:
+    def count_states(self, model: str, version: str, checked: int, clipped: int) -> None:
+        """Count the int8 inputs that were checked, and those that were clipped."""
+        if (model, version) in self._models:
+            self.int8_checked.labels(model, version).inc(checked)
+            self.int8_clipped.labels(model, version).inc(clipped)
+
+    def add(self, difference: Difference) -> None:
+        """Add what a frontend counted; a series that cannot be added is logged and left out."""
+        for series, grown in (difference.counters | difference.histograms).items():
             try:
-                self._count(seen)
-            except Exception as error:  # whatever it is, the others count
-                kind = type(seen).__name__
-                if kind not in self._failed_kinds:
-                    self._failed_kinds.add(kind)
-                    log.error("observation not counted", observation=kind, exc_info=error)
+                self._add(series, grown)
+            except Exception as error:  # whatever it is, the other series count
+                name = series[0] if series else ""
+                if name not in self._failed:
+                    self._failed.add(name)
+                    log.error("counts not added", metric=name, exc_info=error)
 
-    def _count(self, seen: Observation) -> None:
-        match seen:
-            case RequestEnded():
-                self._request_ended(seen)
-            case ItemsAnswered():
-                self._items_answered(seen)
-            case TextsAsked():
-                if seen.caller in self._keys:
-                    self.key_texts.labels(seen.caller).inc(seen.texts)
-            case KeysKnown():
-                self.know_keys(seen.names)
-            case ConnectionEnded():
-                self.broken_connections.labels(seen.reason).inc()
-            case _:
-                assert_never(seen)
+    def _add(self, series: Series, grown: float | Observations) -> None:
+        name, *labels = series
+        if self._is_gone(self._labels[name], labels):
+            return
+        if isinstance(grown, Observations):
+            self._histograms[name].labels(*labels).add(grown)
+        else:
+            counter = self._counters[name]
+            (counter.labels(*labels) if labels else counter).inc(grown)
 
-    def _request_ended(self, seen: RequestEnded) -> None:
-        exemplar = _exemplar(seen.traceparent)
-        key = seen.route, seen.outcome
-        counter = self._requests.get(key)
-        if counter is None:
-            counter = self._requests[key] = self.requests.labels(*key)
-            self._durations[seen.route] = self.request_duration.labels(seen.route)
-        counter.inc()
-        self._durations[seen.route].observe(seen.seconds, exemplar)
-        if seen.outcome == "cancelled":
-            self.cancelled.inc()
-        elif seen.outcome == "timeout":
-            self.deadline_exceeded.inc()
-        elif seen.refusal:
-            self.rejected.labels(seen.refusal).inc()
-        if seen.denial:
-            self.denied.labels(seen.denial).inc()
-        if seen.caller in self._keys:
-            self.key_requests.labels(seen.caller, seen.outcome).inc()
-
-    def _items_answered(self, seen: ItemsAnswered) -> None:
-        exemplar = _exemplar(seen.traceparent)
-        for stage, seconds in seen.stages.items():
-            self._stages[stage].observe(seconds, exemplar)
-        self.truncated.inc(seen.truncated)
-        series = self.model(seen.model, str(seen.version))
-        if series is not None:
-            series.count(seen.items, seen.heads_of_one, seen.expected, exemplar)
+    def _is_gone(self, names: tuple[str, ...], values: Sequence[str]) -> bool:
+        """Return whether these are the labels of a model version or a key that is not known."""
+        if names[:2] == ("model", "version"):
+            return tuple(values[:2]) not in self._models
+        return names[:1] == ("key",) and values[0] not in self._keys
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
+        counter = Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
+        self._counters[name], self._labels[name] = counter, labels
+        return counter
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(name, text, labels, namespace=PREFIX, registry=self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
-        return Histogram(
-            name, text, labels, namespace=PREFIX, buckets=tuple(buckets), registry=self.registry
-        )
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        histogram = Histogram(f"{PREFIX}_{name}", text, buckets, labels)
+        self.registry.register(histogram)
+        self._histograms[name], self._labels[name] = histogram, labels
+        return histogram
 
 
-def _exemplar(traceparent: str) -> Exemplar:
-    return RequestContext(traceparent=traceparent).exemplar
+class Histogram(Collector):
+    """A histogram that takes many observations at once, which prometheus_client's does not.
 
+    Args:
+        name, text: as Prometheus shows them.
+        bounds: of the buckets.
+        labels: their names.
+    """
 
-class ModelSeries:
-    """The series of one model version."""
+    def __init__(self, name: str, text: str, bounds: Sequence[float], labels: Sequence[str]):
+        self._name, self._text = name, text
+        self._bounds, self._labels = bounds, labels
+        self._series: dict[Series, Observations] = {}
 
-    def __init__(self, metrics: Metrics, model: str, version: str) -> None:
-        key = model, version
-        self._metrics, self._key = metrics, key
-        self._heads = metrics.request_heads.labels(*key)
-        self._tokens = metrics.item_tokens.labels(*key)
-        self._macs = metrics.macs.labels(*key)
-        self._dense_macs = metrics.dense_macs.labels(*key)
-        self._heads_used = metrics.heads_used.labels(*key)
-        self._heads_total = metrics.heads.labels(*key)
-        self._checked = metrics.int8_checked.labels(*key)
-        self._clipped = metrics.int8_clipped.labels(*key)
-        self._items: dict[int, Counter] = {}
-        self._expected: dict[int, Counter] = {}
+    def labels(self, *values: object) -> Observations:
+        """Return the observations of one series; there are none in one that is new."""
+        return self._series.setdefault(tuple(map(str, values)), Observations())
 
-    def know(self, budget: int) -> None:
-        """Let the series of a ladder step read 0 until it is used."""
-        self._items[budget] = self._metrics.items.labels(*self._key, budget)
-        self._expected[budget] = self._metrics.items_expected.labels(*self._key, budget)
+    def remove_by_labels(self, labels: dict[str, str]) -> None:
+        """Remove the series that have all of these labels."""
+        wanted = labels.items()
+        self._series = {
+            values: observed
+            for values, observed in self._series.items()
+            if not wanted <= dict(zip(self._labels, values, strict=True)).items()
+        }
 
-    def count(
-        self,
-        items: Sequence[ItemSpent],
-        heads_of_one: int,
-        expected: Mapping[int, float] | None = None,
-        exemplar: Exemplar = None,
-    ) -> None:
-        """Count the answered items of a request; see `ItemsAnswered`."""
-        counted: dict[int, float] = {}
-        for item in items:
-            self._heads.observe(item.heads, exemplar)
-            self._tokens.observe(item.tokens)
-            counted[item.budget] = counted.get(item.budget, 0) + 1
-        for budget, count in counted.items():
-            if budget not in self._items:
-                self.know(budget)
-            self._items[budget].inc(count)
-        shares = counted if expected is None else expected
-        scale = 1 if expected is None else len(items)
-        for budget, share in shares.items():
-            if budget not in self._expected:
-                self.know(budget)
-            self._expected[budget].inc(share * scale)
-        self._heads_used.inc(sum(item.heads for item in items))
-        self._heads_total.inc(len(items) * heads_of_one)
-        self._macs.inc(sum(item.macs for item in items))
-        self._dense_macs.inc(sum(item.dense_macs for item in items))
-
-    def count_states(self, checked: int, clipped: int) -> None:
-        """Count the int8 inputs that were checked, and those that were clipped."""
-        self._checked.inc(checked)
-        self._clipped.inc(clipped)
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """Show every series."""
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        for values, observed in self._series.items():
+            exemplars = {at: (Exemplar(*seen),) for at, seen in observed.exemplars.items()}
+            counts = zip(names, observed.cumulative(self._bounds), strict=True)
+            buckets = [(*pair, *exemplars.get(at, ())) for at, pair in enumerate(counts)]
+            family.add_metric(values, buckets, observed.sum)
+        yield family
 
 
 class BatchSeries:
@@ -415,6 +365,6 @@ class BatchSeries:
     def count(self, items: int, tokens: int, padding: float) -> None:
         """Count a batch that ran."""
         self._batches.inc()
-        self._items.observe(items)
-        self._tokens.observe(tokens)
-        self._padding.observe(padding)
+        self._items.observe(BATCH_ITEMS, items)
+        self._tokens.observe(BATCH_TOKENS, tokens)
+        self._padding.observe(RATIOS, padding)

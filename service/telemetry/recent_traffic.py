@@ -11,7 +11,8 @@ from typing import Any
 
 from prometheus_client import Counter
 
-from service.telemetry.metrics import DURATIONS, Metrics
+from service.telemetry.counts import DURATIONS
+from service.telemetry.metrics import Metrics
 
 SLOT_SECONDS = 5.0
 SLOTS = 120
@@ -53,8 +54,7 @@ class Recent:
 
     def sample(self, now: float) -> None:
         """Read the metrics at `now`, in seconds since 1970."""
-        (duration,) = self._duration.collect()
-        counts = [s.value for s in duration.samples if s.name.endswith("_bucket")]
+        durations = tuple(self._duration.cumulative(DURATIONS))
         items = {
             (labels["model"], labels["version"], int(labels["budget"])): value
             for labels, value in _samples(self._metrics.items)
@@ -68,7 +68,7 @@ class Recent:
             for counter in counters
         ]
         spent = {key: tuple(by[key] for by in values) for key in values[0]}
-        self._seen.append(_Totals(now, tuple(counts), items, spent))
+        self._seen.append(_Totals(now, durations, items, spent))
 
     def tell(self, model: str) -> dict[str, Any]:
         """Return what a model's texts took and how long requests lasted, as plain data.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,8 +18,21 @@ from structlog.testing import capture_logs
 
 import budgetformer
 from service.http.health import prefers_openmetrics
+from service.ipc import hub_client
+from service.ipc.connection import listening
+from service.settings import Settings
 from tests.support.exposition import Exposition
-from tests.support.serving import ADMIN, Service, error_of, held, poison, service
+from tests.support.serving import (
+    ADMIN,
+    ADMIN_KEY,
+    Service,
+    application,
+    error_of,
+    held,
+    poison,
+    service,
+)
+from tests.support.stalled_hub import StalledHub
 from tests.support.stores import HEADS, LAYERS, TAGS, TOPICS, labelled_sentences, sentences
 from tests.support.waiting import until
 
@@ -471,3 +486,44 @@ async def test_a_scrape_that_fails_is_one_answer_and_the_next_one_succeeds(
         assert (await running.client.get("/metrics")).status_code == 200
         failures = [line for line in lines if line["event"] == "message not handled"]
         assert [line["message"] for line in failures] == ["Scrape"]
+
+
+@pytest.mark.parametrize(("slow", "limit"), [(False, "SILENCE_LIMIT"), (True, "SHOW_SECONDS")])
+async def test_a_scrape_does_not_wait_for_a_hub_that_is_stopped_or_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool, limit: str
+) -> None:
+    monkeypatch.setattr(hub_client, limit, 0.5)
+    hub = StalledHub(slow)
+    if slow:
+        hub.reads.set()
+    given = Settings(model_store=tmp_path, admin_key=ADMIN_KEY)
+    with tempfile.TemporaryDirectory(prefix="bf-") as folder:
+        socket = Path(folder) / "hub.sock"
+        async with listening(socket, hub.came), application(given, [], socket) as app:
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+                error_of(await client.get("/metrics"), 503, "hub_down")
+                hub.slow = False
+                hub.reads.set()
+                await until(lambda: app.state.shared.hub.silent_seconds < 0.5, "the hub")
+                assert (await client.get("/metrics")).text == "series"
+
+
+async def test_nothing_that_callers_send_makes_a_series(fresh: Service) -> None:
+    await fresh.ask(TEXT)
+
+    async def series() -> set[tuple[str, frozenset[tuple[str, str]]]]:
+        shown = (await fresh.scrape()).samples
+        return {(sample.name, frozenset(sample.labels.items())) for sample in shown}
+
+    before = await series()
+    for number in range(5):
+        odd = f"odd{number}"
+        headers = {"X-API-Key": odd, "X-Request-Id": odd, "traceparent": f"00-{number:032x}-1-01"}
+        await fresh.client.get(f"/{odd}", headers=headers)
+        await fresh.client.request(odd.upper(), "/classify", headers=headers)
+        await fresh.client.get(f"/models/{odd}", headers=headers)
+        await fresh.client.post(f"/models/{odd}/load", headers=headers)
+        await fresh.ask(TEXT, model=odd)
+        await fresh.ask(TEXT, quality=odd)
+    assert await series() == before

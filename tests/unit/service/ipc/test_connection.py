@@ -19,13 +19,8 @@ from service.ipc import connection, frames
 from service.ipc import hub_client as link
 from service.ipc.connection import Connection, DisconnectedError, Say, handle_each, listening
 from service.ipc.control_messages import (
-    TO_HUB,
-    ConnectionEnded,
-    KeysKnown,
-    Observed,
     Scrape,
     Serving,
-    Shown,
 )
 from service.ipc.engine_messages import (
     TO_ENGINE,
@@ -38,6 +33,7 @@ from service.ipc.engine_messages import (
     Unload,
 )
 from service.ipc.hub_client import HubLink
+from tests.support.stalled_hub import StalledHub
 from tests.support.waiting import until
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -173,69 +169,65 @@ async def test_what_a_peer_does_not_read_is_bounded(droppable: bool) -> None:
         gate.set()
 
 
-class StalledHub:
-    """A hub that reads only while it is told to."""
+@asynccontextmanager
+async def linked(hub: StalledHub) -> AsyncIterator[HubLink]:
+    """Run a frontend's connection to a hub, of which nothing is served."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(link, "SILENCE_LIMIT", 1.5)
-        self.reads = asyncio.Event()
-        self.observed: list[Observed] = []
-        self.connections = 0
-
-    async def came(self, reader: asyncio.StreamReader, say: Say) -> None:
-        self.connections += 1
-        say(Serving(0, [], [], [], {}))
-        while True:
-            await self.reads.wait()
-            message = await frames.read(reader, TO_HUB)
-            if message is None:
-                return
-            if isinstance(message, Observed):
-                self.observed.append(message)
-            if isinstance(message, Scrape):
-                say(Shown(message.id, b"series", "text/plain"))
-
-
-@pytest.mark.parametrize(("count", "kept"), [(60_000, 60_000), (250_000, link.MAX_OBSERVED)])
-async def test_a_stalled_hub_is_not_waited_for_and_what_is_counted_is_kept(
-    monkeypatch: pytest.MonkeyPatch, count: int, kept: int
-) -> None:
     async def serve(_: Serving) -> None:
         return
 
     with tempfile.TemporaryDirectory(prefix="bf-") as folder:
         socket = Path(folder) / "hub.sock"
-        hub = StalledHub(monkeypatch)
         async with listening(socket, hub.came):
             to_hub = HubLink(socket, serve, ["/classify"])
             await to_hub.start()
-            to_hub.observe(KeysKnown(["one"]))
-            hub.reads.set()
-            assert (await to_hub.show(Scrape(0, False))).content == b"series"
-            hub.reads.clear()
-            seen = ConnectionEnded("malformed")
-            for _ in range(count):
-                to_hub.observe(seen)
-            loop = asyncio.get_running_loop()
-            for _ in range(3):
-                began = loop.time()
-                with pytest.raises(DisconnectedError):
-                    await to_hub.show(Scrape(0, False))
-                assert loop.time() - began < 10
-            assert to_hub.unsent < link.MAX_UNSENT_BYTES + 2**19
-            hub.reads.set()
-
-            def told() -> tuple[int, int]:
-                kinds = [one for observed in hub.observed for one in observed.observations]
-                dropped = sum(observed.dropped for observed in hub.observed)
-                return sum(isinstance(one, ConnectionEnded) for one in kinds), dropped
-
-            await until(lambda: sum(told()) == count, "all counts")
-            assert told()[0] >= kept
-            assert hub.connections == 1, "it was the same connection all the time"
-            keys = [o for observed in hub.observed for o in observed.observations]
-            assert KeysKnown(["one"]) in keys
+            yield to_hub
             await to_hub.stop()
+
+
+async def test_a_stalled_hub_is_not_waited_for_and_nothing_counted_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link, "SILENCE_LIMIT", 1.5)
+    hub = StalledHub()
+    async with linked(hub) as to_hub:
+        to_hub.know_keys(["one"])
+        hub.reads.set()
+        assert (await to_hub.show(Scrape(0, False))).content == b"series"
+        hub.reads.clear()
+        loop = asyncio.get_running_loop()
+        for _ in range(3):
+            for _ in range(100_000):
+                to_hub.counts.connection_ended("malformed")
+            began = loop.time()
+            with pytest.raises(DisconnectedError):
+                await to_hub.show(Scrape(0, False))
+            assert loop.time() - began < 10
+        assert to_hub.unsent < 1000
+        hub.reads.set()
+
+        def told() -> float:
+            series = "broken_connections", "malformed"
+            return sum(report.difference.counters.get(series, 0) for report in hub.reports)
+
+        await until(lambda: told() == 300_000, "all counts")
+        counted = [report.number for report in hub.reports if report.difference.counters]
+        assert len(counted) <= 1 + link.MAX_UNACKNOWLEDGED
+        assert hub.connections == 1, "it was the same connection all the time"
+        assert hub.keys[-1] == ["one"]
+
+
+async def test_a_hub_that_is_there_and_slow_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link, "SHOW_SECONDS", 0.5)
+    hub = StalledHub(slow=True)
+    hub.reads.set()
+    async with linked(hub) as to_hub:
+        with pytest.raises(DisconnectedError):
+            await to_hub.show(Scrape(0, False))
+        hub.slow = False
+        assert (await to_hub.show(Scrape(0, False))).content == b"series"
 
 
 async def test_a_catalog_that_cannot_be_applied_is_tried_again_and_then_the_newest(

@@ -38,6 +38,7 @@ from service.ipc.engine_messages import (
     Watch,
 )
 from service.ipc.frames import Decoder, FrameError
+from service.telemetry.counts import Difference, Observations
 from tests.support.columns import answers_to, rows
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -95,28 +96,25 @@ TO_FRONT = {
     BatchRan: st.builds(BatchRan, words, numbers, numbers, numbers, numbers, finite, finite),
 }
 lines = st.lists(words, max_size=2)
-spent = st.builds(hub.ItemSpent, numbers, numbers, numbers, numbers, numbers)
 served = st.builds(hub.ServedVersion, words, numbers, words)
-answered = st.builds(
-    hub.ItemsAnswered,
-    words,
-    numbers,
-    st.lists(spent, max_size=2),
-    numbers,
-    st.none() | st.dictionaries(numbers, finite, max_size=2),
-    seconds_by_model,
-    numbers,
-    words,
+series = st.tuples(words, words)
+observations = st.builds(
+    Observations,
+    st.dictionaries(numbers, numbers, max_size=2),
+    finite,
+    st.dictionaries(
+        numbers,
+        st.tuples(st.dictionaries(words, words, max_size=1), finite, finite),
+        max_size=2,
+    ),
 )
-observations = st.one_of(
-    answered,
-    st.builds(hub.RequestEnded, words, words, finite, words, words, words, words),
-    st.builds(hub.TextsAsked, words, numbers),
-    st.builds(hub.KeysKnown, lines),
-    st.builds(hub.ConnectionEnded, words),
+differences = st.builds(
+    Difference,
+    st.dictionaries(series, finite, max_size=2),
+    st.dictionaries(series, observations, max_size=2),
 )
 TO_HUB = {
-    hub.Here: st.builds(hub.Here, numbers, lines),
+    hub.Here: st.builds(hub.Here, words, numbers, lines, lines),
     hub.Swapped: st.builds(hub.Swapped, numbers),
     hub.Drained: st.builds(hub.Drained, numbers),
     hub.ChangeModel: st.builds(
@@ -124,7 +122,7 @@ TO_HUB = {
     ),
     hub.TellRecent: st.builds(hub.TellRecent, numbers, words),
     hub.Scrape: st.builds(hub.Scrape, numbers, st.booleans()),
-    hub.Observed: st.builds(hub.Observed, st.lists(observations, max_size=3), numbers),
+    hub.Report: st.builds(hub.Report, numbers, differences),
 }
 FROM_HUB = {
     hub.Serving: st.builds(
@@ -136,6 +134,7 @@ FROM_HUB = {
         st.dictionaries(words, words, max_size=2),
     ),
     hub.Alive: st.builds(hub.Alive),
+    hub.Acknowledged: st.builds(hub.Acknowledged, numbers),
     hub.NotShown: st.builds(hub.NotShown, numbers, words),
     hub.Changed: st.builds(hub.Changed, numbers, words),
     hub.ChangeFailed: st.builds(

@@ -9,8 +9,10 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
-from service.ipc.control_messages import ItemsAnswered, ItemSpent, RequestEnded
+from service.telemetry.context import RequestContext, serving
+from service.telemetry.counts import Counts, Difference, Observations
 from service.telemetry.metrics import Metrics
+from tests.support.counted import Spent, count_texts
 from tests.support.exposition import Exposition
 from tests.support.programs import program
 
@@ -147,19 +149,13 @@ def test_what_is_known_later_has_its_labels(metrics: Metrics, name: str, labels:
 def counted(metrics: Metrics) -> Metrics:
     """Count one request of three texts, two answered at step 0 and one at step 2, traced."""
     place = f"00-{TRACE}-b7ad6b7169203331-01"
-    items = [
-        ItemSpent(0, 0, 12, 10, 600),
-        ItemSpent(2, 5, 41, 300, 900),
-        ItemSpent(0, 0, 9, 8, 400),
-    ]
+    texts = [Spent(0, 0, 12, 10, 600), Spent(2, 5, 41, 300, 900), Spent(0, 0, 9, 8, 400)]
     stages = {"tokenize": 0.001, "compute": 0.004}
-    expected = {0: 0.5, 1: 0.5}
-    metrics.take(
-        [
-            ItemsAnswered("topics", 1, items, 8, expected, stages, 1, place),
-            RequestEnded("/classify", "ok", 0.006, place),
-        ]
-    )
+    counts = Counts()
+    with serving(RequestContext("r", place)):
+        count_texts(counts, *texts, expected={0: 0.5, 1: 0.5}, stages=stages, truncated=1)
+        counts.request_ended("/classify", "ok", 0.006)
+    metrics.add(counts.take())
     batch = metrics.batch("topics", 2)
     assert batch is not None
     batch.count(1, 41, 0.0)
@@ -196,7 +192,9 @@ def test_texts_are_counted_by_the_step_that_answered_and_by_the_one_expected(
 
 
 def test_where_nothing_was_calibrated_what_happens_is_expected(metrics: Metrics) -> None:
-    metrics.take([ItemsAnswered("topics", 1, [ItemSpent(1, 4, 5, 6, 7)], 8, None, {}, 0)])
+    counts = Counts()
+    count_texts(counts, Spent(1, 4, 5, 6, 7))
+    metrics.add(counts.take())
     shown = scrape(metrics)
     assert shown.by("budget", "items_expected_total") == shown.by("budget", "items_total")
 
@@ -233,20 +231,22 @@ def test_two_servers_in_one_process_count_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ended", "counter"),
+    ("outcome", "refusal", "counter"),
     [
-        (RequestEnded("/classify", "cancelled", 0.1), "cancelled_total"),
-        (RequestEnded("/classify", "timeout", 0.1), "deadline_exceeded_total"),
-        (RequestEnded("/classify", "rejected", 0.1, refusal="queue_full"), "rejected_total"),
+        ("cancelled", "", "cancelled_total"),
+        ("timeout", "", "deadline_exceeded_total"),
+        ("rejected", "queue_full", "rejected_total"),
     ],
 )
 def test_how_a_request_ended_is_counted(
-    metrics: Metrics, ended: RequestEnded, counter: str
+    metrics: Metrics, outcome: str, refusal: str, counter: str
 ) -> None:
-    metrics.take([ended])
+    counts = Counts()
+    counts.request_ended("/classify", outcome, 0.1, refusal=refusal)
+    metrics.add(counts.take())
     shown = scrape(metrics)
     assert shown.total(counter) == 1
-    assert shown.total("requests_total", outcome=ended.outcome) == 1
+    assert shown.total("requests_total", outcome=outcome) == 1
 
 
 def test_what_every_process_takes_is_shown_by_its_name() -> None:
@@ -264,17 +264,18 @@ def series_of_models(metrics: Metrics) -> list[str]:
 
 
 def test_roll_outs_do_not_make_the_exposition_grow(metrics: Metrics) -> None:
-    item = ItemSpent(2, 5, 41, 300, 900)
+    counts = Counts()
     before = series_of_models(metrics)
     for number in range(2, 1002):
         version = str(number)
         metrics.know_model("topics", version, [0, 1, 2])
-        told = ItemsAnswered("topics", number, [item], 8, {0: 1.0}, {}, 0)
-        metrics.take([told])
+        count_texts(counts, Spent(2, 5, 41, 300, 900), version=number, expected={0: 1.0})
+        difference = counts.take()
+        metrics.add(difference)
         if not number % 250:
             assert scrape(metrics).total("items_total", version=number) == 1
         metrics.forget_model("topics", version)
-        metrics.take([told])  # a late one does not bring the series back
+        metrics.add(difference)  # a late one does not bring the series back
     assert series_of_models(metrics) == before
 
 
@@ -290,20 +291,25 @@ def test_a_model_that_is_gone_leaves_no_series(metrics: Metrics) -> None:
     assert series_of_models(metrics) == before
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        ItemsAnswered("topics", 1, [ItemSpent(2, 5, 41, -1, 900)], 8, None, {}, 0),
-        ItemsAnswered("topics", 1, [], 8, None, {"nonsense": 1.0}, 0),
-        ItemsAnswered("topics", 1, [], 8, None, {}, -1),
-    ],
-)
-def test_an_observation_that_cannot_be_counted_takes_no_other_with_it(
-    metrics: Metrics, bad: ItemsAnswered
-) -> None:
-    good = RequestEnded("/classify", "ok", 0.006)
+def test_a_series_that_cannot_be_added_takes_no_other_with_it(metrics: Metrics) -> None:
+    good, bad = ("requests", "/classify", "ok"), ("items", "topics", "1", "0")
+    nothing_known = {("nonsense", "label"): 1.0, (): 1.0, ("request_heads", "topics", "1"): 1.0}
     with capture_logs() as lines:
-        metrics.take([good, bad, good, bad, good])
-    assert scrape(metrics).total("requests_total", outcome="ok") == 3
-    (line,) = lines
-    assert line["observation"] == "ItemsAnswered"
+        for _ in range(3):
+            metrics.add(Difference({bad: -1, ("truncated", "a", "b"): 1, good: 1}, {}))
+            metrics.add(Difference({**nothing_known, good: 1}, {("requests",): Observations()}))
+    assert scrape(metrics).total("requests_total", outcome="ok") == 6
+    failed = ["items", "truncated", "nonsense", "", "request_heads", "requests"]
+    assert [line["metric"] for line in lines] == failed
+
+
+def test_a_key_that_is_gone_has_no_series(metrics: Metrics) -> None:
+    counts = Counts()
+    counts.texts_asked("one", 2)
+    counts.request_ended("/classify", "ok", 0.1, caller="one")
+    difference = counts.take()
+    for names, texts in (([], {}), (["one", "two"], {"one": 2}), (["two"], {})):
+        metrics.know_keys(names)
+        metrics.add(difference)
+        assert scrape(metrics).by("key", "key_texts_total") == texts
+        assert {s.labels["key"] for s in scrape(metrics).select("key_requests_total")} == set(names)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from service.ipc.control_messages import ItemsAnswered, ItemSpent, RequestEnded
+from service.telemetry.counts import Counts
 from service.telemetry.metrics import Metrics
 from service.telemetry.recent_traffic import SLOTS, Recent
+from tests.support.counted import Spent, count_texts
 
-HARD = ItemSpent(budget=4, heads=8, tokens=9, macs=80, dense_macs=100)
-EASY = ItemSpent(budget=0, heads=0, tokens=5, macs=0, dense_macs=100)
+HARD = Spent(budget=4, heads=8, tokens=9, macs=80, dense_macs=100)
+EASY = Spent(budget=0, heads=0, tokens=5, macs=0, dense_macs=100)
 
 
 @pytest.fixture
@@ -21,13 +22,11 @@ def metrics() -> Metrics:
     return metrics
 
 
-def answer(metrics: Metrics, seconds: float, *items: ItemSpent, version: str = "1") -> None:
-    metrics.take(
-        [
-            ItemsAnswered("topics", int(version), list(items), 8, None, {}, 0),
-            RequestEnded("/classify", "ok", seconds),
-        ]
-    )
+def answer(metrics: Metrics, seconds: float, *items: Spent, version: str = "1") -> None:
+    counts = Counts()
+    count_texts(counts, *items, version=int(version))
+    counts.request_ended("/classify", "ok", seconds)
+    metrics.add(counts.take())
 
 
 def test_before_an_interval_has_passed_there_is_nothing_to_tell(metrics: Metrics) -> None:
@@ -95,7 +94,9 @@ def test_a_model_that_came_later_counts_from_nothing(metrics: Metrics) -> None:
     recent = Recent(metrics)
     recent.sample(0.0)
     metrics.know_model("tags", "1", [4])
-    metrics.take([ItemsAnswered("tags", 1, [HARD], 8, None, {}, 0)])
+    counts = Counts()
+    count_texts(counts, HARD, model="tags")
+    metrics.add(counts.take())
     recent.sample(5.0)
     assert recent.tell("tags")["window"]["budgets"] == {4: 1}
     assert recent.tell("topics")["window"]["budgets"] == {}
@@ -104,7 +105,9 @@ def test_a_model_that_came_later_counts_from_nothing(metrics: Metrics) -> None:
 def test_requests_to_other_routes_are_left_out(metrics: Metrics) -> None:
     recent = Recent(metrics)
     recent.sample(0.0)
-    metrics.take([RequestEnded("/predict", "ok", 0.004)])
+    counts = Counts()
+    counts.request_ended("/predict", "ok", 0.004)
+    metrics.add(counts.take())
     recent.sample(5.0)
     assert recent.tell("topics")["window"]["requests"] == 0
 

@@ -1,0 +1,130 @@
+"""What frontends count reaches the hub exactly once, whatever happens to their connections."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from prometheus_client import generate_latest
+
+from service.control.catalog import Catalog
+from service.control.hub import Hub
+from service.ipc.connection import DisconnectedError, Say, listening
+from service.ipc.control_messages import Acknowledged, Scrape, Serving
+from service.ipc.frames import Message
+from service.ipc.hub_client import HubLink
+from service.settings import Settings
+from tests.support.exposition import Exposition
+from tests.support.waiting import until
+
+PROPERTY = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+SCRAPE = Scrape(0, False)
+ACTIONS = ["count", "report", "begin", "break", "lose", "keep"]
+
+
+class LossyHub(Hub):
+    """A hub whose acknowledgements are lost while it is told so."""
+
+    loses = False
+
+    async def came(self, reader: asyncio.StreamReader, say: Say) -> None:
+        def say_some(message: Message) -> bool:
+            lost = self.loses and isinstance(message, Acknowledged)
+            return lost or say(message)
+
+        await super().came(reader, say_some)
+
+    def counted(self) -> float:
+        """Return the number of connections that were counted as malformed."""
+        shown = Exposition(generate_latest(self.metrics.registry).decode())
+        return shown.total("broken_connections_total", reason="malformed")
+
+
+def empty_hub(folder: Path) -> LossyHub:
+    given = Settings(model_store=folder)
+    return LossyHub(given, Catalog(given), [])
+
+
+@asynccontextmanager
+async def frontend(socket: Path) -> AsyncIterator[HubLink]:
+    async def serve(_: Serving) -> None:
+        return
+
+    to_hub = HubLink(socket, serve, ["/classify"])
+    to_hub.know_keys(["one"])
+    await to_hub.start()
+    yield to_hub
+    await to_hub.stop()
+
+
+@PROPERTY
+@given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 1)), max_size=20))
+@example([("count", 0), ("lose", 0), ("report", 0), ("break", 0), ("report", 0)])
+@example([("count", 0), ("begin", 0), ("break", 0), ("count", 0), ("report", 0)])
+def test_no_count_is_lost_or_doubled_where_connections_break(
+    actions: list[tuple[str, int]],
+) -> None:
+    asyncio.run(_count_once(actions))
+
+
+async def _count_once(actions: list[tuple[str, int]]) -> None:
+    with tempfile.TemporaryDirectory(prefix="bf-") as folder:
+        socket, hub = Path(folder) / "hub.sock", empty_hub(Path(folder))
+        async with listening(socket, hub.came), frontend(socket) as one, frontend(socket) as other:
+            begun: list[asyncio.Task[None]] = []
+            for action, index in actions:
+                to_hub = (one, other)[index]
+                match action:
+                    case "count":
+                        to_hub.counts.connection_ended("malformed")
+                    case "report":
+                        await _report(to_hub)
+                    case "begin":
+                        begun.append(asyncio.create_task(_report(to_hub)))
+                        await asyncio.sleep(0)
+                    case "break":
+                        to_hub.close()
+                    case _:
+                        hub.loses = action == "lose"
+            await asyncio.gather(*begun)
+            hub.loses = False
+            total = sum(action == "count" for action, _ in actions)
+            await until(lambda: hub.counted() >= total, "all counts")
+            for to_hub in (one, other):
+                to_hub.close()
+                await _report(to_hub)
+            assert hub.counted() == total
+
+
+async def _report(to_hub: HubLink) -> None:
+    """Have a connection and ask, which takes the counts along; it may break meanwhile."""
+    await until(lambda: to_hub.connected, "a connection")
+    with suppress(DisconnectedError):
+        await to_hub.show(SCRAPE)
+
+
+async def test_a_hub_that_is_started_anew_counts_what_the_one_before_did_not_acknowledge() -> None:
+    with tempfile.TemporaryDirectory(prefix="bf-") as folder:
+        socket = Path(folder) / "hub.sock"
+        before, after = empty_hub(Path(folder)), empty_hub(Path(folder))
+        async with AsyncExitStack() as stack:
+            async with listening(socket, before.came):
+                to_hub = await stack.enter_async_context(frontend(socket))
+                for count in (3, 4):
+                    for _ in range(count):
+                        to_hub.counts.connection_ended("malformed")
+                    await to_hub.show(SCRAPE)
+                    before.loses = True
+                assert before.counted() == 7
+            to_hub.counts.texts_asked("one", 2)
+            await stack.enter_async_context(listening(socket, after.came))
+            await until(lambda: after.counted() > 0, "what was not acknowledged")
+            await to_hub.show(SCRAPE)
+        shown = Exposition(generate_latest(after.metrics.registry).decode())
+        assert after.counted() == 4
+        assert shown.by("key", "key_texts_total") == {"one": 2}, "it knows the keys"
