@@ -1,0 +1,140 @@
+"""Processor time that an engine spends on a text beside its passes.
+
+    python loadtests/engine.py [--model model_store/ag_news/3] [--texts 20000]
+
+The engine is real and so are its messages, encoded and decoded; its network answers at once with
+random logits, so that what remains is reading, admission, queues, batches, escalation and answers.
+Texts go to the steps that the model's `balanced` level gives texts of random tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from budgetformer.inference.packed import PackedTokens, PassResult
+from budgetformer.inference.texts import Texts, TokenColumns
+from service.engine.core import EngineCore, EngineOptions
+from service.ipc.engine_client import Job, request_of
+from service.ipc.engine_messages import TO_ENGINE, Answer, Load, ToEngine, ToFront
+from service.pipeline.served_models import open_model
+
+SIZES = (1, 16, 64, 512)
+"""Texts in a request."""
+IN_FLIGHT = 8
+"""Requests that the engine holds."""
+TOKENS = 40
+MODEL = Path("model_store/ag_news/3")
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Instant:
+    """Answer a pass at once, and count the time that this takes."""
+
+    def __init__(self, classes: int, heads: list[tuple[int, ...]]) -> None:
+        self.seconds = 0.0
+        self._answers = torch.randn(4096, classes, generator=torch.Generator().manual_seed(0))
+        self._heads = heads
+
+    def run(self, tokens: PackedTokens, *_: Any) -> PassResult:
+        """Return random logits."""
+        started = time.thread_time()
+        count = len(tokens.lengths)
+        result = PassResult(self._answers[:count], [self._heads] * count)
+        self.seconds += time.thread_time() - started
+        return result
+
+
+async def measure(path: Path, texts: int, size: int) -> float:
+    """Return the microseconds of processor time for each text, in requests of `size`."""
+    served = open_model(path)
+    assert served.decider is not None
+    core = EngineCore(EngineOptions(max_queue_items=2**20), precision="float32")
+    told: dict[int, asyncio.Future[ToFront]] = {}
+    own = 0.0
+
+    def reply(message: ToFront) -> None:
+        _encode(message)
+        if hasattr(message, "id"):
+            told[message.id].set_result(message)
+
+    async def ask(number: int, message: ToEngine) -> ToFront:
+        nonlocal own
+        began = time.thread_time()
+        told[number] = asyncio.get_running_loop().create_future()
+        frame = _encode(message)
+        own += time.thread_time() - began
+        core.receive(TO_ENGINE.decode(frame), reply)
+        answer = await told[number]
+        del told[number]
+        return answer
+
+    await ask(0, Load(0, str(path.resolve())))
+    network = core.models[served.checkpoint.name, served.checkpoint.version].network
+    sizes = network.sizes
+    instant = Instant(sizes.classes, [tuple(range(sizes.heads))] * sizes.layers)
+    network.run = instant.run  # type: ignore[method-assign, assignment]
+    draw = np.random.default_rng(0)
+    ids = draw.integers(1000, 20000, (size, TOKENS)).tolist()
+    window = TokenColumns.of(ids)
+    rule = served.checkpoint.rule("balanced")
+    decided = served.decider.decide(window, rule)
+    decided.steps[decided.steps == 0] = rule.path(0.5)[-1]  # step 0 needs no engine
+    job = Job(
+        served.checkpoint.name,
+        served.checkpoint.version,
+        Texts(window, window),
+        "balanced",
+        time.monotonic() + 3600,
+        decided=decided,
+    )
+    numbers = iter(range(1, texts // size + 1))
+
+    async def caller() -> None:
+        for number in numbers:
+            asked = msgspec.structs.replace(message, id=number)
+            assert isinstance(await ask(number, asked), Answer)
+
+    message, own = request_of(job), 0.0
+    started = time.process_time()
+    async with asyncio.TaskGroup() as tasks:
+        work = tasks.create_task(core.run())
+        callers = [tasks.create_task(caller()) for _ in range(IN_FLIGHT)]
+        await asyncio.wait(callers)
+        work.cancel()
+    seconds = time.process_time() - started - instant.seconds - own
+    return 1e6 * seconds / (texts // size * size)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--texts", type=int, default=20000)
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    table = Table("texts in a request", "us of a text beside the passes", "least", "most")
+    for size in SIZES:
+        texts = given.texts if size > 1 else given.texts // 10
+        found = sorted(
+            asyncio.run(measure(given.model, texts, size)) for _ in range(given.repeats)
+        )
+        table.add_row(
+            str(size), *(f"{found[at]:.2f}" for at in (len(found) // 2, 0, -1))
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
