@@ -51,10 +51,12 @@ class Items:
         done: whether that answer stands, bool [B].
         chosen: heads of each layer in the last pass, by text.
         rankings: g_d's order of heads [L, H] by text, where heads are picked by text.
+        unsound: places of the texts whose answer has a number that is not finite.
     """
 
     def __init__(self, network: PackedPass, texts: Texts, rule: BudgetRule) -> None:
         count, sizes = len(texts), network.sizes
+        self.count = count
         self.texts = texts
         self.rule = rule
         self.step = np.full(count, LAYERWISE, np.int32)
@@ -64,20 +66,25 @@ class Items:
         self.ran = np.zeros((count, network.num_steps + 1), bool)
         self.heads = np.zeros(count, np.int32)
         self.macs = np.zeros(count, np.int64)
-        self.dense_macs = np.array(
-            [network.macs.dense(tokens) for tokens in texts.window.lengths.tolist()], np.int64
-        )
+        dense = map(network.macs.dense, texts.window.counts)
+        self.dense_macs = np.fromiter(dense, np.int64, count)
         self.logits = np.zeros((count, sizes.classes), np.float32)
         self.done = np.zeros(count, bool)
         self.chosen: list[Sequence[HeadSet]] = [((),) * sizes.layers] * count
         self.rankings: dict[int, Tensor] = {}
+        self.unsound: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return self.count
 
     def index(self, places: list[int]) -> Index:
         """Return what picks some places of a column; rising ones that are all are a slice."""
-        return slice(None) if len(places) == len(self) else places
+        return slice(None) if len(places) == self.count else places
+
+    def check(self, places: list[int], logits: Array) -> None:
+        """Note which of some texts have answers that are not finite."""
+        broken = (~np.isfinite(logits)).any(-1).tolist()
+        self.unsound.update(place for place, own in zip(places, broken, strict=True) if own)
 
     def steps(self, place: int) -> list[int]:
         """Return the steps that a text has run, in order; step 0 included where it was asked."""
@@ -179,6 +186,7 @@ def arrive(network: PackedPass, batch: Batch) -> None:
     s = None if arrival.budget is None else arrival.budget.cpu().numpy()
     # NumPy, as in `Decider`: rounding must not lead to another decision.
     confidences = None if exits is None else tfidf.confidence(exits, network.config.problem_type)
+    sound = exits is None or bool(np.isfinite(exits).all())
     begin = 0
     for part in batch.parts:
         items, index = part.items, part.items.index(part.places)
@@ -190,8 +198,10 @@ def arrive(network: PackedPass, batch: Batch) -> None:
             own = None if confidences is None else confidences[rows]
             items.begin(Decided(*items.rule.first_steps(s[rows], own), s[rows], logits), index)
         if not sizes.layerwise:
-            lengths = items.texts.window.lengths[index].tolist()
-            items.macs[index] = [decision_macs(sizes, tokens) for tokens in lengths]
+            counts = items.texts.window.counts
+            items.macs[index] = [decision_macs(sizes, counts[place]) for place in part.places]
+        if logits is not None and not sound:
+            items.check(part.places, logits)
         if arrival.ranking is not None:
             items.rankings.update(zip(part.places, arrival.ranking[rows], strict=True))
 
@@ -243,20 +253,23 @@ def run(network: PackedPass, batch: Batch) -> None:
     # Numbers of double precision are compared with thresholds.
     confidences = confidence(answers, network.config.problem_type).double().numpy()
     logits = answers.numpy()
+    sound = bool(np.isfinite(logits).all())
     begin = 0
     for part in batch.parts:
         items, index = part.items, part.items.index(part.places)
         rows = slice(begin, begin := begin + len(part.places))
         heads = result.heads[rows]
         items.logits[index] = logits[rows]
+        if not sound:
+            items.check(part.places, logits[rows])
         for place, chosen in zip(part.places, heads, strict=True):
             items.chosen[place] = chosen
         if network.sizes.layerwise:
             _count_layers(network, part, heads, step)
         else:
             items.heads[index] += sum(map(len, heads[0]))
-            lengths = items.texts.window.lengths[index].tolist()
-            items.macs[index] += [network.macs.step(step, tokens) for tokens in lengths]
+            counts = items.texts.window.counts
+            items.macs[index] += [network.macs.step(step, counts[place]) for place in part.places]
         items.ran[part.places, items.step[index]] = True
         following = None if network.sizes.layerwise else items.rule.following(step)
         if following is None:
@@ -275,7 +288,7 @@ def _count_layers(
     decision = decision_macs(sizes) if step == LAYERWISE else scorer_macs(sizes)
     for place, sets in zip(part.places, chosen, strict=True):
         counts = [len(head_set) for head_set in sets]
-        tokens = int(items.texts.window.lengths[place])
+        tokens = items.texts.window.counts[place]
         items.heads[place] += sum(counts)
         items.macs[place] += encoder_macs(sizes, counts, tokens) + decision
         if step == LAYERWISE:

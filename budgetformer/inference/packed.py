@@ -84,7 +84,7 @@ class PackedTokens:
         ids = torch.from_numpy(columns.ids).long()
         kinds = columns.types
         types = torch.zeros_like(ids) if kinds is None else torch.from_numpy(kinds).long()
-        return cls(ids, types, tuple(columns.lengths.tolist()))
+        return cls(ids, types, tuple(columns.counts))
 
     @classmethod
     def filler(cls, lengths: Sequence[int]) -> PackedTokens:

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -34,9 +35,15 @@ class TokenColumns:
         return len(self.lengths)
 
     @cached_property
+    def counts(self) -> list[int]:
+        """The lengths as plain numbers."""
+        found: list[int] = self.lengths.tolist()
+        return found
+
+    @cached_property
     def bounds(self) -> list[int]:
         """The place of each text's first token, and behind them the end of the last: B + 1."""
-        return [0, *np.cumsum(self.lengths).tolist()]
+        return [0, *accumulate(self.counts)]
 
     @classmethod
     def of(

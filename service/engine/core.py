@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import structlog
 import torch
 
@@ -241,14 +240,14 @@ class EngineCore:
         quality = message.quality
         if quality == "auto":
             quality = self._best_within(message, texts, level, queued, model)
-        rule = model.rule(quality, message.heads, message.max_heads)
+        rule, outlook = model.rule(quality, message.heads, message.max_heads)
         classes = 0 if model.network.model.exit_head is None else model.network.sizes.classes
         sent = message.decisions
         decided = None if sent is None else sent.read(len(texts), classes)
         begun = protocol.unpack(message.steps, "<i4") if message.steps else None
         if begun is not None and len(begun) != len(texts):
             raise FrameError("there must be as many steps as texts")
-        outlook = Outlook.of(rule).up_to(self.options.max_step)
+        outlook = outlook.up_to(self.options.max_step)
         steps = begun if decided is None else decided.steps
         prices = self._prices(model, outlook, texts, steps)
         refusal = self._why_not(model.checkpoint.name, prices, queued, message.remaining)
@@ -292,14 +291,14 @@ class EngineCore:
         self, model: LoadedModel, outlook: Outlook, texts: Texts, steps: Array | None
     ) -> list[float]:
         """Return the expected seconds of each text, from its step on where that is known."""
-        tokens = texts.window.lengths.tolist()
+        tokens = texts.window.counts
         if steps is None:
-            exit_tokens = texts.whole.lengths.tolist()
-            return self.prices.expected_each(model.key, outlook, tokens, exit_tokens)
-        known = {
-            step: self.prices.each(model.key, step, outlook, tokens) for step in set(steps.tolist())
-        }
-        return [known[step][place] for place, step in enumerate(steps.tolist())]
+            return self.prices.expected_each(model.key, outlook, tokens, texts.whole.counts)
+        own = steps.tolist()
+        known = {step: self.prices.each(model.key, step, outlook, tokens) for step in set(own)}
+        if len(known) == 1:
+            return known[own[0]]
+        return [known[step][place] for place, step in enumerate(own)]
 
     def _span(
         self, request: Request, places: list[int], prices: list[float], step: int | None
@@ -363,7 +362,7 @@ class EngineCore:
         sizes = len(texts.window.ids), len(texts.whole.ids), len(texts)
         levels: tuple[QualityName, ...] = ("best", "balanced")
         for level in levels:
-            outlook = Outlook.of(model.rule(level, None, None))
+            _, outlook = model.rule(level, None, None)
             passes = sum(self.prices.constant(model.key, step) for step in outlook.steps)
             seconds = self.prices.expected(model.key, outlook, *sizes)
             if passes + seconds <= left:
@@ -398,7 +397,7 @@ class EngineCore:
         count = decided_together(
             tokens
             for span in self._undecided
-            for tokens in span.owner.items.texts.whole.lengths[span.places].tolist()
+            for tokens in map(span.owner.items.texts.whole.counts.__getitem__, span.places)
         )
         by_model: defaultdict[LoadedModel, list[Span[Request]]] = defaultdict(list)
         self._running = count
@@ -427,7 +426,8 @@ class EngineCore:
                 ended += [place for place in whole if items.done[place]]
                 self._settle(span)
             if ended:
-                self._report(model, 0, spans, seconds, len(ended))
+                tokens = _tokens(spans, decision=True)
+                self._report(model, 0, spans, seconds, len(ended), tokens)
 
     async def _run_batch(self) -> None:
         self._buckets.batch_items = self._batch_limit.items
@@ -441,8 +441,9 @@ class EngineCore:
         self._running = sum(map(len, spans))
         model, step = spans[0].owner.model, int(spans[0].owner.items.step[spans[0].places[0]])
         seconds = await self._on_device(cascade.run, model, step, spans)
-        self.prices.observe(model.key, step, _tokens(spans), self._running, seconds)
-        self._report(model, step, spans, seconds, self._running)
+        tokens, items = _tokens(spans), self._running
+        self.prices.observe(model.key, step, tokens, items, seconds)
+        self._report(model, step, spans, seconds, items, tokens)
         for span in spans:
             for place in span.places:
                 span.owner.compute_seconds[place] += seconds
@@ -503,12 +504,9 @@ class EngineCore:
         self._outside -= span.total
         if request.gone:
             return
-        answers = items.logits[items.index(places)]
-        if not np.isfinite(answers).all():
-            wrong = ~np.isfinite(answers).all(-1)
-            for place in np.array(places)[wrong].tolist():
-                request.errors[place] = "the network's answer is not a finite number"
-                items.done[place] = True
+        for place in items.unsound.intersection(places):
+            request.errors[place] = "the network's answer is not a finite number"
+            items.done[place] = True
         self._priced += span.seconds - self._go_on(request, places)
 
     def _go_on(
@@ -525,17 +523,18 @@ class EngineCore:
             The price of those that wait.
         """
         items, most = request.items, self.options.max_step
-        index = items.index(places)
-        ahead = ~items.done[index]
-        if most is not None:
-            ahead &= items.step[index] <= most
+        done, steps = (own[items.index(places)].tolist() for own in (items.done, items.step))
+        by_step: dict[int, list[int]] = {}
+        for place, ended, step in zip(places, done, steps, strict=True):
+            if not ended and (most is None or step <= most):
+                by_step.setdefault(step, []).append(place)
         price, finished = 0.0, len(places)
-        if ahead.any():
-            waiting = [place for place, one in zip(places, ahead.tolist(), strict=True) if one]
-            finished -= len(waiting)
-            for step, own in _by_step(items, waiting):
+        if by_step:
+            counts = items.texts.window.counts
+            for step, own in by_step.items():
+                finished -= len(own)
                 if prices is None:
-                    tokens = items.texts.window.lengths[own].tolist()
+                    tokens = [counts[place] for place in own]
                     each = self.prices.each(request.model.key, step, request.outlook, tokens)
                 else:
                     each = [prices[place] for place in own]
@@ -590,8 +589,8 @@ class EngineCore:
         spans: list[Span[Request]],
         seconds: float,
         items: int,
+        tokens: int,
     ) -> None:
-        tokens = _tokens(spans, decision=step == 0)
         name, version = model.key
         if step == cascade.LAYERWISE:
             step = max(int(span.owner.items.step[span.places].max()) for span in spans)
@@ -680,24 +679,13 @@ def _fail(request: Request, place: int, error: Exception) -> None:
     request.items.done[place] = True
 
 
-def _by_step(items: Items, places: list[int]) -> list[tuple[int, list[int]]]:
-    """Group texts by the step that they run next."""
-    steps = items.step[places].tolist()
-    if steps.count(steps[0]) == len(steps):
-        return [(steps[0], places)]
-    by_step: defaultdict[int, list[int]] = defaultdict(list)
-    for place, step in zip(places, steps, strict=True):
-        by_step[step].append(place)
-    return list(by_step.items())
-
-
 def _tokens(spans: Sequence[Span[Request]], decision: bool = False) -> int:
     """Return the tokens that a pass reads: of the encoder, or of step 0 in the decision."""
     total = 0
     for span in spans:
-        items = span.owner.items
-        columns = items.texts.whole if decision else items.texts.window
-        total += int(columns.lengths[items.index(span.places)].sum())
+        texts = span.owner.items.texts
+        counts = (texts.whole if decision else texts.window).counts
+        total += sum([counts[place] for place in span.places])
     return total
 
 

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -22,9 +22,12 @@ from budgetformer.inference.policy import BudgetRule
 from budgetformer.inference.precision import Precision
 from service.ipc.engine_messages import ModelInfo
 from service.process import large_blocks_apart
+from service.scheduling.price import Outlook
 
 log = structlog.get_logger()
 
+MAX_RULES = 256
+"""Rules of a model that are kept."""
 TYPICAL_TOKENS = 64
 GUESSES = {"cpu": (1e-11, 2e-3), "cuda": (2e-14, 5e-4)}
 """First guess of a device that was never measured; prices follow what batches really take."""
@@ -38,21 +41,33 @@ class LoadedModel:
     network: PackedPass
     info: ModelInfo
     costs: CostTable
+    _rules: dict[tuple[str | float, int | None, int | None], tuple[BudgetRule, Outlook]] = field(
+        default_factory=dict
+    )
 
     @property
     def key(self) -> tuple[str, int]:
         """Name and version."""
         return self.checkpoint.name, self.checkpoint.version
 
-    def rule(self, quality: str | float, heads: int | None, max_heads: int | None) -> BudgetRule:
-        """Return the rule for a request's budgets.
+    def rule(
+        self, quality: str | float, heads: int | None, max_heads: int | None
+    ) -> tuple[BudgetRule, Outlook]:
+        """Return the rule for a request's budgets, and the steps that its texts may run.
 
         Raises:
             PolicyError: the checkpoint does not offer it.
         """
-        # A checkpoint without operating points still serves, by f_o's own rule.
-        named = quality if self.checkpoint.calibrated else None
-        return self.checkpoint.rule(named, heads, max_heads)
+        known = self._rules.get((quality, heads, max_heads))
+        if known is None:
+            # A checkpoint without operating points still serves, by f_o's own rule.
+            named = quality if self.checkpoint.calibrated else None
+            rule = self.checkpoint.rule(named, heads, max_heads)
+            known = rule, Outlook.of(rule)
+            if len(self._rules) == MAX_RULES:
+                self._rules.clear()  # qualities may be any numbers
+            self._rules[quality, heads, max_heads] = known
+        return known
 
 
 def load_model(

@@ -43,11 +43,12 @@ class SentTokens(msgspec.Struct, frozen=True, array_like=True):
         """
         ids, lengths = unpack(self.ids, "<i4"), unpack(self.lengths, "<i4")
         types = unpack(self.types, "<i4") if self.types else None
-        if (lengths < 0).any() or int(lengths.sum(dtype=np.int64)) != len(ids):
+        columns = TokenColumns(ids, lengths, types)
+        if min(columns.counts, default=0) < 0 or sum(columns.counts) != len(ids):
             raise FrameError("the lengths of texts do not add up to their tokens")
         if types is not None and len(types) != len(ids):
             raise FrameError("there must be as many token types as tokens")
-        return TokenColumns(ids, lengths, types)
+        return columns
 
 
 class SentTexts(msgspec.Struct, frozen=True, array_like=True):
@@ -112,7 +113,7 @@ class Decisions(msgspec.Struct, frozen=True, array_like=True):
         logits = unpack(self.exit_logits, "<f4")
         if not len(steps) == len(s) == texts or len(logits) != texts * classes:
             raise FrameError("there must be as many decisions as texts")
-        if not (steps > 0).all():
+        if min(steps.tolist(), default=1) < 1:
             raise FrameError("step 0 needs no engine")
         asked = np.zeros(texts, bool)
         return Decided(steps, asked, s, logits.reshape(texts, classes) if classes else None)
@@ -370,7 +371,7 @@ def pack(column: Array, dtype: str) -> bytes:
 
 
 def unpack(data: bytes, dtype: str) -> Array:
-    """Decode a column; what comes of it may be written to.
+    """Decode a column, which cannot be written to.
 
     Raises:
         FrameError: the bytes are not whole numbers of this kind.
@@ -378,4 +379,4 @@ def unpack(data: bytes, dtype: str) -> Array:
     kind = np.dtype(dtype)
     if len(data) % kind.itemsize:
         raise FrameError(f"{len(data)} bytes are not whole numbers of {kind.itemsize} bytes")
-    return np.frombuffer(data, kind).astype(kind.newbyteorder("="))
+    return np.frombuffer(data, kind).astype(kind.newbyteorder("="), copy=False)
