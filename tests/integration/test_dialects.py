@@ -219,13 +219,13 @@ async def test_head_answers_as_get_without_a_body(shared: Service) -> None:
 
 
 async def test_head_of_a_route_that_is_not_ready_says_so(shared: Service) -> None:
-    shared.app.state.draining = True
+    shared.app.state.shared.admission.draining = True
     try:
         for path in ("/health/ready", "/health", "/ping", "/v2/health/ready"):
             response = await shared.client.head(path)
             assert (response.status_code, response.content) == (503, b"")
     finally:
-        shared.app.state.draining = False
+        shared.app.state.shared.admission.draining = False
 
 
 async def test_head_is_counted_under_its_route(shared: Service) -> None:
