@@ -16,6 +16,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.http.acceptor import Acceptor
-from service.http.app import create_app, is_full, protocol_of
+from service.http.admission import Admission
+from service.http.app import create_app, protocol_of
+from service.http.private import new_protocol, open_connections
 from service.ipc.engine_client import Engines
 from service.process import (
     collect_seldom,
@@ -71,19 +74,15 @@ class _SharedServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._acceptor.start(self._protocol, self.config.ssl, self._full)
+        self._acceptor.start(partial(new_protocol, self), self.config.ssl, self._full)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._acceptor.close()
         await super().shutdown(sockets)
 
     def _full(self) -> bool:
-        return is_full(self._app, len(self.server_state.connections))
-
-    def _protocol(self) -> asyncio.Protocol:
-        return self.config.http_protocol_class(  # type: ignore[call-arg]
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
+        admission: Admission = self._app.state.shared.admission
+        return admission.closes_at_once(open_connections(self))
 
 
 class _SideServer(_SharedServer):
@@ -120,7 +119,7 @@ class _DrainingServer(_SharedServer):
             self._beside = asyncio.create_task(self._side.serve([]))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._app.state.draining = True
+        self._app.state.shared.admission.draining = True
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -330,7 +330,7 @@ class Settings(BaseSettings):
         return self.allow_anonymous or not (self.keys or self.keys_file)
 
     def check_access(self) -> None:
-        """Check what decides who gets in: keys, certificates, and that the door is not left open.
+        """Check what decides who gets in: keys, certificates, and that the server is not left open.
 
         Raises:
             KeysError: the keys are none.

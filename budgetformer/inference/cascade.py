@@ -83,8 +83,8 @@ class Items:
 
     def check(self, places: list[int], logits: Array) -> None:
         """Note which of some texts have answers that are not finite."""
-        broken = (~np.isfinite(logits)).any(-1).tolist()
-        self.unsound.update(place for place, own in zip(places, broken, strict=True) if own)
+        broken = np.flatnonzero((~np.isfinite(logits)).any(-1))
+        self.unsound.update([places[at] for at in broken.tolist()])
 
     def steps(self, place: int) -> list[int]:
         """Return the steps that a text has run, in order; step 0 included where it was asked."""

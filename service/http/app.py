@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
 from opentelemetry.trace import TracerProvider
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
@@ -18,11 +17,12 @@ import budgetformer
 from service.http import classify, health, kserve, playground, sagemaker, tei
 from service.http import model_routes as api_models
 from service.http.authentication import document_keys
-from service.http.connections import ConnectionLimits, Guard, GuardedProtocol
-from service.http.direct import Direct
-from service.http.errors import install_error_handlers, own_shape
+from service.http.connections import ConnectionLimits, GuardedProtocol
+from service.http.dialects import Dialects, without_prefix
+from service.http.direct import Direct, direct_routes
 from service.http.middleware import OTHER, PROBES, Head, Observe, OperationsPort
 from service.http.model_routes import LoadRequest
+from service.http.private import api_routes
 from service.http.schemas import (
     ClassifyRequest,
     IndexRequest,
@@ -39,9 +39,6 @@ from service.keys import ANONYMOUS, KeyRing
 from service.pipeline.catalog_follower import Follow
 from service.pipeline.served_models import Models
 from service.settings import Settings
-
-REFUSED_CONNECTIONS = 128
-"""Connections above the limit that get an answer; further ones are closed as they come."""
 
 
 class _Application(FastAPI):
@@ -62,13 +59,6 @@ class _Application(FastAPI):
             path = without_prefix(scope["path"], self.prefix)
             scope = {**scope, "path": path, "root_path": self.prefix}
         await super().__call__(scope, receive, send)
-
-
-def without_prefix(path: str, prefix: str) -> str:
-    """Return a path without the one before it, if that is there."""
-    if path == prefix or path.startswith(f"{prefix}/"):
-        return path.removeprefix(prefix) or "/"
-    return path
 
 
 def create_app(
@@ -134,17 +124,14 @@ def create_app(
             "exclude": _operational,
         },
     )
-    app.state.shared, app.state.draining = state, False
+    app.state.shared = state
     for module in (classify, health, api_models, tei, kserve, sagemaker, playground):
         app.include_router(module.router)
-    install_error_handlers(app)
-    asked_most = [
-        route
-        for module in (classify, tei, sagemaker)
-        for route in module.router.routes
-        if isinstance(route, APIRoute) and route.methods == {"POST"}
-    ]
-    app.add_middleware(Direct, routes=asked_most)
+    declared = api_routes(app)
+    dialects = app.state.dialects = Dialects(declared, settings.root_path)
+    dialects.install(app)
+    app.state.direct = direct_routes(declared)
+    app.add_middleware(Direct, routes=app.state.direct, dialects=dialects)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -155,8 +142,8 @@ def create_app(
         )
     app.add_middleware(Head)
     if settings.metrics_port is not None:
-        app.add_middleware(OperationsPort, port=settings.metrics_port)
-    app.add_middleware(Observe, counts=hub.counts, log_share=settings.access_log)
+        app.add_middleware(OperationsPort, port=settings.metrics_port, dialects=dialects)
+    app.add_middleware(Observe, state=state, dialects=dialects, log_share=settings.access_log)
     _document(app)
     routes += [*app.openapi()["paths"], *playground.UNLISTED, OTHER]
     return app
@@ -165,37 +152,24 @@ def create_app(
 def protocol_of(app: FastAPI, settings: Settings) -> Any:
     """Return what is to read HTTP from each connection, for uvicorn."""
     limits = ConnectionLimits(
-        settings.max_connections,
         settings.max_header_bytes,
         # Chunks may be as small as the sizes and line ends between them.
         settings.max_header_bytes + 2 * settings.max_body_bytes,
         settings.receive_seconds,
     )
-    state: State = app.state.shared
-    counts = state.hub.counts
-
-    def turned_away(route: str) -> None:
-        route = without_prefix(route, settings.root_path) if settings.root_path else route
-        counts.request_ended(route, "rejected", 0.0, refusal="queue_full")
-
-    shapes = {
-        b"/classify": own_shape,
-        b"/invocations": own_shape,
-        b"/predict": tei.predict_error,
-        b"/": tei.predict_error,
+    refusable = {
+        (prefix + path).encode(): path
+        for method, path in app.state.direct
+        for prefix in ("", settings.root_path)
+        if method == "POST"
     }
-    prefixed = {settings.root_path.encode() + path: shape for path, shape in shapes.items()}
-    guard = Guard(state.door, shapes | prefixed, turned_away)
-    return partial(GuardedProtocol, limits=limits, guard=guard, count=counts.connection_ended)
-
-
-def is_full(app: FastAPI, connections: int) -> bool:
-    """Say whether one more connection is closed without an answer; it is counted."""
-    state: State = app.state.shared
-    full = connections >= state.settings.max_connections + REFUSED_CONNECTIONS
-    if full:
-        state.hub.counts.connection_ended("too_many")
-    return full
+    return partial(
+        GuardedProtocol,
+        limits=limits,
+        admission=app.state.shared.admission,
+        dialects=app.state.dialects,
+        refusable=refusable,
+    )
 
 
 def _operational(scope: MutableMapping[str, Any]) -> bool:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from fastapi import Depends, Request
@@ -18,8 +14,6 @@ from service.keys import Caller, Scope
 
 _TEXT = "A key; `budgetformer keys new` makes one."
 HEADER = "X-API-Key"
-_AFTER_WORK = (500, 504)
-"""Errors of requests that were admitted, and cost what others cost."""
 SCHEMES: dict[str, SecurityBase] = {
     "bearer": HTTPBearer(description=_TEXT),
     "header": APIKey.model_validate({"in": APIKeyIn.header, "name": HEADER, "description": _TEXT}),
@@ -38,11 +32,8 @@ class _Needs(SecurityDependency):
     async def __call__(self, request: Request) -> None:
         caller = _caller(request, _key_of(request), self._scope)
         request.state.caller = caller
-        if caller.busy:
-            message = "this key has as many requests under way as it may; try again in 1 s"
-            raise ApiError(429, message, code="too_many_requests", retry_after=1)
-        caller.requests += 1
-        request.state.under_way = caller  # until `Observe` has seen the end of it
+        # `Observe` releases it.
+        state_of(request).admission.request(caller, request.scope["state"])
 
 
 def needs(scope: Scope) -> Any:
@@ -84,25 +75,3 @@ def _caller(request: Request, given: str | None, scope: Scope) -> Caller:
     request.state.caller = caller
     message = f"the key {caller.name!r} lacks the scope {scope!r}"
     raise ApiError(403, message, code="missing_scope")
-
-
-@contextmanager
-def spending(request: Request, texts: int) -> Iterator[None]:
-    """Charge the texts of a request to its key's rate, unless the request is refused.
-
-    Raises:
-        ApiError: 429, it is too much for now.
-    """
-    caller: Caller = request.state.caller
-    wait = caller.take(texts, time.monotonic())
-    if wait:
-        seconds = math.ceil(wait)
-        message = f"this key may not ask for so many texts yet; try again in {seconds} s"
-        raise ApiError(429, message, code="rate", retry_after=seconds)
-    state_of(request).hub.counts.texts_asked(caller.name, texts)
-    try:
-        yield
-    except ApiError as error:
-        if error.status not in _AFTER_WORK:
-            caller.give_back(texts)
-        raise

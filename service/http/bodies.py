@@ -116,27 +116,23 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     if declared.isdecimal() and int(declared) > max_bytes:
         raise refusal
     chunks = []
-    size = 0
     state = state_of(request)
     seconds = state.settings.receive_seconds
     more = True
-    try:
-        async with asyncio.timeout(seconds):
-            while more:
-                part = await request.receive()
-                if part["type"] == "http.disconnect":
-                    raise ClientGoneError
-                chunk, more = part.get("body", b""), part.get("more_body", False)
-                size += len(chunk)
-                state.receive(len(chunk))
-                if size > max_bytes:
-                    raise refusal
-                chunks.append(chunk)
-    except TimeoutError:
-        message = f"the body did not arrive in {seconds:g} s"
-        raise ApiError(408, message, code="request_timeout") from None
-    finally:
-        state.receive(-size)
+    with state.admission.body() as receive:
+        try:
+            async with asyncio.timeout(seconds):
+                while more:
+                    part = await request.receive()
+                    if part["type"] == "http.disconnect":
+                        raise ClientGoneError
+                    chunk, more = part.get("body", b""), part.get("more_body", False)
+                    if receive(len(chunk)) > max_bytes:
+                        raise refusal
+                    chunks.append(chunk)
+        except TimeoutError:
+            message = f"the body did not arrive in {seconds:g} s"
+            raise ApiError(408, message, code="request_timeout") from None
     return b"".join(chunks)
 
 

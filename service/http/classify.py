@@ -17,10 +17,11 @@ from budgetformer.inference.texts import Texts
 from budgetformer.tokenization import Text, Tokens, characters
 from service.http import infinity
 from service.http.answers import Answered
-from service.http.authentication import needs, spending
+from service.http.authentication import needs
 from service.http.bodies import describe_body, read_body, travelled
 from service.http.classify_answer import classify_response
-from service.http.errors import CLASSIFYING, ApiError, ClientGoneError, errors_documented_as
+from service.http.direct import direct
+from service.http.errors import CLASSIFYING, ApiError, ClientGoneError, errors_as
 from service.http.schemas import (
     ClassifyRequest,
     ClassifyResponse,
@@ -36,7 +37,6 @@ from service.ipc.engine_client import (
     EngineFailedError,
     Job,
     NotLoadedError,
-    RefusedError,
 )
 from service.pipeline.decision import DecidedTexts
 from service.pipeline.served_models import ServedModel
@@ -46,7 +46,7 @@ from service.telemetry.stages import stage_span
 router = APIRouter(
     tags=["classify"],
     dependencies=[needs("classify")],
-    responses=errors_documented_as(ErrorResponse, CLASSIFYING),
+    responses=errors_as(ErrorResponse, CLASSIFYING),
 )
 
 
@@ -56,6 +56,7 @@ router = APIRouter(
     response_model=ClassifyResponse | InfinityResponse,
     openapi_extra=describe_body(ClassifyRequest),
 )
+@direct
 async def classify(request: Request) -> Response:
     """Answer with labels, scores, and what they cost in heads and multiply-adds."""
     body = await read_body(request, ClassifyRequest, state_of(request).settings.max_body_bytes)
@@ -86,28 +87,17 @@ async def respond(
         ApiError: see docs/api.md for all that can be wrong.
         ClientGoneError: the client did not wait.
     """
-    if request.app.state.draining:
-        raise ApiError(503, "the server is shutting down", code="draining", retry_after=1)
     state = state_of(request)
+    state.admission.refuse_if_draining()
     started = time.monotonic()
     texts = check_texts(state, body.input)
     model = state.model(body.model)
     size = travelled(request.scope["headers"])
     seconds = _seconds(state, body)
-    with (
-        model.in_use(),
-        state.room_for(len(texts), size, seconds),
-        spending(request, len(texts)),
-    ):
-        try:
-            async with while_client_waits(request):
-                return await _respond(request, state, body, texts, model, started + seconds, write)
-        except RefusedError as error:
-            # A model's own share of the queue says nothing of other models.
-            shared = model.checkpoint.name not in state.settings.model_queue_items
-            if state.door.patient(seconds) if error.reason == "deadline" else shared:
-                state.door.refuse(size, state.door.texts - len(texts))
-            raise _refusal(error) from None
+    name, caller = model.checkpoint.name, request.state.caller
+    with model.in_use(), state.admission.texts(caller, name, len(texts), size, seconds):
+        async with while_client_waits(request):
+            return await _respond(request, state, body, texts, model, started + seconds, write)
 
 
 async def _respond(
@@ -274,15 +264,6 @@ def _refuse_overlong(tokenized: list[Tokens], model: ServedModel) -> None:
             most = model.checkpoint.manifest.max_tokens
             message = f"input[{index}] has more than {most} tokens, and truncate is false"
             raise ApiError(422, message, f"input[{index}]", "text_too_long")
-
-
-def _refusal(error: RefusedError) -> ApiError:
-    seconds = error.retry_after
-    if error.reason == "deadline":
-        message = f"the deadline cannot be met at the present load; try again in {seconds} s"
-    else:
-        message = f"the queue is full; try again in {seconds} s"
-    return ApiError(429, message, code=error.reason, retry_after=seconds)
 
 
 async def _ask(state: State, job: Job) -> Answers:

@@ -18,14 +18,15 @@ from httptools import (
     HttpParserUpgrade,
     HttpRequestParser,
 )
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from service.http.admission import Admission, no_room
 from service.http.bodies import travelled
-from service.http.errors import ApiError, Shape
+from service.http.dialects import Dialects
+from service.http.errors import ApiError, ErrorSchema, error_response
 from service.http.lingering import LINGER_BYTES, LINGER_SECONDS, LingeringTransport
 from service.http.middleware import SECURITY_HEADERS, name_request
-from service.http.state import no_room
-from service.scheduling.load_shedding import Door
+from service.http.private import UvicornProtocol, disconnect
 
 READ_BYTES = 2**18
 """About what one read of the event loop brings."""
@@ -39,34 +40,17 @@ class ConnectionLimits:
     """What a connection may take.
 
     Attributes:
-        connections: open at once.
         head_bytes: of a request's line and headers.
         message_bytes: of a whole request, as it travels.
         seconds: until the head of a request is there.
     """
 
-    connections: int
     head_bytes: int
     message_bytes: int
     seconds: float
 
 
-@dataclass(frozen=True)
-class Guard:
-    """What stands at the door.
-
-    Attributes:
-        door: says who is turned away unread.
-        shapes: how a refusal is written, by the paths of the routes that have a door.
-        count: told the path of every request that was turned away.
-    """
-
-    door: Door
-    shapes: Mapping[bytes, Shape]
-    count: Callable[[str], None]
-
-
-class GuardedProtocol(HttpToolsProtocol):
+class GuardedProtocol(UvicornProtocol):
     """Uvicorn's HTTP protocol with limits, and with one rule for the end of every request.
 
     The parser alone says where a request ends. After a request that is malformed or ambiguous, or
@@ -75,8 +59,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
     Args:
         limits: the limits.
-        guard: turns away what would be refused after being read.
-        count: told why a connection was ended.
+        admission: of connections, and of bodies before they are read.
+        dialects: make the answers to requests that do not reach the application.
+        refusable: routes whose requests may be refused unread, by target.
         arguments: as uvicorn gives them.
     """
 
@@ -84,8 +69,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self,
         *,
         limits: ConnectionLimits,
-        guard: Guard,
-        count: Callable[[str], None],
+        admission: Admission,
+        dialects: Dialects,
+        refusable: Mapping[bytes, str],
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -93,9 +79,11 @@ class GuardedProtocol(HttpToolsProtocol):
         # that the connection lingers.
         self.parser.set_dangerous_leniencies(lenient_data_after_close=False)
         self._limits = limits
-        self._guard = guard
-        self._turned_away = False
-        self._count = count
+        self._admission = admission
+        self._dialects = dialects
+        self._refusable = refusable
+        self._unread = False
+        """Whether the request that comes was refused, and its body is discarded."""
         self._stage: Literal["idle", "head", "body"] = "idle"
         self._timer: TimerHandle | None = None
         self._head_bytes = 0
@@ -118,10 +106,9 @@ class GuardedProtocol(HttpToolsProtocol):
         # Uvicorn writes an answer's head and its body one by one, each a packet of its own.
         self._stream = LingeringTransport(transport, self._sending, self._limits.seconds)
         super().connection_made(self._stream)  # type: ignore[arg-type]
-        limit = self._limits.connections
-        if len(self.connections) > limit:
-            message = f"too many open connections (limit {limit}); retry in 1 s"
-            refusal = ApiError(503, message, code="too_many_connections", retry_after=1)
+        try:
+            self._admission.connection(len(self.connections))
+        except ApiError as refusal:
             self._refuse("too_many", refusal)
             return
         self._wait(self._limits.seconds, self._too_slow)
@@ -135,7 +122,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self._stream.forget()
         for cycle in self._begun:
-            _disconnect(cycle)
+            disconnect(cycle)
 
     def shutdown(self) -> None:
         """Close when the request that is served has its answer."""
@@ -157,11 +144,11 @@ class GuardedProtocol(HttpToolsProtocol):
             if self._message_bytes > LINGER_BYTES:
                 self.transport.abort()
             return
-        self._unset_keepalive_if_required()
+        self.stop_keep_alive_timer()
         self._parse(data)
         if self._stopped or self.transport.is_closing():
             return
-        if self._timer is None and self.timeout_keep_alive_task is None and self._answered:
+        if self._timer is None and not self.expects_request and self.answered:
             self._expect_more()
         most = self._limits.head_bytes if self._stage != "body" else self._limits.message_bytes
         if self._message_bytes > most + READ_BYTES:
@@ -201,18 +188,18 @@ class GuardedProtocol(HttpToolsProtocol):
             self.expect_100_continue = False
         # An answer that comes before the body ends the connection, unless the rest is small.
         small = size is not None and size <= READ_BYTES and not self.expect_100_continue
-        if self._answered and self._turn_away(now, self._keep_alive and small):
+        if self.answered and self._refuse_unread(now, self._keep_alive and small):
             self._stage = "body"
             return  # its body is read and discarded
         super().on_headers_complete()
         self._stage = "body"
         self._stop_waiting()
-        self.cycle.keep_alive = self._keep_alive and small
+        self.keep_alive_after_answer(self._keep_alive and small)
         self._begun.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body, unless nobody wants it."""
-        if not self._turned_away:
+        if not self._unread:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -224,12 +211,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._message_bytes = 0
         # A trailer may have said `Connection: close`.
         self._keep_alive = self._keep_alive and self.parser.should_keep_alive()
-        if self._turned_away:
-            self._turned_away = False
+        if self._unread:
+            self._unread = False
         else:
-            self.cycle.keep_alive = self._keep_alive
+            self.keep_alive_after_answer(self._keep_alive)
             super().on_message_complete()
-            if not self.cycle.response_complete:
+            if not self.answered:
                 return
         # It was answered before it was here.
         if self._keep_alive:
@@ -245,13 +232,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._stop_waiting()
         elif self._stopped:
             self._finish()
-        elif self._stage != "idle" and self._answered:
+        elif self._stage != "idle" and self.answered:
             self._expect_more()
-
-    @property
-    def _answered(self) -> bool:
-        """Whether no request of this connection is being served."""
-        return self.cycle is None or self.cycle.response_complete
 
     def _sending(self) -> bool:
         """Whether the client may still be sending bytes that are discarded."""
@@ -323,25 +305,28 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _note_begun(self, came: float) -> None:
         now = time.monotonic()
-        self._guard.door.begun(now - came, now)
+        self._admission.shedding.note_delay(now - came, now)
 
-    def _turn_away(self, now: float, keep_alive: bool) -> bool:
-        """Answer a request whose body need not be read; False: it is to be served."""
-        door, shape = self._guard.door, self._guard.shapes.get(self.url)
-        size = None if shape is None else travelled(self.headers)
-        if shape is None or size is None or not door.closed_to(size, now):
+    def _refuse_unread(self, now: float, keep_alive: bool) -> bool:
+        """Refuse a request for which there is no room; False: it is to be served."""
+        route = self._refusable.get(self.url)
+        size = None if route is None else travelled(self.headers)
+        if route is None or size is None:
             return False
-        headers = dict(self.headers)
+        seconds = self._admission.seconds_until_read(size, now)
+        if seconds is None:
+            return False
+        headers, method = dict(self.headers), self.parser.get_method()
         # A browser's page could not read an answer without what the application adds for it.
-        if b"origin" in headers or self.parser.get_method() != b"POST":
+        if b"origin" in headers or method != b"POST":
             return False
-        head, body = _refusal(shape, door.until_open(size, now))
+        head, body = _refusal(self._dialects.schema("POST", route), seconds)
         lines = [head, b"x-request-id: ", name_request(headers.get(b"x-request-id", b"")).encode()]
         if not keep_alive:
             lines.append(b"\r\nconnection: close")
         self._stream.write_now(b"".join([*lines, b"\r\n\r\n", body]))
-        self._guard.count(self.url.decode())
-        self._turned_away = True
+        self._admission.refused_unread(route)
+        self._unread = True
         if not keep_alive:
             self._stopped = True
             self.transport.close()
@@ -368,18 +353,18 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _refuse(self, reason: str, error: ApiError) -> None:
         """Make an error the last answer, unless the request in question has one, and stop."""
-        self._count(reason)
+        self._admission.connection_broken(reason)
         self._stopped = True
-        self._last_answer = _written(error)
+        # Between requests the target is that of the last one.
+        target = b"" if self._stage == "idle" else self.url
+        method = self.parser.get_method().decode() if target else ""
+        path = target.partition(b"?")[0].decode("latin-1")
+        self._last_answer = _last_answer(self._dialects.response(method, path, error))
         if self._stage == "body":
-            if self._turned_away or self.cycle.response_started:
+            if self._unread or self.cycle.response_started:
                 self._last_answer = b""
             else:
-                # The application learns of a disconnect and sends nothing.
-                _disconnect(self.cycle)
-                self._begun.remove(self.cycle)
-                if self.pipeline:
-                    self.pipeline.popleft()
+                self._begun.remove(self.drop_last_request())
         self._finish()
 
     def _finish(self) -> None:
@@ -408,27 +393,21 @@ class GuardedProtocol(HttpToolsProtocol):
             self._timer = None
 
 
-def _disconnect(cycle: RequestResponseCycle) -> None:
-    """Tell the application that the client no longer waits."""
-    cycle.disconnected = True
-    cycle.message_event.set()
-
-
 def _malformed(reason: str) -> ApiError:
     return ApiError(400, f"malformed HTTP request: {reason}", code="invalid_http")
 
 
-def _written(error: ApiError) -> bytes:
-    """Write an answer for which there is no request."""
-    head, body = _parts(error.response({}))
+def _last_answer(response: Response) -> bytes:
+    """Write a response that ends the connection."""
+    head, body = _parts(response)
     own = [b"x-request-id: ", name_request(b"").encode(), b"\r\nconnection: close\r\n\r\n"]
     return b"".join([head, *own, body])
 
 
 @lru_cache(maxsize=256)
-def _refusal(shape: Shape, seconds: int) -> tuple[bytes, bytes]:
+def _refusal(schema: type[ErrorSchema], seconds: int) -> tuple[bytes, bytes]:
     """Return the answer to a request for which there is no room, but for its id."""
-    return _parts(no_room(seconds).shaped(shape))
+    return _parts(error_response(no_room(seconds), schema))
 
 
 def _parts(response: Response) -> tuple[bytes, bytes]:

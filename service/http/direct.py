@@ -2,31 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.routing import APIRoute
 from opentelemetry import trace
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.http.errors import ApiError, answer_error
+from service.http.dialects import Dialects
+from service.http.errors import ApiError
+from service.http.private import Call, Route, calls_of
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+
+_endpoints: set[Callable[..., Any]] = set()
+
+
+def direct(endpoint: Endpoint) -> Endpoint:
+    """Have the routes of an endpoint served directly; to stand below the decorators of routes."""
+    _endpoints.add(endpoint)
+    return endpoint
+
+
+@dataclass(frozen=True)
+class DirectRoute:
+    """What is done for a request of a route: its dependencies, then its endpoint."""
+
+    declared: Route
+    dependencies: list[Call]
+    endpoint: Call
+
+
+def direct_routes(routes: Iterable[Route]) -> dict[tuple[str, str], DirectRoute]:
+    """Return the routes of `direct` endpoints, by method and path.
+
+    Raises:
+        ValueError: FastAPI does more for one of them than its dependencies and its endpoint, or
+            serves its path by an earlier route.
+    """
+    routes = list(routes)
+    found = {}
+    for route in routes:
+        if route.endpoint in _endpoints:
+            for method in route.methods:
+                try:
+                    found[method, route.path] = _direct_route(route, method, routes)
+                except ValueError as error:
+                    raise ValueError(f"{route.path} cannot be served directly: {error}") from None
+    return found
+
+
+def _direct_route(route: Route, method: str, routes: list[Route]) -> DirectRoute:
+    if "{" in route.path:
+        raise ValueError("its path has parameters")
+    fitting = (one for one in routes if method in one.methods and one.path_regex.match(route.path))
+    if next(fitting) is not route:
+        raise ValueError("an earlier route answers this path")
+    *dependencies, endpoint = calls_of(route)
+    return DirectRoute(route, dependencies, endpoint)
 
 
 class Direct:
-    """Serve some routes past routing and dependency injection: a fifth of a front's work.
+    """Serve some routes past routing and dependency injection: a fifth of a frontend's work.
 
-    They are declared and documented as all others are.
+    They are declared and documented as all others are, and `direct_routes` has made sure that
+    nothing is left out. `dependency_overrides`, which FastAPI has for tests, are not looked at.
 
     Args:
         app: serves all others.
-        routes: whose paths have no parameters; endpoints and dependencies take the request alone.
+        routes: by method and path.
+        dialects: answer their errors.
     """
 
-    def __init__(self, app: ASGIApp, routes: Iterable[APIRoute]) -> None:
+    def __init__(
+        self, app: ASGIApp, routes: Mapping[tuple[str, str], DirectRoute], dialects: Dialects
+    ) -> None:
         self.app = app
-        self._routes = {
-            (method, route.path): route for route in routes for method in route.methods or ()
-        }
+        self._routes = routes
+        self._dialects = dialects
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -36,16 +91,16 @@ class Direct:
         if route is None:
             await self.app(scope, receive, send)
             return
-        scope["route"] = route
+        scope["route"] = route.declared.original_route
         span = trace.get_current_span()
         if span.is_recording():
-            span.update_name(f"{scope['method']} {route.path}")
-            span.set_attribute("http.route", route.path)
+            span.update_name(f"{scope['method']} {route.declared.path}")
+            span.set_attribute("http.route", route.declared.path)
         request = Request(scope, receive, send)
         try:
             for dependency in route.dependencies:
-                await dependency.dependency(request)  # type: ignore[misc]
+                await dependency(request)
             response = await route.endpoint(request)
-        except ApiError as error:
-            response = await answer_error(request, error)
+        except (ApiError, HTTPException) as error:
+            response = self._dialects.answer(scope, error)
         await response(scope, receive, send)

@@ -8,14 +8,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.http.errors import ApiError, errors_documented_as
+from service.http.errors import ApiError, errors_as
 from service.http.responses import json_response
 from service.http.schemas import ErrorResponse
 from service.http.state import State, from_hub, state_of
 from service.ipc.control_messages import Scrape, TellRecent
 from service.ipc.hub_client import SILENCE_LIMIT
 
-router = APIRouter(tags=["operations"], responses=errors_documented_as(ErrorResponse))
+router = APIRouter(tags=["operations"], responses=errors_as(ErrorResponse))
 
 
 class Exposition(Response):
@@ -33,7 +33,7 @@ async def live() -> Response:
 @router.get("/health/ready", summary="Can it classify now?")
 async def ready(request: Request) -> Response:
     """Answer 200 with a warmed default model, a fresh engine heartbeat, and no drain; else 503."""
-    reason = why_not_ready(state_of(request), request.app.state.draining)
+    reason = why_not_ready(state_of(request))
     if reason:
         raise ApiError(503, reason, code="not_ready", retry_after=1)
     return json_response({"status": "ok"})
@@ -47,7 +47,7 @@ async def ready(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """Describe engines and models; the status is that of `/health/ready`."""
     state = state_of(request)
-    reason = why_not_ready(state, request.app.state.draining)
+    reason = why_not_ready(state)
     now = time.monotonic()
     engines = [
         {
@@ -119,9 +119,9 @@ def _errors(state: State) -> list[str]:
     return [*state.hub.serving.errors, *stalled]
 
 
-def why_not_ready(state: State, draining: bool) -> str | None:
+def why_not_ready(state: State) -> str | None:
     """Return why this server cannot classify now; None: it can."""
-    if draining:
+    if state.admission.draining:
         return "the server is shutting down"
     serving = state.hub.serving
     if state.models.default is None:

@@ -17,7 +17,7 @@ from service.http.answers import Answered, best_first
 from service.http.authentication import needs
 from service.http.bodies import describe_body, max_values, parse, read_body, read_bytes, validate
 from service.http.classify import respond
-from service.http.errors import CLASSIFYING, ApiError, errors_as, errors_documented_as, shorten
+from service.http.errors import CLASSIFYING, ApiError, errors_as, shorten
 from service.http.health import why_not_ready
 from service.http.model_routes import MOST_LOAD_BYTES, load, unload
 from service.http.responses import json_response
@@ -44,16 +44,10 @@ _TYPES = {
 }  # fmt: skip
 
 
-def infer_error(error: ApiError) -> dict[str, str]:
-    """Write an error as the protocol does."""
-    return {"error": error.message}
-
-
 router = APIRouter(
     prefix="/v2",
     tags=["compatibility"],
-    dependencies=[errors_as(infer_error)],
-    responses=errors_documented_as(InferError),
+    responses=errors_as(InferError),
 )
 _CALLERS: dict[str, Any] = {"dependencies": [needs("classify")]}
 _ADMINS: dict[str, Any] = {"dependencies": [needs("admin")]}
@@ -121,7 +115,7 @@ async def server_live() -> Response:
 @router.get("/health/ready", summary="Can it classify now? (KServe)")
 async def server_ready(request: Request) -> Response:
     """Answer as `/health/ready` does."""
-    reason = why_not_ready(state_of(request), request.app.state.draining)
+    reason = why_not_ready(state_of(request))
     if reason:
         raise ApiError(503, reason, code="not_ready", retry_after=1)
     return json_response({"ready": True})
@@ -190,7 +184,7 @@ async def model_config(request: Request, name: str, version: str | None = None) 
 
 
 _INFER: dict[str, Any] = _CALLERS | {
-    "responses": errors_documented_as(InferError, CLASSIFYING),
+    "responses": errors_as(InferError, CLASSIFYING),
     "openapi_extra": describe_body(InferRequest),
 }
 

@@ -15,9 +15,11 @@ from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.http.dialects import Dialects
 from service.http.errors import CLIENT_GONE, ApiError, ClientGoneError
+from service.http.state import State
 from service.telemetry.context import RequestContext, serving
-from service.telemetry.counts import DENIALS, REASONS, Counts
+from service.telemetry.counts import DENIALS, REASONS
 
 log = structlog.get_logger()
 
@@ -55,14 +57,17 @@ class Observe:
 
     Args:
         app: what serves it.
-        counts: where it is counted.
+        state: of the frontend: its hub client counts requests, its admission is told of their end.
+        dialects: answer unexpected errors.
         log_share: share of the requests that get a line in the log; one that ended in an error
             always does.
     """
 
-    def __init__(self, app: ASGIApp, counts: Counts, log_share: float) -> None:
+    def __init__(self, app: ASGIApp, state: State, dialects: Dialects, log_share: float) -> None:
         self.app = app
-        self.counts = counts
+        self.counts = state.hub.counts
+        self.admission = state.admission
+        self.dialects = dialects
         self.log_share = log_share
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,14 +106,11 @@ class Observe:
             if begun:
                 # A fresh one: whoever logs it next would write what the first one says.
                 raise ConnectionAbortedError("the answer was cut off") from None
-            response = ApiError(
-                500, "something went wrong in the server; its log says what"
-            ).response(scope["state"])
+            told = ApiError(500, "something went wrong in the server; its log says what")
+            response = self.dialects.response(scope["method"], scope["path"], told)
             await response(scope, receive, send_named)
         finally:
-            under_way = scope["state"].get("under_way")
-            if under_way is not None:
-                under_way.requests -= 1
+            self.admission.end(scope["state"])
             self._count(scope, status, time.monotonic() - started)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
@@ -172,11 +174,13 @@ class OperationsPort:
     Args:
         app: what serves it.
         port: the port of probes and metrics.
+        dialects: answer who came to the wrong port.
     """
 
-    def __init__(self, app: ASGIApp, port: int) -> None:
+    def __init__(self, app: ASGIApp, port: int, dialects: Dialects) -> None:
         self.app = app
         self.port = port
+        self.dialects = dialects
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, unless it came to the wrong port."""
@@ -186,7 +190,8 @@ class OperationsPort:
             fits = path == "/metrics" or path.startswith(PROBES) if here else path != "/metrics"
             if not fits:
                 error = ApiError(404, f"there is no route {path} on this port")
-                await error.response({})(scope, receive, send)
+                response = self.dialects.response(scope["method"], path, error)
+                await response(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 

@@ -11,16 +11,16 @@ from pydantic import ConfigDict, Field
 
 from budgetformer.checkpoint.manifest import MOST_VERSION
 from budgetformer.checkpoint.store import Checkpoint
-from service.http.authentication import needs, spending
+from service.http.authentication import needs
 from service.http.bodies import describe_body, read_body, travelled
 from service.http.classify import check_texts, while_client_waits
-from service.http.errors import ApiError, errors_documented_as
+from service.http.errors import ApiError, errors_as
 from service.http.responses import json_response
 from service.http.schemas import ErrorResponse, RequestBody, TokenizeRequest, TokenizeResponse
 from service.http.state import from_hub, state_of
 from service.ipc.control_messages import Changed, ChangeFailed, ChangeModel
 
-router = APIRouter(tags=["models"], responses=errors_documented_as(ErrorResponse))
+router = APIRouter(tags=["models"], responses=errors_as(ErrorResponse))
 
 MOST_LOAD_BYTES = 4096
 CHANGE_STATUS = {
@@ -148,10 +148,10 @@ async def tokenize(request: Request) -> Response:
     model = state.model(body.model)
     seconds = state.settings.timeout_ms / 1000
     deadline = time.monotonic() + seconds
+    name, size = model.checkpoint.name, travelled(request.scope["headers"])
     with (
         model.in_use(),
-        state.room_for(len(texts), travelled(request.scope["headers"]), seconds),
-        spending(request, len(texts)),
+        state.admission.texts(request.state.caller, name, len(texts), size, seconds),
     ):
         async with while_client_waits(request):
             tokenized = await state.tokenize(model, texts, deadline)

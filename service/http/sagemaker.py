@@ -7,7 +7,8 @@ from fastapi import APIRouter, Request, Response
 from service.http.authentication import needs
 from service.http.bodies import describe_body, max_values, parse_object, read_json, validate
 from service.http.classify import respond_to_classify
-from service.http.errors import CLASSIFYING, errors_documented_as
+from service.http.direct import direct
+from service.http.errors import CLASSIFYING, errors_as
 from service.http.health import ready
 from service.http.schemas import (
     ClassifyRequest,
@@ -20,7 +21,7 @@ from service.http.schemas import (
 from service.http.state import state_of
 from service.http.tei import respond_to_predict
 
-router = APIRouter(tags=["compatibility"], responses=errors_documented_as(ErrorResponse))
+router = APIRouter(tags=["compatibility"], responses=errors_as(ErrorResponse))
 
 
 @router.get("/ping", summary="Can it classify now? (SageMaker)")
@@ -32,11 +33,12 @@ async def ping(request: Request) -> Response:
 @router.post(
     "/invocations",
     summary="Classify (SageMaker)",
-    responses=errors_documented_as(ErrorResponse, CLASSIFYING),
+    responses=errors_as(ErrorResponse, CLASSIFYING),
     response_model=ClassifyResponse | InfinityResponse | list[LabelScore] | list[list[LabelScore]],
     dependencies=[needs("classify")],
     openapi_extra=describe_body(ClassifyRequest, PredictRequest),
 )
+@direct
 async def invocations(request: Request) -> Response:
     """Take the body of POST /predict, if it has `inputs`, or else that of POST /classify."""
     state = state_of(request)

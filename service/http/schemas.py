@@ -15,6 +15,8 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from service.http.errors import ApiError, ErrorSchema
+
 _EXAMPLE_TEXT = "The striker scored twice as the home side won the final."
 
 
@@ -190,11 +192,18 @@ class PredictRequest(RequestBody):
     """As for POST /classify."""
 
 
-class PredictError(BaseModel):
+class PredictError(ErrorSchema):
     """TEI's shape of an error."""
 
     error: str
     error_type: str
+
+    @classmethod
+    def content(cls, error: ApiError) -> dict[str, Any]:
+        """Write an error as TEI does."""
+        special = {429: "overloaded", 503: "unhealthy"}
+        usual = "validation" if error.status < 500 else "backend"
+        return {"error": error.message, "error_type": special.get(error.status, usual)}
 
 
 class LabelScore(BaseModel):
@@ -248,10 +257,15 @@ class ErrorBody(BaseModel):
     code: str
 
 
-class ErrorResponse(BaseModel):
+class ErrorResponse(ErrorSchema):
     """Every answer that is no success."""
 
     error: ErrorBody
+
+    @classmethod
+    def content(cls, error: ApiError) -> dict[str, Any]:
+        """Write an error in our own shape."""
+        return {"error": error.body()}
 
 
 class FailedItem(BaseModel):
@@ -427,10 +441,15 @@ class InferRequest(RequestBody):
     parameters: dict[str, Any] = {}
 
 
-class InferError(BaseModel):
+class InferError(ErrorSchema):
     """The protocol's shape of an error."""
 
     error: str
+
+    @classmethod
+    def content(cls, error: ApiError) -> dict[str, Any]:
+        """Write an error as the protocol does."""
+        return {"error": error.message}
 
 
 class IndexRequest(RequestBody):

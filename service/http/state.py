@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ from opentelemetry.trace import Tracer
 
 from budgetformer.errors import TokenizerError
 from budgetformer.tokenization import Text, Tokens, characters
+from service.http.admission import Admission
 from service.http.errors import ApiError
 from service.ipc.connection import DisconnectedError
 from service.ipc.engine_client import Engines
@@ -23,7 +23,6 @@ from service.ipc.hub_client import HubError, HubLink
 from service.keys import KeyRing
 from service.pipeline.decision import Deciding
 from service.pipeline.served_models import Models, ServedModel, UnknownModelError
-from service.scheduling.load_shedding import Door
 from service.settings import Settings
 
 Answer = TypeVar("Answer")
@@ -31,8 +30,6 @@ Answer = TypeVar("Answer")
 SHORT_CHARACTERS = 2000
 """Tokenized sooner than a thread wakes up."""
 THREADS = 2
-MOST_BODIES = 16
-"""As many bodies of the largest size may be arriving at once."""
 
 
 @dataclass
@@ -50,59 +47,16 @@ class State:
     )
 
     deciding: Deciding = field(default_factory=Deciding)
-    door: Door = field(init=False)
-
-    body_bytes: int = 0
-    """Bytes of the bodies that are arriving."""
+    admission: Admission = field(init=False)
 
     def __post_init__(self) -> None:
-        self.door = Door(self.settings.timeout_ms / 1000)
+        self.admission = Admission(self.settings, self.engines, self.hub.counts)
 
     def start_threads(self) -> None:
         """Start the threads now: later, when one is needed, there may be no room for it."""
         together = threading.Barrier(THREADS)
         for _ in range(THREADS):
             self.tokenizing.submit(together.wait)
-
-    def receive(self, count: int) -> None:
-        """Count bytes of a body that is arriving; below 0, one that is here, or given up.
-
-        Many callers may send large bodies slowly: together they may hold only so much.
-
-        Raises:
-            ApiError: 429, there is no room; they are counted nevertheless.
-        """
-        self.body_bytes += count
-        if count > 0 and self.body_bytes > MOST_BODIES * self.settings.max_body_bytes:
-            message = "the server receives all the bytes that it can; try again in 1 s"
-            raise ApiError(429, message, code="queue_full", retry_after=1)
-
-    @contextmanager
-    def room_for(self, count: int, size: int | None, seconds: float) -> Iterator[None]:
-        """Hold some texts, no more in all than the engines' queues take.
-
-        What they would refuse is refused before it is tokenized: under overload that work alone
-        would make everybody late.
-
-        Args:
-            count: texts of the request.
-            size: bytes of its body as it travelled, if that is known.
-            seconds: to its deadline.
-
-        Raises:
-            ApiError: 429, there is no room.
-        """
-        door, most = self.door, self.settings.max_queue_items * max(1, len(self.engines.alive))
-        if door.texts and door.texts + count > most:
-            door.refuse(size, door.texts)
-            raise no_room(door.retry_after(door.texts + count - most, time.monotonic()))
-        door.enter(count, seconds, time.monotonic())
-        answered = False
-        try:
-            yield
-            answered = True
-        finally:
-            door.leave(count, answered, time.monotonic())
 
     async def tokenize(
         self, model: ServedModel, texts: list[Text], deadline: float
@@ -154,12 +108,6 @@ class State:
 def too_late() -> ApiError:
     """Return the error of a request whose deadline passed."""
     return ApiError(504, "the deadline passed before the answer was there", "timeout_ms")
-
-
-def no_room(seconds: int) -> ApiError:
-    """Return the error of a request for which there is room in so many seconds."""
-    message = f"the server holds all the texts that it can; try again in {seconds} s"
-    return ApiError(429, message, code="queue_full", retry_after=seconds)
 
 
 async def from_hub(asking: Awaitable[Answer]) -> Answer:

@@ -11,7 +11,8 @@ from service.http.answers import Answered
 from service.http.authentication import needs
 from service.http.bodies import describe_body, read_body
 from service.http.classify import respond
-from service.http.errors import CLASSIFYING, ApiError, errors_as, errors_documented_as
+from service.http.direct import direct
+from service.http.errors import CLASSIFYING, ApiError, errors_as
 from service.http.responses import json_response
 from service.http.schemas import (
     ClassifyRequest,
@@ -23,18 +24,10 @@ from service.http.schemas import (
 )
 from service.http.state import State, state_of
 
-
-def predict_error(error: ApiError) -> dict[str, str]:
-    """Write an error as TEI does."""
-    special = {429: "overloaded", 503: "unhealthy"}
-    usual = "validation" if error.status < 500 else "backend"
-    return {"error": error.message, "error_type": special.get(error.status, usual)}
-
-
 router = APIRouter(
     tags=["compatibility"],
-    dependencies=[errors_as(predict_error), needs("classify")],
-    responses=errors_documented_as(PredictError, CLASSIFYING),
+    dependencies=[needs("classify")],
+    responses=errors_as(PredictError, CLASSIFYING),
 )
 
 
@@ -46,6 +39,7 @@ _PREDICT: dict[str, Any] = {
 
 @router.post("/predict", summary="Classify, as Text Embeddings Inference does", **_PREDICT)
 @router.post("/", summary="Classify, as Hugging Face's clients ask for it", **_PREDICT)
+@direct
 async def predict(request: Request) -> Response:
     """Answer with labels and scores, best first.
 

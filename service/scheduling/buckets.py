@@ -74,7 +74,7 @@ class Span(Generic[Owner]):
     total: TotalSeconds = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.total = TotalSeconds(sum(self.prices))
+        self.total = TotalSeconds(self.prices)
 
     def __len__(self) -> int:
         return len(self.places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Self
 
 NANOSECONDS = 10**9
@@ -14,13 +15,13 @@ class TotalSeconds:
     subtracted, however many operations lie between.
 
     Args:
-        seconds: what is in it at first.
+        durations: what is in it at first, seconds.
     """
 
     __slots__ = ("_nanoseconds",)
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        self._nanoseconds = int(seconds * NANOSECONDS)
+    def __init__(self, durations: Iterable[float] = ()) -> None:
+        self._nanoseconds = sum([int(seconds * NANOSECONDS) for seconds in durations])
 
     def __iadd__(self, other: TotalSeconds) -> Self:
         self._nanoseconds += other._nanoseconds

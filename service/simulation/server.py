@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from budgetformer.inference.policy import QUALITY_NAMES
-from service.scheduling.load_shedding import Door
+from service.scheduling.load_shedding import LoadShedding
 from service.settings import Settings
 from service.simulation.costs import ServerCosts
 from service.simulation.engine import Outcome, SimEngine, SimModel, SimRequest
@@ -48,7 +48,7 @@ class _Front:
     def __init__(self, engines: int) -> None:
         self.queue: deque[SimRequest] = deque()
         self.does: SimRequest | None = None
-        self.door = Door()
+        self.shedding = LoadShedding()
         self.in_flight = [0] * engines
 
 
@@ -60,7 +60,7 @@ class SimServer:
     and half after it; a deadline counts from when the front begins. A request that is refused costs
     the front what it costs without texts; one that is turned away unread costs a real front less.
     The front decides budgets, and answers itself what step 0 answers.
-    The door is told tokens in place of bytes.
+    Load shedding is told tokens in place of bytes.
 
     Args:
         model: the only one that it serves.
@@ -156,25 +156,25 @@ class SimServer:
             work = cost.seconds(count, request.tokens) / 2
         elif request.outcome is not None:
             work = cost.request / 2
-        elif self._turned_away(front.door, request):
+        elif self._sheds(front.shedding, request):
             request.outcome = "refused"
             work = cost.request
         else:
             request.held = True
             request.deadline = self.now + self._timeout
-            front.door.enter(count, self._timeout, self.now)
+            front.shedding.enter(count, self._timeout, self.now)
             work = cost.seconds(count, request.tokens) / 2
             work += self._model.table.batch(0, request.tokens, count)
         self._start(place, "front", share * work)
 
-    def _turned_away(self, door: Door, request: SimRequest) -> bool:
+    def _sheds(self, shedding: LoadShedding, request: SimRequest) -> bool:
         count, size = len(request.texts), request.tokens
-        door.begun(self.now - request.arrived, self.now)
-        if door.closed_to(size, self.now):
+        shedding.note_delay(self.now - request.arrived, self.now)
+        if shedding.sheds(size, self.now):
             return True
-        full = bool(door.texts) and door.texts + count > self._room
+        full = bool(shedding.texts) and shedding.texts + count > self._room
         if full:
-            door.refuse(size, door.texts)
+            shedding.learn_refusal(size, shedding.texts)
         return full
 
     def _front_done(self, place: int) -> None:
@@ -198,8 +198,8 @@ class SimServer:
         elif self.now >= request.deadline:
             self._return(request, "expired")
         elif self._engines[place].receive(request, self.now) is not None:
-            door = self._fronts[request.front].door
-            door.refuse(request.tokens, door.texts - len(request.texts))
+            shedding = self._fronts[request.front].shedding
+            shedding.learn_refusal(request.tokens, shedding.texts - len(request.texts))
             self._return(request, "refused")
         elif self._done[len(self._fronts) + place] == _NEVER:
             self._begin(place)
@@ -214,7 +214,9 @@ class SimServer:
         count, records = len(request.texts), self._records
         self.in_flight -= 1
         if request.held:
-            self._fronts[request.front].door.leave(count, request.outcome == "answered", self.now)
+            self._fronts[request.front].shedding.leave(
+                count, request.outcome == "answered", self.now
+            )
         records.arrived.append(request.arrived)
         records.latency.append(self.now - request.arrived + self._costs.way)
         records.outcome.append(OUTCOMES.index(request.outcome))

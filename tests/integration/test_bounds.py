@@ -121,10 +121,10 @@ class TestDeadlines:
     async def test_the_latest_one_changes_nothing_for_others(self, model_store: Path) -> None:
         async with service(model_store, models=[TOPICS], timeout_ms=1000) as running:
             assert await running.answer("a", timeout_ms=3_600_000)
-            door = running.app.state.shared.door
+            shedding = running.app.state.shared.admission.shedding
             now = time.monotonic()
-            door.begun(0.5, now)
-            assert door.closed_to(1, now)
+            shedding.note_delay(0.5, now)
+            assert shedding.sheds(1, now)
 
     @pytest.mark.parametrize("field", ["top_k", "heads", "max_heads", "priority"])
     @pytest.mark.parametrize("huge", HUGE, ids=lambda huge: f"{len(str(huge))} digits")

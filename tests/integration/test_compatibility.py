@@ -381,7 +381,7 @@ class TestTrouble:
             assert "input[1]" in infer_error(response, 500)
 
     async def test_draining(self, fresh: Service) -> None:
-        fresh.app.state.draining = True
+        fresh.app.state.shared.admission.draining = True
         response = await fresh.client.post("/predict", json={"inputs": TEXT})
         predict_error(response, 503, "unhealthy")
         assert int(response.headers["retry-after"]) >= 1

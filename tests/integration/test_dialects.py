@@ -201,6 +201,25 @@ async def test_of_a_name_given_twice_the_last_one_counts(shared: Service) -> Non
     assert len(response.json()["data"][0]["labels"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "fields"),
+    [
+        ("GET", "/v2/nothing", 404, {"error"}),
+        ("DELETE", f"/v2/models/{TOPICS}", 405, {"error"}),
+        ("GET", "/predict", 405, {"error", "error_type"}),
+        ("POST", "/predict/", 404, {"error", "error_type"}),
+    ],
+)
+async def test_paths_and_methods_without_a_route_speak_the_api_of_their_path(
+    shared: Service, method: str, path: str, status: int, fields: set[str]
+) -> None:
+    response = await shared.client.request(method, path)
+    assert response.status_code == status
+    assert set(response.json()) == fields
+    assert path in response.json()["error"]
+    assert ("allow" in response.headers) == (status == 405)
+
+
 async def test_head_answers_as_get_without_a_body(shared: Service) -> None:
     paths = shared.app.openapi()["paths"]
     assert len(paths) > 10
@@ -219,13 +238,13 @@ async def test_head_answers_as_get_without_a_body(shared: Service) -> None:
 
 
 async def test_head_of_a_route_that_is_not_ready_says_so(shared: Service) -> None:
-    shared.app.state.draining = True
+    shared.app.state.shared.admission.draining = True
     try:
         for path in ("/health/ready", "/health", "/ping", "/v2/health/ready"):
             response = await shared.client.head(path)
             assert (response.status_code, response.content) == (503, b"")
     finally:
-        shared.app.state.draining = False
+        shared.app.state.shared.admission.draining = False
 
 
 async def test_head_is_counted_under_its_route(shared: Service) -> None:

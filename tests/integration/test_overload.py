@@ -15,6 +15,7 @@ import pytest
 from budgetformer.cost.table import StepCost
 from budgetformer.tokenization import TextEncoder
 from service.engine.core import EngineOptions
+from service.keys import Caller
 from tests.support.serving import Service, error_of, held, poison, service
 from tests.support.stores import HEADS, LABELS, sentences
 from tests.support.waiting import until
@@ -76,7 +77,8 @@ class TestFullQueue:
         async with service(
             model_store, options=small, models=["topics"], max_queue_items=3
         ) as fresh:
-            with fresh.app.state.shared.room_for(2, None, 10.0):
+            admission, caller = fresh.app.state.shared.admission, Caller("test", {"classify"})
+            with admission.texts(caller, "topics", 2, None, 10.0):
                 error_of(await fresh.ask([TEXT] * 2, **COMPUTED), 429, "queue_full")
                 assert (await fresh.ask(TEXT, **COMPUTED)).status_code == 200
             assert (await fresh.ask([TEXT] * 10)).status_code == 200
@@ -238,7 +240,7 @@ class TestWithoutAnEngine:
 async def test_draining_refuses_what_is_new_and_finishes_what_was_begun(fresh: Service) -> None:
     with held(fresh.core):
         begun = await begin(fresh, TEXT, **COMPUTED)
-        fresh.app.state.draining = True
+        fresh.app.state.shared.admission.draining = True
         error_of(await fresh.ask(TEXT), 503, "draining")
         error_of(await fresh.client.get("/health/ready"), 503, "not_ready")
         assert (await fresh.client.get("/health/live")).status_code == 200
@@ -399,15 +401,15 @@ async def test_bodies_that_arrive_together_hold_only_so_much(model_store: Path) 
         yield b'{"input": "a"}'
 
     async with service(model_store, models=["topics"], max_body_bytes=1000) as running:
-        state = running.app.state.shared
+        admission = running.app.state.shared.admission
 
         async def ask() -> httpx.Response:
             return await running.client.post("/classify", content=body())
 
         begun = [asyncio.create_task(ask()) for _ in range(17)]
-        await until(lambda: state.body_bytes == 17 * 900, "bodies under way")
+        await until(lambda: admission.body_bytes == 17 * 900, "bodies under way")
         error_of(await ask(), 429, "queue_full")
         go_on.set()
         assert {(await task).status_code for task in begun} == {200}
-        assert state.body_bytes == 0
+        assert admission.body_bytes == 0
         assert (await ask()).status_code == 200

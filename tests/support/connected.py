@@ -11,9 +11,12 @@ from typing import Any, cast
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from service.http.connections import ConnectionLimits, Guard, GuardedProtocol
-from service.http.errors import own_shape
-from service.scheduling.load_shedding import Door
+from service.http.admission import Admission
+from service.http.connections import ConnectionLimits, GuardedProtocol
+from service.http.dialects import Dialects
+from service.ipc.control_messages import ConnectionEnded, Observation
+from service.ipc.engine_client import Engines
+from service.settings import Settings
 
 HEAD_BYTES = 4096
 EARLY = b"/early"
@@ -70,6 +73,7 @@ class Connected:
             None where it answers without reading it; in the order of its answers.
         headers: those of every request, in the same order.
         breaks: why the connection was ended.
+        dialects: make the answers to requests that do not reach the application.
     """
 
     wire: Wire
@@ -79,20 +83,27 @@ class Connected:
     breaks: list[str] = field(default_factory=list)
     hold: asyncio.Event | None = None
     """Where given: no request is answered before it is set."""
+    dialects: Dialects = field(default_factory=lambda: Dialects([]))
 
     def __post_init__(self) -> None:
+        settings = Settings.model_construct(max_connections=5)
+        self.admission = Admission(settings, Engines([]), self._observe)
         self.protocol = GuardedProtocol(
             limits=self.limits,
-            guard=Guard(self.door, {b"/guarded": own_shape}, lambda _: None),
-            count=self.breaks.append,
+            admission=self.admission,
+            dialects=self.dialects,
+            refusable={b"/guarded": "/guarded"},
             config=_config(self._serve),
             server_state=self.server_state,
             app_state={},
             _loop=asyncio.get_running_loop(),
         )
 
-    limits = ConnectionLimits(connections=5, head_bytes=HEAD_BYTES, message_bytes=2**20, seconds=60)
-    door = Door()
+    limits = ConnectionLimits(head_bytes=HEAD_BYTES, message_bytes=2**20, seconds=60)
+
+    def _observe(self, seen: Observation) -> None:
+        if isinstance(seen, ConnectionEnded):
+            self.breaks.append(seen.reason)
 
     @property
     def over(self) -> bool:
@@ -155,10 +166,15 @@ def _config(app: Any) -> Config:
 
 @contextmanager
 def connected(
-    half_closes: bool = True, server_state: ServerState | None = None, held: bool = False
+    half_closes: bool = True,
+    server_state: ServerState | None = None,
+    held: bool = False,
+    dialects: Dialects | None = None,
 ) -> Iterator[Connected]:
     """Connect to the server; the connection is lost in the end."""
-    connection = Connected(Wire(half_closes), server_state or ServerState())
+    connection = Connected(
+        Wire(half_closes), server_state or ServerState(), dialects=dialects or Dialects([])
+    )
     if held:
         connection.hold = asyncio.Event()
     connection.protocol.connection_made(connection.wire)

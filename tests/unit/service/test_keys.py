@@ -53,7 +53,7 @@ def file(tmp_path: Path) -> Path:
 
 
 class TestNew:
-    def test_the_secret_is_kept_nowhere_and_its_line_opens_the_door(
+    def test_the_secret_is_kept_nowhere_and_its_line_opens_the_server(
         self, command: CommandLine, tmp_path: Path
     ) -> None:
         outcome = command("keys", "new", "web", "--scope", "classify", "--scope", "admin")
@@ -244,7 +244,7 @@ def test_one_secret_under_two_names_is_refused() -> None:
         check_keys({"a": key("x"), "b": key("x")})
 
 
-class TestDoor:
+class TestAccess:
     @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
     def test_on_loopback_there_may_be_no_keys(self, host: str) -> None:
         settings = Settings(host=host)
@@ -261,7 +261,7 @@ class TestDoor:
         Settings(host=host, keys_file=file).check_access()
         Settings(host=host, keys={"web": key("one")}).check_access()
 
-    def test_an_empty_key_file_closes_the_door(self, tmp_path: Path) -> None:
+    def test_an_empty_key_file_leaves_nobody_in(self, tmp_path: Path) -> None:
         path = tmp_path / "keys.toml"
         path.write_text("")
         assert not Settings(keys_file=path).anonymous

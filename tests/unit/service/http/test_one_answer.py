@@ -239,9 +239,9 @@ class TestEarly:
         head = b"POST /guarded HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
         for size, closes in ((len(SMUGGLED), False), (10**6, True)):
             with connected() as connection:
-                connection.door.begun(9.0, asyncio.get_running_loop().time())
-                connection.door.enter(1, 1.0, 0.0)
-                connection.door.refuse(1, 1)
+                shedding = connection.admission.shedding
+                shedding.enter(1, 1.0, 0.0)
+                shedding.learn_refusal(1, 1)
                 await connection.send([head % size, SMUGGLED])
                 assert [(one.status, one.closes) for one in answers(connection)] == [(429, closes)]
                 assert connection.served == []

@@ -2,130 +2,130 @@ from __future__ import annotations
 
 import pytest
 
-from service.scheduling.load_shedding import GROWTH, LATE_SHARE, RATE_SECONDS, Door
+from service.scheduling.load_shedding import GROWTH, LATE_SHARE, RATE_SECONDS, LoadShedding
 
 NOW = 100.0
 
 
-def full(texts: int = 100, seconds: float = 10.0) -> Door:
-    """Return a door behind which some texts of ten seconds are waiting."""
-    door = Door()
-    door.enter(texts, seconds, NOW)
-    return door
+def full(texts: int = 100, seconds: float = 10.0) -> LoadShedding:
+    """Return load shedding that holds some texts of ten seconds."""
+    shedding = LoadShedding()
+    shedding.enter(texts, seconds, NOW)
+    return shedding
 
 
 def test_nobody_is_turned_away_before_somebody_was_refused() -> None:
-    assert not full().closed_to(10**9, NOW)
+    assert not full().sheds(10**9, NOW)
 
 
 def test_a_refusal_closes_to_bodies_as_large_and_no_others() -> None:
-    door = full()
-    door.refuse(1000, others=100)
-    assert door.closed_to(1000, NOW)
-    assert door.closed_to(5000, NOW)
-    assert not door.closed_to(500, NOW)
-    door.refuse(200, others=100)
-    assert door.closed_to(200, NOW)
+    shedding = full()
+    shedding.learn_refusal(1000, others=100)
+    assert shedding.sheds(1000, NOW)
+    assert shedding.sheds(5000, NOW)
+    assert not shedding.sheds(500, NOW)
+    shedding.learn_refusal(200, others=100)
+    assert shedding.sheds(200, NOW)
 
 
 def test_whoever_goes_makes_room() -> None:
-    door = full()
-    door.refuse(1000, others=100)
-    door.leave(1, answered=False, now=NOW)
-    assert not door.closed_to(1000, NOW)
-    door.enter(1, 10.0, NOW)
-    assert door.closed_to(1000, NOW)
+    shedding = full()
+    shedding.learn_refusal(1000, others=100)
+    shedding.leave(1, answered=False, now=NOW)
+    assert not shedding.sheds(1000, NOW)
+    shedding.enter(1, 10.0, NOW)
+    assert shedding.sheds(1000, NOW)
 
 
 def test_answers_widen_the_window_until_the_next_refusal() -> None:
-    door = full()
-    door.refuse(1000, others=100)
+    shedding = full()
+    shedding.learn_refusal(1000, others=100)
     let_in = 0
     for _ in range(50):
-        door.leave(1, answered=True, now=NOW)
-        while not door.closed_to(1000, NOW):
-            door.enter(1, 10.0, NOW)
+        shedding.leave(1, answered=True, now=NOW)
+        while not shedding.sheds(1000, NOW):
+            shedding.enter(1, 10.0, NOW)
             let_in += 1
     assert let_in == pytest.approx(50 * (1 + GROWTH), abs=1)
-    door.refuse(1000, others=100)
-    assert door.closed_to(1000, NOW)
-    door.leave(door.texts - 99, answered=False, now=NOW)
-    assert not door.closed_to(1000, NOW)
+    shedding.learn_refusal(1000, others=100)
+    assert shedding.sheds(1000, NOW)
+    shedding.leave(shedding.texts - 99, answered=False, now=NOW)
+    assert not shedding.sheds(1000, NOW)
 
 
 def test_large_bodies_have_a_window_of_their_own() -> None:
-    door = full()
-    door.refuse(1000, others=100)
-    door.refuse(100_000, others=60)
-    door.leave(10, answered=False, now=NOW)
-    assert not door.closed_to(1000, NOW)
-    assert door.closed_to(100_000, NOW)
+    shedding = full()
+    shedding.learn_refusal(1000, others=100)
+    shedding.learn_refusal(100_000, others=60)
+    shedding.leave(10, answered=False, now=NOW)
+    assert not shedding.sheds(1000, NOW)
+    assert shedding.sheds(100_000, NOW)
 
 
 def test_windows_are_forgotten_when_nobody_is_here() -> None:
-    door = full()
-    door.refuse(1000, others=10)
-    door.leave(100, answered=False, now=NOW)
-    door.enter(1000, 10.0, NOW)
-    assert not door.closed_to(1000, NOW)
+    shedding = full()
+    shedding.learn_refusal(1000, others=10)
+    shedding.leave(100, answered=False, now=NOW)
+    shedding.enter(1000, 10.0, NOW)
+    assert not shedding.sheds(1000, NOW)
 
 
 def test_who_is_refused_alone_or_is_of_unknown_size_teaches_nothing() -> None:
-    door = full()
-    door.refuse(1000, others=0)
-    door.refuse(None, others=100)
-    assert not door.closed_to(10**9, NOW)
+    shedding = full()
+    shedding.learn_refusal(1000, others=0)
+    shedding.learn_refusal(None, others=100)
+    assert not shedding.sheds(10**9, NOW)
 
 
 def test_a_short_deadline_tells_of_nobody_elses() -> None:
-    door = full(seconds=10.0)
-    assert not door.patient(1.0)
-    assert door.patient(10.0)
-    assert door.patient(9.5)
+    shedding = full(seconds=10.0)
+    assert not shedding.is_late_deadline(1.0)
+    assert shedding.is_late_deadline(10.0)
+    assert shedding.is_late_deadline(9.5)
 
 
 def test_a_long_deadline_is_forgotten_when_nobody_gives_it_any_more() -> None:
-    door = full(seconds=10.0)
+    shedding = full(seconds=10.0)
     for second in range(300):
-        door.enter(1, 1.0, NOW + second)
-    assert door.patient(1.0)
+        shedding.enter(1, 1.0, NOW + second)
+    assert shedding.is_late_deadline(1.0)
 
 
 def test_a_late_front_turns_everybody_away_for_as_long_as_it_was_late() -> None:
-    door = full(seconds=10.0)
-    door.begun(LATE_SHARE * 10.0 - 0.01, NOW)
-    assert not door.closed_to(1, NOW)
-    door.begun(2.0, NOW)
-    door.begun(0.0, NOW)  # the first of many that are begun together
-    assert door.closed_to(1, NOW + 1.9)
-    assert not door.closed_to(1, NOW + 2.1)
+    shedding = full(seconds=10.0)
+    shedding.note_delay(LATE_SHARE * 10.0 - 0.01, NOW)
+    assert not shedding.sheds(1, NOW)
+    shedding.note_delay(2.0, NOW)
+    shedding.note_delay(0.0, NOW)  # the first of many that are begun together
+    assert shedding.sheds(1, NOW + 1.9)
+    assert not shedding.sheds(1, NOW + 2.1)
 
 
 def test_a_front_that_nobody_has_asked_yet_is_not_late() -> None:
-    door = Door()
-    door.begun(2.0, NOW)
-    assert not door.closed_to(1, NOW)
+    shedding = LoadShedding()
+    shedding.note_delay(2.0, NOW)
+    assert not shedding.sheds(1, NOW)
 
 
 @pytest.mark.parametrize("rate", [5, 20, 100])
 def test_the_wait_is_the_time_in_which_so_many_are_answered(rate: int) -> None:
-    door = full(100_000)
+    shedding = full(100_000)
     for second in range(60):
-        door.leave(rate, answered=True, now=NOW + second)
+        shedding.leave(rate, answered=True, now=NOW + second)
     end = NOW + 59
-    assert door.retry_after(20 * rate, end) == pytest.approx(20, abs=3)
-    assert door.retry_after(1e9, end) == 60
-    assert door.retry_after(0.0, end) == 1
+    assert shedding.retry_after(20 * rate, end) == pytest.approx(20, abs=3)
+    assert shedding.retry_after(1e9, end) == 60
+    assert shedding.retry_after(0.0, end) == 1
 
 
 def test_without_any_answer_the_wait_is_short() -> None:
     assert full().retry_after(100, NOW) == 1
-    assert full().until_open(1000, NOW) == 1
+    assert full().shed_seconds(1000, NOW) == 1
 
 
 def test_the_wait_grows_when_answers_stop() -> None:
-    door = full(1000)
+    shedding = full(1000)
     for second in range(20):
-        door.leave(10, answered=True, now=NOW + second)
-    soon = door.retry_after(100, NOW + 20)
-    assert door.retry_after(100, NOW + 20 + RATE_SECONDS) > soon
+        shedding.leave(10, answered=True, now=NOW + second)
+    soon = shedding.retry_after(100, NOW + 20)
+    assert shedding.retry_after(100, NOW + 20 + RATE_SECONDS) > soon

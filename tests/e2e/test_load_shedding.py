@@ -90,13 +90,13 @@ def head(path: str) -> bytes:
 
 def refused_unread(running: Server, path: str) -> tuple[int, dict[str, str], dict[str, Any]] | None:
     """Send a head and no body; return what comes all the same, after which all else works on."""
-    post(running, input=[TEXT] * 4)  # if there is no room, the door learns it from this one
+    post(running, input=[TEXT] * 4)  # if there is no room, the server learns it from this one
     with connected(running) as it:
         it.sendall(head(path))
         it.settimeout(0.5)
         try:
             answer = read_answer(it)
-        except TimeoutError:  # the door is open, and the body is awaited
+        except TimeoutError:  # it is to be read, and the body is awaited
             return None
         it.settimeout(PATIENCE)
         it.sendall(SMALL + b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -116,7 +116,7 @@ def test_what_would_be_refused_is_refused_unread(running: Server) -> None:
 
     with filled(running) as answers:
         for path in ("/classify", "/predict"):
-            wait_until(lambda path=path: turned_away(path), f"a closed door at {path}")  # type: ignore[misc]
+            wait_until(lambda path=path: turned_away(path), f"a refusal at {path}")  # type: ignore[misc]
     for path, (status, headers, _) in told.items():
         assert status == 429, path
         assert int(headers["retry-after"]) >= 1
