@@ -16,6 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,9 +82,9 @@ class PackedTokens:
     @classmethod
     def of(cls, columns: TokenColumns) -> PackedTokens:
         """Pack columns of token ids."""
-        ids = torch.from_numpy(columns.ids).long()
+        ids = torch.from_numpy(columns.ids.astype(np.int64))
         kinds = columns.types
-        types = torch.zeros_like(ids) if kinds is None else torch.from_numpy(kinds).long()
+        types = torch.zeros_like(ids) if kinds is None else torch.from_numpy(kinds.astype(np.int64))
         return cls(ids, types, tuple(columns.counts))
 
     @classmethod

@@ -14,9 +14,9 @@ from uvicorn.server import ServerState
 from service.http.admission import Admission
 from service.http.connections import ConnectionLimits, GuardedProtocol
 from service.http.dialects import Dialects
-from service.ipc.control_messages import ConnectionEnded, Observation
 from service.ipc.engine_client import Engines
 from service.settings import Settings
+from service.telemetry.counts import Counts
 
 HEAD_BYTES = 4096
 EARLY = b"/early"
@@ -62,6 +62,17 @@ class Wire(asyncio.Transport):
         self.paused = False
 
 
+class _Breaks(Counts):
+    """Keeps why connections ended, in order."""
+
+    def __init__(self, breaks: list[str]) -> None:
+        super().__init__()
+        self._breaks = breaks
+
+    def connection_ended(self, reason: str) -> None:
+        self._breaks.append(reason)
+
+
 @dataclass
 class Connected:
     """A connection to the server.
@@ -87,7 +98,7 @@ class Connected:
 
     def __post_init__(self) -> None:
         settings = Settings.model_construct(max_connections=5)
-        self.admission = Admission(settings, Engines([]), self._observe)
+        self.admission = Admission(settings, Engines([]), _Breaks(self.breaks))
         self.protocol = GuardedProtocol(
             limits=self.limits,
             admission=self.admission,
@@ -100,10 +111,6 @@ class Connected:
         )
 
     limits = ConnectionLimits(head_bytes=HEAD_BYTES, message_bytes=2**20, seconds=60)
-
-    def _observe(self, seen: Observation) -> None:
-        if isinstance(seen, ConnectionEnded):
-            self.breaks.append(seen.reason)
 
     @property
     def over(self) -> bool:
