@@ -187,7 +187,7 @@ class Server:
         used = 0.0
         for process in self.family():
             with contextlib.suppress(psutil.Error):  # it has just ended
-                if not part or part in process.cmdline():
+                if any(word.startswith(part) for word in process.cmdline()):
                     times = process.cpu_times()
                     used += times.user + times.system
         return used
