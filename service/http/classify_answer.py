@@ -9,7 +9,6 @@ import msgspec
 from fastapi import Request, Response
 
 from service.http.answers import Answered, Scored, best_first
-from service.http.errors import ApiError
 from service.http.responses import json_response
 from service.ipc.answers import UNPREDICTED
 
@@ -49,6 +48,7 @@ def classify_response(request: Request, answered: Answered) -> Response:
     Raises:
         ApiError: 500, every item failed.
     """
+    answered.report_failures(request.scope)
     answers, body = answered.answers, answered.body
     total = answered.checkpoint.num_layers * answered.checkpoint.num_heads
     scores = answered.scores
@@ -56,7 +56,8 @@ def classify_response(request: Request, answered: Answered) -> Response:
     names = answered.checkpoint.manifest.labels
     least = 0.0 if body.threshold is None else body.threshold
     columns = zip(
-        answered.tokenized,
+        answered.lengths.tolist(),
+        answered.truncated.tolist(),
         best_first(scores).tolist(),
         scores.tolist(),
         probs.tolist(),
@@ -69,9 +70,9 @@ def classify_response(request: Request, answered: Answered) -> Response:
         strict=True,
     )
     data: list[_Item | _Failed] = []
-    for index, (tokens, order, own, shown, used, step, predicted, steps, macs, dense) in enumerate(
-        columns
-    ):
+    for index, (
+        tokens, truncated, order, own, shown, used, step, predicted, steps, macs, dense,
+    ) in enumerate(columns):  # fmt: skip
         if failure := answered.failure(index):
             data.append(_Failed(index, failure.body()))
             continue
@@ -88,16 +89,12 @@ def classify_response(request: Request, answered: Answered) -> Response:
         data.append(
             _Item(
                 index, names[best], own[best], shown, len(own), labels, heads, macs, dense,
-                len(tokens), tokens.truncated, answered.quality,
+                tokens, truncated, answered.quality,
             )
         )  # fmt: skip
-    if len(answers.errors) == len(data):
-        raise ApiError(500, f"input[0]: {answers.errors[0]}", "input", "item_failed")
-    if answers.errors:
-        request.scope["outcome"] = "partial"
     return json_response(
         {
-            "id": f"classify-{body.request_id or answered.request_id}",
+            "id": answered.id,
             "object": "list",
             "created": int(time.time()),
             "model": answered.checkpoint.label,

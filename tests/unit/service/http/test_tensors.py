@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ def test_texts_survive_the_binary_form(texts: list[str]) -> None:
 
 def test_json_and_binary_outputs_stand_in_one_answer() -> None:
     labels = Tensor("label", "BYTES", (2,), ["a", "ü"])
-    macs = Tensor("macs", "INT64", (2,), [1, 2**40])
+    macs = Tensor("macs", "INT64", (2,), np.array([1, 2**40]))
     body, length = write_body({"model_name": "m"}, [(labels, False), (macs, True)])
     head = json.loads(body[:length])
     assert head["outputs"][0]["data"] == ["a", "ü"]
