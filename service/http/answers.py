@@ -23,7 +23,7 @@ from service.pipeline.served_models import ServedModel
 Activation = Literal["softmax", "sigmoid", "none"]
 
 
-class Scored(msgspec.Struct, frozen=True):
+class Scored(msgspec.Struct, frozen=True, gc=False):  # it cannot be part of a cycle
     """A label and its score."""
 
     label: str
@@ -112,12 +112,12 @@ class Answered:
             most: labels of each text; None: all.
         """
         scores = self.scores if function is None else activate(self.answers.logits, function)
-        names = self.checkpoint.manifest.labels
         order = best_first(scores)[:, :most]
+        names = np.array(self.checkpoint.manifest.labels, object)[order]
         values = np.take_along_axis(scores, order, -1)
         return [
-            [Scored(names[i], score) for i, score in zip(own, row, strict=True)]
-            for own, row in zip(order.tolist(), values.tolist(), strict=True)
+            list(map(Scored, own_names, own_values))
+            for own_names, own_values in zip(names.tolist(), values.tolist(), strict=True)
         ]
 
 

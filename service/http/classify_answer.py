@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from fastapi import Request, Response
 
-from service.http.answers import Answered, Scored, best_first
+from service.http.answers import Answered, Scored
 from service.http.responses import json_response
 from service.ipc.answers import UNPREDICTED
 
@@ -53,13 +53,11 @@ def classify_response(request: Request, answered: Answered) -> Response:
     total = answered.checkpoint.num_layers * answered.checkpoint.num_heads
     scores = answered.scores
     probs = answers.logits if body.use_activation is False else scores
-    names = answered.checkpoint.manifest.labels
-    least = 0.0 if body.threshold is None else body.threshold
+    classes, least = scores.shape[1], body.threshold
     columns = zip(
         answered.lengths.tolist(),
         answered.truncated.tolist(),
-        best_first(scores).tolist(),
-        scores.tolist(),
+        answered.ranked(None, body.top_k),
         probs.tolist(),
         answers.heads.tolist(),
         answers.step.tolist(),
@@ -71,7 +69,7 @@ def classify_response(request: Request, answered: Answered) -> Response:
     )
     data: list[_Item | _Failed] = []
     for index, (
-        tokens, truncated, order, own, shown, used, step, predicted, steps, macs, dense,
+        tokens, truncated, ranked, shown, used, step, predicted, steps, macs, dense,
     ) in enumerate(columns):  # fmt: skip
         if failure := answered.failure(index):
             data.append(_Failed(index, failure.body()))
@@ -84,11 +82,11 @@ def classify_response(request: Request, answered: Answered) -> Response:
             steps,
             None if answers.chosen is None else answers.chosen[index],
         )
-        labels = [Scored(names[i], own[i]) for i in order[: body.top_k] if own[i] >= least]
-        best = order[0]
+        best = ranked[0]
+        labels = ranked if least is None else [one for one in ranked if one.score >= least]
         data.append(
             _Item(
-                index, names[best], own[best], shown, len(own), labels, heads, macs, dense,
+                index, best.label, best.score, shown, classes, labels, heads, macs, dense,
                 tokens, truncated, answered.quality,
             )
         )  # fmt: skip
