@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
@@ -17,7 +18,8 @@ from budgetformer.inference.decider import Decider
 from budgetformer.inference.texts import Texts
 from budgetformer.model.tfidf import Array
 from budgetformer.tokenization import Text, characters
-from service.http import infinity
+from service.http import arrow_answer, infinity
+from service.http.accept import ARROW, accepted, prefers_arrow
 from service.http.answers import Answered
 from service.http.authentication import needs, spending
 from service.http.bodies import describe_body, read_body, travelled
@@ -51,15 +53,25 @@ router = APIRouter(
     responses=errors_documented_as(ErrorResponse, CLASSIFYING),
 )
 
+ALSO_ARROW: dict[int | str, dict[str, Any]] = {
+    200: {"content": {ARROW: {"schema": {"type": "string", "format": "binary"}}}},
+    406: {"model": ErrorResponse},
+}
+"""What OpenAPI says of a route that answers as an Arrow stream where that is preferred."""
+
 
 @router.post(
     "/classify",
     summary="Classify texts, each with the heads that it needs",
     response_model=ClassifyResponse | InfinityResponse,
+    responses=ALSO_ARROW,
     openapi_extra=describe_body(ClassifyRequest),
 )
 async def classify(request: Request) -> Response:
-    """Answer with labels, scores, and what they cost in heads and multiply-adds."""
+    """Answer with labels, scores, and what they cost in heads and multiply-adds.
+
+    A client whose Accept header prefers `application/vnd.apache.arrow.stream` to JSON gets columns.
+    """
     body = await read_body(request, ClassifyRequest, state_of(request).settings.max_body_bytes)
     return await respond_to_classify(request, body)
 
@@ -68,8 +80,11 @@ async def respond_to_classify(request: Request, body: ClassifyRequest) -> Respon
     """Answer in our own shape, which is vLLM's and more, or in Infinity's if its client asks.
 
     Raises:
-        ApiError, ClientGoneError: as `respond` does.
+        ApiError, ClientGoneError: as `respond` and `arrow_answer.prepare` do.
     """
+    if prefers_arrow(accepted(request)):
+        await arrow_answer.prepare(body)
+        return await respond(request, body, partial(arrow_answer.arrow_response, request))
     if body.raw_scores is None:
         return await respond(request, body, partial(classify_response, request))
     if body.model == infinity.NO_MODEL:
