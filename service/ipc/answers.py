@@ -56,9 +56,9 @@ class Answers:
         return len(self.step)
 
     def step_columns(self) -> tuple[Array, Array]:
-        """Return the steps that the texts have run, in order, one text after another.
+        """Return the steps that all texts have run, one text after another, and their bounds.
 
-        And the place of each text's first one, and behind them the end of the last, [B + 1].
+        The bounds are the place of each text's first step, and behind them the end: [B + 1].
         """
         ends = np.cumsum(self.ran.sum(-1))
         return np.nonzero(self.ran)[1], np.concatenate([[0], ends])
