@@ -36,7 +36,7 @@ def load_decider(checkpoint: Checkpoint, shared: Path | None = None) -> Decider 
     Raises:
         CheckpointError: the file of the weights differs from the manifest, or lacks a tensor.
     """
-    architecture = Architecture.read(checkpoint.config)
+    architecture = checkpoint.architecture
     sizes = Sizes.of(architecture)
     if architecture.has_one_budget:
         return Decider(sizes, None)

@@ -83,6 +83,11 @@ class Checkpoint:
         return f"{self.name}:{self.version}"
 
     @cached_property
+    def architecture(self) -> Architecture:
+        """The network's sizes and form."""
+        return Architecture.read(self.config)
+
+    @cached_property
     def ladder(self) -> list[list[int]]:
         """Heads per layer of steps 1..S."""
         return [list(map(int, plan)) for plan in self.config["ladder"]]

@@ -5,16 +5,16 @@ Shapes: B texts, C labels.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.model.tfidf import Array
-from budgetformer.tokenization import Tokens
 from service.http.errors import ApiError
 from service.http.schemas import ClassifyRequest
 from service.ipc.answers import Answers
@@ -23,7 +23,7 @@ from service.pipeline.served_models import ServedModel
 Activation = Literal["softmax", "sigmoid", "none"]
 
 
-class Scored(msgspec.Struct, frozen=True):
+class Scored(msgspec.Struct, frozen=True, gc=False):  # it cannot be part of a cycle
     """A label and its score."""
 
     label: str
@@ -32,13 +32,24 @@ class Scored(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Answered:
-    """A request and the answers to its texts."""
+    """A request and the answers to its texts.
+
+    Attributes:
+        request_id: of the header X-Request-Id.
+        model: that answered.
+        body: the request.
+        quality: to be named in the answer.
+        lengths: tokens that the encoder may read of each text, int32 [B].
+        truncated: whether a text has more, bool [B].
+        answers: to the texts.
+    """
 
     request_id: str
     model: ServedModel
     body: ClassifyRequest
     quality: str | float
-    tokenized: list[Tokens]
+    lengths: Array
+    truncated: Array
     answers: Answers
 
     @property
@@ -49,7 +60,12 @@ class Answered:
     @property
     def tokens(self) -> int:
         """Tokens of all texts."""
-        return sum(map(len, self.tokenized))
+        return int(self.lengths.sum())
+
+    @property
+    def id(self) -> str:
+        """The id of an answer to POST /classify."""
+        return f"classify-{self.body.request_id or self.request_id}"
 
     def failure(self, place: int) -> ApiError | None:
         """Return why a text failed alone; None: it did not."""
@@ -58,6 +74,18 @@ class Answered:
             return None
         param = f"input[{place}]"
         return ApiError(500, f"{param}: {reason}", param, "item_failed")
+
+    def report_failures(self, scope: MutableMapping[str, Any]) -> None:
+        """Note in a request's scope that some texts failed, where a shape has a place for that.
+
+        Raises:
+            ApiError: 500, all of them did.
+        """
+        errors = self.answers.errors
+        if len(errors) == len(self.answers):
+            raise ApiError(500, f"input[0]: {errors[0]}", "input", "item_failed")
+        if errors:
+            scope["outcome"] = "partial"
 
     def refuse_failures(self) -> None:
         """Refuse what a shape has no place for: the failure of some texts.
@@ -84,12 +112,12 @@ class Answered:
             most: labels of each text; None: all.
         """
         scores = self.scores if function is None else activate(self.answers.logits, function)
-        names = self.checkpoint.manifest.labels
+        order = best_first(scores)[:, :most]
+        names = np.array(self.checkpoint.manifest.labels, object)[order]
+        values = np.take_along_axis(scores, order, -1)
         return [
-            [Scored(names[i], own[i]) for i in order]
-            for own, order in zip(
-                scores.tolist(), best_first(scores)[:, :most].tolist(), strict=True
-            )
+            list(map(Scored, own_names, own_values))
+            for own_names, own_values in zip(names.tolist(), values.tolist(), strict=True)
         ]
 
 

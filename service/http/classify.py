@@ -8,14 +8,18 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from budgetformer.errors import PolicyError
 from budgetformer.inference.decider import Decider
 from budgetformer.inference.texts import Texts
-from budgetformer.tokenization import Text, Tokens, characters
-from service.http import infinity
+from budgetformer.model.tfidf import Array
+from budgetformer.tokenization import Text, characters
+from service.http import arrow_answer, infinity
+from service.http.accept import ARROW, accepted, prefers_arrow
 from service.http.answers import Answered
 from service.http.authentication import needs
 from service.http.bodies import describe_body, read_body, travelled
@@ -49,16 +53,26 @@ router = APIRouter(
     responses=errors_as(ErrorResponse, CLASSIFYING),
 )
 
+ALSO_ARROW: dict[int | str, dict[str, Any]] = {
+    200: {"content": {ARROW: {"schema": {"type": "string", "format": "binary"}}}},
+    406: {"model": ErrorResponse},
+}
+"""What OpenAPI says of a route that answers as an Arrow stream where that is preferred."""
+
 
 @router.post(
     "/classify",
     summary="Classify texts, each with the heads that it needs",
     response_model=ClassifyResponse | InfinityResponse,
+    responses=ALSO_ARROW,
     openapi_extra=describe_body(ClassifyRequest),
 )
 @direct
 async def classify(request: Request) -> Response:
-    """Answer with labels, scores, and what they cost in heads and multiply-adds."""
+    """Answer with labels, scores, and what they cost in heads and multiply-adds.
+
+    A client whose Accept header prefers `application/vnd.apache.arrow.stream` to JSON gets columns.
+    """
     body = await read_body(request, ClassifyRequest, state_of(request).settings.max_body_bytes)
     return await respond_to_classify(request, body)
 
@@ -67,8 +81,11 @@ async def respond_to_classify(request: Request, body: ClassifyRequest) -> Respon
     """Answer in our own shape, which is vLLM's and more, or in Infinity's if its client asks.
 
     Raises:
-        ApiError, ClientGoneError: as `respond` does.
+        ApiError, ClientGoneError: as `respond` and `arrow_answer.prepare` do.
     """
+    if prefers_arrow(accepted(request)):
+        await arrow_answer.prepare(body)
+        return await respond(request, body, partial(arrow_answer.arrow_response, request))
     if body.raw_scores is None:
         return await respond(request, body, partial(classify_response, request))
     if body.model == infinity.NO_MODEL:
@@ -77,11 +94,18 @@ async def respond_to_classify(request: Request, body: ClassifyRequest) -> Respon
 
 
 async def respond(
-    request: Request, body: ClassifyRequest, write: Callable[[Answered], Response]
+    request: Request,
+    body: ClassifyRequest,
+    write: Callable[[Answered], Response],
+    tokens: Texts | None = None,
 ) -> Response:
     """Classify what a request asks for: the one way there, whatever shape a route speaks.
 
-    `write` makes the response of what came back.
+    Args:
+        request: that came.
+        body: what it asks for.
+        write: makes the response of what came back.
+        tokens: of its texts, which fit its model; None: the texts of `body` are tokenized.
 
     Raises:
         ApiError: see docs/api.md for all that can be wrong.
@@ -90,7 +114,12 @@ async def respond(
     state = state_of(request)
     state.admission.refuse_if_draining()
     started = time.monotonic()
-    texts = check_texts(state, body.input)
+    texts: list[Text] | Texts
+    if tokens is None:
+        texts = check_texts(state, body.input)
+    else:
+        check_count(state, len(tokens))
+        texts = tokens
     model = state.model(body.model)
     size = travelled(request.scope["headers"])
     seconds = _seconds(state, body)
@@ -104,27 +133,29 @@ async def _respond(
     request: Request,
     state: State,
     body: ClassifyRequest,
-    texts: list[Text],
+    given: list[Text] | Texts,
     model: ServedModel,
     deadline: float,
     write: Callable[[Answered], Response],
 ) -> Response:
     started = time.monotonic()
     quality = _quality(state, body, model)
-    with stage_span(state.tracer, "tokenize") as span:
-        tokenized = await state.tokenize(model, texts, deadline)
-        if span.is_recording():
-            span.set_attribute("budgetformer.items", len(tokenized))
-            span.set_attribute("budgetformer.tokens", sum(map(len, tokenized)))
+    if isinstance(given, Texts):
+        texts, truncated = given, np.zeros(len(given), bool)
+    else:
+        texts, truncated = await _tokenize(state, model, given, deadline)
     if not body.truncate:
-        _refuse_overlong(tokenized, model)
+        _refuse_overlong(truncated, model)
     begun = time.monotonic()
-    answers = await _answer(state, body, model, tokenized, quality, deadline)
+    answers = await _answer(state, body, model, texts, quality, deadline)
     computed = time.monotonic()
     # A level that is not the usual one is named: overload lowered it, or a target chose it.
     usual = body.target_ms is None and answers.quality == DEFAULT_QUALITY
     shown = quality if usual else answers.quality
-    response = write(Answered(request.state.request_id, model, body, shown, tokenized, answers))
+    answered = Answered(
+        request.state.request_id, model, body, shown, texts.window.lengths, truncated, answers
+    )
+    response = write(answered)
     responded = time.monotonic()
     stages = {
         "tokenize": begun - started,
@@ -132,7 +163,7 @@ async def _respond(
         "queue": answers.queue_seconds,
         "compute": answers.compute_seconds,
     }
-    _measure(state, model, body, answers, tokenized, stages | {"respond": responded - computed})
+    _measure(state, answered, stages | {"respond": responded - computed})
     stages["total"] = time.monotonic() - started
     response.headers["X-Quality"] = str(answers.quality)
     response.headers["Server-Timing"] = ", ".join(
@@ -141,11 +172,24 @@ async def _respond(
     return response
 
 
+async def _tokenize(
+    state: State, model: ServedModel, texts: list[Text], deadline: float
+) -> tuple[Texts, Array]:
+    """Return the tokens of texts, and which texts have more than the encoder reads, bool [B]."""
+    with stage_span(state.tracer, "tokenize") as span:
+        tokenized = await state.tokenize(model, texts, deadline)
+        if span.is_recording():
+            span.set_attribute("budgetformer.items", len(tokenized))
+            span.set_attribute("budgetformer.tokens", sum(map(len, tokenized)))
+    truncated = np.fromiter((tokens.truncated for tokens in tokenized), bool, len(tokenized))
+    return Texts.of(tokenized), truncated
+
+
 async def _answer(
     state: State,
     body: ClassifyRequest,
     model: ServedModel,
-    tokenized: list[Tokens],
+    texts: Texts,
     quality: str | float,
     deadline: float,
 ) -> Answers:
@@ -157,7 +201,7 @@ async def _answer(
     job = Job(
         model=model.checkpoint.name,
         version=model.checkpoint.version,
-        texts=Texts.of(tokenized),
+        texts=texts,
         quality=quality,
         deadline=deadline,
         heads=body.heads,
@@ -167,12 +211,12 @@ async def _answer(
     )
     if model.decider is None or job.target is not None:
         return await _ask(state, job)
-    texts = await _decide(state, model, model.decider, job)
-    places, ran = texts.unanswered, None
+    decided = await _decide(state, model, model.decider, job)
+    places, ran = decided.unanswered, None
     if places:
-        asked = replace(job, quality=texts.quality, decided=texts.decided).part(places)
+        asked = replace(job, quality=decided.quality, decided=decided.decided).part(places)
         ran = await _ask(state, asked)
-    return texts.answer(body.return_heads, ran)
+    return decided.answer(body.return_heads, ran)
 
 
 async def _decide(state: State, model: ServedModel, decider: Decider, job: Job) -> DecidedTexts:
@@ -203,6 +247,17 @@ def _seconds(state: State, body: ClassifyRequest) -> float:
     return (body.timeout_ms or state.settings.timeout_ms) / 1000
 
 
+def check_count(state: State, count: int) -> None:
+    """Check that a request may hold so many items.
+
+    Raises:
+        ApiError: 413, it may not.
+    """
+    most = state.settings.max_batch_items
+    if count > most:
+        raise ApiError(413, f"{count} items, at most {most} are taken", "input", "too_many_items")
+
+
 def check_texts(state: State, given: Input) -> list[Text]:
     """Return the texts of a request, after counting items and characters.
 
@@ -210,11 +265,7 @@ def check_texts(state: State, given: Input) -> list[Text]:
         ApiError: 413 too many items, 422 a text is too long.
     """
     items = given if isinstance(given, list) else [given]
-    most = state.settings.max_batch_items
-    if len(items) > most:
-        raise ApiError(
-            413, f"{len(items)} items, at most {most} are taken", "input", "too_many_items"
-        )
+    check_count(state, len(items))
     texts: list[Text] = [
         item
         if isinstance(item, str)
@@ -258,12 +309,11 @@ def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | f
     return quality
 
 
-def _refuse_overlong(tokenized: list[Tokens], model: ServedModel) -> None:
-    for index, tokens in enumerate(tokenized):
-        if tokens.truncated:
-            most = model.checkpoint.manifest.max_tokens
-            message = f"input[{index}] has more than {most} tokens, and truncate is false"
-            raise ApiError(422, message, f"input[{index}]", "text_too_long")
+def _refuse_overlong(truncated: Array, model: ServedModel) -> None:
+    if truncated.any():
+        index, most = int(truncated.argmax()), model.checkpoint.manifest.max_tokens
+        message = f"input[{index}] has more than {most} tokens, and truncate is false"
+        raise ApiError(422, message, f"input[{index}]", "text_too_long")
 
 
 async def _ask(state: State, job: Job) -> Answers:
@@ -308,21 +358,15 @@ async def _wait_no_more(request: Request, waiting: asyncio.Timeout) -> None:
     waiting.reschedule(asyncio.get_running_loop().time())
 
 
-def _measure(
-    state: State,
-    model: ServedModel,
-    body: ClassifyRequest,
-    answers: Answers,
-    tokenized: list[Tokens],
-    stages: dict[str, float],
-) -> None:
-    checkpoint = model.checkpoint
-    heads, macs, dense = answers.heads, answers.macs, answers.dense_macs
-    budgets, tokens = answers.step, list(map(len, tokenized))
+def _measure(state: State, answered: Answered, stages: dict[str, float]) -> None:
+    checkpoint, answers, body = answered.checkpoint, answered.answers, answered.body
+    columns: tuple[Array, ...] = (
+        answers.step, answers.heads, answered.lengths, answers.macs, answers.dense_macs,
+    )  # fmt: skip
     if answers.errors:
         whole = [place for place in range(len(answers)) if place not in answers.errors]
-        budgets, heads, macs, dense = (own[whole] for own in (budgets, heads, macs, dense))
-        tokens = [tokens[place] for place in whole]
+        columns = tuple(column[whole] for column in columns)
+    budgets, heads, tokens, macs, dense = columns
     quality = answers.quality if checkpoint.calibrated else None
     state.hub.counts.classified(
         checkpoint.name,
@@ -335,5 +379,5 @@ def _measure(
         heads_of_one=checkpoint.num_layers * checkpoint.num_heads,
         expected=checkpoint.rule(quality, body.heads, body.max_heads).expected_budgets(),
         stages=stages,
-        truncated=sum(tokens.truncated for tokens in tokenized),
+        truncated=int(answered.truncated.sum()),
     )

@@ -8,8 +8,7 @@ from typing import Any
 import msgspec
 from fastapi import Request, Response
 
-from service.http.answers import Answered, Scored, best_first
-from service.http.errors import ApiError
+from service.http.answers import Answered, Scored
 from service.http.responses import json_response
 from service.ipc.answers import UNPREDICTED
 
@@ -49,16 +48,16 @@ def classify_response(request: Request, answered: Answered) -> Response:
     Raises:
         ApiError: 500, every item failed.
     """
+    answered.report_failures(request.scope)
     answers, body = answered.answers, answered.body
     total = answered.checkpoint.num_layers * answered.checkpoint.num_heads
     scores = answered.scores
     probs = answers.logits if body.use_activation is False else scores
-    names = answered.checkpoint.manifest.labels
-    least = 0.0 if body.threshold is None else body.threshold
+    classes, least = scores.shape[1], body.threshold
     columns = zip(
-        answered.tokenized,
-        best_first(scores).tolist(),
-        scores.tolist(),
+        answered.lengths.tolist(),
+        answered.truncated.tolist(),
+        answered.ranked(None, body.top_k),
         probs.tolist(),
         answers.heads.tolist(),
         answers.step.tolist(),
@@ -69,9 +68,9 @@ def classify_response(request: Request, answered: Answered) -> Response:
         strict=True,
     )
     data: list[_Item | _Failed] = []
-    for index, (tokens, order, own, shown, used, step, predicted, steps, macs, dense) in enumerate(
-        columns
-    ):
+    for index, (
+        tokens, truncated, ranked, shown, used, step, predicted, steps, macs, dense,
+    ) in enumerate(columns):  # fmt: skip
         if failure := answered.failure(index):
             data.append(_Failed(index, failure.body()))
             continue
@@ -83,21 +82,17 @@ def classify_response(request: Request, answered: Answered) -> Response:
             steps,
             None if answers.chosen is None else answers.chosen[index],
         )
-        labels = [Scored(names[i], own[i]) for i in order[: body.top_k] if own[i] >= least]
-        best = order[0]
+        best = ranked[0]
+        labels = ranked if least is None else [one for one in ranked if one.score >= least]
         data.append(
             _Item(
-                index, names[best], own[best], shown, len(own), labels, heads, macs, dense,
-                len(tokens), tokens.truncated, answered.quality,
+                index, best.label, best.score, shown, classes, labels, heads, macs, dense,
+                tokens, truncated, answered.quality,
             )
         )  # fmt: skip
-    if len(answers.errors) == len(data):
-        raise ApiError(500, f"input[0]: {answers.errors[0]}", "input", "item_failed")
-    if answers.errors:
-        request.scope["outcome"] = "partial"
     return json_response(
         {
-            "id": f"classify-{body.request_id or answered.request_id}",
+            "id": answered.id,
             "object": "list",
             "created": int(time.time()),
             "model": answered.checkpoint.label,

@@ -19,6 +19,7 @@ REASONS = {
     403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
+    406: "not_acceptable",
     408: "request_timeout",
     413: "too_large",
     415: "unsupported_media_type",

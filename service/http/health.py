@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from service.http.accept import accepted, prefers_openmetrics
 from service.http.errors import ApiError, errors_as
 from service.http.responses import json_response
 from service.http.schemas import ErrorResponse
@@ -75,30 +75,7 @@ async def health(request: Request) -> Response:
 @router.get("/metrics", summary="Prometheus metrics", response_class=Exposition)
 async def metrics(request: Request) -> Response:
     """Expose all series, as Prometheus text or OpenMetrics, whichever is accepted."""
-    accept = ",".join(request.headers.getlist("accept"))
-    return await shown(request, Scrape(0, prefers_openmetrics(accept)))
-
-
-def prefers_openmetrics(accept: str) -> bool:
-    """Return whether an Accept header asks for OpenMetrics 1.0.0 rather than Prometheus text.
-
-    Any header is an answer: what cannot be read, or is not offered, does not count.
-    """
-    weights = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
-    for choice in accept.lower().split(","):
-        kind, *given = (part.strip() for part in choice.split(";"))
-        parameters = {k.strip(): v.strip(' "') for k, _, v in (p.partition("=") for p in given)}
-        if kind == "application/openmetrics-text" and parameters.get("version", "1.0.0") != "1.0.0":
-            continue
-        if kind in weights:
-            weights[kind] = max(weights[kind], _weight(parameters.get("q", "1")))
-    openmetrics, text = weights.values()
-    return openmetrics > 0 and openmetrics >= text
-
-
-def _weight(text: str) -> float:
-    """Return the weight of a choice, 0 to 1; 0 for what is not a number."""
-    return float(text) if re.fullmatch(r"(0(\.\d{0,3})?|1(\.0{0,3})?)", text) else 0.0
+    return await shown(request, Scrape(0, prefers_openmetrics(accepted(request))))
 
 
 async def shown(request: Request, question: Scrape | TellRecent) -> Response:

@@ -19,6 +19,7 @@ from service.http.bodies import describe_body, max_values, parse, read_body, rea
 from service.http.classify import respond
 from service.http.errors import CLASSIFYING, ApiError, errors_as, shorten
 from service.http.health import why_not_ready
+from service.http.kserve_inputs import INPUTS, TOKENS, read_inputs
 from service.http.model_routes import MOST_LOAD_BYTES, load, unload
 from service.http.responses import json_response
 from service.http.schemas import (
@@ -29,15 +30,15 @@ from service.http.schemas import (
     InferParameters,
     InferRequest,
     RepositoryRequest,
-    TextPair,
 )
 from service.http.state import State, state_of
-from service.http.tensors import Tensor, read_texts, split_body, write_body
+from service.http.tensors import Tensor, split_body, write_body
 
-TEXT, TEXT_PAIR = "text", "text_pair"
 HEADER_LENGTH = "Inference-Header-Content-Length"
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository"]
 PLATFORM = "budgetformer"
+MAX_TOKEN_VALUES = 2**16
+"""JSON values that a request may hold beyond those of a request of texts: its token ids."""
 _TYPES = {
     "BYTES": "TYPE_STRING", "BOOL": "TYPE_BOOL", "FP32": "TYPE_FP32", "INT32": "TYPE_INT32",
     "INT64": "TYPE_INT64",
@@ -65,6 +66,11 @@ class Output:
     def width(self, checkpoint: Checkpoint) -> int:
         """Return the values of a text."""
         return 1 if self.columns is None else self.columns(checkpoint)
+
+
+def _width(name: str) -> int:
+    """Return how many values an input has for each item; -1: as many as there are tokens."""
+    return -1 if name in TOKENS else 1
 
 
 def _labels(checkpoint: Checkpoint) -> int:
@@ -140,14 +146,15 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
 )
 @router.get("/models/{name}", summary="Inputs and outputs of a model", **_CALLERS)
 async def model_metadata(request: Request, name: str, version: str | None = None) -> Response:
-    """Describe the tensors: texts in; labels, scores and what they cost out."""
+    """Describe the tensors: texts or tokens in; labels, scores and what they cost out."""
     checkpoint = state_of(request).model(_spec(name, version)).checkpoint
     content = {
         "name": checkpoint.name,
         "versions": [str(checkpoint.version)],
         "platform": PLATFORM,
         "inputs": [
-            {"name": name, "datatype": "BYTES", "shape": [-1, 1]} for name in (TEXT, TEXT_PAIR)
+            {"name": name, "datatype": kinds[0], "shape": [-1, _width(name)]}
+            for name, kinds in INPUTS.items()
         ],
         "outputs": [
             {"name": o.name, "datatype": o.datatype, "shape": [-1, o.width(checkpoint)]}
@@ -172,8 +179,13 @@ async def model_config(request: Request, name: str, version: str | None = None) 
         "version_policy": {"specific": {"versions": [checkpoint.version]}},
         "max_batch_size": state.settings.max_batch_items,
         "input": [
-            {"name": TEXT, "data_type": "TYPE_STRING", "dims": [1], "optional": False},
-            {"name": TEXT_PAIR, "data_type": "TYPE_STRING", "dims": [1], "optional": True},
+            {
+                "name": name,
+                "data_type": _TYPES[kinds[0]],
+                "dims": [_width(name)],
+                "optional": True,
+            }
+            for name, kinds in INPUTS.items()
         ],
         "output": [
             {"name": o.name, "data_type": _TYPES[o.datatype], "dims": [o.width(checkpoint)]}
@@ -192,16 +204,21 @@ _INFER: dict[str, Any] = _CALLERS | {
 @router.post("/models/{name}/versions/{version}/infer", summary="Classify with it", **_INFER)
 @router.post("/models/{name}/infer", summary="Classify with a model", **_INFER)
 async def infer(request: Request, name: str, version: str | None = None) -> Response:
-    """Classify the texts of the input tensor; tensors may be JSON or binary, either way."""
+    """Classify texts, or the tokens of texts; tensors may be JSON or binary, either way.
+
+    The inputs are `text`, perhaps with `text_pair`; or `input_ids`, perhaps with `attention_mask`
+    and `token_type_ids`.
+    """
     state = state_of(request)
     body = await read_bytes(request, state.settings.max_body_bytes)
     text, binary = split_body(body, request.headers.get(HEADER_LENGTH))
-    asked = parse(text, InferRequest, max_values(state))
+    asked = parse(text, InferRequest, max_values(state) + MAX_TOKEN_VALUES)
     parameters = validate(asked.parameters, InferParameters)
-    texts, shape = _inputs(asked, binary)
+    checkpoint = state.model(_spec(name, version)).checkpoint
+    inputs = read_inputs(asked.inputs, binary, checkpoint)
     wanted = _outputs(asked.outputs or [InferOutput(name=name) for name in OUTPUTS])
     classify = ClassifyRequest.model_construct(
-        input=texts,
+        input=inputs.texts,
         model=_spec(name, version),
         quality=parameters.quality,
         heads=parameters.heads,
@@ -211,58 +228,43 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     )
 
     def write(answered: Answered) -> Response:
-        answered.refuse_failures()
-        tensors = [
-            (
-                _tensor(answered, output, asked_for.top_classes, shape),
-                asked_for.binary(default=parameters.binary_data_output),
-            )
-            for output, asked_for in wanted
-        ]
-        checkpoint = answered.checkpoint
-        head: dict[str, Any] = {"id": asked.id} if asked.id else {}
-        head |= {"model_name": checkpoint.name, "model_version": str(checkpoint.version)}
-        content, length = write_body(head, tensors)
-        if length is None:
-            return Response(content, media_type="application/json")
-        headers = {HEADER_LENGTH: str(length)}
-        return Response(content, headers=headers, media_type="application/octet-stream")
+        head = {"id": asked.id} if asked.id else {}
+        return infer_response(answered, head, wanted, inputs.shape, parameters.binary_data_output)
 
-    return await respond(request, classify, write)
+    return await respond(request, classify, write, inputs.tokens)
 
 
-def _inputs(asked: InferRequest, binary: memoryview) -> tuple[list[str | TextPair], list[int]]:
-    """Return the items, and the shape in which their texts came."""
-    columns: dict[str, list[str]] = {}
-    shapes = {}
-    place = 0
-    for tensor in asked.inputs:
-        if tensor.name not in (TEXT, TEXT_PAIR) or tensor.name in columns:
-            message = (
-                f"unexpected input {shorten(tensor.name)!r}; there are {TEXT!r} and {TEXT_PAIR!r}"
-            )
-            raise ApiError(422, message, "inputs", "invalid_field")
-        size = tensor.parameters.binary_data_size
-        blob = None if size is None else binary[place : place + size]
-        place += size or 0
-        columns[tensor.name] = read_texts(tensor.name, tensor.shape, tensor.data, blob)
-        shapes[tensor.name] = tensor.shape
-    if place != len(binary):
-        message = f"{len(binary)} bytes follow the JSON, but the inputs' sizes add up to {place}"
-        raise ApiError(422, message, "inputs", "invalid_field")
-    if TEXT not in columns:
-        raise ApiError(422, f"input {TEXT!r} is missing", "inputs", "missing_field")
-    texts, pairs = columns[TEXT], columns.get(TEXT_PAIR)
-    if pairs is None:
-        return list(texts), shapes[TEXT]
-    if len(pairs) != len(texts):
-        message = f"{TEXT!r} has {len(texts)} elements, {TEXT_PAIR!r} has {len(pairs)}"
-        raise ApiError(422, message, TEXT_PAIR, "invalid_shape")
-    items = [
-        TextPair(text=text, text_pair=pair) if pair else text
-        for text, pair in zip(texts, pairs, strict=True)
+def infer_response(
+    answered: Answered,
+    head: dict[str, Any],
+    wanted: list[tuple[Output, InferOutput]],
+    shape: list[int],
+    binary: bool,
+) -> Response:
+    """Write an answer as the protocol does.
+
+    Args:
+        answered: what came back.
+        head: what comes first in the JSON.
+        wanted: the outputs.
+        shape: of those with one value for each item.
+        binary: whether they are binary where they do not say it themselves.
+
+    Raises:
+        ApiError: 500, an item failed.
+    """
+    answered.refuse_failures()
+    tensors = [
+        (_tensor(answered, output, asked_for.top_classes, shape), asked_for.binary(default=binary))
+        for output, asked_for in wanted
     ]
-    return items, shapes[TEXT]
+    checkpoint = answered.checkpoint
+    head = head | {"model_name": checkpoint.name, "model_version": str(checkpoint.version)}
+    content, length = write_body(head, tensors)
+    if length is None:
+        return Response(content, media_type="application/json")
+    headers = {HEADER_LENGTH: str(length)}
+    return Response(content, headers=headers, media_type="application/octet-stream")
 
 
 def _outputs(asked: list[InferOutput]) -> list[tuple[Output, InferOutput]]:

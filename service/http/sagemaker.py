@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.http.authentication import needs
 from service.http.bodies import describe_body, max_values, parse_object, read_json, validate
-from service.http.classify import respond_to_classify
+from service.http.classify import ALSO_ARROW, respond_to_classify
 from service.http.direct import direct
 from service.http.errors import CLASSIFYING, errors_as
 from service.http.health import ready
@@ -33,7 +33,7 @@ async def ping(request: Request) -> Response:
 @router.post(
     "/invocations",
     summary="Classify (SageMaker)",
-    responses=errors_as(ErrorResponse, CLASSIFYING),
+    responses=errors_as(ErrorResponse, CLASSIFYING) | ALSO_ARROW,
     response_model=ClassifyResponse | InfinityResponse | list[LabelScore] | list[list[LabelScore]],
     dependencies=[needs("classify")],
     openapi_extra=describe_body(ClassifyRequest, PredictRequest),

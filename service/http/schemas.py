@@ -353,13 +353,17 @@ class TensorParameters(Parameters):
 
 
 class InferInput(RequestBody):
-    """A tensor of texts: `text`, and for pair models `text_pair` ("": this item has none)."""
+    """A tensor of texts or of tokens.
+
+    Texts are `text`, and for pair models `text_pair` ("": this item has none), as BYTES. Tokens are
+    `input_ids`, and if there is padding `attention_mask`, for pairs `token_type_ids`, as integers.
+    """
 
     nested = {"parameters": TensorParameters}
 
     name: str
     shape: Annotated[list[Size], Field(max_length=8)]
-    datatype: Literal["BYTES"]
+    datatype: Literal["BYTES", "INT32", "INT64"]
     data: list[Any] | None = None
     parameters: TensorParameters = TensorParameters()
 

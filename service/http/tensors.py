@@ -77,9 +77,7 @@ def read_texts(
     if not shape or prod(shape) != shape[0] or shape[0] < 1:
         message = f"input {name!r} must have the shape [items, 1] or [items], at least one item"
         raise ApiError(422, message, name, "invalid_shape")
-    if (data is None) == (binary is None):
-        message = f"input {name!r} needs either `data` or `binary_data_size`"
-        raise ApiError(422, message, name, "invalid_field")
+    _check_one_form(name, data, binary)
     texts = _flat(data) if binary is None else _unpack(name, binary)
     if len(texts) != shape[0]:
         message = f"input {name!r} has {len(texts)} elements, but its shape says {shape[0]}"
@@ -87,6 +85,54 @@ def read_texts(
     if not all(isinstance(text, str) for text in texts):
         raise ApiError(422, f"input {name!r} must hold strings", name, "invalid_field")
     return texts
+
+
+def read_integers(
+    name: str,
+    datatype: str,
+    shape: Sequence[int],
+    data: list[Any] | None,
+    binary: memoryview | None,
+) -> Array:
+    """Return an INT32 or INT64 tensor of shape [B, T], both at least 1.
+
+    Raises:
+        ApiError: 422, the shape is another, or the data do not fit it or are no integers.
+    """
+    if len(shape) != 2 or 0 in shape:
+        message = f"input {name!r} must have the shape [items, tokens], at least one of both"
+        raise ApiError(422, message, name, "invalid_shape")
+    _check_one_form(name, data, binary)
+    dtype = np.dtype(_DTYPES[datatype])
+    if binary is None:
+        values = _integers(name, data or [])
+    elif len(binary) % dtype.itemsize:
+        message = f"the binary data of input {name!r} end within an element"
+        raise ApiError(422, message, name, "invalid_field")
+    else:
+        values = np.frombuffer(binary, dtype)
+    if values.size != prod(shape) or values.ndim == 2 and values.shape != tuple(shape):
+        message = f"input {name!r} has {values.size} elements, but its shape says {list(shape)}"
+        raise ApiError(422, message, name, "invalid_shape")
+    return values.reshape(shape)
+
+
+def _integers(name: str, data: list[Any]) -> Array:
+    """Return integers, or rows of them, that came as JSON, as int64."""
+    kind: Any = list[list[int]] if data and isinstance(data[0], list) else list[int]
+    try:
+        return np.array(msgspec.convert(data, kind), np.int64)
+    except (msgspec.ValidationError, OverflowError):
+        problem = "must hold integers, or rows of integers"
+    except ValueError:
+        problem = "has rows of different lengths"
+    raise ApiError(422, f"input {name!r} {problem}", name, "invalid_field")
+
+
+def _check_one_form(name: str, data: list[Any] | None, binary: memoryview | None) -> None:
+    if (data is None) == (binary is None):
+        message = f"input {name!r} needs either `data` or `binary_data_size`"
+        raise ApiError(422, message, name, "invalid_field")
 
 
 def _flat(data: list[Any] | None) -> list[Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,11 +55,18 @@ class Answers:
     def __len__(self) -> int:
         return len(self.step)
 
+    def step_columns(self) -> tuple[Array, Array]:
+        """Return the steps that all texts have run, one text after another, and their bounds.
+
+        The bounds are the place of each text's first step, and behind them the end: [B + 1].
+        """
+        ends = np.cumsum(self.ran.sum(-1))
+        return np.nonzero(self.ran)[1], np.concatenate([[0], ends])
+
     def all_steps(self) -> list[list[int]]:
         """Return the steps that each text has run, in order."""
-        columns = np.nonzero(self.ran)[1].tolist()
-        ends = np.cumsum(self.ran.sum(-1)).tolist()
-        return [columns[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+        steps, bounds = (column.tolist() for column in self.step_columns())
+        return [steps[begin:end] for begin, end in pairwise(bounds)]
 
     @classmethod
     def none(cls, like: Answers, count: int) -> Answers:

@@ -182,6 +182,9 @@ class TestTriton:
             one["name"] for one in described["outputs"]
         ]
         assert config["input"][0]["data_type"] == "TYPE_STRING"
+        assert [one["name"] for one in config["input"]] == [
+            one["name"] for one in described["inputs"]
+        ]
 
     @pytest.mark.parametrize("sent_binary", [True, False])
     @pytest.mark.parametrize("answered_binary", [True, False])
@@ -234,6 +237,25 @@ class TestTriton:
         inputs = [texts_input(TEXTS), texts_input(seconds, name="text_pair")]
         result = client.infer(PAIRS, inputs, model_version="1")
         np.testing.assert_allclose(result.as_numpy("probs"), expected, rtol=1e-5)
+
+    @pytest.mark.parametrize("kind", ["INT32", "INT64"])
+    @pytest.mark.parametrize("binary", [True, False])
+    def test_token_ids_in_place_of_texts(
+        self, running: Server, client: triton.InferenceServerClient, kind: str, binary: bool
+    ) -> None:
+        expected = [item["probs"] for item in classify(running, TEXTS)]
+        tokenized = httpx.post(f"{running.url}/tokenize", json={"input": TEXTS}).json()["data"]
+        width = max(text["count"] for text in tokenized)
+        ids = [text["ids"] + [0] * (width - text["count"]) for text in tokenized]
+        mask = [[1] * text["count"] + [0] * (width - text["count"]) for text in tokenized]
+        tensors = []
+        for name, rows in (("input_ids", ids), ("attention_mask", mask)):
+            values = np.array(rows, {"INT32": np.int32, "INT64": np.int64}[kind])
+            tensors.append(triton.InferInput(name, list(values.shape), kind))
+            tensors[-1].set_data_from_numpy(values, binary_data=binary)
+        result = client.infer(TOPICS, tensors)
+        np.testing.assert_allclose(result.as_numpy("probs"), expected, rtol=1e-4)
+        assert result.as_numpy("label").shape == (len(TEXTS), 1)
 
     def test_the_classification_extension(self, client: triton.InferenceServerClient) -> None:
         outputs = [triton.InferRequestedOutput("probs", class_count=2)]

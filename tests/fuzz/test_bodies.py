@@ -10,8 +10,10 @@ from random import Random
 from typing import Any
 
 import httpx
+import pyarrow as pa
 import pytest
 
+from service.http.accept import ARROW
 from tests.support.mutation import fuzzed, mutated_bytes, mutated_json
 from tests.support.serving import Service, service
 from tests.support.stores import PAIRS, TAGS, TOPICS
@@ -109,6 +111,41 @@ def test_binary_tensors(asked: Asked, random: Random) -> None:
     length = random.choice([len(head)] * 4 + [0, len(head) - 1, 10**9])
     headers = {"Inference-Header-Content-Length": str(length)}
     check(asked.post(f"/v2/models/{TOPICS}/infer", head + blob, headers))
+
+
+@fuzzed(0.1)
+def test_token_tensors(asked: Asked, random: Random) -> None:
+    kind = random.choice(["INT32", "INT64"])
+    rows = {"input_ids": [2, 7, 3, 2, 3, 0], "attention_mask": [1, 1, 1, 1, 1, 0]}
+    rows["token_type_ids"] = [0, 0, 1, 0, 1, 0]
+    tensors: list[dict[str, Any]] = []
+    blob = b""
+    for name, values in rows.items():
+        tensor: dict[str, Any] = {"name": name, "shape": [2, 3], "datatype": kind}
+        if random.randrange(2):
+            tensor["data"] = random.choice([values, [values[:3], values[3:]]])
+        else:
+            own = b"".join(v.to_bytes(4 if kind == "INT32" else 8, "little") for v in values)
+            tensor["parameters"] = {"binary_data_size": len(own)}
+            blob += own
+        tensors.append(tensor)
+    if random.randrange(2):
+        blob = mutated_bytes(random, blob)
+    else:
+        tensors = mutated_json(random, tensors)
+    head = json.dumps({"inputs": tensors}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    check(asked.post(f"/v2/models/{PAIRS}/infer", head + blob, headers))
+
+
+@fuzzed(0.1)
+def test_fields_answered_with_columns(asked: Asked, random: Random) -> None:
+    body = json.dumps(mutated_json(random, SAMPLES["/classify"] | {"return_heads": False})).encode()
+    accept = random.choice([ARROW, f"{ARROW};q=0.5", f"{ARROW}, */*;q=0.1"])
+    response = asked.post("/classify", body, {"Accept": accept})
+    check(response)
+    if response.status_code == 200:
+        assert pa.ipc.open_stream(response.content).read_all().num_rows > 0
 
 
 @fuzzed(0.1)

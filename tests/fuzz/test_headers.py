@@ -32,6 +32,7 @@ VALUES: dict[str, list[bytes]] = {
     "accept": [
         b"*/*",
         b"application/json;q=0.5",
+        b"application/vnd.apache.arrow.stream, */*;q=0.5",
         b"application/openmetrics-text; version=1.0.0",
         b"text/plain; version=abc",
     ],

@@ -281,22 +281,25 @@ def shaped(expected: Expected, inputs: str, outputs: str) -> Any:
     """Return the tensors of the Open Inference Protocol, described as one of its routes does."""
     classes = len(expected.probs)
     kinds = {"BYTES": "TYPE_STRING"}
-    texts = [
+    given = [
         {"name": "text", "datatype": "BYTES", "shape": [-1, 1]},
         {"name": "text_pair", "datatype": "BYTES", "shape": [-1, 1]},
+        {"name": "input_ids", "datatype": "INT64", "shape": [-1, -1]},
+        {"name": "attention_mask", "datatype": "INT64", "shape": [-1, -1]},
+        {"name": "token_type_ids", "datatype": "INT64", "shape": [-1, -1]},
     ]
     answers = [
         {"name": t["name"], "datatype": t["datatype"], "shape": [-1, t["shape"][1]]}
         for t in expected.tensors()
     ]
     if inputs == "inputs":
-        return {inputs: texts, outputs: answers}
+        return {inputs: given, outputs: answers}
     assert answers[2]["shape"][1] == classes
     return {
         inputs: [
-            {"name": t["name"], "data_type": "TYPE_STRING", "dims": [1],
-             "optional": t["name"] == "text_pair"}
-            for t in texts
+            {"name": t["name"], "dims": t["shape"][1:], "optional": True,
+             "data_type": kinds.get(t["datatype"], f"TYPE_{t['datatype']}")}
+            for t in given
         ],
         outputs: [
             {"name": t["name"], "dims": t["shape"][1:],

@@ -12,12 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 import budgetformer
-from service.http.health import prefers_openmetrics
 from service.ipc import hub_client
 from service.ipc.connection import listening
 from service.settings import Settings
@@ -460,15 +457,6 @@ async def test_a_scrape_with_any_header_gives_a_format_that_is_asked_for(
     kind = "application/openmetrics-text; version=1.0.0" if openmetrics else "text/plain; version="
     assert response.headers["content-type"].startswith(kind)
     assert response.text.endswith("# EOF\n") == openmetrics
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(
-    st.text(max_size=60)
-    | st.lists(st.sampled_from(["application/openmetrics-text", *";q=,1"])).map("".join)
-)
-def test_any_accept_header_is_an_answer(accept: str) -> None:
-    assert prefers_openmetrics(accept) in (True, False)
 
 
 async def test_a_scrape_that_fails_is_one_answer_and_the_next_one_succeeds(
