@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import mmap
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,8 @@ from budgetformer.cost.macs import Sizes
 from budgetformer.errors import CheckpointError
 from budgetformer.inference.decider import Decider
 from budgetformer.inference.shared_file import SharedFile
-from budgetformer.model.architecture import MULTI_LABEL, Architecture
-from budgetformer.model.tfidf import Array, StepZero, table_columns
+from budgetformer.model.tfidf import STEP0_TENSORS, Array, StepZero
 
-HEAD, F_O = "exit_head.", "encoder.decision.controller."
-"""Prefixes of the tensors of step 0 and of f_o."""
 _TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
 
 
@@ -46,45 +42,13 @@ def load_decider(checkpoint: Checkpoint, shared: Path | None = None) -> Decider 
     file = None if shared is None else SharedFile(shared / name)
     try:
         tensors = _read(checkpoint) if file is None else _map(checkpoint, file)
-        decider = Decider(sizes, _step0(architecture, tensors))
+        decider = Decider(sizes, StepZero.of(architecture, tensors))
     except (KeyError, ValueError, TypeError) as error:
         path = checkpoint.path / WEIGHTS
         raise CheckpointError(f"{path}: no step 0 can be read from it: {error}") from error
     if file is not None:
         weakref.finalize(decider, file.forget)
     return decider
-
-
-def _step0(architecture: Architecture, tensors: Mapping[str, Array]) -> StepZero:
-    """Put the tensors of step 0 and f_o together.
-
-    Raises:
-        KeyError, ValueError: one is missing or has another shape.
-    """
-    classes, multi_label = architecture.num_classes, architecture.problem_type == MULTI_LABEL
-    rows = architecture.vocab_size + architecture.exit_buckets
-    columns = table_columns(classes, multi_label)
-
-    def tensor(name: str, *shape: int) -> Array:
-        found = tensors[name]
-        if found.shape != shape:
-            raise ValueError(f"{name} has shape {found.shape}, not {shape}")
-        return found
-
-    inputs, width = architecture.decision_inputs, architecture.controller_hidden_size
-    return StepZero(
-        table=tensor(f"{HEAD}table", rows, columns),
-        scale=tensor(f"{HEAD}scale", columns),
-        bias=tensor(f"{HEAD}bias", columns),
-        idf=tensor(f"{HEAD}idf", rows),
-        repeats=float(tensor(f"{HEAD}repeats")),
-        vocab_size=architecture.vocab_size,
-        buckets=architecture.exit_buckets,
-        classes=classes,
-        problem_type=architecture.problem_type,
-        hidden=(tensor(f"{F_O}hidden.weight", width, inputs), tensor(f"{F_O}hidden.bias", width)),
-        out=(tensor(f"{F_O}out.weight", 1, width), tensor(f"{F_O}out.bias", 1)),
-    )
 
 
 def _read(checkpoint: Checkpoint) -> dict[str, Array]:
@@ -114,7 +78,7 @@ def _tensors(content: Array) -> dict[str, Array]:
     entries = json.loads(content[8:begin].tobytes())
     found = {}
     for name, entry in entries.items():
-        if name.startswith((HEAD, F_O)):
+        if name.startswith(STEP0_TENSORS):
             start, stop = entry["data_offsets"]
             array = content[begin + start : begin + stop].view(_TYPES[entry["dtype"]])
             if entry["dtype"] == "BF16":

@@ -16,7 +16,7 @@ from budgetformer.model.budget import BudgetDecision
 from budgetformer.model.embeddings import Embeddings, masked_mean
 from budgetformer.model.layer import EncoderLayer
 from budgetformer.model.step0 import ExitHead, TfidfHead, exit_evidence
-from budgetformer.model.tfidf import Array, StepZero, evidence
+from budgetformer.model.tfidf import STEP0_TENSORS, StepZero, evidence
 
 
 class Encoder(nn.Module):
@@ -191,27 +191,11 @@ class SequenceClassifier(nn.Module):
 
     def step0_with_numpy(self) -> StepZero | None:
         """Return step 0 and f_o as NumPy runs them; None: f_o reads more than step 0's answer."""
-        head, decision = self.exit_head, self.encoder.decision
-        if not isinstance(head, TfidfHead) or decision is None:
+        if not isinstance(self.exit_head, TfidfHead) or self.encoder.decision is None:
             return None
-
-        def array(tensor: Tensor) -> Array:
-            return tensor.detach().cpu().numpy()
-
-        layers = decision.controller.hidden, decision.controller.out
-        return StepZero(
-            table=array(head.table),
-            scale=array(head.scale),
-            bias=array(head.bias),
-            idf=array(head.idf),
-            repeats=float(head.repeats),
-            vocab_size=head.vocab_size,
-            buckets=head.buckets,
-            classes=head.classes,
-            problem_type=self.config.problem_type,
-            hidden=(array(layers[0].weight), array(layers[0].bias)),
-            out=(array(layers[1].weight), array(layers[1].bias)),
-        )
+        own = self.state_dict()
+        names = [name for name in own if name.startswith(STEP0_TENSORS)]
+        return StepZero.of(self.config, {name: own[name].cpu().numpy() for name in names})
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Map pooled states [B, D] to the encoder's logits [B, C], step 0's share not added."""

@@ -9,17 +9,19 @@ Shapes: B texts, C labels, K columns of the table (C, or 1 where there are two l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from budgetformer.model.architecture import MULTI_LABEL
+from budgetformer.model.architecture import MULTI_LABEL, Architecture
 
 Array: TypeAlias = npt.NDArray[Any]
 
+STEP0_TENSORS = "exit_head.", "encoder.decision.controller."
+"""Prefixes of the tensors of step 0 and of f_o in a checkpoint."""
 HASHED_LEFT, HASHED_RIGHT = 1_000_003, 7_919
 """Factors of the two token ids in the hash of a pair of neighbours."""
 HASHED_SECOND, HASHED_SHARED = 15_485_863, 32_452_843
@@ -172,6 +174,41 @@ class StepZero:
     problem_type: str | None
     hidden: tuple[Array, Array]
     out: tuple[Array, Array]
+
+    @classmethod
+    def of(cls, config: Architecture, tensors: Mapping[str, Array]) -> StepZero:
+        """Put the tensors of step 0 and f_o together, by their names in a checkpoint.
+
+        Raises:
+            KeyError, ValueError: one is missing or has another shape.
+        """
+        head, f_o = STEP0_TENSORS
+        rows = config.vocab_size + config.exit_buckets
+        columns = table_columns(config.num_classes, config.problem_type == MULTI_LABEL)
+        inputs, width = config.decision_inputs, config.controller_hidden_size
+
+        def tensor(name: str, *shape: int) -> Array:
+            found = tensors[name]
+            if found.shape != shape:
+                raise ValueError(f"{name} has shape {found.shape}, not {shape}")
+            return found
+
+        return cls(
+            table=tensor(f"{head}table", rows, columns),
+            scale=tensor(f"{head}scale", columns),
+            bias=tensor(f"{head}bias", columns),
+            idf=tensor(f"{head}idf", rows),
+            repeats=float(tensor(f"{head}repeats")),
+            vocab_size=config.vocab_size,
+            buckets=config.exit_buckets,
+            classes=config.num_classes,
+            problem_type=config.problem_type,
+            hidden=(
+                tensor(f"{f_o}hidden.weight", width, inputs),
+                tensor(f"{f_o}hidden.bias", width),
+            ),
+            out=(tensor(f"{f_o}out.weight", 1, width), tensor(f"{f_o}out.bias", 1)),
+        )
 
     def decide(
         self, ids: Array, segments: Array | None, lengths: Sequence[int] | Array
