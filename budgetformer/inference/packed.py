@@ -8,7 +8,6 @@ after the other and many are routed (`budgetformer.inference.routed`).
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -75,9 +74,7 @@ class PackedTokens:
         cls, items: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None
     ) -> PackedTokens:
         """Pack the ids of some items; `segments` None means segment 0 throughout."""
-        ids = _flat(items)
-        kinds = torch.zeros_like(ids) if segments is None else _flat(segments)
-        return cls(ids, kinds, tuple(map(len, items)))
+        return cls.of(TokenColumns.of(items, segments))
 
     @classmethod
     def of(cls, columns: TokenColumns) -> PackedTokens:
@@ -98,14 +95,6 @@ class PackedTokens:
         if self.input_ids.device == device:
             return self
         return PackedTokens(self.input_ids.to(device), self.token_type_ids.to(device), self.lengths)
-
-
-def _flat(items: Sequence[Sequence[int]]) -> Tensor:
-    """Put numbers of 32 bits one after the other; arrays of them are copied whole."""
-    numbers = array("i")
-    for item in items:
-        numbers.extend(item)
-    return torch.frombuffer(numbers, dtype=torch.int32).long() if numbers else torch.empty(0).long()
 
 
 @dataclass(frozen=True)
