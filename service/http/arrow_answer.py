@@ -85,9 +85,9 @@ def _columns(pa: Any, answered: Answered) -> dict[str, Any]:
     errors: Any = pa.nulls(count, pa.string())
     failed = lists_failed = None
     if answers.errors:
-        failures = [answered.failure(place) for place in range(count)]
+        failures = map(answered.failure, range(count))
         errors = pa.array([one and one.message for one in failures], pa.string())
-        failed = np.array([one is not None for one in failures])
+        failed = answers.failed
         lists_failed = pa.array(failed)
 
     def column(values: Array, mask: Array | None = failed) -> Any:

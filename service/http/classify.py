@@ -364,8 +364,7 @@ def _measure(state: State, answered: Answered, stages: dict[str, float]) -> None
         answers.step, answers.heads, answered.lengths, answers.macs, answers.dense_macs,
     )  # fmt: skip
     if answers.errors:
-        whole = [place for place in range(len(answers)) if place not in answers.errors]
-        columns = tuple(column[whole] for column in columns)
+        columns = tuple(column[~answers.failed] for column in columns)
     budgets, heads, tokens, macs, dense = columns
     quality = answers.quality if checkpoint.calibrated else None
     state.hub.counts.classified(

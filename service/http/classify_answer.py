@@ -100,7 +100,7 @@ def classify_response(request: Request, answered: Answered) -> Response:
             "usage": {
                 "prompt_tokens": answered.tokens,
                 "total_tokens": answered.tokens,
-                "heads_used": sum(item.heads.used for item in data if isinstance(item, _Item)),
+                "heads_used": int(answers.heads.sum(where=~answers.failed)),
                 "heads_total": total * (len(data) - len(answers.errors)),
             },
         }

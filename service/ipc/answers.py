@@ -55,6 +55,13 @@ class Answers:
     def __len__(self) -> int:
         return len(self.step)
 
+    @property
+    def failed(self) -> Array:
+        """Whether each text failed, bool [B]."""
+        failed = np.zeros(len(self), bool)
+        failed[list(self.errors)] = True
+        return failed
+
     def step_columns(self) -> tuple[Array, Array]:
         """Return the steps that all texts have run, one text after another, and their bounds.
 
