@@ -303,13 +303,16 @@ def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) ->
                 spread(repeats.values(name, lambda m: 1000 * m.half_p50), ".1f"),
                 spread(repeats.values(name, lambda m: 1000 * m.half_p99), ".1f"),
                 spread(repeats.values(name, lambda m: m.cpu_per_thousand)),
+                spread(repeats.values(name, lambda m: m.front_per_thousand))
+                if name in OURS
+                else "",
                 spread(repeats.values(name, lambda m: m.memory), ".0f"),
             ]
         )
     heads = [
         "served by", "throughput, of the best dense", "lone p50, of it", "CPU, of it", "accuracy",
         "texts/s", "lone p50, ms", "p50 at half load, ms", "p99 at half load, ms",
-        "CPU seconds per 1,000", "memory, MiB",
+        "CPU seconds per 1,000", "of these in the frontend", "memory, MiB",
     ]  # fmt: skip
     verdict = markdown_table(PROMISE_HEADS, [p.row for p in service_promises(repeats)])
     absent = {name: why for run in stored for name, why in run.get("absent", {}).items()}
