@@ -8,7 +8,6 @@ busy, never by waiting.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -18,10 +17,9 @@ from functools import partial
 from pathlib import Path
 
 import structlog
-import torch
 
 from budgetformer.cost.table import CostTable
-from budgetformer.errors import CheckpointError, PolicyError
+from budgetformer.errors import PolicyError
 from budgetformer.inference import cascade
 from budgetformer.inference.cascade import Batch, Items, Part
 from budgetformer.inference.packed import PackedPass
@@ -29,9 +27,9 @@ from budgetformer.inference.policy import QualityName
 from budgetformer.inference.precision import Precision
 from budgetformer.inference.texts import Texts
 from budgetformer.model.tfidf import Array
-from service.background import Background, DetachedThreads, StillRunningError
-from service.engine.device import DeviceLostError, check_device, probe_device
-from service.engine.loaded_model import LoadedModel, load_model
+from service.engine.device import check_device, probe_device, use_device
+from service.engine.loaded_model import LoadedModel
+from service.engine.model_loader import ModelKey, ModelLoader, Placing
 from service.engine.requests import ModelQueue, Reply, Request
 from service.engine.salvage import salvage
 from service.ipc import engine_messages as protocol
@@ -39,19 +37,16 @@ from service.ipc.engine_messages import (
     BatchRan,
     Cancel,
     Classify,
-    Done,
     Expired,
     Failed,
     Heartbeat,
     LevelChanged,
     Load,
-    ModelInfo,
     Models,
     Refused,
     Unload,
 )
 from service.ipc.frames import FrameError
-from service.process import return_memory
 from service.scheduling.admission import Refusal, admit
 from service.scheduling.arrivals import decided_together
 from service.scheduling.batch_limit import BatchLimit
@@ -67,8 +62,6 @@ from service.telemetry.pass_spans import PassRun, PassSpans, Rider, Stage
 log = structlog.get_logger()
 
 Clock = Callable[[], float]
-
-SETTLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -120,12 +113,8 @@ class EngineCore:
         clock: Clock = time.monotonic,
         probe: Callable[[], None] | None = None,
     ) -> None:
-        self.models: dict[tuple[str, int], LoadedModel] = {}
         self.options = options
         self.device = device
-        self.precision = precision
-        self.tables = tables or {}
-        self.shared = shared
         self.prices = Prices()
         self.drain = Drain()
         limits = BrownOutLimits(options.brownout_seconds, options.brownout_seconds / 4)
@@ -140,7 +129,6 @@ class EngineCore:
         )
         self._batch_limit = BatchLimit(options.batch_items)
         self._check = partial(check_device, probe or partial(probe_device, device))
-        self._device_lost: DeviceLostError | None = None
         self._undecided: OrderedDict[Span[Request], None] = OrderedDict()
         self._undecided_items = 0
         self._running = 0
@@ -152,16 +140,14 @@ class EngineCore:
         self._deadlines: Heap[Request] = Heap()
         self._queues: dict[str, ModelQueue] = {}
         self._work_came = asyncio.Event()
-        self._compute = ThreadPoolExecutor(1, "device", _use, (device,))
-        self._loading = asyncio.Lock()
-        self._loads: dict[tuple[Reply, int], asyncio.Task[None]] = {}
-        self._threads = DetachedThreads()
-        self._background = Background()
+        self._compute = ThreadPoolExecutor(1, "device", use_device, (device,))
+        placing = Placing(device, precision, tables or {}, shared)
+        self.loader = ModelLoader(placing, self._check, self._changed)
 
     @property
-    def infos(self) -> list[ModelInfo]:
-        """What is loaded."""
-        return [model.info for model in self.models.values()]
+    def models(self) -> dict[ModelKey, LoadedModel]:
+        """What is loaded, by name and version."""
+        return self.loader.models
 
     @property
     def queued_seconds(self) -> float:
@@ -187,15 +173,18 @@ class EngineCore:
                 self._classify(message, reply)
             case Cancel():
                 self._drop(self._requests.get((reply, message.id)))
-                load = self._loads.get((reply, message.id))
-                if load is not None:
-                    load.cancel()
+                self.loader.cancel(message, reply)
             case Load():
-                key = reply, message.id
-                self._loads[key] = load = self._background.start(self._load(message, reply))
-                load.add_done_callback(lambda _: self._loads.pop(key, None))
+                self.loader.load(message, reply)
             case Unload():
-                self._unload(message, reply)
+                self.loader.unload(message, reply)
+
+    def _changed(self, loaded: LoadedModel | None) -> None:
+        """Tell everyone of changed models; `loaded` is the new one, if there is one."""
+        if loaded is not None:
+            self.prices.know(loaded.key, loaded.costs)
+        self.broadcast(Models(self.loader.infos))
+        self._work_came.set()  # or else a lost device would be noticed with the next request
 
     def forget(self, reply: Reply) -> None:
         """Drop everything that a front asked for, which is gone."""
@@ -379,8 +368,8 @@ class EngineCore:
         """
         self._compute.submit(int)  # starts the thread now: later there may be no room for one
         while True:
-            if self._device_lost is not None:
-                raise self._device_lost
+            if self.loader.device_lost is not None:
+                raise self.loader.device_lost
             if not self._undecided and not len(self._buckets):
                 self._work_came.clear()
                 await self._work_came.wait()
@@ -596,74 +585,6 @@ class EngineCore:
             step = max(int(span.owner.items.step[span.places].max()) for span in spans)
         checked, clipped = model.network.range_check.take()
         self.broadcast(BatchRan(name, version, step, items, tokens, 0.0, seconds, checked, clipped))
-
-    # Models
-
-    async def _load(self, message: Load, reply: Reply) -> None:
-        path = Path(message.path)
-
-        def work() -> LoadedModel:
-            _use(self.device)
-            return load_model(path, self.device, self.precision, self.tables, self.shared)
-
-        try:
-            async with self._loading:  # one at a time; one that is given up is not waited for
-                model = await self._threads.run(
-                    path, work, discard=lambda late: late.network.forget_shared()
-                )
-        except asyncio.CancelledError:
-            log.error("model load given up", path=message.path)
-            raise
-        except StillRunningError:
-            reply(Failed(message.id, f"{path}: an earlier load of it has not ended yet"))
-            return
-        except CheckpointError as error:
-            reply(Failed(message.id, str(error)))
-            return
-        except Exception as error:  # any error must be answered
-            log.error("a model could not be loaded", path=message.path, exc_info=error)
-            reply(Failed(message.id, f"{message.path}: {type(error).__name__}"))
-            try:
-                await self._threads.run(self._check, partial(self._check, error))
-            except DeviceLostError as lost:
-                self._device_lost = lost
-                self._work_came.set()
-            return
-        self.prices.know(model.key, model.costs)
-        self.models[model.key] = model
-        self.broadcast(Models(self.infos))
-        reply(Done(message.id))
-        self._background.start(self._return_memory())
-
-    def _unload(self, message: Unload, reply: Reply) -> None:
-        # Items already here keep the model that they came for; it is freed with the last of them.
-        model = self.models.pop((message.model, message.version), None)
-        if model is None:
-            reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
-        else:
-            model.network.forget_shared()
-            self.broadcast(Models(self.infos))
-            reply(Done(message.id))
-            self._background.start(self._return_memory())
-
-    def forget_shared(self) -> None:
-        """Leave nothing in the folder that weights are shared through: this engine ends."""
-        for model in self.models.values():
-            model.network.forget_shared()
-
-    async def _return_memory(self) -> None:
-        """Let go of what a change of models has freed, when what it had begun will have ended."""
-        await asyncio.sleep(SETTLE_SECONDS)
-        with contextlib.suppress(
-            StillRunningError, RuntimeError
-        ):  # there may be no room for a thread
-            await self._threads.run(return_memory, return_memory)
-
-
-def _use(device: str) -> None:
-    """Let what this thread does on a GPU be done on the one that is named."""
-    if ":" in device:
-        torch.cuda.set_device(device)
 
 
 def _fail(request: Request, place: int, error: Exception) -> None:

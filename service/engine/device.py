@@ -20,6 +20,12 @@ class DeviceLostError(Exception):
     """The device runs no operation of this process any more."""
 
 
+def use_device(device: str) -> None:
+    """Let what this thread does on a GPU be done on the one that is named."""
+    if ":" in device:
+        torch.cuda.set_device(device)
+
+
 def probe_device(device: str) -> None:
     """Run a small operation on a device, and wait for its result.
 

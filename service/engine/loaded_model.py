@@ -20,6 +20,7 @@ from budgetformer.cost.table import CostTable, guess_table
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule
 from budgetformer.inference.precision import Precision
+from service.engine.device import use_device
 from service.ipc.engine_messages import ModelInfo
 from service.process import large_blocks_apart
 from service.scheduling.price import Outlook
@@ -90,6 +91,7 @@ def load_model(
         CheckpointError: it is damaged.
     """
     started = time.monotonic()
+    use_device(device)
     checkpoint = read_checkpoint(path)
     with large_blocks_apart():
         network = _load(checkpoint, device, precision, shared)

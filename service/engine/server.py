@@ -166,7 +166,7 @@ class EngineServer:
 
     def _hello(self) -> Hello:
         core = self.core
-        return Hello(PROTOCOL, os.getpid(), core.device, str(torch.__version__), core.infos)
+        return Hello(PROTOCOL, os.getpid(), core.device, str(torch.__version__), core.loader.infos)
 
 
 def _memory_bytes(device: str) -> int:

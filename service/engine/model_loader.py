@@ -1,0 +1,149 @@
+"""Load, hold and free the models of an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import structlog
+
+from budgetformer.cost.table import CostTable
+from budgetformer.errors import CheckpointError
+from budgetformer.inference.precision import Precision
+from service.background import Background, DetachedThreads, StillRunningError
+from service.engine.device import DeviceLostError
+from service.engine.loaded_model import LoadedModel, load_model
+from service.engine.requests import Reply
+from service.ipc.engine_messages import Cancel, Done, Failed, Load, ModelInfo, Unload
+from service.process import return_memory
+
+log = structlog.get_logger()
+
+ModelKey: TypeAlias = tuple[str, int]
+"""Name and version."""
+SETTLE_SECONDS = 1.0
+"""After which what a change of models had begun has ended."""
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Where and how models are loaded.
+
+    Attributes:
+        device: of their passes.
+        precision: of these.
+        tables: measured costs, by `name:version`.
+        shared: folder through which engines hold weights once; None: this one has its own.
+    """
+
+    device: str
+    precision: Precision
+    tables: Mapping[str, CostTable]
+    shared: Path | None
+
+
+class ModelLoader:
+    """The models that an engine holds.
+
+    Args:
+        placing: where and how models are loaded.
+        check: is called with the error of a load; raises `DeviceLostError` if the device computes
+            nothing any more.
+        changed: is called after each change, with the model that is new, if one is; and when the
+            device is lost.
+    """
+
+    def __init__(
+        self,
+        placing: Placing,
+        check: Callable[[Exception], None],
+        changed: Callable[[LoadedModel | None], None],
+    ) -> None:
+        self.models: dict[ModelKey, LoadedModel] = {}
+        self.device_lost: DeviceLostError | None = None
+        self._placing = placing
+        self._check = check
+        self._changed = changed
+        self._loading = asyncio.Lock()
+        self._loads: dict[tuple[Reply, int], asyncio.Task[None]] = {}
+        self._threads = DetachedThreads()
+        self._background = Background()
+
+    @property
+    def infos(self) -> list[ModelInfo]:
+        """What is loaded."""
+        return [model.info for model in self.models.values()]
+
+    def load(self, message: Load, reply: Reply) -> None:
+        """Begin to load a model; the sender is told when it is there, or why it is not."""
+        key = reply, message.id
+        self._loads[key] = load = self._background.start(self._load(message, reply))
+        load.add_done_callback(lambda _: self._loads.pop(key, None))
+
+    def cancel(self, message: Cancel, reply: Reply) -> None:
+        """Give up a load, if that is what the message names."""
+        load = self._loads.get((reply, message.id))
+        if load is not None:
+            load.cancel()
+
+    def unload(self, message: Unload, reply: Reply) -> None:
+        """Let a model go; texts that are here already keep it, and it is freed with the last."""
+        model = self.models.pop((message.model, message.version), None)
+        if model is None:
+            reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
+        else:
+            model.network.forget_shared()
+            self._changed(None)
+            reply(Done(message.id))
+            self._background.start(self._return_memory())
+
+    def forget_shared(self) -> None:
+        """Leave nothing in the folder that weights are shared through: this engine ends."""
+        for model in self.models.values():
+            model.network.forget_shared()
+
+    async def _load(self, message: Load, reply: Reply) -> None:
+        path, own = Path(message.path), self._placing
+
+        def read() -> LoadedModel:
+            return load_model(path, own.device, own.precision, own.tables, own.shared)
+
+        def discard(late: LoadedModel) -> None:
+            late.network.forget_shared()
+
+        try:
+            async with self._loading:  # one at a time; one that is given up is not waited for
+                model = await self._threads.run(path, read, discard=discard)
+        except asyncio.CancelledError:
+            log.error("model load given up", path=message.path)
+            raise
+        except StillRunningError:
+            reply(Failed(message.id, f"{path}: an earlier load of it has not ended yet"))
+            return
+        except CheckpointError as error:
+            reply(Failed(message.id, str(error)))
+            return
+        except Exception as error:  # any error must be answered
+            log.error("a model could not be loaded", path=message.path, exc_info=error)
+            reply(Failed(message.id, f"{message.path}: {type(error).__name__}"))
+            try:
+                await self._threads.run(self._check, partial(self._check, error))
+            except DeviceLostError as lost:
+                self.device_lost = lost
+                self._changed(None)
+            return
+        self.models[model.key] = model
+        self._changed(model)
+        reply(Done(message.id))
+        self._background.start(self._return_memory())
+
+    async def _return_memory(self) -> None:
+        """Let go of what a change of models has freed."""
+        await asyncio.sleep(SETTLE_SECONDS)
+        with contextlib.suppress(StillRunningError, RuntimeError):  # no room for a thread
+            await self._threads.run(return_memory, return_memory)
