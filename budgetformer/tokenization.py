@@ -54,13 +54,13 @@ class Tokens:
     """The tokens of a text or pair as a model reads them, special ones included.
 
     Attributes:
-        ids, type_ids: of the encoder's window.
+        ids, type_ids: of the encoder's window; no `type_ids` means type 0 throughout.
         truncated: whether the window leaves some out.
-        whole, whole_type_ids: what step 0 reads; None: the window holds all of it.
+        whole, whole_type_ids: what step 0 reads; no `whole` means that the window holds all of it.
     """
 
     ids: list[int]
-    type_ids: list[int]
+    type_ids: list[int] | None
     truncated: bool
     whole: list[int] | None = None
     whole_type_ids: list[int] | None = None
@@ -156,7 +156,12 @@ class TextEncoder:
         except TokenizerError:  # the place of the text is found one by one
             return none
         most = self._max_tokens
-        return [Tokens(e.ids, e.type_ids, False) if len(e) <= most else None for e in found]
+        single, pair = self._templates
+        typed = [(single if isinstance(text, str) else pair).typed for text in texts]
+        return [
+            Tokens(e.ids, e.type_ids if own else None, False) if len(e) <= most else None
+            for e, own in zip(found, typed, strict=True)
+        ]
 
     def _item(self, place: int, text: Text) -> _Item:
         sequences = (text,) if isinstance(text, str) else text
@@ -239,8 +244,10 @@ class _Template:
         encoding = probe.encode("x", None if sequences == 1 else "x")
         self._parts = list(zip(encoding.sequence_ids, encoding.ids, encoding.type_ids, strict=True))
         self.special = len(self._parts) - sequences
+        self.typed = any(encoding.type_ids)
+        """Whether a token has another type than 0."""
 
-    def fill(self, sequences: list[list[int]]) -> tuple[list[int], list[int]]:
+    def fill(self, sequences: list[list[int]]) -> tuple[list[int], list[int] | None]:
         """Return the token ids and type ids of a text or pair with its special tokens."""
         ids: list[int] = []
         type_ids: list[int] = []
@@ -248,7 +255,7 @@ class _Template:
             part = [special] if sequence is None else sequences[sequence]
             ids += part
             type_ids += [kind] * len(part)
-        return ids, type_ids
+        return ids, type_ids if self.typed else None
 
 
 class _Reading:
@@ -349,7 +356,7 @@ class _Item:
         whole = self._cut(self.whole_room) if self.whole_room > self.room else (None, None)
         return Tokens(ids, type_ids, True, *whole)
 
-    def _cut(self, room: int) -> tuple[list[int], list[int]]:
+    def _cut(self, room: int) -> tuple[list[int], list[int] | None]:
         """Return the token ids and type ids of the item cut to so many tokens."""
         shares = self._shares([part.count for part in self.parts], room)
         return self.template.fill(

@@ -52,7 +52,7 @@ class TokenColumns:
         """Put texts one after another; a text without types has type 0 throughout."""
         lengths = np.fromiter(map(len, ids), np.int32, len(ids))
         column = None
-        if types is not None and any(own and any(own) for own in types):
+        if types is not None and any(map(any, filter(None, types))):
             column = _column([own or [0] * len(text) for own, text in zip(types, ids, strict=True)])
         return cls(_column(ids), lengths, column)
 

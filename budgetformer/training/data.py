@@ -188,14 +188,12 @@ class TokenizedTexts:
         self.whole: list[np.ndarray] = []
         self.whole_types: list[np.ndarray] = []
         for tokens in encoder.encode(inputs):
-            ids, types = np.array(tokens.ids, np.int64), np.array(tokens.type_ids, np.int64)
+            ids, types = np.array(tokens.ids, np.int64), _types(tokens.ids, tokens.type_ids)
             self.ids.append(ids)
             self.types.append(types)
             whole, whole_types = tokens.whole, tokens.whole_type_ids
             self.whole.append(ids if whole is None else np.array(whole, np.int64))
-            self.whole_types.append(
-                types if whole_types is None else np.array(whole_types, np.int64)
-            )
+            self.whole_types.append(types if whole is None else _types(whole, whole_types))
         self.lengths = np.array([len(ids) for ids in self.ids])
 
     @classmethod
@@ -255,6 +253,10 @@ class TokenizedTexts:
             batches = [batches[i] for i in random.permutation(len(batches))]
         for rows in batches:
             yield self.batch(rows)
+
+
+def _types(ids: list[int], types: list[int] | None) -> np.ndarray:
+    return np.zeros(len(ids), np.int64) if types is None else np.array(types, np.int64)
 
 
 def _columns(

@@ -55,7 +55,7 @@ def arrays_of(texts: list[Tokens], width: int | None = None) -> dict[str, Any]:
     return {
         "input_ids": padded([text.ids for text in texts], width, padding=1),
         "attention_mask": padded([[1] * len(text) for text in texts], width),
-        "token_type_ids": padded([text.type_ids for text in texts], width),
+        "token_type_ids": padded([text.type_ids or [0] * len(text) for text in texts], width),
     }
 
 

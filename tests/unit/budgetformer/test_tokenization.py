@@ -157,8 +157,17 @@ def check_same(kind: str, side: Side, length: int, beyond: int, texts: list[Text
     expected = zip(window.encode_batch(texts), whole.encode_batch(texts), strict=True)
     for text, (own, more), tokens in zip(texts, expected, found, strict=True):
         cut = bool(own.overflowing)
-        rest = (more.ids, more.type_ids) if cut and beyond > 0 else (None, None)
-        assert tokens == Tokens(own.ids, own.type_ids, cut, *rest), text
+        assert (tokens.ids, types_of(tokens.ids, tokens.type_ids)) == (own.ids, own.type_ids), text
+        assert tokens.truncated == cut
+        if cut and beyond > 0:
+            assert tokens.whole == more.ids
+            assert types_of(more.ids, tokens.whole_type_ids) == more.type_ids
+        else:
+            assert tokens.whole is None
+
+
+def types_of(ids: list[int], types: list[int] | None) -> list[int]:
+    return [0] * len(ids) if types is None else types
 
 
 @pytest.mark.parametrize("kind", KINDS)
