@@ -208,6 +208,8 @@ class Settings(BaseSettings):
     receive_seconds: float = Field(default=30.0, gt=0)
     """How long a TLS handshake, a request's head and its body may take to arrive, each; and how
     long a client may go on sending after its last answer."""
+    retired_series_seconds: float = Field(default=900.0, ge=0)
+    """How long the metrics of a model version are shown after it was unloaded or replaced."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least important log line to write."""
     log_format: Literal["auto", "json", "console"] = "auto"

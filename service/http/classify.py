@@ -121,6 +121,7 @@ async def respond(
         check_count(state, len(tokens))
         texts = tokens
     model = state.model(body.model)
+    request.state.served = model.checkpoint
     size = travelled(request.scope["headers"])
     seconds = _seconds(state, body)
     name, caller = model.checkpoint.name, request.state.caller
@@ -149,6 +150,9 @@ async def _respond(
     begun = time.monotonic()
     answers = await _answer(state, body, model, texts, quality, deadline)
     computed = time.monotonic()
+    if answers.errors:
+        checkpoint = model.checkpoint
+        state.hub.counts.items_failed(checkpoint.name, checkpoint.version, len(answers.errors))
     # A level that is not the usual one is named: overload lowered it, or a target chose it.
     usual = body.target_ms is None and answers.quality == DEFAULT_QUALITY
     shown = quality if usual else answers.quality

@@ -112,6 +112,7 @@ class Counts:
         refusal: str = "",
         denial: str = "",
         caller: str = "",
+        served: tuple[str, int] | None = None,
     ) -> None:
         """Count a request.
 
@@ -122,12 +123,19 @@ class Counts:
             refusal: why it was rejected, if it was: one of `REASONS`.
             denial: why its caller was turned away, if so: one of `DENIALS`.
             caller: name of the caller's key, where it is known.
+            served: model and version that were to classify its texts; None: it asks for none, or
+                for one that is not served.
         """
-        counters = self._counters
+        counters, histograms = self._counters, self._histograms
+        exemplar = current_request().exemplar
         counters["requests", route, outcome] += 1
-        self._histograms["request_duration_seconds", route].observe(
-            DURATIONS, seconds, exemplar=current_request().exemplar
-        )
+        durations = histograms["request_duration_seconds", route]
+        durations.observe(DURATIONS, seconds, exemplar=exemplar)
+        if served is not None:
+            key = served[0], str(served[1])
+            counters["model_requests", *key, outcome] += 1
+            durations = histograms["model_request_duration_seconds", *key]
+            durations.observe(DURATIONS, seconds, exemplar=exemplar)
         if outcome == "cancelled":
             counters["cancelled",] += 1
         elif outcome == "timeout":
@@ -192,6 +200,10 @@ class Counts:
         counters["heads", *key] += len(used) * heads_of_one
         counters["macs", *key] += sum(_integers(macs))
         counters["dense_macs", *key] += sum(_integers(dense_macs))
+
+    def items_failed(self, model: str, version: int, items: int) -> None:
+        """Count the texts of a request that a model version failed to answer."""
+        self._counters["model_items_failed", model, str(version)] += items
 
     def texts_asked(self, caller: str, texts: int) -> None:
         """Count the texts that a caller, by the name of its key, asked for."""
