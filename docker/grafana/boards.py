@@ -195,6 +195,23 @@ def service() -> Rows:
                 {"{{model}}": rate("items_total", "model", VERSION)},
                 stacked=True,
             ),
+            chart(
+                "Answers kept",
+                "Texts per second that were looked for among the answers that frontends keep, and "
+                "those that were found.",
+                "short",
+                {
+                    "found": rate("cache_hits_total", where=VERSION),
+                    "not found": rate("cache_misses_total", where=VERSION),
+                },
+                stacked=True,
+            ),
+            chart(
+                "Memory of answers kept",
+                "Of all frontends together.",
+                "bytes",
+                {"answers": "sum(budgetformer_cache_bytes)"},
+            ),
         ],
         "Access": [
             chart(

@@ -67,6 +67,7 @@ class FrontPeer:
         self.pid = 0
         self.heard = time.monotonic()
         self.swapped = self.drained = 0
+        self.cache_bytes = 0
 
 
 class Hub:
@@ -282,7 +283,7 @@ class Hub:
             )
         finally:
             self.fronts.discard(front)
-            self._count_fronts()
+            self._measure_fronts()
             self._moved.set()
 
     def _take(self, front: FrontPeer, message: ToHub) -> None:
@@ -290,10 +291,12 @@ class Hub:
         match message:
             case Report():
                 self._count(front.name, message)
+                front.cache_bytes = message.cache_bytes
+                self._measure_fronts()
                 front.say(Acknowledged(message.number))
             case Here():
                 front.name, front.pid = message.frontend, message.pid
-                self._count_fronts()
+                self._measure_fronts()
                 self.metrics.know_routes(message.routes)
                 self.metrics.know_keys(message.keys)
             case Swapped():
@@ -354,8 +357,9 @@ class Hub:
         finally:
             self._changes -= 1
 
-    def _count_fronts(self) -> None:
+    def _measure_fronts(self) -> None:
         self.metrics.fronts.set(sum(front.pid > 0 for front in self.fronts))
+        self.metrics.cache_bytes.set(sum(front.cache_bytes for front in self.fronts))
 
     def _tell_all(self) -> None:
         serving = self._serving()

@@ -95,6 +95,7 @@ class Counts:
     def __init__(self) -> None:
         self._counters: defaultdict[Series, float] = defaultdict(float)
         self._histograms: defaultdict[Series, Observations] = defaultdict(Observations)
+        self.cache_bytes = 0
 
     def take(self) -> Difference:
         """Return what was counted since the last time."""
@@ -162,14 +163,16 @@ class Counts:
         stages: Mapping[str, float],
         truncated: int,
     ) -> None:
-        """Count the B answered texts of a request, given as columns of B integers.
+        """Count the B answered texts of a request, of which M were computed for it.
+
+        The others were answered before, and kept.
 
         Args:
             model, version: that answered them.
-            budgets: ladder step that answered each text.
-            heads: heads computed for each.
-            tokens: of each.
-            macs, dense_macs: multiply-adds executed, and those of the dense network.
+            budgets: ladder step that answered each text, B integers.
+            heads: heads computed for each that was computed, M integers.
+            tokens: of each text, B integers.
+            macs, dense_macs: multiply-adds executed, and those of the dense network; M integers.
             heads_of_one: heads of the dense network.
             expected: share of the texts that calibration answers at each ladder step; None: it is
                 not known, and `budgets` count as expected.
@@ -186,7 +189,7 @@ class Counts:
         key = model, str(version)
         answered, used = Counter(_integers(budgets)), _integers(heads)
         shares: Mapping[int, float] = answered if expected is None else expected
-        scale = 1 if expected is None else len(used)
+        scale = 1 if expected is None else len(budgets)
         for budget in answered.keys() | shares.keys():
             counters["items", *key, str(budget)] += answered[budget]
             counters["items_expected", *key, str(budget)] += shares.get(budget, 0) * scale
@@ -200,6 +203,15 @@ class Counts:
         counters["heads", *key] += len(used) * heads_of_one
         counters["macs", *key] += sum(_integers(macs))
         counters["dense_macs", *key] += sum(_integers(dense_macs))
+
+    def looked_up(self, model: str, version: int, hits: int, misses: int) -> None:
+        """Count the texts of a request that had an answer in the cache, and those that had none."""
+        self._counters["cache_hits", model, str(version)] += hits
+        self._counters["cache_misses", model, str(version)] += misses
+
+    def cache_holds(self, cache_bytes: int) -> None:
+        """Note the bytes that the answers in the cache take now."""
+        self.cache_bytes = cache_bytes
 
     def items_failed(self, model: str, version: int, items: int) -> None:
         """Count the texts of a request that a model version failed to answer."""

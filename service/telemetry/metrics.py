@@ -86,6 +86,16 @@ class Metrics:
             "model",
             "version",
         )
+        self.cache_hits = self._counter(
+            "cache_hits", "Items whose answer a frontend had kept.", "model", "version"
+        )
+        self.cache_misses = self._counter(
+            "cache_misses",
+            "Items whose answer a frontend that keeps answers did not have.",
+            "model",
+            "version",
+        )
+        self.cache_bytes = self._gauge("cache_bytes", "Size of the answers that frontends keep.")
         self.request_heads = self._histogram(
             "request_heads",
             "Heads computed for an item, summed over layers.",
@@ -246,6 +256,7 @@ class Metrics:
         self._models.add((model, version))
         for metric in (
             self.model_request_duration, self.model_items_failed,
+            self.cache_hits, self.cache_misses,
             self.request_heads, self.item_tokens, self.macs, self.dense_macs, self.heads_used,
             self.heads, self.int8_checked, self.int8_clipped,
         ):  # fmt: skip
@@ -264,6 +275,7 @@ class Metrics:
         self._models.discard((model, version))
         for metric in (
             self.model_requests, self.model_request_duration, self.model_items_failed,
+            self.cache_hits, self.cache_misses,
             self.request_heads, self.items, self.items_expected, self.item_tokens,
             self.macs, self.dense_macs, self.heads_used, self.heads,
             self.int8_checked, self.int8_clipped,

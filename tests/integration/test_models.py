@@ -251,6 +251,14 @@ class TestTokenizerThatPanics:
             assert TEXT not in error["message"]
         assert (await one.ask("")).status_code == 200
 
+    async def test_it_is_named_by_its_place_beside_answers_that_were_kept(
+        self, store: Path
+    ) -> None:
+        edit_tokenizer(store / TOPICS / "2", pre_tokenizer={"type": "FixedLength", "length": 0})
+        async with service(store, models=[TOPICS], answer_cache_mib=1) as running:
+            assert (await running.ask("")).headers["x-cache"] == "miss"
+            error_of(await running.ask(["", TEXT]), 500, "item_failed", "input[1]")
+
 
 class TestLoad:
     @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ CONTRACT = {
     "model_requests": ("counter", {"model", "version", "outcome"}),
     "model_request_duration_seconds": ("histogram", {"model", "version"}),
     "model_items_failed": ("counter", {"model", "version"}),
+    "cache_hits": ("counter", {"model", "version"}),
+    "cache_misses": ("counter", {"model", "version"}),
+    "cache_bytes": ("gauge", set()),
     "request_heads": ("histogram", {"model", "version"}),
     "items": ("counter", {"model", "version", "budget"}),
     "items_expected": ("counter", {"model", "version", "budget"}),
@@ -214,6 +217,24 @@ def test_where_nothing_was_calibrated_what_happens_is_expected(metrics: Metrics)
     assert shown.by("budget", "items_expected_total") == shown.by("budget", "items_total")
 
 
+def test_texts_whose_answers_were_kept_cost_nothing(metrics: Metrics) -> None:
+    counts = Counts()
+    counts.looked_up("topics", 1, hits=2, misses=1)
+    counts.classified(
+        "topics", 1, budgets=[1, 2, 2], tokens=[5, 6, 7], heads=[4], macs=[10], dense_macs=[60],
+        heads_of_one=8, expected={0: 1.0}, stages={}, truncated=0,
+    )  # fmt: skip
+    metrics.add(counts.take())
+    shown = scrape(metrics)
+    assert shown.by("budget", "items_total") == {"1": 1, "2": 2}
+    assert shown.by("budget", "items_expected_total") == {"0": 3}
+    assert shown.total("item_tokens_sum") == 18
+    assert shown.total("cache_hits_total", model="topics", version=1) == 2
+    assert shown.total("cache_misses_total", model="topics", version=1) == 1
+    spent = {"request_heads_count": 1, "heads_total": 8, "macs_total": 10, "dense_macs_total": 60}
+    assert {name: shown.total(name) for name in spent} == spent
+
+
 def test_exemplars_name_the_trace(counted: Metrics) -> None:
     text = generate_openmetrics(counted.registry).decode()
     named = {
@@ -288,10 +309,14 @@ def test_roll_outs_do_not_make_the_exposition_grow(metrics: Metrics) -> None:
         count_texts(counts, Spent(2, 5, 41, 300, 900), version=number, expected={0: 1.0})
         counts.request_ended("/classify", "ok", 0.1, served=("topics", number))
         counts.items_failed("topics", number, 1)
+        counts.looked_up("topics", number, hits=1, misses=1)
         difference = counts.take()
         metrics.add(difference)
         if not number % 250:
-            for name in ("items_total", "model_requests_total", "model_items_failed_total"):
+            for name in (
+                "items_total", "model_requests_total", "model_items_failed_total",
+                "cache_hits_total", "cache_misses_total",
+            ):  # fmt: skip
                 assert scrape(metrics).total(name, version=number) == 1
         metrics.forget_model("topics", version)
         metrics.add(difference)  # a late one does not bring the series back
