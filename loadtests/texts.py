@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 SUBJECTS = ("The council", "A young striker", "The central bank", "The space agency", "Its rival")
@@ -62,3 +63,16 @@ def texts_of(data: Path | None, count: int, seed: int = 0) -> list[str]:
         return draw.sample(texts, min(count, len(texts)))
     random.seed(seed)
     return [" ".join(sentence() for _ in range(draw.randint(1, 5))) for _ in range(count)]
+
+
+def with_repeats(new: Sequence[str], share: float, seed: int) -> list[str]:
+    """Return as many texts as are given, about a `share` of them sent before, and those in order.
+
+    The new ones come in the given order, as many of them as it takes.
+    """
+    draw = random.Random(seed)
+    sent: list[str] = []
+    fresh = iter(new)
+    for _ in new:
+        sent.append(draw.choice(sent) if sent and draw.random() < share else next(fresh))
+    return sent

@@ -168,6 +168,10 @@ class Settings(BaseSettings):
     """A batch is filled up to this computing time, and up to twice that where many texts wait."""
     batch_items: int = Field(default=256, ge=1)
     """Most texts in one batch."""
+    answer_cache_mib: int = Field(default=0, ge=0)
+    """Memory of each frontend for answers to texts that come again, in MiB; 0 keeps none."""
+    answer_cache_per_key: bool = False
+    """Keep answers for each key apart, so that no caller learns what others have asked."""
     timeout_ms: int = Field(default=10_000, ge=1)
     """Deadline of requests that name none, in milliseconds."""
     max_timeout_ms: int = Field(default=3_600_000, ge=1, le=2**31)
@@ -208,6 +212,8 @@ class Settings(BaseSettings):
     receive_seconds: float = Field(default=30.0, gt=0)
     """How long a TLS handshake, a request's head and its body may take to arrive, each; and how
     long a client may go on sending after its last answer."""
+    retired_series_seconds: float = Field(default=900.0, ge=0)
+    """How long the metrics of a model version are shown after it was unloaded or replaced."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least important log line to write."""
     log_format: Literal["auto", "json", "console"] = "auto"

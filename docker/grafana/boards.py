@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 
 from panels import (
+    COMPARED,
+    FIRST,
     MODEL,
+    SECOND,
     SERVING,
     VERSION,
     Panel,
@@ -25,7 +28,9 @@ from panels import (
 Rows = dict[str, list[Panel]]
 
 LATENCY = "request_duration_seconds"
-FAILED = f'{SERVING}, outcome=~"error|timeout"'
+OF_MODEL = "model_request_duration_seconds"
+FAILURES = 'outcome=~"error|timeout"'
+FAILED = f"{SERVING}, {FAILURES}"
 ENGINE_SILENT = 5
 """Seconds after which an engine does not count as alive."""
 
@@ -189,6 +194,23 @@ def service() -> Rows:
                 "short",
                 {"{{model}}": rate("items_total", "model", VERSION)},
                 stacked=True,
+            ),
+            chart(
+                "Answers kept",
+                "Texts per second that were looked for among the answers that frontends keep, and "
+                "those that were found.",
+                "short",
+                {
+                    "found": rate("cache_hits_total", where=VERSION),
+                    "not found": rate("cache_misses_total", where=VERSION),
+                },
+                stacked=True,
+            ),
+            chart(
+                "Memory of answers kept",
+                "Of all frontends together.",
+                "bytes",
+                {"answers": "sum(budgetformer_cache_bytes)"},
             ),
         ],
         "Access": [
@@ -514,6 +536,125 @@ def engines() -> Rows:
                 "Answered per second.",
                 "short",
                 {"{{model}}:{{version}}": rate("items_total", "model, version", VERSION)},
+                stacked=True,
+            ),
+        ],
+    }
+
+
+def _burn(objective: str, allowed: float) -> str:
+    """Divide the share of the last hour's requests that missed an objective by what it allows."""
+    missed = f"max by (model) (budgetformer:model_slo_{objective}:ratio1h{{{MODEL}}})"
+    return f"{missed} / {allowed} or 0 * {rate('model_requests_total', 'model', VERSION)}"
+
+
+def models() -> Rows:
+    by, legend = "model, version", "{{model}}:{{version}}"
+    steps = "Texts per second, by the ladder step that answered them."
+    return {
+        "Models": [
+            chart(
+                "Requests by model",
+                "Finished per second.",
+                "reqps",
+                {"{{model}}": rate("model_requests_total", "model", VERSION)},
+                stacked=True,
+            ),
+            chart(
+                "Errors by model",
+                "Share of the requests that end in an error of the service or past their deadline.",
+                "percentunit",
+                {
+                    "{{model}}": share(
+                        rate("model_requests_total", "model", f"{VERSION}, {FAILURES}"),
+                        rate("model_requests_total", "model", VERSION),
+                    )
+                },
+            ),
+            chart(
+                "Latency p99 by model",
+                "Of whole requests.",
+                "s",
+                {"{{model}}": quantile(0.99, OF_MODEL, VERSION, "model")},
+            ),
+            chart(
+                "Failed texts",
+                "Texts per second that a model failed to answer.",
+                "short",
+                {"{{model}}": rate("model_items_failed_total", "model", VERSION)},
+            ),
+            chart(
+                "Error budget burn by model",
+                "1: the failures of the last hour, kept up, use exactly what the objective allows.",
+                "short",
+                {"{{model}}": _burn("errors", 0.001)},
+            ),
+            chart(
+                "Latency budget burn by model",
+                "1: as many requests of the last hour were slow as the objective allows.",
+                "short",
+                {"{{model}}": _burn("slow", 0.01)},
+            ),
+        ],
+        "Two versions compared": [
+            chart(
+                "Requests of each version",
+                "Finished per second.",
+                "reqps",
+                {legend: rate("model_requests_total", by, COMPARED)},
+            ),
+            chart(
+                "Latency p50 of each version",
+                "Of whole requests.",
+                "s",
+                {legend: quantile(0.5, OF_MODEL, COMPARED, by)},
+            ),
+            chart(
+                "Latency p99 of each version",
+                "Of whole requests.",
+                "s",
+                {legend: quantile(0.99, OF_MODEL, COMPARED, by)},
+            ),
+            chart(
+                "Errors of each version",
+                "Share of the requests that end in an error of the service or past their deadline.",
+                "percentunit",
+                {
+                    legend: share(
+                        rate("model_requests_total", by, f"{COMPARED}, {FAILURES}"),
+                        rate("model_requests_total", by, COMPARED),
+                    )
+                },
+            ),
+            chart(
+                "Heads per text of each version",
+                "Mean, summed over layers.",
+                "short",
+                {legend: mean("request_heads", by, COMPARED)},
+            ),
+            chart(
+                "Multiply-adds per text of each version",
+                "Mean of what was executed.",
+                "short",
+                {
+                    legend: share(
+                        rate("macs_total", by, COMPARED),
+                        rate("request_heads_count", by, COMPARED),
+                    )
+                },
+            ),
+            chart(
+                "Texts by step, first version",
+                steps,
+                "short",
+                {"step {{budget}}": rate("items_total", "budget", FIRST)},
+                stacked=True,
+            ),
+            chart(
+                "Texts by step, second version",
+                steps,
+                "short",
+                {"step {{budget}}": rate("items_total", "budget", SECOND)},
                 stacked=True,
             ),
         ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from boards import Rows, budgets, engines, runbooks, service
+from boards import Rows, budgets, engines, models, runbooks, service
 from grafana_foundation_sdk.builders.dashboard import (
     AnnotationQuery,
     Dashboard,
@@ -38,6 +38,13 @@ def variable(name: str, label: str, query: str) -> QueryVariable:
     made.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED).sort(VariableSort.ALPHABETICAL_ASC)
     made.multi(True).include_all(True).all_value(".*")
     return made.current(VariableOption(selected=True, text="All", value="$__all"))
+
+
+def one_version(name: str, label: str, order: VariableSort) -> QueryVariable:
+    """Let one version be chosen among those that have metrics in the range, retired ones too."""
+    query = 'label_values(budgetformer_model_requests_total{model=~"$model"}, version)'
+    made = QueryVariable(name).label(label).datasource(DATASOURCE).query(query)
+    return made.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED).sort(order)
 
 
 def annotation(name: str, color: str, query: str) -> AnnotationQuery:
@@ -90,6 +97,12 @@ def board(name: str, title: str, description: str, rows: Rows) -> Dashboard:
     return dashboard
 
 
+def compare_versions(dashboard: Dashboard) -> Dashboard:
+    """Let two versions be chosen: at first the lowest and the highest."""
+    dashboard.with_variable(one_version("first", "Compare", VariableSort.NUMERICAL_ASC))
+    return dashboard.with_variable(one_version("second", "With", VariableSort.NUMERICAL_DESC))
+
+
 def build() -> dict[str, Dashboard]:
     """Return the dashboards by the name of their file."""
     texts = empty("runbooks", "Runbooks", "What each alert means, where to look, what to do.")
@@ -107,6 +120,9 @@ def build() -> dict[str, Dashboard]:
         ),
         "engines": board(
             "engines", "Engine and models", "What computes, and what is served.", engines()
+        ),
+        "models": compare_versions(
+            board("models", "Models", "Each model by itself, and two versions of it.", models())
         ),
         "runbooks": texts,
     }

@@ -54,6 +54,9 @@ DATASOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 WINDOW = "$__rate_interval"
 MODEL = 'model=~"$model"'
 VERSION = f'{MODEL}, version=~"$version"'
+FIRST, SECOND = (f'{MODEL}, version=~"${name}"' for name in ("first", "second"))
+COMPARED = f'{MODEL}, version=~"$first|$second"'
+"""The versions that a dashboard compares."""
 SERVING = 'route=~"/classify|/predict|/|/v2/models/.+/infer|/invocations"'
 
 Queries: TypeAlias = dict[str, str]
@@ -80,9 +83,10 @@ def mean(histogram: str, by: str = "", where: str = "") -> str:
     return share(*parts)
 
 
-def quantile(q: float, histogram: str, where: str = "") -> str:
-    buckets = rate(f"{histogram}_bucket", "le", where)
-    return f"histogram_quantile({q}, {buckets}) >= 0 or vector(0)"
+def quantile(q: float, histogram: str, where: str = "", by: str = "") -> str:
+    buckets = rate(f"{histogram}_bucket", f"{by}, le" if by else "le", where)
+    idle = f"0 * {rate(f'{histogram}_count', by, where)}" if by else "vector(0)"
+    return f"histogram_quantile({q}, {buckets}) >= 0 or {idle}"
 
 
 def gauge(metric: str, by: str, where: str = "", fold: str = "sum") -> str:

@@ -52,10 +52,8 @@ SWAP_PATIENCE = 30.0
 BEAT_SECONDS = 1.0
 MAX_CHANGES = 16
 """Changes of models that may wait for the one that is being made."""
-RETIRED_SECONDS = 900.0
-"""How long the series of a retired version are shown: longer than `Recent` remembers."""
 MAX_RETIRED = 50
-"""Versions whose series are shown for so long; beyond, the oldest go first."""
+"""Retired versions whose series are still shown; beyond, those retired first go first."""
 MAX_FRONTENDS = 1000
 """Frontends whose last report is remembered; beyond, the one heard longest ago goes first."""
 
@@ -69,6 +67,7 @@ class FrontPeer:
         self.pid = 0
         self.heard = time.monotonic()
         self.swapped = self.drained = 0
+        self.cache_bytes = 0
 
 
 class Hub:
@@ -99,6 +98,7 @@ class Hub:
         self._crash_loops: dict[str, str] = {}
         self._problems: dict[str, list[str]] = {}
         self._retired: dict[tuple[str, int], float] = {}
+        self._retired_seconds = settings.retired_series_seconds
         self._load_seconds = settings.load_timeout_seconds
         self._threads = DetachedThreads()
         self._changes = 0
@@ -228,7 +228,7 @@ class Hub:
         """Remove the series of versions that are served no more, some time after they were."""
         while self._retired:
             key, since = next(iter(self._retired.items()))
-            if now - since < RETIRED_SECONDS and len(self._retired) <= MAX_RETIRED:
+            if now - since < self._retired_seconds and len(self._retired) <= MAX_RETIRED:
                 return
             del self._retired[key]
             name, version = key
@@ -283,7 +283,7 @@ class Hub:
             )
         finally:
             self.fronts.discard(front)
-            self._count_fronts()
+            self._measure_fronts()
             self._moved.set()
 
     def _take(self, front: FrontPeer, message: ToHub) -> None:
@@ -291,10 +291,12 @@ class Hub:
         match message:
             case Report():
                 self._count(front.name, message)
+                front.cache_bytes = message.cache_bytes
+                self._measure_fronts()
                 front.say(Acknowledged(message.number))
             case Here():
                 front.name, front.pid = message.frontend, message.pid
-                self._count_fronts()
+                self._measure_fronts()
                 self.metrics.know_routes(message.routes)
                 self.metrics.know_keys(message.keys)
             case Swapped():
@@ -355,8 +357,9 @@ class Hub:
         finally:
             self._changes -= 1
 
-    def _count_fronts(self) -> None:
+    def _measure_fronts(self) -> None:
         self.metrics.fronts.set(sum(front.pid > 0 for front in self.fronts))
+        self.metrics.cache_bytes.set(sum(front.cache_bytes for front in self.fronts))
 
     def _tell_all(self) -> None:
         serving = self._serving()

@@ -36,6 +36,7 @@ from service.ipc.connection import Place
 from service.ipc.engine_client import Engines
 from service.ipc.hub_client import HubLink
 from service.keys import ANONYMOUS, KeyRing
+from service.pipeline.answer_cache import AnswerCache
 from service.pipeline.catalog_follower import Follow
 from service.pipeline.served_models import Models
 from service.settings import Settings
@@ -84,7 +85,10 @@ def create_app(
     models = Models(settings.model_store, settings.default_model, shared)
     routes: list[str] = []
     hub = HubLink(hub_place, lambda serving: follow(serving), routes)
-    follow = Follow(models, engines, hub)
+    cache = None
+    if settings.answer_cache_mib:
+        cache = AnswerCache(settings.answer_cache_mib * 2**20, hub.counts.cache_holds)
+    follow = Follow(models, engines, hub, cache)
     keys = KeyRing(
         settings.all_keys(),
         settings.keys_file,
@@ -92,7 +96,7 @@ def create_app(
         changed=lambda names: hub.know_keys([*names, ANONYMOUS]),
     )
     tracer = None if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
-    state = State(settings, models, engines, hub, tracer, keys)
+    state = State(settings, models, engines, hub, tracer, keys, cache)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -138,7 +142,7 @@ def create_app(
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id"],
-            expose_headers=["Retry-After", "Server-Timing", "X-Quality", "X-Request-Id"],
+            expose_headers=["Retry-After", "Server-Timing", "X-Cache", "X-Quality", "X-Request-Id"],
         )
     app.add_middleware(Head)
     if settings.metrics_port is not None:

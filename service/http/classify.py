@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,6 +26,7 @@ from service.http.bodies import describe_body, read_body, travelled
 from service.http.classify_answer import classify_response
 from service.http.direct import direct
 from service.http.errors import CLASSIFYING, ApiError, ClientGoneError, errors_as
+from service.http.kept_answers import look_up
 from service.http.schemas import (
     ClassifyRequest,
     ClassifyResponse,
@@ -42,6 +43,7 @@ from service.ipc.engine_client import (
     Job,
     NotLoadedError,
 )
+from service.pipeline.answer_cache import AnsweredTexts, Lookup
 from service.pipeline.decision import DecidedTexts
 from service.pipeline.served_models import ServedModel
 from service.settings import DEFAULT_QUALITY
@@ -121,6 +123,7 @@ async def respond(
         check_count(state, len(tokens))
         texts = tokens
     model = state.model(body.model)
+    request.state.served = model.checkpoint
     size = travelled(request.scope["headers"])
     seconds = _seconds(state, body)
     name, caller = model.checkpoint.name, request.state.caller
@@ -140,44 +143,87 @@ async def _respond(
 ) -> Response:
     started = time.monotonic()
     quality = _quality(state, body, model)
-    if isinstance(given, Texts):
-        texts, truncated = given, np.zeros(len(given), bool)
+    lookup = look_up(request, state, body, model, given, quality)
+    if lookup is None:
+        places = range(len(given))
+        found, seconds = await _compute(state, body, model, given, quality, deadline, places)
     else:
-        texts, truncated = await _tokenize(state, model, given, deadline)
-    if not body.truncate:
-        _refuse_overlong(truncated, model)
-    begun = time.monotonic()
-    answers = await _answer(state, body, model, texts, quality, deadline)
+        found, seconds = await _complete(state, body, model, lookup, deadline)
+    answers = found.answers
     computed = time.monotonic()
+    if answers.errors:
+        checkpoint = model.checkpoint
+        state.hub.counts.items_failed(checkpoint.name, checkpoint.version, len(answers.errors))
     # A level that is not the usual one is named: overload lowered it, or a target chose it.
     usual = body.target_ms is None and answers.quality == DEFAULT_QUALITY
     shown = quality if usual else answers.quality
     answered = Answered(
-        request.state.request_id, model, body, shown, texts.window.lengths, truncated, answers
+        request.state.request_id, model, body, shown, found.lengths, found.truncated, answers
     )
     response = write(answered)
     responded = time.monotonic()
     stages = {
-        "tokenize": begun - started,
+        "tokenize": seconds,
         "budget": answers.budget_seconds,
         "queue": answers.queue_seconds,
         "compute": answers.compute_seconds,
     }
-    _measure(state, answered, stages | {"respond": responded - computed})
+    hits = None if lookup is None or lookup.outcome == "miss" else lookup.hits
+    _measure(state, answered, hits, stages | {"respond": responded - computed})
     stages["total"] = time.monotonic() - started
     response.headers["X-Quality"] = str(answers.quality)
+    if lookup is not None:
+        response.headers["X-Cache"] = lookup.outcome
     response.headers["Server-Timing"] = ", ".join(
         f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items()
     )
     return response
 
 
+async def _complete(
+    state: State, body: ClassifyRequest, model: ServedModel, lookup: Lookup, deadline: float
+) -> tuple[AnsweredTexts, float]:
+    """Answer the texts that have no answer in the cache, and return all; see `_compute`."""
+    if not body.truncate:
+        _refuse_overlong(lookup.truncated, model, range(len(lookup.truncated)))
+    if not lookup.misses:
+        return lookup.complete(None), 0.0
+    missing, level = lookup.missing, lookup.asked.quality
+    found, seconds = await _compute(state, body, model, missing, level, deadline, lookup.misses)
+    return lookup.complete(found), seconds
+
+
+async def _compute(
+    state: State,
+    body: ClassifyRequest,
+    model: ServedModel,
+    given: list[Text] | Texts,
+    quality: str | float,
+    deadline: float,
+    places: Sequence[int],
+) -> tuple[AnsweredTexts, float]:
+    """Tokenize and answer texts, whose places in the request are given.
+
+    Returns their answers, and the seconds until they were tokenized.
+    """
+    started = time.monotonic()
+    if isinstance(given, Texts):
+        texts, truncated = given, np.zeros(len(given), bool)
+    else:
+        texts, truncated = await _tokenize(state, model, given, deadline, places)
+    if not body.truncate:
+        _refuse_overlong(truncated, model, places)
+    seconds = time.monotonic() - started
+    answers = await _answer(state, body, model, texts, quality, deadline)
+    return AnsweredTexts(texts.window.lengths, truncated, answers), seconds
+
+
 async def _tokenize(
-    state: State, model: ServedModel, texts: list[Text], deadline: float
+    state: State, model: ServedModel, texts: list[Text], deadline: float, places: Sequence[int]
 ) -> tuple[Texts, Array]:
     """Return the tokens of texts, and which texts have more than the encoder reads, bool [B]."""
     with stage_span(state.tracer, "tokenize") as span:
-        tokenized = await state.tokenize(model, texts, deadline)
+        tokenized = await state.tokenize(model, texts, deadline, places)
         if span.is_recording():
             span.set_attribute("budgetformer.items", len(tokenized))
             span.set_attribute("budgetformer.tokens", sum(map(len, tokenized)))
@@ -309,9 +355,9 @@ def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | f
     return quality
 
 
-def _refuse_overlong(truncated: Array, model: ServedModel) -> None:
+def _refuse_overlong(truncated: Array, model: ServedModel, places: Sequence[int]) -> None:
     if truncated.any():
-        index, most = int(truncated.argmax()), model.checkpoint.manifest.max_tokens
+        index, most = places[int(truncated.argmax())], model.checkpoint.manifest.max_tokens
         message = f"input[{index}] has more than {most} tokens, and truncate is false"
         raise ApiError(422, message, f"input[{index}]", "text_too_long")
 
@@ -358,14 +404,21 @@ async def _wait_no_more(request: Request, waiting: asyncio.Timeout) -> None:
     waiting.reschedule(asyncio.get_running_loop().time())
 
 
-def _measure(state: State, answered: Answered, stages: dict[str, float]) -> None:
+def _measure(
+    state: State, answered: Answered, hits: Array | None, stages: dict[str, float]
+) -> None:
+    """Count what a request took; `hits` are the texts that the cache answered, None: nobody asked.
+
+    Nothing was computed for those.
+    """
     checkpoint, answers, body = answered.checkpoint, answered.answers, answered.body
-    columns: tuple[Array, ...] = (
-        answers.step, answers.heads, answered.lengths, answers.macs, answers.dense_macs,
-    )  # fmt: skip
-    if answers.errors:
-        columns = tuple(column[~answers.failed] for column in columns)
-    budgets, heads, tokens, macs, dense = columns
+    budgets, tokens = answers.step, answered.lengths
+    heads, macs, dense = answers.heads, answers.macs, answers.dense_macs
+    if answers.errors or hits is not None:
+        whole = ~answers.failed
+        computed = whole if hits is None else whole & ~hits
+        budgets, tokens = budgets[whole], tokens[whole]
+        heads, macs, dense = heads[computed], macs[computed], dense[computed]
     quality = answers.quality if checkpoint.calibrated else None
     state.hub.counts.classified(
         checkpoint.name,

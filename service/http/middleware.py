@@ -123,6 +123,7 @@ class Observe:
             outcome = "rejected"
         caller = scope["state"].get("caller")
         name = "" if caller is None else caller.name
+        served = scope["state"].get("served")
         self.counts.request_ended(
             route,
             outcome,
@@ -130,6 +131,7 @@ class Observe:
             refusal=reason if refused else "",
             denial=refusal if refusal in DENIALS else "",
             caller=name,
+            served=served and (served.name, served.version),
         )
         names = {"key": name} if name else {}
         if scope.get("client"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -21,6 +21,7 @@ from service.ipc.connection import DisconnectedError
 from service.ipc.engine_client import Engines
 from service.ipc.hub_client import HubError, HubLink
 from service.keys import KeyRing
+from service.pipeline.answer_cache import AnswerCache
 from service.pipeline.decision import Deciding
 from service.pipeline.served_models import Models, ServedModel, UnknownModelError
 from service.settings import Settings
@@ -42,6 +43,8 @@ class State:
     hub: HubLink
     tracer: Tracer | None
     keys: KeyRing
+    cache: AnswerCache | None = None
+    """Answers that this frontend keeps; None: it keeps none."""
     tokenizing: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
     )
@@ -59,7 +62,11 @@ class State:
             self.tokenizing.submit(together.wait)
 
     async def tokenize(
-        self, model: ServedModel, texts: list[Text], deadline: float
+        self,
+        model: ServedModel,
+        texts: list[Text],
+        deadline: float,
+        places: Sequence[int] | None = None,
     ) -> list[Tokens]:
         """Tokenize texts and pairs, in threads unless they are short.
 
@@ -70,6 +77,7 @@ class State:
             model: whose tokenizer reads them.
             texts: of one request.
             deadline: on the monotonic clock.
+            places: of the texts in the request; None: it has no others.
 
         Raises:
             ApiError: 504, the deadline passed; 500, the tokenizer fails at a text, which is named.
@@ -87,7 +95,8 @@ class State:
         except TimeoutError:
             raise too_late() from None
         except TokenizerError as error:
-            place = f"input[{error.place}]"
+            at = error.place or 0
+            place = f"input[{at if places is None else places[at]}]"
             message = f"{place}: the tokenizer of {model.checkpoint.label} fails at it"
             raise ApiError(500, message, place, "item_failed") from None
 

@@ -122,11 +122,13 @@ class NotShown(Message, frozen=True):
 class Report(Message, frozen=True):
     """What a frontend counted since its report before; sent again until it is acknowledged.
 
-    `number` rises from report to report, so the hub counts none twice.
+    `number` rises from report to report, so the hub counts none twice. `cache_bytes` is the size of
+    the answers that it keeps.
     """
 
     number: int
     difference: Difference
+    cache_bytes: int = 0
 
 
 class Acknowledged(Message, frozen=True):

@@ -69,7 +69,7 @@ class Reports:
         """Return the next report to send; None: too many are not acknowledged."""
         if len(self.unacknowledged) >= MAX_UNACKNOWLEDGED:
             return None
-        report = Report(next(self._numbers), self.counts.take())
+        report = Report(next(self._numbers), self.counts.take(), self.counts.cache_bytes)
         self.unacknowledged.append(report)
         return report
 

@@ -9,6 +9,7 @@ from service.background import Background
 from service.ipc.control_messages import Drained, ServedVersion, Serving, Swapped
 from service.ipc.engine_client import Engines
 from service.ipc.hub_client import NOTHING, HubLink
+from service.pipeline.answer_cache import AnswerCache
 from service.pipeline.served_models import Models, ServedModel
 
 ENGINE_PATIENCE = 5.0
@@ -23,12 +24,16 @@ class Follow:
         models: of this front.
         engines: that compute them.
         hub: is told how far this front is.
+        cache: holds answers of models, until they are retired; None: there is none.
     """
 
-    def __init__(self, models: Models, engines: Engines, hub: HubLink) -> None:
+    def __init__(
+        self, models: Models, engines: Engines, hub: HubLink, cache: AnswerCache | None = None
+    ) -> None:
         self._models = models
         self._engines = engines
         self._hub = hub
+        self._cache = cache
         self._draining: asyncio.Queue[tuple[int, list[ServedModel]]] = asyncio.Queue()
         self._begun = False
         self._background = Background()
@@ -65,4 +70,6 @@ class Follow:
             generation, retired = await self._draining.get()
             for model in retired:
                 await model.until_idle()
+                if self._cache is not None:
+                    self._cache.forget(model)
             self._hub.say(Drained(generation))

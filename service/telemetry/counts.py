@@ -95,6 +95,7 @@ class Counts:
     def __init__(self) -> None:
         self._counters: defaultdict[Series, float] = defaultdict(float)
         self._histograms: defaultdict[Series, Observations] = defaultdict(Observations)
+        self.cache_bytes = 0
 
     def take(self) -> Difference:
         """Return what was counted since the last time."""
@@ -112,6 +113,7 @@ class Counts:
         refusal: str = "",
         denial: str = "",
         caller: str = "",
+        served: tuple[str, int] | None = None,
     ) -> None:
         """Count a request.
 
@@ -122,12 +124,19 @@ class Counts:
             refusal: why it was rejected, if it was: one of `REASONS`.
             denial: why its caller was turned away, if so: one of `DENIALS`.
             caller: name of the caller's key, where it is known.
+            served: model and version that were to classify its texts; None: it asks for none, or
+                for one that is not served.
         """
-        counters = self._counters
+        counters, histograms = self._counters, self._histograms
+        exemplar = current_request().exemplar
         counters["requests", route, outcome] += 1
-        self._histograms["request_duration_seconds", route].observe(
-            DURATIONS, seconds, exemplar=current_request().exemplar
-        )
+        durations = histograms["request_duration_seconds", route]
+        durations.observe(DURATIONS, seconds, exemplar=exemplar)
+        if served is not None:
+            key = served[0], str(served[1])
+            counters["model_requests", *key, outcome] += 1
+            durations = histograms["model_request_duration_seconds", *key]
+            durations.observe(DURATIONS, seconds, exemplar=exemplar)
         if outcome == "cancelled":
             counters["cancelled",] += 1
         elif outcome == "timeout":
@@ -154,14 +163,16 @@ class Counts:
         stages: Mapping[str, float],
         truncated: int,
     ) -> None:
-        """Count the B answered texts of a request, given as columns of B integers.
+        """Count the B answered texts of a request, of which M were computed for it.
+
+        The others were answered before, and kept.
 
         Args:
             model, version: that answered them.
-            budgets: ladder step that answered each text.
-            heads: heads computed for each.
-            tokens: of each.
-            macs, dense_macs: multiply-adds executed, and those of the dense network.
+            budgets: ladder step that answered each text, B integers.
+            heads: heads computed for each that was computed, M integers.
+            tokens: of each text, B integers.
+            macs, dense_macs: multiply-adds executed, and those of the dense network; M integers.
             heads_of_one: heads of the dense network.
             expected: share of the texts that calibration answers at each ladder step; None: it is
                 not known, and `budgets` count as expected.
@@ -178,7 +189,7 @@ class Counts:
         key = model, str(version)
         answered, used = Counter(_integers(budgets)), _integers(heads)
         shares: Mapping[int, float] = answered if expected is None else expected
-        scale = 1 if expected is None else len(used)
+        scale = 1 if expected is None else len(budgets)
         for budget in answered.keys() | shares.keys():
             counters["items", *key, str(budget)] += answered[budget]
             counters["items_expected", *key, str(budget)] += shares.get(budget, 0) * scale
@@ -192,6 +203,19 @@ class Counts:
         counters["heads", *key] += len(used) * heads_of_one
         counters["macs", *key] += sum(_integers(macs))
         counters["dense_macs", *key] += sum(_integers(dense_macs))
+
+    def looked_up(self, model: str, version: int, hits: int, misses: int) -> None:
+        """Count the texts of a request that had an answer in the cache, and those that had none."""
+        self._counters["cache_hits", model, str(version)] += hits
+        self._counters["cache_misses", model, str(version)] += misses
+
+    def cache_holds(self, cache_bytes: int) -> None:
+        """Note the bytes that the answers in the cache take now."""
+        self.cache_bytes = cache_bytes
+
+    def items_failed(self, model: str, version: int, items: int) -> None:
+        """Count the texts of a request that a model version failed to answer."""
+        self._counters["model_items_failed", model, str(version)] += items
 
     def texts_asked(self, caller: str, texts: int) -> None:
         """Count the texts that a caller, by the name of its key, asked for."""

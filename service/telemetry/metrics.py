@@ -66,6 +66,36 @@ class Metrics:
         self.request_duration = self._histogram(
             "request_duration_seconds", "From the first byte to the last.", DURATIONS, "route"
         )
+        self.model_requests = self._counter(
+            "model_requests",
+            "Requests to classify, by the model version that they were for and by outcome.",
+            "model",
+            "version",
+            "outcome",
+        )
+        self.model_request_duration = self._histogram(
+            "model_request_duration_seconds",
+            "From the first byte to the last of requests to classify, by model version.",
+            DURATIONS,
+            "model",
+            "version",
+        )
+        self.model_items_failed = self._counter(
+            "model_items_failed",
+            "Items that a model version failed to answer.",
+            "model",
+            "version",
+        )
+        self.cache_hits = self._counter(
+            "cache_hits", "Items whose answer a frontend had kept.", "model", "version"
+        )
+        self.cache_misses = self._counter(
+            "cache_misses",
+            "Items whose answer a frontend that keeps answers did not have.",
+            "model",
+            "version",
+        )
+        self.cache_bytes = self._gauge("cache_bytes", "Size of the answers that frontends keep.")
         self.request_heads = self._histogram(
             "request_heads",
             "Heads computed for an item, summed over layers.",
@@ -225,10 +255,14 @@ class Metrics:
         """Let every series of a model read 0 from the start."""
         self._models.add((model, version))
         for metric in (
+            self.model_request_duration, self.model_items_failed,
+            self.cache_hits, self.cache_misses,
             self.request_heads, self.item_tokens, self.macs, self.dense_macs, self.heads_used,
             self.heads, self.int8_checked, self.int8_clipped,
         ):  # fmt: skip
             metric.labels(model, version)
+        for outcome in OUTCOMES:
+            self.model_requests.labels(model, version, outcome)
         for gauge in (self.queue_items, self.queue_cost, self.queue_oldest, self.in_flight):
             gauge.labels(model)
         for budget in budgets:
@@ -240,6 +274,8 @@ class Metrics:
         """Remove the series of a model version; what is still told of it is not counted."""
         self._models.discard((model, version))
         for metric in (
+            self.model_requests, self.model_request_duration, self.model_items_failed,
+            self.cache_hits, self.cache_misses,
             self.request_heads, self.items, self.items_expected, self.item_tokens,
             self.macs, self.dense_macs, self.heads_used, self.heads,
             self.int8_checked, self.int8_clipped,

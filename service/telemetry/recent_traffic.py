@@ -93,17 +93,18 @@ def _samples(counter: Counter) -> list[tuple[dict[str, str], float]]:
 
 
 def _between(before: _Totals, after: _Totals, model: str) -> dict[str, Any]:
-    # A series that is new began at 0; one that was removed has not grown.
+    # A series that is new began at 0, as did one that is smaller than before: it was removed, and
+    # its version is served again. One that was removed has not grown.
     budgets: dict[int, int] = {}
     for (name, version, step), count in sorted(after.items.items()):
-        grown = int(count - before.items.get((name, version, step), 0))
+        grown = int(_growth(before.items.get((name, version, step), 0), count))
         if name == model and grown > 0:
             budgets[step] = budgets.get(step, 0) + grown
     spent = [0.0] * 4
     for key, totals in after.spent.items():
         if key[0] == model:
             earlier = before.spent.get(key, (0.0,) * 4)
-            grew = [b - a for a, b in zip(earlier, totals, strict=True)]
+            grew = map(_growth, earlier, totals)
             spent = [a + b for a, b in zip(spent, grew, strict=True)]
     counts = [b - a for a, b in zip(before.durations, after.durations, strict=True)]
     return {
@@ -117,6 +118,10 @@ def _between(before: _Totals, after: _Totals, model: str) -> dict[str, Any]:
         "p50_ms": _quantile_ms(0.5, counts),
         "p99_ms": _quantile_ms(0.99, counts),
     }
+
+
+def _growth(before: float, after: float) -> float:
+    return after - before if after >= before else after
 
 
 def _quantile_ms(share: float, counts: Sequence[float]) -> float | None:

@@ -38,6 +38,10 @@ LOADED = {
                 "Steps as calibrated, in this range"},
     "engines": {"Engines alive", "Models", "Memory", "Batches", "Versions served", "Program",
                 "Loads", "Weights", "Texts by version"},
+    "models": {"Requests by model", "Latency p99 by model", "Requests of each version",
+               "Latency p50 of each version", "Latency p99 of each version",
+               "Heads per text of each version", "Multiply-adds per text of each version",
+               "Texts by step, first version", "Texts by step, second version"},
 }  # fmt: skip
 """Panels that show more than 0 while requests come."""
 

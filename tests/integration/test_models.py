@@ -20,7 +20,6 @@ from structlog.testing import capture_logs
 
 from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.tokenization import Text, TextEncoder, Tokens
-from service.control.hub import RETIRED_SECONDS
 from service.control.poll import StorePoll
 from service.http import state
 from tests.support.serving import ADMIN, ADMIN_KEY, Service, error_of, held, service
@@ -251,6 +250,14 @@ class TestTokenizerThatPanics:
             error = error_of(response, 500, "item_failed", param)
             assert TEXT not in error["message"]
         assert (await one.ask("")).status_code == 200
+
+    async def test_it_is_named_by_its_place_beside_answers_that_were_kept(
+        self, store: Path
+    ) -> None:
+        edit_tokenizer(store / TOPICS / "2", pre_tokenizer={"type": "FixedLength", "length": 0})
+        async with service(store, models=[TOPICS], answer_cache_mib=1) as running:
+            assert (await running.ask("")).headers["x-cache"] == "miss"
+            error_of(await running.ask(["", TEXT]), 500, "item_failed", "input[1]")
 
 
 class TestLoad:
@@ -515,25 +522,31 @@ class TestLoadThatHangs:
 
 
 class TestRetiredVersions:
-    async def test_their_series_are_removed_some_time_later(self, one: Service) -> None:
+    async def test_their_series_are_removed_some_time_later(self, store: Path) -> None:
         async def versions() -> set[str]:
             shown = await one.scrape()
-            return {sample.labels["version"] for sample in shown.select("items_total")}
+            names = ("items_total", "model_requests_total", "model_request_duration_seconds_count")
+            found = [{sample.labels["version"] for sample in shown.select(n)} for n in names]
+            assert found[0] == found[1] == found[2]
+            return found[0]
 
-        await one.ask(TEXT)
-        for version in (2, 1, 2):
-            assert (await load(one, version=version)).status_code == 200
-        await one.ask(TEXT)
-        assert await versions() == {"1", "2"}
-        now = time.monotonic()
-        one.hub.forget_retired(now + RETIRED_SECONDS / 2)
-        assert await versions() == {"1", "2"}
-        one.hub.forget_retired(now + 2 * RETIRED_SECONDS)
-        assert await versions() == {"2"}
-        assert (await one.scrape()).total("items_total", version="2") == 1
-        await one.client.post(f"/models/{TOPICS}/unload", headers=ADMIN)
-        one.hub.forget_retired(now + 2 * RETIRED_SECONDS)
-        assert 'model="' not in (await one.client.get("/metrics")).text
+        async with service(store, models=["topics:1"], retired_series_seconds=60) as one:
+            await one.ask(TEXT)
+            for version in (2, 1, 2):
+                assert (await load(one, version=version)).status_code == 200
+            await one.ask(TEXT)
+            assert await versions() == {"1", "2"}
+            now = time.monotonic()
+            one.hub.forget_retired(now + 30)
+            assert await versions() == {"1", "2"}
+            one.hub.forget_retired(now + 90)
+            assert await versions() == {"2"}
+            shown = await one.scrape()
+            assert shown.total("items_total", version="2") == 1
+            assert shown.total("model_requests_total", version="2") == 1
+            await one.client.post(f"/models/{TOPICS}/unload", headers=ADMIN)
+            one.hub.forget_retired(now + 90)
+            assert 'model="' not in (await one.client.get("/metrics")).text
 
     async def test_there_is_a_bound_on_how_many_are_kept(
         self, one: Service, monkeypatch: pytest.MonkeyPatch

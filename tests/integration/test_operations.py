@@ -361,6 +361,40 @@ async def test_metrics_add_up_to_the_answers(fresh: Service) -> None:
     assert shown.total("in_flight_items", model=TOPICS) >= 0
 
 
+async def test_requests_are_counted_by_the_model_that_they_are_for(fresh: Service) -> None:
+    tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [TEXT]}
+    asked = {
+        "/classify": {"input": TEXT},
+        "/predict": {"inputs": TEXT},
+        "/": {"inputs": TEXT},
+        "/invocations": {"input": TEXT},
+        f"/v2/models/{TOPICS}/infer": {"inputs": [tensor]},
+    }
+    for path, body in asked.items():
+        assert (await fresh.client.post(path, json=body)).status_code == 200
+    error_of(await fresh.ask(TEXT, heads=10_000), 422)
+    bad, good = "otter fox", sentences("music")[0]
+    tokens = (await fresh.item(bad))["tokens"]
+    assert (await fresh.item(good))["tokens"] != tokens
+    with poison(fresh.core.models[TOPICS, 2].network, tokens, "raise"):
+        await fresh.ask([bad, good, bad], heads=HEADS)
+        await fresh.ask(bad, heads=HEADS)
+    # None of these asks a model.
+    error_of(await fresh.ask(TEXT, model="nothing"), 404)
+    error_of(await fresh.ask(TEXT, model=f"{TOPICS}:7"), 404)
+    await fresh.client.post("/tokenize", json={"input": TEXT})
+    await fresh.client.get(f"/models/{TOPICS}")
+
+    shown = await fresh.scrape()
+    counted = {"ok": 7, "invalid": 1, "partial": 1, "error": 1}
+    by_outcome = shown.by("outcome", "model_requests_total", model=TOPICS, version=2)
+    assert {outcome: count for outcome, count in by_outcome.items() if count} == counted
+    assert shown.total("model_requests_total") == 10
+    durations = "model_request_duration_seconds_count"
+    assert shown.total(durations, model=TOPICS, version=2) == shown.total(durations) == 10
+    assert shown.total("model_items_failed_total", model=TOPICS, version=2) == 3
+
+
 async def test_two_engines_share_the_work(model_store: Path) -> None:
     async with service(model_store, engines=2, models=["topics"]) as pair:
         first, second = pair.cores

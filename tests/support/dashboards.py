@@ -24,7 +24,9 @@ class Query:
     def filled(self, window: str, span: str) -> str:
         """Return it as Grafana sends it with every model and version chosen."""
         filled = self.expression.replace("$__rate_interval", window).replace("$__range", span)
-        return filled.replace("$model", ".*").replace("$version", ".*")
+        for variable in ("$model", "$version", "$first", "$second"):
+            filled = filled.replace(variable, ".*")
+        return filled
 
     def __str__(self) -> str:
         return f"{self.board}: {self.panel} {self.ref}"

@@ -68,11 +68,27 @@ def test_every_query_asks_for_metrics_that_exist(query: Query, series: set[str])
 @pytest.mark.parametrize("name", MEASURING)
 def test_a_dashboard_is_filtered_by_model_and_version(name: str, series: set[str]) -> None:
     variables = read_board(name)["templating"]["list"]
-    assert [variable["name"] for variable in variables] == ["datasource", "model", "version"]
+    names = [variable["name"] for variable in variables]
+    compared = ["first", "second"] if name == "models" else []
+    assert names == ["datasource", "model", "version", *compared]
     for variable in variables[1:]:
         assert asked_for(variable["query"]) <= series
-        assert variable["multi"]
-        assert variable["includeAll"]
+        assert variable.get("multi", False) == (variable["name"] not in compared)
+        assert variable.get("includeAll", False) == (variable["name"] not in compared)
+
+
+def test_versions_are_compared_by_every_measure() -> None:
+    """A panel shows both versions, or there are two of them."""
+    both, first, second = 'version=~"$first|$second"', 'version=~"$first"', 'version=~"$second"'
+    asked = [query.expression for query in queries() if query.board == "models"]
+    for metric in (
+        "model_requests_total", "model_request_duration_seconds_bucket", "request_heads_sum",
+        "macs_total", "items_total",
+    ):  # fmt: skip
+        naming = [one for one in asked if f"budgetformer_{metric}{{" in one]
+        assert any(both in one for one in naming) or (
+            any(first in one for one in naming) and any(second in one for one in naming)
+        ), metric
 
 
 @pytest.mark.parametrize("name", MEASURING)

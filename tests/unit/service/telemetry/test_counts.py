@@ -49,6 +49,7 @@ class Request(NamedTuple):
     denial: str
     caller: str
     trace: int
+    failed: int
 
 
 seconds = st.sampled_from(DURATIONS) | st.floats(0, 20)
@@ -70,6 +71,7 @@ requests = st.builds(
     st.sampled_from(["", *DENIALS]),
     st.sampled_from(KEYS),
     st.integers(0, 3),
+    st.integers(0, 2),
 )
 
 
@@ -98,7 +100,9 @@ def count(counts: Counts, request: Request) -> None:
             refusal=request.refusal,
             denial=request.denial,
             caller=request.caller,
+            served=request.served,
         )
+        counts.items_failed(name, version, request.failed)
     if request.caller:
         counts.texts_asked(request.caller, len(request.texts))
     counts.connection_ended(BREAKS[request.trace])
@@ -114,6 +118,8 @@ class OneByOne:
             name: self.make(Counter, name, labels)
             for name, labels in {
                 "requests": ("route", "outcome"),
+                "model_requests": (*of_model, "outcome"),
+                "model_items_failed": of_model,
                 "items": (*of_model, "budget"),
                 "items_expected": (*of_model, "budget"),
                 **dict.fromkeys(("macs", "dense_macs", "heads_used", "heads"), of_model),
@@ -127,6 +133,7 @@ class OneByOne:
             name: self.make(Histogram, name, labels, buckets=bounds)
             for name, bounds, labels in (
                 ("request_duration_seconds", DURATIONS, ("route",)),
+                ("model_request_duration_seconds", DURATIONS, of_model),
                 ("stage_duration_seconds", DURATIONS, ("stage",)),
                 ("request_heads", HEADS, of_model),
                 ("item_tokens", TOKENS, of_model),
@@ -161,6 +168,10 @@ class OneByOne:
         duration = self.histograms["request_duration_seconds"].labels(request.route)
         duration.observe(request.seconds, exemplar)
         self.grow("requests", request.route, request.outcome)
+        duration = self.histograms["model_request_duration_seconds"].labels(*key)
+        duration.observe(request.seconds, exemplar)
+        self.grow("model_requests", *key, request.outcome)
+        self.grow("model_items_failed", *key, by=request.failed)
         if request.outcome == "cancelled":
             self.grow("cancelled")
         elif request.outcome == "timeout":

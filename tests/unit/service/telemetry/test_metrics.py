@@ -26,6 +26,12 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 CONTRACT = {
     "requests": ("counter", {"route", "outcome"}),
     "request_duration_seconds": ("histogram", {"route"}),
+    "model_requests": ("counter", {"model", "version", "outcome"}),
+    "model_request_duration_seconds": ("histogram", {"model", "version"}),
+    "model_items_failed": ("counter", {"model", "version"}),
+    "cache_hits": ("counter", {"model", "version"}),
+    "cache_misses": ("counter", {"model", "version"}),
+    "cache_bytes": ("gauge", set()),
     "request_heads": ("histogram", {"model", "version"}),
     "items": ("counter", {"model", "version", "budget"}),
     "items_expected": ("counter", {"model", "version", "budget"}),
@@ -95,6 +101,11 @@ def test_every_series_reads_0_from_the_start(metrics: Metrics, name: str) -> Non
         ),
         ("requests_total", "route", {"/classify", "other"}),
         (
+            "model_requests_total",
+            "outcome",
+            {"ok", "partial", "invalid", "rejected", "timeout", "cancelled", "error"},
+        ),
+        (
             "stage_duration_seconds_count",
             "stage",
             {"tokenize", "budget", "queue", "compute", "respond"},
@@ -110,7 +121,10 @@ def test_every_value_of_a_label_is_there_from_the_start(
     assert {sample.labels[label] for sample in scrape(metrics).select(name)} == values
 
 
-@pytest.mark.parametrize("name", ["request_duration_seconds", "stage_duration_seconds"])
+@pytest.mark.parametrize(
+    "name",
+    ["request_duration_seconds", "stage_duration_seconds", "model_request_duration_seconds"],
+)
 def test_durations_use_the_ladder_from_half_a_millisecond(metrics: Metrics, name: str) -> None:
     assert scrape(metrics).buckets(name) == DURATIONS
 
@@ -154,7 +168,8 @@ def counted(metrics: Metrics) -> Metrics:
     counts = Counts()
     with serving(RequestContext("r", place)):
         count_texts(counts, *texts, expected={0: 0.5, 1: 0.5}, stages=stages, truncated=1)
-        counts.request_ended("/classify", "ok", 0.006)
+        counts.request_ended("/classify", "ok", 0.006, served=("topics", 1))
+        counts.items_failed("topics", 1, 2)
     metrics.add(counts.take())
     batch = metrics.batch("topics", 2)
     assert batch is not None
@@ -177,6 +192,9 @@ def counted(metrics: Metrics) -> Metrics:
         ("stage_duration_seconds_sum", 0.005),
         ("request_duration_seconds_sum", 0.006),
         ("truncated_total", 1),
+        ("model_requests_total", 1),
+        ("model_request_duration_seconds_sum", 0.006),
+        ("model_items_failed_total", 2),
     ],
 )
 def test_a_request_is_counted_once_everywhere(counted: Metrics, name: str, value: float) -> None:
@@ -199,6 +217,24 @@ def test_where_nothing_was_calibrated_what_happens_is_expected(metrics: Metrics)
     assert shown.by("budget", "items_expected_total") == shown.by("budget", "items_total")
 
 
+def test_texts_whose_answers_were_kept_cost_nothing(metrics: Metrics) -> None:
+    counts = Counts()
+    counts.looked_up("topics", 1, hits=2, misses=1)
+    counts.classified(
+        "topics", 1, budgets=[1, 2, 2], tokens=[5, 6, 7], heads=[4], macs=[10], dense_macs=[60],
+        heads_of_one=8, expected={0: 1.0}, stages={}, truncated=0,
+    )  # fmt: skip
+    metrics.add(counts.take())
+    shown = scrape(metrics)
+    assert shown.by("budget", "items_total") == {"1": 1, "2": 2}
+    assert shown.by("budget", "items_expected_total") == {"0": 3}
+    assert shown.total("item_tokens_sum") == 18
+    assert shown.total("cache_hits_total", model="topics", version=1) == 2
+    assert shown.total("cache_misses_total", model="topics", version=1) == 1
+    spent = {"request_heads_count": 1, "heads_total": 8, "macs_total": 10, "dense_macs_total": 60}
+    assert {name: shown.total(name) for name in spent} == spent
+
+
 def test_exemplars_name_the_trace(counted: Metrics) -> None:
     text = generate_openmetrics(counted.registry).decode()
     named = {
@@ -209,6 +245,7 @@ def test_exemplars_name_the_trace(counted: Metrics) -> None:
     }
     assert named == {
         "budgetformer_request_duration_seconds_bucket",
+        "budgetformer_model_request_duration_seconds_bucket",
         "budgetformer_stage_duration_seconds_bucket",
         "budgetformer_request_heads_bucket",
     }
@@ -270,13 +307,31 @@ def test_roll_outs_do_not_make_the_exposition_grow(metrics: Metrics) -> None:
         version = str(number)
         metrics.know_model("topics", version, [0, 1, 2])
         count_texts(counts, Spent(2, 5, 41, 300, 900), version=number, expected={0: 1.0})
+        counts.request_ended("/classify", "ok", 0.1, served=("topics", number))
+        counts.items_failed("topics", number, 1)
+        counts.looked_up("topics", number, hits=1, misses=1)
         difference = counts.take()
         metrics.add(difference)
         if not number % 250:
-            assert scrape(metrics).total("items_total", version=number) == 1
+            for name in (
+                "items_total", "model_requests_total", "model_items_failed_total",
+                "cache_hits_total", "cache_misses_total",
+            ):  # fmt: skip
+                assert scrape(metrics).total(name, version=number) == 1
         metrics.forget_model("topics", version)
         metrics.add(difference)  # a late one does not bring the series back
     assert series_of_models(metrics) == before
+
+
+def test_a_version_that_is_served_again_counts_from_0(metrics: Metrics) -> None:
+    counts = Counts()
+    counts.request_ended("/classify", "ok", 0.1, served=("topics", 1))
+    metrics.add(counts.take())
+    metrics.forget_model("topics", "1")
+    metrics.know_model("topics", "1", [0, 1, 2])
+    shown = scrape(metrics)
+    assert shown.total("model_requests_total") == 0
+    assert shown.total("model_request_duration_seconds_count", model="topics", version=1) == 0
 
 
 def test_a_model_that_is_gone_leaves_no_series(metrics: Metrics) -> None:

@@ -54,6 +54,20 @@ def test_an_interval_tells_of_what_happened_in_it_over_all_versions(metrics: Met
     assert slot["macs_share"] == 80 / 400
 
 
+def test_a_version_that_is_served_again_began_at_0(metrics: Metrics) -> None:
+    recent = Recent(metrics)
+    answer(metrics, 0.004, HARD, HARD, HARD)
+    recent.sample(100.0)
+    metrics.forget_model("topics", "1")
+    metrics.know_model("topics", "1", range(5))
+    answer(metrics, 0.004, HARD, EASY)
+    recent.sample(105.0)
+    window = recent.tell("topics")["window"]
+    assert window["budgets"] == {0: 1, 4: 1}
+    assert window["heads_share"] == 8 / 16
+    assert window["macs_share"] == 80 / 200
+
+
 def test_times_are_quantiles_within_their_bucket(metrics: Metrics) -> None:
     recent = Recent(metrics)
     recent.sample(0.0)

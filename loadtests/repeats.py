@@ -1,0 +1,110 @@
+"""What kept answers save on traffic in which texts come again: by turns, a server with and without.
+
+    python loadtests/repeats.py --data ag_news/test.parquet [--share 0.2] [--repeats 3]
+
+Each caller sends one text at a time. A text is, with the given probability, one of those that were
+sent before in the same round, any of them as likely as another; else a new one. A second traffic
+has no repeated text: there the cache can only cost. Give texts that step 0 was not fitted on, or it
+answers nearly all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from easy import SETTLE, ask
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from servers import Cores, Server, ours
+from texts import texts_of, with_repeats
+
+CALLERS = 32
+CACHE_MIB = 64
+QUALITIES = ("balanced", "best")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A server under one round of traffic: texts per second, and microseconds of processor time
+    per text."""
+
+    rate: float
+    cpu: float
+
+
+def measure(server: Server, texts: Sequence[str], quality: str) -> Measured:
+    """Send texts, one in a request, and return what they took."""
+    bodies = [json.dumps({"input": text, "quality": quality}).encode() for text in texts]
+    before, began = server.cpu_seconds(), time.monotonic()
+    for _ in ask(server.url, bodies, CALLERS):
+        pass
+    seconds = time.monotonic() - began
+    time.sleep(SETTLE)
+    cpu = server.cpu_seconds() - before
+    return Measured(len(texts) / seconds, 1e6 * cpu / len(texts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="labelled or plain texts; none: made-up ones")
+    parser.add_argument("--share", type=float, default=0.2, help="of texts that come again")
+    parser.add_argument("--texts", type=int, default=1000, help="in one round")
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    cores, flags = Cores.split(1), ["--models=ag_news", "--fronts=1"]
+    shares = (given.share, 0.0)
+    rounds = len(shares) * given.repeats
+    # No round repeats texts of another at the same quality.
+    texts = list(dict.fromkeys(texts_of(given.data, rounds * given.texts)))
+    size = len(texts) // rounds
+    found: dict[tuple[str, float, str], list[Measured]] = {}
+    with ExitStack() as stack:
+        servers = {
+            "without": stack.enter_context(ours(cores.server, *flags)),
+            "with": stack.enter_context(
+                ours(cores.server, *flags, f"--answer-cache-mib={CACHE_MIB}")
+            ),
+        }
+        cores.hold_client()
+        for number in range(rounds):
+            share = shares[number % len(shares)]
+            sent = with_repeats(texts[number * size : (number + 1) * size], share, number)
+            turns = list(servers) if number % 4 < len(shares) else list(reversed(servers))
+            for quality in QUALITIES:
+                for name in turns:
+                    measured = measure(servers[name], sent, quality)
+                    found.setdefault((quality, share, name), []).append(measured)
+    table = Table(
+        "quality", "repeated", "cache", "texts/s", "CPU us/text", "of without", box=box.SIMPLE
+    )
+    for quality, share in product(QUALITIES, shares):
+        plain = [one.cpu for one in found[quality, share, "without"]]
+        for name in servers:
+            own = found[quality, share, name]
+            ratios = sorted(one.cpu / cpu for one, cpu in zip(own, plain, strict=True))
+            table.add_row(
+                quality,
+                f"{share:.0%}",
+                name,
+                f"{statistics.median(one.rate for one in own):.0f}",
+                f"{statistics.median(one.cpu for one in own):.0f}",
+                f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+            )
+    console = Console()
+    console.print(
+        f"{size} texts a round, {given.repeats} rounds each, {CALLERS} callers; {cores.told()}"
+    )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

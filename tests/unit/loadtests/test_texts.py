@@ -1,0 +1,23 @@
+"""Traffic in which texts come again."""
+
+from __future__ import annotations
+
+import pytest
+
+from loadtests.texts import with_repeats
+
+NEW = [f"text {number}" for number in range(2000)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
+def test_the_share_of_texts_that_were_sent_before(share: float) -> None:
+    sent = with_repeats(NEW, share, seed=1)
+    assert len(sent) == len(NEW)
+    first = list(dict.fromkeys(sent))
+    assert first == NEW[: len(first)], "new texts come in their order"
+    assert 1 - len(first) / len(sent) == pytest.approx(share, abs=0.03)
+
+
+def test_the_same_seed_gives_the_same_traffic() -> None:
+    assert with_repeats(NEW, 0.2, seed=1) == with_repeats(NEW, 0.2, seed=1)
+    assert with_repeats(NEW, 0.2, seed=1) != with_repeats(NEW, 0.2, seed=2)

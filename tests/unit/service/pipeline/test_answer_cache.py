@@ -1,0 +1,200 @@
+"""Answers that are kept: each text's own, only for what they were asked for, and so many."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from budgetformer.tokenization import Text
+from service.ipc.answers import COLUMNS, Answers
+from service.pipeline.answer_cache import AnswerCache, AnsweredTexts, Asked, Lookup
+from service.pipeline.served_models import ServedModel, open_model
+from tests.support.stores import TOPICS
+
+BALANCED = Asked("balanced")
+PLENTY = 2**20
+
+
+@pytest.fixture(scope="module")
+def model(model_store: Path) -> ServedModel:
+    return open_model(model_store / TOPICS / "2")
+
+
+def computed(model: ServedModel, count: int, seed: int, **more: Any) -> AnsweredTexts:
+    """Return answers to texts, all of whose columns hold numbers that others hardly have."""
+    draw = np.random.default_rng(seed)
+    labels, steps = len(model.checkpoint.manifest.labels), len(model.checkpoint.ladder)
+    answers = Answers(
+        logits=draw.normal(size=(count, labels)).astype(np.float32),
+        step=draw.integers(0, steps, count, np.int32),
+        predicted=draw.integers(-1, steps, count, np.int32),
+        ran=draw.random((count, steps + 1)) < 0.5,
+        heads=draw.integers(0, 2**20, count, np.int32),
+        macs=draw.integers(0, 2**50, count, np.int64),
+        dense_macs=draw.integers(0, 2**50, count, np.int64),
+        next_step=np.zeros(count, np.int32),
+        quality="balanced",
+        budget_seconds=0.1,
+        queue_seconds=0.2,
+        compute_seconds=0.3,
+    )
+    lengths, truncated = draw.integers(0, 500, count, np.int32), draw.random(count) < 0.5
+    return AnsweredTexts(lengths, truncated, replace(answers, **more))
+
+
+def fill(
+    cache: AnswerCache, model: ServedModel, *texts: Text, asked: Asked = BALANCED, seed: int = 0
+) -> AnsweredTexts:
+    """Have answers to texts computed and kept."""
+    lookup = cache.look_up(model, asked, texts)
+    new = computed(model, len(lookup.misses), seed, quality=asked.quality)
+    return lookup.complete(new)
+
+
+def columns(found: AnsweredTexts) -> dict[str, np.ndarray[Any, Any]]:
+    own = {"lengths": found.lengths, "truncated": found.truncated}
+    return own | {name: getattr(found.answers, name) for name in COLUMNS}
+
+
+def kept(cache: AnswerCache, model: ServedModel, *texts: Text, asked: Asked = BALANCED) -> Lookup:
+    return cache.look_up(model, asked, texts)
+
+
+def test_kept_answers_are_those_that_were_computed(model: ServedModel) -> None:
+    cache = AnswerCache(PLENTY)
+    first = fill(cache, model, "a", "b", ("a", "b"))
+    again = kept(cache, model, ("a", "b"), "a", "b")
+    assert again.outcome == "hit"
+    assert not again.missing
+    found = again.complete(None)
+    for name, column in columns(first).items():
+        same = columns(found)[name]
+        assert same.dtype == column.dtype
+        assert same.flags.c_contiguous
+        np.testing.assert_array_equal(same, column[[2, 0, 1]], name)
+    assert found.answers.quality == "balanced"
+    assert not found.answers.errors
+    assert found.answers.queue_seconds == found.answers.compute_seconds == 0
+
+
+def test_only_texts_without_an_answer_are_computed(model: ServedModel) -> None:
+    cache = AnswerCache(PLENTY)
+    first = fill(cache, model, "a", "b")
+    lookup = kept(cache, model, "x", "b", "y", "a")
+    assert (lookup.outcome, lookup.misses, lookup.missing) == ("partial", [0, 2], ["x", "y"])
+    np.testing.assert_array_equal(lookup.truncated[[1, 3]], first.truncated[[1, 0]])
+    new = computed(model, 2, seed=7)
+    found = lookup.complete(new)
+    for name, column in columns(found).items():
+        np.testing.assert_array_equal(column[[3, 1]], columns(first)[name], name)
+        np.testing.assert_array_equal(column[[0, 2]], columns(new)[name], name)
+    assert found.answers.queue_seconds == 0.2
+    assert kept(cache, model, "x", "y").outcome == "hit"
+
+
+def test_an_item_that_failed_is_named_by_its_place_and_not_kept(model: ServedModel) -> None:
+    cache = AnswerCache(PLENTY)
+    fill(cache, model, "a")
+    new = computed(model, 2, seed=1, errors={1: "it failed"})
+    found = kept(cache, model, "x", "a", "y").complete(new)
+    assert found.answers.errors == {2: "it failed"}
+    assert kept(cache, model, "x", "y").missing == ["y"]
+
+
+def test_answers_at_another_level_than_asked_are_not_kept(model: ServedModel) -> None:
+    cache = AnswerCache(PLENTY)
+    found = kept(cache, model, "a").complete(computed(model, 1, seed=1, quality="fast"))
+    assert found.answers.quality == "fast"
+    assert kept(cache, model, "a").outcome == "miss"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Asked("fast"),
+        Asked("best"),
+        Asked(1.5),
+        Asked("balanced", heads=2),
+        Asked("balanced", max_heads=2),
+        Asked("balanced", caller="web"),
+    ],
+    ids=str,
+)
+def test_an_answer_stands_only_for_what_it_was_asked_for(model: ServedModel, other: Asked) -> None:
+    cache = AnswerCache(PLENTY)
+    fill(cache, model, "a")
+    assert kept(cache, model, "a", asked=other).outcome == "miss"
+    fill(cache, model, "a", asked=other, seed=1)
+    assert kept(cache, model, "a", asked=other).outcome == "hit"
+    assert kept(cache, model, "a").outcome == "hit"
+    assert len(cache) == 2
+
+
+def test_a_pair_is_neither_of_its_texts_nor_both_together(model: ServedModel) -> None:
+    cache = AnswerCache(PLENTY)
+    fill(cache, model, ("ab", "c"))
+    others: list[Text] = ["ab", "abc", ("a", "bc"), ("abc", ""), ("c", "ab"), "ab\0c", "ab c"]
+    assert kept(cache, model, *others).outcome == "miss"
+
+
+def test_the_answers_that_were_used_longest_ago_go_first(model: ServedModel) -> None:
+    one = AnswerCache(PLENTY)
+    fill(one, model, "a")
+    cache = AnswerCache(3 * one.bytes)
+    for text in "abc":
+        fill(cache, model, text)
+    assert cache.bytes == 3 * one.bytes
+    kept(cache, model, "a")
+    fill(cache, model, "d")
+    assert [kept(cache, model, text).outcome for text in "abcd"] == ["hit", "miss", "hit", "hit"]
+    fill(cache, model, *"efgh")
+    assert (len(cache), cache.bytes) == (3, 3 * one.bytes)
+    assert kept(cache, model, *"efgh").missing == ["e"]
+
+
+def test_the_same_text_twice_is_kept_once(model: ServedModel) -> None:
+    one = AnswerCache(PLENTY)
+    fill(one, model, "a")
+    cache = AnswerCache(PLENTY)
+    fill(cache, model, "a", "a")
+    assert (len(cache), cache.bytes) == (1, one.bytes)
+
+
+def test_nothing_is_kept_that_does_not_fit(model: ServedModel) -> None:
+    cache = AnswerCache(10)
+    fill(cache, model, "a")
+    assert (len(cache), cache.bytes) == (0, 0)
+
+
+def test_a_model_that_is_retired_takes_its_answers_with_it(model: ServedModel) -> None:
+    sizes: list[int] = []
+    cache, other = AnswerCache(PLENTY, sizes.append), replace(model)
+    fill(cache, model, "a", "b")
+    half = cache.bytes
+    fill(cache, other, "a", "b", seed=1)
+    assert sizes[-1] == cache.bytes == 2 * half
+    cache.forget(model)
+    assert sizes[-1] == cache.bytes == half
+    assert kept(cache, model, "a", "b").outcome == "miss"
+    assert kept(cache, other, "a", "b").outcome == "hit"
+
+
+def test_answers_take_no_more_memory_than_is_said(model: ServedModel) -> None:
+    cache = AnswerCache(64 * PLENTY)
+    batches = [[f"text {i + j}" for i in range(500)] for j in range(0, 20_000, 500)]
+    new = computed(model, 500, seed=0)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for batch in batches:
+            kept(cache, model, *batch).complete(new)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(cache) == 20_000
+    assert after - before <= cache.bytes <= 1.5 * (after - before)
