@@ -54,7 +54,7 @@ DATASOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 WINDOW = "$__rate_interval"
 MODEL = 'model=~"$model"'
 VERSION = f'{MODEL}, version=~"$version"'
-SERVING = 'route=~"/classify|/predict|/|/v2/models/.+/infer|/invocations"'
+SERVING = 'route=~"/classify|/predict|/|/v2/models/.+/infer|/invocations|grpc ModelInfer"'
 
 Queries: TypeAlias = dict[str, str]
 """Legend to PromQL."""
