@@ -159,7 +159,7 @@ def main() -> None:
     grpc = _grpc_server(settings)
     labels = grpc.labels if grpc else ()
     app = create_app(settings, engines, hub_socket(run_dir), provider, shared, labels)
-    _raise_descriptors(settings.max_connections)
+    _raise_descriptors(settings.max_connections * (1 if grpc is None else 2))
     common: dict[str, Any] = {
         "loop": "uvloop",
         "http": protocol_of(app, settings),
@@ -187,7 +187,9 @@ def main() -> None:
 def _grpc_server(settings: Settings) -> InferenceServer | None:
     if settings.grpc_port is None:
         return None
-    from service.grpc.server import InferenceServer  # which the serving install lacks
+    # Its C library would write a line of its own form for each handshake that fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from service.grpc.server import InferenceServer
 
     return InferenceServer(settings)
 

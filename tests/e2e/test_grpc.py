@@ -205,7 +205,7 @@ def test_tls(model_store: Path, certificate: Path, tmp_path: Path) -> None:
         "default_model": TOPICS,
     }
     url, address = f"http://127.0.0.1:{probes}", f"127.0.0.1:{port}"
-    with server(model_store, tmp_path, engines=1, probes=url, **options):
+    with server(model_store, tmp_path, engines=1, probes=url, **options) as running:
         ours = {"private_key": str(key), "certificate_chain": str(chain)}
         with InferenceServerClient(
             address, ssl=True, root_certificates=str(chain), **ours
@@ -217,6 +217,8 @@ def test_tls(model_store: Path, certificate: Path, tmp_path: Path) -> None:
                 pytest.raises(InferenceServerException, match="UNAVAILABLE"),
             ):
                 infer(client)
+        lines = running.log.read_text().splitlines()
+        assert lines == [line for line in lines if line.startswith("{")]
 
 
 def test_a_port_that_is_taken(model_store: Path, called: Server, address: str) -> None:
