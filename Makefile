@@ -21,7 +21,7 @@ TORCH := $(shell grep ^torch== requirements/torch.in)
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compose test-cluster fuzz chaos soak check-answers audit sbom lint bench bench-quick rivals bench-gpu openapi swagger-ui docs lock clean
+.PHONY: help serve test test-compose test-cluster fuzz chaos soak check-answers audit sbom lint bench bench-quick rivals bench-gpu openapi proto swagger-ui docs lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -87,6 +87,9 @@ sbom: .venv/.audit ## write the bill of materials of the image, CycloneDX, to bu
 openapi: .venv/.serve ## write docs/openapi.json anew from the routes
 	$(BIN)/python -m service.http.openapi docs/openapi.json
 
+proto: .venv/.dev ## compile service/grpc/*.proto anew
+	cd service/grpc && ../../$(BIN)/python -m grpc_tools.protoc --proto_path . --descriptor_set_out messages.binpb inference.proto health.proto
+
 swagger-ui: ## fetch the files of /docs anew: SWAGGER_UI=5.35.0, 1.9 MB; needs npm
 	cd service/http/page && npm pack --silent swagger-ui-dist@$(SWAGGER_UI) && tar xzf swagger-ui-dist-$(SWAGGER_UI).tgz --strip-components 1 $(SWAGGER_FILES:%=package/%) && rm swagger-ui-dist-$(SWAGGER_UI).tgz
 
@@ -95,9 +98,9 @@ docs: .venv/.dev ## build the documentation into site/
 
 lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/serve.txt requirements/torch.in pyproject.toml
-	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra tracing --constraint requirements/serve.txt --output-file requirements/image.txt requirements/torch.in pyproject.toml
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra tracing --extra grpc --constraint requirements/serve.txt --output-file requirements/image.txt requirements/torch.in pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/loadtest.txt requirements/loadtest.in
-	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra gpus --extra dev --extra bench --extra docs --extra remote --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra train --extra gpus --extra dev --extra bench --extra docs --extra remote --extra grpc --constraint requirements/serve.txt --output-file requirements/dev.txt requirements/torch.in pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra cluster --extra chart --constraint requirements/dev.txt --output-file requirements/cluster.txt requirements/torch.in pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra tracing --extra cluster --constraint requirements/image.txt --constraint requirements/cluster.txt --output-file requirements/ray.txt requirements/torch.in pyproject.toml
 	$(BIN)/python requirements/hashes.py requirements/serve.txt requirements/image.txt requirements/dev.txt requirements/loadtest.txt requirements/cluster.txt requirements/ray.txt

@@ -44,6 +44,7 @@ from service.telemetry.logs import configure_logs, drain_logs
 from service.telemetry.traces import open_tracing
 
 if TYPE_CHECKING:
+    from service.grpc.server import InferenceServer
     from service.telemetry.otel import Tracing
 
 log = structlog.get_logger()
@@ -96,7 +97,7 @@ class _SideServer(_SharedServer):
 class _DrainingServer(_SharedServer):
     """Uvicorn, with the app told at the signal, before connections close, and spans kept.
 
-    Another server may stand beside it, and stays until it has drained.
+    Another server may stand beside it, and stays until it has drained. One of gRPC drains first.
     """
 
     def __init__(
@@ -107,22 +108,29 @@ class _DrainingServer(_SharedServer):
         seconds: float,
         tracing: Tracing | None,
         side: _SideServer | None,
+        grpc: InferenceServer | None,
     ) -> None:
         super().__init__(config, app, listener, seconds)
         self._tracing = tracing
         self._side = side
+        self._grpc = grpc
         self._beside: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._side is not None:
             self._beside = asyncio.create_task(self._side.serve([]))
+        if self._grpc is not None:
+            await self._grpc.start(self._app)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.state.shared.admission.draining = True
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._grpc is not None:  # before the application ends, as it does at the end of this
+            self._acceptor.close()
+            await self._grpc.stop()
         await super().shutdown(sockets)
         if self._side is not None and self._beside is not None:
             self._side.should_exit = True
@@ -148,8 +156,10 @@ def main() -> None:
     provider = tracing.provider if tracing else None
     engines = Engines(sockets, first=index)
     shared = run_dir if settings.fronts > 1 else None
-    app = create_app(settings, engines, hub_socket(run_dir), provider, shared)
-    _raise_descriptors(settings.max_connections)
+    grpc = _grpc_server(settings)
+    labels = grpc.labels if grpc else ()
+    app = create_app(settings, engines, hub_socket(run_dir), provider, shared, labels)
+    _raise_descriptors(settings.max_connections * (1 if grpc is None else 2))
     common: dict[str, Any] = {
         "loop": "uvloop",
         "http": protocol_of(app, settings),
@@ -168,10 +178,20 @@ def main() -> None:
     for side_listener in side_listeners:
         side_config = uvicorn.Config(app, lifespan="off", **common)
         side = _SideServer(side_config, app, side_listener, seconds)
-    server = _DrainingServer(config, app, listener, seconds, tracing, side)
+    server = _DrainingServer(config, app, listener, seconds, tracing, side, grpc)
     keep_what_is_here()
     collect_seldom()
     server.run(sockets=[])  # the acceptors' connections are all that there are
+
+
+def _grpc_server(settings: Settings) -> InferenceServer | None:
+    if settings.grpc_port is None:
+        return None
+    # Its C library would write a line of its own form for each handshake that fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from service.grpc.server import InferenceServer
+
+    return InferenceServer(settings)
 
 
 def _tls(settings: Settings) -> dict[str, Any]:

@@ -207,6 +207,22 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def reserve(host: str, port: int) -> socket.socket:
+    """Hold a port for child processes that each listen on it by themselves (SO_REUSEPORT).
+
+    Nobody connects to this socket: it does not listen.
+
+    Raises:
+        SettingsError: the address cannot be had.
+    """
+    bind(host, port).close()  # nobody else listens there, with that option or without
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    holder = socket.socket(family)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    holder.bind((host, port))
+    return holder
+
+
 def child_command(module: str, *arguments: str) -> list[str]:
     """Return the command line of a child process that runs a module of this package."""
     return python_command("-m", module, *arguments)

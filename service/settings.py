@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import cache
+from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -195,6 +196,8 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Serve probes and metrics on this port too, always in plain HTTP, and metrics there alone; all
     frontends answer on it."""
+    grpc_port: int | None = Field(default=None, ge=1, le=65535)
+    """Answer KServe v2 over gRPC on this port, too; needs the extra `grpc`."""
     tls_cert: Path | None = None
     """Certificate chain, PEM: speak TLS."""
     tls_key: Path | None = None
@@ -292,6 +295,12 @@ class Settings(BaseSettings):
             raise ValueError("timeout_ms must not be above max_timeout_ms")
         if self.metrics_port is not None and self.metrics_port == self.port:
             raise ValueError("metrics_port must be another port than port")
+        if self.grpc_port is not None:
+            if self.grpc_port in (self.port, self.metrics_port):
+                raise ValueError("grpc_port must be another port than port and metrics_port")
+            if find_spec("grpc") is None:
+                extra = "pip install 'budgetformer-serving[grpc]'"
+                raise ValueError(f"grpc_port needs gRPC, which is not installed: {extra}")
         return self
 
     @model_validator(mode="after")
@@ -301,8 +310,9 @@ class Settings(BaseSettings):
         steps = [pool.max_step for pool in self.pools.values()]
         if len(set(steps)) < len(steps):
             raise ValueError("pools must differ in max_step")
-        if self.cluster and (self.tls_cert is not None or self.metrics_port is not None):
-            raise ValueError("on a cluster Ray listens: tls_cert and metrics_port do not apply")
+        own = [name for name in ("tls_cert", "metrics_port", "grpc_port") if getattr(self, name)]
+        if self.cluster and own:
+            raise ValueError(f"on a cluster Ray listens: {own[0]} does not apply")
         return self
 
     @classmethod

@@ -57,7 +57,7 @@ VERSION = f'{MODEL}, version=~"$version"'
 FIRST, SECOND = (f'{MODEL}, version=~"${name}"' for name in ("first", "second"))
 COMPARED = f'{MODEL}, version=~"$first|$second"'
 """The versions that a dashboard compares."""
-SERVING = 'route=~"/classify|/predict|/|/v2/models/.+/infer|/invocations"'
+SERVING = 'route=~"/classify|/predict|/|/v2/models/.+/infer|/invocations|grpc ModelInfer"'
 
 Queries: TypeAlias = dict[str, str]
 """Legend to PromQL."""

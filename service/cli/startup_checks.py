@@ -202,12 +202,15 @@ def _memory(settings: Settings, store: Store) -> Finding:
 
 
 def _port(settings: Settings) -> Finding:
-    where = f"{settings.host}:{settings.port}"
+    ports = [settings.port] if settings.grpc_port is None else [settings.port, settings.grpc_port]
     try:
-        bind(settings.host, settings.port).close()
+        for port in ports:
+            bind(settings.host, port).close()
     except BudgetFormerError as error:
-        return Finding("port", "fail", str(error), "another --port or --host, or stop what has it")
-    return Finding("port", "ok", f"{where} is free")
+        advice = "another --port, --grpc-port or --host, or stop what has it"
+        return Finding("port", "fail", str(error), advice)
+    where = " and ".join(f"{settings.host}:{port}" for port in ports)
+    return Finding("port", "ok", f"{where} {'is' if len(ports) == 1 else 'are'} free")
 
 
 def _open_files() -> Finding:

@@ -13,6 +13,7 @@ import socket
 import time
 from asyncio.subprocess import Process
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from service.process import (
     hub_socket,
     keep_what_is_here,
     on_silence,
+    reserve,
     run_folder,
     start,
 )
@@ -298,10 +300,12 @@ def supervise(settings: Settings) -> None:
     ports = (
         [settings.port] if settings.metrics_port is None else [settings.metrics_port, settings.port]
     )
-    # The metrics port first: the system might choose its number where `port` is 0.
+    # Other ports first: the system might choose their numbers where `port` is 0.
+    grpc_port = settings.grpc_port
+    held = nullcontext() if grpc_port is None else reserve(settings.host, grpc_port)
     *side, listener = (bind(settings.host, port) for port in ports)
     host, port = listener.getsockname()[:2]
-    with run_folder() as folder:
+    with held, run_folder() as folder:
         run_dir = Path(folder)
         device, engines = settings.resolved_device(), settings.resolved_engines()
         resolved = settings.model_copy(update={"port": port, "device": device, "engines": engines})

@@ -72,7 +72,9 @@ class Acceptor:
         self._watch()
 
     def close(self) -> None:
-        """Take no more of them."""
+        """Take no more of them, if that is not so already."""
+        if self._listener.fileno() < 0:
+            return
         if self._paused is not None:
             self._paused.cancel()
         asyncio.get_running_loop().remove_reader(self._listener)

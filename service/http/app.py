@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -68,6 +68,7 @@ def create_app(
     hub_place: Place,
     tracer_provider: TracerProvider | None = None,
     shared: Path | None = None,
+    labels: Sequence[str] = (),
 ) -> FastAPI:
     """Build the application of a front.
 
@@ -78,6 +79,7 @@ def create_app(
         tracer_provider: where spans go; None: nobody traces.
         shared: folder through which the frontends of a server hold tables once; None: this one has
             its own.
+        labels: by which requests are counted that do not come over HTTP.
 
     Raises:
         KeysError: the keys are none.
@@ -149,7 +151,7 @@ def create_app(
         app.add_middleware(OperationsPort, port=settings.metrics_port, dialects=dialects)
     app.add_middleware(Observe, state=state, dialects=dialects, log_share=settings.access_log)
     _document(app)
-    routes += [*app.openapi()["paths"], *playground.UNLISTED, OTHER]
+    routes += [*app.openapi()["paths"], *playground.UNLISTED, *labels, OTHER]
     return app
 
 

@@ -114,7 +114,7 @@ class Observe:
             self._count(scope, status, time.monotonic() - started)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", OTHER)
+        route = str(scope.get("label") or getattr(scope.get("route"), "path", OTHER))
         outcome = scope.get("outcome") or _outcome(status)
         refusal = str(scope.get("refusal"))
         reason = _REFUSALS.get(refusal, refusal)
@@ -136,7 +136,7 @@ class Observe:
         names = {"key": name} if name else {}
         if scope.get("client"):
             names["client"] = scope["client"][0]
-        failed = outcome == "error" and not route.startswith(PROBES)
+        failed = outcome == "error" and not scope["path"].startswith(PROBES)
         chosen = failed or random.random() < self.log_share
         write = log.info if chosen else log.debug
         milliseconds = round(seconds * 1000, 2)
@@ -203,6 +203,8 @@ def _traceparent(scope: Scope, headers: dict[bytes, bytes]) -> str:
     span = trace.get_current_span()
     context = span.get_span_context()
     if context.is_valid:
+        if "label" in scope:
+            span.set_attribute("budgetformer.call", scope["label"])
         if scope["query_string"]:  # no route reads it, so it may hold anything, a text too
             span.set_attribute("url.query", "REDACTED")
     elif b"traceparent" in headers:

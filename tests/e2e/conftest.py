@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from tests.support.command_line import command
 from tests.support.processes import Server, server
+from tests.support.programs import program
 from tests.support.serving import ADMIN_KEY
 from tests.support.stores import TOPICS, model_store
 
@@ -21,3 +23,16 @@ def running(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     options["quality_floor"] = "balanced"  # a busy machine is not to change what is answered
     with server(model_store, folder, engines=1, **options) as it:
         yield it
+
+
+@pytest.fixture(scope="package")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a certificate that signs itself, chain.pem, and its key.pem."""
+    folder = tmp_path_factory.mktemp("certificate")
+    command = [
+        program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
+        "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
+        "-keyout", "key.pem", "-out", "chain.pem", "-addext", "subjectAltName=IP:127.0.0.1",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder

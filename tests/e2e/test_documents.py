@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from service.cli.serve import read_serve_settings
 from tests.support.classifiers import save_classifier
 from tests.support.command_line import CommandLine
 from tests.support.documents import PAGES, ROOT, Block, blocks_of
-from tests.support.processes import Server, clean_environment, server
+from tests.support.processes import Server, clean_environment, free_port, server
 from tests.support.programs import program
 from tests.support.serving import ADMIN_KEY
 from tests.support.stores import TOPICS, single_label_rows, write_jsonl
@@ -76,11 +77,18 @@ def named_store(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return store
 
 
+@cache
+def grpc_address() -> str:
+    """Return where the server that the pages speak of answers calls."""
+    return f"127.0.0.1:{free_port()}"
+
+
 @pytest.fixture(scope="module")
 def documented(named_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Return the server that the pages speak of."""
     folder = tmp_path_factory.mktemp("serving")
-    with server(named_store, folder, engines=1, admin_key=ADMIN_KEY) as it:
+    port = grpc_address().partition(":")[2]
+    with server(named_store, folder, engines=1, admin_key=ADMIN_KEY, grpc_port=port) as it:
         yield it
 
 
@@ -134,8 +142,9 @@ def test_a_classifier_of_another_family(
 
 
 def _at(url: str, text: str) -> str:
-    """Let a text name the server of this test instead of the one on port 8000."""
+    """Let a text name the server of this test instead of the one on ports 8000 and 8001."""
     host = url.removeprefix("http://")
+    text = text.replace("127.0.0.1:8001", grpc_address())
     return text.replace("127.0.0.1:8000", host).replace("localhost:8000", host)
 
 

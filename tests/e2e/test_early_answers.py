@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +13,6 @@ import httpx
 import pytest
 
 from tests.support.processes import Server, free_port, server
-from tests.support.programs import program
 from tests.support.stores import TOPICS
 from tests.support.waiting import wait_until
 
@@ -62,18 +60,6 @@ def test_over_tcp(running: Server, status: int) -> None:
 def test_in_a_chunk(running: Server) -> None:
     with plain(running) as it:
         assert answer_to(it, CHUNKED) == 413
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("certificate")
-    command = [
-        program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
-        "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
-        "-keyout", "key.pem", "-out", "chain.pem", "-addext", "subjectAltName=IP:127.0.0.1",
-    ]  # fmt: skip
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    return folder
 
 
 @pytest.fixture(scope="module")

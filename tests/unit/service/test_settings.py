@@ -396,3 +396,27 @@ class TestRootPath:
                 start = path.split("/")[1]
                 complaint = command("serve", "--print-config", f"--root-path=/{start}/x")
                 assert "another path" in complaint.complaint(2)
+
+
+class TestGrpcPort:
+    @pytest.mark.parametrize(
+        ("arguments", "problem"),
+        [
+            (["--grpc-port=0"], "grpc_port"),
+            (["--grpc-port=8000"], "another port than port"),
+            (["--grpc-port=9000", "--metrics-port=9000"], "another port than port and metrics"),
+            (["--grpc-port=8001", "--cluster"], "grpc_port does not apply"),
+        ],
+    )
+    def test_what_it_cannot_be(
+        self, command: CommandLine, arguments: list[str], problem: str
+    ) -> None:
+        assert problem in command("serve", "--print-config", *arguments).complaint(2)
+
+    def test_without_the_package_one_line_says_how_to_get_it(
+        self, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(service.settings, "find_spec", lambda _name: None)
+        complaint = command("serve", "--print-config", "--grpc-port=8001").complaint(2)
+        assert "pip install 'budgetformer-serving[grpc]'" in complaint
+        assert printed(command)["grpc_port"] is None

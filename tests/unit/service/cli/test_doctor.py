@@ -100,11 +100,13 @@ class TestStore:
         assert found("store", tmp_path / "nowhere")[0].state == "fail"
 
 
-def test_a_port_that_is_taken(model_store: Path) -> None:
+@pytest.mark.parametrize("name", ["port", "grpc_port"])
+def test_a_port_that_is_taken(model_store: Path, name: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        (finding,) = found("port", model_store, port=taken.getsockname()[1])
+        ports = {"port": 0, name: taken.getsockname()[1]}
+        (finding,) = found("port", model_store, **ports)
         assert (finding.state, bool(finding.advice)) == ("fail", True)
     (finding,) = found("port", model_store)
     assert finding.state == "ok"

@@ -1,0 +1,151 @@
+"""The gRPC server of a frontend, on a port that it shares with the other frontends.
+
+Every call is a request to the frontend's application (`calls.py`), so keys, limits, deadlines,
+metrics and traces are those of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import grpc
+from fastapi import FastAPI
+
+from service.grpc.application import ask
+from service.grpc.calls import CALLS, Call, HttpRequest
+from service.grpc.messages import Message, decode, messages_of
+from service.http.bodies import max_values
+from service.http.errors import ApiError
+from service.http.kserve import MAX_TOKEN_VALUES
+from service.settings import Settings
+
+IDLE_SECONDS = 75
+"""How long a connection without calls stays open."""
+STATUSES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    415: grpc.StatusCode.INVALID_ARGUMENT,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    499: grpc.StatusCode.CANCELLED,
+    500: grpc.StatusCode.INTERNAL,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+"""What each HTTP status of an error is in gRPC."""
+_FORWARDED = ("authorization", "x-api-key", "x-request-id", "traceparent", "tracestate")
+"""Metadata of a call that the application reads as headers."""
+_ANSWERED = ("x-request-id", "x-quality", "server-timing", "retry-after")
+"""Headers of the application's answers that a caller gets as trailing metadata."""
+_REFUSED = HttpRequest("POST", "/v2/models/-/infer")
+"""Where a call is refused that is no request: after its key was checked."""
+
+
+class InferenceServer:
+    """Answer KServe's calls, and health checks, from the application of a frontend.
+
+    Args:
+        settings: of the server; `grpc_port` is set.
+    """
+
+    labels = tuple(call.label for call in CALLS)
+    """By which the application counts the calls."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    async def start(self, app: FastAPI) -> None:
+        """Begin to take connections.
+
+        Args:
+            app: answers what they ask.
+
+        Raises:
+            RuntimeError: the port cannot be had.
+        """
+        settings = self._settings
+        self._app = app
+        self._most_values = max_values(app.state.shared) + MAX_TOKEN_VALUES
+        # It takes the running event loop when it is made.
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 1),
+                ("grpc.max_receive_message_length", settings.max_body_bytes),
+                ("grpc.max_metadata_size", settings.max_header_bytes),
+                ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
+                ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
+                ("grpc.server_handshake_timeout_ms", int(settings.receive_seconds * 1000)),
+            ],
+            maximum_concurrent_rpcs=settings.max_connections,
+        )
+        for service, calls in groupby(CALLS, lambda call: call.service):
+            # Of a stream of one message, the server says how long it may take to arrive.
+            handlers = {
+                call.method: grpc.stream_unary_rpc_method_handler(partial(self._serve, call))
+                for call in calls
+            }
+            handler = grpc.method_handlers_generic_handler(service, handlers)
+            self._server.add_generic_rpc_handlers((handler,))
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        address = f"{host}:{settings.grpc_port}"
+        if settings.tls_cert is None:
+            self._server.add_insecure_port(address)
+        else:
+            self._server.add_secure_port(address, _credentials(settings))
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Take no more calls, and end when those under way have, or their time to drain is over."""
+        await self._server.stop(self._settings.drain_seconds)
+
+    async def _serve(self, call: Call, messages: AsyncIterator[bytes], context: Any) -> bytes:
+        message, request = None, _REFUSED
+        try:
+            message = await self._receive(call, messages)
+            request = call.ask(message, self._seconds(context))
+        except ApiError as error:
+            request = HttpRequest(_REFUSED.method, _REFUSED.path, refusal=error)
+        given = {name: value for name, value in context.invocation_metadata() if name in _FORWARDED}
+        response = await ask(self._app, request, call.label, given, context.peer())
+        trailing = tuple((n, response.headers[n]) for n in _ANSWERED if n in response.headers)
+        if response.status not in call.statuses or request.refusal is not None:
+            status = STATUSES.get(response.status, grpc.StatusCode.UNKNOWN)
+            await context.abort(status, response.json()["error"], trailing)
+        context.set_trailing_metadata(trailing)
+        return call.encode(response, message)
+
+    async def _receive(self, call: Call, messages: AsyncIterator[bytes]) -> Message:
+        seconds = self._settings.receive_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                data = await anext(messages)
+        except TimeoutError:
+            text = f"the message did not arrive in {seconds:g} s"
+            raise ApiError(408, text, code="request_timeout") from None
+        except StopAsyncIteration:
+            raise ApiError(400, "the call has no message", code="invalid_message") from None
+        kind, _ = messages_of(call.service, call.method)
+        return decode(kind, data, self._most_values)
+
+    def _seconds(self, context: Any) -> float | None:
+        """Return the seconds to a call's deadline, no more than a request may ask for."""
+        left: float | None = context.time_remaining()
+        return None if left is None else min(left, self._settings.max_timeout_ms / 1000)
+
+
+def _credentials(settings: Settings) -> Any:
+    def read(path: Path | None) -> bytes | None:
+        return None if path is None else path.read_bytes()
+
+    authority = read(settings.tls_client_ca)
+    pair = (read(settings.tls_key), read(settings.tls_cert))
+    return grpc.ssl_server_credentials([pair], authority, authority is not None)
