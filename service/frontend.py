@@ -1,6 +1,9 @@
 """A frontend process, which serves HTTP on sockets that it shares with the other frontends.
 
-`python -m service.frontend RUN_DIR INDEX DESCRIPTOR [METRICS_DESCRIPTOR]`
+`python -m service.frontend RUN_DIR INDEX USAGE LISTENER [METRICS_LISTENER]`
+
+The last ones are descriptors: of the file in which frontends count what keys ask for, of the socket
+for callers, and of the one for probes and metrics.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from service.http.admission import Admission
 from service.http.app import create_app, protocol_of
 from service.http.private import new_protocol, open_connections
 from service.ipc.engine_client import Engines
+from service.key_usage import KeyUsage
 from service.process import (
     collect_seldom,
     engine_socket,
@@ -136,7 +140,8 @@ class _DrainingServer(_SharedServer):
 def main() -> None:
     """Run the front."""
     run_dir, index = Path(sys.argv[1]), int(sys.argv[2])
-    listener, *side_listeners = (socket.socket(fileno=int(word)) for word in sys.argv[3:])
+    usage = int(sys.argv[3])
+    listener, *side_listeners = (socket.socket(fileno=int(word)) for word in sys.argv[4:])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = receive_settings()
     exit_with_parent()
@@ -148,7 +153,8 @@ def main() -> None:
     provider = tracing.provider if tracing else None
     engines = Engines(sockets, first=index)
     shared = run_dir if settings.fronts > 1 else None
-    app = create_app(settings, engines, hub_socket(run_dir), provider, shared)
+    counted = KeyUsage(usage, settings.fronts, index)
+    app = create_app(settings, engines, hub_socket(run_dir), provider, shared, counted)
     _raise_descriptors(settings.max_connections)
     common: dict[str, Any] = {
         "loop": "uvloop",

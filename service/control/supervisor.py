@@ -27,6 +27,7 @@ from service.control.mirror import copy_at_start, mirror_of
 from service.control.poll import StorePoll
 from service.environment import is_ours
 from service.ipc.engine_client import EngineClient
+from service.key_usage import make_usage_file
 from service.process import (
     bind,
     child_command,
@@ -190,7 +191,9 @@ class _Server:
             _Child(f"engine-{i}", partial(self._forks.fork, i), self.hub.report_crash_loop)
             for i in range(settings.engines)
         ]
-        descriptors = [listener.fileno() for listener in listeners]
+        # It outlives every frontend: one that starts again finds what its keys have spent.
+        usage = make_usage_file(settings.fronts)
+        descriptors = [usage, *(listener.fileno() for listener in listeners)]
         self._fronts = [
             _Child(
                 f"front-{i}",

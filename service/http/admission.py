@@ -87,16 +87,15 @@ class Admission:
         Raises:
             ApiError: 429, the key has as many requests under way as it may.
         """
-        if caller.busy:
+        if not caller.begin():
             message = "this key has as many requests under way as it may; try again in 1 s"
             raise ApiError(429, message, code="too_many_requests", retry_after=1)
-        caller.requests += 1
         state["under_way"] = caller
 
     def end(self, state: MutableMapping[str, Any]) -> None:
         """Release a request, if it was admitted."""
         if "under_way" in state:
-            state["under_way"].requests -= 1
+            state["under_way"].end()
 
     @contextmanager
     def body(self) -> Iterator[Callable[[int], int]]:

@@ -35,6 +35,7 @@ from service.http.state import State
 from service.ipc.connection import Place
 from service.ipc.engine_client import Engines
 from service.ipc.hub_client import HubLink
+from service.key_usage import KeyUsage
 from service.keys import ANONYMOUS, KeyRing
 from service.pipeline.catalog_follower import Follow
 from service.pipeline.served_models import Models
@@ -67,6 +68,7 @@ def create_app(
     hub_place: Place,
     tracer_provider: TracerProvider | None = None,
     shared: Path | None = None,
+    usage: KeyUsage | None = None,
 ) -> FastAPI:
     """Build the application of a front.
 
@@ -77,6 +79,8 @@ def create_app(
         tracer_provider: where spans go; None: nobody traces.
         shared: folder through which the frontends of a server hold tables once; None: this one has
             its own.
+        usage: where the frontends of a server count what each key asks for; None: this one counts
+            alone.
 
     Raises:
         KeysError: the keys are none.
@@ -89,6 +93,7 @@ def create_app(
         settings.all_keys(),
         settings.keys_file,
         anonymous=settings.anonymous,
+        usage=usage,
         changed=lambda names: hub.know_keys([*names, ANONYMOUS]),
     )
     tracer = None if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
