@@ -44,7 +44,7 @@ from service.process import (
     receive_settings,
 )
 from service.settings import Settings
-from service.telemetry.logs import configure_logs, drain_logs
+from service.telemetry.logs import configure_logs, drain_logs, set_log_level
 from service.telemetry.traces import open_tracing
 
 if TYPE_CHECKING:
@@ -83,6 +83,18 @@ class _SharedServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._acceptor.close()
         await super().shutdown(sockets)
+
+    def renew_certificates(self, settings: Settings) -> None:
+        """Read the certificates again, for connections that come from now on.
+
+        Raises:
+            OSError: they cannot be used; those before stay.
+        """
+        if settings.tls_cert is not None:
+            fresh = uvicorn.Config(self._app, log_config=None, **_tls(settings))
+            fresh.load()
+            assert fresh.ssl is not None
+            self._acceptor.encrypt(fresh.ssl)
 
     def _full(self) -> bool:
         admission: Admission = self._app.state.shared.admission
@@ -175,6 +187,9 @@ def main() -> None:
         side_config = uvicorn.Config(app, lifespan="off", **common)
         side = _SideServer(side_config, app, side_listener, seconds)
     server = _DrainingServer(config, app, listener, seconds, tracing, side)
+    app.state.shared.on_settings += [
+        server.renew_certificates, lambda changed: set_log_level(changed.log_level),
+    ]  # fmt: skip
     keep_what_is_here()
     collect_seldom()
     server.run(sockets=[])  # the acceptors' connections are all that there are

@@ -225,16 +225,25 @@ class KeyRing:
         clock: Callable[[], float] = time.monotonic,
         changed: Callable[[Collection[str]], None] = lambda _: None,
     ) -> None:
-        self._keys = dict(keys)
         self._file = file
         self._usage = usage or KeyUsage()
         self._clock = clock
         self._changed = changed
-        self._anonymous = Caller(ANONYMOUS, {"classify"}) if anonymous else None
         self._callers: dict[str, Caller] = {}
-        self._stamp = self._look()
-        self._looked = clock()
-        self._take()
+        self.configure(keys, anonymous=anonymous)
+
+    def configure(self, keys: Mapping[str, Key], *, anonymous: bool) -> None:
+        """Go by other keys of the settings, and read the file again.
+
+        Raises:
+            KeysError: keys or file are none, or a name stands in both; then nothing has changed.
+        """
+        stamp = self._look()
+        self._take(keys)
+        self._keys = dict(keys)
+        self._anonymous = Caller(ANONYMOUS, {"classify"}) if anonymous else None
+        self._stamp = stamp
+        self._looked = self._clock()
 
     @property
     def names(self) -> list[str]:
@@ -269,7 +278,7 @@ class KeyRing:
             return
         self._stamp = stamp
         try:
-            self._take()
+            self._take(self._keys)
         except KeysError as error:
             log.error("the keys stay as they were", reason=str(error))
         else:
@@ -284,11 +293,11 @@ class KeyRing:
             return None
         return seen.st_mtime_ns, seen.st_size, seen.st_ino
 
-    def _take(self) -> None:
+    def _take(self, own: Mapping[str, Key]) -> None:
         more = {} if self._file is None else read_keys(self._file)
-        if twice := sorted(self._keys.keys() & more.keys()):
+        if twice := sorted(own.keys() & more.keys()):
             raise KeysError(f"{self._file}: {twice[0]} stands in the settings too")
-        keys = check_keys(self._keys | more)
+        keys = check_keys(dict(own) | more)
         self._callers = {
             name: Caller(name, key.scopes, key, self._usage.of(name)) for name, key in keys.items()
         }

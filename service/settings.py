@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
+from pydantic.config import JsonDict
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -41,9 +42,11 @@ GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """One of these is there where a GPU can be."""
 ROUTES = (
     "classify", "docs", "health", "invocations", "metrics", "models", "openapi.json", "ping",
-    "playground", "predict", "tokenize", "v1", "v2",
+    "playground", "predict", "settings", "tokenize", "v1", "v2",
 )  # fmt: skip
 """First parts of the server's own paths."""
+RELOADS: JsonDict = {"reloads": True}
+"""Marks the settings that a running server takes over when it reads them again."""
 _PREFIX = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*")
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+")
 
@@ -91,7 +94,7 @@ class Settings(BaseSettings):
 
     Every option is also an environment variable BUDGETFORMER_<NAME> and a key of the TOML file
     named by --config. The flag wins over the environment, the environment over the file, the file
-    over the default.
+    over the default. Those with `RELOADS` change without a restart.
     """
 
     model_config = SettingsConfigDict(
@@ -145,9 +148,11 @@ class Settings(BaseSettings):
     capabilities, the same at every start; fastest times all of them as a model loads."""
     threads_per_engine: int = Field(default=1, ge=1, le=256)
     """Threads of one engine's passes."""
-    quality: Literal["auto", "fast", "balanced", "best"] | float = "auto"
+    quality: Literal["auto", "fast", "balanced", "best"] | float = Field(
+        default="auto", json_schema_extra=RELOADS
+    )
     """Quality of requests that name none: a level, or the accuracy points that may be given up."""
-    quality_floor: QualityName = "fast"
+    quality_floor: QualityName = Field(default="fast", json_schema_extra=RELOADS)
     """Lowest level that overload may make of `auto`."""
     brownout_queue_ms: float = Field(default=500.0, gt=0)
     """Seconds of queue, in milliseconds, beyond which requests of quality `auto` get less."""
@@ -180,22 +185,22 @@ class Settings(BaseSettings):
     """On SIGTERM, how long requests in flight may take to finish."""
     keys_file: Path | None = None
     """Keys that callers need, as `budgetformer keys new` writes them; read anew when it changes."""
-    keys: Keys = {}
+    keys: Keys = Field(default={}, json_schema_extra=RELOADS)
     """Such keys by name, here instead of in a file of their own."""
     allow_anonymous: bool = False
     """Let callers classify without a key; with no keys at all, they may on loopback."""
-    admin_key: SecretStr | None = None
+    admin_key: SecretStr | None = Field(default=None, json_schema_extra=RELOADS)
     """The key `admin`, in the clear, for loading and unloading models."""
-    admin_key_file: Path | None = None
+    admin_key_file: Path | None = Field(default=None, json_schema_extra=RELOADS)
     """File that holds the admin key, as container secrets do; an empty one holds none."""
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Serve probes and metrics on this port too, always in plain HTTP, and metrics there alone; all
     frontends answer on it."""
-    tls_cert: Path | None = None
+    tls_cert: Path | None = Field(default=None, json_schema_extra=RELOADS)
     """Certificate chain, PEM: speak TLS."""
-    tls_key: Path | None = None
+    tls_key: Path | None = Field(default=None, json_schema_extra=RELOADS)
     """Private key of the certificate, PEM, without a password."""
-    tls_client_ca: Path | None = None
+    tls_client_ca: Path | None = Field(default=None, json_schema_extra=RELOADS)
     """Authorities, PEM, one of which must have signed the certificate that a client shows."""
     trusted_proxies: list[str] = []
     """Proxies, by address or network, whose X-Forwarded-For and X-Forwarded-Proto are believed."""
@@ -208,11 +213,13 @@ class Settings(BaseSettings):
     receive_seconds: float = Field(default=30.0, gt=0)
     """How long a TLS handshake, a request's head and its body may take to arrive, each; and how
     long a client may go on sending after its last answer."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", json_schema_extra=RELOADS
+    )
     """Least important log line to write."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """Form of log lines; auto is readable on a terminal and JSON elsewhere."""
-    access_log: float = Field(default=0.01, ge=0, le=1)
+    access_log: float = Field(default=0.01, ge=0, le=1, json_schema_extra=RELOADS)
     """Share of the requests that get a log line; those that end in an error always do."""
 
     @field_validator("quality")
@@ -358,6 +365,24 @@ class Settings(BaseSettings):
                 context.load_verify_locations(self.tls_client_ca)
             except OSError as error:
                 raise SettingsError(f"tls_client_ca: {error}") from None
+
+    @classmethod
+    def reloadable(cls) -> list[str]:
+        """Return the names of the settings that change without a restart."""
+        return [name for name, field in cls.model_fields.items() if field.json_schema_extra]
+
+    def differences(self, other: Settings) -> tuple[list[str], list[str]]:
+        """Compare two readings of the settings.
+
+        Returns:
+            The names of the settings that differ: those that change without a restart, and those
+            that do not. Whether the server speaks TLS at all does not.
+        """
+        differ = [n for n in type(self).model_fields if getattr(self, n) != getattr(other, n)]
+        changing = set(self.reloadable())
+        if (self.tls_cert is None) != (other.tls_cert is None):
+            changing -= {"tls_cert", "tls_key", "tls_client_ca"}
+        return [n for n in differ if n in changing], [n for n in differ if n not in changing]
 
     def resolved_engines(self) -> int:
         """Return how many engines to run."""

@@ -52,6 +52,7 @@ def serve(context: typer.Context) -> None:
         out.print_json(data=settings.printable())
         return
     settings.check_access()
+    asked, read = settings, functools.partial(_read_again, context.args, dict(os.environ))
     if settings.model is not None:
         settings = _with_classifier(settings, settings.model)
     if settings.cost_tables is not None:
@@ -65,7 +66,24 @@ def serve(context: typer.Context) -> None:
         return
     from service.control.supervisor import supervise
 
-    supervise(settings)
+    supervise(settings, asked, read)
+
+
+def _read_again(arguments: list[str], environment: dict[str, str]) -> Settings:
+    """Read the settings from the same flags and environment, and the file as it is now.
+
+    The server removes its own variables from the environment that its child processes get.
+
+    Raises:
+        SettingsError: a key is unknown or a value is wrong.
+    """
+    before = dict(os.environ)
+    try:
+        os.environ.update(environment)
+        return read_serve_settings(arguments)[0]
+    finally:
+        for name in environment.keys() - before.keys():
+            del os.environ[name]
 
 
 def _with_classifier(settings: Settings, source: str) -> Settings:

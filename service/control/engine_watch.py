@@ -24,7 +24,7 @@ class EngineWatch:
 
     def __init__(self, metrics: Metrics, catalog: Catalog, auto: bool) -> None:
         self._metrics = metrics
-        self._auto = auto
+        self.auto = auto
         self._catalog = catalog
         self._began = time.monotonic()
         self._hellos: dict[int, Hello] = {}
@@ -122,6 +122,6 @@ class EngineWatch:
             metrics.in_flight.labels(model).set(sum(b.in_flight.get(model, 0) for b in beats))
             oldest = max((b.oldest_age.get(model, 0.0) for b in beats), default=0.0)
             metrics.queue_oldest.labels(model).set(oldest)
-            if self._auto and beats and model in self._catalog.served:
+            if self.auto and beats and model in self._catalog.served:
                 lowest = min(QUALITY_RANK[b.quality] for b in beats)
                 metrics.quality_level.labels(model).set(lowest)

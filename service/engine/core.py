@@ -197,6 +197,10 @@ class EngineCore:
             case Unload():
                 self._unload(message, reply)
 
+    def change_floor(self, floor: QualityName) -> None:
+        """Lower quality under overload no further than to this level; heartbeats tell of it."""
+        self.brownout.change_levels(levels_down_to(floor, self.options.quality))
+
     def forget(self, reply: Reply) -> None:
         """Drop everything that a front asked for, which is gone."""
         for request in [r for (owner, _), r in self._requests.items() if owner == reply]:

@@ -22,6 +22,8 @@ from service.ipc.engine_messages import (
     TO_ENGINE,
     BatchRan,
     Classify,
+    Configure,
+    Done,
     Failed,
     Hello,
     Load,
@@ -32,7 +34,7 @@ from service.ipc.engine_messages import (
 )
 from service.process import resident_bytes
 from service.settings import Settings
-from service.telemetry.logs import drain_logs
+from service.telemetry.logs import drain_logs, set_log_level
 
 log = structlog.get_logger()
 
@@ -135,11 +137,15 @@ class EngineServer:
         def handle(message: ToEngine) -> None:
             if isinstance(message, Watch):
                 self._watchers[reply] = 0
+            elif isinstance(message, Configure):
+                set_log_level(message.log_level)
+                self.core.change_floor(message.quality_floor)
+                reply(Done(message.id))
             else:
                 self.receive(message, reply)
 
         def failed(message: ToEngine, reason: str) -> None:
-            if isinstance(message, Classify | Load | Unload):
+            if isinstance(message, Classify | Load | Unload | Configure):
                 reply(Failed(message.id, reason))
 
         try:

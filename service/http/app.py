@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 import budgetformer
-from service.http import classify, health, kserve, playground, sagemaker, tei
+from service.http import classify, health, kserve, playground, sagemaker, settings_routes, tei
 from service.http import model_routes as api_models
 from service.http.authentication import document_keys
 from service.http.connections import ConnectionLimits, GuardedProtocol
@@ -39,6 +39,7 @@ from service.key_usage import KeyUsage
 from service.keys import ANONYMOUS, KeyRing
 from service.pipeline.catalog_follower import Follow
 from service.pipeline.served_models import Models
+from service.process import decode_settings
 from service.settings import Settings
 
 
@@ -87,7 +88,12 @@ def create_app(
     """
     models = Models(settings.model_store, settings.default_model, shared)
     routes: list[str] = []
-    hub = HubLink(hub_place, lambda serving: follow(serving), routes)
+    hub = HubLink(
+        hub_place,
+        lambda serving: follow(serving),
+        routes,
+        configure=lambda line: state.configure(decode_settings(line)),
+    )
     follow = Follow(models, engines, hub)
     keys = KeyRing(
         settings.all_keys(),
@@ -130,7 +136,16 @@ def create_app(
         },
     )
     app.state.shared = state
-    for module in (classify, health, api_models, tei, kserve, sagemaker, playground):
+    for module in (
+        classify,
+        health,
+        api_models,
+        settings_routes,
+        tei,
+        kserve,
+        sagemaker,
+        playground,
+    ):
         app.include_router(module.router)
     declared = api_routes(app)
     dialects = app.state.dialects = Dialects(declared, settings.root_path)
@@ -148,7 +163,7 @@ def create_app(
     app.add_middleware(Head)
     if settings.metrics_port is not None:
         app.add_middleware(OperationsPort, port=settings.metrics_port, dialects=dialects)
-    app.add_middleware(Observe, state=state, dialects=dialects, log_share=settings.access_log)
+    app.add_middleware(Observe, state=state, dialects=dialects)
     _document(app)
     routes += [*app.openapi()["paths"], *playground.UNLISTED, OTHER]
     return app

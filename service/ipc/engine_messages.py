@@ -19,7 +19,7 @@ from budgetformer.model.tfidf import Array
 from service.ipc.answers import Answers
 from service.ipc.frames import FrameError, Message, decoder
 
-PROTOCOL = 7
+PROTOCOL = 8
 
 
 class SentTokens(msgspec.Struct, frozen=True, array_like=True):
@@ -163,6 +163,14 @@ class Unload(Message, frozen=True):
     id: int
     model: str
     version: int
+
+
+class Configure(Message, frozen=True):
+    """Go by these settings from now on."""
+
+    id: int
+    log_level: str
+    quality_floor: QualityName
 
 
 class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
@@ -320,7 +328,7 @@ class Failed(Message, frozen=True):
 
 
 class Done(Message, frozen=True):
-    """A load or unload succeeded."""
+    """A load or unload succeeded, or settings are in force."""
 
     id: int
 
@@ -347,7 +355,7 @@ class BatchRan(Message, frozen=True):
     dropped: int = 0
 
 
-ToEngine: TypeAlias = Classify | Cancel | Load | Unload | Watch
+ToEngine: TypeAlias = Classify | Cancel | Load | Unload | Watch | Configure
 ToFront: TypeAlias = (
     Hello
     | Models

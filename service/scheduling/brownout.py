@@ -50,6 +50,11 @@ class BrownOut:
         """Whether that is less than the normal one."""
         return self._place > 0
 
+    def change_levels(self, levels: Sequence[QualityName]) -> None:
+        """Go by other levels from the same normal one; stay as low as they allow."""
+        self.levels = list(levels)
+        self._place = min(self._place, len(self.levels) - 1)
+
     def observe(self, queued_seconds: float, now: float) -> QualityName:
         """Follow the queue; return the level in force from now on."""
         limits = self.limits

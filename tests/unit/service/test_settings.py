@@ -396,3 +396,25 @@ class TestRootPath:
                 start = path.split("/")[1]
                 complaint = command("serve", "--print-config", f"--root-path=/{start}/x")
                 assert "another path" in complaint.complaint(2)
+
+
+class TestReload:
+    def test_what_changes_without_a_restart(self) -> None:
+        assert set(Settings.reloadable()) == {
+            "quality", "quality_floor", "keys", "admin_key", "admin_key_file", "tls_cert",
+            "tls_key", "tls_client_ca", "log_level", "access_log",
+        }  # fmt: skip
+
+    def test_settings_that_differ_are_told_apart(self) -> None:
+        before = Settings(log_level="info", port=8000, quality="auto")
+        after = Settings(log_level="debug", port=9000, quality="fast", fronts=2)
+        assert before.differences(after) == (["quality", "log_level"], ["port", "fronts"])
+        assert before.differences(before.model_copy()) == ([], [])
+
+    def test_whether_the_server_speaks_tls_stays(self) -> None:
+        plain = Settings()
+        secure = Settings(tls_cert=Path("a"), tls_key=Path("b"))
+        other = Settings(tls_cert=Path("c"), tls_key=Path("b"))
+        assert plain.differences(secure) == ([], ["tls_cert", "tls_key"])
+        assert secure.differences(plain) == ([], ["tls_cert", "tls_key"])
+        assert secure.differences(other) == (["tls_cert"], [])

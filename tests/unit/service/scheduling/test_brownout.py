@@ -88,3 +88,14 @@ def test_it_moves_one_level_at_a_time_and_never_below_the_floor(
 )
 def test_levels_end_at_the_floor(floor: QualityName, levels: list[str]) -> None:
     assert levels_down_to(floor) == levels
+
+
+def test_a_higher_floor_raises_the_level_at_once_and_a_lower_one_lets_it_fall_further() -> None:
+    brown = three()
+    for now in (0.0, 1.0):
+        brown.observe(2.0, now)
+    assert brown.level == "fast"
+    brown.change_levels(["best", "balanced"])
+    assert [brown.level, brown.observe(2.0, 2.0)] == ["balanced", "balanced"]
+    brown.change_levels(["best", "balanced", "fast"])
+    assert [brown.level, brown.observe(2.0, 3.0)] == ["balanced", "fast"]
