@@ -17,7 +17,14 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonDict
 from pydantic_settings import (
     BaseSettings,
@@ -87,6 +94,38 @@ class Pool(BaseModel, extra="forbid", frozen=True):
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError("max_replicas must not be below replicas")
         return self
+
+
+class ModelSettings(BaseModel, extra="forbid", frozen=True):
+    """What one model has of its own; None: the server's.
+
+    Attributes:
+        quality, quality_floor, timeout_ms: see `Settings`.
+        queue_items: most texts of this model that wait in one engine.
+        warm_up_steps: ladder steps whose weights are laid out as the model loads; None: those that
+            its quality levels use. The first who asks for another one waits for it.
+    """
+
+    quality: Literal["auto", "fast", "balanced", "best"] | float | None = None
+    quality_floor: QualityName | None = None
+    queue_items: int | None = Field(default=None, ge=1)
+    timeout_ms: int | None = Field(default=None, ge=1)
+    warm_up_steps: frozenset[Annotated[int, Field(ge=1)]] | None = None
+
+    @field_validator("quality")
+    @classmethod
+    def _sensible_quality(cls, value: str | float | None) -> str | float | None:
+        return _check_quality(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        for name in given if isinstance(given, dict) else ():
+            if name not in cls.model_fields:
+                near = get_close_matches(str(name), cls.model_fields, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"a model has no setting {name!r}{hint}")
+        return given
 
 
 class Settings(BaseSettings):
@@ -169,6 +208,9 @@ class Settings(BaseSettings):
     model_queue_items: dict[str, Annotated[int, Field(ge=1)]] = {}
     """Most texts of one model that wait in one engine, `name=number`; a busy one then leaves room
     for the others."""
+    model_settings: dict[str, ModelSettings] = Field(default={}, json_schema_extra=RELOADS)
+    """What models have of their own, by name: quality, quality_floor, queue_items, timeout_ms,
+    warm_up_steps. In the TOML file a table for each, such as [models.ag_news]."""
     batch_milliseconds: float = Field(default=50.0, gt=0)
     """A batch is filled up to this computing time, and up to twice that where many texts wait."""
     batch_items: int = Field(default=256, ge=1)
@@ -224,10 +266,8 @@ class Settings(BaseSettings):
 
     @field_validator("quality")
     @classmethod
-    def _sensible_quality(cls, value: str | float) -> str | float:
-        if isinstance(value, float) and not 0 <= value <= 100:
-            raise ValueError("quality as a number is 0..100 accuracy points")
-        return value
+    def _sensible_quality(cls, value: str | float) -> str | float | None:
+        return _check_quality(value)
 
     @field_validator("root_path")
     @classmethod
@@ -291,6 +331,9 @@ class Settings(BaseSettings):
             raise ValueError("tls_client_ca takes tls_cert and tls_key")
         if self.timeout_ms > self.max_timeout_ms:
             raise ValueError("timeout_ms must not be above max_timeout_ms")
+        for name, own in self.model_settings.items():
+            if (own.timeout_ms or 0) > self.max_timeout_ms:
+                raise ValueError(f"timeout_ms of {name} must not be above max_timeout_ms")
         if self.metrics_port is not None and self.metrics_port == self.port:
             raise ValueError("metrics_port must be another port than port")
         return self
@@ -321,7 +364,7 @@ class Settings(BaseSettings):
         found = env_settings.env_vars.items()
         env_settings.env_vars = {name: value for name, value in found if name not in foreign}
         path = os.environ.get(f"{PREFIX}{CONFIG_FILE.upper()}")
-        file = TomlConfigSettingsSource(settings_cls, Path(path)) if path else None
+        file = _File(settings_cls, Path(path)) if path else None
         return (init_settings, env_settings, *([file] if file else []))
 
     def all_keys(self) -> dict[str, Key]:
@@ -365,6 +408,34 @@ class Settings(BaseSettings):
                 context.load_verify_locations(self.tls_client_ca)
             except OSError as error:
                 raise SettingsError(f"tls_client_ca: {error}") from None
+
+    def quality_of(self, model: str) -> str | float:
+        """Return the quality of requests to a model that name none."""
+        own = self.model_settings.get(model, _SERVERS).quality
+        return self.quality if own is None else own
+
+    def floor_of(self, model: str) -> QualityName:
+        """Return the lowest level that overload may make of `auto` for a model."""
+        return self.model_settings.get(model, _SERVERS).quality_floor or self.quality_floor
+
+    def timeout_ms_of(self, model: str) -> int:
+        """Return the deadline of requests to a model that name none."""
+        return self.model_settings.get(model, _SERVERS).timeout_ms or self.timeout_ms
+
+    def queue_items(self) -> dict[str, int]:
+        """Return the most texts that wait in one engine, of each model that has a limit."""
+        own = {name: given.queue_items for name, given in self.model_settings.items()}
+        return self.model_queue_items | {name: most for name, most in own.items() if most}
+
+    def model_floors(self) -> dict[str, QualityName]:
+        """Return the floors of the models that have one of their own."""
+        own = {name: given.quality_floor for name, given in self.model_settings.items()}
+        return {name: floor for name, floor in own.items() if floor}
+
+    def warm_up_steps(self) -> dict[str, list[int]]:
+        """Return the warm-up steps of the models that have some of their own."""
+        own = {name: given.warm_up_steps for name, given in self.model_settings.items()}
+        return {name: sorted(steps) for name, steps in own.items() if steps is not None}
 
     @classmethod
     def reloadable(cls) -> list[str]:
@@ -415,6 +486,29 @@ class Settings(BaseSettings):
         return self.model_dump(mode="json")
 
 
+_SERVERS = ModelSettings()
+
+
+class _File(TomlConfigSettingsSource):
+    """The TOML file, in which `models` may be a list of models or the tables of their settings."""
+
+    def __call__(self) -> dict[str, Any]:
+        given = super().__call__()
+        if isinstance(given.get("models"), dict):
+            if "model_settings" in given:
+                raise SettingsError("[models.NAME] and model_settings are the same: give one")
+            given = {**given, "model_settings": given["models"]}
+            del given["models"]
+        return given
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing that is wrong, and where, in one line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
+
+
 @cache
 def gpu_count() -> int:
     """Return how many GPUs torch can use.
@@ -427,6 +521,12 @@ def gpu_count() -> int:
     ask = python_command("-c", "import torch; print(torch.cuda.device_count())")
     asked = subprocess.run(ask, capture_output=True, text=True, check=False)
     return int(asked.stdout) if asked.returncode == 0 else 0
+
+
+def _check_quality(value: str | float | None) -> str | float | None:
+    if isinstance(value, float) and not 0 <= value <= 100:
+        raise ValueError("quality as a number is 0..100 accuracy points")
+    return value
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -27,6 +27,7 @@ from service.settings import (
     CONFIG_FILE,
     Settings,
     SettingsError,
+    first_problem,
     refuse_unknown_environment,
 )
 from service.telemetry.logs import configure_logs
@@ -158,9 +159,7 @@ def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
         source = _flags()(args=arguments)
         return Settings(_cli_settings_source=source), print_config  # type: ignore[call-arg]
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise SettingsError(f"{where}: {first['msg']}" if where else first["msg"]) from error
+        raise SettingsError(first_problem(error)) from error
     except (SourceError, ValueError) as error:
         raise SettingsError(str(error)) from error
 

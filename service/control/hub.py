@@ -16,6 +16,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import BudgetFormerError, CheckpointError
+from budgetformer.inference.policy import QualityName
 from service.background import Background, DetachedThreads, StillRunningError, run_forever
 from service.control.catalog import Catalog, UnknownModelError
 from service.control.engine_watch import EngineWatch
@@ -47,6 +48,7 @@ from service.ipc.control_messages import (
 )
 from service.ipc.engine_messages import Configure
 from service.process import encode_settings
+from service.scheduling.brownout import kept_above
 from service.settings import DEFAULT_QUALITY, Settings
 from service.telemetry.metrics import QUALITY_RANK, Metrics
 from service.telemetry.processes import Family, only_this_process
@@ -109,7 +111,7 @@ class Hub:
         self.metrics.know_engines(len(sockets))
         self.catalog = catalog
         self.recent = Recent(self.metrics)
-        self.watch = EngineWatch(self.metrics, self.catalog, settings.quality == "auto")
+        self.watch = EngineWatch(self.metrics, self.catalog, self._level_shown)
         self.fleet = Fleet(sockets, self.watch, self._tell_all, settings.load_timeout_seconds)
         self.fronts: set[FrontPeer] = set()
         self._family = family
@@ -131,6 +133,19 @@ class Hub:
         for checkpoint in self.catalog.served.values():
             self._announce(checkpoint)
             self.fleet.wanted[checkpoint.name, checkpoint.version] = checkpoint.path
+
+        self._name_unserved()
+
+    def _name_unserved(self) -> None:
+        """Say which models have settings and are not served: they may come, or it is a mistake."""
+        if unserved := sorted(self.settings.model_settings.keys() - self.catalog.served.keys()):
+            log.warning("settings of models that are not served", models=unserved)
+
+    def _level_shown(self, model: str, level: QualityName) -> QualityName | None:
+        """Return the level of a model where the load allows this one; None: it is fixed."""
+        if self.settings.quality_of(model) != "auto":
+            return None
+        return kept_above(self.settings.floor_of(model), level)
 
     async def serve(self, socket: Path | None = None) -> None:
         """Listen on `socket` until cancelled; None: fronts come in another way, to `came`."""
@@ -233,7 +248,7 @@ class Hub:
         self.watch.show_models()
 
     def _show_quality(self, model: str) -> None:
-        quality = self.settings.quality
+        quality = self.settings.quality_of(model)
         usual = DEFAULT_QUALITY if quality == "auto" else quality
         rank = QUALITY_RANK.get(usual, 0) if isinstance(usual, str) else 0
         for gauge in (self.metrics.quality_level, self.metrics.quality_configured):
@@ -302,14 +317,17 @@ class Hub:
             The names of the processes that do not go by them after `SETTINGS_PATIENCE`.
         """
         self.settings = settings
-        self.watch.auto = settings.quality == "auto"
+        self._name_unserved()
         for model in self.catalog.served:
             self._show_quality(model)
         self._settings_generation += 1
         generation = self._settings_generation
         for front in self.fronts:
             front.say(self._new_settings())
-        wanted = Configure(0, settings.log_level, settings.quality_floor)
+        wanted = Configure(
+            0, settings.log_level, settings.quality_floor, settings.model_floors(),
+            settings.queue_items(), settings.warm_up_steps(),
+        )  # fmt: skip
         configuring = asyncio.create_task(self.fleet.configure(wanted, SETTINGS_PATIENCE))
         with suppress(TimeoutError):
             async with asyncio.timeout(SETTINGS_PATIENCE):

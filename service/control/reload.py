@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Callable
 
 import structlog
+from pydantic import ValidationError
 
 from budgetformer.errors import BudgetFormerError
 from service.control.hub import Hub
 from service.ipc.control_messages import SettingsReloaded
-from service.settings import Settings
+from service.process import decode_settings, encode_settings
+from service.settings import Settings, SettingsError, first_problem
 from service.telemetry.logs import set_log_level
 
 log = structlog.get_logger()
@@ -45,8 +47,7 @@ class Reload:
                 now = self._read()
                 changed, fixed = self._asked.differences(now)
                 change = {name: getattr(now, name) for name in changed}
-                settings = self._hub.settings.model_copy(update=change)
-                settings.check_access()
+                settings = _checked(self._hub.settings.model_copy(update=change))
             except BudgetFormerError as error:
                 log.error("settings not reloaded, nothing has changed", reason=str(error))
                 raise
@@ -65,3 +66,17 @@ class Reload:
             return  # it is logged
         except Exception as error:  # whatever it is, the server goes on
             log.error("settings not reloaded", exc_info=error)
+
+
+def _checked(settings: Settings) -> Settings:
+    """Return settings as every process will read them.
+
+    Raises:
+        BudgetFormerError: they do not fit together, though each of them did where it came from.
+    """
+    try:
+        checked = decode_settings(encode_settings(settings))
+    except ValidationError as error:
+        raise SettingsError(first_problem(error)) from None
+    checked.check_access()
+    return checked

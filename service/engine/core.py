@@ -55,7 +55,13 @@ from service.process import return_memory
 from service.scheduling.admission import Refusal, admit
 from service.scheduling.arrivals import decided_together
 from service.scheduling.batch_limit import BatchLimit
-from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
+from service.scheduling.brownout import (
+    BrownOut,
+    BrownOutLimits,
+    kept_above,
+    levels_down_to,
+    lowest,
+)
 from service.scheduling.buckets import Buckets, Span, lane_of
 from service.scheduling.drain import Drain
 from service.scheduling.heap import Heap
@@ -82,6 +88,8 @@ class EngineOptions:
         quality: level of requests that leave it to the engine, while there is no overload.
         quality_floor: the lowest that overload may make of it.
         brownout_seconds: of queue, beyond which it does.
+        model_floors: lowest level of models that have one of their own, by name.
+        warm_up_steps: ladder steps that are laid out as a model loads, by its name.
         max_step: the highest ladder step that it computes, None: any. An item that needs a higher
             one is given back with what it needs, for an engine that does.
     """
@@ -93,7 +101,21 @@ class EngineOptions:
     quality_floor: QualityName = "fast"
     brownout_seconds: float = 0.5
     model_queue_items: Mapping[str, int] = field(default_factory=dict)
+    model_floors: Mapping[str, QualityName] = field(default_factory=dict)
+    warm_up_steps: Mapping[str, Sequence[int]] = field(default_factory=dict)
     max_step: int | None = None
+
+    @property
+    def levels(self) -> list[QualityName]:
+        """Levels from the normal one down to the lowest that some model may have."""
+        return levels_down_to(
+            lowest([self.quality_floor, *self.model_floors.values()]), self.quality
+        )
+
+    def level_of(self, model: str, level: QualityName) -> QualityName:
+        """Return the level of a model when the load allows this one."""
+        floor = self.model_floors.get(model, self.quality_floor)
+        return kept_above(floor, level, self.quality)
 
 
 class EngineCore:
@@ -129,8 +151,7 @@ class EngineCore:
         self.prices = Prices()
         self.drain = Drain()
         limits = BrownOutLimits(options.brownout_seconds, options.brownout_seconds / 4)
-        levels = levels_down_to(options.quality_floor, options.quality)
-        self.brownout = BrownOut(levels, limits)
+        self.brownout = BrownOut(options.levels, limits)
         self.broadcast: Reply = lambda _: None
         self.spans: PassSpans | None = None
         self.computed_seconds = 0.0
@@ -197,9 +218,10 @@ class EngineCore:
             case Unload():
                 self._unload(message, reply)
 
-    def change_floor(self, floor: QualityName) -> None:
-        """Lower quality under overload no further than to this level; heartbeats tell of it."""
-        self.brownout.change_levels(levels_down_to(floor, self.options.quality))
+    def configure(self, options: EngineOptions) -> None:
+        """Go by other floors, shares of the queue and warm-up steps."""
+        self.options = options
+        self.brownout.change_levels(options.levels)
 
     def forget(self, reply: Reply) -> None:
         """Drop everything that a front asked for, which is gone."""
@@ -237,7 +259,7 @@ class EngineCore:
             FrameError: the columns of the message do not fit together.
         """
         queued = self.queued_seconds
-        level = self._level(queued)
+        level = self.options.level_of(message.model, self._level(queued))
         texts = message.texts.read()
         if not len(texts):
             raise FrameError("there is no text")
@@ -608,7 +630,8 @@ class EngineCore:
 
         def work() -> LoadedModel:
             _use(self.device)
-            return load_model(path, self.device, self.precision, self.tables, self.shared)
+            steps = self.options.warm_up_steps
+            return load_model(path, self.device, self.precision, self.tables, self.shared, steps)
 
         try:
             async with self._loading:  # one at a time; one that is given up is not waited for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -61,7 +62,9 @@ def core_of(
         settings.batch_items,
         quality_floor=settings.quality_floor,
         brownout_seconds=settings.brownout_queue_ms / 1000,
-        model_queue_items=settings.model_queue_items,
+        model_queue_items=settings.queue_items(),
+        model_floors=settings.model_floors(),
+        warm_up_steps=settings.warm_up_steps(),
         max_step=max_step,
     )
     tables = read_tables(settings.cost_tables) if settings.cost_tables else {}
@@ -139,7 +142,15 @@ class EngineServer:
                 self._watchers[reply] = 0
             elif isinstance(message, Configure):
                 set_log_level(message.log_level)
-                self.core.change_floor(message.quality_floor)
+                self.core.configure(
+                    dataclasses.replace(
+                        self.core.options,
+                        quality_floor=message.quality_floor,
+                        model_floors=message.model_floors,
+                        model_queue_items=message.queue_items,
+                        warm_up_steps=message.warm_up_steps,
+                    )
+                )
                 reply(Done(message.id))
             else:
                 self.receive(message, reply)

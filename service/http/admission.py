@@ -49,6 +49,10 @@ class Admission:
         self._engines = engines
         self._counts = counts
 
+    def configure(self, settings: Settings) -> None:
+        """Go by other settings."""
+        self._settings = settings
+
     def connection(self, count: int) -> None:
         """Admit a connection, the `count`th of those open now.
 
@@ -167,7 +171,7 @@ class Admission:
             answered = True
         except RefusedError as error:
             # A model's own share of the queue says nothing of other models.
-            shared = model not in self._settings.model_queue_items
+            shared = model not in self._settings.queue_items()
             if shedding.is_late_deadline(seconds) if error.reason == "deadline" else shared:
                 shedding.learn_refusal(size, shedding.texts - count)
             caller.give_back(count)

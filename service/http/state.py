@@ -60,6 +60,7 @@ class State:
         for follow in self.on_settings:
             follow(settings)
         self.keys.configure(settings.all_keys(), anonymous=settings.anonymous)
+        self.admission.configure(settings)
         self.settings = settings
 
     def __post_init__(self) -> None:

@@ -166,11 +166,18 @@ class Unload(Message, frozen=True):
 
 
 class Configure(Message, frozen=True):
-    """Go by these settings from now on."""
+    """Go by these settings from now on: the server's, and what some models have of their own.
+
+    `queue_items` is the most texts of a model that wait, for those that have a limit. Warm-up steps
+    count when a model is loaded next.
+    """
 
     id: int
     log_level: str
     quality_floor: QualityName
+    model_floors: dict[str, QualityName]
+    queue_items: dict[str, int]
+    warm_up_steps: dict[str, list[int]]
 
 
 class ModelInfo(msgspec.Struct, frozen=True, array_like=True):

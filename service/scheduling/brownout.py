@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from budgetformer.inference.policy import QualityName
@@ -73,6 +73,26 @@ class BrownOut:
     def _move(self, steps: int, now: float) -> None:
         self._place += steps
         self._changed = now
+
+
+_RISING: list[QualityName] = ["fast", "balanced", "best"]
+
+
+def lowest(floors: Iterable[QualityName]) -> QualityName:
+    """Return the lowest of some levels."""
+    return min(floors, key=_RISING.index)
+
+
+def kept_above(
+    floor: QualityName, level: QualityName, normal: QualityName = "balanced"
+) -> QualityName:
+    """Return the level in force, or the floor where that is higher, but not above the normal one.
+
+    >>> kept_above("balanced", "fast")
+    'balanced'
+    """
+    places = [_RISING.index(one) for one in (floor, level, normal)]
+    return _RISING[max(places[1], min(places[0], places[2]))]
 
 
 def levels_down_to(floor: QualityName, normal: QualityName = "balanced") -> list[QualityName]:

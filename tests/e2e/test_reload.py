@@ -120,6 +120,14 @@ def test_a_frontend_that_is_killed_comes_back_with_the_new_settings(
     assert qualities(running) == {"fast"}
 
 
+def test_a_table_of_the_file_changes_one_model(running: Server, file: Path) -> None:
+    file.write_text(f'{FIRST}[models.{TOPICS}]\nquality = "best"\n[models.absent]\n')
+    assert reload(running).json()["changed"] == ["model_settings"]
+    assert qualities(running) == {"best"}
+    (line,) = [one for one in lines(running) if one.get("models") == ["absent"]]
+    assert line["level"] == "warning"
+
+
 def test_what_is_wrong_changes_nothing_and_what_may_not_change_is_named(
     running: Server, file: Path
 ) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
 from service.control import hub as hub_module
 from service.control.hub import FrontPeer
 from service.control.reload import Reload
 from service.keys import Key, digest
-from service.settings import Settings, SettingsError
+from service.settings import ModelSettings, Settings, SettingsError
 from tests.support.serving import ADMIN, Service, error_of, service
 from tests.support.stores import TOPICS, sentences
 from tests.support.waiting import until
@@ -73,6 +74,33 @@ async def test_what_differs_is_in_force_everywhere_when_the_answer_comes(
     shown = await running.service.scrape()
     assert shown.total("quality_level_configured", model=TOPICS) == 3
     assert (await running.reload())["changed"] == []
+
+
+async def test_a_model_may_have_settings_of_its_own(running: Changeable) -> None:
+    own = {
+        TOPICS: ModelSettings(
+            quality="fast", quality_floor="balanced", queue_items=3, timeout_ms=1
+        ),
+        "absent": ModelSettings(quality="best"),
+    }
+    running.next(model_settings=own)
+    with capture_logs() as lines:
+        assert (await running.reload())["changed"] == ["model_settings"]
+    (line,) = [one for one in lines if one["event"] == "settings of models that are not served"]
+    assert line["models"] == ["absent"]
+    shown = await running.service.scrape()
+    assert shown.total("quality_level_configured", model=TOPICS) == 1
+    for client in running.clients:
+        late = await client.post("/classify", json={"input": [TEXT] * 40, "heads": 4})
+        error_of(late, 504, param="timeout_ms")
+        answer = await client.post("/classify", json={"input": TEXT, "timeout_ms": 30_000})
+        assert answer.headers["x-quality"] == "fast"
+    for core in running.service.cores:
+        assert core.options.level_of(TOPICS, "fast") == "balanced"
+        assert core.options.level_of("other", "fast") == "fast"
+        assert core.options.model_queue_items == {TOPICS: 3}
+    refused = await running.service.ask([TEXT] * 4, heads=4, timeout_ms=30_000)
+    assert refused.status_code == 200, "an idle engine takes a request that is larger"
 
 
 async def test_what_may_not_change_is_named_each_time_and_stays(running: Changeable) -> None:

@@ -78,7 +78,15 @@ TO_ENGINE = {
     ),
     Cancel: st.builds(Cancel, numbers),
     Load: st.builds(Load, numbers, words),
-    Configure: st.builds(Configure, numbers, words, st.sampled_from(QUALITY_NAMES)),
+    Configure: st.builds(
+        Configure,
+        numbers,
+        words,
+        st.sampled_from(QUALITY_NAMES),
+        st.dictionaries(words, st.sampled_from(QUALITY_NAMES), max_size=2),
+        st.dictionaries(words, numbers, max_size=2),
+        st.dictionaries(words, st.lists(numbers, max_size=2), max_size=2),
+    ),
     Unload: st.builds(Unload, numbers, words, numbers),
     Watch: st.builds(Watch),
 }
