@@ -1,6 +1,9 @@
 """A frontend process, which serves HTTP on sockets that it shares with the other frontends.
 
-`python -m service.frontend RUN_DIR INDEX DESCRIPTOR [METRICS_DESCRIPTOR]`
+`python -m service.frontend RUN_DIR INDEX USAGE LISTENER [METRICS_LISTENER]`
+
+The last ones are descriptors: of the file in which frontends count what keys ask for, of the socket
+for callers, and of the one for probes and metrics.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from service.http.admission import Admission
 from service.http.app import create_app, protocol_of
 from service.http.private import new_protocol, open_connections
 from service.ipc.engine_client import Engines
+from service.key_usage import KeyUsage
 from service.process import (
     collect_seldom,
     engine_socket,
@@ -40,7 +44,7 @@ from service.process import (
     receive_settings,
 )
 from service.settings import Settings
-from service.telemetry.logs import configure_logs, drain_logs
+from service.telemetry.logs import configure_logs, drain_logs, set_log_level
 from service.telemetry.traces import open_tracing
 
 if TYPE_CHECKING:
@@ -80,6 +84,18 @@ class _SharedServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._acceptor.close()
         await super().shutdown(sockets)
+
+    def renew_certificates(self, settings: Settings) -> None:
+        """Read the certificates again, for connections that come from now on.
+
+        Raises:
+            OSError: they cannot be used; those before stay.
+        """
+        if settings.tls_cert is not None:
+            fresh = uvicorn.Config(self._app, log_config=None, **_tls(settings))
+            fresh.load()
+            assert fresh.ssl is not None
+            self._acceptor.encrypt(fresh.ssl)
 
     def _full(self) -> bool:
         admission: Admission = self._app.state.shared.admission
@@ -144,7 +160,8 @@ class _DrainingServer(_SharedServer):
 def main() -> None:
     """Run the front."""
     run_dir, index = Path(sys.argv[1]), int(sys.argv[2])
-    listener, *side_listeners = (socket.socket(fileno=int(word)) for word in sys.argv[3:])
+    usage = int(sys.argv[3])
+    listener, *side_listeners = (socket.socket(fileno=int(word)) for word in sys.argv[4:])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = receive_settings()
     exit_with_parent()
@@ -156,9 +173,10 @@ def main() -> None:
     provider = tracing.provider if tracing else None
     engines = Engines(sockets, first=index)
     shared = run_dir if settings.fronts > 1 else None
+    counted = KeyUsage(usage, settings.fronts, index)
     grpc = _grpc_server(settings)
     labels = grpc.labels if grpc else ()
-    app = create_app(settings, engines, hub_socket(run_dir), provider, shared, labels)
+    app = create_app(settings, engines, hub_socket(run_dir), provider, shared, labels, counted)
     _raise_descriptors(settings.max_connections * (1 if grpc is None else 2))
     common: dict[str, Any] = {
         "loop": "uvloop",
@@ -179,6 +197,9 @@ def main() -> None:
         side_config = uvicorn.Config(app, lifespan="off", **common)
         side = _SideServer(side_config, app, side_listener, seconds)
     server = _DrainingServer(config, app, listener, seconds, tracing, side, grpc)
+    app.state.shared.on_settings += [
+        server.renew_certificates, lambda changed: set_log_level(changed.log_level),
+    ]  # fmt: skip
     keep_what_is_here()
     collect_seldom()
     server.run(sockets=[])  # the acceptors' connections are all that there are

@@ -21,7 +21,8 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from budgetformer.errors import BudgetFormerError
-from service.scheduling.rate import TokenBucket
+from service.key_usage import KeyUsage
+from service.scheduling.rate import SharedUsage
 
 log = structlog.get_logger()
 
@@ -151,38 +152,50 @@ def _first_problem(error: ValidationError) -> str:
 
 
 class Caller:
-    """Who holds a key, and what is under way for it.
+    """Who holds a key, and what it may still ask for.
 
     Args:
         name: of the key.
         scopes: what it opens.
         key: where its limits stand; None: it has none.
+        usage: what all frontends count for it; None: nobody counts.
     """
 
-    def __init__(self, name: str, scopes: Collection[Scope], key: Key | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        scopes: Collection[Scope],
+        key: Key | None = None,
+        usage: SharedUsage | None = None,
+    ) -> None:
         self.name = name
         self.scopes = frozenset(scopes)
         self.key = key
-        self.requests = 0
+        self._usage = usage
         self._most = None if key is None else key.max_requests
-        self._bucket: TokenBucket | None = None
-        if key is not None and key.texts_per_second is not None:
-            burst = key.burst or max(1.0, key.texts_per_second)
-            self._bucket = TokenBucket(key.texts_per_second, burst)
+        self._rate = None if key is None else key.texts_per_second
+        burst = None if key is None else key.burst
+        self._burst = 0.0 if self._rate is None else (burst or max(1.0, self._rate)) / self._rate
+
+    def begin(self) -> bool:
+        """Count a request until `end`; False: as many are under way as it may have."""
+        return self._usage is None or self._usage.begin(self._most)
+
+    def end(self) -> None:
+        """Count a request no longer."""
+        if self._usage is not None:
+            self._usage.end()
 
     def take(self, texts: int, now: float) -> float:
         """Take so many texts and return 0, or the seconds until they may be asked for."""
-        return 0.0 if self._bucket is None else self._bucket.take(texts, now)
+        if self._usage is None or self._rate is None:
+            return 0.0
+        return self._usage.take(texts / self._rate, self._burst, now)
 
     def give_back(self, texts: int) -> None:
         """Return texts that were taken for a request that was refused."""
-        if self._bucket is not None:
-            self._bucket.give_back(texts)
-
-    @property
-    def busy(self) -> bool:
-        """Whether it has as many requests under way as it may."""
-        return self._most is not None and self.requests >= self._most
+        if self._usage is not None and self._rate is not None:
+            self._usage.give_back(texts / self._rate)
 
 
 class KeyRing:
@@ -194,6 +207,7 @@ class KeyRing:
         keys: that stand in the settings.
         file: with more of them.
         anonymous: whether callers without a key, or with an unknown one, may classify.
+        usage: where all frontends count what each key asks for; None: this one counts alone.
         clock: seconds, for when to look at the file.
         changed: told the names of all keys, at first and whenever the file has changed.
 
@@ -207,18 +221,29 @@ class KeyRing:
         file: Path | None = None,
         *,
         anonymous: bool = False,
+        usage: KeyUsage | None = None,
         clock: Callable[[], float] = time.monotonic,
         changed: Callable[[Collection[str]], None] = lambda _: None,
     ) -> None:
-        self._keys = dict(keys)
         self._file = file
+        self._usage = usage or KeyUsage()
         self._clock = clock
         self._changed = changed
-        self._anonymous = Caller(ANONYMOUS, {"classify"}) if anonymous else None
         self._callers: dict[str, Caller] = {}
-        self._stamp = self._look()
-        self._looked = clock()
-        self._take()
+        self.configure(keys, anonymous=anonymous)
+
+    def configure(self, keys: Mapping[str, Key], *, anonymous: bool) -> None:
+        """Go by other keys of the settings, and read the file again.
+
+        Raises:
+            KeysError: keys or file are none, or a name stands in both; then nothing has changed.
+        """
+        stamp = self._look()
+        self._take(keys)
+        self._keys = dict(keys)
+        self._anonymous = Caller(ANONYMOUS, {"classify"}) if anonymous else None
+        self._stamp = stamp
+        self._looked = self._clock()
 
     @property
     def names(self) -> list[str]:
@@ -253,7 +278,7 @@ class KeyRing:
             return
         self._stamp = stamp
         try:
-            self._take()
+            self._take(self._keys)
         except KeysError as error:
             log.error("the keys stay as they were", reason=str(error))
         else:
@@ -268,16 +293,12 @@ class KeyRing:
             return None
         return seen.st_mtime_ns, seen.st_size, seen.st_ino
 
-    def _take(self) -> None:
+    def _take(self, own: Mapping[str, Key]) -> None:
         more = {} if self._file is None else read_keys(self._file)
-        if twice := sorted(self._keys.keys() & more.keys()):
+        if twice := sorted(own.keys() & more.keys()):
             raise KeysError(f"{self._file}: {twice[0]} stands in the settings too")
-        keys = check_keys(self._keys | more)
-        before = self._callers
+        keys = check_keys(dict(own) | more)
         self._callers = {
-            # One that stayed as it was keeps what it has spent.
-            name: before[name] if name in before and before[name].key == key
-            else Caller(name, key.scopes, key)
-            for name, key in keys.items()
-        }  # fmt: skip
+            name: Caller(name, key.scopes, key, self._usage.of(name)) for name, key in keys.items()
+        }
         self._changed(self.names)

@@ -64,7 +64,7 @@ def receive_settings() -> Settings:
     line = read_line()
     if not line:
         raise SystemExit("this process is started by `budgetformer serve`")
-    return Settings(**json.loads(line))
+    return decode_settings(line)
 
 
 def read_line() -> bytes:
@@ -255,3 +255,8 @@ def encode_settings(settings: Settings) -> bytes:
     if settings.admin_key is not None:
         values["admin_key"] = settings.admin_key.get_secret_value()
     return json.dumps(values).encode() + b"\n"
+
+
+def decode_settings(line: bytes) -> Settings:
+    """Return the settings that `encode_settings` wrote."""
+    return Settings(**json.loads(line))

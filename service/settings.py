@@ -18,7 +18,15 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.config import JsonDict
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -42,9 +50,11 @@ GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """One of these is there where a GPU can be."""
 ROUTES = (
     "classify", "docs", "health", "invocations", "metrics", "models", "openapi.json", "ping",
-    "playground", "predict", "tokenize", "v1", "v2",
+    "playground", "predict", "settings", "tokenize", "v1", "v2",
 )  # fmt: skip
 """First parts of the server's own paths."""
+RELOADS: JsonDict = {"reloads": True}
+"""Marks the settings that a running server takes over when it reads them again."""
 _PREFIX = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*")
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+")
 
@@ -87,12 +97,44 @@ class Pool(BaseModel, extra="forbid", frozen=True):
         return self
 
 
+class ModelSettings(BaseModel, extra="forbid", frozen=True):
+    """What one model has of its own; None: the server's.
+
+    Attributes:
+        quality, quality_floor, timeout_ms: see `Settings`.
+        queue_items: most texts of this model that wait in one engine.
+        warm_up_steps: ladder steps whose weights are laid out as the model loads; None: those that
+            its quality levels use. The first who asks for another one waits for it.
+    """
+
+    quality: Literal["auto", "fast", "balanced", "best"] | float | None = None
+    quality_floor: QualityName | None = None
+    queue_items: int | None = Field(default=None, ge=1)
+    timeout_ms: int | None = Field(default=None, ge=1)
+    warm_up_steps: frozenset[Annotated[int, Field(ge=1)]] | None = None
+
+    @field_validator("quality")
+    @classmethod
+    def _sensible_quality(cls, value: str | float | None) -> str | float | None:
+        return _check_quality(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        for name in given if isinstance(given, dict) else ():
+            if name not in cls.model_fields:
+                near = get_close_matches(str(name), cls.model_fields, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"a model has no setting {name!r}{hint}")
+        return given
+
+
 class Settings(BaseSettings):
     """Serve text classification that spends, on each text, only what it needs.
 
     Every option is also an environment variable BUDGETFORMER_<NAME> and a key of the TOML file
     named by --config. The flag wins over the environment, the environment over the file, the file
-    over the default.
+    over the default. Those with `RELOADS` change without a restart.
     """
 
     model_config = SettingsConfigDict(
@@ -146,9 +188,11 @@ class Settings(BaseSettings):
     capabilities, the same at every start; fastest times all of them as a model loads."""
     threads_per_engine: int = Field(default=1, ge=1, le=256)
     """Threads of one engine's passes."""
-    quality: Literal["auto", "fast", "balanced", "best"] | float = "auto"
+    quality: Literal["auto", "fast", "balanced", "best"] | float = Field(
+        default="auto", json_schema_extra=RELOADS
+    )
     """Quality of requests that name none: a level, or the accuracy points that may be given up."""
-    quality_floor: QualityName = "fast"
+    quality_floor: QualityName = Field(default="fast", json_schema_extra=RELOADS)
     """Lowest level that overload may make of `auto`."""
     brownout_queue_ms: float = Field(default=500.0, gt=0)
     """Seconds of queue, in milliseconds, beyond which requests of quality `auto` get less."""
@@ -165,6 +209,9 @@ class Settings(BaseSettings):
     model_queue_items: dict[str, Annotated[int, Field(ge=1)]] = {}
     """Most texts of one model that wait in one engine, `name=number`; a busy one then leaves room
     for the others."""
+    model_settings: dict[str, ModelSettings] = Field(default={}, json_schema_extra=RELOADS)
+    """What models have of their own, by name: quality, quality_floor, queue_items, timeout_ms,
+    warm_up_steps. In the TOML file a table for each, such as [models.ag_news]."""
     batch_milliseconds: float = Field(default=50.0, gt=0)
     """A batch is filled up to this computing time, and up to twice that where many texts wait."""
     batch_items: int = Field(default=256, ge=1)
@@ -185,24 +232,24 @@ class Settings(BaseSettings):
     """On SIGTERM, how long requests in flight may take to finish."""
     keys_file: Path | None = None
     """Keys that callers need, as `budgetformer keys new` writes them; read anew when it changes."""
-    keys: Keys = {}
+    keys: Keys = Field(default={}, json_schema_extra=RELOADS)
     """Such keys by name, here instead of in a file of their own."""
     allow_anonymous: bool = False
     """Let callers classify without a key; with no keys at all, they may on loopback."""
-    admin_key: SecretStr | None = None
+    admin_key: SecretStr | None = Field(default=None, json_schema_extra=RELOADS)
     """The key `admin`, in the clear, for loading and unloading models."""
-    admin_key_file: Path | None = None
+    admin_key_file: Path | None = Field(default=None, json_schema_extra=RELOADS)
     """File that holds the admin key, as container secrets do; an empty one holds none."""
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Serve probes and metrics on this port too, always in plain HTTP, and metrics there alone; all
     frontends answer on it."""
     grpc_port: int | None = Field(default=None, ge=1, le=65535)
     """Answer KServe v2 over gRPC on this port, too; needs the extra `grpc`."""
-    tls_cert: Path | None = None
+    tls_cert: Path | None = Field(default=None, json_schema_extra=RELOADS)
     """Certificate chain, PEM: speak TLS."""
-    tls_key: Path | None = None
+    tls_key: Path | None = Field(default=None, json_schema_extra=RELOADS)
     """Private key of the certificate, PEM, without a password."""
-    tls_client_ca: Path | None = None
+    tls_client_ca: Path | None = Field(default=None, json_schema_extra=RELOADS)
     """Authorities, PEM, one of which must have signed the certificate that a client shows."""
     trusted_proxies: list[str] = []
     """Proxies, by address or network, whose X-Forwarded-For and X-Forwarded-Proto are believed."""
@@ -217,19 +264,19 @@ class Settings(BaseSettings):
     long a client may go on sending after its last answer."""
     retired_series_seconds: float = Field(default=900.0, ge=0)
     """How long the metrics of a model version are shown after it was unloaded or replaced."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", json_schema_extra=RELOADS
+    )
     """Least important log line to write."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """Form of log lines; auto is readable on a terminal and JSON elsewhere."""
-    access_log: float = Field(default=0.01, ge=0, le=1)
+    access_log: float = Field(default=0.01, ge=0, le=1, json_schema_extra=RELOADS)
     """Share of the requests that get a log line; those that end in an error always do."""
 
     @field_validator("quality")
     @classmethod
-    def _sensible_quality(cls, value: str | float) -> str | float:
-        if isinstance(value, float) and not 0 <= value <= 100:
-            raise ValueError("quality as a number is 0..100 accuracy points")
-        return value
+    def _sensible_quality(cls, value: str | float) -> str | float | None:
+        return _check_quality(value)
 
     @field_validator("root_path")
     @classmethod
@@ -293,6 +340,9 @@ class Settings(BaseSettings):
             raise ValueError("tls_client_ca takes tls_cert and tls_key")
         if self.timeout_ms > self.max_timeout_ms:
             raise ValueError("timeout_ms must not be above max_timeout_ms")
+        for name, own in self.model_settings.items():
+            if (own.timeout_ms or 0) > self.max_timeout_ms:
+                raise ValueError(f"timeout_ms of {name} must not be above max_timeout_ms")
         if self.metrics_port is not None and self.metrics_port == self.port:
             raise ValueError("metrics_port must be another port than port")
         if self.grpc_port is not None:
@@ -330,7 +380,7 @@ class Settings(BaseSettings):
         found = env_settings.env_vars.items()
         env_settings.env_vars = {name: value for name, value in found if name not in foreign}
         path = os.environ.get(f"{PREFIX}{CONFIG_FILE.upper()}")
-        file = TomlConfigSettingsSource(settings_cls, Path(path)) if path else None
+        file = _File(settings_cls, Path(path)) if path else None
         return (init_settings, env_settings, *([file] if file else []))
 
     def all_keys(self) -> dict[str, Key]:
@@ -375,6 +425,52 @@ class Settings(BaseSettings):
             except OSError as error:
                 raise SettingsError(f"tls_client_ca: {error}") from None
 
+    def quality_of(self, model: str) -> str | float:
+        """Return the quality of requests to a model that name none."""
+        own = self.model_settings.get(model, _SERVERS).quality
+        return self.quality if own is None else own
+
+    def floor_of(self, model: str) -> QualityName:
+        """Return the lowest level that overload may make of `auto` for a model."""
+        return self.model_settings.get(model, _SERVERS).quality_floor or self.quality_floor
+
+    def timeout_ms_of(self, model: str) -> int:
+        """Return the deadline of requests to a model that name none."""
+        return self.model_settings.get(model, _SERVERS).timeout_ms or self.timeout_ms
+
+    def queue_items(self) -> dict[str, int]:
+        """Return the most texts that wait in one engine, of each model that has a limit."""
+        own = {name: given.queue_items for name, given in self.model_settings.items()}
+        return self.model_queue_items | {name: most for name, most in own.items() if most}
+
+    def model_floors(self) -> dict[str, QualityName]:
+        """Return the floors of the models that have one of their own."""
+        own = {name: given.quality_floor for name, given in self.model_settings.items()}
+        return {name: floor for name, floor in own.items() if floor}
+
+    def warm_up_steps(self) -> dict[str, list[int]]:
+        """Return the warm-up steps of the models that have some of their own."""
+        own = {name: given.warm_up_steps for name, given in self.model_settings.items()}
+        return {name: sorted(steps) for name, steps in own.items() if steps is not None}
+
+    @classmethod
+    def reloadable(cls) -> list[str]:
+        """Return the names of the settings that change without a restart."""
+        return [name for name, field in cls.model_fields.items() if field.json_schema_extra]
+
+    def differences(self, other: Settings) -> tuple[list[str], list[str]]:
+        """Compare two readings of the settings.
+
+        Returns:
+            The names of the settings that differ: those that change without a restart, and those
+            that do not. Whether the server speaks TLS at all does not.
+        """
+        differ = [n for n in type(self).model_fields if getattr(self, n) != getattr(other, n)]
+        changing = set(self.reloadable())
+        if (self.tls_cert is None) != (other.tls_cert is None):
+            changing -= {"tls_cert", "tls_key", "tls_client_ca"}
+        return [n for n in differ if n in changing], [n for n in differ if n not in changing]
+
     def resolved_engines(self) -> int:
         """Return how many engines to run."""
         if self.engines:
@@ -406,6 +502,29 @@ class Settings(BaseSettings):
         return self.model_dump(mode="json")
 
 
+_SERVERS = ModelSettings()
+
+
+class _File(TomlConfigSettingsSource):
+    """The TOML file, in which `models` may be a list of models or the tables of their settings."""
+
+    def __call__(self) -> dict[str, Any]:
+        given = super().__call__()
+        if isinstance(given.get("models"), dict):
+            if "model_settings" in given:
+                raise SettingsError("[models.NAME] and model_settings are the same: give one")
+            given = {**given, "model_settings": given["models"]}
+            del given["models"]
+        return given
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing that is wrong, and where, in one line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
+
+
 @cache
 def gpu_count() -> int:
     """Return how many GPUs torch can use.
@@ -418,6 +537,12 @@ def gpu_count() -> int:
     ask = python_command("-c", "import torch; print(torch.cuda.device_count())")
     asked = subprocess.run(ask, capture_output=True, text=True, check=False)
     return int(asked.stdout) if asked.returncode == 0 else 0
+
+
+def _check_quality(value: str | float | None) -> str | float | None:
+    if isinstance(value, float) and not 0 <= value <= 100:
+        raise ValueError("quality as a number is 0..100 accuracy points")
+    return value
 
 
 def _texts(value: Any) -> Iterator[str]:

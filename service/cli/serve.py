@@ -27,6 +27,7 @@ from service.settings import (
     CONFIG_FILE,
     Settings,
     SettingsError,
+    first_problem,
     refuse_unknown_environment,
 )
 from service.telemetry.logs import configure_logs
@@ -52,6 +53,7 @@ def serve(context: typer.Context) -> None:
         out.print_json(data=settings.printable())
         return
     settings.check_access()
+    asked, read = settings, functools.partial(_read_again, context.args, dict(os.environ))
     if settings.model is not None:
         settings = _with_classifier(settings, settings.model)
     if settings.cost_tables is not None:
@@ -65,7 +67,24 @@ def serve(context: typer.Context) -> None:
         return
     from service.control.supervisor import supervise
 
-    supervise(settings)
+    supervise(settings, asked, read)
+
+
+def _read_again(arguments: list[str], environment: dict[str, str]) -> Settings:
+    """Read the settings from the same flags and environment, and the file as it is now.
+
+    The server removes its own variables from the environment that its child processes get.
+
+    Raises:
+        SettingsError: a key is unknown or a value is wrong.
+    """
+    before = dict(os.environ)
+    try:
+        os.environ.update(environment)
+        return read_serve_settings(arguments)[0]
+    finally:
+        for name in environment.keys() - before.keys():
+            del os.environ[name]
 
 
 def _with_classifier(settings: Settings, source: str) -> Settings:
@@ -140,9 +159,7 @@ def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
         source = _flags()(args=arguments)
         return Settings(_cli_settings_source=source), print_config  # type: ignore[call-arg]
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise SettingsError(f"{where}: {first['msg']}" if where else first["msg"]) from error
+        raise SettingsError(first_problem(error)) from error
     except (SourceError, ValueError) as error:
         raise SettingsError(str(error)) from error
 

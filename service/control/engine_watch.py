@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import budgetformer
+from budgetformer.inference.policy import QualityName
 from service.control.catalog import Catalog
 from service.ipc.engine_client import EngineClient, Event, Lost
 from service.ipc.engine_messages import BatchRan, Heartbeat, Hello, ModelInfo, Models
@@ -19,12 +20,18 @@ class EngineWatch:
     Args:
         metrics: to keep.
         catalog: what is served.
-        auto: whether the engines choose the quality of requests that name none.
+        level: says which level is in force for a model when the load of the engines allows the
+            given one; None: its level is fixed.
     """
 
-    def __init__(self, metrics: Metrics, catalog: Catalog, auto: bool) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        catalog: Catalog,
+        level: Callable[[str, QualityName], QualityName | None],
+    ) -> None:
         self._metrics = metrics
-        self._auto = auto
+        self._level = level
         self._catalog = catalog
         self._began = time.monotonic()
         self._hellos: dict[int, Hello] = {}
@@ -122,6 +129,8 @@ class EngineWatch:
             metrics.in_flight.labels(model).set(sum(b.in_flight.get(model, 0) for b in beats))
             oldest = max((b.oldest_age.get(model, 0.0) for b in beats), default=0.0)
             metrics.queue_oldest.labels(model).set(oldest)
-            if self._auto and beats and model in self._catalog.served:
-                lowest = min(QUALITY_RANK[b.quality] for b in beats)
-                metrics.quality_level.labels(model).set(lowest)
+            if beats and model in self._catalog.served:
+                lowest = min((b.quality for b in beats), key=QUALITY_RANK.__getitem__)
+                level = self._level(model, lowest)
+                if level is not None:
+                    metrics.quality_level.labels(model).set(QUALITY_RANK[level])

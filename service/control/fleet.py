@@ -11,7 +11,7 @@ import structlog
 
 from service.ipc.connection import DisconnectedError, Streams, nowhere
 from service.ipc.engine_client import EngineClient, Engines, Event, ModelKey
-from service.ipc.engine_messages import Failed, Hello, Load, Unload, Watch
+from service.ipc.engine_messages import Configure, Done, Failed, Hello, Load, Unload, Watch
 
 log = structlog.get_logger()
 
@@ -47,6 +47,7 @@ class Fleet(Engines):
     ) -> None:
         super().__init__(sockets, self._event)
         self.wanted: dict[ModelKey, Path] = {}
+        self._configuration: Configure | None = None
         self._observe = observe
         self._tell = failed
         self._load_seconds = load_seconds
@@ -77,6 +78,25 @@ class Fleet(Engines):
         finally:
             self.clients.remove(client)
             self._forget_failures(index)
+
+    async def configure(self, wanted: Configure, seconds: float) -> list[int]:
+        """Have every engine go by these settings, also each that begins later.
+
+        Returns:
+            The indexes of engines that do not go by them after so many seconds.
+        """
+        self._configuration = wanted
+        clients = list(self.clients)
+        done = await asyncio.gather(*(self._configure(one, seconds) for one in clients))
+        return [client.index for client, did in zip(clients, done, strict=True) if not did]
+
+    async def _configure(self, client: EngineClient, seconds: float | None = None) -> bool:
+        if self._configuration is None:
+            return True
+        try:
+            return isinstance(await client.ask(self._configuration, seconds), Done)
+        except (DisconnectedError, TimeoutError):
+            return False
 
     async def load(self, key: ModelKey, path: Path) -> None:
         """Have every engine load a checkpoint folder, beside what it has.
@@ -120,6 +140,7 @@ class Fleet(Engines):
             del self._failed[failed]
 
     async def _equip(self, client: EngineClient) -> None:
+        await self._configure(client)
         for key, path in list(self.wanted.items()):
             if key in client.models:  # it lived through a lost connection
                 continue

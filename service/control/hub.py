@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from prometheus_client import exposition
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from budgetformer.checkpoint.store import Checkpoint
-from budgetformer.errors import CheckpointError
+from budgetformer.errors import BudgetFormerError, CheckpointError
+from budgetformer.inference.policy import QualityName
 from service.background import Background, DetachedThreads, StillRunningError, run_forever
 from service.control.catalog import Catalog, UnknownModelError
 from service.control.engine_watch import EngineWatch
@@ -30,16 +31,24 @@ from service.ipc.control_messages import (
     ChangeModel,
     Drained,
     Here,
+    NewSettings,
     NotShown,
+    ReloadSettings,
     Report,
     Scrape,
     ServedVersion,
     Serving,
+    SettingsRefused,
+    SettingsReloaded,
+    SettingsTaken,
     Shown,
     Swapped,
     TellRecent,
     ToHub,
 )
+from service.ipc.engine_messages import Configure
+from service.process import encode_settings
+from service.scheduling.brownout import kept_above
 from service.settings import DEFAULT_QUALITY, Settings
 from service.telemetry.metrics import QUALITY_RANK, Metrics
 from service.telemetry.processes import Family, only_this_process
@@ -49,6 +58,9 @@ log = structlog.get_logger()
 
 SWAP_PATIENCE = 30.0
 """Seconds that a change waits for every front; one that hangs is not waited for longer."""
+SETTINGS_PATIENCE = 5.0
+"""Seconds that a reload waits for every process; those that are late take the settings over when
+they can."""
 BEAT_SECONDS = 1.0
 MAX_CHANGES = 16
 """Changes of models that may wait for the one that is being made."""
@@ -66,7 +78,7 @@ class FrontPeer:
         self.name = ""
         self.pid = 0
         self.heard = time.monotonic()
-        self.swapped = self.drained = 0
+        self.swapped = self.drained = self.configured = 0
         self.cache_bytes = 0
 
 
@@ -78,6 +90,11 @@ class Hub:
         catalog: what it begins with.
         sockets: where its engines listen; those that come by themselves (`Fleet.meet`) are more.
         family: its processes.
+
+    Attributes:
+        settings: in force.
+        reload: reads the settings again, for who asks for it over a frontend; raises
+            BudgetFormerError if they are invalid. None: this server cannot.
     """
 
     def __init__(
@@ -87,14 +104,16 @@ class Hub:
         sockets: list[Path],
         family: Family = only_this_process,
     ) -> None:
+        self.settings = settings
+        self.reload: Callable[[], Awaitable[SettingsReloaded]] | None = None
         self.metrics = Metrics(family)
         self.metrics.know_engines(len(sockets))
         self.catalog = catalog
         self.recent = Recent(self.metrics)
-        self.watch = EngineWatch(self.metrics, self.catalog, settings.quality == "auto")
+        self.watch = EngineWatch(self.metrics, self.catalog, self._level_shown)
         self.fleet = Fleet(sockets, self.watch, self._tell_all, settings.load_timeout_seconds)
         self.fronts: set[FrontPeer] = set()
-        self._quality = DEFAULT_QUALITY if settings.quality == "auto" else settings.quality
+        self._family = family
         self._crash_loops: dict[str, str] = {}
         self._problems: dict[str, list[str]] = {}
         self._retired: dict[tuple[str, int], float] = {}
@@ -105,6 +124,7 @@ class Hub:
         self._reported: dict[str, int] = {}
         self._loading: list[str] = []
         self._generation = 0
+        self._settings_generation = 0
         self._moved = asyncio.Event()
         self._changing = asyncio.Lock()
         self._background = Background()
@@ -113,6 +133,19 @@ class Hub:
         for checkpoint in self.catalog.served.values():
             self._announce(checkpoint)
             self.fleet.wanted[checkpoint.name, checkpoint.version] = checkpoint.path
+
+        self._name_unserved()
+
+    def _name_unserved(self) -> None:
+        """Say which models have settings and are not served: they may come, or it is a mistake."""
+        if unserved := sorted(self.settings.model_settings.keys() - self.catalog.served.keys()):
+            log.warning("settings of models that are not served", models=unserved)
+
+    def _level_shown(self, model: str, level: QualityName) -> QualityName | None:
+        """Return the level of a model where the load allows this one; None: it is fixed."""
+        if self.settings.quality_of(model) != "auto":
+            return None
+        return kept_above(self.settings.floor_of(model), level)
 
     async def serve(self, socket: Path | None = None) -> None:
         """Listen on `socket` until cancelled; None: fronts come in another way, to `came`."""
@@ -211,10 +244,15 @@ class Hub:
     def _announce(self, checkpoint: Checkpoint) -> None:
         self._retired.pop((checkpoint.name, checkpoint.version), None)
         self.metrics.know_model(checkpoint.name, str(checkpoint.version), checkpoint.budgets)
-        rank = QUALITY_RANK.get(self._quality, 0) if isinstance(self._quality, str) else 0
-        for gauge in (self.metrics.quality_level, self.metrics.quality_configured):
-            gauge.labels(checkpoint.name).set(rank)
+        self._show_quality(checkpoint.name)
         self.watch.show_models()
+
+    def _show_quality(self, model: str) -> None:
+        quality = self.settings.quality_of(model)
+        usual = DEFAULT_QUALITY if quality == "auto" else quality
+        rank = QUALITY_RANK.get(usual, 0) if isinstance(usual, str) else 0
+        for gauge in (self.metrics.quality_level, self.metrics.quality_configured):
+            gauge.labels(model).set(rank)
 
     def _retire(self, checkpoint: Checkpoint) -> None:
         self.watch.show_models()
@@ -270,11 +308,58 @@ class Hub:
             self._moved.clear()
             await self._moved.wait()
 
+    # Changes of settings
+
+    async def configure(self, settings: Settings) -> list[str]:
+        """Have every frontend and engine go by settings, also each that begins later.
+
+        Returns:
+            The names of the processes that do not go by them after `SETTINGS_PATIENCE`.
+        """
+        self.settings = settings
+        self._name_unserved()
+        for model in self.catalog.served:
+            self._show_quality(model)
+        self._settings_generation += 1
+        generation = self._settings_generation
+        for front in self.fronts:
+            front.say(self._new_settings())
+        wanted = Configure(
+            0, settings.log_level, settings.quality_floor, settings.model_floors(),
+            settings.queue_items(), settings.warm_up_steps(),
+        )  # fmt: skip
+        configuring = asyncio.create_task(self.fleet.configure(wanted, SETTINGS_PATIENCE))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SETTINGS_PATIENCE):
+                await self._until(lambda front: front.configured >= generation)
+        engines = [f"engine-{index}" for index in await configuring]
+        names = {pid: name for name, pid in self._family().items()}
+        behind = [front.pid for front in self.fronts if front.configured < generation]
+        return sorted([*(names.get(pid, f"process {pid}") for pid in behind), *engines])
+
+    def _new_settings(self) -> NewSettings:
+        return NewSettings(self._settings_generation, encode_settings(self.settings))
+
+    async def _reload(self, front: FrontPeer, asked: ReloadSettings) -> None:
+        if self.reload is None:
+            reason = "settings of a server on a cluster change with its deployment"
+            front.say(SettingsRefused(asked.id, "not_supported", reason))
+            return
+        try:
+            front.say(msgspec.structs.replace(await self.reload(), id=asked.id))
+        except BudgetFormerError as error:
+            front.say(SettingsRefused(asked.id, "invalid_settings", str(error)))
+        except Exception as error:  # whatever it is, whoever asked must hear of it
+            log.error("settings not reloaded", exc_info=error)
+            front.say(NotShown(asked.id, "the reload failed; the server's log says more"))
+
     # Connections of the fronts
 
     async def came(self, reader: asyncio.StreamReader, say: Say) -> None:
         """Serve one front until its connection ends."""
         front = FrontPeer(say)
+        if self._settings_generation:
+            say(self._new_settings())
         say(self._serving())
         self.fronts.add(front)
         try:
@@ -305,6 +390,11 @@ class Hub:
             case Drained():
                 front.drained = message.generation
                 self._moved.set()
+            case SettingsTaken():
+                front.configured = message.generation
+                self._moved.set()
+            case ReloadSettings():
+                self._background.start(self._reload(front, message))
             case Scrape():
                 self.watch.refresh(self.fleet.clients)
                 front.say(Shown(message.id, *self._exposition(message.openmetrics)))
@@ -378,5 +468,5 @@ class Hub:
 
 def _answer(front: FrontPeer, message: ToHub, reason: str) -> None:
     """Answer a message that could not be handled, if it asks for an answer."""
-    if isinstance(message, ChangeModel | Scrape | TellRecent):
+    if isinstance(message, ChangeModel | ReloadSettings | Scrape | TellRecent):
         front.say(NotShown(message.id, reason))

@@ -20,14 +20,22 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from service.background import FIRST_BACKOFF, LONGEST_BACKOFF, describe, run_forever
+from service.background import (
+    FIRST_BACKOFF,
+    LONGEST_BACKOFF,
+    Background,
+    describe,
+    run_forever,
+)
 from service.control.catalog import Catalog
 from service.control.fork_server import Forked, ForkServer
 from service.control.hub import Hub
 from service.control.mirror import copy_at_start, mirror_of
 from service.control.poll import StorePoll
+from service.control.reload import Reload
 from service.environment import is_ours
 from service.ipc.engine_client import EngineClient
+from service.key_usage import make_usage_file
 from service.process import (
     bind,
     child_command,
@@ -192,20 +200,22 @@ class _Server:
             _Child(f"engine-{i}", partial(self._forks.fork, i), self.hub.report_crash_loop)
             for i in range(settings.engines)
         ]
-        descriptors = [listener.fileno() for listener in listeners]
+        # It outlives every frontend: one that starts again finds what its keys have spent.
+        usage = make_usage_file(settings.fronts)
+        descriptors = [usage, *(listener.fileno() for listener in listeners)]
         self._fronts = [
             _Child(
                 f"front-{i}",
-                partial(
-                    start,
-                    child_command("service.frontend", str(run_dir), str(i), *map(str, descriptors)),
-                    settings,
-                    descriptors,
-                ),
+                partial(self._start_front, i, descriptors),
                 self.hub.report_crash_loop,
             )
             for i in range(settings.fronts)
         ]
+
+    async def _start_front(self, index: int, descriptors: Sequence[int]) -> Process:
+        arguments = (str(self._run_dir), str(index), *map(str, descriptors))
+        command = child_command("service.frontend", *arguments)
+        return await start(command, self.hub.settings, descriptors)
 
     async def run(self) -> None:
         """Keep everything running, until cancelled."""
@@ -261,17 +271,25 @@ class _Server:
 
 
 async def _supervise(
-    settings: Settings, catalog: Catalog, listeners: Sequence[socket.socket], run_dir: Path
+    settings: Settings,
+    catalog: Catalog,
+    listeners: Sequence[socket.socket],
+    run_dir: Path,
+    reading: tuple[Settings, Callable[[], Settings]],
 ) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     server = _Server(settings, catalog, listeners, run_dir)
+    reload = server.hub.reload = Reload(server.hub, *reading)
+    background = Background()
+    loop.add_signal_handler(signal.SIGHUP, lambda: background.start(reload.quietly()))
     running = asyncio.create_task(server.run())
     waiting = asyncio.create_task(stopping.wait())
     await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
+    await background.stop()
     log.info("draining", seconds=settings.drain_seconds)
     # Without this the kernel would go on taking connections that nobody answers.
     for listener in listeners:
@@ -283,8 +301,12 @@ async def _supervise(
     log.info("stopped")
 
 
-def supervise(settings: Settings) -> None:
-    """Run a server until SIGTERM or SIGINT, then drain it.
+def supervise(settings: Settings, asked: Settings, read: Callable[[], Settings]) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain it; SIGHUP reads the settings again.
+
+    Args:
+        settings: of the server.
+        asked, read: see `Reload`.
 
     Raises:
         SettingsError: the address cannot be had, or there is no folder for sockets, or its path is
@@ -317,4 +339,4 @@ def supervise(settings: Settings) -> None:
             del os.environ[name]
         log.info("starting", url=f"http://{host}:{port}", engines=engines, device=device)
         keep_what_is_here()
-        uvloop.run(_supervise(resolved, catalog, [listener, *side], run_dir))
+        uvloop.run(_supervise(resolved, catalog, [listener, *side], run_dir, (asked, read)))

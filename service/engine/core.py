@@ -50,7 +50,13 @@ from service.ipc.frames import FrameError
 from service.scheduling.admission import Refusal, admit
 from service.scheduling.arrivals import decided_together
 from service.scheduling.batch_limit import BatchLimit
-from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
+from service.scheduling.brownout import (
+    BrownOut,
+    BrownOutLimits,
+    kept_above,
+    levels_down_to,
+    lowest,
+)
 from service.scheduling.buckets import Buckets, Span, lane_of
 from service.scheduling.drain import Drain
 from service.scheduling.heap import Heap
@@ -75,6 +81,8 @@ class EngineOptions:
         quality: level of requests that leave it to the engine, while there is no overload.
         quality_floor: the lowest that overload may make of it.
         brownout_seconds: of queue, beyond which it does.
+        model_floors: lowest level of models that have one of their own, by name.
+        warm_up_steps: ladder steps that are laid out as a model loads, by its name.
         max_step: the highest ladder step that it computes, None: any. An item that needs a higher
             one is given back with what it needs, for an engine that does.
     """
@@ -86,7 +94,21 @@ class EngineOptions:
     quality_floor: QualityName = "fast"
     brownout_seconds: float = 0.5
     model_queue_items: Mapping[str, int] = field(default_factory=dict)
+    model_floors: Mapping[str, QualityName] = field(default_factory=dict)
+    warm_up_steps: Mapping[str, Sequence[int]] = field(default_factory=dict)
     max_step: int | None = None
+
+    @property
+    def levels(self) -> list[QualityName]:
+        """Levels from the normal one down to the lowest that some model may have."""
+        return levels_down_to(
+            lowest([self.quality_floor, *self.model_floors.values()]), self.quality
+        )
+
+    def level_of(self, model: str, level: QualityName) -> QualityName:
+        """Return the level of a model when the load allows this one."""
+        floor = self.model_floors.get(model, self.quality_floor)
+        return kept_above(floor, level, self.quality)
 
 
 class EngineCore:
@@ -118,8 +140,7 @@ class EngineCore:
         self.prices = Prices()
         self.drain = Drain()
         limits = BrownOutLimits(options.brownout_seconds, options.brownout_seconds / 4)
-        levels = levels_down_to(options.quality_floor, options.quality)
-        self.brownout = BrownOut(levels, limits)
+        self.brownout = BrownOut(options.levels, limits)
         self.broadcast: Reply = lambda _: None
         self.spans: PassSpans | None = None
         self.computed_seconds = 0.0
@@ -143,6 +164,7 @@ class EngineCore:
         self._compute = ThreadPoolExecutor(1, "device", use_device, (device,))
         placing = Placing(device, precision, tables or {}, shared)
         self.loader = ModelLoader(placing, self._check, self._changed)
+        self.loader.warm_up_steps = options.warm_up_steps
 
     @property
     def models(self) -> dict[ModelKey, LoadedModel]:
@@ -186,6 +208,12 @@ class EngineCore:
         self.broadcast(Models(self.loader.infos))
         self._work_came.set()  # or else a lost device would be noticed with the next request
 
+    def configure(self, options: EngineOptions) -> None:
+        """Go by other floors, shares of the queue and warm-up steps."""
+        self.options = options
+        self.brownout.change_levels(options.levels)
+        self.loader.warm_up_steps = options.warm_up_steps
+
     def forget(self, reply: Reply) -> None:
         """Drop everything that a front asked for, which is gone."""
         for request in [r for (owner, _), r in self._requests.items() if owner == reply]:
@@ -222,7 +250,7 @@ class EngineCore:
             FrameError: the columns of the message do not fit together.
         """
         queued = self.queued_seconds
-        level = self._level(queued)
+        level = self.options.level_of(message.model, self._level(queued))
         texts = message.texts.read()
         if not len(texts):
             raise FrameError("there is no text")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -77,6 +77,7 @@ def load_model(
     precision: Precision,
     tables: Mapping[str, CostTable],
     shared: Path | None = None,
+    warm_up_steps: Mapping[str, Sequence[int]] | None = None,
 ) -> LoadedModel:
     """Load, verify and warm one checkpoint folder; price it by the table of its name, if any.
 
@@ -86,6 +87,8 @@ def load_model(
         precision: of its passes.
         tables: measured costs, by `name:version`.
         shared: folder through which engines hold weights once; None: this one has its own.
+        warm_up_steps: ladder steps to lay out, by the name of the model; those that a ladder does
+            not have are left out. Other models: the steps that their levels use.
 
     Raises:
         CheckpointError: it is damaged.
@@ -98,7 +101,9 @@ def load_model(
         if shared is not None:
             _share(checkpoint, network, shared)
         try:
-            network.warm(_steps_in_use(checkpoint))
+            chosen = (warm_up_steps or {}).get(checkpoint.name)
+            steps = _steps_in_use(checkpoint) if chosen is None else chosen
+            network.warm([step for step in steps if step <= len(checkpoint.ladder)])
         except BaseException:
             network.forget_shared()
             raise

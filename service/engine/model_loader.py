@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,6 +66,8 @@ class ModelLoader:
     ) -> None:
         self.models: dict[ModelKey, LoadedModel] = {}
         self.device_lost: DeviceLostError | None = None
+        self.warm_up_steps: Mapping[str, Sequence[int]] = {}
+        """Ladder steps that are laid out as a model loads, by its name."""
         self._placing = placing
         self._check = check
         self._changed = changed
@@ -111,7 +113,8 @@ class ModelLoader:
         path, own = Path(message.path), self._placing
 
         def read() -> LoadedModel:
-            return load_model(path, own.device, own.precision, own.tables, own.shared)
+            steps = self.warm_up_steps
+            return load_model(path, own.device, own.precision, own.tables, own.shared, steps)
 
         def discard(late: LoadedModel) -> None:
             late.network.forget_shared()

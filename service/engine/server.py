@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from service.ipc.engine_messages import (
     TO_ENGINE,
     BatchRan,
     Classify,
+    Configure,
+    Done,
     Failed,
     Hello,
     Load,
@@ -32,7 +35,7 @@ from service.ipc.engine_messages import (
 )
 from service.process import resident_bytes
 from service.settings import Settings
-from service.telemetry.logs import drain_logs
+from service.telemetry.logs import drain_logs, set_log_level
 
 log = structlog.get_logger()
 
@@ -59,7 +62,9 @@ def core_of(
         settings.batch_items,
         quality_floor=settings.quality_floor,
         brownout_seconds=settings.brownout_queue_ms / 1000,
-        model_queue_items=settings.model_queue_items,
+        model_queue_items=settings.queue_items(),
+        model_floors=settings.model_floors(),
+        warm_up_steps=settings.warm_up_steps(),
         max_step=max_step,
     )
     tables = read_tables(settings.cost_tables) if settings.cost_tables else {}
@@ -135,11 +140,23 @@ class EngineServer:
         def handle(message: ToEngine) -> None:
             if isinstance(message, Watch):
                 self._watchers[reply] = 0
+            elif isinstance(message, Configure):
+                set_log_level(message.log_level)
+                self.core.configure(
+                    dataclasses.replace(
+                        self.core.options,
+                        quality_floor=message.quality_floor,
+                        model_floors=message.model_floors,
+                        model_queue_items=message.queue_items,
+                        warm_up_steps=message.warm_up_steps,
+                    )
+                )
+                reply(Done(message.id))
             else:
                 self.receive(message, reply)
 
         def failed(message: ToEngine, reason: str) -> None:
-            if isinstance(message, Classify | Load | Unload):
+            if isinstance(message, Classify | Load | Unload | Configure):
                 reply(Failed(message.id, reason))
 
         try:

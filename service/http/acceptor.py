@@ -71,6 +71,10 @@ class Acceptor:
             self._tls = {"ssl": tls, "ssl_handshake_timeout": self._handshake_seconds}
         self._watch()
 
+    def encrypt(self, tls: ssl.SSLContext) -> None:
+        """Agree with connections that come from now on by another context."""
+        self._tls["ssl"] = tls
+
     def close(self) -> None:
         """Take no more of them, if that is not so already."""
         if self._listener.fileno() < 0:

@@ -49,6 +49,10 @@ class Admission:
         self._engines = engines
         self._counts = counts
 
+    def configure(self, settings: Settings) -> None:
+        """Go by other settings."""
+        self._settings = settings
+
     def connection(self, count: int) -> None:
         """Admit a connection, the `count`th of those open now.
 
@@ -87,16 +91,15 @@ class Admission:
         Raises:
             ApiError: 429, the key has as many requests under way as it may.
         """
-        if caller.busy:
+        if not caller.begin():
             message = "this key has as many requests under way as it may; try again in 1 s"
             raise ApiError(429, message, code="too_many_requests", retry_after=1)
-        caller.requests += 1
         state["under_way"] = caller
 
     def end(self, state: MutableMapping[str, Any]) -> None:
         """Release a request, if it was admitted."""
         if "under_way" in state:
-            state["under_way"].requests -= 1
+            state["under_way"].end()
 
     @contextmanager
     def body(self) -> Iterator[Callable[[int], int]]:
@@ -168,7 +171,7 @@ class Admission:
             answered = True
         except RefusedError as error:
             # A model's own share of the queue says nothing of other models.
-            shared = model not in self._settings.model_queue_items
+            shared = model not in self._settings.queue_items()
             if shedding.is_late_deadline(seconds) if error.reason == "deadline" else shared:
                 shedding.learn_refusal(size, shedding.texts - count)
             caller.give_back(count)

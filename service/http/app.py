@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 import budgetformer
-from service.http import classify, health, kserve, playground, sagemaker, tei
+from service.http import classify, health, kserve, playground, sagemaker, settings_routes, tei
 from service.http import model_routes as api_models
 from service.http.authentication import document_keys
 from service.http.connections import ConnectionLimits, GuardedProtocol
@@ -35,10 +35,12 @@ from service.http.state import State
 from service.ipc.connection import Place
 from service.ipc.engine_client import Engines
 from service.ipc.hub_client import HubLink
+from service.key_usage import KeyUsage
 from service.keys import ANONYMOUS, KeyRing
 from service.pipeline.answer_cache import AnswerCache
 from service.pipeline.catalog_follower import Follow
 from service.pipeline.served_models import Models
+from service.process import decode_settings
 from service.settings import Settings
 
 
@@ -69,6 +71,7 @@ def create_app(
     tracer_provider: TracerProvider | None = None,
     shared: Path | None = None,
     labels: Sequence[str] = (),
+    usage: KeyUsage | None = None,
 ) -> FastAPI:
     """Build the application of a front.
 
@@ -80,13 +83,20 @@ def create_app(
         shared: folder through which the frontends of a server hold tables once; None: this one has
             its own.
         labels: by which requests are counted that do not come over HTTP.
+        usage: where the frontends of a server count what each key asks for; None: this one counts
+            alone.
 
     Raises:
         KeysError: the keys are none.
     """
     models = Models(settings.model_store, settings.default_model, shared)
     routes: list[str] = []
-    hub = HubLink(hub_place, lambda serving: follow(serving), routes)
+    hub = HubLink(
+        hub_place,
+        lambda serving: follow(serving),
+        routes,
+        configure=lambda line: state.configure(decode_settings(line)),
+    )
     cache = None
     if settings.answer_cache_mib:
         cache = AnswerCache(settings.answer_cache_mib * 2**20, hub.counts.cache_holds)
@@ -95,6 +105,7 @@ def create_app(
         settings.all_keys(),
         settings.keys_file,
         anonymous=settings.anonymous,
+        usage=usage,
         changed=lambda names: hub.know_keys([*names, ANONYMOUS]),
     )
     tracer = None if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
@@ -131,7 +142,16 @@ def create_app(
         },
     )
     app.state.shared = state
-    for module in (classify, health, api_models, tei, kserve, sagemaker, playground):
+    for module in (
+        classify,
+        health,
+        api_models,
+        settings_routes,
+        tei,
+        kserve,
+        sagemaker,
+        playground,
+    ):
         app.include_router(module.router)
     declared = api_routes(app)
     dialects = app.state.dialects = Dialects(declared, settings.root_path)
@@ -149,7 +169,7 @@ def create_app(
     app.add_middleware(Head)
     if settings.metrics_port is not None:
         app.add_middleware(OperationsPort, port=settings.metrics_port, dialects=dialects)
-    app.add_middleware(Observe, state=state, dialects=dialects, log_share=settings.access_log)
+    app.add_middleware(Observe, state=state, dialects=dialects)
     _document(app)
     routes += [*app.openapi()["paths"], *playground.UNLISTED, *labels, OTHER]
     return app

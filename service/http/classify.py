@@ -46,6 +46,7 @@ from service.ipc.engine_client import (
 from service.pipeline.answer_cache import AnsweredTexts, Lookup
 from service.pipeline.decision import DecidedTexts
 from service.pipeline.served_models import ServedModel
+from service.scheduling.brownout import kept_above
 from service.settings import DEFAULT_QUALITY
 from service.telemetry.stages import stage_span
 
@@ -125,8 +126,8 @@ async def respond(
     model = state.model(body.model)
     request.state.served = model.checkpoint
     size = travelled(request.scope["headers"])
-    seconds = _seconds(state, body)
     name, caller = model.checkpoint.name, request.state.caller
+    seconds = _seconds(state, body, name)
     with model.in_use(), state.admission.texts(caller, name, len(texts), size, seconds):
         async with while_client_waits(request):
             return await _respond(request, state, body, texts, model, started + seconds, write)
@@ -268,7 +269,9 @@ async def _answer(
 async def _decide(state: State, model: ServedModel, decider: Decider, job: Job) -> DecidedTexts:
     started = time.monotonic()
     checkpoint = model.checkpoint
-    quality = state.engines.level if job.quality == "auto" else job.quality
+    quality = job.quality
+    if quality == "auto":
+        quality = kept_above(state.settings.floor_of(job.model), state.engines.level)
     rule = checkpoint.rule(quality if checkpoint.calibrated else None, job.heads, job.max_heads)
     with stage_span(state.tracer, "budget") as span:
         decided = await state.deciding.decide(decider, rule, job.texts.whole)
@@ -279,7 +282,7 @@ async def _decide(state: State, model: ServedModel, decider: Decider, job: Job) 
     return DecidedTexts(job.texts, decided, decider, rule, quality, time.monotonic() - started)
 
 
-def _seconds(state: State, body: ClassifyRequest) -> float:
+def _seconds(state: State, body: ClassifyRequest, model: str) -> float:
     """Return the seconds to a request's deadline.
 
     Raises:
@@ -290,7 +293,7 @@ def _seconds(state: State, body: ClassifyRequest) -> float:
         if (getattr(body, name) or 0) > most:
             message = f"{name} may be at most {most}, the server's max_timeout_ms"
             raise ApiError(422, message, name, "invalid_field")
-    return (body.timeout_ms or state.settings.timeout_ms) / 1000
+    return (body.timeout_ms or state.settings.timeout_ms_of(model)) / 1000
 
 
 def check_count(state: State, count: int) -> None:
@@ -333,7 +336,8 @@ def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | f
     if body.target_ms is not None and body.quality not in (None, "auto"):
         message = "target_ms lets the server choose a quality, so none can be named beside it"
         raise ApiError(422, message, "target_ms", "invalid_field")
-    quality = state.settings.quality if body.quality is None else body.quality
+    usual = state.settings.quality_of(model.checkpoint.name)
+    quality = usual if body.quality is None else body.quality
     if body.target_ms is not None:
         quality = "auto"
     checkpoint = model.checkpoint

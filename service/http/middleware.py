@@ -59,16 +59,14 @@ class Observe:
         app: what serves it.
         state: of the frontend: its hub client counts requests, its admission is told of their end.
         dialects: answer unexpected errors.
-        log_share: share of the requests that get a line in the log; one that ended in an error
-            always does.
     """
 
-    def __init__(self, app: ASGIApp, state: State, dialects: Dialects, log_share: float) -> None:
+    def __init__(self, app: ASGIApp, state: State, dialects: Dialects) -> None:
         self.app = app
+        self.state = state
         self.counts = state.hub.counts
         self.admission = state.admission
         self.dialects = dialects
-        self.log_share = log_share
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -137,7 +135,7 @@ class Observe:
         if scope.get("client"):
             names["client"] = scope["client"][0]
         failed = outcome == "error" and not scope["path"].startswith(PROBES)
-        chosen = failed or random.random() < self.log_share
+        chosen = failed or random.random() < self.state.settings.access_log
         write = log.info if chosen else log.debug
         milliseconds = round(seconds * 1000, 2)
         write("request", route=route, status=status, outcome=outcome, ms=milliseconds, **names)

@@ -146,9 +146,9 @@ async def tokenize(request: Request) -> Response:
     body = await read_body(request, TokenizeRequest, state.settings.max_body_bytes)
     texts = check_texts(state, body.input)
     model = state.model(body.model)
-    seconds = state.settings.timeout_ms / 1000
-    deadline = time.monotonic() + seconds
     name, size = model.checkpoint.name, travelled(request.scope["headers"])
+    seconds = state.settings.timeout_ms_of(name) / 1000
+    deadline = time.monotonic() + seconds
     with (
         model.in_use(),
         state.admission.texts(request.state.caller, name, len(texts), size, seconds),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -51,6 +51,20 @@ class State:
 
     deciding: Deciding = field(default_factory=Deciding)
     admission: Admission = field(init=False)
+    on_settings: list[Callable[[Settings], None]] = field(default_factory=list)
+    """Told of settings before they are in force; each raises if it cannot go by them."""
+
+    def configure(self, settings: Settings) -> None:
+        """Go by settings of which only those that may change differ from the ones in force.
+
+        Raises:
+            KeysError: a key is none; so may what `on_settings` raises.
+        """
+        for follow in self.on_settings:
+            follow(settings)
+        self.keys.configure(settings.all_keys(), anonymous=settings.anonymous)
+        self.admission.configure(settings)
+        self.settings = settings
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings, self.engines, self.hub.counts)

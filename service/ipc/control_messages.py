@@ -90,6 +90,48 @@ class ChangeFailed(Message, frozen=True):
     message: str
 
 
+class NewSettings(Message, frozen=True):
+    """The settings of the whole server from now on, as `encode_settings` writes them."""
+
+    generation: int
+    settings: bytes
+
+
+class SettingsTaken(Message, frozen=True):
+    """This frontend goes by the settings of this generation."""
+
+    generation: int
+
+
+class ReloadSettings(Message, frozen=True):
+    """Read the settings again, and have all processes take over those that may change."""
+
+    id: int
+
+
+class SettingsReloaded(Message, frozen=True):
+    """The settings were read again.
+
+    Attributes:
+        changed: names of settings that changed.
+        needs_restart: names of settings that differ and stay as they were.
+        waiting_for: processes that have not taken the change over yet.
+    """
+
+    id: int
+    changed: list[str]
+    needs_restart: list[str]
+    waiting_for: list[str]
+
+
+class SettingsRefused(Message, frozen=True):
+    """The settings as they are now are invalid, so nothing changed; or they cannot be reloaded."""
+
+    id: int
+    reason: Literal["invalid_settings", "not_supported"]
+    message: str
+
+
 class Scrape(Message, frozen=True):
     """Show the metrics, as OpenMetrics or as Prometheus text."""
 
@@ -137,8 +179,14 @@ class Acknowledged(Message, frozen=True):
     number: int
 
 
-ToHub: TypeAlias = Here | Swapped | Drained | ChangeModel | Scrape | TellRecent | Report
-FromHub: TypeAlias = Serving | Alive | Acknowledged | Changed | ChangeFailed | Shown | NotShown
+ToHub: TypeAlias = (
+    Here | Swapped | Drained | ChangeModel | Scrape | TellRecent | Report | SettingsTaken
+    | ReloadSettings
+)  # fmt: skip
+FromHub: TypeAlias = (
+    Serving | Alive | Acknowledged | Changed | ChangeFailed | Shown | NotShown | NewSettings
+    | SettingsReloaded | SettingsRefused
+)  # fmt: skip
 
 TO_HUB = decoder(ToHub)
 FROM_HUB = decoder(FromHub)

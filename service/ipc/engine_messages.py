@@ -19,7 +19,7 @@ from budgetformer.model.tfidf import Array
 from service.ipc.answers import Answers
 from service.ipc.frames import FrameError, Message, decoder
 
-PROTOCOL = 7
+PROTOCOL = 8
 
 
 class SentTokens(msgspec.Struct, frozen=True, array_like=True):
@@ -163,6 +163,21 @@ class Unload(Message, frozen=True):
     id: int
     model: str
     version: int
+
+
+class Configure(Message, frozen=True):
+    """Go by these settings from now on: the server's, and what some models have of their own.
+
+    `queue_items` is the most texts of a model that wait, for those that have a limit. Warm-up steps
+    count when a model is loaded next.
+    """
+
+    id: int
+    log_level: str
+    quality_floor: QualityName
+    model_floors: dict[str, QualityName]
+    queue_items: dict[str, int]
+    warm_up_steps: dict[str, list[int]]
 
 
 class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
@@ -320,7 +335,7 @@ class Failed(Message, frozen=True):
 
 
 class Done(Message, frozen=True):
-    """A load or unload succeeded."""
+    """A load or unload succeeded, or settings are in force."""
 
     id: int
 
@@ -347,7 +362,7 @@ class BatchRan(Message, frozen=True):
     dropped: int = 0
 
 
-ToEngine: TypeAlias = Classify | Cancel | Load | Unload | Watch
+ToEngine: TypeAlias = Classify | Cancel | Load | Unload | Watch | Configure
 ToFront: TypeAlias = (
     Hello
     | Models

@@ -21,10 +21,13 @@ from service.ipc.control_messages import (
     ChangeModel,
     FromHub,
     Here,
+    NewSettings,
     NotShown,
+    ReloadSettings,
     Report,
     Scrape,
     Serving,
+    SettingsTaken,
     Shown,
     TellRecent,
 )
@@ -87,13 +90,18 @@ class HubLink(Connection):
         serve: is told what is to be served, again until it succeeds; of changes that come while it
             is at work it is told the last.
         routes: that requests are counted by.
+        configure: takes over settings, as `encode_settings` writes them, or raises.
 
     Attributes:
         counts: everything that the hub is to count for this frontend.
     """
 
     def __init__(
-        self, place: Place, serve: Callable[[Serving], Awaitable[None]], routes: list[str]
+        self,
+        place: Place,
+        serve: Callable[[Serving], Awaitable[None]],
+        routes: list[str],
+        configure: Callable[[bytes], None] = lambda _: None,
     ) -> None:
         super().__init__("hub", place, FROM_HUB)
         self.serving = NOTHING
@@ -101,6 +109,7 @@ class HubLink(Connection):
         """Seconds since the hub was last heard."""
         self._serve = serve
         self._routes = routes
+        self._configure = configure
         self._keys: list[str] = []
         self._frontend = uuid4().hex
         self._reports = Reports()
@@ -143,8 +152,8 @@ class HubLink(Connection):
         assert isinstance(answer, Shown)
         return answer
 
-    async def change(self, wanted: ChangeModel) -> FromHub:
-        """Ask for a change of what is served; it is made everywhere when the answer comes.
+    async def change(self, wanted: ChangeModel | ReloadSettings) -> FromHub:
+        """Ask for a change of the server; it is made everywhere when the answer comes.
 
         Raises:
             DisconnectedError: the hub is not there, or silent for `SILENCE_LIMIT`; the change may
@@ -181,6 +190,13 @@ class HubLink(Connection):
         if isinstance(message, Serving):
             self._next = message
             self._changed.set()
+        elif isinstance(message, NewSettings):
+            try:
+                self._configure(message.settings)
+            except Exception as error:  # whatever it is, this frontend goes on as it is
+                log.error("settings not taken over", exc_info=error)
+            else:
+                self.say(SettingsTaken(message.generation))
         elif isinstance(message, Acknowledged):
             self._reports.acknowledge(message.number)
         elif not isinstance(message, Alive):  # that was for `heard`

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from budgetformer.inference.policy import QualityName
@@ -50,6 +50,11 @@ class BrownOut:
         """Whether that is less than the normal one."""
         return self._place > 0
 
+    def change_levels(self, levels: Sequence[QualityName]) -> None:
+        """Go by other levels from the same normal one; stay as low as they allow."""
+        self.levels = list(levels)
+        self._place = min(self._place, len(self.levels) - 1)
+
     def observe(self, queued_seconds: float, now: float) -> QualityName:
         """Follow the queue; return the level in force from now on."""
         limits = self.limits
@@ -68,6 +73,26 @@ class BrownOut:
     def _move(self, steps: int, now: float) -> None:
         self._place += steps
         self._changed = now
+
+
+_RISING: list[QualityName] = ["fast", "balanced", "best"]
+
+
+def lowest(floors: Iterable[QualityName]) -> QualityName:
+    """Return the lowest of some levels."""
+    return min(floors, key=_RISING.index)
+
+
+def kept_above(
+    floor: QualityName, level: QualityName, normal: QualityName = "balanced"
+) -> QualityName:
+    """Return the level in force, or the floor where that is higher, but not above the normal one.
+
+    >>> kept_above("balanced", "fast")
+    'balanced'
+    """
+    places = [_RISING.index(one) for one in (floor, level, normal)]
+    return _RISING[max(places[1], min(places[0], places[2]))]
 
 
 def levels_down_to(floor: QualityName, normal: QualityName = "balanced") -> list[QualityName]:

@@ -81,6 +81,9 @@ def drain_logs() -> None:
 atexit.register(drain_logs)
 
 
+_AllLevels: Any = structlog.make_filtering_bound_logger(logging.DEBUG)
+
+
 def configure_logs(level: str, form: str, process: str | None = None) -> None:
     """Send structlog and the standard library's loggers to stderr in one form.
 
@@ -109,7 +112,7 @@ def configure_logs(level: str, form: str, process: str | None = None) -> None:
     _streams[:] = [stream]
     structlog.configure(
         processors=[*shared, _format_exception, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        wrapper_class=_LevelledLogger,
         logger_factory=structlog.WriteLoggerFactory(cast(TextIO, stream)),
         cache_logger_on_first_use=True,
     )
@@ -124,8 +127,31 @@ def configure_logs(level: str, form: str, process: str | None = None) -> None:
             foreign_pre_chain=shared,
         )
     )
-    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger("uvicorn.access").disabled = True
+    set_log_level(level)
+
+
+def set_log_level(level: str) -> None:
+    """Write lines of this level and above from now on, in this process."""
+    _LevelledLogger.level = getattr(logging, level.upper())
+    logging.getLogger().setLevel(level.upper())
+
+
+class _LevelledLogger(_AllLevels):  # type: ignore[misc]
+    """A logger whose level may change: structlog fixes it, once a module has used its logger."""
+
+    level = logging.INFO
+
+    def debug(self, event: str, *args: Any, **fields: Any) -> Any:
+        """Write a line unless the level is higher; so do the others."""
+        return super().debug(event, *args, **fields) if self.level <= logging.DEBUG else None
+
+    def info(self, event: str, *args: Any, **fields: Any) -> Any:
+        return super().info(event, *args, **fields) if self.level <= logging.INFO else None
+
+    def warning(self, event: str, *args: Any, **fields: Any) -> Any:
+        return super().warning(event, *args, **fields) if self.level <= logging.WARNING else None
 
 
 def _dropped(lines: int) -> EventDict:

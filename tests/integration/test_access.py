@@ -42,6 +42,7 @@ OPEN = {
 ADMIN_ROUTES = {
     ("POST", "/models/{name}/load"),
     ("POST", "/models/{name}/unload"),
+    ("POST", "/settings/reload"),
     ("POST", "/v2/repository/models/{name}/load"),
     ("POST", "/v2/repository/models/{name}/unload"),
 }

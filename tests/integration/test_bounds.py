@@ -118,6 +118,12 @@ class TestDeadlines:
         assert response.status_code == 422
         assert "3600000" in response.text
 
+    async def test_the_setting_says_which_is_the_latest(self, model_store: Path) -> None:
+        limits = {"timeout_ms": 1000, "max_timeout_ms": 20_000}
+        async with service(model_store, models=[TOPICS], **limits) as running:
+            assert await running.answer("a", timeout_ms=20_000)
+            error_of(await running.ask("a", timeout_ms=20_001), 422, param="timeout_ms")
+
     async def test_the_latest_one_changes_nothing_for_others(self, model_store: Path) -> None:
         async with service(model_store, models=[TOPICS], timeout_ms=1000) as running:
             assert await running.answer("a", timeout_ms=3_600_000)

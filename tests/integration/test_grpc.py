@@ -132,7 +132,7 @@ class TestInfer:
         for place, one in enumerate(tokens):
             arrays["input_ids"][place, : len(one)] = one.ids
             arrays["attention_mask"][place, : len(one)] = 1
-            arrays["token_type_ids"][place, : len(one)] = one.type_ids
+            arrays["token_type_ids"][place, : len(one)] = one.type_ids or 0
         given = [http_texts(["The otter slept", "A young fox"])]
         given.append(http_texts(["", "ran past the old mill"], "text_pair"))
         expected = await http_infer(shared, given, PAIRS)

@@ -231,12 +231,9 @@ class TestRing:
         ring = KeyRing({"two": key("s", max_requests=2)})
         caller = ring.find(b"s")
         assert caller is not None
-        caller.requests += 1
-        assert not caller.busy
-        caller.requests += 1
-        assert caller.busy
-        caller.requests -= 1
-        assert not caller.busy
+        assert [caller.begin() for _ in range(3)] == [True, True, False]
+        caller.end()
+        assert [caller.begin() for _ in range(2)] == [True, False]
 
 
 def test_one_secret_under_two_names_is_refused() -> None:

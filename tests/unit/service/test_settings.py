@@ -15,7 +15,7 @@ from budgetformer.cores import usable_cores
 from service.http.app import create_app
 from service.http.playground import UNLISTED
 from service.ipc.engine_client import Engines
-from service.settings import Settings, gpu_count
+from service.settings import ModelSettings, Settings, gpu_count
 from tests.support.command_line import CommandLine
 
 OPTIONS = sorted(Settings.model_fields)
@@ -420,3 +420,76 @@ class TestGrpcPort:
         complaint = command("serve", "--print-config", "--grpc-port=8001").complaint(2)
         assert "pip install 'budgetformer-serving[grpc]'" in complaint
         assert printed(command)["grpc_port"] is None
+
+
+class TestReload:
+    def test_what_changes_without_a_restart(self) -> None:
+        assert set(Settings.reloadable()) == {
+            "quality", "quality_floor", "keys", "admin_key", "admin_key_file", "tls_cert",
+            "tls_key", "tls_client_ca", "log_level", "access_log", "model_settings",
+        }  # fmt: skip
+
+    def test_settings_that_differ_are_told_apart(self) -> None:
+        before = Settings(log_level="info", port=8000, quality="auto")
+        after = Settings(log_level="debug", port=9000, quality="fast", fronts=2)
+        assert before.differences(after) == (["quality", "log_level"], ["port", "fronts"])
+        assert before.differences(before.model_copy()) == ([], [])
+
+    def test_whether_the_server_speaks_tls_stays(self) -> None:
+        plain = Settings()
+        secure = Settings(tls_cert=Path("a"), tls_key=Path("b"))
+        other = Settings(tls_cert=Path("c"), tls_key=Path("b"))
+        assert plain.differences(secure) == ([], ["tls_cert", "tls_key"])
+        assert secure.differences(plain) == ([], ["tls_cert", "tls_key"])
+        assert secure.differences(other) == (["tls_cert"], [])
+
+
+class TestModels:
+    def test_a_table_of_the_file_holds_what_one_model_has_of_its_own(
+        self, command: CommandLine, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "config.toml"
+        file.write_text(
+            'quality = "best"\n[models.topics]\nquality = "fast"\nqueue_items = 9\n'
+            'timeout_ms = 500\nwarm_up_steps = [2, 1]\nquality_floor = "balanced"\n'
+        )
+        outcome = command("serve", "--print-config", "--config", file, "--models", "topics")
+        shown = Settings(**json.loads(outcome.out))
+        assert shown.models == ["topics"]
+        for model, found in {
+            "topics": ("fast", "balanced", 500),
+            "tags": ("best", "fast", 10_000),
+        }.items():
+            asked = shown.quality_of(model), shown.floor_of(model), shown.timeout_ms_of(model)
+            assert asked == found
+        assert shown.queue_items() == {"topics": 9}
+        assert shown.model_floors() == {"topics": "balanced"}
+        assert shown.warm_up_steps() == {"topics": [1, 2]}
+
+    def test_a_share_of_the_queue_in_a_table_wins_over_the_older_setting(self) -> None:
+        own = {"topics": ModelSettings(queue_items=3)}
+        given = Settings(model_queue_items={"topics": 5, "tags": 6}, model_settings=own)
+        assert given.queue_items() == {"topics": 3, "tags": 6}
+
+    @pytest.mark.parametrize(
+        ("line", "told"),
+        [
+            ("qualty = 1", "model_settings.topics: Value error, a model has no setting 'qualty'"),
+            ('quality = "fst"', "model_settings.topics.quality"),
+            ("timeout_ms = 4000000", "timeout_ms of topics must not be above max_timeout_ms"),
+            ("quality = 101.0", "0..100"),
+        ],
+    )
+    def test_what_is_wrong_is_one_line(
+        self, command: CommandLine, tmp_path: Path, line: str, told: str
+    ) -> None:
+        file = tmp_path / "config.toml"
+        file.write_text(f"[models.topics]\n{line}\n")
+        assert told in command("serve", "--print-config", "--config", file).complaint(2)
+
+    def test_tables_under_both_names_are_refused(
+        self, command: CommandLine, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "config.toml"
+        file.write_text("[models.topics]\n[model_settings.topics]\n")
+        assert "give one" in command("serve", "--print-config", "--config", file).complaint(2)

@@ -20,6 +20,7 @@ from service.ipc.engine_messages import (
     BatchRan,
     Cancel,
     Classify,
+    Configure,
     Decisions,
     Done,
     Expired,
@@ -77,6 +78,15 @@ TO_ENGINE = {
     ),
     Cancel: st.builds(Cancel, numbers),
     Load: st.builds(Load, numbers, words),
+    Configure: st.builds(
+        Configure,
+        numbers,
+        words,
+        st.sampled_from(QUALITY_NAMES),
+        st.dictionaries(words, st.sampled_from(QUALITY_NAMES), max_size=2),
+        st.dictionaries(words, numbers, max_size=2),
+        st.dictionaries(words, st.lists(numbers, max_size=2), max_size=2),
+    ),
     Unload: st.builds(Unload, numbers, words, numbers),
     Watch: st.builds(Watch),
 }
@@ -123,6 +133,8 @@ TO_HUB = {
     hub.TellRecent: st.builds(hub.TellRecent, numbers, words),
     hub.Scrape: st.builds(hub.Scrape, numbers, st.booleans()),
     hub.Report: st.builds(hub.Report, numbers, differences),
+    hub.SettingsTaken: st.builds(hub.SettingsTaken, numbers),
+    hub.ReloadSettings: st.builds(hub.ReloadSettings, numbers),
 }
 FROM_HUB = {
     hub.Serving: st.builds(
@@ -146,6 +158,11 @@ FROM_HUB = {
         words,
     ),
     hub.Shown: st.builds(hub.Shown, numbers, st.binary(max_size=20), words),
+    hub.NewSettings: st.builds(hub.NewSettings, numbers, st.binary(max_size=20)),
+    hub.SettingsReloaded: st.builds(hub.SettingsReloaded, numbers, lines, lines, lines),
+    hub.SettingsRefused: st.builds(
+        hub.SettingsRefused, numbers, st.sampled_from(["invalid_settings", "not_supported"]), words
+    ),
 }
 EXAMPLE = Load(7, "/models/topics/1")
 

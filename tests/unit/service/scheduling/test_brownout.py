@@ -5,7 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from budgetformer.inference.policy import QUALITY_NAMES, QualityName
-from service.scheduling.brownout import BrownOut, BrownOutLimits, levels_down_to
+from service.scheduling.brownout import (
+    BrownOut,
+    BrownOutLimits,
+    kept_above,
+    levels_down_to,
+    lowest,
+)
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
@@ -88,3 +94,31 @@ def test_it_moves_one_level_at_a_time_and_never_below_the_floor(
 )
 def test_levels_end_at_the_floor(floor: QualityName, levels: list[str]) -> None:
     assert levels_down_to(floor) == levels
+
+
+def test_a_higher_floor_raises_the_level_at_once_and_a_lower_one_lets_it_fall_further() -> None:
+    brown = three()
+    for now in (0.0, 1.0):
+        brown.observe(2.0, now)
+    assert brown.level == "fast"
+    brown.change_levels(["best", "balanced"])
+    assert [brown.level, brown.observe(2.0, 2.0)] == ["balanced", "balanced"]
+    brown.change_levels(["best", "balanced", "fast"])
+    assert [brown.level, brown.observe(2.0, 3.0)] == ["balanced", "fast"]
+
+
+@pytest.mark.parametrize(
+    ("floor", "level", "kept"),
+    [
+        ("fast", "fast", "fast"), ("balanced", "fast", "balanced"), ("best", "fast", "balanced"),
+        ("fast", "balanced", "balanced"), ("best", "best", "best"),
+    ],
+)  # fmt: skip
+def test_a_floor_of_its_own_keeps_a_model_above_the_level_but_not_above_the_normal_one(
+    floor: QualityName, level: QualityName, kept: QualityName
+) -> None:
+    assert kept_above(floor, level) == kept
+
+
+def test_the_lowest_of_floors() -> None:
+    assert lowest(["best", "fast", "balanced"]) == "fast"

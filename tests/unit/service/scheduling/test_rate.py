@@ -3,61 +3,160 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduling.rate import TokenBucket
+from service.scheduling.rate import Numbers, SharedUsage
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
 
-def test_a_full_bucket_gives_its_burst_at_once_and_then_by_the_rate() -> None:
-    bucket = TokenBucket(rate=10, burst=20)
-    assert bucket.take(20, now=0) == 0
-    assert bucket.take(1, now=0) == 0.1
-    assert bucket.take(1, now=0.1) == 0
-    assert bucket.take(5, now=0.2) == 0.4
+def numbers(count: int) -> Numbers:
+    return memoryview(bytearray(8 * count)).cast("d")
 
 
-def test_what_is_refused_takes_nothing() -> None:
-    bucket = TokenBucket(rate=1, burst=10)
-    bucket.take(10, now=0)
-    for _ in range(100):
-        assert bucket.take(2, now=1) == 1
-    assert bucket.take(2, now=2) == 0
+def frontends(count: int) -> list[SharedUsage]:
+    shared = numbers(count), numbers(count), numbers(count)
+    return [SharedUsage(*shared, row) for row in range(count)]
 
 
-def test_more_than_the_burst_waits_for_a_full_bucket_and_leaves_a_debt() -> None:
-    bucket = TokenBucket(rate=10, burst=10)
-    assert bucket.take(50, now=0) == 0
-    assert bucket.take(1, now=1) == 3.1
-    assert bucket.take(50, now=4) == 1
-    assert bucket.take(50, now=5) == 0
+class Key:
+    """Texts of one key with a rate and a burst, asked for at one frontend of several."""
+
+    def __init__(self, rate: float, burst: float, count: int = 2) -> None:
+        self.rate, self.burst = rate, burst
+        self.frontends = frontends(count)
+
+    def take(self, texts: float, now: float, at: int = 0) -> float:
+        return self.frontends[at].take(texts / self.rate, self.burst / self.rate, now)
 
 
-def test_a_clock_that_goes_back_fills_nothing() -> None:
-    bucket = TokenBucket(rate=10, burst=10)
-    bucket.take(10, now=100)
-    assert bucket.take(1, now=50) == 0.1
+class Bucket:
+    """A token bucket that one process keeps, as the measure of the shared one."""
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self.rate, self.burst, self.level, self.filled = rate, burst, burst, now
+
+    def take(self, texts: float, now: float) -> float:
+        self.level = min(self.burst, self.level + self.rate * (now - self.filled))
+        self.filled = now
+        missing = min(texts, self.burst) - self.level
+        if missing <= 0:
+            self.level -= texts
+        return max(0.0, missing / self.rate)
+
+    def give_back(self, texts: float) -> None:
+        self.level = min(self.burst, self.level + texts)
 
 
-@PROPERTY
-@given(
-    st.floats(0.1, 1000),
-    st.integers(1, 500),
-    st.lists(st.tuples(st.floats(0, 2), st.integers(1, 800)), max_size=60),
-)
-def test_in_any_stretch_it_gives_no_more_than_rate_and_burst(
-    rate: float, burst: int, asked: list[tuple[float, int]]
-) -> None:
-    bucket = TokenBucket(rate, burst)
-    now, given_out, largest = 0.0, 0, 0
-    for pause, count in asked:
-        now += pause
-        wait = bucket.take(count, now)
-        if wait == 0:
-            given_out += count
-            largest = max(largest, count)
-            assert given_out <= burst + rate * now + max(largest, burst) + 1e-6
-        else:
-            now += wait + 1e-9
-            assert bucket.take(count, now) <= 1e-6
-            given_out += count
-            largest = max(largest, count)
+class TestRate:
+    def test_a_full_bucket_gives_its_burst_at_once_and_then_by_the_rate(self) -> None:
+        key = Key(rate=10, burst=20)
+        assert key.take(20, now=0) == 0
+        assert key.take(1, now=0, at=1) == 0.1
+        assert key.take(1, now=0.1, at=1) == 0
+        assert abs(key.take(5, now=0.2) - 0.4) < 1e-9
+
+    def test_what_is_refused_takes_nothing(self) -> None:
+        key = Key(rate=1, burst=10)
+        key.take(10, now=0)
+        for _ in range(100):
+            assert key.take(2, now=1, at=1) == 1
+        assert key.take(2, now=2) == 0
+
+    def test_more_than_the_burst_waits_for_a_full_bucket_and_leaves_a_debt(self) -> None:
+        key = Key(rate=10, burst=10)
+        assert key.take(50, now=0) == 0
+        assert abs(key.take(1, now=1, at=1) - 3.1) < 1e-9
+        assert key.take(50, now=4) == 1
+        assert key.take(50, now=5, at=1) == 0
+
+    def test_a_clock_that_lags_fills_nothing_and_loses_nothing(self) -> None:
+        key = Key(rate=10, burst=10)
+        key.take(10, now=100)
+        assert key.take(1, now=99.9, at=1) > 0.1
+        assert abs(key.take(1, now=100, at=1) - 0.1) < 1e-9
+
+    def test_an_unused_key_saves_no_more_than_its_burst_wherever_it_was_used_before(self) -> None:
+        key = Key(rate=10, burst=10, count=3)
+        for now in range(100):
+            assert key.take(10, now=now, at=0) == 0, "one frontend alone gets the whole rate"
+        assert key.take(1, now=99, at=1) > 0
+        assert key.take(10, now=1000, at=1) == 0
+        assert key.take(1, now=1000, at=2) > 0
+
+    @PROPERTY
+    @given(
+        st.floats(0.1, 1000),
+        st.integers(1, 500),
+        st.floats(0, 1e6),
+        st.lists(
+            st.tuples(st.floats(0, 2), st.integers(1, 800), st.integers(0, 3), st.booleans()),
+            max_size=60,
+        ),
+    )
+    def test_four_frontends_are_one_bucket(
+        self,
+        rate: float,
+        burst: int,
+        start: float,
+        asked: list[tuple[float, int, int, bool]],
+    ) -> None:
+        key, bucket, now = Key(rate, burst, count=4), Bucket(rate, burst, start), start
+        for pause, texts, at, unused in asked:
+            now += pause
+            wait, expected = key.take(texts, now, at), bucket.take(texts, now)
+            if min(wait, expected) == 0 < max(wait, expected):
+                assert max(wait, expected) < 1e-6, "only rounding tells them apart"
+                return
+            assert abs(wait - expected) < 1e-6
+            if unused and wait == 0:
+                key.frontends[at].give_back(texts / rate)
+                bucket.give_back(texts)
+
+    @PROPERTY
+    @given(st.data())
+    def test_frontends_that_look_at_the_same_instant_exceed_the_rate_once(
+        self, data: st.DataObject
+    ) -> None:
+        # Each writes what it took only after all have looked, as late as can be.
+        count, burst = 4, 2.0
+        written = [numbers(count) for _ in range(3)]
+        taken = 0.0
+        for now in range(200):
+            seen = [memoryview(bytearray(one)).cast("d") for one in written]
+            for row in data.draw(st.sets(st.integers(0, count - 1)), label="asked at"):
+                mine = [memoryview(bytearray(one)).cast("d") for one in seen]
+                if SharedUsage(*mine, row).take(1.5, burst, now) == 0:
+                    taken += 1.5
+                for one, copy in zip(written, mine, strict=True):
+                    one[row] = copy[row]
+            assert taken <= burst + now + count * 1.5
+
+
+class TestRequests:
+    def test_no_more_than_allowed_over_all_frontends(self) -> None:
+        first, second = frontends(2)
+        assert first.begin(2)
+        assert second.begin(2)
+        assert not first.begin(2)
+        assert not second.begin(2)
+        second.end()
+        assert first.begin(2)
+        assert not second.begin(2)
+
+    def test_a_lower_limit_counts_what_is_under_way(self) -> None:
+        first, second = frontends(2)
+        assert all(first.begin(None) for _ in range(3))
+        assert not second.begin(3)
+        assert second.begin(4)
+
+    def test_what_a_frontend_held_that_has_ended_is_free_again(self) -> None:
+        requests = numbers(2)
+
+        def release(found: Numbers) -> None:
+            assert found is requests
+            found[0] = 0
+
+        dead = SharedUsage(requests, numbers(2), numbers(2), 0)
+        other = SharedUsage(requests, numbers(2), numbers(2), 1, release)
+        assert dead.begin(1)
+        assert other.begin(1)
+        assert not other.begin(1)

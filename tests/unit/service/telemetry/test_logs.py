@@ -106,6 +106,24 @@ def test_lines_below_the_level_are_not_written(level: str, events: int) -> None:
     assert len(parsed(level, "json")) == events
 
 
+def test_the_level_changes_for_loggers_that_were_used_before() -> None:
+    again = """
+from service.telemetry.logs import set_log_level
+def write():
+    log.debug("detail")
+    log.info("info")
+    logging.getLogger("elsewhere").info("other info")
+    log.warning("warning")
+for level in ("warning", "debug", "error"):
+    set_log_level(level)
+    write()
+"""
+    lines = parsed("info", "json", program=PROGRAM + again)[3:]
+    assert [line["event"] for line in lines] == [
+        "warning", "detail", "info", "other info", "warning",
+    ]  # fmt: skip
+
+
 def test_console_is_for_reading() -> None:
     lines = written("info", "console")
     assert any("an event" in line for line in lines)

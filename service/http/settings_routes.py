@@ -1,0 +1,65 @@
+"""Changing the settings of a running server, with the scope `admin`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict
+
+from service.http.authentication import needs
+from service.http.errors import ApiError, errors_as
+from service.http.responses import json_response
+from service.http.schemas import ErrorResponse
+from service.http.state import from_hub, state_of
+from service.ipc.control_messages import ReloadSettings, SettingsRefused, SettingsReloaded
+
+router = APIRouter(tags=["operations"], responses=errors_as(ErrorResponse))
+
+STATUS = {"invalid_settings": 422, "not_supported": 501}
+
+
+class ReloadResponse(BaseModel):
+    """What a reload has changed.
+
+    Attributes:
+        changed: settings that changed.
+        needs_restart: settings that differ now and stay as they were until the server is restarted.
+        waiting_for: processes that have not taken the change over yet, and will when they can.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"changed": ["log_level"], "needs_restart": ["port"], "waiting_for": ["front-2"]}
+            ]
+        }
+    )
+
+    changed: list[str]
+    needs_restart: list[str]
+    waiting_for: list[str]
+
+
+@router.post(
+    "/settings/reload",
+    summary="Read the settings again",
+    dependencies=[needs("admin")],
+    response_model=ReloadResponse,
+)
+async def reload_settings(request: Request) -> Response:
+    """Read the settings file and the certificates again, as SIGHUP does.
+
+    Flags and environment variables still win over the file. The answer comes when every process
+    goes by the new settings, or after 5 s names those that do not yet. If the file is invalid,
+    nothing changes.
+    """
+    answer = await from_hub(state_of(request).hub.change(ReloadSettings(0)))
+    if isinstance(answer, SettingsRefused):
+        raise ApiError(STATUS[answer.reason], answer.message, code=answer.reason)
+    assert isinstance(answer, SettingsReloaded)
+    return json_response(
+        {
+            "changed": answer.changed,
+            "needs_restart": answer.needs_restart,
+            "waiting_for": answer.waiting_for,
+        }
+    )

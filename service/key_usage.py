@@ -1,0 +1,142 @@
+"""The file in memory in which all frontends of a server count what each key asks for."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from service.scheduling.rate import Numbers, SharedUsage
+
+log = structlog.get_logger()
+
+MOST_NAMES = 4096
+"""Names of keys in the life of a server, which keeps what was counted for those that went."""
+NAME_BYTES = 64
+NUMBERS = 3
+"""Of each key and frontend: see `SharedUsage`."""
+
+
+def make_usage_file(frontends: int) -> int:
+    """Return the descriptor of a new file for so many frontends.
+
+    It has no name and goes with the last process that has it open. Memory is taken only for the
+    keys that there are.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("key-usage")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.truncate(descriptor, _size(frontends))
+    return descriptor
+
+
+def _size(frontends: int) -> int:
+    return NAME_BYTES * (1 + MOST_NAMES) + 8 * NUMBERS * MOST_NAMES * frontends
+
+
+class KeyUsage:
+    """What all frontends count for each key, by name.
+
+    A frontend locks the byte of its row for as long as it lives. The kernel frees that lock with
+    the process, however it ends: whoever then gets the lock knows that the requests of that row
+    have ended, and may write it. What was spent of a rate stays.
+
+    The file holds the number of names, the names, and for each of them `NUMBERS` times one number
+    for each frontend.
+
+    Args:
+        descriptor: of a file of `make_usage_file`, which stays open; None: this frontend counts
+            alone.
+        frontends: that share it.
+        row: the place of this one among them.
+    """
+
+    def __init__(self, descriptor: int | None = None, frontends: int = 1, row: int = 0) -> None:
+        self._descriptor = descriptor
+        self._frontends = frontends
+        self._row = row
+        memory = memoryview(mmap.mmap(-1 if descriptor is None else descriptor, _size(frontends)))
+        self._names = memory[: NAME_BYTES * (1 + MOST_NAMES)]
+        self._count = self._names[:8].cast("q")
+        self._numbers = memory[len(self._names) :].cast("d")
+        self._slots: dict[str, int] = {}
+        self._claim()
+
+    def of(self, name: str) -> SharedUsage:
+        """Return the usage of the key of this name."""
+        if name not in self._slots:
+            # Once in the life of a name at each frontend, for microseconds.
+            with self._locked(self._frontends):
+                self._read_names()
+                if name not in self._slots and len(self._slots) < MOST_NAMES:
+                    self._add(name)
+        slot = self._slots.get(name)
+        if slot is None:
+            log.warning("too many names of keys, each frontend limits this one alone", key=name)
+            alone = memoryview(bytearray(8 * NUMBERS)).cast("d")
+            return SharedUsage(alone[:1], alone[1:2], alone[2:])
+        return SharedUsage(*self._numbers_of(slot), self._row, self._release)
+
+    def _read_names(self) -> None:
+        for slot in range(len(self._slots), self._count[0]):
+            place = NAME_BYTES * (1 + slot)
+            name = bytes(self._names[place : place + NAME_BYTES]).rstrip(b"\0").decode()
+            self._slots[name] = slot
+
+    def _add(self, name: str) -> None:
+        slot = self._slots[name] = len(self._slots)
+        place = NAME_BYTES * (1 + slot)
+        self._names[place : place + NAME_BYTES] = name.encode().ljust(NAME_BYTES, b"\0")
+        # Last: whoever is killed before has added nothing.
+        self._count[0] = slot + 1
+
+    def _numbers_of(self, slot: int) -> tuple[Numbers, Numbers, Numbers]:
+        count, start = self._frontends, slot * NUMBERS * self._frontends
+        numbers = self._numbers[start : start + NUMBERS * count]
+        return numbers[:count], numbers[count : 2 * count], numbers[2 * count :]
+
+    def _claim(self) -> None:
+        """Take this frontend's row over from one that has ended."""
+        if self._descriptor is not None:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1, self._row)
+        with self._locked(self._frontends):
+            self._read_names()
+        for slot in self._slots.values():
+            requests, *_ = self._numbers_of(slot)
+            requests[self._row] = 0
+
+    def _release(self, requests: Numbers) -> None:
+        """Set the requests of frontends that have ended to 0."""
+        for row, count in enumerate(requests):
+            if count and row != self._row:
+                try:
+                    with self._locked(row, fcntl.LOCK_NB):
+                        requests[row] = 0
+                except OSError:  # it lives
+                    continue
+
+    @contextmanager
+    def _locked(self, place: int, how: int = 0) -> Iterator[None]:
+        """Hold the lock of one byte.
+
+        Raises:
+            OSError: `how` says not to wait, and another process holds it.
+        """
+        if self._descriptor is None:
+            yield
+            return
+        fcntl.lockf(self._descriptor, fcntl.LOCK_EX | how, 1, place)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, place)

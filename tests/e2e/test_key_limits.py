@@ -1,0 +1,163 @@
+"""A key's limits hold for the whole server, whichever frontends its connections go to."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from service.keys import digest
+from tests.support.processes import Server, server
+from tests.support.stores import TOPICS, sentences
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.timeout(300)
+
+FRONTENDS = 4
+RATE = 100
+BURST = 50
+MOST = 6
+TEXT = sentences("animals")[0]
+PATIENCE = 30
+BUSY = b"POST /classify HTTP/1.1\r\nHost: x\r\nX-API-Key: many\r\nContent-Length: 9\r\n\r\n"
+"""A request whose body does not come: it stays under way."""
+
+
+@pytest.fixture
+def running(model_store: Path, tmp_path: Path) -> Iterator[Server]:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(
+        f'web = {{ sha256 = "{digest(b"often")}", texts_per_second = {RATE}, burst = {BURST} }}\n'
+        f'app = {{ sha256 = "{digest(b"many")}", max_requests = {MOST} }}\n'
+    )
+    options = {
+        "default_model": TOPICS, "models": TOPICS, "fronts": str(FRONTENDS),
+        "keys_file": str(keys), "hang_seconds": "60",
+    }  # fmt: skip
+    with server(model_store, tmp_path, engines=1, **options) as it:
+        wait_until(lambda: all_serve(it), "all frontends")
+        yield it
+
+
+def frontends(running: Server) -> list[psutil.Process]:
+    return [child for child in running.children if "service.frontend" in child.cmdline()]
+
+
+def all_serve(running: Server) -> bool:
+    """Say whether all frontends are there and connected to the hub."""
+    there = len(frontends(running)) == FRONTENDS
+    return there and running.scrape().total("fronts") == FRONTENDS
+
+
+async def ask_for(running: Server, seconds: float) -> tuple[Counter[int], float]:
+    """Ask with the key `often` over many connections, as fast as answers come.
+
+    Returns:
+        How many answers of each status came, and the seconds until the last one.
+    """
+    statuses: Counter[int] = Counter()
+    async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE) as client:
+        started = time.monotonic()
+
+        async def caller() -> None:
+            while time.monotonic() - started < seconds:
+                answer = await client.post(
+                    "/classify", json={"input": TEXT}, headers={"X-API-Key": "often"}
+                )
+                statuses[answer.status_code] += 1
+
+        await asyncio.gather(*(caller() for _ in range(4 * FRONTENDS)))
+    return statuses, time.monotonic() - started
+
+
+def test_a_rate_holds_over_all_frontends_and_after_one_was_killed(running: Server) -> None:
+    seconds = 3.0
+    statuses, took = asyncio.run(ask_for(running, seconds))
+    assert set(statuses) == {200, 429}
+    assert 0.95 * (BURST + RATE * seconds) <= statuses[200] <= BURST + RATE * took + FRONTENDS
+    frontends(running)[0].kill()
+    wait_until(lambda: all_serve(running), "another frontend")
+    # The bucket was full again at the most.
+    statuses, took = asyncio.run(ask_for(running, seconds))
+    assert 0.95 * RATE * seconds <= statuses[200] <= BURST + RATE * took + FRONTENDS
+
+
+@contextmanager
+def under_way(running: Server, count: int) -> Iterator[dict[int, int]]:
+    """Hold requests of the key `many`; yield how many each frontend has, by process id."""
+    port = httpx.URL(running.url).port
+    with ExitStack() as stack:
+        held = set()
+        for _ in range(count):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", port or 0), PATIENCE))
+            one.sendall(BUSY)
+            held.add(one.getsockname()[1])
+
+        def holders() -> dict[int, int]:
+            found = {
+                front.pid: sum(
+                    bool(one.raddr) and one.raddr.port in held
+                    for one in front.net_connections("tcp")
+                )
+                for front in frontends(running)
+            }
+            return {pid: number for pid, number in found.items() if number}
+
+        wait_until(lambda: sum(holders().values()) == count, "connections")
+        yield holders()
+
+
+def admitted(running: Server) -> int:
+    """Count the requests of the key `many` that are admitted beside those under way."""
+    port = httpx.URL(running.url).port
+    count = 0
+    with ExitStack() as stack:
+        # Over connections of their own, which go to any frontend.
+        for _ in range(3 * MOST):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", port or 0), PATIENCE))
+            one.settimeout(0.5)
+            one.sendall(BUSY)
+            try:
+                assert b" 429 " in one.recv(64).split(b"\r\n")[0]
+            except TimeoutError:
+                count += 1
+    return count
+
+
+def free(running: Server) -> int:
+    """Return how many requests may still begin; what was admitted before has to end first."""
+    counts: list[int] = []
+
+    def settled() -> bool:
+        counts.append(admitted(running))
+        return len(counts) > 1 and counts[-1] == counts[-2]
+
+    wait_until(settled, "the end of earlier requests")
+    return counts[-1]
+
+
+def test_requests_under_way_count_over_all_frontends_without_the_hub_and_after_kills(
+    running: Server,
+) -> None:
+    with under_way(running, MOST) as holders:
+        assert free(running) == 0
+        running.process.send_signal(signal.SIGSTOP)
+        try:
+            assert free(running) == 0
+            victim, lost = next(iter(holders.items()))
+            psutil.Process(victim).kill()
+            wait_until(lambda: free(running) == lost, "what the killed frontend held")
+        finally:
+            running.process.send_signal(signal.SIGCONT)
+        wait_until(lambda: all_serve(running), "another frontend")
+        assert free(running) == lost
+    wait_until(lambda: free(running) == MOST, "the end of all")

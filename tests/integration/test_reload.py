@@ -1,0 +1,164 @@
+"""Settings that change while a service runs: all frontends and engines go by one decision."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from structlog.testing import capture_logs
+
+from service.control import hub as hub_module
+from service.control.hub import FrontPeer
+from service.control.reload import Reload
+from service.keys import Key, digest
+from service.settings import ModelSettings, Settings, SettingsError
+from tests.support.serving import ADMIN, Service, error_of, service
+from tests.support.stores import TOPICS, sentences
+from tests.support.waiting import until
+
+TEXT = sentences("animals")[0]
+FRONTENDS = 2
+
+
+@dataclass
+class Changeable:
+    """A service, and the settings that it reads when it is told to."""
+
+    service: Service
+    read: Callable[[], Settings]
+
+    def next(self, **changes: Any) -> None:
+        """Have these be the settings from now on."""
+        settings = self.service.hub.settings.model_copy(update=changes)
+        self.read = lambda: settings
+
+    async def reload(self) -> dict[str, list[str]]:
+        response = await self.service.client.post("/settings/reload", headers=ADMIN)
+        assert response.status_code == 200, response.text
+        body = response.json()
+        assert isinstance(body, dict)
+        return body
+
+    @property
+    def clients(self) -> list[httpx.AsyncClient]:
+        return [self.service.client, *self.service.other_clients]
+
+    async def qualities(self) -> list[str]:
+        """Return the level of a request that names none, at each frontend."""
+        answers = [await one.post("/classify", json={"input": TEXT}) for one in self.clients]
+        return [answer.headers["x-quality"] for answer in answers]
+
+
+@pytest_asyncio.fixture
+async def running(model_store: Path) -> AsyncIterator[Changeable]:
+    async with service(model_store, models=[TOPICS], fronts=FRONTENDS, engines=2) as it:
+        changeable = Changeable(it, lambda: it.hub.settings)
+        it.hub.reload = Reload(it.hub, it.hub.settings, lambda: changeable.read())
+        yield changeable
+
+
+async def test_what_differs_is_in_force_everywhere_when_the_answer_comes(
+    running: Changeable,
+) -> None:
+    running.next(quality="best", quality_floor="balanced")
+    assert await running.reload() == {
+        "changed": ["quality", "quality_floor"], "needs_restart": [], "waiting_for": [],
+    }  # fmt: skip
+    assert await running.qualities() == ["best"] * FRONTENDS
+    assert [core.brownout.levels for core in running.service.cores] == [["balanced"]] * 2
+    shown = await running.service.scrape()
+    assert shown.total("quality_level_configured", model=TOPICS) == 3
+    assert (await running.reload())["changed"] == []
+
+
+async def test_a_model_may_have_settings_of_its_own(running: Changeable) -> None:
+    own = {
+        TOPICS: ModelSettings(
+            quality="fast", quality_floor="balanced", queue_items=3, timeout_ms=1
+        ),
+        "absent": ModelSettings(quality="best"),
+    }
+    running.next(model_settings=own)
+    with capture_logs() as lines:
+        assert (await running.reload())["changed"] == ["model_settings"]
+    (line,) = [one for one in lines if one["event"] == "settings of models that are not served"]
+    assert line["models"] == ["absent"]
+    shown = await running.service.scrape()
+    assert shown.total("quality_level_configured", model=TOPICS) == 1
+    for client in running.clients:
+        late = await client.post("/classify", json={"input": [TEXT] * 40, "heads": 4})
+        error_of(late, 504, param="timeout_ms")
+        answer = await client.post("/classify", json={"input": TEXT, "timeout_ms": 30_000})
+        assert answer.headers["x-quality"] == "fast"
+    for core in running.service.cores:
+        assert core.options.level_of(TOPICS, "fast") == "balanced"
+        assert core.options.level_of("other", "fast") == "fast"
+        assert core.options.model_queue_items == {TOPICS: 3}
+    refused = await running.service.ask([TEXT] * 4, heads=4, timeout_ms=30_000)
+    assert refused.status_code == 200, "an idle engine takes a request that is larger"
+
+
+async def test_what_may_not_change_is_named_each_time_and_stays(running: Changeable) -> None:
+    running.next(quality="fast", max_batch_items=1)
+    for changed in (["quality"], []):
+        told = await running.reload()
+        assert told == {"changed": changed, "needs_restart": ["max_batch_items"], "waiting_for": []}
+    assert await running.qualities() == ["fast"] * FRONTENDS
+    assert (await running.service.ask([TEXT] * 2)).status_code == 200
+
+
+async def test_keys_that_cannot_be_used_change_nothing(running: Changeable) -> None:
+    same = Key(sha256=digest(b"x"))
+    running.next(keys={"a": same, "b": same}, quality="fast")
+    response = await running.service.client.post("/settings/reload", headers=ADMIN)
+    error_of(response, 422, "invalid_settings")
+    assert await running.qualities() == ["balanced"] * FRONTENDS
+
+
+async def test_a_file_that_is_wrong_is_reported_in_one_line(running: Changeable) -> None:
+    def read() -> Settings:
+        raise SettingsError("config.toml: quallity is unknown")
+
+    running.read = read
+    response = await running.service.client.post("/settings/reload", headers=ADMIN)
+    error = error_of(response, 422, "invalid_settings")
+    assert error["message"] == "config.toml: quallity is unknown"
+
+
+async def test_new_keys_open_every_frontend_and_old_ones_none(running: Changeable) -> None:
+    new = {"web": Key(sha256=digest(b"new"))}
+    running.next(keys=new)
+    assert (await running.reload())["changed"] == ["keys"]
+    for client in running.clients:
+        refused = await client.post("/classify", json={"input": TEXT})
+        error_of(refused, 401, "no_key")
+        answer = await client.post("/classify", json={"input": TEXT}, headers={"X-API-Key": "new"})
+        assert answer.status_code == 200
+
+
+async def test_who_does_not_follow_is_named_and_follows_when_it_can(
+    running: Changeable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "SETTINGS_PATIENCE", 0.5)
+    stalled = FrontPeer(lambda _: True)
+    stalled.pid = 12345
+    running.service.hub.fronts.add(stalled)
+    running.service.hub.fleet.clients[1].close()
+    running.next(quality="fast", quality_floor="balanced")
+    told = await running.reload()
+    assert told["changed"] == ["quality", "quality_floor"]
+    assert told["waiting_for"] == ["engine-1", "process 12345"]
+    assert await running.qualities() == ["fast"] * FRONTENDS
+    late = running.service.cores[1].brownout
+    await until(lambda: late.levels == ["balanced"], "the engine that was away")
+
+
+async def test_a_server_that_cannot_reload_says_so(model_store: Path) -> None:
+    async with service(model_store, models=[TOPICS]) as it:
+        response = await it.client.post("/settings/reload", headers=ADMIN)
+        error_of(response, 501, "not_supported")
