@@ -7,6 +7,7 @@ metrics and traces are those of HTTP.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from functools import partial
 from itertools import groupby
@@ -26,6 +27,8 @@ from service.settings import Settings
 
 IDLE_SECONDS = 75
 """How long a connection without calls stays open."""
+MOST_OPTION = 2**31 - 1
+"""Highest value of an option of gRPC's."""
 STATUSES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -46,8 +49,6 @@ _FORWARDED = ("authorization", "x-api-key", "x-request-id", "traceparent", "trac
 """Metadata of a call that the application reads as headers."""
 _ANSWERED = ("x-request-id", "x-quality", "server-timing", "retry-after")
 """Headers of the application's answers that a caller gets as trailing metadata."""
-_REFUSED = HttpRequest("POST", "/v2/models/-/infer")
-"""Where a call is refused that is no request: after its key was checked."""
 
 
 class InferenceServer:
@@ -76,15 +77,16 @@ class InferenceServer:
         self._app = app
         self._most_values = max_values(app.state.shared) + MAX_TOKEN_VALUES
         # It takes the running event loop when it is made.
+        options = {
+            "grpc.so_reuseport": 1,
+            "grpc.max_receive_message_length": settings.max_body_bytes,
+            "grpc.max_metadata_size": settings.max_header_bytes,
+            "grpc.absolute_max_metadata_size": settings.max_header_bytes,
+            "grpc.max_connection_idle_ms": IDLE_SECONDS * 1000,
+            "grpc.server_handshake_timeout_ms": math.ceil(settings.receive_seconds * 1000),
+        }
         self._server = grpc.aio.server(
-            options=[
-                ("grpc.so_reuseport", 1),
-                ("grpc.max_receive_message_length", settings.max_body_bytes),
-                ("grpc.max_metadata_size", settings.max_header_bytes),
-                ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
-                ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
-                ("grpc.server_handshake_timeout_ms", int(settings.receive_seconds * 1000)),
-            ],
+            options=[(name, min(value, MOST_OPTION)) for name, value in options.items()],
             maximum_concurrent_rpcs=settings.max_connections,
         )
         for service, calls in groupby(CALLS, lambda call: call.service):
@@ -108,12 +110,13 @@ class InferenceServer:
         await self._server.stop(self._settings.drain_seconds)
 
     async def _serve(self, call: Call, messages: AsyncIterator[bytes], context: Any) -> bytes:
-        message, request = None, _REFUSED
+        message = None
         try:
             message = await self._receive(call, messages)
             request = call.ask(message, self._seconds(context))
         except ApiError as error:
-            request = HttpRequest(_REFUSED.method, _REFUSED.path, refusal=error)
+            # Refused where a body would be read: after the key is checked, and counted as all are.
+            request = HttpRequest("POST", "/v2/models/-/infer", refusal=error)
         given = {name: value for name, value in context.invocation_metadata() if name in _FORWARDED}
         response = await ask(self._app, request, call.label, given, context.peer())
         trailing = tuple((n, response.headers[n]) for n in _ANSWERED if n in response.headers)

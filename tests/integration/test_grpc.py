@@ -483,6 +483,11 @@ class TestTheWayOfARequest:
                 await refused(escalating(caller), "RESOURCE_EXHAUSTED")
             assert len((await first).as_numpy("label")) == 1
 
+    async def test_limits_beyond_what_grpc_can_count(self, model_store: Path) -> None:
+        options = {"max_body_bytes": 2**40, "receive_seconds": 1e9}
+        async with alone(model_store, **options) as (_, caller):
+            assert len((await escalating(caller)).as_numpy("label")) == 1
+
     async def test_a_deadline(self, model_store: Path) -> None:
         async with alone(model_store, timeout_ms=60_000) as (running, caller):
             with held(running.core):
