@@ -8,7 +8,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -49,7 +49,13 @@ def running(model_store: Path, tmp_path: Path) -> Iterator[Server]:
 
 
 def frontends(running: Server) -> list[psutil.Process]:
-    return [child for child in running.children if "service.frontend" in child.cmdline()]
+    """Return the processes of the frontends that have not been killed."""
+    found = []
+    for child in running.children:
+        with suppress(psutil.NoSuchProcess):  # a zombie is one, too
+            if "service.frontend" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def all_serve(running: Server) -> bool:
