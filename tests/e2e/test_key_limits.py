@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from service.keys import digest
+from tests.support.exposition import Exposition
 from tests.support.processes import Server, server
 from tests.support.stores import TOPICS, sentences
 from tests.support.waiting import wait_until
@@ -60,8 +61,11 @@ def frontends(running: Server) -> list[psutil.Process]:
 
 def all_serve(running: Server) -> bool:
     """Say whether all frontends are there and connected to the hub."""
-    there = len(frontends(running)) == FRONTENDS
-    return there and running.scrape().total("fronts") == FRONTENDS
+    if len(frontends(running)) < FRONTENDS:
+        return False
+    # 503 while the hub was stopped a moment ago.
+    shown = httpx.get(f"{running.url}/metrics", timeout=PATIENCE)
+    return shown.status_code == 200 and Exposition(shown.text).total("fronts") == FRONTENDS
 
 
 async def ask_for(running: Server, seconds: float) -> tuple[Counter[int], float]:
