@@ -8,7 +8,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from service.keys import digest
+from tests.support.exposition import Exposition
 from tests.support.processes import Server, server
 from tests.support.stores import TOPICS, sentences
 from tests.support.waiting import wait_until
@@ -49,13 +50,22 @@ def running(model_store: Path, tmp_path: Path) -> Iterator[Server]:
 
 
 def frontends(running: Server) -> list[psutil.Process]:
-    return [child for child in running.children if "service.frontend" in child.cmdline()]
+    """Return the processes of the frontends that have not been killed."""
+    found = []
+    for child in running.children:
+        with suppress(psutil.NoSuchProcess):  # a zombie is one, too
+            if "service.frontend" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def all_serve(running: Server) -> bool:
     """Say whether all frontends are there and connected to the hub."""
-    there = len(frontends(running)) == FRONTENDS
-    return there and running.scrape().total("fronts") == FRONTENDS
+    if len(frontends(running)) < FRONTENDS:
+        return False
+    # 503 while the hub was stopped a moment ago.
+    shown = httpx.get(f"{running.url}/metrics", timeout=PATIENCE)
+    return shown.status_code == 200 and Exposition(shown.text).total("fronts") == FRONTENDS
 
 
 async def ask_for(running: Server, seconds: float) -> tuple[Counter[int], float]:

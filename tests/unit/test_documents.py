@@ -15,7 +15,7 @@ import pytest
 from service.settings import Settings
 from tests.support.documents import PAGES, ROOT, TEXTS, anchors_of, blocks_of, links_of
 
-LANGUAGES = {"bash", "python", "json", "text"}
+LANGUAGES = {"bash", "python", "json", "text", "toml"}
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
@@ -43,6 +43,8 @@ def test_code_says_its_language(page: Path) -> None:
         assert block.language in LANGUAGES, str(block)
         if block.language == "json":
             json.loads(block.code)
+        if block.language == "toml":
+            tomllib.loads(block.code)
     assert page.read_text().count("\n```") % 2 == 0
 
 
