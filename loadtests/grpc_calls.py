@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from queue import Queue
 from typing import Any
@@ -46,7 +47,8 @@ def rows_of(address: str, key: str, model: str) -> Iterator[tuple[str, str]]:
     def stream() -> None:
         answers: Queue[Any] = Queue()
         client.start_stream(lambda result, error: answers.put(result or error))
-        client.async_stream_infer(model, [texts])
+        with suppress(InferenceServerException):  # the stream may have been refused by now
+            client.async_stream_infer(model, [texts])
         raise answers.get(timeout=60)
 
     calls: dict[str, Callable[[], Any]] = {

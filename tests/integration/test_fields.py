@@ -397,7 +397,7 @@ async def test_what_changes_models(model_store: Path) -> None:
             assert response.json() == answer
 
 
-ELSEWHERE = {"/", "/metrics", "/predict"}
+ELSEWHERE = {"/", "/metrics", "/predict", "/settings/reload"}
 """Routes whose answers are no JSON, or are compared in a test of their own."""
 
 

@@ -33,7 +33,7 @@ def catalog(model_store: Path) -> Catalog:
 
 @pytest.fixture
 def watch(metrics: Metrics, catalog: Catalog) -> EngineWatch:
-    return EngineWatch(metrics, catalog, auto=True)
+    return EngineWatch(metrics, catalog, lambda _, level: level)
 
 
 def shown(metrics: Metrics) -> Exposition:
