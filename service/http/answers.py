@@ -5,7 +5,8 @@ Shapes: B texts, C labels.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import math
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -21,6 +22,10 @@ from service.ipc.answers import Answers
 from service.pipeline.served_models import ServedModel
 
 Activation = Literal["softmax", "sigmoid", "none"]
+
+
+FEW_TEXTS = 4
+"""So many texts are answered sooner by plain numbers than by arrays, whose calls cost more."""
 
 
 class Scored(msgspec.Struct, frozen=True, gc=False):  # it cannot be part of a cycle
@@ -98,11 +103,25 @@ class Answered:
             assert failure is not None
             raise failure
 
+    @property
+    def activation(self) -> Activation:
+        """What makes scores of logits in the checkpoint's kind of problem."""
+        return "sigmoid" if self.checkpoint.multi_label else "softmax"
+
     @cached_property
     def scores(self) -> Array:
         """The scores of the checkpoint's kind of problem, float64 [B, C]."""
-        function: Activation = "sigmoid" if self.checkpoint.multi_label else "softmax"
-        return activate(self.answers.logits, function)
+        if len(self.answers) <= FEW_TEXTS:
+            return np.array(self.score_rows)
+        return activate(self.answers.logits, self.activation)
+
+    @cached_property
+    def score_rows(self) -> list[list[float]]:
+        """The same as plain numbers, to the last bit."""
+        if len(self.answers) > FEW_TEXTS:
+            rows: list[list[float]] = self.scores.tolist()
+            return rows
+        return [_activate_one(row, self.activation) for row in self.answers.logits.tolist()]
 
     def ranked(self, function: Activation | None, most: int | None = None) -> list[list[Scored]]:
         """Name the scores of all texts by their labels, the best of each text first.
@@ -111,14 +130,36 @@ class Answered:
             function: makes scores of logits; None: that of the checkpoint's kind of problem.
             most: labels of each text; None: all.
         """
+        labels = self.checkpoint.manifest.labels
+        if len(self.answers) <= FEW_TEXTS:
+            rows = self.score_rows
+            if function is not None:
+                rows = [_activate_one(row, function) for row in self.answers.logits.tolist()]
+            return [_rank_one(row, labels, most) for row in rows]
         scores = self.scores if function is None else activate(self.answers.logits, function)
         order = best_first(scores)[:, :most]
-        names = np.array(self.checkpoint.manifest.labels, object)[order]
+        names = np.array(labels, object)[order]
         values = np.take_along_axis(scores, order, -1)
         return [
             list(map(Scored, own_names, own_values))
             for own_names, own_values in zip(names.tolist(), values.tolist(), strict=True)
         ]
+
+
+def _rank_one(scores: list[float], labels: Sequence[str], most: int | None) -> list[Scored]:
+    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+    return [Scored(labels[i], scores[i]) for i in order[:most]]
+
+
+def _activate_one(logits: list[float], function: Activation) -> list[float]:
+    if function == "none":
+        return logits
+    if function == "sigmoid":
+        return [0.5 * (1 + math.tanh(0.5 * z)) for z in logits]
+    top = max(logits)
+    powers = [math.exp(z - top) for z in logits]
+    total = sum(powers)
+    return [power / total for power in powers]
 
 
 def best_first(scores: Array) -> Array:

@@ -51,14 +51,14 @@ def classify_response(request: Request, answered: Answered) -> Response:
     answered.report_failures(request.scope)
     answers, body = answered.answers, answered.body
     total = answered.checkpoint.num_layers * answered.checkpoint.num_heads
-    scores = answered.scores
-    probs = answers.logits if body.use_activation is False else scores
-    classes, least = scores.shape[1], body.threshold
+    activated = body.use_activation is not False
+    probs = answered.score_rows if activated else answers.logits.tolist()
+    classes, least = answers.logits.shape[1], body.threshold
     columns = zip(
         answered.lengths.tolist(),
         answered.truncated.tolist(),
         answered.ranked(None, body.top_k),
-        probs.tolist(),
+        probs,
         answers.heads.tolist(),
         answers.step.tolist(),
         answers.predicted.tolist(),

@@ -14,6 +14,8 @@ import numpy as np
 
 from budgetformer.model.tfidf import Array
 
+FEW_TEXTS = 4
+"""The steps of so many texts are listed sooner one by one than by arrays."""
 UNPREDICTED = -1
 """The prediction where the layers of a network decide for themselves."""
 
@@ -72,6 +74,8 @@ class Answers:
 
     def all_steps(self) -> list[list[int]]:
         """Return the steps that each text has run, in order."""
+        if len(self) <= FEW_TEXTS:
+            return [[step for step, ran in enumerate(row) if ran] for row in self.ran.tolist()]
         steps, bounds = (column.tolist() for column in self.step_columns())
         return [steps[begin:end] for begin, end in pairwise(bounds)]
 

@@ -105,7 +105,7 @@ class DecidedTexts:
         """
         decided, sizes, count = self.decided, self.decider.sizes, len(self.texts)
         macs = [self.decider.macs(tokens) for tokens in self.texts.window.lengths.tolist()]
-        spent, dense = np.array(macs, np.int64).T
+        spent, dense = (np.array([own[at] for own in macs], np.int64) for at in (0, 1))
         logits = decided.exit_logits
         none = np.zeros(count, np.int32)
         ran = np.zeros((count, self.rule.num_steps + 1), bool)

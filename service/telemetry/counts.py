@@ -187,17 +187,17 @@ class Counts:
         counters["truncated",] += truncated
 
         key = model, str(version)
-        answered, used = Counter(_integers(budgets)), _integers(heads)
+        answered, used = _tally(_integers(budgets)), _integers(heads)
         shares: Mapping[int, float] = answered if expected is None else expected
         scale = 1 if expected is None else len(budgets)
         for budget in answered.keys() | shares.keys():
-            counters["items", *key, str(budget)] += answered[budget]
+            counters["items", *key, str(budget)] += answered.get(budget, 0)
             counters["items_expected", *key, str(budget)] += shares.get(budget, 0) * scale
         # Equal values are counted together, except where each may leave its exemplar.
-        counted = ((value, 1) for value in used) if exemplar else Counter(used).items()
+        counted = ((value, 1) for value in used) if exemplar else _tally(used).items()
         for value, count in counted:
             histograms["request_heads", *key].observe(HEADS, value, count, exemplar)
-        for value, count in Counter(_integers(tokens)).items():
+        for value, count in _tally(_integers(tokens)).items():
             histograms["item_tokens", *key].observe(TOKENS, value, count)
         counters["heads_used", *key] += sum(used)
         counters["heads", *key] += len(used) * heads_of_one
@@ -224,6 +224,11 @@ class Counts:
     def connection_ended(self, reason: str) -> None:
         """Count a connection that was ended before a request was there, for one of `BREAKS`."""
         self._counters["broken_connections", reason] += 1
+
+
+def _tally(values: Sequence[int]) -> Mapping[int, int]:
+    """Count how often each value stands there."""
+    return {values[0]: 1} if len(values) == 1 else Counter(values)
 
 
 def _integers(column: Column) -> Sequence[int]:
