@@ -442,7 +442,7 @@ class PackedPass:
             for index, head_set in enumerate(plan):
                 states = self._run_set(index, states, layout, head_set)
         else:
-            states, heads = self._run_apart(states, layout, steps, ranking, ceilings)
+            states, heads = self._run_mixed(states, layout, steps, ranking, ceilings)
         logits = self._classify(states, layout)
         if fused and steps is not None:
             if exit_logits is not None:
@@ -452,7 +452,7 @@ class PackedPass:
             logits = fuse(logits, exit_logits, weights[:, :1], weights[:, 1:])
         return PassResult(logits, heads)
 
-    def _run_apart(
+    def _run_mixed(
         self,
         states: Tensor,
         layout: Layout,

@@ -82,7 +82,7 @@ class EngineOptions:
         quality_floor: the lowest that overload may make of it.
         brownout_seconds: of queue, beyond which it does.
         model_floors: lowest level of models that have one of their own, by name.
-        warm_up_steps: ladder steps that are laid out as a model loads, by its name.
+        warm_up_steps: ladder steps that are packed as a model loads, by its name.
         max_step: the highest ladder step that it computes, None: any. An item that needs a higher
             one is given back with what it needs, for an engine that does.
     """

@@ -67,7 +67,7 @@ class ModelLoader:
         self.models: dict[ModelKey, LoadedModel] = {}
         self.device_lost: DeviceLostError | None = None
         self.warm_up_steps: Mapping[str, Sequence[int]] = {}
-        """Ladder steps that are laid out as a model loads, by its name."""
+        """Ladder steps that are packed as a model loads, by its name."""
         self._placing = placing
         self._check = check
         self._changed = changed

@@ -18,14 +18,10 @@ from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.model.tfidf import Array
 from service.http.errors import ApiError
 from service.http.schemas import ClassifyRequest
-from service.ipc.answers import Answers
+from service.ipc.answers import FEW_TEXTS, Answers
 from service.pipeline.served_models import ServedModel
 
 Activation = Literal["softmax", "sigmoid", "none"]
-
-
-FEW_TEXTS = 4
-"""So many texts are answered sooner by plain numbers than by arrays, whose calls cost more."""
 
 
 class Scored(msgspec.Struct, frozen=True, gc=False):  # it cannot be part of a cycle

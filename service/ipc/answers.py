@@ -15,7 +15,7 @@ import numpy as np
 from budgetformer.model.tfidf import Array
 
 FEW_TEXTS = 4
-"""The steps of so many texts are listed sooner one by one than by arrays."""
+"""Up to so many texts are answered sooner with plain numbers than with calls of array functions."""
 UNPREDICTED = -1
 """The prediction where the layers of a network decide for themselves."""
 
