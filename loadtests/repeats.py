@@ -1,4 +1,4 @@
-"""What kept answers save on traffic in which texts come again: a server with and one without, alternating.
+"""What kept answers save where texts come again: a server with and one without, alternating.
 
     python loadtests/repeats.py --data ag_news/test.parquet [--share 0.2] [--repeats 3]
 
