@@ -388,7 +388,8 @@ def test_its_engines_hold_weights_once(stack: Stack) -> None:
     holders: dict[str, set[str]] = {}
     for line in shown.splitlines():
         process, _, mapping = line.partition(":")
-        holders.setdefault(mapping.split()[4], set()).add(process)
+        if "memfd:key-usage" not in mapping:  # where frontends count what keys ask for
+            holders.setdefault(mapping.split()[4], set()).add(process)
     engines = len(stack.service.get("/health").json()["engines"])
     assert bool(holders) == (engines > 1)
     assert all(len(found) == engines for found in holders.values())
