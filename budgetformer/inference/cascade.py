@@ -78,10 +78,10 @@ class Items:
         return self.count
 
     def index(self, places: list[int]) -> Index:
-        """Return what picks some places of a column; rising ones that are all are a slice."""
+        """Return an index of places in rising order: a slice if they are all places."""
         return slice(None) if len(places) == self.count else places
 
-    def check(self, places: list[int], logits: Array) -> None:
+    def note_unsound(self, places: list[int], logits: Array) -> None:
         """Note which of some texts have answers that are not finite."""
         broken = np.flatnonzero((~np.isfinite(logits)).any(-1))
         self.unsound.update([places[at] for at in broken.tolist()])
@@ -201,7 +201,7 @@ def arrive(network: PackedPass, batch: Batch) -> None:
             counts = items.texts.window.counts
             items.macs[index] = [decision_macs(sizes, counts[place]) for place in part.places]
         if logits is not None and not sound:
-            items.check(part.places, logits)
+            items.note_unsound(part.places, logits)
         if arrival.ranking is not None:
             items.rankings.update(zip(part.places, arrival.ranking[rows], strict=True))
 
@@ -261,7 +261,7 @@ def run(network: PackedPass, batch: Batch) -> None:
         heads = result.heads[rows]
         items.logits[index] = logits[rows]
         if not sound:
-            items.check(part.places, logits[rows])
+            items.note_unsound(part.places, logits[rows])
         for place, chosen in zip(part.places, heads, strict=True):
             items.chosen[place] = chosen
         if network.sizes.layerwise:

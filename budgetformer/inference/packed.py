@@ -482,7 +482,7 @@ class PackedPass:
     def _plan(self, step: int) -> list[int]:
         if 0 < step <= self.num_steps:
             return self._plans[step]
-        return self.config.heads_per_layer(step)  # says what is wrong
+        return self.config.heads_per_layer(step)  # raises ValueError
 
     def _layout(self, tokens: PackedTokens) -> Layout:
         layout = Layout(tokens.lengths, self.device)

@@ -1,4 +1,4 @@
-"""The engine's heart: inbox, f_o on arrival, buckets, passes, answers.
+"""The core of an engine: admission, decisions, buckets, passes, answers.
 
 One coroutine owns all state. It hands the device one piece of work at a time in a thread of its
 own, and what arrives meanwhile is decided and batched next: a batch forms because the device is
@@ -29,7 +29,7 @@ from budgetformer.inference.texts import Texts
 from budgetformer.model.tfidf import Array
 from service.engine.device import check_device, probe_device, use_device
 from service.engine.loaded_model import LoadedModel
-from service.engine.model_loader import ModelKey, ModelLoader, Placing
+from service.engine.model_loader import LoadOptions, ModelKey, ModelLoader
 from service.engine.requests import ModelQueue, Reply, Request
 from service.engine.salvage import salvage
 from service.ipc import engine_messages as protocol
@@ -162,8 +162,8 @@ class EngineCore:
         self._queues: dict[str, ModelQueue] = {}
         self._work_came = asyncio.Event()
         self._compute = ThreadPoolExecutor(1, "device", use_device, (device,))
-        placing = Placing(device, precision, tables or {}, shared)
-        self.loader = ModelLoader(placing, self._check, self._changed)
+        load_options = LoadOptions(device, precision, tables or {}, shared)
+        self.loader = ModelLoader(load_options, self._check, self._changed)
         self.loader.warm_up_steps = options.warm_up_steps
 
     @property
@@ -206,7 +206,7 @@ class EngineCore:
         if loaded is not None:
             self.prices.know(loaded.key, loaded.costs)
         self.broadcast(Models(self.loader.infos))
-        self._work_came.set()  # or else a lost device would be noticed with the next request
+        self._work_came.set()  # wakes the loop, which raises if the device is lost
 
     def configure(self, options: EngineOptions) -> None:
         """Go by other floors, shares of the queue and warm-up steps."""
@@ -267,7 +267,7 @@ class EngineCore:
         outlook = outlook.up_to(self.options.max_step)
         steps = begun if decided is None else decided.steps
         prices = self._prices(model, outlook, texts, steps)
-        refusal = self._why_not(model.checkpoint.name, prices, queued, message.remaining)
+        refusal = self._refusal(model.checkpoint.name, prices, queued, message.remaining)
         if refusal is not None:
             reply(Refused(message.id, refusal.reason, refusal.retry_after))
             return
@@ -329,10 +329,10 @@ class EngineCore:
         request.queue.wait(span)
         return span
 
-    def _why_not(
+    def _refusal(
         self, name: str, prices: list[float], queued: float, remaining: float
     ) -> Refusal | None:
-        """Return why a request that would have these prices is not admitted."""
+        """Return why a request with these prices is not admitted; None: it is."""
         here = len(self._buckets) + self._undecided_items + self._running
         rooms = [(here, self.options.max_queue_items)]
         if name in self.options.model_queue_items:
@@ -452,7 +452,7 @@ class EngineCore:
         if not spans:
             return
         for span in spans:
-            span.owner.spans.pop(span, None)  # a part of a span was never there by itself
+            span.owner.spans.pop(span, None)  # a part that was cut off is not registered
             span.owner.queue.leave(span)
             self._outside += span.total
         self._running = sum(map(len, spans))

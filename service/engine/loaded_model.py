@@ -28,7 +28,7 @@ from service.scheduling.price import Outlook
 log = structlog.get_logger()
 
 MAX_RULES = 256
-"""Rules of a model that are kept."""
+"""Rules that are cached for each model."""
 TYPICAL_TOKENS = 64
 GUESSES = {"cpu": (1e-11, 2e-3), "cuda": (2e-14, 5e-4)}
 """First guess of a device that was never measured; prices follow what batches really take."""

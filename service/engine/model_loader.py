@@ -27,11 +27,11 @@ log = structlog.get_logger()
 ModelKey: TypeAlias = tuple[str, int]
 """Name and version."""
 SETTLE_SECONDS = 1.0
-"""After which what a change of models had begun has ended."""
+"""Delay before memory is returned after a change of models, so that running work has ended."""
 
 
 @dataclass(frozen=True)
-class Placing:
+class LoadOptions:
     """Where and how models are loaded.
 
     Attributes:
@@ -51,7 +51,7 @@ class ModelLoader:
     """The models that an engine holds.
 
     Args:
-        placing: where and how models are loaded.
+        options: where and how models are loaded.
         check: is called with the error of a load; raises `DeviceLostError` if the device computes
             nothing any more.
         changed: is called after each change, with the model that is new, if one is; and when the
@@ -60,7 +60,7 @@ class ModelLoader:
 
     def __init__(
         self,
-        placing: Placing,
+        options: LoadOptions,
         check: Callable[[Exception], None],
         changed: Callable[[LoadedModel | None], None],
     ) -> None:
@@ -68,7 +68,7 @@ class ModelLoader:
         self.device_lost: DeviceLostError | None = None
         self.warm_up_steps: Mapping[str, Sequence[int]] = {}
         """Ladder steps that are packed as a model loads, by its name."""
-        self._placing = placing
+        self._options = options
         self._check = check
         self._changed = changed
         self._loading = asyncio.Lock()
@@ -110,7 +110,7 @@ class ModelLoader:
             model.network.forget_shared()
 
     async def _load(self, message: Load, reply: Reply) -> None:
-        path, own = Path(message.path), self._placing
+        path, own = Path(message.path), self._options
 
         def read() -> LoadedModel:
             steps = self.warm_up_steps

@@ -1,4 +1,4 @@
-"""What became of the texts of a request, as columns.
+"""The answers to the texts of a request, as columns.
 
 Shapes: B texts, C labels, L layers, S steps.
 """
