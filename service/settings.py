@@ -160,6 +160,9 @@ class Settings(BaseSettings):
     remote_store: str | None = None
     """Folder of checkpoints elsewhere, such as s3://bucket/models, that is copied into the store at
     start and whenever the store is polled."""
+    state_dir: Path = Path("state")
+    """Folder for what is to survive a restart: roll-outs and jobs. It is made when the first of
+    them begins."""
     poll_store_seconds: float = Field(default=0.0, ge=0)
     """Look into the store so often for higher versions, and serve them; 0 never does."""
     model: str | None = None

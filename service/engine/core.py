@@ -285,7 +285,7 @@ class EngineCore:
             RequestContext(message.request_id, message.traceparent),
             quality,
             outlook,
-            lane_of(len(texts)),
+            "bulk" if message.bulk else lane_of(len(texts)),
             items,
             begun,
         )

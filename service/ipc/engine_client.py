@@ -103,6 +103,7 @@ class Job:
     target: float | None = None
     decided: Decided | None = None
     steps: Array | None = None
+    bulk: bool = False
 
     def part(self, places: list[int]) -> Job:
         """Return the job for the texts at some places."""
@@ -125,7 +126,7 @@ def request_of(job: Job) -> Classify:
         job.quality, remaining, job.heads, job.max_heads, job.return_heads, job.target,
         context.request_id, context.traceparent,
         b"" if job.steps is None else pack(job.steps, "<i4"),
-        None if job.decided is None else Decisions.of(job.decided),
+        None if job.decided is None else Decisions.of(job.decided), job.bulk,
     )  # fmt: skip
 
 

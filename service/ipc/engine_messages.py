@@ -19,7 +19,7 @@ from budgetformer.model.tfidf import Array
 from service.ipc.answers import Answers
 from service.ipc.frames import FrameError, Message, decoder
 
-PROTOCOL = 8
+PROTOCOL = 9
 
 
 class SentTokens(msgspec.Struct, frozen=True, array_like=True):
@@ -125,7 +125,8 @@ class Classify(Message, frozen=True):
     A quality of "auto" leaves the level to the engine; so does `target`, the seconds that the
     answer should take. `request_id` and the W3C `traceparent` name the request in logs and traces.
     `decisions` are the frontend's; None: the engine decides. `steps` are the ladder steps, int32,
-    at which texts begin that another engine decided and began; empty: there is none.
+    at which texts begin that another engine decided and began; empty: there is none. `bulk` texts
+    wait in the bulk lane, however few they are.
     """
 
     id: int
@@ -142,6 +143,7 @@ class Classify(Message, frozen=True):
     traceparent: str = ""
     steps: bytes = b""
     decisions: Decisions | None = None
+    bulk: bool = False
 
 
 class Cancel(Message, frozen=True):

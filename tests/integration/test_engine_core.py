@@ -60,11 +60,13 @@ class Front:
         self._texts = texts
         self._number = 0
 
-    def ask(self, items: int, remaining: float = 1e6, heads: int | None = None) -> int:
+    def ask(
+        self, items: int, remaining: float = 1e6, heads: int | None = None, bulk: bool = False
+    ) -> int:
         """Send a request; return its number."""
         self._number += 1
-        some = self._texts.take([place % len(self._texts) for place in range(items)])
-        message = Classify(self._number, *KEY, SentTexts.of(some), "best", remaining, heads=heads)
+        some = SentTexts.of(self._texts.take([n % len(self._texts) for n in range(items)]))
+        message = Classify(self._number, *KEY, some, "best", remaining, heads=heads, bulk=bulk)
         self.core.receive(message, self.reply)
         return self._number
 
@@ -329,3 +331,16 @@ async def test_a_full_queue_counts_what_waits_and_what_runs(
             fourth = front.ask(6)
         await until(lambda: {first, fourth} <= set(front.replies), "answers")
     assert isinstance(front.replies[fourth], Answer)
+
+
+async def test_single_texts_of_the_bulk_lane_let_others_pass(
+    model_store: Path, texts: Texts
+) -> None:
+    options = EngineOptions(batch_items=1)
+    async with loaded(model_store, texts, options) as front:
+        bulk = [front.ask(1, heads=1, bulk=True) for _ in range(20)]
+        interactive = [front.ask(1, heads=1) for _ in range(4)]
+        async with running(front.core):
+            await until(lambda: set(bulk + interactive) <= set(front.replies), "all answers")
+        answered = list(front.replies)
+        assert max(answered.index(number) for number in interactive) < 8
