@@ -23,8 +23,8 @@ compared."""
 DEVIATIONS = 3.0
 """Standard deviations by which a share must be beyond its bound, as it is judged again and again: a
 version that is within its bounds is then hardly ever stopped."""
-FEWEST_FAILURES = 5
-"""Failed requests, or shadow texts, before their share is judged."""
+FEWEST = 5
+"""Requests that failed, or shadow texts that failed or differ, before their share is judged."""
 FEWEST_REQUESTS = 100
 """Requests of each version before their latency is compared."""
 FEWEST_TEXTS = 200
@@ -184,11 +184,12 @@ class RollOut(msgspec.Struct):
         return ""
 
     def _disagreement(self) -> str:
-        least, agreed = self.bounds.min_agreement, self.shadow_texts.get("agreed", 0)
-        if least is None or share_bounds(agreed, self.compared)[1] >= least:
+        least, texts = self.bounds.min_agreement, self.compared
+        differed = self.shadow_texts.get("differed", 0)
+        if least is None or not _above(differed, texts, 1 - least):
             return ""
-        share = f"{agreed / self.compared:.2%}; min_agreement {least:g}"
-        return f"the same label for {agreed} of {self.compared} shadow texts ({share})"
+        share = f"{1 - differed / texts:.2%}; min_agreement {least:g}"
+        return f"the same label for {texts - differed} of {texts} shadow texts ({share})"
 
     def _slowness(self) -> str:
         most = self.bounds.max_latency_ratio
@@ -234,7 +235,7 @@ class RollOut(msgspec.Struct):
 
 def _above(hits: int, count: int, share: float) -> bool:
     """Say whether a share is certainly above another one."""
-    return hits >= FEWEST_FAILURES and share_bounds(hits, count)[0] > share
+    return hits >= FEWEST and share_bounds(hits, count)[0] > share
 
 
 def share_bounds(hits: int, count: int) -> tuple[float, float]:

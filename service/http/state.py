@@ -126,7 +126,12 @@ class State:
         if spec is None and self.models.default is None:
             raise ApiError(503, "no model is served", code="no_model", retry_after=5)
         try:
-            return self.models.get(spec, request_id)
+            model = self.models.get(spec, request_id)
+            if request_id is None or model is self.models.served.get(model.checkpoint.name):
+                return model
+            # After a restart engines may have the candidate later than the served version.
+            loaded = (model.checkpoint.name, model.checkpoint.version) in self.engines.models
+            return model if loaded else self.models.get(spec)
         except UnknownModelError as error:
             raise ApiError(404, str(error), "model", "unknown_model") from None
 

@@ -157,7 +157,8 @@ class TestShadow:
                 assert await asked(running.client, f"r{at}", input=text, heads=1) == "topics:1"
 
             async def compared() -> bool:
-                return sum((await report(running))["shadow_texts"].values()) == len(TEXTS)
+                texts: dict[str, int] = (await report(running))["shadow_texts"]
+                return sum(texts.values()) == len(TEXTS)
 
             await until(compared, "every text in the figures")
             found, metrics = await report(running), await running.scrape()
@@ -194,8 +195,8 @@ class TestShadow:
             answered = await versions(running, 200)
 
             async def compared() -> bool:
-                texts = (await report(running))["shadow_texts"].values()
-                return 30 <= sum(texts) <= answered["topics:1"] - 20
+                texts: dict[str, int] = (await report(running))["shadow_texts"]
+                return 30 <= sum(texts.values()) <= answered["topics:1"] - 20
 
             await until(compared, "half of the others")
 
@@ -483,3 +484,14 @@ class TestSettings:
 
 async def _serves(running: Service, name: str) -> bool:
     return await asked(running.client, "one") == name
+
+
+async def test_a_candidate_that_no_engine_has_yet_answers_nothing(
+    store: Path, tmp_path: Path
+) -> None:
+    async with serving(store, tmp_path) as running:
+        await roll_out(running, weight=1.0)
+        await running.hub.fleet.unload((TOPICS, 2))
+        await until(lambda: set(running.core.models) == {(TOPICS, 1)}, "it to be gone")
+        assert await versions(running, 20) == {"topics:1": 20}
+        error_of(await running.ask(TEXT, model="topics:2", heads=1), 503, "loading")
