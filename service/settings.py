@@ -97,16 +97,42 @@ class Pool(BaseModel, extra="forbid", frozen=True):
         return self
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class RollOutSettings(BaseModel, extra="forbid", frozen=True):
+    """How new versions of a model are rolled out.
+
+    Attributes:
+        weight: share of the requests that the new version answers.
+        shadow: share of the other requests that it computes too, without its answers being
+            returned.
+        min_agreement, max_error_rate, max_latency_ratio: where a roll-out stops by itself; see
+            `service.control.rollout.Bounds`. None: it does not.
+    """
+
+    weight: Share = 0.0
+    shadow: Share = 0.0
+    min_agreement: Share | None = None
+    max_error_rate: Share | None = 0.01
+    max_latency_ratio: float | None = Field(default=None, gt=0)
+
+
 class ModelSettings(BaseModel, extra="forbid", frozen=True):
     """What one model has of its own; None: the server's.
 
     Attributes:
+        version: that is served; None: what was decided by promotion or rollback, else the highest.
+        rollout: how new versions are rolled out, also those that a poll of the store finds; None:
+            those are served at once.
         quality, quality_floor, timeout_ms: see `Settings`.
         queue_items: most texts of this model that wait in one engine.
         warm_up_steps: ladder steps whose weights are laid out as the model loads; None: those that
             its quality levels use. The first who asks for another one waits for it.
     """
 
+    version: int | None = Field(default=None, ge=1)
+    rollout: RollOutSettings | None = None
     quality: Literal["auto", "fast", "balanced", "best"] | float | None = None
     quality_floor: QualityName | None = None
     queue_items: int | None = Field(default=None, ge=1)
@@ -432,6 +458,14 @@ class Settings(BaseSettings):
         """Return the quality of requests to a model that name none."""
         own = self.model_settings.get(model, _SERVERS).quality
         return self.quality if own is None else own
+
+    def version_of(self, model: str) -> int | None:
+        """Return the version of a model that is to be served; None: the settings do not say."""
+        return self.model_settings.get(model, _SERVERS).version
+
+    def rollout_of(self, model: str) -> RollOutSettings | None:
+        """Return how new versions of a model are rolled out; None: they are served at once."""
+        return self.model_settings.get(model, _SERVERS).rollout
 
     def floor_of(self, model: str) -> QualityName:
         """Return the lowest level that overload may make of `auto` for a model."""

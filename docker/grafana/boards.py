@@ -548,6 +548,15 @@ def _burn(objective: str, allowed: float) -> str:
     return f"{missed} / {allowed} or 0 * {rate('model_requests_total', 'model', VERSION)}"
 
 
+def _or_zero(query: str) -> str:
+    """Show 0 while there is no roll-out."""
+    return f"{query} or vector(0)"
+
+
+def _running(gauge: str) -> str:
+    return _or_zero(f"max by (model, version) (budgetformer_{gauge}{{{VERSION}}})")
+
+
 def models() -> Rows:
     by, legend = "model, version", "{{model}}:{{version}}"
     steps = "Texts per second, by the ladder step that answered them."
@@ -594,6 +603,57 @@ def models() -> Rows:
                 "1: as many requests of the last hour were slow as the objective allows.",
                 "short",
                 {"{{model}}": _burn("slow", 0.01)},
+            ),
+        ],
+        "Roll-outs": [
+            chart(
+                "Candidates",
+                "Share of requests that a candidate answers, and of others that it computes too.",
+                "percentunit",
+                {
+                    "{{model}}:{{version}} answers": _running("rollout_weight"),
+                    "{{model}}:{{version}} shadow": _running("rollout_shadow"),
+                },
+            ),
+            chart(
+                "Shadow texts",
+                "Texts per second that a candidate computed beside the served version, by outcome.",
+                "short",
+                {
+                    "{{model}}:{{version}} {{outcome}}": _or_zero(
+                        rate("shadow_items_total", f"{by}, outcome", VERSION)
+                    )
+                },
+                stacked=True,
+            ),
+            chart(
+                "Agreement of shadow texts",
+                "Share of the texts to which both versions give the same label.",
+                "percentunit",
+                {
+                    legend: _or_zero(
+                        share(
+                            rate("shadow_items_total", by, f'{VERSION}, outcome="agreed"'),
+                            rate(
+                                "shadow_items_total", by, f'{VERSION}, outcome=~"agreed|differed"'
+                            ),
+                        )
+                    )
+                },
+            ),
+            chart(
+                "Cost of shadow texts",
+                "The candidate's, divided by the served version's.",
+                "short",
+                {
+                    f"{legend} {what}": _or_zero(
+                        share(
+                            rate(f"shadow_{metric}_total", by, f'{VERSION}, side="candidate"'),
+                            rate(f"shadow_{metric}_total", by, f'{VERSION}, side="served"'),
+                        )
+                    )
+                    for what, metric in (("multiply-adds", "macs"), ("time", "seconds"))
+                },
             ),
         ],
         "Two versions compared": [

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Iterator
 
 from budgetformer.checkpoint.manifest import NAME
-from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint, read_store
+from budgetformer.checkpoint.store import (
+    Checkpoint,
+    Store,
+    load_tokenizer,
+    read_checkpoint,
+    read_store,
+)
 from budgetformer.errors import CheckpointError
+from service.control.decisions import Decisions
 from service.settings import Settings
 
 
@@ -15,10 +24,17 @@ class UnknownModelError(Exception):
 
 
 class Catalog:
-    """The served version of every model.
+    """The served version of every model, and the candidate of those that are rolled out.
+
+    Which version is served first: the one that the settings name, else the one that was decided,
+    else the highest.
 
     Args:
         settings: name the store, the models to serve, and the default model.
+
+    Attributes:
+        decisions: what operators decided.
+        served, candidates: by name.
 
     Raises:
         CheckpointError: the store is no folder, or the default model is not in it.
@@ -27,20 +43,64 @@ class Catalog:
     def __init__(self, settings: Settings) -> None:
         store, default = settings.model_store, settings.default_model
         self.store = store
+        self.decisions = Decisions(settings.state_dir)
         self.served: dict[str, Checkpoint] = {}
+        self.candidates: dict[str, Checkpoint] = {}
         found = read_store(store)
-        self.errors = list(found.errors)
+        self.errors = [*found.errors, *filter(None, [self.decisions.error])]
         for spec in settings.models or sorted(found.checkpoints):
             try:
-                self._serve_first(found.find(spec))
+                checkpoint = found.find(self._first(spec, found, settings))
+                load_tokenizer(checkpoint)
             except CheckpointError as error:
                 self.errors.append(str(error))
+                continue
+            self.serve(checkpoint)
+            self._resume(checkpoint, found)
         if default is not None and default.partition(":")[0] not in self.served:
             raise CheckpointError(f"the default model {default!r} is not in {store}")
 
-    def _serve_first(self, checkpoint: Checkpoint) -> None:
-        load_tokenizer(checkpoint)
-        self.serve(checkpoint)
+    def _first(self, spec: str, found: Store, settings: Settings) -> str:
+        name, _, version = spec.partition(":")
+        versions = [checkpoint.version for checkpoint in found.checkpoints.get(name, [])]
+        if version or not versions:
+            return spec
+        named = settings.version_of(name)
+        if named is not None:
+            return f"{name}:{named}"
+        decided = self.decisions.version(name, max(versions))
+        if decided in versions:
+            return f"{name}:{decided}"
+        self.errors.append(f"{name}: version {decided}, which was decided on, is not in the store")
+        return spec
+
+    def _resume(self, served: Checkpoint, found: Store) -> None:
+        """Go on with the roll-out of a model, if it was running and both versions are there."""
+        rollout = self.decisions.running(served.name)
+        if rollout is None:
+            return
+        reason = f"version {served.version} is served since a restart"
+        if rollout.served == served.version:
+            try:
+                candidate = found.find(f"{served.name}:{rollout.candidate}")
+                load_tokenizer(candidate)
+            except CheckpointError as error:
+                reason = str(error)
+            else:
+                self.candidates[served.name] = candidate
+                return
+        rollout.state, rollout.reason, rollout.ended = "stopped", reason, time.time()
+        self.errors.append(f"roll-out of {served.name}:{rollout.candidate} stopped: {reason}")
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        """Yield every version that is served, candidates too."""
+        yield from self.served.values()
+        yield from self.candidates.values()
+
+    def get(self, name: str, version: int) -> Checkpoint | None:
+        """Return a version that is served, or a candidate."""
+        found = (one for one in self if (one.name, one.version) == (name, version))
+        return next(found, None)
 
     def serve(self, checkpoint: Checkpoint) -> Checkpoint | None:
         """Serve a version, and return what it takes the place of."""

@@ -85,8 +85,8 @@ class EngineWatch:
         described: set[tuple[str, ...]] = set()
         for index, models in self._models.items():
             for model in models:
-                checkpoint = self._catalog.served.get(model.name)
-                if checkpoint is None or checkpoint.version != model.version:
+                checkpoint = self._catalog.get(model.name, model.version)
+                if checkpoint is None:
                     continue
                 key = (model.name, str(model.version))
                 self._metrics.model_load.labels(*key).set(model.load_seconds)

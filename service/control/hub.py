@@ -14,13 +14,15 @@ import structlog
 from prometheus_client import exposition
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import BudgetFormerError, CheckpointError
 from budgetformer.inference.policy import QualityName
-from service.background import Background, DetachedThreads, StillRunningError, run_forever
+from service.background import Background, run_forever
 from service.control.catalog import Catalog, UnknownModelError
+from service.control.decisions import StateError
 from service.control.engine_watch import EngineWatch
 from service.control.fleet import Fleet, LoadFailedError, LoadTimeoutError, NoEngineError
+from service.control.frontends import Frontends, FrontPeer
+from service.control.versions import RollOutConflictError, RollOutError, Versions
 from service.ipc.connection import Say, handle_each, listening
 from service.ipc.control_messages import (
     TO_HUB,
@@ -28,7 +30,9 @@ from service.ipc.control_messages import (
     Alive,
     Changed,
     ChangeFailed,
+    ChangeFailure,
     ChangeModel,
+    ChangeRollOut,
     Drained,
     Here,
     NewSettings,
@@ -36,7 +40,6 @@ from service.ipc.control_messages import (
     ReloadSettings,
     Report,
     Scrape,
-    ServedVersion,
     Serving,
     SettingsRefused,
     SettingsReloaded,
@@ -49,37 +52,32 @@ from service.ipc.control_messages import (
 from service.ipc.engine_messages import Configure
 from service.process import encode_settings
 from service.scheduling.brownout import kept_above
-from service.settings import DEFAULT_QUALITY, Settings
-from service.telemetry.metrics import QUALITY_RANK, Metrics
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
 from service.telemetry.processes import Family, only_this_process
 from service.telemetry.recent_traffic import Recent
 
 log = structlog.get_logger()
 
-SWAP_PATIENCE = 30.0
-"""Seconds that a change waits for every front; one that hangs is not waited for longer."""
 SETTINGS_PATIENCE = 5.0
 """Seconds that a reload waits for every process; those that are late take the settings over when
 they can."""
 BEAT_SECONDS = 1.0
 MAX_CHANGES = 16
 """Changes of models that may wait for the one that is being made."""
-MAX_RETIRED = 50
-"""Retired versions whose series are still shown; beyond, those retired first go first."""
+_REASONS: tuple[tuple[type[Exception], ChangeFailure], ...] = (
+    (UnknownModelError, "unknown_model"),
+    (LoadTimeoutError, "load_timeout"),
+    (NoEngineError, "engine_down"),
+    (RollOutConflictError, "conflict"),
+    (RollOutError, "already_served"),
+    (StateError, "state_not_kept"),
+    (CheckpointError, "broken_checkpoint"),
+    (LoadFailedError, "broken_checkpoint"),
+)
+"""What is told of the errors of a change; the first that fits."""
 MAX_FRONTENDS = 1000
 """Frontends whose last report is remembered; beyond, the one heard longest ago goes first."""
-
-
-class FrontPeer:
-    """A front that is connected."""
-
-    def __init__(self, say: Say) -> None:
-        self.say = say
-        self.name = ""
-        self.pid = 0
-        self.heard = time.monotonic()
-        self.swapped = self.drained = self.configured = 0
-        self.cache_bytes = 0
 
 
 class Hub:
@@ -112,28 +110,20 @@ class Hub:
         self.recent = Recent(self.metrics)
         self.watch = EngineWatch(self.metrics, self.catalog, self._level_shown)
         self.fleet = Fleet(sockets, self.watch, self._tell_all, settings.load_timeout_seconds)
-        self.fronts: set[FrontPeer] = set()
+        self.fronts = Frontends()
+        self.versions = Versions(
+            settings, catalog, self.fleet, self.watch, self.metrics, self.fronts,
+            self._tell_all, self.report_problem,
+        )  # fmt: skip
         self._family = family
         self._crash_loops: dict[str, str] = {}
         self._problems: dict[str, list[str]] = {}
-        self._retired: dict[tuple[str, int], float] = {}
-        self._retired_seconds = settings.retired_series_seconds
-        self._load_seconds = settings.load_timeout_seconds
-        self._threads = DetachedThreads()
         self._changes = 0
         self._reported: dict[str, int] = {}
-        self._loading: list[str] = []
-        self._generation = 0
         self._settings_generation = 0
-        self._moved = asyncio.Event()
-        self._changing = asyncio.Lock()
         self._background = Background()
         for problem in self.catalog.errors:
             log.error("checkpoint left out", reason=problem)
-        for checkpoint in self.catalog.served.values():
-            self._announce(checkpoint)
-            self.fleet.wanted[checkpoint.name, checkpoint.version] = checkpoint.path
-
         self._name_unserved()
 
     def _name_unserved(self) -> None:
@@ -150,13 +140,16 @@ class Hub:
     async def serve(self, socket: Path | None = None) -> None:
         """Listen on `socket` until cancelled; None: fronts come in another way, to `came`."""
         self.fleet.start()
-        for name, work in (("recent", self.recent.keep), ("beat", self._beat)):
+        for name, work in (
+            ("recent", self.recent.keep), ("beat", self._beat), ("rollouts", self.versions.judge),
+        ):  # fmt: skip
             self._background.start(run_forever(f"hub-{name}", work, self.report_problem))
         try:
             async with listening(socket, self.came) if socket else nullcontext():
                 await asyncio.Event().wait()
         finally:
             await self._background.stop()
+            await self.versions.stop()
             await self.fleet.stop()
 
     def report_crash_loop(self, process: str, reason: str | None) -> None:
@@ -186,127 +179,12 @@ class Hub:
         if problems != before:
             self._tell_all()
 
-    # Changes of what is served
-
-    async def load(self, name: str, version: int | None = None) -> Checkpoint:
-        """Verify, load and warm a version in every engine, then serve it in every front.
-
-        What was served before is freed once its last request is answered; a failure leaves all as
-        it was.
-
-        Raises:
-            UnknownModelError: the store does not have it.
-            CheckpointError: it is damaged.
-            LoadFailedError: an engine cannot load it.
-            LoadTimeoutError: the store or an engine takes too long.
-            NoEngineError: there is no engine, or one died meanwhile.
-        """
-        async with self._changing:
-            checkpoint = await self._read(name, version)
-            key = (checkpoint.name, checkpoint.version)
-            self._loading = [checkpoint.label]
-            self._tell_all()
-            try:
-                await self.fleet.load(key, checkpoint.path)
-            finally:
-                self._loading = []
-                self._tell_all()
-            before = self.catalog.serve(checkpoint)
-            self._announce(checkpoint)
-            await self._publish()
-            if before is not None and before.version != checkpoint.version:
-                self._retire(before)
-        return checkpoint
-
-    async def _read(self, name: str, version: int | None) -> Checkpoint:
-        read = partial(self.catalog.candidate, name, version)
-        try:
-            return await self._threads.run((name, version), read, self._load_seconds)
-        except TimeoutError:
-            message = f"{name}: the store does not answer within {self._load_seconds:g} s"
-            raise LoadTimeoutError(message) from None
-        except StillRunningError:
-            message = f"{name}: the store has not answered an earlier attempt yet"
-            raise LoadTimeoutError(message) from None
-
-    async def unload(self, name: str) -> Checkpoint:
-        """Take a model out of service, and free it once its last request is answered.
-
-        Raises:
-            UnknownModelError: it is not served.
-        """
-        async with self._changing:
-            checkpoint = self.catalog.withdraw(name)
-            await self._publish()
-            self._retire(checkpoint)
-        return checkpoint
-
-    def _announce(self, checkpoint: Checkpoint) -> None:
-        self._retired.pop((checkpoint.name, checkpoint.version), None)
-        self.metrics.know_model(checkpoint.name, str(checkpoint.version), checkpoint.budgets)
-        self._show_quality(checkpoint.name)
-        self.watch.show_models()
-
-    def _show_quality(self, model: str) -> None:
-        quality = self.settings.quality_of(model)
-        usual = DEFAULT_QUALITY if quality == "auto" else quality
-        rank = QUALITY_RANK.get(usual, 0) if isinstance(usual, str) else 0
-        for gauge in (self.metrics.quality_level, self.metrics.quality_configured):
-            gauge.labels(model).set(rank)
-
-    def _retire(self, checkpoint: Checkpoint) -> None:
-        self.watch.show_models()
-        if checkpoint.name not in self.catalog.served:
-            for gauge in (self.metrics.quality_level, self.metrics.quality_configured):
-                gauge.remove(checkpoint.name)
-        self._retired[checkpoint.name, checkpoint.version] = time.monotonic()
-        self._background.start(self._free(checkpoint, self._generation))
-
-    def forget_retired(self, now: float) -> None:
-        """Remove the series of versions that are served no more, some time after they were."""
-        while self._retired:
-            key, since = next(iter(self._retired.items()))
-            if now - since < self._retired_seconds and len(self._retired) <= MAX_RETIRED:
-                return
-            del self._retired[key]
-            name, version = key
-            self.metrics.forget_model(name, str(version))
-            if name not in self.catalog.served and name not in {n for n, _ in self._retired}:
-                self.watch.forget_model(name)
-                self.metrics.forget_name(name)
-
     async def _beat(self) -> None:
         """Tell the fronts that the hub handles messages, and do what is due."""
         while True:
-            for front in self.fronts:
-                front.say(Alive())
-            self.forget_retired(time.monotonic())
+            self.fronts.tell(Alive())
+            self.versions.forget_retired(time.monotonic())
             await asyncio.sleep(BEAT_SECONDS)
-
-    async def _free(self, checkpoint: Checkpoint, generation: int) -> None:
-        """Take a model from the engines once no front has a request for it."""
-        await self._until(lambda front: front.drained >= generation)
-        async with self._changing:
-            again = self.catalog.served.get(checkpoint.name)
-            if again is None or again.version != checkpoint.version:
-                await self.fleet.unload((checkpoint.name, checkpoint.version))
-
-    async def _publish(self) -> None:
-        """Return when every front serves what is to be served now."""
-        self._generation += 1
-        generation = self._generation
-        self._tell_all()
-        try:
-            async with asyncio.timeout(SWAP_PATIENCE):
-                await self._until(lambda front: front.swapped >= generation)
-        except TimeoutError:
-            behind = [front.pid for front in self.fronts if front.swapped < generation]
-            log.error("frontends did not apply the model catalog in time", pids=behind)
-
-    async def _until(self, reached: Callable[[FrontPeer], bool]) -> None:
-        while not all(map(reached, self.fronts)):
-            self._moved.clear()
-            await self._moved.wait()
 
     # Changes of settings
 
@@ -318,12 +196,10 @@ class Hub:
         """
         self.settings = settings
         self._name_unserved()
-        for model in self.catalog.served:
-            self._show_quality(model)
+        self.versions.configure(settings)
         self._settings_generation += 1
         generation = self._settings_generation
-        for front in self.fronts:
-            front.say(self._new_settings())
+        self.fronts.tell(self._new_settings())
         wanted = Configure(
             0, settings.log_level, settings.quality_floor, settings.model_floors(),
             settings.queue_items(), settings.warm_up_steps(),
@@ -331,7 +207,7 @@ class Hub:
         configuring = asyncio.create_task(self.fleet.configure(wanted, SETTINGS_PATIENCE))
         with suppress(TimeoutError):
             async with asyncio.timeout(SETTINGS_PATIENCE):
-                await self._until(lambda front: front.configured >= generation)
+                await self.fronts.until(lambda front: front.configured >= generation)
         engines = [f"engine-{index}" for index in await configuring]
         names = {pid: name for name, pid in self._family().items()}
         behind = [front.pid for front in self.fronts if front.configured < generation]
@@ -369,7 +245,6 @@ class Hub:
         finally:
             self.fronts.discard(front)
             self._measure_fronts()
-            self._moved.set()
 
     def _take(self, front: FrontPeer, message: ToHub) -> None:
         front.heard = time.monotonic()
@@ -386,13 +261,13 @@ class Hub:
                 self.metrics.know_keys(message.keys)
             case Swapped():
                 front.swapped = message.generation
-                self._moved.set()
+                self.fronts.moved()
             case Drained():
                 front.drained = message.generation
-                self._moved.set()
+                self.fronts.moved()
             case SettingsTaken():
                 front.configured = message.generation
-                self._moved.set()
+                self.fronts.moved()
             case ReloadSettings():
                 self._background.start(self._reload(front, message))
             case Scrape():
@@ -401,10 +276,10 @@ class Hub:
             case TellRecent():
                 told = msgspec.json.encode(self.recent.tell(message.model))
                 front.say(Shown(message.id, told, "application/json"))
-            case ChangeModel() if self._changes > MAX_CHANGES:
+            case ChangeModel() | ChangeRollOut() if self._changes > MAX_CHANGES:
                 reason = "too many changes of models are waiting"
                 front.say(ChangeFailed(message.id, "busy", reason))
-            case ChangeModel():
+            case ChangeModel() | ChangeRollOut():
                 self._changes += 1
                 self._background.start(self._change(front, message))
 
@@ -416,6 +291,7 @@ class Hub:
             del self._reported[next(iter(self._reported))]
         if report.number > last:
             self.metrics.add(report.difference)
+            self.versions.count(report.difference)
 
     def _exposition(self, as_openmetrics: bool) -> tuple[bytes, str]:
         registry = self.metrics.registry
@@ -424,49 +300,54 @@ class Hub:
             return shown, openmetrics.CONTENT_TYPE_LATEST
         return exposition.generate_latest(registry), exposition.CONTENT_TYPE_PLAIN_0_0_4
 
-    async def _change(self, front: FrontPeer, wanted: ChangeModel) -> None:
+    async def _change(self, front: FrontPeer, wanted: ChangeModel | ChangeRollOut) -> None:
         try:
-            if wanted.action == "load":
-                checkpoint = await self.load(wanted.name, wanted.version)
-            else:
-                checkpoint = await self.unload(wanted.name)
-        except UnknownModelError as error:
-            front.say(ChangeFailed(wanted.id, "unknown_model", str(error)))
-        except LoadTimeoutError as error:
-            front.say(ChangeFailed(wanted.id, "load_timeout", str(error)))
-        except (CheckpointError, LoadFailedError) as error:
-            front.say(ChangeFailed(wanted.id, "broken_checkpoint", str(error)))
-        except NoEngineError:
-            front.say(ChangeFailed(wanted.id, "engine_down", "no engine is running"))
+            done = await self._changed(wanted)
         except Exception as error:  # whatever it is, whoever asked must hear of it
-            log.error("a change of models failed", model=wanted.name, exc_info=error)
-            reason = f"{wanted.name}: {type(error).__name__}; the server's log says more"
-            front.say(ChangeFailed(wanted.id, "broken_checkpoint", reason))
+            reason = next((told for kind, told in _REASONS if isinstance(error, kind)), None)
+            message = "no engine is running" if isinstance(error, NoEngineError) else str(error)
+            if reason is None:
+                log.error("a change of models failed", model=wanted.name, exc_info=error)
+                message = f"{wanted.name}: {type(error).__name__}; the server's log says more"
+            front.say(ChangeFailed(wanted.id, reason or "broken_checkpoint", message))
         else:
-            front.say(Changed(wanted.id, checkpoint.label))
+            front.say(done)
         finally:
             self._changes -= 1
+
+    async def _changed(self, wanted: ChangeModel | ChangeRollOut) -> Changed | Shown:
+        name, version, versions = wanted.name, wanted.version, self.versions
+        match wanted.action:
+            case "load":
+                return Changed(wanted.id, (await versions.load(name, version)).label)
+            case "unload":
+                return Changed(wanted.id, (await versions.unload(name)).label)
+            case "begin":
+                rollout = await versions.roll_out(name, version, wanted.given)
+            case "promote":
+                rollout = await versions.promote(name)
+            case "rollback":
+                rollout = await versions.roll_back(name)
+            case "show":
+                rollout = versions.last_rollout(name)
+        return Shown(wanted.id, msgspec.json.encode(rollout.report()), "application/json")
 
     def _measure_fronts(self) -> None:
         self.metrics.fronts.set(sum(front.pid > 0 for front in self.fronts))
         self.metrics.cache_bytes.set(sum(front.cache_bytes for front in self.fronts))
 
     def _tell_all(self) -> None:
-        serving = self._serving()
-        for front in self.fronts:
-            front.say(serving)
+        self.fronts.tell(self._serving())
 
     def _serving(self) -> Serving:
-        models = [
-            ServedVersion(c.name, c.version, str(c.path)) for c in self.catalog.served.values()
-        ]
         found = [line for lines in self._problems.values() for line in lines]
         errors = sorted({*self.catalog.errors, *self.fleet.errors, *found})
         loops = dict(sorted(self._crash_loops.items()))
-        return Serving(self._generation, models, self._loading, errors, loops)
+        versions = self.versions
+        return Serving(versions.generation, versions.served(), versions.loading, errors, loops)
 
 
 def _answer(front: FrontPeer, message: ToHub, reason: str) -> None:
     """Answer a message that could not be handled, if it asks for an answer."""
-    if isinstance(message, ChangeModel | ReloadSettings | Scrape | TellRecent):
+    if isinstance(message, ChangeModel | ChangeRollOut | ReloadSettings | Scrape | TellRecent):
         front.say(NotShown(message.id, reason))

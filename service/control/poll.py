@@ -13,6 +13,7 @@ from service.background import DetachedThreads, StillRunningError, describe
 from service.control.fleet import LoadTimeoutError, NoEngineError
 from service.control.hub import Hub
 from service.control.mirror import Mirror, copy
+from service.control.versions import RollOutConflictError
 
 log = structlog.get_logger()
 
@@ -23,7 +24,9 @@ Stamp = tuple[tuple[str, int, int], ...]
 
 
 class StorePoll:
-    """Look into the store from time to time, and serve what is newer than all before.
+    """Look into the store from time to time, and take up what is newer than all before.
+
+    It is served at once, or rolled out if the model's settings have a table `rollout`.
 
     A version that was put back or taken away by hand stays so until a higher one comes. A folder
     that cannot be loaded is tried again when something in it has changed.
@@ -82,9 +85,11 @@ class StorePoll:
                 continue
             name, version = folder.parent.name, int(folder.name)
             try:
-                await self._hub.load(name, version)
+                await self._hub.versions.bring(name, version)
             except NoEngineError:
                 return problems  # it is tried again
+            except RollOutConflictError:
+                continue  # it is tried again when the roll-out has ended
             except LoadTimeoutError as error:
                 problems.append(str(error))  # it is tried again
                 continue
@@ -93,7 +98,7 @@ class StorePoll:
                 log.error("a new version cannot be served", model=name, reason=describe(error))
                 continue
             self._highest[name] = version
-            log.info("a new version is served", model=name, version=version)
+            log.info("a new version is taken up", model=name, version=version)
         return problems + [f"{folder}: {reason}" for folder, (_, reason) in self._failed.items()]
 
     def _newest(self) -> list[tuple[Path, Stamp]]:
@@ -105,7 +110,8 @@ class StorePoll:
                 continue
             versions = [int(p.parent.name) for p in model.glob(f"*/{MANIFEST}") if _numbered(p)]
             served = self._hub.catalog.served.get(name)
-            known = max(self._highest.get(name, 0), served.version if served else 0)
+            decided = self._hub.versions.highest(name)
+            known = max(self._highest.get(name, 0), served.version if served else 0, decided)
             highest = max(versions, default=0)
             if highest > known:
                 folder = model / str(highest)

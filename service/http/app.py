@@ -14,7 +14,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 import budgetformer
-from service.http import classify, health, kserve, playground, sagemaker, settings_routes, tei
+from service.http import (
+    classify,
+    health,
+    kserve,
+    playground,
+    rollout_routes,
+    sagemaker,
+    settings_routes,
+    tei,
+)
 from service.http import model_routes as api_models
 from service.http.authentication import document_keys
 from service.http.connections import ConnectionLimits, GuardedProtocol
@@ -23,6 +32,7 @@ from service.http.direct import Direct, direct_routes
 from service.http.middleware import OTHER, PROBES, Head, Observe, OperationsPort
 from service.http.model_routes import LoadRequest
 from service.http.private import api_routes
+from service.http.rollout_routes import RollOutRequest
 from service.http.schemas import (
     ClassifyRequest,
     IndexRequest,
@@ -117,6 +127,7 @@ def create_app(
         engines.start()
         await hub.start()
         yield
+        await state.shadows.stop()
         await hub.stop()
         await follow.stop()
         await engines.stop()
@@ -146,6 +157,7 @@ def create_app(
         classify,
         health,
         api_models,
+        rollout_routes,
         settings_routes,
         tei,
         kserve,
@@ -210,7 +222,7 @@ def _document(app: FastAPI) -> None:
     document_keys(schema)
     for model in (
         ClassifyRequest, TokenizeRequest, LoadRequest, PredictRequest, InferRequest,
-        IndexRequest, RepositoryRequest,
+        IndexRequest, RepositoryRequest, RollOutRequest,
     ):  # fmt: skip
         described = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schema["components"]["schemas"] |= described.pop("$defs", {}) | {model.__name__: described}

@@ -42,10 +42,12 @@ from service.ipc.engine_client import (
     EngineFailedError,
     Job,
     NotLoadedError,
+    RefusedError,
 )
 from service.pipeline.answer_cache import AnsweredTexts, Lookup
 from service.pipeline.decision import DecidedTexts
 from service.pipeline.served_models import ServedModel
+from service.pipeline.shadow import AnsweredRequest, SkippedError
 from service.scheduling.brownout import kept_above
 from service.settings import DEFAULT_QUALITY
 from service.telemetry.stages import stage_span
@@ -61,6 +63,10 @@ ALSO_ARROW: dict[int | str, dict[str, Any]] = {
     406: {"model": ErrorResponse},
 }
 """What OpenAPI says of a route that answers as an Arrow stream where that is preferred."""
+
+
+SHADOW_SECONDS = 30.0
+"""After which nobody needs what a candidate computes for comparison."""
 
 
 @router.post(
@@ -123,7 +129,7 @@ async def respond(
     else:
         check_count(state, len(tokens))
         texts = tokens
-    model = state.model(body.model)
+    model = state.model(body.model, request.state.request_id)
     request.state.served = model.checkpoint
     size = travelled(request.scope["headers"])
     name, caller = model.checkpoint.name, request.state.caller
@@ -172,6 +178,11 @@ async def _respond(
     hits = None if lookup is None or lookup.outcome == "miss" else lookup.hits
     _measure(state, answered, hits, stages | {"respond": responded - computed})
     stages["total"] = time.monotonic() - started
+    if (candidate := state.models.shadow_of(model, request.state.request_id)) is not None:
+        computed_all = lookup is None or lookup.outcome == "miss"
+        served = AnsweredRequest(model.checkpoint, answers, computed_all)
+        compute = partial(_compute_again, state, body, given, answers.quality)
+        state.shadows.begin(candidate, served, compute)
     response.headers["X-Quality"] = str(answers.quality)
     if lookup is not None:
         response.headers["X-Cache"] = lookup.outcome
@@ -179,6 +190,33 @@ async def _respond(
         f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items()
     )
     return response
+
+
+async def _compute_again(
+    state: State,
+    body: ClassifyRequest,
+    given: list[Text] | Texts,
+    quality: str | float,
+    model: ServedModel,
+) -> Answers:
+    """Answer texts with another version, behind everything that somebody waits for.
+
+    Raises:
+        SkippedError: there is no room for it, or the version does not read these tokens.
+    """
+    deadline = time.monotonic() + SHADOW_SECONDS
+    asked = body.model_copy(update={"target_ms": None, "truncate": True, "return_heads": False})
+    try:
+        if isinstance(given, Texts):
+            raise SkippedError("tokens may be those of another tokenizer")
+        texts, _ = await _tokenize(state, model, given, deadline, range(len(given)))
+        return await _answer(state, asked, model, texts, quality, deadline, bulk=True)
+    except RefusedError as error:
+        raise SkippedError from error
+    except ApiError as error:
+        if error.code in ("loading", "engine_down") or error.status == 504:
+            raise SkippedError from error
+        raise
 
 
 async def _complete(
@@ -239,6 +277,7 @@ async def _answer(
     texts: Texts,
     quality: str | float,
     deadline: float,
+    bulk: bool = False,
 ) -> Answers:
     """Decide the budgets of texts, answer what step 0 answers, and have an engine do the rest.
 
@@ -255,6 +294,7 @@ async def _answer(
         max_heads=body.max_heads,
         return_heads=body.return_heads,
         target=None if body.target_ms is None else body.target_ms / 1000,
+        bulk=bulk,
     )
     if model.decider is None or job.target is not None:
         return await _ask(state, job)

@@ -214,7 +214,7 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     text, binary = split_body(body, request.headers.get(HEADER_LENGTH))
     asked = parse(text, InferRequest, max_values(state) + MAX_TOKEN_VALUES)
     parameters = validate(asked.parameters, InferParameters)
-    checkpoint = state.model(_spec(name, version)).checkpoint
+    checkpoint = state.model(_spec(name, version), request.state.request_id).checkpoint
     inputs = read_inputs(asked.inputs, binary, checkpoint)
     wanted = _outputs(asked.outputs or [InferOutput(name=name) for name in OUTPUTS])
     classify = ClassifyRequest.model_construct(

@@ -18,7 +18,14 @@ from service.http.errors import ApiError, errors_as
 from service.http.responses import json_response
 from service.http.schemas import ErrorResponse, RequestBody, TokenizeRequest, TokenizeResponse
 from service.http.state import from_hub, state_of
-from service.ipc.control_messages import Changed, ChangeFailed, ChangeModel
+from service.ipc.control_messages import (
+    Changed,
+    ChangeFailed,
+    ChangeModel,
+    ChangeRollOut,
+    FromHub,
+)
+from service.pipeline.served_models import Candidate
 
 router = APIRouter(tags=["models"], responses=errors_as(ErrorResponse))
 
@@ -29,6 +36,9 @@ CHANGE_STATUS = {
     "engine_down": 503,
     "load_timeout": 504,
     "busy": 503,
+    "conflict": 409,
+    "already_served": 422,
+    "state_not_kept": 503,
 }
 
 
@@ -42,7 +52,10 @@ class LoadRequest(RequestBody):
 
 @router.get("/v1/models", summary="Models that are served", dependencies=[needs("classify")])
 async def list_models(request: Request) -> Response:
-    """List the served models, as OpenAI's API does; requests that name none get the `default`."""
+    """List the served models, as OpenAI's API does; requests that name none get the `default`.
+
+    `candidate` is the version that is being rolled out beside `version`, or null.
+    """
     state = state_of(request)
     data = [
         {
@@ -51,6 +64,7 @@ async def list_models(request: Request) -> Response:
             "owned_by": "budgetformer",
             "version": served.checkpoint.version,
             "default": name == state.models.default,
+            "candidate": _candidate(state.models.candidates.get(name)),
         }
         for name, served in sorted(state.models.served.items())
     ]
@@ -117,13 +131,23 @@ async def unload(request: Request, name: str) -> str:
 
 
 async def _change(request: Request, wanted: ChangeModel) -> str:
+    answer = await ask_for_change(request, wanted)
+    assert isinstance(answer, Changed)
+    return answer.label
+
+
+async def ask_for_change(request: Request, wanted: ChangeModel | ChangeRollOut) -> FromHub:
+    """Have the hub change what is served, and return its answer.
+
+    Raises:
+        ApiError: it was not changed, see `CHANGE_STATUS`.
+    """
     answer = await from_hub(state_of(request).hub.change(wanted))
     if isinstance(answer, ChangeFailed):
         status = CHANGE_STATUS[answer.reason]
         param, retry_after = (None, 1) if status == 503 else ("model", None)
         raise ApiError(status, answer.message, param, answer.reason, retry_after)
-    assert isinstance(answer, Changed)
-    return answer.label
+    return answer
 
 
 @router.post("/models/{name}/unload", summary="Stop serving a model", dependencies=[needs("admin")])
@@ -166,6 +190,14 @@ async def tokenize(request: Request) -> Response:
         for index, tokens in enumerate(tokenized)
     ]
     return json_response({"model": model.checkpoint.label, "data": data})
+
+
+def _candidate(candidate: Candidate | None) -> dict[str, Any] | None:
+    """Describe the version that is being rolled out; null: there is none."""
+    if candidate is None:
+        return None
+    version = candidate.model.checkpoint.version
+    return {"version": version, "weight": candidate.weight, "shadow": candidate.shadow}
 
 
 def _card(checkpoint: Checkpoint) -> dict[str, Any]:

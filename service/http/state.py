@@ -24,6 +24,7 @@ from service.keys import KeyRing
 from service.pipeline.answer_cache import AnswerCache
 from service.pipeline.decision import Deciding
 from service.pipeline.served_models import Models, ServedModel, UnknownModelError
+from service.pipeline.shadow import Shadows
 from service.settings import Settings
 
 Answer = TypeVar("Answer")
@@ -51,6 +52,7 @@ class State:
 
     deciding: Deciding = field(default_factory=Deciding)
     admission: Admission = field(init=False)
+    shadows: Shadows = field(init=False)
     on_settings: list[Callable[[Settings], None]] = field(default_factory=list)
     """Told of settings before they are in force; each raises if it cannot go by them."""
 
@@ -68,6 +70,7 @@ class State:
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings, self.engines, self.hub.counts)
+        self.shadows = Shadows(self.hub.counts)
 
     def start_threads(self) -> None:
         """Start the threads now: later, when one is needed, there may be no room for it."""
@@ -114,8 +117,8 @@ class State:
             message = f"{place}: the tokenizer of {model.checkpoint.label} fails at it"
             raise ApiError(500, message, place, "item_failed") from None
 
-    def model(self, spec: str | None) -> ServedModel:
-        """Return the model that a request names.
+    def model(self, spec: str | None, request_id: str | None = None) -> ServedModel:
+        """Return the model that a request names; see `Models.get`.
 
         Raises:
             ApiError: 404 unknown; 503 none is served at all.
@@ -123,7 +126,12 @@ class State:
         if spec is None and self.models.default is None:
             raise ApiError(503, "no model is served", code="no_model", retry_after=5)
         try:
-            return self.models.get(spec)
+            model = self.models.get(spec, request_id)
+            if request_id is None or model is self.models.served.get(model.checkpoint.name):
+                return model
+            # After a restart engines may have the candidate later than the served version.
+            loaded = (model.checkpoint.name, model.checkpoint.version) in self.engines.models
+            return model if loaded else self.models.get(spec)
         except UnknownModelError as error:
             raise ApiError(404, str(error), "model", "unknown_model") from None
 

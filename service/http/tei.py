@@ -22,7 +22,7 @@ from service.http.schemas import (
     PredictRequest,
     TextPair,
 )
-from service.http.state import State, state_of
+from service.http.state import state_of
 
 router = APIRouter(
     tags=["compatibility"],
@@ -57,7 +57,7 @@ async def respond_to_predict(request: Request, body: PredictRequest) -> Response
         ApiError: as `respond` does, and 422 for a shape of `inputs` or a direction that is none.
     """
     given, batched = _items(body)
-    _check_direction(body, state_of(request))
+    _check_direction(body, request)
     parameters = body.parameters or PipelineParameters()
     activation = "none" if body.raw_scores else parameters.function_to_apply
     asked = ClassifyRequest.model_construct(
@@ -107,8 +107,9 @@ def _refusal(place: str) -> ApiError:
     return ApiError(422, message, place, "invalid_field")
 
 
-def _check_direction(body: PredictRequest, state: State) -> None:
-    side = state.model(body.model).checkpoint.manifest.truncation_side
+def _check_direction(body: PredictRequest, request: Request) -> None:
+    model = state_of(request).model(body.model, request.state.request_id)
+    side = model.checkpoint.manifest.truncation_side
     if body.truncation_direction is not None and body.truncation_direction.lower() != side:
         message = f"this model cuts texts on the {side}, as it was trained"
         raise ApiError(422, message, "truncation_direction", "invalid_field")

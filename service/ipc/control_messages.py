@@ -11,11 +11,20 @@ from service.telemetry.counts import Difference
 
 
 class ServedVersion(msgspec.Struct, frozen=True, array_like=True):
-    """A model version that is served, and its folder."""
+    """A model version that is served, and its folder.
+
+    Attributes:
+        candidate: it is being rolled out beside the version that is served.
+        weight: share of the requests that it answers as a candidate.
+        shadow: share of the other requests that it computes too.
+    """
 
     name: str
     version: int
     path: str
+    candidate: bool = False
+    weight: float = 0.0
+    shadow: float = 0.0
 
 
 class Serving(Message, frozen=True):
@@ -75,6 +84,19 @@ class ChangeModel(Message, frozen=True):
     version: int | None = None
 
 
+class ChangeRollOut(Message, frozen=True):
+    """Begin or change a roll-out, end it, or show the last one; the answer is `Shown`, as JSON.
+
+    `version` None: that of the running roll-out, or the highest. `given`: see `Versions.roll_out`.
+    """
+
+    id: int
+    action: Literal["begin", "promote", "rollback", "show"]
+    name: str
+    version: int | None = None
+    given: dict[str, float | None] = {}
+
+
 class Changed(Message, frozen=True):
     """A change was made in every front and engine: of this model version."""
 
@@ -82,11 +104,17 @@ class Changed(Message, frozen=True):
     label: str
 
 
+ChangeFailure: TypeAlias = Literal[
+    "unknown_model", "broken_checkpoint", "engine_down", "load_timeout", "busy", "conflict",
+    "already_served", "state_not_kept",
+]  # fmt: skip
+
+
 class ChangeFailed(Message, frozen=True):
     """A change was not made, and everything is as it was."""
 
     id: int
-    reason: Literal["unknown_model", "broken_checkpoint", "engine_down", "load_timeout", "busy"]
+    reason: ChangeFailure
     message: str
 
 
@@ -180,8 +208,8 @@ class Acknowledged(Message, frozen=True):
 
 
 ToHub: TypeAlias = (
-    Here | Swapped | Drained | ChangeModel | Scrape | TellRecent | Report | SettingsTaken
-    | ReloadSettings
+    Here | Swapped | Drained | ChangeModel | ChangeRollOut | Scrape | TellRecent | Report
+    | SettingsTaken | ReloadSettings
 )  # fmt: skip
 FromHub: TypeAlias = (
     Serving | Alive | Acknowledged | Changed | ChangeFailed | Shown | NotShown | NewSettings

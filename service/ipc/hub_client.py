@@ -19,6 +19,7 @@ from service.ipc.control_messages import (
     Acknowledged,
     Alive,
     ChangeModel,
+    ChangeRollOut,
     FromHub,
     Here,
     NewSettings,
@@ -152,7 +153,7 @@ class HubLink(Connection):
         assert isinstance(answer, Shown)
         return answer
 
-    async def change(self, wanted: ChangeModel | ReloadSettings) -> FromHub:
+    async def change(self, wanted: ChangeModel | ChangeRollOut | ReloadSettings) -> FromHub:
         """Ask for a change of the server; it is made everywhere when the answer comes.
 
         Raises:

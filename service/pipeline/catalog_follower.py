@@ -57,7 +57,7 @@ class Follow:
     async def _until_loaded(self, models: list[ServedVersion]) -> None:
         """Wait for the engines' word: it may come later than the hub's."""
         patience = time.monotonic() + ENGINE_PATIENCE
-        served = self._models.served.values()
+        served = self._models.all()
         known = {(model.checkpoint.name, model.checkpoint.version) for model in served}
         wanted = {(model.name, model.version) for model in models} - known
         while self._engines.alive and time.monotonic() < patience:

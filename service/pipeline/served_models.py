@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,8 +76,36 @@ def open_model(path: Path, shared: Path | None = None) -> ServedModel:
     return served
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A version that is being rolled out beside the served one.
+
+    Attributes:
+        model: the version.
+        weight: share of the requests that it answers.
+        shadow: share of the other requests that it computes too.
+    """
+
+    model: ServedModel
+    weight: float
+    shadow: float
+
+    def answers(self, request_id: str) -> bool:
+        """Say whether it answers a request: the same one always, in every frontend."""
+        return _place(request_id) < self.weight
+
+    def shadows(self, request_id: str) -> bool:
+        """Say whether it also computes a request that it does not answer."""
+        return _place(request_id) >= 1 - self.shadow * (1 - self.weight)
+
+
+def _place(request_id: str) -> float:
+    """Return a number in [0, 1) that every frontend derives from the id."""
+    return zlib.crc32(request_id.encode()) / 2**32
+
+
 class Models:
-    """The served version of every model, and the default one.
+    """The served version of every model, its candidate if it has one, and the default model.
 
     Args:
         store: folder of checkpoints.
@@ -89,6 +118,7 @@ class Models:
         self.store = store
         self._shared = shared
         self.served: dict[str, ServedModel] = {}
+        self.candidates: dict[str, Candidate] = {}
         self._default = default and default.partition(":")[0]
 
     @property
@@ -96,8 +126,13 @@ class Models:
         """Name of the default model; None when nothing is served."""
         return self._default or next(iter(sorted(self.served)), None)
 
-    def get(self, spec: str | None) -> ServedModel:
+    def get(self, spec: str | None, request_id: str | None = None) -> ServedModel:
         """Return the model for `name`, `name:version`, or None, the default.
+
+        Args:
+            spec: what a request names; with a version it may be that of a candidate.
+            request_id: of a request that a candidate may answer in place of the served version;
+                None: it may not.
 
         Raises:
             UnknownModelError: there is none.
@@ -107,28 +142,50 @@ class Models:
         if model is None:
             known = ", ".join(sorted(self.served)) or "none"
             raise UnknownModelError(f"no model {name[:100]!r} is served (there are: {known})")
-        if version and version != str(model.checkpoint.version):
-            raise UnknownModelError(
-                f"{name} is served in version {model.checkpoint.version}, not {version[:100]}"
-            )
-        return model
+        candidate = self.candidates.get(name)
+        if not version:
+            if candidate is not None and request_id is not None and candidate.answers(request_id):
+                return candidate.model
+            return model
+        choice = [model] if candidate is None else [model, candidate.model]
+        for one in choice:
+            if version == str(one.checkpoint.version):
+                return one
+        served = " and ".join(str(one.checkpoint.version) for one in choice)
+        raise UnknownModelError(f"{name} is served in version {served}, not {version[:100]}")
+
+    def shadow_of(self, model: ServedModel, request_id: str) -> ServedModel | None:
+        """Return the candidate that also computes a request that this model answered, if any."""
+        candidate = self.candidates.get(model.checkpoint.name)
+        if candidate is None or candidate.model is model or not candidate.shadows(request_id):
+            return None
+        return candidate.model
 
     async def serve(self, versions: list[ServedVersion]) -> list[ServedModel]:
         """Serve exactly these from now on, and return those that are served no more."""
-        now: dict[str, ServedModel] = {}
+        before = self.all()
+        known = {(one.checkpoint.name, one.checkpoint.version): one for one in before}
+        served: dict[str, ServedModel] = {}
+        candidates: dict[str, Candidate] = {}
         for wanted in versions:
-            served = self.served.get(wanted.name)
-            if served is not None and served.checkpoint.version == wanted.version:
-                now[wanted.name] = served
-                continue
-            try:
-                now[wanted.name] = await asyncio.to_thread(
-                    open_model, Path(wanted.path), self._shared
-                )
-            except CheckpointError as error:  # the hub has read it a moment ago
-                log.error("checkpoint left out", reason=str(error))
-        before, self.served = self.served, now
-        return [model for name, model in before.items() if now.get(name) is not model]
+            model = known.get((wanted.name, wanted.version))
+            if model is None:
+                try:
+                    model = await asyncio.to_thread(open_model, Path(wanted.path), self._shared)
+                except CheckpointError as error:  # the hub has read it a moment ago
+                    log.error("checkpoint left out", reason=str(error))
+                    continue
+            if wanted.candidate:
+                candidates[wanted.name] = Candidate(model, wanted.weight, wanted.shadow)
+            else:
+                served[wanted.name] = model
+        self.served, self.candidates = served, candidates
+        kept = {id(model) for model in self.all()}
+        return [model for model in before if id(model) not in kept]
+
+    def all(self) -> list[ServedModel]:
+        """Return every version that is served, candidates too."""
+        return [*self.served.values(), *(one.model for one in self.candidates.values())]
 
     def versions(self, name: str) -> list[int]:
         """Return the versions of a model in the store."""

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -34,6 +34,10 @@ DENIALS = ("no_key", "wrong_key", "missing_scope")
 """Why callers are turned away."""
 BREAKS = ("too_many", "slow", "head_too_large", "malformed")
 """Why connections are ended before a request was there."""
+
+SHADOW_OUTCOMES = ("agreed", "differed", "failed", "skipped")
+"""What a candidate's answers are beside the served version's."""
+SIDES = ("served", "candidate")
 
 Series: TypeAlias = tuple[str, ...]
 """A metric's name, without the prefix of all metrics, and the values of its labels."""
@@ -77,6 +81,14 @@ class Observations(msgspec.Struct, array_like=True):
     def cumulative(self, bounds: Sequence[float]) -> list[int]:
         """Return, for every bound and for infinity, the number of values up to it."""
         return list(accumulate(self.buckets.get(bucket, 0) for bucket in range(len(bounds) + 1)))
+
+
+class Spent(NamedTuple):
+    """What the texts of a request took: seconds of passes, multiply-adds, heads."""
+
+    seconds: float
+    macs: int
+    heads: int
 
 
 class Difference(msgspec.Struct, array_like=True):
@@ -216,6 +228,24 @@ class Counts:
     def items_failed(self, model: str, version: int, items: int) -> None:
         """Count the texts of a request that a model version failed to answer."""
         self._counters["model_items_failed", model, str(version)] += items
+
+    def shadowed(
+        self, model: str, version: int, outcomes: Mapping[str, int], spent: Mapping[str, Spent]
+    ) -> None:
+        """Count the texts of a request that a candidate computed, too.
+
+        Args:
+            model, version: of the candidate.
+            outcomes: number of texts by one of `SHADOW_OUTCOMES`.
+            spent: what they took of the `served` version, and of the `candidate`.
+        """
+        key, counters = (model, str(version)), self._counters
+        for outcome, texts in outcomes.items():
+            counters["shadow_items", *key, outcome] += texts
+        for side, took in spent.items():
+            counters["shadow_seconds", *key, side] += took.seconds
+            counters["shadow_macs", *key, side] += took.macs
+            counters["shadow_heads", *key, side] += took.heads
 
     def texts_asked(self, caller: str, texts: int) -> None:
         """Count the texts that a caller, by the name of its key, asked for."""

@@ -26,6 +26,8 @@ from service.telemetry.counts import (
     HEADS,
     OUTCOMES,
     REASONS,
+    SHADOW_OUTCOMES,
+    SIDES,
     STAGES,
     TOKENS,
     Difference,
@@ -44,6 +46,8 @@ RATIOS = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1)
 
 SOURCES = ("frontend", "engine")
 """Processes that report to the hub."""
+ENDS = ("promoted", "rolled_back", "stopped")
+"""How roll-outs end."""
 QUALITY_RANK = {"fast": 1, "balanced": 2, "best": 3}
 
 
@@ -96,6 +100,26 @@ class Metrics:
             "version",
         )
         self.cache_bytes = self._gauge("cache_bytes", "Size of the answers that frontends keep.")
+        self.rollout_weight = self._gauge(
+            "rollout_weight", "Share of the requests that a candidate answers.", "model", "version"
+        )
+        self.rollout_shadow = self._gauge(
+            "rollout_shadow", "Share of the other requests that it computes too.",
+            "model", "version",
+        )  # fmt: skip
+        self.rollouts_ended = self._counter(
+            "rollouts_ended", "Roll-outs by how they ended.", "model", "outcome"
+        )
+        self.shadow_items = self._counter(
+            "shadow_items", "Items that a candidate computed beside the served version.",
+            "model", "version", "outcome",
+        )  # fmt: skip
+        sides = ("model", "version", "side")
+        self.shadow_seconds = self._counter(
+            "shadow_seconds", "Time that passes took for items that both versions computed.", *sides
+        )
+        self.shadow_macs = self._counter("shadow_macs", "Multiply-adds for those items.", *sides)
+        self.shadow_heads = self._counter("shadow_heads", "Heads computed for them.", *sides)
         self.request_heads = self._histogram(
             "request_heads",
             "Heads computed for an item, summed over layers.",
@@ -270,6 +294,23 @@ class Metrics:
                 counter.labels(model, version, budget)
             self.batch(model, budget)
 
+    def show_rollout(self, model: str, candidate: tuple[str, float, float] | None) -> None:
+        """Show which version of a model is rolled out, with its weight and shadow share."""
+        for outcome in ENDS:
+            self.rollouts_ended.labels(model, outcome)
+        for gauge in (self.rollout_weight, self.rollout_shadow):
+            gauge.remove_by_labels({"model": model})
+        if candidate is None:
+            return
+        version, weight, shadow = candidate
+        self.rollout_weight.labels(model, version).set(weight)
+        self.rollout_shadow.labels(model, version).set(shadow)
+        for outcome in SHADOW_OUTCOMES:
+            self.shadow_items.labels(model, version, outcome)
+        for side in SIDES:
+            for counter in (self.shadow_seconds, self.shadow_macs, self.shadow_heads):
+                counter.labels(model, version, side)
+
     def forget_model(self, model: str, version: str) -> None:
         """Remove the series of a model version; what is still told of it is not counted."""
         self._models.discard((model, version))
@@ -279,6 +320,7 @@ class Metrics:
             self.request_heads, self.items, self.items_expected, self.item_tokens,
             self.macs, self.dense_macs, self.heads_used, self.heads,
             self.int8_checked, self.int8_clipped,
+            self.shadow_items, self.shadow_seconds, self.shadow_macs, self.shadow_heads,
         ):  # fmt: skip
             metric.remove_by_labels({"model": model, "version": version})
 
@@ -288,6 +330,7 @@ class Metrics:
         for metric in (
             self.queue_items, self.queue_cost, self.queue_oldest, self.in_flight,
             self.batches, self.batch_items, self.batch_tokens, self.batch_padding,
+            self.rollouts_ended,
         ):  # fmt: skip
             metric.remove_by_labels({"model": model})
 

@@ -18,6 +18,7 @@ from tests.support.dashboards import Query, annotations, queries
 from tests.support.monitoring import Prometheus, prometheus
 from tests.support.processes import Server, server
 from tests.support.programs import program
+from tests.support.serving import ADMIN, ADMIN_KEY
 from tests.support.stores import labelled_sentences
 from tests.support.waiting import wait_until
 
@@ -41,7 +42,8 @@ LOADED = {
     "models": {"Requests by model", "Latency p99 by model", "Requests of each version",
                "Latency p50 of each version", "Latency p99 of each version",
                "Heads per text of each version", "Multiply-adds per text of each version",
-               "Texts by step, first version", "Texts by step, second version"},
+               "Texts by step, first version", "Texts by step, second version", "Candidates",
+               "Shadow texts", "Cost of shadow texts"},
 }  # fmt: skip
 """Panels that show more than 0 while requests come."""
 
@@ -87,11 +89,21 @@ def seen(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     program("prometheus")
     folder = tmp_path_factory.mktemp("monitored")
     with (
-        server(model_store, folder, engines=2, default_model="topics") as running,
+        server(
+            model_store,
+            folder,
+            engines=2,
+            default_model="topics",
+            admin_key=ADMIN_KEY,
+            state_dir=str(folder / "state"),
+        ) as running,
         prometheus(running.url, folder) as monitor,
     ):
         wait_until(lambda: _scrapes(monitor) >= 4, "some scrapes of an idle service")
         idle = ask_all(monitor)
+        rollout = {"version": 1, "weight": 0.5, "shadow": 1.0}
+        url = f"{running.url}/models/topics/rollout"
+        assert httpx.post(url, json=rollout, headers=ADMIN, timeout=60).status_code == 200
         before = _scrapes(monitor)
         with load(running.url):
             wait_until(lambda: _scrapes(monitor) >= before + 6, "some scrapes under load")

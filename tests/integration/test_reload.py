@@ -14,7 +14,7 @@ import pytest_asyncio
 from structlog.testing import capture_logs
 
 from service.control import hub as hub_module
-from service.control.hub import FrontPeer
+from service.control.frontends import FrontPeer
 from service.control.reload import Reload
 from service.keys import Key, digest
 from service.settings import ModelSettings, Settings, SettingsError

@@ -152,9 +152,10 @@ async def service(
     **settings: Any,
 ) -> AsyncIterator[Service]:
     """Run a service over a store, ready for requests."""
-    chosen = {"model_store": store, "default_model": "topics", "admin_key": ADMIN_KEY} | settings
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bf-")))
+        own = {"model_store": store, "default_model": "topics", "state_dir": folder / "state"}
+        chosen: dict[str, Any] = own | {"admin_key": ADMIN_KEY} | settings
         sockets = [folder / f"{index}.sock" for index in range(max(engines, 1))]
         cores = [
             await stack.enter_async_context(engine(socket, options)) for socket in sockets[:engines]
@@ -181,7 +182,7 @@ async def service(
 
 
 def _all_loaded(running: Service) -> bool:
-    served = running.app.state.shared.models.served
+    served = running.app.state.shared.models.all()
     return all(len(core.models) == len(served) for core in running.cores)
 
 

@@ -1,0 +1,95 @@
+"""Which versions operators decided to serve: `rollouts.json` in the state folder."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from budgetformer.errors import BudgetFormerError
+from service.control.rollout import RollOut
+
+FILE = "rollouts.json"
+
+
+class StateError(BudgetFormerError):
+    """The state folder cannot be read or written."""
+
+
+class Decision(msgspec.Struct):
+    """What was decided of one model.
+
+    Attributes:
+        served: version to serve.
+        highest: of all versions when that was decided. A higher one that comes into the store later
+            is served at the next start, as it would be without any decision.
+        rollout: the last one.
+    """
+
+    served: int
+    highest: int
+    rollout: RollOut | None = None
+
+
+class Decisions:
+    """The decisions of a server, by model, and the file that keeps them.
+
+    Args:
+        folder: the state folder; it is made when there is something to keep.
+
+    Attributes:
+        error: why the file could not be read; the server then begins without decisions.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+        self.models: dict[str, Decision] = {}
+        self.error = ""
+        try:
+            self.models = msgspec.json.decode(self._path.read_bytes(), type=dict[str, Decision])
+        except FileNotFoundError:
+            pass
+        except (OSError, msgspec.MsgspecError) as error:
+            reason = getattr(error, "strerror", None) or error
+            self.error = f"{self._path}: {reason}; roll-outs and rollbacks before are forgotten"
+
+    def version(self, model: str, highest: int) -> int:
+        """Return the version to serve, where the highest in the store is known."""
+        decision = self.models.get(model)
+        if decision is None or (highest > decision.highest and not self.running(model)):
+            return highest
+        return decision.served
+
+    def running(self, model: str) -> RollOut | None:
+        """Return the roll-out of a model that has not ended."""
+        rollout = self.last(model)
+        return rollout if rollout is not None and rollout.state == "running" else None
+
+    def last(self, model: str) -> RollOut | None:
+        """Return the last roll-out of a model."""
+        decision = self.models.get(model)
+        return decision.rollout if decision is not None else None
+
+    def keep(self) -> None:
+        """Write the file: once this returns, the decisions survive whatever happens.
+
+        Raises:
+            StateError: it cannot be written.
+        """
+        fresh = self._path.with_name(f"{FILE}.new")
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with fresh.open("wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(self.models)) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(self._path)
+        except OSError as error:
+            with suppress(OSError):
+                fresh.unlink()
+            reason = error.strerror or error
+            raise StateError(
+                f"{self._path}: {reason}; set state_dir to a folder that can be written"
+            ) from None
