@@ -55,6 +55,7 @@ lint: .venv/.dev ## style, types and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell --dictionary - --dictionary docs/glossary.txt
 
 bench: .venv/.dev ## what was promised of speed, pass or short: the pass, and this service beside others
 	$(BIN)/python loadtests/bench.py --repeats $(REPEATS) $(NEWS)

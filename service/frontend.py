@@ -233,7 +233,7 @@ def _raise_descriptors(connections: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if most < wanted:
-        log.warning("fewer open files than connections", files=most, connections=connections)
+        log.warning("open-file limit below connection limit", files=most, connections=connections)
 
 
 if __name__ == "__main__":

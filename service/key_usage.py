@@ -82,7 +82,7 @@ class KeyUsage:
                     self._add(name)
         slot = self._slots.get(name)
         if slot is None:
-            log.warning("too many names of keys, each frontend limits this one alone", key=name)
+            log.warning("key limited by each frontend alone: too many key names", key=name)
             alone = memoryview(bytearray(8 * NUMBERS)).cast("d")
             return SharedUsage(alone[:1], alone[1:2], alone[2:])
         return SharedUsage(*self._numbers_of(slot), self._row, self._release)

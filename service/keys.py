@@ -280,9 +280,9 @@ class KeyRing:
         try:
             self._take(self._keys)
         except KeysError as error:
-            log.error("the keys stay as they were", reason=str(error))
+            log.error("keys not reloaded", reason=str(error))
         else:
-            log.info("keys read again", keys=self.names)
+            log.info("keys reloaded", keys=self.names)
 
     def _look(self) -> tuple[int, ...] | None:
         if self._file is None:

@@ -61,7 +61,7 @@ def serve(context: typer.Context) -> None:
     configure_logs(settings.log_level, settings.log_format)
     if ignored := service_variables(os.environ):
         # Kubernetes sets them for a service of this name, unless enableServiceLinks is false.
-        log.warning("variables of another service's ports are ignored", variables=ignored)
+        log.warning("environment variables of other services ignored", variables=ignored)
     if settings.cluster:
         _run_on_cluster(settings)
         return

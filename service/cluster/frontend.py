@@ -109,15 +109,15 @@ class PooledEngines(Engines):
             except TimeoutError as error:
                 raise DeadlineError from error
             except (RayActorError, ReplicaUnavailableError, AioRpcError):
-                log.warning("a replica died with a request in flight", attempt=attempt)
+                log.warning("replica died with a request in flight", attempt=attempt)
             except asyncio.CancelledError:
                 if _is_cancelled():
                     raise
-                log.warning("a replica ended with a request in flight", attempt=attempt)
+                log.warning("replica ended with a request in flight", attempt=attempt)
             except DeploymentUnavailableError as error:
                 raise EngineDownError from error
             except Exception as error:  # what a replica raised comes as it raised it
-                log.error("a replica failed", reason=type(error).__name__)
+                log.error("replica failed", reason=type(error).__name__)
                 raise EngineFailedError("an engine failed") from error
             else:
                 return answers_of(TO_FRONT.decode(reply))
@@ -131,7 +131,7 @@ class PooledEngines(Engines):
                 async with asyncio.timeout(LOOK_PATIENCE):
                     fleet = _decode_fleet(await self._hub.fleet.remote())
             except Exception as error:  # Ray has many words for a hub that is not there
-                log.warning("the hub does not tell of the engines", reason=type(error).__name__)
+                log.warning("engine list not received from the hub", reason=type(error).__name__)
             else:
                 now = time.monotonic()
                 self._wanted = fleet.wanted

@@ -174,4 +174,4 @@ class Fleet(Engines):
             except DisconnectedError:
                 return  # what is gone has freed its models
             except TimeoutError:
-                log.error("model not unloaded in time", model=key[0], engine=client.index)
+                log.error("model unload timed out", model=key[0], engine=client.index)

@@ -186,7 +186,7 @@ class ForkServer:
             await self._hearing
 
     def _kill(self) -> None:
-        log.error("the fork server hangs, it is killed")
+        log.error("fork server killed: not responding")
         assert self._process is not None
         self._process.kill()
 
@@ -221,7 +221,7 @@ class ForkServer:
             except (ValueError, KeyError, asyncio.InvalidStateError) as error:
                 log.error("fork server: unexpected output ignored", reason=type(error).__name__)
             except OSError as error:
-                log.error("fork server: its pipe broke, it is killed", reason=str(error))
+                log.error("fork server killed: broken pipe", reason=str(error))
                 process.kill()
                 break
         assert process.stdin is not None

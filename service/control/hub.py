@@ -123,13 +123,13 @@ class Hub:
         self._settings_generation = 0
         self._background = Background()
         for problem in self.catalog.errors:
-            log.error("checkpoint left out", reason=problem)
+            log.error("checkpoint skipped", reason=problem)
         self._name_unserved()
 
     def _name_unserved(self) -> None:
         """Say which models have settings and are not served: they may come, or it is a mistake."""
         if unserved := sorted(self.settings.model_settings.keys() - self.catalog.served.keys()):
-            log.warning("settings of models that are not served", models=unserved)
+            log.warning("settings for models that are not served", models=unserved)
 
     def _level_shown(self, model: str, level: QualityName) -> QualityName | None:
         """Return the level of a model where the load allows this one; None: it is fixed."""
@@ -173,9 +173,9 @@ class Hub:
             self._problems[source] = problems
         for problem in problems:
             if problem not in before:
-                log.error("server problem", source=source, reason=problem)
+                log.error("problem reported", source=source, reason=problem)
         if before and not problems:
-            log.info("server problem solved", source=source)
+            log.info("problem resolved", source=source)
         if problems != before:
             self._tell_all()
 
@@ -307,7 +307,7 @@ class Hub:
             reason = next((told for kind, told in _REASONS if isinstance(error, kind)), None)
             message = "no engine is running" if isinstance(error, NoEngineError) else str(error)
             if reason is None:
-                log.error("a change of models failed", model=wanted.name, exc_info=error)
+                log.error("model change failed", model=wanted.name, exc_info=error)
                 message = f"{wanted.name}: {type(error).__name__}; the server's log says more"
             front.say(ChangeFailed(wanted.id, reason or "broken_checkpoint", message))
         else:

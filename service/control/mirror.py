@@ -55,7 +55,7 @@ class Mirror:
                 told = str(error) if isinstance(error, CheckpointError) else describe(error)
                 problems.append(f"{self.url}/{name}/{version}: {told}")
             else:
-                log.info("a checkpoint was copied", model=name, version=version)
+                log.info("checkpoint copied", model=name, version=version)
         return problems
 
     def _missing(self) -> Iterator[tuple[str, int]]:
@@ -123,4 +123,4 @@ def copy_at_start(mirror: Mirror, seconds: float = START_SECONDS) -> None:
     copying.start()
     copying.join(seconds)
     for problem in problems:
-        log.error("checkpoint not copied", reason=problem)
+        log.error("checkpoint copy failed", reason=problem)

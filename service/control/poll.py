@@ -95,10 +95,10 @@ class StorePoll:
                 continue
             except Exception as error:  # whatever it is, this version alone is not served
                 self._failed[folder] = stamp, describe(error)
-                log.error("a new version cannot be served", model=name, reason=describe(error))
+                log.error("new version rejected", model=name, reason=describe(error))
                 continue
             self._highest[name] = version
-            log.info("a new version is taken up", model=name, version=version)
+            log.info("new version accepted", model=name, version=version)
         return problems + [f"{folder}: {reason}" for folder, (_, reason) in self._failed.items()]
 
     def _newest(self) -> list[tuple[Path, Stamp]]:

@@ -49,7 +49,7 @@ class Reload:
                 change = {name: getattr(now, name) for name in changed}
                 settings = _checked(self._hub.settings.model_copy(update=change))
             except BudgetFormerError as error:
-                log.error("settings not reloaded, nothing has changed", reason=str(error))
+                log.error("settings not reloaded", reason=str(error))
                 raise
             self._asked = self._asked.model_copy(update=change)
             set_log_level(settings.log_level)

@@ -150,7 +150,7 @@ class _Child:
     def kill(self) -> None:
         """Kill the process, which hangs."""
         if self.pid is not None and self._process is not None:
-            log.error("process hangs, it is killed", process=self.name)
+            log.error("process killed: not responding", process=self.name)
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
@@ -166,7 +166,7 @@ class _Child:
                 async with asyncio.timeout(patience):
                     await process.wait()
             except TimeoutError:
-                log.error("process did not end in time, it is killed", process=self.name)
+                log.error("process killed: did not end in time", process=self.name)
                 process.kill()
                 await process.wait()
 

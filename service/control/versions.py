@@ -195,7 +195,7 @@ class Versions:
             self._show_rollout(name)
             await self._publish()
             log.info(
-                "roll-out begun",
+                "roll-out started",
                 model=name,
                 served=served.version,
                 candidate=candidate.version,

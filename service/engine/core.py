@@ -508,11 +508,11 @@ class EngineCore:
         before, limit = self._batch_limit.items, self._batch_limit
         if room is not None:
             limit.shrink(room)
-            log.warning("out of memory, batches shrink", batch_items=limit.items)
+            log.warning("batch size reduced: out of memory", batch_items=limit.items)
         elif batch:
             limit.succeeded(items)
             if limit.items > before:
-                log.info("batches grow again", batch_items=limit.items, limit=limit.configured)
+                log.info("batch size restored", batch_items=limit.items, limit=limit.configured)
 
     def _settle(self, span: Span[Request]) -> None:
         """After a pass: let texts wait for their next step, and finish the others."""
@@ -619,7 +619,7 @@ def _fail(request: Request, place: int, error: Exception) -> None:
     """Let one text of a request fail."""
     context = request.context
     log.warning(
-        "an item failed",
+        "item failed",
         reason=type(error).__name__,
         request_id=context.request_id,
         trace_id=context.trace_id,

@@ -148,7 +148,7 @@ def _share(checkpoint: Checkpoint, network: PackedPass, shared: Path) -> None:
         network.share(shared / f"{checkpoint.manifest.files[WEIGHTS].sha256}-{network.precision}")
     except OSError as error:
         reason = error.strerror or str(error)
-        log.warning("this engine holds weights of its own", model=checkpoint.label, reason=reason)
+        log.warning("weights not shared", model=checkpoint.label, reason=reason)
 
 
 def _costs(
@@ -161,7 +161,7 @@ def _costs(
         if here == (measured.device, measured.dtype, len(measured.steps)):
             return measured
         log.warning(
-            "cost table left out, it was measured on another device or precision",
+            "cost table ignored: measured on another device or precision",
             model=checkpoint.label,
         )
     plans = [[0] * checkpoint.num_layers, *checkpoint.ladder]

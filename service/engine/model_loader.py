@@ -123,7 +123,7 @@ class ModelLoader:
             async with self._loading:  # one at a time; one that is given up is not waited for
                 model = await self._threads.run(path, read, discard=discard)
         except asyncio.CancelledError:
-            log.error("model load given up", path=message.path)
+            log.error("model load timed out", path=message.path)
             raise
         except StillRunningError:
             reply(Failed(message.id, f"{path}: an earlier load of it has not ended yet"))
@@ -132,7 +132,7 @@ class ModelLoader:
             reply(Failed(message.id, str(error)))
             return
         except Exception as error:  # any error must be answered
-            log.error("a model could not be loaded", path=message.path, exc_info=error)
+            log.error("model load failed", path=message.path, exc_info=error)
             reply(Failed(message.id, f"{message.path}: {type(error).__name__}"))
             try:
                 await self._threads.run(self._check, partial(self._check, error))

@@ -125,7 +125,7 @@ class EngineServer:
                 tasks.create_task(self._beat())
         except* DeviceLostError as lost:
             log.critical(
-                "the device is lost, this engine ends",
+                "device lost, engine stopped",
                 device=self.core.device,
                 reason=str(lost.exceptions[0]),
                 exit_code=EXIT_CODE,

@@ -121,7 +121,7 @@ class Acceptor:
             protocol.connection_lost(error)
 
     def _pause(self, error: OSError) -> None:
-        log.warning("no room for connections", error=str(error))
+        log.warning("connections not accepted", error=str(error))
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._listener)
         self._paused = loop.call_later(PAUSE_SECONDS, self._watch)

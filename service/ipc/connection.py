@@ -123,7 +123,7 @@ async def handle_each(
             kind = type(message).__name__
             if (kind, type(error)) not in logged:
                 logged.add((kind, type(error)))
-                log.error("message not handled", message=kind, peer=peer, exc_info=error)
+                log.error("message handling failed", message=kind, peer=peer, exc_info=error)
             failed(message, f"{kind} failed: {type(error).__name__}; the server's log says more")
 
 
@@ -291,7 +291,7 @@ class Connection:
         """Fail the question whose answer could not be handled."""
         future = self._pending.get(getattr(message, "id", -1))
         if future is not None and not future.done():
-            log.error("an answer was lost", peer=self._name, reason=reason)
+            log.error("answer lost", peer=self._name, reason=reason)
             future.set_exception(DisconnectedError())
 
     def _lose(self, outlet: Outlet) -> None:

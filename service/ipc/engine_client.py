@@ -219,7 +219,7 @@ class EngineClient(Connection):
 
     def drop(self) -> None:
         """Give up an engine that hangs: what it was asked is asked of another."""
-        log.warning("an engine hangs, its connection is dropped", engine=self.index)
+        log.warning("unresponsive engine disconnected", engine=self.index)
         self.close()
 
     def _know(self, models: list[ModelInfo]) -> None:
@@ -301,7 +301,7 @@ class Engines:
                 raise DeadlineError from error
             except DisconnectedError:
                 log.warning(
-                    "an engine died with a request in flight", engine=client.index, attempt=attempt
+                    "engine died with a request in flight", engine=client.index, attempt=attempt
                 )
                 continue
             finally:

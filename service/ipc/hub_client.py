@@ -195,7 +195,7 @@ class HubLink(Connection):
             try:
                 self._configure(message.settings)
             except Exception as error:  # whatever it is, this frontend goes on as it is
-                log.error("settings not taken over", exc_info=error)
+                log.error("settings not applied", exc_info=error)
             else:
                 self.say(SettingsTaken(message.generation))
         elif isinstance(message, Acknowledged):

@@ -173,7 +173,7 @@ class Models:
                 try:
                     model = await asyncio.to_thread(open_model, Path(wanted.path), self._shared)
                 except CheckpointError as error:  # the hub has read it a moment ago
-                    log.error("checkpoint left out", reason=str(error))
+                    log.error("checkpoint skipped", reason=str(error))
                     continue
             if wanted.candidate:
                 candidates[wanted.name] = Candidate(model, wanted.weight, wanted.shadow)

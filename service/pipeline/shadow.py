@@ -90,7 +90,7 @@ class Shadows:
             self._count(candidate, {"skipped": count})
             return
         except Exception as error:  # whatever it is, the candidate has no answer
-            log.debug("a candidate failed", model=candidate.checkpoint.label, exc_info=error)
+            log.debug("candidate failed", model=candidate.checkpoint.label, exc_info=error)
             self._count(candidate, {"failed": count})
             return
         finally:

@@ -360,7 +360,7 @@ class Metrics:
                 name = series[0] if series else ""
                 if name not in self._failed:
                     self._failed.add(name)
-                    log.error("counts not added", metric=name, exc_info=error)
+                    log.error("counts not recorded", metric=name, exc_info=error)
 
     def _add(self, series: Series, grown: float | Observations) -> None:
         name, *labels = series

@@ -46,7 +46,7 @@ def test_it_is_replaced_and_no_text_is_answered_wrong(model_store: Path, tmp_pat
         assert item["probs"] == pytest.approx(right["probs"], rel=1e-4)
     assert len(before.items() & after.items()) == 1
     lines = [json.loads(line) for line in running.log.read_text().splitlines()]
-    (lost,) = [line for line in lines if line["event"] == "the device is lost, this engine ends"]
+    (lost,) = [line for line in lines if line["event"] == "device lost, engine stopped"]
     assert lost["reason"] == f"RuntimeError, then in a probe: {lost_device.ERROR}"
     (down,) = [line for line in lines if line["event"] == "process down"]
     assert down["reason"] == f"it ended with exit code {EXIT_CODE}"

@@ -159,7 +159,7 @@ async def test_whatever_a_driver_raises_is_shown_and_the_server_serves_on(
             with capture_logs() as lines:
                 for _ in range(3):
                     await poll.look()
-            (line,) = [line for line in lines if line["event"] == "server problem"]
+            (line,) = [line for line in lines if line["event"] == "problem reported"]
             assert line["source"] == "remote store"
             assert elsewhere in line["reason"]
             assert await problems() == [line["reason"]]
@@ -188,7 +188,7 @@ def test_at_start_a_driver_that_raises_leaves_what_is_here(
     with capture_logs() as lines:
         copy_at_start(Mirror(elsewhere, here, [TOPICS, PAIRS]))
     problems = [line for line in lines if line["log_level"] == "error"]
-    assert [line["event"] for line in problems] == ["checkpoint not copied"]
+    assert [line["event"] for line in problems] == ["checkpoint copy failed"]
     wanted = {TOPICS: [1]} if fault == "at_list" else {TOPICS: [1], PAIRS: [1]}
     assert versions(here) == wanted, "the others are copied"
 

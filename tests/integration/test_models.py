@@ -659,7 +659,7 @@ class TestPolling:
         with capture_logs() as lines:
             await poll.look()
             await poll.look()
-        refusals = [line for line in lines if line["event"] == "a new version cannot be served"]
+        refusals = [line for line in lines if line["event"] == "new version rejected"]
         assert len(refusals) == 1
         assert (await one.answer(TEXT))["model"] == "topics:1"
         weights.write_bytes(sound)
@@ -688,7 +688,7 @@ class TestPolling:
             for _ in range(3):
                 await poll.look()
         (line,) = lines
-        assert (line["event"], line["source"]) == ("server problem", "store")
+        assert (line["event"], line["source"]) == ("problem reported", "store")
         assert line["reason"].startswith(str(store))
         assert await shown(one, "errors") == [line["reason"]]
         store.with_name("gone").rename(store)

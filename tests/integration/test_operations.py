@@ -429,7 +429,7 @@ async def test_no_log_line_holds_a_text(fresh: Service) -> None:
         with poison(fresh.core.models["topics", 2].network, tokens, "raise"):
             await fresh.ask([bad, sentences("music")[0]], heads=HEADS)
     assert lines
-    assert any(line["event"] == "an item failed" for line in lines)
+    assert any(line["event"] == "item failed" for line in lines)
     assert secret not in json.dumps(lines, default=str)
 
 
@@ -506,7 +506,7 @@ async def test_a_scrape_that_fails_is_one_answer_and_the_next_one_succeeds(
             changing = running.client.post("/models/topics/load", headers=ADMIN)
             assert (await changing).status_code == 200, "another reply was lost"
         assert (await running.client.get("/metrics")).status_code == 200
-        failures = [line for line in lines if line["event"] == "message not handled"]
+        failures = [line for line in lines if line["event"] == "message handling failed"]
         assert [line["message"] for line in failures] == ["Scrape"]
 
 

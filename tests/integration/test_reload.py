@@ -87,7 +87,7 @@ async def test_a_model_may_have_settings_of_its_own(running: Changeable) -> None
     running.next(model_settings=own)
     with capture_logs() as lines:
         assert (await running.reload())["changed"] == ["model_settings"]
-    (line,) = [one for one in lines if one["event"] == "settings of models that are not served"]
+    (line,) = [one for one in lines if one["event"] == "settings for models that are not served"]
     assert line["models"] == ["absent"]
     shown = await running.service.scrape()
     assert shown.total("quality_level_configured", model=TOPICS) == 1

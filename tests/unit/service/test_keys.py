@@ -194,7 +194,7 @@ class TestRing:
             for _ in range(5):
                 clock.now += LOOK_SECONDS
                 assert ring.find(b"one") is not None
-        assert [line["event"] for line in lines] == ["the keys stay as they were"]
+        assert [line["event"] for line in lines] == ["keys not reloaded"]
         file.unlink()
         clock.now += LOOK_SECONDS
         assert ring.find(b"one") is not None

@@ -1,0 +1,355 @@
+"""The meaning of every error code and log event, and the page that lists them.
+
+`python -m service.messages docs/messages.md` writes the page.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+class ErrorCode(NamedTuple):
+    """What `error.code` says.
+
+    Attributes:
+        statuses: HTTP statuses that it comes with.
+        meaning: what is wrong.
+        action: what the caller can do.
+    """
+
+    statuses: tuple[int, ...]
+    meaning: str
+    action: str
+
+
+ERROR_CODES = {
+    "already_served": ErrorCode((422,), "This version is served already.", "Name another version."),
+    "body_too_large": ErrorCode(
+        (413,), "The request body is larger than `max_body_bytes`.", "Send fewer texts at a time."
+    ),
+    "broken_checkpoint": ErrorCode(
+        (422,),
+        "The checkpoint cannot be loaded; the message names the file and the cause.",
+        "Check it with `budgetformer models verify`.",
+    ),  # fmt: skip
+    "busy": ErrorCode((503,), "Too many changes of models are waiting.", "Try again."),
+    "conflict": ErrorCode(
+        (409,),
+        "The change does not fit the state of the roll-out.",
+        "Read `GET /models/{name}/rollout`; promote or roll back first.",
+    ),  # fmt: skip
+    "deadline": ErrorCode(
+        (429,),
+        "The deadline cannot be met at the present load.",
+        "Wait for `Retry-After`, or allow more time with `timeout_ms`.",
+    ),  # fmt: skip
+    "draining": ErrorCode((503,), "The server is shutting down.", "Ask another instance."),
+    "engine_down": ErrorCode(
+        (503,), "No engine is running; the supervisor restarts it.", "Try again."
+    ),
+    "engine_failed": ErrorCode(
+        (503,),
+        "The engine failed at the request, more than once.",
+        "Try again; the server's log has the cause.",
+    ),  # fmt: skip
+    "headers_too_large": ErrorCode(
+        (431,),
+        "The request line and headers are larger than `max_header_bytes`.",
+        "Send fewer headers.",
+    ),  # fmt: skip
+    "hub_down": ErrorCode(
+        (503,),
+        "The supervisor does not answer, so nothing can be changed or scraped.",
+        "Try again.",
+    ),  # fmt: skip
+    "internal_error": ErrorCode(
+        (500,), "The server has a fault.", "Report it with the line of the server's log."
+    ),
+    "invalid_encoding": ErrorCode(
+        (400,), "The body is not compressed as `Content-Encoding` says.", "Mend the client."
+    ),
+    "invalid_field": ErrorCode(
+        (400, 422), "A field has a value that it cannot have; `param` names it.", "Mend the field."
+    ),
+    "invalid_header_length": ErrorCode(
+        (400,),
+        "`Inference-Header-Content-Length` is not the length of the JSON part.",
+        "Mend the client.",
+    ),  # fmt: skip
+    "invalid_http": ErrorCode(
+        (400,), "The bytes are not one unambiguous HTTP request.", "Mend the client or the proxy."
+    ),
+    "invalid_json": ErrorCode(
+        (400,), "The body is not valid JSON; the message says where.", "Mend the client."
+    ),
+    "invalid_message": ErrorCode((400,), "The gRPC message cannot be decoded.", "Mend the client."),
+    "invalid_settings": ErrorCode(
+        (422,), "The settings are invalid, and nothing has changed.", "Mend the TOML file."
+    ),
+    "invalid_shape": ErrorCode(
+        (422,), "A tensor's shape does not fit its values or the other inputs.", "Mend the tensor."
+    ),
+    "item_failed": ErrorCode(
+        (500,),
+        "One text cannot be classified; `param` names it.",
+        "Send the other texts without it, and report it.",
+    ),  # fmt: skip
+    "load_timeout": ErrorCode(
+        (504,), "The store or an engine took longer than `load_timeout_seconds`.", "Try again."
+    ),
+    "loading": ErrorCode((503,), "The model is being loaded.", "Wait for `Retry-After`."),
+    "method_not_allowed": ErrorCode(
+        (405,), "The route has no such method.", "Use a method that the header `Allow` lists."
+    ),
+    "missing_field": ErrorCode(
+        (400, 422), "A required field is missing; `param` names it.", "Add the field."
+    ),
+    "missing_scope": ErrorCode(
+        (403,), "The key may not do this.", "Use a key with the scope that the message names."
+    ),
+    "no_key": ErrorCode((401,), "Authentication is required.", "Send a key."),
+    "no_model": ErrorCode(
+        (503,), "No model is served.", "Load one; `/health` shows what could not be loaded."
+    ),
+    "no_such_quality": ErrorCode(
+        (422,), "The model has no such quality level.", "Read its levels in `GET /models/{name}`."
+    ),
+    "not_acceptable": ErrorCode(
+        (406,),
+        "An Arrow stream is asked for, and pyarrow is not installed.",
+        "Install the extra `arrow`, or accept JSON.",
+    ),  # fmt: skip
+    "not_found": ErrorCode((404,), "There is no such route.", "Read `/docs`."),
+    "not_ready": ErrorCode((503,), "The server cannot classify yet.", "Wait for `Retry-After`."),
+    "not_supported": ErrorCode(
+        (501,),
+        "The settings of a server on a cluster change with its deployment.",
+        "Change the deployment.",
+    ),  # fmt: skip
+    "queue_full": ErrorCode(
+        (429,),
+        "The queues hold all the texts that they may.",
+        "Wait for `Retry-After`, then send less at a time.",
+    ),  # fmt: skip
+    "rate": ErrorCode(
+        (429,), "The key has spent its `texts_per_second`.", "Wait for `Retry-After`."
+    ),
+    "request_timeout": ErrorCode(
+        (408,), "The request did not arrive within `receive_seconds`.", "Send it again, faster."
+    ),
+    "state_not_kept": ErrorCode(
+        (503,),
+        "The decision cannot be written to `state_dir`, so nothing has changed.",
+        "Make the folder writable.",
+    ),  # fmt: skip
+    "text_too_long": ErrorCode(
+        (422,),
+        "A text is longer than the server or the model takes; `param` names it.",
+        "Shorten it, or leave `truncate` at true.",
+    ),  # fmt: skip
+    "timeout": ErrorCode(
+        (504,), "The deadline passed before the answer was there.", "Allow more time, or retry."
+    ),
+    "too_many_connections": ErrorCode(
+        (503,), "The server has `max_connections` open.", "Keep connections open and share them."
+    ),
+    "too_many_items": ErrorCode(
+        (413,),
+        "The request has more texts or values than the server takes.",
+        "Send fewer at a time.",
+    ),  # fmt: skip
+    "too_many_requests": ErrorCode(
+        (429,), "The key has `max_requests` under way.", "Wait for `Retry-After`."
+    ),
+    "unknown_field": ErrorCode(
+        (422,),
+        "The request has a field that is not known; the message suggests the nearest.",
+        "Remove or rename it.",
+    ),  # fmt: skip
+    "unknown_model": ErrorCode(
+        (404,),
+        "No such model or version is served or stored; the message lists what is.",
+        "Name one of those.",
+    ),  # fmt: skip
+    "unknown_service": ErrorCode((404,), "gRPC: there is no such service.", "Name none."),
+    "unsupported_media_type": ErrorCode(
+        (415,),
+        "The content type or compression is not supported.",
+        "Send `application/json`, uncompressed or with gzip or deflate.",
+    ),  # fmt: skip
+    "wrong_key": ErrorCode((401,), "The key is not known.", "Send a valid key."),
+}
+"""By code."""
+
+EVENTS = {
+    "answer lost": (
+        "An answer between two processes could not be decoded or delivered; its caller gets an "
+        "error."
+    ),
+    "background task failed": (
+        "A task of one request or change failed unexpectedly; `exc_info` has the cause. Report it."
+    ),
+    "batch size reduced: out of memory": (
+        "The device ran out of memory; batches hold fewer texts until there is room."
+    ),
+    "batch size restored": "There is room again; batches grow towards their limit.",
+    "candidate failed": (
+        "A candidate of a roll-out failed at shadow texts; they are counted as failed."
+    ),
+    "checkpoint copied": "A version was copied from the remote store.",
+    "checkpoint copy failed": (
+        "A version could not be copied from the remote store; it is tried again with the next poll."
+    ),
+    "checkpoint skipped": (
+        "A checkpoint is damaged and not served; the reason names the file. Other models are "
+        "served."
+    ),
+    "connection closed: bad frame": "A process sent bytes that are not a message.",
+    "connection closed: the peer does not read": (
+        "A process does not read what it is sent; `unsent` bytes were waiting."
+    ),
+    "connection closed: unexpected error": (
+        "Reading a connection between processes failed; it is made anew."
+    ),
+    "connection lost: unexpected error": "A connection between processes failed; it is made anew.",
+    "connections not accepted": (
+        "The process has no file descriptors or memory for more connections; it tries again."
+    ),
+    "cost table ignored: measured on another device or precision": (
+        "Prices are measured while serving instead."
+    ),
+    "counts not recorded": "A metric could not be counted; the others are.",
+    "device lost, engine stopped": (
+        "The GPU computes nothing any more. The supervisor starts the engine again."
+    ),
+    "draining": (
+        "The server was told to stop; it finishes what it has begun, for `seconds` at most."
+    ),
+    "engine died with a request in flight": (
+        "The request is sent once more, to another engine or to the restarted one."
+    ),
+    "engine list not received from the hub": (
+        "A frontend on a cluster does not hear which replicas there are; it goes on with those "
+        "it knows."
+    ),
+    "environment variables of other services ignored": (
+        "Kubernetes sets such variables; they are not settings."
+    ),
+    "fork server killed: broken pipe": (
+        "Its engines end with it; the supervisor starts all of them again."
+    ),
+    "fork server killed: not responding": (
+        "Its engines end with it; the supervisor starts all of them again."
+    ),
+    "fork server: unexpected output ignored": (
+        "The fork server said something that is not an answer."
+    ),
+    "frontends did not apply the model catalog in time": (
+        "Frontends with these process ids still serve the models before the change."
+    ),
+    "item failed": "One text of a batch could not be classified; the others were.",
+    "key limited by each frontend alone: too many key names": (
+        "The table of shared limits is full; this key may ask for more in total."
+    ),
+    "keys not reloaded": "The key file is invalid; the keys before it stay valid.",
+    "keys reloaded": "The key file has changed and was read.",
+    "message handling failed": "A process could not handle one message; the sender is told.",
+    "model catalog not applied": "A frontend could not take up a change of models; it tries again.",
+    "model change failed": (
+        "Loading, unloading or rolling out failed unexpectedly; everything is as it was."
+    ),
+    "model load failed": "An engine failed unexpectedly at loading a checkpoint.",
+    "model load timed out": "An engine did not load a checkpoint in time; it serves what it has.",
+    "model loaded": "An engine has loaded and warmed a version.",
+    "model not loaded": "An engine that started cannot load a version that is to be served.",
+    "model unload timed out": "An engine did not free a version in time.",
+    "new version accepted": (
+        "The poll of the store found a higher version; it is served or rolled out."
+    ),
+    "new version rejected": (
+        "The poll of the store found a version that cannot be loaded; it is tried again when "
+        "its files change."
+    ),
+    "open-file limit below connection limit": (
+        "The process may open fewer files than `max_connections`; raise `ulimit -n`."
+    ),
+    "problem reported": (
+        "A part of the server has a problem; `/health` shows it until it is solved."
+    ),
+    "problem resolved": "The problem that was reported is gone.",
+    "process down": (
+        "A process ended or could not be started; it is started again after `restart_in` seconds."
+    ),
+    "process killed: did not end in time": "It had been asked to end.",
+    "process killed: not responding": "It said nothing for `hang_seconds`; it is started again.",
+    "replica died with a request in flight": "On a cluster: the request is sent once more.",
+    "replica ended with a request in flight": "On a cluster: the request is sent once more.",
+    "replica failed": "On a cluster: a replica answered with an error.",
+    "request": (
+        "One request was answered: route, status, outcome, milliseconds, key, client. Never its "
+        "texts."
+    ),
+    "roll-out ended": "It was promoted, rolled back, or stopped by itself; `reason` says why.",
+    "roll-out started": "A candidate is served beside the present version.",
+    "serving on a cluster": "The server listens at this address.",
+    "settings for models that are not served": (
+        "Those models may be loaded later; or their names are wrong."
+    ),
+    "settings not applied": "A frontend could not go by the new settings; it keeps those before.",
+    "settings not reloaded": "The settings are invalid; those before stay in force.",
+    "settings reloaded": "New settings are in force; `needs_restart` names those that are not.",
+    "starting": "The server starts its processes.",
+    "stopped": "The server has ended.",
+    "task failed": (
+        "A task of the supervisor failed; it is started again after `restart_in` seconds."
+    ),
+    "unexpected error": "A request met a fault of the server and was answered 500. Report it.",
+    "unresponsive engine disconnected": (
+        "An engine said nothing for seconds; its requests are sent to another one."
+    ),
+    "connection closed: another protocol": (
+        "The process belongs to another version of the program; it is not spoken to."
+    ),
+    "weights not shared": (
+        "The engine holds its own copy of the weights, since shared memory is not available."
+    ),
+}
+"""Meaning of each log event; the field `level` says how serious it is."""
+
+
+def page() -> str:
+    """Return the page, as Markdown."""
+    lines = [
+        "# Error codes and log events",
+        "",
+        "`python -m service.messages docs/messages.md` writes this page from the code.",
+        "",
+        "## Error codes",
+        "`error.code` of an answer that is not 2xx ([shape](api.md#errors)).",
+        "",
+        "| code | status | meaning | what to do |",
+        "|---|---|---|---|",
+        *(
+            f"| `{code}` | {', '.join(map(str, one.statuses))} | {one.meaning} | {one.action} |"
+            for code, one in sorted(ERROR_CODES.items())
+        ),
+        "",
+        "## Log events",
+        "The field `event` of a log line. No line holds a text that a caller sent.",
+        "",
+        "| event | meaning |",
+        "|---|---|",
+        *(f"| `{event}` | {meaning} |" for event, meaning in sorted(EVENTS.items())),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the page to the file that is named."""
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
