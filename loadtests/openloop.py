@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import httptools
 import uvloop
 
-MOST_CONNECTIONS = 4000
+MAX_CONNECTIONS = 4000
 PATIENCE = 40.0
 """Seconds after the schedule's end for which answers are awaited."""
 SLEEP_RESOLUTION = 0.0015
@@ -184,7 +184,7 @@ class Client:
 
     async def connect(self, count: int) -> None:
         """Have so many idle connections."""
-        while len(self._idle) < count and self._open < MOST_CONNECTIONS:
+        while len(self._idle) < count and self._open < MAX_CONNECTIONS:
             self._idle.append(await self._connect())
 
     def close(self) -> None:
@@ -288,7 +288,7 @@ class Client:
             await asyncio.sleep(0)
 
     async def _send_anew(self, request: bytes, done: Callable[[str, str, bytes], None]) -> None:
-        while self._open >= MOST_CONNECTIONS and not self._idle:
+        while self._open >= MAX_CONNECTIONS and not self._idle:
             await asyncio.sleep(0.001)
         try:
             connection = self._idle.pop() if self._idle else await self._connect()

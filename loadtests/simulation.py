@@ -47,7 +47,7 @@ from service.simulation.traffic import Traffic, bursts, steady
 
 COMMAND = (sys.executable, "-m", "service.cli")
 SERVER_CORE, CLIENT_CORE = 0, 1
-MOST_TEXTS = 4000
+MAX_TEXTS = 4000
 CAPACITY_P99 = 0.5
 
 
@@ -308,7 +308,7 @@ def main() -> None:
     if arguments.costs is None:
         tune(costs, arguments.model, SERVER_CORE)
     texts, _ = read_texts(arguments.data)
-    texts = texts[:: math.ceil(len(texts) / MOST_TEXTS)]
+    texts = texts[:: math.ceil(len(texts) / MAX_TEXTS)]
     population = measured_texts(checkpoint, texts)
     results: list[dict[str, Any]] = []
     with serving(arguments.port, arguments.model, costs, arguments.out / "server.log") as url:

@@ -15,7 +15,7 @@ from service.scheduling.rate import Numbers, SharedUsage
 
 log = structlog.get_logger()
 
-MOST_NAMES = 4096
+MAX_NAMES = 4096
 """Names of keys in the life of a server, which keeps what was counted for those that went."""
 NAME_BYTES = 64
 NUMBERS = 3
@@ -41,7 +41,7 @@ def make_usage_file(frontends: int) -> int:
 
 
 def _size(frontends: int) -> int:
-    return NAME_BYTES * (1 + MOST_NAMES) + 8 * NUMBERS * MOST_NAMES * frontends
+    return NAME_BYTES * (1 + MAX_NAMES) + 8 * NUMBERS * MAX_NAMES * frontends
 
 
 class KeyUsage:
@@ -66,7 +66,7 @@ class KeyUsage:
         self._frontends = frontends
         self._row = row
         memory = memoryview(mmap.mmap(-1 if descriptor is None else descriptor, _size(frontends)))
-        self._names = memory[: NAME_BYTES * (1 + MOST_NAMES)]
+        self._names = memory[: NAME_BYTES * (1 + MAX_NAMES)]
         self._count = self._names[:8].cast("q")
         self._numbers = memory[len(self._names) :].cast("d")
         self._slots: dict[str, int] = {}
@@ -78,7 +78,7 @@ class KeyUsage:
             # Once in the life of a name at each frontend, for microseconds.
             with self._locked(self._frontends):
                 self._read_names()
-                if name not in self._slots and len(self._slots) < MOST_NAMES:
+                if name not in self._slots and len(self._slots) < MAX_NAMES:
                     self._add(name)
         slot = self._slots.get(name)
         if slot is None:

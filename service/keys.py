@@ -35,9 +35,9 @@ ADMIN = "admin"
 PREFIX = "bf_"
 """How our keys begin, so that scanners of leaked secrets can tell them."""
 KEY_BYTES = 32
-MOST_KEYS = 256
+MAX_KEYS = 256
 """Every key is compared with each of them, and each is a series in the metrics."""
-MOST_FILE_BYTES = 2**20
+MAX_FILE_BYTES = 2**20
 LOOK_SECONDS = 1.0
 """How old what is known of the key file may be."""
 
@@ -67,7 +67,7 @@ class Key(BaseModel):
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Keys = Annotated[dict[Name, Key], Field(max_length=MOST_KEYS)]
+Keys = Annotated[dict[Name, Key], Field(max_length=MAX_KEYS)]
 _KEYS: TypeAdapter[dict[str, Key]] = TypeAdapter(Keys)
 
 
@@ -126,9 +126,9 @@ def read_keys(path: Path) -> dict[str, Key]:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(MOST_FILE_BYTES + 1)
-        if len(content) > MOST_FILE_BYTES:
-            raise KeysError(f"{path}: larger than {MOST_FILE_BYTES} bytes")
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise KeysError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
         return check_keys(tomllib.loads(content.decode()))
     except OSError as error:
         raise KeysError(f"{path}: {error.strerror or error}") from None

@@ -37,7 +37,7 @@ from budgetformer.training.data import (
     read_texts,
 )
 from budgetformer.training.pipeline import (
-    FEWEST_ROWS,
+    MIN_ROWS,
     Log,
     check_output,
     clear,
@@ -102,8 +102,8 @@ def add_budgets(
         rows = drawn_rows(len(examples), recipe.max_train_rows, recipe.seed)
         log(f"{len(rows)} of {len(examples)} texts, drawn at random")
         examples = examples.subset(rows)
-    if len(examples) < 2 * FEWEST_ROWS:
-        raise DataError(f"{texts}: {len(examples)} texts, {2 * FEWEST_ROWS} are needed")
+    if len(examples) < 2 * MIN_ROWS:
+        raise DataError(f"{texts}: {len(examples)} texts, {2 * MIN_ROWS} are needed")
     tokenizer = read_tokenizer(classifier)
     columns = table_columns(len(source.label_names), source.problem_type == MULTI_LABEL)
     torch.manual_seed(recipe.seed)

@@ -27,7 +27,7 @@ from budgetformer.bench.rivals import bfloat16_twin, padded
 from budgetformer.bench.timing import TokenIds, made_up_texts, token_ids
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.inference.choice import make_pass
-from budgetformer.inference.packed import ARRIVAL, Arrival, PackedPass, PackedTokens
+from budgetformer.inference.packed import DECISION, Decision, PackedPass, PackedTokens
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.training.pages import markdown_table
 
@@ -123,7 +123,7 @@ def bench_gpu(
     nn.Module.to(model, torch.device(device))
     ways = dict(_ways(model))
     last = model.config.num_steps
-    first = 1 if model.config.budget_scope == "layer" else ARRIVAL
+    first = 1 if model.config.budget_scope == "layer" else DECISION
     usual = {first, 1, small_step(last), max(1, last // 2), last}
     timed = sorted(usual) if steps is None else steps
     items = _items(checkpoint, texts, model.config.vocab_size)
@@ -265,14 +265,14 @@ def _check(
         for start in range(0, len(items), 64):
             part = items[start : start + 64]
             tokens = PackedTokens.pack(part)
-            if step == ARRIVAL:
-                actual.append(_decided(network.arrive(tokens)))
-                expected.append(_decided(plain.arrive(tokens)))
+            if step == DECISION:
+                actual.append(_decided(network.decide(tokens)))
+                expected.append(_decided(plain.decide(tokens)))
                 continue
             actual.append(network.run_at(step, tokens).logits)
             ids, mask, _ = (torch.from_numpy(a).to(network.device) for a in padded(part))
             at = torch.full((len(part),), step, device=network.device)
-            exits = network.arrive(tokens).exit_logits
+            exits = network.decide(tokens).exit_logits
             logits = model(ids, attention_mask=mask, steps=at).logits
             if exits is not None:  # `run_at` leaves step 0's share out
                 logits = logits - network.config.exit_weights[step - 1] * exits
@@ -288,9 +288,9 @@ def _check(
         )
 
 
-def _decided(arrival: Arrival) -> Tensor:
+def _decided(decision: Decision) -> Tensor:
     """Put what is known on arrival side by side, [B, ...]."""
-    known = [arrival.budget, arrival.exit_logits, arrival.ranking]
+    known = [decision.budget, decision.exit_logits, decision.ranking]
     return torch.cat([k.float().reshape(len(k), -1) for k in known if k is not None], dim=1)
 
 
@@ -345,8 +345,8 @@ class _Way:
 
 def _step_way(network: PackedPass, step: int) -> _Way:
     def run(tokens: PackedTokens) -> Tensor:
-        if step == ARRIVAL:
-            return _decided(network.arrive(tokens))
+        if step == DECISION:
+            return _decided(network.decide(tokens))
         if network.sizes.picks_heads:
             return network.run_at(step, tokens).logits
         return network.run(tokens, [step] * len(tokens.lengths)).logits

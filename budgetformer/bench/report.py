@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BATCHES = (1, 4, 8, 16, 32, 64)
-MOST_ROUNDS = 64
+MAX_ROUNDS = 64
 LENGTHS = (12, 80)
 """Tokens of the made-up texts, from and to."""
 
@@ -170,7 +170,7 @@ def compare_passes(
         contenders += rival_contenders(model, threads, "bfloat16" in precisions)
     timings: list[Timing] = []
     for batch in batches:
-        turns = max(rounds, min(MOST_ROUNDS, len(items) // batch))
+        turns = max(rounds, min(MAX_ROUNDS, len(items) // batch))
         timings += time_in_turns(contenders, [_round(items, turn, batch) for turn in range(turns)])
     return BenchReport(
         model=checkpoint.label,

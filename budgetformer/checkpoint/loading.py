@@ -64,8 +64,8 @@ def _stays(name: str, weight: Tensor) -> bool:
     if not weight.is_floating_point():
         return True
     table = name.startswith("encoder.embeddings.") or name == "exit_head.weight.weight"
-    laid_out = ".attention." in name or ".feed_forward." in name
-    return weight.dim() == 2 and (table or laid_out)
+    packed = ".attention." in name or ".feed_forward." in name
+    return weight.dim() == 2 and (table or packed)
 
 
 def _assemble(checkpoint: Checkpoint) -> SequenceClassifier:

@@ -25,9 +25,9 @@ FULL = "full budget"
 """In place of a quality level's name: all heads for every text."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a model may be called; nothing of it leads elsewhere on a disk."""
-MOST_VERSION = 2**63 - 1
+MAX_VERSION = 2**63 - 1
 """What the messages between processes, which name versions, can hold."""
-MOST_READ_BYTES = 64 * 2**20
+MAX_READ_BYTES = 64 * 2**20
 """Of a manifest or a configuration, which are read whole."""
 
 
@@ -126,7 +126,7 @@ class Manifest(_Data):
 
     format: int = FORMAT
     name: str = Field(pattern=NAME)
-    version: int = Field(ge=1, le=MOST_VERSION)
+    version: int = Field(ge=1, le=MAX_VERSION)
     created: str
     files: dict[str, FileEntry]
     max_tokens: int = Field(ge=3)

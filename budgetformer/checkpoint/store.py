@@ -23,7 +23,7 @@ from budgetformer.checkpoint.manifest import (
     FORMAT,
     LOADED,
     MANIFEST,
-    MOST_READ_BYTES,
+    MAX_READ_BYTES,
     TOKENIZER,
     FileEntry,
     Manifest,
@@ -255,9 +255,9 @@ def _own_file(folder: Path, name: str) -> Path:
 
 def _read_own(folder: Path, name: str) -> bytes:
     with _own_file(folder, name).open("rb") as file:
-        content = file.read(MOST_READ_BYTES + 1)
-    if len(content) > MOST_READ_BYTES:
-        raise CheckpointError(f"{folder / name}: larger than {MOST_READ_BYTES} bytes")
+        content = file.read(MAX_READ_BYTES + 1)
+    if len(content) > MAX_READ_BYTES:
+        raise CheckpointError(f"{folder / name}: larger than {MAX_READ_BYTES} bytes")
     return content
 
 

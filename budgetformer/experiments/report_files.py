@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PAGE = "README.md"
 EQUAL = "multiply-adds for what the first is worth"
-MOST_BARS = 20
+MAX_BARS = 20
 """Classes shown in a plot: beyond that, the dearest and the cheapest ones."""
 
 
@@ -79,8 +79,8 @@ def report_text(report: Report) -> str:
         for d in report.difficulty
     ]
     classes = sorted(report.heads_by_class.get("balanced", {}).items(), key=lambda x: -x[1])
-    if len(classes) > MOST_BARS:
-        classes = classes[: MOST_BARS // 2] + classes[-MOST_BARS // 2 :]
+    if len(classes) > MAX_BARS:
+        classes = classes[: MAX_BARS // 2] + classes[-MAX_BARS // 2 :]
     return f"""# {report.model} on {report.rows} test texts
 
 Multiply-adds are shares of the dense network's, decisions and every escalation included. "dense" is
@@ -198,7 +198,7 @@ def _difficulty(axes: Axes, report: Report) -> None:
 
 def _classes(axes: Axes, report: Report) -> None:
     classes = sorted(report.heads_by_class.get("balanced", {}).items(), key=lambda x: x[1])
-    if len(classes) > MOST_BARS:
-        classes = classes[: MOST_BARS // 2] + classes[-MOST_BARS // 2 :]
+    if len(classes) > MAX_BARS:
+        classes = classes[: MAX_BARS // 2] + classes[-MAX_BARS // 2 :]
     axes.barh([name for name, _ in classes], [heads for _, heads in classes])
     axes.set_xlabel('mean heads computed, level "balanced"')

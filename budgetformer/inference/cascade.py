@@ -172,18 +172,18 @@ class Batch:
         return torch.from_numpy(np.concatenate(columns)) if columns else None
 
 
-def arrive(network: PackedPass, batch: Batch) -> None:
+def decide(network: PackedPass, batch: Batch) -> None:
     """Let f_o decide the first step of each text.
 
     A text whose step is 0 is done afterwards.
     """
     sizes = network.sizes
     window, whole = batch.window(), batch.whole()
-    arrival = network.arrive(
+    decision = network.decide(
         PackedTokens.of(window), None if whole is None else PackedTokens.of(whole)
     )
-    exits = None if arrival.exit_logits is None else arrival.exit_logits.cpu().numpy()
-    s = None if arrival.budget is None else arrival.budget.cpu().numpy()
+    exits = None if decision.exit_logits is None else decision.exit_logits.cpu().numpy()
+    s = None if decision.budget is None else decision.budget.cpu().numpy()
     # NumPy, as in `Decider`: rounding must not lead to another decision.
     confidences = None if exits is None else tfidf.confidence(exits, network.config.problem_type)
     sound = exits is None or bool(np.isfinite(exits).all())
@@ -202,8 +202,8 @@ def arrive(network: PackedPass, batch: Batch) -> None:
             items.macs[index] = [decision_macs(sizes, counts[place]) for place in part.places]
         if logits is not None and not sound:
             items.note_unsound(part.places, logits)
-        if arrival.ranking is not None:
-            items.rankings.update(zip(part.places, arrival.ranking[rows], strict=True))
+        if decision.ranking is not None:
+            items.rankings.update(zip(part.places, decision.ranking[rows], strict=True))
 
 
 def _layerwise(rule: BudgetRule, count: int, exit_logits: Array | None) -> Decided:
@@ -311,7 +311,7 @@ def answer(
     """
     items = Items(network, texts, rule)
     for places in batches(list(range(len(items)))):
-        arrive(network, Batch([Part(items, places)]))
+        decide(network, Batch([Part(items, places)]))
     while len(waiting := np.flatnonzero(~items.done)):
         for step in np.unique(items.step[waiting]).tolist():
             for places in batches(waiting[items.step[waiting] == step].tolist()):

@@ -21,7 +21,7 @@ from budgetformer.inference.backends.linear import (
     can_multiply_bfloat16,
     can_multiply_int8,
     has_amx,
-    lay_out,
+    linear_packer,
 )
 from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.inference.precision import Precision
@@ -55,8 +55,8 @@ def make_pass(
         sizes = Sizes.of(model.config)
         alike = sizes.picks_heads or sizes.layerwise
         check = RangeCheck()
-        own = [lay_out(precision, of_layer, alike, check) for of_layer in ranges]
-        return PackedPass(model, precision, lay_outs=own, range_check=check)
+        own = [linear_packer(precision, of_layer, alike, check) for of_layer in ranges]
+        return PackedPass(model, precision, packers=own, range_check=check)
     if model.where.type != "cuda":
         return PackedPass(model, precision)
     from budgetformer.inference.backends.kernels import gpu

@@ -21,11 +21,11 @@ from torch import Tensor
 from triton import OutOfResources
 
 from budgetformer.inference.backends.kernels import JoiningKernels
-from budgetformer.inference.backends.kernels.joined import MOST_ROWS, PROGRAMS
-from budgetformer.inference.layout import Layout, StagedLayout
+from budgetformer.inference.backends.kernels.fused import MAX_ROWS, PROGRAMS
+from budgetformer.inference.batch_offsets import BatchOffsets, StagedOffsets
 from budgetformer.inference.packed import (
-    ARRIVAL,
-    Arrival,
+    DECISION,
+    Decision,
     PackedPass,
     PackedTokens,
     PassResult,
@@ -35,14 +35,14 @@ from budgetformer.inference.weights import Slice
 from budgetformer.model.answers import fuse
 from budgetformer.model.encoder import SequenceClassifier
 
-MOST_PROGRAMS = 256
+MAX_PROGRAMS = 256
 """Recorded passes that are kept; the least recently used go first."""
-LEAST_ROWS = 64
+MIN_ROWS = 64
 ROWS_PER_ITEM = 16
 """There is room for so many items, if the texts are not shorter than that."""
 WAVES = 2
 """A pass takes no more rows than so many times what fills a card."""
-USUAL_WAVE = PROGRAMS * MOST_ROWS
+USUAL_WAVE = PROGRAMS * MAX_ROWS
 """Rows that fill a card, where there is none."""
 RING = 4
 """Batches that may be on their way to the device."""
@@ -79,7 +79,7 @@ class Size:
             classes: C.
             wave: rows that fill the card: a few more would take nearly twice the time.
         """
-        rows, items = _room(max(sum(lengths), LEAST_ROWS), wave), len(lengths)
+        rows, items = _room(max(sum(lengths), MIN_ROWS), wave), len(lengths)
         usual = rows // ROWS_PER_ITEM
         return cls(rows, usual if items <= usual else _power_of_two(items), classes)
 
@@ -136,7 +136,7 @@ class Program:
 
 Slices = dict[int, Slice]
 """By layer, for those that run at all."""
-Layers = Callable[[Slices, Tensor, Layout], Tensor]
+Layers = Callable[[Slices, Tensor, BatchOffsets], Tensor]
 """Runs layers: from states to states [N, D]."""
 
 
@@ -187,7 +187,7 @@ class GraphedPass(PackedPass):
         length = min(self._most_tokens, WARM_TOKENS)
         batches = [items for items in WARM_BATCHES if items * length <= self._most_rows]
         recorded = [] if self.sizes.picks_heads else [*steps]
-        for step in recorded if self.step0 is not None else [ARRIVAL, *recorded]:
+        for step in recorded if self.step0 is not None else [DECISION, *recorded]:
             for items in batches:
                 self._program(step, self._size([length] * items))
 
@@ -198,7 +198,7 @@ class GraphedPass(PackedPass):
         Raises:
             ValueError: an item is too long.
         """
-        launched = self.sizes.picks_heads if step != ARRIVAL else self.step0 is not None
+        launched = self.sizes.picks_heads if step != DECISION else self.step0 is not None
         if not len(tokens.input_ids) or launched:
             return None
         self._play(step, tokens, None)
@@ -222,16 +222,16 @@ class GraphedPass(PackedPass):
         heads = [self._first[count] for count in self._plan(steps[0])]
         return PassResult(logits, [heads] * len(tokens.lengths))
 
-    def _arrive(self, tokens: PackedTokens) -> Arrival:
+    def _decide_part(self, tokens: PackedTokens) -> Decision:
         if not len(tokens.input_ids):
-            return super()._arrive(tokens)
-        return Arrival(*self._play(ARRIVAL, tokens, None))
+            return super()._decide_part(tokens)
+        return Decision(*self._play(DECISION, tokens, None))
 
     def _play(
         self, step: int, tokens: PackedTokens, exit_logits: Tensor | None
     ) -> list[Tensor | None]:
         """Run a recorded pass, and return its results for these items, [B, ...] each."""
-        self._layout(tokens)  # refuses what is too long
+        self._offsets_of(tokens)  # refuses what is too long
         size = self._size(tokens.lengths)
         program = self._program(step, size)
         if self._outbox is None:
@@ -249,7 +249,7 @@ class GraphedPass(PackedPass):
             with _recording:
                 found = self._record(step, size)
             self._programs[step, size] = found
-            if len(self._programs) > MOST_PROGRAMS:
+            if len(self._programs) > MAX_PROGRAMS:
                 self._programs.popitem(last=False)
         self._programs.move_to_end((step, size))
         return found
@@ -259,7 +259,7 @@ class GraphedPass(PackedPass):
 
         The fastest one is cached per step and size.
         """
-        plan = enumerate([] if step == ARRIVAL else self._plan(step))
+        plan = enumerate([] if step == DECISION else self._plan(step))
         slices = {i: self._slices.get(i, self._first[heads]) for i, heads in plan if heads}
         programs = []
         for way in self._ways.get((step, size)) or self._all_ways(slices, size):
@@ -278,14 +278,14 @@ class GraphedPass(PackedPass):
         lies between them. Where that does not fit the card, the next variant is taken.
         """
         if not self._can_join(slices):
-            return [self._apart]
-        fused: list[Layers] = [self._joined]
+            return [self._unfused]
+        fused: list[Layers] = [self._fused]
         if size.rows > self._wave:
-            fused.insert(0, partial(self._joined, paired=True))
+            fused.insert(0, partial(self._fused, two_per_sm=True))
         columns = self.sizes.head_size * max(kept.heads for kept in slices.values())
         if self._memory is not None and columns > MAX_FUSED_COLUMNS:
-            return [self._apart, *fused]
-        return [*fused, self._apart]
+            return [self._unfused, *fused]
+        return [*fused, self._unfused]
 
     def _record_way(self, step: int, size: Size, slices: Slices, layers: Layers) -> Program:
         host = torch.empty(sum(size.parts), dtype=torch.int32)
@@ -321,33 +321,33 @@ class GraphedPass(PackedPass):
         step: int,
         inputs: Tensor,
         size: Size,
-        layers: Callable[[Tensor, Layout], Tensor],
+        layers: Callable[[Tensor, BatchOffsets], Tensor],
     ) -> list[Tensor | None]:
         """Run a step over items as `Size.fill` writes them, without asking the host.
 
         Returns:
-            Logits [B, C]; on arrival what `Arrival` holds.
+            Logits [B, C]; on arrival what `Decision` holds.
         """
         ids, kinds, places, ends, starts, exits = inputs.split(size.parts)
-        layout = StagedLayout.of(starts, places, ends)
-        if step == ARRIVAL:
-            arrival = self._decide(PackedTokens(ids, kinds, ()), layout)
-            return [arrival.budget, arrival.exit_logits, arrival.ranking]
-        states = self.kernels.embed(ids, kinds, layout, self.encoder.embeddings, self._dtype)
-        logits = self._classify(layers(states, layout), layout)
+        offsets = StagedOffsets.of(starts, places, ends)
+        if step == DECISION:
+            decision = self._decide(PackedTokens(ids, kinds, ()), offsets)
+            return [decision.budget, decision.exit_logits, decision.ranking]
+        states = self.kernels.embed(ids, kinds, offsets, self.encoder.embeddings, self._dtype)
+        logits = self._classify(layers(states, offsets), offsets)
         has_exits = self.model.exit_head is not None
         exit_logits = exits.view(torch.float32).view_as(logits) if has_exits else None
         own, share = self.config.encoder_weights[step - 1], self.config.exit_weights[step - 1]
         return [fuse(logits, exit_logits, own, share)]
 
-    def _apart(self, slices: Slices, states: Tensor, layout: Layout) -> Tensor:
+    def _unfused(self, slices: Slices, states: Tensor, offsets: BatchOffsets) -> Tensor:
         """Run layers product by product."""
         for layer, kept in slices.items():
-            states = self._run_set(layer, states, layout, self._first[kept.heads])
+            states = self._run_set(layer, states, offsets, self._first[kept.heads])
         return states
 
     def _can_join(self, slices: Slices) -> bool:
-        """Say whether the maps on both sides of every norm can be joined.
+        """Say whether the maps on both sides of every norm can be fused.
 
         In float32 a card takes its time for the products, and nothing is to be gained.
         """
@@ -355,13 +355,13 @@ class GraphedPass(PackedPass):
         if not slices or self._norms_last or exact:
             return False
         return all(
-            self.kernels.can_join(kept.output, kept.up, kept.attention_norm)
-            and self.kernels.can_join(kept.down, kept.qkv, kept.feed_forward_norm)
+            self.kernels.can_fuse(kept.output, kept.up, kept.attention_norm)
+            and self.kernels.can_fuse(kept.down, kept.qkv, kept.feed_forward_norm)
             for kept in slices.values()
         )
 
-    def _joined(
-        self, slices: Slices, states: Tensor, layout: Layout, paired: bool = False
+    def _fused(
+        self, slices: Slices, states: Tensor, offsets: BatchOffsets, two_per_sm: bool = False
     ) -> Tensor:
         """Run layers of three launches each: attention, and the maps on both sides of each norm.
 
@@ -372,12 +372,12 @@ class GraphedPass(PackedPass):
         following = [*(kept.qkv for kept in order[1:]), None]
         mapped = order[0].qkv(states)
         for kept, then in zip(order, following, strict=True):
-            contexts = self.kernels.attend(mapped, layout, kept)
+            contexts = self.kernels.attend(mapped, offsets, kept)
             neurons = self.kernels.map_norm_map(
-                contexts, kept.output, states, kept.attention_norm, kept.up, layout, paired
+                contexts, kept.output, states, kept.attention_norm, kept.up, offsets, two_per_sm
             )
             mapped = self.kernels.map_norm_map(
-                neurons, kept.down, states, kept.feed_forward_norm, then, layout, paired
+                neurons, kept.down, states, kept.feed_forward_norm, then, offsets, two_per_sm
             )
         return states
 
@@ -460,4 +460,4 @@ def _wave(device: torch.device) -> int:
     """Return how many rows a card takes, if each multiprocessor runs one program of most rows."""
     if device.type != "cuda":
         return USUAL_WAVE
-    return MOST_ROWS * int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return MAX_ROWS * int(torch.cuda.get_device_properties(device).multi_processor_count)

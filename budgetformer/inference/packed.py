@@ -22,9 +22,14 @@ from torch import Tensor, nn
 
 from budgetformer.cost.macs import MacCounts, Sizes
 from budgetformer.inference.backends.kernels import Kernels, plain
-from budgetformer.inference.backends.linear import LayOut, RangeCheck, lay_out, padded_rows
+from budgetformer.inference.backends.linear import (
+    PackLinear,
+    RangeCheck,
+    linear_packer,
+    padded_rows,
+)
 from budgetformer.inference.backends.private import without_overrides
-from budgetformer.inference.layout import Layout
+from budgetformer.inference.batch_offsets import BatchOffsets
 from budgetformer.inference.routed import PlainSums, Routed, RoutedWeights, Routing
 from budgetformer.inference.shared import SharedTensors
 from budgetformer.inference.texts import TokenColumns
@@ -36,7 +41,7 @@ from budgetformer.model.layer import EncoderLayer, LayerWeights, run_layer
 from budgetformer.model.step0 import ExitHead
 from budgetformer.model.tfidf import StepZero
 
-MOST_SETS = 2
+MAX_SETS = 2
 """Up to so many sets of heads in a layer are run one after the other; more are routed."""
 
 CPU_ROWS, CPU_ROUTED_ROWS = 512, 2048
@@ -47,7 +52,7 @@ Routed among heads it takes more of them to fill a product.
 GPU_ROWS = 16384
 """On a GPU, which is full long before."""
 
-ARRIVAL = 0
+DECISION = 0
 """In place of a step: what is decided before any."""
 
 
@@ -98,7 +103,7 @@ class PackedTokens:
 
 
 @dataclass(frozen=True)
-class Arrival:
+class Decision:
     """What is known of B items before the encoder runs.
 
     budget: f_o's s [B]; None when the layers decide for themselves.
@@ -111,7 +116,7 @@ class Arrival:
     ranking: Tensor | None
 
     @classmethod
-    def join(cls, parts: Sequence[Arrival]) -> Arrival:
+    def join(cls, parts: Sequence[Decision]) -> Decision:
         """Put what is known of several batches one after the other."""
 
         def together(values: list[Tensor | None]) -> Tensor | None:
@@ -170,7 +175,7 @@ class PackedPass:
         model: the network; in float32 its weights are shared, not copied.
         precision: of the matrix products, one of `PRECISIONS`.
         kernels: what else a layer does.
-        lay_outs: how each layer's maps multiply, where the precision alone does not say.
+        packers: how each layer's maps multiply, where the precision alone does not say.
         range_check: counts int8 states outside their calibrated ranges.
     """
 
@@ -179,7 +184,7 @@ class PackedPass:
         model: SequenceClassifier,
         precision: str = "float32",
         kernels: Kernels = plain,
-        lay_outs: Sequence[LayOut] = (),
+        packers: Sequence[PackLinear] = (),
         range_check: RangeCheck | None = None,
     ) -> None:
         self.range_check = range_check or RangeCheck()
@@ -203,7 +208,7 @@ class PackedPass:
         self.step0 = model.step0_with_numpy()
         self._shared: SharedTensors | None = None
         with torch.no_grad():
-            own = lay_outs or [lay_out(precision)] * len(self._layers)
+            own = packers or [linear_packer(precision)] * len(self._layers)
             distances = self.encoder.embedded_distances()
             self._slices = SliceCache(self._layers, self.sizes, precision, own, distances)
 
@@ -272,7 +277,7 @@ class PackedPass:
         self.range_check.take()
 
     @inferring
-    def arrive(self, tokens: PackedTokens, whole: PackedTokens | None = None) -> Arrival:
+    def decide(self, tokens: PackedTokens, whole: PackedTokens | None = None) -> Decision:
         """Decide budgets and heads for B items before the encoder runs.
 
         Step 0 and pooled embeddings are all that this needs.
@@ -282,24 +287,24 @@ class PackedPass:
             whole: the same items as a TF-IDF step 0 reads them; None: it reads the same tokens.
         """
         if self.sizes.one_budget:
-            return Arrival(torch.ones(len(tokens.lengths)), None, None)
+            return Decision(torch.ones(len(tokens.lengths)), None, None)
         parts = self._parts(tokens.lengths)
         if self.step0 is not None:
             places, read = [(p.start, p.stop) for p in parts], whole or tokens
-            return Arrival.join(
+            return Decision.join(
                 [
                     self._decide_with_numpy(self.step0, tokens.part(*p), read.part(*p))
                     for p in places
                 ]
             )
-        return Arrival.join([self._arrive(tokens.part(p.start, p.stop)) for p in parts])
+        return Decision.join([self._decide_part(tokens.part(p.start, p.stop)) for p in parts])
 
-    def _arrive(self, tokens: PackedTokens) -> Arrival:
-        return self._decide(tokens.to(self.device), self._layout(tokens))
+    def _decide_part(self, tokens: PackedTokens) -> Decision:
+        return self._decide(tokens.to(self.device), self._offsets_of(tokens))
 
     def _decide_with_numpy(
         self, step0: StepZero, tokens: PackedTokens, read: PackedTokens
-    ) -> Arrival:
+    ) -> Decision:
         """Decide on the host, where the tokens are; g_d's order of heads needs the embeddings.
 
         Step 0 reads `read`, the encoder `tokens`.
@@ -307,7 +312,7 @@ class PackedPass:
         ids, segments = (t.numpy() for t in (read.input_ids, read.token_type_ids))
         exit_logits, s = step0.decide(ids, segments, read.lengths)
         ranking = self._rank(tokens) if self.sizes.picks_heads else None
-        return Arrival(torch.from_numpy(s), torch.from_numpy(exit_logits), ranking)
+        return Decision(torch.from_numpy(s), torch.from_numpy(exit_logits), ranking)
 
     @inferring
     def rank(self, tokens: PackedTokens) -> Tensor:
@@ -316,27 +321,27 @@ class PackedPass:
         return torch.cat([self._rank(tokens.part(part.start, part.stop)) for part in parts])
 
     def _rank(self, tokens: PackedTokens) -> Tensor:
-        decision, layout = self.encoder.decision, self._layout(tokens)
+        decision, offsets = self.encoder.decision, self._offsets_of(tokens)
         assert decision is not None
         assert decision.scorer is not None
-        pooled = self.kernels.mean(self._embed(tokens.to(self.device), layout), layout)
+        pooled = self.kernels.mean(self._embed(tokens.to(self.device), offsets), offsets)
         scores: Tensor = decision.scorer(pooled)
         return scores.argsort(dim=-1, descending=True, stable=True)
 
-    def _decide(self, tokens: PackedTokens, layout: Layout) -> Arrival:
+    def _decide(self, tokens: PackedTokens, offsets: BatchOffsets) -> Decision:
         exit_logits = evidence = None
         if isinstance(self.model.exit_head, ExitHead):
-            bag = self.kernels.bag(tokens.input_ids, layout, self.model.exit_head)
+            bag = self.kernels.bag(tokens.input_ids, offsets, self.model.exit_head)
             exit_logits = self.model.exit_head.logits(bag)
             evidence = self.kernels.exit_evidence(exit_logits, self.config.problem_type)
         decision = self.encoder.decision
         if decision is None:
-            return Arrival(None, exit_logits, None)
-        pooled = self.kernels.mean(self._embed(tokens, layout), layout)
+            return Decision(None, exit_logits, None)
+        pooled = self.kernels.mean(self._embed(tokens, offsets), offsets)
         ranking = None
         if decision.scorer is not None:
             ranking = decision.scorer(pooled).argsort(dim=-1, descending=True, stable=True)
-        return Arrival(decision.budget(pooled, evidence), exit_logits, ranking)
+        return Decision(decision.budget(pooled, evidence), exit_logits, ranking)
 
     @inferring
     def run(
@@ -353,8 +358,8 @@ class PackedPass:
         Args:
             tokens: the items.
             steps: ladder step >= 1 of each item; None lets each layer decide (scope "layer").
-            exit_logits: the items' `Arrival.exit_logits` [B, C].
-            ranking: the items' `Arrival.ranking` [B, L, H].
+            exit_logits: the items' `Decision.exit_logits` [B, C].
+            ranking: the items' `Decision.ranking` [B, L, H].
             ceilings: highest step of each item where the layers decide; None: the ladder's last.
             fused: combine the encoder's logits with step 0's, as the configuration weighs them;
                 False: return the encoder's alone, which calibration fits those weights on.
@@ -428,8 +433,8 @@ class PackedPass:
         fused: bool,
     ) -> PassResult:
         tokens = tokens.to(self.device)
-        layout = self._layout(tokens)
-        states = self._embed(tokens, layout)
+        offsets = self._offsets_of(tokens)
+        states = self._embed(tokens, offsets)
         if self.precision == "bfloat16":
             spare = padded_rows(len(states)) - len(states)
             states = F.pad(states, (0, 0, 0, spare))
@@ -440,10 +445,10 @@ class PackedPass:
             plan = [self._first[count] for count in self._plan(steps[0])]
             heads = [plan] * len(tokens.lengths)
             for index, head_set in enumerate(plan):
-                states = self._run_set(index, states, layout, head_set)
+                states = self._run_set(index, states, offsets, head_set)
         else:
-            states, heads = self._run_mixed(states, layout, steps, ranking, ceilings)
-        logits = self._classify(states, layout)
+            states, heads = self._run_mixed(states, offsets, steps, ranking, ceilings)
+        logits = self._classify(states, offsets)
         if fused and steps is not None:
             if exit_logits is not None:
                 exit_logits = exit_logits.to(self.device)
@@ -455,7 +460,7 @@ class PackedPass:
     def _run_mixed(
         self,
         states: Tensor,
-        layout: Layout,
+        offsets: BatchOffsets,
         steps: Sequence[int] | None,
         ranking: Tensor | None,
         ceilings: Sequence[int] | None,
@@ -463,12 +468,12 @@ class PackedPass:
         """Run items that may keep different heads; return their states, and the heads of each."""
         plans = None if steps is None else [self._plan(step) for step in steps]
         order: list[list[HeadSet]] | None = None if ranking is None else ranking.tolist()
-        heads: list[list[HeadSet]] = [[] for _ in layout.lengths]
+        heads: list[list[HeadSet]] = [[] for _ in offsets.lengths]
         for index, layer in enumerate(self._layers):
             counts = None if plans is None else [plan[index] for plan in plans]
             best = None if order is None else [of_item[index] for of_item in order]
             if layer.decision is not None:
-                pooled = self.kernels.mean(states, layout)
+                pooled = self.kernels.mean(states, offsets)
                 if counts is None:
                     counts = self._own_counts(layer, index, pooled, ceilings)
                 best = self._own_order(layer, pooled)
@@ -476,7 +481,7 @@ class PackedPass:
             sets = self._head_sets(counts, best)
             for item, head_set in zip(heads, sets, strict=True):
                 item.append(head_set)
-            states = self._run_layer(index, states, layout, sets)
+            states = self._run_layer(index, states, offsets, sets)
         return states, heads
 
     def _plan(self, step: int) -> list[int]:
@@ -484,27 +489,27 @@ class PackedPass:
             return self._plans[step]
         return self.config.heads_per_layer(step)  # raises ValueError
 
-    def _layout(self, tokens: PackedTokens) -> Layout:
-        layout = Layout(tokens.lengths, self.device)
-        if layout.longest > self._most_tokens:
-            raise ValueError(f"{layout.longest} tokens, but only {self._most_tokens} positions")
-        return layout
+    def _offsets_of(self, tokens: PackedTokens) -> BatchOffsets:
+        offsets = BatchOffsets(tokens.lengths, self.device)
+        if offsets.longest > self._most_tokens:
+            raise ValueError(f"{offsets.longest} tokens, but only {self._most_tokens} positions")
+        return offsets
 
-    def _embed(self, tokens: PackedTokens, layout: Layout) -> Tensor:
+    def _embed(self, tokens: PackedTokens, offsets: BatchOffsets) -> Tensor:
         ids, kinds, by = tokens.input_ids, tokens.token_type_ids, self.encoder.embeddings
-        return self.kernels.embed(ids, kinds, layout, by, torch.float32)
+        return self.kernels.embed(ids, kinds, offsets, by, torch.float32)
 
-    def _classify(self, states: Tensor, layout: Layout) -> Tensor:
+    def _classify(self, states: Tensor, offsets: BatchOffsets) -> Tensor:
         if self._norms_last:
             states = self.encoder.final_norm(states.float())
         if self._mean and self.model.head is None:
-            return self.kernels.classify(states, layout, self.model.classifier)
+            return self.kernels.classify(states, offsets, self.model.classifier)
         if self._mean:
-            return self.model.classify(self.kernels.mean(states, layout))
+            return self.model.classify(self.kernels.mean(states, offsets))
         if not len(states):
             states = states.new_zeros(1, self.sizes.width)
-        first = states[layout.starts[:-1].clamp(max=len(states) - 1)]
-        return self.model.classify(torch.where(layout.empty, 0, first.float()))
+        first = states[offsets.starts[:-1].clamp(max=len(states) - 1)]
+        return self.model.classify(torch.where(offsets.empty, 0, first.float()))
 
     def _own_counts(
         self, layer: EncoderLayer, index: int, pooled: Tensor, ceilings: Sequence[int] | None
@@ -534,38 +539,40 @@ class PackedPass:
         self,
         index: int,
         states: Tensor,
-        layout: Layout,
+        offsets: BatchOffsets,
         sets: Sequence[HeadSet],
     ) -> Tensor:
-        if not layout.tokens:
+        if not offsets.tokens:
             return states
         groups: dict[HeadSet, list[int]] = {}
         for item, head_set in enumerate(sets):
             groups.setdefault(head_set, []).append(item)
         if len(groups) == 1:
             (head_set,) = groups
-            return self._run_set(index, states, layout, head_set)
-        spare_rows = len(states) - layout.tokens
-        if len(groups) > MOST_SETS:
+            return self._run_set(index, states, offsets, head_set)
+        spare_rows = len(states) - offsets.tokens
+        if len(groups) > MAX_SETS:
             positions = self._slices.layers[index].positions
             alike = positions is None or not positions.tables
-            routing = Routing.of(sets, layout, self.sizes.heads, spare_rows, alike)
+            routing = Routing.of(sets, offsets, self.sizes.heads, spare_rows, alike)
             return self._run_routed(index, states, routing)
-        *parts, spare = states.split([*layout.lengths, spare_rows])
+        *parts, spare = states.split([*offsets.lengths, spare_rows])
         for head_set, items in groups.items():
-            group = layout.select(items)
+            group = offsets.select(items)
             packed = torch.cat([parts[i] for i in items])
             result = self._run_set(index, packed, group, head_set)
             for item, part in zip(items, result.split(list(group.lengths)), strict=True):
                 parts[item] = part
         return torch.cat([*parts, spare])
 
-    def _run_set(self, index: int, states: Tensor, layout: Layout, head_set: HeadSet) -> Tensor:
+    def _run_set(
+        self, index: int, states: Tensor, offsets: BatchOffsets, head_set: HeadSet
+    ) -> Tensor:
         """Run items that all keep the same heads."""
-        if not head_set or not layout.tokens:
+        if not head_set or not offsets.tokens:
             return states
         kept = self._slices.get(index, head_set)
-        return run_layer(states, kept, Packed(self.kernels, layout))
+        return run_layer(states, kept, Packed(self.kernels, offsets))
 
     def _run_routed(self, index: int, states: Tensor, routing: Routing) -> Tensor:
         """Run items that keep many different sets of heads."""
@@ -579,11 +586,11 @@ class Packed(PlainSums):
     """How a layer computes for packed items that keep the same heads; a layer's `Backend`."""
 
     kernels: Kernels
-    layout: Layout
+    offsets: BatchOffsets
 
     def attend(self, projected: Tensor, weights: LayerWeights) -> Tensor:
         """Attend within each item."""
-        return self.kernels.attend(projected, self.layout, weights)
+        return self.kernels.attend(projected, self.offsets, weights)
 
     def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
         """Normalise the sum of states and a change."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 MapName = Literal["qkv", "output", "up", "down"]
 """The linear maps of a layer: to queries, keys and values, of contexts, of the feed-forward net."""
-MOST_APART = 4
+MAX_OUTLIERS = 4
 
 
 class StateRange(BaseModel):
@@ -16,14 +16,17 @@ class StateRange(BaseModel):
 
     Attributes:
         low, high: the least and the greatest number, or 0.
-        apart: columns that go far beyond, which are no part of the range.
+        outliers: columns that go far beyond, which are no part of the range; `apart` in older
+            checkpoints.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     low: float = Field(le=0)
     high: float = Field(ge=0)
-    apart: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), max_length=MOST_APART)
+    outliers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(), max_length=MAX_OUTLIERS, validation_alias=AliasChoices("outliers", "apart")
+    )
 
 
 class LayerRanges(BaseModel):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from budgetformer.inference.backends.kernels import Kernels, plain
 from budgetformer.inference.backends.linear import padded_rows
-from budgetformer.inference.layout import Layout
+from budgetformer.inference.batch_offsets import BatchOffsets
 from budgetformer.inference.weights import HeadSet, SliceCache
 from budgetformer.model.layer import LayerSpec, LayerWeights
 from budgetformer.model.positions import Positions
@@ -61,7 +61,7 @@ class Routing:
 
     heads: list[Pairs]
     places: Tensor
-    items: list[tuple[HeadSet, Layout]]
+    items: list[tuple[HeadSet, BatchOffsets]]
     rows: int
     used: Tensor | None
 
@@ -69,7 +69,7 @@ class Routing:
     def of(
         cls,
         sets: Sequence[HeadSet],
-        layout: Layout,
+        offsets: BatchOffsets,
         num_heads: int,
         spare_rows: int,
         alike: bool = True,
@@ -78,12 +78,12 @@ class Routing:
 
         Args:
             sets: heads that each item keeps.
-            layout: where they are.
+            offsets: where they are.
             num_heads: H.
             spare_rows: rows of states after the tokens'; with any, a head's tokens are padded.
             alike: whether attention tells heads apart by their queries, keys and values alone.
         """
-        owner = layout.owner
+        owner = offsets.owner
         cells = [item * num_heads + head for item, heads in enumerate(sets) for head in heads]
         kept = torch.zeros(len(sets) * num_heads, dtype=torch.bool)
         kept[torch.tensor(cells, dtype=torch.long)] = True
@@ -97,7 +97,7 @@ class Routing:
         counts = heads.bincount(minlength=num_heads).tolist()
         by_head = zip(counts, rows.split(counts), pairs.split(counts), strict=True)
         runs: list[tuple[HeadSet, list[int]]] = []
-        for head_set, length in zip(sets, layout.lengths, strict=True):
+        for head_set, length in zip(sets, offsets.lengths, strict=True):
             last = runs[-1][0] if runs else None
             joins = last is not None and (len(last) == len(head_set) if alike else last == head_set)
             if not joins:
@@ -110,7 +110,7 @@ class Routing:
                 if count
             ],
             places=places,
-            items=[(head_set, Layout(tuple(run), layout.device)) for head_set, run in runs],
+            items=[(head_set, BatchOffsets(tuple(run), offsets.device)) for head_set, run in runs],
             rows=len(owner) + spare_rows,
             used=None if all(sets) else F.pad(kept.any(1)[owner], (0, spare_rows)).unsqueeze(1),
         )
@@ -211,16 +211,16 @@ class Routed(PlainSums):
         """Attend within each item, over the pairs of its tokens: [P, 3 * D/H] to [P, D/H]."""
         contexts, start, width = [], 0, projected.shape[1]
         whole = weights.positions
-        for head_set, layout in self.routing.items:
+        for head_set, offsets in self.routing.items:
             if not head_set:
                 continue
             heads = len(head_set)
-            count = heads * layout.tokens
-            part = projected[start : start + count].view(layout.tokens, heads * width)
+            count = heads * offsets.tokens
+            part = projected[start : start + count].view(offsets.tokens, heads * width)
             own = whole
             if whole is not None and whole.tables:
                 own = whole.of_heads(torch.tensor(head_set, device=projected.device))
-            context = self.kernels.attend(part, layout, Run(heads, weights.spec, own))
+            context = self.kernels.attend(part, offsets, Run(heads, weights.spec, own))
             contexts.append(context.view(count, width // 3))
             start += count
         return torch.cat(contexts)

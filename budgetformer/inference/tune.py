@@ -47,13 +47,13 @@ def measure_costs(network: PackedPass, model: str) -> CostTable:
 
 def _time(network: PackedPass, step: int, items: int, tokens: int) -> float:
     packed = PackedTokens.filler([tokens] * items)
-    ranking = network.arrive(packed).ranking if step and network.sizes.picks_heads else None
+    ranking = network.decide(packed).ranking if step and network.sizes.picks_heads else None
     _wait(network)
     started = time.perf_counter()
     if step:
         network.run(packed, [step] * items, ranking=ranking)
     else:
-        network.arrive(packed)
+        network.decide(packed)
     _wait(network)
     return time.perf_counter() - started
 

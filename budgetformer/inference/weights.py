@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from budgetformer.cost.macs import Sizes
-from budgetformer.inference.backends.linear import STATES, LayOut, Linear, Product, Weights
+from budgetformer.inference.backends.linear import STATES, Linear, PackLinear, Product, Weights
 from budgetformer.model.layer import EncoderLayer, LayerSpec
 from budgetformer.model.positions import Positions
 
@@ -71,7 +71,7 @@ class WholeLayer:
         layer: the layer.
         sizes: its network's.
         dtype: of the numbers of a slice.
-        lay_out: how its maps multiply.
+        pack_linear: how its maps multiply.
         distances: embeddings of distances [2S, D], where its scores read them.
     """
 
@@ -80,7 +80,7 @@ class WholeLayer:
         layer: EncoderLayer,
         sizes: Sizes,
         dtype: torch.dtype,
-        lay_out: LayOut,
+        pack_linear: PackLinear,
         distances: Tensor | None,
     ) -> None:
         attention, net = layer.attention, layer.feed_forward
@@ -99,7 +99,7 @@ class WholeLayer:
             self._up = self._gated(self._read(net.gate), self._up)
         self._sizes = sizes
         self._activation: Linear = net.activation
-        self._lay_out = lay_out
+        self._pack_linear = pack_linear
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -128,7 +128,7 @@ class WholeLayer:
             rows = self._places(head_set, sizes.neurons_per_head * self._maps_up)
             own.append(Weights("up", self._up[0][rows], self._up[1][rows]))
             own.append(Weights("down", self._down[0], down_bias, neurons))
-            up, down = self._lay_out_up(own[2]), self._lay_out(own[3])
+            up, down = self._lay_out_up(own[2]), self._pack_linear(own[3])
         copied = own
         if self._dtype == torch.float32 and isinstance(heads, slice):
             copied = []  # views
@@ -140,8 +140,8 @@ class WholeLayer:
             attention_norm=self.layer.attention_norm,
             feed_forward_norm=self.layer.feed_forward_norm,
             positions=positions,
-            qkv=self._lay_out(qkv),
-            output=self._lay_out(output),
+            qkv=self._pack_linear(qkv),
+            output=self._pack_linear(output),
             up=up,
             down=down,
             nbytes=sum(self._dtype.itemsize * some.weight.numel() for some in copied),
@@ -151,7 +151,7 @@ class WholeLayer:
     def whole_net(self) -> tuple[Linear, Linear]:
         """The feed-forward net where it is not coupled to heads: the same for every slice."""
         up, down = Weights("up", *self._up), Weights("down", *self._down)
-        return self._lay_out_up(up), self._lay_out(down)
+        return self._lay_out_up(up), self._pack_linear(down)
 
     def forget(self) -> None:
         """Let go of the feed-forward net that all slices share."""
@@ -159,7 +159,7 @@ class WholeLayer:
 
     def _lay_out_up(self, some: Weights) -> Linear:
         """Lay out a map whose results are activated, and gated."""
-        activation, up = self._activation, self._lay_out(some)
+        activation, up = self._activation, self._pack_linear(some)
         if self.spec.gated:
             own = self.spec.neurons_per_head or self._sizes.neurons
 
@@ -208,7 +208,7 @@ class SliceCache:
         layers: a network's.
         sizes: its sizes.
         precision: one of `PRECISIONS`.
-        lay_outs: how each layer's maps multiply.
+        packers: how each layer's maps multiply.
         distances: see `WholeLayer`.
 
     Attributes:
@@ -220,12 +220,12 @@ class SliceCache:
         layers: list[EncoderLayer],
         sizes: Sizes,
         precision: str,
-        lay_outs: Sequence[LayOut],
+        packers: Sequence[PackLinear],
         distances: Tensor | None = None,
     ) -> None:
         self.layers = [
             WholeLayer(layer, sizes, getattr(torch, precision), own, distances)
-            for layer, own in zip(layers, lay_outs, strict=True)
+            for layer, own in zip(layers, packers, strict=True)
         ]
         self.dtype = STATES[precision]
         self.nbytes = 0

@@ -25,7 +25,6 @@ from budgetformer.cost.macs import decision_macs, dense_macs, encoder_macs
 from budgetformer.cost.table import CostTable
 from budgetformer.inference import cascade
 from budgetformer.inference.cascade import Items
-from budgetformer.inference.observed import measure_ranges
 from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.inference.policy import (
     QUALITY_NAMES,
@@ -37,6 +36,7 @@ from budgetformer.inference.policy import (
     Policy,
     QualityName,
 )
+from budgetformer.inference.range_observer import measure_ranges
 from budgetformer.inference.ranges import LayerRanges
 from budgetformer.model.answers import confidence, fuse, probabilities
 from budgetformer.model.architecture import MULTI_LABEL, Architecture
@@ -114,14 +114,14 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
             rows = order[start : start + BATCH]
             texts = tokens.columns(rows)
             packed = PackedTokens.of(texts.window)
-            arrival = network.arrive(packed, PackedTokens.of(texts.whole))
-            assert arrival.budget is not None
-            s[rows] = arrival.budget
-            if arrival.exit_logits is not None:
-                logits[0, rows] = arrival.exit_logits
+            decision = network.decide(packed, PackedTokens.of(texts.whole))
+            assert decision.budget is not None
+            s[rows] = decision.budget
+            if decision.exit_logits is not None:
+                logits[0, rows] = decision.exit_logits
             for step in range(1, config.num_steps + 1):
                 result = network.run(
-                    packed, [step] * len(rows), ranking=arrival.ranking, fused=False
+                    packed, [step] * len(rows), ranking=decision.ranking, fused=False
                 )
                 logits[step, rows] = result.logits
             bar.advance(task, len(rows))

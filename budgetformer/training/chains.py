@@ -21,7 +21,7 @@ from budgetformer.model.architecture import Architecture
 
 EXIT_MARGINS = (0.0, 0.1, 0.2, 0.4, 1.0)
 """How much more confident than the others step 0 may have to be; with the last one it never is."""
-MOST_LINKS = 4
+MAX_LINKS = 4
 """Links of a chain, step 0 not counted."""
 THRESHOLDS = 48
 """Thresholds at which chains are compared."""
@@ -51,7 +51,7 @@ def chains(config: Architecture) -> list[Chain]:
         if config.ladder[step - 1] not in config.ladder[: step - 1]
     ]
     found: list[Chain] = [first] if first else []
-    for count in range(1, MOST_LINKS + 1):
+    for count in range(1, MAX_LINKS + 1):
         for links in combinations(steps, count):
             if fits_in_full_pass(config, links):
                 found.append(first + links)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 
 from budgetformer.checkpoint.manifest import (
-    MOST_VERSION,
+    MAX_VERSION,
     NAME,
     Manifest,
     Provenance,
@@ -72,7 +72,7 @@ Log = Callable[[str], None]
 
 DENSE = "dense"
 """Folder in a run's work directory, for the state of the dense network that it is compared with."""
-FEWEST_ROWS = 50
+MIN_ROWS = 50
 """Below this many texts a calibrated threshold would be chance."""
 
 MINILM = "minilm-l6"
@@ -288,8 +288,8 @@ def recalibrate(
         examples = read_examples(data, names, multi_label=checkpoint.multi_label)
     if costs is not None and len(costs.steps) != len(checkpoint.ladder) + 1:
         raise DataError(f"the cost table of {costs.model} is not of this checkpoint's steps")
-    if len(examples) < FEWEST_ROWS:
-        raise DataError(f"{data}: {len(examples)} rows, calibration needs {FEWEST_ROWS} at least")
+    if len(examples) < MIN_ROWS:
+        raise DataError(f"{data}: {len(examples)} rows, calibration needs {MIN_ROWS} at least")
     checkpoint.verify()
     model = load_model(checkpoint.path)
     tokens = TokenizedTexts.of(checkpoint, examples)
@@ -561,7 +561,7 @@ def find_policy(
 def check_output(output: Path) -> None:
     """Refuse an output that is not `<store>/<name>/<version>`."""
     version, name = output.name, output.parent.name
-    if not version.isdecimal() or not 1 <= int(version) <= MOST_VERSION:
+    if not version.isdecimal() or not 1 <= int(version) <= MAX_VERSION:
         raise DataError(f"{output}: the last part must be a version number, such as 1")
     if not re.match(NAME, name):
         raise DataError(f"{output}: the part before the version must be a model name, not {name!r}")

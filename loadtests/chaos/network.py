@@ -24,7 +24,7 @@ SCRAPERS, LEAVERS = 40, 15
 READING_SECONDS = 20.0
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
-_MOST_BYTES = 65536
+_MAX_BYTES = 65536
 
 
 class _Link:
@@ -63,7 +63,7 @@ class _Link:
         _ip("netns", "delete", self.namespace)
 
     def _carry(self, source: int, target: int) -> None:
-        packet = os.read(source, _MOST_BYTES)
+        packet = os.read(source, _MAX_BYTES)
         self.carried += 1
         if random.random() < LOSS:
             self.lost += 1

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from service.simulation.texts import Population
     from service.simulation.traffic import Traffic
 
-MOST_TEXTS = 2000
+MAX_TEXTS = 2000
 """Rows of --data that are measured, evenly chosen."""
 
 
@@ -191,7 +191,7 @@ def _texts(
 
         rows, pairs = read_texts(data)
         inputs = rows if pairs is None else list(zip(rows, pairs, strict=True))
-        found = measured_texts(checkpoint, inputs[:: math.ceil(len(inputs) / MOST_TEXTS)])
+        found = measured_texts(checkpoint, inputs[:: math.ceil(len(inputs) / MAX_TEXTS)])
     else:
         rules = {level: checkpoint.rule(level) for level in QUALITY_NAMES}
         manifest = checkpoint.manifest

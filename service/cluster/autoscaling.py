@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
-MOST_BUSY = 0.7
+MAX_BUSY = 0.7
 """Share of the time that a replica should compute at most: bursts need room."""
 
 
@@ -23,7 +23,7 @@ def replicas_for(queues: Collection[float], busy: Collection[float], target: flo
     """
     # Work that waits wants more of them; a pool that keeps up has no queue and is needed all the
     # same, so what it does counts too.
-    return max(1, math.ceil(sum(queues) / target), math.ceil(sum(busy) / MOST_BUSY))
+    return max(1, math.ceil(sum(queues) / target), math.ceil(sum(busy) / MAX_BUSY))
 
 
 class QueueSeconds:

@@ -15,7 +15,7 @@ from budgetformer.checkpoint.store import (
     read_store,
 )
 from budgetformer.errors import CheckpointError
-from service.control.decisions import Decisions
+from service.control.served_state import ServedState
 from service.settings import Settings
 
 
@@ -43,11 +43,11 @@ class Catalog:
     def __init__(self, settings: Settings) -> None:
         store, default = settings.model_store, settings.default_model
         self.store = store
-        self.decisions = Decisions(settings.state_dir)
+        self.state = ServedState(settings.state_dir)
         self.served: dict[str, Checkpoint] = {}
         self.candidates: dict[str, Checkpoint] = {}
         found = read_store(store)
-        self.errors = [*found.errors, *filter(None, [self.decisions.error])]
+        self.errors = [*found.errors, *filter(None, [self.state.error])]
         for spec in settings.models or sorted(found.checkpoints):
             try:
                 checkpoint = found.find(self._first(spec, found, settings))
@@ -68,7 +68,7 @@ class Catalog:
         named = settings.version_of(name)
         if named is not None:
             return f"{name}:{named}"
-        decided = self.decisions.version(name, max(versions))
+        decided = self.state.version(name, max(versions))
         if decided in versions:
             return f"{name}:{decided}"
         self.errors.append(f"{name}: version {decided}, which was decided on, is not in the store")
@@ -76,7 +76,7 @@ class Catalog:
 
     def _resume(self, served: Checkpoint, found: Store) -> None:
         """Go on with the roll-out of a model, if it was running and both versions are there."""
-        rollout = self.decisions.running(served.name)
+        rollout = self.state.running(served.name)
         if rollout is None:
             return
         reason = f"version {served.version} is served since a restart"

@@ -18,10 +18,10 @@ from budgetformer.errors import BudgetFormerError, CheckpointError
 from budgetformer.inference.policy import QualityName
 from service.background import Background, run_forever
 from service.control.catalog import Catalog, UnknownModelError
-from service.control.decisions import StateError
 from service.control.engine_watch import EngineWatch
 from service.control.fleet import Fleet, LoadFailedError, LoadTimeoutError, NoEngineError
 from service.control.frontends import Frontends, FrontPeer
+from service.control.served_state import StateError
 from service.control.versions import RollOutConflictError, RollOutError, Versions
 from service.ipc.connection import Say, handle_each, listening
 from service.ipc.control_messages import (

@@ -23,11 +23,11 @@ compared."""
 DEVIATIONS = 3.0
 """Standard deviations by which a share must be beyond its bound, as it is judged again and again: a
 version that is within its bounds is then hardly ever stopped."""
-FEWEST = 5
+MIN_FAILURES = 5
 """Requests that failed, or shadow texts that failed or differ, before their share is judged."""
-FEWEST_REQUESTS = 100
+MIN_REQUESTS = 100
 """Requests of each version before their latency is compared."""
-FEWEST_TEXTS = 200
+MIN_TEXTS = 200
 """Shadow texts before their time to compute is compared."""
 SLOW = 0.9
 """Quantile of the latency that is compared."""
@@ -83,7 +83,7 @@ class Figures(msgspec.Struct):
     @property
     def slow_seconds(self) -> float | None:
         """The 90th percentile of the durations; None: there are too few."""
-        return quantile(self.durations, SLOW) if self.requests >= FEWEST_REQUESTS else None
+        return quantile(self.durations, SLOW) if self.requests >= MIN_REQUESTS else None
 
 
 class RollOut(msgspec.Struct):
@@ -160,7 +160,7 @@ class RollOut(msgspec.Struct):
     def compute_ratio(self) -> float | None:
         """The same of the time to compute shadow texts."""
         served = self.figures["served"].shadow_seconds
-        if self.compared < FEWEST_TEXTS or not served:
+        if self.compared < MIN_TEXTS or not served:
             return None
         return self.figures["candidate"].shadow_seconds / served
 
@@ -235,7 +235,7 @@ class RollOut(msgspec.Struct):
 
 def _above(hits: int, count: int, share: float) -> bool:
     """Say whether a share is certainly above another one."""
-    return hits >= FEWEST and share_bounds(hits, count)[0] > share
+    return hits >= MIN_FAILURES and share_bounds(hits, count)[0] > share
 
 
 def share_bounds(hits: int, count: int) -> tuple[float, float]:

@@ -13,11 +13,11 @@ from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import BudgetFormerError
 from service.background import Background, DetachedThreads, StillRunningError, describe
 from service.control.catalog import Catalog, UnknownModelError
-from service.control.decisions import Decision, StateError
 from service.control.engine_watch import EngineWatch
 from service.control.fleet import Fleet, LoadTimeoutError
 from service.control.frontends import Frontends
 from service.control.rollout import Bounds, RollOut, State, changed
+from service.control.served_state import ModelState, StateError
 from service.ipc.control_messages import ServedVersion
 from service.settings import DEFAULT_QUALITY, RollOutSettings, Settings
 from service.telemetry.counts import Difference
@@ -75,7 +75,7 @@ class Versions:
         self.loading: list[str] = []
         self._settings = settings
         self._catalog = catalog
-        self._decisions = catalog.decisions
+        self._state = catalog.state
         self._fleet = fleet
         self._watch = watch
         self._metrics = metrics
@@ -104,7 +104,7 @@ class Versions:
             ServedVersion(c.name, c.version, str(c.path)) for c in self._catalog.served.values()
         ]
         for name, candidate in self._catalog.candidates.items():
-            rollout = self._decisions.running(name)
+            rollout = self._state.running(name)
             weight, shadow = (rollout.weight, rollout.shadow) if rollout else (0.0, 0.0)
             path = str(candidate.path)
             found.append(ServedVersion(name, candidate.version, path, True, weight, shadow))
@@ -129,7 +129,7 @@ class Versions:
         async with self._changing:
             self._refuse_while_running(name)
             checkpoint = await self._load(name, version)
-            decision = self._decisions.models.get(name)
+            decision = self._state.models.get(name)
             if decision is not None:  # else the highest would not be served after a restart
                 decision.served = checkpoint.version
                 self._keep_if_possible()
@@ -174,7 +174,7 @@ class Versions:
         given = given or {}
         async with self._changing:
             served = self._served(name)
-            running = self._decisions.running(name)
+            running = self._state.running(name)
             if running is not None:
                 if version not in (None, running.candidate):
                     self._refuse_while_running(name)
@@ -187,9 +187,9 @@ class Versions:
                 began=time.time(),
             )  # fmt: skip
             _apply(rollout, given)
-            before = self._decisions.models.get(name)
+            before = self._state.models.get(name)
             highest = max(candidate.version, served.version, before.highest if before else 0)
-            await self._decide_on(candidate, Decision(served.version, highest, rollout))
+            await self._decide_on(candidate, ModelState(served.version, highest, rollout))
             self._catalog.candidates[name] = candidate
             self._announce(candidate)
             self._show_rollout(name)
@@ -225,9 +225,9 @@ class Versions:
         async with self._changing:
             rollout = self._running(name)
             candidate = self._catalog.candidates[name]
-            decision = self._decisions.models[name]
+            decision = self._state.models[name]
             ended = self._ended(rollout, "promoted", "")
-            self._decide(name, Decision(candidate.version, decision.highest, ended))
+            self._decide(name, ModelState(candidate.version, decision.highest, ended))
             del self._catalog.candidates[name]
             await self._serve(candidate)
             self._count_end(ended)
@@ -242,15 +242,15 @@ class Versions:
             UnknownModelError, CheckpointError, LoadFailedError, NoEngineError: as `load` does.
         """
         async with self._changing:
-            if self._decisions.running(name) is not None:
+            if self._state.running(name) is not None:
                 return await self._withdraw_candidate(name, "rolled_back", reason)
-            last = self._decisions.last(name)
+            last = self._state.last(name)
             if last is None or last.state != "promoted":
                 raise RollOutConflictError(f"{name} is not being rolled out, and was not promoted")
             before = await self._load(name, last.served)
-            decision = self._decisions.models[name]
+            decision = self._state.models[name]
             ended = self._ended(last, "rolled_back", "after it was promoted")
-            await self._decide_on(before, Decision(before.version, decision.highest, ended))
+            await self._decide_on(before, ModelState(before.version, decision.highest, ended))
             await self._serve(before)
             self._count_end(ended)
             return ended
@@ -263,20 +263,20 @@ class Versions:
             RollOutConflictError: there was none.
         """
         self._served(name)
-        rollout = self._decisions.last(name)
+        rollout = self._state.last(name)
         if rollout is None:
             raise RollOutConflictError(f"{name} has not been rolled out")
         return rollout
 
     def highest(self, name: str) -> int:
         """Return the highest version of a model that was ever decided on; 0: there is none."""
-        decision = self._decisions.models.get(name)
+        decision = self._state.models.get(name)
         return decision.highest if decision is not None else 0
 
     def count(self, difference: Difference) -> None:
         """Count what a frontend did for the versions that are being rolled out."""
         for name in self._catalog.candidates:
-            rollout = self._decisions.running(name)
+            rollout = self._state.running(name)
             if rollout is not None:
                 rollout.count(difference)
 
@@ -286,7 +286,7 @@ class Versions:
             await asyncio.sleep(JUDGE_SECONDS)
             for name in list(self._catalog.candidates):
                 async with self._changing:
-                    rollout = self._decisions.running(name)
+                    rollout = self._state.running(name)
                     if rollout is not None and (reason := rollout.breach()):
                         await self._withdraw_candidate(name, "stopped", reason)
             if time.monotonic() - self._kept > KEEP_SECONDS:
@@ -305,7 +305,7 @@ class Versions:
                 self._background.start(follow)
                 continue
             adjusts = usual is not None and usual != before.rollout_of(name)
-            if usual is not None and adjusts and self._decisions.running(name) is not None:
+            if usual is not None and adjusts and self._state.running(name) is not None:
                 adjust = partial(self.roll_out, name, None, usual.model_dump())
                 self._background.start(self._follow(name, adjust))
 
@@ -319,7 +319,7 @@ class Versions:
         self._report(source, problem)
 
     async def _serve_named(self, name: str, version: int) -> None:
-        running = self._decisions.running(name)
+        running = self._state.running(name)
         if running is not None and running.candidate == version:
             await self.promote(name)
             return
@@ -373,7 +373,7 @@ class Versions:
         before = rollout.weight, rollout.shadow, rollout.bounds
         _apply(rollout, given)
         try:
-            self._decisions.keep()
+            self._state.keep()
         except StateError:
             rollout.weight, rollout.shadow, rollout.bounds = before
             raise
@@ -382,15 +382,15 @@ class Versions:
         return rollout
 
     async def _withdraw_candidate(self, name: str, state: State, reason: str) -> RollOut:
-        decision = self._decisions.models[name]
+        decision = self._state.models[name]
         ended = self._ended(self._running(name), state, reason)
         try:
-            self._decide(name, Decision(ended.served, decision.highest, ended))
+            self._decide(name, ModelState(ended.served, decision.highest, ended))
         except StateError as error:
             if state != "stopped":
                 raise
             # It stops all the same: a version that fails must not go on because a disk is full.
-            self._decisions.models[name] = Decision(ended.served, decision.highest, ended)
+            self._state.models[name] = ModelState(ended.served, decision.highest, ended)
             self._report("roll-outs", str(error))
         candidate = self._catalog.candidates.pop(name)
         self._show_rollout(name)
@@ -399,17 +399,17 @@ class Versions:
         self._count_end(ended)
         return ended
 
-    def _decide(self, name: str, decision: Decision) -> None:
+    def _decide(self, name: str, decision: ModelState) -> None:
         """Keep a decision.
 
         Raises:
             StateError: it could not be kept, and is not made.
         """
-        models = self._decisions.models
+        models = self._state.models
         before = models.get(name)
         models[name] = decision
         try:
-            self._decisions.keep()
+            self._state.keep()
         except StateError:
             if before is None:
                 del models[name]
@@ -418,7 +418,7 @@ class Versions:
             raise
         self._report("roll-outs", None)
 
-    async def _decide_on(self, loaded: Checkpoint, decision: Decision) -> None:
+    async def _decide_on(self, loaded: Checkpoint, decision: ModelState) -> None:
         """Keep a decision on a version that the engines have loaded for it.
 
         Raises:
@@ -432,7 +432,7 @@ class Versions:
 
     def _keep_if_possible(self) -> None:
         try:
-            self._decisions.keep()
+            self._state.keep()
         except StateError as error:
             self._report("roll-outs", str(error))
         else:
@@ -456,13 +456,13 @@ class Versions:
 
     def _running(self, name: str) -> RollOut:
         self._served(name)
-        rollout = self._decisions.running(name)
+        rollout = self._state.running(name)
         if rollout is None:
             raise RollOutConflictError(f"{name} is not being rolled out")
         return rollout
 
     def _refuse_while_running(self, name: str) -> None:
-        running = self._decisions.running(name)
+        running = self._state.running(name)
         if running is not None and name in self._catalog.candidates:
             raise RollOutConflictError(
                 f"{name}:{running.candidate} is being rolled out: promote it or roll it back first"
@@ -482,7 +482,7 @@ class Versions:
             gauge.labels(model).set(rank)
 
     def _show_rollout(self, name: str) -> None:
-        one = self._decisions.running(name)
+        one = self._state.running(name)
         shown = None if one is None else (str(one.candidate), one.weight, one.shadow)
         self._metrics.show_rollout(name, shown)
 

@@ -48,7 +48,6 @@ from service.ipc.engine_messages import (
 )
 from service.ipc.frames import FrameError
 from service.scheduling.admission import Refusal, admit
-from service.scheduling.arrivals import decided_together
 from service.scheduling.batch_limit import BatchLimit
 from service.scheduling.brownout import (
     BrownOut,
@@ -58,6 +57,7 @@ from service.scheduling.brownout import (
     lowest,
 )
 from service.scheduling.buckets import Buckets, Span, lane_of
+from service.scheduling.decision_batch import decided_together
 from service.scheduling.drain import Drain
 from service.scheduling.heap import Heap
 from service.scheduling.price import Outlook, Prices
@@ -431,7 +431,7 @@ class EngineCore:
             by_model[span.owner.model].append(span)
             count -= len(span)
         for model, spans in by_model.items():
-            seconds = await self._on_device(cascade.arrive, model, 0, spans)
+            seconds = await self._on_device(cascade.decide, model, 0, spans)
             ended = []
             for span in spans:
                 request, items = span.owner, span.owner.items
@@ -476,7 +476,7 @@ class EngineCore:
         """Do a piece of work for some texts; return the seconds that it took."""
         owners = {span.owner.items: span.owner for span in spans}
         batch = Batch([Part(span.owner.items, span.places) for span in spans])
-        decides = work is cascade.arrive
+        decides = work is cascade.decide
 
         def failed(text: Part, error: Exception) -> None:
             _fail(owners[text.items], text.places[0], error)

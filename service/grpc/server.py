@@ -27,7 +27,7 @@ from service.settings import Settings
 
 IDLE_SECONDS = 75
 """How long a connection without calls stays open."""
-MOST_OPTION = 2**31 - 1
+MAX_OPTION = 2**31 - 1
 """Highest value of an option of gRPC's."""
 STATUSES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -86,7 +86,7 @@ class InferenceServer:
             "grpc.server_handshake_timeout_ms": math.ceil(settings.receive_seconds * 1000),
         }
         self._server = grpc.aio.server(
-            options=[(name, min(value, MOST_OPTION)) for name, value in options.items()],
+            options=[(name, min(value, MAX_OPTION)) for name, value in options.items()],
             maximum_concurrent_rpcs=settings.max_connections,
         )
         for service, calls in groupby(CALLS, lambda call: call.service):

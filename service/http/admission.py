@@ -21,7 +21,7 @@ from service.telemetry.counts import Counts
 
 REFUSED_CONNECTIONS = 128
 """Connections above the limit that are answered 503; further ones are closed at once."""
-MOST_BODIES = 16
+MAX_BODIES = 16
 """As many bodies of the largest size may be arriving at once."""
 _AFTER_WORK = (500, 504)
 """Errors of requests that were admitted, and cost what others cost."""
@@ -110,7 +110,7 @@ class Admission:
         Raises:
             ApiError: 429, by the function: there is no room.
         """
-        size, most = 0, MOST_BODIES * self._settings.max_body_bytes
+        size, most = 0, MAX_BODIES * self._settings.max_body_bytes
 
         def receive(count: int) -> int:
             nonlocal size

@@ -20,7 +20,7 @@ from service.http.classify import respond
 from service.http.errors import CLASSIFYING, ApiError, errors_as, shorten
 from service.http.health import why_not_ready
 from service.http.kserve_inputs import INPUTS, TOKENS, read_inputs
-from service.http.model_routes import MOST_LOAD_BYTES, load, unload
+from service.http.model_routes import MAX_LOAD_BYTES, load, unload
 from service.http.responses import json_response
 from service.http.schemas import (
     ClassifyRequest,
@@ -309,7 +309,7 @@ def _ranked(answered: Answered, order: Array) -> list[str]:
 async def repository_index(request: Request) -> Response:
     """List every version in the store, and whether it is ready."""
     state = state_of(request)
-    body = await read_body(request, IndexRequest, MOST_LOAD_BYTES, default=IndexRequest())
+    body = await read_body(request, IndexRequest, MAX_LOAD_BYTES, default=IndexRequest())
     stored = await asyncio.to_thread(state.models.stored)
     rows = [_index_row(state, name, version) for name, version in stored]
     return json_response([row for row in rows if not body.ready or row["state"] == "READY"])
@@ -335,7 +335,7 @@ def _index_row(state: State, name: str, version: int) -> dict[str, str]:
 )
 async def repository_load(request: Request, name: str) -> Response:
     """Do what `/models/{name}/load` does."""
-    body = await read_body(request, RepositoryRequest, MOST_LOAD_BYTES, RepositoryRequest())
+    body = await read_body(request, RepositoryRequest, MAX_LOAD_BYTES, RepositoryRequest())
     if body.parameters:
         message = "a checkpoint is its own configuration: load takes no parameters"
         raise ApiError(422, message, "parameters", "invalid_field")
@@ -351,7 +351,7 @@ async def repository_load(request: Request, name: str) -> Response:
 )
 async def repository_unload(request: Request, name: str) -> Response:
     """Do what `/models/{name}/unload` does."""
-    await read_body(request, RepositoryRequest, MOST_LOAD_BYTES, RepositoryRequest())
+    await read_body(request, RepositoryRequest, MAX_LOAD_BYTES, RepositoryRequest())
     await unload(request, name)
     return json_response({})
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 
-from budgetformer.checkpoint.manifest import MOST_VERSION
+from budgetformer.checkpoint.manifest import MAX_VERSION
 from budgetformer.checkpoint.store import Checkpoint
 from service.http.authentication import needs
 from service.http.bodies import describe_body, read_body, travelled
@@ -29,7 +29,7 @@ from service.pipeline.served_models import Candidate
 
 router = APIRouter(tags=["models"], responses=errors_as(ErrorResponse))
 
-MOST_LOAD_BYTES = 4096
+MAX_LOAD_BYTES = 4096
 CHANGE_STATUS = {
     "unknown_model": 404,
     "broken_checkpoint": 422,
@@ -47,7 +47,7 @@ class LoadRequest(RequestBody):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": 1}]})
 
-    version: Annotated[int, Field(ge=1, le=MOST_VERSION)] | None = None
+    version: Annotated[int, Field(ge=1, le=MAX_VERSION)] | None = None
 
 
 @router.get("/v1/models", summary="Models that are served", dependencies=[needs("classify")])
@@ -100,7 +100,7 @@ async def load_model(request: Request, name: str) -> Response:
 
     A failure leaves all as it was.
     """
-    body = await read_body(request, LoadRequest, MOST_LOAD_BYTES, default=LoadRequest())
+    body = await read_body(request, LoadRequest, MAX_LOAD_BYTES, default=LoadRequest())
     label = await load(request, name, body.version)
     return json_response({"model": label, "status": "loaded"})
 

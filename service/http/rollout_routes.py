@@ -7,11 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 
-from budgetformer.checkpoint.manifest import MOST_VERSION
+from budgetformer.checkpoint.manifest import MAX_VERSION
 from service.http.authentication import needs
 from service.http.bodies import describe_body, read_body
 from service.http.errors import errors_as
-from service.http.model_routes import MOST_LOAD_BYTES, ask_for_change
+from service.http.model_routes import MAX_LOAD_BYTES, ask_for_change
 from service.http.schemas import ErrorResponse, RequestBody
 from service.ipc.control_messages import ChangeRollOut, Shown
 
@@ -41,7 +41,7 @@ class RollOutRequest(RequestBody):
         }
     )
 
-    version: Annotated[int, Field(ge=1, le=MOST_VERSION)] | None = None
+    version: Annotated[int, Field(ge=1, le=MAX_VERSION)] | None = None
     weight: _Share | None = None
     shadow: _Share | None = None
     min_agreement: _Share | None = None
@@ -59,7 +59,7 @@ async def begin(request: Request, name: str) -> Response:
 
     It stops by itself beyond its bounds. The answer is the report of the roll-out.
     """
-    body = await read_body(request, RollOutRequest, MOST_LOAD_BYTES, default=RollOutRequest())
+    body = await read_body(request, RollOutRequest, MAX_LOAD_BYTES, default=RollOutRequest())
     given = body.model_dump(exclude={"version"}, exclude_unset=True)
     return await _shown(request, ChangeRollOut(0, "begin", name, body.version, given))
 

@@ -15,7 +15,7 @@ from service.ipc.answers import Answers
 from service.pipeline.served_models import ServedModel
 from service.telemetry.counts import Counts, Spent
 
-MOST_TEXTS = 512
+MAX_TEXTS = 512
 """Texts that a frontend has candidates compute at a time; more are skipped, and counted."""
 
 log = structlog.get_logger()
@@ -66,7 +66,7 @@ class Shadows:
             compute: answers the texts of the request; it raises `SkippedError` if there is no room.
         """
         count = len(answered.answers)
-        if self._texts + count > MOST_TEXTS:
+        if self._texts + count > MAX_TEXTS:
             self._count(candidate, {"skipped": count})
             return
         self._texts += count

@@ -8,7 +8,7 @@ MEMORY_SECONDS = 1.0
 """Prices follow what batches take, too: what both have seen should not count twice for long."""
 DOUBT_SECONDS = 0.02
 """So much time without a word against it is believed to have gone as prices say."""
-MOST_STRETCH = 4.0
+MAX_STRETCH = 4.0
 
 
 class Drain:
@@ -25,7 +25,7 @@ class Drain:
     def stretch(self) -> float:
         """Seconds that a second of priced work takes."""
         ratio = (self._seconds + DOUBT_SECONDS) / (max(self._priced, 0.0) + DOUBT_SECONDS)
-        return min(max(ratio, 1.0), MOST_STRETCH)
+        return min(max(ratio, 1.0), MAX_STRETCH)
 
     def observe(self, seconds: float, priced: float) -> None:
         """Learn that in so many seconds, all of them busy, work of that price was done."""

@@ -9,7 +9,7 @@ from budgetformer.cost.table import CostTable
 from budgetformer.inference.policy import BudgetRule, Shares
 
 SMOOTHING = 0.1
-MOST_OFF = 20.0
+MAX_OFF = 20.0
 """A batch that took so many times its price, or that fraction of it, says no more than that."""
 
 
@@ -127,7 +127,7 @@ class Prices:
         table = self._tables[key]
         ratio = seconds / max(table.batch(self._step(table, step), tokens, items), 1e-9)
         scale = self._scales[key]
-        ratio = min(max(ratio, scale / MOST_OFF), scale * MOST_OFF)
+        ratio = min(max(ratio, scale / MAX_OFF), scale * MAX_OFF)
         self._scales[key] += SMOOTHING * (ratio - scale)
 
     @staticmethod

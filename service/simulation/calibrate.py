@@ -30,7 +30,7 @@ FORMS: tuple[tuple[QualityName, int], ...] = (
 """Quality and texts of the requests, each with short texts and with long ones."""
 CALLERS = 16
 """Who ask at once, for what a request costs among others."""
-MOST_TEXTS = 600
+MAX_TEXTS = 600
 PROCESSES = {"front": "front", "engine": "engine", "supervisor": "hub"}
 _CPU = "budgetformer_process_cpu_seconds"
 
@@ -59,7 +59,7 @@ def calibrate(
     """
     if len(texts) < 2:
         raise DataError("two texts are needed at least")
-    words = texts[:: math.ceil(len(texts) / MOST_TEXTS)]
+    words = texts[:: math.ceil(len(texts) / MAX_TEXTS)]
     samples = zip(words, measured_texts(checkpoint, words).texts, strict=True)
     ordered = [Sample(*sample) for sample in samples]
     ordered.sort(key=lambda sample: sample.text.exit_tokens)

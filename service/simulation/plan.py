@@ -10,7 +10,7 @@ from service.simulation.traffic import Traffic
 
 EXACT = 0.02
 """The rate that a server can take is looked for to this share of it."""
-MOST_SERVERS = 1_000_000
+MAX_SERVERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def most_rate(fleet: Fleet, traffic: Traffic, goals: Goals, seed: int = 0) -> fl
 def servers_needed(fleet: Fleet, traffic: Traffic, goals: Goals, seed: int = 0) -> Plan:
     """Return how many servers a traffic needs, and a run of so many."""
     rate = most_rate(fleet, traffic, goals, seed)
-    if not rate or traffic.mean_rate / rate > MOST_SERVERS:
+    if not rate or traffic.mean_rate / rate > MAX_SERVERS:
         return Plan(rate, None, None)
     servers = max(1, math.ceil(traffic.mean_rate / rate))
     chosen = replace(fleet, servers=servers, sample=min(fleet.sample, servers))

@@ -20,7 +20,7 @@ Steps = tuple[int, ...]
 
 TOGETHER = 32
 """Texts of a pass while they are measured."""
-LEAST_SHARE = 1e-9
+MIN_SHARE = 1e-9
 """A smaller share of the texts is a rounding error."""
 
 
@@ -191,7 +191,7 @@ def steps_of(rule: BudgetRule) -> list[tuple[float, Steps]]:
             found.append((some * (1 - onward), (*before, step)))
             coming[following].append((some * onward, (*before, step)))
     ways = [(1 - entered, ()), *sorted(found, key=lambda way: (way[1][-1], way[1]))]
-    return [(share, steps) for share, steps in ways if share > LEAST_SHARE]
+    return [(share, steps) for share, steps in ways if share > MIN_SHARE]
 
 
 def _at(difficulty: float, way: Sequence[tuple[float, Steps]]) -> Steps:

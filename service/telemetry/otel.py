@@ -31,7 +31,7 @@ import budgetformer
 from service.telemetry.context import RequestContext
 from service.telemetry.pass_spans import PassRun, Rider
 
-MOST_LINKS = 1024
+MAX_LINKS = 1024
 """A batch names every request in it; the SDK's own limit of 128 would cut some off."""
 CLOSE_SECONDS = 1.0
 
@@ -66,7 +66,7 @@ class Tracing:
             sampler=ALWAYS_ON if follow else None,
             resource=named.merge(OTELResourceDetector().detect()),
             shutdown_on_exit=False,
-            span_limits=SpanLimits(max_links=MOST_LINKS),
+            span_limits=SpanLimits(max_links=MAX_LINKS),
         )
         processor: SpanProcessor = (
             SimpleSpanProcessor(exporter) if at_once else BatchSpanProcessor(exporter)

@@ -203,7 +203,7 @@ class TestShadow:
     async def test_more_texts_than_there_is_room_for_are_skipped(
         self, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("service.pipeline.shadow.MOST_TEXTS", 3)
+        monkeypatch.setattr("service.pipeline.shadow.MAX_TEXTS", 3)
         async with serving(store, tmp_path) as running:
             await roll_out(running, shadow=1.0)
             assert (await running.ask([TEXT] * 4)).status_code == 200
@@ -297,7 +297,7 @@ class TestStop:
             def fail(*_: Any) -> None:
                 raise RuntimeError("of this version")
 
-            with _replaced(running.core.models[TOPICS, 2].network, run=fail, arrive=fail):
+            with _replaced(running.core.models[TOPICS, 2].network, run=fail, decide=fail):
 
                 async def stopped() -> bool:
                     for at in range(5):

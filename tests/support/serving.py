@@ -203,7 +203,7 @@ def held(core: EngineCore) -> Iterator[None]:
 
 @contextmanager
 def _before(network: PackedPass, act: Callable[[], None]) -> Iterator[None]:
-    arrive, run = network.arrive, network.run
+    decide, run = network.decide, network.run
 
     def later(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -212,7 +212,7 @@ def _before(network: PackedPass, act: Callable[[], None]) -> Iterator[None]:
 
         return call
 
-    with _replaced(network, arrive=later(arrive), run=later(run)):
+    with _replaced(network, decide=later(decide), run=later(run)):
         yield
 
 

@@ -164,7 +164,7 @@ def calibrate_by_hand(path: Path) -> None:
     texts = [text for text, _ in labelled_sentences()]
     rule = BudgetRule(num_steps=HEADS, fixed=0)
     items = Items(classifier.network, Texts.of(classifier.encoder.encode(texts)), rule)
-    cascade.arrive(classifier.network, Batch([Part(items, list(range(len(items))))]))
+    cascade.decide(classifier.network, Batch([Part(items, list(range(len(items))))]))
     exits = torch.from_numpy(items.logits)
     verdict = median(items.s.tolist())
     sure_of_exit = median(confidence(exits, "single_label_classification").tolist())
@@ -213,7 +213,7 @@ def chain_by_hand(path: Path) -> None:
     everyone = BudgetRule(num_steps=HEADS, chain=CHAIN, level=_level(1.0))
     tokens = Texts.of(classifier.encoder.encode(texts))
     found = Items(classifier.network, tokens, everyone)
-    cascade.arrive(classifier.network, Batch([Part(found, list(range(len(found))))]))
+    cascade.decide(classifier.network, Batch([Part(found, list(range(len(found))))]))
     verdict = median(found.s.tolist())
     sure = confidence(torch.from_numpy(found.exit_logits), "single_label_classification")
     entry = (EntryBand(upto=verdict, step=1), EntryBand(upto=1, step=2))

@@ -78,7 +78,7 @@ class Weights:
         return [own.index(column) for column in columns if column in own]
 
 
-LayOut = Callable[[Weights], Linear]
+PackLinear = Callable[[Weights], Linear]
 """Lays out one of a layer's maps."""
 
 
@@ -168,7 +168,7 @@ def int8_linear(
     weight: Tensor,
     bias: Tensor | None,
     reads: StateRange,
-    apart: Sequence[int] = (),
+    outliers: Sequence[int] = (),
     largest: Tensor | None = None,
     check: RangeCheck | None = None,
 ) -> Linear:
@@ -183,15 +183,15 @@ def int8_linear(
         weight: in any precision.
         bias: [M], if any.
         reads: what the states lie between.
-        apart: columns that go beyond.
+        outliers: columns that go beyond.
         largest: magnitude of a weight by output, [M], where it is not that of these weights: parts
             of one map are rounded alike, so that it is all one which of them a pass takes.
         check: counts states outside `reads`.
     """
     exact = weight.float()
-    beyond = [(slice(column, column + 1), exact[:, column].clone()) for column in apart]
+    beyond = [(slice(column, column + 1), exact[:, column].clone()) for column in outliers]
     if beyond:
-        exact = exact.index_fill(1, torch.tensor(apart), 0.0)
+        exact = exact.index_fill(1, torch.tensor(outliers), 0.0)
     largest = exact.abs().amax(1) if largest is None else largest
     scales = largest.clamp(min=1e-12) / LARGEST_WEIGHT
     scale = (reads.high - reads.low) / LEVELS or 1.0
@@ -211,7 +211,7 @@ def int8_linear(
         return product
     low = torch.full((weight.shape[1],), reads.low - scale / 2)
     high = torch.full((weight.shape[1],), reads.high + scale / 2)
-    low[list(apart)], high[list(apart)] = -math.inf, math.inf
+    low[list(outliers)], high[list(outliers)] = -math.inf, math.inf
     calls = itertools.count()
 
     def checked(states: Tensor) -> Tensor:
@@ -230,12 +230,12 @@ LINEARS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
 PRECISIONS = (*LINEARS, "int8")
 
 
-def lay_out(
+def linear_packer(
     precision: str,
     ranges: LayerRanges | None = None,
     alike: bool = False,
     check: RangeCheck | None = None,
-) -> LayOut:
+) -> PackLinear:
     """Return what lays out a layer's maps in a precision.
 
     Args:
@@ -253,7 +253,7 @@ def lay_out(
 
     def in_int8(some: Weights) -> Linear:
         reads = ranges.of(some.name)
-        known = [column for column in reads.apart if column < some.rows.shape[1]]
+        known = [column for column in reads.outliers if column < some.rows.shape[1]]
         largest = None
         if alike:
             others = some.rows.float().index_fill(1, torch.tensor(known, dtype=torch.long), 0.0)

@@ -38,7 +38,7 @@ def test_every_text_is_decided_as_the_network_decides(
     for quality in ("fast", "balanced", "best", 1.5) if checkpoint.calibrated else (None,):
         rule = checkpoint.rule(quality)
         items = Items(network, texts, rule)
-        cascade.arrive(network, Batch([Part(items, list(range(len(items))))]))
+        cascade.decide(network, Batch([Part(items, list(range(len(items))))]))
         decided = decider.decide(texts.whole, rule)
         assert decided.steps.tolist() == items.step.tolist()
         assert decided.exit_logits is not None

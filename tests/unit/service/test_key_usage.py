@@ -178,7 +178,7 @@ def test_every_name_has_its_own_numbers() -> None:
 
 
 def test_a_key_beyond_the_most_is_limited_by_each_frontend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(key_usage, "MOST_NAMES", 1)
+    monkeypatch.setattr(key_usage, "MAX_NAMES", 1)
     usage = KeyUsage()
     usage.of("first")
     with capture_logs() as lines:

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from service.keys import (
     ANONYMOUS,
     LOOK_SECONDS,
-    MOST_KEYS,
+    MAX_KEYS,
     Key,
     KeyRing,
     KeysError,
@@ -115,7 +115,7 @@ class TestFile:
             'web = { sha256 = "' + "a" * 64 + '" }\nweb = { sha256 = "' + "b" * 64 + '" }',
             'web = { sha256 = "' + "a" * 64 + '" }\nops = { sha256 = "' + "a" * 64 + '" }',
             "x = " + "[" * 100_000,
-            "\n".join(f'k{i} = {{ sha256 = "{i:064x}" }}' for i in range(MOST_KEYS + 1)),
+            "\n".join(f'k{i} = {{ sha256 = "{i:064x}" }}' for i in range(MAX_KEYS + 1)),
         ],
         ids=lambda text: text[:40],
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from budgetformer.inference.backends.linear import Linear
-from budgetformer.inference.layout import Layout
+from budgetformer.inference.batch_offsets import BatchOffsets
 from budgetformer.model.embeddings import Embeddings
 from budgetformer.model.layer import Heads
 from budgetformer.model.step0 import ExitHead
@@ -19,35 +19,35 @@ class Kernels(Protocol):
 
     __name__: str
 
-    def bag(self, ids: Tensor, layout: Layout, by: ExitHead) -> Tensor:
+    def bag(self, ids: Tensor, offsets: BatchOffsets, by: ExitHead) -> Tensor:
         """Put together what step 0 reads."""
 
     def exit_evidence(self, exit_logits: Tensor, problem_type: str | None) -> Tensor:
         """Summarise step-0 logits for f_o."""
 
     def embed(
-        self, ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: torch.dtype
+        self, ids: Tensor, kinds: Tensor, offsets: BatchOffsets, by: Embeddings, dtype: torch.dtype
     ) -> Tensor:
         """Embed tokens."""
 
-    def attend(self, projected: Tensor, layout: Layout, weights: Heads) -> Tensor:
+    def attend(self, projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
         """Attend within each item."""
 
     def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
         """Normalise the sum of states and a change."""
 
-    def mean(self, states: Tensor, layout: Layout) -> Tensor:
+    def mean(self, states: Tensor, offsets: BatchOffsets) -> Tensor:
         """Average the states of each item."""
 
-    def classify(self, states: Tensor, layout: Layout, by: nn.Linear) -> Tensor:
+    def classify(self, states: Tensor, offsets: BatchOffsets, by: nn.Linear) -> Tensor:
         """Map the mean of each item's states to logits."""
 
 
 class JoiningKernels(Kernels, Protocol):
     """Kernels that can also take rows through two maps at once; so does `gpu`."""
 
-    def can_join(self, first: Linear, second: Linear | None, by: nn.Module) -> bool:
-        """Say whether these maps can be joined."""
+    def can_fuse(self, first: Linear, second: Linear | None, by: nn.Module) -> bool:
+        """Say whether these maps can be fused."""
 
     def map_norm_map(
         self,
@@ -56,7 +56,7 @@ class JoiningKernels(Kernels, Protocol):
         states: Tensor,
         by: nn.Module,
         second: Linear | None,
-        layout: Layout,
-        paired: bool = False,
+        offsets: BatchOffsets,
+        two_per_sm: bool = False,
     ) -> Tensor:
         """Map inputs, add them to the states, normalise these, and map what comes of it."""

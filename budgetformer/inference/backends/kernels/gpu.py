@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from budgetformer.inference.backends.kernels import plain
-from budgetformer.inference.backends.kernels.arrival import bag, exit_evidence, table_rows
-from budgetformer.inference.backends.kernels.joined import can_join, map_norm_map
+from budgetformer.inference.backends.kernels.decision import bag, exit_evidence, table_rows
+from budgetformer.inference.backends.kernels.fused import can_fuse, map_norm_map
 from budgetformer.inference.backends.kernels.tiles import dot_precision, tile_side
-from budgetformer.inference.layout import Layout
+from budgetformer.inference.batch_offsets import BatchOffsets
 from budgetformer.model.architecture import Architecture
 from budgetformer.model.embeddings import Embeddings
 from budgetformer.model.layer import Heads
@@ -29,7 +29,7 @@ __all__ = [
     "attend",
     "bag",
     "can_attend",
-    "can_join",
+    "can_fuse",
     "classify",
     "embed",
     "exit_evidence",
@@ -46,10 +46,12 @@ LABELS = 8
 """Classes whose weights a program holds at a time."""
 
 
-def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: torch.dtype) -> Tensor:
+def embed(
+    ids: Tensor, kinds: Tensor, offsets: BatchOffsets, by: Embeddings, dtype: torch.dtype
+) -> Tensor:
     """Do as `plain.embed`; sums are float32."""
     if by.position is None or by.map is not None:
-        return plain.embed(ids, kinds, layout, by, dtype)
+        return plain.embed(ids, kinds, offsets, by, dtype)
     tokens, width = len(ids), by.word.embedding_dim
     result = torch.empty(tokens, width, dtype=dtype, device=ids.device)
     norm = by.norm if isinstance(by.norm, nn.LayerNorm) else None
@@ -57,7 +59,7 @@ def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: tor
         _embed[(triton.cdiv(tokens, NORMED_ROWS),)](
             ids,
             kinds,
-            layout.positions,
+            offsets.positions,
             by.word.weight,
             by.segment.weight,
             by.position.weight,
@@ -121,14 +123,14 @@ def can_attend(config: Architecture) -> bool:
     return config.relative_positions != "disentangled"
 
 
-def attend(projected: Tensor, layout: Layout, weights: Heads) -> Tensor:
+def attend(projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
     """Do as `plain.attend`; one program per head and `ROWS` rows, whoseever they are."""
     tokens, width = projected.shape
     heads, positions, window = weights.heads, weights.positions, weights.spec.window
     size = width // (3 * heads)
     if isinstance(positions, Rotary) and tokens:
         query, key, value = projected.view(tokens, heads, 3, size).unbind(2)
-        places = layout.positions[:tokens]
+        places = offsets.positions[:tokens]
         places = F.pad(places, (0, tokens - len(places)))
         turned = [positions.rotate_at(part, places) for part in (query, key)]
         projected = torch.stack([*turned, value], dim=2).view(tokens, width)
@@ -137,14 +139,14 @@ def attend(projected: Tensor, layout: Layout, weights: Heads) -> Tensor:
         farthest = positions.farthest
         biases = positions.by_distance(farthest + 1).contiguous()
     contexts = projected.new_empty(tokens, heads * size)
-    if layout.tokens:
-        _attend[(triton.cdiv(layout.tokens, ROWS), heads)](
+    if offsets.tokens:
+        _attend[(triton.cdiv(offsets.tokens, ROWS), heads)](
             projected,
             contexts,
-            layout.positions,
-            layout.ends,
+            offsets.positions,
+            offsets.ends,
             biases,
-            layout.tokens,
+            offsets.tokens,
             math.log2(math.e) / math.sqrt(size),
             heads,
             size,
@@ -274,16 +276,16 @@ def _add_norm(
     tl.store(result + place, state.to(result.dtype.element_ty), mask=there)
 
 
-def mean(states: Tensor, layout: Layout) -> Tensor:
+def mean(states: Tensor, offsets: BatchOffsets) -> Tensor:
     """Do as `plain.mean`; an item is summed in the same order whatever its batch."""
     width = states.shape[-1]
-    result = states.new_empty(layout.items, width, dtype=torch.float32)
-    grid = (layout.items, triton.cdiv(width, POOLED_COLUMNS))
+    result = states.new_empty(offsets.items, width, dtype=torch.float32)
+    grid = (offsets.items, triton.cdiv(width, POOLED_COLUMNS))
     if math.prod(grid):
         _mean[grid](
             states,
             result,
-            layout.starts,
+            offsets.starts,
             width,
             ROWS=POOLED_ROWS,
             COLUMNS=POOLED_COLUMNS,
@@ -313,14 +315,14 @@ def _averaged(states, starts, item, column, width, ROWS: tl.constexpr, COLUMNS: 
     return total / tl.maximum(stop - start, 1)
 
 
-def classify(states: Tensor, layout: Layout, by: nn.Linear) -> Tensor:
+def classify(states: Tensor, offsets: BatchOffsets, by: nn.Linear) -> Tensor:
     """Do as `plain.classify`; an item is summed in the same order whatever its batch."""
     width, labels = by.in_features, by.out_features
-    result = states.new_empty(layout.items, labels, dtype=torch.float32)
-    if layout.items:
-        _classify[(layout.items,)](
+    result = states.new_empty(offsets.items, labels, dtype=torch.float32)
+    if offsets.items:
+        _classify[(offsets.items,)](
             states,
-            layout.starts,
+            offsets.starts,
             by.weight,
             by.bias,
             result,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from budgetformer.inference.backends.linear import Linear
-from budgetformer.inference.layout import Layout
+from budgetformer.inference.batch_offsets import BatchOffsets
 from budgetformer.model.embeddings import Embeddings
 from budgetformer.model.layer import Heads
 from budgetformer.model.layer import attend as attend_padded
@@ -17,41 +17,43 @@ __all__ = ["add", "add_norm", "attend", "bag", "classify", "embed", "exit_eviden
 __all__ += ["map_norm_map", "mean", "norm"]
 
 
-def bag(ids: Tensor, layout: Layout, by: ExitHead) -> Tensor:
+def bag(ids: Tensor, offsets: BatchOffsets, by: ExitHead) -> Tensor:
     """Put together what step 0 reads.
 
     Args:
         ids: of tokens [N].
-        layout: where the items are.
+        offsets: where the items are.
         by: whose table's rows are summed, of tokens and of neighbours.
 
     Returns:
         Bags [B, R], as `ExitHead.logits` reads them.
     """
-    rows, counts = ids.long(), layout.counts
-    owner = None if layout.alone else layout.owner
+    rows, counts = ids.long(), offsets.counts
+    owner = None if offsets.alone else offsets.owner
     if by.buckets and len(rows):
         rows = torch.cat([rows, by.neighbours(rows)])
         counts = 2 * counts - 1
         if owner is not None:
             together = owner[:-1] == owner[1:]
-            owner = torch.cat([owner, torch.where(together, owner[:-1], layout.items)])
+            owner = torch.cat([owner, torch.where(together, owner[:-1], offsets.items)])
     added = F.embedding(rows, by.weight.weight).to(by.bias.dtype)
     if owner is None:
         total = added.sum(0, keepdim=True)
     else:
         # One row more: for what belongs to no item.
-        total = added.new_zeros(layout.items + 1, added.shape[1])
+        total = added.new_zeros(offsets.items + 1, added.shape[1])
         total = total.index_add_(0, owner, added)[:-1]
     return total / counts.sqrt()
 
 
-def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: torch.dtype) -> Tensor:
+def embed(
+    ids: Tensor, kinds: Tensor, offsets: BatchOffsets, by: Embeddings, dtype: torch.dtype
+) -> Tensor:
     """Embed tokens.
 
     Args:
         ids, kinds: of tokens and their segments, [N] each.
-        layout: where the items are.
+        offsets: where the items are.
         by: the tables, and the norm of post-norm encoders.
         dtype: of the result.
 
@@ -63,17 +65,17 @@ def embed(ids: Tensor, kinds: Tensor, layout: Layout, by: Embeddings, dtype: tor
     states = states.to(by.states_dtype or states.dtype)
     states += by.segment.weight.index_select(0, kinds)
     if by.position is not None:
-        states += by.position.weight.index_select(0, layout.positions)
+        states += by.position.weight.index_select(0, offsets.positions)
     states = norm(states, by.norm)
     return (states if by.map is None else by.map(states.to(by.map.weight.dtype))).to(dtype)
 
 
-def attend(projected: Tensor, layout: Layout, weights: Heads) -> Tensor:
+def attend(projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
     """Attend within each item of a packed batch.
 
     Args:
         projected: queries, keys and values, interleaved by head, [N, k * 3 * D/H].
-        layout: where the items are; spare rows come back as they will.
+        offsets: where the items are; spare rows come back as they will.
         weights: of the layer, whose heads, positions and window count.
 
     Returns:
@@ -89,9 +91,9 @@ def attend(projected: Tensor, layout: Layout, weights: Heads) -> Tensor:
         query, key, value = item.unbind(0)
         return attend_padded(query, key, value, positions, window).transpose(1, 2)
 
-    if layout.alone and layout.tokens == tokens > 0:
+    if offsets.alone and offsets.tokens == tokens > 0:
         return attend_one(per_head).reshape(tokens, heads * size)
-    *items, spare = per_head.split([*layout.lengths, tokens - layout.tokens], dim=3)
+    *items, spare = per_head.split([*offsets.lengths, tokens - offsets.tokens], dim=3)
     contexts = [attend_one(item) for item in items if item.shape[3]]
     if spare.shape[3] or not contexts:
         contexts.append(torch.zeros_like(spare[0]).transpose(1, 2))
@@ -142,16 +144,16 @@ def map_norm_map(
     return states.new_empty(len(states), 0) if second is None else second(states)
 
 
-def mean(states: Tensor, layout: Layout) -> Tensor:
+def mean(states: Tensor, offsets: BatchOffsets) -> Tensor:
     """Average the states [N, D] of each item, [B, D] in float32; no token at all gives zeros."""
-    states = states[: layout.tokens].float()
-    if layout.alone:
-        return states.sum(0, keepdim=True) / max(layout.tokens, 1)
-    total = states.new_zeros(layout.items, states.shape[-1])
-    return total.index_add_(0, layout.owner, states) / layout.counts
+    states = states[: offsets.tokens].float()
+    if offsets.alone:
+        return states.sum(0, keepdim=True) / max(offsets.tokens, 1)
+    total = states.new_zeros(offsets.items, states.shape[-1])
+    return total.index_add_(0, offsets.owner, states) / offsets.counts
 
 
-def classify(states: Tensor, layout: Layout, by: nn.Linear) -> Tensor:
+def classify(states: Tensor, offsets: BatchOffsets, by: nn.Linear) -> Tensor:
     """Map the mean of each item's states [N, D] to logits [B, C] in float32."""
-    logits: Tensor = by(mean(states, layout))
+    logits: Tensor = by(mean(states, offsets))
     return logits

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-LEAST_SIDE = 16
+MIN_SIDE = 16
 """Of a tile that tensor cores multiply."""
 LARGEST_PART = 128
 
@@ -14,7 +14,7 @@ LARGEST_PART = 128
 def tile_side(value: int) -> int:
     """Return the side of a tile that holds so many: a power of two."""
     side: int = triton.next_power_of_2(value)
-    return max(LEAST_SIDE, side)
+    return max(MIN_SIDE, side)
 
 
 def equal_part(width: int) -> int:

@@ -64,7 +64,7 @@ def texts_of(items: list[Item]) -> Texts:
 
 def decided(network: PackedPass, items: list[Item], wanted: BudgetRule) -> Items:
     found = Items(network, texts_of(items), wanted)
-    cascade.arrive(network, everything(found))
+    cascade.decide(network, everything(found))
     return found
 
 
@@ -257,7 +257,7 @@ def test_step_0_reads_the_whole_text_and_the_encoder_its_window() -> None:
     network = PackedPass(model)
     texts = Texts(texts_of([short, window, other]).window, texts_of([short, long, other]).window)
     items = Items(network, texts, rule(4, first=1))
-    cascade.arrive(network, everything(items))
+    cascade.decide(network, everything(items))
     reads = pad([short, long, other])
     expected = head(reads["input_ids"], reads["attention_mask"], reads["token_type_ids"])
     assert items.exit_logits is not None

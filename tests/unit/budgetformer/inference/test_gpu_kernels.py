@@ -16,7 +16,7 @@ if "TRITON_INTERPRET" not in os.environ:
 
 from budgetformer.inference.backends.kernels import gpu, plain
 from budgetformer.inference.backends.linear import Product
-from budgetformer.inference.layout import Layout
+from budgetformer.inference.batch_offsets import BatchOffsets
 from budgetformer.inference.routed import Run
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.embeddings import Embeddings
@@ -49,23 +49,23 @@ def test_embedding(lengths: Sequence[int], position: str, dtype: torch.dtype) ->
     by = Embeddings(config).to(dtype).requires_grad_(False).eval()
     by.states_dtype = torch.float32
     by.norm.float()
-    layout = Layout(tuple(lengths), CPU)
-    ids = torch.arange(layout.tokens) % config.vocab_size
-    kinds = torch.arange(layout.tokens) % 2
-    expected = plain.embed(ids, kinds, layout, by, torch.float32)
-    assert_close(gpu.embed(ids.int(), kinds.int(), layout, by, torch.float32), expected)
-    assert gpu.embed(ids, kinds, layout, by, torch.bfloat16).dtype == torch.bfloat16
+    offsets = BatchOffsets(tuple(lengths), CPU)
+    ids = torch.arange(offsets.tokens) % config.vocab_size
+    kinds = torch.arange(offsets.tokens) % 2
+    expected = plain.embed(ids, kinds, offsets, by, torch.float32)
+    assert_close(gpu.embed(ids.int(), kinds.int(), offsets, by, torch.float32), expected)
+    assert gpu.embed(ids, kinds, offsets, by, torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(("heads", "size"), [(1, 32), (2, 6), (3, 64)])
 @pytest.mark.parametrize("spare", [0, 3])
 def test_attention(lengths: Sequence[int], heads: int, size: int, spare: int) -> None:
-    layout = Layout(tuple(lengths), CPU)
-    projected = random(layout.tokens + spare, heads * 3 * size)
-    used = layout.tokens
-    expected = plain.attend(projected, layout, heads_of(heads))[:used]
-    assert_close(gpu.attend(projected, layout, heads_of(heads))[:used], expected)
+    offsets = BatchOffsets(tuple(lengths), CPU)
+    projected = random(offsets.tokens + spare, heads * 3 * size)
+    used = offsets.tokens
+    expected = plain.attend(projected, offsets, heads_of(heads))[:used]
+    assert_close(gpu.attend(projected, offsets, heads_of(heads))[:used], expected)
 
 
 @pytest.mark.parametrize(
@@ -73,48 +73,50 @@ def test_attention(lengths: Sequence[int], heads: int, size: int, spare: int) ->
     [("absolute", 1), ("absolute", 9), ("rotary", None), ("rotary", 70), ("bias", None)],
 )
 def test_attention_with_positions(positions: str, window: int | None) -> None:
-    layout = Layout((130, 7, 0, 71), CPU)
+    offsets = BatchOffsets((130, 7, 0, 71), CPU)
     known: dict[str, Positions | None] = {
         "absolute": None,
         "rotary": Rotary(100.0),
         "bias": DistanceBias(random(16, 2), 40),
     }
     read = heads_of(2, known[positions], window)
-    projected = random(layout.tokens, 2 * 3 * 8)
-    expected = plain.attend(projected, layout, read)
-    assert_close(gpu.attend(projected, layout, read), expected)
+    projected = random(offsets.tokens, 2 * 3 * 8)
+    expected = plain.attend(projected, offsets, read)
+    assert_close(gpu.attend(projected, offsets, read), expected)
 
 
 def test_attention_in_half_precision() -> None:
-    layout = Layout((70, 3), CPU)
+    offsets = BatchOffsets((70, 3), CPU)
     projected = random(73, 2 * 3 * 32)
-    expected = plain.attend(projected, layout, heads_of(2))
+    expected = plain.attend(projected, offsets, heads_of(2))
     # float16: the interpreter multiplies the bits of bfloat16, not its values.
-    actual = gpu.attend(projected.half(), layout, heads_of(2))
+    actual = gpu.attend(projected.half(), offsets, heads_of(2))
     assert actual.dtype == torch.float16
-    assert_close(actual[: layout.tokens].float(), expected[: layout.tokens], tolerance=0.005)
+    assert_close(actual[: offsets.tokens].float(), expected[: offsets.tokens], tolerance=0.005)
 
 
 def test_attention_of_one_item_reads_no_other() -> None:
-    layout = Layout((20, 70), CPU)
+    offsets = BatchOffsets((20, 70), CPU)
     projected = random(90, 2 * 3 * 32)
-    before = gpu.attend(projected, layout, heads_of(2))[:20]
+    before = gpu.attend(projected, offsets, heads_of(2))[:20]
     projected[20:] = 50 * projected[20:].flip(0)
-    assert torch.equal(gpu.attend(projected, layout, heads_of(2))[:20], before)
+    assert torch.equal(gpu.attend(projected, offsets, heads_of(2))[:20], before)
 
 
 def test_attention_of_large_scores_does_not_overflow() -> None:
-    layout = Layout((70,), CPU)
+    offsets = BatchOffsets((70,), CPU)
     projected = 100 * random(70, 3 * 32)
     assert_close(
-        gpu.attend(projected, layout, heads_of(1)), plain.attend(projected, layout, heads_of(1))
+        gpu.attend(projected, offsets, heads_of(1)), plain.attend(projected, offsets, heads_of(1))
     )
 
 
 def test_attention_of_no_row_of_an_item_depends_on_where_it_lies() -> None:
     projected, before = random(100, 3 * 32), random(37, 3 * 32)
-    alone = gpu.attend(projected, Layout((100,), CPU), heads_of(1))
-    behind = gpu.attend(torch.cat([before, projected]), Layout((37, 100), CPU), heads_of(1))[37:]
+    alone = gpu.attend(projected, BatchOffsets((100,), CPU), heads_of(1))
+    behind = gpu.attend(torch.cat([before, projected]), BatchOffsets((37, 100), CPU), heads_of(1))[
+        37:
+    ]
     assert_close(behind, alone)
 
 
@@ -148,20 +150,20 @@ def test_bag(lengths: Sequence[int], labels: int, rank: int, buckets: int) -> No
     config = small_config(
         embedding_exit=True, num_labels=labels, exit_rank=rank, exit_buckets=buckets
     )
-    head, layout = ExitHead(config).requires_grad_(False), Layout(tuple(lengths), CPU)
+    head, offsets = ExitHead(config).requires_grad_(False), BatchOffsets(tuple(lengths), CPU)
     nn.init.normal_(head.weight.weight)
-    ids = torch.randint(config.vocab_size, (layout.tokens,), generator=torch.Generator())
+    ids = torch.randint(config.vocab_size, (offsets.tokens,), generator=torch.Generator())
     spare = torch.zeros(3, dtype=torch.int32)
-    actual = gpu.bag(torch.cat([ids.int(), spare]), layout, head)
-    assert_close(actual, plain.bag(ids, layout, head))
+    actual = gpu.bag(torch.cat([ids.int(), spare]), offsets, head)
+    assert_close(actual, plain.bag(ids, offsets, head))
 
 
 def test_bag_of_large_ids() -> None:
     # The hash of two ids is more than 32 bits hold.
     config = small_config(embedding_exit=True, vocab_size=200_000, exit_buckets=64)
-    head, layout = ExitHead(config).requires_grad_(False), Layout((3,), CPU)
+    head, offsets = ExitHead(config).requires_grad_(False), BatchOffsets((3,), CPU)
     ids = torch.tensor([199_999, 199_998, 5])
-    assert_close(gpu.bag(ids.int(), layout, head), plain.bag(ids, layout, head))
+    assert_close(gpu.bag(ids.int(), offsets, head), plain.bag(ids, offsets, head))
 
 
 @pytest.mark.parametrize("problem", ["single_label_classification", MULTI_LABEL])
@@ -175,28 +177,28 @@ def test_exit_evidence(problem: str, labels: int) -> None:
 @pytest.mark.parametrize("width", [1, 20, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mean(lengths: Sequence[int], width: int, dtype: torch.dtype) -> None:
-    layout = Layout(tuple(lengths), CPU)
-    states = random(layout.tokens + 2, width, dtype=dtype)
-    assert_close(gpu.mean(states, layout), plain.mean(states, layout))
-    assert gpu.mean(states, layout).dtype == torch.float32
+    offsets = BatchOffsets(tuple(lengths), CPU)
+    states = random(offsets.tokens + 2, width, dtype=dtype)
+    assert_close(gpu.mean(states, offsets), plain.mean(states, offsets))
+    assert gpu.mean(states, offsets).dtype == torch.float32
 
 
 def test_mean_does_not_depend_on_the_batch() -> None:
     states = random(90, 48)
-    together = gpu.mean(states, Layout((50, 40), CPU))
-    assert torch.equal(together[1:], gpu.mean(states[50:], Layout((40,), CPU)))
+    together = gpu.mean(states, BatchOffsets((50, 40), CPU))
+    assert torch.equal(together[1:], gpu.mean(states[50:], BatchOffsets((40,), CPU)))
 
 
 def test_nothing_to_do() -> None:
-    layout = Layout((), CPU)
-    assert gpu.attend(torch.empty(0, 12), layout, heads_of(2)).shape == (0, 4)
+    offsets = BatchOffsets((), CPU)
+    assert gpu.attend(torch.empty(0, 12), offsets, heads_of(2)).shape == (0, 4)
     assert gpu.add_norm(torch.empty(0, 8), torch.empty(0, 8), nn.LayerNorm(8)).shape == (0, 8)
-    assert gpu.mean(torch.empty(0, 8), layout).shape == (0, 8)
-    assert gpu.classify(torch.empty(0, 8), layout, nn.Linear(8, 2)).shape == (0, 2)
+    assert gpu.mean(torch.empty(0, 8), offsets).shape == (0, 8)
+    assert gpu.classify(torch.empty(0, 8), offsets, nn.Linear(8, 2)).shape == (0, 2)
     first, states, norm = linear(4, 16, False), torch.empty(0, 16), nn.LayerNorm(16)
-    assert gpu.map_norm_map(torch.empty(0, 4), first, states, norm, None, layout).shape == (0, 0)
+    assert gpu.map_norm_map(torch.empty(0, 4), first, states, norm, None, offsets).shape == (0, 0)
     head = ExitHead(small_config(embedding_exit=True))
-    assert gpu.bag(torch.empty(0, dtype=torch.int32), layout, head).shape == (0, 3)
+    assert gpu.bag(torch.empty(0, dtype=torch.int32), offsets, head).shape == (0, 3)
     assert gpu.exit_evidence(torch.empty(0, 3), None).shape == (0, 2)
 
 
@@ -204,13 +206,13 @@ def test_nothing_to_do() -> None:
 @pytest.mark.parametrize(("width", "labels"), [(20, 1), (48, 3), (300, 19)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_classify(lengths: Sequence[int], width: int, labels: int, dtype: torch.dtype) -> None:
-    layout = Layout(tuple(lengths), CPU)
-    states = random(layout.tokens + 2, width, dtype=dtype)
+    offsets = BatchOffsets(tuple(lengths), CPU)
+    states = random(offsets.tokens + 2, width, dtype=dtype)
     by = linear(width, labels, gelu=False)
     module = nn.Linear(width, labels).requires_grad_(False)
     module.weight.copy_(by.weight)
     module.bias.copy_(by.bias)
-    assert_close(gpu.classify(states, layout, module), plain.classify(states, layout, module))
+    assert_close(gpu.classify(states, offsets, module), plain.classify(states, offsets, module))
 
 
 def linear(width: int, results: int, gelu: bool, dtype: torch.dtype = torch.float32) -> Product:
@@ -223,32 +225,32 @@ def linear(width: int, results: int, gelu: bool, dtype: torch.dtype = torch.floa
 @pytest.mark.parametrize(
     ("inner", "width", "outer"), [(4, 16, 9), (70, 48, 16), (64, 384, 192), (100, 96, 300)]
 )
-@pytest.mark.parametrize(("gelu", "paired"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("gelu", "two_per_sm"), [(False, False), (True, False), (True, True)])
 def test_maps_and_norm(
-    tokens: int, spare: int, inner: int, width: int, outer: int, gelu: bool, paired: bool
+    tokens: int, spare: int, inner: int, width: int, outer: int, gelu: bool, two_per_sm: bool
 ) -> None:
-    layout = Layout((tokens,), CPU)
+    offsets = BatchOffsets((tokens,), CPU)
     first, second = linear(inner, width, False), linear(width, outer, gelu)
     norm = nn.LayerNorm(width).requires_grad_(False)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     inputs, states = random(tokens + spare, inner), random(tokens + spare, width)
     for then in (second, None):
-        assert gpu.can_join(first, then, norm)
+        assert gpu.can_fuse(first, then, norm)
         ours, theirs = states.clone(), states.clone()
         expected = plain.map_norm_map(inputs, first, theirs, norm, then)
-        actual = gpu.map_norm_map(inputs, first, ours, norm, then, layout, paired)
+        actual = gpu.map_norm_map(inputs, first, ours, norm, then, offsets, two_per_sm)
         assert_close(actual[:tokens], expected[:tokens])
         assert_close(ours[:tokens], theirs[:tokens])
 
 
 def test_maps_and_norm_in_half_precision() -> None:
-    layout, half = Layout((33,), CPU), torch.float16
+    offsets, half = BatchOffsets((33,), CPU), torch.float16
     first, second = linear(32, 64, False, half), linear(64, 128, True, half)
     norm, inputs = nn.LayerNorm(64).requires_grad_(False), random(33, 32).half()
     ours, theirs = random(33, 64).half(), random(33, 64).half()
     expected = plain.map_norm_map(inputs, first, theirs, norm.half(), second)
-    actual = gpu.map_norm_map(inputs, first, ours, norm.float(), second, layout)
+    actual = gpu.map_norm_map(inputs, first, ours, norm.float(), second, offsets)
     assert actual.dtype == half
     assert_close(actual.float(), expected.float(), tolerance=0.01)
     assert_close(ours.float(), theirs.float(), tolerance=0.01)
@@ -256,7 +258,7 @@ def test_maps_and_norm_in_half_precision() -> None:
 
 def test_maps_of_other_kinds_are_not_joined() -> None:
     some, norm = linear(16, 32, False), nn.LayerNorm(32)
-    assert not gpu.can_join(lambda states: states, some, norm)
-    assert not gpu.can_join(some, lambda states: states, norm)
-    assert not gpu.can_join(Product(some.weight, None), some, norm)
-    assert not gpu.can_join(linear(16, 20, False), some, nn.LayerNorm(20))
+    assert not gpu.can_fuse(lambda states: states, some, norm)
+    assert not gpu.can_fuse(some, lambda states: states, norm)
+    assert not gpu.can_fuse(Product(some.weight, None), some, norm)
+    assert not gpu.can_fuse(linear(16, 20, False), some, nn.LayerNorm(20))

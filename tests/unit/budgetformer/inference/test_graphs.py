@@ -75,7 +75,7 @@ def reference(network: Network, items: Sequence[Item], steps: Sequence[int]) -> 
 def test_equals_the_reference(network: Network, items: list[Item], data: st.DataObject) -> None:
     steps = [data.draw(st.integers(1, network.config.num_steps))] * len(items)
     compact, tokens = graphed(network), pack(items)
-    exits = compact.arrive(tokens).exit_logits
+    exits = compact.decide(tokens).exit_logits
     result = compact.run(tokens, steps, exits)
     plain = load_pass(network).run(tokens, steps, exits)
     assert result.heads == plain.heads
@@ -91,7 +91,7 @@ def test_other_batches_are_passed_as_before(
     last = network.config.num_steps
     steps = data.draw(st.lists(st.integers(1, last), min_size=len(items), max_size=len(items)))
     compact, tokens = graphed(network), pack(items)
-    arrival = compact.arrive(tokens)
+    arrival = compact.decide(tokens)
     result = compact.run(tokens, steps, arrival.exit_logits, arrival.ranking)
     assert_close(result.logits, reference(network, items, steps))
 
@@ -104,11 +104,11 @@ def test_a_recorded_pass_keeps_nothing_of_the_batch_before() -> None:
     for lengths in ([12, 12, 12, 12], [3], [1, 0, 5], [12, 12, 12, 12], [7, 2]):
         items = random_items(lengths, seed=len(lengths))
         tokens = pack(items)
-        exits = compact.arrive(tokens).exit_logits
+        exits = compact.decide(tokens).exit_logits
         result = compact.run(tokens, [2] * len(items), exits)
         assert_close(result.logits, reference(network, items, [2] * len(items)))
     with_exit, without = pack(random_items([5])), pack(random_items([5]))
-    compact.run(with_exit, [2], compact.arrive(with_exit).exit_logits)
+    compact.run(with_exit, [2], compact.decide(with_exit).exit_logits)
     assert_close(compact.run(without, [2]).logits, load_pass(network).run(without, [2]).logits)
 
 
@@ -116,7 +116,7 @@ def test_a_recorded_pass_keeps_nothing_of_the_batch_before() -> None:
 @given(networks(), batches())
 def test_arrivals_equal_the_plain_ones(network: Network, items: list[Item]) -> None:
     tokens = pack(items)
-    actual, expected = graphed(network).arrive(tokens), load_pass(network).arrive(tokens)
+    actual, expected = graphed(network).decide(tokens), load_pass(network).decide(tokens)
     for ours, plain in (
         (actual.budget, expected.budget),
         (actual.exit_logits, expected.exit_logits),
@@ -135,15 +135,15 @@ def test_joined_layers_equal_those_apart(step: int, monkeypatch: pytest.MonkeyPa
     joined, apart = graphed(network), graphed(network)
     monkeypatch.setattr(apart, "_can_join", lambda _: False)
     calls: list[int] = []
-    join = joined._joined
-    monkeypatch.setattr(joined, "_joined", lambda *given: calls.append(1) or join(*given))
+    join = joined._fused
+    monkeypatch.setattr(joined, "_fused", lambda *given: calls.append(1) or join(*given))
     assert_close(joined.run(tokens, [step] * 3).logits, apart.run(tokens, [step] * 3).logits)
     assert calls
 
 
-@pytest.mark.parametrize(("wave", "paired"), [(64, True), (80, False)])
+@pytest.mark.parametrize(("wave", "two_per_sm"), [(64, True), (80, False)])
 def test_more_rows_than_a_wave_may_be_paired(
-    wave: int, paired: bool, monkeypatch: pytest.MonkeyPatch
+    wave: int, two_per_sm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, items = random_network(SMALL), random_items([12] * 6)
     compact, seen = graphed(network), set[bool]()
@@ -156,7 +156,7 @@ def test_more_rows_than_a_wave_may_be_paired(
 
     monkeypatch.setattr(gpu, "map_norm_map", spied)
     assert_close(compact.run(pack(items), [2] * 6).logits, reference(network, items, [2] * 6))
-    assert seen == {paired}
+    assert seen == {two_per_sm}
 
 
 def test_the_fastest_way_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,14 +187,14 @@ def test_the_fastest_way_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_size_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compact, tokens = graphed(random_network(SMALL), timed=True), pack(random_items([5]))
-    monkeypatch.setattr(compact, "_all_ways", lambda *_: [compact._apart, compact._joined])
+    monkeypatch.setattr(compact, "_all_ways", lambda *_: [compact._unfused, compact._fused])
     timed: list[int] = []
     monkeypatch.setattr(graphs, "_fastest", lambda those: timed.append(len(those)) or 0)
     for _ in range(2):
         compact.run(tokens, [2])
         compact._programs.clear()
     assert timed == [2, 1]
-    assert list(compact._ways.values()) == [[compact._apart]]
+    assert list(compact._ways.values()) == [[compact._unfused]]
 
 
 def test_by_default_the_size_says_which_way_is_kept_and_nothing_is_timed(
@@ -217,7 +217,7 @@ def test_a_way_that_a_card_has_no_room_for_is_left_out(
 
     network, items = random_network(SMALL), random_items([5])
     compact = graphed(network, timed)
-    monkeypatch.setattr(compact, "_all_ways", lambda *_: [too_large, compact._apart])
+    monkeypatch.setattr(compact, "_all_ways", lambda *_: [too_large, compact._unfused])
     assert_close(compact.run(pack(items), [2]).logits, reference(network, items, [2]))
 
 
@@ -251,7 +251,7 @@ def test_passes_of_one_size_are_recorded_once(monkeypatch: pytest.MonkeyPatch) -
 def test_a_recorded_pass_can_be_run_once_more() -> None:
     network, tokens = random_network(SMALL), pack(random_items([5, 9]))
     compact = graphed(network)
-    for step in (graphs.ARRIVAL, 2):
+    for step in (graphs.DECISION, 2):
         again = compact.recorded(step, tokens)
         assert again is not None
         (program,) = (p for (of, _), p in compact._programs.items() if of == step)
@@ -268,7 +268,7 @@ def test_a_recorded_pass_can_be_run_once_more() -> None:
 
 
 def test_the_least_used_passes_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "MOST_PROGRAMS", 2)
+    monkeypatch.setattr(graphs, "MAX_PROGRAMS", 2)
     network = random_network(SMALL)
     compact, items = graphed(network), random_items([4, 9])
     for step in (1, 2, 3, 1, 4, 1):
@@ -289,7 +289,7 @@ def test_warming_records_what_is_common(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(graphs, "WARM_BATCHES", (1, 5))
     compact = graphed(random_network(SMALL))
     compact.warm([2, 4])
-    assert {step for step, _ in compact._programs} == {graphs.ARRIVAL, 2, 4}
+    assert {step for step, _ in compact._programs} == {graphs.DECISION, 2, 4}
     for count in graphs.WARM_BATCHES:
         size = Size.of([POSITIONS] * count, compact.config.num_classes)
         assert (2, size) in compact._programs

@@ -19,8 +19,8 @@ from budgetformer.inference.backends.linear import (
     int8_linear,
 )
 from budgetformer.inference.choice import load_pass
-from budgetformer.inference.observed import measure_ranges
 from budgetformer.inference.packed import PackedPass
+from budgetformer.inference.range_observer import measure_ranges
 from budgetformer.inference.ranges import LayerRanges, StateRange
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from tests.support.networks import (
@@ -54,11 +54,11 @@ NOTHING = StateRange(low=0, high=0)
 
 
 def rounded(
-    states: Tensor, weight: Tensor, bias: Tensor, reads: StateRange, apart: list[int]
+    states: Tensor, weight: Tensor, bias: Tensor, reads: StateRange, outliers: list[int]
 ) -> Tensor:
     """Multiply as int8 does, in exact arithmetic: weights of 127 levels, states of 256."""
-    exact = states[:, apart].double() @ weight[:, apart].double().T
-    weight = weight.index_fill(1, torch.tensor(apart, dtype=torch.long), 0.0)
+    exact = states[:, outliers].double() @ weight[:, outliers].double().T
+    weight = weight.index_fill(1, torch.tensor(outliers, dtype=torch.long), 0.0)
     scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 63
     scale = (reads.high - reads.low) / 255 or 1.0
     zero = round(-reads.low / scale)
@@ -82,7 +82,7 @@ def in_int8(network: Network, items: list[Item]) -> PackedPass:
 
 def answer(compact: PackedPass, items: list[Item], steps: list[int] | None) -> Tensor:
     tokens = pack(items)
-    arrival = compact.arrive(tokens)
+    arrival = compact.decide(tokens)
     return compact.run(tokens, steps, arrival.exit_logits, arrival.ranking).logits
 
 
@@ -105,13 +105,13 @@ def test_a_product_is_that_of_rounded_numbers(
     some: list[int],
     seed: int,
 ) -> None:
-    reads, apart = StateRange(low=low, high=high), [column for column in some if column < inner]
+    reads, outliers = StateRange(low=low, high=high), [column for column in some if column < inner]
     random = torch.Generator().manual_seed(seed)
     states = torch.randn(rows, inner, generator=random) * 3
     weight = torch.randn(columns, inner, generator=random)
     bias = torch.randn(columns, generator=random)
-    result = int8_linear(weight, bias, reads, apart)(states)
-    expected = rounded(states, weight, bias, reads, apart)
+    result = int8_linear(weight, bias, reads, outliers)(states)
+    expected = rounded(states, weight, bias, reads, outliers)
     # A state half way between two levels may become either.
     level = (high - low) / 255 * weight.abs().max()
     assert (result - expected).abs().max() <= level + 1e-4 * expected.abs().max()
@@ -218,7 +218,7 @@ def test_ranges_hold_what_was_seen_at_every_step(coupled: bool) -> None:
     for inner, outer in zip(narrow, wide, strict=True):
         for name in LayerRanges.model_fields:
             assert getattr(inner, name).low < getattr(inner, name).high
-            if not getattr(outer, name).apart:
+            if not getattr(outer, name).outliers:
                 assert getattr(outer, name).low <= getattr(inner, name).low
                 assert getattr(outer, name).high >= getattr(inner, name).high
 
@@ -261,10 +261,10 @@ def test_a_state_far_beyond_stands_apart(selection: str) -> None:
         layer.feed_forward.up.bias[neuron] = 300.0
         layer.feed_forward.down.weight[:, neuron] /= 300
     ranges = measure_ranges(network, [pack(items)])
-    assert column in ranges[1].up.apart
-    assert neuron in ranges[1].down.apart
+    assert column in ranges[1].up.outliers
+    assert neuron in ranges[1].down.outliers
     together = [
-        LayerRanges(**{name: reads.model_copy(update={"apart": ()}) for name, reads in layer})
+        LayerRanges(**{name: reads.model_copy(update={"outliers": ()}) for name, reads in layer})
         for layer in ranges
     ]
     assert error(network, items, ranges) < 0.5 * error(network, items, together)

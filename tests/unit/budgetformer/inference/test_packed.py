@@ -17,7 +17,7 @@ from budgetformer.inference import weights as weights_module
 from budgetformer.inference.backends import linear, private
 from budgetformer.inference.backends.linear import PRECISIONS
 from budgetformer.inference.choice import MIN_WEIGHTS, choose_precision, load_pass
-from budgetformer.inference.packed import Arrival, PackedPass, PackedTokens, PassResult
+from budgetformer.inference.packed import Decision, PackedPass, PackedTokens, PassResult
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from tests.support.networks import (
     POSITIONS,
@@ -49,12 +49,12 @@ def classify(
     items: list[Item],
     steps: list[int] | None = None,
     precision: str = "float32",
-) -> tuple[Arrival, PassResult]:
-    """Take items through a fresh compact pass: arrival, then the encoder."""
+) -> tuple[Decision, PassResult]:
+    """Take items through a fresh compact pass: decision, then the encoder."""
     compact = load_pass(network, precision)
     tokens = pack(items)
-    arrival = compact.arrive(tokens)
-    return arrival, compact.run(tokens, steps, arrival.exit_logits, arrival.ranking)
+    decision = compact.decide(tokens)
+    return decision, compact.run(tokens, steps, decision.exit_logits, decision.ranking)
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def test_computes_any_head_sets_that_a_ranking_names(
     ranking = torch.tensor([data.draw(layers) for _ in items])
     compact = load_pass(network)
     result = compact.run(
-        pack(items), steps, exit_logits=compact.arrive(pack(items)).exit_logits, ranking=ranking
+        pack(items), steps, exit_logits=compact.decide(pack(items)).exit_logits, ranking=ranking
     )
     for item, step in enumerate(steps):
         for layer, kept in enumerate(config.heads_per_layer(step)):
@@ -144,8 +144,8 @@ def test_without_fusion_the_encoder_answers_alone(
 ) -> None:
     steps = draw_steps(data, network, items)
     compact, tokens = load_pass(network), pack(items)
-    arrival = compact.arrive(tokens)
-    alone = compact.run(tokens, steps, arrival.exit_logits, arrival.ranking, fused=False)
+    decision = compact.decide(tokens)
+    alone = compact.run(tokens, steps, decision.exit_logits, decision.ranking, fused=False)
     network.config.encoder_weight, network.config.exit_weight = 1.0, 0.0
     assert_close(alone.logits, reference_logits(network, items, steps=torch.tensor(steps)))
 
@@ -173,18 +173,18 @@ def test_ranked_heads_are_the_first_ones(
 @PROPERTY
 @given(networks(budget_scope="input"), batches())
 def test_arrival_decides_as_the_reference_does(network: Network, items: list[Item]) -> None:
-    arrival = load_pass(network).arrive(pack(items))
+    decision = load_pass(network).decide(pack(items))
     with torch.no_grad():
         expected = network(**pad(items), steps=1)
-    assert arrival.budget is not None
-    assert_close(arrival.budget, expected.budget[:, 0])
-    assert (arrival.exit_logits is None) == (expected.exit_logits is None)
-    if arrival.exit_logits is not None:
-        assert_close(arrival.exit_logits, expected.exit_logits)
-    assert (arrival.ranking is None) == (expected.relevance is None)
-    if arrival.ranking is not None:
+    assert decision.budget is not None
+    assert_close(decision.budget, expected.budget[:, 0])
+    assert (decision.exit_logits is None) == (expected.exit_logits is None)
+    if decision.exit_logits is not None:
+        assert_close(decision.exit_logits, expected.exit_logits)
+    assert (decision.ranking is None) == (expected.relevance is None)
+    if decision.ranking is not None:
         assert_close(
-            expected.relevance.gather(-1, arrival.ranking),
+            expected.relevance.gather(-1, decision.ranking),
             expected.relevance.sort(-1, descending=True).values,
         )
 
@@ -194,7 +194,7 @@ def test_arrival_decides_as_the_reference_does(network: Network, items: list[Ite
 def test_nothing_is_decided_on_arrival_where_layers_decide(
     network: Network, items: list[Item]
 ) -> None:
-    assert load_pass(network).arrive(pack(items)) == Arrival(None, None, None)
+    assert load_pass(network).decide(pack(items)) == Decision(None, None, None)
 
 
 @PROPERTY
@@ -203,13 +203,13 @@ def test_an_answer_does_not_depend_on_batch_mates(
     network: Network, items: list[Item], data: st.DataObject
 ) -> None:
     steps = draw_budget(data, network, items)
-    arrival, together = classify(network, items, steps)
+    decision, together = classify(network, items, steps)
     for place, item in enumerate(items):
-        alone_arrival, alone = classify(network, [item], None if steps is None else [steps[place]])
+        alone_decision, alone = classify(network, [item], None if steps is None else [steps[place]])
         assert alone.heads[0] == together.heads[place]
         assert_close(together.logits[place], alone.logits[0])
-        if arrival.budget is not None and alone_arrival.budget is not None:
-            assert_close(arrival.budget[place], alone_arrival.budget[0])
+        if decision.budget is not None and alone_decision.budget is not None:
+            assert_close(decision.budget[place], alone_decision.budget[0])
 
 
 @PROPERTY
@@ -261,8 +261,8 @@ def test_executes_exactly_the_multiply_adds_of_the_heads_used(
     steps = None if layers_decide else draw_steps(data, network, items)
     compact, tokens = load_pass(network), pack(items)
     with MacCounter() as counter:
-        arrival = compact.arrive(tokens)
-        result = compact.run(tokens, steps, arrival.exit_logits, arrival.ranking)
+        decision = compact.decide(tokens)
+        result = compact.run(tokens, steps, decision.exit_logits, decision.ranking)
     expected = sum(
         counted_decision(network, len(item))
         + encoder_macs(config, [len(kept) for kept in heads], len(item))
@@ -279,9 +279,9 @@ def test_arrival_and_encoder_share_the_count(
     config, compact, tokens = network.config, load_pass(network), pack(items)
     steps = draw_steps(data, network, items)
     with MacCounter() as deciding:
-        arrival = compact.arrive(tokens)
+        decision = compact.decide(tokens)
     with MacCounter() as running:
-        compact.run(tokens, steps, arrival.exit_logits, arrival.ranking)
+        compact.run(tokens, steps, decision.exit_logits, decision.ranking)
     assert deciding.macs == sum(counted_decision(network, len(item)) for item in items)
     assert running.macs == sum(
         encoder_macs(config, config.heads_per_layer(step), len(item))
@@ -398,12 +398,12 @@ def test_a_batch_of_empty_items(scope: str, selection: str) -> None:
 
 def test_empty_item_has_a_budget_and_a_step_zero_answer() -> None:
     network = random_network(small_config(embedding_exit=True))
-    arrival = load_pass(network).arrive(pack([Item([], [])]))
-    assert arrival.budget is not None
-    assert arrival.exit_logits is not None
+    decision = load_pass(network).decide(pack([Item([], [])]))
+    assert decision.budget is not None
+    assert decision.exit_logits is not None
     assert network.exit_head is not None
-    assert 0 < arrival.budget.item() < 1
-    assert torch.equal(arrival.exit_logits[0], network.exit_head.bias)
+    assert 0 < decision.budget.item() < 1
+    assert torch.equal(decision.exit_logits[0], network.exit_head.bias)
 
 
 def test_layers_without_heads_pass_the_embeddings_on() -> None:
@@ -420,7 +420,7 @@ def test_layers_without_heads_pass_the_embeddings_on() -> None:
 def test_a_pass_answers_the_same_twice() -> None:
     network = random_network(small_config(head_selection="input"))
     compact, tokens = load_pass(network), pack(random_items([3, 8, 5]))
-    ranking = compact.arrive(tokens).ranking
+    ranking = compact.decide(tokens).ranking
     first = compact.run(tokens, [1, 2, 3], ranking=ranking)
     again = compact.run(tokens, [1, 2, 3], ranking=ranking)
     assert torch.equal(first.logits, again.logits)
@@ -546,7 +546,7 @@ def test_step_zero_has_no_pass() -> None:
     compact = load_pass(random_network(small_config(embedding_exit=True)))
     tokens = pack(random_items([3]))
     with pytest.raises(ValueError, match="step 0"):
-        compact.run(tokens, [0], compact.arrive(tokens).exit_logits)
+        compact.run(tokens, [0], compact.decide(tokens).exit_logits)
 
 
 @pytest.mark.parametrize("length", [POSITIONS + 1, 10 * POSITIONS])
@@ -554,7 +554,7 @@ def test_too_many_tokens(length: int) -> None:
     compact = load_pass(random_network(small_config()))
     tokens = pack(random_items([2, length]))
     with pytest.raises(ValueError, match=f"{length} tokens, but only {POSITIONS} positions"):
-        compact.arrive(tokens)
+        compact.decide(tokens)
     with pytest.raises(ValueError, match=f"{length} tokens, but only {POSITIONS} positions"):
         compact.run(tokens, [1, 1])
 
@@ -591,7 +591,7 @@ def test_operands_are_not_asked_whether_they_override_torch() -> None:
     compact = load_pass(random_network(small_config()))
     tokens = pack(random_items([5, 3]))
     asking = replace(tokens, input_ids=tokens.input_ids.as_subclass(Asking))
-    compact.arrive(asking)
+    compact.decide(asking)
     compact.run(asking, [2, 2])
     assert not asked
     asking.input_ids.add(1)

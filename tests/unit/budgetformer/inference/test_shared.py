@@ -13,8 +13,8 @@ from torch import Tensor
 
 from budgetformer.inference import shared_file
 from budgetformer.inference.choice import load_pass
-from budgetformer.inference.observed import measure_ranges
 from budgetformer.inference.packed import PackedPass
+from budgetformer.inference.range_observer import measure_ranges
 from budgetformer.inference.shared import ALIGNMENT, SharedTensors
 from tests.support.networks import pack, random_items, random_network, small_config
 
@@ -196,7 +196,7 @@ def test_passes_that_share_answer_as_before(
         return load_pass(network, precision, measure_ranges(network, [ITEMS]))
 
     def answer(one: PackedPass) -> Tensor:
-        arrival = one.arrive(ITEMS)
+        arrival = one.decide(ITEMS)
         steps = [one.config.num_steps] * 3
         return one.run(ITEMS, steps, arrival.exit_logits, arrival.ranking).logits
 

@@ -20,17 +20,17 @@ def test_steps_that_levels_use_are_laid_out(model_store: Path) -> None:
     steps = {step for rule in rules for step in rule.chain}
     steps |= {band.step for rule in rules for band in rule.entry}
     network = load_model(path, "cpu", "float32", {}).network
-    laid_out = {heads for layer, heads, _ in network._slices._slices if layer == 0}
+    packed = {heads for layer, heads, _ in network._slices._slices if layer == 0}
     wanted = {tuple(range(network.config.heads_per_layer(step)[0])) for step in steps - {0}}
-    assert laid_out == wanted - {()}
+    assert packed == wanted - {()}
 
 
 def test_a_model_may_have_warm_up_steps_of_its_own(model_store: Path) -> None:
     path = model_store / "topics" / "1"
     steps = {"topics": [1, 99], "tags": [2]}
     network = load_model(path, "cpu", "float32", {}, warm_up_steps=steps).network
-    laid_out = {heads for layer, heads, _ in network._slices._slices if layer == 0}
-    assert laid_out == {tuple(range(network.config.heads_per_layer(1)[0]))}
+    packed = {heads for layer, heads, _ in network._slices._slices if layer == 0}
+    assert packed == {tuple(range(network.config.heads_per_layer(1)[0]))}
 
 
 def test_engines_that_are_timed_compute_in_one_precision(

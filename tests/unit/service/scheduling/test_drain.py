@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.scheduling.drain import MOST_STRETCH, Drain
+from service.scheduling.drain import MAX_STRETCH, Drain
 
 
 def after(*passes: tuple[float, float]) -> float:
@@ -27,11 +27,11 @@ def test_one_slow_pass_is_no_proof() -> None:
 
 def test_it_follows_when_the_machine_has_time_again() -> None:
     busy = [(0.1, 0.02)] * 400
-    assert after(*busy) == MOST_STRETCH
+    assert after(*busy) == MAX_STRETCH
     assert after(*busy, *[(0.1, 0.1)] * 200) < 1.2
 
 
 def test_nothing_makes_a_queue_shorter_than_its_price_or_endless() -> None:
     assert after(*[(0.1, 1.0)] * 100) == 1.0
-    assert after(*[(1.0, 0.0)] * 100) == MOST_STRETCH
-    assert after(*[(1.0, -1.0)] * 100) == MOST_STRETCH
+    assert after(*[(1.0, 0.0)] * 100) == MAX_STRETCH
+    assert after(*[(1.0, -1.0)] * 100) == MAX_STRETCH

@@ -18,7 +18,7 @@ class StateError(BudgetFormerError):
     """The state folder cannot be read or written."""
 
 
-class Decision(msgspec.Struct):
+class ModelState(msgspec.Struct):
     """What was decided of one model.
 
     Attributes:
@@ -33,7 +33,7 @@ class Decision(msgspec.Struct):
     rollout: RollOut | None = None
 
 
-class Decisions:
+class ServedState:
     """The decisions of a server, by model, and the file that keeps them.
 
     Args:
@@ -45,10 +45,10 @@ class Decisions:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
-        self.models: dict[str, Decision] = {}
+        self.models: dict[str, ModelState] = {}
         self.error = ""
         try:
-            self.models = msgspec.json.decode(self._path.read_bytes(), type=dict[str, Decision])
+            self.models = msgspec.json.decode(self._path.read_bytes(), type=dict[str, ModelState])
         except FileNotFoundError:
             pass
         except (OSError, msgspec.MsgspecError) as error:

@@ -10,14 +10,14 @@ from torch import Tensor
 from budgetformer.cost.macs import Sizes
 from budgetformer.inference.backends.linear import Linear, Product, Weights
 from budgetformer.inference.packed import PackedPass, PackedTokens
-from budgetformer.inference.ranges import MOST_APART, LayerRanges, MapName, StateRange
+from budgetformer.inference.ranges import MAX_OUTLIERS, LayerRanges, MapName, StateRange
 from budgetformer.model.encoder import SequenceClassifier
 
 NARROWER = 0.85
 """A column stands apart if the range without it is less than so many times as wide."""
 
 
-class Observed:
+class RangeObserver:
     """One layer's maps in float32, which note the bounds of what they read.
 
     Args:
@@ -34,8 +34,8 @@ class Observed:
         }
         self._bounds = {name: torch.zeros(2, width) for name, width in widths.items()}
 
-    def lay_out(self, some: Weights) -> Linear:
-        """Lay out a map that notes; see `LayOut`."""
+    def pack_linear(self, some: Weights) -> Linear:
+        """Return a map that records the ranges of its inputs; see `PackLinear`."""
         run = Product(some.weight, some.bias)
         low, high = self._bounds[some.name]
 
@@ -56,16 +56,16 @@ class Observed:
 def _range(low: Tensor, high: Tensor) -> StateRange:
     """Return the range of columns whose bounds are given, [D] each, but for those far beyond."""
     low, high = low.clone(), high.clone()
-    apart: list[int] = []
+    outliers: list[int] = []
     found: list[StateRange] = []
-    for _ in range(min(MOST_APART, len(low)) + 1):
+    for _ in range(min(MAX_OUTLIERS, len(low)) + 1):
         least, most = (float(f"{bound:.5g}") for bound in (low.min().item(), high.max().item()))
-        found.append(StateRange(low=least, high=most, apart=tuple(sorted(apart))))
+        found.append(StateRange(low=least, high=most, outliers=tuple(sorted(outliers))))
         ends = [int(low.argmin()), int(high.argmax())]
         column = min(ends, key=lambda end: _width_without(low, high, end))
-        apart.append(column)
+        outliers.append(column)
         low[column] = high[column] = 0.0
-    return min(found, key=lambda one: (one.high - one.low) / NARROWER ** len(one.apart))
+    return min(found, key=lambda one: (one.high - one.low) / NARROWER ** len(one.outliers))
 
 
 def _width_without(low: Tensor, high: Tensor, column: int) -> float:
@@ -83,8 +83,8 @@ def measure_ranges(
         batches: texts of the kind that it will classify.
     """
     sizes = Sizes.of(model.config)
-    layers = [Observed(sizes) for _ in range(sizes.layers)]
-    network = PackedPass(model, lay_outs=[layer.lay_out for layer in layers])
+    layers = [RangeObserver(sizes) for _ in range(sizes.layers)]
+    network = PackedPass(model, packers=[layer.pack_linear for layer in layers])
     for tokens in batches:
         for step in range(1, model.config.num_steps + 1):
             network.run_at(step, tokens)

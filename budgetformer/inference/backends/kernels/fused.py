@@ -12,32 +12,32 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from budgetformer.inference.backends.kernels.tiles import (
-    LEAST_SIDE,
+    MIN_SIDE,
     dot_precision,
     equal_part,
     tile_side,
 )
 from budgetformer.inference.backends.linear import Linear, Product
-from budgetformer.inference.layout import Layout
+from budgetformer.inference.batch_offsets import BatchOffsets
 
-MOST_ROWS = 64
+MAX_ROWS = 64
 """Rows that a program takes, if there are so many."""
-WARPS, PAIRED_WARPS = 8, 4
+WARPS, TWO_PER_SM_WARPS = 8, 4
 """Of a program that has a multiprocessor to itself, and of one that shares it with another."""
-MOST_SUMS = MOST_ROWS * 512
+MAX_SUMS = MAX_ROWS * 512
 """Numbers in float32 that fit into a program's registers."""
 PROGRAMS = 128
 """So many keep a large card busy; with fewer rows each program takes less of them."""
 
 
-def can_join(first: Linear, second: Linear | None, by: nn.Module) -> bool:
+def can_fuse(first: Linear, second: Linear | None, by: nn.Module) -> bool:
     """Say whether `map_norm_map` can run these maps."""
     if not isinstance(by, nn.LayerNorm):
         return False
     width = by.normalized_shape[0]
     maps = [each for each in (first, second) if each is not None]
     known = all(isinstance(each, Product) and each.bias is not None for each in maps)
-    return known and equal_part(width) >= LEAST_SIDE and LEAST_SIDE * width <= MOST_SUMS
+    return known and equal_part(width) >= MIN_SIDE and MIN_SIDE * width <= MAX_SUMS
 
 
 def map_norm_map(
@@ -46,16 +46,16 @@ def map_norm_map(
     states: Tensor,
     by: nn.Module,
     second: Linear | None,
-    layout: Layout,
-    paired: bool = False,
+    offsets: BatchOffsets,
+    two_per_sm: bool = False,
 ) -> Tensor:
     """Do as `plain.map_norm_map`.
 
     Args:
         inputs, states: as there; in one precision, which is that of the maps.
-        first, second, by: those that `can_join`.
-        layout: where the items are; spare rows come back as they will.
-        paired: two programs share a multiprocessor. One waits while the other computes, which is
+        first, second, by: those that `can_fuse`.
+        offsets: where the items are; spare rows come back as they will.
+        two_per_sm: two programs share a multiprocessor. One waits while the other computes, which is
             worth it when there are more programs than multiprocessors.
     """
     tokens, width = states.shape
@@ -64,8 +64,8 @@ def map_norm_map(
     assert isinstance(second, Product)
     outer = 0 if last else len(second.weight)
     mapped = states.new_empty(tokens, outer)
-    rows = min(MOST_ROWS, tile_side(triton.cdiv(tokens, PROGRAMS)))
-    while rows * width > MOST_SUMS:
+    rows = min(MAX_ROWS, tile_side(triton.cdiv(tokens, PROGRAMS)))
+    while rows * width > MAX_SUMS:
         rows //= 2
     if tokens:
         _map_norm_map[(triton.cdiv(tokens, rows),)](
@@ -78,8 +78,8 @@ def map_norm_map(
             second.weight,
             second.bias,
             mapped,
-            layout.starts,
-            layout.items,
+            offsets.starts,
+            offsets.items,
             tokens,
             inputs.shape[1],
             first.weight.stride(0),
@@ -89,12 +89,12 @@ def map_norm_map(
             WIDTH=width,
             CHUNK=equal_part(width),
             INNER=32,
-            OUTER=128 if paired or triton.cdiv(outer, 128) % 2 else 256,
+            OUTER=128 if two_per_sm or triton.cdiv(outer, 128) % 2 else 256,
             DEPTH=min(64, equal_part(width)),
             GELU=second.gelu,
             PRECISION=dot_precision(states),
-            FLAT=paired,
-            num_warps=PAIRED_WARPS if paired else WARPS,
+            FLAT=two_per_sm,
+            num_warps=TWO_PER_SM_WARPS if two_per_sm else WARPS,
         )
     return mapped
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchOffsets:
     """B items, one after another in N rows; rows after the last item's are spare.
 
     Attributes:
@@ -81,16 +81,16 @@ class Layout:
         """Whether an item has no token, [B, 1]."""
         return (self.starts[1:] == self.starts[:-1]).unsqueeze(-1)
 
-    def select(self, items: Sequence[int]) -> Layout:
-        """Return the layout of some of the items, one after another."""
-        return Layout(tuple(self.lengths[item] for item in items), self.device)
+    def select(self, items: Sequence[int]) -> BatchOffsets:
+        """Return the offsets of some of the items, one after another."""
+        return BatchOffsets(tuple(self.lengths[item] for item in items), self.device)
 
 
 @dataclass(frozen=True)
-class StagedLayout(Layout):
-    """A layout that only the device knows: of up to B items in N rows, the last ones empty.
+class StagedOffsets(BatchOffsets):
+    """Offsets that only the device knows: of up to B items in N rows, the last ones empty.
 
-    Nothing of it is read on the host, so that a recorded pass can run with other items each time.
+    Nothing of them is read on the host, so that a recorded pass can run with other items each time.
 
     Attributes:
         bounds: as `starts`.
@@ -103,8 +103,8 @@ class StagedLayout(Layout):
     last: Tensor
 
     @classmethod
-    def of(cls, bounds: Tensor, places: Tensor, last: Tensor) -> StagedLayout:
-        """Read the layout from [B + 1], [N] and [N] in int32, which may change between runs."""
+    def of(cls, bounds: Tensor, places: Tensor, last: Tensor) -> StagedOffsets:
+        """Read the offsets from [B + 1], [N] and [N] in int32, which may change between runs."""
         return cls((), bounds.device, bounds, places, last)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-ARRIVAL_TOKENS = 8192
+DECISION_TOKENS = 8192
 """Most tokens whose budgets are decided in one go, as step 0 reads them.
 
 So that a huge request does not hold up the device.
@@ -20,7 +20,7 @@ def decided_together(tokens: Iterable[int]) -> int:
     total = count = 0
     for own in tokens:
         total += own
-        if count and total > ARRIVAL_TOKENS:
+        if count and total > DECISION_TOKENS:
             break
         count += 1
     return count

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from budgetformer.inference.backends.kernels.tiles import tile_side
-from budgetformer.inference.layout import Layout
+from budgetformer.inference.batch_offsets import BatchOffsets
 from budgetformer.model.architecture import EVIDENCE_SIZE, MULTI_LABEL
 from budgetformer.model.step0 import ExitHead
 from budgetformer.model.tfidf import HASHED_LEFT, HASHED_RIGHT, MAX_ODDS
@@ -16,15 +16,15 @@ from budgetformer.model.tfidf import HASHED_LEFT, HASHED_RIGHT, MAX_ODDS
 BAGGED_ROWS, BAGGED_COLUMNS, BAGGED_WARPS = 32, 64, 4
 
 
-def bag(ids: Tensor, layout: Layout, by: ExitHead) -> Tensor:
+def bag(ids: Tensor, offsets: BatchOffsets, by: ExitHead) -> Tensor:
     """Do as `plain.bag`; an item is summed in the same order whatever its batch."""
     width = by.weight.embedding_dim
-    result = torch.empty(layout.items, width, dtype=by.bias.dtype, device=ids.device)
+    result = torch.empty(offsets.items, width, dtype=by.bias.dtype, device=ids.device)
     columns = min(tile_side(width), BAGGED_COLUMNS)
-    if layout.items:
-        _bag[(layout.items, triton.cdiv(width, columns))](
+    if offsets.items:
+        _bag[(offsets.items, triton.cdiv(width, columns))](
             ids,
-            layout.starts,
+            offsets.starts,
             by.weight.weight,
             result,
             width,
