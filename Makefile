@@ -12,7 +12,7 @@ NEWS    = $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/t
 # The servers beside which `make bench` measures, where they are there.
 # Of the page /docs; NOTICE names it, too.
 SWAGGER_UI ?= 5.35.0
-RIVALS ?= litserve bentoml infinity ray
+BASELINES ?= litserve bentoml infinity ray
 # Where a host without an NVIDIA GPU looks first for torch: the builds that bring no CUDA libraries.
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
@@ -21,7 +21,7 @@ TORCH := $(shell grep ^torch== requirements/torch.in)
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compose test-cluster fuzz chaos soak check-answers audit sbom lint bench bench-quick rivals bench-gpu openapi proto swagger-ui docs lock clean
+.PHONY: help serve test test-compose test-cluster fuzz chaos soak check-answers audit sbom lint bench bench-quick baselines rivals bench-gpu openapi proto swagger-ui docs lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -63,7 +63,9 @@ bench: .venv/.dev ## what was promised of speed, pass or short: the pass, and th
 bench-quick: .venv/.dev ## the same in three minutes, with fewer texts and others; fails only on wrong answers
 	$(BIN)/python loadtests/bench.py --quick $(NEWS)
 
-rivals: $(RIVALS:%=build/rivals/%/.made) ## environments for the other servers of `make bench`: 3 GB in build/rivals
+rivals: baselines # the name before
+
+baselines: $(BASELINES:%=build/baselines/%/.made) ## environments for the other servers of `make bench`: 3 GB in build/baselines
 
 bench-gpu: .venv/.dev ## on a GPU: check every pass, time it and weigh it, in a few minutes; needs one card
 	$(BIN)/budgetformer bench gpu --model ag_news --out docs/benchmarks/gpu $(NEWS)
@@ -119,7 +121,7 @@ LOCK := --quiet --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find
 # The locks are whole and hold hashes; torch, of which each host takes its own build, is not in them.
 LOCKED := --no-deps --require-hashes --requirement
 
-RIVAL_PIP = build/rivals/$*/bin/python -m pip --quiet --disable-pip-version-check
+BASELINE_PIP = build/baselines/$*/bin/python -m pip --quiet --disable-pip-version-check
 cpu-torch = $1 install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX_URL) $(TORCH)+cpu || $1 install $(TORCH)
 
 .venv/.created:
@@ -152,8 +154,8 @@ cpu-torch = $1 install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_IN
 	@touch $@
 
 # Only Infinity runs torch. What these ask for would not fit beside our own packages.
-build/rivals/%/.made: loadtests/rivals/%.txt requirements/torch.in
-	$(PYTHON) -m venv build/rivals/$*
-	@$(if $(filter infinity,$*),$(call cpu-torch,$(RIVAL_PIP)))
-	$(RIVAL_PIP) install --requirement $<
+build/baselines/%/.made: loadtests/baselines/%.txt requirements/torch.in
+	$(PYTHON) -m venv build/baselines/$*
+	@$(if $(filter infinity,$*),$(call cpu-torch,$(BASELINE_PIP)))
+	$(BASELINE_PIP) install --requirement $<
 	@touch $@

@@ -106,17 +106,17 @@ class _Judge:
                     answers = self._network(*_padded(ids, batch), **given).logits
                     for i, row in zip(batch, answers, strict=True):
                         logits[i] = row
-            sure = confidence(torch.stack([logits[i] for i in waiting]), self._kind).tolist()
-            unsure = []
-            for i, share in zip(waiting, sure, strict=True):
+            confident = confidence(torch.stack([logits[i] for i in waiting]), self._kind).tolist()
+            uncertain = []
+            for i, share in zip(waiting, confident, strict=True):
                 level = rules[i].level
                 if level is not None and rules[i].next_step(steps[i], 0.0, verdicts[i]):
                     margins[i] = min(margins[i], abs(share - level.threshold))
                 following = rules[i].next_step(steps[i], share, verdicts[i])
                 if following is not None:
                     steps[i] = following
-                    unsure.append(i)
-            waiting = unsure
+                    uncertain.append(i)
+            waiting = uncertain
         return Reference(
             probabilities(torch.stack(logits), self._kind).numpy(),
             np.array(steps, np.int16),

@@ -4,7 +4,7 @@
 
 In turn: `budgetformer bench pass`; this service beside others (compare.py, whose report goes to
 build/compare); the service with two models at rest. With `--quick` in less than three minutes:
-fewer texts, rounds and rivals, so that figures vary more. Figures are kept as JSON in
+fewer texts, rounds and baselines, so that figures vary more. Figures are kept as JSON in
 build/bench.json. To be slow is no failure; to leave requests unanswered, or to be wrong, is.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compare import PROMISE_HEADS, Plan, Repeats, machine, repeat, report, service_promises
-from contenders import FLOOR, ONNX_INT8, OURS, PIPELINE, RIVALS
+from contenders import CONTENDERS, FLOOR, ONNX_INT8, OURS, PIPELINE
 from openloop import limit_lines
 from promises import Promise, pass_promises
 from rich import box
@@ -30,7 +30,7 @@ from servers import ours, run_quietly
 from texts import texts_of
 
 BUILD = Path("build")
-QUICK_RIVALS = (ONNX_INT8, PIPELINE, FLOOR)
+QUICK_CONTENDERS = (ONNX_INT8, PIPELINE, FLOOR)
 REST = 5.0
 """Seconds, once what starting has left is done."""
 
@@ -85,13 +85,13 @@ def main() -> None:
     began = time.monotonic()
     promises = pass_promises(time_pass(given.data, given.quick)) + at_rest()
     plan = Plan.of(given.checkpoint, given.data, seconds=2.0 if given.quick else 5.0)
-    levels, rivals = (OURS, RIVALS) if not given.quick else (("balanced",), QUICK_RIVALS)
+    levels, baselines = (OURS, CONTENDERS) if not given.quick else (("balanced",), QUICK_CONTENDERS)
     facts = machine(plan, given.data)
     client = [] if given.quick else limit_lines(300, [500, 2000, 5000], 2.0)
     plan.cores.hold_client()
     stored = []
     for _ in range(given.repeats):
-        measured, absent = repeat(plan, levels, rivals)
+        measured, absent = repeat(plan, levels, baselines)
         stored.append(
             {"machine": facts, "absent": absent, "measured": [asdict(m) for m in measured]}
         )
@@ -110,8 +110,8 @@ def main() -> None:
     seconds = time.monotonic() - began
     console = Console(width=max(120, Console().width))
     console.print(screen(promises, facts, given.data is not None, seconds))
-    for rival, why in stored[-1]["absent"].items():
-        print(f"not measured: {rival} ({why})")
+    for baseline, why in stored[-1]["absent"].items():
+        print(f"not measured: {baseline} ({why})")
     if broken:
         raise SystemExit("\n".join(["broken answers:", *broken]))
 

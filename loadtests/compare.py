@@ -1,11 +1,11 @@
 """This service beside what a user would serve instead, in turns, on the same texts and cores.
 
-    make rivals    # once: environments for LitServe, BentoML, Infinity and Ray Serve
+    make baselines    # once: environments for LitServe, BentoML, Infinity and Ray Serve
     python loadtests/compare.py --data test.parquet --out docs/benchmarks/service [--repeats 3]
 
 The server has the first cores, the client the last one. Everybody gets single texts: one caller at
 a time, then as fast as 32 callers are answered, then half of that rate on a schedule that does not
-wait. The rivals serve the checkpoint's full step as a dense network with the same weights
+wait. The baselines serve the checkpoint's full step as a dense network with the same weights
 (loadtests/contenders.py); who is not there, or does not start, is named. Repeats are appended to
 `repeats.json` in the folder, and the report is written anew from all of them; `--repeats 0` only
 writes it. Without `--data` texts are made up, and right is what the dense network says.
@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from contenders import DENSE, ENVIRONMENTS, FLOOR, OURS, PIPELINE, RIVALS, Rival, first
+from baselines.network import Network
+from contenders import CONTENDERS, DENSE, ENVIRONMENTS, FLOOR, OURS, PIPELINE, Contender, first
 from openloop import Client, Phase, limit_lines, quantile
 from promises import Promise, spread
-from rivals.network import Network
 from servers import Cores, Server, ours, run_quietly
 from texts import texts_of
 
@@ -93,7 +93,7 @@ class Plan:
         """Export the dense network where that is not done, and read or make up texts."""
         network = ENVIRONMENTS / "networks" / f"{checkpoint.parent.name}-{checkpoint.name}"
         if not network.exists():
-            run_quietly([sys.executable, "loadtests/rivals/export.py", checkpoint, network])
+            run_quietly([sys.executable, "loadtests/baselines/export.py", checkpoint, network])
         if data is None:
             texts = texts_of(None, MADE_UP)
             labels = dense_labels(network, texts)
@@ -166,15 +166,17 @@ def tails_by_steps(phase: Phase, read: Callable[[Any], dict[str, Any]]) -> dict[
 
 
 def repeat(
-    plan: Plan, levels: Collection[str], rivals: Collection[Rival]
+    plan: Plan, levels: Collection[str], baselines: Collection[Contender]
 ) -> tuple[list[Measured], dict[str, str]]:
     """Measure everybody once, in an order drawn by lot.
 
     Returns:
-        What was measured, and why some rivals were not, by name.
+        What was measured, and why some baselines were not, by name.
     """
     done: list[Measured] = []
-    absent = {rival.name: rival.missing for rival in rivals if rival.missing is not None}
+    absent = {
+        baseline.name: baseline.missing for baseline in baselines if baseline.missing is not None
+    }
 
     def note(measured: Measured) -> None:
         print(f"{measured.name}: {measured.throughput:.0f}/s", file=sys.stderr)
@@ -189,21 +191,21 @@ def repeat(
                     name, server, plan, lambda text, fields=fields: {"input": text} | fields, first
                 )))  # fmt: skip
 
-    def of_rival(rival: Rival) -> None:
+    def of_contender(baseline: Contender) -> None:
         try:
-            with rival.server(plan.network, plan.cores.server) as server:
-                note(uvloop.run(measure(rival.name, server, plan, rival.body, rival.read)))
+            with baseline.server(plan.network, plan.cores.server) as server:
+                note(uvloop.run(measure(baseline.name, server, plan, baseline.body, baseline.read)))
         except Exception as error:
-            if rival.environment is None:
+            if baseline.environment is None:
                 raise
-            absent[rival.name] = f"{type(error).__name__}: {error}"
-            print(f"{rival.name}: {absent[rival.name]}", file=sys.stderr)
+            absent[baseline.name] = f"{type(error).__name__}: {error}"
+            print(f"{baseline.name}: {absent[baseline.name]}", file=sys.stderr)
 
     runs: list[Callable[[], None]] = [of_ours]
     runs += [
-        lambda rival=rival: of_rival(rival)  # type: ignore[misc]
-        for rival in rivals
-        if rival.name not in absent
+        lambda baseline=baseline: of_contender(baseline)  # type: ignore[misc]
+        for baseline in baselines
+        if baseline.name not in absent
     ]
     random.shuffle(runs)
     for run in runs:
@@ -224,7 +226,7 @@ class Repeats:
 
     def __init__(self, repeats: Sequence[dict[str, Any]]) -> None:
         self.runs = [{m["name"]: Measured(**m) for m in r["measured"]} for r in repeats]
-        order = [*OURS, *(rival.name for rival in RIVALS)]
+        order = [*OURS, *(baseline.name for baseline in CONTENDERS)]
         self.names = [name for name in order if all(name in run for run in self.runs)]
         self.dense = [name for name in self.names if name in DENSE]
 
@@ -324,7 +326,7 @@ def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) ->
         f"`python loadtests/compare.py --data test.parquet`, {len(stored)} repeats in turns;",
         f"{facts['processor']}, {facts['cores']}, Python {facts['python']}. {facts['texts']}.",
         "Ratios are taken within a repeat; shown are the median, and from where to where they go.",
-        "The rivals serve the checkpoint's full step as a dense network with the same weights.",
+        "The baselines serve the checkpoint's full step as a dense network with the same weights.",
         "Accuracy is that of the answers given here, to as many texts as there was time for; on",
         "all texts see [Benchmarks](../../benchmarks.md).\n",
         verdict + "\n",
@@ -380,7 +382,7 @@ def main() -> None:
         plan = Plan.of(given.checkpoint, given.data, given.seconds)
         plan.cores.hold_client()
         for _ in range(given.repeats):
-            measured, absent = repeat(plan, OURS, RIVALS)
+            measured, absent = repeat(plan, OURS, CONTENDERS)
             facts = machine(plan, given.data)
             stored.append(
                 {"machine": facts, "absent": absent, "measured": [asdict(m) for m in measured]}

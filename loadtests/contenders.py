@@ -10,8 +10,8 @@ from typing import Any
 
 from servers import Server
 
-CODE = Path("loadtests/rivals")
-ENVIRONMENTS = Path("build/rivals")
+CODE = Path("loadtests/baselines")
+ENVIRONMENTS = Path("build/baselines")
 BATCH = 8
 
 OURS: dict[str, dict[str, Any]] = {
@@ -29,7 +29,7 @@ def first(answer: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Contender:
     """A server of the dense network.
 
     Attributes:
@@ -37,7 +37,7 @@ class Rival:
         program: words after the interpreter of its environment; a first word without an ending is
             a command there. `{port}`, `{network}` (a folder), `{threads}`, `{batch}` are filled in.
         ready: path that answers 200 when it serves.
-        environment: folder below build/rivals; None: this program's own.
+        environment: folder below build/baselines; None: this program's own.
         variables: of its environment, filled in likewise.
         body: what to send for a text.
         read: what came back for it, with a `label`.
@@ -63,7 +63,7 @@ class Rival:
         """Why it cannot take part here; None: it can."""
         if self.interpreter.exists():
             return None
-        return f"`make rivals` has not made {self.interpreter.parents[1]}"
+        return f"`make baselines` has not made {self.interpreter.parents[1]}"
 
     def server(self, network: Path, cores: Sequence[int]) -> Server:
         """Return it, not started yet, with one thread per core."""
@@ -91,8 +91,8 @@ class Rival:
         return Server([*start, *words], cores, self.ready, variables)
 
 
-def _fastapi(name: str, runtime: str) -> Rival:
-    return Rival(name, ["serve.py", runtime, *_GIVEN])
+def _fastapi(name: str, runtime: str) -> Contender:
+    return Contender(name, ["serve.py", runtime, *_GIVEN])
 
 
 _GIVEN = ["--port={port}", "--network={network}", "--threads={threads}", "--batch={batch}"]
@@ -101,11 +101,11 @@ ONNX_INT8 = _fastapi("ONNX Runtime int8, dynamic batching", "int8")
 ONNX_FLOAT32 = _fastapi("ONNX Runtime float32, dynamic batching", "plain")
 PIPELINE = _fastapi("FastAPI + pipeline", "pipeline")
 FLOOR = _fastapi("floor: only parses and tokenizes", "floor")
-LITSERVE = Rival(
+LITSERVE = Contender(
     "LitServe, ONNX Runtime int8", ["litserve_app.py", *_GIVEN], "/health", "litserve",
     read=lambda answer: dict(answer),
 )  # fmt: skip
-BENTOML = Rival(
+BENTOML = Contender(
     "BentoML, ONNX Runtime int8",
     [
         "bentoml", "serve", "bentoml_app:Classifier", f"--working-dir={CODE}",
@@ -118,7 +118,7 @@ BENTOML = Rival(
     },
     lambda text: {"texts": [text]}, lambda answer: dict(answer[0]),
 )  # fmt: skip
-INFINITY = Rival(
+INFINITY = Contender(
     "Infinity, torch float32",
     [
         "infinity_emb", "v2", "--model-id={network}", "--served-model-name=twin",
@@ -129,10 +129,10 @@ INFINITY = Rival(
     "/health", "infinity", {"DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"},
     lambda text: {"model": "twin", "input": [text]}, lambda answer: dict(answer["data"][0][0]),
 )  # fmt: skip
-RAY = Rival(
+RAY = Contender(
     "Ray Serve, ONNX Runtime int8", ["ray_app.py", *_GIVEN], "/classify", "ray",
     read=lambda answer: dict(answer),
 )  # fmt: skip
 
-RIVALS = (ONNX_INT8, ONNX_FLOAT32, PIPELINE, LITSERVE, BENTOML, INFINITY, RAY, FLOOR)
-DENSE = tuple(rival.name for rival in RIVALS if rival is not FLOOR)
+CONTENDERS = (ONNX_INT8, ONNX_FLOAT32, PIPELINE, LITSERVE, BENTOML, INFINITY, RAY, FLOOR)
+DENSE = tuple(baseline.name for baseline in CONTENDERS if baseline is not FLOOR)

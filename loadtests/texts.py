@@ -6,7 +6,13 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-SUBJECTS = ("The council", "A young striker", "The central bank", "The space agency", "Its rival")
+SUBJECTS = (
+    "The council",
+    "A young striker",
+    "The central bank",
+    "The space agency",
+    "Its baseline",
+)
 VERBS = ("announced", "postponed", "welcomed", "rejected", "played down")
 OBJECTS = (
     "a new plan for the harbour",

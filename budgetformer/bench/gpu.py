@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from budgetformer.bench.agreement import Agreement, compare_labels
+from budgetformer.bench.baselines import bfloat16_twin, padded
 from budgetformer.bench.passes import small_step
-from budgetformer.bench.rivals import bfloat16_twin, padded
 from budgetformer.bench.timing import TokenIds, made_up_texts, token_ids
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.inference.choice import make_pass

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from budgetformer.bench.baselines import DENSE, baseline_contenders
 from budgetformer.bench.passes import (
     level_contenders,
     picking_contender,
@@ -18,7 +19,6 @@ from budgetformer.bench.passes import (
     step_contenders,
     step_name,
 )
-from budgetformer.bench.rivals import DENSE, rival_contenders
 from budgetformer.bench.timing import (
     Contender,
     Machine,
@@ -133,7 +133,7 @@ def compare_passes(
     batches: Sequence[int] = BATCHES,
     rounds: int = 9,
     threads: int = 1,
-    rivals: bool = True,
+    baselines: bool = True,
 ) -> BenchReport:
     """Time every step, every quality level and the dense network, all in turns, on this CPU.
 
@@ -143,7 +143,7 @@ def compare_passes(
         batches: numbers of texts.
         rounds: of turns, each on other texts; small batches take more of them, for as many texts.
         threads: of every contender.
-        rivals: whether to time the dense network in other libraries.
+        baselines: whether to time the dense network in other libraries.
 
     Raises:
         ValueError: there are fewer than two texts.
@@ -166,8 +166,8 @@ def compare_passes(
     if not chosen.sizes.picks_heads:
         assert isinstance(model.config, BudgetFormerConfig)
         contenders.append(picking_contender(model.config, small_step(last)))
-    if rivals:
-        contenders += rival_contenders(model, threads, "bfloat16" in precisions)
+    if baselines:
+        contenders += baseline_contenders(model, threads, "bfloat16" in precisions)
     timings: list[Timing] = []
     for batch in batches:
         turns = max(rounds, min(MAX_ROUNDS, len(items) // batch))

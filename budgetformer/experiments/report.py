@@ -2,9 +2,9 @@
 
 Every text is run once at every ladder step and once through the dense network; each way to spend a
 budget is then a look-up in those answers. The chain of steps and the thresholds of the quality
-levels come from the checkpoint, which chose them on other texts. Those of the rivals (early exit,
-confidence cascade) are chosen here, on the test texts themselves, so comparisons lean towards the
-rivals.
+levels come from the checkpoint, which chose them on other texts. Those of the baselines (early
+exit, confidence cascade) are chosen here, on the test texts themselves, so comparisons lean towards
+the baselines.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from budgetformer.training.exits import wrong
 ECE_BINS = 15
 THRESHOLDS = tuple(np.linspace(0.3, 0.995, 140).tolist())
 EQUAL_COSTS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5)
-"""Shares of the dense network's multiply-adds at which rivals are compared."""
+"""Shares of the dense network's multiply-adds at which baselines are compared."""
 TIMED_BATCHES = {1: 16, 32: 64}
 """Batch size, and how many texts are timed at it."""
 TIMED_ROUNDS = 3
@@ -68,12 +68,12 @@ class Way:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The budget per text against one rival at equal mean cost.
+    """The budget per text against one baseline at equal mean cost.
 
     gain: accuracy points (of 100), with its paired 95 % interval.
     """
 
-    rival: str
+    baseline: str
     level: str
     macs_share: float
     accuracy: float
@@ -202,23 +202,23 @@ class _Bench:
         oracle = self._oracle(first)
         dense = self.smaller | {"dense": self.dense} if self.baseline else {}
         outcomes = {**named, **dense, **steps, "oracle": oracle}
-        rivals = {
+        baselines = {
             "fixed step": self._best(list(steps.values())),
             "confidence cascade": self._best(self._cascades()),
         }
         if self.layers is not None:
-            rivals["early exit"] = self._best(list(self._early_exits()))
+            baselines["early exit"] = self._best(list(self._early_exits()))
             if self.config.embedding_exit:
-                rivals["step 0, then dense"] = self._best(list(self._step0_then([self.dense])))
+                baselines["step 0, then dense"] = self._best(list(self._step0_then([self.dense])))
         if self.smaller:
             sizes = [*self.smaller.values(), self.dense]
-            rivals["smaller dense"] = self._best(sizes)
+            baselines["smaller dense"] = self._best(sizes)
             if self.config.embedding_exit:
-                rivals["step 0, then smaller dense"] = self._best(list(self._step0_then(sizes)))
+                baselines["step 0, then smaller dense"] = self._best(list(self._step0_then(sizes)))
         curves = [
             Curve("budget per text", [self._share(o) for _, o in ours], [_mean(o) for _, o in ours])
         ]
-        for name, best in rivals.items():
+        for name, best in baselines.items():
             curves.append(Curve(name, [self._share(o) for o in best], [_mean(o) for o in best]))
         both_kinds = self.dense.right.any() and not self.dense.right.all()
         difficulty = [self._difficulty(name, o) for name, o in named.items()] if both_kinds else []
@@ -230,7 +230,7 @@ class _Bench:
             routing=compare_routing(self.table, self.labels),
             lengths=compare_lengths(self.table, self.labels),
             ways=[self._way(name, o, times.get(name, {})) for name, o in outcomes.items()],
-            comparisons=list(self._compare(ours, rivals, manifest.measure)),
+            comparisons=list(self._compare(ours, baselines, manifest.measure)),
             difficulty=difficulty,
             curves=curves,
             heads_by_confidence={n: self._by_confidence(o) for n, o in named.items()},
@@ -293,12 +293,14 @@ class _Bench:
         """Leave the dense network after the first layer that is confident enough."""
         assert self.layers is not None
         count = len(self.layers)
-        sure = torch.stack([confidence(x, self.config.problem_type) for x in self.layers]).numpy()
+        confidences = torch.stack(
+            [confidence(x, self.config.problem_type) for x in self.layers]
+        ).numpy()
         heads = self.config.num_attention_heads
         layer = np.array([layer_macs(self.config, heads, int(n)) for n in self.tokens.lengths])
         head = self.config.hidden_size * self.config.num_classes
         for below in THRESHOLDS:
-            leaves = sure >= below
+            leaves = confidences >= below
             leaves[-1] = True
             at = leaves.argmax(0)
             logits = self.layers[torch.from_numpy(at), torch.arange(len(at))]
@@ -333,7 +335,7 @@ class _Bench:
     def _compare(
         self,
         ours: Sequence[tuple[BudgetRule, _Outcome]],
-        rivals: dict[str, list[_Outcome]],
+        baselines: dict[str, list[_Outcome]],
         measure: Measure,
     ) -> Iterator[Comparison]:
         levels = [(rule.level, outcome) for rule, outcome in ours if rule.level is not None]
@@ -345,12 +347,12 @@ class _Bench:
         unique = list({id(level): (level, outcome) for level, outcome in chosen}.values())
         for level, outcome in unique:
             cost = self._share(outcome)
-            for name, best in rivals.items():
-                rival = self._at_cost(best, cost)
-                if rival is None:
+            for name, best in baselines.items():
+                baseline = self._at_cost(best, cost)
+                if baseline is None:
                     continue
-                gain, low, high = paired(outcome.right, rival)
-                accuracy = float(rival.mean())
+                gain, low, high = paired(outcome.right, baseline)
+                accuracy = float(baseline.mean())
                 yield Comparison(
                     name, level.name or "", cost, _mean(outcome), accuracy, gain, low, high
                 )
@@ -406,7 +408,7 @@ class _Bench:
         )
 
     def _by_confidence(self, outcome: _Outcome) -> list[float]:
-        """Average the heads over tenths of the texts, from the dense network's least sure ones."""
+        """Average the heads over tenths of the texts, from the dense network's least confident."""
         parts = min(10, len(self.examples))
         order = confidence(self.dense.logits, self.config.problem_type).argsort().numpy()
         return [float(outcome.heads[part].mean()) for part in np.array_split(order, parts)]
@@ -438,14 +440,16 @@ def macro_f1(logits: Tensor, labels: Tensor, problem_type: str | None) -> float:
 def calibration_error(logits: Tensor, right: np.ndarray, problem_type: str | None) -> float:
     """Return the expected calibration error: |confidence - accuracy| over 15 equal bins."""
     p = probabilities(logits, problem_type)
-    sure = (torch.maximum(p, 1 - p).prod(-1) if problem_type == MULTI_LABEL else p.amax(-1)).numpy()
-    bins = np.minimum((sure * ECE_BINS).astype(int), ECE_BINS - 1)
+    confident = (
+        torch.maximum(p, 1 - p).prod(-1) if problem_type == MULTI_LABEL else p.amax(-1)
+    ).numpy()
+    bins = np.minimum((confidences * ECE_BINS).astype(int), ECE_BINS - 1)
     gaps = [
-        abs(sure[rows].mean() - right[rows].mean()) * rows.sum()
+        abs(confidences[rows].mean() - right[rows].mean()) * rows.sum()
         for b in range(ECE_BINS)
         if (rows := bins == b).any()
     ]
-    return float(sum(gaps) / len(sure))
+    return float(sum(gaps) / len(confidences))
 
 
 def _shares(step: np.ndarray | None) -> dict[int, float]:

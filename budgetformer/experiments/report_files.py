@@ -55,12 +55,12 @@ def report_text(report: Report) -> str:
         if way.name in report.heads_by_class
     ]
     routing, lengths = _routing(report.routing), _routing(report.lengths)
-    rivals = [
+    baselines = [
         [
             c.level or "unnamed",
             f"{c.macs_share:.1%}",
             f"{c.accuracy:.4f}",
-            c.rival,
+            c.baseline,
             f"{c.rival_accuracy:.4f}",
             f"{c.gain:+.2f}",
             f"{c.low:+.2f} to {c.high:+.2f}",
@@ -115,14 +115,14 @@ The best chains of so many steps, step 0 counted, chosen and scored in the same 
 {markdown_table(["steps", *(f"within {c:.0%}" for c in AT), EQUAL], lengths)}
 
 ## At equal mean cost
-The budget per text, calibrated on other texts, against the best mixture of each rival at exactly
-the same mean multiply-adds. The rivals' thresholds and mixtures are chosen on these very texts, so
-a gain here is a lower bound. Gains are in accuracy points, intervals paired, 95 %.
+The budget per text, calibrated on other texts, against the best mixture of each baseline at exactly
+the same mean multiply-adds. The baselines' thresholds and mixtures are chosen on these very texts,
+so a gain here is a lower bound. Gains are in accuracy points, intervals paired, 95 %.
 
 {
         markdown_table(
-            ["level", "multiply-adds", "accuracy", "rival", "its accuracy", "gain", "interval"],
-            rivals,
+            ["level", "multiply-adds", "accuracy", "baseline", "its accuracy", "gain", "interval"],
+            baselines,
         )
     }
 
@@ -191,7 +191,7 @@ def _frontier(axes: Axes, report: Report) -> None:
 def _difficulty(axes: Axes, report: Report) -> None:
     for level, heads in report.heads_by_confidence.items():
         axes.plot(range(1, len(heads) + 1), heads, "o-", label=level)
-    axes.set_xlabel("tenth of the texts, from the dense network's least sure to its surest")
+    axes.set_xlabel("tenth of the texts, from the dense network's least confident to its surest")
     axes.set_ylabel("mean heads computed")
     axes.legend()
 

@@ -142,8 +142,8 @@ def _predict_signals(held: Side, test: Side) -> None:
         held.signals[name] = said.numpy()
         test.signals[name] = _fit(mine, goal)(theirs).numpy()
     for side in (held, test):
-        sure = confidence(side.table.logits[0], side.table.config.problem_type)
-        side.signals["step 0's confidence"] = (1 - sure).numpy()
+        confidences = confidence(side.table.logits[0], side.table.config.problem_type)
+        side.signals["step 0's confidence"] = (1 - confidences).numpy()
 
 
 def _smallest_right(right: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def probabilities(logits: Tensor, problem_type: str | None) -> Tensor:
 
 
 def confidence(logits: Tensor, problem_type: str | None) -> Tensor:
-    """Return how sure logits [..., C] are of their answer, [...] in (0, 1).
+    """Return how confident logits [..., C] are of their answer, [...] in (0, 1).
 
     The largest probability; for multi-label, the least decided label's distance from a coin flip.
     """

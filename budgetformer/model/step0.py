@@ -83,7 +83,7 @@ def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
     if problem_type == MULTI_LABEL:
         odds = exit_logits.abs().amin(-1)
     else:
-        # From the logits: 1 - p would lose all its digits where step 0 is sure.
+        # From the logits: 1 - p would lose all its digits where step 0 is confident.
         top = exit_logits.argmax(-1, keepdim=True)
         others = exit_logits.scatter(-1, top, float("-inf")).logsumexp(-1)
         odds = exit_logits.gather(-1, top).squeeze(-1) - others

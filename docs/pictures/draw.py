@@ -62,17 +62,17 @@ def way() -> str:
         box(150, 40, 150, 56, "f_o decides", "step 0, 1 ... S"),
         arrow(300, 68, 390, 68, "step k"),
         box(390, 40, 150, 56, "compact pass", "k heads per layer"),
-        arrow(540, 68, 636, 68, "sure"),
+        arrow(540, 68, 636, 68, "confident"),
         box(636, 40, 108, 56, "answer"),
         arrow(225, 96, 225, 150, ""),
         box(150, 150, 150, 44, "step 0: bag of tokens"),
         arrow(300, 172, 674, 98),
-        words(590, 152, "sure, without the encoder", size=11),
+        words(590, 152, "confident, without the encoder", size=11),
         arrow(300, 162, 420, 98),
-        words(328, 122, "unsure", size=11),
+        words(328, 122, "uncertain", size=11),
         f'<path d="M500 40 C500 6 430 6 430 38" fill="none" stroke="{INK}" stroke-width="1.5" '
         'marker-end="url(#tip)"/>',
-        words(466, 11, "unsure: once more, larger step", size=11),
+        words(466, 11, "uncertain: once more, larger step", size=11),
     )  # fmt: skip
 
 

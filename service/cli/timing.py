@@ -110,8 +110,13 @@ def bench_pass(
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Turns that each way takes.")] = 9,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every way.")] = 1,
-    rivals: Annotated[
-        bool, typer.Option(help="Time the dense network in Transformers and ONNX Runtime too.")
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines/--no-baselines",
+            "--rivals/--no-rivals",  # the name before
+            help="Time the dense network in Transformers and ONNX Runtime too.",
+        ),
     ] = True,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
@@ -127,7 +132,7 @@ def bench_pass(
 
         texts, _ = read_texts(data)
     checkpoint = resolve(model, model_store)
-    report = compare_passes(checkpoint, texts, batches, rounds, threads, rivals)
+    report = compare_passes(checkpoint, texts, batches, rounds, threads, baselines)
     if folder is not None:
         write_bench_report(report, folder)
     if as_json:

@@ -215,15 +215,15 @@ def chain_by_hand(path: Path) -> None:
     found = Items(classifier.network, tokens, everyone)
     cascade.decide(classifier.network, Batch([Part(found, list(range(len(found))))]))
     verdict = median(found.s.tolist())
-    sure = confidence(torch.from_numpy(found.exit_logits), "single_label_classification")
+    confident = confidence(torch.from_numpy(found.exit_logits), "single_label_classification")
     entry = (EntryBand(upto=verdict, step=1), EntryBand(upto=1, step=2))
     levels = []
     of_step_1 = median(prediction.score for prediction in classifier(texts, heads=1))
     wanted: list[tuple[QualityName | None, float, float]] = [
-        ("fast", float(sure.quantile(0.3)), 4.0),
-        ("balanced", float(sure.quantile(0.5)), 2.0),
-        (None, float(sure.quantile(0.7)), 1.0),
-        ("best", max(float(sure.max()) + 1e-6, of_step_1), 0.0),
+        ("fast", float(confident.quantile(0.3)), 4.0),
+        ("balanced", float(confident.quantile(0.5)), 2.0),
+        (None, float(confident.quantile(0.7)), 1.0),
+        ("best", max(float(confident.max()) + 1e-6, of_step_1), 0.0),
     ]
     for name, threshold, lost in wanted:
         level = _level(threshold, name, lost)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from budgetformer.bench.agreement import compare_labels
+from budgetformer.bench.baselines import DENSE, ONNX_INT8, DenseTwin, baseline_contenders, padded
 from budgetformer.bench.gpu import DENSE as DENSE_GPU
 from budgetformer.bench.gpu import GpuReport, bench_gpu, write_gpu_report
 from budgetformer.bench.passes import picked_name, step_name
 from budgetformer.bench.report import BenchReport, compare_passes, write_bench_report
-from budgetformer.bench.rivals import DENSE, ONNX_INT8, DenseTwin, padded, rival_contenders
 from budgetformer.bench.timing import Contender, Machine, Timing, made_up_texts, time_in_turns
 from budgetformer.checkpoint.loading import load_network
 from budgetformer.checkpoint.store import read_checkpoint
@@ -97,10 +97,10 @@ def test_every_rival_gives_the_same_answers() -> None:
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
         pytest.skip("ONNX Runtime is not installed (extra: bench)")
     network: BudgetFormerForSequenceClassification = random_network(small_config())
-    rivals = {c.name: c.run(ITEMS) for c in rival_contenders(network, 1, bfloat16=False)}
-    expected = rivals.pop(DENSE)
+    baselines = {c.name: c.run(ITEMS) for c in baseline_contenders(network, 1, bfloat16=False)}
+    expected = baselines.pop(DENSE)
     assert isinstance(expected, torch.Tensor)
-    for name, answer in rivals.items():
+    for name, answer in baselines.items():
         assert isinstance(answer, list)
         near = 0.2 if name == ONNX_INT8 else 1e-5
         assert_close(torch.from_numpy(answer[0]), expected, near)
@@ -110,7 +110,7 @@ def test_every_rival_gives_the_same_answers() -> None:
 def report(model_store: Path) -> BenchReport:
     checkpoint = read_checkpoint(model_store / TOPICS / "1")
     texts = ["the match was won in the last minute", "shares fell again"]
-    return compare_passes(checkpoint, texts, batches=(1, 2), rounds=2, rivals=False)
+    return compare_passes(checkpoint, texts, batches=(1, 2), rounds=2, baselines=False)
 
 
 def test_every_step_and_level_is_timed_at_every_batch_size(report: BenchReport) -> None:

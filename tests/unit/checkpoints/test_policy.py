@@ -102,10 +102,10 @@ def rule_of(
     return policy.rule_at(policy.level(quality), STEPS, fixed, ceiling)
 
 
-def walk(rule: BudgetRule, s: float, sure: Sequence[float]) -> list[int]:
-    """Return the steps that a text runs whose answer at step k has confidence `sure[k]`."""
+def walk(rule: BudgetRule, s: float, confident: Sequence[float]) -> list[int]:
+    """Return the steps that a text runs whose answer at step k has confidence `confident[k]`."""
     steps = [rule.first_step(s)]
-    while (following := rule.next_step(steps[-1], sure[steps[-1]], s)) is not None:
+    while (following := rule.next_step(steps[-1], confident[steps[-1]], s)) is not None:
         steps.append(following)
     return steps
 
@@ -198,9 +198,9 @@ class TestEscalation:
     def test_an_unsure_answer_is_run_again_at_the_larger_step(self, step: int) -> None:
         assert self.rule.next_step(step, 0.79, 0.5) == 4
 
-    @pytest.mark.parametrize("sure", [0.8, 0.9, 1.0])
-    def test_a_sure_answer_stands(self, sure: float) -> None:
-        assert self.rule.next_step(1, sure, 0.5) is None
+    @pytest.mark.parametrize("confident", [0.8, 0.9, 1.0])
+    def test_a_sure_answer_stands(self, confident: float) -> None:
+        assert self.rule.next_step(1, confident, 0.5) is None
 
     @pytest.mark.parametrize("step", [4, 5, 6])
     def test_the_answer_of_the_larger_step_stands_however_unsure(self, step: int) -> None:
@@ -213,17 +213,17 @@ class TestEscalation:
     @PROPERTY
     @given(points(), st.none() | st.integers(0, STEPS), shares, confidences)
     def test_an_operating_point_decides_as_it_always_did(
-        self, old: OperatingPoint, ceiling: int | None, s: float, sure: list[float]
+        self, old: OperatingPoint, ceiling: int | None, s: float, confident: list[float]
     ) -> None:
         highest = STEPS if ceiling is None else ceiling
         bands = [band.step for band in old.entry if s <= band.upto]
         first = bands[0] if bands else min(max(math.ceil(s * STEPS), 1), STEPS)
         expected = [min(first, highest)]
         look = old.escalation
-        if look and expected[0] < look.step and sure[expected[0]] < look.below:
+        if look and expected[0] < look.step and confident[expected[0]] < look.below:
             again = min(look.step, highest)
             expected += [again] if again > expected[0] else []
-        assert walk(old.rule(STEPS, ceiling=ceiling), s, sure) == expected
+        assert walk(old.rule(STEPS, ceiling=ceiling), s, confident) == expected
 
     def test_its_figures_say_who_runs_which_step(self) -> None:
         old = point(
@@ -307,20 +307,20 @@ class TestPolicy:
         asked: list[str | float],
         ceiling: int | None,
         s: float,
-        sure: list[float],
+        confident: list[float],
     ) -> None:
         rules = [rule_of(policy, quality, ceiling=ceiling) for quality in asked]
         rules.sort(key=lambda rule: rule.level.threshold if rule.level else 0.0)
-        walks = [walk(rule, s, sure) for rule in rules]
+        walks = [walk(rule, s, confident) for rule in rules]
         for lower, higher in pairwise(walks):
             assert higher[: len(lower)] == lower
 
     @PROPERTY
     @given(policies(), shares, confidences)
     def test_named_levels_cost_more_and_more(
-        self, policy: Policy, s: float, sure: list[float]
+        self, policy: Policy, s: float, confident: list[float]
     ) -> None:
-        fast, balanced, best = (walk(rule_of(policy, q), s, sure) for q in QUALITY_NAMES)
+        fast, balanced, best = (walk(rule_of(policy, q), s, confident) for q in QUALITY_NAMES)
         assert balanced[: len(fast)] == fast
         assert best[: len(balanced)] == balanced
 
@@ -382,9 +382,9 @@ class TestPolicy:
 @PROPERTY
 @given(rules(), shares, confidences)
 def test_every_text_ends_with_steps_that_rise(
-    rule: BudgetRule, s: float, sure: list[float]
+    rule: BudgetRule, s: float, confident: list[float]
 ) -> None:
-    steps = walk(rule, s, sure)
+    steps = walk(rule, s, confident)
     assert steps == sorted(set(steps))
     assert tuple(steps) == rule.path(s)[: len(steps)]
 
@@ -392,9 +392,9 @@ def test_every_text_ends_with_steps_that_rise(
 class TestCeiling:
     @PROPERTY
     @given(rules(), shares, confidences)
-    def test_no_step_is_above_it(self, rule: BudgetRule, s: float, sure: list[float]) -> None:
+    def test_no_step_is_above_it(self, rule: BudgetRule, s: float, confident: list[float]) -> None:
         if rule.ceiling is not None and rule.fixed is None:
-            assert max(walk(rule, s, sure)) <= rule.ceiling
+            assert max(walk(rule, s, confident)) <= rule.ceiling
 
     def test_an_escalation_goes_as_far_as_the_ceiling(self) -> None:
         rule = TestEscalation.rule.model_copy(update={"ceiling": 2})
@@ -404,11 +404,11 @@ class TestCeiling:
     @PROPERTY
     @given(rules(), st.integers(0, STEPS), shares, shares)
     def test_a_fixed_budget_overrides_everything(
-        self, rule: BudgetRule, fixed: int, s: float, sure: float
+        self, rule: BudgetRule, fixed: int, s: float, confident: float
     ) -> None:
         rule = rule.model_copy(update={"fixed": fixed})
         assert rule.first_step(s) == rule.constant == fixed
-        assert rule.next_step(fixed, sure, s) is None
+        assert rule.next_step(fixed, confident, s) is None
 
 
 @pytest.mark.parametrize("field", ["accuracy", "points_lost", "macs_share", "mean_heads"])

@@ -55,8 +55,8 @@ def map_norm_map(
         inputs, states: as there; in one precision, which is that of the maps.
         first, second, by: those that `can_fuse`.
         offsets: where the items are; spare rows come back as they will.
-        two_per_sm: two programs share a multiprocessor. One waits while the other computes, which is
-            worth it when there are more programs than multiprocessors.
+        two_per_sm: two programs share a multiprocessor. One waits while the other computes, which
+            is worth it when there are more programs than multiprocessors.
     """
     tokens, width = states.shape
     last, second = second is None, second or first

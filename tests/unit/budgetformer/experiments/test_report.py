@@ -85,7 +85,7 @@ class TestReport:
         curves = {curve.name: curve for curve in report.curves}
         assert report.comparisons
         for c in report.comparisons:
-            curve = curves[c.rival]
+            curve = curves[c.baseline]
             expected = np.interp(c.macs_share, curve.cost, curve.accuracy)
             assert c.rival_accuracy == pytest.approx(expected)
             assert c.gain == pytest.approx(100 * (c.accuracy - c.rival_accuracy))

@@ -82,8 +82,8 @@ def needed_confidence(answered: Items, place: int, problem_type: str | None) -> 
     """Return the confidence of an answer, and what its step needs."""
     rule, step = answered.rule, int(answered.step[place])
     assert rule.level is not None
-    sure = float(confidence(torch.from_numpy(answered.logits[place]), problem_type))
-    return sure, rule.level.threshold + (0 if step else rule.exit_margin)
+    confident = float(confidence(torch.from_numpy(answered.logits[place]), problem_type))
+    return confident, rule.level.threshold + (0 if step else rule.exit_margin)
 
 
 @st.composite
@@ -125,8 +125,8 @@ def test_a_text_runs_its_rules_path_up_to_the_step_that_answered(
         assert steps[-1] == step
         assert answered.predicted[place] == (steps[0] or (steps[1] if step else 0))
         assert answered.macs[place] == step_macs(model.config, steps, len(item.ids))
-        sure, needed = needed_confidence(answered, place, model.config.problem_type)
-        assert step == path[-1] or sure >= needed - 1e-6
+        confident, needed = needed_confidence(answered, place, model.config.problem_type)
+        assert step == path[-1] or confident >= needed - 1e-6
 
 
 @given(st.data())

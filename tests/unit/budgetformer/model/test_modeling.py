@@ -164,9 +164,9 @@ class TestConfidence:
 
     @pytest.mark.parametrize("problem_type", [SINGLE, MULTI_LABEL])
     def test_one_per_item(self, problem_type: str) -> None:
-        sure = confidence(torch.randn(5, 3), problem_type)
-        assert sure.shape == (5,)
-        assert ((sure > 0) & (sure < 1)).all()
+        confident = confidence(torch.randn(5, 3), problem_type)
+        assert confident.shape == (5,)
+        assert ((confident > 0) & (confident < 1)).all()
 
 
 class TestExitEvidence:
@@ -191,9 +191,9 @@ class TestExitEvidence:
         assert evidence.isfinite().all()
 
     def test_surer_answers_have_higher_odds_and_lower_entropy(self) -> None:
-        unsure, sure = exit_evidence(torch.tensor([[1.0, 0.0], [4.0, 0.0]]), SINGLE)
-        assert sure[0] > unsure[0]
-        assert sure[1] < unsure[1]
+        uncertain, confident = exit_evidence(torch.tensor([[1.0, 0.0], [4.0, 0.0]]), SINGLE)
+        assert confident[0] > uncertain[0]
+        assert confident[1] < uncertain[1]
 
 
 def decision(**changes: Any) -> BudgetDecision:

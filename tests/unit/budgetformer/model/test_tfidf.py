@@ -168,8 +168,8 @@ class TestEvidence:
         assert np.isfinite(read).all()
         if logits.shape[1] == 1 and problem_type is None:
             return
-        sure = confidence(torch.from_numpy(logits), problem_type)
-        odds = torch.logit(sure, eps=1e-12).clamp(max=MAX_ODDS).numpy()
+        confident = confidence(torch.from_numpy(logits), problem_type)
+        odds = torch.logit(confident, eps=1e-12).clamp(max=MAX_ODDS).numpy()
         clear = odds < MAX_ODDS - 1
         assert read[clear, 0] == pytest.approx(odds[clear], abs=1e-3)
 

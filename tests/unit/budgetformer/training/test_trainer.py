@@ -448,8 +448,8 @@ class TestStep0:
         own = run.trainer(model).predict(run.tokens, 4, "test")
         labels = torch.from_numpy(run.examples.labels)
         losses = F.cross_entropy(own + 0.5 * self.step0, labels, reduction="none")
-        unsure = 1 - self.step0.softmax(-1).amax(-1)
-        expected = (losses * unsure / unsure.mean()).mean()
+        uncertain = 1 - self.step0.softmax(-1).amax(-1)
+        expected = (losses * uncertain / uncertain.mean()).mean()
         assert self.loss(run, model) == pytest.approx(expected.item(), rel=1e-4)
 
     def test_the_encoder_leaves_alone_what_step_0_knows(self, new_run: Callable[..., Run]) -> None:

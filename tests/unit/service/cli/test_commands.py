@@ -429,7 +429,7 @@ class TestEvaluate:
         assert "60 test texts" in outcome.out
         found = json.loads((report / "report.json").read_text())
         assert {way["rows"] for way in found["ways"]} == {60}
-        assert {c["rival"] for c in found["comparisons"]} <= {
+        assert {c["baseline"] for c in found["comparisons"]} <= {
             "fixed step", "early exit", "confidence cascade", "step 0, then dense", "smaller dense",
             "step 0, then smaller dense",
         }  # fmt: skip

@@ -51,9 +51,9 @@ Drawn = tuple[BudgetRule, list[Text]]
 
 def run(wanted: BudgetRule, text: Text) -> list[int]:
     """Return the steps >= 1 that a text runs."""
-    s, sure = text
+    s, confident = text
     steps = [wanted.first_step(s)]
-    while (following := wanted.next_step(steps[-1], sure[steps[-1]], s)) is not None:
+    while (following := wanted.next_step(steps[-1], confident[steps[-1]], s)) is not None:
         steps.append(following)
     return [step for step in steps if step]
 
@@ -72,8 +72,8 @@ def rules_and_texts(draw: st.DrawFn) -> Drawn:
     figures = {"points_lost": 0.0, "macs_share": 0.2, "mean_heads": 1.0}
     level = Level(threshold=draw(st.floats(0, 1)), **figures)
     whole = BudgetRule(num_steps=3, entry=entry, chain=chain, level=level)
-    sure = st.fixed_dictionaries(dict.fromkeys(range(4), st.floats(0, 1)))
-    texts = draw(st.lists(st.tuples(st.floats(0, 1), sure), min_size=1, max_size=30))
+    confident = st.fixed_dictionaries(dict.fromkeys(range(4), st.floats(0, 1)))
+    texts = draw(st.lists(st.tuples(st.floats(0, 1), confident), min_size=1, max_size=30))
     ways = [run(whole, text) for text in texts]
     ends = Counter(way[-1] if way else 0 for way in ways)
     runs = Counter(step for way in ways for step in way)

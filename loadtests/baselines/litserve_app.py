@@ -1,6 +1,6 @@
 """The network behind LitServe, with its batching.
 
-python loadtests/rivals/litserve_app.py --port 8001 --network build/rivals/networks/ag_news-3
+python loadtests/baselines/litserve_app.py --port 8001 --network build/baselines/networks/ag_news-3
 """
 
 from __future__ import annotations

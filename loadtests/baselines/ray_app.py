@@ -1,6 +1,6 @@
 """The network behind Ray Serve, with its batching.
 
-python loadtests/rivals/ray_app.py --port 8001 --network build/rivals/networks/ag_news-3
+python loadtests/baselines/ray_app.py --port 8001 --network build/baselines/networks/ag_news-3
 """
 # ruff: noqa: E402 - what Ray finds when it is imported, it keeps to
 

@@ -106,7 +106,7 @@ def padded(items: Sequence[TokenIds]) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return ids, mask, np.zeros_like(ids)
 
 
-def rival_contenders(
+def baseline_contenders(
     model: BudgetFormerForSequenceClassification, threads: int, bfloat16: bool
 ) -> Iterator[Contender]:
     """Yield the dense network in Transformers and, where that is installed, in ONNX Runtime.

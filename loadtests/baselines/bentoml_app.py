@@ -1,6 +1,6 @@
 """The network behind BentoML, with its adaptive batching.
 
-NETWORK=build/rivals/networks/ag_news-3 THREADS=1 bentoml serve bentoml_app:Classifier --port 8001
+NETWORK=build/networks/ag_news-3 THREADS=1 bentoml serve bentoml_app:Classifier --port 8001
 """
 
 from __future__ import annotations

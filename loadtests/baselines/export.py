@@ -1,6 +1,6 @@
 """Write the dense twin of a checkpoint as other servers take it.
 
-    python loadtests/rivals/export.py model_store/ag_news/3 build/rivals/networks/ag_news-3
+    python loadtests/baselines/export.py model_store/ag_news/3 build/baselines/networks/ag_news-3
 
 The twin is the checkpoint's full step as a BERT with the same weights, so it answers what this
 service answers at full budget. The folder is a model of Transformers, and holds the network for
@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from budgetformer.bench.rivals import DenseTwin, export_onnx
+from budgetformer.bench.baselines import DenseTwin, export_onnx
 from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint
 from budgetformer.model.modeling import load_model
 
