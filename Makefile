@@ -21,7 +21,7 @@ TORCH := $(shell grep ^torch== requirements/torch.in)
 PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compose test-cluster fuzz chaos soak check-answers audit sbom lint bench bench-quick baselines rivals bench-gpu openapi proto swagger-ui docs lock clean
+.PHONY: help serve test test-compose test-cluster fuzz chaos soak check-answers audit sbom lint bench bench-quick baselines bench-gpu openapi proto swagger-ui docs lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -62,8 +62,6 @@ bench: .venv/.dev ## what was promised of speed, pass or short: the pass, and th
 
 bench-quick: .venv/.dev ## the same in three minutes, with fewer texts and others; fails only on wrong answers
 	$(BIN)/python loadtests/bench.py --quick $(NEWS)
-
-rivals: baselines # the name before
 
 baselines: $(BASELINES:%=build/baselines/%/.made) ## environments for the other servers of `make bench`: 3 GB in build/baselines
 

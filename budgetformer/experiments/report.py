@@ -440,7 +440,7 @@ def macro_f1(logits: Tensor, labels: Tensor, problem_type: str | None) -> float:
 def calibration_error(logits: Tensor, right: np.ndarray, problem_type: str | None) -> float:
     """Return the expected calibration error: |confidence - accuracy| over 15 equal bins."""
     p = probabilities(logits, problem_type)
-    confident = (
+    confidences = (
         torch.maximum(p, 1 - p).prod(-1) if problem_type == MULTI_LABEL else p.amax(-1)
     ).numpy()
     bins = np.minimum((confidences * ECE_BINS).astype(int), ECE_BINS - 1)

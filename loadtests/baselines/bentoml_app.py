@@ -1,6 +1,7 @@
 """The network behind BentoML, with its adaptive batching.
 
-NETWORK=build/networks/ag_news-3 THREADS=1 bentoml serve bentoml_app:Classifier --port 8001
+NETWORK=build/baselines/networks/ag_news-3 THREADS=1 \\
+    bentoml serve bentoml_app:Classifier --port 8001
 """
 
 from __future__ import annotations

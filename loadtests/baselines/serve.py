@@ -1,6 +1,7 @@
 """What a user would write instead: the dense network behind FastAPI.
 
-    python loadtests/baselines/serve.py int8 --port 8001 --network build/networks/ag_news-3
+    python loadtests/baselines/serve.py int8 --port 8001 \\
+        --network build/baselines/networks/ag_news-3
 
 `pipeline` runs the network in Transformers' own pipeline, one call a request, as its documentation
 shows; `plain` (float32) and `int8` in ONNX Runtime behind dynamic batching; `floor` only parses and
