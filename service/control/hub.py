@@ -93,6 +93,7 @@ class Hub:
 
     Attributes:
         settings: in force.
+        tasks: names of the tasks that are to run in this process, for `/health`.
         reload: reads the settings again, for who asks for it over a frontend; raises
             BudgetFormerError if they are invalid. None: this server cannot.
     """
@@ -105,6 +106,7 @@ class Hub:
         family: Family = only_this_process,
     ) -> None:
         self.settings = settings
+        self.tasks: list[str] = []
         self.reload: Callable[[], Awaitable[SettingsReloaded]] | None = None
         self.metrics = Metrics(family)
         self.metrics.know_engines(len(sockets))
@@ -150,8 +152,10 @@ class Hub:
     async def serve(self, socket: Path | None = None) -> None:
         """Listen on `socket` until cancelled; None: fronts come in another way, to `came`."""
         self.fleet.start()
-        for name, work in (("recent", self.recent.keep), ("beat", self._beat)):
-            self._background.start(run_forever(f"hub-{name}", work, self.report_problem))
+        own = {"hub-recent": self.recent.keep, "hub-beat": self._beat}
+        self.tasks += own
+        for name, work in own.items():
+            self._background.start(run_forever(name, work, self.report_problem))
         try:
             async with listening(socket, self.came) if socket else nullcontext():
                 await asyncio.Event().wait()
@@ -276,10 +280,12 @@ class Hub:
                 self.metrics.forget_name(name)
 
     async def _beat(self) -> None:
-        """Tell the fronts that the hub handles messages, and do what is due."""
+        """Tell the fronts that the hub handles messages, and how it is; do what is due."""
         while True:
+            connected = sum(front.pid > 0 for front in self.fronts)
+            tasks = {name: "; ".join(self._problems.get(name, [])) for name in self.tasks}
             for front in self.fronts:
-                front.say(Alive())
+                front.say(Alive(connected, tasks))
             self.forget_retired(time.monotonic())
             await asyncio.sleep(BEAT_SECONDS)
 

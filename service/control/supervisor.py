@@ -230,6 +230,7 @@ class _Server:
         if settings.poll_store_seconds:
             poll = StorePoll(hub, settings.models, mirror_of(settings))
             work["store"] = partial(poll.run, settings.poll_store_seconds)
+        hub.tasks += work
         async with asyncio.TaskGroup() as tasks:
             for name, run in work.items():
                 tasks.create_task(run_forever(name, run, hub.report_problem))

@@ -45,7 +45,10 @@ async def ready(request: Request) -> Response:
     responses={503: {"description": "It cannot classify now; the picture says why"}},
 )
 async def health(request: Request) -> Response:
-    """Describe engines and models; the status is that of `/health/ready`."""
+    """Describe components, engines and models; the status is that of `/health/ready`.
+
+    A component is `ok`, `degraded`, `down`, or `unknown` while the hub is silent.
+    """
     state = state_of(request)
     reason = why_not_ready(state)
     now = time.monotonic()
@@ -67,6 +70,7 @@ async def health(request: Request) -> Response:
         "models": [f"{name}:{version}" for name, version in sorted(state.engines.models)],
         "errors": _errors(state),
         "crash_loops": list(state.hub.serving.crash_loops.values()),
+        "components": _components(state, now),
         "engines": engines,
     }
     return json_response(content, 200 if reason is None else 503)
@@ -86,6 +90,36 @@ async def shown(request: Request, question: Scrape | TellRecent) -> Response:
     """
     answer = await from_hub(state_of(request).hub.show(question))
     return Response(answer.content, media_type=answer.media_type)
+
+
+def _components(state: State, now: float) -> dict[str, Any]:
+    hub = state.hub
+    told, silent = hub.alive, hub.silent_seconds > SILENCE_LIMIT
+    alive, engines = len(state.engines.alive), len(state.engines.clients)
+    failing = sum(map(bool, told.tasks.values()))
+    frontends = state.settings.fronts
+    return {
+        "hub": {
+            "status": "down" if silent else "ok",
+            "last_word_age_seconds": round(now - hub.heard, 3),
+        },
+        "supervisor": {
+            "status": "unknown" if silent else "degraded" if failing else "ok",
+            "tasks": {name: why or "ok" for name, why in told.tasks.items()},
+        },
+        "engines": {"status": _share(alive, engines), "alive": alive, "configured": engines},
+        "frontends": {
+            "status": "unknown" if silent else _share(told.frontends, frontends),
+            "connected": told.frontends,
+            "configured": frontends,
+        },
+    }
+
+
+def _share(there: int, configured: int) -> str:
+    if there >= configured > 0:
+        return "ok"
+    return "degraded" if there else "down"
 
 
 def _errors(state: State) -> list[str]:

@@ -34,9 +34,17 @@ class Serving(Message, frozen=True):
 
 
 class Alive(Message, frozen=True):
-    """The hub handles messages; it says so once a second."""
+    """The hub handles messages; it says so once a second.
+
+    Attributes:
+        frontends: how many are connected to it.
+        tasks: those of the supervisor and the hub, by name: why each one fails, "" if it runs.
+    """
 
     droppable: ClassVar[bool] = True
+
+    frontends: int = 0
+    tasks: dict[str, str] = {}
 
 
 class Here(Message, frozen=True):

@@ -105,6 +105,8 @@ class HubLink(Connection):
     ) -> None:
         super().__init__("hub", place, FROM_HUB)
         self.serving = NOTHING
+        self.alive = Alive()
+        """What the hub said last of its own state."""
         self.silent_seconds = 0.0
         """Seconds since the hub was last heard."""
         self._serve = serve
@@ -199,7 +201,9 @@ class HubLink(Connection):
                 self.say(SettingsTaken(message.generation))
         elif isinstance(message, Acknowledged):
             self._reports.acknowledge(message.number)
-        elif not isinstance(message, Alive):  # that was for `heard`
+        elif isinstance(message, Alive):
+            self.alive = message
+        else:
             super()._take(message)
 
     async def _follow(self) -> None:

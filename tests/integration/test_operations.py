@@ -15,6 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 import budgetformer
+from service.http import health
 from service.ipc import hub_client
 from service.ipc.connection import listening
 from service.settings import Settings
@@ -53,6 +54,63 @@ class TestHealth:
         (engine,) = body["engines"]
         assert engine["alive"] is True
         assert engine["heartbeat_age_seconds"] >= 0
+
+    async def test_components_are_ok(self, shared: Service) -> None:
+        def beating() -> bool:
+            return shared.app.state.shared.hub.alive.frontends == 1
+
+        await until(beating, "the hub's word of its frontends")
+        components = (await shared.client.get("/health")).json()["components"]
+        assert {name: one["status"] for name, one in components.items()} == dict.fromkeys(
+            ("hub", "supervisor", "engines", "frontends"), "ok"
+        )
+        assert 0 <= components["hub"]["last_word_age_seconds"] < 5
+        assert components["supervisor"]["tasks"] == {"hub-recent": "ok", "hub-beat": "ok"}
+        assert components["engines"]["alive"] == components["engines"]["configured"] == 1
+        assert components["frontends"]["connected"] == components["frontends"]["configured"] == 1
+
+
+async def test_a_task_that_fails_degrades_the_supervisor_until_it_runs(
+    fresh: Service,
+) -> None:
+    async def tasks_are(status: str, told: str) -> None:
+        async def shown() -> bool:
+            answer = await fresh.client.get("/health")
+            assert answer.status_code == 200
+            supervisor = answer.json()["components"]["supervisor"]
+            told_now = supervisor["tasks"].get("hub-recent")
+            return (supervisor["status"], told_now) == (status, told)
+
+        await until(shown, f"{status}: {told}")
+
+    fresh.hub.report_problem("hub-recent", "hub-recent: OSError: no room")
+    await tasks_are("degraded", "hub-recent: OSError: no room")
+    fresh.hub.report_problem("hub-recent", None)
+    await tasks_are("ok", "ok")
+
+
+async def test_a_server_without_engines_and_with_a_silent_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "SILENCE_LIMIT", 0.3)
+    given = Settings(model_store=tmp_path, admin_key=ADMIN_KEY)
+    nobody = tmp_path / "engine.sock"
+    with tempfile.TemporaryDirectory(prefix="bf-") as folder:
+        socket = Path(folder) / "hub.sock"
+        async with (
+            listening(socket, StalledHub().came),
+            application(given, [nobody], socket) as app,
+        ):
+            await until(lambda: app.state.shared.hub.silent_seconds > 0.3, "silence")
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://s") as client:
+                answer = await client.get("/health")
+    assert answer.status_code == 503
+    components = answer.json()["components"]
+    assert components["hub"]["last_word_age_seconds"] > 0.3
+    assert {name: one["status"] for name, one in components.items()} == {
+        "hub": "down", "supervisor": "unknown", "engines": "down", "frontends": "unknown",
+    }  # fmt: skip
 
 
 class TestPage:
