@@ -94,6 +94,7 @@ class Hub:
     Attributes:
         settings: in force.
         tasks: names of the tasks that are to run in this process, for `/health`.
+        ready: set once a frontend can classify.
         reload: reads the settings again, for who asks for it over a frontend; raises
             BudgetFormerError if they are invalid. None: this server cannot.
     """
@@ -107,6 +108,7 @@ class Hub:
     ) -> None:
         self.settings = settings
         self.tasks: list[str] = []
+        self.ready = asyncio.Event()
         self.reload: Callable[[], Awaitable[SettingsReloaded]] | None = None
         self.metrics = Metrics(family)
         self.metrics.know_engines(len(sockets))
@@ -383,6 +385,8 @@ class Hub:
             case Report():
                 self._count(front.name, message)
                 front.cache_bytes = message.cache_bytes
+                if message.ready:
+                    self.ready.set()
                 self._measure_fronts()
                 front.say(Acknowledged(message.number))
             case Here():

@@ -96,6 +96,7 @@ def create_app(
         lambda serving: follow(serving),
         routes,
         configure=lambda line: state.configure(decode_settings(line)),
+        ready=lambda: health.why_not_ready(state) is None,
     )
     cache = None
     if settings.answer_cache_mib:

@@ -173,12 +173,13 @@ class Report(Message, frozen=True):
     """What a frontend counted since its report before; sent again until it is acknowledged.
 
     `number` rises from report to report, so the hub counts none twice. `cache_bytes` is the size of
-    the answers that it keeps.
+    the answers that it keeps, `ready` whether it can classify.
     """
 
     number: int
     difference: Difference
     cache_bytes: int = 0
+    ready: bool = False
 
 
 class Acknowledged(Message, frozen=True):

@@ -68,11 +68,11 @@ class Reports:
         self.unacknowledged: deque[Report] = deque()
         self._numbers = itertools.count()
 
-    def next(self) -> Report | None:
+    def next(self, ready: bool) -> Report | None:
         """Return the next report to send; None: too many are not acknowledged."""
         if len(self.unacknowledged) >= MAX_UNACKNOWLEDGED:
             return None
-        report = Report(next(self._numbers), self.counts.take(), self.counts.cache_bytes)
+        report = Report(next(self._numbers), self.counts.take(), self.counts.cache_bytes, ready)
         self.unacknowledged.append(report)
         return report
 
@@ -91,6 +91,7 @@ class HubLink(Connection):
             is at work it is told the last.
         routes: that requests are counted by.
         configure: takes over settings, as `encode_settings` writes them, or raises.
+        ready: whether this frontend can classify.
 
     Attributes:
         counts: everything that the hub is to count for this frontend.
@@ -102,6 +103,7 @@ class HubLink(Connection):
         serve: Callable[[Serving], Awaitable[None]],
         routes: list[str],
         configure: Callable[[bytes], None] = lambda _: None,
+        ready: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__("hub", place, FROM_HUB)
         self.serving = NOTHING
@@ -112,6 +114,7 @@ class HubLink(Connection):
         self._serve = serve
         self._routes = routes
         self._configure = configure
+        self._ready = ready
         self._keys: list[str] = []
         self._frontend = uuid4().hex
         self._reports = Reports()
@@ -238,5 +241,5 @@ class HubLink(Connection):
             self._flush()
 
     def _flush(self) -> None:
-        if self.connected and (report := self._reports.next()) is not None:
+        if self.connected and (report := self._reports.next(self._ready())) is not None:
             self.say(report)

@@ -173,6 +173,11 @@ def test_new_connections_get_new_certificates(model_store: Path, tmp_path: Path)
     with server(model_store, tmp_path, engines=1, probes=probes, **options) as running:
         address = running.address.replace("http:", "https:")
 
+        def shown() -> list[str]:
+            return [one["url"] for one in lines(running) if one["event"] in ("starting", "ready")]
+
+        wait_until(lambda: shown() == [address] * 2, "the address in the log")
+
         def client(folder: Path) -> httpx.Client:
             trusted = ssl.create_default_context(cafile=folder / "chain.pem")
             return httpx.Client(base_url=address, verify=trusted, timeout=30, headers=ADMIN)
