@@ -274,7 +274,7 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = "auto"
     """Form of log lines; auto is readable on a terminal and JSON elsewhere."""
     access_log: float = Field(default=0.01, ge=0, le=1, json_schema_extra=RELOADS)
-    """Share of the requests that get a log line; those that end in an error always do."""
+    """Share of the requests that get a log line. Errors and refused administration always do."""
 
     @field_validator("quality")
     @classmethod
