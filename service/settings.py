@@ -229,6 +229,9 @@ class Settings(BaseSettings):
     """Latest deadline that a request may ask for, in milliseconds."""
     hang_seconds: float = Field(default=10.0, ge=2)
     """A process that has not been heard of for so long is killed and started again."""
+    ready_when: Literal["any", "all"] = "any"
+    """When the server counts as ready: once an engine has the default model (any), or once every
+    engine has loaded all models that are served (all)."""
     load_timeout_seconds: float = Field(default=300.0, gt=0)
     """How long an engine may take to load a model; then the change fails, and the others stay."""
     drain_seconds: float = Field(default=20.0, ge=0)
@@ -366,6 +369,8 @@ class Settings(BaseSettings):
         own = [name for name in ("tls_cert", "metrics_port", "grpc_port") if getattr(self, name)]
         if self.cluster and own:
             raise ValueError(f"on a cluster Ray listens: {own[0]} does not apply")
+        if self.cluster and self.ready_when == "all":
+            raise ValueError("on a cluster engines come and go: ready_when=all does not apply")
         return self
 
     @classmethod

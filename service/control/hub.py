@@ -283,11 +283,13 @@ class Hub:
 
     async def _beat(self) -> None:
         """Tell the fronts that the hub handles messages, and how it is; do what is due."""
+        equipped = False
         while True:
+            equipped = equipped or all(map(self.fleet.equipped, self.fleet.clients))
             connected = sum(front.pid > 0 for front in self.fronts)
             tasks = {name: "; ".join(self._problems.get(name, [])) for name in self.tasks}
             for front in self.fronts:
-                front.say(Alive(connected, tasks))
+                front.say(Alive(connected, tasks, equipped))
             self.forget_retired(time.monotonic())
             await asyncio.sleep(BEAT_SECONDS)
 

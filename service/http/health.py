@@ -32,7 +32,10 @@ async def live() -> Response:
 
 @router.get("/health/ready", summary="Can it classify now?")
 async def ready(request: Request) -> Response:
-    """Answer 200 with a warmed default model, a fresh engine heartbeat, and no drain; else 503."""
+    """Answer 200 with a warmed default model, a fresh engine heartbeat, and no drain; else 503.
+
+    With the setting `ready_when=all` it takes all models, at first in every engine.
+    """
     reason = why_not_ready(state_of(request))
     if reason:
         raise ApiError(503, reason, code="not_ready", retry_after=1)
@@ -148,4 +151,14 @@ def why_not_ready(state: State) -> str | None:
     checkpoint = served.checkpoint
     if (checkpoint.name, checkpoint.version) not in state.engines.models:
         return "; ".join(serving.errors) or f"{checkpoint.label} is still loading"
+    return _why_not_all(state) if state.settings.ready_when == "all" else None
+
+
+def _why_not_all(state: State) -> str | None:
+    serving, loaded = state.hub.serving, state.engines.models
+    missing = [f"{m.name}:{m.version}" for m in serving.models if (m.name, m.version) not in loaded]
+    if missing:
+        return "; ".join(serving.errors) or f"still loading: {', '.join(sorted(missing))}"
+    if not state.hub.alive.equipped:
+        return "; ".join(serving.crash_loops.values()) or "an engine is still loading models"
     return None

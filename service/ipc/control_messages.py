@@ -39,12 +39,14 @@ class Alive(Message, frozen=True):
     Attributes:
         frontends: how many are connected to it.
         tasks: those of the supervisor and the hub, by name: why each one fails, "" if it runs.
+        equipped: every engine has loaded, or failed to load, all models; it stays true.
     """
 
     droppable: ClassVar[bool] = True
 
     frontends: int = 0
     tasks: dict[str, str] = {}
+    equipped: bool = False
 
 
 class Here(Message, frozen=True):

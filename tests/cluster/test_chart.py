@@ -33,6 +33,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "monitoring": {"serviceMonitor": True, "labels": {"release": "prometheus"}},
         "ingress": {"enabled": True, "host": "x.org", "tlsSecret": "x", "className": "nginx"},
         "models": {"claim": "models"},
+        "readyWhen": "all",
         "settings": {"quality": "fast", "model_queue_items": {"ag_news": 100}, "fronts": 2},
         "podAnnotations": {"a": "b"},
         "imagePullSecrets": [{"name": "registry"}],
@@ -224,7 +225,7 @@ def test_a_pods_environment_is_settings_of_the_server(monkeypatch: pytest.Monkey
     settings = Settings()
     assert (settings.engines, settings.fronts, settings.quality) == (2, 2, "fast")
     assert settings.model_queue_items == {"ag_news": 100}
-    assert settings.metrics_port == 9464
+    assert (settings.metrics_port, settings.ready_when) == (9464, "all")
 
 
 @pytest.mark.parametrize(

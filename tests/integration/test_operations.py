@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ from tests.support.serving import (
     ADMIN_KEY,
     Service,
     application,
+    engine,
     error_of,
     held,
+    hub,
     poison,
     service,
 )
 from tests.support.stalled_hub import StalledHub
-from tests.support.stores import HEADS, LAYERS, TAGS, TOPICS, labelled_sentences, sentences
+from tests.support.stores import HEADS, LAYERS, PAIRS, TAGS, TOPICS, labelled_sentences, sentences
 from tests.support.waiting import until
 
 TEXTS = [text for text, _ in labelled_sentences()][:24]
@@ -111,6 +114,43 @@ async def test_a_server_without_engines_and_with_a_silent_hub(
     assert {name: one["status"] for name, one in components.items()} == {
         "hub": "down", "supervisor": "unknown", "engines": "down", "frontends": "unknown",
     }  # fmt: skip
+
+
+async def test_ready_when_all_waits_for_every_engine_at_first(model_store: Path) -> None:
+    given = Settings(
+        model_store=model_store, models=[TOPICS, PAIRS], admin_key=ADMIN_KEY, ready_when="all"
+    )
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bf-")))
+        first, second, meeting = (folder / name for name in ("0", "1", "hub"))
+        await stack.enter_async_context(engine(first))
+        await stack.enter_async_context(hub(given, [first, second], meeting))
+        app = await stack.enter_async_context(application(given, [first, second], meeting))
+        state = app.state.shared
+        await until(lambda: len(state.engines.models) == 2, "both models in one engine")
+        assert health.why_not_ready(state) == "an engine is still loading models"
+        async with engine(second):
+            await until(lambda: health.why_not_ready(state) is None, "both engines")
+        await until(lambda: len(state.engines.alive) == 1, "the end of the second engine")
+        assert health.why_not_ready(state) is None, "one engine serves all models"
+
+
+@pytest.mark.parametrize(("ready_when", "ready"), [("any", True), ("all", False)])
+async def test_ready_when_all_takes_every_model(store: Path, ready_when: str, ready: bool) -> None:
+    weights = store / PAIRS / "1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    options = {"default_model": TOPICS, "ready_when": ready_when}
+    async with service(store, wait=False, **options) as running:
+
+        async def told() -> bool:
+            return str(weights) in str((await running.client.get("/health")).json()["errors"])
+
+        await until(told, "word of the broken model")
+        await until(lambda: running.app.state.shared.hub.alive.equipped, "word of the engines")
+        assert await running.ready() is ready
+        if not ready:
+            error = error_of(await running.client.get("/health/ready"), 503, "not_ready")
+            assert str(weights) in error["message"]
 
 
 class TestPage:

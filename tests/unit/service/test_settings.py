@@ -398,6 +398,11 @@ class TestRootPath:
                 assert "another path" in complaint.complaint(2)
 
 
+def test_a_cluster_is_not_ready_when_all_engines_are(command: CommandLine) -> None:
+    complaint = command("serve", "--print-config", "--ready-when=all", "--cluster").complaint(2)
+    assert "ready_when=all does not apply" in complaint
+
+
 class TestGrpcPort:
     @pytest.mark.parametrize(
         ("arguments", "problem"),
