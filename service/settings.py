@@ -207,6 +207,8 @@ class Settings(BaseSettings):
     """Most characters in one text (and its pair together)."""
     max_body_bytes: int = Field(default=16 * 2**20, ge=1)
     """Largest request body."""
+    compress_min_bytes: int = Field(default=4096, ge=0)
+    """Smallest answer that is compressed for clients that accept gzip; 0 compresses none."""
     max_queue_items: int = Field(default=4096, ge=1)
     """Most texts that wait in one engine; more are refused with 429."""
     model_queue_items: dict[str, Annotated[int, Field(ge=1)]] = {}

@@ -17,6 +17,7 @@ import budgetformer
 from service.http import classify, health, kserve, playground, sagemaker, settings_routes, tei
 from service.http import model_routes as api_models
 from service.http.authentication import document_keys
+from service.http.compression import Compress
 from service.http.connections import ConnectionLimits, GuardedProtocol
 from service.http.dialects import Dialects, without_prefix
 from service.http.direct import Direct, direct_routes
@@ -159,6 +160,10 @@ def create_app(
     dialects.install(app)
     app.state.direct = direct_routes(declared)
     app.add_middleware(Direct, routes=app.state.direct, dialects=dialects)
+    if settings.compress_min_bytes:
+        app.add_middleware(
+            Compress, min_bytes=settings.compress_min_bytes, threads=state.tokenizing
+        )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
