@@ -473,12 +473,15 @@ class Settings(BaseSettings):
 
         Returns:
             The names of the settings that differ: those that change without a restart, and those
-            that do not. Whether the server speaks TLS at all does not.
+            that do not. Whether the server speaks TLS at all does not, nor, with `grpc_port`,
+            whether clients show certificates.
         """
         differ = [n for n in type(self).model_fields if getattr(self, n) != getattr(other, n)]
         changing = set(self.reloadable())
         if (self.tls_cert is None) != (other.tls_cert is None):
             changing -= {"tls_cert", "tls_key", "tls_client_ca"}
+        if self.grpc_port and (self.tls_client_ca is None) != (other.tls_client_ca is None):
+            changing -= {"tls_client_ca"}
         return [n for n in differ if n in changing], [n for n in differ if n not in changing]
 
     def resolved_engines(self) -> int:
