@@ -200,6 +200,8 @@ def main() -> None:
     app.state.shared.on_settings += [
         server.renew_certificates, lambda changed: set_log_level(changed.log_level),
     ]  # fmt: skip
+    if grpc is not None:
+        app.state.shared.on_settings.append(grpc.renew_certificates)
     keep_what_is_here()
     collect_seldom()
     server.run(sockets=[])  # the acceptors' connections are all that there are

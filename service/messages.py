@@ -284,6 +284,7 @@ EVENTS = {
     ),
     "process killed: did not end in time": "It had been asked to end.",
     "process killed: not responding": "It said nothing for `hang_seconds`; it is started again.",
+    "ready": "The server can classify for the first time: address, models, seconds since the start.",
     "replica died with a request in flight": "On a cluster: the request is sent once more.",
     "replica ended with a request in flight": "On a cluster: the request is sent once more.",
     "replica failed": "On a cluster: a replica answered with an error.",
@@ -309,7 +310,7 @@ EVENTS = {
     "unresponsive engine disconnected": (
         "An engine said nothing for seconds; its requests are sent to another one."
     ),
-    "connection closed: another protocol": (
+    "connection closed: peer not understood": (
         "The process belongs to another version of the program; it is not spoken to."
     ),
     "weights not shared": (

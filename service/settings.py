@@ -233,6 +233,8 @@ class Settings(BaseSettings):
     """Most characters in one text (and its pair together)."""
     max_body_bytes: int = Field(default=16 * 2**20, ge=1)
     """Largest request body."""
+    compress_min_bytes: int = Field(default=4096, ge=0)
+    """Smallest answer that is compressed for clients that accept gzip; 0 compresses none."""
     max_queue_items: int = Field(default=4096, ge=1)
     """Most texts that wait in one engine; more are refused with 429."""
     model_queue_items: dict[str, Annotated[int, Field(ge=1)]] = {}
@@ -255,6 +257,9 @@ class Settings(BaseSettings):
     """Latest deadline that a request may ask for, in milliseconds."""
     hang_seconds: float = Field(default=10.0, ge=2)
     """A process that has not been heard of for so long is killed and started again."""
+    ready_when: Literal["any", "all"] = "any"
+    """When the server counts as ready: once an engine has the default model (any), or once every
+    engine has loaded all models that are served (all)."""
     load_timeout_seconds: float = Field(default=300.0, gt=0)
     """How long an engine may take to load a model; then the change fails, and the others stay."""
     drain_seconds: float = Field(default=20.0, ge=0)
@@ -300,7 +305,7 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "console"] = "auto"
     """Form of log lines; auto is readable on a terminal and JSON elsewhere."""
     access_log: float = Field(default=0.01, ge=0, le=1, json_schema_extra=RELOADS)
-    """Share of the requests that get a log line; those that end in an error always do."""
+    """Share of the requests that get a log line. Errors and refused administration always do."""
 
     @field_validator("quality")
     @classmethod
@@ -392,6 +397,8 @@ class Settings(BaseSettings):
         own = [name for name in ("tls_cert", "metrics_port", "grpc_port") if getattr(self, name)]
         if self.cluster and own:
             raise ValueError(f"on a cluster Ray listens: {own[0]} does not apply")
+        if self.cluster and self.ready_when == "all":
+            raise ValueError("on a cluster engines come and go: ready_when=all does not apply")
         return self
 
     @classmethod
@@ -500,12 +507,15 @@ class Settings(BaseSettings):
 
         Returns:
             The names of the settings that differ: those that change without a restart, and those
-            that do not. Whether the server speaks TLS at all does not.
+            that do not. Whether the server speaks TLS at all does not, nor, with `grpc_port`,
+            whether clients show certificates.
         """
         differ = [n for n in type(self).model_fields if getattr(self, n) != getattr(other, n)]
         changing = set(self.reloadable())
         if (self.tls_cert is None) != (other.tls_cert is None):
             changing -= {"tls_cert", "tls_key", "tls_client_ca"}
+        if self.grpc_port and (self.tls_client_ca is None) != (other.tls_client_ca is None):
+            changing -= {"tls_client_ca"}
         return [n for n in differ if n in changing], [n for n in differ if n not in changing]
 
     def resolved_engines(self) -> int:

@@ -92,7 +92,9 @@ def load_pass(
     if precision == "int8" and not ranges:
         raise ValueError("int8 needs ranges of states, which `budgetformer calibrate` measures")
     if precision == "int8" and not can_multiply_int8(model.where):
-        raise ValueError("int8 is for x86 processors with AVX2")
+        raise ValueError(
+            "int8 is for x86 processors with AVX2, and torch built with FBGEMM or oneDNN"
+        )
     return make_pass(model, precision, ranges)
 
 
@@ -112,7 +114,7 @@ def choose_precision(device: torch.device, weights: int, ranges: bool) -> tuple[
     if has_amx():
         return "bfloat16", "the processor has AMX"
     if not can_multiply_int8(device):
-        return "float32", "the processor has neither AMX nor AVX2"
+        return "float32", "there is no AMX, and no int8 (AVX2 and FBGEMM or oneDNN)"
     if not ranges:
         return "float32", "the checkpoint has no ranges of states for int8"
     return "int8", "the checkpoint has ranges of states, and the processor AVX2 without AMX"

@@ -91,6 +91,8 @@ class Hub:
 
     Attributes:
         settings: in force.
+        tasks: names of the tasks that are to run in this process, for `/health`.
+        ready: set once a frontend can classify.
         reload: reads the settings again, for who asks for it over a frontend; raises
             BudgetFormerError if they are invalid. None: this server cannot.
     """
@@ -103,6 +105,8 @@ class Hub:
         family: Family = only_this_process,
     ) -> None:
         self.settings = settings
+        self.tasks: list[str] = []
+        self.ready = asyncio.Event()
         self.reload: Callable[[], Awaitable[SettingsReloaded]] | None = None
         self.metrics = Metrics(family)
         self.metrics.know_engines(len(sockets))
@@ -140,10 +144,14 @@ class Hub:
     async def serve(self, socket: Path | None = None) -> None:
         """Listen on `socket` until cancelled; None: fronts come in another way, to `came`."""
         self.fleet.start()
-        for name, work in (
-            ("recent", self.recent.keep), ("beat", self._beat), ("rollouts", self.versions.judge),
-        ):  # fmt: skip
-            self._background.start(run_forever(f"hub-{name}", work, self.report_problem))
+        own = {
+            "hub-recent": self.recent.keep,
+            "hub-beat": self._beat,
+            "hub-rollouts": self.versions.judge,
+        }
+        self.tasks += own
+        for name, work in own.items():
+            self._background.start(run_forever(name, work, self.report_problem))
         try:
             async with listening(socket, self.came) if socket else nullcontext():
                 await asyncio.Event().wait()
@@ -180,9 +188,13 @@ class Hub:
             self._tell_all()
 
     async def _beat(self) -> None:
-        """Tell the fronts that the hub handles messages, and do what is due."""
+        """Tell the fronts that the hub handles messages, and how it is; do what is due."""
+        equipped = False
         while True:
-            self.fronts.tell(Alive())
+            equipped = equipped or all(map(self.fleet.equipped, self.fleet.clients))
+            connected = sum(front.pid > 0 for front in self.fronts)
+            tasks = {name: "; ".join(self._problems.get(name, [])) for name in self.tasks}
+            self.fronts.tell(Alive(connected, tasks, equipped))
             self.versions.forget_retired(time.monotonic())
             await asyncio.sleep(BEAT_SECONDS)
 
@@ -252,6 +264,8 @@ class Hub:
             case Report():
                 self._count(front.name, message)
                 front.cache_bytes = message.cache_bytes
+                if message.ready:
+                    self.ready.set()
                 self._measure_fronts()
                 front.say(Acknowledged(message.number))
             case Here():

@@ -180,6 +180,7 @@ class _Server:
         listeners: sockets that every frontend takes connections from: the one for callers, and one
             for probes and metrics where that has a port of its own.
         run_dir: for its sockets.
+        started: when this process began to serve, on the monotonic clock.
     """
 
     def __init__(
@@ -188,8 +189,10 @@ class _Server:
         catalog: Catalog,
         listeners: Sequence[socket.socket],
         run_dir: Path,
+        started: float,
     ) -> None:
         self._settings = settings
+        self._started = started
         self._run_dir = run_dir
         sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]
         self.hub = Hub(settings, catalog, sockets, self._family)
@@ -230,6 +233,8 @@ class _Server:
         if settings.poll_store_seconds:
             poll = StorePoll(hub, settings.models, mirror_of(settings))
             work["store"] = partial(poll.run, settings.poll_store_seconds)
+        hub.tasks += work
+        work["ready"] = self._announce
         async with asyncio.TaskGroup() as tasks:
             for name, run in work.items():
                 tasks.create_task(run_forever(name, run, hub.report_problem))
@@ -240,6 +245,20 @@ class _Server:
         await asyncio.gather(*(front.stop(patience) for front in self._fronts))
         await asyncio.gather(*(engine.stop(KILL_SECONDS) for engine in self._engines))
         await self._forks.stop()
+
+    async def _announce(self) -> None:
+        """Log that the server can classify, once."""
+        await self.hub.ready.wait()
+        settings = self._settings
+        log.info(
+            "ready",
+            url=_url(settings),
+            models=[checkpoint.label for checkpoint in self.hub.catalog.served.values()],
+            seconds=round(time.monotonic() - self._started, 1),
+            frontends=settings.fronts,
+            engines=settings.engines,
+            device=settings.device,
+        )
 
     async def _look_after(self) -> None:
         while True:
@@ -276,12 +295,13 @@ async def _supervise(
     listeners: Sequence[socket.socket],
     run_dir: Path,
     reading: tuple[Settings, Callable[[], Settings]],
+    started: float,
 ) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = _Server(settings, catalog, listeners, run_dir)
+    server = _Server(settings, catalog, listeners, run_dir, started)
     reload = server.hub.reload = Reload(server.hub, *reading)
     background = Background()
     loop.add_signal_handler(signal.SIGHUP, lambda: background.start(reload.quietly()))
@@ -314,6 +334,7 @@ def supervise(settings: Settings, asked: Settings, read: Callable[[], Settings])
         CheckpointError: the model store is no folder, or lacks the default model.
         TracingError: the environment asks for traces that cannot be had.
     """
+    started = time.monotonic()
     check_tracing()
     mirror = mirror_of(settings)
     if mirror is not None:
@@ -326,7 +347,7 @@ def supervise(settings: Settings, asked: Settings, read: Callable[[], Settings])
     grpc_port = settings.grpc_port
     held = nullcontext() if grpc_port is None else reserve(settings.host, grpc_port)
     *side, listener = (bind(settings.host, port) for port in ports)
-    host, port = listener.getsockname()[:2]
+    port = listener.getsockname()[1]
     with held, run_folder() as folder:
         run_dir = Path(folder)
         device, engines = settings.resolved_device(), settings.resolved_engines()
@@ -337,6 +358,13 @@ def supervise(settings: Settings, asked: Settings, read: Callable[[], Settings])
         # Children get their settings from this process alone.
         for name in list(filter(is_ours, os.environ)):
             del os.environ[name]
-        log.info("starting", url=f"http://{host}:{port}", engines=engines, device=device)
+        log.info("starting", url=_url(resolved), engines=engines, device=device)
         keep_what_is_here()
-        uvloop.run(_supervise(resolved, catalog, [listener, *side], run_dir, (asked, read)))
+        reading = (asked, read)
+        uvloop.run(_supervise(resolved, catalog, [listener, *side], run_dir, reading, started))
+
+
+def _url(settings: Settings) -> str:
+    scheme = "http" if settings.tls_cert is None else "https"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{scheme}://{host}:{settings.port}"

@@ -102,8 +102,24 @@ class InferenceServer:
         if settings.tls_cert is None:
             self._server.add_insecure_port(address)
         else:
-            self._server.add_secure_port(address, _credentials(settings))
+            self.renew_certificates(settings)
+            # It asks for the certificates at each new connection.
+            credentials = grpc.dynamic_ssl_server_credentials(
+                self._certificates,
+                lambda: self._certificates,
+                require_client_authentication=settings.tls_client_ca is not None,
+            )
+            self._server.add_secure_port(address, credentials)
         await self._server.start()
+
+    def renew_certificates(self, settings: Settings) -> None:
+        """Read the certificates again, for connections that come from now on.
+
+        Raises:
+            OSError: they cannot be read; those before stay.
+        """
+        if settings.tls_cert is not None:
+            self._certificates = _certificates(settings)
 
     async def stop(self) -> None:
         """Take no more calls, and end when those under way have, or their time to drain is over."""
@@ -145,10 +161,15 @@ class InferenceServer:
         return None if left is None else min(left, self._settings.max_timeout_ms / 1000)
 
 
-def _credentials(settings: Settings) -> Any:
+def _certificates(settings: Settings) -> Any:
+    """Read the certificates as gRPC takes them.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+
     def read(path: Path | None) -> bytes | None:
         return None if path is None else path.read_bytes()
 
-    authority = read(settings.tls_client_ca)
     pair = (read(settings.tls_key), read(settings.tls_cert))
-    return grpc.ssl_server_credentials([pair], authority, authority is not None)
+    return grpc.ssl_server_certificate_configuration([pair], read(settings.tls_client_ca))

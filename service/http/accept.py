@@ -1,4 +1,4 @@
-"""The Accept header: which media types a client reads, and how gladly (RFC 9110, 12.5.1)."""
+"""What a client reads, and how gladly: Accept and Accept-Encoding (RFC 9110, 12.5)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ JSON = ("application/json", "application/*", "*/*")
 
 
 class Choice(NamedTuple):
-    """A media range of an Accept header, in lower case, and its weight, 0 to 1."""
+    """A media range or coding of an Accept header, in lower case, and its weight, 0 to 1."""
 
     kind: str
     parameters: dict[str, str]
@@ -62,3 +62,12 @@ def prefers_arrow(accept: str) -> bool:
         weights[kind] = max(weights.get(kind, 0.0), weight)
     json = next((weights[kind] for kind in JSON if kind in weights), 0.0)
     return weights.get(ARROW, 0.0) > json
+
+
+def prefers_gzip(accept_encoding: str) -> bool:
+    """Return whether an Accept-Encoding header allows gzip, and rather than no coding at all."""
+    weights: dict[str, float] = {}
+    for kind, _, weight in choices(accept_encoding):
+        weights[kind] = max(weights.get(kind, 0.0), weight)
+    gzip = next((weights[name] for name in ("gzip", "x-gzip", "*") if name in weights), 0.0)
+    return gzip > 0 and gzip >= weights.get("identity", 0.0)

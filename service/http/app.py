@@ -26,6 +26,7 @@ from service.http import (
 )
 from service.http import model_routes as api_models
 from service.http.authentication import document_keys
+from service.http.compression import Compress
 from service.http.connections import ConnectionLimits, GuardedProtocol
 from service.http.dialects import Dialects, without_prefix
 from service.http.direct import Direct, direct_routes
@@ -106,6 +107,7 @@ def create_app(
         lambda serving: follow(serving),
         routes,
         configure=lambda line: state.configure(decode_settings(line)),
+        ready=lambda: health.why_not_ready(state) is None,
     )
     cache = None
     if settings.answer_cache_mib:
@@ -170,6 +172,10 @@ def create_app(
     dialects.install(app)
     app.state.direct = direct_routes(declared)
     app.add_middleware(Direct, routes=app.state.direct, dialects=dialects)
+    if settings.compress_min_bytes:
+        app.add_middleware(
+            Compress, min_bytes=settings.compress_min_bytes, threads=state.tokenizing
+        )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

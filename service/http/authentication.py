@@ -30,6 +30,7 @@ class _Needs(SecurityDependency):
         self._scope = scope
 
     async def __call__(self, request: Request) -> None:
+        request.state.scope = self._scope
         caller = _caller(request, _key_of(request), self._scope)
         request.state.caller = caller
         # `Observe` releases it.

@@ -32,7 +32,10 @@ async def live() -> Response:
 
 @router.get("/health/ready", summary="Can it classify now?")
 async def ready(request: Request) -> Response:
-    """Answer 200 with a warmed default model, a fresh engine heartbeat, and no drain; else 503."""
+    """Answer 200 with a warmed default model, a fresh engine heartbeat, and no drain; else 503.
+
+    With the setting `ready_when=all` it takes all models, at first in every engine.
+    """
     reason = why_not_ready(state_of(request))
     if reason:
         raise ApiError(503, reason, code="not_ready", retry_after=1)
@@ -45,7 +48,10 @@ async def ready(request: Request) -> Response:
     responses={503: {"description": "It cannot classify now; the picture says why"}},
 )
 async def health(request: Request) -> Response:
-    """Describe engines and models; the status is that of `/health/ready`."""
+    """Describe components, engines and models; the status is that of `/health/ready`.
+
+    A component is `ok`, `degraded`, `down`, or `unknown` while the hub is silent.
+    """
     state = state_of(request)
     reason = why_not_ready(state)
     now = time.monotonic()
@@ -67,6 +73,7 @@ async def health(request: Request) -> Response:
         "models": [f"{name}:{version}" for name, version in sorted(state.engines.models)],
         "errors": _errors(state),
         "crash_loops": list(state.hub.serving.crash_loops.values()),
+        "components": _components(state, now),
         "engines": engines,
     }
     return json_response(content, 200 if reason is None else 503)
@@ -86,6 +93,36 @@ async def shown(request: Request, question: Scrape | TellRecent) -> Response:
     """
     answer = await from_hub(state_of(request).hub.show(question))
     return Response(answer.content, media_type=answer.media_type)
+
+
+def _components(state: State, now: float) -> dict[str, Any]:
+    hub = state.hub
+    told, silent = hub.alive, hub.silent_seconds > SILENCE_LIMIT
+    alive, engines = len(state.engines.alive), len(state.engines.clients)
+    failing = sum(map(bool, told.tasks.values()))
+    frontends = state.settings.fronts
+    return {
+        "hub": {
+            "status": "down" if silent else "ok",
+            "last_word_age_seconds": round(now - hub.heard, 3),
+        },
+        "supervisor": {
+            "status": "unknown" if silent else "degraded" if failing else "ok",
+            "tasks": {name: why or "ok" for name, why in told.tasks.items()},
+        },
+        "engines": {"status": _share(alive, engines), "alive": alive, "configured": engines},
+        "frontends": {
+            "status": "unknown" if silent else _share(told.frontends, frontends),
+            "connected": told.frontends,
+            "configured": frontends,
+        },
+    }
+
+
+def _share(there: int, configured: int) -> str:
+    if there >= configured > 0:
+        return "ok"
+    return "degraded" if there else "down"
 
 
 def _errors(state: State) -> list[str]:
@@ -114,4 +151,14 @@ def why_not_ready(state: State) -> str | None:
     checkpoint = served.checkpoint
     if (checkpoint.name, checkpoint.version) not in state.engines.models:
         return "; ".join(serving.errors) or f"{checkpoint.label} is still loading"
+    return _why_not_all(state) if state.settings.ready_when == "all" else None
+
+
+def _why_not_all(state: State) -> str | None:
+    serving, loaded = state.hub.serving, state.engines.models
+    missing = [f"{m.name}:{m.version}" for m in serving.models if (m.name, m.version) not in loaded]
+    if missing:
+        return "; ".join(serving.errors) or f"still loading: {', '.join(sorted(missing))}"
+    if not state.hub.alive.equipped:
+        return "; ".join(serving.crash_loops.values()) or "an engine is still loading models"
     return None

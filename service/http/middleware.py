@@ -135,7 +135,8 @@ class Observe:
         if scope.get("client"):
             names["client"] = scope["client"][0]
         failed = outcome == "error" and not scope["path"].startswith(PROBES)
-        chosen = failed or random.random() < self.state.settings.access_log
+        refused_admin = 400 <= status < 500 and scope["state"].get("scope") == "admin"
+        chosen = failed or refused_admin or random.random() < self.state.settings.access_log
         write = log.info if chosen else log.debug
         milliseconds = round(seconds * 1000, 2)
         write("request", route=route, status=status, outcome=outcome, ms=milliseconds, **names)

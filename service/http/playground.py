@@ -71,7 +71,8 @@ def _file(name: str, root: str = "") -> _File:
     content = _PAGE.joinpath(name).read_bytes()
     if name.endswith(".html"):
         content = content.replace(ROOT, f"{root}/".encode() if root else b"")
-    return _File(content, _NAMES[name], f'"{hashlib.sha256(content).hexdigest()[:16]}"')
+    # Weak, as the bytes that are sent may be compressed.
+    return _File(content, _NAMES[name], f'W/"{hashlib.sha256(content).hexdigest()[:16]}"')
 
 
 @router.get("/", summary="Playground", response_class=HTMLResponse)

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import structlog
 
+from service.background import LONGEST_BACKOFF
 from service.ipc import frames
 from service.ipc.coalesced_writes import OneWrite
 from service.ipc.frames import Decoder, FrameError, Message
@@ -193,22 +194,29 @@ class Connection:
         self._place = place
         self._decoder = decoder
         self._outlet: Outlet | None = None
+        self._backoff = RECONNECT_SECONDS
+        self._refusal = ""
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
 
     async def stay_connected(self) -> None:
-        """Connect, listen, and connect again, until cancelled."""
+        """Connect, listen, and connect again, until cancelled.
+
+        A peer that sends something other than expected is asked again with backoff.
+        """
         while True:
             try:
                 streams = await self._open()
             except OSError:
+                # Another process will listen here, which may be understood.
+                self._backoff = RECONNECT_SECONDS
                 await asyncio.sleep(RECONNECT_SECONDS)
                 continue
             try:
                 await self.hold(streams)
             except Exception as error:  # whatever it is, the connection is made anew
                 log.error("connection lost: unexpected error", peer=self._name, exc_info=error)
-            await asyncio.sleep(RECONNECT_SECONDS)
+            await asyncio.sleep(self._backoff)
 
     async def hold(self, streams: Streams) -> None:
         """Speak over these streams until they end."""
@@ -217,7 +225,7 @@ class Connection:
             self._came()
             await handle_each(streams[0], self._decoder, self._hear, self._not_handled, self._name)
         except FrameError as error:
-            log.error("connection closed: bad frame", sender=self._name, reason=str(error))
+            self._refuse(f"bad frame: {error}")
         finally:
             self._lose(outlet)
 
@@ -283,9 +291,19 @@ class Connection:
     def _lost(self) -> None:
         """Act when the connection broke."""
 
+    def _refuse(self, reason: str) -> None:
+        """Close a connection whose peer is not understood; each new reason is logged."""
+        if reason != self._refusal:
+            log.error("connection closed: peer not understood", peer=self._name, reason=reason)
+        self._refusal = reason
+        self._backoff = min(2 * self._backoff, LONGEST_BACKOFF)
+        self.close()
+
     def _hear(self, message: Any) -> None:
         self.heard = time.monotonic()
         self._take(message)
+        if self.connected:  # the message was not a reason to refuse the peer
+            self._refusal, self._backoff = "", RECONNECT_SECONDS
 
     def _not_handled(self, message: Any, reason: str) -> None:
         """Fail the question whose answer could not be handled."""

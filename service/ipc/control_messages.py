@@ -43,9 +43,19 @@ class Serving(Message, frozen=True):
 
 
 class Alive(Message, frozen=True):
-    """The hub handles messages; it says so once a second."""
+    """The hub handles messages; it says so once a second.
+
+    Attributes:
+        frontends: how many are connected to it.
+        tasks: those of the supervisor and the hub, by name: why each one fails, "" if it runs.
+        equipped: every engine has loaded, or failed to load, all models; it stays true.
+    """
 
     droppable: ClassVar[bool] = True
+
+    frontends: int = 0
+    tasks: dict[str, str] = {}
+    equipped: bool = False
 
 
 class Here(Message, frozen=True):
@@ -193,12 +203,13 @@ class Report(Message, frozen=True):
     """What a frontend counted since its report before; sent again until it is acknowledged.
 
     `number` rises from report to report, so the hub counts none twice. `cache_bytes` is the size of
-    the answers that it keeps.
+    the answers that it keeps, `ready` whether it can classify.
     """
 
     number: int
     difference: Difference
     cache_bytes: int = 0
+    ready: bool = False
 
 
 class Acknowledged(Message, frozen=True):

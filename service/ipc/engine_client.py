@@ -194,12 +194,7 @@ class EngineClient(Connection):
         match message:
             case Hello():
                 if message.protocol != protocol.PROTOCOL:
-                    log.error(
-                        "connection closed: another protocol",
-                        engine=self.index,
-                        protocol=message.protocol,
-                    )
-                    self.close()
+                    self._refuse(f"protocol {message.protocol} instead of {protocol.PROTOCOL}")
                     return
                 self.hello = message
                 self._know(message.models)

@@ -69,11 +69,11 @@ class Reports:
         self.unacknowledged: deque[Report] = deque()
         self._numbers = itertools.count()
 
-    def next(self) -> Report | None:
+    def next(self, ready: bool) -> Report | None:
         """Return the next report to send; None: too many are not acknowledged."""
         if len(self.unacknowledged) >= MAX_UNACKNOWLEDGED:
             return None
-        report = Report(next(self._numbers), self.counts.take(), self.counts.cache_bytes)
+        report = Report(next(self._numbers), self.counts.take(), self.counts.cache_bytes, ready)
         self.unacknowledged.append(report)
         return report
 
@@ -92,6 +92,7 @@ class HubLink(Connection):
             is at work it is told the last.
         routes: that requests are counted by.
         configure: takes over settings, as `encode_settings` writes them, or raises.
+        ready: whether this frontend can classify.
 
     Attributes:
         counts: everything that the hub is to count for this frontend.
@@ -103,14 +104,18 @@ class HubLink(Connection):
         serve: Callable[[Serving], Awaitable[None]],
         routes: list[str],
         configure: Callable[[bytes], None] = lambda _: None,
+        ready: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__("hub", place, FROM_HUB)
         self.serving = NOTHING
+        self.alive = Alive()
+        """What the hub said last of its own state."""
         self.silent_seconds = 0.0
         """Seconds since the hub was last heard."""
         self._serve = serve
         self._routes = routes
         self._configure = configure
+        self._ready = ready
         self._keys: list[str] = []
         self._frontend = uuid4().hex
         self._reports = Reports()
@@ -200,7 +205,9 @@ class HubLink(Connection):
                 self.say(SettingsTaken(message.generation))
         elif isinstance(message, Acknowledged):
             self._reports.acknowledge(message.number)
-        elif not isinstance(message, Alive):  # that was for `heard`
+        elif isinstance(message, Alive):
+            self.alive = message
+        else:
             super()._take(message)
 
     async def _follow(self) -> None:
@@ -235,5 +242,5 @@ class HubLink(Connection):
             self._flush()
 
     def _flush(self) -> None:
-        if self.connected and (report := self._reports.next()) is not None:
+        if self.connected and (report := self._reports.next(self._ready())) is not None:
             self.say(report)

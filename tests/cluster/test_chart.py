@@ -33,6 +33,8 @@ VALUES: dict[str, dict[str, Any]] = {
         "monitoring": {"serviceMonitor": True, "labels": {"release": "prometheus"}},
         "ingress": {"enabled": True, "host": "x.org", "tlsSecret": "x", "className": "nginx"},
         "models": {"claim": "models"},
+        "readyWhen": "all",
+        "service": {"grpcPort": 8001},
         "settings": {"quality": "fast", "model_queue_items": {"ag_news": 100}, "fronts": 2},
         "podAnnotations": {"a": "b"},
         "imagePullSecrets": [{"name": "registry"}],
@@ -200,6 +202,18 @@ def test_no_secret_stands_in_what_is_rendered(values: dict[str, Any]) -> None:
                 assert not names & {"BUDGETFORMER_ADMIN_KEY", "BUDGETFORMER_KEYS"}
 
 
+def test_grpc_is_reached_where_it_has_a_port() -> None:
+    everything = VALUES["everything"]
+    ports = only("Service", everything)["spec"]["ports"]
+    assert {"name": "grpc", "port": 8001, "targetPort": "grpc"} in ports
+    (container,) = only("Deployment", everything)["spec"]["template"]["spec"]["containers"]
+    assert {"name": "grpc", "containerPort": 8001} in container["ports"]
+    callers, _ = only("NetworkPolicy", everything)["spec"]["ingress"]
+    assert callers["ports"] == [{"port": 8000}, {"port": 8001}]
+    for document in rendered(KEYS):
+        assert "grpc" not in str(document).lower()
+
+
 def test_the_grace_period_follows_the_drain_setting() -> None:
     pod = only("Deployment", KEYS | {"drainSeconds": 90})["spec"]["template"]["spec"]
     environment = {v["name"]: v["value"] for v in pod["containers"][0]["env"]}
@@ -224,7 +238,8 @@ def test_a_pods_environment_is_settings_of_the_server(monkeypatch: pytest.Monkey
     settings = Settings()
     assert (settings.engines, settings.fronts, settings.quality) == (2, 2, "fast")
     assert settings.model_queue_items == {"ag_news": 100}
-    assert settings.metrics_port == 9464
+    assert (settings.metrics_port, settings.grpc_port) == (9464, 8001)
+    assert settings.ready_when == "all"
 
 
 @pytest.mark.parametrize(
@@ -238,8 +253,21 @@ def test_a_pods_environment_is_settings_of_the_server(monkeypatch: pytest.Monkey
         (KEYS | {"settings": {"port": 1}}, "port"),
         (KEYS | {"memory": "much"}, "memory"),
         (KEYS | {"ingress": {"enabled": True}}, "ingress.host"),
+        (KEYS | {"service": {"grpcPort": 9464}}, "another port"),
+        (KEYS | {"service": {"grpcPort": 8001}, "mode": "ray"}, "none with mode=ray"),
     ],
-    ids=["open by accident", "unknown", "none", "mode", "a secret", "ours", "quantity", "host"],
+    ids=[
+        "open by accident",
+        "unknown",
+        "none",
+        "mode",
+        "a secret",
+        "ours",
+        "quantity",
+        "host",
+        "a port that is taken",
+        "a port on Ray",
+    ],
 )
 def test_values_that_cannot_be_are_refused(values: dict[str, Any], told: str) -> None:
     with pytest.raises(helm.HelmError, match=told):

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.certificates import make_certificate
 from tests.support.command_line import command
 from tests.support.processes import Server, server
-from tests.support.programs import program
 from tests.support.serving import ADMIN_KEY
 from tests.support.stores import TOPICS, model_store
 
@@ -28,11 +27,4 @@ def running(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="package")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a certificate that signs itself, chain.pem, and its key.pem."""
-    folder = tmp_path_factory.mktemp("certificate")
-    command = [
-        program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
-        "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
-        "-keyout", "key.pem", "-out", "chain.pem", "-addext", "subjectAltName=IP:127.0.0.1",
-    ]  # fmt: skip
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    return folder
+    return make_certificate(tmp_path_factory.mktemp("certificate"))

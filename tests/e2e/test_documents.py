@@ -48,6 +48,7 @@ NOT_RUN = {
     "python -m budgetformer.experiments": "takes hours: its options are read",
     "python -m tests": "is a test's: it is looked for",
     "python -m service.simulation": "takes minutes: it is looked for",
+    "python loadtests/compression.py": "needs a running server: it is looked for",
     "python loadtests/observing.py": "times the machine: it is looked for",
     "python loadtests/overload.py": "loads the machine: it is looked for",
     "python loadtests/simulation.py": "times the machine: it is looked for",

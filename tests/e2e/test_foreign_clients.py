@@ -230,6 +230,19 @@ class TestTriton:
             result = client.infer(TOPICS, [texts_input(odd, binary=binary)])
             np.testing.assert_allclose(result.as_numpy("probs"), expected, rtol=1e-4)
 
+    def test_a_compressed_answer(
+        self, running: Server, client: triton.InferenceServerClient
+    ) -> None:
+        expected = [item["probs"] for item in classify(running, TEXTS * 60)]
+        outputs = [triton.InferRequestedOutput(n, binary_data=True) for n in ("label", "probs")]
+        result = client.infer(
+            TOPICS,
+            [texts_input(TEXTS * 60)],
+            outputs=outputs,
+            response_compression_algorithm="gzip",
+        )
+        np.testing.assert_allclose(result.as_numpy("probs"), expected, rtol=1e-5)
+
     def test_pairs(self, running: Server, client: triton.InferenceServerClient) -> None:
         seconds = TEXTS[::-1]
         given = [{"text": a, "text_pair": b} for a, b in zip(TEXTS, seconds, strict=True)]

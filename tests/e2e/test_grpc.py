@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from tritonclient.grpc import (
 from tritonclient.utils import InferenceServerException
 
 from tests.support.calling import tensor, texts_input
+from tests.support.certificates import make_certificate
 from tests.support.processes import COMMAND, Server, clean_environment, free_port, server
 from tests.support.serving import ADMIN_KEY
 from tests.support.stores import LABELS, PAIRS, TOPICS, sentences
@@ -219,6 +221,39 @@ def test_tls(model_store: Path, certificate: Path, tmp_path: Path) -> None:
                 infer(client)
         lines = running.log.read_text().splitlines()
         assert lines == [line for line in lines if line.startswith("{")]
+
+
+def test_a_reload_renews_the_certificate(model_store: Path, tmp_path: Path) -> None:
+    first, second, used = (tmp_path / name for name in ("first", "second", "used"))
+    make_certificate(first)
+    make_certificate(second)
+    shutil.copytree(first, used)
+    port, probes = free_port(), free_port()
+    options = {
+        "tls_cert": str(used / "chain.pem"), "tls_key": str(used / "key.pem"),
+        "metrics_port": str(probes), "grpc_port": str(port), "default_model": TOPICS,
+    }  # fmt: skip
+
+    def connect(folder: Path) -> InferenceServerClient:
+        return InferenceServerClient(
+            f"127.0.0.1:{port}",
+            ssl=True,
+            root_certificates=str(folder / "chain.pem"),
+            channel_args=[("grpc.use_local_subchannel_pool", 1)],
+        )
+
+    url = f"http://127.0.0.1:{probes}"
+    with server(model_store, tmp_path, engines=1, probes=url, **options) as running:
+        with connect(first) as before:
+            assert len(infer(before).as_numpy("label")) == len(TEXTS)
+            shutil.copytree(second, used, dirs_exist_ok=True)
+            running.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: "settings reloaded" in running.log.read_text(), "the reload")
+            assert len(infer(before).as_numpy("label")) == len(TEXTS), "this connection stays"
+        with connect(second) as after:
+            assert len(infer(after).as_numpy("label")) == len(TEXTS)
+        with connect(first) as late, pytest.raises(InferenceServerException, match="UNAVAILABLE"):
+            infer(late)
 
 
 def test_a_port_that_is_taken(model_store: Path, called: Server, address: str) -> None:

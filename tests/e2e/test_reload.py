@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import ssl
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.certificates import make_certificate
 from tests.support.processes import Server, free_port, server
-from tests.support.programs import program
 from tests.support.serving import ADMIN, ADMIN_KEY
 from tests.support.stores import TOPICS, sentences
 from tests.support.waiting import wait_until
@@ -148,21 +147,10 @@ def test_what_is_wrong_changes_nothing_and_what_may_not_change_is_named(
     assert ADMIN_KEY not in running.log.read_text()
 
 
-def certificate(folder: Path) -> None:
-    """Make a certificate of its own for this host."""
-    folder.mkdir()
-    command = [
-        program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
-        "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
-        "-keyout", "key.pem", "-out", "chain.pem", "-addext", "subjectAltName=IP:127.0.0.1",
-    ]  # fmt: skip
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-
-
 def test_new_connections_get_new_certificates(model_store: Path, tmp_path: Path) -> None:
     first, second, used = (tmp_path / name for name in ("first", "second", "used"))
-    certificate(first)
-    certificate(second)
+    make_certificate(first)
+    make_certificate(second)
     shutil.copytree(first, used)
     port = free_port()
     options = {
@@ -172,6 +160,11 @@ def test_new_connections_get_new_certificates(model_store: Path, tmp_path: Path)
     probes = f"http://127.0.0.1:{port}"
     with server(model_store, tmp_path, engines=1, probes=probes, **options) as running:
         address = running.address.replace("http:", "https:")
+
+        def shown() -> list[str]:
+            return [one["url"] for one in lines(running) if one["event"] in ("starting", "ready")]
+
+        wait_until(lambda: shown() == [address] * 2, "the address in the log")
 
         def client(folder: Path) -> httpx.Client:
             trusted = ssl.create_default_context(cafile=folder / "chain.pem")

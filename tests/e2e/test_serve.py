@@ -99,6 +99,36 @@ def test_both_engines_run_as_processes_of_their_own(running: Server) -> None:
     assert running.process.pid not in engines.values()
 
 
+def test_one_line_says_that_it_is_ready(running: Server) -> None:
+    def found() -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in running.log.read_text().splitlines()]
+        return [line for line in lines if line["event"] == "ready"]
+
+    wait_until(lambda: bool(found()), "the line")
+    (ready,) = found()
+    assert ready["level"] == "info"
+    assert ready["url"] == running.address
+    assert ready["models"] == httpx.get(f"{running.url}/health").json()["models"]
+    assert (ready["frontends"], ready["engines"], ready["device"]) == (1, 2, "cpu")
+    assert 0 < ready["seconds"] < 90
+
+
+def test_health_shows_every_task_of_the_supervisor(running: Server) -> None:
+    def components() -> dict[str, Any]:
+        found = httpx.get(f"{running.url}/health").json()["components"]
+        assert isinstance(found, dict)
+        return found
+
+    wait_until(lambda: components()["frontends"]["connected"] == 1, "the hub's word")
+    shown = components()
+    assert {name: one["status"] for name, one in shown.items()} == dict.fromkeys(
+        ("hub", "supervisor", "engines", "frontends"), "ok"
+    )
+    own = {"hub", "hub-beat", "hub-recent", "readiness", "silence"}
+    children = {"engine-0", "engine-1", "front-0"}
+    assert shown["supervisor"]["tasks"] == dict.fromkeys(own | children, "ok")
+
+
 def test_a_bad_request_over_a_real_connection(running: Server) -> None:
     def chunks() -> Iterator[bytes]:
         yield b"[" * 100_000

@@ -311,6 +311,34 @@ class TestSeen:
         assert [line.get("key") for line in lines] == ["web", "ops", None]
         assert "secret" not in json.dumps(lines)
 
+    async def test_refused_administration_is_always_logged(self, model_store: Path) -> None:
+        async with service(model_store, models=[TOPICS], keys=KEYS, access_log=0.0) as running:
+            with capture_logs() as lines:
+                for path, headers in (
+                    ("/models/topics/load", {}),
+                    ("/models/topics/unload", {"X-API-Key": "guessed-secret"}),
+                    ("/settings/reload", WEB),
+                    ("/v2/repository/models/topics/load", WEB),
+                    ("/v2/repository/models/nothing/unload", OPS),
+                    ("/models/nothing/load", OPS),
+                ):
+                    await running.client.post(path, headers=headers)
+                await running.client.post("/classify", json={"input": "a"})
+                await running.client.get("/v2/health/ready")
+                await running.client.post("/models/topics/load", headers=OPS)
+        requests = [line for line in lines if line["event"] == "request"]
+        logged = [line for line in requests if line["log_level"] == "info"]
+        assert [(one["route"], one["status"], one.get("key")) for one in logged] == [
+            ("/models/{name}/load", 401, None),
+            ("/models/{name}/unload", 401, None),
+            ("/settings/reload", 403, "web"),
+            ("/v2/repository/models/{name}/load", 403, "web"),
+            ("/v2/repository/models/{name}/unload", 404, "ops"),
+            ("/models/{name}/load", 404, "ops"),
+        ]
+        assert {one["client"] for one in logged} == {"127.0.0.1"}
+        assert "secret" not in json.dumps(lines)
+
 
 class TestBrowsers:
     @pytest.mark.parametrize(

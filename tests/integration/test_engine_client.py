@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.control.fleet import Fleet, LoadFailedError
 from service.ipc import engine_messages as protocol
@@ -53,15 +56,22 @@ class ScriptedEngine:
     """An engine that loads whatever it is told to, and answers by script.
 
     Whoever connects anew meets one that has just begun.
+
+    Attributes:
+        protocol: version that it speaks.
+        connections: when each began, on the monotonic clock.
     """
 
     def __init__(self, script: Script, broken: str = "") -> None:
         self.heard: list[ToEngine] = []
+        self.protocol = protocol.PROTOCOL
+        self.connections: list[float] = []
         self._script = script
         self._broken = broken
 
     async def came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        frames.write(writer, Hello(protocol.PROTOCOL, 1, "cpu", "2", []))
+        self.connections.append(monotonic())
+        frames.write(writer, Hello(self.protocol, 1, "cpu", "2", []))
         while (message := await frames.read(reader, protocol.TO_ENGINE)) is not None:
             self.heard.append(message)
             match message:
@@ -120,6 +130,28 @@ async def engines(*scripted: ScriptedEngine, loaded: bool = True) -> AsyncIterat
         if loaded:
             await until(lambda: all(map(held.equipped, held.clients)), "loads")
         yield held
+
+
+async def test_another_protocol_is_logged_once_and_asked_again_with_backoff() -> None:
+    engine = ScriptedEngine(answers)
+    with capture_logs() as lines:
+        async with engines(engine, loaded=False) as held:
+            engine.protocol += 1
+            for client in held.clients:
+                client.close()
+            await until(lambda: len(engine.connections) == 5, "four refused connections")
+            engine.protocol += 1
+            await until(lambda: len(refusals(lines)) == 2, "word of the other version")
+            engine.protocol = protocol.PROTOCOL
+            await until(lambda: len(held.alive) == 1, "a version that is understood")
+    assert [line["peer"] for line in refusals(lines)] == ["engine-0"] * 2
+    assert len({line["reason"] for line in refusals(lines)}) == 2
+    pauses = [after - before for before, after in pairwise(engine.connections[1:5])]
+    assert all(pause >= 2**n * 0.1 for n, pause in enumerate(pauses)), pauses
+
+
+def refusals(lines: Sequence[MutableMapping[str, Any]]) -> list[MutableMapping[str, Any]]:
+    return [line for line in lines if line["event"] == "connection closed: peer not understood"]
 
 
 async def test_an_answer() -> None:

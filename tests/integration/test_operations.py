@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from structlog.testing import capture_logs
 
 import budgetformer
+from service.http import health
 from service.ipc import hub_client
 from service.ipc.connection import listening
 from service.settings import Settings
@@ -24,13 +26,15 @@ from tests.support.serving import (
     ADMIN_KEY,
     Service,
     application,
+    engine,
     error_of,
     held,
+    hub,
     poison,
     service,
 )
 from tests.support.stalled_hub import StalledHub
-from tests.support.stores import HEADS, LAYERS, TAGS, TOPICS, labelled_sentences, sentences
+from tests.support.stores import HEADS, LAYERS, PAIRS, TAGS, TOPICS, labelled_sentences, sentences
 from tests.support.waiting import until
 
 TEXTS = [text for text, _ in labelled_sentences()][:24]
@@ -53,6 +57,100 @@ class TestHealth:
         (engine,) = body["engines"]
         assert engine["alive"] is True
         assert engine["heartbeat_age_seconds"] >= 0
+
+    async def test_components_are_ok(self, shared: Service) -> None:
+        def beating() -> bool:
+            return shared.app.state.shared.hub.alive.frontends == 1
+
+        await until(beating, "the hub's word of its frontends")
+        components = (await shared.client.get("/health")).json()["components"]
+        assert {name: one["status"] for name, one in components.items()} == dict.fromkeys(
+            ("hub", "supervisor", "engines", "frontends"), "ok"
+        )
+        assert 0 <= components["hub"]["last_word_age_seconds"] < 5
+        assert components["supervisor"]["tasks"] == {"hub-recent": "ok", "hub-beat": "ok"}
+        assert components["engines"]["alive"] == components["engines"]["configured"] == 1
+        assert components["frontends"]["connected"] == components["frontends"]["configured"] == 1
+
+
+async def test_a_task_that_fails_degrades_the_supervisor_until_it_runs(
+    fresh: Service,
+) -> None:
+    async def tasks_are(status: str, told: str) -> None:
+        async def shown() -> bool:
+            answer = await fresh.client.get("/health")
+            assert answer.status_code == 200
+            supervisor = answer.json()["components"]["supervisor"]
+            told_now = supervisor["tasks"].get("hub-recent")
+            return (supervisor["status"], told_now) == (status, told)
+
+        await until(shown, f"{status}: {told}")
+
+    fresh.hub.report_problem("hub-recent", "hub-recent: OSError: no room")
+    await tasks_are("degraded", "hub-recent: OSError: no room")
+    fresh.hub.report_problem("hub-recent", None)
+    await tasks_are("ok", "ok")
+
+
+async def test_a_server_without_engines_and_with_a_silent_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "SILENCE_LIMIT", 0.3)
+    given = Settings(model_store=tmp_path, admin_key=ADMIN_KEY)
+    nobody = tmp_path / "engine.sock"
+    with tempfile.TemporaryDirectory(prefix="bf-") as folder:
+        socket = Path(folder) / "hub.sock"
+        async with (
+            listening(socket, StalledHub().came),
+            application(given, [nobody], socket) as app,
+        ):
+            await until(lambda: app.state.shared.hub.silent_seconds > 0.3, "silence")
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://s") as client:
+                answer = await client.get("/health")
+    assert answer.status_code == 503
+    components = answer.json()["components"]
+    assert components["hub"]["last_word_age_seconds"] > 0.3
+    assert {name: one["status"] for name, one in components.items()} == {
+        "hub": "down", "supervisor": "unknown", "engines": "down", "frontends": "unknown",
+    }  # fmt: skip
+
+
+async def test_ready_when_all_waits_for_every_engine_at_first(model_store: Path) -> None:
+    given = Settings(
+        model_store=model_store, models=[TOPICS, PAIRS], admin_key=ADMIN_KEY, ready_when="all"
+    )
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bf-")))
+        first, second, meeting = (folder / name for name in ("0", "1", "hub"))
+        await stack.enter_async_context(engine(first))
+        await stack.enter_async_context(hub(given, [first, second], meeting))
+        app = await stack.enter_async_context(application(given, [first, second], meeting))
+        state = app.state.shared
+        await until(lambda: len(state.engines.models) == 2, "both models in one engine")
+        assert health.why_not_ready(state) == "an engine is still loading models"
+        async with engine(second):
+            await until(lambda: health.why_not_ready(state) is None, "both engines")
+        await until(lambda: len(state.engines.alive) == 1, "the end of the second engine")
+        assert health.why_not_ready(state) is None, "one engine serves all models"
+
+
+@pytest.mark.parametrize(("ready_when", "ready"), [("any", True), ("all", False)])
+async def test_ready_when_all_takes_every_model(store: Path, ready_when: str, ready: bool) -> None:
+    weights = store / PAIRS / "1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    options = {"default_model": TOPICS, "ready_when": ready_when}
+    async with service(store, wait=False, **options) as running:
+
+        async def told() -> bool:
+            return str(weights) in str((await running.client.get("/health")).json()["errors"])
+
+        await until(told, "word of the broken model")
+        await until(lambda: running.app.state.shared.hub.alive.equipped, "word of the engines")
+        assert await running.ready() is ready
+        if not ready:
+            error = error_of(await running.client.get("/health/ready"), 503, "not_ready")
+            assert str(weights) in error["message"]
 
 
 class TestPage:

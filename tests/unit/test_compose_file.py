@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -81,6 +82,21 @@ def test_mounted_files_are_there() -> None:
         for volume in service.get("volumes", []):
             if volume.startswith("."):
                 assert (ROOT / volume.partition(":")[0]).exists(), volume
+
+
+def test_grpc_has_a_port_of_this_host_alone_and_only_if_asked_for() -> None:
+    def merged(*more: str) -> dict[str, Any]:
+        files = [f"--file={ROOT / name}" for name in ("docker-compose.yml", *more)]
+        command = [program("docker"), "compose", *files, "config", "--format", "json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return dict(json.loads(done.stdout)["services"]["service"])
+
+    plain, with_grpc = merged(), merged("docker/compose.grpc.yml")
+    assert [port["target"] for port in plain["ports"]] == [8000]
+    assert not [name for name in plain["environment"] if "GRPC" in name]
+    assert [port["target"] for port in with_grpc["ports"]] == [8000, 8001]
+    assert {port["host_ip"] for port in with_grpc["ports"]} == {"127.0.0.1"}
+    assert with_grpc["environment"]["BUDGETFORMER_GRPC_PORT"] == "8001"
 
 
 def test_alertmanager_takes_its_configuration() -> None:

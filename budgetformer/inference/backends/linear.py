@@ -149,7 +149,8 @@ def can_multiply_bfloat16(device: torch.device) -> bool:
 def can_multiply_int8(device: torch.device) -> bool:
     """Return whether there are products in int8: on x86 processors with AVX2."""
     known = ("AVX2", "AVX512", "AVX10", "AMX")
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith(known)
+    fits = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith(known)
+    return fits and private.has_int8_products()
 
 
 def bfloat16_linear(weight: Tensor, bias: Tensor | None) -> Linear:

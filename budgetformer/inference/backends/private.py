@@ -35,7 +35,9 @@ def product_with_gelu(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def multiplies_bfloat16() -> bool:
     """Say whether oneDNN has products in bfloat16 on this processor."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def bfloat16_product(weight: Tensor, bias: Tensor | None, rows: int) -> LinearMap:
@@ -53,6 +55,15 @@ def bfloat16_product(weight: Tensor, bias: Tensor | None, rows: int) -> LinearMa
 def has_quantized_tensors() -> bool:
     """Say whether torch still has the tensors that `fbgemm_product` takes."""
     return hasattr(torch, "quantize_per_channel")
+
+
+def has_int8_products() -> bool:
+    """Say whether torch was built with the library that the products in int8 run in.
+
+    Builds for ARM have QNNPACK alone, some have none.
+    """
+    built = set(torch.backends.quantized.supported_engines)
+    return bool(built & ({"x86", "fbgemm"} if has_quantized_tensors() else {"onednn"}))
 
 
 def fbgemm_product(

@@ -398,6 +398,11 @@ class TestRootPath:
                 assert "another path" in complaint.complaint(2)
 
 
+def test_a_cluster_is_not_ready_when_all_engines_are(command: CommandLine) -> None:
+    complaint = command("serve", "--print-config", "--ready-when=all", "--cluster").complaint(2)
+    assert "ready_when=all does not apply" in complaint
+
+
 class TestGrpcPort:
     @pytest.mark.parametrize(
         ("arguments", "problem"),
@@ -434,6 +439,16 @@ class TestReload:
         after = Settings(log_level="debug", port=9000, quality="fast", fronts=2)
         assert before.differences(after) == (["quality", "log_level"], ["port", "fronts"])
         assert before.differences(before.model_copy()) == ([], [])
+
+    def test_whether_grpc_asks_for_certificates_stays(self) -> None:
+        files = {"tls_cert": Path("a"), "tls_key": Path("b")}
+        for port, changes in ((None, True), (8001, False)):
+            before = Settings(grpc_port=port, **files)
+            after = Settings(grpc_port=port, tls_client_ca=Path("c"), **files)
+            told = (["tls_client_ca"], [])
+            assert before.differences(after) == (told if changes else told[::-1])
+            other = after.model_copy(update={"tls_client_ca": Path("d")})
+            assert after.differences(other) == told
 
     def test_whether_the_server_speaks_tls_stays(self) -> None:
         plain = Settings()

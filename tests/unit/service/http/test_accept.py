@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.http.accept import ARROW, prefers_arrow, prefers_openmetrics
+from service.http.accept import ARROW, prefers_arrow, prefers_gzip, prefers_openmetrics
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,35 @@ def test_arrow_is_asked_for_by_name_and_above_json(accept: str, arrow: bool) -> 
     assert prefers_arrow(accept) is arrow
 
 
+@pytest.mark.parametrize(
+    ("accept", "gzip"),
+    [
+        ("gzip", True),
+        ("GZIP", True),
+        ("x-gzip", True),
+        ("gzip, deflate, br, zstd", True),
+        ("br;q=1, gzip;q=0.2", True),
+        ("*", True),
+        ("*;q=0.1", True),
+        ("identity;q=0.5, gzip", True),
+        ("gzip, identity", True),
+        ("gzip;q=0, gzip", True),
+        ("", False),
+        ("br", False),
+        ("identity", False),
+        ("gzip;q=0", False),
+        ("gzip;q=0.000", False),
+        ("gzip;q=0, *", False),
+        ("*;q=0", False),
+        ("identity, gzip;q=0.9", False),
+        ("gzip;q=2", False),
+        ("gzipped", False),
+    ],
+)
+def test_gzip_is_allowed_and_not_below_no_coding(accept: str, gzip: bool) -> None:
+    assert prefers_gzip(accept) is gzip
+
+
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(
     st.text(max_size=60)
@@ -55,3 +84,4 @@ def test_arrow_is_asked_for_by_name_and_above_json(accept: str, arrow: bool) -> 
 def test_any_accept_header_is_an_answer(accept: str) -> None:
     assert prefers_openmetrics(accept) in (True, False)
     assert prefers_arrow(accept) in (True, False)
+    assert prefers_gzip(accept) in (True, False)

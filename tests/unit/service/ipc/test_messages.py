@@ -145,7 +145,9 @@ FROM_HUB = {
         lines,
         st.dictionaries(words, words, max_size=2),
     ),
-    hub.Alive: st.builds(hub.Alive),
+    hub.Alive: st.builds(
+        hub.Alive, numbers, st.dictionaries(words, words, max_size=2), st.booleans()
+    ),
     hub.Acknowledged: st.builds(hub.Acknowledged, numbers),
     hub.NotShown: st.builds(hub.NotShown, numbers, words),
     hub.Changed: st.builds(hub.Changed, numbers, words),

@@ -1,0 +1,39 @@
+"""The precision of a pass where torch was built for another processor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from budgetformer.inference.observed import measure_ranges
+from torch.backends.quantized import _get_qengine_id
+
+from budgetformer.inference import choice
+from budgetformer.inference.choice import load_pass
+from tests.support.networks import pack, random_items, random_network, small_config
+
+LARGE = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
+"""Sizes of a network whose precision is chosen."""
+
+
+@pytest.mark.parametrize("engine", ["qnnpack", "none"])
+@pytest.mark.parametrize("with_onednn", [True, False])
+@pytest.mark.parametrize("precision", ["auto", "fastest", "float32", "bfloat16"])
+def test_builds_without_products_in_int8_compute_in_what_they_have(
+    monkeypatch: pytest.MonkeyPatch, engine: str, with_onednn: bool, precision: str
+) -> None:
+    network, items = random_network(small_config(**LARGE)), pack(random_items([5, 3]))
+    ranges, steps = measure_ranges(network, [items]), [network.config.num_steps] * 2
+    expected = load_pass(network, "float32").run(items, steps).logits
+    built = [_get_qengine_id(engine)]
+    monkeypatch.setattr(torch._C, "_supported_qengines", lambda: built)
+    monkeypatch.setattr(torch._C, "_has_mkldnn", with_onednn)
+    monkeypatch.setattr(choice, "has_amx", lambda: False)
+    chosen = load_pass(network, precision, ranges)
+    assert chosen.precision == {"auto": "float32"}.get(precision, chosen.precision)
+    assert chosen.precision != "int8"
+    found = chosen.run(items, steps).logits
+    assert found.isfinite().all()
+    if chosen.precision == "float32":
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="int8 is for x86"):
+        load_pass(network, "int8", ranges)
