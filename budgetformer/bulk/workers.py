@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from queue import SimpleQueue
 from typing import IO, Any, Self
 
@@ -151,7 +150,9 @@ class Workers:
         pool = ThreadPoolExecutor(self._count)
         try:
             yield from answer_in_order(
-                chunks, partial(pool.submit, self._answer), CHUNKS_IN_FLIGHT * self._count
+                chunks,
+                lambda chunk: pool.submit(self._answer, chunk),
+                CHUNKS_IN_FLIGHT * self._count,
             )
         except BaseException:
             self.__exit__()  # what is being computed is not wanted any more

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from budgetformer.errors import PolicyError
-from budgetformer.inference.decider import Decider
 from budgetformer.inference.texts import Texts
 from budgetformer.model.tfidf import Array
 from budgetformer.tokenization import Text, characters
@@ -44,9 +42,8 @@ from service.ipc.engine_client import (
     NotLoadedError,
 )
 from service.pipeline.answer_cache import AnsweredTexts, Lookup
-from service.pipeline.decision import DecidedTexts
+from service.pipeline.answering import count_answers
 from service.pipeline.served_models import ServedModel
-from service.scheduling.brownout import kept_above
 from service.settings import DEFAULT_QUALITY
 from service.telemetry.stages import stage_span
 
@@ -170,7 +167,11 @@ async def _respond(
         "compute": answers.compute_seconds,
     }
     hits = None if lookup is None or lookup.outcome == "miss" else lookup.hits
-    _measure(state, answered, hits, stages | {"respond": responded - computed})
+    count_answers(
+        state.hub.counts, model.checkpoint, answers, found.lengths, int(found.truncated.sum()),
+        heads=body.heads, max_heads=body.max_heads, hits=hits,
+        stages=stages | {"respond": responded - computed},
+    )  # fmt: skip
     stages["total"] = time.monotonic() - started
     response.headers["X-Quality"] = str(answers.quality)
     if lookup is not None:
@@ -240,11 +241,7 @@ async def _answer(
     quality: str | float,
     deadline: float,
 ) -> Answers:
-    """Decide the budgets of texts, answer what step 0 answers, and have an engine do the rest.
-
-    A model whose network reads embeddings to decide leaves that to the engine; so does a request
-    with a target, for which the engine's queue chooses the quality.
-    """
+    """Answer tokenized texts; what engines cannot do becomes an error of the API."""
     job = Job(
         model=model.checkpoint.name,
         version=model.checkpoint.version,
@@ -256,30 +253,18 @@ async def _answer(
         return_heads=body.return_heads,
         target=None if body.target_ms is None else body.target_ms / 1000,
     )
-    if model.decider is None or job.target is not None:
-        return await _ask(state, job)
-    decided = await _decide(state, model, model.decider, job)
-    places, ran = decided.unanswered, None
-    if places:
-        asked = replace(job, quality=decided.quality, decided=decided.decided).part(places)
-        ran = await _ask(state, asked)
-    return decided.answer(body.return_heads, ran)
-
-
-async def _decide(state: State, model: ServedModel, decider: Decider, job: Job) -> DecidedTexts:
-    started = time.monotonic()
-    checkpoint = model.checkpoint
-    quality = job.quality
-    if quality == "auto":
-        quality = kept_above(state.settings.floor_of(job.model), state.engines.level)
-    rule = checkpoint.rule(quality if checkpoint.calibrated else None, job.heads, job.max_heads)
-    with stage_span(state.tracer, "budget") as span:
-        decided = await state.deciding.decide(decider, rule, job.texts.whole)
-        if span.is_recording():
-            span.set_attribute("budgetformer.model", checkpoint.label)
-            span.set_attribute("budgetformer.items", len(job.texts))
-            span.set_attribute("budgetformer.budget", int(decided.steps.max()))
-    return DecidedTexts(job.texts, decided, decider, rule, quality, time.monotonic() - started)
+    try:
+        return await state.answering.answer(job, model, state.settings.floor_of(job.model))
+    except DeadlineError:
+        raise too_late() from None
+    except NotLoadedError:
+        message = f"{job.model} is still loading"
+        raise ApiError(503, message, "model", "loading", retry_after=1) from None
+    except EngineDownError:
+        message = "no engine is running; it is being restarted"
+        raise ApiError(503, message, code="engine_down", retry_after=1) from None
+    except EngineFailedError as error:
+        raise ApiError(503, str(error), code="engine_failed", retry_after=1) from None
 
 
 def _seconds(state: State, body: ClassifyRequest, model: str) -> float:
@@ -366,21 +351,6 @@ def _refuse_overlong(truncated: Array, model: ServedModel, places: Sequence[int]
         raise ApiError(422, message, f"input[{index}]", "text_too_long")
 
 
-async def _ask(state: State, job: Job) -> Answers:
-    try:
-        return await state.engines.classify(job)
-    except DeadlineError:
-        raise too_late() from None
-    except NotLoadedError:
-        message = f"{job.model} is still loading"
-        raise ApiError(503, message, "model", "loading", retry_after=1) from None
-    except EngineDownError:
-        message = "no engine is running; it is being restarted"
-        raise ApiError(503, message, code="engine_down", retry_after=1) from None
-    except EngineFailedError as error:
-        raise ApiError(503, str(error), code="engine_failed", retry_after=1) from None
-
-
 @asynccontextmanager
 async def while_client_waits(request: Request) -> AsyncIterator[None]:
     """Cancel this block when the client goes away.
@@ -406,34 +376,3 @@ async def _wait_no_more(request: Request, waiting: asyncio.Timeout) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     waiting.reschedule(asyncio.get_running_loop().time())
-
-
-def _measure(
-    state: State, answered: Answered, hits: Array | None, stages: dict[str, float]
-) -> None:
-    """Count what a request took; `hits` are the texts that the cache answered, None: nobody asked.
-
-    Nothing was computed for those.
-    """
-    checkpoint, answers, body = answered.checkpoint, answered.answers, answered.body
-    budgets, tokens = answers.step, answered.lengths
-    heads, macs, dense = answers.heads, answers.macs, answers.dense_macs
-    if answers.errors or hits is not None:
-        whole = ~answers.failed
-        computed = whole if hits is None else whole & ~hits
-        budgets, tokens = budgets[whole], tokens[whole]
-        heads, macs, dense = heads[computed], macs[computed], dense[computed]
-    quality = answers.quality if checkpoint.calibrated else None
-    state.hub.counts.classified(
-        checkpoint.name,
-        checkpoint.version,
-        budgets=budgets,
-        heads=heads,
-        tokens=tokens,
-        macs=macs,
-        dense_macs=dense,
-        heads_of_one=checkpoint.num_layers * checkpoint.num_heads,
-        expected=checkpoint.rule(quality, body.heads, body.max_heads).expected_budgets(),
-        stages=stages,
-        truncated=int(answered.truncated.sum()),
-    )

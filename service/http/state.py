@@ -22,7 +22,7 @@ from service.ipc.engine_client import Engines
 from service.ipc.hub_client import HubError, HubLink
 from service.keys import KeyRing
 from service.pipeline.answer_cache import AnswerCache
-from service.pipeline.decision import Deciding
+from service.pipeline.answering import Answering
 from service.pipeline.served_models import Models, ServedModel, UnknownModelError
 from service.settings import Settings
 
@@ -49,8 +49,8 @@ class State:
         default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
     )
 
-    deciding: Deciding = field(default_factory=Deciding)
     admission: Admission = field(init=False)
+    answering: Answering = field(init=False)
     on_settings: list[Callable[[Settings], None]] = field(default_factory=list)
     """Told of settings before they are in force; each raises if it cannot go by them."""
 
@@ -68,6 +68,7 @@ class State:
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings, self.engines, self.hub.counts)
+        self.answering = Answering(self.engines, self.tracer)
 
     def start_threads(self) -> None:
         """Start the threads now: later, when one is needed, there may be no room for it."""
