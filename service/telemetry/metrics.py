@@ -169,6 +169,8 @@ class Metrics:
             "key_requests", "Requests by the caller's key and outcome.", "key", "outcome"
         )
         self.key_texts = self._counter("key_texts", "Texts asked for, by the caller's key.", "key")
+        self.jobs = self._gauge("jobs", "Jobs that are kept, by status.", "status")
+        self.job_rows = self._counter("job_rows", "Rows of jobs answered.")
         self.cancelled = self._counter("cancelled", "Requests whose client went away.")
         self.deadline_exceeded = self._counter(
             "deadline_exceeded", "Requests whose deadline passed."
