@@ -267,7 +267,8 @@ class KeyRing:
     def opens(self, caller: Caller, scope: Scope) -> bool:
         """Say whether a caller may do what takes a scope."""
         free = self._anonymous is not None and scope in self._anonymous.scopes
-        return free or scope in caller.scopes
+        # Whoever may end everybody's jobs may have some.
+        return free or scope in caller.scopes or (scope == "jobs" and "admin" in caller.scopes)
 
     def _refresh(self) -> None:
         now = self._clock()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
+from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import PolicyError
 from budgetformer.inference.texts import Texts
 from budgetformer.model.tfidf import Array
@@ -321,12 +322,26 @@ def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | f
     if body.target_ms is not None and body.quality not in (None, "auto"):
         message = "target_ms lets the server choose a quality, so none can be named beside it"
         raise ApiError(422, message, "target_ms", "invalid_field")
-    usual = state.settings.quality_of(model.checkpoint.name)
-    quality = usual if body.quality is None else body.quality
-    if body.target_ms is not None:
-        quality = "auto"
-    checkpoint = model.checkpoint
-    if not checkpoint.calibrated and body.quality not in (None, "auto"):
+    asked = body.quality if body.target_ms is None else "auto"
+    return quality_of(state, model.checkpoint, asked, heads=body.heads, max_heads=body.max_heads)
+
+
+def quality_of(
+    state: State, checkpoint: Checkpoint, asked: str | float | None, **heads: int | None
+) -> str | float:
+    """Return the quality that is asked for; None: that of requests which name none.
+
+    Args:
+        state: of the frontend.
+        checkpoint: that is to answer.
+        asked: level, points given up, or None.
+        heads: the fields `heads` and `max_heads`.
+
+    Raises:
+        ApiError: 422, the checkpoint does not offer it.
+    """
+    quality = state.settings.quality_of(checkpoint.name) if asked is None else asked
+    if not checkpoint.calibrated and asked not in (None, "auto"):
         message = f"{checkpoint.label} is not calibrated: it has no quality levels"
         raise ApiError(422, message, "quality", "no_such_quality")
     try:
@@ -334,8 +349,7 @@ def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | f
         checkpoint.rule(named if checkpoint.calibrated else None)
     except PolicyError as error:
         raise ApiError(422, str(error), "quality", "no_such_quality") from None
-    for name in ("heads", "max_heads"):
-        value = getattr(body, name)
+    for name, value in heads.items():
         if value is not None:
             try:
                 checkpoint.rule(None, **{name: value})

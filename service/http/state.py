@@ -20,6 +20,7 @@ from service.http.errors import ApiError
 from service.ipc.connection import DisconnectedError
 from service.ipc.engine_client import Engines
 from service.ipc.hub_client import HubError, HubLink
+from service.job_store import JobStore
 from service.keys import KeyRing
 from service.pipeline.answer_cache import AnswerCache
 from service.pipeline.answering import Answering
@@ -51,6 +52,7 @@ class State:
 
     admission: Admission = field(init=False)
     answering: Answering = field(init=False)
+    jobs: JobStore = field(init=False)
     on_settings: list[Callable[[Settings], None]] = field(default_factory=list)
     """Told of settings before they are in force; each raises if it cannot go by them."""
 
@@ -69,6 +71,7 @@ class State:
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings, self.engines, self.hub.counts)
         self.answering = Answering(self.engines, self.tracer)
+        self.jobs = JobStore(self.settings.state_dir)
 
     def start_threads(self) -> None:
         """Start the threads now: later, when one is needed, there may be no room for it."""
