@@ -255,7 +255,7 @@ class JobStore:
     def _names(self) -> list[str]:
         try:
             return [name for name in os.listdir(self.folder) if _ID.fullmatch(name)]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def _bytes(self) -> int:

@@ -20,60 +20,15 @@ from pathlib import Path
 
 import uvloop
 
-from service.background import run_forever
-from service.ipc.engine_client import Engines
-from service.ipc.hub_client import HubLink
-from service.job_store import JobStore
-from service.jobs.answering import ChunkAnswering
-from service.jobs.runner import Runner
-from service.pipeline.answering import Answering
-from service.pipeline.catalog_follower import Follow
-from service.pipeline.served_models import Models
+from service.jobs.process import JobProcess
 from service.process import (
-    decode_settings,
-    engine_socket,
     exit_with_parent,
-    hub_socket,
     keep_what_is_here,
     name_process,
     receive_settings,
 )
 from service.settings import Settings
-from service.telemetry.logs import configure_logs, drain_logs, set_log_level
-
-
-class JobProcess:
-    """What this process holds: connections, models, and the settings in force."""
-
-    def __init__(self, settings: Settings, run_dir: Path) -> None:
-        self.settings = settings
-        sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]
-        self._engines = Engines(sockets)
-        models = Models(settings.model_store, settings.default_model, run_dir)
-        self._hub = HubLink(
-            hub_socket(run_dir), lambda serving: self._follow(serving), [], self._configure
-        )
-        self._follow = Follow(models, self._engines, self._hub)
-        answering = ChunkAnswering(
-            models, self._hub, Answering(self._engines), lambda: self.settings
-        )
-        store = JobStore(settings.state_dir)
-        self._runner = Runner(store, answering, lambda: self.settings)
-
-    async def run(self) -> None:
-        """Run jobs until cancelled."""
-        self._engines.start()
-        await self._hub.start()
-        try:
-            await run_forever("jobs", self._runner.run)
-        finally:
-            await self._hub.stop()
-            await self._follow.stop()
-            await self._engines.stop()
-
-    def _configure(self, line: bytes) -> None:
-        self.settings = decode_settings(line)
-        set_log_level(self.settings.log_level)
+from service.telemetry.logs import configure_logs, drain_logs
 
 
 async def _until_stopped(settings: Settings, run_dir: Path) -> None:
