@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
+from service.job_store import STORED
 from service.telemetry.counts import (
     BREAKS,
     DENIALS,
@@ -213,6 +214,8 @@ class Metrics:
         self._batches: dict[tuple[str, int], BatchSeries] = {}
         self._keys: set[str] = set()
         self._failed: set[str] = set()
+        for status in STORED:
+            self.jobs.labels(status)
         for stage in STAGES:
             self.stage_duration.labels(stage)
         for source in SOURCES:

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
+from budgetformer.client import AsyncClient, InputError, ServerError
 from budgetformer.tables import Row
 from service.job_store import JobProgress, JobStore
 from service.jobs import runner
@@ -575,3 +576,31 @@ class TestSources:
     async def test_are_none_unless_the_operator_allows_some(self, idle: Service) -> None:
         response = await self.submit(idle, "https://data.example/a.csv")
         error_of(response, 422, "source_not_allowed", "source")
+
+
+class TestTheAsynchronousClient:
+    async def test_submits_follows_and_saves(self, running: Service, tmp_path: Path) -> None:
+        file, output = tmp_path / "texts.csv", tmp_path / "answers.jsonl"
+        file.write_bytes(written(ROWS, "csv"))
+        client = AsyncClient("http://service", http=running.client)
+        job = await client.submit_job(file, format="jsonl", quality="best")
+        seen: list[dict[str, Any]] = []
+        last = await client.follow_job(job["id"], seen.append)
+        assert last["rows"] == len(ROWS)
+        assert seen[-1] == last == await client.job(job["id"])
+        await client.save_job_result(job["id"], output)
+        assert len(output.read_bytes().splitlines()) == len(ROWS)
+        assert [one["id"] for one in await client.jobs()] == [job["id"]]
+        assert (await client.cancel_job(job["id"]))["status"] == "finished"
+        with pytest.raises(ServerError, match="no such job"):
+            await client.save_job_result(job["id"], tmp_path / "none.jsonl")
+        assert sorted(tmp_path.iterdir()) == [output, tmp_path / "state", file]
+
+    async def test_refuses_what_is_no_table(self, running: Service, tmp_path: Path) -> None:
+        client = AsyncClient("http://service", http=running.client)
+        with pytest.raises(InputError, match="not a .parquet"):
+            await client.submit_job(tmp_path / "texts.xlsx")
+        with pytest.raises(InputError, match="No such file"):
+            await client.submit_job(tmp_path / "texts.csv")
+        with pytest.raises(ServerError, match="job_sources"):
+            await client.submit_job("https://data.example/a.csv")
