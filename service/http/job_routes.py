@@ -127,7 +127,8 @@ _BODY: dict[str, Any] = {
         "content": {
             "application/json": {"schema": {"$ref": "#/components/schemas/JobRequest"}},
             **{
-                kind: {"schema": {"type": "string", "format": "binary"}} for kind in KINDS
+                kind: {"schema": {"type": "string", "format": "binary", "minLength": 1}}
+                for kind in KINDS
             },
         },
     },

@@ -144,6 +144,9 @@ def test_of_two_servers_on_one_folder_the_second_says_that_it_runs_no_jobs(
         # It may accept one, which the first server runs.
         assert len(finished(second, submitted(second, b'{"text": "Thick fog."}\n'))) == 1
         assert job_processes(second) == []
+        running.terminate()
+        assert len(finished(second, submitted(second, b'{"text": "A choir."}\n'))) == 1
+        wait_until(lambda: told() == [], "the end of the error")
 
 
 class TestUploads:

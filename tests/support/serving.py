@@ -155,9 +155,10 @@ async def service(
     **settings: Any,
 ) -> AsyncIterator[Service]:
     """Run a service over a store, ready for requests."""
-    chosen = {"model_store": store, "default_model": "topics", "admin_key": ADMIN_KEY} | settings
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bf-")))
+        usual = {"model_store": store, "default_model": "topics", "admin_key": ADMIN_KEY}
+        chosen = usual | {"state_dir": folder / "state"} | settings
         sockets = [engine_socket(folder, index) for index in range(max(engines, 1))]
         cores = [
             await stack.enter_async_context(engine(socket, options)) for socket in sockets[:engines]
