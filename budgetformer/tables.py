@@ -138,12 +138,13 @@ def _missing(column: str, names: Iterable[str]) -> str:
 class _Lines:
     """Lines of UTF-8 that end in a line feed, a carriage return or both.
 
-    `number` counts the lines that were yielded.
+    `number` counts the lines that were yielded, `offset` their bytes.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.number = 0
+        self.offset = 0
 
     def __iter__(self) -> Iterator[str]:
         """Yield the lines with their ends, without a byte order mark.
@@ -151,20 +152,20 @@ class _Lines:
         Raises:
             ValueError: a line is not UTF-8, or too long to be held in memory.
         """
-        offset = 0
         for line in self._split():
-            if offset == 0 and line.startswith(_WIDE):
+            if self.offset == 0 and line.startswith(_WIDE):
                 raise ValueError("UTF-16 or UTF-32: save it as UTF-8")
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
-                place = offset + error.start
+                place = self.offset + error.start
                 raise ValueError(
                     f"byte 0x{line[error.start]:02x} at offset {place} is not UTF-8"
                 ) from error
             self.number += 1
-            yield text if offset else text.removeprefix("\ufeff")
-            offset += len(line)
+            first = self.offset == 0
+            self.offset += len(line)
+            yield text.removeprefix("\ufeff") if first else text
 
     def _split(self) -> Iterator[bytes]:
         rest = b""
@@ -186,7 +187,6 @@ def _bounded(line: bytes) -> bytes:
 class _TextFile(TableFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._file: BinaryIO | None = None
         self._lines: _Lines | None = None
         self._line = 1  # the first line of the row that is read
         try:
@@ -196,17 +196,16 @@ class _TextFile(TableFile):
 
     @property
     def position(self) -> int:
-        if self._file is None:
-            return 0
-        return self.size if self._file.closed else self._file.tell()
+        return 0 if self._lines is None else self._lines.offset
 
     def _where(self) -> str:
         return f"{f'row {self._row}' if self._row else 'header'} (line {self._line})"
 
     def _read(self, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
         self._row, self._line = 0, 1
-        with self.path.open("rb") as self._file:
-            yield from self._parse(_Lines(self._file), columns)
+        with self.path.open("rb") as file:
+            self._lines = _Lines(file)
+            yield from self._parse(self._lines, columns)
 
     @abstractmethod
     def _parse(self, lines: _Lines, columns: Sequence[str]) -> Iterator[Sequence[Any]]:

@@ -96,6 +96,11 @@ ERROR_CODES = {
         "One text cannot be classified; `param` names it.",
         "Send the other texts without it, and report it.",
     ),  # fmt: skip
+    "jobs_unavailable": ErrorCode(
+        (503,),
+        "The folder for jobs cannot be written.",
+        "Make `state_dir` writable; `/health` has the reason.",
+    ),
     "load_timeout": ErrorCode(
         (504,), "The store or an engine took longer than `load_timeout_seconds`.", "Try again."
     ),
@@ -112,6 +117,9 @@ ERROR_CODES = {
     "no_key": ErrorCode((401,), "Authentication is required.", "Send a key."),
     "no_model": ErrorCode(
         (503,), "No model is served.", "Load one; `/health` shows what could not be loaded."
+    ),
+    "no_result": ErrorCode(
+        (409,), "The job has no result: it is not finished, or it failed.", "Read its status."
     ),
     "no_such_quality": ErrorCode(
         (422,), "The model has no such quality level.", "Read its levels in `GET /models/{name}`."
@@ -139,6 +147,9 @@ ERROR_CODES = {
     "request_timeout": ErrorCode(
         (408,), "The request did not arrive within `receive_seconds`.", "Send it again, faster."
     ),
+    "source_not_allowed": ErrorCode(
+        (403,), "The URL is not under a prefix that `job_sources` allows.", "Upload the file."
+    ),
     "state_not_kept": ErrorCode(
         (503,),
         "The decision cannot be written to `state_dir`, so nothing has changed.",
@@ -160,6 +171,11 @@ ERROR_CODES = {
         "The request has more texts or values than the server takes.",
         "Send fewer at a time.",
     ),  # fmt: skip
+    "too_many_jobs": ErrorCode(
+        (429,),
+        "The server keeps `max_jobs` jobs, or `max_jobs_bytes` of their files.",
+        "Remove jobs that are done with `DELETE /jobs/{id}`.",
+    ),
     "too_many_requests": ErrorCode(
         (429,), "The key has `max_requests` under way.", "Wait for `Retry-After`."
     ),
@@ -168,6 +184,9 @@ ERROR_CODES = {
         "The request has a field that is not known; the message suggests the nearest.",
         "Remove or rename it.",
     ),  # fmt: skip
+    "unknown_job": ErrorCode(
+        (404,), "There is no such job, or it belongs to another key.", "Read `GET /jobs`."
+    ),
     "unknown_model": ErrorCode(
         (404,),
         "No such model or version is served or stored; the message lists what is.",
@@ -284,7 +303,11 @@ EVENTS = {
     ),
     "process killed: did not end in time": "It had been asked to end.",
     "process killed: not responding": "It said nothing for `hang_seconds`; it is started again.",
-    "ready": "The server can classify for the first time: address, models, seconds since the start.",
+    "job cancelled": "A job was cancelled by its caller; its files are removed.",
+    "job ended": "A job has finished or failed; `reason` says why, if it failed.",
+    "job failed: unexpected error": "A job met a fault of the server. Report it.",
+    "job begun": "The process for jobs begins with a file, or goes on with it.",
+    "ready": "The server can classify for the first time.",
     "replica died with a request in flight": "On a cluster: the request is sent once more.",
     "replica ended with a request in flight": "On a cluster: the request is sent once more.",
     "replica failed": "On a cluster: a replica answered with an error.",

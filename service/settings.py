@@ -42,6 +42,7 @@ from budgetformer.inference.precision import Precision
 from budgetformer.subprocesses import python_command
 from service.environment import PREFIX, is_ours, service_variables
 from service.keys import ADMIN, Key, KeyRing, Keys, digest
+from service.source_urls import split_url
 
 CONFIG_FILE = "config"
 DEFAULT_QUALITY: QualityName = "balanced"
@@ -49,8 +50,8 @@ DEFAULT_QUALITY: QualityName = "balanced"
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """One of these is there where a GPU can be."""
 ROUTES = (
-    "classify", "docs", "health", "invocations", "metrics", "models", "openapi.json", "ping",
-    "playground", "predict", "settings", "tokenize", "v1", "v2",
+    "classify", "docs", "health", "invocations", "jobs", "metrics", "models", "openapi.json",
+    "ping", "playground", "predict", "settings", "tokenize", "v1", "v2",
 )  # fmt: skip
 """First parts of the server's own paths."""
 RELOADS: JsonDict = {"reloads": True}
@@ -189,6 +190,17 @@ class Settings(BaseSettings):
     state_dir: Path = Path("state")
     """Folder for what is to survive a restart: roll-outs and jobs. It is made when the first of
     them begins."""
+    job_sources: list[str] = []
+    """Prefixes of the URLs that jobs may read, such as s3://bucket/texts/ or https://example.org/;
+    none: jobs read uploads alone. Needs the extra `remote`, and the driver for the scheme."""
+    max_job_bytes: int = Field(default=2**30, ge=1)
+    """Largest file of a job."""
+    max_jobs_bytes: int = Field(default=4 * 2**30, ge=1)
+    """Most bytes that the files of all jobs take, results included."""
+    max_jobs: int = Field(default=100, ge=1)
+    """Most jobs that are kept, those that have ended included; more are refused with 429."""
+    job_retention_seconds: float = Field(default=7 * 86_400.0, gt=0)
+    """How long a job that has ended is kept."""
     poll_store_seconds: float = Field(default=0.0, ge=0)
     """Look into the store so often for higher versions, and serve them; 0 never does."""
     model: str | None = None
@@ -320,6 +332,13 @@ class Settings(BaseSettings):
             raise ValueError(f"{value!r} is no path of a URL; one looks like /classifier")
         if value.split("/")[1:2] and value.split("/")[1] in ROUTES:
             raise ValueError(f"{value} begins as routes of ours do; take another path")
+        return value
+
+    @field_validator("job_sources")
+    @classmethod
+    def _sources(cls, value: list[str]) -> list[str]:
+        for prefix in value:
+            split_url(prefix)  # its ValueError says what is wrong
         return value
 
     @field_validator("trusted_proxies")

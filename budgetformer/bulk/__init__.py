@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from budgetformer.bulk.answerer import Answered, Asked
+from budgetformer.bulk.answerer import Asked
+from budgetformer.bulk.chunks import Answered, Totals
 from budgetformer.bulk.journal import Journal
 from budgetformer.bulk.outputs import check_output, finish
-from budgetformer.bulk.run import Totals, classify_rows
+from budgetformer.bulk.run import classify_rows
 from budgetformer.tables import open_table as open_rows
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import msgspec
 
-from budgetformer.bulk.answerer import Answered
+from budgetformer.bulk.chunks import Answered, Totals
 from budgetformer.checkpoint.manifest import WEIGHTS
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import DataError
@@ -31,7 +31,11 @@ class _Head(msgspec.Struct, frozen=True):
 
 
 class Journal:
-    """Answers on their way to `output`; `rows` of them are there, computed in `precision`."""
+    """Answers on their way to `output`, computed in `precision`.
+
+    Attributes:
+        totals: what the answers that are there add up to.
+    """
 
     def __init__(
         self,
@@ -55,7 +59,7 @@ class Journal:
         weights = checkpoint.manifest.files[WEIGHTS].sha256
         self._head = _Head(checkpoint.label, weights, quality, heads)
         self._begun = False
-        self.rows = 0
+        self.totals = Totals()
         try:
             self._file = self.path.open("a+b")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,6 +78,11 @@ class Journal:
     def is_finished(output: Path) -> bool:
         """Whether a run that was to write `output` has ended."""
         return output.exists() and not _part(output).exists()
+
+    @property
+    def rows(self) -> int:
+        """Answers that are there."""
+        return self.totals.rows
 
     @property
     def precision(self) -> Precision:
@@ -118,7 +127,7 @@ class Journal:
             self._begun = True
         self._file.write(answered.lines)
         self._file.flush()
-        self.rows += answered.rows
+        self.totals.add(answered)
 
     def lines(self) -> Iterator[bytes]:
         """Yield the answers so far, a line of JSON each."""
@@ -146,14 +155,13 @@ class Journal:
                 if number == 0:
                     self._compare(msgspec.json.decode(line, type=_Head))
                 else:
-                    decode(line)
-            except msgspec.DecodeError as error:
+                    self.totals.add_row(decode(line))
+            except (msgspec.DecodeError, KeyError, TypeError) as error:
                 if number == 0:
                     raise DataError(f"{self.path}: this is no unfinished run") from error
                 break
             whole += len(line)
             self._begun = True
-            self.rows = number
         self._file.truncate(whole)
         self._file.seek(whole)
 

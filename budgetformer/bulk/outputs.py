@@ -14,8 +14,9 @@ from budgetformer.errors import DataError
 
 COLUMNS = (
     "text", "text_pair", "label", "score", "probs", "budget", "predicted", "steps", "heads", "macs",
-    "dense_macs", "tokens", "truncated",
+    "dense_macs", "tokens", "truncated", "error",
 )  # fmt: skip
+_OPTIONAL = {"text_pair", "error"}
 ROW_GROUP = 65_536
 
 
@@ -33,7 +34,8 @@ def _csv(journal: Journal, path: Path) -> None:
         table.writeheader()
         for rows in (first, answers):
             table.writerows(
-                row | {name: json.dumps(row[name]) for name in ("probs", "steps")} for row in rows
+                row | {name: json.dumps(row[name]) for name in ("probs", "steps") if name in row}
+                for row in rows
             )
 
 
@@ -44,7 +46,7 @@ def _parquet(journal: Journal, path: Path) -> None:
     answers = journal.answers()
     group = list(islice(answers, ROW_GROUP))
     kinds: dict[str, Any] = dict.fromkeys(COLUMNS, pa.int64())
-    kinds |= dict.fromkeys(("text", "text_pair", "label"), pa.string())
+    kinds |= dict.fromkeys(("text", "text_pair", "label", "error"), pa.string())
     kinds |= {"score": pa.float64(), "probs": pa.list_(pa.float64()), "truncated": pa.bool_()}
     kinds |= {"steps": pa.list_(pa.int64())}
     schema = pa.schema([(name, kinds[name]) for name in _columns(group)])
@@ -55,8 +57,8 @@ def _parquet(journal: Journal, path: Path) -> None:
 
 
 def _columns(first: list[dict[str, Any]]) -> list[str]:
-    paired = bool(first) and "text_pair" in first[0]
-    return [name for name in COLUMNS if paired or name != "text_pair"]
+    present = set(first[0]) if first else set()
+    return [name for name in COLUMNS if name in present or name not in _OPTIONAL]
 
 
 _WRITERS: dict[str, Callable[[Journal, Path], None]] = {

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import chain, islice
 
-from budgetformer.bulk.answerer import Answered, Answerer, Asked, Chunk
+from budgetformer.bulk.answerer import Answerer, Asked
+from budgetformer.bulk.chunks import Answered, chunks_of
 from budgetformer.tables import Row
 
 CHUNK_ROWS = 1024
 """Rows that go to a worker at once: enough for full batches of each ladder step."""
-
-
-@dataclass
-class Totals:
-    """What many answers add up to."""
-
-    rows: int = 0
-    labels: Counter[str] = field(default_factory=Counter)
-    heads: int = 0
-    macs: int = 0
-    dense_macs: int = 0
-
-    def add(self, answered: Answered) -> None:
-        """Count some answers."""
-        self.rows += answered.rows
-        self.labels.update(answered.labels)
-        self.heads += answered.heads
-        self.macs += answered.macs
-        self.dense_macs += answered.dense_macs
 
 
 def classify_rows(asked: Asked, rows: Iterable[Row], workers: int) -> Iterator[Answered]:
@@ -42,7 +22,7 @@ def classify_rows(asked: Asked, rows: Iterable[Row], workers: int) -> Iterator[A
         CheckpointError, PolicyError, DataError: as the checkpoint and the rows do.
         WorkerError: a worker died.
     """
-    chunks = _chunks(iter(rows))
+    chunks = chunks_of(iter(rows), lambda: CHUNK_ROWS)
     first = list(islice(chunks, 2))
     if len(first) < 2 or workers == 1:
         answerer = Answerer(asked) if first else None
@@ -55,10 +35,3 @@ def classify_rows(asked: Asked, rows: Iterable[Row], workers: int) -> Iterator[A
 
     with Workers(asked, workers) as pool:
         yield from pool.answer(chain(first, chunks))
-
-
-def _chunks(rows: Iterator[Row]) -> Iterator[Chunk]:
-    while some := list(islice(rows, CHUNK_ROWS)):
-        texts = [text for text, _ in some]
-        pairs = [pair for _, pair in some if pair is not None]
-        yield Chunk(texts, pairs or None)

@@ -11,16 +11,16 @@ import signal
 import struct
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import IO, Any, Self
 
 import msgspec
 
-from budgetformer.bulk.answerer import Answered, Answerer, Asked, Chunk
+from budgetformer.bulk.answerer import Answerer, Asked
+from budgetformer.bulk.chunks import Answered, Chunk, answer_in_order
 from budgetformer.errors import BudgetFormerError, CheckpointError, PolicyError, WorkerError
 from budgetformer.inference.precision import Precision
 from budgetformer.subprocesses import python_command
@@ -147,20 +147,17 @@ class Workers:
 
     def answer(self, chunks: Iterable[Chunk]) -> Iterator[Answered]:
         """Answer chunks in their order, a bounded number of them at a time."""
-        waiting: deque[Future[Answered]] = deque()
         pool = ThreadPoolExecutor(self._count)
         try:
-            for chunk in chunks:
-                waiting.append(pool.submit(self._answer, chunk))
-                if len(waiting) >= CHUNKS_IN_FLIGHT * self._count:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield from answer_in_order(
+                chunks,
+                lambda chunk: pool.submit(self._answer, chunk),
+                CHUNKS_IN_FLIGHT * self._count,
+            )
+        except BaseException:
+            self.__exit__()  # what is being computed is not wanted any more
+            raise
         finally:
-            for future in waiting:
-                future.cancel()
-            if waiting:
-                self.__exit__()  # what is being computed is not wanted any more
             pool.shutdown()
 
     def _start(self, asked: Asked) -> None:

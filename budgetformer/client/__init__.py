@@ -25,6 +25,7 @@ from budgetformer.client.errors import (
     ServerError,
     UnreachableError,
 )
+from budgetformer.client.jobs import JobOptions
 from budgetformer.client.results import Classification, Failure, LabelScore, Result
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Failure",
     "InputError",
     "ItemFailedError",
+    "JobOptions",
     "LabelScore",
     "Options",
     "OverloadedError",

@@ -16,6 +16,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -42,9 +43,20 @@ from budgetformer.client.calls import (
     headers_of,
     items_of,
     read_body,
+    read_error,
     size_of,
     split,
     unreachable,
+)
+from budgetformer.client.errors import OverloadedError, UnreachableError
+from budgetformer.client.jobs import (
+    ENDED,
+    FOLLOW_SECONDS,
+    LOST_SECONDS,
+    JobOptions,
+    Submission,
+    TellJob,
+    unfinished,
 )
 from budgetformer.client.progress import Tell, progress_of
 from budgetformer.client.results import Result
@@ -230,6 +242,98 @@ class AsyncClient:
         """
         return await self._get(f"/models/{name}")
 
+    async def submit_job(self, file: str | Path, **options: Unpack[JobOptions]) -> dict[str, Any]:
+        """Have a file of texts, or the file at a URL, classified in the background; return the job.
+
+        Raises:
+            InputError: there is no such file, or it is neither CSV, JSONL nor Parquet.
+            OverloadedError, UnreachableError, ServerError: see there; it is sent only once.
+        """
+        given = Submission.of(file, options)
+        content = None if given.path is None else _in_threads(given.parts())
+        return await self._job_call(
+            "POST", "", content=content, json=given.json, params=given.params, headers=given.headers
+        )
+
+    async def jobs(self) -> list[dict[str, Any]]:
+        """Return the jobs of this key, newest first.
+
+        Raises:
+            UnreachableError, ServerError: see there.
+        """
+        return list((await self._job_call("GET", ""))["data"])
+
+    async def job(self, job_id: str) -> dict[str, Any]:
+        """Return a job: its status, and how far it is.
+
+        Raises:
+            UnreachableError, ServerError: see there.
+        """
+        return await self._job_call("GET", f"/{job_id}")
+
+    async def cancel_job(self, job_id: str) -> dict[str, Any]:
+        """Remove a job with all of its files; one that has not ended is thereby cancelled.
+
+        Raises:
+            UnreachableError, ServerError: see there.
+        """
+        return await self._job_call("DELETE", f"/{job_id}")
+
+    async def follow_job(self, job_id: str, tell: TellJob = lambda _: None) -> dict[str, Any]:
+        """Return a job when it has ended; a server that restarts is waited for.
+
+        Raises:
+            OverloadedError, UnreachableError: the server has been gone for a minute.
+            ServerError: there is no such job any more.
+        """
+        seen = self._clock()
+        while True:
+            try:
+                job = await self.job(job_id)
+            except (OverloadedError, UnreachableError):
+                if self._clock() - seen > LOST_SECONDS:
+                    raise
+            else:
+                seen = self._clock()
+                tell(job)
+                if job["status"] in ENDED:
+                    return job
+            await self._sleep(FOLLOW_SECONDS)
+
+    async def save_job_result(self, job_id: str, output: Path) -> None:
+        """Write the result of a finished job to a file, which appears when it is whole.
+
+        Raises:
+            UnreachableError, ServerError: see there.
+            OSError: it cannot be written.
+        """
+        part, url = unfinished(output), f"{self._url}/jobs/{job_id}/result"
+        try:
+            async with self._http.stream(
+                "GET", url, headers=self._headers, timeout=PATIENCE
+            ) as response:
+                if not response.is_success:
+                    await response.aread()
+                    raise read_error(response, proxies=self._proxies)
+                with part.open("wb") as file:
+                    async for content in response.aiter_bytes():
+                        await asyncio.to_thread(file.write, content)
+            part.replace(output)
+        except httpx.TransportError as error:
+            raise unreachable(error, self._proxies) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    async def _job_call(self, method: str, path: str, **how: Any) -> dict[str, Any]:
+        headers = {**self._headers, **how.pop("headers", {})}
+        try:
+            response = await self._http.request(
+                method, f"{self._url}/jobs{path}", headers=headers, timeout=PATIENCE, **how
+            )
+        except httpx.TransportError as error:
+            raise unreachable(error, self._proxies) from error
+        return read_body(response, self._proxies)
+
     async def _get(self, path: str) -> dict[str, Any]:
         try:
             response = await self._http.get(
@@ -262,3 +366,9 @@ class AsyncClient:
                 )
         except httpx.TransportError as error:
             return error
+
+
+async def _in_threads(parts: Iterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """Yield parts of a file, whose reading may take time."""
+    while (part := await asyncio.to_thread(next, parts, None)) is not None:
+        yield part

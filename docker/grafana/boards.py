@@ -213,6 +213,19 @@ def service() -> Rows:
                 {"answers": "sum(budgetformer_cache_bytes)"},
             ),
         ],
+        "Jobs": [
+            chart(
+                "Jobs",
+                "Files that are classified in the background, by status; those that have ended are "
+                "kept for a while.",
+                "short",
+                {"{{status}}": gauge("jobs", "status")},
+                stacked=True,
+            ),
+            chart(
+                "Rows of jobs", "Answered per second.", "short", {"rows": rate("job_rows_total")}
+            ),
+        ],
         "Access": [
             chart(
                 "Requests by key",

@@ -14,6 +14,7 @@ import budgetformer
 from budgetformer.cores import limit_threads
 from budgetformer.errors import BudgetFormerError, PolicyError, readable
 from service.cli.classify import classify
+from service.cli.jobs import jobs_app
 from service.cli.keys import keys_app
 from service.cli.models import models_app
 from service.cli.serve import SettingsCommand, doctor, serve
@@ -49,6 +50,7 @@ app.command("import")(import_encoder)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 app.add_typer(keys_app, name="keys")
+app.add_typer(jobs_app, name="jobs")
 
 
 @app.command()

@@ -82,15 +82,14 @@ def classify(
     if resume and Journal.is_finished(output):
         say(f"{output}: is there already, nothing is left to do")
         return
-    began, totals = time.monotonic(), Totals()
+    began = time.monotonic()
     with Journal(output, checkpoint, level, heads, resume) as journal, _bar(rows) as follow:
         before = journal.rows
         asked = Asked(asked.path, level, heads, journal.precision)
         for answered in follow(classify_rows(asked, journal.remaining(iter(rows)), count), before):
             journal.append(answered)
-            totals.add(answered)
         finish(journal, output)
-    _sum_up(output, before, totals, time.monotonic() - began, as_json)
+    _sum_up(output, before, journal.totals, time.monotonic() - began, as_json)
 
 
 def _rows(texts: list[str] | None) -> Iterator[Row]:
@@ -161,12 +160,12 @@ def _show(answered: Answered, as_json: bool) -> None:
 def _sum_up(output: Path, before: int, totals: Totals, seconds: float, as_json: bool) -> None:
     figures = {
         "output": str(output),
-        "rows": before + totals.rows,
+        "rows": totals.rows,
         "rows_resumed": before,
         "seconds": round(seconds, 3),
-        "rows_per_second": round(totals.rows / seconds, 1),
-        "mean_heads": totals.heads / max(totals.rows, 1),
-        "macs_share": totals.macs / max(totals.dense_macs, 1),
+        "rows_per_second": round((totals.rows - before) / seconds, 1),
+        "mean_heads": totals.mean_heads,
+        "macs_share": totals.macs_share,
         "labels": dict(totals.labels.most_common()),
     }
     if as_json:

@@ -22,7 +22,7 @@ def make_key(
     name: Annotated[str, typer.Argument(help="Name of the key, as metrics and logs show it.")],
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="What it opens, classify or admin; may be repeated; none: classify."),
+        typer.Option(help="What it opens: classify, jobs, admin; may be repeated; none: classify."),
     ] = None,
     texts_per_second: Annotated[
         float | None, typer.Option(help="Texts that it may ask for in the long run.")

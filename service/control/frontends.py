@@ -15,6 +15,7 @@ class FrontPeer:
 
     Attributes:
         name: tells it from all others; pid: its process.
+        serves: whether it takes requests; the process that runs jobs does not.
         heard: when it last said something.
         swapped, drained, configured: see `Swapped`, `Drained`, `SettingsTaken`.
         cache_bytes: size of the answers that it keeps.
@@ -24,6 +25,7 @@ class FrontPeer:
         self.say = say
         self.name = ""
         self.pid = 0
+        self.serves = False
         self.heard = time.monotonic()
         self.swapped = self.drained = self.configured = 0
         self.cache_bytes = 0

@@ -48,6 +48,7 @@ from service.ipc.control_messages import (
     Swapped,
     TellRecent,
     ToHub,
+    Trouble,
 )
 from service.ipc.engine_messages import Configure
 from service.process import encode_settings
@@ -270,9 +271,13 @@ class Hub:
                 front.say(Acknowledged(message.number))
             case Here():
                 front.name, front.pid = message.frontend, message.pid
+                front.serves = bool(message.routes)
                 self._measure_fronts()
-                self.metrics.know_routes(message.routes)
-                self.metrics.know_keys(message.keys)
+                if front.serves:
+                    self.metrics.know_routes(message.routes)
+                    self.metrics.know_keys(message.keys)
+            case Trouble():
+                self.report_problem(message.source, message.reason)
             case Swapped():
                 front.swapped = message.generation
                 self.fronts.moved()
@@ -347,7 +352,7 @@ class Hub:
         return Shown(wanted.id, msgspec.json.encode(rollout.report()), "application/json")
 
     def _measure_fronts(self) -> None:
-        self.metrics.fronts.set(sum(front.pid > 0 for front in self.fronts))
+        self.metrics.fronts.set(sum(front.serves for front in self.fronts))
         self.metrics.cache_bytes.set(sum(front.cache_bytes for front in self.fronts))
 
     def _tell_all(self) -> None:

@@ -30,6 +30,7 @@ from service.background import (
 from service.control.catalog import Catalog
 from service.control.fork_server import Forked, ForkServer
 from service.control.hub import Hub
+from service.control.job_watch import JobWatch
 from service.control.mirror import copy_at_start, mirror_of
 from service.control.poll import StorePoll
 from service.control.reload import Reload
@@ -215,10 +216,36 @@ class _Server:
             for i in range(settings.fronts)
         ]
 
+        self._job_watch = JobWatch(
+            lambda: self.hub.settings, self.hub.metrics, self.hub.report_problem
+        )
+        self._job_process: _Child | None = None
+        """Runs jobs; there is none while there are no jobs to run."""
+
     async def _start_front(self, index: int, descriptors: Sequence[int]) -> Process:
         arguments = (str(self._run_dir), str(index), *map(str, descriptors))
         command = child_command("service.frontend", *arguments)
         return await start(command, self.hub.settings, descriptors)
+
+    async def _start_jobs(self) -> Process:
+        lock = self._job_watch.lock
+        assert lock is not None
+        command = child_command("service.jobs", str(self._run_dir), str(lock))
+        return await start(command, self.hub.settings, [lock])
+
+    async def _run_jobs(self) -> None:
+        """Have a process run jobs whenever there are some."""
+        while True:
+            await self._job_watch.until_wanted()
+            process = _Child("jobs", self._start_jobs, self.hub.report_crash_loop)
+            self._job_process = process
+            running = asyncio.create_task(process.keep_running())
+            try:
+                await self._job_watch.until_idle()
+            finally:
+                await process.stop(KILL_SECONDS)
+                running.cancel()
+                self._job_process = None
 
     async def run(self) -> None:
         """Keep everything running, until cancelled."""
@@ -227,6 +254,8 @@ class _Server:
         work: dict[str, Callable[[], Awaitable[None]]] = {
             "hub": partial(hub.serve, socket),
             "readiness": self._look_after,
+            "job folder": self._job_watch.run,
+            "job process": self._run_jobs,
             "silence": partial(on_silence, self._last_words, settings.hang_seconds, _Child.kill),
         }
         work |= {child.name: child.keep_running for child in (*self._engines, *self._fronts)}
@@ -242,7 +271,8 @@ class _Server:
     async def stop(self) -> None:
         """Let the fronts finish what they have begun, then end all."""
         patience = self._settings.drain_seconds + KILL_SECONDS
-        await asyncio.gather(*(front.stop(patience) for front in self._fronts))
+        jobs = [] if self._job_process is None else [self._job_process.stop(KILL_SECONDS)]
+        await asyncio.gather(*jobs, *(front.stop(patience) for front in self._fronts))
         await asyncio.gather(*(engine.stop(KILL_SECONDS) for engine in self._engines))
         await self._forks.stop()
 
@@ -267,7 +297,7 @@ class _Server:
                 if self.hub.fleet.equipped(client):
                     child.serves()
             there = {front.pid for front in self.hub.fronts}
-            for child in self._fronts:
+            for child in self._hub_clients():
                 if child.pid in there:
                     child.serves()
 
@@ -276,15 +306,18 @@ class _Server:
         fronts = {front.pid: front.heard for front in self.hub.fronts}
         heard = [
             *((child, client.heard) for child, client in self._clients()),
-            *((child, fronts.get(child.pid or 0)) for child in self._fronts),
+            *((child, fronts.get(child.pid or 0)) for child in self._hub_clients()),
         ]
         return {child: child.last_word(word, patience) for child, word in heard if child.watched}
+
+    def _hub_clients(self) -> list[_Child]:
+        return [*self._fronts, *([] if self._job_process is None else [self._job_process])]
 
     def _clients(self) -> Iterator[tuple[_Child, EngineClient]]:
         return zip(self._engines, self.hub.fleet.clients, strict=True)
 
     def _family(self) -> dict[str, int]:
-        children = {c.name: c.pid for c in (*self._fronts, *self._engines)}
+        children = {c.name: c.pid for c in (*self._hub_clients(), *self._engines)}
         others = {"supervisor": os.getpid(), "fork-server": self._forks.pid}
         return {name: pid for name, pid in (others | children).items() if pid}
 

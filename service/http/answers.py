@@ -9,7 +9,7 @@ import math
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,9 +19,8 @@ from budgetformer.model.tfidf import Array
 from service.http.errors import ApiError
 from service.http.schemas import ClassifyRequest
 from service.ipc.answers import FEW_TEXTS, Answers
+from service.pipeline.scores import Activation, activate, activation_of
 from service.pipeline.served_models import ServedModel
-
-Activation = Literal["softmax", "sigmoid", "none"]
 
 
 class Scored(msgspec.Struct, frozen=True, gc=False):  # it cannot be part of a cycle
@@ -102,7 +101,7 @@ class Answered:
     @property
     def activation(self) -> Activation:
         """What makes scores of logits in the checkpoint's kind of problem."""
-        return "sigmoid" if self.checkpoint.multi_label else "softmax"
+        return activation_of(self.checkpoint)
 
     @cached_property
     def scores(self) -> Array:
@@ -162,14 +161,3 @@ def best_first(scores: Array) -> Array:
     """Return the places of scores [B, C] in each row, highest score first."""
     order: Array = np.argsort(-scores, axis=-1, kind="stable")
     return order
-
-
-def activate(logits: Array, function: Activation) -> Array:
-    """Turn logits [B, C] into scores, float64 [B, C]."""
-    scores = logits.astype(np.float64)
-    if function == "sigmoid":
-        scores = 0.5 * (1 + np.tanh(0.5 * scores))
-    elif function == "softmax":
-        scores = np.exp(scores - scores.max(-1, keepdims=True))
-        scores /= scores.sum(-1, keepdims=True)
-    return scores

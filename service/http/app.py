@@ -17,6 +17,7 @@ import budgetformer
 from service.http import (
     classify,
     health,
+    job_routes,
     kserve,
     playground,
     rollout_routes,
@@ -38,6 +39,7 @@ from service.http.schemas import (
     ClassifyRequest,
     IndexRequest,
     InferRequest,
+    JobRequest,
     PredictRequest,
     RepositoryRequest,
     TokenizeRequest,
@@ -161,6 +163,7 @@ def create_app(
         api_models,
         rollout_routes,
         settings_routes,
+        job_routes,
         tei,
         kserve,
         sagemaker,
@@ -180,9 +183,16 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id"],
-            expose_headers=["Retry-After", "Server-Timing", "X-Cache", "X-Quality", "X-Request-Id"],
+            expose_headers=[
+                "Location",
+                "Retry-After",
+                "Server-Timing",
+                "X-Cache",
+                "X-Quality",
+                "X-Request-Id",
+            ],  # fmt: skip
         )
     app.add_middleware(Head)
     if settings.metrics_port is not None:
@@ -195,16 +205,25 @@ def create_app(
 
 def protocol_of(app: FastAPI, settings: Settings) -> Any:
     """Return what is to read HTTP from each connection, for uvicorn."""
+    prefixes = {"", settings.root_path}
+
+    def travelling(most: int) -> int:
+        # Chunks may be as small as the sizes and line ends between them.
+        return settings.max_header_bytes + 2 * most
+
     limits = ConnectionLimits(
         settings.max_header_bytes,
-        # Chunks may be as small as the sizes and line ends between them.
-        settings.max_header_bytes + 2 * settings.max_body_bytes,
+        travelling(settings.max_body_bytes),
         settings.receive_seconds,
+        dict.fromkeys(
+            ((prefix + job_routes.PATH).encode() for prefix in prefixes),
+            travelling(max(settings.max_job_bytes, settings.max_body_bytes)),
+        ),
     )
     refusable = {
         (prefix + path).encode(): path
         for method, path in app.state.direct
-        for prefix in ("", settings.root_path)
+        for prefix in prefixes
         if method == "POST"
     }
     return partial(
@@ -228,7 +247,7 @@ def _document(app: FastAPI) -> None:
     document_keys(schema)
     for model in (
         ClassifyRequest, TokenizeRequest, LoadRequest, PredictRequest, InferRequest,
-        IndexRequest, RepositoryRequest, RollOutRequest,
+        IndexRequest, RepositoryRequest, JobRequest, RollOutRequest,
     ):  # fmt: skip
         described = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schema["components"]["schemas"] |= described.pop("$defs", {}) | {model.__name__: described}

@@ -6,15 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
+from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import PolicyError
-from budgetformer.inference.decider import Decider
 from budgetformer.inference.texts import Texts
 from budgetformer.model.tfidf import Array
 from budgetformer.tokenization import Text, characters
@@ -45,10 +44,9 @@ from service.ipc.engine_client import (
     RefusedError,
 )
 from service.pipeline.answer_cache import AnsweredTexts, Lookup
-from service.pipeline.decision import DecidedTexts
+from service.pipeline.answering import count_answers
 from service.pipeline.served_models import ServedModel
 from service.pipeline.shadow import AnsweredRequest, SkippedError
-from service.scheduling.brownout import kept_above
 from service.settings import DEFAULT_QUALITY
 from service.telemetry.stages import stage_span
 
@@ -176,7 +174,11 @@ async def _respond(
         "compute": answers.compute_seconds,
     }
     hits = None if lookup is None or lookup.outcome == "miss" else lookup.hits
-    _measure(state, answered, hits, stages | {"respond": responded - computed})
+    count_answers(
+        state.hub.counts, model.checkpoint, answers, found.lengths, int(found.truncated.sum()),
+        heads=body.heads, max_heads=body.max_heads, hits=hits,
+        stages=stages | {"respond": responded - computed},
+    )  # fmt: skip
     stages["total"] = time.monotonic() - started
     if (candidate := state.models.shadow_of(model, request.state.request_id)) is not None:
         computed_all = lookup is None or lookup.outcome == "miss"
@@ -204,19 +206,16 @@ async def _compute_again(
     Raises:
         SkippedError: there is no room for it, or the version does not read these tokens.
     """
+    if isinstance(given, Texts):
+        raise SkippedError("tokens may be those of another tokenizer")
     deadline = time.monotonic() + SHADOW_SECONDS
-    asked = body.model_copy(update={"target_ms": None, "truncate": True, "return_heads": False})
+    texts, _ = await _tokenize(state, model, given, deadline, range(len(given)))
+    name, version = model.checkpoint.name, model.checkpoint.version
+    job = Job(name, version, texts, quality, deadline, body.heads, body.max_heads, bulk=True)
     try:
-        if isinstance(given, Texts):
-            raise SkippedError("tokens may be those of another tokenizer")
-        texts, _ = await _tokenize(state, model, given, deadline, range(len(given)))
-        return await _answer(state, asked, model, texts, quality, deadline, bulk=True)
-    except RefusedError as error:
+        return await state.answering.answer(job, model, state.settings.floor_of(name))
+    except (RefusedError, DeadlineError, NotLoadedError, EngineDownError) as error:
         raise SkippedError from error
-    except ApiError as error:
-        if error.code in ("loading", "engine_down") or error.status == 504:
-            raise SkippedError from error
-        raise
 
 
 async def _complete(
@@ -277,13 +276,8 @@ async def _answer(
     texts: Texts,
     quality: str | float,
     deadline: float,
-    bulk: bool = False,
 ) -> Answers:
-    """Decide the budgets of texts, answer what step 0 answers, and have an engine do the rest.
-
-    A model whose network reads embeddings to decide leaves that to the engine; so does a request
-    with a target, for which the engine's queue chooses the quality.
-    """
+    """Answer tokenized texts; what engines cannot do becomes an error of the API."""
     job = Job(
         model=model.checkpoint.name,
         version=model.checkpoint.version,
@@ -294,32 +288,19 @@ async def _answer(
         max_heads=body.max_heads,
         return_heads=body.return_heads,
         target=None if body.target_ms is None else body.target_ms / 1000,
-        bulk=bulk,
     )
-    if model.decider is None or job.target is not None:
-        return await _ask(state, job)
-    decided = await _decide(state, model, model.decider, job)
-    places, ran = decided.unanswered, None
-    if places:
-        asked = replace(job, quality=decided.quality, decided=decided.decided).part(places)
-        ran = await _ask(state, asked)
-    return decided.answer(body.return_heads, ran)
-
-
-async def _decide(state: State, model: ServedModel, decider: Decider, job: Job) -> DecidedTexts:
-    started = time.monotonic()
-    checkpoint = model.checkpoint
-    quality = job.quality
-    if quality == "auto":
-        quality = kept_above(state.settings.floor_of(job.model), state.engines.level)
-    rule = checkpoint.rule(quality if checkpoint.calibrated else None, job.heads, job.max_heads)
-    with stage_span(state.tracer, "budget") as span:
-        decided = await state.deciding.decide(decider, rule, job.texts.whole)
-        if span.is_recording():
-            span.set_attribute("budgetformer.model", checkpoint.label)
-            span.set_attribute("budgetformer.items", len(job.texts))
-            span.set_attribute("budgetformer.budget", int(decided.steps.max()))
-    return DecidedTexts(job.texts, decided, decider, rule, quality, time.monotonic() - started)
+    try:
+        return await state.answering.answer(job, model, state.settings.floor_of(job.model))
+    except DeadlineError:
+        raise too_late() from None
+    except NotLoadedError:
+        message = f"{job.model} is still loading"
+        raise ApiError(503, message, "model", "loading", retry_after=1) from None
+    except EngineDownError:
+        message = "no engine is running; it is being restarted"
+        raise ApiError(503, message, code="engine_down", retry_after=1) from None
+    except EngineFailedError as error:
+        raise ApiError(503, str(error), code="engine_failed", retry_after=1) from None
 
 
 def _seconds(state: State, body: ClassifyRequest, model: str) -> float:
@@ -376,12 +357,26 @@ def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | f
     if body.target_ms is not None and body.quality not in (None, "auto"):
         message = "target_ms lets the server choose a quality, so none can be named beside it"
         raise ApiError(422, message, "target_ms", "invalid_field")
-    usual = state.settings.quality_of(model.checkpoint.name)
-    quality = usual if body.quality is None else body.quality
-    if body.target_ms is not None:
-        quality = "auto"
-    checkpoint = model.checkpoint
-    if not checkpoint.calibrated and body.quality not in (None, "auto"):
+    asked = body.quality if body.target_ms is None else "auto"
+    return quality_of(state, model.checkpoint, asked, heads=body.heads, max_heads=body.max_heads)
+
+
+def quality_of(
+    state: State, checkpoint: Checkpoint, asked: str | float | None, **heads: int | None
+) -> str | float:
+    """Return the quality that is asked for; None: that of requests which name none.
+
+    Args:
+        state: of the frontend.
+        checkpoint: that is to answer.
+        asked: level, points given up, or None.
+        heads: the fields `heads` and `max_heads`.
+
+    Raises:
+        ApiError: 422, the checkpoint does not offer it.
+    """
+    quality = state.settings.quality_of(checkpoint.name) if asked is None else asked
+    if not checkpoint.calibrated and asked not in (None, "auto"):
         message = f"{checkpoint.label} is not calibrated: it has no quality levels"
         raise ApiError(422, message, "quality", "no_such_quality")
     try:
@@ -389,8 +384,7 @@ def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | f
         checkpoint.rule(named if checkpoint.calibrated else None)
     except PolicyError as error:
         raise ApiError(422, str(error), "quality", "no_such_quality") from None
-    for name in ("heads", "max_heads"):
-        value = getattr(body, name)
+    for name, value in heads.items():
         if value is not None:
             try:
                 checkpoint.rule(None, **{name: value})
@@ -404,21 +398,6 @@ def _refuse_overlong(truncated: Array, model: ServedModel, places: Sequence[int]
         index, most = places[int(truncated.argmax())], model.checkpoint.manifest.max_tokens
         message = f"input[{index}] has more than {most} tokens, and truncate is false"
         raise ApiError(422, message, f"input[{index}]", "text_too_long")
-
-
-async def _ask(state: State, job: Job) -> Answers:
-    try:
-        return await state.engines.classify(job)
-    except DeadlineError:
-        raise too_late() from None
-    except NotLoadedError:
-        message = f"{job.model} is still loading"
-        raise ApiError(503, message, "model", "loading", retry_after=1) from None
-    except EngineDownError:
-        message = "no engine is running; it is being restarted"
-        raise ApiError(503, message, code="engine_down", retry_after=1) from None
-    except EngineFailedError as error:
-        raise ApiError(503, str(error), code="engine_failed", retry_after=1) from None
 
 
 @asynccontextmanager
@@ -446,34 +425,3 @@ async def _wait_no_more(request: Request, waiting: asyncio.Timeout) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     waiting.reschedule(asyncio.get_running_loop().time())
-
-
-def _measure(
-    state: State, answered: Answered, hits: Array | None, stages: dict[str, float]
-) -> None:
-    """Count what a request took; `hits` are the texts that the cache answered, None: nobody asked.
-
-    Nothing was computed for those.
-    """
-    checkpoint, answers, body = answered.checkpoint, answered.answers, answered.body
-    budgets, tokens = answers.step, answered.lengths
-    heads, macs, dense = answers.heads, answers.macs, answers.dense_macs
-    if answers.errors or hits is not None:
-        whole = ~answers.failed
-        computed = whole if hits is None else whole & ~hits
-        budgets, tokens = budgets[whole], tokens[whole]
-        heads, macs, dense = heads[computed], macs[computed], dense[computed]
-    quality = answers.quality if checkpoint.calibrated else None
-    state.hub.counts.classified(
-        checkpoint.name,
-        checkpoint.version,
-        budgets=budgets,
-        heads=heads,
-        tokens=tokens,
-        macs=macs,
-        dense_macs=dense,
-        heads_of_one=checkpoint.num_layers * checkpoint.num_heads,
-        expected=checkpoint.rule(quality, body.heads, body.max_heads).expected_budgets(),
-        stages=stages,
-        truncated=int(answered.truncated.sum()),
-    )

@@ -6,7 +6,7 @@ import re
 import time
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Literal
@@ -43,11 +43,17 @@ class ConnectionLimits:
         head_bytes: of a request's line and headers.
         message_bytes: of a whole request, as it travels.
         seconds: until the head of a request is there.
+        uploads: in place of `message_bytes`, by path.
     """
 
     head_bytes: int
     message_bytes: int
     seconds: float
+    uploads: Mapping[bytes, int] = field(default_factory=dict)
+
+    def most_bytes(self, target: bytes) -> int:
+        """Return how many bytes a whole request to a target may have."""
+        return self.uploads.get(target.partition(b"?")[0], self.message_bytes)
 
 
 class GuardedProtocol(UvicornProtocol):
@@ -88,6 +94,7 @@ class GuardedProtocol(UvicornProtocol):
         self._timer: TimerHandle | None = None
         self._head_bytes = 0
         self._message_bytes = 0
+        self._most_bytes = limits.message_bytes
         self._refusal: tuple[str, ApiError] | None = None
         self._begun: list[RequestResponseCycle] = []
         self._declined = b""
@@ -150,7 +157,7 @@ class GuardedProtocol(UvicornProtocol):
             return
         if self._timer is None and not self.expects_request and self.answered:
             self._expect_more()
-        most = self._limits.head_bytes if self._stage != "body" else self._limits.message_bytes
+        most = self._most_bytes if self._stage == "body" else self._limits.head_bytes
         if self._message_bytes > most + READ_BYTES:
             # What is being parsed and never ends: a header, a trailer, a chunk's extension.
             self._refuse("head_too_large", self._too_large())
@@ -177,6 +184,7 @@ class GuardedProtocol(UvicornProtocol):
     def on_headers_complete(self) -> None:
         """Start to serve the request; its body is awaited by whoever reads it."""
         size = self._body_size()
+        self._most_bytes = self._limits.most_bytes(self.url)
         if self.parser.should_upgrade():
             self._declined = self._without_offer()
             return

@@ -28,6 +28,7 @@ REASONS = {
     429: "overloaded",
     431: "headers_too_large",
     500: "internal_error",
+    501: "not_supported",
     503: "unavailable",
     504: "timeout",
 }

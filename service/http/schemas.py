@@ -139,6 +139,34 @@ class ClassifyRequest(RequestBody):
     """Sent by vLLM's clients; -1 cuts at the model's length, as `truncate` does."""
 
 
+class JobOptions(RequestBody):
+    """How a file is classified, and the kind of its result."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+    hints = {"quality": _QUALITY_HINT, "format": "must be 'csv', 'jsonl' or 'parquet'"}
+
+    model: str | None = None
+    """`name` or `name:version`; by default the server's default model."""
+    quality: Quality | None = None
+    """Quality level, or the accuracy points that may be given up against the full budget."""
+    heads: Annotated[int, Field(ge=0)] | None = None
+    """Heads per layer, in place of f_o."""
+    format: Literal["csv", "jsonl", "parquet"] | None = None
+    """Kind of the result; by default that of the input."""
+
+
+class JobRequest(JobOptions):
+    """A file elsewhere, and how to classify it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"source": "s3://bucket/texts/day.parquet"}]},
+        use_attribute_docstrings=True,
+    )
+
+    source: str
+    """URL of a .csv, .jsonl or .parquet file, under one of the server's `job_sources`."""
+
+
 Sequence = str | TextPair | list[str]
 """For TEI, a text; or a list of a text and maybe its pair."""
 

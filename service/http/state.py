@@ -20,9 +20,10 @@ from service.http.errors import ApiError
 from service.ipc.connection import DisconnectedError
 from service.ipc.engine_client import Engines
 from service.ipc.hub_client import HubError, HubLink
+from service.job_store import JobStore
 from service.keys import KeyRing
 from service.pipeline.answer_cache import AnswerCache
-from service.pipeline.decision import Deciding
+from service.pipeline.answering import Answering
 from service.pipeline.served_models import Models, ServedModel, UnknownModelError
 from service.pipeline.shadow import Shadows
 from service.settings import Settings
@@ -50,8 +51,9 @@ class State:
         default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
     )
 
-    deciding: Deciding = field(default_factory=Deciding)
     admission: Admission = field(init=False)
+    answering: Answering = field(init=False)
+    jobs: JobStore = field(init=False)
     shadows: Shadows = field(init=False)
     on_settings: list[Callable[[Settings], None]] = field(default_factory=list)
     """Told of settings before they are in force; each raises if it cannot go by them."""
@@ -70,6 +72,8 @@ class State:
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings, self.engines, self.hub.counts)
+        self.answering = Answering(self.engines, self.tracer)
+        self.jobs = JobStore(self.settings.state_dir)
         self.shadows = Shadows(self.hub.counts)
 
     def start_threads(self) -> None:

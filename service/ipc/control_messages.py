@@ -61,6 +61,8 @@ class Alive(Message, frozen=True):
 class Here(Message, frozen=True):
     """First message of a frontend, sent again when its keys change.
 
+    The process that runs jobs is a frontend without routes.
+
     Attributes:
         frontend: tells it from all others, also when its connection is made anew.
         pid: its process.
@@ -199,6 +201,13 @@ class NotShown(Message, frozen=True):
     message: str
 
 
+class Trouble(Message, frozen=True):
+    """A part of the server, such as the folder of jobs, fails (no reason: it does no more)."""
+
+    source: str
+    reason: str | None
+
+
 class Report(Message, frozen=True):
     """What a frontend counted since its report before; sent again until it is acknowledged.
 
@@ -220,7 +229,7 @@ class Acknowledged(Message, frozen=True):
 
 ToHub: TypeAlias = (
     Here | Swapped | Drained | ChangeModel | ChangeRollOut | Scrape | TellRecent | Report
-    | SettingsTaken | ReloadSettings
+    | SettingsTaken | ReloadSettings | Trouble
 )  # fmt: skip
 FromHub: TypeAlias = (
     Serving | Alive | Acknowledged | Changed | ChangeFailed | Shown | NotShown | NewSettings

@@ -251,6 +251,11 @@ class Counts:
         """Count the texts that a caller, by the name of its key, asked for."""
         self._counters["key_texts", caller] += texts
 
+    def job_rows_answered(self, caller: str, rows: int) -> None:
+        """Count rows of a job, which are texts that its caller, by name of the key, asked for."""
+        self._counters["job_rows",] += rows
+        self._counters["key_texts", caller] += rows
+
     def connection_ended(self, reason: str) -> None:
         """Count a connection that was ended before a request was there, for one of `BREAKS`."""
         self._counters["broken_connections", reason] += 1

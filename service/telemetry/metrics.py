@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
+from service.job_store import STORED
 from service.telemetry.counts import (
     BREAKS,
     DENIALS,
@@ -193,6 +194,8 @@ class Metrics:
             "key_requests", "Requests by the caller's key and outcome.", "key", "outcome"
         )
         self.key_texts = self._counter("key_texts", "Texts asked for, by the caller's key.", "key")
+        self.jobs = self._gauge("jobs", "Jobs that are kept, by status.", "status")
+        self.job_rows = self._counter("job_rows", "Rows of jobs answered.")
         self.cancelled = self._counter("cancelled", "Requests whose client went away.")
         self.deadline_exceeded = self._counter(
             "deadline_exceeded", "Requests whose deadline passed."
@@ -235,6 +238,8 @@ class Metrics:
         self._batches: dict[tuple[str, int], BatchSeries] = {}
         self._keys: set[str] = set()
         self._failed: set[str] = set()
+        for status in STORED:
+            self.jobs.labels(status)
         for stage in STAGES:
             self.stage_duration.labels(stage)
         for source in SOURCES:

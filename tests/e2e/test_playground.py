@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -321,6 +322,41 @@ def test_the_strip_shows_what_others_asked(visit: Open) -> None:
     expect(page.page.locator("#live-latency")).to_have_attribute(
         "aria-label", re.compile("median of")
     )
+
+
+def test_a_file_is_sent_followed_and_its_result_downloaded(
+    browser: Browser, model_store: Path, tmp_path: Path
+) -> None:
+    rows = [f"{text} {i}" for i, (text, _) in enumerate(labelled_sentences() * 20)]
+    file = {"mimeType": "application/x-ndjson", "name": "texts.jsonl"}
+    content = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in rows)
+    options = {"default_model": CHAINED, "state_dir": str(tmp_path / "state")}
+    with (
+        server(model_store, tmp_path, engines=1, **options) as serving,
+        visiting(browser, serving.url) as visit,
+    ):
+        visited = visit()
+        page = visited.page
+        state = page.locator("#job-state")
+        page.set_input_files("#job-file", {**file, "name": "texts.xlsx", "buffer": b"x"})  # type: ignore[arg-type]
+        page.click("#job-send")
+        expect(state).to_contain_text("CSV, JSONL or Parquet")
+        page.set_input_files("#job-file", {**file, "buffer": content})  # type: ignore[arg-type]
+        page.click("#job-send")
+        expect(state).to_have_text("Finished.", timeout=60_000)
+        expect(page.locator("#job-figures")).to_contain_text(f"{len(rows):,}")
+        assert _axe(visited) == []
+        with page.expect_download() as downloading:
+            page.click("#job-save")
+        answers = Path(downloading.value.path()).read_text().splitlines()
+        assert [json.loads(line)["text"] for line in answers] == rows
+        page.click("#job-cancel")
+        expect(state).to_have_text("Removed.")
+        assert httpx.get(f"{serving.url}/jobs").json()["data"] == []
+        broken = {**file, "buffer": b'{"no": "text"}\n'}
+        page.set_input_files("#job-file", broken)  # type: ignore[arg-type]
+        page.click("#job-send")
+        expect(state).to_contain_text("Failed: input.jsonl, row 1", timeout=60_000)
 
 
 def test_what_the_server_refuses_is_said(visit: Open) -> None:

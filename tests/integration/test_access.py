@@ -25,9 +25,10 @@ KEYS = {
     "web": key("classify-secret"),
     "ops": key("admin-secret", "admin"),
     "both": key("both-secret", "classify", "admin"),
+    "jobs": key("jobs-secret", "jobs"),
 }
-WEB, OPS, BOTH = (
-    {"Authorization": f"Bearer {name}-secret"} for name in ("classify", "admin", "both")
+WEB, OPS, BOTH, FILES = (
+    {"Authorization": f"Bearer {name}-secret"} for name in ("classify", "admin", "both", "jobs")
 )
 OPEN = {
     ("GET", "/"),
@@ -46,6 +47,13 @@ ADMIN_ROUTES = {
     ("POST", "/v2/repository/models/{name}/load"),
     ("POST", "/v2/repository/models/{name}/unload"),
 }
+JOB_ROUTES = {
+    ("POST", "/jobs"),
+    ("GET", "/jobs"),
+    ("GET", "/jobs/{job}"),
+    ("GET", "/jobs/{job}/result"),
+    ("DELETE", "/jobs/{job}"),
+}
 
 
 @pytest_asyncio.fixture
@@ -63,7 +71,7 @@ async def ask_route(
     running: Service, method: str, path: str, headers: dict[str, str] | None = None
 ) -> httpx.Response:
     """Ask with a body that no route takes, so that whoever is let in changes nothing."""
-    filled = path.format(name="nothing", version="1")
+    filled = path.format(name="nothing", version="1", job="0" * 32)
     content = b"{" if method == "POST" else None
     return await running.client.request(method, filled, content=content, headers=headers)
 
@@ -80,7 +88,7 @@ async def test_without_a_key_only_what_is_named_here_is_open(locked: Service) ->
     assert open_routes == OPEN
 
 
-@pytest.mark.parametrize(("headers", "scope"), [(WEB, "classify"), (OPS, "admin")])
+@pytest.mark.parametrize(("headers", "scope"), [(WEB, "classify"), (OPS, "admin"), (FILES, "jobs")])
 async def test_a_key_opens_the_routes_of_its_scopes_alone(
     locked: Service, headers: dict[str, str], scope: str
 ) -> None:
@@ -90,8 +98,12 @@ async def test_a_key_opens_the_routes_of_its_scopes_alone(
         assert response.status_code != 401
         if response.status_code == 403:
             closed.add((method, path))
-    all_routes = set(routes(locked))
-    assert closed == (ADMIN_ROUTES if scope == "classify" else all_routes - OPEN - ADMIN_ROUTES)
+    opened = {
+        "classify": set(routes(locked)) - ADMIN_ROUTES - JOB_ROUTES,
+        "admin": ADMIN_ROUTES | JOB_ROUTES,
+        "jobs": JOB_ROUTES,
+    }
+    assert closed == set(routes(locked)) - OPEN - opened[scope]
 
 
 async def test_a_key_with_both_scopes_opens_everything(locked: Service) -> None:
@@ -299,7 +311,7 @@ class TestSeen:
             await locked.client.post("/classify", headers={"X-API-Key": f"guess {number}"})
         text = (await locked.client.get("/metrics")).text
         names = set(re.findall(r'budgetformer_key_\w+\{key="([^"]*)"', text))
-        assert names == {"web", "ops", "both", "anonymous"}
+        assert names == {*KEYS, "anonymous"}
         assert (await locked.scrape()).total("key_texts_total", key="both") == 0
 
     async def test_the_log_names_the_key_and_never_the_secret(self, model_store: Path) -> None:

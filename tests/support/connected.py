@@ -110,7 +110,9 @@ class Connected:
             _loop=asyncio.get_running_loop(),
         )
 
-    limits = ConnectionLimits(head_bytes=HEAD_BYTES, message_bytes=2**20, seconds=60)
+    limits = ConnectionLimits(
+        head_bytes=HEAD_BYTES, message_bytes=2**20, seconds=60, uploads={b"/upload": 2**22}
+    )
 
     @property
     def over(self) -> bool:

@@ -108,7 +108,8 @@ def server(
     """Run a server, ready for requests; whatever is left of it afterwards is killed."""
     port = free_port()
     log = folder / "server.log"
-    flags = {"port": port, "model-store": store, "engines": engines, "log-format": "json"} | options
+    flags = {"port": port, "model_store": store, "engines": engines, "log_format": "json"}
+    flags |= {"state_dir": folder / "state"} | options
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     with log.open("wb") as output:
         process = subprocess.Popen(

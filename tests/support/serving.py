@@ -23,6 +23,8 @@ from service.engine.core import EngineCore, EngineOptions
 from service.engine.server import EngineServer
 from service.http.app import create_app
 from service.ipc.engine_client import Engines
+from service.jobs.process import JobProcess
+from service.process import engine_socket, hub_socket
 from service.settings import Settings
 from tests.support.exposition import Exposition
 from tests.support.waiting import until
@@ -41,6 +43,7 @@ class Service:
     cores: list[EngineCore]
     hub: Hub
     other_clients: list[httpx.AsyncClient]
+    run_dir: Path
 
     @property
     def core(self) -> EngineCore:
@@ -156,11 +159,11 @@ async def service(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bf-")))
         own = {"model_store": store, "default_model": "topics", "state_dir": folder / "state"}
         chosen: dict[str, Any] = own | {"admin_key": ADMIN_KEY} | settings
-        sockets = [folder / f"{index}.sock" for index in range(max(engines, 1))]
+        sockets = [engine_socket(folder, index) for index in range(max(engines, 1))]
         cores = [
             await stack.enter_async_context(engine(socket, options)) for socket in sockets[:engines]
         ]
-        meeting = folder / "hub.sock"
+        meeting = hub_socket(folder)
         its_hub = await stack.enter_async_context(hub(Settings(**chosen), sockets, meeting))
         apps, clients = [], []
         for _ in range(fronts):
@@ -174,11 +177,25 @@ async def service(
                     httpx.AsyncClient(transport=transport, base_url="http://service", timeout=60)
                 )
             )
-        running = Service(apps[0], clients[0], cores, its_hub, clients[1:])
+        running = Service(apps[0], clients[0], cores, its_hub, clients[1:], folder)
         if wait and engines:
             await until(running.ready, "readiness")
             await until(lambda: _all_loaded(running), "every model in every engine")
         yield running
+
+
+@asynccontextmanager
+async def job_process(running: Service) -> AsyncIterator[None]:
+    """Run what the process that runs jobs does."""
+    settings: Settings = running.app.state.shared.settings
+    known = settings.model_copy(update={"engines": len(running.cores)})
+    work = asyncio.create_task(JobProcess(known, running.run_dir).run())
+    try:
+        yield
+    finally:
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
 
 
 def _all_loaded(running: Service) -> bool:

@@ -62,6 +62,13 @@ def test_named_volumes_are_declared() -> None:
     assert mounted == set(COMPOSE["volumes"])
 
 
+def test_what_survives_a_restart_lies_in_a_volume_that_the_user_of_the_image_owns() -> None:
+    assert "state:/state" in SERVICES["service"]["volumes"]
+    image = (ROOT / "docker" / "Dockerfile").read_text()
+    assert "--owner=10001 --group=10001 --mode=0700 /state" in image
+    assert "BUDGETFORMER_STATE_DIR=/state" in image
+
+
 def test_secrets_come_from_files_that_are_there() -> None:
     used = {name for service in SERVICES.values() for name in service.get("secrets", [])}
     assert used == set(COMPOSE["secrets"])

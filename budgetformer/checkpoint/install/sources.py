@@ -152,27 +152,45 @@ def _archive(label: str, path: Path) -> Iterator[Source]:
         raise CheckpointError(f"{label}: neither a tar nor a zip file")
 
 
-def _download(url: str, target: Path, tell: Tell) -> None:
+def download(
+    url: str, target: Path, tell: Tell, most: int = MAX_BYTES, *, follow_redirects: bool = True
+) -> None:
+    """Fetch the file at a URL into `target`; `tell` hears how many bytes are there, of how many.
+
+    Raises:
+        CheckpointError: it is not there, cannot be fetched, or is larger than `most` bytes.
+    """
+    if url.startswith(("http://", "https://")):
+        _download(url, target, tell, most, follow_redirects)
+    elif _fetch(url, target, tell, most) is not None:
+        raise CheckpointError(f"{url}: a folder, not a file")
+
+
+def _download(
+    url: str, target: Path, tell: Tell, most: int = MAX_BYTES, follow_redirects: bool = True
+) -> None:
     try:
         import httpx
     except ImportError as error:
         raise _needs("httpx", url) from error
     try:
         with (
-            httpx.stream("GET", url, follow_redirects=True, timeout=TIMEOUT_SECONDS) as response,
+            httpx.stream(
+                "GET", url, follow_redirects=follow_redirects, timeout=TIMEOUT_SECONDS
+            ) as response,
             target.open("wb") as file,
         ):
-            if response.is_error:
+            if not response.is_success:
                 raise CheckpointError(f"{url}: {response.status_code} {response.reason_phrase}")
             length = response.headers.get("content-length")
             total = int(length) if length and length.isdecimal() else None
             for part in response.iter_raw(PART_BYTES):
-                _keep(url, file, part, tell, total)
+                _keep(url, file, part, tell, total, most)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise CheckpointError(f"{url}: {error or type(error).__name__}") from error
 
 
-def _fetch(url: str, target: Path, tell: Tell) -> Source | None:
+def _fetch(url: str, target: Path, tell: Tell, most: int = MAX_BYTES) -> Source | None:
     """Return the folder at a URL, or fetch the file that is there and return None."""
     try:
         import fsspec
@@ -185,7 +203,7 @@ def _fetch(url: str, target: Path, tell: Tell) -> Source | None:
         total = system.size(path)
         with system.open(path, "rb") as file, target.open("wb") as written:
             while part := file.read(PART_BYTES):
-                _keep(url, written, part, tell, total)
+                _keep(url, written, part, tell, total, most)
     except FileNotFoundError as error:
         raise CheckpointError(f"{url}: no such file or folder") from error
     except (OSError, ValueError, ImportError) as error:
@@ -193,10 +211,10 @@ def _fetch(url: str, target: Path, tell: Tell) -> Source | None:
     return None
 
 
-def _keep(url: str, file: BinaryIO, part: bytes, tell: Tell, total: int | None) -> None:
+def _keep(url: str, file: BinaryIO, part: bytes, tell: Tell, total: int | None, most: int) -> None:
     file.write(part)
-    if file.tell() > MAX_BYTES:
-        raise CheckpointError(f"{url}: longer than {MAX_BYTES} bytes")
+    if file.tell() > most:
+        raise CheckpointError(f"{url}: longer than {most} bytes")
     tell(file.tell(), total)
 
 

@@ -52,6 +52,10 @@ capabilities:
 - name: BUDGETFORMER_ADMIN_KEY_FILE
   value: /run/secrets/admin/admin_key
 {{- end }}
+{{- if eq .Values.mode "deployment" }}
+- name: BUDGETFORMER_STATE_DIR
+  value: /state
+{{- end }}
 {{- if .Values.models.remoteStore }}
 - name: BUDGETFORMER_REMOTE_STORE
   value: {{ .Values.models.remoteStore | quote }}
@@ -61,6 +65,10 @@ capabilities:
 {{- define "budgetformer.mounts" -}}
 - name: tmp
   mountPath: /tmp
+{{- if and .Values.state.enabled (eq .Values.mode "deployment") }}
+- name: state
+  mountPath: /state
+{{- end }}
 {{- if .Values.access.keysSecret }}
 - name: keys
   mountPath: /run/secrets/keys
@@ -82,6 +90,16 @@ capabilities:
 - name: tmp
   emptyDir:
     sizeLimit: 256Mi
+{{- if and .Values.state.enabled (eq .Values.mode "deployment") }}
+- name: state
+  {{- if .Values.state.claim }}
+  persistentVolumeClaim:
+    claimName: {{ .Values.state.claim }}
+  {{- else }}
+  emptyDir:
+    sizeLimit: {{ .Values.state.size }}
+  {{- end }}
+{{- end }}
 {{- if .Values.access.keysSecret }}
 - name: keys
   secret:

@@ -43,17 +43,17 @@ export class Refusal extends Error {
 }
 
 /**
- * Ask once.
+ * Ask once; a `body` that is a file is sent as it is, with its media type `kind`, anything else as JSON.
  * @returns the JSON that came, and the stages' times in milliseconds by name.
  * @throws Refusal, or the AbortError of `signal`.
  */
-export async function ask(path, { body, signal } = {}) {
-  const headers = key ? { authorization: `Bearer ${key}` } : {};
-  if (body) headers["content-type"] = "application/json";
+export async function ask(path, { body, kind, method = body ? "POST" : "GET", signal } = {}) {
+  const headers = authorization();
+  if (body) headers["content-type"] = kind ?? "application/json";
   let response, content;
   try {
     response = await fetch(new URL(path, SERVER), {
-      method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body),
+      method, headers, signal, body: body && (kind ? body : JSON.stringify(body)),
     });
     content = await response.json();
   } catch (error) {
@@ -68,6 +68,15 @@ export async function ask(path, { body, signal } = {}) {
     retryAfter: Number(response.headers.get("retry-after")) || 1,
   });
 }
+
+/** Fetch a file, which only a request with the key may do. */
+export async function fetchFile(path) {
+  const response = await fetch(new URL(path, SERVER), { headers: authorization() });
+  if (!response.ok) throw new Refusal(response.status, "The file cannot be fetched.");
+  return response.blob();
+}
+
+const authorization = () => key ? { authorization: `Bearer ${key}` } : {};
 
 /** Ask until there is an answer, as often and as late as the server says; `onWait` hears of it. */
 export async function askAgain(path, { onWait = () => {}, ...request } = {}) {

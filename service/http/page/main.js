@@ -4,6 +4,7 @@ import { AnswerCard } from "./answer.js";
 import { askAgain, MOST_RETRIES, useKey } from "./api.js";
 import { byId, make, part, percent, say } from "./dom.js";
 import { examplesOf } from "./examples.js";
+import { offerJobs } from "./jobs.js";
 import { watch } from "./live.js";
 import { chainOf, expectation, measureOf, stopsOf } from "./stops.js";
 import { drawTrade } from "./trade.js";
@@ -185,5 +186,6 @@ byId("compare").addEventListener("click", () => {
   render();
 });
 
+offerJobs(() => ({ model: page.model.name, ...page.stops[page.chosen[0]].fields }));
 const lookAtServer = watch(() => page.model);
 run(chooseModels);

@@ -327,6 +327,23 @@ class TestBounds:
             assert connection.over
 
 
+@pytest.mark.parametrize(
+    ("target", "mebibytes", "status"),
+    [
+        (b"/upload", 3, 200), (b"/upload?model=a", 3, 200), (b"/upload", 5, 431),
+        (b"/uploads", 3, 431), (b"/other?/upload", 3, 431),
+    ],
+)  # fmt: skip
+async def test_uploads_may_be_larger_than_other_requests(
+    target: bytes, mebibytes: int, status: int
+) -> None:
+    size = mebibytes * 2**20
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (target, size)
+    with connected() as connection:
+        await connection.send([head, *[b"a" * 2**16] * (size // 2**16), NEXT])
+        assert statuses(connection) == ([200, 200] if status == 200 else [431])
+
+
 class TestLimit:
     """How many connections there may be."""
 

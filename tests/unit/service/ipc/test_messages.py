@@ -133,6 +133,7 @@ TO_HUB = {
     hub.TellRecent: st.builds(hub.TellRecent, numbers, words),
     hub.Scrape: st.builds(hub.Scrape, numbers, st.booleans()),
     hub.Report: st.builds(hub.Report, numbers, differences),
+    hub.Trouble: st.builds(hub.Trouble, words, st.none() | words),
     hub.SettingsTaken: st.builds(hub.SettingsTaken, numbers),
     hub.ReloadSettings: st.builds(hub.ReloadSettings, numbers),
 }

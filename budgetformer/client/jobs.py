@@ -1,0 +1,77 @@
+"""Jobs as both clients see them: what is sent, what is asked again, when one has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from budgetformer.client.errors import InputError
+
+ENDED = ("finished", "failed", "cancelled")
+FOLLOW_SECONDS = 0.5
+"""Time between two looks at a job."""
+LOST_SECONDS = 60.0
+"""How long a server may be gone, as while it restarts, before its jobs are followed no longer."""
+PART_BYTES = 2**20
+TYPES = {
+    ".csv": "text/csv",
+    ".jsonl": "application/x-ndjson",
+    ".ndjson": "application/x-ndjson",
+    ".parquet": "application/vnd.apache.parquet",
+}
+
+TellJob = Callable[[dict[str, Any]], None]
+"""Is called with a job whenever it was looked at."""
+
+
+class JobOptions(TypedDict, total=False):
+    """Options of POST /jobs; see docs/jobs.md."""
+
+    model: str | None
+    quality: str | float | None
+    heads: int | None
+    format: Literal["csv", "jsonl", "parquet"] | None
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is sent to POST /jobs: a file, or JSON that names a URL."""
+
+    headers: dict[str, str] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    json: dict[str, Any] | None = None
+    path: Path | None = None
+
+    @classmethod
+    def of(cls, file: str | Path, options: JobOptions) -> Submission:
+        """Return what asks for a file, or a URL, to be classified.
+
+        Raises:
+            InputError: there is no such file, or it is of another kind.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        if "://" in str(file):
+            return cls(json={"source": str(file), **given})
+        path = Path(file)
+        kind = TYPES.get(path.suffix.lower())
+        if kind is None:
+            raise InputError(f"{path}: not a .parquet, .csv or .jsonl file")
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}") from error
+        return cls({"content-type": kind, "content-length": str(size)}, given, path=path)
+
+    def parts(self) -> Iterator[bytes]:
+        """Yield the file part by part."""
+        assert self.path is not None
+        with self.path.open("rb") as file:
+            while part := file.read(PART_BYTES):
+                yield part
+
+
+def unfinished(output: Path) -> Path:
+    """Return where a result is written until it is whole."""
+    return output.with_name(f"{output.name}.part")

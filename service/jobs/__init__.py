@@ -1,0 +1,1 @@
+"""Files of texts that are classified in the background, behind all requests."""
