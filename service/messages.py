@@ -148,7 +148,7 @@ ERROR_CODES = {
         (408,), "The request did not arrive within `receive_seconds`.", "Send it again, faster."
     ),
     "source_not_allowed": ErrorCode(
-        (403,), "The URL is not under a prefix that `job_sources` allows.", "Upload the file."
+        (422,), "The URL is not under a prefix that `job_sources` allows.", "Upload the file."
     ),
     "state_not_kept": ErrorCode(
         (503,),

@@ -62,6 +62,13 @@ def test_every_error_code_is_explained() -> None:
     assert {code for call in calls() if (code := answered(call))} | ELSEWHERE == set(ERROR_CODES)
 
 
+def test_every_code_is_listed_with_its_statuses() -> None:
+    for call in calls():
+        code = answered(call)
+        if code is not None and isinstance(call.args[0], ast.Constant):
+            assert call.args[0].value in ERROR_CODES[code].statuses, code
+
+
 @pytest.mark.parametrize("event", sorted(EVENTS))
 def test_events_are_short_facts(event: str) -> None:
     assert len(event) <= 70
