@@ -127,6 +127,7 @@ class Hub:
         self._changes = 0
         self._reported: dict[str, int] = {}
         self._loading: list[str] = []
+        self._equipped = False
         self._generation = 0
         self._settings_generation = 0
         self._moved = asyncio.Event()
@@ -283,15 +284,19 @@ class Hub:
 
     async def _beat(self) -> None:
         """Tell the fronts that the hub handles messages, and how it is; do what is due."""
-        equipped = False
         while True:
-            equipped = equipped or all(map(self.fleet.equipped, self.fleet.clients))
-            connected = sum(front.pid > 0 for front in self.fronts)
-            tasks = {name: "; ".join(self._problems.get(name, [])) for name in self.tasks}
+            alive = self._alive()
             for front in self.fronts:
-                front.say(Alive(connected, tasks, equipped))
+                front.say(alive)
             self.forget_retired(time.monotonic())
             await asyncio.sleep(BEAT_SECONDS)
+
+    def _alive(self) -> Alive:
+        """Return the state of this server's parts, as the hub knows it."""
+        self._equipped = self._equipped or all(map(self.fleet.equipped, self.fleet.clients))
+        connected = sum(front.pid > 0 for front in self.fronts)
+        tasks = {name: "; ".join(self._problems.get(name, [])) for name in self.tasks}
+        return Alive(connected, tasks, self._equipped)
 
     async def _free(self, checkpoint: Checkpoint, generation: int) -> None:
         """Take a model from the engines once no front has a request for it."""
@@ -396,6 +401,7 @@ class Hub:
                 self._measure_fronts()
                 self.metrics.know_routes(message.routes)
                 self.metrics.know_keys(message.keys)
+                front.say(self._alive())
             case Swapped():
                 front.swapped = message.generation
                 self._moved.set()
