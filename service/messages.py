@@ -89,7 +89,9 @@ ERROR_CODES = {
         (422,), "The settings are invalid, and nothing has changed.", "Mend the TOML file."
     ),
     "invalid_shape": ErrorCode(
-        (400, 422), "A tensor's shape does not fit its values or the other inputs.", "Mend the tensor."
+        (400, 422),
+        "A tensor's shape does not fit its values or the other inputs.",
+        "Mend the tensor.",
     ),
     "item_failed": ErrorCode(
         (500,),

@@ -125,6 +125,7 @@ class Hub:
         self._problems: dict[str, list[str]] = {}
         self._changes = 0
         self._reported: dict[str, int] = {}
+        self._equipped = False
         self._settings_generation = 0
         self._background = Background()
         for problem in self.catalog.errors:
@@ -190,14 +191,17 @@ class Hub:
 
     async def _beat(self) -> None:
         """Tell the fronts that the hub handles messages, and how it is; do what is due."""
-        equipped = False
         while True:
-            equipped = equipped or all(map(self.fleet.equipped, self.fleet.clients))
-            connected = sum(front.pid > 0 for front in self.fronts)
-            tasks = {name: "; ".join(self._problems.get(name, [])) for name in self.tasks}
-            self.fronts.tell(Alive(connected, tasks, equipped))
+            self.fronts.tell(self._alive())
             self.versions.forget_retired(time.monotonic())
             await asyncio.sleep(BEAT_SECONDS)
+
+    def _alive(self) -> Alive:
+        """Return the state of this server's parts, as the hub knows it."""
+        self._equipped = self._equipped or all(map(self.fleet.equipped, self.fleet.clients))
+        connected = sum(front.serves for front in self.fronts)
+        tasks = {name: "; ".join(self._problems.get(name, [])) for name in self.tasks}
+        return Alive(connected, tasks, self._equipped)
 
     # Changes of settings
 
@@ -276,6 +280,7 @@ class Hub:
                 if front.serves:
                     self.metrics.know_routes(message.routes)
                     self.metrics.know_keys(message.keys)
+                front.say(self._alive())
             case Trouble():
                 self.report_problem(message.source, message.reason)
             case Swapped():

@@ -96,24 +96,24 @@ async def shown(request: Request, question: Scrape | TellRecent) -> Response:
 
 
 def _components(state: State, now: float) -> dict[str, Any]:
-    hub = state.hub
-    told, silent = hub.alive, hub.silent_seconds > SILENCE_LIMIT
+    hub, frontends = state.hub, state.settings.fronts
+    silent = hub.silent_seconds > SILENCE_LIMIT
+    told = None if silent else hub.alive
+    tasks = {} if told is None else told.tasks
     alive, engines = len(state.engines.alive), len(state.engines.clients)
-    failing = sum(map(bool, told.tasks.values()))
-    frontends = state.settings.fronts
     return {
         "hub": {
             "status": "down" if silent else "ok",
             "last_word_age_seconds": round(now - hub.heard, 3),
         },
         "supervisor": {
-            "status": "unknown" if silent else "degraded" if failing else "ok",
-            "tasks": {name: why or "ok" for name, why in told.tasks.items()},
+            "status": "unknown" if told is None else "degraded" if any(tasks.values()) else "ok",
+            "tasks": {name: why or "ok" for name, why in tasks.items()},
         },
         "engines": {"status": _share(alive, engines), "alive": alive, "configured": engines},
         "frontends": {
-            "status": "unknown" if silent else _share(told.frontends, frontends),
-            "connected": told.frontends,
+            "status": "unknown" if told is None else _share(told.frontends, frontends),
+            "connected": None if told is None else told.frontends,
             "configured": frontends,
         },
     }
@@ -159,6 +159,6 @@ def _why_not_all(state: State) -> str | None:
     missing = [f"{m.name}:{m.version}" for m in serving.models if (m.name, m.version) not in loaded]
     if missing:
         return "; ".join(serving.errors) or f"still loading: {', '.join(sorted(missing))}"
-    if not state.hub.alive.equipped:
+    if state.hub.alive is None or not state.hub.alive.equipped:
         return "; ".join(serving.crash_loops.values()) or "an engine is still loading models"
     return None

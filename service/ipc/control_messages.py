@@ -43,7 +43,7 @@ class Serving(Message, frozen=True):
 
 
 class Alive(Message, frozen=True):
-    """The hub handles messages; it says so once a second.
+    """The hub handles messages; it says so once a second, and to each new frontend.
 
     Attributes:
         frontends: how many are connected to it.
@@ -53,9 +53,9 @@ class Alive(Message, frozen=True):
 
     droppable: ClassVar[bool] = True
 
-    frontends: int = 0
-    tasks: dict[str, str] = {}
-    equipped: bool = False
+    frontends: int
+    tasks: dict[str, str]
+    equipped: bool
 
 
 class Here(Message, frozen=True):

@@ -108,8 +108,8 @@ class HubLink(Connection):
     ) -> None:
         super().__init__("hub", place, FROM_HUB)
         self.serving = NOTHING
-        self.alive = Alive()
-        """What the hub said last of its own state."""
+        self.alive: Alive | None = None
+        """The hub's last word of the server's parts; None: it has said none yet."""
         self.silent_seconds = 0.0
         """Seconds since the hub was last heard."""
         self._serve = serve

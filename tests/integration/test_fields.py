@@ -330,6 +330,12 @@ def health(expected: Expected) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "status": "ok", "reason": None, "models": labels, "errors": [], "crash_loops": [],
+        "components": {
+            "hub": {"status": "ok", "last_word_age_seconds": AGE},
+            "supervisor": {"status": "ok", "tasks": {"hub-recent": "ok", "hub-beat": "ok"}},
+            "engines": {"status": "ok", "alive": 1, "configured": 1},
+            "frontends": {"status": "ok", "connected": 1, "configured": 1},
+        },
         "engines": [engine],
     }  # fmt: skip
 

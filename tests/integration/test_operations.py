@@ -60,7 +60,8 @@ class TestHealth:
 
     async def test_components_are_ok(self, shared: Service) -> None:
         def beating() -> bool:
-            return shared.app.state.shared.hub.alive.frontends == 1
+            told = shared.app.state.shared.hub.alive
+            return told is not None and told.frontends == 1
 
         await until(beating, "the hub's word of its frontends")
         components = (await shared.client.get("/health")).json()["components"]
@@ -146,7 +147,12 @@ async def test_ready_when_all_takes_every_model(store: Path, ready_when: str, re
             return str(weights) in str((await running.client.get("/health")).json()["errors"])
 
         await until(told, "word of the broken model")
-        await until(lambda: running.app.state.shared.hub.alive.equipped, "word of the engines")
+
+        def equipped() -> bool:
+            told = running.app.state.shared.hub.alive
+            return told is not None and told.equipped
+
+        await until(equipped, "word of the engines")
         assert await running.ready() is ready
         if not ready:
             error = error_of(await running.client.get("/health/ready"), 503, "not_ready")

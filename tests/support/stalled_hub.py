@@ -36,7 +36,7 @@ class StalledHub:
             message = await frames.read(reader, TO_HUB)
             if message is None:
                 return
-            say(Alive())
+            say(Alive(1, {}, True))
             if isinstance(message, Here):
                 self.keys.append(message.keys)
             if isinstance(message, Report):
