@@ -101,6 +101,12 @@ async def ended(client: httpx.AsyncClient, job: dict[str, Any]) -> dict[str, Any
     return found
 
 
+async def head_of_result(client: httpx.AsyncClient, job: dict[str, Any]) -> httpx.Headers:
+    response = await client.head(f"/jobs/{job['id']}/result")
+    assert (response.status_code, response.content) == (200, b"")
+    return response.headers
+
+
 async def result(client: httpx.AsyncClient, job: dict[str, Any]) -> bytes:
     response = await client.get(f"/jobs/{job['id']}/result")
     assert response.status_code == 200, response.text
@@ -313,7 +319,11 @@ async def test_every_frontend_answers_for_every_job(running: Service) -> None:
     (other,) = running.other_clients
     job = await submitted(running.client, written(ROWS[:10], "csv"), "csv")
     assert (await ended(other, job))["rows"] == 10
-    assert await result(other, job) == await result(running.client, job)
+    content = await result(other, job)
+    assert content == await result(running.client, job)
+    headers = await head_of_result(other, job)
+    assert headers["content-length"] == str(len(content))
+    assert headers["content-disposition"] == f'attachment; filename="{job["id"]}.csv"'
 
 
 async def test_what_a_job_counts(running: Service) -> None:
