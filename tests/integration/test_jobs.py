@@ -281,6 +281,31 @@ class TestAnInterruptedJob:
         assert job["status"] == "failed"
         assert "5 times without an answer" in job["error"]
 
+    async def test_whose_outcome_cannot_be_written_is_shown_and_tried_again(
+        self, idle: Service
+    ) -> None:
+        job = await submitted(idle.client, written(ROWS[:5], "jsonl"))
+        stored = JobStore(idle.app.state.shared.settings.state_dir).get(job["id"])
+        assert stored is not None
+        blocked = stored.folder / "progress.json"
+        blocked.mkdir()
+        (blocked / "in the way").touch()
+
+        async def told() -> bool:
+            errors = (await idle.client.get("/health")).json()["errors"]
+            return any("IsADirectoryError" in error for error in errors)
+
+        async with job_process(idle):
+            await until(told, "the problem in /health")
+            (blocked / "in the way").unlink()
+            blocked.rmdir()
+            assert (await ended(idle.client, job))["status"] == "finished"
+
+        async def solved() -> bool:
+            return not await told()
+
+        await until(solved, "the end of the problem")
+
     async def test_an_orderly_end_of_the_process_is_no_failed_start(self, idle: Service) -> None:
         job = await submitted(idle.client, written(ROWS, "jsonl"), heads=1)
         stored = JobStore(idle.app.state.shared.settings.state_dir).get(job["id"])
