@@ -187,7 +187,7 @@ class JobStore:
         Raises:
             StoreFullError: there is none.
         """
-        if len(self._names()) >= max_jobs:
+        if len(self._names(arriving=True)) >= max_jobs:
             raise StoreFullError(
                 f"the server keeps {max_jobs} jobs, as many as it may; delete one that has ended"
             )
@@ -252,9 +252,12 @@ class JobStore:
             return None
         return descriptor
 
-    def _names(self) -> list[str]:
+    def _names(self, arriving: bool = False) -> list[str]:
+        """Return the names of the jobs' folders, those of uploads among them if asked for."""
+        mark = "." if arriving else ""
         try:
-            return [name for name in os.listdir(self.folder) if _ID.fullmatch(name)]
+            found = os.listdir(self.folder)
+            return [name for name in found if _ID.fullmatch(name.removeprefix(mark))]
         except (FileNotFoundError, NotADirectoryError):
             return []
 

@@ -45,7 +45,7 @@ class JobFailedError(BudgetFormerError):
 
 
 class ChunkAnswering:
-    """Answer chunks of rows, each at most once in an engine at a time.
+    """Answer chunks of rows, of which there is at most one for each engine at a time.
 
     Args:
         models: that are served.
@@ -56,6 +56,7 @@ class ChunkAnswering:
     Attributes:
         rows: of the next chunk: as many as engines answer in a short time, so that a job never
             makes a queue.
+        at_once: chunks that engines compute at a time.
         waiting_for: what keeps a chunk from being answered; None: nothing does.
     """
 

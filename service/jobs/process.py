@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from service.background import run_forever
+from service.ipc.control_messages import Trouble
 from service.ipc.engine_client import Engines
 from service.ipc.hub_client import HubLink
 from service.job_store import JobStore
@@ -46,11 +47,15 @@ class JobProcess:
         self._engines.start()
         await self._hub.start()
         try:
-            await run_forever("jobs", self._runner.run)
+            await run_forever("jobs", self._runner.run, self._report)
         finally:
+            self._report("jobs", None)
             await self._hub.stop()
             await self._follow.stop()
             await self._engines.stop()
+
+    def _report(self, _: str, reason: str | None) -> None:
+        self._hub.say(Trouble("running jobs", reason))
 
     def _configure(self, line: bytes) -> None:
         self.settings = decode_settings(line)

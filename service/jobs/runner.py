@@ -235,7 +235,7 @@ class _Run:
             if self._reason is not None:
                 raise self._reason
 
-        download(url, partial, check, settings.max_job_bytes, follow_redirects=False)
+        download(url, partial, check, settings.max_job_bytes)
         partial.replace(self.job.input)
 
     def _ask(self, chunk: Chunk) -> Future[Answered]:

@@ -101,6 +101,12 @@ async def ended(client: httpx.AsyncClient, job: dict[str, Any]) -> dict[str, Any
     return found
 
 
+async def head_of_result(client: httpx.AsyncClient, job: dict[str, Any]) -> httpx.Headers:
+    response = await client.head(f"/jobs/{job['id']}/result")
+    assert (response.status_code, response.content) == (200, b"")
+    return response.headers
+
+
 async def result(client: httpx.AsyncClient, job: dict[str, Any]) -> bytes:
     response = await client.get(f"/jobs/{job['id']}/result")
     assert response.status_code == 200, response.text
@@ -275,6 +281,31 @@ class TestAnInterruptedJob:
         assert job["status"] == "failed"
         assert "5 times without an answer" in job["error"]
 
+    async def test_whose_outcome_cannot_be_written_is_shown_and_tried_again(
+        self, idle: Service
+    ) -> None:
+        job = await submitted(idle.client, written(ROWS[:5], "jsonl"))
+        stored = JobStore(idle.app.state.shared.settings.state_dir).get(job["id"])
+        assert stored is not None
+        blocked = stored.folder / "progress.json"
+        blocked.mkdir()
+        (blocked / "in the way").touch()
+
+        async def told() -> bool:
+            errors = (await idle.client.get("/health")).json()["errors"]
+            return any("IsADirectoryError" in error for error in errors)
+
+        async with job_process(idle):
+            await until(told, "the problem in /health")
+            (blocked / "in the way").unlink()
+            blocked.rmdir()
+            assert (await ended(idle.client, job))["status"] == "finished"
+
+        async def solved() -> bool:
+            return not await told()
+
+        await until(solved, "the end of the problem")
+
     async def test_an_orderly_end_of_the_process_is_no_failed_start(self, idle: Service) -> None:
         job = await submitted(idle.client, written(ROWS, "jsonl"), heads=1)
         stored = JobStore(idle.app.state.shared.settings.state_dir).get(job["id"])
@@ -313,7 +344,11 @@ async def test_every_frontend_answers_for_every_job(running: Service) -> None:
     (other,) = running.other_clients
     job = await submitted(running.client, written(ROWS[:10], "csv"), "csv")
     assert (await ended(other, job))["rows"] == 10
-    assert await result(other, job) == await result(running.client, job)
+    content = await result(other, job)
+    assert content == await result(running.client, job)
+    headers = await head_of_result(other, job)
+    assert headers["content-length"] == str(len(content))
+    assert headers["content-disposition"] == f'attachment; filename="{job["id"]}.csv"'
 
 
 async def test_what_a_job_counts(running: Service) -> None:

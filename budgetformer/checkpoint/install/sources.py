@@ -121,9 +121,9 @@ def open_source(source: str, staging: Path, tell: Tell) -> Iterator[Source]:
     fetched = staging / "fetched"
     try:
         if source.startswith(("http://", "https://")):
-            _download(source, fetched, tell)
+            _download(source, fetched, tell, MAX_BYTES, follow_redirects=True)
         elif "://" in source:
-            remote = _fetch(source, fetched, tell)
+            remote = _fetch(source, fetched, tell, MAX_BYTES)
             if remote is not None:
                 yield remote
                 return
@@ -152,23 +152,25 @@ def _archive(label: str, path: Path) -> Iterator[Source]:
         raise CheckpointError(f"{label}: neither a tar nor a zip file")
 
 
-def download(
-    url: str, target: Path, tell: Tell, most: int = MAX_BYTES, *, follow_redirects: bool = True
-) -> None:
-    """Fetch the file at a URL into `target`; `tell` hears how many bytes are there, of how many.
+def download(url: str, target: Path, tell: Tell, most: int) -> None:
+    """Fetch the file at a URL into `target`; a redirect is not followed.
+
+    Args:
+        url: of HTTP, or of a scheme of fsspec.
+        target: to write.
+        tell: hears how many bytes are there, of how many.
+        most: bytes of the file.
 
     Raises:
         CheckpointError: it is not there, cannot be fetched, or is larger than `most` bytes.
     """
     if url.startswith(("http://", "https://")):
-        _download(url, target, tell, most, follow_redirects)
+        _download(url, target, tell, most, follow_redirects=False)
     elif _fetch(url, target, tell, most) is not None:
         raise CheckpointError(f"{url}: a folder, not a file")
 
 
-def _download(
-    url: str, target: Path, tell: Tell, most: int = MAX_BYTES, follow_redirects: bool = True
-) -> None:
+def _download(url: str, target: Path, tell: Tell, most: int, *, follow_redirects: bool) -> None:
     try:
         import httpx
     except ImportError as error:
@@ -190,7 +192,7 @@ def _download(
         raise CheckpointError(f"{url}: {error or type(error).__name__}") from error
 
 
-def _fetch(url: str, target: Path, tell: Tell, most: int = MAX_BYTES) -> Source | None:
+def _fetch(url: str, target: Path, tell: Tell, most: int) -> Source | None:
     """Return the folder at a URL, or fetch the file that is there and return None."""
     try:
         import fsspec

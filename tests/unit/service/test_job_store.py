@@ -136,6 +136,8 @@ def test_room_for_jobs_and_for_bytes(store: JobStore) -> None:
     with pytest.raises(StoreFullError, match="more than 1400 bytes"):
         store.check_room(2, 1400, 500)
     arriving = store.receive(new_id(), "csv")
+    with pytest.raises(StoreFullError, match="keeps 2 jobs"):
+        store.check_room(2, 2000)
     arriving.write(b"x" * 1000)
     with pytest.raises(StoreFullError):
         store.check_bytes(2000)
