@@ -16,7 +16,7 @@ class StateRange(BaseModel):
 
     Attributes:
         low, high: the least and the greatest number, or 0.
-        outliers: columns that go far beyond, which are no part of the range; `outliers` in older
+        outliers: columns that go far beyond, which are no part of the range; `apart` in older
             checkpoints.
     """
 
@@ -25,7 +25,7 @@ class StateRange(BaseModel):
     low: float = Field(le=0)
     high: float = Field(ge=0)
     outliers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(), max_length=MAX_OUTLIERS, validation_alias=AliasChoices("outliers", "outliers")
+        default=(), max_length=MAX_OUTLIERS, validation_alias=AliasChoices("outliers", "apart")
     )
 
 
