@@ -4,8 +4,8 @@
 
 The reference is the readable network of `budgetformer.model` with all heads and a mask, run in
 this process before anything is asked; it is kept in a file and computed once. Then a server with
-two engines and two fronts is asked for all texts, in requests of 1 to 64, many at a time, while its
-processes are killed and stopped, its models are changed, and clients leave and ask again. A request
+two engines and two frontends is asked for all texts, in requests of 1 to 64, many at a time, while
+its processes are killed and stopped, its models are changed, and clients leave and ask again. A request
 that broke off or was refused is repeated. Each text must be answered once, with its own answer:
 label, probabilities, ladder step. A text within a hair of a threshold may be decided otherwise by
 rounding: such ties are counted by themselves. The exit code is 1 if any answer was wrong, lost or
@@ -269,7 +269,7 @@ async def break_it(server: Server, faults: Counter[str]) -> None:
     """Break the server in turns, until cancelled."""
     for turn in itertools.count():
         await asyncio.sleep(REST_SECONDS)
-        kind = ("engine", "front")[turn // 3 % 2]
+        kind = ("engine", "frontend")[turn // 3 % 2]
         if turn % 3 == 2:
             for action, name in (("load", MODEL), ("unload", OTHER), ("load", OTHER)):
                 (await server.change(action, name)).raise_for_status()

@@ -176,7 +176,7 @@ class Hosts:
 
 @contextmanager
 def hosts(arguments: argparse.Namespace, pool: dict[str, Any]) -> Iterator[Hosts]:
-    """Serve on a cluster of this machine, with two fronts and one pool of engines."""
+    """Serve on a cluster of this machine, with two frontends and one pool of engines."""
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster

@@ -58,7 +58,7 @@ class Measured:
     half_p99: float
     half_rate: float
     cpu_per_thousand: float
-    front_per_thousand: float
+    frontend_per_thousand: float
     memory: float
     start: float
     answered: int
@@ -128,10 +128,10 @@ async def measure(
     requests = [client.request(body(text)) for text in plan.texts]
     await client.closed("warm-up", requests, CALLERS, min(WARM_UP, plan.seconds))
     lone = await client.closed("lone", requests, 1, plan.seconds / 2)
-    part = "" if name == FLOOR.name else "service.front"
-    before, front = server.cpu_seconds(), server.cpu_seconds(part)
+    part = "" if name == FLOOR.name else "service.frontend"
+    before, frontend = server.cpu_seconds(), server.cpu_seconds(part)
     most = await client.closed("most", requests, CALLERS, plan.seconds)
-    cpu, front = server.cpu_seconds() - before, server.cpu_seconds(part) - front
+    cpu, frontend = server.cpu_seconds() - before, server.cpu_seconds(part) - frontend
     half = await client.scheduled(
         "half", requests, most.goodput / 2, plan.seconds, arrivals="poisson"
     )
@@ -144,7 +144,7 @@ async def measure(
     client.close()
     return Measured(
         name, most.goodput, lone.latency(0.5), half.latency(0.5), half.latency(0.99), half.rate,
-        1000 * cpu / most.statuses["200"], 1000 * front / most.statuses["200"],
+        1000 * cpu / most.statuses["200"], 1000 * frontend / most.statuses["200"],
         memory, server.start_seconds, len(said),
         sum(answer["label"] == plan.labels[n] for n, answer in said.items()),
         sum(p.due - p.statuses["200"] for p in phases),
@@ -255,8 +255,8 @@ def service_promises(repeats: Repeats) -> list[Promise]:
     def throughput(m: Measured) -> float:
         return m.throughput
 
-    front = [
-        run["balanced"].front_per_thousand - run[FLOOR.name].front_per_thousand
+    frontend = [
+        run["balanced"].frontend_per_thousand - run[FLOOR.name].frontend_per_thousand
         for run in repeats.runs
     ]
     tail = [max(run["balanced"].tails.values(), default=math.nan) for run in repeats.runs]
@@ -277,7 +277,7 @@ def service_promises(repeats: Repeats) -> list[Promise]:
             "p99 at half load at `balanced`, of the p50 of texts of the same steps, worst steps",
             "<=", 4, tail,
         ),
-        Promise("front's CPU beyond the floor, ms for a single text", "<=", 0.3, front),
+        Promise("frontend's CPU beyond the floor, ms for a single text", "<=", 0.3, frontend),
     ]  # fmt: skip
 
 
@@ -305,7 +305,7 @@ def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) ->
                 spread(repeats.values(name, lambda m: 1000 * m.half_p50), ".1f"),
                 spread(repeats.values(name, lambda m: 1000 * m.half_p99), ".1f"),
                 spread(repeats.values(name, lambda m: m.cpu_per_thousand)),
-                spread(repeats.values(name, lambda m: m.front_per_thousand))
+                spread(repeats.values(name, lambda m: m.frontend_per_thousand))
                 if name in OURS
                 else "",
                 spread(repeats.values(name, lambda m: m.memory), ".0f"),

@@ -29,7 +29,7 @@ from servers import Server, ours
 from texts import texts_of
 
 MODEL = Path("model_store/ag_news/3")
-PARTS = {"frontend": "service.front", "engine": "service.engine", "rest": ""}
+PARTS = {"frontend": "service.frontend", "engine": "service.engine", "rest": ""}
 SETTLE = 0.5
 """Seconds after which reports, which are sent four times a second, have been sent."""
 

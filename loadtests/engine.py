@@ -25,7 +25,7 @@ from budgetformer.inference.packed import PackedTokens, PassResult
 from budgetformer.inference.texts import Texts, TokenColumns
 from service.engine.core import EngineCore, EngineOptions
 from service.ipc.engine_client import Job, request_of
-from service.ipc.engine_messages import TO_ENGINE, Answer, Load, ToEngine, ToFront
+from service.ipc.engine_messages import TO_ENGINE, Answer, Load, ToEngine, ToFrontend
 from service.pipeline.served_models import open_model
 
 SIZES = (1, 16, 64, 512)
@@ -62,15 +62,15 @@ async def measure(path: Path, texts: int, size: int) -> float:
     served = open_model(path)
     assert served.decider is not None
     core = EngineCore(OPTIONS, precision="float32")
-    told: dict[int, asyncio.Future[ToFront]] = {}
+    told: dict[int, asyncio.Future[ToFrontend]] = {}
     own = 0.0
 
-    def reply(message: ToFront) -> None:
+    def reply(message: ToFrontend) -> None:
         _encode(message)
         if hasattr(message, "id"):
             told[message.id].set_result(message)
 
-    async def ask(number: int, message: ToEngine) -> ToFront:
+    async def ask(number: int, message: ToEngine) -> ToFrontend:
         nonlocal own
         began = time.thread_time()
         told[number] = asyncio.get_running_loop().create_future()

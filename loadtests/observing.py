@@ -122,7 +122,7 @@ def http(application: Any) -> Callable[[], None]:
 
 
 def stage(tracer: Tracer) -> None:
-    """Do what the front does around tokenizing."""
+    """Do what the frontend does around tokenizing."""
     with tracer.start_as_current_span(
         "tokenize", record_exception=False, set_status_on_exception=False
     ) as span:
@@ -132,16 +132,16 @@ def stage(tracer: Tracer) -> None:
 
 def rows() -> dict[str, float]:
     metrics = metrics_known()
-    front, engine = Tracing(Nowhere(), "front"), Tracing(Nowhere(), "engine-0", follow=True)
+    frontend, engine = Tracing(Nowhere(), "frontend"), Tracing(Nowhere(), "engine-0", follow=True)
     spans = engine.pass_spans()
     now = time.monotonic()
     rider = Rider(RequestContext("r", TRACEPARENT), now, 2)
     decided, computed = (
         PassRun(stage, "ag_news:1", 2, 41, [rider], now, now) for stage in ("budget", "compute")
     )
-    tracer, nobody = front.provider.get_tracer("budgetformer"), NoOpTracer()
+    tracer, nobody = frontend.provider.get_tracer("budgetformer"), NoOpTracer()
     counts = Counts()
-    bare, traced = app(None), app(front)
+    bare, traced = app(None), app(frontend)
     observed = Observe(app(None), counts, log_share=0.01)
     logged = Observe(app(None), counts, log_share=1.0)
     recent = Recent(metrics)

@@ -2,7 +2,7 @@
 
     python -m loadtests.soak [--minutes 20] [--rate 25] [--out build/soak]
 
-It starts a server with two engines and two fronts and asks it on a schedule that does not wait:
+It starts a server with two engines and two frontends and asks it on a schedule that does not wait:
 single texts and lists, every quality, two models, clients that leave, scrapes, and each minute a
 model loaded anew and another taken out and in. Every few seconds it notes memory (pages that are
 shared counted once), open files, threads, and the latency of single texts from the moment at which

@@ -57,7 +57,7 @@ KEEP_ALIVE_SECONDS = 75
 """Longer than the minute after which load balancers let an idle connection go, so that a request
 never meets a connection that is just being closed."""
 SPARE_DESCRIPTORS = 256
-"""Open files of a front besides its connections."""
+"""Open files of a frontend besides its connections."""
 
 
 class _SharedServer(uvicorn.Server):
@@ -158,14 +158,14 @@ class _DrainingServer(_SharedServer):
 
 
 def main() -> None:
-    """Run the front."""
+    """Run the frontend."""
     run_dir, index = Path(sys.argv[1]), int(sys.argv[2])
     usage = int(sys.argv[3])
     listener, *side_listeners = (socket.socket(fileno=int(word)) for word in sys.argv[4:])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = receive_settings()
     exit_with_parent()
-    name = f"front-{index}"
+    name = f"frontend-{index}"
     name_process(name)
     configure_logs(settings.log_level, settings.log_format, name)
     sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]

@@ -132,10 +132,10 @@ def keep_what_is_here() -> None:
 
 
 def collect_seldom() -> None:
-    """Have the garbage collector look only after as many new objects as a busy front has at a time.
+    """Have the garbage collector look only after as many new objects as a busy frontend holds.
 
     By default it looks after seven hundred, a few requests, of which hardly any is done by then:
-    where hundreds wait, that was a sixth of a front's time.
+    where hundreds wait, that was a sixth of a frontend's time.
     """
     gc.set_threshold(50_000, 20, 50)
 

@@ -212,7 +212,7 @@ class Settings(BaseSettings):
     default_model: str | None = None
     """Model of requests that name none; by default the first by name."""
     fronts: int = Field(default=1, ge=1, le=64)
-    """Front processes, which parse, tokenize and answer; they share the address."""
+    """Frontend processes, which parse, tokenize and answer; they share the address."""
     engines: int = Field(default=0, ge=0, le=256)
     """Engine processes; 0 means one per GPU on GPUs, on a CPU one per core that affinity and the
     container's CPU quota allow."""

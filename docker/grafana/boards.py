@@ -430,11 +430,10 @@ def budgets() -> Rows:
 def engines() -> Rows:
     age = "budgetformer_engine_heartbeat_age_seconds"
     restarts = "sum(increase(budgetformer_engine_restarts_total[{}]))"
-    front = 'process=~"front-.*"'
+    frontend = 'process=~"frontend-.*"'
     own = 'process!~"engine-.*"'
-    starts = (
-        f"sum(changes(budgetformer_process_start_time_seconds{{{{{front}}}}}[{{}}])) or vector(0)"
-    )
+    changes = f"changes(budgetformer_process_start_time_seconds{{{{{frontend}}}}}[{{}}])"
+    starts = f"sum({changes}) or vector(0)"
     return {
         "Overview": [
             stat(
@@ -460,7 +459,7 @@ def engines() -> Rows:
                 0,
                 (1, 3),
             ),
-            stat("Front restarts", "Since yesterday.", "short", starts.format("1d"), 0, (1, 3)),
+            stat("Frontend restarts", "Since yesterday.", "short", starts.format("1d"), 0, (1, 3)),
             stat(
                 "Models",
                 "Served now.",
@@ -490,7 +489,7 @@ def engines() -> Rows:
             ),
             chart(
                 "Memory",
-                "Of each engine, each front and the supervisor.",
+                "Of each engine, each frontend and the supervisor.",
                 "bytes",
                 {
                     "engine {{engine}}": gauge("device_memory_bytes", "engine", fold="max"),
@@ -511,7 +510,7 @@ def engines() -> Rows:
             ),
             chart(
                 "Open files",
-                "Connections and files that fronts and supervisor hold, and how many each may.",
+                "Connections and files that frontends and supervisor hold, and how many each may.",
                 "short",
                 {
                     "{{process}}": gauge("process_open_fds", "process", own, "max"),

@@ -2,8 +2,8 @@
 
     python -m loadtests.chaos [--only kills hangs ...] [--repeats 20]
 
-Each fault has servers of its own (two engines, two fronts) and callers on a schedule that does not
-wait for answers. Before anything breaks, the answer of every text is noted: afterwards one that
+Each fault has servers of its own (two engines, two frontends) and callers on a schedule that does
+not wait for answers. Before anything breaks, the answer of every text is noted: afterwards one that
 differs is wrong. A fault for which this machine lacks something is named with what it lacks. The
 exit code is 1 if an answer was wrong or a request was never answered.
 """
@@ -43,7 +43,7 @@ class Fault:
 
 FAULTS = {
     "kills": Fault(
-        processes.kills, "others answer; only connections to a front that dies break off"
+        processes.kills, "others answer; only connections to a frontend that dies break off"
     ),
     "hangs": Fault(processes.hangs, "the same, within `hang_seconds` (4)"),
     "slow-device": Fault(processes.slow_device, "slower answers; the engine is not taken for dead"),

@@ -173,7 +173,7 @@ async def disk(repeats: int) -> Seen:
                 await asyncio.sleep(SETTLE_SECONDS)
                 _fill(folder / "filling")
                 seen.notes.append(f"bytes free: {shutil.disk_usage(folder).free}")
-                for kind in ("engine", "front") * max(1, repeats // 10):
+                for kind in ("engine", "frontend") * max(1, repeats // 10):
                     await asyncio.sleep(SETTLE_SECONDS)
                     server.processes(kind)[0].kill()
                     await asyncio.sleep(0.1)
@@ -217,8 +217,8 @@ async def clock(repeats: int) -> Seen:  # noqa: ARG001
                     if jump == "+2d":
                         away = await _seconds_away(server)
                         assert away > 100_000, f"the clock did not jump: {away} s"
-                for kind in ("engine", "front"):
-                    _replace(wanted, "-1d" if kind == "front" else "+1d")
+                for kind in ("engine", "frontend"):
+                    _replace(wanted, "-1d" if kind == "frontend" else "+1d")
                     server.processes(kind)[0].kill()
                     await asyncio.sleep(0.1)
                     seen.recovery.append(0.1 + await server.until_whole())

@@ -13,20 +13,20 @@ import psutil
 from loadtests.chaos.load import Seen, under_load
 from loadtests.chaos.server import PATIENCE, Server, serving
 
-KINDS = ("engine", "front")
+KINDS = ("engine", "frontend")
 CRAWL_SECONDS = 20.0
 CRAWLS, PAUSES = 0.01, 0.09
 """Seconds that a slow engine runs, and then does not."""
 
 
 def _victims(server: Server, count: int) -> Iterator[psutil.Process]:
-    """Name an engine, a front, the next engine, and so on; the oldest, so that all have turns."""
+    """Name an engine, a frontend, the next engine, and so on; the oldest, so each has its turn."""
     for kind in itertools.islice(itertools.cycle(KINDS), count):
         yield server.processes(kind)[0]
 
 
 async def kills(repeats: int) -> Seen:
-    """Kill engines and fronts, one after another."""
+    """Kill engines and frontends, one after another."""
     async with serving() as server:
 
         async def work(seen: Seen) -> None:
@@ -40,7 +40,7 @@ async def kills(repeats: int) -> Seen:
 
 
 async def hangs(repeats: int) -> Seen:
-    """Stop engines and fronts without ending them."""
+    """Stop engines and frontends without ending them."""
     async with serving() as server:
 
         async def work(seen: Seen) -> None:

@@ -111,7 +111,7 @@ class Server:
         return memory(self.family())
 
     async def whole(self) -> bool:
-        """Say whether every engine and every front is there and has every model."""
+        """Say whether every engine and every frontend is there and has every model."""
         try:
             health = (await self.plain.get("/health")).json()
             shown = (await self.plain.get("/metrics")).text

@@ -84,7 +84,7 @@ async def fork(repeats: int) -> Seen:
 
             async def work(seen: Seen) -> None:
                 await asyncio.sleep(1)  # until what a load leaves to do is done
-                for kind in ("engine", "front") * max(1, repeats // 10):
+                for kind in ("engine", "frontend") * max(1, repeats // 10):
                     (group / "pids.max").write_text("1")
                     server.processes(kind)[0].kill()
                     await asyncio.sleep(SHOWN_SECONDS)
@@ -201,7 +201,7 @@ async def port(repeats: int) -> Seen:
             seen.notes.append(f"the other one ended with code {done.returncode} and one line")
             failed = probed = 0
             for _ in range(max(1, repeats // 10)):
-                server.processes("front")[0].kill()
+                server.processes("frontend")[0].kill()
                 until = time.perf_counter() + SHOWN_SECONDS
                 while time.perf_counter() < until:
                     probed += 1

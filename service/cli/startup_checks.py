@@ -100,7 +100,7 @@ def _threads(settings: Settings) -> Finding:
     if quota is not None and engines * each > quota:
         return Finding("threads", "warn", found, "raise the container's CPU limit")
     if engines * each < cores and settings.device != "cuda":
-        return Finding("threads", "ok", f"{found}; the front runs on what is left")
+        return Finding("threads", "ok", f"{found}; the frontend runs on what is left")
     return Finding("threads", "ok", found)
 
 

@@ -89,7 +89,7 @@ def _tune_server(folder: Path, checkpoint: Checkpoint, url: str, data: Path, as_
         out.print_json(costs.dump())
         return
     table = Table("", "per request", "per text", "per token", "per pass", title="microseconds")
-    for name, cost in (("front", costs.front), ("hub", costs.hub)):
+    for name, cost in (("frontend", costs.frontend), ("hub", costs.hub)):
         table.add_row(name, *(f"{1e6 * c:.2f}" for c in (cost.request, cost.text, cost.token)), "")
     engine = costs.engine
     shown = [f"{1e6 * cost:.2f}" for cost in (engine.request, engine.text, engine.run)]

@@ -1,4 +1,4 @@
-"""The same server on a Ray cluster: fronts, engines and the hub are deployments of Ray Serve.
+"""The same server on a Ray cluster: frontends, engines and the hub are deployments of Ray Serve.
 
 `service.cluster.application:application` is what a Serve config file imports.
 """
@@ -13,6 +13,6 @@ RAY = {
 """Environment of Ray's processes, on every host before they start.
 
 They are the server, and by default get what others leave. HAProxy takes requests straight to the
-fronts, and asks another front if one dies before it answers; calls between replicas go by gRPC and
-cross no thread; a front that ends is given five seconds to be forgotten.
+frontends, and asks another frontend if one dies before it answers; calls between replicas go by
+gRPC and cross no thread; a frontend that ends is given five seconds to be forgotten.
 """

@@ -25,7 +25,7 @@ from ray.serve.schema import LoggingConfig
 from budgetformer.subprocesses import hidden_by
 from service.cluster import RAY
 from service.cluster.engine import EngineReplica
-from service.cluster.frontend import FrontReplica
+from service.cluster.frontend import FrontendReplica
 from service.cluster.hub import HubReplica
 from service.settings import Pool, Settings, SettingsError
 
@@ -33,7 +33,7 @@ log = structlog.get_logger()
 
 NAME = "budgetformer"
 UNBOUNDED = 100_000
-"""Engines and fronts know themselves what they can take, and say so with 429."""
+"""Engines and frontends know themselves what they can take, and say so with 429."""
 STATS_SECONDS = 0.5
 """How often replicas say what waits in them."""
 LOOK_BACK_SECONDS = 12.0
@@ -55,7 +55,7 @@ def application(settings: dict[str, Any]) -> Application:
 
 
 def build(settings: Settings) -> Application:
-    """Return the application: one hub, pools of engines, and fronts before them.
+    """Return the application: one hub, pools of engines, and frontends before them.
 
     Raises:
         KeysError, SettingsError: see `Settings.check_access`.
@@ -85,14 +85,14 @@ def build(settings: Settings) -> Application:
         ).bind(values, pool.model_dump(), name, hub)
         for name, pool in settings.ordered_pools().items()
     ]  # fmt: skip
-    front = serve.deployment(serve.ingress()(FrontReplica)).options(
-        name="front",
+    frontend = serve.deployment(serve.ingress()(FrontendReplica)).options(
+        name="frontend",
         num_replicas=settings.fronts,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=drain,
         **common,
     )
-    app: Application = front.bind(values, hub, *engines)
+    app: Application = frontend.bind(values, hub, *engines)
     return app
 
 

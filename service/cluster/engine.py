@@ -26,7 +26,7 @@ from service.ipc.engine_messages import (
     Failed,
     Load,
     ToEngine,
-    ToFront,
+    ToFrontend,
     Unload,
 )
 from service.settings import Pool, Settings
@@ -117,10 +117,10 @@ class EngineReplica:
         await asyncio.gather(self._work, return_exceptions=True)
         await self._background.stop()
 
-    async def _ask(self, message: Classify | Load | Unload) -> ToFront:
-        answer: asyncio.Future[ToFront] = asyncio.get_running_loop().create_future()
+    async def _ask(self, message: Classify | Load | Unload) -> ToFrontend:
+        answer: asyncio.Future[ToFrontend] = asyncio.get_running_loop().create_future()
 
-        def reply(told: ToFront) -> None:
+        def reply(told: ToFrontend) -> None:
             if not answer.done():
                 answer.set_result(told)
 

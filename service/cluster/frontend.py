@@ -1,4 +1,4 @@
-"""A front as a replica of a Ray Serve deployment, and the engines as it sees them."""
+"""A frontend as a replica of a Ray Serve deployment, and the engines as it sees them."""
 
 from __future__ import annotations
 
@@ -155,8 +155,8 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-class FrontReplica:
-    """One front: the application of `service.http.app` in front of pools of engines.
+class FrontendReplica:
+    """One frontend: the application of `service.http.app` in front of pools of engines.
 
     Args:
         settings: of the whole server, as `Settings.model_dump`.
@@ -168,13 +168,13 @@ class FrontReplica:
         self._settings = Settings(**settings)
         self._hub = hub
         self._handles = handles
-        configure_logs(self._settings.log_level, self._settings.log_format, "front")
+        configure_logs(self._settings.log_level, self._settings.log_format, "frontend")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Ray Serve runs its life and calls it."""
         pools = self._settings.ordered_pools().values()
         handles = [PoolHandle(pool, h) for pool, h in zip(pools, self._handles, strict=True)]
-        tracing = open_tracing("front")
+        tracing = open_tracing("frontend")
         provider = tracing.provider if tracing else None
         engines = PooledEngines(handles, self._hub)
-        return create_app(self._settings, engines, Caller(self._hub, "front"), provider)
+        return create_app(self._settings, engines, Caller(self._hub, "frontend"), provider)

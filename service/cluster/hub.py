@@ -42,7 +42,7 @@ class FleetSeen(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HubReplica:
-    """The hub, for fronts and engines on any host.
+    """The hub, for frontends and engines on any host.
 
     Args:
         settings: of the whole server, as `Settings.model_dump`.
@@ -55,7 +55,9 @@ class HubReplica:
         if mirror is not None:
             copy_at_start(mirror)
         self._hub = Hub(given, Catalog(given), [])
-        self._switchboard = Switchboard({"front": self._front, "engine": self._hub.fleet.meet})
+        self._switchboard = Switchboard(
+            {"frontend": self._frontend, "engine": self._hub.fleet.meet}
+        )
         self._background = Background()
         report = self._hub.report_problem
         self._background.start(run_forever("hub", self._hub.serve, report))
@@ -90,5 +92,5 @@ class HubReplica:
         ]
         return msgspec.msgpack.encode(FleetSeen(engines, list(self._hub.fleet.wanted)))
 
-    async def _front(self, streams: Streams) -> None:
+    async def _frontend(self, streams: Streams) -> None:
         await attend(streams, self._hub.came, "hub")

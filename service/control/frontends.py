@@ -10,7 +10,7 @@ from service.ipc.connection import Say
 from service.ipc.frames import Message
 
 
-class FrontPeer:
+class FrontendPeer:
     """A frontend that is connected.
 
     Attributes:
@@ -35,17 +35,17 @@ class Frontends:
     """All of them."""
 
     def __init__(self) -> None:
-        self._peers: set[FrontPeer] = set()
+        self._peers: set[FrontendPeer] = set()
         self._moved = asyncio.Event()
 
-    def __iter__(self) -> Iterator[FrontPeer]:
+    def __iter__(self) -> Iterator[FrontendPeer]:
         return iter(self._peers)
 
-    def add(self, peer: FrontPeer) -> None:
+    def add(self, peer: FrontendPeer) -> None:
         """Count one that came."""
         self._peers.add(peer)
 
-    def discard(self, peer: FrontPeer) -> None:
+    def discard(self, peer: FrontendPeer) -> None:
         """Forget one that went."""
         self._peers.discard(peer)
         self.moved()
@@ -59,7 +59,7 @@ class Frontends:
         """Say that a frontend is further than it was."""
         self._moved.set()
 
-    async def until(self, reached: Callable[[FrontPeer], bool]) -> None:
+    async def until(self, reached: Callable[[FrontendPeer], bool]) -> None:
         """Wait until this is true of every one."""
         while not all(map(reached, self._peers)):
             self._moved.clear()

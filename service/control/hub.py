@@ -1,4 +1,4 @@
-"""The hub itself: connections of the fronts, and what they ask for."""
+"""The hub itself: connections of the frontends, and what they ask for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service.background import Background, run_forever
 from service.control.catalog import Catalog, UnknownModelError
 from service.control.engine_watch import EngineWatch
 from service.control.fleet import Fleet, LoadFailedError, LoadTimeoutError, NoEngineError
-from service.control.frontends import Frontends, FrontPeer
+from service.control.frontends import FrontendPeer, Frontends
 from service.control.served_state import StateError
 from service.control.versions import RollOutConflictError, RollOutError, Versions
 from service.ipc.connection import Say, handle_each, listening
@@ -115,9 +115,9 @@ class Hub:
         self.recent = Recent(self.metrics)
         self.watch = EngineWatch(self.metrics, self.catalog, self._level_shown)
         self.fleet = Fleet(sockets, self.watch, self._tell_all, settings.load_timeout_seconds)
-        self.fronts = Frontends()
+        self.frontends = Frontends()
         self.versions = Versions(
-            settings, catalog, self.fleet, self.watch, self.metrics, self.fronts,
+            settings, catalog, self.fleet, self.watch, self.metrics, self.frontends,
             self._tell_all, self.report_problem,
         )  # fmt: skip
         self._family = family
@@ -144,7 +144,7 @@ class Hub:
         return kept_above(self.settings.floor_of(model), level)
 
     async def serve(self, socket: Path | None = None) -> None:
-        """Listen on `socket` until cancelled; None: fronts come in another way, to `came`."""
+        """Listen on `socket` until cancelled; None: frontends come in another way, to `came`."""
         self.fleet.start()
         own = {
             "hub-recent": self.recent.keep,
@@ -163,7 +163,7 @@ class Hub:
             await self.fleet.stop()
 
     def report_crash_loop(self, process: str, reason: str | None) -> None:
-        """Tell the fronts that a process does not stay up (None: that it does again)."""
+        """Tell the frontends that a process does not stay up (None: that it does again)."""
         before = self._crash_loops.get(process)
         if reason is None:
             self._crash_loops.pop(process, None)
@@ -190,16 +190,16 @@ class Hub:
             self._tell_all()
 
     async def _beat(self) -> None:
-        """Tell the fronts that the hub handles messages, and how it is; do what is due."""
+        """Tell the frontends that the hub handles messages, and how it is; do what is due."""
         while True:
-            self.fronts.tell(self._alive())
+            self.frontends.tell(self._alive())
             self.versions.forget_retired(time.monotonic())
             await asyncio.sleep(BEAT_SECONDS)
 
     def _alive(self) -> Alive:
         """Return the state of this server's parts, as the hub knows it."""
         self._equipped = self._equipped or all(map(self.fleet.equipped, self.fleet.clients))
-        connected = sum(front.serves for front in self.fronts)
+        connected = sum(frontend.serves for frontend in self.frontends)
         tasks = {name: "; ".join(self._problems.get(name, [])) for name in self.tasks}
         return Alive(connected, tasks, self._equipped)
 
@@ -216,7 +216,7 @@ class Hub:
         self.versions.configure(settings)
         self._settings_generation += 1
         generation = self._settings_generation
-        self.fronts.tell(self._new_settings())
+        self.frontends.tell(self._new_settings())
         wanted = Configure(
             0, settings.log_level, settings.quality_floor, settings.model_floors(),
             settings.queue_items(), settings.warm_up_steps(),
@@ -224,88 +224,92 @@ class Hub:
         configuring = asyncio.create_task(self.fleet.configure(wanted, SETTINGS_PATIENCE))
         with suppress(TimeoutError):
             async with asyncio.timeout(SETTINGS_PATIENCE):
-                await self.fronts.until(lambda front: front.configured >= generation)
+                await self.frontends.until(lambda frontend: frontend.configured >= generation)
         engines = [f"engine-{index}" for index in await configuring]
         names = {pid: name for name, pid in self._family().items()}
-        behind = [front.pid for front in self.fronts if front.configured < generation]
+        behind = [frontend.pid for frontend in self.frontends if frontend.configured < generation]
         return sorted([*(names.get(pid, f"process {pid}") for pid in behind), *engines])
 
     def _new_settings(self) -> NewSettings:
         return NewSettings(self._settings_generation, encode_settings(self.settings))
 
-    async def _reload(self, front: FrontPeer, asked: ReloadSettings) -> None:
+    async def _reload(self, frontend: FrontendPeer, asked: ReloadSettings) -> None:
         if self.reload is None:
             reason = "settings of a server on a cluster change with its deployment"
-            front.say(SettingsRefused(asked.id, "not_supported", reason))
+            frontend.say(SettingsRefused(asked.id, "not_supported", reason))
             return
         try:
-            front.say(msgspec.structs.replace(await self.reload(), id=asked.id))
+            frontend.say(msgspec.structs.replace(await self.reload(), id=asked.id))
         except BudgetFormerError as error:
-            front.say(SettingsRefused(asked.id, "invalid_settings", str(error)))
+            frontend.say(SettingsRefused(asked.id, "invalid_settings", str(error)))
         except Exception as error:  # whatever it is, whoever asked must hear of it
             log.error("settings not reloaded", exc_info=error)
-            front.say(NotShown(asked.id, "the reload failed; the server's log says more"))
+            frontend.say(NotShown(asked.id, "the reload failed; the server's log says more"))
 
-    # Connections of the fronts
+    # Connections of the frontends
 
     async def came(self, reader: asyncio.StreamReader, say: Say) -> None:
-        """Serve one front until its connection ends."""
-        front = FrontPeer(say)
+        """Serve one frontend until its connection ends."""
+        frontend = FrontendPeer(say)
         if self._settings_generation:
             say(self._new_settings())
         say(self._serving())
-        self.fronts.add(front)
+        self.frontends.add(frontend)
         try:
             await handle_each(
-                reader, TO_HUB, partial(self._take, front), partial(_answer, front), "frontend"
+                reader,
+                TO_HUB,
+                partial(self._take, frontend),
+                partial(_answer, frontend),
+                "frontend",
             )
         finally:
-            self.fronts.discard(front)
-            self._measure_fronts()
+            self.frontends.discard(frontend)
+            self._measure_frontends()
 
-    def _take(self, front: FrontPeer, message: ToHub) -> None:
-        front.heard = time.monotonic()
+    def _take(self, frontend: FrontendPeer, message: ToHub) -> None:
+        frontend.heard = time.monotonic()
         match message:
             case Report():
-                self._count(front.name, message)
-                front.cache_bytes = message.cache_bytes
+                self._count(frontend.name, message)
+                frontend.cache_bytes = message.cache_bytes
                 if message.ready:
                     self.ready.set()
-                self._measure_fronts()
-                front.say(Acknowledged(message.number))
+                self._measure_frontends()
+                frontend.say(Acknowledged(message.number))
             case Here():
-                front.name, front.pid = message.frontend, message.pid
-                front.serves = bool(message.routes)
-                self._measure_fronts()
-                if front.serves:
+                frontend.name, frontend.pid = message.frontend, message.pid
+                frontend.serves = bool(message.routes)
+                self._measure_frontends()
+                if frontend.serves:
                     self.metrics.know_routes(message.routes)
                     self.metrics.know_keys(message.keys)
-                front.say(self._alive())
+                frontend.say(self._alive())
             case Trouble():
                 self.report_problem(message.source, message.reason)
             case Swapped():
-                front.swapped = message.generation
-                self.fronts.moved()
+                frontend.swapped = message.generation
+                self.frontends.moved()
             case Drained():
-                front.drained = message.generation
-                self.fronts.moved()
+                frontend.drained = message.generation
+                self.frontends.moved()
             case SettingsTaken():
-                front.configured = message.generation
-                self.fronts.moved()
+                frontend.configured = message.generation
+                self.frontends.moved()
             case ReloadSettings():
-                self._background.start(self._reload(front, message))
+                self._background.start(self._reload(frontend, message))
             case Scrape():
                 self.watch.refresh(self.fleet.clients)
-                front.say(Shown(message.id, *self._exposition(message.openmetrics)))
+                frontend.say(Shown(message.id, *self._exposition(message.openmetrics)))
             case TellRecent():
                 told = msgspec.json.encode(self.recent.tell(message.model))
-                front.say(Shown(message.id, told, "application/json"))
+                frontend.say(Shown(message.id, told, "application/json"))
             case ChangeModel() | ChangeRollOut() if self._changes > MAX_CHANGES:
                 reason = "too many changes of models are waiting"
-                front.say(ChangeFailed(message.id, "busy", reason))
+                frontend.say(ChangeFailed(message.id, "busy", reason))
             case ChangeModel() | ChangeRollOut():
                 self._changes += 1
-                self._background.start(self._change(front, message))
+                self._background.start(self._change(frontend, message))
 
     def _count(self, frontend: str, report: Report) -> None:
         """Count a report, unless it came before over another connection."""
@@ -324,7 +328,7 @@ class Hub:
             return shown, openmetrics.CONTENT_TYPE_LATEST
         return exposition.generate_latest(registry), exposition.CONTENT_TYPE_PLAIN_0_0_4
 
-    async def _change(self, front: FrontPeer, wanted: ChangeModel | ChangeRollOut) -> None:
+    async def _change(self, frontend: FrontendPeer, wanted: ChangeModel | ChangeRollOut) -> None:
         try:
             done = await self._changed(wanted)
         except Exception as error:  # whatever it is, whoever asked must hear of it
@@ -333,9 +337,9 @@ class Hub:
             if reason is None:
                 log.error("model change failed", model=wanted.name, exc_info=error)
                 message = f"{wanted.name}: {type(error).__name__}; the server's log says more"
-            front.say(ChangeFailed(wanted.id, reason or "broken_checkpoint", message))
+            frontend.say(ChangeFailed(wanted.id, reason or "broken_checkpoint", message))
         else:
-            front.say(done)
+            frontend.say(done)
         finally:
             self._changes -= 1
 
@@ -356,12 +360,12 @@ class Hub:
                 rollout = versions.last_rollout(name)
         return Shown(wanted.id, msgspec.json.encode(rollout.report()), "application/json")
 
-    def _measure_fronts(self) -> None:
-        self.metrics.fronts.set(sum(front.serves for front in self.fronts))
-        self.metrics.cache_bytes.set(sum(front.cache_bytes for front in self.fronts))
+    def _measure_frontends(self) -> None:
+        self.metrics.fronts.set(sum(frontend.serves for frontend in self.frontends))
+        self.metrics.cache_bytes.set(sum(frontend.cache_bytes for frontend in self.frontends))
 
     def _tell_all(self) -> None:
-        self.fronts.tell(self._serving())
+        self.frontends.tell(self._serving())
 
     def _serving(self) -> Serving:
         found = [line for lines in self._problems.values() for line in lines]
@@ -371,7 +375,7 @@ class Hub:
         return Serving(versions.generation, versions.served(), versions.loading, errors, loops)
 
 
-def _answer(front: FrontPeer, message: ToHub, reason: str) -> None:
+def _answer(frontend: FrontendPeer, message: ToHub, reason: str) -> None:
     """Answer a message that could not be handled, if it asks for an answer."""
     if isinstance(message, ChangeModel | ChangeRollOut | ReloadSettings | Scrape | TellRecent):
-        front.say(NotShown(message.id, reason))
+        frontend.say(NotShown(message.id, reason))

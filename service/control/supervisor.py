@@ -1,6 +1,6 @@
 """The parent of a server's processes.
 
-It holds the socket and the hub, starts fronts and engines, and replaces those that die or hang.
+It holds the socket and the hub, starts frontends and engines, and replaces those that die or hang.
 """
 
 from __future__ import annotations
@@ -207,10 +207,10 @@ class _Server:
         # It outlives every frontend: one that starts again finds what its keys have spent.
         usage = make_usage_file(settings.fronts)
         descriptors = [usage, *(listener.fileno() for listener in listeners)]
-        self._fronts = [
+        self._frontends = [
             _Child(
-                f"front-{i}",
-                partial(self._start_front, i, descriptors),
+                f"frontend-{i}",
+                partial(self._start_frontend, i, descriptors),
                 self.hub.report_crash_loop,
             )
             for i in range(settings.fronts)
@@ -222,7 +222,7 @@ class _Server:
         self._job_process: _Child | None = None
         """Runs jobs; there is none while there are no jobs to run."""
 
-    async def _start_front(self, index: int, descriptors: Sequence[int]) -> Process:
+    async def _start_frontend(self, index: int, descriptors: Sequence[int]) -> Process:
         arguments = (str(self._run_dir), str(index), *map(str, descriptors))
         command = child_command("service.frontend", *arguments)
         return await start(command, self.hub.settings, descriptors)
@@ -258,7 +258,7 @@ class _Server:
             "job process": self._run_jobs,
             "silence": partial(on_silence, self._last_words, settings.hang_seconds, _Child.kill),
         }
-        work |= {child.name: child.keep_running for child in (*self._engines, *self._fronts)}
+        work |= {child.name: child.keep_running for child in (*self._engines, *self._frontends)}
         if settings.poll_store_seconds:
             poll = StorePoll(hub, settings.models, mirror_of(settings))
             work["store"] = partial(poll.run, settings.poll_store_seconds)
@@ -269,10 +269,10 @@ class _Server:
                 tasks.create_task(run_forever(name, run, hub.report_problem))
 
     async def stop(self) -> None:
-        """Let the fronts finish what they have begun, then end all."""
+        """Let the frontends finish what they have begun, then end all."""
         patience = self._settings.drain_seconds + KILL_SECONDS
         jobs = [] if self._job_process is None else [self._job_process.stop(KILL_SECONDS)]
-        await asyncio.gather(*jobs, *(front.stop(patience) for front in self._fronts))
+        await asyncio.gather(*jobs, *(frontend.stop(patience) for frontend in self._frontends))
         await asyncio.gather(*(engine.stop(KILL_SECONDS) for engine in self._engines))
         await self._forks.stop()
 
@@ -296,22 +296,22 @@ class _Server:
             for child, client in self._clients():
                 if self.hub.fleet.equipped(client):
                     child.serves()
-            there = {front.pid for front in self.hub.fronts}
+            there = {frontend.pid for frontend in self.hub.frontends}
             for child in self._hub_clients():
                 if child.pid in there:
                     child.serves()
 
     def _last_words(self) -> dict[_Child, float]:
         patience = START_SECONDS - self._settings.hang_seconds
-        fronts = {front.pid: front.heard for front in self.hub.fronts}
+        frontends = {frontend.pid: frontend.heard for frontend in self.hub.frontends}
         heard = [
             *((child, client.heard) for child, client in self._clients()),
-            *((child, fronts.get(child.pid or 0)) for child in self._hub_clients()),
+            *((child, frontends.get(child.pid or 0)) for child in self._hub_clients()),
         ]
         return {child: child.last_word(word, patience) for child, word in heard if child.watched}
 
     def _hub_clients(self) -> list[_Child]:
-        return [*self._fronts, *([] if self._job_process is None else [self._job_process])]
+        return [*self._frontends, *([] if self._job_process is None else [self._job_process])]
 
     def _clients(self) -> Iterator[tuple[_Child, EngineClient]]:
         return zip(self._engines, self.hub.fleet.clients, strict=True)

@@ -516,7 +516,7 @@ class Versions:
 
     async def _free(self, checkpoint: Checkpoint, generation: int) -> None:
         """Take a model from the engines once no frontend has a request for it."""
-        await self._frontends.until(lambda front: front.drained >= generation)
+        await self._frontends.until(lambda frontend: frontend.drained >= generation)
         async with self._changing:
             key = checkpoint.name, checkpoint.version
             if self._catalog.get(*key) is None:
@@ -529,9 +529,9 @@ class Versions:
         self._tell()
         try:
             async with asyncio.timeout(SWAP_PATIENCE):
-                await self._frontends.until(lambda front: front.swapped >= generation)
+                await self._frontends.until(lambda frontend: frontend.swapped >= generation)
         except TimeoutError:
-            behind = [front.pid for front in self._frontends if front.swapped < generation]
+            behind = [frontend.pid for frontend in self._frontends if frontend.swapped < generation]
             log.error("frontends did not apply the model catalog in time", pids=behind)
 
 

@@ -1,4 +1,4 @@
 """The engine: a process that owns a device, its queue and its models.
 
-And what the front holds of it.
+And what the frontend holds of it.
 """

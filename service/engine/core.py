@@ -186,7 +186,7 @@ class EngineCore:
         """How long the device has been at its present pass."""
         return 0.0 if self._began is None else self._clock() - self._began
 
-    # Messages of the fronts and the hub
+    # Messages of the frontends and the hub
 
     def receive(self, message: protocol.ToEngine, reply: Reply) -> None:
         """Take one message; `reply` sends messages back to whom it came from."""
@@ -215,7 +215,7 @@ class EngineCore:
         self.loader.warm_up_steps = options.warm_up_steps
 
     def forget(self, reply: Reply) -> None:
-        """Drop everything that a front asked for, which is gone."""
+        """Drop everything that a frontend asked for, which is gone."""
         for request in [r for (owner, _), r in self._requests.items() if owner == reply]:
             self._drop(request)
 

@@ -11,13 +11,13 @@ from budgetformer.inference.cascade import LAYERWISE, Items
 from budgetformer.model.tfidf import Array
 from service.engine.loaded_model import LoadedModel
 from service.ipc.answers import UNPREDICTED, Answers
-from service.ipc.engine_messages import Answer, SentAnswers, ToFront
+from service.ipc.engine_messages import Answer, SentAnswers, ToFrontend
 from service.scheduling.buckets import Lane, Span
 from service.scheduling.price import Outlook
 from service.scheduling.totals import TotalSeconds
 from service.telemetry.context import RequestContext
 
-Reply = Callable[[ToFront], object]
+Reply = Callable[[ToFrontend], object]
 
 
 @dataclass(eq=False)

@@ -29,7 +29,7 @@ from service.ipc.engine_messages import (
     Hello,
     Load,
     ToEngine,
-    ToFront,
+    ToFrontend,
     Unload,
     Watch,
 )
@@ -77,7 +77,7 @@ def _exit_at_once(code: int) -> None:
 
 
 class EngineServer:
-    """Speak with the fronts and the hub on behalf of one core.
+    """Speak with the frontends and the hub on behalf of one core.
 
     `receive` takes each message; by default the core does.
 
@@ -172,7 +172,7 @@ class EngineServer:
                 self._broadcast(self.core.heartbeat(_memory_bytes(self.core.device)))
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
-    def _broadcast(self, message: ToFront) -> None:
+    def _broadcast(self, message: ToFrontend) -> None:
         if not isinstance(message, BatchRan):
             for reply in self._peers:
                 reply(message)

@@ -15,7 +15,7 @@ import structlog
 log = structlog.get_logger()
 
 ACCEPTS = 8
-"""Connections taken a turn of the event loop, at least: the others are left to other fronts."""
+"""Connections taken a turn of the event loop, at least: the others are left to other frontends."""
 ACCEPT_SECONDS = 0.001
 """Who was left there may wait so long for each who was: under overload a turn lasts tenths of a
 second, and nobody can refuse those who are in the kernel's backlog."""
@@ -34,7 +34,7 @@ class Acceptor:
     all 100 on one socket. Nor would the event loop take more than one a turn.
 
     Never, not for a moment, may the socket wait: whether it does is shared with all processes that
-    hold it, and another front might be about to take a connection that this one has taken.
+    hold it, and another frontend might be about to take a connection that this one has taken.
 
     Args:
         listener: the socket; it is closed in the end.
@@ -99,7 +99,7 @@ class Acceptor:
             try:
                 connection, _ = self._listener.accept()
             except OSError as error:
-                # Else another front has taken it, or it is gone, as accept(2) says in many ways.
+                # Else another frontend has taken it, or it is gone, as accept(2) says in many ways.
                 if error.errno in _NO_ROOM:
                     self._pause(error)
                 return

@@ -1,4 +1,4 @@
-"""The front's application: routes, state and life."""
+"""The frontend's application: routes, state and life."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def create_app(
     labels: Sequence[str] = (),
     usage: KeyUsage | None = None,
 ) -> FastAPI:
-    """Build the application of a front.
+    """Build the application of a frontend.
 
     Args:
         settings: of the whole server.

@@ -29,7 +29,7 @@ class ReloadResponse(BaseModel):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
-                {"changed": ["log_level"], "needs_restart": ["port"], "waiting_for": ["front-2"]}
+                {"changed": ["log_level"], "needs_restart": ["port"], "waiting_for": ["frontend-2"]}
             ]
         }
     )

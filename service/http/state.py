@@ -37,7 +37,7 @@ THREADS = 2
 
 @dataclass
 class State:
-    """The front's own state, one per app."""
+    """The frontend's own state, one per app."""
 
     settings: Settings
     models: Models

@@ -1,4 +1,4 @@
-"""What fronts say to the hub, and it to them; see `service.ipc.frames` for the form."""
+"""What frontends say to the hub, and it to them; see `service.ipc.frames` for the form."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class ChangeRollOut(Message, frozen=True):
 
 
 class Changed(Message, frozen=True):
-    """A change was made in every front and engine: of this model version."""
+    """A change was made in every frontend and engine: of this model version."""
 
     id: int
     label: str

@@ -1,4 +1,4 @@
-"""What a front holds of the engines: one connection each, requests in flight, health."""
+"""What a frontend holds of the engines: one connection each, requests in flight, health."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def request_of(job: Job) -> Classify:
     )  # fmt: skip
 
 
-def answers_of(reply: protocol.ToFront) -> Answers:
+def answers_of(reply: protocol.ToFrontend) -> Answers:
     """Return what an engine answers to a `Classify`.
 
     Raises:
@@ -190,7 +190,7 @@ class EngineClient(Connection):
         """Whether the engine has said hello and was heard of lately."""
         return self.hello is not None and time.monotonic() - self.heard < HEARTBEAT_LIMIT
 
-    def _take(self, message: protocol.ToFront) -> None:
+    def _take(self, message: protocol.ToFrontend) -> None:
         match message:
             case Hello():
                 if message.protocol != protocol.PROTOCOL:

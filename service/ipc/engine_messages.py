@@ -365,7 +365,7 @@ class BatchRan(Message, frozen=True):
 
 
 ToEngine: TypeAlias = Classify | Cancel | Load | Unload | Watch | Configure
-ToFront: TypeAlias = (
+ToFrontend: TypeAlias = (
     Hello
     | Models
     | Heartbeat
@@ -379,7 +379,7 @@ ToFront: TypeAlias = (
 )
 
 TO_ENGINE = decoder(ToEngine)
-TO_FRONT = decoder(ToFront)
+TO_FRONT = decoder(ToFrontend)
 
 
 def pack(column: Array, dtype: str) -> bytes:

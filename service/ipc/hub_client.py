@@ -1,4 +1,4 @@
-"""What a front holds of the hub: one connection."""
+"""What a frontend holds of the hub: one connection."""
 
 from __future__ import annotations
 

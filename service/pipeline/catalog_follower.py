@@ -1,4 +1,4 @@
-"""A front follows the hub: it serves what is to be served, and says when it does."""
+"""A frontend follows the hub: it serves what is to be served, and says when it does."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Follow:
     """Take what the hub says of what is served.
 
     Args:
-        models: of this front.
+        models: of this frontend.
         engines: that compute them.
-        hub: is told how far this front is.
+        hub: is told how far this frontend is.
         cache: holds answers of models, until they are retired; None: there is none.
     """
 

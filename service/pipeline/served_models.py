@@ -1,4 +1,4 @@
-"""The models as a front knows them: checkpoints, tokenizers, and who uses them."""
+"""The models as a frontend knows them: checkpoints, tokenizers, and who uses them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ServedModel:
 
 
 def open_model(path: Path, shared: Path | None = None) -> ServedModel:
-    """Load what the front needs of a checkpoint folder.
+    """Load what the frontend needs of a checkpoint folder.
 
     Args:
         path: the folder.

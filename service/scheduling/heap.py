@@ -16,7 +16,7 @@ class Heap(Generic[Item]):
     """Hold items in the order of their keys; items with equal keys keep the order of insertion.
 
     Push, pop and discard take O(log n) time (amortized). The record of a discarded item, two
-    numbers without the item, stays until it comes to the front, or until half of the records are
+    numbers without the item, stays until it comes to the frontend, or until half of the records are
     stale and the heap is rebuilt, so memory is bounded.
     """
 

@@ -31,7 +31,7 @@ FORMS: tuple[tuple[QualityName, int], ...] = (
 CALLERS = 16
 """Who ask at once, for what a request costs among others."""
 MAX_TEXTS = 600
-PROCESSES = {"front": "front", "engine": "engine", "supervisor": "hub"}
+PROCESSES = {"frontend": "frontend", "engine": "engine", "supervisor": "hub"}
 _CPU = "budgetformer_process_cpu_seconds"
 
 
@@ -95,9 +95,9 @@ def _connection(url: str) -> HTTPConnection:
 
 
 def among(costs: ServerCosts, crowd: Asked) -> float:
-    """Return what part of a lone request's cost for front and hub one of a crowd takes."""
-    lone = sum(cost.seconds(1, round(crowd.tokens)) for cost in (costs.front, costs.hub))
-    return min(1.0, max(LEAST, crowd.front + crowd.hub) / max(LEAST, lone))
+    """Return what part of a lone request's cost for frontend and hub one of a crowd takes."""
+    lone = sum(cost.seconds(1, round(crowd.tokens)) for cost in (costs.frontend, costs.hub))
+    return min(1.0, max(LEAST, crowd.frontend + crowd.hub) / max(LEAST, lone))
 
 
 class Sample(NamedTuple):
@@ -143,14 +143,14 @@ class _Asker:
             some = list(islice(drawn, count))
             latencies.append(self._request(some, level))
             asked.append([sample.text for sample in some])
-        front, engine, hub = self._spent(before, time.perf_counter() - began, len(asked))
+        frontend, engine, hub = self._spent(before, time.perf_counter() - began, len(asked))
         ran = [passes_of(self._model, texts, level) for texts in asked]
         passes = statistics.fmean(seconds for _, seconds in ran)
         form = Asked(
             texts=count,
             tokens=statistics.fmean(sum(text.exit_tokens for text in texts) for texts in asked),
             runs=statistics.fmean(runs for runs, _ in ran),
-            front=front,
+            frontend=frontend,
             engine=engine - passes,
             hub=hub,
         )
@@ -171,19 +171,19 @@ class _Asker:
 
         with ThreadPoolExecutor(CALLERS) as threads:
             tokens = [count for asked in threads.map(call, range(CALLERS)) for count in asked]
-        front, engine, hub = self._spent(before, time.perf_counter() - began, len(tokens))
-        return Asked(1, statistics.fmean(tokens), 0, front, engine, hub)
+        frontend, engine, hub = self._spent(before, time.perf_counter() - began, len(tokens))
+        return Asked(1, statistics.fmean(tokens), 0, frontend, engine, hub)
 
     def _spent(
         self, before: dict[str, float], elapsed: float, requests: int
     ) -> tuple[float, float, float]:
-        """Return what a request took of front, engine and hub, beyond what they take idle."""
+        """Return what a request took of frontend, engine and hub, beyond what they take idle."""
         after = self._processor()
-        front, engine, hub = (
+        frontend, engine, hub = (
             (after[kind] - before[kind] - self._idle[kind] * elapsed) / requests
-            for kind in ("front", "engine", "hub")
+            for kind in ("frontend", "engine", "hub")
         )
-        return front, engine, hub
+        return frontend, engine, hub
 
     def _request(
         self,
@@ -225,7 +225,7 @@ class _Asker:
                 kind = PROCESSES.get(sample.labels["process"].partition("-")[0])
                 if kind is not None:
                     taken[kind] += sample.value
-        if not taken["front"] or not taken["engine"]:
+        if not taken["frontend"] or not taken["engine"]:
             raise DataError("the server's metrics do not tell of its processes")
         return taken
 

@@ -43,27 +43,29 @@ class ServerCosts:
     """Seconds of processor time that a request takes outside of the passes.
 
     Attributes:
-        front: parsing, tokenizing, writing the answer.
+        frontend: parsing, tokenizing, writing the answer.
         engine: reading a request, handing passes to the device, answering.
         hub: counting.
         way: seconds that a lone request takes beyond all of this: between processes, and from and
             to a client on the same machine.
-        among: part of its cost that a request takes which a front or the hub goes on to from
+        among: part of its cost that a request takes which a frontend or the hub goes on to from
             another; what wakes them costs all of it.
     """
 
-    front: ProcessCost = ProcessCost()
+    frontend: ProcessCost = ProcessCost()
     engine: EngineCost = EngineCost()
     hub: ProcessCost = ProcessCost()
     way: float = 0.0
     among: float = 1.0
 
     def lone(self, asked: Asked) -> float:
-        """Return the seconds of a request's way through front and engine, passes and `way` out."""
+        """Return the seconds of a request in frontend and engine, passes and `way` left out."""
         engine = self.engine
         beside = engine.request + engine.text * asked.texts + engine.run * asked.runs
-        front = self.front
-        return front.request + front.text * asked.texts + front.token * asked.tokens + beside
+        frontend = self.frontend
+        return (
+            frontend.request + frontend.text * asked.texts + frontend.token * asked.tokens + beside
+        )
 
     def dump(self) -> str:
         """Return the costs as JSON."""
@@ -77,7 +79,7 @@ class Asked:
     texts: float
     tokens: float
     runs: float
-    front: float
+    frontend: float
     engine: float
     hub: float
 
@@ -94,7 +96,7 @@ def fit_server(asked: Sequence[Asked]) -> ServerCosts:
         return fit_costs(sizes, [max(taken, LEAST) for taken in seconds])
 
     return ServerCosts(
-        ProcessCost(*fit(shapes, (form.front for form in asked))),
+        ProcessCost(*fit(shapes, (form.frontend for form in asked))),
         EngineCost(*fit(runs, (form.engine for form in asked))),
         ProcessCost(*fit(shapes, (form.hub for form in asked))),
     )
@@ -112,13 +114,13 @@ def read_costs(path: Path) -> ServerCosts:
         if values.pop("format") != FORMAT:
             raise ValueError(f"this program reads format {FORMAT}")
         costs = ServerCosts(
-            ProcessCost(**values.pop("front")),
+            ProcessCost(**values.pop("frontend")),
             EngineCost(**values.pop("engine")),
             ProcessCost(**values.pop("hub")),
             **values,
         )
         numbers = [
-            *astuple(costs.front),
+            *astuple(costs.frontend),
             *astuple(costs.engine),
             *astuple(costs.hub),
             costs.way,

@@ -54,15 +54,15 @@ class SimRequest:
         level: quality that it gets.
         open: texts that wait for an engine's answer.
         gone: an engine does not hold it any more.
-        held: its front has let it in.
-        front, engine: of its server, where it is.
+        held: its frontend has let it in.
+        frontend, engine: of its server, where it is.
         outcome: empty until it is known.
-        sent: texts that its front sent to an engine.
+        sent: texts that its frontend sent to an engine.
         waiting: its texts that wait in the buckets of their engine, as spans of places in `texts`.
     """
 
     __slots__ = (
-        "arrived", "deadline", "engine", "front", "gone", "held", "lane", "level", "open",
+        "arrived", "deadline", "engine", "frontend", "gone", "held", "lane", "level", "open",
         "outcome", "sent", "texts", "tokens", "waiting",
     )  # fmt: skip
 
@@ -77,7 +77,7 @@ class SimRequest:
         self.gone = False
         self.held = False
         self.sent = 0
-        self.front = 0
+        self.frontend = 0
         self.engine = 0
         self.outcome: Outcome | None = None
         self.waiting: set[Span[SimRequest]] = set()

@@ -91,7 +91,7 @@ class Run:
         count = max(1, int(answered.sum()))
         scale = fleet.servers / fleet.sample / self.seconds
         latency = np.sort(self.latency[answered]) if answered.any() else np.zeros(1)
-        processes = {"front": fleet.settings.fronts, "engine": fleet.engines, "hub": 1}
+        processes = {"frontend": fleet.settings.fronts, "engine": fleet.engines, "hub": 1}
         here = fleet.sample * self.seconds
         levels = {
             level: float((self.level[answered] == place).sum()) / count

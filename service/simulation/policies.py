@@ -26,7 +26,7 @@ BULK = 512
 
 
 class OneQueue:
-    """First come, first served: a batch is whatever is at the front, of all steps."""
+    """First come, first served: a batch is whatever is at the frontend, of all steps."""
 
     def __init__(self) -> None:
         self._queue: deque[Span[SimRequest]] = deque()

@@ -1,4 +1,4 @@
-"""A server in virtual time: fronts, engines and the hub, which share its cores."""
+"""A server in virtual time: frontends, engines and the hub, which share its cores."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Records:
     texts: array[int] = field(default_factory=lambda: array("l"))
     level: array[int] = field(default_factory=lambda: array("b"))
     busy: dict[str, float] = field(
-        default_factory=lambda: {"front": 0.0, "engine": 0.0, "hub": 0.0}
+        default_factory=lambda: {"frontend": 0.0, "engine": 0.0, "hub": 0.0}
     )
 
 
-class _Front:
-    """A front: it does one thing after the other, and holds what it has let in."""
+class _Frontend:
+    """A frontend: it does one thing after the other, and holds what it has let in."""
 
     def __init__(self, engines: int) -> None:
         self.queue: deque[SimRequest] = deque()
@@ -56,15 +56,15 @@ class SimServer:
     """One server, moved through time by whoever holds it.
 
     Its processes share the cores evenly: while more of them have work than there are cores, each
-    runs at the same part of its speed. Half of what a request costs a front comes before the engine
-    and half after it; a deadline counts from when the front begins. A request that is refused costs
-    the front what it costs without texts; one that is turned away unread costs a real front less.
-    The front decides budgets, and answers itself what step 0 answers.
+    runs at the same part of its speed. Half of what a request costs a frontend comes before the engine
+    and half after it; a deadline counts from when the frontend begins. A request that is refused costs
+    the frontend what it costs without texts; one that is turned away unread costs a real frontend less.
+    The frontend decides budgets, and answers itself what step 0 answers.
     Load shedding is told tokens in place of bytes.
 
     Args:
         model: the only one that it serves.
-        settings: fronts, engines (0: one per core), queues, deadline and quality.
+        settings: frontends, engines (0: one per core), queues, deadline and quality.
         cores: that the processes share.
         costs: outside of the passes.
         records: where what becomes of requests is kept.
@@ -88,7 +88,7 @@ class SimServer:
         self._records = records
         self._timeout = settings.timeout_ms / 1000
         self._room = settings.max_queue_items * engines
-        self._fronts = [_Front(engines) for _ in range(settings.fronts)]
+        self._frontends = [_Frontend(engines) for _ in range(settings.fronts)]
         self._engines = [
             SimEngine(model, settings, costs.engine, self._expired) for _ in range(engines)
         ]
@@ -103,8 +103,8 @@ class SimServer:
     def offer(self, texts: Sequence[Text]) -> None:
         """Let a request come now."""
         request = SimRequest(self.now, _NEVER, texts)
-        request.front = self._turn
-        self._turn = (self._turn + 1) % len(self._fronts)
+        request.frontend = self._turn
+        self._turn = (self._turn + 1) % len(self._frontends)
         self.in_flight += 1
         self._queue(request)
 
@@ -123,10 +123,10 @@ class SimServer:
             process = done.index(soonest)
             done[process] = _NEVER
             self._busy -= 1
-            if process < len(self._fronts):
-                self._front_done(process)
+            if process < len(self._frontends):
+                self._frontend_done(process)
             elif process < self._hub:
-                self._engine_done(process - len(self._fronts))
+                self._engine_done(process - len(self._frontends))
         # Nothing counts from before an idle moment, so the numbers stay small and exact.
         self._served = 0.0
         if until < _NEVER:
@@ -137,35 +137,35 @@ class SimServer:
         self._busy += 1
         self._records.busy[kind] += work
 
-    # Fronts
+    # Frontends
 
     def _queue(self, request: SimRequest) -> None:
-        front = self._fronts[request.front]
-        front.queue.append(request)
-        if front.does is None:
-            self._next_of(request.front)
+        frontend = self._frontends[request.frontend]
+        frontend.queue.append(request)
+        if frontend.does is None:
+            self._next_of(request.frontend)
 
     def _next_of(self, place: int, share: float = 1.0) -> None:
-        """Begin what waits for a front, for some share of what it costs."""
-        front = self._fronts[place]
-        request = front.does = front.queue.popleft() if front.queue else None
+        """Begin what waits for a frontend, for some share of what it costs."""
+        frontend = self._frontends[place]
+        request = frontend.does = frontend.queue.popleft() if frontend.queue else None
         if request is None:
             return
-        cost, count = self._costs.front, len(request.texts)
+        cost, count = self._costs.frontend, len(request.texts)
         if request.outcome == "answered":
             work = cost.seconds(count, request.tokens) / 2
         elif request.outcome is not None:
             work = cost.request / 2
-        elif self._sheds(front.shedding, request):
+        elif self._sheds(frontend.shedding, request):
             request.outcome = "refused"
             work = cost.request
         else:
             request.held = True
             request.deadline = self.now + self._timeout
-            front.shedding.enter(count, self._timeout, self.now)
+            frontend.shedding.enter(count, self._timeout, self.now)
             work = cost.seconds(count, request.tokens) / 2
             work += self._model.table.batch(0, request.tokens, count)
-        self._start(place, "front", share * work)
+        self._start(place, "frontend", share * work)
 
     def _sheds(self, shedding: LoadShedding, request: SimRequest) -> bool:
         count, size = len(request.texts), request.tokens
@@ -177,8 +177,8 @@ class SimServer:
             shedding.learn_refusal(size, shedding.texts)
         return full
 
-    def _front_done(self, place: int) -> None:
-        request = self._fronts[place].does
+    def _frontend_done(self, place: int) -> None:
+        request = self._frontends[place].does
         assert request is not None
         if request.outcome is None:
             self._ask_engine(request)
@@ -187,7 +187,7 @@ class SimServer:
         self._next_of(place, self._costs.among)
 
     def _ask_engine(self, request: SimRequest) -> None:
-        in_flight = self._fronts[request.front].in_flight
+        in_flight = self._frontends[request.frontend].in_flight
         place = request.engine = in_flight.index(min(in_flight))
         request.level = self._engines[place].level(self.now)
         hard = sum([bool(text.steps[request.level]) for text in request.texts])
@@ -198,14 +198,14 @@ class SimServer:
         elif self.now >= request.deadline:
             self._return(request, "expired")
         elif self._engines[place].receive(request, self.now) is not None:
-            shedding = self._fronts[request.front].shedding
+            shedding = self._frontends[request.frontend].shedding
             shedding.learn_refusal(request.tokens, shedding.texts - len(request.texts))
             self._return(request, "refused")
-        elif self._done[len(self._fronts) + place] == _NEVER:
+        elif self._done[len(self._frontends) + place] == _NEVER:
             self._begin(place)
 
     def _return(self, request: SimRequest, outcome: Outcome) -> None:
-        self._fronts[request.front].in_flight[request.engine] -= request.sent
+        self._frontends[request.frontend].in_flight[request.engine] -= request.sent
         request.outcome = outcome
         self._queue(request)
 
@@ -214,7 +214,7 @@ class SimServer:
         count, records = len(request.texts), self._records
         self.in_flight -= 1
         if request.held:
-            self._fronts[request.front].shedding.leave(
+            self._frontends[request.frontend].shedding.leave(
                 count, request.outcome == "answered", self.now
             )
         records.arrived.append(request.arrived)
@@ -235,7 +235,7 @@ class SimServer:
     def _begin(self, place: int) -> None:
         work = self._engines[place].begin(self.now)
         if work is not None:
-            self._start(len(self._fronts) + place, "engine", work)
+            self._start(len(self._frontends) + place, "engine", work)
 
     def _engine_done(self, place: int) -> None:
         for request in self._engines[place].finish(self.now):

@@ -1,6 +1,6 @@
 """A real Ray cluster on this machine: a head and two hosts, each with processes of its own.
 
-A host has room for three engines, and runs a front and one engine of each pool: there may be one
+A host has room for three engines, and runs a frontend and one engine of each pool: there may be one
 more.
 """
 

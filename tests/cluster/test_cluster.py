@@ -62,7 +62,7 @@ def test_one_page_of_metrics_counts_what_all_did(running: Running) -> None:
     before = counted()
     for _ in range(10):
         running.answer(TEXTS[:1])
-    # More, if fronts had not yet told of what was asked before.
+    # More, if frontends had not yet told of what was asked before.
     wait_until(lambda: counted() >= before + 10, "ten more requests")
     page = Exposition(running.client.get("/metrics").text)
     assert len(page.select("engine_heartbeat_age_seconds")) == 2 * HOSTS
@@ -146,7 +146,7 @@ async def test_a_host_that_dies_loses_no_request_without_an_answer(running: Runn
 
     await load.during(seen, kill)
     assert (seen.hung, seen.wrong) == (0, 0)
-    # A front on the dead host takes along what it had begun to answer: its callers know.
+    # A frontend on the dead host takes along what it had begun to answer: its callers know.
     assert statuses(seen) <= {"200", "500", "503", "broke"}
     assert seen.outcomes["200"] >= 0.8 * seen.sent
     # The other host has room for one engine more than it ran.

@@ -25,11 +25,11 @@ def test_a_server_tells_what_requests_cost_it(model_store: Path, tmp_path: Path)
     texts = [sentence for label in LABELS for sentence in sentences(label)]
     with server(model_store, tmp_path, engines=1) as running:
         found = calibrate(running.url, checkpoint, model, texts, seconds=0.5)
-    costs = [*astuple(found.front), *astuple(found.engine), *astuple(found.hub), found.way]
+    costs = [*astuple(found.frontend), *astuple(found.engine), *astuple(found.hub), found.way]
     assert all(math.isfinite(cost) and cost >= 0 for cost in costs)
     assert 0 < found.among <= 1
-    # A text takes a front some tenths of a millisecond at least, and nowhere near a second.
-    assert 1e-4 < found.front.seconds(1, 10) < 0.5
+    # A text takes a frontend some tenths of a millisecond at least, and nowhere near a second.
+    assert 1e-4 < found.frontend.seconds(1, 10) < 0.5
     # A request of many texts costs more than one of few, and less than as many requests.
-    assert found.front.seconds(1, 10) < found.front.seconds(64, 640)
-    assert found.front.seconds(64, 640) < 64 * found.front.seconds(1, 10)
+    assert found.frontend.seconds(1, 10) < found.frontend.seconds(64, 640)
+    assert found.frontend.seconds(64, 640) < 64 * found.frontend.seconds(1, 10)

@@ -355,17 +355,17 @@ def test_metrics_have_a_port_of_their_own(model_store: Path, tmp_path: Path) -> 
         def fronts() -> dict[str, float]:
             shown = Exposition(httpx.get(f"{side}/metrics", timeout=30).text)
             started = shown.by("process", "process_start_time_seconds")
-            return {name: time for name, time in started.items() if name.startswith("front-")}
+            return {name: time for name, time in started.items() if name.startswith("frontend-")}
 
         wait_until(lambda: len(fronts()) == 2, "both frontends")
         before = fronts()
-        (victim,) = [child for child in running.children if child.name() == "front-0"]
+        (victim,) = [child for child in running.children if child.name() == "frontend-0"]
         victim.kill()
 
         def replaced() -> bool:
             """Probes are answered all the time, by the other one."""
             assert httpx.get(f"{side}/health/ready", timeout=30).status_code == 200
-            return fronts().get("front-0", 0) > before["front-0"]
+            return fronts().get("frontend-0", 0) > before["frontend-0"]
 
         wait_until(replaced, "the frontend that was killed", 60)
         assert running.log.read_text().count("process down") == 1

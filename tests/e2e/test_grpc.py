@@ -149,10 +149,10 @@ def test_what_one_caller_does_wrong_harms_no_other(
 
 
 def test_a_frontend_that_dies_takes_only_its_own_connections(called: Server, address: str) -> None:
-    def front() -> psutil.Process:
+    def frontend() -> psutil.Process:
         return next(c for c in called.children if "service.frontend" in c.cmdline())
 
-    front().kill()
+    frontend().kill()
 
     def asks() -> bool:
         try:

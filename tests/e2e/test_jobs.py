@@ -173,8 +173,8 @@ class TestUploads:
         with self.connect(running) as client:
             client.sendall(self.HEAD % 10_000_000 + b"text\n" + b"x" * 5_000_000)
             wait_until(lambda: any(jobs.glob(".*/input.csv")), "the upload")
-            for front in fronts:
-                front.send_signal(signal.SIGKILL)
+            for frontend in fronts:
+                frontend.send_signal(signal.SIGKILL)
             psutil.wait_procs(fronts, 30)
         running.wait_ready(1)
         assert httpx.get(f"{running.url}/jobs").json()["data"] == []
@@ -192,10 +192,10 @@ class TestUploads:
         self, running: Server
     ) -> None:
         fronts = [c for c in running.children if "service.frontend" in " ".join(c.cmdline())]
-        before = sum(front.memory_info().rss for front in fronts)
+        before = sum(frontend.memory_info().rss for frontend in frontends)
         row = json.dumps({"text": "x" * 999_000}).encode() + b"\n"
         job = submitted(running, row * 200)
-        assert sum(front.memory_info().rss for front in fronts) - before < 50 * 2**20
+        assert sum(frontend.memory_info().rss for frontend in frontends) - before < 50 * 2**20
         rows = finished(running, job)
         assert len(rows) == 200
         assert all("characters" in row["error"] for row in rows)

@@ -114,11 +114,11 @@ def under_way(running: Server, count: int) -> Iterator[dict[int, int]]:
 
         def holders() -> dict[int, int]:
             found = {
-                front.pid: sum(
+                frontend.pid: sum(
                     bool(one.raddr) and one.raddr.port in held
                     for one in front.net_connections("tcp")
                 )
-                for front in frontends(running)
+                for frontend in frontends(running)
             }
             return {pid: number for pid, number in found.items() if number}
 

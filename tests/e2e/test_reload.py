@@ -102,7 +102,7 @@ def test_settings_change_under_load_without_a_failed_request(running: Server, fi
         wait_until(lambda: statuses().total() > before + 50, "answers")
     assert set(statuses()) == {200}
     written = {line["process"] for line in lines(running) if line["event"] == "request"}
-    assert written <= {"front-0", "front-1"}
+    assert written <= {"frontend-0", "frontend-1"}
     assert written
 
 

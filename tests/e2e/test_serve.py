@@ -125,7 +125,7 @@ def test_health_shows_every_task_of_the_supervisor(running: Server) -> None:
         ("hub", "supervisor", "engines", "frontends"), "ok"
     )
     own = {"hub", "hub-beat", "hub-recent", "readiness", "silence"}
-    children = {"engine-0", "engine-1", "front-0"}
+    children = {"engine-0", "engine-1", "frontend-0"}
     assert shown["supervisor"]["tasks"] == dict.fromkeys(own | children, "ok")
 
 
@@ -258,7 +258,7 @@ def test_an_engine_that_cannot_start_takes_readiness_away_and_says_why(
         assert httpx.get(f"{running.url}/health", timeout=30).json()["crash_loops"] == []
 
 
-def test_a_killed_front_is_replaced_while_another_answers(
+def test_a_killed_frontend_is_replaced_while_another_answers(
     model_store: Path, tmp_path: Path
 ) -> None:
     options = {"default_model": "topics", "fronts": "2"}
@@ -269,19 +269,19 @@ def test_a_killed_front_is_replaced_while_another_answers(
         def fronts() -> dict[str, float]:
             return running.scrape().by("process", "process_start_time_seconds")
 
-        wait_until(lambda: {"front-0", "front-1"} <= set(fronts()), "both fronts")
+        wait_until(lambda: {"frontend-0", "frontend-1"} <= set(fronts()), "both fronts")
         before = fronts()
         victim = next(c for c in running.children if "service.frontend" in c.cmdline())
         victim.kill()
         wait_until(lambda: running.ready() and fronts().keys() >= before.keys(), "both fronts")
         (replaced,) = [name for name, start in fronts().items() if start != before[name]]
-        assert replaced.startswith("front-")
+        assert replaced.startswith("frontend-")
 
         def counted() -> bool:
             shown = running.scrape()
             return shown.total("requests_total", route="/classify", outcome="ok") == 4
 
-        wait_until(counted, "what the dead front had counted")
+        wait_until(counted, "what the dead frontend had counted")
 
 
 @pytest.fixture

@@ -83,10 +83,10 @@ def test_one_trace_crosses_the_processes_and_nothing_is_lost_at_the_end(
             assert running.terminate() == 0
         of_it = [(process, span) for process, span in collector.spans if span.trace_id == TRACE]
         assert {(process, span.name) for process, span in of_it} == {
-            ("front-0", "POST /classify"),
-            ("front-0", "tokenize"),
+            ("frontend-0", "POST /classify"),
+            ("frontend-0", "tokenize"),
             ("engine-0", "queue"),
-            ("front-0", "budget"),
+            ("frontend-0", "budget"),
             ("engine-0", "compute"),
         }
         (request,) = [span for _, span in of_it if span.name == "POST /classify"]

@@ -106,7 +106,7 @@ def test_columns(random: Random) -> None:
         assert type(sent).of(read).read() is not None  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("reader", READERS, ids=["to engine", "to front", "to hub", "from hub"])
+@pytest.mark.parametrize("reader", READERS, ids=["to engine", "to frontend", "to hub", "from hub"])
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name)
 def test_what_was_found_once(read: Read, path: Path, reader: Decoder) -> None:
     read(path.read_bytes(), reader)

@@ -226,12 +226,12 @@ async def test_each_frontend_has_its_own(model_store: Path) -> None:
 
 async def test_a_trace_says_how_many_texts_were_kept(model_store: Path) -> None:
     exporter = InMemorySpanExporter()
-    front = Tracing(exporter, "front", at_once=True)
-    async with caching(model_store, models=[TOPICS], tracer_provider=front.provider) as running:
+    frontend = Tracing(exporter, "frontend", at_once=True)
+    async with caching(model_store, models=[TOPICS], tracer_provider=frontend.provider) as running:
         await running.ask(TEXT)
         await running.ask([TEXT, OTHER])
         await running.ask([TEXT, OTHER])
-    front.close()
+    frontend.close()
     spans = exporter.get_finished_spans()
     asked = [dict(span.attributes or {}) for span in spans if span.name == "POST /classify"]
     counts = [(one["budgetformer.cache_hits"], one["budgetformer.cache_misses"]) for one in asked]

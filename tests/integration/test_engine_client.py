@@ -1,4 +1,4 @@
-"""What the front makes of engines that refuse, fail, lie or die: played by scripted engines."""
+"""What the frontend makes of engines that refuse, fail, lie or die: played by scripted engines."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from service.ipc.engine_messages import (
     Refused,
     SentAnswers,
     ToEngine,
-    ToFront,
+    ToFrontend,
     Unload,
 )
 from tests.support.columns import answers_to, texts_of
 from tests.support.waiting import until
 
 KEY = ("topics", 1)
-Script = Callable[[Classify], ToFront | bytes | None]
+Script = Callable[[Classify], ToFrontend | bytes | None]
 """What an engine does when asked: a message, bytes that are none, or None, its death."""
 
 
@@ -98,7 +98,7 @@ class ScriptedEngine:
         return sum(isinstance(message, Classify) for message in self.heard)
 
 
-def answers(message: Classify) -> ToFront:
+def answers(message: Classify) -> ToFrontend:
     sent = SentAnswers.of(answers_to(len(message.texts.read())))
     return Answer(message.id, sent, 0.1, 0.2, 0.3, "fast")
 
@@ -329,12 +329,12 @@ async def test_the_first_requests_of_several_frontends_go_to_different_engines()
         sockets = [client._place for client in held.clients if isinstance(client._place, Path)]
         fronts = [Engines(sockets, first=index) for index in range(6)]
         async with AsyncExitStack() as stack:
-            for front in fronts:
-                front.start()
-                stack.push_async_callback(front.stop)
-            await until(lambda: all(len(front.alive) == 4 for front in fronts), "hellos")
-            for front in fronts:
+            for frontend in fronts:
+                frontend.start()
+                stack.push_async_callback(frontend.stop)
+            await until(lambda: all(len(frontend.alive) == 4 for frontend in frontends), "hellos")
+            for frontend in fronts:
                 for client in front.clients:
                     client.models = {KEY: ModelInfo(*KEY, 0.1, 100, "float32")}
-                await front.classify(job())
+                await frontend.classify(job())
     assert [engine.asked for engine in scripted] == [2, 2, 1, 1]

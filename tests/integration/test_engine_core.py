@@ -30,7 +30,7 @@ from service.ipc.engine_messages import (
     Load,
     Refused,
     SentTexts,
-    ToFront,
+    ToFrontend,
 )
 from service.pipeline.served_models import open_model
 from tests.support.serving import _replaced, held
@@ -51,12 +51,12 @@ class Clock:
         return self.now
 
 
-class Front:
+class Frontend:
     """Sends requests to a core, and keeps the last reply to each."""
 
     def __init__(self, core: EngineCore, texts: Texts) -> None:
         self.core = core
-        self.replies: dict[int, ToFront] = {}
+        self.replies: dict[int, ToFrontend] = {}
         self._texts = texts
         self._number = 0
 
@@ -74,7 +74,7 @@ class Front:
         """Give a request up."""
         self.core.receive(Cancel(number), self.reply)
 
-    def reply(self, told: ToFront) -> None:
+    def reply(self, told: ToFrontend) -> None:
         number = getattr(told, "id", None)
         if number is not None:
             assert number not in self.replies, "a second reply"
@@ -90,14 +90,14 @@ def texts(model_store: Path) -> Texts:
 @asynccontextmanager
 async def loaded(
     store: Path, texts: Texts, options: EngineOptions, **parts: Any
-) -> AsyncIterator[Front]:
+) -> AsyncIterator[Frontend]:
     """Return a front of a core that has a model, and does not run yet."""
     core = EngineCore(options, precision="float32", **parts)
-    front = Front(core, texts)
-    core.receive(Load(0, str(store / KEY[0] / str(KEY[1]))), front.reply)
+    frontend = Frontend(core, texts)
+    core.receive(Load(0, str(store / KEY[0] / str(KEY[1]))), frontend.reply)
     await until(lambda: 0 in front.replies, "the load")
-    assert isinstance(front.replies[0], Done)
-    yield front
+    assert isinstance(frontend.replies[0], Done)
+    yield frontend
 
 
 @asynccontextmanager
@@ -133,7 +133,7 @@ async def test_texts_wait_in_the_bucket_of_the_step_that_f_o_predicted(model_sto
     model = open_model(model_store / CHAINED / "1")
     texts = [text for text, _ in labelled_sentences()]
     sent = SentTexts.of(Texts.of(model.encoder.encode(texts)))
-    core, told = EngineCore(EngineOptions(), precision="float32"), list[ToFront]()
+    core, told = EngineCore(EngineOptions(), precision="float32"), list[ToFrontend]()
     core.broadcast = told.append
     core.receive(Load(0, str(model.checkpoint.path)), told.append)
     await until(lambda: any(isinstance(one, Done) for one in told), "the load")
@@ -164,16 +164,16 @@ async def test_totals_are_those_of_what_is_here_after_any_sequence(
 ) -> None:
     draw, clock = random.Random(seed), Clock()
     options = EngineOptions(batch_items=4)
-    async with loaded(model_store, texts, options, clock=clock) as front:
-        core, asked = front.core, list[int]()
+    async with loaded(model_store, texts, options, clock=clock) as frontend:
+        core, asked = frontend.core, list[int]()
         async with running(core):
             for _ in range(150):
                 match draw.choice(["ask", "ask", "cancel", "pass", "tick"]):
                     case "ask":
                         seconds = draw.choice([5.0, 1e6])
-                        asked.append(front.ask(draw.choice([1, 2, 20]), seconds))
+                        asked.append(frontend.ask(draw.choice([1, 2, 20]), seconds))
                     case "cancel" if asked:
-                        front.cancel(draw.choice(asked))
+                        frontend.cancel(draw.choice(asked))
                     case "pass":
                         await asyncio.sleep(draw.choice([0, 0.002]))
                     case "tick":
@@ -195,22 +195,22 @@ async def test_requests_that_are_given_up_leave_nothing_and_others_are_answered(
 ) -> None:
     clock = Clock()
     async with (
-        loaded(model_store, texts, EngineOptions(), clock=clock) as front,
-        running(front.core),
+        loaded(model_store, texts, EngineOptions(), clock=clock) as frontend,
+        running(frontend.core),
     ):
-        with held(front.core):
+        with held(frontend.core):
             kept, left = [], []
             for _ in range(100):
-                kept.append(front.ask(1))
-                left.append(front.ask(3))
+                kept.append(frontend.ask(1))
+                left.append(frontend.ask(3))
             for number in left:
-                front.cancel(number)
-            front.cancel(12345)
-            check_totals(front.core)
+                frontend.cancel(number)
+            frontend.cancel(12345)
+            check_totals(frontend.core)
         await until(lambda: all(number in front.replies for number in kept), "answers")
-        assert not set(left) & set(front.replies)
-        check_totals(front.core)
-        assert front.core.queued_seconds == 0.0
+        assert not set(left) & set(frontend.replies)
+        check_totals(frontend.core)
+        assert frontend.core.queued_seconds == 0.0
 
 
 def short_of_memory(run: Callable[..., Any], room: list[int]) -> Callable[..., Any]:
@@ -227,8 +227,8 @@ def short_of_memory(run: Callable[..., Any], room: list[int]) -> Callable[..., A
 async def test_batches_grow_again_when_memory_is_there_again(
     model_store: Path, texts: Texts
 ) -> None:
-    async with loaded(model_store, texts, EngineOptions(batch_items=8)) as front:
-        core = front.core
+    async with loaded(model_store, texts, EngineOptions(batch_items=8)) as frontend:
+        core = frontend.core
         network, room = core.models[KEY].network, [2]
         sizes: list[int] = []
         with _replaced(network, run=short_of_memory(network.run, room)):
@@ -236,7 +236,7 @@ async def test_batches_grow_again_when_memory_is_there_again(
                 for _ in range(12):
                     if len(sizes) == 2:
                         room[0] = 100
-                    number = front.ask(120, heads=HEADS)
+                    number = frontend.ask(120, heads=HEADS)
                     await until(lambda n=number: n in front.replies, "answers")  # type: ignore[misc]
                     sizes.append(core.batch_items)
     assert sizes[1] <= 3
@@ -269,37 +269,37 @@ async def test_a_lost_device_ends_the_engine_at_once_and_no_text_is_blamed(
     model_store: Path, texts: Texts
 ) -> None:
     device, codes = LostDevice(), list[int]()
-    async with loaded(model_store, texts, EngineOptions(), probe=device.probe) as front:
-        network = front.core.models[KEY].network
+    async with loaded(model_store, texts, EngineOptions(), probe=device.probe) as frontend:
+        network = frontend.core.models[KEY].network
         with _replaced(network, run=device.run):
             for _ in range(192):
-                front.ask(1, heads=HEADS)
+                frontend.ask(1, heads=HEADS)
             async with asyncio.timeout(20):
-                await EngineServer(front.core, exit=codes.append).work()
+                await EngineServer(frontend.core, exit=codes.append).work()
     assert codes == [EXIT_CODE]
     assert device.passes == 1
-    assert set(front.replies) == {0}
+    assert set(frontend.replies) == {0}
 
 
 async def test_a_device_that_is_lost_while_a_model_loads_ends_the_engine(
     model_store: Path, texts: Texts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device, codes = LostDevice(), list[int]()
-    async with loaded(model_store, texts, EngineOptions(), probe=device.probe) as front:
+    async with loaded(model_store, texts, EngineOptions(), probe=device.probe) as frontend:
         monkeypatch.setattr("service.engine.model_loader.load_model", device.run)
-        working = asyncio.create_task(EngineServer(front.core, exit=codes.append).work())
-        front.core.receive(Load(7, "another/1"), front.reply)
+        working = asyncio.create_task(EngineServer(frontend.core, exit=codes.append).work())
+        frontend.core.receive(Load(7, "another/1"), frontend.reply)
         async with asyncio.timeout(20):
             await working
     assert codes == [EXIT_CODE]
-    assert isinstance(front.replies[7], Failed)
+    assert isinstance(frontend.replies[7], Failed)
 
 
 async def test_a_text_that_fails_on_a_working_device_fails_alone(
     model_store: Path, texts: Texts
 ) -> None:
-    async with loaded(model_store, texts, EngineOptions()) as front:
-        network = front.core.models[KEY].network
+    async with loaded(model_store, texts, EngineOptions()) as frontend:
+        network = frontend.core.models[KEY].network
         run, lengths = network.run, texts.window.lengths
 
         def poisoned(packed: PackedTokens, *arguments: Any) -> Any:
@@ -308,10 +308,10 @@ async def test_a_text_that_fails_on_a_working_device_fails_alone(
             return run(packed, *arguments)
 
         with _replaced(network, run=poisoned):
-            async with running(front.core):
-                number = front.ask(len(texts), heads=HEADS)
+            async with running(frontend.core):
+                number = frontend.ask(len(texts), heads=HEADS)
                 await until(lambda: number in front.replies, "answers")
-    answer = front.replies[number]
+    answer = frontend.replies[number]
     assert isinstance(answer, Answer)
     longest = np.flatnonzero(lengths == lengths.max()).tolist()
     assert sorted(answer.answers.errors) == longest
@@ -321,26 +321,26 @@ async def test_a_full_queue_counts_what_waits_and_what_runs(
     model_store: Path, texts: Texts
 ) -> None:
     options = EngineOptions(max_queue_items=10)
-    async with loaded(model_store, texts, options) as front, running(front.core):
-        with held(front.core):
-            first = front.ask(4)
-            await until(lambda: front.core._running == 4, "a pass")
-            second, third = front.ask(6), front.ask(1)
-            assert isinstance(front.replies[third], Refused)
-            front.cancel(second)
-            fourth = front.ask(6)
-        await until(lambda: {first, fourth} <= set(front.replies), "answers")
-    assert isinstance(front.replies[fourth], Answer)
+    async with loaded(model_store, texts, options) as frontend, running(frontend.core):
+        with held(frontend.core):
+            first = frontend.ask(4)
+            await until(lambda: frontend.core._running == 4, "a pass")
+            second, third = frontend.ask(6), frontend.ask(1)
+            assert isinstance(frontend.replies[third], Refused)
+            frontend.cancel(second)
+            fourth = frontend.ask(6)
+        await until(lambda: {first, fourth} <= set(frontend.replies), "answers")
+    assert isinstance(frontend.replies[fourth], Answer)
 
 
 async def test_single_texts_of_the_bulk_lane_let_others_pass(
     model_store: Path, texts: Texts
 ) -> None:
     options = EngineOptions(batch_items=1)
-    async with loaded(model_store, texts, options) as front:
-        bulk = [front.ask(1, heads=1, bulk=True) for _ in range(20)]
-        interactive = [front.ask(1, heads=1) for _ in range(4)]
-        async with running(front.core):
-            await until(lambda: set(bulk + interactive) <= set(front.replies), "all answers")
-        answered = list(front.replies)
+    async with loaded(model_store, texts, options) as frontend:
+        bulk = [frontend.ask(1, heads=1, bulk=True) for _ in range(20)]
+        interactive = [frontend.ask(1, heads=1) for _ in range(4)]
+        async with running(frontend.core):
+            await until(lambda: set(bulk + interactive) <= set(frontend.replies), "all answers")
+        answered = list(frontend.replies)
         assert max(answered.index(number) for number in interactive) < 8

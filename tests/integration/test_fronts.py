@@ -1,4 +1,4 @@
-"""Several fronts of one server: what one is told, all know, and what each sees is counted once."""
+"""Several frontends of one server: what one is told, all know, and what each sees is counted once."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ async def all_ready(running: Service) -> bool:
     return all(answer.status_code == 200 for answer in answers)
 
 
-async def test_a_change_at_one_front_is_made_in_all(store: Path) -> None:
+async def test_a_change_at_one_frontend_is_made_in_all(store: Path) -> None:
     async with service(store, models=["topics:1"], fronts=3) as running:
-        await until(lambda: all_ready(running), "every front")
+        await until(lambda: all_ready(running), "every frontend")
         for version in (2, 1, 2):
             changed = await running.client.post(
                 f"/models/{TOPICS}/load", json={"version": version}, headers=ADMIN
@@ -42,7 +42,7 @@ async def test_a_change_at_one_front_is_made_in_all(store: Path) -> None:
                 assert await model_of(client) == f"topics:{version}"
 
 
-async def test_what_one_front_has_begun_outlives_a_change_at_another(
+async def test_what_one_frontend_has_begun_outlives_a_change_at_another(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, gate = threading.Event(), threading.Event()
@@ -54,7 +54,7 @@ async def test_what_one_front_has_begun_outlives_a_change_at_another(
         yield from steps(encoder, texts)
 
     async with service(store, models=["topics:1"], fronts=2) as running:
-        await until(lambda: all_ready(running), "every front")
+        await until(lambda: all_ready(running), "every frontend")
         monkeypatch.setattr(state, "SHORT_CHARACTERS", 0)
         monkeypatch.setattr(TextEncoder, "steps", slow)
         begun = asyncio.create_task(model_of(running.other_clients[0]))
@@ -67,9 +67,9 @@ async def test_what_one_front_has_begun_outlives_a_change_at_another(
         await until(lambda: set(running.core.models) == {("topics", 2)}, "the old one to be freed")
 
 
-async def test_requests_of_all_fronts_are_counted_in_one_place(model_store: Path) -> None:
+async def test_requests_of_all_frontends_are_counted_in_one_place(model_store: Path) -> None:
     async with service(model_store, models=["topics"], fronts=2) as running:
-        await until(lambda: all_ready(running), "every front")
+        await until(lambda: all_ready(running), "every frontend")
         for client in (running.client, *running.other_clients):
             for _ in range(3):
                 await model_of(client)
@@ -85,13 +85,13 @@ async def test_requests_of_all_fronts_are_counted_in_one_place(model_store: Path
 
 async def test_crash_loops_of_every_engine_take_readiness_away(model_store: Path) -> None:
     async with service(model_store, models=["topics"], engines=2) as running:
-        running.hub.report_crash_loop("front-1", "front-1 does not come up")
+        running.hub.report_crash_loop("frontend-1", "frontend-1 does not come up")
         running.hub.report_crash_loop("engine-0", "engine-0 does not come up")
 
         async def said() -> bool:
             body = (await running.client.get("/health")).json()
             return bool(
-                body["crash_loops"] == ["engine-0 does not come up", "front-1 does not come up"]
+                body["crash_loops"] == ["engine-0 does not come up", "frontend-1 does not come up"]
             )
 
         await until(said, "the reason")

@@ -25,7 +25,7 @@ from service.ipc.engine_messages import (
     Decisions,
     Failed,
     Load,
-    ToFront,
+    ToFrontend,
 )
 from service.pipeline.decision import DecidedTexts
 from service.pipeline.served_models import open_model
@@ -69,8 +69,8 @@ async def running(store: Path, model: str, *steps: int | None) -> AsyncIterator[
         yield Pools(model, cores, [])
 
 
-async def asked(core: EngineCore, message: Classify | Load) -> ToFront:
-    future: asyncio.Future[ToFront] = asyncio.get_running_loop().create_future()
+async def asked(core: EngineCore, message: Classify | Load) -> ToFrontend:
+    future: asyncio.Future[ToFrontend] = asyncio.get_running_loop().create_future()
     core.receive(message, lambda told: future.done() or future.set_result(told))
     async with asyncio.timeout(60):
         return await future

@@ -14,7 +14,7 @@ import pytest_asyncio
 from structlog.testing import capture_logs
 
 from service.control import hub as hub_module
-from service.control.frontends import FrontPeer
+from service.control.frontends import FrontendPeer
 from service.control.reload import Reload
 from service.keys import Key, digest
 from service.settings import ModelSettings, Settings, SettingsError
@@ -149,9 +149,9 @@ async def test_who_does_not_follow_is_named_and_follows_when_it_can(
     running: Changeable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_module, "SETTINGS_PATIENCE", 0.5)
-    stalled = FrontPeer(lambda _: True)
+    stalled = FrontendPeer(lambda _: True)
     stalled.pid = 12345
-    running.service.hub.fronts.add(stalled)
+    running.service.hub.frontends.add(stalled)
     running.service.hub.fleet.clients[1].close()
     running.next(quality="fast", quality_floor="balanced")
     told = await running.reload()

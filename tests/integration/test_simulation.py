@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from budgetformer.checkpoint.store import read_checkpoint
-from service.ipc.engine_messages import BatchRan, ToFront
+from service.ipc.engine_messages import BatchRan, ToFrontend
 from service.settings import Settings
 from service.simulation.costs import EngineCost
 from service.simulation.engine import SimEngine, SimModel, SimRequest
@@ -40,7 +40,7 @@ async def compare(fresh: Service) -> None:
     real: list[tuple[int, int]] = []
     say = core.broadcast
 
-    def listen(message: ToFront) -> None:
+    def listen(message: ToFrontend) -> None:
         if isinstance(message, BatchRan) and message.budget:
             real.append((message.budget, message.items))
         say(message)

@@ -1,4 +1,4 @@
-"""What a trace tells: one request through front and engine, and the batches that it rode in."""
+"""What a trace tells: one request through frontend and engine, and the batches that it rode in."""
 
 from __future__ import annotations
 
@@ -44,13 +44,15 @@ class Traced:
 @pytest_asyncio.fixture
 async def traced(model_store: Path) -> AsyncIterator[Traced]:
     exporter = InMemorySpanExporter()
-    front = Tracing(exporter, "front", at_once=True)
+    frontend = Tracing(exporter, "frontend", at_once=True)
     back = Tracing(exporter, "engine-0", follow=True, at_once=True)
-    async with service(model_store, models=["topics"], tracer_provider=front.provider) as running:
+    async with service(
+        model_store, models=["topics"], tracer_provider=frontend.provider
+    ) as running:
         running.core.spans = back.pass_spans()
         exporter.clear()
         yield Traced(running, exporter)
-    front.close()
+    frontend.close()
     back.close()
 
 
@@ -82,7 +84,7 @@ async def test_one_trace_leads_from_http_through_every_stage(traced: Traced) -> 
     ]  # fmt: skip
     assert {trace_of(span) for span in stages} == {trace_of(request)}
     processes = {span.name: span.resource.attributes["budgetformer.process"] for span in stages}
-    assert processes["tokenize"] == processes["budget"] == "front"
+    assert processes["tokenize"] == processes["budget"] == "frontend"
     assert processes["compute"] == processes["queue"] == "engine-0"
 
 

@@ -63,7 +63,7 @@ class Server:
         return {engine["index"]: engine["pid"] for engine in body["engines"] if engine["alive"]}
 
     def in_flight(self) -> int:
-        """Count the items that the front waits for."""
+        """Count the items that the frontend waits for."""
         body = httpx.get(f"{self.url}/health", timeout=30).json()
         return sum(int(engine["in_flight_items"]) for engine in body["engines"])
 

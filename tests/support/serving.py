@@ -36,7 +36,7 @@ ERROR_FIELDS = {"message", "type", "param", "code"}
 
 @dataclass
 class Service:
-    """A running service, a client of its first front, and one of each other front."""
+    """A running service, a client of its first frontend, and one of each other frontend."""
 
     app: FastAPI
     client: httpx.AsyncClient

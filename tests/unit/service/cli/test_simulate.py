@@ -59,7 +59,7 @@ def test_it_says_what_so_many_servers_do(command: CommandLine, asked: list[Any])
     assert few["servers"] == 2
     assert not few["goals_met"]
     assert few["p99"] > many["p99"]
-    assert few["busy"]["front"] > many["busy"]["front"]
+    assert few["busy"]["frontend"] > many["busy"]["frontend"]
 
 
 def test_the_options_of_serve_are_of_the_servers(command: CommandLine, asked: list[Any]) -> None:

@@ -79,12 +79,12 @@ async def test_one_that_cannot_be_started_is_tried_again_and_reported(
             raise error
         return await run()
 
-    child = _Child("front-3", start_at_last, lambda *words: told.append(words))
+    child = _Child("frontend-3", start_at_last, lambda *words: told.append(words))
     with capture_logs() as lines:
         running = asyncio.create_task(child.keep_running())
         await until(lambda: child.pid is not None, "its start")
     child.serves()
-    assert [name for name, _ in told] == ["front-3"] * 3
+    assert [name for name, _ in told] == ["frontend-3"] * 3
     assert [reason is None for _, reason in told] == [False, False, True]
     assert type(error).__name__ in told[0][1]
     assert "3 failed starts in a row" in told[0][1]

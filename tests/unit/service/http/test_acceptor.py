@@ -101,7 +101,7 @@ async def test_a_connection_is_served(
     assert await echoed(connect()) == b"word"
 
 
-async def test_no_front_ever_waits_at_the_socket_that_all_share() -> None:
+async def test_no_frontend_ever_waits_at_the_socket_that_all_share() -> None:
     with bind("127.0.0.1", 0) as shared:
         assert not os.get_blocking(shared.fileno())
         os.set_blocking(shared.fileno(), True)
@@ -111,7 +111,7 @@ async def test_no_front_ever_waits_at_the_socket_that_all_share() -> None:
         one.close()
 
 
-async def test_some_are_left_to_other_fronts_in_each_turn(
+async def test_some_are_left_to_other_frontends_in_each_turn(
     accepting: Acceptor,
     listener: Listener,
     connect: Callable[[], socket.socket],

@@ -206,7 +206,7 @@ def read_all(data: bytes, messages: Decoder, chunk: int = 2**16) -> list[object]
 
 PAIRS = [
     (protocol.ToEngine, TO_ENGINE, protocol.TO_ENGINE),
-    (protocol.ToFront, TO_FRONT, protocol.TO_FRONT),
+    (protocol.ToFrontend, TO_FRONT, protocol.TO_FRONT),
     (hub.ToHub, TO_HUB, hub.TO_HUB),
     (hub.FromHub, FROM_HUB, hub.FROM_HUB),
 ]

@@ -91,7 +91,7 @@ def test_a_long_deadline_is_forgotten_when_nobody_gives_it_any_more() -> None:
     assert shedding.is_late_deadline(1.0)
 
 
-def test_a_late_front_turns_everybody_away_for_as_long_as_it_was_late() -> None:
+def test_a_late_frontend_turns_everybody_away_for_as_long_as_it_was_late() -> None:
     shedding = full(seconds=10.0)
     shedding.note_delay(LATE_SHARE * 10.0 - 0.01, NOW)
     assert not shedding.sheds(1, NOW)
@@ -101,7 +101,7 @@ def test_a_late_front_turns_everybody_away_for_as_long_as_it_was_late() -> None:
     assert not shedding.sheds(1, NOW + 2.1)
 
 
-def test_a_front_that_nobody_has_asked_yet_is_not_late() -> None:
+def test_a_frontend_that_nobody_has_asked_yet_is_not_late() -> None:
     shedding = LoadShedding()
     shedding.note_delay(2.0, NOW)
     assert not shedding.sheds(1, NOW)

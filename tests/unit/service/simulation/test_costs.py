@@ -23,8 +23,8 @@ from tests.support.simulated import COSTS
 
 def asked(costs: ServerCosts, texts: int, tokens: int, runs: float) -> Asked:
     engine = costs.engine.request + costs.engine.text * texts + costs.engine.run * runs
-    front, hub = (cost.seconds(texts, tokens) for cost in (costs.front, costs.hub))
-    return Asked(texts, tokens, runs, front, engine, hub)
+    frontend, hub = (cost.seconds(texts, tokens) for cost in (costs.frontend, costs.hub))
+    return Asked(texts, tokens, runs, frontend, engine, hub)
 
 
 def test_a_fit_finds_the_costs_that_made_the_times() -> None:
@@ -33,19 +33,19 @@ def test_a_fit_finds_the_costs_that_made_the_times() -> None:
     )
     forms = [(1, 30, 1.1), (1, 90, 1.3), (1, 60, 2.0), (16, 500, 2.0), (64, 4000, 2.0)]
     found = fit_server([asked(made, *form) for form in forms])
-    for part in ("front", "engine", "hub"):
+    for part in ("frontend", "engine", "hub"):
         assert astuple(getattr(found, part)) == pytest.approx(astuple(getattr(made, part)))
 
 
 def test_no_cost_is_below_zero() -> None:
     found = fit_server([Asked(1, 10, 1, 1e-3, 1e-3, 0), Asked(2, 30, 1, 1e-4, 1e-5, -1e-5)] * 2)
-    assert min(*astuple(found.front), *astuple(found.engine), *astuple(found.hub)) >= 0
+    assert min(*astuple(found.frontend), *astuple(found.engine), *astuple(found.hub)) >= 0
 
 
 def test_one_of_a_crowd_takes_part_of_what_a_lone_request_takes() -> None:
-    front, hub = (cost.seconds(1, 50) / 4 for cost in (COSTS.front, COSTS.hub))
-    assert among(COSTS, Asked(1, 50, 0, front, 1.0, hub)) == pytest.approx(0.25)
-    assert among(COSTS, Asked(1, 50, 0, 8 * front, 1.0, hub)) == 1.0
+    frontend, hub = (cost.seconds(1, 50) / 4 for cost in (COSTS.frontend, COSTS.hub))
+    assert among(COSTS, Asked(1, 50, 0, frontend, 1.0, hub)) == pytest.approx(0.25)
+    assert among(COSTS, Asked(1, 50, 0, 8 * frontend, 1.0, hub)) == 1.0
 
 
 def test_costs_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_the_costs_of_a_server_lie_beside_the_tables(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"format": 2}, {"way": -1}, {"way": "x"}, {"hub": {"x": 1}}, {"front": 3}, {"more": 1}],
+    [{"format": 2}, {"way": -1}, {"way": "x"}, {"hub": {"x": 1}}, {"frontend": 3}, {"more": 1}],
 )
 def test_damaged_costs_are_named(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "server.json"

@@ -21,17 +21,17 @@ def test_a_lone_request_takes_all_its_parts() -> None:
     running, records = server(model(StepCost(2.0, 0.01, 0.5)), costs)
     running.offer([text(1)])
     running.advance(END)
-    front = 0.5 + 0.25 + 0.1
+    frontend = 0.5 + 0.25 + 0.1
     engine = 0.125 + 0.0625 + 0.03125 + (2.0 + 1.0 + 0.5)
-    assert records.latency[0] == pytest.approx(1.0 + front + engine)
+    assert records.latency[0] == pytest.approx(1.0 + frontend + engine)
     assert records.busy == {
-        "front": pytest.approx(front),
+        "frontend": pytest.approx(frontend),
         "engine": pytest.approx(engine),
         "hub": 0,
     }
 
 
-def test_front_and_decision_take_the_whole_of_a_long_text() -> None:
+def test_frontend_and_decision_take_the_whole_of_a_long_text() -> None:
     made = model(StepCost(2.0, 0.01, 0))
     decision, *steps = StepCost(0, 0.001, 0), made.table.steps[1]
     made = replace(made, table=replace(made.table, steps=(decision, *steps)))
@@ -60,7 +60,7 @@ def test_processes_share_the_cores(cores: int, first: float, second: float) -> N
     assert list(records.latency) == pytest.approx([first, second])
 
 
-def test_a_front_that_goes_on_from_another_request_is_not_woken_for_the_next() -> None:
+def test_a_frontend_that_goes_on_from_another_request_is_not_woken_for_the_next() -> None:
     costs = ServerCosts(ProcessCost(request=2.0), hub=ProcessCost(request=8.0), among=0.5)
     running, records = server(model(FREE), costs, 3)
     for _ in range(2):
@@ -68,7 +68,7 @@ def test_a_front_that_goes_on_from_another_request_is_not_woken_for_the_next() -
     running.advance(END)
     # One second in for the first and half of one for the second; then they wait for their way out.
     assert list(records.latency) == pytest.approx([2.0, 2.5])
-    assert records.busy["front"] == pytest.approx(1.0 + 3 * 0.5)
+    assert records.busy["frontend"] == pytest.approx(1.0 + 3 * 0.5)
     assert records.busy["hub"] == pytest.approx(8.0 + 4.0)
 
 
@@ -89,7 +89,7 @@ def test_a_full_queue_refuses() -> None:
     assert [OUTCOMES[o] for o in records.outcome].count("refused") == 3
 
 
-def test_a_front_refuses_what_the_queues_could_not_hold() -> None:
+def test_a_frontend_refuses_what_the_queues_could_not_hold() -> None:
     costs = ServerCosts(ProcessCost(request=1.0, text=100.0))
     running, records = server(model(StepCost(1000.0, 0, 0)), costs, 2, max_queue_items=2)
     for _ in range(3):
@@ -112,7 +112,7 @@ def test_what_waits_past_its_deadline_expires() -> None:
     assert sorted(OUTCOMES[o] for o in records.outcome) == ["answered", "expired", "expired"]
 
 
-def test_a_deadline_counts_from_when_the_front_begins() -> None:
+def test_a_deadline_counts_from_when_the_frontend_begins() -> None:
     # The second request is begun after half a second, and its turn comes after 6.2.
     costs = ServerCosts(ProcessCost(request=1.0), EngineCost(run=2.85))
     running, records = server(model(FREE), costs, 2, batch_items=1, timeout_ms=6000)

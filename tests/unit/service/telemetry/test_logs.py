@@ -132,7 +132,7 @@ def test_console_is_for_reading() -> None:
 
 @pytest.fixture(scope="module")
 def in_a_request() -> dict[str, dict[str, Any]]:
-    lines = parsed("warning", "json", "front", program=PROGRAM + IN_A_REQUEST)
+    lines = parsed("warning", "json", "frontend", program=PROGRAM + IN_A_REQUEST)
     return {line["event"]: line for line in lines}
 
 
@@ -151,7 +151,7 @@ def test_other_lines_carry_none(in_a_request: dict[str, dict[str, Any]]) -> None
 def test_every_line_names_its_process_whatever_thread_wrote_it(
     in_a_request: dict[str, dict[str, Any]],
 ) -> None:
-    assert {line["process"] for line in in_a_request.values()} == {"front"}
+    assert {line["process"] for line in in_a_request.values()} == {"frontend"}
 
 
 @pytest.mark.parametrize("event", ["failed", "failed again", "failed elsewhere"])

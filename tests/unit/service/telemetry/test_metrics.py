@@ -288,10 +288,10 @@ def test_how_a_request_ended_is_counted(
 
 def test_what_every_process_takes_is_shown_by_its_name() -> None:
     mine = os.getpid()
-    shown = scrape(Metrics(lambda: {"supervisor": mine, "front-0": mine, "engine-0": 2**22 + 1}))
+    shown = scrape(Metrics(lambda: {"supervisor": mine, "frontend-0": mine, "engine-0": 2**22 + 1}))
     for name in ("cpu_seconds_total", "resident_memory_bytes", "start_time_seconds", "open_fds"):
         values = shown.by("process", f"process_{name}")
-        assert set(values) == {"supervisor", "front-0"}, "one that is gone is left out"
+        assert set(values) == {"supervisor", "frontend-0"}, "one that is gone is left out"
         assert all(value > 0 for value in values.values())
 
 
