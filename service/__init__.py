@@ -1,4 +1,4 @@
 """The BudgetFormer server.
 
-HTTP in front, engines that own a device behind, a supervisor over both.
+HTTP in frontend, engines that own a device behind, a supervisor over both.
 """

@@ -56,9 +56,10 @@ class SimServer:
     """One server, moved through time by whoever holds it.
 
     Its processes share the cores evenly: while more of them have work than there are cores, each
-    runs at the same part of its speed. Half of what a request costs a frontend comes before the engine
-    and half after it; a deadline counts from when the frontend begins. A request that is refused costs
-    the frontend what it costs without texts; one that is turned away unread costs a real frontend less.
+    runs at the same part of its speed. Half of what a request costs a frontend comes before the
+    engine and half after it; a deadline counts from when the frontend begins. A request that is
+    refused costs the frontend what it costs without texts; one that is turned away unread costs a
+    real frontend less.
     The frontend decides budgets, and answers itself what step 0 answers.
     Load shedding is told tokens in place of bytes.
 

@@ -191,7 +191,7 @@ class TestUploads:
     def test_larger_than_other_bodies_are_taken_and_memory_does_not_grow_with_them(
         self, running: Server
     ) -> None:
-        fronts = [c for c in running.children if "service.frontend" in " ".join(c.cmdline())]
+        frontends = [c for c in running.children if "service.frontend" in " ".join(c.cmdline())]
         before = sum(frontend.memory_info().rss for frontend in frontends)
         row = json.dumps({"text": "x" * 999_000}).encode() + b"\n"
         job = submitted(running, row * 200)

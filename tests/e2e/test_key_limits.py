@@ -116,7 +116,7 @@ def under_way(running: Server, count: int) -> Iterator[dict[int, int]]:
             found = {
                 frontend.pid: sum(
                     bool(one.raddr) and one.raddr.port in held
-                    for one in front.net_connections("tcp")
+                    for one in frontend.net_connections("tcp")
                 )
                 for frontend in frontends(running)
             }

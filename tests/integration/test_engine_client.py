@@ -327,14 +327,14 @@ async def test_the_first_requests_of_several_frontends_go_to_different_engines()
     scripted = [ScriptedEngine(answers) for _ in range(4)]
     async with engines(*scripted) as held:
         sockets = [client._place for client in held.clients if isinstance(client._place, Path)]
-        fronts = [Engines(sockets, first=index) for index in range(6)]
+        frontends = [Engines(sockets, first=index) for index in range(6)]
         async with AsyncExitStack() as stack:
-            for frontend in fronts:
+            for frontend in frontends:
                 frontend.start()
                 stack.push_async_callback(frontend.stop)
             await until(lambda: all(len(frontend.alive) == 4 for frontend in frontends), "hellos")
-            for frontend in fronts:
-                for client in front.clients:
+            for frontend in frontends:
+                for client in frontend.clients:
                     client.models = {KEY: ModelInfo(*KEY, 0.1, 100, "float32")}
                 await frontend.classify(job())
     assert [engine.asked for engine in scripted] == [2, 2, 1, 1]

@@ -95,7 +95,7 @@ async def loaded(
     core = EngineCore(options, precision="float32", **parts)
     frontend = Frontend(core, texts)
     core.receive(Load(0, str(store / KEY[0] / str(KEY[1]))), frontend.reply)
-    await until(lambda: 0 in front.replies, "the load")
+    await until(lambda: 0 in frontend.replies, "the load")
     assert isinstance(frontend.replies[0], Done)
     yield frontend
 
@@ -186,7 +186,7 @@ async def test_totals_are_those_of_what_is_here_after_any_sequence(
         assert core.queued_seconds == 0.0
         assert core._queues == {}
         # Where the clock is moved while a batch runs, the engine counts itself slow and refuses.
-        kinds = {type(told) for told in front.replies.values()} - {Refused}
+        kinds = {type(told) for told in frontend.replies.values()} - {Refused}
         assert kinds == {Done, Answer, Expired}
 
 
@@ -207,7 +207,7 @@ async def test_requests_that_are_given_up_leave_nothing_and_others_are_answered(
                 frontend.cancel(number)
             frontend.cancel(12345)
             check_totals(frontend.core)
-        await until(lambda: all(number in front.replies for number in kept), "answers")
+        await until(lambda: all(number in frontend.replies for number in kept), "answers")
         assert not set(left) & set(frontend.replies)
         check_totals(frontend.core)
         assert frontend.core.queued_seconds == 0.0
@@ -237,12 +237,12 @@ async def test_batches_grow_again_when_memory_is_there_again(
                     if len(sizes) == 2:
                         room[0] = 100
                     number = frontend.ask(120, heads=HEADS)
-                    await until(lambda n=number: n in front.replies, "answers")  # type: ignore[misc]
+                    await until(lambda n=number: n in frontend.replies, "answers")  # type: ignore[misc]
                     sizes.append(core.batch_items)
     assert sizes[1] <= 3
     assert sizes[2:] == sorted(sizes[2:])
     assert sizes[-1] == 8
-    answers = [told for told in front.replies.values() if isinstance(told, Answer)]
+    answers = [told for told in frontend.replies.values() if isinstance(told, Answer)]
     assert len(answers) == 12
     assert not any(answer.answers.errors for answer in answers)
 
@@ -310,7 +310,7 @@ async def test_a_text_that_fails_on_a_working_device_fails_alone(
         with _replaced(network, run=poisoned):
             async with running(frontend.core):
                 number = frontend.ask(len(texts), heads=HEADS)
-                await until(lambda: number in front.replies, "answers")
+                await until(lambda: number in frontend.replies, "answers")
     answer = frontend.replies[number]
     assert isinstance(answer, Answer)
     longest = np.flatnonzero(lengths == lengths.max()).tolist()

@@ -1,4 +1,4 @@
-"""Several frontends of one server: what one is told, all know, and what each sees is counted once."""
+"""Several frontends: what one is told, all know, and what each sees is counted once."""
 
 from __future__ import annotations
 
