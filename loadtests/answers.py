@@ -7,9 +7,9 @@ this process before anything is asked; it is kept in a file and computed once. T
 two engines and two frontends is asked for all texts, in requests of 1 to 64, many at a time, while
 its processes are killed and stopped, its models are changed, and clients leave and ask again. A
 request that broke off or was refused is repeated. Each text must be answered once, with its own
-answer: label, probabilities, ladder step. A text within a hair of a threshold may be decided otherwise by
-rounding: such ties are counted by themselves. The exit code is 1 if any answer was wrong, lost or
-given twice.
+answer: label, probabilities, ladder step. A text within a hair of a threshold may be decided
+otherwise by rounding: such ties are counted by themselves. The exit code is 1 if any answer was
+wrong, lost or given twice.
 """
 
 from __future__ import annotations

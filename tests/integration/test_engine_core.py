@@ -91,7 +91,7 @@ def texts(model_store: Path) -> Texts:
 async def loaded(
     store: Path, texts: Texts, options: EngineOptions, **parts: Any
 ) -> AsyncIterator[Frontend]:
-    """Return a front of a core that has a model, and does not run yet."""
+    """Return a frontend of a core that has a model, and does not run yet."""
     core = EngineCore(options, precision="float32", **parts)
     frontend = Frontend(core, texts)
     core.receive(Load(0, str(store / KEY[0] / str(KEY[1]))), frontend.reply)
