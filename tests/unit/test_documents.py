@@ -50,7 +50,7 @@ def test_code_says_its_language(page: Path) -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     named = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    assert named == {page.name for page in PAGES if page.parent.name == "docs"}
+    assert named == {page.name for page in PAGES if page.parent == ROOT / "docs"}
 
 
 def test_pictures_are_what_their_program_draws(tmp_path: Path) -> None:
