@@ -18,6 +18,7 @@ from budgetformer.errors import BudgetFormerError, CheckpointError
 from budgetformer.inference.policy import QualityName
 from service.background import Background, run_forever
 from service.control.catalog import Catalog, UnknownModelError
+from service.control.deployment import Deployment
 from service.control.engine_watch import EngineWatch
 from service.control.fleet import Fleet, LoadFailedError, LoadTimeoutError, NoEngineError
 from service.control.frontends import FrontendPeer, Frontends
@@ -116,10 +117,12 @@ class Hub:
         self.watch = EngineWatch(self.metrics, self.catalog, self._level_shown)
         self.fleet = Fleet(sockets, self.watch, self._tell_all, settings.load_timeout_seconds)
         self.frontends = Frontends()
+        self.deployment = Deployment(
+            settings, catalog, self.fleet, self.watch, self.metrics, self.frontends, self._tell_all
+        )
         self.versions = Versions(
-            settings, catalog, self.fleet, self.watch, self.metrics, self.frontends,
-            self._tell_all, self.report_problem,
-        )  # fmt: skip
+            settings, catalog, self.deployment, self.metrics, self.report_problem
+        )
         self._family = family
         self._crash_loops: dict[str, str] = {}
         self._problems: dict[str, list[str]] = {}
@@ -160,6 +163,7 @@ class Hub:
         finally:
             await self._background.stop()
             await self.versions.stop()
+            await self.deployment.stop()
             await self.fleet.stop()
 
     def report_crash_loop(self, process: str, reason: str | None) -> None:
@@ -193,7 +197,7 @@ class Hub:
         """Tell the frontends that the hub handles messages, and how it is; do what is due."""
         while True:
             self.frontends.tell(self._alive())
-            self.versions.forget_retired(time.monotonic())
+            self.deployment.forget_retired(time.monotonic())
             await asyncio.sleep(BEAT_SECONDS)
 
     def _alive(self) -> Alive:
@@ -213,6 +217,7 @@ class Hub:
         """
         self.settings = settings
         self._name_unserved()
+        self.deployment.configure(settings)
         self.versions.configure(settings)
         self._settings_generation += 1
         generation = self._settings_generation
@@ -371,8 +376,8 @@ class Hub:
         found = [line for lines in self._problems.values() for line in lines]
         errors = sorted({*self.catalog.errors, *self.fleet.errors, *found})
         loops = dict(sorted(self._crash_loops.items()))
-        versions = self.versions
-        return Serving(versions.generation, versions.served(), versions.loading, errors, loops)
+        now = self.deployment
+        return Serving(now.generation, now.served(), now.loading, errors, loops)
 
 
 def _answer(frontend: FrontendPeer, message: ToHub, reason: str) -> None:

@@ -11,24 +11,17 @@ import structlog
 
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import BudgetFormerError
-from service.background import Background, DetachedThreads, StillRunningError, describe
+from service.background import Background, describe
 from service.control.catalog import Catalog, UnknownModelError
-from service.control.engine_watch import EngineWatch
-from service.control.fleet import Fleet, LoadTimeoutError
-from service.control.frontends import Frontends
+from service.control.deployment import Deployment
 from service.control.rollout import Bounds, RollOut, State, changed
 from service.control.served_state import ModelState, StateError
-from service.ipc.control_messages import ServedVersion
-from service.settings import DEFAULT_QUALITY, RollOutSettings, Settings
+from service.settings import RollOutSettings, Settings
 from service.telemetry.counts import Difference
-from service.telemetry.metrics import QUALITY_RANK, Metrics
+from service.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 
-SWAP_PATIENCE = 30.0
-"""Seconds that a change waits for every frontend; one that hangs is not waited for longer."""
-MAX_RETIRED = 50
-"""Retired versions whose series are still shown; beyond, those retired first go first."""
 JUDGE_SECONDS = 1.0
 KEEP_SECONDS = 10.0
 """Time between two writes of what a running roll-out has measured."""
@@ -47,49 +40,28 @@ class Versions:
 
     Args:
         settings: of the whole server.
-        catalog: what is served at first.
-        fleet: the engines.
-        watch: keeps their metrics.
+        catalog: what is served.
+        deployment: of it.
         metrics: of the server.
-        frontends: that follow.
-        tell: tells them what is served.
         report: shows problems in `/health`.
-
-    Attributes:
-        generation: number of changes so far.
-        loading: what may be served next, as `name:version`.
     """
 
     def __init__(
         self,
         settings: Settings,
         catalog: Catalog,
-        fleet: Fleet,
-        watch: EngineWatch,
+        deployment: Deployment,
         metrics: Metrics,
-        frontends: Frontends,
-        tell: Callable[[], None],
         report: Callable[[str, str | None], None],
     ) -> None:
-        self.generation = 0
-        self.loading: list[str] = []
         self._settings = settings
         self._catalog = catalog
         self._state = catalog.state
-        self._fleet = fleet
-        self._watch = watch
+        self._deployment = deployment
         self._metrics = metrics
-        self._frontends = frontends
-        self._tell = tell
         self._report = report
-        self._retired: dict[tuple[str, int], float] = {}
         self._kept = 0.0
-        self._threads = DetachedThreads()
-        self._changing = asyncio.Lock()
         self._background = Background()
-        for checkpoint in catalog:
-            self._announce(checkpoint)
-            fleet.wanted[checkpoint.name, checkpoint.version] = checkpoint.path
         for name in catalog.served:
             self._show_rollout(name)
 
@@ -97,18 +69,6 @@ class Versions:
         """Make no further change, and keep what was measured."""
         await self._background.stop()
         self._keep_measurements()
-
-    def served(self) -> list[ServedVersion]:
-        """Return what frontends are to serve."""
-        found = [
-            ServedVersion(c.name, c.version, str(c.path)) for c in self._catalog.served.values()
-        ]
-        for name, candidate in self._catalog.candidates.items():
-            rollout = self._state.running(name)
-            weight, shadow = (rollout.weight, rollout.shadow) if rollout else (0.0, 0.0)
-            path = str(candidate.path)
-            found.append(ServedVersion(name, candidate.version, path, True, weight, shadow))
-        return found
 
     # One version in place of another
 
@@ -126,7 +86,7 @@ class Versions:
             NoEngineError: there is no engine, or one died meanwhile.
             RollOutConflictError: the model is being rolled out.
         """
-        async with self._changing:
+        async with self._deployment.changing:
             self._refuse_while_running(name)
             checkpoint = await self._load(name, version)
             decision = self._state.models.get(name)
@@ -144,12 +104,12 @@ class Versions:
         Raises:
             UnknownModelError: it is not served.
         """
-        async with self._changing:
+        async with self._deployment.changing:
             if name in self._catalog.candidates:
                 await self._withdraw_candidate(name, "rolled_back", "the model was unloaded")
             checkpoint = self._catalog.withdraw(name)
-            await self._publish()
-            self._retire(checkpoint)
+            await self._deployment.publish()
+            self._deployment.retire(checkpoint)
         return checkpoint
 
     # Two versions side by side
@@ -172,9 +132,9 @@ class Versions:
             UnknownModelError, CheckpointError, LoadFailedError, NoEngineError: as `load` does.
         """
         given = given or {}
-        async with self._changing:
+        async with self._deployment.changing:
             served = self._served(name)
-            running = self._state.running(name)
+            running = self._current(name)
             if running is not None:
                 if version not in (None, running.candidate):
                     self._refuse_while_running(name)
@@ -191,9 +151,9 @@ class Versions:
             highest = max(candidate.version, served.version, before.highest if before else 0)
             await self._decide_on(candidate, ModelState(served.version, highest, rollout))
             self._catalog.candidates[name] = candidate
-            self._announce(candidate)
+            self._deployment.announce(candidate)
             self._show_rollout(name)
-            await self._publish()
+            await self._deployment.publish()
             log.info(
                 "roll-out started",
                 model=name,
@@ -222,7 +182,7 @@ class Versions:
             RollOutConflictError: none is being rolled out.
             StateError: the decision could not be kept, so nothing has changed.
         """
-        async with self._changing:
+        async with self._deployment.changing:
             rollout = self._running(name)
             candidate = self._catalog.candidates[name]
             decision = self._state.models[name]
@@ -241,8 +201,8 @@ class Versions:
             StateError: the decision could not be kept, so nothing has changed.
             UnknownModelError, CheckpointError, LoadFailedError, NoEngineError: as `load` does.
         """
-        async with self._changing:
-            if self._state.running(name) is not None:
+        async with self._deployment.changing:
+            if self._current(name) is not None:
                 return await self._withdraw_candidate(name, "rolled_back", reason)
             last = self._state.last(name)
             if last is None or last.state != "promoted":
@@ -276,7 +236,7 @@ class Versions:
     def count(self, difference: Difference) -> None:
         """Count what a frontend did for the versions that are being rolled out."""
         for name in self._catalog.candidates:
-            rollout = self._state.running(name)
+            rollout = self._current(name)
             if rollout is not None:
                 rollout.count(difference)
 
@@ -285,8 +245,8 @@ class Versions:
         while True:
             await asyncio.sleep(JUDGE_SECONDS)
             for name in list(self._catalog.candidates):
-                async with self._changing:
-                    rollout = self._state.running(name)
+                async with self._deployment.changing:
+                    rollout = self._current(name)
                     if rollout is not None and (reason := rollout.breach()):
                         await self._withdraw_candidate(name, "stopped", reason)
             if time.monotonic() - self._kept > KEEP_SECONDS:
@@ -298,14 +258,13 @@ class Versions:
         """Go by other settings: begin to serve the versions that they name now."""
         before, self._settings = self._settings, settings
         for name in self._catalog.served:
-            self._show_quality(name)
             version, usual = settings.version_of(name), settings.rollout_of(name)
             if version is not None and version != before.version_of(name):
                 follow = self._follow(name, partial(self._serve_named, name, version))
                 self._background.start(follow)
                 continue
             adjusts = usual is not None and usual != before.rollout_of(name)
-            if usual is not None and adjusts and self._state.running(name) is not None:
+            if usual is not None and adjusts and self._current(name) is not None:
                 adjust = partial(self.roll_out, name, None, usual.model_dump())
                 self._background.start(self._follow(name, adjust))
 
@@ -319,7 +278,7 @@ class Versions:
         self._report(source, problem)
 
     async def _serve_named(self, name: str, version: int) -> None:
-        running = self._state.running(name)
+        running = self._current(name)
         if running is not None and running.candidate == version:
             await self.promote(name)
             return
@@ -332,42 +291,20 @@ class Versions:
 
     async def _load(self, name: str, version: int | None, but: int | None = None) -> Checkpoint:
         """Read a version, and have every engine load it; it may not be the version `but`."""
-        checkpoint = await self._read(name, version)
+        checkpoint = await self._deployment.read(name, version)
         if checkpoint.version == but:
             raise RollOutError(f"{checkpoint.label} is served already; name another version")
-        key = (checkpoint.name, checkpoint.version)
-        self.loading = [checkpoint.label]
-        self._tell()
-        try:
-            await self._fleet.load(key, checkpoint.path)
-        finally:
-            self.loading = []
-            self._tell()
+        await self._deployment.load(checkpoint)
         return checkpoint
-
-    async def _read(self, name: str, version: int | None) -> Checkpoint:
-        read, seconds = partial(self._catalog.candidate, name, version), self._load_seconds
-        try:
-            return await self._threads.run((name, version), read, seconds)
-        except TimeoutError:
-            message = f"{name}: the store does not answer within {seconds:g} s"
-            raise LoadTimeoutError(message) from None
-        except StillRunningError:
-            message = f"{name}: the store has not answered an earlier attempt yet"
-            raise LoadTimeoutError(message) from None
-
-    @property
-    def _load_seconds(self) -> float:
-        return self._settings.load_timeout_seconds
 
     async def _serve(self, checkpoint: Checkpoint) -> None:
         """Serve a version that the engines have, in place of what was served."""
         before = self._catalog.serve(checkpoint)
-        self._announce(checkpoint)
+        self._deployment.announce(checkpoint)
         self._show_rollout(checkpoint.name)
-        await self._publish()
+        await self._deployment.publish()
         if before is not None and before.version != checkpoint.version:
-            self._retire(before)
+            self._deployment.retire(before)
 
     async def _adjust(self, rollout: RollOut, given: Mapping[str, float | None]) -> RollOut:
         before = rollout.weight, rollout.shadow, rollout.bounds
@@ -378,7 +315,7 @@ class Versions:
             rollout.weight, rollout.shadow, rollout.bounds = before
             raise
         self._show_rollout(rollout.model)
-        await self._publish()
+        await self._deployment.publish()
         return rollout
 
     async def _withdraw_candidate(self, name: str, state: State, reason: str) -> RollOut:
@@ -394,8 +331,8 @@ class Versions:
             self._report("roll-outs", str(error))
         candidate = self._catalog.candidates.pop(name)
         self._show_rollout(name)
-        await self._publish()
-        self._retire(candidate)
+        await self._deployment.publish()
+        self._deployment.retire(candidate)
         self._count_end(ended)
         return ended
 
@@ -427,7 +364,7 @@ class Versions:
         try:
             self._decide(loaded.name, decision)
         except StateError:
-            await self._fleet.unload((loaded.name, loaded.version))
+            await self._deployment.unload(loaded)
             raise
 
     def _keep_if_possible(self) -> None:
@@ -454,35 +391,26 @@ class Versions:
         except KeyError:
             raise UnknownModelError(f"no model {name!r} is served") from None
 
+    def _current(self, name: str) -> RollOut | None:
+        """Return the roll-out that is running; one whose model is not served now is not."""
+        return self._state.running(name) if name in self._catalog.candidates else None
+
     def _running(self, name: str) -> RollOut:
         self._served(name)
-        rollout = self._state.running(name)
+        rollout = self._current(name)
         if rollout is None:
             raise RollOutConflictError(f"{name} is not being rolled out")
         return rollout
 
     def _refuse_while_running(self, name: str) -> None:
-        running = self._state.running(name)
-        if running is not None and name in self._catalog.candidates:
+        running = self._current(name)
+        if running is not None:
             raise RollOutConflictError(
                 f"{name}:{running.candidate} is being rolled out: promote it or roll it back first"
             )
 
-    def _announce(self, checkpoint: Checkpoint) -> None:
-        self._retired.pop((checkpoint.name, checkpoint.version), None)
-        self._metrics.know_model(checkpoint.name, str(checkpoint.version), checkpoint.budgets)
-        self._show_quality(checkpoint.name)
-        self._watch.show_models()
-
-    def _show_quality(self, model: str) -> None:
-        quality = self._settings.quality_of(model)
-        usual = DEFAULT_QUALITY if quality == "auto" else quality
-        rank = QUALITY_RANK.get(usual, 0) if isinstance(usual, str) else 0
-        for gauge in (self._metrics.quality_level, self._metrics.quality_configured):
-            gauge.labels(model).set(rank)
-
     def _show_rollout(self, name: str) -> None:
-        one = self._state.running(name)
+        one = self._current(name)
         shown = None if one is None else (str(one.candidate), one.weight, one.shadow)
         self._metrics.show_rollout(name, shown)
 
@@ -491,48 +419,6 @@ class Versions:
         write = log.error if rollout.state == "stopped" else log.info
         write("roll-out ended", model=rollout.model, candidate=rollout.candidate,
               state=rollout.state, reason=rollout.reason)  # fmt: skip
-
-    def _retire(self, checkpoint: Checkpoint) -> None:
-        self._watch.show_models()
-        if checkpoint.name not in self._catalog.served:
-            for gauge in (self._metrics.quality_level, self._metrics.quality_configured):
-                gauge.remove_by_labels({"model": checkpoint.name})
-        self._retired[checkpoint.name, checkpoint.version] = time.monotonic()
-        self._background.start(self._free(checkpoint, self.generation))
-
-    def forget_retired(self, now: float) -> None:
-        """Remove the series of versions that are served no more, some time after they were."""
-        limit = self._settings.retired_series_seconds
-        while self._retired:
-            key, since = next(iter(self._retired.items()))
-            if now - since < limit and len(self._retired) <= MAX_RETIRED:
-                return
-            del self._retired[key]
-            name, version = key
-            self._metrics.forget_model(name, str(version))
-            if name not in self._catalog.served and name not in {n for n, _ in self._retired}:
-                self._watch.forget_model(name)
-                self._metrics.forget_name(name)
-
-    async def _free(self, checkpoint: Checkpoint, generation: int) -> None:
-        """Take a model from the engines once no frontend has a request for it."""
-        await self._frontends.until(lambda frontend: frontend.drained >= generation)
-        async with self._changing:
-            key = checkpoint.name, checkpoint.version
-            if self._catalog.get(*key) is None:
-                await self._fleet.unload(key)
-
-    async def _publish(self) -> None:
-        """Return when every frontend serves what is to be served now."""
-        self.generation += 1
-        generation = self.generation
-        self._tell()
-        try:
-            async with asyncio.timeout(SWAP_PATIENCE):
-                await self._frontends.until(lambda frontend: frontend.swapped >= generation)
-        except TimeoutError:
-            behind = [frontend.pid for frontend in self._frontends if frontend.swapped < generation]
-            log.error("frontends did not apply the model catalog in time", pids=behind)
 
 
 def _apply(rollout: RollOut, given: Mapping[str, float | None]) -> None:

@@ -514,7 +514,7 @@ class TestLoadThatHangs:
         self, one: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("service.control.hub.MAX_CHANGES", 3)
-        async with one.hub.versions._changing:
+        async with one.hub.deployment.changing:
             waiting = [asyncio.create_task(load(one)) for _ in range(4)]
             await until(lambda: one.hub._changes == 4, "the changes")
             error_of(await load(one), 503, "busy")
@@ -537,24 +537,24 @@ class TestRetiredVersions:
             await one.ask(TEXT)
             assert await versions() == {"1", "2"}
             now = time.monotonic()
-            one.hub.versions.forget_retired(now + 30)
+            one.hub.deployment.forget_retired(now + 30)
             assert await versions() == {"1", "2"}
-            one.hub.versions.forget_retired(now + 90)
+            one.hub.deployment.forget_retired(now + 90)
             assert await versions() == {"2"}
             shown = await one.scrape()
             assert shown.total("items_total", version="2") == 1
             assert shown.total("model_requests_total", version="2") == 1
             await one.client.post(f"/models/{TOPICS}/unload", headers=ADMIN)
-            one.hub.versions.forget_retired(now + 90)
+            one.hub.deployment.forget_retired(now + 90)
             assert 'model="' not in (await one.client.get("/metrics")).text
 
     async def test_there_is_a_bound_on_how_many_are_kept(
         self, one: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("service.control.versions.MAX_RETIRED", 0)
+        monkeypatch.setattr("service.control.deployment.MAX_RETIRED", 0)
         for version in (2, 1, 2):
             assert (await load(one, version=version)).status_code == 200
-            one.hub.versions.forget_retired(time.monotonic())
+            one.hub.deployment.forget_retired(time.monotonic())
             shown = await one.scrape()
             versions = {sample.labels["version"] for sample in shown.select("items_total")}
             assert versions == {str(version)}

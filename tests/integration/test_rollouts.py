@@ -85,9 +85,10 @@ async def asked(client: httpx.AsyncClient, name: str, **fields: Any) -> str:
     return str(response.json()["model"])
 
 
-async def versions(running: Service, count: int = 200) -> Counter[str]:
+async def versions(running: Service, count: int = 200, **fields: Any) -> Counter[str]:
     """Count which versions answer requests that name none."""
-    return Counter([await asked(running.client, f"request-{at}") for at in range(count)])
+    names = [f"request-{at}" for at in range(count)]
+    return Counter([await asked(running.client, name, **fields) for name in names])
 
 
 class TestCanary:
@@ -495,3 +496,16 @@ async def test_a_candidate_that_no_engine_has_yet_answers_nothing(
         await until(lambda: set(running.core.models) == {(TOPICS, 1)}, "it to be gone")
         assert await versions(running, 20) == {"topics:1": 20}
         error_of(await running.ask(TEXT, model="topics:2", heads=1), 503, "loading")
+
+
+async def test_a_model_that_is_not_served_after_a_restart_is_not_rolled_out(
+    store: Path, tmp_path: Path
+) -> None:
+    async with serving(store, tmp_path) as running:
+        await roll_out(running, version=2, weight=0.5)
+    async with serving(store, tmp_path, models=["pairs"], default_model="pairs") as running:
+        assert (await change(running, "load", version=1)).status_code == 200
+        assert await versions(running, 20, model=TOPICS) == {"topics:1": 20}
+        error_of(await change(running, "promote"), 409, "conflict")
+        assert (await roll_out(running, version=2, weight=1.0))["state"] == "running"
+        assert await versions(running, 20, model=TOPICS) == {"topics:2": 20}

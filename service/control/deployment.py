@@ -1,0 +1,189 @@
+"""What engines and frontends have of the models, brought in line with the catalog."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+
+from budgetformer.checkpoint.store import Checkpoint
+from service.background import Background, DetachedThreads, StillRunningError
+from service.control.catalog import Catalog
+from service.control.engine_watch import EngineWatch
+from service.control.fleet import Fleet, LoadTimeoutError
+from service.control.frontends import Frontends
+from service.ipc.control_messages import ServedVersion
+from service.settings import DEFAULT_QUALITY, Settings
+from service.telemetry.metrics import QUALITY_RANK, Metrics
+
+log = structlog.get_logger()
+
+SWAP_PATIENCE = 30.0
+"""Seconds that a change waits for every frontend; one that hangs is not waited for longer."""
+MAX_RETIRED = 50
+"""Retired versions whose series are still shown; beyond, those retired first go first."""
+
+
+class Deployment:
+    """Load versions, have frontends serve them, and free those that are served no more.
+
+    Args:
+        settings: of the whole server.
+        catalog: what is to be served.
+        fleet: the engines.
+        watch: keeps their metrics.
+        metrics: of the server.
+        frontends: that follow.
+        tell: tells them what is served.
+
+    Attributes:
+        changing: is held by whoever changes the catalog.
+        generation: number of changes so far.
+        loading: what may be served next, as `name:version`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        fleet: Fleet,
+        watch: EngineWatch,
+        metrics: Metrics,
+        frontends: Frontends,
+        tell: Callable[[], None],
+    ) -> None:
+        self.changing = asyncio.Lock()
+        self.generation = 0
+        self.loading: list[str] = []
+        self._settings = settings
+        self._catalog = catalog
+        self._fleet = fleet
+        self._watch = watch
+        self._metrics = metrics
+        self._frontends = frontends
+        self._tell = tell
+        self._retired: dict[tuple[str, int], float] = {}
+        self._threads = DetachedThreads()
+        self._background = Background()
+        for checkpoint in catalog:
+            self.announce(checkpoint)
+            fleet.wanted[checkpoint.name, checkpoint.version] = checkpoint.path
+
+    async def stop(self) -> None:
+        """Free nothing more."""
+        await self._background.stop()
+
+    def configure(self, settings: Settings) -> None:
+        """Go by other settings."""
+        self._settings = settings
+        for name in self._catalog.served:
+            self._show_quality(name)
+
+    def served(self) -> list[ServedVersion]:
+        """Return what frontends are to serve."""
+        found = [
+            ServedVersion(c.name, c.version, str(c.path)) for c in self._catalog.served.values()
+        ]
+        for name, candidate in self._catalog.candidates.items():
+            rollout = self._catalog.state.running(name)
+            weight, shadow = (rollout.weight, rollout.shadow) if rollout else (0.0, 0.0)
+            path = str(candidate.path)
+            found.append(ServedVersion(name, candidate.version, path, True, weight, shadow))
+        return found
+
+    async def read(self, name: str, version: int | None) -> Checkpoint:
+        """Read a version (None: the highest) as the store has it now.
+
+        Raises:
+            UnknownModelError: the store does not have it.
+            CheckpointError: it is damaged.
+            LoadTimeoutError: the store does not answer in time.
+        """
+        read = partial(self._catalog.candidate, name, version)
+        seconds = self._settings.load_timeout_seconds
+        try:
+            return await self._threads.run((name, version), read, seconds)
+        except TimeoutError:
+            message = f"{name}: the store does not answer within {seconds:g} s"
+            raise LoadTimeoutError(message) from None
+        except StillRunningError:
+            message = f"{name}: the store has not answered an earlier attempt yet"
+            raise LoadTimeoutError(message) from None
+
+    async def load(self, checkpoint: Checkpoint) -> None:
+        """Have every engine load a version beside what it has.
+
+        Raises:
+            LoadFailedError, NoEngineError: see `Fleet.load`.
+        """
+        self.loading = [checkpoint.label]
+        self._tell()
+        try:
+            await self._fleet.load((checkpoint.name, checkpoint.version), checkpoint.path)
+        finally:
+            self.loading = []
+            self._tell()
+
+    async def unload(self, checkpoint: Checkpoint) -> None:
+        """Have every engine free a version that no frontend has met."""
+        await self._fleet.unload((checkpoint.name, checkpoint.version))
+
+    async def publish(self) -> None:
+        """Return when every frontend serves what is to be served now."""
+        self.generation += 1
+        generation = self.generation
+        self._tell()
+        try:
+            async with asyncio.timeout(SWAP_PATIENCE):
+                await self._frontends.until(lambda frontend: frontend.swapped >= generation)
+        except TimeoutError:
+            behind = [frontend.pid for frontend in self._frontends if frontend.swapped < generation]
+            log.error("frontends did not apply the model catalog in time", pids=behind)
+
+    def announce(self, checkpoint: Checkpoint) -> None:
+        """Let the metrics of a version that is served now read 0 from the start."""
+        self._retired.pop((checkpoint.name, checkpoint.version), None)
+        self._metrics.know_model(checkpoint.name, str(checkpoint.version), checkpoint.budgets)
+        self._show_quality(checkpoint.name)
+        self._watch.show_models()
+
+    def _show_quality(self, model: str) -> None:
+        quality = self._settings.quality_of(model)
+        usual = DEFAULT_QUALITY if quality == "auto" else quality
+        rank = QUALITY_RANK.get(usual, 0) if isinstance(usual, str) else 0
+        for gauge in (self._metrics.quality_level, self._metrics.quality_configured):
+            gauge.labels(model).set(rank)
+
+    def retire(self, checkpoint: Checkpoint) -> None:
+        """Free a version that the catalog has no more, once its last request is answered."""
+        self._watch.show_models()
+        if checkpoint.name not in self._catalog.served:
+            for gauge in (self._metrics.quality_level, self._metrics.quality_configured):
+                gauge.remove_by_labels({"model": checkpoint.name})
+        self._retired[checkpoint.name, checkpoint.version] = time.monotonic()
+        self._background.start(self._free(checkpoint, self.generation))
+
+    def forget_retired(self, now: float) -> None:
+        """Remove the series of versions that are served no more, some time after they were."""
+        limit = self._settings.retired_series_seconds
+        while self._retired:
+            key, since = next(iter(self._retired.items()))
+            if now - since < limit and len(self._retired) <= MAX_RETIRED:
+                return
+            del self._retired[key]
+            name, version = key
+            self._metrics.forget_model(name, str(version))
+            if name not in self._catalog.served and name not in {n for n, _ in self._retired}:
+                self._watch.forget_model(name)
+                self._metrics.forget_name(name)
+
+    async def _free(self, checkpoint: Checkpoint, generation: int) -> None:
+        """Take a model from the engines once no frontend has a request for it."""
+        await self._frontends.until(lambda frontend: frontend.drained >= generation)
+        async with self.changing:
+            key = checkpoint.name, checkpoint.version
+            if self._catalog.get(*key) is None:
+                await self._fleet.unload(key)
