@@ -239,7 +239,7 @@ def _ways(model: BudgetFormerForSequenceClassification) -> Iterator[tuple[str, P
     """Yield every pass; the first is in float32."""
     for precision in ("float32", "bfloat16"):
         yield precision, make_pass(model, precision)
-    if model.where.type == "cuda":
+    if model.device.type == "cuda":
         from budgetformer.inference.backends.kernels import gpu
 
         yield "bfloat16, not recorded", PackedPass(model, "bfloat16", gpu)
@@ -355,11 +355,11 @@ def _step_way(network: PackedPass, step: int) -> _Way:
 
 
 def _dense_way(model: BudgetFormerForSequenceClassification) -> _Way:
-    twin = bfloat16_twin(model).to(model.where)
+    twin = bfloat16_twin(model).to(model.device)
 
     @torch.inference_mode()
     def run(arrays: Sequence[Tensor]) -> Tensor:
-        logits: Tensor = twin(*(array.to(model.where) for array in arrays))
+        logits: Tensor = twin(*(array.to(model.device) for array in arrays))
         return logits
 
     return _Way(lambda items: list(map(torch.from_numpy, padded(items))), run)

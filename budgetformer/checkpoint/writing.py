@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from budgetformer.checkpoint.manifest import CONFIG, Manifest, file_entries
-from budgetformer.model.modeling import BudgetFormerForSequenceClassification, quiet
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification, silence_transformers
 
 _SPECIAL_TOKENS = {
     "pad_token": ("[PAD]", "<pad>"),
@@ -40,7 +40,7 @@ def write_network(
         truncation_side: the end of a longer one that is cut off.
         dtype: of the weights in the file.
     """
-    with quiet():
+    with silence_transformers():
         nn.Module.to(model, dtype)
         model.save_pretrained(folder)
     _write_labels(folder / CONFIG, model.config.id2label)

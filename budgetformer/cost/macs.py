@@ -39,7 +39,7 @@ class Sizes:
     one_budget: bool
     distance_terms: int
     distances: int
-    farthest: int
+    max_distance: int
     buckets: bool
 
     @classmethod
@@ -70,7 +70,7 @@ class Sizes:
             one_budget=config.has_one_budget,
             distance_terms=len(config.relative_terms) if scores_distances else 0,
             distances=config.relative_span,
-            farthest=config.relative_distance,
+            max_distance=config.relative_distance,
             buckets=config.relative_buckets > 0,
         )
 
@@ -89,7 +89,7 @@ def layer_macs(config: Costed, heads: int, tokens: int, layer: int = 0) -> int:
     projections = 4 * tokens * sizes.width * kept
     attention = 2 * kept * multiplied_pairs(tokens, sizes.windows[layer])
     if sizes.distance_terms:
-        rows = count_score_rows(tokens, sizes.distances, sizes.farthest, sizes.buckets)
+        rows = count_score_rows(tokens, sizes.distances, sizes.max_distance, sizes.buckets)
         attention += sizes.distance_terms * tokens * rows * kept
     net = (1 + sizes.maps_up) * tokens * sizes.width * neurons
     return projections + attention + net

@@ -21,7 +21,7 @@ from budgetformer.errors import CheckpointError, one_line
 from budgetformer.families import FAMILIES
 from budgetformer.families.family import Family, Weights
 from budgetformer.model.architecture import MULTI_LABEL
-from budgetformer.model.modeling import quiet
+from budgetformer.model.modeling import silence_transformers
 
 _ONLY: dict[str, Any] = {
     "position_embedding_type": "absolute",
@@ -226,7 +226,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _load(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a folder as a classifier, with Transformers' report on its weights."""
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):
+        with silence_transformers(), torch.random.fork_rng(devices=[]):
             network, report = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 dtype=torch.float32,

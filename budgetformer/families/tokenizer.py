@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from budgetformer.errors import CheckpointError, one_line
 from budgetformer.model.architecture import Architecture
 from budgetformer.model.encoder import SequenceClassifier
-from budgetformer.model.modeling import quiet
+from budgetformer.model.modeling import silence_transformers
 from budgetformer.tokenization import Side
 
 _NO_LIMIT = 10**9
@@ -61,7 +61,7 @@ def read_tokenizer(folder: Path) -> SourceTokenizer:
         CheckpointError: the folder has no tokenizer, or only a slow one.
     """
     try:
-        with quiet():
+        with silence_transformers():
             loaded: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )

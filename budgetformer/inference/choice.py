@@ -57,7 +57,7 @@ def make_pass(
         check = RangeCheck()
         own = [linear_packer(precision, of_layer, alike, check) for of_layer in ranges]
         return PackedPass(model, precision, packers=own, range_check=check)
-    if model.where.type != "cuda":
+    if model.device.type != "cuda":
         return PackedPass(model, precision)
     from budgetformer.inference.backends.kernels import gpu
     from budgetformer.inference.graphs import GraphedPass
@@ -91,7 +91,7 @@ def load_pass(
         return fastest_pass(model, ranges)
     if precision == "int8" and not ranges:
         raise ValueError("int8 needs ranges of states, which `budgetformer calibrate` measures")
-    if precision == "int8" and not can_multiply_int8(model.where):
+    if precision == "int8" and not can_multiply_int8(model.device):
         raise ValueError("int8 is for x86 processors with AVX2")
     return make_pass(model, precision, ranges)
 
@@ -120,7 +120,7 @@ def choose_precision(device: torch.device, weights: int, ranges: bool) -> tuple[
 
 def auto_pass(model: SequenceClassifier, ranges: Sequence[LayerRanges]) -> PackedPass:
     """Return the pass in the precision that capability says, as `choose_precision` does."""
-    precision, reason = choose_precision(model.where, _weights(model), bool(ranges))
+    precision, reason = choose_precision(model.device, _weights(model), bool(ranges))
     chosen = make_pass(model, precision, ranges)
     chosen.precision_reason = reason
     return chosen
@@ -133,9 +133,9 @@ def fastest_pass(model: SequenceClassifier, ranges: Sequence[LayerRanges]) -> Pa
     """
     precisions = ["float32"]
     if _weights(model) >= MIN_WEIGHTS:
-        if can_multiply_bfloat16(model.where):
+        if can_multiply_bfloat16(model.device):
             precisions.append("bfloat16")
-        if ranges and can_multiply_int8(model.where):
+        if ranges and can_multiply_int8(model.device):
             precisions.append("int8")
     candidates = [make_pass(model, precision, ranges, timed=True) for precision in precisions]
     if len(candidates) == 1:

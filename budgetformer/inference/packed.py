@@ -215,7 +215,7 @@ class PackedPass:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.where
+        return self.model.device
 
     @property
     def nbytes(self) -> int:
@@ -492,7 +492,10 @@ class PackedPass:
     def _offsets_of(self, tokens: PackedTokens) -> BatchOffsets:
         offsets = BatchOffsets(tokens.lengths, self.device)
         if offsets.longest > self._most_tokens:
-            raise ValueError(f"{offsets.longest} tokens, but only {self._most_tokens} positions")
+            raise ValueError(
+                f"a text has {offsets.longest} tokens, but the network has only "
+                f"{self._most_tokens} positions"
+            )
         return offsets
 
     def _embed(self, tokens: PackedTokens, offsets: BatchOffsets) -> Tensor:
@@ -592,6 +595,6 @@ class Packed(PlainSums):
         """Attend within each item."""
         return self.kernels.attend(projected, self.offsets, weights)
 
-    def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+    def add_norm(self, states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
         """Normalise the sum of states and a change."""
-        return self.kernels.add_norm(states, change, by)
+        return self.kernels.add_norm(states, change, layer_norm)

@@ -178,17 +178,17 @@ class RoutedWeights:
 class PlainSums:
     """The sums and norms of a layer's `Backend`, in plain torch."""
 
-    def norm(self, states: Tensor, by: nn.Module) -> Tensor:
+    def norm(self, states: Tensor, layer_norm: nn.Module) -> Tensor:
         """Normalise states."""
-        return plain.norm(states, by)
+        return plain.norm(states, layer_norm)
 
     def add(self, states: Tensor, change: Tensor) -> Tensor:
         """Add a change to states."""
         return plain.add(states, change)
 
-    def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+    def add_norm(self, states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
         """Normalise the sum of states and a change."""
-        return plain.add_norm(states, change, by)
+        return plain.add_norm(states, change, layer_norm)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from budgetformer.inference.backends.linear import Linear
 from budgetformer.inference.batch_offsets import BatchOffsets
 from budgetformer.model.embeddings import Embeddings
-from budgetformer.model.layer import Heads
+from budgetformer.model.layer import AttentionHeads
 from budgetformer.model.step0 import ExitHead
 
 
@@ -19,34 +19,39 @@ class Kernels(Protocol):
 
     __name__: str
 
-    def bag(self, ids: Tensor, offsets: BatchOffsets, by: ExitHead) -> Tensor:
+    def bag(self, ids: Tensor, offsets: BatchOffsets, exit_head: ExitHead) -> Tensor:
         """Put together what step 0 reads."""
 
     def exit_evidence(self, exit_logits: Tensor, problem_type: str | None) -> Tensor:
         """Summarise step-0 logits for f_o."""
 
     def embed(
-        self, ids: Tensor, kinds: Tensor, offsets: BatchOffsets, by: Embeddings, dtype: torch.dtype
+        self,
+        ids: Tensor,
+        kinds: Tensor,
+        offsets: BatchOffsets,
+        embeddings: Embeddings,
+        dtype: torch.dtype,
     ) -> Tensor:
         """Embed tokens."""
 
-    def attend(self, projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
+    def attend(self, projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) -> Tensor:
         """Attend within each item."""
 
-    def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+    def add_norm(self, states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
         """Normalise the sum of states and a change."""
 
     def mean(self, states: Tensor, offsets: BatchOffsets) -> Tensor:
         """Average the states of each item."""
 
-    def classify(self, states: Tensor, offsets: BatchOffsets, by: nn.Linear) -> Tensor:
+    def classify(self, states: Tensor, offsets: BatchOffsets, classifier: nn.Linear) -> Tensor:
         """Map the mean of each item's states to logits."""
 
 
 class JoiningKernels(Kernels, Protocol):
     """Kernels that can also take rows through two maps at once; so does `gpu`."""
 
-    def can_fuse(self, first: Linear, second: Linear | None, by: nn.Module) -> bool:
+    def can_fuse(self, first: Linear, second: Linear | None, layer_norm: nn.Module) -> bool:
         """Say whether these maps can be fused."""
 
     def map_norm_map(
@@ -54,7 +59,7 @@ class JoiningKernels(Kernels, Protocol):
         inputs: Tensor,
         first: Linear,
         states: Tensor,
-        by: nn.Module,
+        layer_norm: nn.Module,
         second: Linear | None,
         offsets: BatchOffsets,
         two_per_sm: bool = False,

@@ -16,23 +16,23 @@ from budgetformer.model.tfidf import HASHED_LEFT, HASHED_RIGHT, MAX_ODDS
 BAGGED_ROWS, BAGGED_COLUMNS, BAGGED_WARPS = 32, 64, 4
 
 
-def bag(ids: Tensor, offsets: BatchOffsets, by: ExitHead) -> Tensor:
+def bag(ids: Tensor, offsets: BatchOffsets, exit_head: ExitHead) -> Tensor:
     """Do as `plain.bag`; an item is summed in the same order whatever its batch."""
-    width = by.weight.embedding_dim
-    result = torch.empty(offsets.items, width, dtype=by.bias.dtype, device=ids.device)
+    width = exit_head.weight.embedding_dim
+    result = torch.empty(offsets.items, width, dtype=exit_head.bias.dtype, device=ids.device)
     columns = min(tile_side(width), BAGGED_COLUMNS)
     if offsets.items:
         _bag[(offsets.items, triton.cdiv(width, columns))](
             ids,
             offsets.starts,
-            by.weight.weight,
+            exit_head.weight.weight,
             result,
             width,
-            by.vocab_size,
-            by.buckets,
+            exit_head.vocab_size,
+            exit_head.buckets,
             ROWS=BAGGED_ROWS,
             COLUMNS=columns,
-            PAIRS=by.buckets > 0,
+            PAIRS=exit_head.buckets > 0,
             LEFT=HASHED_LEFT,
             RIGHT=HASHED_RIGHT,
             num_warps=BAGGED_WARPS,

@@ -30,11 +30,11 @@ PROGRAMS = 128
 """So many keep a large card busy; with fewer rows each program takes less of them."""
 
 
-def can_fuse(first: Linear, second: Linear | None, by: nn.Module) -> bool:
+def can_fuse(first: Linear, second: Linear | None, layer_norm: nn.Module) -> bool:
     """Say whether `map_norm_map` can run these maps."""
-    if not isinstance(by, nn.LayerNorm):
+    if not isinstance(layer_norm, nn.LayerNorm):
         return False
-    width = by.normalized_shape[0]
+    width = layer_norm.normalized_shape[0]
     maps = [each for each in (first, second) if each is not None]
     known = all(isinstance(each, Product) and each.bias is not None for each in maps)
     return known and equal_part(width) >= MIN_SIDE and MIN_SIDE * width <= MAX_SUMS
@@ -44,7 +44,7 @@ def map_norm_map(
     inputs: Tensor,
     first: Linear,
     states: Tensor,
-    by: nn.Module,
+    layer_norm: nn.Module,
     second: Linear | None,
     offsets: BatchOffsets,
     two_per_sm: bool = False,
@@ -53,7 +53,7 @@ def map_norm_map(
 
     Args:
         inputs, states: as there; in one precision, which is that of the maps.
-        first, second, by: those that `can_fuse`.
+        first, second, layer_norm: those that `can_fuse`.
         offsets: where the items are; spare rows come back as they will.
         two_per_sm: two programs share a multiprocessor. One waits while the other computes, which
             is worth it when there are more programs than multiprocessors.
@@ -73,8 +73,8 @@ def map_norm_map(
             first.weight,
             first.bias,
             states,
-            by.weight,
-            by.bias,
+            layer_norm.weight,
+            layer_norm.bias,
             second.weight,
             second.bias,
             mapped,
@@ -84,7 +84,7 @@ def map_norm_map(
             inputs.shape[1],
             first.weight.stride(0),
             outer,
-            by.eps,
+            layer_norm.eps,
             ROWS=rows,
             WIDTH=width,
             CHUNK=equal_part(width),

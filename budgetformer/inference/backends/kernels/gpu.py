@@ -21,7 +21,7 @@ from budgetformer.inference.backends.kernels.tiles import dot_precision, tile_si
 from budgetformer.inference.batch_offsets import BatchOffsets
 from budgetformer.model.architecture import Architecture
 from budgetformer.model.embeddings import Embeddings
-from budgetformer.model.layer import Heads
+from budgetformer.model.layer import AttentionHeads
 from budgetformer.model.positions import DistanceBias, Rotary
 
 __all__ = [
@@ -47,22 +47,22 @@ LABELS = 8
 
 
 def embed(
-    ids: Tensor, kinds: Tensor, offsets: BatchOffsets, by: Embeddings, dtype: torch.dtype
+    ids: Tensor, kinds: Tensor, offsets: BatchOffsets, embeddings: Embeddings, dtype: torch.dtype
 ) -> Tensor:
     """Do as `plain.embed`; sums are float32."""
-    if by.position is None or by.map is not None:
-        return plain.embed(ids, kinds, offsets, by, dtype)
-    tokens, width = len(ids), by.word.embedding_dim
+    if embeddings.position is None or embeddings.map is not None:
+        return plain.embed(ids, kinds, offsets, embeddings, dtype)
+    tokens, width = len(ids), embeddings.word.embedding_dim
     result = torch.empty(tokens, width, dtype=dtype, device=ids.device)
-    norm = by.norm if isinstance(by.norm, nn.LayerNorm) else None
+    norm = embeddings.norm if isinstance(embeddings.norm, nn.LayerNorm) else None
     if tokens:
         _embed[(triton.cdiv(tokens, NORMED_ROWS),)](
             ids,
             kinds,
             offsets.positions,
-            by.word.weight,
-            by.segment.weight,
-            by.position.weight,
+            embeddings.word.weight,
+            embeddings.segment.weight,
+            embeddings.position.weight,
             None if norm is None else norm.weight,
             None if norm is None else norm.bias,
             result,
@@ -123,7 +123,7 @@ def can_attend(config: Architecture) -> bool:
     return config.relative_positions != "disentangled"
 
 
-def attend(projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
+def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) -> Tensor:
     """Do as `plain.attend`; one program per head and `ROWS` rows, whoseever they are."""
     tokens, width = projected.shape
     heads, positions, window = weights.heads, weights.positions, weights.spec.window
@@ -134,10 +134,10 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
         places = F.pad(places, (0, tokens - len(places)))
         turned = [positions.rotate_at(part, places) for part in (query, key)]
         projected = torch.stack([*turned, value], dim=2).view(tokens, width)
-    biases, farthest = projected, 0
+    biases, max_distance = projected, 0
     if isinstance(positions, DistanceBias):
-        farthest = positions.farthest
-        biases = positions.by_distance(farthest + 1).contiguous()
+        max_distance = positions.max_distance
+        biases = positions.by_distance(max_distance + 1).contiguous()
     contexts = projected.new_empty(tokens, heads * size)
     if offsets.tokens:
         _attend[(triton.cdiv(offsets.tokens, ROWS), heads)](
@@ -151,17 +151,17 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
             heads,
             size,
             window or 0,
-            farthest,
+            max_distance,
             ROWS=ROWS,
             SIDE=tile_side(size),
             PRECISION=dot_precision(projected),
             LOCAL=window is not None,
-            BIASED=farthest > 0,
+            BIASED=max_distance > 0,
         )
     return contexts
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "window", "farthest"])
+@triton.jit(do_not_specialize=["tokens", "heads", "window", "max_distance"])
 def _attend(
     projected,
     contexts,
@@ -173,7 +173,7 @@ def _attend(
     heads,
     size,
     window,
-    farthest,
+    max_distance,
     ROWS: tl.constexpr,
     SIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -214,8 +214,8 @@ def _attend(
         if LOCAL:
             mine = mine & (distance <= window) & (distance >= -window)
         if BIASED:
-            near = tl.minimum(tl.maximum(distance, -farthest), farthest) + farthest
-            bias = tl.load(biases + head * (2 * farthest + 1) + near)
+            near = tl.minimum(tl.maximum(distance, -max_distance), max_distance) + max_distance
+            bias = tl.load(biases + head * (2 * max_distance + 1) + near)
             score += bias.to(tl.float32) * 1.4426950408889634  # as scores are in base two
         score = tl.where(mine, score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, 1))
@@ -231,7 +231,7 @@ def _attend(
     tl.store(place, result, mask=asked[:, None] & inside)
 
 
-def add_norm(states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+def add_norm(states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
     """Do as `plain.add_norm`; sums are float32, the result is as the states."""
     tokens, width = states.shape
     result = torch.empty_like(states)
@@ -239,12 +239,12 @@ def add_norm(states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
         _add_norm[(triton.cdiv(tokens, NORMED_ROWS),)](
             states,
             change,
-            by.weight,
-            by.bias,
+            layer_norm.weight,
+            layer_norm.bias,
             result,
             tokens,
             width,
-            by.eps,
+            layer_norm.eps,
             ROWS=NORMED_ROWS,
             WIDTH=tile_side(width),
             num_warps=NORMED_WARPS,
@@ -315,16 +315,16 @@ def _averaged(states, starts, item, column, width, ROWS: tl.constexpr, COLUMNS: 
     return total / tl.maximum(stop - start, 1)
 
 
-def classify(states: Tensor, offsets: BatchOffsets, by: nn.Linear) -> Tensor:
+def classify(states: Tensor, offsets: BatchOffsets, classifier: nn.Linear) -> Tensor:
     """Do as `plain.classify`; an item is summed in the same order whatever its batch."""
-    width, labels = by.in_features, by.out_features
+    width, labels = classifier.in_features, classifier.out_features
     result = states.new_empty(offsets.items, labels, dtype=torch.float32)
     if offsets.items:
         _classify[(offsets.items,)](
             states,
             offsets.starts,
-            by.weight,
-            by.bias,
+            classifier.weight,
+            classifier.bias,
             result,
             width,
             labels,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from budgetformer.inference.backends.linear import Linear
 from budgetformer.inference.batch_offsets import BatchOffsets
 from budgetformer.model.embeddings import Embeddings
-from budgetformer.model.layer import Heads
+from budgetformer.model.layer import AttentionHeads
 from budgetformer.model.layer import attend as attend_padded
 from budgetformer.model.step0 import ExitHead, exit_evidence
 
@@ -17,26 +17,26 @@ __all__ = ["add", "add_norm", "attend", "bag", "classify", "embed", "exit_eviden
 __all__ += ["map_norm_map", "mean", "norm"]
 
 
-def bag(ids: Tensor, offsets: BatchOffsets, by: ExitHead) -> Tensor:
+def bag(ids: Tensor, offsets: BatchOffsets, exit_head: ExitHead) -> Tensor:
     """Put together what step 0 reads.
 
     Args:
         ids: of tokens [N].
         offsets: where the items are.
-        by: whose table's rows are summed, of tokens and of neighbours.
+        exit_head: whose table's rows are summed, of tokens and of neighbours.
 
     Returns:
         Bags [B, R], as `ExitHead.logits` reads them.
     """
     rows, counts = ids.long(), offsets.counts
     owner = None if offsets.alone else offsets.owner
-    if by.buckets and len(rows):
-        rows = torch.cat([rows, by.neighbours(rows)])
+    if exit_head.buckets and len(rows):
+        rows = torch.cat([rows, exit_head.neighbours(rows)])
         counts = 2 * counts - 1
         if owner is not None:
             together = owner[:-1] == owner[1:]
             owner = torch.cat([owner, torch.where(together, owner[:-1], offsets.items)])
-    added = F.embedding(rows, by.weight.weight).to(by.bias.dtype)
+    added = F.embedding(rows, exit_head.weight.weight).to(exit_head.bias.dtype)
     if owner is None:
         total = added.sum(0, keepdim=True)
     else:
@@ -47,30 +47,32 @@ def bag(ids: Tensor, offsets: BatchOffsets, by: ExitHead) -> Tensor:
 
 
 def embed(
-    ids: Tensor, kinds: Tensor, offsets: BatchOffsets, by: Embeddings, dtype: torch.dtype
+    ids: Tensor, kinds: Tensor, offsets: BatchOffsets, embeddings: Embeddings, dtype: torch.dtype
 ) -> Tensor:
     """Embed tokens.
 
     Args:
         ids, kinds: of tokens and their segments, [N] each.
         offsets: where the items are.
-        by: the tables, and the norm of post-norm encoders.
+        embeddings: the tables, and the norm of post-norm encoders.
         dtype: of the result.
 
     Returns:
         States [N, D].
     """
     # Not through the modules: their calls take as long as the rows of a short text.
-    states = by.word.weight.index_select(0, ids)
-    states = states.to(by.states_dtype or states.dtype)
-    states += by.segment.weight.index_select(0, kinds)
-    if by.position is not None:
-        states += by.position.weight.index_select(0, offsets.positions)
-    states = norm(states, by.norm)
-    return (states if by.map is None else by.map(states.to(by.map.weight.dtype))).to(dtype)
+    states = embeddings.word.weight.index_select(0, ids)
+    states = states.to(embeddings.states_dtype or states.dtype)
+    states += embeddings.segment.weight.index_select(0, kinds)
+    if embeddings.position is not None:
+        states += embeddings.position.weight.index_select(0, offsets.positions)
+    states = norm(states, embeddings.norm)
+    return (
+        states if embeddings.map is None else embeddings.map(states.to(embeddings.map.weight.dtype))
+    ).to(dtype)
 
 
-def attend(projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
+def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) -> Tensor:
     """Attend within each item of a packed batch.
 
     Args:
@@ -110,37 +112,39 @@ def add(states: Tensor, change: Tensor) -> Tensor:
     return change.add_(states)
 
 
-def norm(states: Tensor, by: nn.Module) -> Tensor:
-    """Normalise each of the states [N, D]; `by` may be no norm, and leave them as they are."""
-    if not isinstance(by, nn.LayerNorm):
+def norm(states: Tensor, layer_norm: nn.Module) -> Tensor:
+    """Normalise states [N, D]; return them unchanged if `layer_norm` is no `nn.LayerNorm`."""
+    if not isinstance(layer_norm, nn.LayerNorm):
         return states
     # Not through the module: its call takes as long as the norm of a short text.
-    weight = by.weight
+    weight = layer_norm.weight
     if states.dtype != weight.dtype:
         states = states.to(weight.dtype)
-    return torch.layer_norm(states, by.normalized_shape, weight, by.bias, by.eps)
+    return torch.layer_norm(
+        states, layer_norm.normalized_shape, weight, layer_norm.bias, layer_norm.eps
+    )
 
 
-def add_norm(states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+def add_norm(states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
     """Normalise the sum of states and a change, [N, D] each."""
-    return norm(add(states, change), by)
+    return norm(add(states, change), layer_norm)
 
 
 def map_norm_map(
-    inputs: Tensor, first: Linear, states: Tensor, by: nn.Module, second: Linear | None
+    inputs: Tensor, first: Linear, states: Tensor, layer_norm: nn.Module, second: Linear | None
 ) -> Tensor:
     """Map inputs, add them to the states, normalise these, and map what comes of it.
 
     Args:
         inputs: [N, K], which `first` maps to [N, D].
         states: [N, D], which become the normalised ones.
-        by: the norm of the sum.
+        layer_norm: the norm of the sum.
         second: maps the normalised states; None: nothing does.
 
     Returns:
         What `second` made of the normalised states, [N, M].
     """
-    states.copy_(add_norm(states, first(inputs), by))
+    states.copy_(add_norm(states, first(inputs), layer_norm))
     return states.new_empty(len(states), 0) if second is None else second(states)
 
 
@@ -153,7 +157,7 @@ def mean(states: Tensor, offsets: BatchOffsets) -> Tensor:
     return total.index_add_(0, offsets.owner, states) / offsets.counts
 
 
-def classify(states: Tensor, offsets: BatchOffsets, by: nn.Linear) -> Tensor:
+def classify(states: Tensor, offsets: BatchOffsets, classifier: nn.Linear) -> Tensor:
     """Map the mean of each item's states [N, D] to logits [B, C] in float32."""
-    logits: Tensor = by(mean(states, offsets))
+    logits: Tensor = classifier(mean(states, offsets))
     return logits

@@ -35,7 +35,7 @@ from budgetformer.families import FAMILIES, conversion
 from budgetformer.families.conversion import TOLERANCE, Conversion, convert_encoder
 from budgetformer.model.activations import ACTIVATIONS, activation
 from budgetformer.model.architecture import MULTI_LABEL
-from budgetformer.model.modeling import quiet
+from budgetformer.model.modeling import silence_transformers
 
 NAMES = ["calm", "glad", "sad"]
 WEIGHTS, BIN = "model.safetensors", "pytorch_model.bin"
@@ -68,7 +68,7 @@ def save(
         label2id={name: i for i, name in names.items()},
         **SIZES[family] | changes,
     )
-    with torch.random.fork_rng(devices=[]), quiet():
+    with torch.random.fork_rng(devices=[]), silence_transformers():
         torch.manual_seed(0)
         model: PreTrainedModel = (
             kind.from_config(config) if hasattr(kind, "from_config") else kind(config)

@@ -553,9 +553,13 @@ def test_step_zero_has_no_pass() -> None:
 def test_too_many_tokens(length: int) -> None:
     compact = load_pass(random_network(small_config()))
     tokens = pack(random_items([2, length]))
-    with pytest.raises(ValueError, match=f"{length} tokens, but only {POSITIONS} positions"):
+    with pytest.raises(
+        ValueError, match=f"{length} tokens, but the network has only {POSITIONS} positions"
+    ):
         compact.decide(tokens)
-    with pytest.raises(ValueError, match=f"{length} tokens, but only {POSITIONS} positions"):
+    with pytest.raises(
+        ValueError, match=f"{length} tokens, but the network has only {POSITIONS} positions"
+    ):
         compact.run(tokens, [1, 1])
 
 

@@ -22,7 +22,7 @@ from transformers import (
 from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import BudgetFormerError, DataError, TrainingError
-from budgetformer.model.modeling import quiet
+from budgetformer.model.modeling import silence_transformers
 from budgetformer.training.pipeline import train_checkpoint
 from budgetformer.training.recipe import Recipe
 from tests.support.stores import sentences, single_label_rows, write_jsonl
@@ -59,7 +59,7 @@ def save_bert(folder: Path, **changes: Any) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 16, "max_position_embeddings": 64}
     sizes |= {"vocab_size": tokenizer().get_vocab_size()}
-    with quiet():
+    with silence_transformers():
         BertForSequenceClassification(BertConfig(**sizes | changes)).save_pretrained(folder)
     tokenizer().save(str(folder / "tokenizer.json"))
 
@@ -68,7 +68,7 @@ def save_distilbert(folder: Path) -> None:
     torch.manual_seed(0)
     sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 16}
     sizes |= {"vocab_size": tokenizer().get_vocab_size(), "max_position_embeddings": 16}
-    with quiet():
+    with silence_transformers():
         DistilBertForSequenceClassification(DistilBertConfig(**sizes)).save_pretrained(folder)
     tokenizer().save(str(folder / "tokenizer.json"))
 
