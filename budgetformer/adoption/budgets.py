@@ -22,8 +22,8 @@ from budgetformer.checkpoint.writing import describe, smallest_dtype, write_netw
 from budgetformer.errors import DataError
 from budgetformer.families.conversion import convert_classifier, read_classifier
 from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass, PackedTokens
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.tfidf import table_columns
 from budgetformer.training.calibration import answers_of, ranges_of_states

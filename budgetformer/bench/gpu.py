@@ -26,8 +26,8 @@ from budgetformer.bench.baselines import bfloat16_twin, padded
 from budgetformer.bench.passes import small_step
 from budgetformer.bench.timing import TokenIds, made_up_texts, token_ids
 from budgetformer.checkpoint.store import Checkpoint
-from budgetformer.inference.choice import make_pass
 from budgetformer.inference.packed import DECISION, Decision, PackedPass, PackedTokens
+from budgetformer.inference.precision_choice import make_pass
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.training.pages import markdown_table
 

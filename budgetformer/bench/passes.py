@@ -10,9 +10,9 @@ from budgetformer.bench.timing import Contender, Machine, TokenIds
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.cost.macs import encoder_macs, layer_weights
 from budgetformer.inference import cascade
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.inference.policy import BudgetRule
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.inference.texts import Texts, TokenColumns
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification

@@ -30,7 +30,7 @@ from budgetformer.bench.timing import (
 )
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.cost.processor import processor_name
-from budgetformer.inference.choice import load_pass
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import load_model
 from budgetformer.training.pages import draw, markdown_table

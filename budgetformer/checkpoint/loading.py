@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from budgetformer.checkpoint.manifest import CONFIG, WEIGHTS
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import CheckpointError, one_line
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.precision import Precision
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.model.architecture import Architecture
 from budgetformer.model.encoder import Encoder, SequenceClassifier
 
@@ -52,7 +52,7 @@ def load_network(
         loaded = load_pass(network, precision, checkpoint.manifest.ranges)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    loaded.take_over()
+    loaded.free_model_weights()
     return loaded
 
 

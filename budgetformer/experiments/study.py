@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.cost.macs import encoder_macs
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.policy import EntryBand
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.model.answers import confidence
 from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model

@@ -114,7 +114,7 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
             rows = order[start : start + BATCH]
             texts = tokens.columns(rows)
             packed = PackedTokens.of(texts.window)
-            decision = network.decide(packed, PackedTokens.of(texts.whole))
+            decision = network.decide(packed, PackedTokens.of(texts.full_text))
             assert decision.budget is not None
             s[rows] = decision.budget
             if decision.exit_logits is not None:

@@ -191,7 +191,7 @@ class TokenizedTexts:
             ids, types = np.array(tokens.ids, np.int64), _types(tokens.ids, tokens.type_ids)
             self.ids.append(ids)
             self.types.append(types)
-            whole, whole_types = tokens.whole, tokens.whole_type_ids
+            whole, whole_types = tokens.full_ids, tokens.full_type_ids
             self.whole.append(ids if whole is None else np.array(whole, np.int64))
             self.whole_types.append(types if whole is None else _types(whole, whole_types))
         self.lengths = np.array([len(ids) for ids in self.ids])

@@ -31,9 +31,9 @@ from budgetformer.cost.table import CostTable
 from budgetformer.errors import DataError, TrainingError
 from budgetformer.families.conversion import MIN_POSITIONS, Conversion, convert_encoder
 from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule, Measure
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.inference.ranges import LayerRanges
 from budgetformer.model.answers import probabilities
 from budgetformer.model.architecture import MULTI_LABEL

@@ -314,7 +314,7 @@ async def _decide(state: State, model: ServedModel, decider: Decider, job: Job) 
         quality = kept_above(state.settings.floor_of(job.model), state.engines.level)
     rule = checkpoint.rule(quality if checkpoint.calibrated else None, job.heads, job.max_heads)
     with stage_span(state.tracer, "budget") as span:
-        decided = await state.deciding.decide(decider, rule, job.texts.whole)
+        decided = await state.deciding.decide(decider, rule, job.texts.full_text)
         if span.is_recording():
             span.set_attribute("budgetformer.model", checkpoint.label)
             span.set_attribute("budgetformer.items", len(job.texts))

@@ -1,4 +1,4 @@
-"""What a pass does between its matrix products: plain torch on CPUs, Triton on GPUs."""
+"""The operations of a pass other than matrix products: plain torch on CPUs, Triton on GPUs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from budgetformer.model.step0 import ExitHead
 
 
 class Kernels(Protocol):
-    """A module with these functions; `plain` says what they do."""
+    """A module with these functions; `plain` documents their arguments."""
 
     __name__: str
 
     def bag(self, ids: Tensor, offsets: BatchOffsets, exit_head: ExitHead) -> Tensor:
-        """Put together what step 0 reads."""
+        """Sum the table rows of each item for step 0."""
 
     def exit_evidence(self, exit_logits: Tensor, problem_type: str | None) -> Tensor:
-        """Summarise step-0 logits for f_o."""
+        """Return f_o's features of step-0 logits."""
 
     def embed(
         self,
@@ -48,11 +48,11 @@ class Kernels(Protocol):
         """Map the mean of each item's states to logits."""
 
 
-class JoiningKernels(Kernels, Protocol):
-    """Kernels that can also take rows through two maps at once; so does `gpu`."""
+class FusingKernels(Kernels, Protocol):
+    """Kernels that can also fuse the two maps around a norm, such as `gpu`."""
 
     def can_fuse(self, first: Linear, second: Linear | None, layer_norm: nn.Module) -> bool:
-        """Say whether these maps can be fused."""
+        """Return whether these maps can be fused."""
 
     def map_norm_map(
         self,
@@ -64,4 +64,4 @@ class JoiningKernels(Kernels, Protocol):
         offsets: BatchOffsets,
         two_per_sm: bool = False,
     ) -> Tensor:
-        """Map inputs, add them to the states, normalise these, and map what comes of it."""
+        """Add mapped inputs to the states, normalise the sum, and map it."""

@@ -1,7 +1,7 @@
-"""The kernels in Triton, for GPUs: one launch each, whatever the number of items.
+"""The kernels in Triton, for GPUs: one launch each for any number of items.
 
-They ask nothing of the host but upper bounds, so a CUDA graph can hold them: how many items there
-are and how long each is, they read on the device. Each equals its namesake in `plain`, by test.
+The host passes only upper bounds, and the kernels read the number of items and their lengths on the
+device, so a CUDA graph can hold them. Tests compare each with the function of that name in `plain`.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ __all__ = [
 __all__ += ["map_norm_map", "mean"]
 
 ROWS = 64
-"""Queries and keys that one program of the attention takes at a time."""
+"""Queries and keys per tile of attention."""
 NORMED_ROWS, NORMED_WARPS = 2, 1
-"""Each warp sums rows of its own, and waits for no other."""
+"""One warp per program, so that no warp waits for another's sum."""
 POOLED_ROWS, POOLED_COLUMNS, POOLED_WARPS = 64, 32, 2
 CLASSIFIED_WARPS = 4
 LABELS = 8
-"""Classes whose weights a program holds at a time."""
+"""Classes per tile of the classifier."""
 
 
 def embed(
     ids: Tensor, kinds: Tensor, offsets: BatchOffsets, embeddings: Embeddings, dtype: torch.dtype
 ) -> Tensor:
-    """Do as `plain.embed`; sums are float32."""
+    """Compute `plain.embed`, with float32 sums."""
     if embeddings.position is None or embeddings.map is not None:
         return plain.embed(ids, kinds, offsets, embeddings, dtype)
     tokens, width = len(ids), embeddings.word.embedding_dim
@@ -119,12 +119,12 @@ def _normed(state, weight, bias, column, width, eps):
 
 
 def can_attend(config: Architecture) -> bool:
-    """Say whether `attend` knows a network's positions."""
+    """Return whether `attend` supports a network's positions."""
     return config.relative_positions != "disentangled"
 
 
 def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) -> Tensor:
-    """Do as `plain.attend`; one program per head and `ROWS` rows, whoseever they are."""
+    """Compute `plain.attend`, with one program per head and `ROWS` rows of any items."""
     tokens, width = projected.shape
     heads, positions, window = weights.heads, weights.positions, weights.spec.window
     size = width // (3 * heads)
@@ -185,7 +185,7 @@ def _attend(
     end = tl.load(ends + row, mask=row < tokens, other=0).to(tl.int32)
     start = row - tl.load(positions + row, mask=row < tokens, other=0).to(tl.int32)
     asked = row < end
-    # Items lie in order: the first row's begins first, and the last row's ends last.
+    # Keys range from the start of the first row's item to the end of the last row's item.
     first = lead - tl.load(positions + lead).to(tl.int32)
     last = tl.load(ends + tl.minimum(lead + ROWS, tokens) - 1).to(tl.int32)
     if LOCAL:
@@ -197,8 +197,8 @@ def _attend(
     own = projected + head * 3 * size + side[None, :]
     place = own + row[:, None].to(tl.int64) * stride
     query = tl.load(place, mask=asked[:, None] & inside, other=0.0)
-    # Running maximum, sum and mean of a softmax in base two over the keys so far. The maximum
-    # begins at a number, as a row may see none of the first keys.
+    # Online softmax in base two: running maximum, sum and weighted values. The maximum starts
+    # finite, because a row may see none of the first keys.
     most = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     context = tl.zeros([ROWS, SIDE], tl.float32)
@@ -216,7 +216,7 @@ def _attend(
         if BIASED:
             near = tl.minimum(tl.maximum(distance, -max_distance), max_distance) + max_distance
             bias = tl.load(biases + head * (2 * max_distance + 1) + near)
-            score += bias.to(tl.float32) * 1.4426950408889634  # as scores are in base two
+            score += bias.to(tl.float32) * 1.4426950408889634  # log2(e), as scores are in base two
         score = tl.where(mine, score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, 1))
         weight = tl.exp2(score - higher[:, None])
@@ -226,13 +226,13 @@ def _attend(
         context = context * kept[:, None] + added
         most = higher
     place = contexts + row[:, None].to(tl.int64) * (heads * size) + head * size + side[None, :]
-    # A row that is some item's has a total of 1 or more.
+    # The total is at least 1 in rows of items, and 0 in padding rows.
     result = (context / tl.maximum(total, 1.0)[:, None]).to(contexts.dtype.element_ty)
     tl.store(place, result, mask=asked[:, None] & inside)
 
 
 def add_norm(states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
-    """Do as `plain.add_norm`; sums are float32, the result is as the states."""
+    """Compute `plain.add_norm`, with float32 sums and a result of the states' type."""
     tokens, width = states.shape
     result = torch.empty_like(states)
     if tokens:
@@ -277,7 +277,7 @@ def _add_norm(
 
 
 def mean(states: Tensor, offsets: BatchOffsets) -> Tensor:
-    """Do as `plain.mean`; an item is summed in the same order whatever its batch."""
+    """Compute `plain.mean`; the order of an item's sum does not depend on its batch."""
     width = states.shape[-1]
     result = states.new_empty(offsets.items, width, dtype=torch.float32)
     grid = (offsets.items, triton.cdiv(width, POOLED_COLUMNS))
@@ -304,7 +304,7 @@ def _mean(states, result, starts, width, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def _averaged(states, starts, item, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the mean of an item's states in some columns, [COLUMNS] in float32."""
+    """Return the mean of an item's states in these columns, [COLUMNS] in float32."""
     start, stop = tl.load(starts + item), tl.load(starts + item + 1)
     total = tl.zeros([COLUMNS], tl.float32)
     for begin in range(start, stop, ROWS):
@@ -316,7 +316,7 @@ def _averaged(states, starts, item, column, width, ROWS: tl.constexpr, COLUMNS: 
 
 
 def classify(states: Tensor, offsets: BatchOffsets, classifier: nn.Linear) -> Tensor:
-    """Do as `plain.classify`; an item is summed in the same order whatever its batch."""
+    """Compute `plain.classify`; the order of an item's sum does not depend on its batch."""
     width, labels = classifier.in_features, classifier.out_features
     result = states.new_empty(offsets.items, labels, dtype=torch.float32)
     if offsets.items:

@@ -1,4 +1,4 @@
-"""The reference of every kernel, in plain torch: what CPUs run."""
+"""Every kernel in plain torch: the implementation on CPUs, and the reference for others."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ += ["map_norm_map", "mean", "norm"]
 
 
 def bag(ids: Tensor, offsets: BatchOffsets, exit_head: ExitHead) -> Tensor:
-    """Put together what step 0 reads.
+    """Sum the table rows of each item's tokens and token pairs for step 0.
 
     Args:
-        ids: of tokens [N].
-        offsets: where the items are.
-        exit_head: whose table's rows are summed, of tokens and of neighbours.
+        ids: token ids [N].
+        offsets: the items' offsets.
+        exit_head: has the table.
 
     Returns:
-        Bags [B, R], as `ExitHead.logits` reads them.
+        Bags [B, R], the input of `ExitHead.logits`.
     """
     rows, counts = ids.long(), offsets.counts
-    owner = None if offsets.alone else offsets.owner
+    owner = None if offsets.single_item else offsets.owner
     if exit_head.buckets and len(rows):
         rows = torch.cat([rows, exit_head.neighbours(rows)])
         counts = 2 * counts - 1
@@ -40,7 +40,7 @@ def bag(ids: Tensor, offsets: BatchOffsets, exit_head: ExitHead) -> Tensor:
     if owner is None:
         total = added.sum(0, keepdim=True)
     else:
-        # One row more: for what belongs to no item.
+        # One more row for pairs across items and padding rows, which belong to no item.
         total = added.new_zeros(offsets.items + 1, added.shape[1])
         total = total.index_add_(0, owner, added)[:-1]
     return total / counts.sqrt()
@@ -52,15 +52,15 @@ def embed(
     """Embed tokens.
 
     Args:
-        ids, kinds: of tokens and their segments, [N] each.
-        offsets: where the items are.
-        embeddings: the tables, and the norm of post-norm encoders.
+        ids, kinds: token and segment ids, [N] each.
+        offsets: the items' offsets.
+        embeddings: the tables and the norm.
         dtype: of the result.
 
     Returns:
         States [N, D].
     """
-    # Not through the modules: their calls take as long as the rows of a short text.
+    # Modules are bypassed: for a short text, calling them takes as long as the look-ups.
     states = embeddings.word.weight.index_select(0, ids)
     states = states.to(embeddings.states_dtype or states.dtype)
     states += embeddings.segment.weight.index_select(0, kinds)
@@ -77,8 +77,8 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) ->
 
     Args:
         projected: queries, keys and values, interleaved by head, [N, k * 3 * D/H].
-        offsets: where the items are; spare rows come back as they will.
-        weights: of the layer, whose heads, positions and window count.
+        offsets: the items' offsets; the contexts of padding rows are arbitrary.
+        weights: the heads, positions and window.
 
     Returns:
         Contexts [N, k * D/H].
@@ -93,7 +93,7 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) ->
         query, key, value = item.unbind(0)
         return attend_padded(query, key, value, positions, window).transpose(1, 2)
 
-    if offsets.alone and offsets.tokens == tokens > 0:
+    if offsets.single_item and offsets.tokens == tokens > 0:
         return attend_one(per_head).reshape(tokens, heads * size)
     *items, spare = per_head.split([*offsets.lengths, tokens - offsets.tokens], dim=3)
     contexts = [attend_one(item) for item in items if item.shape[3]]
@@ -103,9 +103,9 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) ->
 
 
 def add(states: Tensor, change: Tensor) -> Tensor:
-    """Add states and a change [N, D] in place of the change, which nobody else holds.
+    """Return the sum of states and a change [N, D], stored in the change unless types differ.
 
-    The change is converted first: a mixed sum is slow.
+    The change is converted first, because sums of mixed types are slow.
     """
     if change.dtype != states.dtype:
         change = change.to(states.dtype)
@@ -116,7 +116,7 @@ def norm(states: Tensor, layer_norm: nn.Module) -> Tensor:
     """Normalise states [N, D]; return them unchanged if `layer_norm` is no `nn.LayerNorm`."""
     if not isinstance(layer_norm, nn.LayerNorm):
         return states
-    # Not through the module: its call takes as long as the norm of a short text.
+    # The module is bypassed: for a short text, calling it takes as long as the norm.
     weight = layer_norm.weight
     if states.dtype != weight.dtype:
         states = states.to(weight.dtype)
@@ -133,31 +133,32 @@ def add_norm(states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
 def map_norm_map(
     inputs: Tensor, first: Linear, states: Tensor, layer_norm: nn.Module, second: Linear | None
 ) -> Tensor:
-    """Map inputs, add them to the states, normalise these, and map what comes of it.
+    """Add mapped inputs to the states, normalise the sum, and map it.
 
     Args:
-        inputs: [N, K], which `first` maps to [N, D].
-        states: [N, D], which become the normalised ones.
+        inputs: [N, K].
+        first: maps the inputs to [N, D].
+        states: [N, D]; replaced by the normalised sum.
         layer_norm: the norm of the sum.
-        second: maps the normalised states; None: nothing does.
+        second: maps the normalised sum; None: no map.
 
     Returns:
-        What `second` made of the normalised states, [N, M].
+        The result of `second`, [N, M]; [N, 0] without it.
     """
     states.copy_(add_norm(states, first(inputs), layer_norm))
     return states.new_empty(len(states), 0) if second is None else second(states)
 
 
 def mean(states: Tensor, offsets: BatchOffsets) -> Tensor:
-    """Average the states [N, D] of each item, [B, D] in float32; no token at all gives zeros."""
+    """Return the mean state of each item, [B, D] in float32; zeros for items without tokens."""
     states = states[: offsets.tokens].float()
-    if offsets.alone:
+    if offsets.single_item:
         return states.sum(0, keepdim=True) / max(offsets.tokens, 1)
     total = states.new_zeros(offsets.items, states.shape[-1])
     return total.index_add_(0, offsets.owner, states) / offsets.counts
 
 
 def classify(states: Tensor, offsets: BatchOffsets, classifier: nn.Linear) -> Tensor:
-    """Map the mean of each item's states [N, D] to logits [B, C] in float32."""
+    """Return logits [B, C] in float32 for the mean of each item's states [N, D]."""
     logits: Tensor = classifier(mean(states, offsets))
     return logits

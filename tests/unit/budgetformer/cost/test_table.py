@@ -18,7 +18,7 @@ from budgetformer.cost.table import (
     read_tables,
 )
 from budgetformer.errors import DataError
-from budgetformer.inference.choice import load_pass
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.inference.tune import measure_costs
 from tests.support.networks import PROPERTY, random_network, small_config
 
