@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and v3 (He et al., 2021): scores of contents with distances."""
+"""DeBERTa-v2 and v3 (He et al., 2021): disentangled attention."""
 
 from dataclasses import replace
 from typing import Any

@@ -220,10 +220,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "sentence-transformers": (touch("modules.json"), "sentence-transformers model"),
     "its folder of modules": (touch("modules.json", lose=True), "sentence-transformers model"),
     "a token classifier": (of_class(AutoModelForTokenClassification), "ForTokenClassification"),
-    "an encoder": (of_class(AutoModel), "no head for classes of whole texts"),
+    "an encoder": (of_class(AutoModel), "no text classification head"),
     "regression": (set_config(problem_type="regression"), "regression"),
-    "code of its own": (set_config(auto_map={"AutoModel": "x.Y"}), "code of its own"),
-    "another kind of model": (set_config(model_type="t5"), "no family that can be converted"),
+    "code of its own": (set_config(auto_map={"AutoModel": "x.Y"}), "requires its own code"),
+    "another kind of model": (set_config(model_type="t5"), "cannot be converted"),
     "no tokenizer": (lose_tokenizer, "no tokenizer"),
     "two labels of one name": (set_config(id2label=dict.fromkeys("012", "a")), "the same name"),
 }

@@ -146,7 +146,7 @@ ONE_LABEL = [row | {"label": "same"} for row in single_label_rows()]
     [
         (more_tokens, None, "token ids up to"),
         (more_types, None, "token types up to 2"),
-        (lambda f: (f / "tokenizer.json").unlink(), None, "it has no tokenizer"),
+        (lambda f: (f / "tokenizer.json").unlink(), None, "no tokenizer files"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), None, "cannot load its tokenizer"),
         (poison, None, "not finite"),
         (Path.exists, ONE_LABEL, "training needs two labels"),
