@@ -83,14 +83,14 @@ class _Judge:
         """Answer all texts, in small batches of like lengths."""
         encoded = self._encoder.encode(texts)
         ids = [tokens.ids for tokens in encoded]
-        whole = [tokens.whole or tokens.ids for tokens in encoded]
+        full_texts = [tokens.full_ids or tokens.ids for tokens in encoded]
         rules = [self._rules[i % len(QUALITIES)] for i in range(len(ids))]
         logits: list[Tensor] = [torch.empty(0)] * len(ids)
         steps, margins = [0] * len(ids), [1.0] * len(ids)
         verdicts = [0.0] * len(ids)
         step0: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(ids)
-        for batch in _batches(whole, range(len(ids))):
-            found = self._network.step0(*_padded(whole, batch))
+        for batch in _batches(full_texts, range(len(ids))):
+            found = self._network.step0(*_padded(full_texts, batch))
             verdict = self._decide(*_padded(ids, batch), found[1])
             for i, s, *own in zip(batch, verdict, *found, strict=True):
                 step0[i] = own[0], own[1]

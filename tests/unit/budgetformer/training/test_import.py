@@ -94,7 +94,7 @@ def run(
 def test_pairs_longer_than_an_encoder_without_token_types(tmp_path: Path) -> None:
     save_distilbert(tmp_path / "encoder")
     output, lines = run(tmp_path, PAIR_ROWS)
-    assert "texts are cut to 16 tokens, the positions that the encoder has" in lines
+    assert "texts are truncated to the encoder's 16 positions" in lines
     manifest = read_checkpoint(output).manifest
     assert manifest.max_tokens == 16
     assert manifest.metrics["conversion_difference"] < 1e-4
@@ -149,7 +149,7 @@ ONE_LABEL = [row | {"label": "same"} for row in single_label_rows()]
         (lambda f: (f / "tokenizer.json").unlink(), None, "no tokenizer files"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), None, "cannot load its tokenizer"),
         (poison, None, "not finite"),
-        (Path.exists, ONE_LABEL, "training needs two labels"),
+        (Path.exists, ONE_LABEL, "training requires at least two labels"),
     ],
 )
 def test_what_cannot_work_is_refused_before_work_starts(
@@ -221,5 +221,5 @@ def test_a_length_without_room_for_a_text(tmp_path: Path) -> None:
 
 def test_data_errors_come_first(tmp_path: Path) -> None:
     save_bert(tmp_path / "encoder")
-    with pytest.raises(DataError, match="rows per label at least"):
+    with pytest.raises(DataError, match="requires at least . rows per label"):
         run(tmp_path, single_label_rows()[:3])

@@ -514,7 +514,7 @@ class TestTables:
         outcome = command("classify", "--file", tmp_path, *model)
         assert f"{tmp_path}: a folder; name a" in outcome.complaint()
         assert (
-            "a folder without test.parquet"
+            "the folder has no test.parquet"
             in command("evaluate", "--data", tmp_path, *model).complaint()
         )
         write_jsonl(tmp_path / "test.jsonl", single_label_rows()[:4])
