@@ -1,4 +1,4 @@
-"""Compare packages that tokenize WordPiece with `tokenizers`: the same ids, in how much time.
+"""Compare WordPiece packages with `tokenizers`: whether ids are equal, and the time.
 
     python loadtests/wordpiece.py model_store/ag_news/3/tokenizer.json TEXTS.parquet...
 
