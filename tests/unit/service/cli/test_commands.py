@@ -580,7 +580,7 @@ class TestCalibrate:
             "calibrate", "--data", data, "--out", tmp_path / "layers" / "2", "--model", made,
             "--measure", "agreement",
         )  # fmt: skip
-        assert "no levels for agreement" in outcome.complaint()
+        assert "cannot be calibrated for agreement" in outcome.complaint()
 
     def test_seconds_of_another_model_are_refused(
         self, command: CommandLine, model_store: Path, tmp_path: Path
