@@ -157,8 +157,8 @@ def reference(checkpoint: Checkpoint, texts: list[str], folder: Path) -> Referen
     parts = []
     for start in range(0, len(texts), PART):
         part = texts[start : start + PART]
-        told = "\0".join([checkpoint.manifest.model_dump_json(), *QUALITIES, *part])
-        path = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.npz"
+        key = "\0".join([checkpoint.manifest.model_dump_json(), *QUALITIES, *part])
+        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
         if not path.exists():
             judge = judge or _Judge(checkpoint)
             found = judge.judge(part)
@@ -301,23 +301,23 @@ async def ask(texts: list[str], classes: int) -> tuple[Heard, float]:
 
 def compare(heard: Heard, right: Reference, labels: tuple[str, ...]) -> tuple[list[str], bool]:
     """Return the table, and whether all answers are correct."""
-    apart = np.abs(heard.probs - right.probs).max(axis=1)
+    differences = np.abs(heard.probs - right.probs).max(axis=1)
     moved = heard.steps != right.steps
     ties = moved & (right.margins < HAIR)
     best = np.sort(right.probs, axis=1)
     even = best[:, -1] - best[:, -2] < TOLERANCE
     named = np.array([labels[i] for i in right.probs.argmax(axis=1)]) == np.array(heard.labels)
-    wrong = ~ties & (moved | (apart > TOLERANCE) | ~(named | even))
+    wrong = ~ties & (moved | (differences > TOLERANCE) | ~(named | even))
     owners = np.array(
         [(np.abs(right.probs - heard.probs[i]).max(axis=1) <= TOLERANCE).any()
          for i in np.flatnonzero(wrong)[:1000]]
     )  # fmt: skip
     draw = np.random.default_rng(0)
-    one, other = (draw.integers(0, len(apart), 100_000) for _ in range(2))
+    one, other = (draw.integers(0, len(differences), 100_000) for _ in range(2))
     alike = np.abs(right.probs[one] - right.probs[other]).max(axis=1) <= TOLERANCE
     lost, twice = int((heard.times == 0).sum()), int((heard.times > 1).sum())
     rows = {
-        "texts": f"{len(apart):,}",
+        "texts": f"{len(differences):,}",
         "requests": f"{heard.requests:,}",
         "repeated, as their first try " + ", ".join(sorted(heard.repeated)): ", ".join(
             f"{count:,}" for _, count in sorted(heard.repeated.items())
@@ -330,7 +330,7 @@ def compare(heard: Heard, right: Reference, labels: tuple[str, ...]) -> tuple[li
         "wrong": int(wrong.sum()),
         "of these, another text's answer": int(owners.sum()),
         "ties, decided otherwise by rounding": int(ties.sum()),
-        "largest difference of a probability, ties apart": f"{apart[~ties].max():.1e}",
+        "largest difference of a probability, without ties": f"{differences[~ties].max():.1e}",
         "pairs of texts that could be swapped unseen": f"{alike[one != other].mean():.2%}",
         "answered at step": ", ".join(
             f"{step}: {count:,}" for step, count in sorted(Counter(heard.steps.tolist()).items())

@@ -65,8 +65,8 @@ def at_rest() -> list[Promise]:
 
 def screen(promises: list[Promise], facts: dict[str, str], real: bool, seconds: float) -> Table:
     """Return the table; targets that require real texts have no verdict without them."""
-    told = f"{facts['processor']}; {facts['cores']}. {facts['texts']}. {seconds:.0f} s."
-    table = Table(*PROMISE_HEADS, caption=told, box=box.SIMPLE_HEAD)
+    caption = f"{facts['processor']}; {facts['cores']}. {facts['texts']}. {seconds:.0f} s."
+    table = Table(*PROMISE_HEADS, caption=caption, box=box.SIMPLE_HEAD)
     for promise in promises:
         judged = real or not promise.hard
         color = {"pass": "green", "short": "yellow"}[promise.verdict] if judged else "dim"

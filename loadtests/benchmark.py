@@ -99,7 +99,7 @@ async def hold(
     return phase, used
 
 
-def told(phase: Phase) -> str:
+def status_counts(phase: Phase) -> str:
     return ", ".join(f"{code}: {count}" for code, count in sorted(phase.statuses.items()))
 
 
@@ -203,8 +203,8 @@ def main() -> None:
     with server or contextlib.nullcontext():
         if server:
             cores.hold_client()
-        told = cores.told() if server else "a server that ran already"
-        page = uvloop.run(run(server.url if server else given.url, server, told, given))
+        machine = cores.describe() if server else "a server that ran already"
+        page = uvloop.run(run(server.url if server else given.url, server, machine, given))
     (given.out / "README.md").write_text(page)
     print(page)
 

@@ -158,7 +158,7 @@ def main() -> None:
                 server = running.enter_context(ours(cores.server, *flags, folder=folder))
                 servers[name] = server.url, server.memory
             cores.hold_client()
-            print(cores.told(), file=sys.stderr)
+            print(cores.describe(), file=sys.stderr)
         for size in given.texts:
             asked = [Asked(name, *server, size, given) for name, server in servers.items()]
             for number in range(given.rounds):

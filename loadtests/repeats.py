@@ -100,7 +100,7 @@ def main() -> None:
             )
     console = Console()
     console.print(
-        f"{size} texts a round, {given.repeats} rounds each, {CALLERS} callers; {cores.told()}"
+        f"{size} texts a round, {given.repeats} rounds each, {CALLERS} callers; {cores.describe()}"
     )
     console.print(table)
 

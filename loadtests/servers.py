@@ -75,7 +75,7 @@ class Cores:
         return cls(tuple(here[:-1][:server]), (here[-1],))
 
     @property
-    def apart(self) -> bool:
+    def separate(self) -> bool:
         """Whether client and server have separate cores."""
         return not set(self.server) & set(self.client)
 
@@ -83,10 +83,10 @@ class Cores:
         """Pin this process to the client's cores."""
         os.sched_setaffinity(0, self.client)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Return a description for a report, on one line."""
-        apart = "apart from the client" if self.apart else "shared with the client"
-        return f"server on {len(self.server)} core(s), {apart}"
+        placement = "separate from the client" if self.separate else "shared with the client"
+        return f"server on {len(self.server)} core(s), {placement}"
 
 
 class ServerError(RuntimeError):

@@ -124,9 +124,9 @@ class Load:
             return
         if answer.status_code == 200:
             seen.outcomes["200"] += 1
-            told = answer.json()
-            seen.models[told["model"]] += 1
-            found = [item["probs"] for item in told["data"]]
+            answer_body = answer.json()
+            seen.models[answer_body["model"]] += 1
+            found = [item["probs"] for item in answer_body["data"]]
             seen.wrong += not all(map(self._fits, texts, found)) or len(found) != len(texts)
         else:
             seen.outcomes[f"{answer.status_code} {_code(answer)}"] += 1
