@@ -99,10 +99,6 @@ async def hold(
     return phase, used
 
 
-def status_counts(phase: Phase) -> str:
-    return ", ".join(f"{code}: {count}" for code, count in sorted(phase.statuses.items()))
-
-
 def plots(
     folder: Path, phases: list[Phase], held: Phase, used: list[tuple[float, float]]
 ) -> list[str]:
