@@ -1,7 +1,7 @@
-"""BudgetFormer: a Transformer classifier that spends, on each text, only the heads that it needs.
+"""BudgetFormer: a Transformer text classifier that computes only as many heads as a text needs.
 
-Importing the package is light. The names below load torch and Transformers when first used, so that
-a process which only reads manifests (`budgetformer.checkpoint.store`) never pays for them.
+Importing the package is cheap: the names below load torch and Transformers on first use, so a
+process that only reads manifests (`budgetformer.checkpoint.store`) does not need them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from wrapt import register_post_import_hook
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "BudgetFormerConfig": "budgetformer.model.configuration",
     "BudgetFormerModel": "budgetformer.model.modeling",
     "BudgetFormerForSequenceClassification": "budgetformer.model.modeling",
     "Classifier": "budgetformer.classifier",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*_MODULES, "__version__"]
 
 
 def _register(auto: ModuleType) -> None:
@@ -33,6 +33,6 @@ for _auto in ("configuration_auto", "modeling_auto"):
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'budgetformer' has no attribute {name!r}")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run the command line of the package `service` that was installed beside this one.
+    """Run the command line of the package `service` that is installed beside this one.
 
-    `service` is a common name: another distribution, or a folder on PYTHONPATH, may hide ours.
+    Since `service` is a common name, first check that no other package shadows ours.
     """
     own = Path(__file__).resolve().parents[1] / "service"
     found = find_spec("service")

@@ -1,4 +1,4 @@
-"""Classify texts in this process, with the engine's own passes and without a server."""
+"""Classify texts in this process without a server, with the same passes as an engine."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ MAX_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one text, and what it cost.
+    """The answer for one text, and its cost.
 
     Attributes:
-        label, score: the best label.
-        probs: [C] in label order.
+        label, score: the best label and its probability.
+        probs: probabilities [C] in label order.
         budget: the ladder step that answered.
-        predicted: the step that f_o expected to answer; None where every layer decides for itself.
+        predicted: the step that f_o expected to answer; None if the layers decide the budgets.
         steps: all steps that ran, in order.
         heads: heads computed, summed over layers and steps.
-        macs, dense_macs: multiply-adds executed, and those of the full network.
-        tokens: tokens that were read.
-        truncated: whether the text was longer than the model reads.
+        macs, dense_macs: multiply-adds executed, and those of the dense network.
+        tokens: tokens that the encoder reads.
+        truncated: whether the text was longer than that.
     """
 
     label: str
@@ -57,12 +57,15 @@ class Classifier:
     def __init__(
         self, path: Path | str, device: str = "cpu", precision: Precision = "auto"
     ) -> None:
-        """Load the checkpoint folder `path`: `<name>/<version>`, or `<name>` for the highest one.
+        """Load a checkpoint.
 
-        `precision` "auto" takes what is fastest here, as the server does.
+        Args:
+            path: folder `<name>/<version>`, or `<name>` for the highest version.
+            device: such as "cpu" or "cuda".
+            precision: of the matrix products; "auto" chooses as the server does.
 
         Raises:
-            CheckpointError: there is none, or it is damaged.
+            CheckpointError: there is no checkpoint, or it is damaged.
         """
         self.checkpoint = read_checkpoint(_version_folder(Path(path)))
         self.network = load_network(self.checkpoint, device, precision)
@@ -79,8 +82,8 @@ class Classifier:
         """Classify texts, or text pairs; the budget arguments are those of `Checkpoint.rule`.
 
         Raises:
-            PolicyError: as `Checkpoint.rule` does.
-            TokenizerError: the tokenizer fails at a text.
+            PolicyError: see `Checkpoint.rule`.
+            TokenizerError: the tokenizer fails on a text.
         """
         rule = self.checkpoint.rule(quality, heads, max_heads)
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))

@@ -1,4 +1,4 @@
-"""How many cores this process may use: its affinity and the CPU quotas of its control groups."""
+"""The number of cores that this process may use, from its affinity and its cgroups' CPU quotas."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
-"""Names this process's control groups, a line per hierarchy."""
+"""File with this process's control groups, one line per hierarchy."""
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may keep busy, at least 1.
+    """Return how many cores this process may use, at least 1.
 
     A quota (`docker --cpus`, a CPU limit of Kubernetes, systemd's CPUQuota) is rounded down: one
-    engine more would be stopped in every period, and the frontend runs on what is left.
+    more engine would be throttled in every period, and the frontend needs the remainder.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota = cpu_quota()
@@ -23,25 +23,25 @@ def usable_cores() -> int:
 
 
 def cpu_quota() -> float | None:
-    """Return the cores that control groups leave to this process; None: there is no limit."""
+    """Return the CPU quota of this process's control groups in cores; None: no limit."""
     quotas = [quota for folder in cgroups("cpu") if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
 
 
 def limit_threads() -> None:
-    """Let OpenMP, and with it torch and NumPy, start no more threads than a CPU quota has cores.
+    """Limit the threads of OpenMP (used by torch and NumPy) to the cores of the CPU quota.
 
-    They count the cores of the machine themselves, so this must come before they are imported.
+    Call this before importing them: by default they count the cores of the machine.
     """
     if cpu_quota() is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
 
 def cgroups(controller: str) -> Iterator[Path]:
-    """Yield the folders of this process's control groups, from the root to its own.
+    """Yield the folders of this process's control groups, from the root to the innermost.
 
-    Version 2 has one hierarchy, version 1 one per controller. In a container the root is the
-    container's own group, and the path that the host knows may not be there.
+    Version 2 has one hierarchy, version 1 one per controller. In a container, the root is the
+    container's group, and the path on the host may not exist.
     """
     try:
         lines = MEMBERSHIP.read_text().splitlines()
@@ -61,7 +61,7 @@ def cgroups(controller: str) -> Iterator[Path]:
 
 
 def _quota(folder: Path) -> float | None:
-    """Return the cores of one group's quota; None: it has none, or its files cannot be read."""
+    """Return one group's quota in cores; None if it has none or its files cannot be read."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()
@@ -69,5 +69,5 @@ def _quota(folder: Path) -> float | None:
             quota = (folder / "cpu.cfs_quota_us").read_text()
             period = (folder / "cpu.cfs_period_us").read_text()
         return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
+    except (OSError, ValueError, ZeroDivisionError):  # such as "max"
         return None

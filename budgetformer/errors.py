@@ -1,12 +1,12 @@
-"""The errors that this package raises on purpose."""
+"""The exceptions of this package."""
 
 from __future__ import annotations
 
 
 class BudgetFormerError(Exception):
-    """Base class: every error that is raised on purpose derives from it.
+    """Base class of all exceptions of this package.
 
-    Its message can always be written as UTF-8, whatever the names of files in it hold.
+    Its message is always valid UTF-8, even if it contains file names that are not.
     """
 
     def __str__(self) -> str:
@@ -14,23 +14,23 @@ class BudgetFormerError(Exception):
 
 
 class CheckpointError(BudgetFormerError):
-    """A checkpoint folder is incomplete, damaged or does not describe a BudgetFormer."""
+    """A checkpoint is incomplete, damaged or not a BudgetFormer."""
 
 
 class DataError(BudgetFormerError):
-    """A data file cannot be read, or lacks a column, or holds a value that cannot be used."""
+    """A data file cannot be read, lacks a column or has an invalid value."""
 
 
 class TrainingError(BudgetFormerError):
-    """A training run cannot go on, or its state belongs to another run."""
+    """A training run cannot continue, or its saved state belongs to another run."""
 
 
 class PolicyError(BudgetFormerError, ValueError):
-    """A quality level or a budget was asked for that the checkpoint does not offer."""
+    """The checkpoint has no such quality level or budget."""
 
 
 class TokenizerError(BudgetFormerError):
-    """A tokenizer cannot be read, or fails at a text; `place` says at which of several."""
+    """A tokenizer cannot be read, or fails on a text with the index `place`."""
 
     def __init__(self, message: str, place: int | None = None) -> None:
         super().__init__(message)
@@ -41,11 +41,11 @@ class WorkerError(BudgetFormerError):
     """A worker process died."""
 
 
-def readable(told: object) -> str:
-    r"""Return text with `\udcff` for a byte such as FF of a file's name, where it is not UTF-8."""
-    return str(told).encode("utf-8", "backslashreplace").decode()
+def readable(message: object) -> str:
+    r"""Return a message as valid UTF-8; bytes of file names that are not become `\udcff` etc."""
+    return str(message).encode("utf-8", "backslashreplace").decode()
 
 
-def one_line(told: object) -> str:
+def one_line(message: object) -> str:
     """Collapse whitespace so that a message fits on one line, even if it quotes a file."""
-    return " ".join(str(told).split())
+    return " ".join(str(message).split())

@@ -1,4 +1,4 @@
-"""Proxy variables, such as HTTP_PROXY: which are set, and which servers no proxy can reach."""
+"""Find proxy variables such as HTTP_PROXY, and URLs of this host, which no proxy can reach."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _VARIABLES = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
 
 
 def proxy_variables() -> list[str]:
-    """Return the names of the proxy variables that are set and not empty, in either case."""
+    """Return the names of the proxy variables (in upper or lower case) that are not empty."""
     return sorted(
         name for name, value in os.environ.items() if value and name.lower() in _VARIABLES
     )
 
 
 def is_loopback(url: str) -> bool:
-    """Say whether a URL names this host itself: a proxy would look for it on its own host."""
+    """Return whether a URL names this host, which a proxy would take for its own host."""
     try:
         host = (urlsplit(url).hostname or "").rstrip(".")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Child processes of Python."""
+"""Start Python child processes that cannot import modules from their working directory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def python_command(*arguments: str) -> list[str]:
-    """Return the command line of a Python child that imports nothing from its working directory.
+    """Return the command line of a Python child that does not import from its working directory.
 
-    Without `-P`, `python -m` and `python -c` look there first: a user's `service.py`, `json.py` or
-    `torch` folder would replace the installed module.
+    Without `-P`, `python -m` and `python -c` search that directory first, so a user's `service.py`,
+    `json.py` or `torch` folder would replace the installed module.
 
     Args:
         arguments: as for `python`, such as `-m` and a module.
@@ -19,8 +19,8 @@ def python_command(*arguments: str) -> list[str]:
     return [sys.executable, "-P", *arguments]
 
 
-def hidden_by(folder: Path) -> list[str]:
-    """Return the files and packages of a folder that would replace modules imported here.
+def shadowing_files(folder: Path) -> list[str]:
+    """Return the files in a folder that would shadow modules imported here.
 
     They do in a process whose `sys.path` begins with that folder.
     """
@@ -28,7 +28,7 @@ def hidden_by(folder: Path) -> list[str]:
     for name in sorted({name.partition(".")[0] for name in sys.modules}):
         spec = PathFinder.find_spec(name, [str(folder)])
         own = getattr(sys.modules.get(name), "__file__", None)
-        # A folder without `__init__.py` has no origin, and hides nothing.
+        # A folder without `__init__.py` has no origin, and shadows nothing.
         if spec is not None and spec.origin and own and not Path(spec.origin).samefile(own):
             found.append(spec.origin)
     return found

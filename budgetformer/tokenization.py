@@ -1,6 +1,6 @@
-"""Texts to tokens: cut to a model's length, at a cost that grows no faster than the text.
+"""Tokenize texts and truncate them to a model's length, in time linear in the text.
 
-What the Rust tokenizer raises, its panics among it, is an error of ours.
+Exceptions and panics of the Rust tokenizer become `TokenizerError`.
 """
 
 from __future__ import annotations
@@ -19,69 +19,68 @@ from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel, Whitespace, W
 from budgetformer.errors import TokenizerError, one_line
 
 Text: TypeAlias = str | tuple[str, str]
-"""A text, or a pair of them."""
+"""A text or a pair of texts."""
 Side: TypeAlias = Literal["right", "left"]
 
 STEP_CHARACTERS = 2**16
-"""Characters of one step, about a tenth of a second; a text that cannot be split is one step."""
+"""Characters per step, about 0.1 s of work; a text that cannot be split is one step."""
 _CHARACTERS_PER_TOKEN = 6
-"""More than texts have on average, so that the first part of a text is mostly enough."""
+"""More than texts have on average, so that the first part of a text usually suffices."""
 _FEW_CHARACTERS_PER_TOKEN = 2
-"""Fewer than texts have on average, so that hardly any text with so few must be cut."""
+"""Fewer than texts have on average: shorter texts hardly ever need truncation."""
 _BEFORE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 _BEFORE_SPACE_OR_IDEOGRAPH = re.compile(
     rf"{_BEFORE_SPACE.pattern}|(?<=[\u4e00-\u9fff])(?=[\u4e00-\u9fff])"
 )
 _SPLITTABLE = re.compile(r"[\s\u4e00-\u9fff]")
 _PANIC = "PanicException"
-"""Of pyo3, which has no module that it could be imported from, and is no `Exception`."""
+"""Class name of pyo3's panics; it cannot be imported and does not derive from `Exception`."""
 
 
 @contextmanager
 def tokenizer_errors() -> Iterator[None]:
-    """Raise what the tokenizer raises in this block as `TokenizerError`."""
+    """Convert exceptions of the tokenizer in this block to `TokenizerError`."""
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
-        told = one_line(error) or type(error).__name__
-        raise TokenizerError(told) from None
+        raise TokenizerError(one_line(error) or type(error).__name__) from None
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens of a text or pair as a model reads them, special ones included.
+    """The tokens of a text or pair, including special tokens.
 
     Attributes:
-        ids, type_ids: of the encoder's window; no `type_ids` means type 0 throughout.
-        truncated: whether the window leaves some out.
-        whole, whole_type_ids: what step 0 reads; no `whole` means that the window holds all of it.
+        ids, type_ids: the encoder's window; `type_ids` None means all 0.
+        truncated: whether the text is longer than the window.
+        full_ids, full_type_ids: the full text, which step 0 reads; None if it fits the window.
     """
 
     ids: list[int]
     type_ids: list[int] | None
     truncated: bool
-    whole: list[int] | None = None
-    whole_type_ids: list[int] | None = None
+    full_ids: list[int] | None = None
+    full_type_ids: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 class TextEncoder:
-    """Tokenize texts and pairs, cut to a model's length exactly as the tokenizer would cut them.
+    """Tokenize texts and pairs, with the same truncation as the tokenizer's but in bounded memory.
 
-    The tokenizer's own truncation keeps all that it cuts off, and for a pair every combination of
-    its parts: memory grows with the square of the length. Here a text is read in parts, from the
-    end that is kept, until there are enough tokens. Splitting needs words that are tokenized each
-    by itself; a text for another kind of tokenizer is read whole.
+    The tokenizer's truncation keeps all overflowing tokens, and for a pair every combination of
+    overflowing parts, so its memory grows with the square of the length. This class reads a text in
+    parts, starting at the end that is kept, until it has enough tokens. That requires a tokenizer
+    whose words are tokenized independently; for others, it reads the full text.
 
     Args:
-        tokenizer: becomes this object's own, without truncation and padding.
-        max_tokens: of a text or pair in the encoder's window, special tokens included.
+        tokenizer: now owned by this object, which turns its truncation and padding off.
+        max_tokens: length of the encoder's window, including special tokens.
         side: the end that is cut off.
-        whole_tokens: likewise for `Tokens.whole`; up to `max_tokens` there is none.
+        whole_tokens: maximum length of `Tokens.full_ids`; at most `max_tokens` means none.
     """
 
     def __init__(
@@ -96,11 +95,11 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self._side = side
         self._max_tokens = max_tokens
-        self._whole_tokens = max(max_tokens, whole_tokens)
+        self._full_tokens = max(max_tokens, whole_tokens)
         self._templates = [_Template(tokenizer, sequences) for sequences in (1, 2)]
         self._split = _split_pattern(tokenizer)
-        self._first = min(_CHARACTERS_PER_TOKEN * self._whole_tokens, STEP_CHARACTERS)
-        # Without a post-processor the tokenizer's fast call gives both texts of a pair one type.
+        self._first = min(_CHARACTERS_PER_TOKEN * self._full_tokens, STEP_CHARACTERS)
+        # Without a post-processor, `encode_batch_fast` gives both texts of a pair the same type.
         typed = tokenizer.post_processor is not None
         self._short = _FEW_CHARACTERS_PER_TOKEN * max_tokens if typed else -1
 
@@ -108,12 +107,12 @@ class TextEncoder:
         """Tokenize texts and pairs.
 
         Raises:
-            TokenizerError: the tokenizer fails at a text, which is named by its place alone.
+            TokenizerError: the tokenizer fails on a text; the message has only its index.
         """
         return [tokens for finished in self.steps(texts) for tokens in finished]
 
     def steps(self, texts: Sequence[Text]) -> Iterator[list[Tokens]]:
-        """Do the same in steps of bounded work, and yield the texts that each step finished.
+        """Tokenize in steps of bounded work, and yield the texts that each step completes.
 
         Raises:
             TokenizerError: as `encode` does.
@@ -134,7 +133,7 @@ class TextEncoder:
         return [self.tokenizer.id_to_token(token) or "" for token in ids]
 
     def _read(self, begin: int, texts: list[Text]) -> Iterator[list[Tokens]]:
-        """Tokenize a group of texts, of which the first has the place `begin`."""
+        """Tokenize a group of texts whose first has index `begin`."""
         found = self._at_once(texts)
         items = [self._item(begin + at, text) for at, text in enumerate(texts) if found[at] is None]
         cut: list[Tokens] = []
@@ -147,13 +146,13 @@ class TextEncoder:
         yield [next(rest) if tokens is None else tokens for tokens in found]
 
     def _at_once(self, texts: list[Text]) -> Sequence[Tokens | None]:
-        """Tokenize texts in one call if all are short; None stands for one that must be cut."""
+        """Tokenize texts in one call if all are short; return None for those to truncate."""
         none = [None] * len(texts)
         if any(characters(text) > self._short for text in texts):
             return none
         try:
             found = self._encode(texts, special=True)
-        except TokenizerError:  # the place of the text is found one by one
+        except TokenizerError:  # tokenizing one by one finds the text at fault
             return none
         most = self._max_tokens
         single, pair = self._templates
@@ -166,16 +165,16 @@ class TextEncoder:
     def _item(self, place: int, text: Text) -> _Item:
         sequences = (text,) if isinstance(text, str) else text
         template = self._templates[len(sequences) - 1]
-        room, whole_room = (
-            max(0, tokens - template.special) for tokens in (self._max_tokens, self._whole_tokens)
+        room, full_room = (
+            max(0, tokens - template.special) for tokens in (self._max_tokens, self._full_tokens)
         )
         parts = [
-            _Reading(place, sequence, self._side, whole_room, self._first) for sequence in sequences
+            _Reading(place, sequence, self._side, full_room, self._first) for sequence in sequences
         ]
-        return _Item(template, room, whole_room, parts)
+        return _Item(template, room, full_room, parts)
 
     def _finish(self, items: list[_Item]) -> Iterator[list[Tokens]]:
-        """Read a group of texts as far as it matters; all but the last step finish none."""
+        """Read as much of a group of texts as needed; only the last step completes texts."""
         while wanted := [reading for item in items for reading in item.wanted()]:
             batch: list[tuple[_Reading, str]] = []
             size = 0
@@ -202,8 +201,8 @@ class TextEncoder:
     def _encode_one(self, place: int, part: str) -> Encoding:
         try:
             return self._encode([part])[0]
-        except TokenizerError:  # its message may quote the text
-            raise TokenizerError(f"the tokenizer fails at text {place}", place) from None
+        except TokenizerError:  # whose message may quote the text
+            raise TokenizerError(f"the tokenizer failed on text {place}", place) from None
 
     def _encode(self, texts: Sequence[Text], special: bool = False) -> list[Encoding]:
         with tokenizer_errors():
@@ -211,21 +210,21 @@ class TextEncoder:
 
 
 def characters(text: Text) -> int:
-    """Return the length of a text or pair."""
+    """Return the length of a text or pair in characters."""
     return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
 
 
 def _split_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Return where a text may be split so that its parts have the tokens of the whole.
+    """Return a pattern of the points where splitting a text does not change its tokens.
 
-    Before a single space, and between two ideographs where each is a word. None: nowhere.
+    That is before a single space, and between two ideographs if each is a word. None: nowhere.
     """
     words, normalizer = tokenizer.pre_tokenizer, tokenizer.normalizer
     added = tokenizer.get_added_tokens_decoder().values()
     if any(_SPLITTABLE.search(token.content) for token in added):
         return None
     if isinstance(words, ByteLevel):
-        # A space belongs to the word after it, unless the token before takes it.
+        # A space belongs to the next word, unless an added token before it strips it.
         kept = normalizer is None and words.use_regex and not any(t.rstrip for t in added)
         return _BEFORE_SPACE if kept else None
     if not isinstance(words, BertPreTokenizer | Whitespace | WhitespaceSplit):
@@ -236,7 +235,7 @@ def _split_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 
 
 class _Template:
-    """Where the special tokens of a text or pair stand, learned from the tokenizer."""
+    """Positions of the special tokens in a text or pair, learned from the tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, sequences: int) -> None:
         probe = Tokenizer(WordLevel({"x": 0}, "x"))
@@ -245,7 +244,7 @@ class _Template:
         self._parts = list(zip(encoding.sequence_ids, encoding.ids, encoding.type_ids, strict=True))
         self.special = len(self._parts) - sequences
         self.typed = any(encoding.type_ids)
-        """Whether a token has another type than 0."""
+        """Whether any token's type is not 0."""
 
     def fill(self, sequences: list[list[int]]) -> tuple[list[int], list[int] | None]:
         """Return the token ids and type ids of a text or pair with its special tokens."""
@@ -259,9 +258,9 @@ class _Template:
 
 
 class _Reading:
-    """A text that is read in parts, from the end that is kept.
+    """A text that is read in parts, starting at the end that is kept.
 
-    `count` tokens were found so far, of which `ids` holds those that the model may read.
+    `count` is the number of tokens found so far; `ids` holds those that truncation may keep.
     """
 
     __slots__ = (
@@ -289,7 +288,7 @@ class _Reading:
         self._begin, self._end = 0, len(text)
 
     def next_part(self, split: re.Pattern[str] | None) -> str:
-        """Return the part that follows, at least twice as long as the one before."""
+        """Return the next part, at least twice as long as the previous one."""
         begin, end = self._begin, self._end
         if split is not None and self._side == "right":
             if found := split.search(self.text, begin + self._window):
@@ -309,7 +308,7 @@ class _Reading:
         return self.text[begin:end]
 
     def add(self, encoding: Encoding) -> None:
-        """Take the tokens of the part that was read last."""
+        """Add the tokens of the part that was read last."""
         self.count += len(encoding)
         if missing := self._room - len(self.ids):
             if self._side == "right":
@@ -318,7 +317,7 @@ class _Reading:
                 self.ids = encoding.ids[-missing:] + self.ids
 
     def kept(self, count: int) -> list[int]:
-        """Return the ids of so many tokens."""
+        """Return the ids of the first or last `count` tokens, by the kept end."""
         return self.ids[:count] if self._side == "right" else self.ids[len(self.ids) - count :]
 
 
@@ -326,38 +325,37 @@ class _Reading:
 class _Item:
     """A text or pair that is being read.
 
-    `room` tokens of it fit into the encoder's window, `whole_room` into what step 0 reads.
+    `room` of its tokens fit into the encoder's window, and `full_room` into step 0's input, special
+    tokens not counted.
     """
 
     template: _Template
     room: int
-    whole_room: int
+    full_room: int
     parts: list[_Reading]
 
     def wanted(self) -> list[_Reading]:
-        """Return the texts of which more can matter."""
-        wanted = [part for part in self.parts if part.more and part.count <= self.whole_room]
+        """Return the texts that must be read further."""
+        wanted = [part for part in self.parts if part.more and part.count <= self.full_room]
         if wanted or len(self.parts) == 1:
             return wanted
-        # Half of an odd room is rounded up for the longer text, so both are counted until it is
-        # known which one that is.
+        # The longer text gets the larger half of an odd room, so both must be counted until it is
+        # known which one is longer.
         first, second = self.parts
         shorter = first if first.count <= second.count else second
-        halved = any(
-            room % 2 and shorter.count > room // 2 for room in (self.room, self.whole_room)
-        )
+        halved = any(room % 2 and shorter.count > room // 2 for room in (self.room, self.full_room))
         return [shorter] if halved and shorter.more else []
 
     def tokens(self) -> Tokens:
-        """Return the tokens that truncation keeps."""
+        """Return the truncated tokens."""
         ids, type_ids = self._cut(self.room)
         if sum(part.count for part in self.parts) <= self.room:
             return Tokens(ids, type_ids, False)
-        whole = self._cut(self.whole_room) if self.whole_room > self.room else (None, None)
-        return Tokens(ids, type_ids, True, *whole)
+        full_ids = self._cut(self.full_room) if self.full_room > self.room else (None, None)
+        return Tokens(ids, type_ids, True, *full_ids)
 
     def _cut(self, room: int) -> tuple[list[int], list[int] | None]:
-        """Return the token ids and type ids of the item cut to so many tokens."""
+        """Return the token ids and type ids, truncated to `room` tokens without special ones."""
         shares = self._shares([part.count for part in self.parts], room)
         return self.template.fill(
             [part.kept(share) for part, share in zip(self.parts, shares, strict=True)]
@@ -365,7 +363,7 @@ class _Item:
 
     @staticmethod
     def _shares(counts: list[int], room: int) -> list[int]:
-        """Return how many tokens of each text are kept: the longer one is cut first."""
+        """Return how many tokens of each text to keep; the longer text is cut first."""
         if sum(counts) <= room:
             return counts
         if len(counts) == 1:

@@ -1,9 +1,9 @@
-"""A classifier of somebody else, served in every way: time to the first answer, and rates.
+"""Compare ways to serve a third-party classifier: time to the first answer, and throughput.
 
 `python -m loadtests.adoption my_classifier/ --texts log.jsonl --budgets model_store/mine/2`
-compares Transformers' pipeline and ONNX Runtime int8 with this project: the classifier as it is,
-and with budgets. All answer the same texts in batches of 32, taking turns, with the same threads.
-Agreement is with the pipeline's labels.
+compares Transformers' pipeline and ONNX Runtime int8 with this project, which serves the classifier
+unchanged and with budgets. All answer the same texts in batches of 32, in turns, with the same
+number of threads. Agreement is with the pipeline's labels.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ print(pipeline("text-classification", model=sys.argv[1], device="cpu")(sys.argv[
 """
 
 Answer = Callable[[list[str]], list[str]]
-"""Return the label of each text."""
+"""Returns the label of each text."""
 
 
 def seconds_to_serve(folder: Path, store: Path, text: str) -> float:
-    """Return how long after `serve --model` the first answer comes."""
+    """Return the seconds from `serve --model` to the first answer."""
     port = free_port()
     command = [sys.executable, "-m", "budgetformer", "serve", "--model", str(folder)]
     command += ["--model-store", str(store), "--port", str(port)]
@@ -70,7 +70,7 @@ def seconds_to_serve(folder: Path, store: Path, text: str) -> float:
 
 
 def seconds_of_pipeline(folder: Path, text: str) -> float:
-    """Return how long a program takes that loads the pipeline and answers one text."""
+    """Return the seconds of a program that loads the pipeline and answers one text."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", LOAD, folder, text], check=True, capture_output=True)
     return time.perf_counter() - began
@@ -130,7 +130,7 @@ def of_checkpoint(path: Path, quality: str | None, precision: Any = "auto") -> A
 
 
 def measure(ways: dict[str, Answer], texts: list[str]) -> dict[str, tuple[list[str], list[float]]]:
-    """Let all ways answer by turns; return the labels of each, and its texts a second."""
+    """Run all ways in turns; return each one's labels and texts per second."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     labels: dict[str, list[str]] = {}
     for turn in range(ROUNDS + 1):

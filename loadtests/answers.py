@@ -1,15 +1,14 @@
-"""Ask for many texts through HTTP while things break, and compare all answers with the reference.
+"""Classify many texts over HTTP during faults, and compare all answers with the reference.
 
     python -m loadtests.answers [--texts 100000] [--data texts.parquet] [--reference build/answers]
 
-The reference is the readable network of `budgetformer.model` with all heads and a mask, run in
-this process before anything is asked; it is kept in a file and computed once. Then a server with
-two engines and two frontends is asked for all texts, in requests of 1 to 64, many at a time, while
-its processes are killed and stopped, its models are changed, and clients leave and ask again. A
-request that broke off or was refused is repeated. Each text must be answered once, with its own
-answer: label, probabilities, ladder step. A text within a hair of a threshold may be decided
-otherwise by rounding: such ties are counted by themselves. The exit code is 1 if any answer was
-wrong, lost or given twice.
+The reference is the network of `budgetformer.model`, which computes all heads and masks some. It
+runs in this process first, and its answers are cached in a file. Then all texts are sent to a
+server with two engines and two frontends, in concurrent requests of 1 to 64 texts, while its
+processes are killed and stopped, its models are changed, and clients disconnect and retry. Broken
+and refused requests are repeated. Each text must be answered exactly once, with the right label,
+probabilities and ladder step. Texts so close to a threshold that rounding may decide are counted
+separately. The exit code is 1 if any answer was wrong, lost or duplicated.
 """
 
 from __future__ import annotations
@@ -45,24 +44,24 @@ from loadtests.chaos.server import MODEL, OTHER, PATIENCE, STORE, Server, servin
 from loadtests.texts import distinct
 
 QUALITIES = ("fast", "balanced", "best")
-"""Asked for in turn; `auto` would depend on the load."""
+"""Requested in turns; `auto` would depend on the load."""
 TOLERANCE = 1e-4
-"""Of a probability, of float32 passes that add up in another order."""
+"""Accepted difference of a probability: float32 sums in another order."""
 HAIR = 1e-4
 """Distance from a threshold within which rounding may decide."""
 SIZES = (1, 1, 1, 2, 5, 16, 64)
 CALLERS = 12
 LEAVING = 0.02
-"""Share of the requests whose client leaves at first."""
+"""Share of the requests whose client disconnects at first."""
 REST_SECONDS = 4.0
 BATCH_TOKENS = 2048
 PART = 6000
-"""Texts of the reference that are kept in one file; a multiple of the number of qualities."""
+"""Texts per file of the reference; a multiple of the number of qualities."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What is right: probs [N, C], the step that answers [N], distance from a threshold [N]."""
+    """The expected answers: probs [N, C], final step [N], distance from a threshold [N]."""
 
     probs: NDArray[np.float32]
     steps: NDArray[np.int16]
@@ -80,17 +79,17 @@ class _Judge:
 
     @torch.no_grad()
     def judge(self, texts: list[str]) -> Reference:
-        """Answer all texts, in small batches of like lengths."""
+        """Answer all texts, in small batches of similar lengths."""
         encoded = self._encoder.encode(texts)
         ids = [tokens.ids for tokens in encoded]
-        whole = [tokens.whole or tokens.ids for tokens in encoded]
+        full_texts = [tokens.full_ids or tokens.ids for tokens in encoded]
         rules = [self._rules[i % len(QUALITIES)] for i in range(len(ids))]
         logits: list[Tensor] = [torch.empty(0)] * len(ids)
         steps, margins = [0] * len(ids), [1.0] * len(ids)
         verdicts = [0.0] * len(ids)
         step0: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(ids)
-        for batch in _batches(whole, range(len(ids))):
-            found = self._network.step0(*_padded(whole, batch))
+        for batch in _batches(full_texts, range(len(ids))):
+            found = self._network.step0(*_padded(full_texts, batch))
             verdict = self._decide(*_padded(ids, batch), found[1])
             for i, s, *own in zip(batch, verdict, *found, strict=True):
                 step0[i] = own[0], own[1]
@@ -132,7 +131,7 @@ class _Judge:
 
 
 def _batches(ids: list[list[int]], places: Iterable[int]) -> Iterator[list[int]]:
-    """Cut some places into batches of like lengths."""
+    """Split text indices into batches of similar lengths."""
     batch: list[int] = []
     for place in sorted(places, key=lambda i: len(ids[i])):
         if batch and (len(batch) + 1) * len(ids[place]) > BATCH_TOKENS:
@@ -152,14 +151,14 @@ def _padded(ids: list[list[int]], batch: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def reference(checkpoint: Checkpoint, texts: list[str], folder: Path) -> Reference:
-    """Return what is right: each part from its file, or computed and kept there."""
+    """Return the expected answers, each part from its file or computed and saved there."""
     folder.mkdir(parents=True, exist_ok=True)
     judge: _Judge | None = None
     parts = []
     for start in range(0, len(texts), PART):
         part = texts[start : start + PART]
-        told = "\0".join([checkpoint.manifest.model_dump_json(), *QUALITIES, *part])
-        path = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.npz"
+        key = "\0".join([checkpoint.manifest.model_dump_json(), *QUALITIES, *part])
+        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
         if not path.exists():
             judge = judge or _Judge(checkpoint)
             found = judge.judge(part)
@@ -172,7 +171,7 @@ def reference(checkpoint: Checkpoint, texts: list[str], folder: Path) -> Referen
 
 @dataclass
 class Heard:
-    """What came back: how often each text was answered [N], and with what."""
+    """The received answers: how often each text was answered [N], and the answers."""
 
     times: NDArray[np.int16]
     probs: NDArray[np.float32]
@@ -186,7 +185,7 @@ class Heard:
 
 
 class Callers:
-    """Everybody who asks."""
+    """The concurrent clients."""
 
     def __init__(self, server: Server, texts: list[str], classes: int) -> None:
         count = len(texts)
@@ -229,7 +228,7 @@ class Callers:
         return taken
 
     async def _ask(self, client: httpx.AsyncClient, places: list[int], quality: str) -> bool:
-        """Ask once, and say whether that brought the answers."""
+        """Send one request, and return whether it was answered."""
         name = uuid.uuid4().hex
         texts = [self._texts[i] for i in places]
         body = {"input": texts, "model": MODEL, "quality": quality, "timeout_ms": 30_000}
@@ -266,7 +265,7 @@ class Callers:
 
 
 async def break_it(server: Server, faults: Counter[str]) -> None:
-    """Break the server in turns, until cancelled."""
+    """Cause one fault after another, until cancelled."""
     for turn in itertools.count():
         await asyncio.sleep(REST_SECONDS)
         kind = ("engine", "frontend")[turn // 3 % 2]
@@ -286,7 +285,7 @@ async def break_it(server: Server, faults: Counter[str]) -> None:
 
 
 async def ask(texts: list[str], classes: int) -> tuple[Heard, float]:
-    """Ask a server for all texts while it is broken, and return what came back, and the seconds."""
+    """Send all texts to a server during faults; return the received answers and the seconds."""
     async with serving() as server:
         callers = Callers(server, texts, classes)
         breaking = asyncio.create_task(break_it(server, callers.heard.faults))
@@ -301,24 +300,24 @@ async def ask(texts: list[str], classes: int) -> tuple[Heard, float]:
 
 
 def compare(heard: Heard, right: Reference, labels: tuple[str, ...]) -> tuple[list[str], bool]:
-    """Return the table, and whether all is as it should be."""
-    apart = np.abs(heard.probs - right.probs).max(axis=1)
+    """Return the table, and whether all answers are correct."""
+    differences = np.abs(heard.probs - right.probs).max(axis=1)
     moved = heard.steps != right.steps
     ties = moved & (right.margins < HAIR)
     best = np.sort(right.probs, axis=1)
     even = best[:, -1] - best[:, -2] < TOLERANCE
     named = np.array([labels[i] for i in right.probs.argmax(axis=1)]) == np.array(heard.labels)
-    wrong = ~ties & (moved | (apart > TOLERANCE) | ~(named | even))
+    wrong = ~ties & (moved | (differences > TOLERANCE) | ~(named | even))
     owners = np.array(
         [(np.abs(right.probs - heard.probs[i]).max(axis=1) <= TOLERANCE).any()
          for i in np.flatnonzero(wrong)[:1000]]
     )  # fmt: skip
     draw = np.random.default_rng(0)
-    one, other = (draw.integers(0, len(apart), 100_000) for _ in range(2))
+    one, other = (draw.integers(0, len(differences), 100_000) for _ in range(2))
     alike = np.abs(right.probs[one] - right.probs[other]).max(axis=1) <= TOLERANCE
     lost, twice = int((heard.times == 0).sum()), int((heard.times > 1).sum())
     rows = {
-        "texts": f"{len(apart):,}",
+        "texts": f"{len(differences):,}",
         "requests": f"{heard.requests:,}",
         "repeated, as their first try " + ", ".join(sorted(heard.repeated)): ", ".join(
             f"{count:,}" for _, count in sorted(heard.repeated.items())
@@ -331,7 +330,7 @@ def compare(heard: Heard, right: Reference, labels: tuple[str, ...]) -> tuple[li
         "wrong": int(wrong.sum()),
         "of these, another text's answer": int(owners.sum()),
         "ties, decided otherwise by rounding": int(ties.sum()),
-        "largest difference of a probability, ties apart": f"{apart[~ties].max():.1e}",
+        "largest difference of a probability, without ties": f"{differences[~ties].max():.1e}",
         "pairs of texts that could be swapped unseen": f"{alike[one != other].mean():.2%}",
         "answered at step": ", ".join(
             f"{step}: {count:,}" for step, count in sorted(Counter(heard.steps.tolist()).items())

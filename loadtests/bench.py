@@ -1,4 +1,4 @@
-"""Everything that was promised of speed, on one screen: pass or short.
+"""Check all performance targets, and print them on one screen: pass or short.
 
     python loadtests/bench.py [--quick] [--data ag_news/test.parquet] [--repeats 3]
 
@@ -32,11 +32,11 @@ from texts import texts_of
 BUILD = Path("build")
 QUICK_CONTENDERS = (ONNX_INT8, PIPELINE, FLOOR)
 REST = 5.0
-"""Seconds, once what starting has left is done."""
+"""Seconds of measuring the idle server, after start-up work is done."""
 
 
 def time_pass(data: Path | None, quick: bool) -> dict[str, Any]:
-    """Return what `budgetformer bench pass` reports."""
+    """Return the report of `budgetformer bench pass`."""
     folder = BUILD / "bench" / "pass"
     if data is None:
         data = BUILD / "bench" / "texts.jsonl"
@@ -52,7 +52,7 @@ def time_pass(data: Path | None, quick: bool) -> dict[str, Any]:
 
 
 def at_rest() -> list[Promise]:
-    """Return what the server takes with two models when nobody asks it."""
+    """Return the memory and processor time of an idle server with two models."""
     cores = sorted(os.sched_getaffinity(0))
     with ours(cores, "--models=ag_news", "--models=imdb") as server:
         busy = server.at_rest(REST)
@@ -64,9 +64,9 @@ def at_rest() -> list[Promise]:
 
 
 def screen(promises: list[Promise], facts: dict[str, str], real: bool, seconds: float) -> Table:
-    """Return the table; what made-up texts cannot tell has no verdict."""
-    told = f"{facts['processor']}; {facts['cores']}. {facts['texts']}. {seconds:.0f} s."
-    table = Table(*PROMISE_HEADS, caption=told, box=box.SIMPLE_HEAD)
+    """Return the table; targets that require real texts have no verdict without them."""
+    caption = f"{facts['processor']}; {facts['cores']}. {facts['texts']}. {seconds:.0f} s."
+    table = Table(*PROMISE_HEADS, caption=caption, box=box.SIMPLE_HEAD)
     for promise in promises:
         judged = real or not promise.hard
         color = {"pass": "green", "short": "yellow"}[promise.verdict] if judged else "dim"

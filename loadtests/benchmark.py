@@ -1,4 +1,4 @@
-"""The highest rate at which a server keeps a latency, found and then held, with plots.
+"""Find the highest rate at which a server meets a latency target, hold it, and plot both.
 
     python loadtests/benchmark.py --out build/benchmark [--url http://127.0.0.1:8000] [--p99-ms 250]
 
@@ -57,7 +57,7 @@ def requests_of(client: Client, data: Path | None) -> list[bytes]:
 
 
 async def search(client: Client, requests: list[bytes], given: argparse.Namespace) -> list[Phase]:
-    """Return a phase for every rate that was tried, by rate."""
+    """Return the phases of all tried rates, by rate."""
     phases: list[Phase] = []
 
     async def keeps(rate: float) -> bool:
@@ -80,7 +80,7 @@ async def search(client: Client, requests: list[bytes], given: argparse.Namespac
 async def hold(
     client: Client, requests: list[bytes], rate: float, server: Server | None, seconds: float
 ) -> tuple[Phase, list[tuple[float, float]]]:
-    """Hold a rate; return what came back, and processor seconds and MiB of every second."""
+    """Hold a rate; return the phase, and processor seconds and MiB of every second."""
     used: list[tuple[float, float]] = []
 
     async def watch(server: Server) -> None:
@@ -99,14 +99,10 @@ async def hold(
     return phase, used
 
 
-def told(phase: Phase) -> str:
-    return ", ".join(f"{code}: {count}" for code, count in sorted(phase.statuses.items()))
-
-
 def plots(
     folder: Path, phases: list[Phase], held: Phase, used: list[tuple[float, float]]
 ) -> list[str]:
-    """Draw everything; return the names of the pictures."""
+    """Draw all plots; return their file names."""
     seconds = range(int(held.seconds))
     by_second = [
         [1000 * lat for at, lat in held.answered if int(at) == second] for second in seconds
@@ -203,8 +199,8 @@ def main() -> None:
     with server or contextlib.nullcontext():
         if server:
             cores.hold_client()
-        told = cores.told() if server else "a server that ran already"
-        page = uvloop.run(run(server.url if server else given.url, server, told, given))
+        machine = cores.describe() if server else "a server that ran already"
+        page = uvloop.run(run(server.url if server else given.url, server, machine, given))
     (given.out / "README.md").write_text(page)
     print(page)
 

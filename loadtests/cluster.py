@@ -49,7 +49,7 @@ def body_of(text: str) -> dict[str, object]:
 
 
 def until_ready(url: str, engines: int) -> float:
-    """Wait until the server has so many engines with the model, and return the seconds."""
+    """Wait until this many engines have the model, and return the seconds."""
     began = time.perf_counter()
     while time.perf_counter() - began < PATIENCE:
         try:

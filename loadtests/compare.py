@@ -40,7 +40,7 @@ from budgetformer.training.pages import draw, markdown_table
 
 CALLERS = 32
 ENOUGH = 100
-"""Latencies of which a 99th percentile can be told."""
+"""Minimum number of latencies for a 99th percentile."""
 WARM_UP = 2.0
 MADE_UP = 300
 RIGHT = 0.8
@@ -123,7 +123,7 @@ async def measure(
     body: Callable[[str], dict[str, Any]],
     read: Callable[[Any], dict[str, Any]],
 ) -> Measured:
-    """Ask one server in all three ways; `read` takes an answer apart."""
+    """Ask one server in all three ways; `read` parses an answer."""
     client = Client(f"{server.url}/classify", keep_bodies=True)
     requests = [client.request(body(text)) for text in plan.texts]
     await client.closed("warm-up", requests, CALLERS, min(WARM_UP, plan.seconds))
@@ -358,7 +358,7 @@ def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) ->
 def machine(plan: Plan, data: Path | None) -> dict[str, str]:
     """Return what a report says of the circumstances."""
     return {
-        "processor": processor_name(), "cores": plan.cores.told(),
+        "processor": processor_name(), "cores": plan.cores.describe(),
         "python": platform.python_version(),
         "texts": "Texts given" if data else "Texts made up",
     }  # fmt: skip

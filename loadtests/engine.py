@@ -62,23 +62,23 @@ async def measure(path: Path, texts: int, size: int) -> float:
     served = open_model(path)
     assert served.decider is not None
     core = EngineCore(OPTIONS, precision="float32")
-    told: dict[int, asyncio.Future[ToFrontend]] = {}
+    pending: dict[int, asyncio.Future[ToFrontend]] = {}
     own = 0.0
 
     def reply(message: ToFrontend) -> None:
         _encode(message)
         if hasattr(message, "id"):
-            told[message.id].set_result(message)
+            pending[message.id].set_result(message)
 
     async def ask(number: int, message: ToEngine) -> ToFrontend:
         nonlocal own
         began = time.thread_time()
-        told[number] = asyncio.get_running_loop().create_future()
+        pending[number] = asyncio.get_running_loop().create_future()
         frame = _encode(message)
         own += time.thread_time() - began
         core.receive(TO_ENGINE.decode(frame), reply)
-        answer = await told[number]
-        del told[number]
+        answer = await pending[number]
+        del pending[number]
         return answer
 
     await ask(0, Load(0, str(path.resolve())))

@@ -1,4 +1,4 @@
-"""What observing costs: microseconds of processor time for one request, by what is switched on.
+"""Measure the cost of observability: processor time (µs) per request, by enabled feature.
 
 python loadtests/observing.py
 """
@@ -38,7 +38,7 @@ EXPECTED = {0: 0.76, 8: 0.24}
 
 
 class Nowhere(SpanExporter):
-    """Take spans and drop them: what is left is what making them costs."""
+    """A span exporter that drops spans, to measure only the cost of creating them."""
 
     def export(self, spans: Any) -> SpanExportResult:  # noqa: ARG002
         return SpanExportResult.SUCCESS
@@ -48,7 +48,7 @@ class Nowhere(SpanExporter):
 
 
 def microseconds(call: Callable[[], object], calls: int = CALLS) -> float:
-    """Return the median cost of a call over some rounds."""
+    """Return the median microseconds of a call over some rounds."""
     rounds = []
     for _ in range(REPEATS):
         started = time.process_time()
@@ -78,14 +78,14 @@ def count(counts: Counts, texts: int = 1, traceparent: str = "") -> None:
 
 
 def report(counts: Counts, metrics: Metrics) -> None:
-    """Take the counts of one model and route to the registry, as happens four times a second."""
+    """Report the counts of one model and route to the registry, as happens four times a second."""
     count(counts)
     travelled = TO_HUB.decode(msgspec.msgpack.encode(Report(0, counts.take())))
     metrics.add(travelled.difference)
 
 
 def app(tracing: Tracing | None) -> FastAPI:
-    """Make an application whose only route answers at once."""
+    """Return an application whose only route answers at once."""
     telemetry = {
         "tracer_provider": tracing.provider if tracing else None,
         "tracing": tracing is not None,
@@ -104,7 +104,7 @@ def app(tracing: Tracing | None) -> FastAPI:
 
 
 def http(application: Any) -> Callable[[], None]:
-    """Return a call that sends one request through an application, without a socket."""
+    """Return a function that sends one request through an application, without a socket."""
     scope = {
         "type": "http", "method": "GET", "path": "/", "raw_path": b"/", "query_string": b"",
         "headers": [(b"host", b"localhost")], "http_version": "1.1", "scheme": "http",
@@ -122,7 +122,7 @@ def http(application: Any) -> Callable[[], None]:
 
 
 def stage(tracer: Tracer) -> None:
-    """Do what the frontend does around tokenizing."""
+    """Run the frontend's instrumentation of tokenization."""
     with tracer.start_as_current_span(
         "tokenize", record_exception=False, set_status_on_exception=False
     ) as span:

@@ -1,4 +1,4 @@
-"""Requests on a schedule that does not wait for answers, from a client that costs little.
+"""An efficient open-loop client: sends requests on a schedule, without waiting for answers.
 
     python loadtests/openloop.py
 
@@ -30,16 +30,16 @@ import uvloop
 
 MAX_CONNECTIONS = 4000
 PATIENCE = 40.0
-"""Seconds after the schedule's end for which answers are awaited."""
+"""Seconds to wait for answers after the end of the schedule."""
 SLEEP_RESOLUTION = 0.0015
-"""The event loop wakes up to so late, in seconds; what is due sooner is awaited by spinning."""
+"""Latest wake-up of the event loop, in seconds; shorter waits are busy-waits."""
 
 Arrivals = Literal["constant", "poisson"]
 
 
 @dataclass
 class Phase:
-    """What came back while one rate was sent. Times in seconds."""
+    """The results of sending at one rate. Times in seconds."""
 
     name: str
     seconds: float
@@ -84,7 +84,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 class _Connection(asyncio.Protocol):
-    """One kept connection, with one request on it at a time."""
+    """A keep-alive connection with one request at a time."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -141,9 +141,8 @@ class Client:
     Args:
         url: of the server and the route, http only.
         headers: of every request.
-        spin: await due moments to the microsecond by keeping a core busy; only for a client that
-            has a core of its own.
-        keep_bodies: whether phases keep the answers.
+        spin: busy-wait for due times, for microsecond precision; requires a dedicated core.
+        keep_bodies: whether phases store the answers.
     """
 
     def __init__(
@@ -166,11 +165,11 @@ class Client:
 
     @property
     def connections(self) -> int:
-        """How many are open."""
+        """Number of open connections."""
         return self._open
 
     def request(self, body: Any) -> bytes:
-        """Return a whole request, ready to send."""
+        """Return a complete HTTP request as bytes."""
         content = json.dumps(body).encode()
         return self._head % len(content) + content
 
@@ -183,7 +182,7 @@ class Client:
             self._idle.remove(connection)
 
     async def connect(self, count: int) -> None:
-        """Have so many idle connections."""
+        """Open connections until this many are idle."""
         while len(self._idle) < count and self._open < MAX_CONNECTIONS:
             self._idle.append(await self._connect())
 
@@ -206,7 +205,7 @@ class Client:
     async def closed(
         self, name: str, requests: Sequence[bytes], callers: int, seconds: float
     ) -> Phase:
-        """Ask as fast as answers come, with so many requests in flight; latency from sending."""
+        """Send closed-loop with this many requests in flight; latency counts from sending."""
         await self.connect(callers)
         loop = asyncio.get_running_loop()
         phase, numbers = Phase(name, seconds), itertools.count()
@@ -245,7 +244,7 @@ class Client:
         seconds: float,
         arrivals: Arrivals = "constant",
     ) -> Phase:
-        """Send `rate` requests a second, whatever comes back."""
+        """Send `rate` requests per second, without waiting for answers."""
         phase = Phase(name, seconds, rate)
         await self.connect(min(int(rate / 4) + 8, 512))
         waiting: set[asyncio.Task[None]] = set()
@@ -325,7 +324,7 @@ def _offsets(rate: float, seconds: float, arrivals: Arrivals) -> Iterator[float]
 
 
 class _Fixed(asyncio.Protocol):
-    """Answers whatever comes with the same text."""
+    """A server that answers every request with the same text."""
 
     ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 300\r\n\r\n" + b" " * 300
 
@@ -353,7 +352,7 @@ def _serve_fixed(port: Any, core: int | None) -> None:
 
 
 async def limit(url: str, size: int, rates: Sequence[float], seconds: float) -> list[Phase]:
-    """Send to a server that answers at once, at rising rates."""
+    """Return phases of rising rates against a server that answers at once."""
     client = Client(url)
     requests = [client.request({"input": "x" * size})]
     phases = [await client.scheduled(f"{rate:g}/s", requests, rate, seconds) for rate in rates]
@@ -362,7 +361,7 @@ async def limit(url: str, size: int, rates: Sequence[float], seconds: float) -> 
 
 
 def limit_lines(size: int, rates: Sequence[float], seconds: float) -> list[str]:
-    """Return what this client can do with requests of so many bytes, as a Markdown table."""
+    """Return this client's limits for requests of this size in bytes, as a Markdown table."""
     cores = sorted(os.sched_getaffinity(0))
     server_core = cores[0] if len(cores) > 1 else None
     ours, theirs = multiprocessing.Pipe()

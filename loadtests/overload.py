@@ -1,4 +1,4 @@
-"""Send more than a server can do, on a schedule that does not wait for answers.
+"""Overload a server on a schedule that does not wait for answers.
 
     python loadtests/overload.py [--data texts.parquet] [--texts 64 1] [--against OTHER_CHECKOUT]
 
@@ -45,13 +45,13 @@ HEADS = (
 
 
 class Asked:
-    """One server and one number of texts in a request, and what came of it.
+    """The measurements of one server with one request size.
 
     Args:
         name: of the server.
-        url: of it.
-        memory: says how many MiB it holds.
-        size: texts in a request.
+        url: of the server.
+        memory: returns the server's memory in MiB.
+        size: texts per request.
         given: the command line.
     """
 
@@ -99,7 +99,7 @@ class Asked:
         client.close()
 
     def rows(self) -> Iterator[str]:
-        """Return a line of the table for every load: counts are sums, all else are medians."""
+        """Return a line of the table per load, with sums of counts and medians of other values."""
         for load, phases in self._phases.items():
             statuses, levels = (
                 ", ".join(f"{name}: {n}" for name, n in sorted(total.items()))
@@ -158,7 +158,7 @@ def main() -> None:
                 server = running.enter_context(ours(cores.server, *flags, folder=folder))
                 servers[name] = server.url, server.memory
             cores.hold_client()
-            print(cores.told(), file=sys.stderr)
+            print(cores.describe(), file=sys.stderr)
         for size in given.texts:
             asked = [Asked(name, *server, size, given) for name, server in servers.items()]
             for number in range(given.rounds):

@@ -1,4 +1,4 @@
-"""What was promised of speed, and whether it is kept."""
+"""Performance targets, and whether they are met."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ SIGNS = {">=": operator.ge, "<=": operator.le}
 
 @dataclass(frozen=True)
 class Promise:
-    """A figure to reach.
+    """A performance target.
 
     Attributes:
-        what: it is of.
+        what: description of the figure.
         sign: `>=` or `<=`.
-        bound: to reach.
-        reached: in every repeat.
-        hard: whether it hangs on how hard texts are, which made-up ones do not tell.
+        bound: the target value.
+        reached: measured values, one per repeat.
+        hard: whether it depends on the difficulty of texts, and so requires real ones.
     """
 
     what: str
@@ -46,7 +46,7 @@ class Promise:
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Write the median of some values, and from where to where they go."""
+    """Return the median and the range of values, as text."""
     middle = f"{statistics.median(values):{form}}"
     if len(values) == 1:
         return middle
@@ -54,7 +54,7 @@ def spread(values: Sequence[float], form: str = ".2f") -> str:
 
 
 def pass_promises(report: dict[str, Any]) -> list[Promise]:
-    """Return what `budgetformer bench pass` reached on real texts, from its report.json."""
+    """Return the targets of `budgetformer bench pass` on real texts, from its report.json."""
     times = {(t["name"], t["batch"]): t["ms_per_text"] for t in report["timings"]}
     full = report["full"]
     _, last, precision = full.replace(",", "").split()

@@ -1,4 +1,4 @@
-"""What kept answers save where texts come again: a server with and one without, alternating.
+"""Measure the answer cache on repeated texts: a server with and one without, in turns.
 
     python loadtests/repeats.py --data ag_news/test.parquet [--share 0.2] [--repeats 3]
 
@@ -34,15 +34,14 @@ QUALITIES = ("balanced", "best")
 
 @dataclass(frozen=True)
 class Measured:
-    """A server under one round of traffic: texts per second, and microseconds of processor time
-    per text."""
+    """Result of one round: texts per second, and microseconds of processor time per text."""
 
     rate: float
     cpu: float
 
 
 def measure(server: Server, texts: Sequence[str], quality: str) -> Measured:
-    """Send texts, one in a request, and return what they took."""
+    """Send texts, one per request, and return the result."""
     bodies = [json.dumps({"input": text, "quality": quality}).encode() for text in texts]
     before, began = server.cpu_seconds(), time.monotonic()
     for _ in ask(server.url, bodies, CALLERS):
@@ -101,7 +100,7 @@ def main() -> None:
             )
     console = Console()
     console.print(
-        f"{size} texts a round, {given.repeats} rounds each, {CALLERS} callers; {cores.told()}"
+        f"{size} texts a round, {given.repeats} rounds each, {CALLERS} callers; {cores.describe()}"
     )
     console.print(table)
 

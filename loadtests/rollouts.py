@@ -1,4 +1,4 @@
-"""Roll-outs under load: a good version, its promotion and the way back, a bad one that stops.
+"""Test roll-outs under load: promotion and rollback of a good version, stop of a bad one.
 
     python -m loadtests.rollouts --data ag_news/test.parquet
 
@@ -43,7 +43,7 @@ ADMIN = {"X-API-Key": KEY}
 
 
 def bring(store: Path, version: int, source: Path, exchange: bool) -> None:
-    """Put a version into the store that differs from another one."""
+    """Add a changed copy of a version to the store."""
     folder = store / MODEL / str(version)
     shutil.copytree(source, folder)
     weights = folder / "model.safetensors"
@@ -117,7 +117,7 @@ class Server:
 
 @dataclass
 class Traffic:
-    """Callers that ask without end, and what they were answered."""
+    """Clients that send requests continuously, and the answers that they got."""
 
     url: str
     texts: list[str]
@@ -127,7 +127,7 @@ class Traffic:
     _under_way: int = 0
 
     async def call(self) -> None:
-        """Ask, one text after another, until cancelled."""
+        """Send one text after another, until cancelled."""
         async with httpx.AsyncClient(base_url=self.url, timeout=30) as client:
             while True:
                 if self.paused:
@@ -147,14 +147,14 @@ class Traffic:
                     self._under_way -= 1
 
     async def pause(self) -> None:
-        """Return when nobody waits for an answer."""
+        """Stop sending, and return when no answer is pending."""
         self.paused = True
         while self._under_way:
             await asyncio.sleep(0.01)
 
 
 class Operator:
-    """Makes the changes, and keeps a line of each phase."""
+    """Makes the changes, and records a line per phase."""
 
     def __init__(self, url: str, traffic: Traffic) -> None:
         self._url = url
@@ -176,7 +176,7 @@ class Operator:
             return dict(answer.json())
 
     async def phase(self, name: str, seconds: float, *, until: str = "") -> dict[str, Any] | None:
-        """Let the callers ask for a while, or until the roll-out is in a state."""
+        """Let the clients send for some time, or until the roll-out reaches a state."""
         traffic, began = self._traffic, time.monotonic()
         answered, failed = Counter(traffic.answered), Counter(traffic.failed)
         found: dict[str, Any] | None = None
@@ -193,7 +193,7 @@ class Operator:
 
 
 async def run(data: Path | None, source: Path, seconds: float) -> None:
-    """Serve, ask, roll out, and print what came of it."""
+    """Run a server under load, roll versions out, and print the results."""
     console = Console(width=150)
     with tempfile.TemporaryDirectory(prefix="rollouts-") as place:
         folder = Path(place)

@@ -1,4 +1,4 @@
-"""Pictures of the playground for docs/images: of a running server, after some minutes of load.
+"""Take screenshots of the playground for docs/images, after some minutes of load.
 
 python loadtests/screenshots.py --chromium "$(command -v chromium)"
 """
@@ -19,7 +19,7 @@ PHASE_SECONDS = 45.0
 
 
 def load(url: str, seconds: float) -> None:
-    """Send texts of every quality, more and fewer by turns."""
+    """Send texts of every quality at alternating rates."""
     end = time.monotonic() + seconds
     with httpx.Client(base_url=url, timeout=30) as client:
         while (left := end - time.monotonic()) > 0:
@@ -33,7 +33,7 @@ def load(url: str, seconds: float) -> None:
 
 
 def take(browser: Browser, url: str, scheme: str) -> None:
-    """Take one picture of an answer, and one of two compared."""
+    """Take one screenshot of an answer, and one of a comparison."""
     context = browser.new_context(
         viewport={"width": 1240, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
     )  # type: ignore[arg-type]

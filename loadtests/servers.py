@@ -1,4 +1,4 @@
-"""Servers that load tests start for themselves, on cores of their own, and what they use."""
+"""Start servers for load tests on dedicated cores, and measure their memory and time."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ import psutil
 
 START_SECONDS = 120.0
 SETTLE_SECONDS = 10.0
-"""Until what starting has left is done."""
+"""Seconds to wait until start-up work is done."""
 
 
 def run_quietly(program: Sequence[str | Path]) -> None:
-    """Run a program whose output matters only if it fails."""
+    """Run a program, and print its output only if it fails."""
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, program))}\n{done.stdout}{done.stderr}")
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on now."""
+    """Return a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """Return a process and all that came from it; none if it is gone."""
+    """Return a process and all its descendants; empty if it has ended."""
     try:
         top = psutil.Process(pid)
         return [top, *top.children(recursive=True)]
@@ -48,7 +48,7 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def memory(processes: Iterable[psutil.Process]) -> float:
-    """Return the MiB that processes hold, pages that they share counted once."""
+    """Return the memory of processes in MiB, with shared pages counted once."""
     held = 0.0
     for process in processes:
         with contextlib.suppress(psutil.Error):  # it has just ended
@@ -58,16 +58,16 @@ def memory(processes: Iterable[psutil.Process]) -> float:
 
 @dataclass(frozen=True)
 class Cores:
-    """Which cores the server has, and which the client."""
+    """The cores of the server and of the client."""
 
     server: tuple[int, ...]
     client: tuple[int, ...]
 
     @classmethod
     def split(cls, server: int | None = None) -> Cores:
-        """Give the last core to the client, and the first ones to the server.
+        """Assign the last core to the client and the others to the server.
 
-        With one core alone both share it.
+        If there is only one core, they share it.
         """
         here = sorted(os.sched_getaffinity(0))
         if len(here) == 1:
@@ -75,18 +75,18 @@ class Cores:
         return cls(tuple(here[:-1][:server]), (here[-1],))
 
     @property
-    def apart(self) -> bool:
-        """Whether client and server share no core."""
+    def separate(self) -> bool:
+        """Whether client and server have separate cores."""
         return not set(self.server) & set(self.client)
 
     def hold_client(self) -> None:
-        """Keep this process to the client's cores."""
+        """Pin this process to the client's cores."""
         os.sched_setaffinity(0, self.client)
 
-    def told(self) -> str:
-        """Return one line for a report."""
-        apart = "apart from the client" if self.apart else "shared with the client"
-        return f"server on {len(self.server)} core(s), {apart}"
+    def describe(self) -> str:
+        """Return a description for a report, on one line."""
+        placement = "separate from the client" if self.separate else "shared with the client"
+        return f"server on {len(self.server)} core(s), {placement}"
 
 
 class ServerError(RuntimeError):
@@ -94,14 +94,14 @@ class ServerError(RuntimeError):
 
 
 class Server:
-    """A server in a process of its own, until the block ends.
+    """A server process that runs until the block ends.
 
     Args:
-        command: its command line; `{port}` in it becomes a free port.
+        command: its command line; `{port}` is replaced by a free port.
         cores: that it may use.
-        ready: path that answers 200 when it serves.
-        environment: more variables.
-        folder: where it runs.
+        ready: path that answers 200 once it serves.
+        environment: further environment variables.
+        folder: its working directory.
     """
 
     def __init__(
@@ -175,11 +175,11 @@ class Server:
         return family(self._process.pid)
 
     def memory(self) -> float:
-        """Return the MiB that all processes hold, pages that they share counted once."""
+        """Return the memory of all processes in MiB, with shared pages counted once."""
         return memory(self.family())
 
     def resident(self) -> float:
-        """Return the MiB that all processes hold, pages that they share counted in each."""
+        """Return the memory of all processes in MiB, with shared pages counted in each."""
         return sum(p.memory_info().rss for p in self.family()) / 2**20
 
     def cpu_seconds(self, part: str = "") -> float:
@@ -193,7 +193,7 @@ class Server:
         return used
 
     def at_rest(self, seconds: float) -> float:
-        """Return the share of a core that all processes use, for some seconds, unasked."""
+        """Return the share of a core that all processes use while idle."""
         time.sleep(SETTLE_SECONDS)
         before, began = self.cpu_seconds(), time.monotonic()
         time.sleep(seconds)
@@ -201,9 +201,9 @@ class Server:
 
 
 def ours(cores: Sequence[int], *flags: str, folder: Path | None = None) -> Server:
-    """Return this service, one engine per core, with further flags of `serve`.
+    """Return a server of this project with one engine per core and further flags of `serve`.
 
-    `folder` is another checkout of it, which runs in its own environment.
+    `folder` is another checkout, which runs in its own environment.
     """
     python = sys.executable if folder is None else str(folder.absolute() / ".venv/bin/python")
     command = [

@@ -1,4 +1,4 @@
-"""Predict what a server does with a traffic, and send it the same traffic.
+"""Compare the simulator with a server: predict the results of traffic, and send the same traffic.
 
     python loadtests/simulation.py --data texts.parquet --out build/simulation
 
@@ -53,7 +53,7 @@ CAPACITY_P99 = 0.5
 
 @dataclass(frozen=True)
 class Phase:
-    """One traffic: its load as a part of the capacity, its quality, its form, texts a request."""
+    """One traffic: load as a share of the capacity, quality, arrival pattern, texts per request."""
 
     load: float
     quality: str
@@ -68,9 +68,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class Seen:
-    """What became of it: requests by outcome, seconds of latency, share lowered to `fast`.
+    """The results: requests by outcome, seconds of latency, share lowered to `fast`.
 
-    `late`: the 99th percentile of how late requests were sent, seconds.
+    `late`: 99th percentile of the delay of sending, in seconds.
     """
 
     sent: int
@@ -96,7 +96,7 @@ PHASES = [
 
 
 def on_core(core: int) -> dict[str, Any]:
-    """Return what makes a child process run on one core."""
+    """Return a function that pins a child process to one core."""
     return {"preexec_fn": lambda: os.sched_setaffinity(0, {core})}
 
 
@@ -136,9 +136,9 @@ def serving(port: int, model: str, costs: Path, log: Path) -> Iterator[str]:
 
 
 class Caller:
-    """Ask over connections that are kept; one that is free is used again, the last one first.
+    """A minimal client over keep-alive connections, of which the last used is reused first.
 
-    A client that does more takes longer than the server at these rates, and would measure itself.
+    At these rates, a heavier client would be slower than the server and measure itself.
     """
 
     def __init__(self, port: int) -> None:
@@ -167,7 +167,7 @@ class Caller:
 async def send(
     port: int, bodies: Sequence[tuple[float, bytes, int]], seconds: float, patience: float
 ) -> Seen:
-    """Send each body at its moment, whatever comes back."""
+    """Send each body at its scheduled time, without waiting for answers."""
     outcomes: list[tuple[int, float, int, bool]] = []
     late: list[float] = []
     caller = Caller(port)
@@ -210,7 +210,7 @@ async def send(
 
 
 def traffic_of(phase: Phase, capacity: float, seconds: float) -> Traffic:
-    """Return the traffic of a phase; `capacity` in texts a second."""
+    """Return the traffic of a phase; `capacity` in texts per second."""
     rate = phase.load * capacity / phase.texts
     made = bursts(rate, seconds, seed=1) if phase.form == "bursts" else steady(rate, seconds)
     return Traffic(made.slot, made.rates, ((1.0, phase.texts),))
@@ -238,7 +238,7 @@ HEADS = (
 
 
 def row(result: dict[str, Any]) -> list[str]:
-    """Return what was predicted and what was measured, one after the other in each cell."""
+    """Return a row of the table, with predicted and measured value in each cell."""
     phase, predicted, measured = (result[key] for key in ("phase", "predicted", "measured"))
 
     def both(show: Any) -> str:
@@ -260,7 +260,7 @@ def row(result: dict[str, Any]) -> list[str]:
 
 
 def errors(results: Sequence[dict[str, Any]]) -> str:
-    """Say how far predictions were off."""
+    """Return a summary of the prediction errors."""
     lines = []
     for what in ("texts_per_second", "p50", "p99"):
         off = [r["predicted"][what] / r["measured"][what] - 1 for r in results]

@@ -1,4 +1,4 @@
-"""Keep a server busy in every way at once, for long, and watch what it holds on to.
+"""Soak test: keep a server busy for a long time, and watch its memory, files and latency.
 
     python -m loadtests.soak [--minutes 20] [--rate 25] [--out build/soak]
 
@@ -33,18 +33,18 @@ from loadtests.texts import sentence
 
 QUALITIES: tuple[str | float, ...] = ("auto", "fast", "balanced", "best", 0.5)
 SIZES = (1,) * 36 + (8,) * 3 + (64,)
-"""Texts of a request, as often as each stands here."""
+"""Texts per request, drawn uniformly from this list."""
 LEAVING = 0.05
 """Share of the requests whose client does not wait."""
 SAMPLE_SECONDS = 5.0
 SWAP_SECONDS = 60.0
 WARM_MINUTES = 2.0
-"""Until every shape was laid out and every allocator has grown; not judged."""
+"""Minutes of warm-up, which are not judged: weights are packed, and allocators grow."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the server holds at one moment, and how single texts fared since the one before."""
+    """The server's resources at one time, and the latency of single texts since the last sample."""
 
     minute: float
     memory_mib: float
@@ -57,7 +57,7 @@ class Sample:
 
 @dataclass
 class Watched:
-    """All that is seen."""
+    """All samples and outcomes of a run."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     sent: int = 0
@@ -67,12 +67,12 @@ class Watched:
 
 
 class Soak:
-    """A server, and what is asked of it.
+    """The load on one server.
 
     Args:
-        server: is asked.
-        rate: requests a second.
-        seconds: how long.
+        server: the server.
+        rate: requests per second.
+        seconds: duration.
     """
 
     def __init__(self, server: Server, rate: float, seconds: float) -> None:
@@ -83,7 +83,7 @@ class Soak:
         self._until = self._started + seconds
 
     async def run(self) -> None:
-        """Keep it busy until the time is over and all is answered."""
+        """Send requests until the time is over, and wait for all answers."""
         await asyncio.gather(self._ask_on(), self._swap(), self._watch())
 
     async def _ask_on(self) -> None:
@@ -159,7 +159,7 @@ class Soak:
         return files, threads
 
     async def _pause(self, seconds: float) -> bool:
-        """Wait, and say whether there is time left."""
+        """Wait, and return whether there is time left."""
         await asyncio.sleep(min(seconds, max(0.0, self._until - time.perf_counter())))
         return time.perf_counter() < self._until
 
@@ -174,7 +174,7 @@ HELD = {
 
 
 def table(samples: list[Sample]) -> list[str]:
-    """Return the medians of the beginning and of the last quarter, a row for each thing held."""
+    """Return the medians of the beginning and of the last quarter, one row per resource."""
     early = [s for s in samples if WARM_MINUTES <= s.minute < 2 * WARM_MINUTES] or samples
     late = samples[-max(1, len(samples) // 4) :]
     rows = [
@@ -224,7 +224,7 @@ def save(samples: list[Sample], path: Path) -> None:
 
 
 async def soak(minutes: float, rate: float) -> Watched:
-    """Run a server, keep it busy, and return what was seen."""
+    """Run a server under load, and return the samples and outcomes."""
     async with serving() as server:
         work = Soak(server, rate, 60 * minutes)
         await work.run()

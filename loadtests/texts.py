@@ -1,4 +1,4 @@
-"""Texts to send: real ones from a file, or news that nobody has read, made from parts."""
+"""Texts to send: real ones from a file, or synthetic news."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sentence() -> str:
 
 
 def distinct(count: int, seed: int, words: list[str]) -> list[str]:
-    """Return so many texts, no two the same: half begin like news, half are words without sense.
+    """Return distinct texts: half begin like news, half are random words.
 
     Args:
         count: of texts.
@@ -57,9 +57,9 @@ def distinct(count: int, seed: int, words: list[str]) -> list[str]:
 
 
 def texts_of(data: Path | None, count: int, seed: int = 0) -> list[str]:
-    """Return some texts, always the same ones: of a table's column `text`, or made up.
+    """Return texts from a table's column `text`, or synthetic ones; always the same.
 
-    Real texts keep their mix of lengths and difficulty; made-up ones have one to five sentences.
+    Real texts keep their mix of lengths and difficulty; synthetic ones have one to five sentences.
     """
     draw = random.Random(seed)
     if data is not None:
@@ -72,9 +72,9 @@ def texts_of(data: Path | None, count: int, seed: int = 0) -> list[str]:
 
 
 def with_repeats(new: Sequence[str], share: float, seed: int) -> list[str]:
-    """Return as many texts as are given, about a `share` of them sent before, and those in order.
+    """Return as many texts as given, of which about a `share` repeat earlier ones.
 
-    The new ones come in the given order, as many of them as it takes.
+    The others are the given texts, in order.
     """
     draw = random.Random(seed)
     sent: list[str] = []

@@ -1,4 +1,4 @@
-"""Compare packages that tokenize WordPiece with `tokenizers`: the same ids, in how much time.
+"""Compare WordPiece packages with `tokenizers`: whether ids are equal, and the time.
 
     python loadtests/wordpiece.py model_store/ag_news/3/tokenizer.json TEXTS.parquet...
 
@@ -141,9 +141,9 @@ def main() -> None:
         for file, texts in files.items():
             alone = microseconds(encode, texts[3000:], 1)
             together = microseconds(encode, texts[3000 + TURNS * TEXTS :], BATCH)
-            told = f"{alone:.1f} us one at a time, {together:.1f} us of {BATCH}"
+            times = f"{alone:.1f} us one at a time, {together:.1f} us of {BATCH}"
             others = differ(encode, usual, texts[:3000])
-            print(f"{name} {version(name)}, {file}: {told}; other ids: {others} of 3000")
+            print(f"{name} {version(name)}, {file}: {times}; other ids: {others} of 3000")
         print(
             f"{name} {version(name)}, odd texts: other ids: {differ(encode, usual, odd)} of 20000"
         )

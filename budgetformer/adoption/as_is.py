@@ -1,4 +1,4 @@
-"""Serve a classifier as it is: all heads for every text, the same answers, no training."""
+"""Make a checkpoint of a classifier unchanged: all heads for every text, no training."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from budgetformer.training.data import TokenizedTexts, read_texts
 Log = Callable[[str], None]
 
 ORIGIN = "origin"
-"""Key of a manifest's recipe: digest of the classifier that a checkpoint was made of."""
+"""Key of a manifest's recipe for the digest of the classifier that was converted."""
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-"""Files that are downloaded from the hub: no pickled weights and no code."""
+"""Files to download from the hub, without pickled weights and code."""
 
 
 def add_classifier(
@@ -50,19 +50,19 @@ def add_classifier(
     version: int | None = None,
     texts: Path | None = None,
 ) -> Checkpoint:
-    """Make a checkpoint of a classifier without training, and put it into a store.
+    """Convert a classifier without training, and add it to a store.
 
-    Weights keep their precision, so answers are those of Transformers' pipeline. There is one
-    quality level: every text gets all heads. The same classifier is not added twice.
+    Weights keep their precision, so answers equal those of Transformers' pipeline. All quality
+    levels are the same: every text gets all heads. The same classifier is not added twice.
 
     Args:
-        folder: what `save_pretrained` wrote: a classifier of a known family with its tokenizer.
+        folder: from `save_pretrained`: a classifier of a supported family with its tokenizer.
         model_store: the store.
-        log: gets one line per event.
-        name: of the model; None: the folder's.
+        log: called with one line per event.
+        name: of the model; None: the folder's name.
         version: of the model; None: the next one.
-        texts: texts of the kind that it will classify, on which the ranges of int8 are measured;
-            None: CPUs without AMX compute in float32.
+        texts: texts similar to production traffic, to measure state ranges for int8; None: CPUs
+            without AMX compute in float32.
 
     Raises:
         CheckpointError: the folder cannot be converted, or the version exists.
@@ -102,7 +102,7 @@ def add_classifier(
     if version is None:
         for known in _versions(model_store / name):
             if _is_same(known.manifest, fields):
-                log(f"{known.label} is this classifier already")
+                log(f"{known.label} already is this classifier")
                 return known
     target = model_store / name / str(version or next_version(model_store / name))
     dtype = smallest_dtype(dict(model.state_dict()))
@@ -144,10 +144,11 @@ def find_classifier(source: str) -> Path | None:
         return None
     try:
         folder = snapshot_download(source, allow_patterns=_HUB_FILES)
-    except Exception as error:  # of the hub's client and of the libraries below it
-        told = one_line(error)[:200] or type(error).__name__
+    except Exception as error:  # the hub's client and its libraries raise many types
+        reason = one_line(error)[:200] or type(error).__name__
         raise CheckpointError(
-            f"{source}: no such file or folder, and not loaded from the Hugging Face hub: {told}"
+            f"{source}: no such file or folder, and loading it from the Hugging Face hub failed: "
+            f"{reason}"
         ) from None
     return Path(folder)
 
@@ -155,8 +156,8 @@ def find_classifier(source: str) -> Path | None:
 def _checked_name(name: str) -> str:
     if not re.match(NAME, name):
         raise CheckpointError(
-            f"{name!r} is no model name (letters, digits, '.', '_' and '-', at most 64); "
-            "give another (--name)"
+            f"{name!r} is not a valid model name (letters, digits, '.', '_' and '-', at most 64); "
+            "choose another (--name)"
         )
     return name
 
@@ -168,12 +169,12 @@ def _measure(
     texts: Path,
     log: Log,
 ) -> tuple[LayerRanges, ...]:
-    """Measure what int8 products need to know of a network's states."""
+    """Return the state ranges of a network on a file of texts, for int8 products."""
     examples = read_texts(texts)
     tokens = TokenizedTexts(
         tokenizer.tokenizer, examples.texts, examples.pairs, max_tokens, tokenizer.side
     )
-    log(f"measuring ranges of states for int8 on {texts}")
+    log(f"measuring state ranges for int8 on {texts}")
     return ranges_of_states(model, tokens)
 
 
@@ -198,7 +199,7 @@ def _one_level(config: Architecture) -> Policy:
 
 
 def _versions(folder: Path) -> list[Checkpoint]:
-    """Return the sound checkpoints of a model, the newest first."""
+    """Return the valid checkpoints of a model, newest first."""
     found = []
     for path in folder.glob("*"):
         if path.name.isdecimal():
@@ -210,7 +211,7 @@ def _versions(folder: Path) -> list[Checkpoint]:
 
 
 def _is_same(known: Manifest, wanted: dict[str, Any]) -> bool:
-    """Say whether a checkpoint has these fields; without wanted ranges, any ranges will do."""
+    """Return whether a manifest has these fields; empty ranges match any."""
     names = [name for name in wanted if name != "ranges" or wanted[name]]
     return all(getattr(known, name) == wanted[name] for name in names)
 

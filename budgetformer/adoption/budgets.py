@@ -1,8 +1,7 @@
-"""Give a classifier budgets, with texts alone: its own answers are what its steps learn.
+"""Add budgets to a classifier by distillation on texts without labels.
 
-Nobody labels anything. Step 0 and f_o learn the classifier's answers; with effort "hours" so does
-every step of the ladder. Levels are calibrated for agreement with the classifier, on texts that
-nothing was trained on.
+Step 0 and f_o learn the classifier's answers; with effort "hours", so does every step of the
+ladder. Levels are calibrated for agreement with the classifier, on held-out texts.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from budgetformer.checkpoint.writing import describe, smallest_dtype, write_netw
 from budgetformer.errors import DataError
 from budgetformer.families.conversion import convert_classifier, read_classifier
 from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass, PackedTokens
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.tfidf import table_columns
 from budgetformer.training.calibration import answers_of, ranges_of_states
@@ -50,7 +49,7 @@ from budgetformer.training.step0 import fit_step0
 from budgetformer.training.trainer import Trainer, progress_bar, split_rows
 
 MAX_HELD_OUT = 5000
-"""Texts that are calibrated on, at most: more hardly narrow the intervals."""
+"""Maximum texts for calibration; more hardly narrow the intervals."""
 BATCH = 32
 
 
@@ -67,25 +66,25 @@ def add_budgets(
     micro_batch: int | None = None,
     core_hour_price: float = CORE_HOUR_PRICE,
 ) -> bool:
-    """Make a checkpoint with budgets of a classifier and a log of texts.
+    """Write a checkpoint with budgets, made from a classifier and texts.
 
     Args:
-        classifier: folder of a classifier of a known family, with its tokenizer.
-        texts: a file with texts of the kind that it will serve; a column `label`, if there is one,
-            says how accurate the levels are, and teaches nothing.
-        output: what to write; its last two parts are the model's name and version.
+        classifier: folder of a classifier of a supported family, with its tokenizer.
+        texts: a file with texts similar to production traffic. A column `label` is optional, and
+            only used to report the accuracy of the levels.
+        output: folder to write; ends with the model's name and version.
         recipe: `Recipe.read("minutes")` or `("hours")`, or another without dense epochs.
-        work_dir: state of the run; a second call goes on from it.
-        threads: of torch; None: its own choice.
-        log: gets one line per event.
+        work_dir: for the state of the run, from which a second call resumes.
+        threads: number of torch threads; None: torch's default.
+        log: called with one line per event.
         device, micro_batch: see `budgetformer.training.pipeline.train_checkpoint`.
-        core_hour_price: of one core for an hour, for the table of costs.
+        core_hour_price: price of one core for an hour, for the table of costs.
 
     Returns:
         Whether this process wrote the checkpoint.
 
     Raises:
-        DataError: the texts or the recipe do not fit.
+        DataError: the texts are too few or invalid, or the recipe cannot be used.
         CheckpointError: the classifier cannot be converted.
     """
     check_output(output)
@@ -103,7 +102,7 @@ def add_budgets(
         log(f"{len(rows)} of {len(examples)} texts, drawn at random")
         examples = examples.subset(rows)
     if len(examples) < 2 * MIN_ROWS:
-        raise DataError(f"{texts}: {len(examples)} texts, {2 * MIN_ROWS} are needed")
+        raise DataError(f"{texts}: has {len(examples)} texts, at least {2 * MIN_ROWS} are required")
     tokenizer = read_tokenizer(classifier)
     columns = table_columns(len(source.label_names), source.problem_type == MULTI_LABEL)
     torch.manual_seed(recipe.seed)
@@ -153,7 +152,7 @@ def add_budgets(
     log("fitting f_o, calibrating budgets")
     trained = recipe.budget_epochs > 0
     dtype = torch.float16 if trained else smallest_dtype(source.weights)
-    with torch.no_grad():  # served as the file holds it
+    with torch.no_grad():  # calibrate with the weights as they will be stored
         for weight in model.parameters():
             weight.copy_(weight.to(dtype).float())
     unseen = tokens.subset(held)
@@ -210,7 +209,7 @@ def add_budgets(
 
 
 def full_logits(network: PackedPass, tokens: TokenizedTexts) -> Tensor:
-    """Return the full network's own logits [N, C] of N texts."""
+    """Return the full network's logits [N, C] of N texts, not combined with step 0's."""
     count, last = len(tokens.ids), network.config.num_steps
     logits = torch.zeros(count, network.config.num_classes)
     order = np.argsort(tokens.lengths, kind="stable")
@@ -231,7 +230,11 @@ def _read(path: Path, names: list[str], problem_type: str, labelled: bool) -> Ex
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    """Refuse what would not keep the classifier that is taken over."""
+    """Check that a recipe keeps the full budget equal to the classifier.
+
+    Raises:
+        DataError: it does not.
+    """
     wanted = {
         "dense_epochs": 0,
         "head_selection": "ranked",
@@ -242,5 +245,5 @@ def _check_recipe(recipe: Recipe) -> None:
     for key, value in wanted.items():
         if getattr(recipe, key) != value:
             raise DataError(
-                f"recipe key {key} is {getattr(recipe, key)!r}, with --texts it must be {value!r}"
+                f"recipe key {key} must be {value!r} with --texts, not {getattr(recipe, key)!r}"
             )

@@ -1,4 +1,4 @@
-"""What the quality levels of a checkpoint cost on this machine: time and money."""
+"""Measure the time and price of a checkpoint's quality levels on this machine."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ TEXTS, ROUNDS = 512, 3
 
 
 def measure_levels(checkpoint: Checkpoint, examples: Examples, core_hour_price: float) -> Timing:
-    """Time every named quality level, and the full budget, on some texts in batches.
+    """Time every named quality level, and the full budget, on batches of texts.
 
-    Tokenization counts. The levels take turns; each one's time is the median of its rounds.
+    Times include tokenization. Levels take turns, and the time of a level is its median.
 
     Args:
-        checkpoint: what answers.
-        examples: texts, of which some are taken evenly.
-        core_hour_price: of one core, in any currency.
+        checkpoint: the checkpoint.
+        examples: texts, from which an even sample is taken.
+        core_hour_price: price of one core for an hour, in any currency.
     """
-    some = examples.evenly(TEXTS)
+    sample = examples.evenly(TEXTS)
     classifier = Classifier(checkpoint.path)
     levels: list[str | None] = [*checkpoint.manifest.named_levels, None]
     seconds: dict[str, list[float]] = {level or FULL: [] for level in levels}
@@ -34,16 +34,16 @@ def measure_levels(checkpoint: Checkpoint, examples: Examples, core_hour_price: 
         for level in levels:
             heads = checkpoint.num_heads if level is None else None
             began = time.perf_counter()
-            classifier(some.texts, some.pairs, level, heads)
+            classifier(sample.texts, sample.pairs, level, heads)
             if turn:  # the first round warms up
                 seconds[level or FULL].append(time.perf_counter() - began)
     return Timing(
         processor=processor_name(),
         threads=torch.get_num_threads(),
         precision=classifier.network.precision,
-        texts=len(some.texts),
+        texts=len(sample.texts),
         milliseconds={
-            name: 1000 * statistics.median(own) / len(some.texts) for name, own in seconds.items()
+            name: 1000 * statistics.median(own) / len(sample.texts) for name, own in seconds.items()
         },
         core_hour_price=core_hour_price,
     )

@@ -1,4 +1,4 @@
-"""The report of a checkpoint's quality levels on some texts: one table and one plot."""
+"""Report a checkpoint's quality levels on a set of texts, in one table and one plot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLUMNS = (
 
 
 def level_cells(rows: Sequence[Row], timing: Timing) -> list[list[str]]:
-    """Return the table of a report, by `COLUMNS`."""
+    """Return the rows of the report's table, with `COLUMNS`."""
     return [
         [
             row.quality,
@@ -38,13 +38,13 @@ def level_cells(rows: Sequence[Row], timing: Timing) -> list[list[str]]:
 
 
 def write_levels(label: str, rows: Sequence[Row], timing: Timing, folder: Path) -> None:
-    """Write `levels.md` and `levels.png` to a folder, which is made where needed.
+    """Write `levels.md` and `levels.png` to a folder, which is created if necessary.
 
     Args:
         label: of the checkpoint.
-        rows: what its levels reached.
-        timing: what they took.
-        folder: where to.
+        rows: accuracy and cost of its levels.
+        timing: measured time of its levels.
+        folder: the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     draw([folder / PLOT], partial(_plot, rows=rows, timing=timing), size=(7, 4.2))

@@ -1,1 +1,1 @@
-"""Time the compact pass beside what a user would run instead, interleaved, as ratios."""
+"""Time the compact pass and its baselines, interleaved, and report ratios."""

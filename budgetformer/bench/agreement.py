@@ -1,4 +1,4 @@
-"""How often a faster pass gives another label than the plain one, on whole test sets."""
+"""Measure how often a faster pass gives another label than the plain one, on full test sets."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of one pass with the plain one at one way of choosing budgets.
+    """Agreement of a pass with the plain one at one quality level.
 
     Attributes:
-        way: a quality level, or "full".
-        texts: how many.
-        other: those with another label (multi-label: set of labels).
-        moved: those that ended at another step.
+        way: the quality level, or "full".
+        texts: number of texts.
+        other: number of texts with another label (multi-label: set of labels).
+        moved: number of texts that ended at another step.
         difference: largest difference of a logit among texts that ended at the same step.
     """
 
@@ -46,7 +46,7 @@ class Agreement:
 def compare_labels(
     checkpoint: Checkpoint, texts: Sequence[Text], plain: PackedPass, other: PackedPass
 ) -> list[Agreement]:
-    """Classify all texts by both passes, at every quality level and at the full budget."""
+    """Compare two passes on all texts, at every quality level and at the full budget."""
     items = Texts.of(load_encoder(checkpoint).encode(texts))
     ways = {name: checkpoint.rule(name) for name in checkpoint.manifest.named_levels}
     ways["full"] = checkpoint.rule(None, heads=checkpoint.num_heads)
@@ -78,7 +78,7 @@ def _answers(network: PackedPass, rule: BudgetRule, texts: Texts) -> tuple[Tenso
     lengths = texts.window.lengths
 
     def batches(places: list[int]) -> Iterator[list[int]]:
-        """Group texts of about one length, as a scheduler would."""
+        """Group texts of similar length, as the scheduler does."""
         order = sorted(places, key=lengths.__getitem__)
         return (sorted(order[at : at + BATCH]) for at in range(0, len(order), BATCH))
 

@@ -1,4 +1,4 @@
-"""What a user would run instead: the dense network in Transformers and in ONNX Runtime.
+"""Baselines of the compact pass: the dense network in Transformers and in ONNX Runtime.
 
 They pad a batch to its longest text, as those libraries do.
 """
@@ -31,14 +31,17 @@ class DenseTwin(nn.Module):
     """The full step of a network as a BERT of Transformers with the same weights.
 
     Raises:
-        ValueError: the network is no BERT: pre-norm, or with another summary than the mean.
+        ValueError: the network is not a BERT with mean pooling.
     """
 
     def __init__(self, model: BudgetFormerForSequenceClassification) -> None:
         super().__init__()
         config = model.config
         if config.norm_position != "post" or config.pooling != "mean":
-            raise ValueError("only a post-norm network with mean pooling has a twin here")
+            raise ValueError(
+                "the dense baseline requires a post-norm network with mean pooling, not "
+                f"{config.norm_position!r} and {config.pooling!r}"
+            )
         bert = BertConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -96,7 +99,7 @@ def _copy_encoder(model: BudgetFormerForSequenceClassification, bert: Any) -> No
 
 
 def padded(items: Sequence[TokenIds]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return ids, attention mask and segment ids of some items, [B, T] each."""
+    """Return padded ids, attention mask and segment ids, [B, T] each."""
     longest = max(len(ids) for ids in items)
     ids = np.zeros((len(items), longest), np.int64)
     mask = np.zeros_like(ids)
@@ -109,12 +112,12 @@ def padded(items: Sequence[TokenIds]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def baseline_contenders(
     model: BudgetFormerForSequenceClassification, threads: int, bfloat16: bool
 ) -> Iterator[Contender]:
-    """Yield the dense network in Transformers and, where that is installed, in ONNX Runtime.
+    """Yield the dense network in Transformers and, if installed, in ONNX Runtime.
 
     Args:
-        model: whose full step they compute.
-        threads: of ONNX Runtime; torch's own are not changed.
-        bfloat16: whether this machine multiplies fast in it.
+        model: the network, whose full step the baselines compute.
+        threads: of ONNX Runtime; torch's are unchanged.
+        bfloat16: whether to add Transformers in bfloat16.
 
     Raises:
         ValueError: as for `DenseTwin`.
@@ -172,8 +175,8 @@ def quantize(network: nn.Module, inputs: Sequence[str], folder: Path) -> Path:
     """Write a network for ONNX Runtime, in float32 and in int8; return the file in int8.
 
     Args:
-        network: takes token ids and the like, [B, T] each, by name.
-        inputs: these names.
+        network: takes integer inputs [B, T] by name.
+        inputs: names of its inputs.
         folder: gets `plain.onnx` and `int8.onnx`.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -188,7 +191,7 @@ def _export(network: nn.Module, inputs: Sequence[str], path: Path) -> None:
     example = {name: torch.ones(2, 9, dtype=torch.long) for name in inputs}
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about its own parts
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
         torch.onnx.export(
             network,
             (),

@@ -1,6 +1,6 @@
-"""Everything that has to be seen on a GPU, in one run of a few minutes: right, fast, and how large.
+"""Check correctness, speed and memory of all passes on a GPU, in one run of a few minutes.
 
-Without a GPU it runs all the same, on plain torch, so that it is known to run before there is one.
+It also runs without a GPU, on plain torch, to test the run itself.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from torch import Tensor, nn
 from budgetformer.bench.agreement import Agreement, compare_labels
 from budgetformer.bench.baselines import bfloat16_twin, padded
 from budgetformer.bench.passes import small_step
-from budgetformer.bench.timing import TokenIds, made_up_texts, token_ids
+from budgetformer.bench.timing import TokenIds, random_texts, token_ids
 from budgetformer.checkpoint.store import Checkpoint
-from budgetformer.inference.choice import make_pass
 from budgetformer.inference.packed import DECISION, Decision, PackedPass, PackedTokens
+from budgetformer.inference.precision_choice import make_pass
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.training.pages import markdown_table
 
 TOKENS = (64, 512, 2048, 8192, 16384)
-"""Of the batches that are timed, about."""
+"""Approximate tokens of the timed batches."""
 ROTATED = 8
-"""Batches that take turns, so that no answer comes from a warm cache."""
+"""Number of batches that take turns, so that none is in a warm cache."""
 CHECKED_TEXTS = 512
 DENSE = "dense, Transformers sdpa bfloat16"
 
 
 @dataclass(frozen=True)
 class StepError:
-    """A pass against the reference network in float32: largest error of a logit, and labels.
+    """Largest logit error and label differences of a pass against the float32 reference network.
 
-    On arrival, step 0, against the plain pass: of step 0's logits and of s.
+    For step 0 (the decision): of step 0's logits and s, against the plain pass.
     """
 
     way: str
@@ -59,11 +59,11 @@ class GpuTiming:
     """Seconds of one batch.
 
     Attributes:
-        way, step: what ran.
-        tokens, items: of a batch.
-        queued: when batches queue up.
-        alone: from tokens to logits on the host.
-        device: when nothing is sent and nothing fetched; None where a pass is not recorded.
+        way, step: name of the pass, and ladder step.
+        tokens, items: of the batch.
+        queued: throughput: with further batches queued behind it.
+        alone: latency of a single batch, from tokens to logits on the host.
+        device: replay time without transfers; None if the pass is not recorded.
     """
 
     way: str
@@ -77,16 +77,16 @@ class GpuTiming:
 
 @dataclass
 class GpuReport:
-    """What one run saw.
+    """The results of one run.
 
     Attributes:
-        model: the checkpoint.
-        facts: the machine.
-        errors, agreements: whether it is right.
-        waits: by pass, what waited for the device within a batch, or "nothing".
-        timings: how fast it is.
+        model: the checkpoint's label.
+        facts: description of the machine.
+        errors, agreements: correctness.
+        waits: by pass, the operation that waited for the device within a batch, or "nothing".
+        timings: speed.
         memory: bytes by name.
-        seconds: of the whole run.
+        seconds: duration of the run.
     """
 
     model: str
@@ -107,16 +107,16 @@ def bench_gpu(
     rounds: int = 24,
     steps: Sequence[int] | None = None,
 ) -> GpuReport:
-    """Check and time every way to run a checkpoint on a device.
+    """Check and time every pass of a checkpoint on a device.
 
     Args:
-        checkpoint: what to run.
-        texts: real ones; None: random tokens, and no agreement of labels, which means nothing then.
-        device: "cuda", or "cpu" to rehearse.
-        tokens: of the batches that are timed.
-        rounds: batches in a measurement, after as many to warm up.
-        steps: ladder steps that are timed, 0 for what is decided before them; None: that, the
-            ladder's ends, a sixth and a half of it.
+        checkpoint: the checkpoint.
+        texts: real texts; None: random tokens, without agreement of labels.
+        device: "cuda", or "cpu" to test the run itself.
+        tokens: approximate tokens of the timed batches.
+        rounds: batches per measurement, after as many for warm-up.
+        steps: ladder steps to time, 0 for the decision; None: the decision, the first and the last
+            step, and those at a sixth and a half of the ladder.
     """
     started = time.monotonic()
     model = load_model(checkpoint.path)
@@ -149,7 +149,7 @@ def bench_gpu(
 
 
 def write_gpu_report(report: GpuReport, folder: Path) -> None:
-    """Write `README.md` and `report.json` to `folder`, which is made where needed."""
+    """Write `README.md` and `report.json` to `folder`, which is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
     (folder / "README.md").write_text(as_markdown(report))
@@ -239,7 +239,7 @@ def _ways(model: BudgetFormerForSequenceClassification) -> Iterator[tuple[str, P
     """Yield every pass; the first is in float32."""
     for precision in ("float32", "bfloat16"):
         yield precision, make_pass(model, precision)
-    if model.where.type == "cuda":
+    if model.device.type == "cuda":
         from budgetformer.inference.backends.kernels import gpu
 
         yield "bfloat16, not recorded", PackedPass(model, "bfloat16", gpu)
@@ -248,7 +248,7 @@ def _ways(model: BudgetFormerForSequenceClassification) -> Iterator[tuple[str, P
 def _items(checkpoint: Checkpoint, texts: Sequence[str] | None, vocabulary: int) -> list[TokenIds]:
     if texts is None:
         longest = min(80, checkpoint.manifest.max_tokens)
-        return made_up_texts(4096, min(12, longest), longest, vocabulary)
+        return random_texts(4096, min(12, longest), longest, vocabulary)
     return token_ids(checkpoint, texts)
 
 
@@ -274,7 +274,7 @@ def _check(
             at = torch.full((len(part),), step, device=network.device)
             exits = network.decide(tokens).exit_logits
             logits = model(ids, attention_mask=mask, steps=at).logits
-            if exits is not None:  # `run_at` leaves step 0's share out
+            if exits is not None:  # `run_at` does not add step 0's logits
                 logits = logits - network.config.exit_weights[step - 1] * exits
             expected.append(logits)
         ours, truth = torch.cat(actual).float(), torch.cat(expected)
@@ -289,13 +289,13 @@ def _check(
 
 
 def _decided(decision: Decision) -> Tensor:
-    """Put what is known on arrival side by side, [B, ...]."""
+    """Return the tensors of a decision side by side, [B, ...]."""
     known = [decision.budget, decision.exit_logits, decision.ranking]
     return torch.cat([k.float().reshape(len(k), -1) for k in known if k is not None], dim=1)
 
 
 def _waits(network: PackedPass, items: Sequence[TokenIds]) -> str:
-    """Decide on a batch and run it with waiting for the device forbidden, and say what did."""
+    """Return the first operation of a batch that waits for the device, or "nothing"."""
     if network.device.type != "cuda":
         return "not asked"
     tokens = PackedTokens.pack(items[:32])
@@ -320,7 +320,7 @@ def _no_waiting() -> Iterator[None]:
 
 
 def _batches(items: Sequence[TokenIds], count: int) -> list[list[TokenIds]]:
-    """Return `ROTATED` batches of about `count` tokens; texts begin again where they run out."""
+    """Return `ROTATED` batches of about `count` tokens, starting over when texts are used up."""
     texts = cycle(items)
     batches = []
     for _ in range(ROTATED):
@@ -333,9 +333,12 @@ def _batches(items: Sequence[TokenIds], count: int) -> list[list[TokenIds]]:
 
 @dataclass(frozen=True)
 class _Way:
-    """How a batch is made ready on the host, and then run, up to logits on the device.
+    """One way to run a batch.
 
-    And if it is recorded, what runs it once more there.
+    Attributes:
+        prepare: prepares token ids on the host.
+        run: runs the prepared batch, up to logits on the device.
+        recorded: returns a function that replays the prepared batch, or None.
     """
 
     prepare: Callable[[Sequence[TokenIds]], Any]
@@ -355,11 +358,11 @@ def _step_way(network: PackedPass, step: int) -> _Way:
 
 
 def _dense_way(model: BudgetFormerForSequenceClassification) -> _Way:
-    twin = bfloat16_twin(model).to(model.where)
+    twin = bfloat16_twin(model).to(model.device)
 
     @torch.inference_mode()
     def run(arrays: Sequence[Tensor]) -> Tensor:
-        logits: Tensor = twin(*(array.to(model.where) for array in arrays))
+        logits: Tensor = twin(*(array.to(model.device) for array in arrays))
         return logits
 
     return _Way(lambda items: list(map(torch.from_numpy, padded(items))), run)
@@ -394,7 +397,7 @@ def _time(
 
 
 def _device_clock() -> float:
-    """Return the time when all that was queued is done."""
+    """Return the time after all queued work is done."""
     torch.cuda.synchronize()
     return time.perf_counter()
 

@@ -1,4 +1,4 @@
-"""The compact pass as contenders: every ladder step, and the quality levels on real texts."""
+"""Contenders with the compact pass: every ladder step, and the quality levels on real texts."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from budgetformer.bench.timing import Contender, Machine, TokenIds
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.cost.macs import encoder_macs, layer_weights
 from budgetformer.inference import cascade
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.inference.policy import BudgetRule
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.inference.texts import Texts, TokenColumns
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 
 
 def step_name(precision: str, step: int) -> str:
-    """Return what a step's contender is called."""
+    """Return the name of a step's contender."""
     return f"step {step}, {precision}"
 
 
 def small_step(last: int) -> int:
-    """Return the ladder step at about a sixth of the last one's multiply-adds."""
+    """Return the ladder step with about a sixth of the last step's multiply-adds."""
     return max(1, last // 6)
 
 
 def step_contenders(
     network: PackedPass, steps: Sequence[int], machine: Machine
 ) -> Iterator[Contender]:
-    """Yield the pass at each of some ladder steps, from token ids to logits."""
+    """Yield a contender for each of these ladder steps, from token ids to logits."""
     precision = network.precision
 
     def contender(step: int) -> Contender:
@@ -52,14 +52,14 @@ def step_contenders(
 
 
 def picked_name(step: int) -> str:
-    """Return what a step's contender is called that takes other heads for each text."""
+    """Return the name of a step's contender whose heads are picked per text."""
     return f"step {step}, float32, heads picked by text"
 
 
 def picking_contender(like: BudgetFormerConfig, step: int) -> Contender:
-    """Return a step of a network of the same shape whose g_d picks heads for each text.
+    """Return a contender for a step of a similar network whose g_d picks heads per text.
 
-    Its weights, and which heads it picks, are random: hardly two texts of a batch keep the same.
+    Weights and picked heads are random, so hardly two texts of a batch keep the same heads.
     """
     by_text = {"head_selection": "input", "budget_scope": "input"}
     config = BudgetFormerConfig(**(like.to_dict() | by_text))
@@ -77,7 +77,7 @@ def picking_contender(like: BudgetFormerConfig, step: int) -> Contender:
 
 
 def level_contenders(network: PackedPass, checkpoint: Checkpoint) -> Iterator[Contender]:
-    """Yield the quality levels, each with its decision, its steps and its escalations."""
+    """Yield a contender for each quality level, including decision and escalations."""
 
     def contender(name: str, rule: BudgetRule) -> Contender:
         def run(items: Sequence[TokenIds]) -> object:

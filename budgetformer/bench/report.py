@@ -1,4 +1,4 @@
-"""Run the whole comparison, and write it as Markdown, JSON and a plot."""
+"""Time all contenders, and write the results as Markdown, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from budgetformer.bench.timing import (
     Machine,
     Timing,
     TokenIds,
-    made_up_texts,
+    random_texts,
     time_in_turns,
     token_ids,
 )
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.cost.processor import processor_name
-from budgetformer.inference.choice import load_pass
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import load_model
 from budgetformer.training.pages import draw, markdown_table
@@ -41,21 +41,21 @@ if TYPE_CHECKING:
 BATCHES = (1, 4, 8, 16, 32, 64)
 MAX_ROUNDS = 64
 LENGTHS = (12, 80)
-"""Tokens of the made-up texts, from and to."""
+"""Minimum and maximum tokens of random texts."""
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Every contender at every batch size.
+    """The timings of every contender at every batch size.
 
     Attributes:
-        model: the checkpoint.
-        texts: where the texts are from.
-        tokens: mean length.
-        machine: what the device reaches at best.
-        facts: what it is.
-        full: the full step's name, in the precision that a server would choose here.
-        timings: in order.
+        model: the checkpoint's label.
+        texts: description of the texts.
+        tokens: mean length of the texts.
+        machine: measured peak rates of the device.
+        facts: description of the device.
+        full: name of the full step's contender, in the precision that a server selects here.
+        timings: of all contenders, by batch size.
     """
 
     model: str
@@ -135,13 +135,13 @@ def compare_passes(
     threads: int = 1,
     baselines: bool = True,
 ) -> BenchReport:
-    """Time every step, every quality level and the dense network, all in turns, on this CPU.
+    """Time every step, every quality level and the dense network in turns on this CPU.
 
     Args:
-        checkpoint: what to time.
-        texts: real ones; None: random tokens, and no quality levels, which mean nothing on them.
-        batches: numbers of texts.
-        rounds: of turns, each on other texts; small batches take more of them, for as many texts.
+        checkpoint: the checkpoint.
+        texts: real texts; None: random tokens, without quality levels, which would mean nothing.
+        batches: batch sizes.
+        rounds: minimum rounds, each on other texts; small batches get more.
         threads: of every contender.
         baselines: whether to time the dense network in other libraries.
 
@@ -184,7 +184,7 @@ def compare_passes(
 
 
 def write_bench_report(report: BenchReport, folder: Path) -> None:
-    """Write `README.md`, `report.json` and the plot to `folder`, which is made where needed."""
+    """Write `README.md`, `report.json` and the plot to `folder`, which is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     tables = "\n\n".join(
@@ -233,14 +233,14 @@ def _items(
 ) -> list[TokenIds]:
     if texts is None:
         longest = min(LENGTHS[1], checkpoint.manifest.max_tokens)
-        return made_up_texts(count, min(LENGTHS[0], longest), longest, vocabulary)
+        return random_texts(count, min(LENGTHS[0], longest), longest, vocabulary)
     if len(texts) < 2:
-        raise ValueError("two texts are needed at least")
+        raise ValueError(f"at least two texts are required, not {len(texts)}")
     return token_ids(checkpoint, texts[:count])
 
 
 def _round(items: Sequence[TokenIds], turn: int, batch: int) -> list[TokenIds]:
-    """Return the texts of a turn; where they run out, they begin again."""
+    """Return the texts of a turn, starting over when they are used up."""
     return [items[(turn * batch + place) % len(items)] for place in range(batch)]
 
 

@@ -1,4 +1,4 @@
-"""Time several ways to do the same work, in turns: a busy machine slows all of them alike."""
+"""Time several contenders in turns, so that other load on the machine affects all equally."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from budgetformer.inference.ranges import StateRange
 TokenIds = list[int]
 
 INT8_RANGE = StateRange(low=-4, high=4)
-"""Of random numbers, as products in int8 read them."""
+"""State range of the random numbers in int8 products."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to classify a batch.
+    """One implementation of classifying a batch.
 
     Attributes:
-        name: as tables show it.
-        run: classifies items, given their token ids; it returns when they are done.
-        limit: least seconds that the hardware needs for these items, if that is known.
+        name: its name in tables.
+        run: classifies items, given their token ids, and returns when they are done.
+        limit: minimum seconds that the hardware needs for these items, if known.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one contender took for batches, in seconds: every round's, and the mean limit."""
+    """The seconds of one contender per batch, in every round, and the mean hardware limit."""
 
     name: str
     batch: int
@@ -53,16 +53,16 @@ class Timing:
 
     @property
     def mean(self) -> float:
-        """Seconds for a batch, over rounds of different texts."""
+        """Mean seconds per batch, over rounds of different texts."""
         return statistics.fmean(self.rounds)
 
 
 def time_in_turns(
     contenders: Sequence[Contender], batches: Sequence[Sequence[TokenIds]]
 ) -> list[Timing]:
-    """Time every contender on each of two batches or more, in turns after a warm-up on the first.
+    """Time every contender on at least two batches, in turns, after a warm-up on the first.
 
-    A batch is a round: texts differ in what they need, so each round has others.
+    Each batch is one round, with other texts, because texts differ in cost.
     """
     taken: list[list[float]] = [[] for _ in contenders]
     for turn, items in enumerate([batches[0], *batches]):
@@ -83,12 +83,12 @@ def time_in_turns(
 
 
 def token_ids(checkpoint: Checkpoint, texts: Sequence[str]) -> list[TokenIds]:
-    """Return texts as a checkpoint's tokenizer reads them."""
+    """Return the token ids of texts, by a checkpoint's tokenizer."""
     return [tokens.ids for tokens in load_encoder(checkpoint).encode(texts)]
 
 
-def made_up_texts(count: int, shortest: int, longest: int, vocabulary: int) -> list[TokenIds]:
-    """Return items of random tokens and of lengths between two bounds; always the same ones."""
+def random_texts(count: int, shortest: int, longest: int, vocabulary: int) -> list[TokenIds]:
+    """Return items of random tokens with lengths between two bounds; always the same ones."""
     draw = random.Random(0)
     return [
         [draw.randrange(1, vocabulary) for _ in range(draw.randint(shortest, longest))]
@@ -98,7 +98,7 @@ def made_up_texts(count: int, shortest: int, longest: int, vocabulary: int) -> l
 
 @dataclass(frozen=True)
 class Machine:
-    """What this device reaches at best: multiply-adds per second by precision, bytes per second."""
+    """Measured peak rates of this device: multiply-adds/s by precision, and bytes/s."""
 
     macs: dict[str, float]
     bandwidth: float
@@ -121,7 +121,7 @@ class Machine:
         return cls(macs, source.numel() / _least(lambda: target.copy_(source)))
 
     def limit(self, precision: str, macs: float, nbytes: float) -> float:
-        """Return the least seconds for so many multiply-adds on weights of so many bytes."""
+        """Return the minimum seconds for these multiply-adds and for reading these bytes."""
         return max(macs / self.macs[precision], nbytes / self.bandwidth)
 
 

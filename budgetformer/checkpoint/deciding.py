@@ -22,15 +22,15 @@ _TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
 
 
 def load_decider(checkpoint: Checkpoint, shared: Path | None = None) -> Decider | None:
-    """Load step 0 and f_o of a checkpoint; None: its network decides by embeddings, in its pass.
+    """Load step 0 and f_o of a checkpoint; None if its network decides from embeddings.
 
     Args:
         checkpoint: its files need not have been verified.
-        shared: folder through which processes hold the tables once, in a file in memory; None:
-            they are this process's own. Where no such file can be made, too.
+        shared: folder through which processes share the tables in memory; None, or if memory
+            cannot be shared here: this process has its own copy.
 
     Raises:
-        CheckpointError: the file of the weights differs from the manifest, or lacks a tensor.
+        CheckpointError: the weights file differs from the manifest, or lacks a tensor.
     """
     architecture = checkpoint.architecture
     sizes = Sizes.of(architecture)
@@ -45,7 +45,7 @@ def load_decider(checkpoint: Checkpoint, shared: Path | None = None) -> Decider 
         decider = Decider(sizes, StepZero.of(architecture, tensors))
     except (KeyError, ValueError, TypeError) as error:
         path = checkpoint.path / WEIGHTS
-        raise CheckpointError(f"{path}: no step 0 can be read from it: {error}") from error
+        raise CheckpointError(f"{path}: cannot read step 0: {error}") from error
     if file is not None:
         weakref.finalize(decider, file.forget)
     return decider
@@ -53,13 +53,13 @@ def load_decider(checkpoint: Checkpoint, shared: Path | None = None) -> Decider 
 
 def _read(checkpoint: Checkpoint) -> dict[str, Array]:
     """Read the tensors of step 0 and f_o, floats as float32."""
-    # The whole file is read once, and compared with the manifest: it may change meanwhile.
+    # One read that is compared with the manifest, because the file may change meanwhile.
     found = _tensors(np.frombuffer(checkpoint.read(WEIGHTS), np.uint8))
     return {name: array.copy() for name, array in found.items()}
 
 
 def _map(checkpoint: Checkpoint, file: SharedFile) -> dict[str, Array]:
-    """Map the same tensors from a file that the first process that asks for it makes."""
+    """Map the same tensors from a shared file, which the first process creates."""
     try:
         with file.opened(lambda writer: writer.write(save(_read(checkpoint)))) as descriptor:
             content = np.frombuffer(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ), np.uint8)
@@ -69,10 +69,10 @@ def _map(checkpoint: Checkpoint, file: SharedFile) -> dict[str, Array]:
 
 
 def _tensors(content: Array) -> dict[str, Array]:
-    """Return views of the tensors of step 0 and f_o in a file of safetensors.
+    """Return views of the tensors of step 0 and f_o in the content of a safetensors file.
 
     Raises:
-        ValueError, KeyError, TypeError: the content is not a file of safetensors.
+        ValueError, KeyError, TypeError: the content is not in the safetensors format.
     """
     begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
     entries = json.loads(content[8:begin].tobytes())

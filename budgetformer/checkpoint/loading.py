@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a network that is ready to run, without Transformers."""
+"""Load the compact pass of a checkpoint folder, without Transformers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from budgetformer.checkpoint.manifest import CONFIG, WEIGHTS
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import CheckpointError, one_line
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.precision import Precision
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.model.architecture import Architecture
 from budgetformer.model.encoder import Encoder, SequenceClassifier
 
-_ONE_AT_A_TIME = threading.Lock()
+_without_init_lock = threading.Lock()
 
 
 def load_network(
@@ -30,13 +30,13 @@ def load_network(
     """Load a checkpoint's weights and return its compact pass, in a precision of `load_pass`.
 
     Raises:
-        CheckpointError: a file is damaged, a weight is missing, left over or of another shape, or
-            there is no such precision for it here.
+        CheckpointError: a file is damaged; a weight is missing, unexpected or of another shape; or
+            the precision is not available.
     """
     checkpoint.verify(but=WEIGHTS)
     network = _assemble(checkpoint)
     path = checkpoint.path / WEIGHTS
-    # Read once, and not mapped: the file may change, or shrink, while it is used.
+    # Read instead of mapped, because the file may change or shrink while it is used.
     content = checkpoint.read(WEIGHTS)
     try:
         weights = load(content)
@@ -44,7 +44,7 @@ def load_network(
         raise CheckpointError(f"{path}: {one_line(error)}") from error
     del content
     _check(path.as_posix(), network, weights)
-    kept = {name: w if _stays(name, w) else w.float() for name, w in weights.items()}
+    kept = {name: w if _keeps_dtype(name, w) else w.float() for name, w in weights.items()}
     network.load_state_dict(kept, assign=True)
     network.encoder.embeddings.states_dtype = torch.float32
     network.to(torch.device(device))
@@ -52,14 +52,14 @@ def load_network(
         loaded = load_pass(network, precision, checkpoint.manifest.ranges)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    loaded.take_over()
+    loaded.free_model_weights()
     return loaded
 
 
-def _stays(name: str, weight: Tensor) -> bool:
-    """Say whether a weight keeps the precision of its file, which takes half of the memory.
+def _keeps_dtype(name: str, weight: Tensor) -> bool:
+    """Return whether a weight keeps its 16-bit type, to save memory.
 
-    The tables do, of which a text reads few rows, and the matrices of which passes lay out copies.
+    Tables do, because a text reads few of their rows, and so do matrices that passes pack.
     """
     if not weight.is_floating_point():
         return True
@@ -69,41 +69,41 @@ def _stays(name: str, weight: Tensor) -> bool:
 
 
 def _assemble(checkpoint: Checkpoint) -> SequenceClassifier:
-    """Put the modules together, without weights."""
+    """Create the network's modules without initialising their weights."""
     try:
         architecture = Architecture.read(checkpoint.config)
-        with _unfilled():
+        with _without_init():
             encoder, network = Encoder(), SequenceClassifier()
             encoder.build(architecture)
             network.build(encoder, architecture)
-    except Exception as error:  # whatever torch makes of sizes that are none
-        told = one_line(error) or type(error).__name__
-        raise CheckpointError(f"{checkpoint.path / CONFIG}: {told}") from error
+    except Exception as error:  # torch raises many types for invalid sizes
+        reason = one_line(error) or type(error).__name__
+        raise CheckpointError(f"{checkpoint.path / CONFIG}: {reason}") from error
     return network
 
 
 @contextmanager
-def _unfilled() -> Iterator[None]:
-    """Make modules without drawing their weights, which come from a file.
+def _without_init() -> Iterator[None]:
+    """Skip the initialisation of modules that this thread creates in this block.
 
-    Memory that nothing was written to is not taken. The "meta" device would do as much, and import
-    a computer algebra system to do it. Other threads draw theirs meanwhile.
+    Memory that is never written to is not allocated. The "meta" device would do the same, but it
+    imports SymPy. Other threads initialise their modules as usual.
     """
     kinds: list[Any] = [nn.Linear, nn.Embedding, nn.LayerNorm]
     here = threading.get_ident()
 
-    def unless_here(draw: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-        return lambda module: None if threading.get_ident() == here else draw(module)
+    def in_other_threads(init: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+        return lambda module: None if threading.get_ident() == here else init(module)
 
-    with _ONE_AT_A_TIME:
-        drawing = [kind.reset_parameters for kind in kinds]
+    with _without_init_lock:
+        inits = [kind.reset_parameters for kind in kinds]
         try:
-            for kind, draw in zip(kinds, drawing, strict=True):
-                kind.reset_parameters = unless_here(draw)
+            for kind, init in zip(kinds, inits, strict=True):
+                kind.reset_parameters = in_other_threads(init)
             yield
         finally:
-            for kind, draw in zip(kinds, drawing, strict=True):
-                kind.reset_parameters = draw
+            for kind, init in zip(kinds, inits, strict=True):
+                kind.reset_parameters = init
 
 
 def _check(label: str, network: nn.Module, weights: dict[str, Tensor]) -> None:

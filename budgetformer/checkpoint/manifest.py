@@ -1,4 +1,4 @@
-"""What a checkpoint's `manifest.json` says, and how it is written; no torch, no Transformers."""
+"""The schema of `manifest.json`, and how it is written, without torch or Transformers."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ CONFIG, WEIGHTS, TOKENIZER, MANIFEST, CARD = (
     "README.md",
 )
 LOADED = (CONFIG, WEIGHTS, TOKENIZER)
-"""What a network is loaded from."""
+"""Files that are required to load a network."""
 FULL = "full budget"
-"""In place of a quality level's name: all heads for every text."""
+"""Stands for all heads for every text, in place of a quality level's name."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""What a model may be called; nothing of it leads elsewhere on a disk."""
+"""Pattern of model names; a name cannot contain a path."""
 MAX_VERSION = 2**63 - 1
-"""What the messages between processes, which name versions, can hold."""
+"""Largest version that the messages between processes can encode."""
 MAX_READ_BYTES = 64 * 2**20
-"""Of a manifest or a configuration, which are read whole."""
+"""Maximum size of a manifest or a configuration."""
 
 
 CORE_HOUR_PRICE = 0.05
-"""What a rented core costs for an hour, about, in dollars."""
+"""Approximate price of renting one core for an hour, in dollars."""
 
 
 class _Data(BaseModel):
@@ -40,14 +40,14 @@ class _Data(BaseModel):
 
 
 class FileEntry(_Data):
-    """Size and digest of one file of the folder."""
+    """Size and digest of one file of a checkpoint folder."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
 
 
 class Provenance(_Data):
-    """Where the starting weights and the data come from, and under which terms."""
+    """Origin and terms of the starting weights and the data."""
 
     starting_weights: str
     starting_weights_license: str
@@ -56,9 +56,9 @@ class Provenance(_Data):
 
 
 class FixedStep(_Data):
-    """What one ladder step, given to every text, reached on the calibration data.
+    """The result of running one ladder step for every text of the calibration data.
 
-    `accuracy` is None where that had no labels; then `agreement` with the full network is known.
+    Without labels, `accuracy` is None and `agreement` with the full network is set.
     """
 
     step: int
@@ -81,10 +81,10 @@ class Timing(_Data):
     """Time per text on the machine that made a checkpoint, in batches, tokenization included.
 
     Attributes:
-        processor, threads, precision: what computed, and in which precision.
-        texts: how many were timed.
-        milliseconds: per text, by quality level and for the full budget.
-        core_hour_price: of one core for an hour, in any currency.
+        processor, threads, precision: hardware, torch threads and precision of the measurement.
+        texts: number of timed texts.
+        milliseconds: per text, by quality level and for `FULL`.
+        core_hour_price: price of one core for an hour, in any currency.
     """
 
     processor: str
@@ -95,32 +95,33 @@ class Timing(_Data):
     core_hour_price: float = Field(ge=0)
 
     def price(self, level: str) -> float:
-        """Return what a million texts cost at a level."""
+        """Return the price of a million texts at a level."""
         return self.milliseconds[level] * 1e6 / 3.6e6 * self.threads * self.core_hour_price
 
 
 class Manifest(_Data):
-    """What a checkpoint says of itself.
+    """The content of a checkpoint's `manifest.json`.
 
     Attributes:
-        format: version of this layout.
+        format: version of this schema.
         name: model name.
-        version: whole number; the highest is served.
+        version: integer; the highest is served.
         created: date, ISO 8601.
         files: every other file of the folder that is needed to serve, by name.
-        max_tokens: longest input, special tokens included; longer ones are truncated.
-        exit_tokens: likewise of what step 0 reads; None: `max_tokens`.
-        truncation_side: the end that is cut off then.
+        max_tokens: longest input of the encoder, including special tokens; longer ones are
+            truncated.
+        exit_tokens: likewise for step 0; None: `max_tokens`.
+        truncation_side: the end at which longer inputs are truncated.
         labels: label names in class order.
         problem_type: `single_label_classification` or `multi_label_classification`.
-        seed, recipe: what `budgetformer train` was asked.
+        seed, recipe: settings of the training run.
         metrics: figures of the run (rows, epochs, accuracies).
         frontier: fixed steps, for comparison.
         policy: the calibrated chain and its levels.
-        operating_points: calibrated rules of the older form, in order of rising cost; none where
-            there is a policy. `levels` gives what either form reached.
-        timing: what the levels took on the machine that made it, if that was measured.
-        ranges: of what each layer's maps read on the calibration data, for int8; may be none.
+        operating_points: calibrated rules of older checkpoints, in order of rising cost; empty if
+            there is a policy. `levels` has the results of either.
+        timing: measured time of the levels, if any.
+        ranges: state ranges of each layer on the calibration data, for int8; may be empty.
         provenance: origin and terms of weights and data.
     """
 
@@ -146,7 +147,7 @@ class Manifest(_Data):
 
     @property
     def levels(self) -> tuple[Level, ...]:
-        """What every calibrated level reached, in order of rising cost; some carry a name."""
+        """The figures of every calibrated level, in order of rising cost; some have a name."""
         if self.policy is not None:
             return self.policy.levels
         return tuple(point.level for point in self.operating_points)
@@ -158,17 +159,17 @@ class Manifest(_Data):
 
     @property
     def measure(self) -> Measure:
-        """What the points that a level loses are points of."""
+        """The measure of the levels' `points_lost`."""
         return "accuracy" if self.policy is None else self.policy.measure
 
     @property
     def whole_tokens(self) -> int:
-        """Tokens of a text that step 0 reads at most."""
+        """Maximum tokens of a text that step 0 reads."""
         return self.exit_tokens or self.max_tokens
 
 
 def file_entries(path: Path) -> dict[str, FileEntry]:
-    """Describe every file of a checkpoint folder that is needed to serve."""
+    """Return size and digest of every file of a checkpoint folder that is needed to serve."""
     kept = sorted(
         p for p in path.iterdir() if p.is_file() and p.suffix in {".json", ".safetensors"}
     )
@@ -180,7 +181,7 @@ def file_entries(path: Path) -> dict[str, FileEntry]:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, by rename, so that it is whole or not there."""
+    """Write `manifest.json` atomically."""
     part = path / f"{MANIFEST}.part"
     part.write_text(manifest.model_dump_json(indent=1) + "\n")
     part.replace(path / MANIFEST)

@@ -1,4 +1,4 @@
-"""Make a checkpoint folder appear complete or not at all."""
+"""Write checkpoint folders atomically."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def staged(target: Path, replace: bool = False) -> Iterator[Path]:
 
     Args:
         target: `<store>/<name>/<version>`.
-        replace: whether a checkpoint that is there is replaced.
+        replace: whether an existing checkpoint is replaced.
 
     Raises:
         CheckpointError: the folder cannot be written (the disk is full, ...), or `target` exists.
@@ -40,10 +40,10 @@ def staged(target: Path, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Make `parent` and a folder in it, which is removed at the end, after SIGTERM too.
+    """Create `parent` and a temporary folder in it, which is removed at the end or on SIGTERM.
 
     Raises:
-        CheckpointError: it cannot be made.
+        CheckpointError: the folder cannot be created.
     """
     with disk_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
@@ -56,10 +56,10 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def place(folder: Path, target: Path, replace: bool = False) -> None:
-    """Give a complete folder its name in a store, once its files are on the disk.
+    """Flush a complete folder to the disk and rename it to `target`.
 
     Raises:
-        CheckpointError: `target` exists, and is no checkpoint or must not be replaced.
+        CheckpointError: `target` exists and is not a checkpoint, or must not be replaced.
     """
     for path in (*folder.iterdir(), folder):
         descriptor = os.open(path, os.O_RDONLY)
@@ -83,18 +83,18 @@ def place(folder: Path, target: Path, replace: bool = False) -> None:
 
 
 def check_replaceable(target: Path, replace: bool) -> None:
-    """Refuse a target that exists, unless it is a checkpoint that may be replaced.
+    """Check that a target does not exist, or is a checkpoint that may be replaced.
 
     Raises:
-        CheckpointError: it must stay.
+        CheckpointError: it exists and must not be replaced.
     """
     if target.exists() and not (replace and (target / MANIFEST).is_file()):
-        raise CheckpointError(f"{target}: exists; give another version (--version or --out)")
+        raise CheckpointError(f"{target}: exists; choose another version (--version or --out)")
 
 
 @contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
-    """Raise what writing to a disk raises in this block as `CheckpointError`."""
+    """Convert errors of writing to the disk in this block to `CheckpointError`."""
     try:
         yield
     except OSError as error:
@@ -105,7 +105,7 @@ def disk_errors(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Let SIGTERM raise `SystemExit` in this block, where it would end the process at once."""
+    """Let SIGTERM raise `SystemExit` in this block, so that clean-up runs."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield

@@ -1,7 +1,7 @@
-"""A checkpoint folder and its manifest, without torch or Transformers.
+"""Read and verify checkpoint folders and model stores, without torch or Transformers.
 
-`model_store/<name>/<version>/` holds `config.json`, `model.safetensors`, `tokenizer.json` (and its
-config), `manifest.json` and `README.md`. The highest version is the one that is served.
+`model_store/<name>/<version>/` has `config.json`, `model.safetensors`, `tokenizer.json` (and its
+config), `manifest.json` and `README.md`. The highest version is served.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from budgetformer.tokenization import TextEncoder, tokenizer_errors
 
 
 class _Shape(BaseModel):
-    """What this module needs to know of `config.json`."""
+    """The keys of `config.json` that this module checks."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -61,7 +61,7 @@ def _first_problem(error: ValidationError) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint folder whose manifest and configuration have been read."""
+    """A checkpoint folder, its manifest and its configuration."""
 
     path: Path
     manifest: Manifest
@@ -79,12 +79,12 @@ class Checkpoint:
 
     @property
     def label(self) -> str:
-        """`name:version`, as answers give it."""
+        """`name:version`, as in answers."""
         return f"{self.name}:{self.version}"
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The network's sizes and form."""
+        """The network's sizes and options."""
         return Architecture.read(self.config)
 
     @cached_property
@@ -109,17 +109,17 @@ class Checkpoint:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it has quality levels; otherwise only f_o's own rule can be asked for."""
+        """Whether it has quality levels; otherwise requests can only use f_o's ceil(s * S)."""
         return bool(self.manifest.policy or self.manifest.operating_points)
 
     @property
     def multi_label(self) -> bool:
-        """Whether a text may carry several labels."""
+        """Whether a text may have several labels."""
         return self.manifest.problem_type == "multi_label_classification"
 
     @property
     def budgets(self) -> list[int]:
-        """Every ladder step that an answer can name."""
+        """Every ladder step that can answer."""
         return list(range(0 if self.has_exit else 1, len(self.ladder) + 1))
 
     def rule(
@@ -131,10 +131,10 @@ class Checkpoint:
         """Return the rule for one request's budgets.
 
         Args:
-            quality: a level's name or the points given up, in the manifest's measure; None takes
-                f_o's own ceil(s * S).
-            heads: heads per layer, instead of f_o.
-            max_heads: at most so many heads per layer.
+            quality: a level's name, or the accepted accuracy drop in points of the manifest's
+                measure; None: f_o's ceil(s * S).
+            heads: heads per layer; overrides f_o.
+            max_heads: maximum heads per layer.
 
         Raises:
             PolicyError: there is no such level, or no step with so few heads.
@@ -143,7 +143,7 @@ class Checkpoint:
 
     @cached_property
     def _rules(self) -> Callable[[str | float | None, int | None, int | None], BudgetRule]:
-        """Rules that were made: requests ask for few different ones, again and again."""
+        """Cached `_make_rule`, because requests use few different rules."""
         return lru_cache(maxsize=256)(self._make_rule)
 
     def _make_rule(
@@ -161,7 +161,7 @@ class Checkpoint:
 
     @property
     def level_rules(self) -> list[BudgetRule]:
-        """The rule of every calibrated level, those without a name too, in order of rising cost."""
+        """The rule of every calibrated level, with or without a name, in order of rising cost."""
         steps = len(self.ladder)
         if self.manifest.policy is not None:
             return [self.manifest.policy.rule_at(level, steps) for level in self.manifest.levels]
@@ -178,14 +178,14 @@ class Checkpoint:
         raise PolicyError(f"{field}: no budget step computes at most {heads} heads per layer")
 
     def verify(self, but: str | None = None) -> None:
-        """Compare each file with the manifest; `but` is one that is left out.
+        """Compare every file except `but` with the manifest.
 
         Raises:
-            CheckpointError: a file is missing or differs, named with what differs.
+            CheckpointError: a file is missing or differs.
         """
         for name in LOADED:
             if name not in self.manifest.files:
-                raise CheckpointError(f"{self.path / MANIFEST}: names no {name}")
+                raise CheckpointError(f"{self.path / MANIFEST}: does not list {name}")
         for name, entry in self.manifest.files.items():
             if Path(name).name != name:
                 raise CheckpointError(
@@ -193,38 +193,38 @@ class Checkpoint:
                 )
             if name != but:
                 with _as_checkpoint_errors(self.path / name):
-                    path = self._of_its_size(name)
+                    path = self._checked_size(name)
                     _compare(path, digest_of(path), entry)
 
     def read(self, name: str) -> bytes:
-        """Return a file's content, which is what the manifest says.
+        """Return a file's content after comparing it with the manifest.
 
-        Who reads a file anew after it was verified may get something else: it may change meanwhile.
+        Unlike reading a file after `verify`, this is safe if the file changes meanwhile.
 
         Raises:
-            CheckpointError: it is missing or differs, named with what differs.
+            CheckpointError: the file is missing or differs.
         """
         entry = self.manifest.files.get(name)
         if entry is None:
-            raise CheckpointError(f"{self.path / MANIFEST}: names no {name}")
+            raise CheckpointError(f"{self.path / MANIFEST}: does not list {name}")
         with _as_checkpoint_errors(self.path / name):
-            path = self._of_its_size(name)
+            path = self._checked_size(name)
             with path.open("rb") as file:
                 content = file.read(entry.bytes + 1)
         _compare(path, hashlib.sha256(content).hexdigest(), entry)
         return content
 
-    def _of_its_size(self, name: str) -> Path:
+    def _checked_size(self, name: str) -> Path:
         path, entry = _own_file(self.path, name), self.manifest.files[name]
         size = path.stat().st_size
         if size != entry.bytes:
-            raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry.bytes}")
+            raise CheckpointError(f"{path}: has {size} bytes, but the manifest says {entry.bytes}")
         return path
 
 
 @contextmanager
 def _as_checkpoint_errors(path: Path) -> Iterator[None]:
-    """Raise what a disk makes of reading a file, which may go meanwhile, as `CheckpointError`."""
+    """Convert errors of reading a file in this block to `CheckpointError`."""
     try:
         yield
     except OSError as error:
@@ -237,18 +237,18 @@ def _compare(path: Path, digest: str, entry: FileEntry) -> None:
 
 
 def _own_file(folder: Path, name: str) -> Path:
-    """Return the path of a folder's own file.
+    """Return the path of a file inside a folder.
 
     Raises:
-        CheckpointError: it is missing, no file, or a link that leads out of the folder.
+        CheckpointError: it is missing, not a file, or a link to a file outside the folder.
     """
     path = folder / name
     try:
         if not path.is_file():
             raise CheckpointError(f"{path}: missing")
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{path}: leads out of its folder")
-    except (OSError, ValueError) as error:  # a name that no disk can hold
+            raise CheckpointError(f"{path}: is a link to a file outside its folder")
+    except (OSError, ValueError) as error:  # such as a name that is too long
         raise CheckpointError(f"{folder}: file name {name[:80]!r}: {error}") from error
     return path
 
@@ -265,7 +265,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read manifest and configuration of a checkpoint folder; `Checkpoint.verify` checks the files.
 
     Raises:
-        CheckpointError: either is missing, is not what it should be, or they contradict each other.
+        CheckpointError: either is missing or invalid, or they contradict each other.
     """
     try:
         manifest = Manifest.model_validate_json(_read_own(path, MANIFEST))
@@ -275,7 +275,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path / MANIFEST}: {_first_problem(error)}") from error
     if manifest.format != FORMAT:
         raise CheckpointError(
-            f"{path / MANIFEST}: format {manifest.format}, this program reads {FORMAT}"
+            f"{path / MANIFEST}: format {manifest.format} is not supported, only {FORMAT}"
         )
     try:
         config = json.loads(_read_own(path, CONFIG))
@@ -292,21 +292,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
     labels = len(shape.id2label)
     if len(manifest.labels) != labels:
         count = len(manifest.labels)
-        raise CheckpointError(f"{path / MANIFEST}: {count} labels, the network has {labels}")
+        raise CheckpointError(f"{path / MANIFEST}: {count} labels, but the network has {labels}")
     if manifest.max_tokens > shape.max_position_embeddings:
         raise CheckpointError(
-            f"{path / MANIFEST}: max_tokens {manifest.max_tokens}, "
-            f"the network has {shape.max_position_embeddings} positions"
+            f"{path / MANIFEST}: max_tokens is {manifest.max_tokens}, "
+            f"but the network has only {shape.max_position_embeddings} positions"
         )
     if manifest.exit_tokens is not None and manifest.exit_tokens < manifest.max_tokens:
         raise CheckpointError(
-            f"{path / MANIFEST}: exit_tokens {manifest.exit_tokens}, "
+            f"{path / MANIFEST}: exit_tokens is {manifest.exit_tokens}, "
             f"less than max_tokens {manifest.max_tokens}"
         )
     layers = shape.num_hidden_layers
     if len(manifest.ranges) not in (0, layers):
         raise CheckpointError(
-            f"{path / MANIFEST}: ranges of {len(manifest.ranges)} layers, the network has {layers}"
+            f"{path / MANIFEST}: ranges of {len(manifest.ranges)} layers, "
+            f"but the network has {layers}"
         )
     top = len(shape.ladder)
     for point in manifest.operating_points:
@@ -325,17 +326,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _check_chain(chain: Sequence[int], architecture: Architecture) -> None:
-    """Refuse a chain that this network cannot run, or that may cost more than its full step."""
+    """Check that this network can run a chain, at no more than the cost of its full step.
+
+    Raises:
+        ValueError: it cannot.
+    """
     if chain[-1] > architecture.num_steps:
         raise ValueError(f"step {chain[-1]} is not on the ladder of {architecture.num_steps}")
     if architecture.budget_scope == "layer":
-        raise ValueError('budget_scope "layer" has none: its layers decide for themselves')
+        raise ValueError('a network with budget_scope "layer" cannot have a chain')
     if (chain[0] == 0) != architecture.embedding_exit:
         has = "a" if architecture.embedding_exit else "no"
-        raise ValueError(f"its chain begins with step {chain[0]}, the network has {has} step 0")
+        raise ValueError(f"the chain begins with step {chain[0]}, but the network has {has} step 0")
     if not fits_in_full_pass(architecture, chain):
         steps = ", ".join(map(str, chain))
-        raise ValueError(f"the steps {steps} together cost more than the full step alone")
+        raise ValueError(f"the steps {steps} together cost more than the full step")
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -357,10 +362,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def load_encoder(checkpoint: Checkpoint) -> TextEncoder:
-    """Load what makes tokens of texts for a checkpoint, cut to its lengths.
+    """Load a checkpoint's tokenizer as a `TextEncoder` with the checkpoint's lengths.
 
     Raises:
-        CheckpointError: as `load_tokenizer` does.
+        CheckpointError: see `load_tokenizer`.
     """
     manifest = checkpoint.manifest
     return TextEncoder(
@@ -373,7 +378,7 @@ def load_encoder(checkpoint: Checkpoint) -> TextEncoder:
 
 @dataclass(frozen=True)
 class Store:
-    """What a model store holds: sound checkpoints by name (versions rising), and what was wrong."""
+    """A model store: valid checkpoints by name (versions rising), and errors of the others."""
 
     checkpoints: dict[str, list[Checkpoint]]
     errors: list[str]
@@ -396,19 +401,19 @@ class Store:
         for checkpoint in reversed(self.checkpoints.get(name, [])):
             if not version or version == str(checkpoint.version):
                 return checkpoint
-        raise CheckpointError(f"no model {spec!r} in the store")
+        raise CheckpointError(f"the store has no model {spec!r}")
 
 
 def next_version(folder: Path) -> int:
-    """Return the version after the highest in the folder of a model, 1 if there is none."""
+    """Return the version after the highest in a model's folder, 1 if there is none."""
     return max((int(p.name) for p in folder.glob("*") if p.name.isdecimal()), default=0) + 1
 
 
 def read_store(path: Path) -> Store:
-    """Read every `<name>/<version>/` below `path`; a broken one is reported and the others stand.
+    """Read every `<name>/<version>/` below `path`; invalid ones are listed in `Store.errors`.
 
     Raises:
-        CheckpointError: `path` is no folder.
+        CheckpointError: `path` is not a folder.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
@@ -417,7 +422,7 @@ def read_store(path: Path) -> Store:
     for folder in sorted(p for p in path.glob("*/*") if p.is_dir() and p.name.isdecimal()):
         try:
             if not folder.resolve().is_relative_to(path.resolve()):
-                raise CheckpointError(f"{folder}: leads out of the store")
+                raise CheckpointError(f"{folder}: is a link to a folder outside the store")
             checkpoint = read_checkpoint(folder)
             if (checkpoint.name, str(checkpoint.version)) != (folder.parent.name, folder.name):
                 raise CheckpointError(f"{folder}: the manifest says {checkpoint.label}")

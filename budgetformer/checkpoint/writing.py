@@ -1,4 +1,4 @@
-"""Write the files of a checkpoint folder that a network is loaded from."""
+"""Write the weights, configuration and tokenizer of a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from budgetformer.checkpoint.manifest import CONFIG, Manifest, file_entries
-from budgetformer.model.modeling import BudgetFormerForSequenceClassification, quiet
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification, silence_transformers
 
 _SPECIAL_TOKENS = {
     "pad_token": ("[PAD]", "<pad>"),
@@ -33,14 +33,14 @@ def write_network(
     """Write weights, configuration and tokenizer.
 
     Args:
-        model: in float32; its weights become what the file holds.
-        tokenizer: its padding and truncation are not kept.
-        folder: where to.
-        max_tokens: longest input that the encoder reads.
-        truncation_side: the end of a longer one that is cut off.
+        model: in float32; its weights are rounded to `dtype`.
+        tokenizer: written without padding and truncation.
+        folder: the checkpoint folder.
+        max_tokens: longest input of the encoder.
+        truncation_side: the end at which longer inputs are truncated.
         dtype: of the weights in the file.
     """
-    with quiet():
+    with silence_transformers():
         nn.Module.to(model, dtype)
         model.save_pretrained(folder)
     _write_labels(folder / CONFIG, model.config.id2label)
@@ -58,16 +58,16 @@ def write_network(
             settings[name] = known[0]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     for path in folder.iterdir():
-        path.chmod(0o644)  # the server may run as another user than the one who trained
+        path.chmod(0o644)  # the server may run as another user
     model.float()
 
 
 def describe(folder: Path, target: Path, **fields: Any) -> Manifest:
-    """Return the manifest of a folder whose network is written, made today.
+    """Return a manifest, dated today, for a folder with a written network.
 
     Args:
-        folder: where its files are.
-        target: where it will be: the last two parts are name and version.
+        folder: the folder.
+        target: its future path, which ends with name and version.
         fields: the other fields of the manifest.
     """
     return Manifest(
@@ -80,7 +80,7 @@ def describe(folder: Path, target: Path, **fields: Any) -> Manifest:
 
 
 def _write_labels(path: Path, names: dict[int, str]) -> None:
-    """Add the labels to a configuration, from which Transformers leaves two default names out."""
+    """Add the label names if Transformers left them out, as it does with two default names."""
     config = json.loads(path.read_text())
     if "id2label" not in config:
         config["id2label"] = {str(i): name for i, name in names.items()}
@@ -89,7 +89,7 @@ def _write_labels(path: Path, names: dict[int, str]) -> None:
 
 
 def smallest_dtype(weights: dict[str, Tensor]) -> torch.dtype:
-    """Return the smallest precision that holds these float32 weights exactly."""
+    """Return the smallest type that represents these float32 weights exactly."""
     for dtype in (torch.float16, torch.bfloat16):
         if all(torch.equal(weight.to(dtype).float(), weight) for weight in weights.values()):
             return dtype

@@ -1,1 +1,1 @@
-"""What a pass costs: multiply-adds, counted, and seconds, measured."""
+"""The cost of a pass: counted multiply-adds and measured seconds."""

@@ -1,4 +1,4 @@
-"""Count the multiply-adds that torch really executes, to check the formulas of `cost`."""
+"""Count the multiply-adds that torch executes, to check the formulas of `cost.macs`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class MacCounter(TorchFunctionMode):
-    """Count the multiply-adds that torch functions really execute inside a `with` block.
+    """Count the multiply-adds that torch functions execute inside a `with` block.
 
-    It sees the shapes of linear maps, matrix products and attention, and knows nothing of budgets,
-    so it is an independent check of the formulas.
+    It counts from the shapes of linear maps, matrix products and attention, without knowledge of
+    budgets, so it checks the formulas independently.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
-"""Multiply-adds of a pass, counted exactly from configuration, heads and tokens.
+"""Exact multiply-adds of a pass, from configuration, heads and tokens.
 
 A multiply-add (MAC) is one product that is added to a sum, in a projection, an attention score, a
-weighted sum of values, or a linear head. Table look-ups, sums of what was looked up (weighted as
-in step 0 or not), norms and activations are not counted.
+weighted sum of values, or a linear head. Table look-ups, (weighted) sums of table rows, norms and
+activations are not counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from budgetformer.model.distances import count_score_rows, multiplied_pairs
 
 @dataclass(frozen=True)
 class Sizes:
-    """The plain numbers of a configuration that cost depends on; quick to read, unlike it."""
+    """The numbers of a configuration that determine costs; faster to read than a configuration."""
 
     width: int
     head_size: int
@@ -39,12 +39,12 @@ class Sizes:
     one_budget: bool
     distance_terms: int
     distances: int
-    farthest: int
+    max_distance: int
     buckets: bool
 
     @classmethod
     def of(cls, config: Architecture | Sizes) -> Sizes:
-        """Read them from a configuration, once."""
+        """Return the sizes of a configuration."""
         if isinstance(config, Sizes):
             return config
         scores_distances = config.relative_positions == "disentangled"
@@ -70,7 +70,7 @@ class Sizes:
             one_budget=config.has_one_budget,
             distance_terms=len(config.relative_terms) if scores_distances else 0,
             distances=config.relative_span,
-            farthest=config.relative_distance,
+            max_distance=config.relative_distance,
             buckets=config.relative_buckets > 0,
         )
 
@@ -79,7 +79,7 @@ Costed = Architecture | Sizes
 
 
 def layer_macs(config: Costed, heads: int, tokens: int, layer: int = 0) -> int:
-    """Count one encoder layer that computes `heads` heads over `tokens` tokens of one item."""
+    """Count the MACs of one encoder layer with `heads` heads over an item of `tokens` tokens."""
     if heads == 0:
         return 0
     sizes = Sizes.of(config)
@@ -89,14 +89,14 @@ def layer_macs(config: Costed, heads: int, tokens: int, layer: int = 0) -> int:
     projections = 4 * tokens * sizes.width * kept
     attention = 2 * kept * multiplied_pairs(tokens, sizes.windows[layer])
     if sizes.distance_terms:
-        rows = count_score_rows(tokens, sizes.distances, sizes.farthest, sizes.buckets)
+        rows = count_score_rows(tokens, sizes.distances, sizes.max_distance, sizes.buckets)
         attention += sizes.distance_terms * tokens * rows * kept
     net = (1 + sizes.maps_up) * tokens * sizes.width * neurons
     return projections + attention + net
 
 
 def layer_weights(config: Costed, heads: int) -> int:
-    """Count the weights that one encoder layer multiplies by when it computes `heads` heads."""
+    """Count the weights that one encoder layer uses to compute `heads` heads."""
     sizes = Sizes.of(config)
     per_head = sizes.neurons_per_head
     neurons = sizes.neurons if per_head is None else heads * per_head
@@ -105,9 +105,9 @@ def layer_weights(config: Costed, heads: int) -> int:
 
 
 def decision_macs(config: Costed, tokens: int = 0) -> int:
-    """Count f_o, g_d and step 0's map for one item: once, or (scope "layer") in every layer.
+    """Count the MACs of f_o, g_d and step 0 for one item, in every layer with scope "layer".
 
-    `tokens` count where f_o or g_d reads embeddings that a map brings to their width.
+    `tokens` matters only if f_o or g_d reads embeddings that a linear map projects.
     """
     sizes = Sizes.of(config)
     if sizes.one_budget:
@@ -119,19 +119,19 @@ def decision_macs(config: Costed, tokens: int = 0) -> int:
 
 
 def embedding_macs(config: Costed, tokens: int) -> int:
-    """Count what brings the embeddings of one item to the encoder's width."""
+    """Count the MACs that project the embeddings of one item to the encoder's width."""
     sizes = Sizes.of(config)
     return tokens * sizes.embedding * sizes.width
 
 
 def scorer_macs(config: Costed) -> int:
-    """Count g_d alone, over all layers; 0 when heads are ranked once for all inputs."""
+    """Count the MACs of g_d over all layers; 0 if heads are ranked once for all inputs."""
     sizes = Sizes.of(config)
     return sizes.width * sizes.layers * sizes.heads if sizes.picks_heads else 0
 
 
 def encoder_macs(config: Costed, heads: Sequence[int], tokens: int) -> int:
-    """Count the encoder and the classifier for one item with `heads` per layer; no decision."""
+    """Count the MACs of encoder and classifier for one item with `heads` per layer."""
     sizes = Sizes.of(config)
     layers = sum(layer_macs(sizes, k, tokens, i) for i, k in enumerate(heads))
     head = sizes.width**2 if sizes.dense_head else 0
@@ -139,25 +139,25 @@ def encoder_macs(config: Costed, heads: Sequence[int], tokens: int) -> int:
 
 
 def step_macs(config: Architecture, steps: Sequence[int], tokens: int) -> int:
-    """Count one item that is decided once and run at each of `steps` in turn.
+    """Count the MACs of one item that is decided and run at each of `steps`.
 
-    An escalation has several steps; step 0 costs no more than the decision.
+    An escalated item runs several steps; step 0 is part of the decision.
     """
     passes = (encoder_macs(config, config.heads_per_layer(s), tokens) for s in steps if s > 0)
     return decision_macs(config, tokens) + sum(passes)
 
 
 def dense_macs(config: Costed, tokens: int) -> int:
-    """Count the dense network, which has all heads and decides nothing, for one item."""
+    """Count the MACs of the dense network (all heads, no decision) for one item."""
     sizes = Sizes.of(config)
     return encoder_macs(sizes, [sizes.heads] * sizes.layers, tokens)
 
 
 class MacCounts:
-    """Multiply-adds of one network's passes, each counted once.
+    """Cached multiply-adds of one network's passes.
 
     Args:
-        sizes: of the network.
+        sizes: the network's sizes.
         plans: heads per layer of each step, step 0 first.
     """
 
@@ -169,35 +169,33 @@ class MacCounts:
             return dense_macs(sizes, tokens)
 
         self.step = lru_cache(maxsize=16384)(of_step)
-        """Of one item at a step, by step and tokens."""
+        """MACs of one item at a step, by step and tokens."""
         self.dense = lru_cache(maxsize=4096)(of_dense)
-        """Of one item in the dense network, by tokens."""
+        """MACs of one item in the dense network, by tokens."""
 
 
 def fits_in_full_pass(config: Architecture, steps: Sequence[int]) -> bool:
-    """Whether running all of `steps` never costs more than one pass at the full step.
-
-    True if it holds for texts of every length.
-    """
+    """Return whether all of `steps` together cost at most one full pass, for any text length."""
     sizes = Sizes.of(config)
     full = config.heads_per_layer(config.num_steps)
     plans = [config.heads_per_layer(step) for step in steps if step > 0]
 
-    def left(tokens: int, layers: Sequence[int]) -> int:
-        """Return what of the full pass is left in some layers."""
+    def remaining(tokens: int, layers: Sequence[int]) -> int:
+        """Return the MACs of a full pass minus those of `steps` in these layers."""
         spent = sum(layer_macs(sizes, p[i], tokens, i) for p in plans for i in layers)
         if 0 in layers:
             spent += (len(plans) - 1) * embedding_macs(sizes, tokens)
         return sum(layer_macs(sizes, full[i], tokens, i) for i in layers) - spent
 
-    # A quadratic in the tokens stays above 0 if it starts there, rises first and bends upwards.
-    # Layers with one window are one quadratic, until their attention is local and rises less.
+    # `remaining` is a quadratic in the tokens for layers with the same window, until their
+    # attention becomes local and rises less. It stays at or above 0 if it starts there, rises at
+    # first and is convex.
     by_window: dict[int | None, list[int]] = {}
     for i, window in enumerate(sizes.windows):
         by_window.setdefault(window, []).append(i)
     for layers in by_window.values():
-        one, two, three = (left(tokens, layers) for tokens in (1, 2, 3))
+        one, two, three = (remaining(tokens, layers) for tokens in (1, 2, 3))
         if not (one <= two and two - one <= three - two):
             return False
     classified = encoder_macs(sizes, [0] * sizes.layers, 0)
-    return left(1, range(sizes.layers)) >= (len(plans) - 1) * classified
+    return remaining(1, range(sizes.layers)) >= (len(plans) - 1) * classified

@@ -1,7 +1,7 @@
-"""What a pass costs in seconds on the device at hand: a table that is measured once and kept.
+"""A measured table of the seconds that passes take on a device.
 
-Seconds of a batch at a ladder step are a constant, plus so much per token, plus so much per item.
-That is all a scheduler or a simulator needs to know of a device, and this module knows no torch.
+The seconds of a batch at a ladder step are a constant plus a cost per token plus a cost per item.
+Schedulers and simulators read these tables, so this module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from budgetformer.errors import DataError
 
 FORMAT = 1
 SERVER_FILE = "server.json"
-"""Lies beside the tables of a folder: what requests cost a server outside of its passes."""
+"""File beside the tables of a folder, with the costs of requests outside passes."""
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of a batch at one step: `constant`, and `token` and `item` for each of those."""
+    """Seconds of a batch at one step: a `constant`, plus `token` per token and `item` per item."""
 
     constant: float
     token: float
     item: float
 
     def seconds(self, tokens: int, items: int) -> float:
-        """Return what a batch takes."""
+        """Return the seconds of a batch."""
         return self.constant + self.token * tokens + self.item * items
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One timed batch: its step (0: the decision), tokens and items in all, and seconds."""
+    """One timed batch: its step (0: the decision), total tokens, items, and seconds."""
 
     step: int
     tokens: int
@@ -48,8 +48,8 @@ class CostTable:
 
     Attributes:
         model: `name:version`.
-        device, dtype: where and in which precision it was measured; "" for a guess.
-        steps: of steps 0..S; step 0 is the decision on arrival, which every item pays.
+        device, dtype: device and precision of the measurement; "" for an estimate.
+        steps: costs of steps 0..S; step 0 is the decision, which every item needs.
     """
 
     model: str
@@ -62,11 +62,11 @@ class CostTable:
         return self.steps[step].seconds(tokens, items)
 
     def share(self, step: int, tokens: int, items: int = 1) -> float:
-        """Return what items of so many tokens in all add to a batch at a step."""
+        """Return the seconds that items with this total of tokens add to a batch at a step."""
         return self.steps[step].token * tokens + self.steps[step].item * items
 
     def constant(self, step: int) -> float:
-        """Return the seconds that a batch at a step takes whatever is in it."""
+        """Return the constant seconds of a batch at a step, independent of its content."""
         return self.steps[step].constant
 
     def dump(self) -> str:
@@ -75,7 +75,7 @@ class CostTable:
 
 
 def fit_table(model: str, device: str, dtype: str, measured: Sequence[Measurement]) -> CostTable:
-    """Fit every step's costs to timed batches, by least relative squares, none below zero.
+    """Return the table of costs fitted to timed batches; see `fit_costs`.
 
     Raises:
         ValueError: a step from 0 to the highest one has fewer than three batches.
@@ -83,7 +83,7 @@ def fit_table(model: str, device: str, dtype: str, measured: Sequence[Measuremen
     last = max((m.step for m in measured), default=0)
     by_step = [[m for m in measured if m.step == step] for step in range(last + 1)]
     if any(len(own) < 3 for own in by_step):
-        raise ValueError("a step needs three timed batches at least")
+        raise ValueError("each step needs at least three timed batches")
     return CostTable(model, device, dtype, tuple(_fit(own) for own in by_step))
 
 
@@ -93,13 +93,15 @@ def _fit(measured: Sequence[Measurement]) -> StepCost:
 
 
 def fit_costs(sizes: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Return what each column of `sizes` costs, by least relative squares, none below zero.
+    """Return the cost per unit of each column of `sizes`, not negative.
+
+    The fit minimises the squared relative errors.
 
     Args:
-        sizes: of what was timed, a row each.
-        seconds: that it took, above 0.
+        sizes: one row per timed batch.
+        seconds: time of each batch, above 0.
     """
-    import numpy as np  # only here: a server at rest would hold it for nothing
+    import numpy as np  # here, to save its memory in processes that only read tables
 
     taken = np.array(seconds)
     relative = np.array(sizes) / taken[:, None]
@@ -108,7 +110,7 @@ def fit_costs(sizes: Sequence[Sequence[float]], seconds: Sequence[float]) -> lis
         found = np.linalg.lstsq(relative[:, columns], np.ones(len(taken)), rcond=None)[0]
         if (found >= 0).all() or len(columns) == 1:
             break
-        # The most negative term explains nothing: fit the others without it.
+        # Drop the most negative term, and fit the others again.
         del columns[int(found.argmin())]
     costs = np.zeros(relative.shape[1])
     costs[columns] = np.maximum(found, 0.0)
@@ -118,29 +120,29 @@ def fit_costs(sizes: Sequence[Sequence[float]], seconds: Sequence[float]) -> lis
 def guess_table(
     model: str, token_macs: Sequence[float], seconds_per_mac: float, constant: float
 ) -> CostTable:
-    """Return a table from multiply-adds alone, for a device that was never measured.
+    """Return an estimated table for a device without measurements, from multiply-adds only.
 
     Args:
         model: `name:version`.
         token_macs: multiply-adds per token at steps 0..S.
-        seconds_per_mac: the device's.
-        constant: seconds that any batch takes.
+        seconds_per_mac: the device's speed.
+        constant: constant seconds per batch.
     """
     steps = tuple(StepCost(constant, macs * seconds_per_mac, 0.0) for macs in token_macs)
     return CostTable(model, "", "", steps)
 
 
 def read_tables(path: Path) -> dict[str, CostTable]:
-    """Read the tables of a file or of every JSON file of a folder, by model.
+    """Return the tables in a file, or in all JSON files of a folder, by model.
 
     Raises:
-        DataError: there is none, or it is damaged.
+        DataError: there is no table, or one is damaged.
     """
     files = [path]
     if path.is_dir():
         files = [file for file in sorted(path.glob("*.json")) if file.name != SERVER_FILE]
     if not files:
-        raise DataError(f"{path}: no cost table in it")
+        raise DataError(f"{path}: the folder has no cost table (*.json)")
     tables = [_read(file) for file in files]
     return {table.model: table for table in tables}
 
@@ -152,15 +154,15 @@ def _read(path: Path) -> CostTable:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: no cost table: {error}") from error
+        raise DataError(f"{path}: not a valid cost table: {error}") from error
 
 
 def _parse(values: Mapping[str, object]) -> CostTable:
     if values["format"] != FORMAT:
-        raise ValueError(f"format {values['format']}, this program reads {FORMAT}")
+        raise ValueError(f"format {values['format']} is not supported, only {FORMAT}")
     rows = values["steps"]
     if not isinstance(rows, list) or not rows:
-        raise ValueError("steps must be a list")
+        raise ValueError("steps must be a list with at least one step")
     steps = tuple(StepCost(**{k: float(v) for k, v in row.items()}) for row in rows)
     if not all(math.isfinite(x) and x >= 0 for step in steps for x in asdict(step).values()):
         raise ValueError("costs must be finite and not negative")

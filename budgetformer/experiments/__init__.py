@@ -1,1 +1,1 @@
-"""Reports and studies: the frontier, the baselines, the recipe of the paper."""
+"""Reports and studies: the frontier report with its baselines, and the paper's recipe."""

@@ -1,8 +1,8 @@
-"""A study of the paper's own recipe: does its budget adapt, and to what?
+"""Study whether the budget of the paper's recipe adapts to texts.
 
 `python -m budgetformer.experiments.paper --data FOLDER ...` trains, on each data set, the plain
-multi-head network, the paper's recipe, the same with a price on the budget, and the paper's two
-ablations, all from scratch and with the same steps. It prints what each reaches on the test file.
+multi-head network, the paper's recipe, the recipe with a price on the budget, and the paper's two
+ablations, all from scratch and with the same steps. It prints their results on the test file.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from budgetformer.training.trainer import Log, Trainer, inputs
 FULL = "full multi-head"
 RECIPE = "paper's recipe"
 VARIANTS: dict[str, dict[str, Any]] = {
-    # Nothing decides: ranked heads keep g_d's gradient out of the plain network.
+    # No decision: with ranked heads, g_d's gradient does not affect the plain network.
     FULL: {"head_selection": "ranked", "budget_scope": "input"},
     RECIPE: {},
-    # A hinge that starts at s_min is a price on every head above it.
+    # With s_min = s_max, the hinge is a price on every head above s_min.
     "price on s": {"budget_bounds": (0.1, 0.1), "budget_weight": 0.1},
     "fixed s = 0.1": {"fixed_share": 0.1},
     "fixed s = 1.0": {"fixed_share": 1.0},
@@ -55,23 +55,23 @@ PUBLISHED: dict[str, dict[str, float]] = {
     "imdb": {FULL: 0.8354, RECIPE: 0.8356},
     "snli": {FULL: 0.7835, RECIPE: 0.8106, "fixed s = 0.1": 0.6704, "random heads": 0.3370},
 }
-"""The paper's test accuracies (full data, 768 wide), by the folder's name."""
+"""The paper's test accuracies (full data, width 768), by folder name."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one trained network does with N test texts.
+    """The results of one trained network on N test texts.
 
     Attributes:
-        recipe: how it was trained, as plain values.
-        right: 1 where its own budget (the plain network: all heads) answers right, [N].
-        s: f_o's shares, [N][layers]; empty for the plain network.
+        recipe: its recipe, as plain values.
+        right: 1 if its answer at its own budget (the plain network: all heads) is right, [N].
+        s: f_o's outputs, [N][layers]; empty for the plain network.
         heads: heads computed, [N][layers].
-        forced: accuracy with so many heads in every layer.
+        forced: accuracy by number of heads in every layer.
         saved_attention: share of the dense multiply-adds that is saved if only the attention of
-            unselected heads shrinks, as the paper counts.
-        saved_compact: the same for a pass that computes no projection of theirs either, less what
-            f_o and g_d cost.
+            unselected heads is skipped, as the paper counts.
+        saved_compact: share that a compact pass saves, which also skips their projections, minus
+            the cost of f_o and g_d.
     """
 
     recipe: dict[str, Any]
@@ -85,7 +85,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set, read and cut into tokens once for all variants."""
+    """One data set, tokenized once for all variants."""
 
     name: str
     train: Examples
@@ -103,10 +103,10 @@ class DataSet:
         """
         train_file, test_file = find_data(folder)
         if test_file is None:
-            raise DataError(f"{folder}: no test file")
+            raise DataError(f"{folder}: the folder has no test file")
         train = read_examples(train_file)
         if train.multi_label:
-            raise DataError(f"{folder}: the study needs one label per text")
+            raise DataError(f"{folder}: the study requires one label per text")
         if recipe.max_train_rows:
             train = train.sample(recipe.max_train_rows, recipe.seed)
         test = read_examples(test_file, train.names)
@@ -123,7 +123,7 @@ class DataSet:
 
 
 def variant_recipe(base: Recipe, name: str) -> Recipe:
-    """Change a recipe into that of a variant: same data, steps and seed."""
+    """Return the recipe of a variant, with the same data, steps and seed."""
     changes = VARIANTS[name]
     if name == FULL:
         changes = changes | {"dense_epochs": base.budget_epochs, "budget_epochs": 0}
@@ -131,7 +131,7 @@ def variant_recipe(base: Recipe, name: str) -> Recipe:
 
 
 def run_variant(data: DataSet, recipe: Recipe, work_dir: Path, log: Log) -> Outcome:
-    """Train one network and score it; an interrupted training goes on from `work_dir`."""
+    """Train one network and score it; an interrupted training resumes from `work_dir`."""
     torch.manual_seed(recipe.seed)
     model = build_model(find_start(None), data.train, recipe, data.vocab_size)
     Trainer(model, data.tokens, data.train, recipe, work_dir, log).train()
@@ -167,7 +167,7 @@ def score(model: BudgetFormerForSequenceClassification, data: DataSet, recipe: R
 def saved_shares(
     config: Architecture, heads: np.ndarray, lengths: np.ndarray
 ) -> tuple[float, float]:
-    """Return what heads [N, L] on texts of lengths [N] save: attention only, and compact."""
+    """Return the shares of multiply-adds that heads [N, L] save: in attention only, and compact."""
     dense = sum(dense_macs(config, int(n)) for n in lengths)
     compact = sum(
         encoder_macs(config, plan, int(n)) + decision_macs(config)
@@ -197,7 +197,7 @@ def _answers(
 
 
 def ranking(score: np.ndarray, positive: np.ndarray) -> float:
-    """Return the chance that a positive row scores above a negative one (AUC); ties count half."""
+    """Return the AUC: the chance that a positive row scores above a negative; ties count 0.5."""
     values, place, counts = np.unique(score, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
     ones = int(positive.sum())
@@ -220,7 +220,7 @@ def explained(values: np.ndarray, groups: np.ndarray) -> float:
 def study(
     folder: Path, base: Recipe, work_dir: Path, log: Log
 ) -> tuple[DataSet, dict[str, Outcome]]:
-    """Run every variant on one data set; one whose result is in `work_dir` is not run again."""
+    """Run every variant on one data set, except those whose results are in `work_dir`."""
     folder = folder.resolve()
     results = work_dir / folder.name
     data = DataSet.read(folder, base, results)
@@ -243,12 +243,12 @@ def _read_outcome(file: Path, recipe: Recipe) -> Outcome | None:
         return None
     outcome = Outcome(**json.loads(file.read_text()))
     if outcome.recipe != json.loads(json.dumps(recipe.as_dict())):
-        raise DataError(f"{file}: made by another recipe; name another --work-dir")
+        raise DataError(f"{file}: belongs to another recipe; choose another --work-dir")
     return outcome
 
 
 def report(data: DataSet, outcomes: dict[str, Outcome]) -> str:
-    """Write the tables of one data set in Markdown."""
+    """Return the tables of one data set in Markdown."""
     rows = len(data.test)
     lines = [
         f"### {data.name}",
@@ -322,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--recipe", default="paper-small", help="TOML file or packaged recipe")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/paper"), help="results so far")
     parser.add_argument("--out", type=Path, help="write the tables here instead of printing them")
-    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--threads", type=int, help="number of torch threads")
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -1,10 +1,9 @@
-"""The frontier report: what budgets buy on test texts, beside everything one would use instead.
+"""The frontier report: accuracy against cost of budgets and baselines on test texts.
 
-Every text is run once at every ladder step and once through the dense network; each way to spend a
-budget is then a look-up in those answers. The chain of steps and the thresholds of the quality
-levels come from the checkpoint, which chose them on other texts. Those of the baselines (early
-exit, confidence cascade) are chosen here, on the test texts themselves, so comparisons lean towards
-the baselines.
+Every text is run once at every ladder step and once through the dense network; every rule is then
+evaluated by look-up in those answers. The chain and the thresholds of the quality levels come from
+the checkpoint, which chose them on other texts. Those of the baselines (early exit, confidence
+cascade) are chosen on the test texts themselves, so comparisons favour the baselines.
 """
 
 from __future__ import annotations
@@ -41,16 +40,16 @@ THRESHOLDS = tuple(np.linspace(0.3, 0.995, 140).tolist())
 EQUAL_COSTS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Shares of the dense network's multiply-adds at which baselines are compared."""
 TIMED_BATCHES = {1: 16, 32: 64}
-"""Batch size, and how many texts are timed at it."""
+"""Number of timed texts by batch size."""
 TIMED_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to answer N texts, and what it reached.
+    """The accuracy and cost of one way to answer N texts.
 
-    macs_share: mean multiply-adds of the dense network's; budgets: share of the texts that ended at
-    each step; milliseconds: per text, by batch size.
+    macs_share: multiply-adds as a share of the dense network's; budgets: share of the texts that
+    ended at each step; milliseconds: per text, by batch size.
     """
 
     name: str
@@ -70,7 +69,7 @@ class Way:
 class Comparison:
     """The budget per text against one baseline at equal mean cost.
 
-    gain: accuracy points (of 100), with its paired 95 % interval.
+    gain: in accuracy points (of 100), with its paired 95 % interval.
     """
 
     baseline: str
@@ -85,7 +84,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """What a level spends on texts that the dense network gets wrong, and right.
+    """Mean cost of a level on texts that the dense network answers wrong, and right.
 
     Multiply-adds are shares of the dense network's on the same text.
     """
@@ -98,13 +97,13 @@ class Difficulty:
 
     @property
     def ratio(self) -> float:
-        """Multiply-adds on the wrong ones per multiply-add on the right ones."""
+        """Multiply-adds on texts answered wrong, relative to those answered right."""
         return self.macs_if_wrong / self.macs_if_right
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy against the share of dense multiply-adds, of one family of rules."""
+    """Accuracy against the share of dense multiply-adds for one family of rules."""
 
     name: str
     cost: list[float]
@@ -135,9 +134,9 @@ class Report:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a way to answer gives each text.
+    """The answers of one way to answer N texts.
 
-    logits [N, C], right [N], cost [N], heads [N]; the step that answers [N], where it is a step.
+    logits [N, C], right [N], macs [N], heads [N]; step: the step that answered [N], if any.
     """
 
     logits: Tensor
@@ -153,25 +152,27 @@ def report_checkpoint(
     """Measure a checkpoint on labelled texts that neither training nor calibration saw.
 
     Args:
-        checkpoint: with scope "input" (layers that decide for themselves have no fixed steps).
-        examples: the texts; each is run at every ladder step, so the cost is many passes.
-        baseline: the dense network that the checkpoint came from; None: its own full budget.
+        checkpoint: must have scope "input".
+        examples: the texts; each is run at every ladder step, which takes many passes.
+        baseline: the dense baseline of the checkpoint; None: its own full budget.
         timed: also measure milliseconds per text on this machine.
 
     Raises:
-        DataError: there is no text, or the checkpoint's layers decide for themselves.
+        DataError: there is no text, or the checkpoint has scope "layer".
     """
     if not len(examples):
-        raise DataError("a report needs texts")
+        raise DataError("a report requires at least one text")
     network = load_network(checkpoint, precision="auto")
     if network.config.budget_scope == "layer":
-        raise DataError("a report compares fixed steps, which layer-wise budgets do not have")
+        raise DataError(
+            'a report compares fixed steps, which checkpoints with budget_scope "layer" lack'
+        )
     bench = _Bench(network, TokenizedTexts.of(checkpoint, examples), examples, baseline)
     return bench.report(checkpoint, bench.time(checkpoint) if timed else {})
 
 
 class _Bench:
-    """The answers of all steps, layers and levels to the same texts."""
+    """The answers of all steps, baselines and levels to the same texts."""
 
     def __init__(
         self,
@@ -276,21 +277,21 @@ class _Bench:
         return self._answers(BudgetRule(num_steps=self.config.num_steps, fixed=step))
 
     def _oracle(self, first: int) -> _Outcome:
-        """Give each text the smallest step that is right, or the smallest of all."""
+        """Return the outcome if each text ran its smallest correct step, or else the smallest."""
         right = self.right[first:]
         step = np.where(right.any(0), right.argmax(0), 0) + first
         macs = self.table.macs[step, self.table.rows] + self.table.decision
         return self._at(step, macs, self.table.heads[step].astype(np.float64))
 
     def _cascades(self) -> list[_Outcome]:
-        """Run a small step, then the last one where it is not confident; both are paid for."""
+        """Return cascades of a small step and, for uncertain texts, the last step."""
         last = self.config.num_steps
         routes = [Route((low, last), (EntryBand(upto=1, step=low),)) for low in range(1, last)]
         taken = [self.table.take(route, below) for route in routes for below in THRESHOLDS]
         return [self._at(found.step, found.macs, found.heads) for found in taken]
 
     def _early_exits(self) -> Iterator[_Outcome]:
-        """Leave the dense network after the first layer that is confident enough."""
+        """Yield early exits from the dense network after the first confident layer."""
         assert self.layers is not None
         count = len(self.layers)
         confidences = torch.stack(
@@ -308,7 +309,7 @@ class _Bench:
             yield self._outcome(logits, macs, (at + 1) * (self.table.heads[-1] / count))
 
     def _smaller(self, baseline: Baseline) -> dict[str, _Outcome]:
-        """Let each smaller dense network answer all texts."""
+        """Return the outcome of each smaller dense network on all texts."""
         found = {}
         answers = baseline.smaller_logits(self.tokens)
         for model, logits in zip(baseline.smaller, answers, strict=True):
@@ -320,9 +321,9 @@ class _Bench:
         return found
 
     def _step0_then(self, dense: Sequence[_Outcome]) -> Iterator[_Outcome]:
-        """Put a dense network behind step 0, a linear classifier, where that is uncertain.
+        """Yield cascades of step 0, a linear classifier, and a dense network for uncertain texts.
 
-        Nothing is fused: it is what two models of their own would answer.
+        Their logits are not combined, as with two independent models.
         """
         for network in dense:
             for below in (0.0, *THRESHOLDS):
@@ -358,13 +359,13 @@ class _Bench:
                 )
 
     def _best(self, family: Sequence[_Outcome]) -> list[_Outcome]:
-        """Keep the members on the upper hull of accuracy against cost, by rising cost."""
+        """Return the outcomes on the upper hull of accuracy against cost, by rising cost."""
         return [family[i] for i in _hull([(self._share(o), _mean(o)) for o in family])]
 
     def _at_cost(self, best: Sequence[_Outcome], cost: float) -> np.ndarray | None:
-        """Return how right [N] the best mixture of a hull's members is at exactly this mean cost.
+        """Return the expected correctness [N] of a hull's best mixture at exactly this mean cost.
 
-        Between two members, texts are split between them at random; None: all cost more.
+        A mixture assigns texts at random to two neighbouring outcomes; None: all cost more.
         """
         costs = [self._share(outcome) for outcome in best]
         above = int(np.searchsorted(costs, cost, side="right"))
@@ -408,7 +409,7 @@ class _Bench:
         )
 
     def _by_confidence(self, outcome: _Outcome) -> list[float]:
-        """Average the heads over tenths of the texts, from the dense network's least confident."""
+        """Return the mean heads per tenth of the texts, by rising confidence when dense."""
         parts = min(10, len(self.examples))
         order = confidence(self.dense.logits, self.config.problem_type).argsort().numpy()
         return [float(outcome.heads[part].mean()) for part in np.array_split(order, parts)]

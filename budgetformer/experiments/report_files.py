@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 PAGE = "README.md"
 EQUAL = "multiply-adds for what the first is worth"
 MAX_BARS = 20
-"""Classes shown in a plot: beyond that, the dearest and the cheapest ones."""
+"""Maximum classes in a plot; if there are more, those with the most and the fewest heads."""
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write `README.md`, `report.json` and the plots to `folder`, which is made where needed."""
+    """Write `README.md`, `report.json` and the plots to `folder`, created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     (folder / PAGE).write_text(report_text(report))

@@ -1,4 +1,4 @@
-"""What f_o's choice of a link gains, and what more steps in a chain gain, on texts run at all."""
+"""Compare ways to choose a text's links, and chains of different lengths, by look-up."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from budgetformer.training.chains import Chain, Curve, Goal, Steps, chains, sear
 COSTS = (0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3)
 """Mean multiply-adds, as shares of the dense network's, at which routes are compared."""
 AT = (0.06, 0.14)
-"""Those of them at which accuracy is shown."""
+"""The costs for which reports show the accuracy."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """One way to choose the links of a text, or the chain of all.
+    """The result of one way to choose a text's links, or the chain of all texts.
 
     Attributes:
-        way: how.
-        accuracy, cost: what it reaches within each of `AT`, and costs.
-        equal_cost: cost at which it is worth as much as the first way at the last of `AT`.
+        way: its name.
+        accuracy, cost: accuracy and actual cost for each cost limit of `AT`.
+        equal_cost: cost at which its value equals that of the first way at the last of `AT`.
     """
 
     way: str
@@ -33,10 +33,10 @@ class Routing:
 
 
 def compare_routing(table: Table, labels: Tensor) -> list[Routing]:
-    """Compare ways to choose links, each with its own best chain, cross-fitted on N texts.
+    """Compare ways to choose links, each with its best chain, cross-fitted on N texts.
 
-    The fusion is that of the table, which saw other texts. Of "link by link", every text that step
-    0 does not answer starts at the same link.
+    The fusion weights are the table's, fitted on other texts. With "link by link", every text that
+    step 0 does not answer starts at the same link.
     """
     none, options = np.zeros_like(table.s), chains(table.config)
     ways = {"link by link": (none, options), "f_o": (table.s, options)}
@@ -57,7 +57,7 @@ def compare_lengths(table: Table, labels: Tensor) -> list[Routing]:
 def _compare(
     table: Table, labels: Tensor, ways: dict[str, tuple[np.ndarray, list[Chain]]]
 ) -> list[Routing]:
-    """Compare ways, each a signal [N] for the bands and the chains to choose from."""
+    """Compare ways, each given as a signal [N] for the bands and the chains to choose from."""
     right = table.right(labels)
     value = table.probability_right()
     costs = table.macs / table.dense.mean()
@@ -80,7 +80,7 @@ def _compare(
 def _curves(
     steps: Steps, right: np.ndarray, options: list[Chain]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean value, cost and accuracy at each of `COSTS`, of texts that chose nothing."""
+    """Return cross-fitted mean value, cost and accuracy at each of `COSTS`."""
     goals = [Goal(cost=cost) for cost in COSTS]
     folds = np.random.default_rng(0).permutation(len(steps)) % min(FOLDS, len(steps))
     totals = np.zeros((3, len(COSTS)))
@@ -90,7 +90,7 @@ def _curves(
         rest = steps.subset(unseen)
         for place, goal in enumerate(goals):
             threshold = chosen.threshold(goal)
-            value, cost = chosen.route.worth(rest, threshold)
+            value, cost = chosen.route.value_and_cost(rest, threshold)
             ends = chosen.route.walk(rest.confidence, rest.s, threshold).ends
             totals[:, place] += value.sum(), cost.sum(), right[ends, unseen].sum()
     value, cost, accuracy = totals / len(steps)
@@ -98,5 +98,5 @@ def _curves(
 
 
 def _cost_of(wanted: float, value: np.ndarray, cost: np.ndarray) -> float:
-    """Return the least cost at which a rising curve reaches a value, between its points."""
+    """Return the lowest cost at which a rising curve reaches a value, by interpolation."""
     return float(np.interp(wanted, np.maximum.accumulate(value), cost))

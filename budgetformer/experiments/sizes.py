@@ -37,13 +37,13 @@ one."""
 
 @dataclass(frozen=True)
 class Frontier:
-    """What the thresholds of one checkpoint's policy reach on N texts.
+    """Accuracy and cost of one checkpoint's policy on N texts, by threshold.
 
     Attributes:
         name: of the checkpoint.
-        macs: mean multiply-adds of each threshold, rising, [P].
-        right: whether each text is answered right at each threshold, [P, N].
-        full: the same with all heads, [N].
+        macs: mean multiply-adds at each threshold, rising, [P].
+        right: whether each text's answer is right at each threshold, [P, N].
+        full: whether it is right with all heads, [N].
         dense: mean multiply-adds of the dense network.
     """
 
@@ -55,14 +55,14 @@ class Frontier:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, examples: Examples) -> Frontier:
-        """Run a checkpoint's texts at every step, and look up what its policy gives them.
+        """Return the frontier of a checkpoint, from running texts at every step.
 
         Raises:
             DataError: the checkpoint has no policy.
         """
         policy = checkpoint.manifest.policy
         if policy is None:
-            raise DataError(f"{checkpoint.label} has no policy")
+            raise DataError(f"{checkpoint.label} has no policy; calibrate it first")
         network = load_network(checkpoint)
         runs = run_every_step(network, TokenizedTexts.of(checkpoint, examples))
         table = Table(network.config, runs)
@@ -79,7 +79,7 @@ class Frontier:
         )
 
     def within(self, cost: float) -> np.ndarray | None:
-        """Return the answers [N] at the highest threshold that costs no more; None: none does."""
+        """Return `right` [N] at the highest threshold within a cost; None if all exceed it."""
         places = np.flatnonzero(self.macs <= cost)
         return self.right[places[-1]] if len(places) else None
 
@@ -101,7 +101,7 @@ class Compared:
 
 
 def compare(small: Frontier, large: Frontier) -> list[Compared]:
-    """Compare two networks at costs that both can have."""
+    """Compare two networks at costs that both can reach."""
     cheapest = max(small.macs[1:].min(), large.macs[1:].min())
     found = []
     for cost in np.geomspace(cheapest, max(small.macs.max(), cheapest), COSTS):

@@ -1,8 +1,7 @@
 """Compare ways to decide a budget on one network: `python -m budgetformer.experiments.study`.
 
-Every way gets the same network, the same held-out texts to learn and to choose thresholds on, and
-is scored on the same test texts, at the same caps on mean cost. So the table says what the decision
-is worth, and nothing else.
+Every way uses the same network, learns and chooses thresholds on the same held-out texts, and is
+scored on the same test texts at the same limits on mean cost. So the table isolates the decision.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 
 from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.cost.macs import encoder_macs
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.policy import EntryBand
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.model.answers import confidence
 from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
@@ -46,23 +45,22 @@ PROBE_STEP = 1
 
 @dataclass(frozen=True)
 class Choice:
-    """What one setting of a way gives N texts: whether each is right, and its multiply-adds."""
+    """The result of one setting for N texts: whether each is right, and its multiply-adds."""
 
     right: np.ndarray
     macs: np.ndarray
 
 
 Setting = Callable[["Side"], Choice]
-"""One setting (thresholds and steps, fixed on the held-out texts) applied to either side."""
+"""A setting (thresholds and steps, chosen on the held-out texts), which can run on either side."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """All that is known of one set of texts.
+    """The data of one set of texts (held-out or test).
 
-    right [S+1, N]: whether each step is; features [N, F]: what f_o reads on arrival; probe [N, D]:
-    mean states half-way through a small step; signals [N] each: what small networks predict from
-    them (see `study`).
+    right [S+1, N]: whether each step is right; features [N, F]: f_o's inputs; probe [N, D]: mean
+    states half-way through a small step; signals [N] each: predictions of small networks.
     """
 
     table: Table
@@ -78,8 +76,8 @@ def study(checkpoint: Checkpoint, held: Examples, test: Examples) -> dict[str, l
 
     Args:
         checkpoint: with ranked heads, scope "input" and a step 0.
-        held: texts that training never saw, to learn decisions and thresholds on.
-        test: texts that neither saw.
+        held: texts not used in training, to fit decisions and thresholds.
+        test: texts used in neither.
     """
     checkpoint.verify()
     model = load_model(checkpoint.path)
@@ -118,9 +116,9 @@ def _probe_states(model: BudgetFormerForSequenceClassification, tokens: Tokenize
 
 
 def _predict_signals(held: Side, test: Side) -> None:
-    """Fit small networks on the held-out texts and let them speak of both sides.
+    """Fit small networks on the held-out texts, and store their predictions for both sides.
 
-    What they say of a held-out text comes from one that never saw it.
+    Predictions for held-out texts are out-of-fold.
     """
     table = held.table
     full = table.logits[-1].argmax(-1)
@@ -147,12 +145,12 @@ def _predict_signals(held: Side, test: Side) -> None:
 
 
 def _smallest_right(right: Tensor) -> Tensor:
-    """Return the smallest step that is right, [N]; where none is, the smallest of all."""
+    """Return the smallest step that is right, [N]; 0 if none is."""
     return torch.where(right.any(0), right.argmax(0), 0)
 
 
 def _fit(features: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
-    """Fit f_o's form to a target in [0, 1] [N], or to positive losses [N, K]."""
+    """Fit a network like f_o to targets in [0, 1] [N], or to positive losses [N, K]."""
     torch.manual_seed(0)
     mean, scale = features.mean(0), features.std(0) + 1e-6
     several = target.ndim == 2
@@ -212,9 +210,9 @@ def _cascades(held: Side) -> Iterator[Setting]:
 
 
 def _banded(held: Side, signal: str, escalate: bool) -> Iterator[Setting]:
-    """Let bands over a signal choose the first step, and perhaps run it once more at a larger one.
+    """Yield settings whose first step is chosen by bands over a signal, with optional escalation.
 
-    The bands begin at quantiles of the signal.
+    The bounds of the bands are quantiles of the signal.
     """
     for bands in _bands(held, held.signals[signal]):
         yield _rule(Route((), bands), 0.0, signal)
@@ -244,7 +242,7 @@ def _bands(held: Side, signal: np.ndarray) -> Iterator[tuple[EntryBand, ...]]:
 
 
 def _chained(held: Side, signal: str) -> Iterator[Setting]:
-    """Use the policies that calibration finds, with bands over another signal."""
+    """Yield chains found as in calibration, with bands over another signal."""
     table = held.table
     value = table.probability_right()
     cost = table.macs / table.dense.mean()
@@ -265,7 +263,7 @@ def _rule(route: Route, threshold: float, signal: str) -> Setting:
 
 
 def _regressed() -> Iterator[Setting]:
-    """Take the step of the least predicted loss plus a price times its cost."""
+    """Yield settings that minimise the predicted loss plus a price times the cost."""
 
     def setting(price: float) -> Setting:
         def apply(side: Side) -> Choice:
@@ -281,7 +279,7 @@ def _regressed() -> Iterator[Setting]:
 
 
 def _probed(held: Side) -> Iterator[Setting]:
-    """Leave at step 0 by f_o; else run half of a small step, and go on with it or with another."""
+    """Yield settings that exit at step 0 by f_o, or probe half of a small step to choose a step."""
     config = held.table.config
     half = config.num_hidden_layers // 2
     plan = config.heads_per_layer(PROBE_STEP)
@@ -305,7 +303,7 @@ def _probed(held: Side) -> Iterator[Setting]:
 
 
 def _at_caps(settings: Sequence[Setting], held: Side, test: Side) -> list[float]:
-    """Choose the best setting under each cap on the held-out texts, and score it on the test."""
+    """Return the test accuracy, at each cap, of the best setting on the held-out texts."""
     tried: list[tuple[float, float, int]] = []
     for place, setting in enumerate(settings):
         choice = setting(held)
@@ -323,11 +321,11 @@ def _at_caps(settings: Sequence[Setting], held: Side, test: Side) -> list[float]
 
 
 def main() -> None:
-    """Print the table for a checkpoint and the data that it was trained on."""
+    """Print the table for a checkpoint and its training data."""
     parser = argparse.ArgumentParser(prog="python -m budgetformer.experiments.study")
     parser.add_argument("checkpoint", type=Path, help="checkpoint folder, <name>/<version>")
-    parser.add_argument("--data", type=Path, required=True, help="folder it was trained on")
-    parser.add_argument("--limit", type=int, help="rows of either side, evenly chosen")
+    parser.add_argument("--data", type=Path, required=True, help="folder of its training data")
+    parser.add_argument("--limit", type=int, help="maximum rows of either file, evenly chosen")
     arguments = parser.parse_args()
     checkpoint = read_checkpoint(arguments.checkpoint)
     recipe = Recipe.read(None, **checkpoint.manifest.recipe)

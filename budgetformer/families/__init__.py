@@ -1,7 +1,7 @@
-"""The families of pretrained encoders that can be converted: one file for each.
+"""The families of pretrained encoders that can be converted, one file each.
 
-A file says how a family names its weights and sizes, and what its layers compute; nothing else in
-the library knows a family. `docs/families.md` shows how to add one.
+A file maps a family's weights and sizes to ours and describes its layers; no other module depends
+on a family. `docs/families.md` shows how to add one.
 """
 
 from budgetformer.families import (
@@ -26,4 +26,4 @@ _FILES = (
 FAMILIES: dict[str, Family] = {
     family.model_type: family for file in _FILES for family in file.FAMILIES
 }
-"""By `model_type` in `config.json`."""
+"""Families by their `model_type` in `config.json`."""

@@ -1,6 +1,6 @@
 """ALBERT (Lan et al., 2020): narrow embeddings, and layers that share their weights.
 
-Budgets order the heads of each layer, so every layer gets a copy of what it shares.
+Every layer gets its own copy of the shared weights, because budgets order the heads of each layer.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al., 2019), MiniLM, and whatever else has its layers."""
+"""BERT (Devlin et al., 2019), also MiniLM and other encoders with the same layers."""
 
 from budgetformer.families.family import Family, cls_head, same
 

@@ -19,22 +19,22 @@ from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 
 TOLERANCE = 1e-4
 """Largest accepted difference between a converted network and its source, relative to the largest
-value; rounding in float32 makes about 1e-6 of it."""
+value; float32 rounding causes about 1e-6."""
 PROOF_LENGTHS = ((1, 5, 16), (64,))
-"""Tokens of the sequences on which source and result are compared, in batches; the embeddings are
+"""Lengths of the sequences, by batch, on which source and result are compared; embeddings are
 compared at every position."""
 MIN_POSITIONS = 3
-"""A text's beginning, one token and its end."""
+"""Positions for one token between the special tokens at the beginning and the end."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A network that is ready to be trained.
+    """A converted network, ready to be trained.
 
     Attributes:
         model: the network.
-        notes: what was kept, changed or left out, one line each.
-        difference: measured between the source's outputs and the network's; None: from scratch.
+        notes: messages about kept, changed and unused parts, one line each.
+        difference: largest relative difference from the source's outputs; None: from scratch.
         origin: digest of the source's weights; empty: from scratch.
     """
 
@@ -47,21 +47,21 @@ class Conversion:
 def convert_encoder(
     folder: Path, names: list[str], numbered: bool = False, **choices: Any
 ) -> Conversion:
-    """Build a BudgetFormer that computes at its full budget what an encoder or classifier does.
+    """Return a BudgetFormer whose full budget computes the same as an encoder or classifier.
 
-    The result is compared with Transformers' own network on random tokens. A fine-tuned classifier
-    whose labels are `names`, in any order, keeps its head; otherwise the classifier on top is new,
-    on the mean of the token states.
+    The result is compared with Transformers' network on random tokens. A fine-tuned classifier
+    whose labels are `names`, in any order, keeps its head; otherwise the head is new and reads the
+    mean of the token states.
 
     Args:
         folder: see `read_encoder`.
         names: label names.
-        numbered: whether the user chose the order of `names`, so that a head without names of its
-            own (`LABEL_0`, ...) can be matched by number.
+        numbered: whether the user chose the order of `names`, so that a head with unnamed labels
+            (`LABEL_0`, ...) can be matched by number.
         choices: further `BudgetFormerConfig` arguments.
 
     Raises:
-        CheckpointError: the folder holds no such network, or the result computes another function.
+        CheckpointError: `read_encoder` fails, or the result computes something else.
     """
     source = read_encoder(folder)
     rows, notes = _match_head(source, names, numbered, choices.get("problem_type"))
@@ -69,10 +69,10 @@ def convert_encoder(
 
 
 def read_classifier(folder: Path) -> Source:
-    """Load a classifier and check that its whole meaning is known.
+    """Load a classifier, after the same checks as `read_encoder`.
 
     Raises:
-        CheckpointError: as `read_encoder` does; or it has no head, or two labels of one name.
+        CheckpointError: `read_encoder` fails, there is no head, or two labels have the same name.
     """
     source = read_encoder(folder)
     if not source.has_head:
@@ -81,8 +81,8 @@ def read_classifier(folder: Path) -> Source:
             f"{folder}: "
             + (
                 describe_headless(folder)
-                or f"{found}, which has no head for classes of whole texts; train one "
-                "(`budgetformer import` with --data)"
+                or f"{found} has no text classification head; train one with "
+                "`budgetformer import --data`"
             )
         )
     if len(set(source.label_names)) < len(source.label_names):
@@ -91,16 +91,16 @@ def read_classifier(folder: Path) -> Source:
 
 
 def convert_classifier(source: Source, **choices: Any) -> Conversion:
-    """Build a BudgetFormer that computes at its full budget what a classifier does.
+    """Return a BudgetFormer whose full budget computes the same as a classifier.
 
-    It has the classifier's own labels, in their order, and its kind of answer.
+    It has the classifier's labels, in the same order, and its problem type.
 
     Args:
-        source: what `read_classifier` returned.
+        source: from `read_classifier`.
         choices: further `BudgetFormerConfig` arguments.
 
     Raises:
-        CheckpointError: the result computes another function.
+        CheckpointError: the result computes something else.
     """
     names, choices = source.label_names, {"problem_type": source.problem_type} | choices
     return _convert(source, names, list(range(len(names))), [], choices)
@@ -113,7 +113,7 @@ def _convert(
     notes: list[str],
     choices: dict[str, Any],
 ) -> Conversion:
-    """Convert a source, keep its head if `rows` are given, and compare the result with it."""
+    """Convert a source, with its head if `rows` are given, and compare the result with it."""
     folder, weights = source.folder, _rename(source)
     head: Weights = {}
     if rows is not None:
@@ -136,8 +136,8 @@ def _convert(
     difference = measure_difference(source, model, rows)
     if not difference <= TOLERANCE:
         raise CheckpointError(
-            f"{folder}: the converted network differs from the encoder by {difference:.2g} of its "
-            f"largest output (allowed: {TOLERANCE:g}), so this encoder cannot be converted"
+            f"{folder}: this encoder cannot be converted: the result differs from it by "
+            f"{difference:.2g} of its largest output (allowed: {TOLERANCE:g})"
         )
     proof = (
         f"the converted network and the encoder differ by {difference:.1e} of the largest output"
@@ -147,7 +147,7 @@ def _convert(
 
 @torch.no_grad()
 def _fill(encoder: nn.Module, weights: Weights, folder: Path) -> None:
-    """Give an encoder its weights; a bias that its family does not have is 0."""
+    """Copy weights into an encoder; a bias that the family does not have is 0."""
     state = encoder.state_dict()
     for name, weight in weights.items():
         state.pop(name).copy_(weight)
@@ -155,7 +155,7 @@ def _fill(encoder: nn.Module, weights: Weights, folder: Path) -> None:
         if "decision" in name:
             continue
         if not name.endswith(".bias") or name.removesuffix("bias") + "weight" not in weights:
-            raise CheckpointError(f"{folder}: the conversion leaves out {name}")
+            raise CheckpointError(f"{folder}: the conversion provides no weight for {name}")
         weight.zero_()
 
 
@@ -173,22 +173,22 @@ def _configure(
     theirs = source.network.config
     sizes = {ours: getattr(theirs, name) for ours, name in source.family.sizes.items()}
     sizes |= source.family.choices(theirs)
-    # The embeddings say how many rows they have here: positions before the first are left out.
+    # Sizes of the renamed embeddings, from which positions before the first were removed.
     if (position := weights.get("embeddings.position.weight")) is not None:
         sizes["max_position_embeddings"] = len(position)
     sizes["type_vocab_size"] = len(weights["embeddings.segment.weight"])
     if sizes["max_position_embeddings"] < MIN_POSITIONS:
-        raise ValueError(f"fewer than {MIN_POSITIONS} positions")
+        raise ValueError(f"the encoder has fewer than {MIN_POSITIONS} positions")
     labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     return BudgetFormerConfig(**sizes | labels | choices)
 
 
 def _rename(source: Source) -> Weights:
-    """Return the encoder's weights as ours: positions from a text's first one on, two types."""
+    """Return the encoder's weights by our names, with two token types and no unused positions."""
     renamed = source.encoder_weights
     if (position := renamed.get("embeddings.position.weight")) is not None:
         renamed["embeddings.position.weight"] = position[source.first_position :]
-    # Tokenizers mark the second text of a pair, even for encoders that do not read the mark.
+    # Tokenizers set token types of pairs even for encoders without token types.
     width = renamed["embeddings.word.weight"].shape[1]
     types = renamed.get("embeddings.segment.weight", torch.zeros(1, width))
     renamed["embeddings.segment.weight"] = types.expand(2, -1) if len(types) == 1 else types
@@ -198,7 +198,7 @@ def _rename(source: Source) -> Weights:
 def _match_head(
     source: Source, names: list[str], numbered: bool, problem_type: str | None
 ) -> tuple[list[int] | None, list[str]]:
-    """Return the row of the source's head for each of `names`, or None for a new head, and why."""
+    """Return the source head's row for each of `names`, or None for a new head, and notes."""
     if not source.has_head:
         return None, []
     config: Any = source.network.config
@@ -206,29 +206,29 @@ def _match_head(
     rows = {_plain(name): row for row, name in enumerate(theirs)}
     wanted = [_plain(name) for name in names]
     if config.problem_type not in (None, problem_type):
-        reason = f"it is for {config.problem_type}, the data are not"
+        reason = f"its problem type is {config.problem_type}, not that of the data"
     elif len(rows) == len(theirs) == len(names) and set(wanted) == set(rows):
         matched = [rows[name] for name in wanted]
         moved = "" if matched == sorted(matched) else ", in the order of the data"
         return matched, [f"the classification head is kept, its labels matched by name{moved}"]
     elif len(theirs) != len(names):
-        reason = f"it has {len(theirs)} labels, the data have {len(names)}"
+        reason = f"it has {len(theirs)} labels, but the data have {len(names)}"
     elif rows.keys() == {str(i) for i in range(len(names))}:
         if numbered:
             note = "the classification head is kept, its labels matched by number (labels.json)"
             return list(range(len(names))), [note]
         reason = (
-            f"its labels have no names ({theirs[0]}, ...); "
+            f"its labels are unnamed ({theirs[0]}, ...); "
             "name them in its config.json (id2label), or give labels.json in their order"
         )
     else:
         unknown = next((n for n, plain in zip(names, wanted, strict=True) if plain not in rows), "")
-        reason = f"its labels are {', '.join(theirs[:5])[:120]}, the data have {unknown!r}"
-    return None, [f"the classification head is not kept, a new one is trained: {reason}"]
+        reason = f"its labels are {', '.join(theirs[:5])[:120]}, but the data have {unknown!r}"
+    return None, [f"a new classification head is trained, the old one is not kept: {reason}"]
 
 
 def _plain(name: str) -> str:
-    """Return a label's name without case and outer spaces; `LABEL_3` is what it says, number 3."""
+    """Return a label's name without case and outer spaces; `LABEL_3` becomes `3`."""
     plain = name.strip().casefold()
     return re.sub(r"^label_(\d+)$", r"\1", plain)
 
@@ -240,9 +240,9 @@ def measure_difference(
     """Compare a converted network at its full budget with its source, on random tokens.
 
     Args:
-        source: what was converted.
-        model: the result.
-        rows: the row of the source's head for each label; None: only states are compared.
+        source: the source.
+        model: the converted network.
+        rows: the source head's row for each label; None: compare only states.
 
     Returns:
         The largest difference of embeddings, states and logits, relative to the largest value.
@@ -255,7 +255,7 @@ def measure_difference(
     compared = [
         (model.encoder.embed(batch["input_ids"], batch["token_type_ids"]), _embed(source, batch))
     ]
-    # Long enough for local attention to be local, and for distances that share a row.
+    # Long enough to test local attention, and distances that share a row.
     longest = max([0, 4 * max(config.windows or [0]), config.relative_distance + 2])
     for lengths in (*PROOF_LENGTHS, (longest,) if longest else ()):
         if not lengths:
@@ -279,11 +279,11 @@ def measure_difference(
 
 
 class _ReachedError(Exception):
-    """Carries what a network's first layer reads."""
+    """Carries the input of a network's first layer."""
 
 
 def _embed(source: Source, batch: dict[str, Tensor]) -> Tensor:
-    """Return what the source's first layer reads, and run no more of it."""
+    """Return the input of the source's first layer, without running the layers."""
 
     def stop(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         raise _ReachedError(args[0] if args else named["hidden_states"])
@@ -300,7 +300,7 @@ def _embed(source: Source, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _random_batch(source: Source, lengths: list[int]) -> dict[str, Tensor]:
-    """Draw ids other than padding, and two token types, for sequences of these lengths."""
+    """Return random ids (no padding) and token types for sequences of these lengths."""
     random = torch.Generator().manual_seed(0)
     pad, shape = source.network.config.pad_token_id or 0, (len(lengths), max(lengths))
     ids = torch.randint(source.network.config.vocab_size - 1, shape, generator=random)
@@ -314,6 +314,6 @@ def _random_batch(source: Source, lengths: list[int]) -> dict[str, Tensor]:
 
 
 def _for_source(source: Source, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return ids, and token types where the source knows more than one."""
+    """Return ids, and token types if the source has more than one."""
     types = getattr(source.network.config, "type_vocab_size", 1) if source.family.has_types else 1
     return {name: batch[name] for name in ("input_ids", "token_type_ids")[: 1 + (types > 1)]}

@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and v3 (He et al., 2021): scores of contents with distances."""
+"""DeBERTa-v2 and v3 (He et al., 2021): disentangled attention."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,14 +8,16 @@ from budgetformer.families.family import refuse_narrow_embeddings
 
 
 def _choices(config: Any) -> dict[str, Any]:
-    farthest = config.max_relative_positions
+    max_distance = config.max_relative_positions
     normed = str(getattr(config, "norm_rel_ebd", "none")).lower()
     found: dict[str, Any] = {"position_embeddings": config.position_biased_input}
     if config.relative_attention:
         found |= {
             "relative_positions": "disentangled",
             "relative_buckets": max(getattr(config, "position_buckets", -1), 0),
-            "relative_distance": config.max_position_embeddings if farthest < 1 else farthest,
+            "relative_distance": config.max_position_embeddings
+            if max_distance < 1
+            else max_distance,
             "relative_terms": list(config.pos_att_type or ()),
             "relative_shares_maps": getattr(config, "share_att_key", False),
             "relative_norm": "layer_norm" in [part.strip() for part in normed.split("|")],

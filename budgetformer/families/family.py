@@ -1,4 +1,4 @@
-"""What there is to say about one family of pretrained encoders."""
+"""The description of one family of pretrained encoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Weights = dict[str, Tensor]
 
 
 def refuse_narrow_embeddings(config: Any) -> str | None:
-    """Refuse embeddings that the family's networks do not bring to their width."""
+    """Refuse embeddings narrower than the encoder, which the family's networks do not support."""
     width = config.hidden_size
     narrow = getattr(config, "embedding_size", width) != width
     return "embedding_size differs from hidden_size" if narrow else None
@@ -22,38 +22,37 @@ def accept(_: Any) -> None:
     """Refuse nothing."""
 
 
-def _no_more(_: Any) -> dict[str, Any]:
+def _no_choices(_: Any) -> dict[str, Any]:
     return {}
 
 
-def _as_they_are(weights: Weights, _: Any) -> Weights:
+def _unchanged(weights: Weights, _: Any) -> Weights:
     return weights
 
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of encoders names its weights and sizes, and what it computes.
+    """Map one family of encoders to our names, sizes and options.
 
-    Names are those of modules: `weight` and `bias` follow. A bias that a family does not have is 0.
-    What is said here of a function is not believed but compared with Transformers' own network at
-    every conversion.
+    Names are module names, without `weight` and `bias`. A bias that the family does not have is 0.
+    Every conversion compares the result with Transformers' network, so a wrong description fails.
 
     Attributes:
-        model_type: in `config.json`.
+        model_type: its value in `config.json`.
         architecture: Transformers' class of its classifiers.
-        prefix: of the encoder's weights inside a classifier.
-        layers: where its layers are, below the prefix.
-        names, layer: our names by theirs, of what is outside layers, and of what is in each.
-        head: our names by theirs, of what is on top of the encoder; whole names.
-        sizes: theirs by our configuration's names.
-        choices: further fields of our configuration, from theirs.
-        head_choices: the same of a classifier's head.
-        adapt: split, copy or rename weights before they are named; theirs below the prefix.
+        prefix: of the encoder's weights in a classifier.
+        layers: module name of the layers, below the prefix.
+        names, layer: our names by theirs, of modules outside the layers and in each layer.
+        head: our names by theirs, of modules on top of the encoder; with prefix.
+        sizes: their configuration's names by ours.
+        choices: further fields of our configuration, computed from theirs.
+        head_choices: likewise for a classifier's head.
+        adapt: split, copy or rename their weights (names below the prefix) before `names` apply.
         refuse: a reason not to convert a configuration, or None.
-        extra_keys: keys of `config.json` that its class does not list, and its network reads.
-        positions_after_padding: whether a text's first position is the one after `pad_token_id`.
+        extra_keys: keys of `config.json` that its network reads but its class does not list.
+        positions_after_padding: whether a text's first position is `pad_token_id` + 1.
         has_types: whether its network reads token types.
-        first_layer: its first layer's module below the prefix, where that is not `layers` and 0.
+        first_layer: module name of its first layer below the prefix; None: `layers`.0.
     """
 
     model_type: str
@@ -64,9 +63,9 @@ class Family:
     layer: Mapping[str, str]
     head: Mapping[str, str]
     sizes: Mapping[str, str]
-    choices: Callable[[Any], dict[str, Any]] = _no_more
-    head_choices: Callable[[Any], dict[str, Any]] = _no_more
-    adapt: Callable[[Weights, Any], Weights] = _as_they_are
+    choices: Callable[[Any], dict[str, Any]] = _no_choices
+    head_choices: Callable[[Any], dict[str, Any]] = _no_choices
+    adapt: Callable[[Weights, Any], Weights] = _unchanged
     refuse: Callable[[Any], str | None] = refuse_narrow_embeddings
     extra_keys: frozenset[str] = field(default=frozenset())
     positions_after_padding: bool = False
@@ -75,12 +74,12 @@ class Family:
 
     @property
     def head_names(self) -> dict[str, str]:
-        """The names of a head's weights and biases by ours; it may lack a bias."""
+        """Their names of the head's weights and biases by ours, including biases it may lack."""
         kinds = ("weight", "bias")
         return {f"{o}.{kind}": f"{t}.{kind}" for t, o in self.head.items() for kind in kinds}
 
     def our_name(self, name: str) -> str | None:
-        """Return our name of a weight below the prefix; None: it is not part of the encoder."""
+        """Return our name of a weight (named below the prefix); None if we do not use it."""
         place, _, kind = name.rpartition(".")
         if not place.startswith(f"{self.layers}."):
             ours = self.names.get(place)
@@ -91,12 +90,12 @@ class Family:
 
 
 def same(*names: str) -> dict[str, str]:
-    """Return sizes that a family calls as we do."""
+    """Return `Family.sizes` for sizes whose names are the same."""
     return {name: name for name in names}
 
 
 def cls_head(activation: str) -> Callable[[Any], dict[str, Any]]:
-    """Return the head of most families: a dense map of the first token's state, and a function."""
+    """Return `head_choices` for a dense layer with an activation on the first token's state."""
     return lambda _: {"pooling": "cls", "head_activation": activation}
 
 
@@ -104,16 +103,16 @@ def rotary_base(parameters: Mapping[str, Any]) -> float:
     """Return the base of rotary positions.
 
     Raises:
-        ValueError: they are of another kind.
+        ValueError: it is a variant of rotary positions that cannot be converted.
     """
     kind, part = parameters.get("rope_type", "default"), parameters.get("partial_rotary_factor")
     if kind != "default" or part not in (None, 1.0):
-        raise ValueError(f"rotary positions of the kind {kind!r} cannot be converted")
+        raise ValueError(f"rotary positions of type {kind!r} cannot be converted")
     return float(parameters["rope_theta"])
 
 
 def split_rows(weights: Weights, fused: str, parts: list[str]) -> Weights:
-    """Cut each weight whose module's name ends with `fused` into parts of equally many rows."""
+    """Split each weight of a module named `fused` into equal parts by rows, named `parts`."""
     found: Weights = {}
     for name, weight in weights.items():
         place, _, kind = name.rpartition(".")

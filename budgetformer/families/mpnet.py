@@ -1,12 +1,12 @@
-"""MPNet (Song et al., 2020): BERT's layers, and scores that know distances."""
+"""MPNet (Song et al., 2020): BERT's layers with T5's relative position bias."""
 
 from typing import Any
 
 from budgetformer.families.bert import BERT
 from budgetformer.families.family import Family, Weights, cls_head
 
-BUCKETS, FARTHEST = 32, 128
-"""What Transformers computes with, whatever the configuration says."""
+BUCKETS, MAX_DISTANCE = 32, 128
+"""The values that Transformers uses; it ignores the configuration here."""
 _BIAS = "encoder.relative_attention_bias.weight"
 
 
@@ -14,12 +14,12 @@ def _choices(_: Any) -> dict[str, Any]:
     return {
         "relative_positions": "bias",
         "relative_buckets": BUCKETS,
-        "relative_distance": FARTHEST,
+        "relative_distance": MAX_DISTANCE,
     }
 
 
 def _copy_bias(weights: Weights, config: Any) -> Weights:
-    """Give each layer the bias that all share: its heads are ordered by themselves."""
+    """Give each layer its own copy of the shared bias, because each layer orders its heads."""
     found = {name: weight for name, weight in weights.items() if name != _BIAS}
     for index in range(config.num_hidden_layers):
         found[f"encoder.layer.{index}.distance_bias.weight"] = weights[_BIAS][:BUCKETS].clone()

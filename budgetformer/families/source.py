@@ -1,7 +1,7 @@
-"""Read the folder of an encoder or classifier, as Transformers saves it.
+"""Read an encoder or classifier from a folder that Transformers saved.
 
-Transformers itself loads the weights (one file or several, safetensors or `.bin`, any precision,
-old names), and says which are missing or left over. Pickled code is never run.
+Transformers loads the weights (one file or several, safetensors or `.bin`, any precision, old
+names), and reports missing and unexpected ones. Pickled code is never run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from budgetformer.errors import CheckpointError, one_line
 from budgetformer.families import FAMILIES
 from budgetformer.families.family import Family, Weights
 from budgetformer.model.architecture import MULTI_LABEL
-from budgetformer.model.modeling import quiet
+from budgetformer.model.modeling import silence_transformers
 
 _ONLY: dict[str, Any] = {
     "position_embedding_type": "absolute",
@@ -31,14 +31,14 @@ _ONLY: dict[str, Any] = {
     "quantization_config": None,
     "pruned_heads": {},
 }
-"""Keys of `config.json` that change the function of an encoder, with the one value that is read."""
+"""Keys of `config.json` that change an encoder's function, with the only supported value."""
 
 _OTHER_KINDS = {
     "config_setfit.json": "a SetFit model, whose head is pickled code, which is never run",
     "model_head.pkl": "a model whose head is pickled code (model_head.pkl), which is never run",
-    "modules.json": "a sentence-transformers model, which has no head of Transformers",
+    "modules.json": "a sentence-transformers model, which has no Transformers head",
 }
-"""Files that mark models without a head that Transformers can load, and what each model is."""
+"""Marker files of models whose head Transformers cannot load, with a description."""
 
 _NO_FUNCTION = {
     *("_name_or_path", "_num_labels", "architectures", "dtype", "finetuning_task", "torch_dtype"),
@@ -46,26 +46,26 @@ _NO_FUNCTION = {
     *("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers"),
     *("pooler_size_per_head", "pooler_type", "tie_weights_"),
 }
-"""Keys that old files have and that say nothing about the function (or are checked apart)."""
+"""Keys of old files that do not change the function, or are checked separately."""
 
 _OTHER_HEADS = (
     *("cls.", "lm_head.", "qa_outputs.", "pooler.", "classifier.", "pre_classifier."),
     *("vocab_transform.", "vocab_layer_norm.", "vocab_projector."),
 )
-"""Where weights of heads for other tasks begin, which a classifier does not need."""
+"""Prefixes of weights of other tasks' heads, which a classifier does not need."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """An encoder or classifier, as Transformers computes it in float32.
+    """An encoder or classifier, loaded by Transformers in float32.
 
     Attributes:
-        folder: where it is from.
-        family: how its weights are named.
-        network: Transformers' classifier; without a head of its own, its head is random.
-        has_head: whether the folder holds a classification head.
-        architectures: classes of Transformers that it was saved from; may be none.
-        notes: what was left out, one line each.
+        folder: its folder.
+        family: its family.
+        network: Transformers' classifier; without a head in the folder, its head is random.
+        has_head: whether the folder has a classification head.
+        architectures: Transformers classes that it was saved from; may be empty.
+        notes: messages about unused parts, one line each.
     """
 
     folder: Path
@@ -83,12 +83,12 @@ class Source:
 
     @property
     def problem_type(self) -> str:
-        """Whether a text has one label or several."""
+        """`problem_type` of the configuration, single-label by default."""
         return self.network.config.problem_type or "single_label_classification"
 
     @property
     def weights(self) -> Weights:
-        """The weights by Transformers' names, a random head left out."""
+        """The weights by Transformers' names, without a random head."""
         unused = () if self.has_head else self.family.head_names.values()
         state: Weights = self.network.state_dict()
         return {name: weight for name, weight in state.items() if name not in unused}
@@ -108,26 +108,26 @@ class Source:
 
     @property
     def first_layer(self) -> nn.Module:
-        """Its first layer."""
+        """The encoder's first layer."""
         name = self.family.first_layer or f"{self.family.layers}.0"
         return self.network.base_model.get_submodule(name)
 
     @property
     def first_position(self) -> int:
-        """Rows of the position table that come before a text's first token."""
+        """Row of the position table for a text's first token."""
         pad = self.network.config.pad_token_id
         return pad + 1 if self.family.positions_after_padding else 0
 
 
 def read_encoder(folder: Path) -> Source:
-    """Load an encoder or classifier and check that its whole meaning is known.
+    """Load an encoder or classifier, and check that all weights and settings can be converted.
 
     Args:
-        folder: `config.json` and weights of one of `FAMILIES`.
+        folder: has `config.json` and weights of one of `FAMILIES`.
 
     Raises:
-        CheckpointError: the folder holds no such network, a weight is missing, left over, of
-            another shape or not finite, or the configuration asks for another function.
+        CheckpointError: the folder has no such network; a weight is missing, unexpected, of another
+            shape or not finite; or the configuration has a setting that cannot be converted.
     """
     config = _read_config(folder)
     family = FAMILIES[config["model_type"]]
@@ -142,23 +142,23 @@ def read_encoder(folder: Path) -> Source:
         missing -= head
         mismatched = {name: shapes for name, shapes in mismatched.items() if name not in head}
     if missing:
-        raise CheckpointError(f"{folder}: the weights lack {_some(missing)}")
+        raise CheckpointError(f"{folder}: missing weights: {_first_of(missing)}")
     for name, (found, wanted) in sorted(mismatched.items()):
         raise CheckpointError(
-            f"{folder}: {name} has the shape {list(found)}, config.json asks for {list(wanted)}"
+            f"{folder}: {name} has shape {list(found)}, but config.json requires {list(wanted)}"
         )
     other_heads = {n for n in unexpected if n.removeprefix(family.prefix).startswith(_OTHER_HEADS)}
     if unexpected - other_heads:
         raise CheckpointError(
-            f"{folder}: weights that {family.architecture} does not have: "
-            f"{_some(unexpected - other_heads)}"
+            f"{folder}: unexpected weights for {family.architecture}: "
+            f"{_first_of(unexpected - other_heads)}"
         )
     known = type(network.config)().to_dict().keys() | _ONLY.keys() | _NO_FUNCTION
     known |= family.extra_keys
     ignored = sorted(config.keys() - known)
     notes = []
     if other_heads:
-        notes.append(f"weights of another task are not used: {_some(other_heads)}")
+        notes.append(f"weights of another task are not used: {_first_of(other_heads)}")
     if ignored:
         notes.append(f"keys of config.json that Transformers ignores: {', '.join(ignored)}")
     if reason := family.refuse(network.config):
@@ -170,13 +170,13 @@ def read_encoder(folder: Path) -> Source:
 
 
 def is_source(folder: Path) -> bool:
-    """Return whether a folder holds a model, even one that cannot be converted."""
+    """Return whether a folder has a model, even one that cannot be converted."""
     names = ("config.json", "adapter_config.json", *_OTHER_KINDS)
     return any((folder / name).exists() for name in names)
 
 
 def describe_headless(folder: Path) -> str | None:
-    """Describe a model whose head Transformers cannot load, and what to do; None: no such model."""
+    """Return a description of a model whose head Transformers cannot load, with advice, or None."""
     kind = next((kind for name, kind in _OTHER_KINDS.items() if (folder / name).exists()), None)
     return kind and (
         f"{kind}; train a head on its encoder (`budgetformer import` on the folder with the "
@@ -187,7 +187,7 @@ def describe_headless(folder: Path) -> str | None:
 def _read_config(folder: Path) -> dict[str, Any]:
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{folder}: a PEFT adapter; merge it into its model first "
+            f"{folder}: this is a PEFT adapter; merge it into its model first "
             "(AutoPeftModelForSequenceClassification: merge_and_unload, then save_pretrained)"
         )
     try:
@@ -198,27 +198,27 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: not an encoder folder: {one_line(error)}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{folder}: not an encoder folder: config.json holds no object")
+        raise CheckpointError(f"{folder}: not an encoder folder: config.json is not a JSON object")
     if config.get("auto_map"):
         raise CheckpointError(
-            f"{folder}: needs code of its own (auto_map in config.json), which is never run; "
-            "save it with a model class of Transformers"
+            f"{folder}: the model requires its own code (auto_map in config.json), which is never "
+            "run; save it with a model class of Transformers"
         )
     if config.get("model_type") == "budgetformer":
         raise CheckpointError(
-            f"{folder}: a BudgetFormer already; `budgetformer models add` takes it"
+            f"{folder}: already a BudgetFormer; add it with `budgetformer models add`"
         )
     if str(config.get("model_type")) not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise CheckpointError(
-            f"{folder}: model_type {config.get('model_type')!r} is no family that can be "
-            f"converted; there are: {known}"
+            f"{folder}: model_type {config.get('model_type')!r} cannot be converted; "
+            f"supported: {known}"
         )
     for key, only in _ONLY.items():
         if config.get(key) not in (only, None):
             raise CheckpointError(
                 f"{folder}: {key} in config.json is {one_line(config[key])[:80]!r}, "
-                f"only {only!r} can be converted"
+                f"but only {only!r} can be converted"
             )
     return config
 
@@ -226,7 +226,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _load(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load a folder as a classifier, with Transformers' report on its weights."""
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):
+        with silence_transformers(), torch.random.fork_rng(devices=[]):
             network, report = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -234,20 +234,20 @@ def _load(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
                 trust_remote_code=False,
                 weights_only=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # the report names them
-                chunk_size_feed_forward=0,  # the same function, at every length
+                ignore_mismatched_sizes=True,  # they are in the report
+                chunk_size_feed_forward=0,  # chunks would restrict the lengths
             )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{folder}: not an encoder folder: the .bin file is damaged or holds more than tensors"
         ) from error
-    except Exception as error:  # Transformers, safetensors and torch raise many kinds
-        told = one_line(error)[:300] or type(error).__name__
-        raise CheckpointError(f"{folder}: not an encoder folder: {told}") from error
+    except Exception as error:  # Transformers, safetensors and torch raise many types
+        reason = one_line(error)[:300] or type(error).__name__
+        raise CheckpointError(f"{folder}: not an encoder folder: {reason}") from error
     return network.eval(), report
 
 
-def _some(names: set[str]) -> str:
+def _first_of(names: set[str]) -> str:
     first, *others = sorted(names)
     return f"{first} and {len(others)} more" if others else first
 
@@ -256,10 +256,10 @@ def _check_finite(source: Source) -> None:
     for name, weight in source.weights.items():
         largest = max(map(abs, torch.stack(weight.aminmax()).tolist()))
         if not math.isfinite(largest):
-            raise CheckpointError(f"{source.folder}: {name} holds a number that is not finite")
+            raise CheckpointError(f"{source.folder}: {name} has a number that is not finite")
         if largest > torch.finfo(torch.float16).max:
             raise CheckpointError(
-                f"{source.folder}: {name} exceeds float16, in which checkpoints are stored"
+                f"{source.folder}: {name} exceeds the range of float16, the type of checkpoints"
             )
 
 
@@ -268,6 +268,6 @@ def _check_outputs(source: Source) -> None:
     one_output = config.num_labels == 1 and config.problem_type != MULTI_LABEL
     if source.has_head and (one_output or config.problem_type == "regression"):
         raise CheckpointError(
-            f"{source.folder}: a regression model, only classifiers can be converted "
-            "(to train a new head on its encoder, save that alone with AutoModel)"
+            f"{source.folder}: a regression model; only classifiers can be converted "
+            "(to train a new head, save only its encoder with AutoModel)"
         )

@@ -1,4 +1,4 @@
-"""Read the tokenizer of an encoder's folder as Transformers does."""
+"""Load the tokenizer in an encoder's folder with Transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from budgetformer.errors import CheckpointError, one_line
 from budgetformer.model.architecture import Architecture
 from budgetformer.model.encoder import SequenceClassifier
-from budgetformer.model.modeling import quiet
+from budgetformer.model.modeling import silence_transformers
 from budgetformer.tokenization import Side
 
 _NO_LIMIT = 10**9
@@ -21,12 +21,12 @@ _NO_LIMIT = 10**9
 
 @dataclass(frozen=True)
 class SourceTokenizer:
-    """A tokenizer as Transformers loads it.
+    """A tokenizer with the settings that Transformers gives it.
 
     Attributes:
         tokenizer: without padding and truncation.
-        max_tokens: longest input, special tokens included; None: the encoder's positions decide.
-        side: the end of a longer one that is cut off.
+        max_tokens: longest input, including special tokens; None: the encoder's positions.
+        side: the end at which longer inputs are truncated.
         has_types: whether it returns token types.
     """
 
@@ -36,7 +36,7 @@ class SourceTokenizer:
     has_types: bool
 
     def longest(self, config: Architecture) -> int:
-        """Return the longest input that tokenizer and encoder allow, special tokens included."""
+        """Return the longest input of both tokenizer and encoder, including special tokens."""
         positions = config.max_position_embeddings
         return min(self.max_tokens or positions, positions)
 
@@ -51,31 +51,33 @@ class SourceTokenizer:
 
 
 def read_tokenizer(folder: Path) -> SourceTokenizer:
-    """Read the tokenizer in a folder.
+    """Return the tokenizer in a folder.
 
     Without `tokenizer.json`, Transformers builds a fast tokenizer from `vocab.txt` or SentencePiece
-    files. Where `tokenizer_config.json` differs from `tokenizer.json`, in casing for example, the
-    configuration wins.
+    files. If `tokenizer_config.json` and `tokenizer.json` differ, in casing for example, the former
+    wins.
 
     Raises:
         CheckpointError: the folder has no tokenizer, or only a slow one.
     """
     try:
-        with quiet():
+        with silence_transformers():
             loaded: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-    except Exception as error:  # Transformers and the tokenizers raise many kinds
-        told = one_line(error)[:200] or type(error).__name__
-        raise CheckpointError(f"{folder}: Transformers cannot load its tokenizer: {told}") from None
+    except Exception as error:  # Transformers and tokenizers raise many types
+        reason = one_line(error)[:200] or type(error).__name__
+        raise CheckpointError(
+            f"{folder}: Transformers cannot load its tokenizer: {reason}"
+        ) from None
     if not getattr(loaded, "is_fast", False):
         raise CheckpointError(
-            f"{folder}: its tokenizer ({type(loaded).__name__}) has no fast form; "
-            "save one with PreTrainedTokenizerFast"
+            f"{folder}: its tokenizer ({type(loaded).__name__}) is not a fast one; "
+            "convert it with PreTrainedTokenizerFast and save it"
         )
-    if len(loaded) <= len(loaded.all_special_tokens):  # what Transformers makes of no files at all
+    if len(loaded) <= len(loaded.all_special_tokens):  # Transformers' result for missing files
         raise CheckpointError(
-            f"{folder}: it has no tokenizer; save the one that the model was trained with there"
+            f"{folder}: no tokenizer files; save the one that the model was trained with there"
         )
     tokenizer = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     tokenizer.no_padding()
@@ -90,7 +92,7 @@ def read_tokenizer(folder: Path) -> SourceTokenizer:
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: Architecture, folder: Path | None) -> None:
-    """Refuse a tokenizer whose ids or token types have no row in the embeddings.
+    """Check that every token id and token type has a row in the embeddings.
 
     Raises:
         CheckpointError: an id or a type is out of range.
@@ -99,11 +101,11 @@ def check_tokenizer(tokenizer: Tokenizer, config: Architecture, folder: Path | N
     if top >= config.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has token ids up to {top}, "
-            f"the encoder's vocab_size is {config.vocab_size}"
+            f"but the encoder's vocab_size is {config.vocab_size}"
         )
     types = max(tokenizer.encode("a", "b").type_ids, default=0)
     if types >= config.type_vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has token types up to {types}, "
-            f"the encoder has {config.type_vocab_size}"
+            f"but the encoder's type_vocab_size is {config.type_vocab_size}"
         )

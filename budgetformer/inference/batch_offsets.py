@@ -1,4 +1,4 @@
-"""Where the items of a packed batch lie: as the host knows it, or only the device."""
+"""Offsets of the items in a packed batch, known on the host or only on the device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BatchOffsets:
-    """B items, one after another in N rows; rows after the last item's are spare.
+    """Offsets of B items, one after another in N rows; rows after the last item are padding.
 
     Attributes:
         lengths: tokens of each item.
-        device: where the pass runs.
+        device: of the pass.
     """
 
     lengths: tuple[int, ...]
@@ -30,7 +30,7 @@ class BatchOffsets:
 
     @property
     def tokens(self) -> int:
-        """Rows that are some item's."""
+        """Number of rows that belong to items."""
         return sum(self.lengths)
 
     @property
@@ -39,8 +39,8 @@ class BatchOffsets:
         return max(self.lengths, default=0)
 
     @property
-    def alone(self) -> bool:
-        """Whether every row is the same item's, so that there is nothing to tell apart."""
+    def single_item(self) -> bool:
+        """Whether the batch has exactly one item, so that rows need no owner."""
         return len(self.lengths) == 1
 
     @cached_property
@@ -51,7 +51,7 @@ class BatchOffsets:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Place of each token within its item, [N]."""
+        """Position of each token within its item, [N]."""
         places = torch.arange(self.longest)
         if len(self.lengths) > 1:
             places = torch.cat([places[:length] for length in self.lengths])
@@ -59,43 +59,43 @@ class BatchOffsets:
 
     @cached_property
     def starts(self) -> Tensor:
-        """First row of each item, and after them the end of the last: [B + 1], int32."""
+        """First row of each item, then the end of the last: [B + 1], int32."""
         bounds = [0, *accumulate(self.lengths)]
         return torch.tensor(bounds, dtype=torch.int32).to(self.device)
 
     @cached_property
     def ends(self) -> Tensor:
-        """Row behind the last of each token's item, [N]."""
+        """End row (exclusive) of each token's item, [N]."""
         lengths = torch.tensor(self.lengths, dtype=torch.long)
         ends = torch.tensor([*accumulate(self.lengths)], dtype=torch.int32)
         return ends.repeat_interleave(lengths).to(self.device)
 
     @cached_property
     def counts(self) -> Tensor:
-        """Tokens of each item, [B, 1] in float32; at least one, to divide by."""
+        """Tokens of each item, at least 1 as a divisor, [B, 1] in float32."""
         counts = [[max(length, 1.0)] for length in self.lengths]
         return torch.tensor(counts, device=self.device).view(-1, 1)
 
     @property
     def empty(self) -> Tensor:
-        """Whether an item has no token, [B, 1]."""
+        """Whether each item has no token, [B, 1]."""
         return (self.starts[1:] == self.starts[:-1]).unsqueeze(-1)
 
     def select(self, items: Sequence[int]) -> BatchOffsets:
-        """Return the offsets of some of the items, one after another."""
+        """Return the offsets of a batch of these items only."""
         return BatchOffsets(tuple(self.lengths[item] for item in items), self.device)
 
 
 @dataclass(frozen=True)
 class StagedOffsets(BatchOffsets):
-    """Offsets that only the device knows: of up to B items in N rows, the last ones empty.
+    """Offsets stored on the device: up to B items in N rows; unused items are empty.
 
-    Nothing of them is read on the host, so that a recorded pass can run with other items each time.
+    The host never reads them, so a recorded pass can run with other items each time.
 
     Attributes:
-        bounds: as `starts`.
-        places: as `positions`.
-        last: as `ends`; of a spare row where the spare rows begin.
+        bounds: see `starts`.
+        places: see `positions`.
+        last: see `ends`; for padding rows, the first padding row.
     """
 
     bounds: Tensor
@@ -104,7 +104,7 @@ class StagedOffsets(BatchOffsets):
 
     @classmethod
     def of(cls, bounds: Tensor, places: Tensor, last: Tensor) -> StagedOffsets:
-        """Read the offsets from [B + 1], [N] and [N] in int32, which may change between runs."""
+        """Return offsets that read int32 tensors [B + 1], [N] and [N], whose content may change."""
         return cls((), bounds.device, bounds, places, last)
 
     @property
@@ -114,31 +114,31 @@ class StagedOffsets(BatchOffsets):
 
     @property
     def tokens(self) -> int:
-        """Rows that may be some item's: N."""
+        """N, as any row may belong to an item."""
         return len(self.places)
 
     @property
     def positions(self) -> Tensor:
-        """Place of each row within its item, [N]; a spare row has any."""
+        """Position of each row within its item, [N]; arbitrary for padding rows."""
         return self.places
 
     @cached_property
     def owner(self) -> Tensor:
-        """Item of each row, [N]; a spare row has B."""
+        """Item of each row, [N]; B for padding rows."""
         places = torch.arange(self.tokens, dtype=torch.int32, device=self.device)
         return torch.searchsorted(self.bounds[1:], places, right=True)
 
     @property
     def counts(self) -> Tensor:
-        """Tokens of each item, [B, 1] in float32; at least one, to divide by."""
+        """Tokens of each item, at least 1 as a divisor, [B, 1] in float32."""
         return self.bounds.diff().clamp(min=1).float().unsqueeze(-1)
 
     @property
     def starts(self) -> Tensor:
-        """First row of each item, and after them the end of the last: [B + 1], int32."""
+        """First row of each item, then the end of the last: [B + 1], int32."""
         return self.bounds
 
     @property
     def ends(self) -> Tensor:
-        """Row behind the last of each row's item, [N]; of a spare row where those begin."""
+        """End row (exclusive) of each row's item, [N]; for padding rows, the first padding row."""
         return self.last

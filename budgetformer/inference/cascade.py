@@ -1,7 +1,7 @@
-"""Texts on their way through the steps of a rule: decision, passes, answer.
+"""Run texts through the steps of a budget rule: decision, passes, answer.
 
-What is known of the texts is kept in columns, and a pass over a batch is followed by array
-arithmetic, so that beside the passes hardly anything is done for each text.
+The state of the texts is kept in columns and updated by array arithmetic after each pass, so that
+there is hardly any work per text besides the passes.
 
 Shapes: B texts, C labels, H heads, L layers, S steps.
 """
@@ -27,31 +27,31 @@ from budgetformer.model.answers import confidence
 from budgetformer.model.tfidf import Array
 
 LAYERWISE = -1
-"""The step of texts whose layers decide for themselves (scope "layer"), until they have run."""
+"""Step of texts whose layers decide the budgets (scope "layer"), until they have run."""
 
 Index = slice | list[int]
 
 
 class Items:
-    """Columns of B texts that have one rule.
+    """Columns of B texts with the same rule.
 
     Attributes:
         texts: their tokens.
-        rule: how their budgets are decided.
-        step: ladder step to run next, int32 [B]; of those that are done, the step that answered.
+        rule: decides their budgets.
+        step: ladder step to run next, int32 [B]; once done, the step that answered.
         predicted: step at which f_o expects the answer, int32 [B]; 0 if step 0 answers; LAYERWISE
-            where layers decide for themselves.
-        s: f_o's verdict, float32 [B].
+            if the layers decide.
+        s: f_o's output, float32 [B].
         exit_logits: step 0's logits, float32 [B, C]; None: there is no step 0, or nothing is
             decided yet.
-        ran: whether a step was run, step 0 included where it was asked, bool [B, S + 1].
+        ran: which steps ran, bool [B, S + 1]; step 0 if the rule used its answer.
         heads: heads computed so far, over all layers and passes, int32 [B].
         macs, dense_macs: multiply-adds spent so far, and those of the dense network, int64 [B].
-        logits: the last answer of each, float32 [B, C].
-        done: whether that answer stands, bool [B].
-        chosen: heads of each layer in the last pass, by text.
-        rankings: g_d's order of heads [L, H] by text, where heads are picked by text.
-        unsound: places of the texts whose answer has a number that is not finite.
+        logits: the latest answer of each text, float32 [B, C].
+        done: whether that answer is final, bool [B].
+        chosen: heads of each layer in the last pass, per text.
+        rankings: heads ordered by g_d [L, H], by text index, if heads are picked per text.
+        non_finite: indices of the texts whose answer has a NaN or infinite number.
     """
 
     def __init__(self, network: PackedPass, texts: Texts, rule: BudgetRule) -> None:
@@ -72,27 +72,27 @@ class Items:
         self.done = np.zeros(count, bool)
         self.chosen: list[Sequence[HeadSet]] = [((),) * sizes.layers] * count
         self.rankings: dict[int, Tensor] = {}
-        self.unsound: set[int] = set()
+        self.non_finite: set[int] = set()
 
     def __len__(self) -> int:
         return self.count
 
     def index(self, places: list[int]) -> Index:
-        """Return an index of places in rising order: a slice if they are all places."""
+        """Return an array index for rising text indices: a slice if these are all texts."""
         return slice(None) if len(places) == self.count else places
 
-    def note_unsound(self, places: list[int], logits: Array) -> None:
-        """Note which of some texts have answers that are not finite."""
+    def note_non_finite(self, places: list[int], logits: Array) -> None:
+        """Record which of these texts have answers with NaN or infinite numbers."""
         broken = np.flatnonzero((~np.isfinite(logits)).any(-1))
-        self.unsound.update([places[at] for at in broken.tolist()])
+        self.non_finite.update([places[at] for at in broken.tolist()])
 
     def steps(self, place: int) -> list[int]:
-        """Return the steps that a text has run, in order; step 0 included where it was asked."""
+        """Return the steps that a text ran, in order; step 0 if the rule used its answer."""
         found: list[int] = np.flatnonzero(self.ran[place]).tolist()
         return found
 
     def begin(self, decided: Decided, index: Index = slice(None)) -> None:
-        """Start texts as decided; those whose step is 0 are done. Counts no multiply-adds."""
+        """Set the decision about texts; those at step 0 are done. Counts no multiply-adds."""
         self.step[index] = self.predicted[index] = decided.steps
         self.s[index] = decided.s
         self.ran[index, 0] = decided.asked
@@ -102,24 +102,24 @@ class Items:
             self.exit_logits[index] = self.logits[index] = decided.exit_logits
             self.done[index] = decided.steps == 0
 
-    def begin_again(self, steps: Array, places: list[int]) -> None:
-        """Start decided texts at other steps, as another engine has run those before."""
+    def restart(self, steps: Array, places: list[int]) -> None:
+        """Start decided texts at later steps, because another engine ran the earlier ones."""
         self.step[places] = steps
         self.ran[places] = self.done[places] = False
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some texts of one request in a batch: `places` of `items`, rising."""
+    """The texts of one request in a batch: rising indices `places` into `items`."""
 
     items: Items
     places: list[int]
 
 
 class Batch:
-    """Texts of one model that are passed together, by the columns that they are in.
+    """Texts of one model that run in the same pass, as parts of the columns that hold them.
 
-    Its length is the number of texts, and a slice of it is a batch of some of them.
+    Its length is the number of texts, and a slice of it is a batch of those texts.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -148,22 +148,22 @@ class Batch:
 
     @property
     def step(self) -> int:
-        """The step that all of them run next."""
+        """The step that all its texts run next."""
         first = self.parts[0]
         return int(first.items.step[first.places[0]])
 
     def window(self) -> TokenColumns:
-        """Return the tokens that the encoder reads."""
+        """Return the texts' windows, which the encoder reads."""
         return TokenColumns.join([p.items.texts.window.take(p.places) for p in self.parts])
 
-    def whole(self) -> TokenColumns | None:
-        """Return the tokens that step 0 reads; None: those of the encoder."""
-        if all(part.items.texts.whole is part.items.texts.window for part in self.parts):
+    def full_text(self) -> TokenColumns | None:
+        """Return the full texts, which step 0 reads; None if all fit their windows."""
+        if all(part.items.texts.full_text is part.items.texts.window for part in self.parts):
             return None
-        return TokenColumns.join([p.items.texts.whole.take(p.places) for p in self.parts])
+        return TokenColumns.join([p.items.texts.full_text.take(p.places) for p in self.parts])
 
     def exit_logits(self) -> Tensor | None:
-        """Return step 0's logits [B, C]; None: there is no step 0."""
+        """Return step 0's logits [B, C]; None if there is no step 0."""
         columns = [
             part.items.exit_logits[part.items.index(part.places)]
             for part in self.parts
@@ -173,18 +173,15 @@ class Batch:
 
 
 def decide(network: PackedPass, batch: Batch) -> None:
-    """Let f_o decide the first step of each text.
-
-    A text whose step is 0 is done afterwards.
-    """
+    """Decide the first step of each text; texts at step 0 are then done."""
     sizes = network.sizes
-    window, whole = batch.window(), batch.whole()
+    window, full_text = batch.window(), batch.full_text()
     decision = network.decide(
-        PackedTokens.of(window), None if whole is None else PackedTokens.of(whole)
+        PackedTokens.of(window), None if full_text is None else PackedTokens.of(full_text)
     )
     exits = None if decision.exit_logits is None else decision.exit_logits.cpu().numpy()
     s = None if decision.budget is None else decision.budget.cpu().numpy()
-    # NumPy, as in `Decider`: rounding must not lead to another decision.
+    # In NumPy, as in `Decider`, so that rounding cannot change a decision.
     confidences = None if exits is None else tfidf.confidence(exits, network.config.problem_type)
     sound = exits is None or bool(np.isfinite(exits).all())
     begin = 0
@@ -201,13 +198,13 @@ def decide(network: PackedPass, batch: Batch) -> None:
             counts = items.texts.window.counts
             items.macs[index] = [decision_macs(sizes, counts[place]) for place in part.places]
         if logits is not None and not sound:
-            items.note_unsound(part.places, logits)
+            items.note_non_finite(part.places, logits)
         if decision.ranking is not None:
             items.rankings.update(zip(part.places, decision.ranking[rows], strict=True))
 
 
 def _layerwise(rule: BudgetRule, count: int, exit_logits: Array | None) -> Decided:
-    """Return the decision for texts whose layers decide for themselves."""
+    """Return the decision for texts whose layers decide the budgets."""
     step = LAYERWISE if rule.constant is None else rule.constant
     return Decided(
         np.full(count, step, np.int32),
@@ -218,7 +215,7 @@ def _layerwise(rule: BudgetRule, count: int, exit_logits: Array | None) -> Decid
 
 
 def compute(network: PackedPass, batch: Batch) -> PassResult:
-    """Run decided texts at their step, or as their layers decide."""
+    """Run decided texts at their step, or with the budgets that their layers decide."""
     count, step = len(batch), batch.step
     tokens = PackedTokens.of(batch.window())
     ranking = ceilings = None
@@ -232,7 +229,7 @@ def compute(network: PackedPass, batch: Batch) -> PassResult:
 
 
 def _ranking(network: PackedPass, batch: Batch) -> Tensor:
-    """Return g_d's order of heads [B, L, H]; it ranks those that have none yet."""
+    """Return the heads ordered by g_d [B, L, H]; rank them for texts without an order."""
     for part in batch.parts:
         known = part.items.rankings
         places = [place for place in part.places if place not in known]
@@ -243,14 +240,11 @@ def _ranking(network: PackedPass, batch: Batch) -> Tensor:
 
 
 def run(network: PackedPass, batch: Batch) -> None:
-    """Run texts at their step.
-
-    Those that are not confident enough get their next step, the others are done.
-    """
+    """Run texts at their step; uncertain ones then get their next step, the others are done."""
     step = batch.step
     result = compute(network, batch)
     answers = result.logits.float().cpu()
-    # Numbers of double precision are compared with thresholds.
+    # Thresholds are compared in double precision, as in `BudgetRule`.
     confidences = confidence(answers, network.config.problem_type).double().numpy()
     logits = answers.numpy()
     sound = bool(np.isfinite(logits).all())
@@ -261,7 +255,7 @@ def run(network: PackedPass, batch: Batch) -> None:
         heads = result.heads[rows]
         items.logits[index] = logits[rows]
         if not sound:
-            items.note_unsound(part.places, logits[rows])
+            items.note_non_finite(part.places, logits[rows])
         for place, chosen in zip(part.places, heads, strict=True):
             items.chosen[place] = chosen
         if network.sizes.layerwise:
@@ -271,11 +265,11 @@ def run(network: PackedPass, batch: Batch) -> None:
             counts = items.texts.window.counts
             items.macs[index] += [network.macs.step(step, counts[place]) for place in part.places]
         items.ran[part.places, items.step[index]] = True
-        following = None if network.sizes.layerwise else items.rule.following(step)
+        following = None if network.sizes.layerwise else items.rule.next_link(step)
         if following is None:
             items.done[index] = True
         else:
-            stands = confidences[rows] >= items.rule.needed(step)
+            stands = confidences[rows] >= items.rule.required_confidence(step)
             items.done[index] = stands
             items.step[index] = np.where(stands, step, following)
 
@@ -283,7 +277,7 @@ def run(network: PackedPass, batch: Batch) -> None:
 def _count_layers(
     network: PackedPass, part: Part, chosen: Sequence[Sequence[HeadSet]], step: int
 ) -> None:
-    """Count what a pass cost in which every layer may have taken other heads for each text."""
+    """Count heads and multiply-adds of a pass in which each layer chose its heads per text."""
     items, sizes = part.items, network.sizes
     decision = decision_macs(sizes) if step == LAYERWISE else scorer_macs(sizes)
     for place, sets in zip(part.places, chosen, strict=True):
@@ -301,13 +295,13 @@ def answer(
     rule: BudgetRule,
     batches: Callable[[list[int]], Iterable[list[int]]] = lambda places: [places],
 ) -> Items:
-    """Take texts all the way to their answers; those of one step run together.
+    """Classify texts: decide, then run steps until every answer is final.
 
     Args:
-        network: what computes them.
+        network: the compact pass.
         texts: their tokens.
-        rule: for their budgets.
-        batches: how to cut the places of texts that run together into batches of rising places.
+        rule: decides their budgets.
+        batches: splits the indices of texts at the same step into batches of rising indices.
     """
     items = Items(network, texts, rule)
     for places in batches(list(range(len(items)))):

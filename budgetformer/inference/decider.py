@@ -1,7 +1,7 @@
-"""Decide the budgets of texts before the encoder runs, with NumPy alone.
+"""Decide the budgets of texts before the encoder runs, in NumPy.
 
-Tokens, step 0's table and f_o's weights are all that this needs: a few megabytes, and no torch.
-Networks whose f_o or layers read embeddings decide during their pass instead.
+This reads only tokens, step 0's table and f_o's weights: a few megabytes, and no torch. Networks
+whose f_o or layers read embeddings decide during their pass instead.
 
 Shapes: B texts, C labels.
 """
@@ -22,12 +22,12 @@ from budgetformer.model.tfidf import Array, StepZero, confidence
 
 @dataclass(frozen=True)
 class Decided:
-    """What is known of B texts before the encoder runs.
+    """The decision about B texts before the encoder runs.
 
     Attributes:
-        steps: ladder step that each text runs first, [B]; 0: step 0's answer stands.
-        asked: whether step 0 was asked for an answer, [B]; with a fixed budget it is not.
-        s: f_o's verdict, float32 [B]; 0 where the rule does not ask f_o.
+        steps: ladder step that each text runs first, [B]; 0: step 0's answer is final.
+        asked: whether the rule uses step 0's answer, [B]; a fixed budget does not.
+        s: f_o's output, float32 [B]; 0 where the rule does not use f_o.
         exit_logits: step 0's logits, float32 [B, C]; None: the network has no step 0.
     """
 
@@ -37,30 +37,30 @@ class Decided:
     exit_logits: Array | None
 
     def part(self, places: Array | slice) -> Decided:
-        """Return the texts at some places."""
+        """Return the decision about the texts with these indices."""
         logits = None if self.exit_logits is None else self.exit_logits[places]
         return Decided(self.steps[places], self.asked[places], self.s[places], logits)
 
 
 @dataclass(frozen=True)
 class Decider:
-    """Step 0 and f_o of one network, and what multiply-adds depend on.
+    """Step 0 and f_o of one network, and the sizes that determine its multiply-adds.
 
     Attributes:
-        sizes: of the network.
-        step0: step 0 and f_o; None: the network has one budget, so nothing is decided.
+        sizes: the network's sizes.
+        step0: step 0 and f_o; None: the network has a single budget, so nothing is decided.
     """
 
     sizes: Sizes
     step0: StepZero | None
 
     def decide(self, texts: TokenColumns, rule: BudgetRule) -> Decided:
-        """Decide B texts at once, by all that step 0 reads of them."""
+        """Decide the budgets of B texts from their full texts."""
         if self.step0 is None:
             s = np.ones(len(texts), np.float32)
             return Decided(*rule.first_steps(s), s, None)
         given = texts.ids, texts.types, texts.lengths
-        if rule.asks_f_o:
+        if rule.uses_f_o:
             logits, s = self.step0.decide(*given)
         else:
             logits, s = self.step0.logits(*given), np.zeros(len(texts), np.float32)
@@ -69,7 +69,7 @@ class Decider:
 
     @cached_property
     def macs(self) -> Callable[[int], tuple[int, int]]:
-        """Count the multiply-adds of a text's decision and of the dense network, by its tokens."""
+        """Function from a text's length to the multiply-adds of its decision and a dense pass."""
         return lru_cache(maxsize=4096)(self._count)
 
     def _count(self, tokens: int) -> tuple[int, int]:

@@ -1,9 +1,9 @@
-"""The pass on a GPU: recorded once per step and size, and played again with other texts.
+"""The pass on a GPU: recorded once per step and size as a CUDA graph, and replayed with new texts.
 
-A small step computes for less time than its launches take one by one, so they are recorded as a
-CUDA graph. The graph's inputs lie at fixed places; how many items there are and how long each is,
-it reads on the device. The host writes them to pinned memory, and they travel while the device
-still computes what came before: nothing in a pass waits for the other side.
+Launching the kernels of a small step one by one takes longer than computing them, which a graph
+avoids. A graph reads its inputs at fixed addresses, including the number of items and their
+lengths. The host writes inputs to pinned memory, and they are copied while the device still
+computes earlier passes, so neither side waits for the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from triton import OutOfResources
 
-from budgetformer.inference.backends.kernels import JoiningKernels
+from budgetformer.inference.backends.kernels import FusingKernels
 from budgetformer.inference.backends.kernels.fused import MAX_ROWS, PROGRAMS
 from budgetformer.inference.batch_offsets import BatchOffsets, StagedOffsets
 from budgetformer.inference.packed import (
@@ -29,75 +29,74 @@ from budgetformer.inference.packed import (
     PackedPass,
     PackedTokens,
     PassResult,
-    inferring,
+    without_gradients,
 )
 from budgetformer.inference.weights import Slice
 from budgetformer.model.answers import fuse
 from budgetformer.model.encoder import SequenceClassifier
 
 MAX_PROGRAMS = 256
-"""Recorded passes that are kept; the least recently used go first."""
+"""Recorded passes that are cached; the least recently used are dropped first."""
 MIN_ROWS = 64
 ROWS_PER_ITEM = 16
-"""There is room for so many items, if the texts are not shorter than that."""
-WAVES = 2
-"""A pass takes no more rows than so many times what fills a card."""
-USUAL_WAVE = PROGRAMS * MAX_ROWS
-"""Rows that fill a card, where there is none."""
-RING = 4
-"""Batches that may be on their way to the device."""
+"""A recorded pass has one item per this many rows, unless its texts are shorter on average."""
+MAX_WAVES = 2
+"""Maximum rows of a pass, in waves: the rows that fill the GPU."""
+DEFAULT_WAVE = PROGRAMS * MAX_ROWS
+"""Wave size assumed when no GPU is present."""
+MAX_UPLOADS = 4
+"""Batches that may be in transfer to the device at once."""
 WARM_BATCHES = (1, 8, 32, 64, 128, 256)
-"""Numbers of items that loading a model records, up to what is passed together; among them all that
-kernels are compiled for.
-"""
+"""Batch sizes recorded while a model loads; they cover every kernel that has to be compiled."""
 WARM_TOKENS = 64
+"""Tokens per item in these batches."""
 
-TIMED = 5
-"""Times that each variant of a pass is timed."""
+TIMING_ROUNDS = 5
+"""Number of times that each variant of a pass is timed."""
 MAX_FUSED_COLUMNS = 64
-"""Columns of the kept heads up to which fused layers are the faster ones; on an H200, with heads of
-32 columns, they were with two heads at nearly all sizes and with three heads at none."""
+"""Columns of the kept heads up to which fused layers are faster. On an H200 with heads of 32
+columns, they were faster with two heads at nearly all sizes, and with three heads at none."""
 
 _recording = threading.Lock()
-"""CUDA records one graph at a time."""
+"""Held while recording, as CUDA records one graph at a time."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a recorded pass has room for: N rows and B items of C classes."""
+    """The capacity of a recorded pass: N rows and B items of C classes."""
 
     rows: int
     items: int
     classes: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int], classes: int, wave: int = USUAL_WAVE) -> Size:
-        """Return the least size for some items; there are few sizes, so that passes are reused.
+    def of(cls, lengths: Sequence[int], classes: int, wave: int = DEFAULT_WAVE) -> Size:
+        """Return the smallest size that holds some items; few sizes exist, so passes are reused.
 
         Args:
             lengths: tokens of each item.
             classes: C.
-            wave: rows that fill the card: a few more would take nearly twice the time.
+            wave: rows that fill the GPU; a few more would take nearly twice the time.
         """
-        rows, items = _room(max(sum(lengths), MIN_ROWS), wave), len(lengths)
+        rows, items = _round_up_rows(max(sum(lengths), MIN_ROWS), wave), len(lengths)
         usual = rows // ROWS_PER_ITEM
         return cls(rows, usual if items <= usual else _power_of_two(items), classes)
 
     @property
     def parts(self) -> list[int]:
-        """Numbers of 32 bits: ids, segments, positions, ends, starts, and step 0's logits."""
+        """Counts of 32-bit values: ids, segments, positions, ends, starts, step 0's logits."""
         return [*[self.rows] * 4, self.items + 1, self.items * self.classes]
 
-    def full(self, longest: int) -> PackedTokens:
-        """Return items that take all the room, none longer than so, to time a pass with."""
+    def full_batch(self, longest: int) -> PackedTokens:
+        """Return items that fill the capacity, with at most `longest` tokens each, for timing."""
         return PackedTokens.filler([min(self.rows // self.items, longest)] * self.items)
 
-    def fill(self, room: Tensor, tokens: PackedTokens, exit_logits: Tensor | None) -> None:
-        """Write items to `room` on the host [sum(parts)] as a recorded pass reads them.
+    def fill(self, buffer: Tensor, tokens: PackedTokens, exit_logits: Tensor | None) -> None:
+        """Write items to a host buffer [sum(parts)] in the layout that a recorded pass reads.
 
-        Those that miss are empty. NumPy writes in a third of the time that torch takes.
+        Unused items are empty. NumPy takes a third of the time that torch would.
         """
-        flat, tail = room.numpy(), 4 * self.rows
+        flat, tail = buffer.numpy(), 4 * self.rows
         by_row = flat[:tail].reshape(4, self.rows)
         starts, exits = flat[tail : tail + self.items + 1], flat[tail + self.items + 1 :]
         count, used = len(tokens.input_ids), len(tokens.lengths)
@@ -122,10 +121,10 @@ class Program:
     """A recorded pass.
 
     Attributes:
-        inputs: where it reads, as `Size.fill` writes; on the device.
-        results: where its answers lie after `play`, [B, ...] each.
+        inputs: its input buffer on the device, in the layout of `Size.fill`.
+        results: its results after `play`, [B, ...] each.
         play: runs it.
-        slices: the weights that it reads, kept while it lives.
+        slices: the weights that it reads, kept alive with it.
     """
 
     inputs: Tensor
@@ -135,65 +134,65 @@ class Program:
 
 
 Slices = dict[int, Slice]
-"""By layer, for those that run at all."""
+"""Slices by layer index, without the layers that keep no head."""
 Layers = Callable[[Slices, Tensor, BatchOffsets], Tensor]
-"""Runs layers: from states to states [N, D]."""
+"""A variant: runs all layers, from states to states [N, D]."""
 
 
 class GraphedPass(PackedPass):
-    """Run arrivals and batches of one step and of ranked heads as recorded passes.
+    """Run decisions, and batches at one step with ranked heads, as recorded passes.
 
     Other batches run as in `PackedPass`.
 
-    In bfloat16 the states are bfloat16 too: on a GPU a step's time is that of reading them.
+    In bfloat16 the states are bfloat16 too, because reading them dominates a step's time on a GPU.
 
     Args:
         model: the network, on the device.
         precision: of matrix products and states, "float32" or "bfloat16".
         kernels: `kernels.gpu`.
         timed: choose the variant of a recorded pass by timing, not by its size. Variants round
-            differently, so the same text may get other last digits after a restart.
+            differently, so the last digits of an answer may change after a restart.
     """
 
     def __init__(
         self,
         model: SequenceClassifier,
         precision: str,
-        kernels: JoiningKernels,
+        kernels: FusingKernels,
         timed: bool = False,
     ) -> None:
         super().__init__(model, precision, kernels)
-        self.kernels: JoiningKernels = kernels
+        self.kernels: FusingKernels = kernels
         self._dtype: torch.dtype = getattr(torch, precision)
         self._timed = timed
         self._classes = self.config.num_classes
         self._programs: OrderedDict[tuple[int, Size], Program] = OrderedDict()
-        self._ways: dict[tuple[int, Size], list[Layers]] = {}
+        self._variants: dict[tuple[int, Size], list[Layers]] = {}
         self._wave = _wave(self.device)
-        self._outbox = Outbox(self.device) if self.device.type == "cuda" else None
-        self._memory = torch.cuda.graph_pool_handle() if self._outbox else None
+        self._uploader = Uploader(self.device) if self.device.type == "cuda" else None
+        self._memory = torch.cuda.graph_pool_handle() if self._uploader else None
 
     def _size(self, lengths: Sequence[int]) -> Size:
         return Size.of(lengths, self._classes, self._wave)
 
     @property
-    def _most_rows(self) -> int:
-        return super()._most_rows if self.device.type == "cpu" else WAVES * self._wave
+    def _max_rows(self) -> int:
+        return super()._max_rows if self.device.type == "cpu" else MAX_WAVES * self._wave
 
-    @inferring
+    @without_gradients
     def warm(self, steps: Sequence[int]) -> None:
-        """Lay out the weights of some steps, and record passes of a few common sizes."""
+        """Pack the weights of some steps, and record passes of a few common sizes."""
         super().warm(steps)
-        length = min(self._most_tokens, WARM_TOKENS)
-        batches = [items for items in WARM_BATCHES if items * length <= self._most_rows]
+        length = min(self._max_tokens, WARM_TOKENS)
+        batches = [items for items in WARM_BATCHES if items * length <= self._max_rows]
         recorded = [] if self.sizes.picks_heads else [*steps]
         for step in recorded if self.step0 is not None else [DECISION, *recorded]:
             for items in batches:
                 self._program(step, self._size([length] * items))
 
-    @inferring
+    @without_gradients
     def recorded(self, step: int, tokens: PackedTokens) -> Callable[[], None] | None:
-        """Return what runs items at a step once more; see `PackedPass.recorded`.
+        """Return a function that replays the pass of items at a step; see `PackedPass.recorded`.
 
         Raises:
             ValueError: an item is too long.
@@ -231,19 +230,19 @@ class GraphedPass(PackedPass):
         self, step: int, tokens: PackedTokens, exit_logits: Tensor | None
     ) -> list[Tensor | None]:
         """Run a recorded pass, and return its results for these items, [B, ...] each."""
-        self._offsets_of(tokens)  # refuses what is too long
+        self._offsets_of(tokens)  # raises if an item is too long
         size = self._size(tokens.lengths)
         program = self._program(step, size)
-        if self._outbox is None:
+        if self._uploader is None:
             size.fill(program.inputs, tokens, exit_logits)
         else:
-            self._outbox.send(program.inputs, lambda room: size.fill(room, tokens, exit_logits))
+            self._uploader.send(program.inputs, lambda host: size.fill(host, tokens, exit_logits))
         program.play()
         used = len(tokens.lengths)
         return [None if result is None else result[:used].clone() for result in program.results]
 
     def _program(self, step: int, size: Size) -> Program:
-        """Return the recorded pass for a step and size; record it when it is first asked for."""
+        """Return the recorded pass for a step and size, recording it on first use."""
         found = self._programs.get((step, size))
         if found is None:
             with _recording:
@@ -255,29 +254,29 @@ class GraphedPass(PackedPass):
         return found
 
     def _record(self, step: int, size: Size) -> Program:
-        """Record a pass in the variant for its size, or in all variants to keep the fastest.
+        """Record a pass in the variant for its size or, if `timed`, in the fastest variant.
 
-        The fastest one is cached per step and size.
+        The chosen variant is cached per step and size.
         """
         plan = enumerate([] if step == DECISION else self._plan(step))
         slices = {i: self._slices.get(i, self._first[heads]) for i, heads in plan if heads}
         programs = []
-        for way in self._ways.get((step, size)) or self._all_ways(slices, size):
-            with suppress(OutOfResources):  # of shared memory some cards have less
-                programs.append((way, self._record_way(step, size, slices, way)))
+        for variant in self._variants.get((step, size)) or self._candidates(slices, size):
+            with suppress(OutOfResources):  # some GPUs have too little shared memory for a variant
+                programs.append((variant, self._record_variant(step, size, slices, variant)))
                 if not self._timed:
                     break
-        way, program = programs[_fastest([program for _, program in programs])]
-        self._ways[step, size] = [way]
+        variant, program = programs[_fastest([program for _, program in programs])]
+        self._variants[step, size] = [variant]
         return program
 
-    def _all_ways(self, slices: Slices, size: Size) -> list[Layers]:
-        """Return the variants that can run some layers, the one for this size first.
+    def _candidates(self, slices: Slices, size: Size) -> list[Layers]:
+        """Return the variants that can run some layers, the preferred one for this size first.
 
-        Layers of few heads are fused: their products take less time than to write and read what
-        lies between them. Where that does not fit the card, the next variant is taken.
+        Layers with few heads are fused: writing and reading the intermediate results would take
+        longer than the products. If a variant does not fit the GPU, the next one is used.
         """
-        if not self._can_join(slices):
+        if not self._can_fuse(slices):
             return [self._unfused]
         fused: list[Layers] = [self._fused]
         if size.rows > self._wave:
@@ -287,9 +286,9 @@ class GraphedPass(PackedPass):
             return [self._unfused, *fused]
         return [*fused, self._unfused]
 
-    def _record_way(self, step: int, size: Size, slices: Slices, layers: Layers) -> Program:
+    def _record_variant(self, step: int, size: Size, slices: Slices, layers: Layers) -> Program:
         host = torch.empty(sum(size.parts), dtype=torch.int32)
-        size.fill(host, size.full(self._most_tokens), None)
+        size.fill(host, size.full_batch(self._max_tokens), None)
         inputs = host.to(self.device)
 
         def compute() -> list[Tensor | None]:
@@ -304,13 +303,13 @@ class GraphedPass(PackedPass):
                         kept.copy_(result)
 
             return Program(inputs, results, play, list(slices.values()))
-        # What is compiled or allocated at first use must not be while a graph is recorded.
-        aside = torch.cuda.Stream(self.device)
-        aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(aside):
+        # Compilation and allocation on first use must happen before the graph is recorded.
+        side_stream = torch.cuda.Stream(self.device)
+        side_stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side_stream):
             for _ in range(2):
                 compute()
-        torch.cuda.current_stream(self.device).wait_stream(aside)
+        torch.cuda.current_stream(self.device).wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             results = compute()
@@ -323,10 +322,10 @@ class GraphedPass(PackedPass):
         size: Size,
         layers: Callable[[Tensor, BatchOffsets], Tensor],
     ) -> list[Tensor | None]:
-        """Run a step over items as `Size.fill` writes them, without asking the host.
+        """Run a step over inputs in the layout of `Size.fill`, without synchronising with the host.
 
         Returns:
-            Logits [B, C]; on arrival what `Decision` holds.
+            Logits [B, C]; for `DECISION`, the attributes of `Decision`.
         """
         ids, kinds, places, ends, starts, exits = inputs.split(size.parts)
         offsets = StagedOffsets.of(starts, places, ends)
@@ -341,15 +340,15 @@ class GraphedPass(PackedPass):
         return [fuse(logits, exit_logits, own, share)]
 
     def _unfused(self, slices: Slices, states: Tensor, offsets: BatchOffsets) -> Tensor:
-        """Run layers product by product."""
+        """Run layers with one launch per product."""
         for layer, kept in slices.items():
             states = self._run_set(layer, states, offsets, self._first[kept.heads])
         return states
 
-    def _can_join(self, slices: Slices) -> bool:
-        """Say whether the maps on both sides of every norm can be fused.
+    def _can_fuse(self, slices: Slices) -> bool:
+        """Return whether the maps around every norm can be fused.
 
-        In float32 a card takes its time for the products, and nothing is to be gained.
+        Not in float32 on a GPU, where products dominate the time and fusing gains nothing.
         """
         exact = self._memory is not None and self._dtype == torch.float32
         if not slices or self._norms_last or exact:
@@ -363,10 +362,9 @@ class GraphedPass(PackedPass):
     def _fused(
         self, slices: Slices, states: Tensor, offsets: BatchOffsets, two_per_sm: bool = False
     ) -> Tensor:
-        """Run layers of three launches each: attention, and the maps on both sides of each norm.
+        """Run layers with three launches each: attention, and the two maps around each norm.
 
-        A product of few heads takes less time than to write and read what lies between it and the
-        next. The states are changed in place.
+        The states are changed in place.
         """
         order = list(slices.values())
         following = [*(kept.qkv for kept in order[1:]), None]
@@ -383,9 +381,9 @@ class GraphedPass(PackedPass):
 
 
 def _fastest(programs: Sequence[Program]) -> int:
-    """Return which program runs a full batch in the least time; several are played by turns."""
+    """Return the index of the program with the lowest time; programs take turns."""
     least = [float("inf")] * len(programs)
-    for _ in range(TIMED if len(programs) > 1 else 0):
+    for _ in range(TIMING_ROUNDS if len(programs) > 1 else 0):
         for place, program in enumerate(programs):
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
@@ -396,8 +394,8 @@ def _fastest(programs: Sequence[Program]) -> int:
     return least.index(min(least))
 
 
-class Outbox:
-    """Pinned memory through which batches travel to a GPU while it computes.
+class Uploader:
+    """Pinned memory through which batches are copied to a GPU while it computes.
 
     Args:
         device: the GPU.
@@ -406,58 +404,55 @@ class Outbox:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._device = device
-        self._slots = [Slot() for _ in range(RING)]
+        self._slots = [Slot() for _ in range(MAX_UPLOADS)]
         self._turn = 0
 
     def send(self, target: Tensor, write: Callable[[Tensor], None]) -> None:
-        """Let `write` fill pinned memory like `target`, which has it before what is queued next."""
+        """Let `write` fill a pinned buffer, and copy it to `target` before the next queued work."""
         slot = self._slots[self._turn]
-        self._turn = (self._turn + 1) % RING
-        slot.arrived.synchronize()  # long ago, unless the device is `RING` batches behind
+        self._turn = (self._turn + 1) % MAX_UPLOADS
+        slot.uploaded.synchronize()  # waits only if the device is `MAX_UPLOADS` batches behind
         slot.fit(target)
         write(slot.host[: len(target)])
         computing = torch.cuda.current_stream(self._device)
         self._stream.wait_event(slot.read)
         with torch.cuda.stream(self._stream):
-            slot.landing[: len(target)].copy_(slot.host[: len(target)], non_blocking=True)
-            slot.arrived.record()
-        computing.wait_event(slot.arrived)
-        target.copy_(slot.landing[: len(target)])
+            slot.device_buffer[: len(target)].copy_(slot.host[: len(target)], non_blocking=True)
+            slot.uploaded.record()
+        computing.wait_event(slot.uploaded)
+        target.copy_(slot.device_buffer[: len(target)])
         slot.read.record(computing)
 
 
 class Slot:
-    """Room for one batch on its way: pinned on the host, and where it lands on the device."""
+    """Buffers for one batch in transfer: pinned on the host, and on the device."""
 
     def __init__(self) -> None:
-        self.host = self.landing = torch.empty(0, dtype=torch.int32)
-        self.arrived, self.read = torch.cuda.Event(), torch.cuda.Event()
+        self.host = self.device_buffer = torch.empty(0, dtype=torch.int32)
+        self.uploaded, self.read = torch.cuda.Event(), torch.cuda.Event()
 
     def fit(self, target: Tensor) -> None:
-        """Make room for `target`; growing waits for the device, and seldom happens."""
+        """Grow the buffers to the size of `target`; growing is rare and waits for the device."""
         if len(self.host) < len(target):
             torch.cuda.synchronize(target.device)
             count = _power_of_two(len(target))
             self.host = torch.empty(count, dtype=torch.int32, pin_memory=True)
-            self.landing = torch.empty(count, dtype=torch.int32, device=target.device)
+            self.device_buffer = torch.empty(count, dtype=torch.int32, device=target.device)
 
 
 def _power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def _room(value: int, wave: int) -> int:
-    """Return the least number that holds `value`, of 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...
-
-    Whole waves count too.
-    """
+def _round_up_rows(value: int, wave: int) -> int:
+    """Round up to the next of 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ... or the next full wave."""
     grain = max(_power_of_two(value) // 8, 1)
     room, waves = -(-value // grain) * grain, -(-value // wave)
-    return min(room, waves * wave) if waves <= WAVES else room
+    return min(room, waves * wave) if waves <= MAX_WAVES else room
 
 
 def _wave(device: torch.device) -> int:
-    """Return how many rows a card takes, if each multiprocessor runs one program of most rows."""
+    """Return the rows of a wave: one program with `MAX_ROWS` rows on each multiprocessor."""
     if device.type != "cuda":
-        return USUAL_WAVE
+        return DEFAULT_WAVE
     return MAX_ROWS * int(torch.cuda.get_device_properties(device).multi_processor_count)

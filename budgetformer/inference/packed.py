@@ -1,9 +1,9 @@
-"""The compact pass: packed tokens, and of each layer the heads that are kept.
+"""The compact pass: packed tokens, and only the kept heads of each layer.
 
-Items of one batch lie one after another, N tokens in all, so no padding is ever multiplied. With
-ranked heads the items of one step keep the same heads, and a layer is one pass over the rows and
-columns of its weights that belong to them. Where items keep different heads, a few sets are run one
-after the other and many are routed (`budgetformer.inference.routed`).
+The items of a batch are concatenated, N tokens in all, so no padding is ever multiplied. With
+ranked heads, items at the same step keep the same heads, and a layer multiplies only the rows and
+columns of its weights that belong to them. If items keep different heads, a few head sets run one
+after the other, and more are routed (`budgetformer.inference.routed`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from budgetformer.inference.backends.linear import (
 )
 from budgetformer.inference.backends.private import without_overrides
 from budgetformer.inference.batch_offsets import BatchOffsets
-from budgetformer.inference.routed import PlainSums, Routed, RoutedWeights, Routing
+from budgetformer.inference.routed import PlainSums, RoutedBackend, RoutedWeights, Routing
 from budgetformer.inference.shared import SharedTensors
 from budgetformer.inference.texts import TokenColumns
 from budgetformer.inference.weights import HeadSet, SliceCache
@@ -42,18 +42,19 @@ from budgetformer.model.step0 import ExitHead
 from budgetformer.model.tfidf import StepZero
 
 MAX_SETS = 2
-"""Up to so many sets of heads in a layer are run one after the other; more are routed."""
+"""Head sets of a layer up to which they run one after the other; more are routed."""
 
 CPU_ROWS, CPU_ROUTED_ROWS = 512, 2048
-"""Tokens that are passed together on a CPU: more stay in no cache, and gain no speed.
+"""Tokens per pass on a CPU, with the same heads and with routed heads.
 
-Routed among heads it takes more of them to fill a product.
+More tokens would not fit the caches and gain no speed. Routing splits them among heads, so it needs
+more to fill a product.
 """
 GPU_ROWS = 16384
-"""On a GPU, which is full long before."""
+"""Tokens per pass on a GPU, which is fully used with far fewer."""
 
 DECISION = 0
-"""In place of a step: what is decided before any."""
+"""Stands for the decision in place of a ladder step."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class PackedTokens:
     lengths: tuple[int, ...]
 
     def part(self, start: int, stop: int) -> PackedTokens:
-        """Return the items from `start` to `stop`, not included."""
+        """Return the items `start` .. `stop - 1`."""
         if stop - start == len(self.lengths):
             return self
         ends = [0, *accumulate(self.lengths)]
@@ -78,7 +79,7 @@ class PackedTokens:
     def pack(
         cls, items: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None
     ) -> PackedTokens:
-        """Pack the ids of some items; `segments` None means segment 0 throughout."""
+        """Pack the ids of some items; `segments` None means all 0."""
         return cls.of(TokenColumns.of(items, segments))
 
     @classmethod
@@ -91,7 +92,7 @@ class PackedTokens:
 
     @classmethod
     def filler(cls, lengths: Sequence[int]) -> PackedTokens:
-        """Return items of these lengths that say nothing, to time or to warm a pass."""
+        """Return items of these lengths with arbitrary content, to time or warm up a pass."""
         ids = torch.zeros(sum(lengths), dtype=torch.long)
         return cls(ids, ids, tuple(lengths))
 
@@ -104,11 +105,13 @@ class PackedTokens:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is known of B items before the encoder runs.
+    """The decision about B items before the encoder runs.
 
-    budget: f_o's s [B]; None when the layers decide for themselves.
-    exit_logits: step 0's answer [B, C]; None without a step 0.
-    ranking: g_d's heads of each layer, best first [B, L, H]; None when ranked or layer-wise.
+    Attributes:
+        budget: f_o's s [B]; None if the layers decide (scope "layer").
+        exit_logits: step 0's logits [B, C]; None without a step 0.
+        ranking: heads of each layer ordered by g_d, best first, [B, L, H]; None if heads are ranked
+            or the layers decide.
     """
 
     budget: Tensor | None
@@ -117,31 +120,31 @@ class Decision:
 
     @classmethod
     def join(cls, parts: Sequence[Decision]) -> Decision:
-        """Put what is known of several batches one after the other."""
+        """Concatenate the decisions about several batches."""
 
-        def together(values: list[Tensor | None]) -> Tensor | None:
+        def concatenate(values: list[Tensor | None]) -> Tensor | None:
             known = [value for value in values if value is not None]
             return torch.cat(known) if known else None
 
         if len(parts) == 1:
             return parts[0]
         return cls(
-            together([part.budget for part in parts]),
-            together([part.exit_logits for part in parts]),
-            together([part.ranking for part in parts]),
+            concatenate([part.budget for part in parts]),
+            concatenate([part.exit_logits for part in parts]),
+            concatenate([part.ranking for part in parts]),
         )
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """Logits [B, C], and for each item the heads that were computed in each layer."""
+    """Logits [B, C], and the heads computed in each layer for each item."""
 
     logits: Tensor
     heads: list[list[HeadSet]]
 
     @classmethod
     def join(cls, parts: Sequence[PassResult]) -> PassResult:
-        """Put the results of several passes one after the other."""
+        """Concatenate the results of several passes."""
         if len(parts) == 1:
             return parts[0]
         return cls(
@@ -153,11 +156,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def inferring(method: Callable[P, R]) -> Callable[P, R]:
-    """Run a method without gradients, and ask no operand whether it overrides torch's functions.
+def without_gradients(method: Callable[P, R]) -> Callable[P, R]:
+    """Run a method without gradients and without torch's checks for `__torch_function__`.
 
-    Asked that, packed weights throw and catch an exception at every product, and parameters look
-    for an attribute that they lack: for the rows of a short text that takes as long as the product.
+    With these checks, packed weights raise and catch an exception at every product, and parameters
+    look up a missing attribute. For a short text, that takes as long as the product.
     """
 
     @wraps(method)
@@ -169,13 +172,13 @@ def inferring(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class PackedPass:
-    """Run a BudgetFormer over packed tokens, computing the chosen heads only.
+    """Run a BudgetFormer over packed tokens, computing only the chosen heads.
 
     Args:
         model: the network; in float32 its weights are shared, not copied.
         precision: of the matrix products, one of `PRECISIONS`.
-        kernels: what else a layer does.
-        packers: how each layer's maps multiply, where the precision alone does not say.
+        kernels: implementation of everything but the matrix products.
+        packers: one per layer, to pack its linear maps; empty: chosen by precision.
         range_check: counts int8 states outside their calibrated ranges.
     """
 
@@ -193,12 +196,12 @@ class PackedPass:
         self.encoder = model.encoder
         self.precision = precision
         self.precision_reason = "as configured"
-        # Plain values of our own: to read a Transformers configuration takes microseconds.
+        # Copied, because reading an attribute of a Transformers configuration takes microseconds.
         self.sizes = Sizes.of(self.config)
         self._layers = self.encoder.encoder_layers
         self._norms_last = self.config.norm_position == "pre"
         self._mean = self.config.pooling == "mean"
-        self._most_tokens = self.config.max_position_embeddings
+        self._max_tokens = self.config.max_position_embeddings
         self.kernels = kernels
         self._first: list[HeadSet] = [tuple(range(k)) for k in range(self.sizes.heads + 1)]
         self.num_steps = self.config.num_steps
@@ -214,21 +217,21 @@ class PackedPass:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.where
+        """Device of the weights."""
+        return self.model.device
 
     @property
     def nbytes(self) -> int:
-        """Memory of the weights, and of what is laid out of them by now."""
+        """Memory of the weights and of the slices packed so far, in bytes."""
         tensors = (*self.model.parameters(), *self.model.buffers(), *self._slices.weights)
         held = [tensor.untyped_storage() for tensor in tensors]
         weights = {storage.data_ptr(): storage.nbytes() for storage in held}
         return sum(weights.values()) + self._slices.nbytes
 
-    def take_over(self) -> None:
-        """Let the layers' own matrices go, of which the pass keeps what it reads.
+    def free_model_weights(self) -> None:
+        """Free the model's layer matrices, of which the pass has copies or views.
 
-        The model cannot run by itself any more.
+        The model can no longer run by itself.
         """
         for layer in self._layers:
             for module in (*layer.attention.modules(), *layer.feed_forward.modules()):
@@ -237,17 +240,17 @@ class PackedPass:
                     module.weight = nn.Parameter(empty, requires_grad=False)
 
     def forget(self) -> None:
-        """Let go of what is laid out for some steps, until they are asked for again."""
+        """Drop all packed slices; they are packed again on demand."""
         self._slices.forget()
 
     def share(self, link: Path) -> None:
-        """Hold the weights once with all processes that name the same link.
+        """Share the weights' memory with all processes that use the same link.
 
         Args:
-            link: see `SharedTensors`.
+            link: see `SharedFile`.
 
         Raises:
-            OSError: they cannot be shared, and everything stays as it is.
+            OSError: the weights cannot be shared, and are unchanged.
         """
         self._shared = SharedTensors(link)
         tables = [p for p in self.model.parameters() if p.dim() == 2 and p.is_contiguous()]
@@ -256,19 +259,19 @@ class PackedPass:
         self.step0 = self.model.step0_with_numpy()
         self.forget()
 
-    def forget_shared(self) -> None:
-        """Let no further process share the weights; this one keeps them until it lets them go."""
+    def stop_sharing(self) -> None:
+        """Let no further process share the weights; existing users keep them."""
         if self._shared is not None:
             self._shared.forget()
 
-    @inferring
+    @without_gradients
     def warm(self, steps: Sequence[int]) -> None:
-        """Lay out the weights of some ladder steps, and compile what is compiled on first use.
+        """Pack the weights of some ladder steps, and compile what is compiled on first use.
 
-        In bfloat16 on a CPU that is every product, for every number of rows (see `padded_rows`).
+        In bfloat16 on a CPU that is every product for every number of rows (see `padded_rows`).
         """
         for step in steps:
-            self.run_at(step, PackedTokens.filler([min(self._most_tokens, 32)]))
+            self.run_at(step, PackedTokens.filler([min(self._max_tokens, 32)]))
         if self.precision == "bfloat16" and self.device.type == "cpu":
             sizes = sorted({padded_rows(rows) for rows in range(CPU_ROWS + 1)})
             kept = {k: i for s in steps for i, k in enumerate(self._plan(s)) if k}
@@ -276,21 +279,19 @@ class PackedPass:
                 self._slices.get(index, self._first[heads]).warm(sizes, self.sizes)
         self.range_check.take()
 
-    @inferring
-    def decide(self, tokens: PackedTokens, whole: PackedTokens | None = None) -> Decision:
-        """Decide budgets and heads for B items before the encoder runs.
-
-        Step 0 and pooled embeddings are all that this needs.
+    @without_gradients
+    def decide(self, tokens: PackedTokens, full_text: PackedTokens | None = None) -> Decision:
+        """Decide budgets and heads for B items from step 0 and the pooled embeddings.
 
         Args:
-            tokens: the items, as the encoder reads them.
-            whole: the same items as a TF-IDF step 0 reads them; None: it reads the same tokens.
+            tokens: the items' windows.
+            full_text: the items' full texts, which a TF-IDF step 0 reads; None: the same tokens.
         """
         if self.sizes.one_budget:
             return Decision(torch.ones(len(tokens.lengths)), None, None)
         parts = self._parts(tokens.lengths)
         if self.step0 is not None:
-            places, read = [(p.start, p.stop) for p in parts], whole or tokens
+            places, read = [(p.start, p.stop) for p in parts], full_text or tokens
             return Decision.join(
                 [
                     self._decide_with_numpy(self.step0, tokens.part(*p), read.part(*p))
@@ -305,7 +306,7 @@ class PackedPass:
     def _decide_with_numpy(
         self, step0: StepZero, tokens: PackedTokens, read: PackedTokens
     ) -> Decision:
-        """Decide on the host, where the tokens are; g_d's order of heads needs the embeddings.
+        """Decide on the host, where the tokens are; only g_d's ranking needs the embeddings.
 
         Step 0 reads `read`, the encoder `tokens`.
         """
@@ -314,9 +315,9 @@ class PackedPass:
         ranking = self._rank(tokens) if self.sizes.picks_heads else None
         return Decision(torch.from_numpy(s), torch.from_numpy(exit_logits), ranking)
 
-    @inferring
+    @without_gradients
     def rank(self, tokens: PackedTokens) -> Tensor:
-        """Return g_d's heads of each layer, best first, for B items: [B, L, H]."""
+        """Return the heads of each layer ordered by g_d, best first, for B items: [B, L, H]."""
         parts = self._parts(tokens.lengths)
         return torch.cat([self._rank(tokens.part(part.start, part.stop)) for part in parts])
 
@@ -343,7 +344,7 @@ class PackedPass:
             ranking = decision.scorer(pooled).argsort(dim=-1, descending=True, stable=True)
         return Decision(decision.budget(pooled, evidence), exit_logits, ranking)
 
-    @inferring
+    @without_gradients
     def run(
         self,
         tokens: PackedTokens,
@@ -360,19 +361,19 @@ class PackedPass:
             steps: ladder step >= 1 of each item; None lets each layer decide (scope "layer").
             exit_logits: the items' `Decision.exit_logits` [B, C].
             ranking: the items' `Decision.ranking` [B, L, H].
-            ceilings: highest step of each item where the layers decide; None: the ladder's last.
-            fused: combine the encoder's logits with step 0's, as the configuration weighs them;
-                False: return the encoder's alone, which calibration fits those weights on.
+            ceilings: highest step of each item if the layers decide; None: the ladder's last.
+            fused: combine the encoder's logits with step 0's, weighted as configured; False: return
+                the encoder's logits only, on which calibration fits those weights.
 
         Raises:
             ValueError: steps are missing (scope "input") or not on the ladder.
         """
         if steps is None and not self.sizes.layerwise:
-            raise ValueError("a budget is decided before the pass: give the steps")
+            raise ValueError("this network's budgets are decided before the pass: pass `steps`")
         if steps is not None and 0 in steps and self.model.exit_head is not None:
-            raise ValueError("step 0 answers on arrival, it has no pass")
+            raise ValueError("step 0 has no pass: `decide` returns its answer")
         if not self.sizes.layerwise and self.sizes.picks_heads and ranking is None:
-            raise ValueError("heads are chosen before the pass: give the ranking")
+            raise ValueError("this network's heads are chosen before the pass: pass `ranking`")
 
         def run_part(part: slice) -> PassResult:
             return self._run(
@@ -387,7 +388,7 @@ class PackedPass:
         return PassResult.join([run_part(part) for part in self._parts(tokens.lengths)])
 
     def run_at(self, step: int, tokens: PackedTokens) -> PassResult:
-        """Run all items at one step, with the heads that g_d ranks first; step 0 has no say."""
+        """Run all items at one step, with the heads that g_d ranks first and without step 0."""
         ranks = self.sizes.picks_heads and not self.sizes.layerwise
         ranking = self.rank(tokens) if ranks else None
         return self.run(tokens, [step] * len(tokens.lengths), ranking=ranking)
@@ -397,22 +398,22 @@ class PackedPass:
         step: int,  # noqa: ARG002
         tokens: PackedTokens,  # noqa: ARG002
     ) -> Callable[[], None] | None:
-        """Return what runs items once more that lie on the device already, to time the device.
+        """Return a function that replays a recorded pass on items on the device, for timing.
 
-        None: a pass like this one is launched from the host.
+        None: this pass is not recorded but launched from the host.
         """
         return None
 
     @property
-    def _most_rows(self) -> int:
-        """Tokens that are passed together."""
+    def _max_rows(self) -> int:
+        """Maximum tokens per pass."""
         if self.device.type != "cpu":
             return GPU_ROWS
         return CPU_ROUTED_ROWS if self.sizes.picks_heads else CPU_ROWS
 
     def _parts(self, lengths: Sequence[int]) -> list[slice]:
-        """Cut a batch into runs of items that are passed together; a long one goes alone."""
-        most = self._most_rows
+        """Split a batch into parts of at most `_max_rows` tokens; a longer item is its own part."""
+        most = self._max_rows
         if sum(lengths) <= most:
             return [slice(0, len(lengths))]
         parts, start, rows = [], 0, 0
@@ -438,9 +439,9 @@ class PackedPass:
         if self.precision == "bfloat16":
             spare = padded_rows(len(states)) - len(states)
             states = F.pad(states, (0, 0, 0, spare))
-        own_heads = self.sizes.picks_heads or self.sizes.layerwise
-        together = steps is not None and steps.count(steps[0]) == len(steps)
-        if together and not own_heads and steps is not None:
+        heads_by_item = self.sizes.picks_heads or self.sizes.layerwise
+        same_step = steps is not None and steps.count(steps[0]) == len(steps)
+        if same_step and not heads_by_item and steps is not None:
             steps = steps[:1]
             plan = [self._first[count] for count in self._plan(steps[0])]
             heads = [plan] * len(tokens.lengths)
@@ -465,7 +466,7 @@ class PackedPass:
         ranking: Tensor | None,
         ceilings: Sequence[int] | None,
     ) -> tuple[Tensor, list[list[HeadSet]]]:
-        """Run items that may keep different heads; return their states, and the heads of each."""
+        """Run items that may keep different heads; return their states and each item's heads."""
         plans = None if steps is None else [self._plan(step) for step in steps]
         order: list[list[HeadSet]] | None = None if ranking is None else ranking.tolist()
         heads: list[list[HeadSet]] = [[] for _ in offsets.lengths]
@@ -475,8 +476,8 @@ class PackedPass:
             if layer.decision is not None:
                 pooled = self.kernels.mean(states, offsets)
                 if counts is None:
-                    counts = self._own_counts(layer, index, pooled, ceilings)
-                best = self._own_order(layer, pooled)
+                    counts = self._layer_counts(layer, index, pooled, ceilings)
+                best = self._layer_order(layer, pooled)
             assert counts is not None
             sets = self._head_sets(counts, best)
             for item, head_set in zip(heads, sets, strict=True):
@@ -491,8 +492,11 @@ class PackedPass:
 
     def _offsets_of(self, tokens: PackedTokens) -> BatchOffsets:
         offsets = BatchOffsets(tokens.lengths, self.device)
-        if offsets.longest > self._most_tokens:
-            raise ValueError(f"{offsets.longest} tokens, but only {self._most_tokens} positions")
+        if offsets.longest > self._max_tokens:
+            raise ValueError(
+                f"a text has {offsets.longest} tokens, but the network has only "
+                f"{self._max_tokens} positions"
+            )
         return offsets
 
     def _embed(self, tokens: PackedTokens, offsets: BatchOffsets) -> Tensor:
@@ -511,18 +515,18 @@ class PackedPass:
         first = states[offsets.starts[:-1].clamp(max=len(states) - 1)]
         return self.model.classify(torch.where(offsets.empty, 0, first.float()))
 
-    def _own_counts(
+    def _layer_counts(
         self, layer: EncoderLayer, index: int, pooled: Tensor, ceilings: Sequence[int] | None
     ) -> list[int]:
-        """Let a layer's own f_o say how many heads each item keeps in it."""
+        """Return how many heads each item keeps in a layer, by the layer's f_o."""
         assert layer.decision is not None
         steps = budget_step(layer.decision.budget(pooled), self.config.num_steps)
         if ceilings is not None:
             steps = torch.minimum(steps, torch.tensor(ceilings, device=steps.device))
         return [self._plan(step)[index] for step in steps.tolist()]
 
-    def _own_order(self, layer: EncoderLayer, pooled: Tensor) -> list[HeadSet] | None:
-        """Let a layer's own g_d order its heads for each item, best first."""
+    def _layer_order(self, layer: EncoderLayer, pooled: Tensor) -> list[HeadSet] | None:
+        """Return a layer's heads for each item, ordered by the layer's g_d, best first."""
         assert layer.decision is not None
         if layer.decision.scorer is None:
             return None
@@ -553,8 +557,8 @@ class PackedPass:
         spare_rows = len(states) - offsets.tokens
         if len(groups) > MAX_SETS:
             positions = self._slices.layers[index].positions
-            alike = positions is None or not positions.tables
-            routing = Routing.of(sets, offsets, self.sizes.heads, spare_rows, alike)
+            interchangeable = positions is None or not positions.tables
+            routing = Routing.of(sets, offsets, self.sizes.heads, spare_rows, interchangeable)
             return self._run_routed(index, states, routing)
         *parts, spare = states.split([*offsets.lengths, spare_rows])
         for head_set, items in groups.items():
@@ -568,22 +572,22 @@ class PackedPass:
     def _run_set(
         self, index: int, states: Tensor, offsets: BatchOffsets, head_set: HeadSet
     ) -> Tensor:
-        """Run items that all keep the same heads."""
+        """Run one layer for items that all keep the same heads."""
         if not head_set or not offsets.tokens:
             return states
         kept = self._slices.get(index, head_set)
-        return run_layer(states, kept, Packed(self.kernels, offsets))
+        return run_layer(states, kept, PackedBackend(self.kernels, offsets))
 
     def _run_routed(self, index: int, states: Tensor, routing: Routing) -> Tensor:
-        """Run items that keep many different sets of heads."""
+        """Run one layer for items that keep many different head sets."""
         weights = RoutedWeights(self._slices, index, routing)
-        result = run_layer(states, weights, Routed(self.kernels, routing)).to(states.dtype)
+        result = run_layer(states, weights, RoutedBackend(self.kernels, routing)).to(states.dtype)
         return result if routing.used is None else torch.where(routing.used, result, states)
 
 
 @dataclass(frozen=True)
-class Packed(PlainSums):
-    """How a layer computes for packed items that keep the same heads; a layer's `Backend`."""
+class PackedBackend(PlainSums):
+    """The `Backend` for packed items that keep the same heads."""
 
     kernels: Kernels
     offsets: BatchOffsets
@@ -592,6 +596,6 @@ class Packed(PlainSums):
         """Attend within each item."""
         return self.kernels.attend(projected, self.offsets, weights)
 
-    def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+    def add_norm(self, states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
         """Normalise the sum of states and a change."""
-        return self.kernels.add_norm(states, change, by)
+        return self.kernels.add_norm(states, change, layer_norm)

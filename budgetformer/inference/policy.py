@@ -1,15 +1,15 @@
-"""How many heads a text gets: calibrated rules, as plain data and pure functions.
+"""Calibrated rules that decide the budget of a text, as plain data and pure functions.
 
-A policy is a chain of ladder steps and one confidence threshold per quality level. Step 0, where
-there is one, answers first. Its confidence must exceed the threshold by the exit margin, which is
-the same for all levels: above 0 where a cheap step would know more. A text whose answer is not
-confident enough goes to the link of the chain that f_o's s picks, and from there link by link until
-an answer reaches the threshold; the last link always answers. Only the threshold depends on the
-level, so the steps that a text runs at one level are the first of those that it runs at a higher
-one, and its cost can only rise with the level.
+A policy is a chain of ladder steps with one confidence threshold per quality level. Step 0, if
+there is one, answers first. Its confidence must reach the threshold plus the exit margin, which is
+the same for all levels. A text whose answer is not confident enough goes to the link of the chain
+that f_o's s selects, and from there link by link until an answer reaches the threshold; the answer
+of the last link is always final. Only the threshold depends on the level. So the steps that a text
+runs at one level are the first of those that it runs at a higher one, and its cost can only rise
+with the level.
 
-Checkpoints of the older form have operating points instead: bands and one escalation for each
-level. Both forms become a `BudgetRule`.
+Older checkpoints have operating points instead: bands and one escalation for each level. Both forms
+become a `BudgetRule`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from budgetformer.errors import PolicyError
 from budgetformer.model.tfidf import Array
 
 Measure = Literal["accuracy", "agreement"]
-"""What a policy was calibrated for: right answers, or the answers of the full network."""
+"""What a policy was calibrated for: correct answers, or agreement with the full network."""
 QualityName = Literal["fast", "balanced", "best"]
 QUALITY_NAMES: tuple[QualityName, ...] = ("fast", "balanced", "best")
 Interval = tuple[float, float]
@@ -46,15 +46,15 @@ class EntryBand(_Data):
 
 
 class Level(_Data):
-    """A confidence threshold, and what it reached on texts that did not choose it.
+    """A confidence threshold, with figures measured on texts not used to choose it.
 
     Attributes:
-        name: the quality level that this threshold stands for, if any.
-        threshold: an answer stands if its confidence is at least this.
-        accuracy, interval: share of right answers with its 95 % interval; None without labels.
+        name: quality level with this threshold, if any.
+        threshold: an answer is final if its confidence is at least this.
+        accuracy, interval: share of correct answers with its 95 % interval; None without labels.
         agreement, agreement_interval: the same for answers equal to the full network's.
-        points_lost: percentage points of the policy's measure below the full network; negative
-            when above.
+        points_lost: drop of the policy's measure against the full network, in percentage points;
+            negative if it is better.
         macs_share, macs_interval: mean multiply-adds as a share of the dense network's.
         mean_heads: mean heads computed per text, summed over layers and passes.
         budgets: share of the texts that ended at each step.
@@ -75,7 +75,7 @@ class Level(_Data):
     runs: dict[int, float] = {}
 
     def reached(self, measure: Measure) -> tuple[float, Interval]:
-        """Return the share by a measure with its 95 % interval, which is 0..1 where unknown."""
+        """Return the share for a measure with its 95 % interval, (0, 1) if unknown."""
         if measure == "accuracy":
             share, interval = self.accuracy, self.interval
         else:
@@ -87,13 +87,13 @@ class Policy(_Data):
     """A chain of steps, f_o's bands over it, and one threshold per level.
 
     Attributes:
-        measure: what `points_lost` of its levels counts.
-        chain: rising ladder steps, beginning with 0 where the checkpoint has a step 0.
-        entry: bands over f_o's s, the same for all levels, in rising order and the last one up to
-            1. Each names the link to which a text goes that step 0 has not answered.
-        exit_margin: step 0's answer stands if its confidence is the threshold plus this, or more;
-            above 1 minus the threshold it never does.
-        levels: by rising threshold; some carry a quality level's name.
+        measure: the measure of its levels' `points_lost`.
+        chain: rising ladder steps, beginning with 0 if the checkpoint has a step 0.
+        entry: bands over f_o's s, the same for all levels, in rising order with the last up to 1.
+            They select the link for texts that step 0 did not answer.
+        exit_margin: step 0's answer is final if its confidence is at least the threshold plus
+            this; never if that exceeds 1.
+        levels: in order of rising threshold; those with a name are quality levels.
     """
 
     measure: Measure = "accuracy"
@@ -118,11 +118,11 @@ class Policy(_Data):
         return self
 
     def level(self, quality: str | float) -> Level:
-        """Return the level of a name, or the one that gives up at most so many points.
+        """Return the level with this name, or with at most this accuracy drop in points.
 
-        Between two levels, the threshold and all figures are interpolated linearly. A larger
-        number never gives a higher threshold. A number below what any level loses gives the level
-        that loses least.
+        Between two levels, the threshold and all figures are interpolated linearly. A larger drop
+        never gives a higher threshold. If every level has a larger drop, the one with the smallest
+        drop is returned.
 
         Raises:
             PolicyError: there is no level of that name.
@@ -134,7 +134,7 @@ class Policy(_Data):
             if low.points_lost <= quality:
                 break
             if level.points_lost >= low.points_lost:
-                continue  # a higher threshold that loses no less is of no use here
+                continue  # a higher threshold without a smaller drop is useless
             if level.points_lost <= quality:
                 return _between(low, level, quality)
             low = level
@@ -143,7 +143,7 @@ class Policy(_Data):
     def rule_at(
         self, level: Level, num_steps: int, fixed: int | None = None, ceiling: int | None = None
     ) -> BudgetRule:
-        """Return the rule of one of its levels, or of one between them; see `BudgetRule`."""
+        """Return the rule for a level from `level`; see `BudgetRule`."""
         return BudgetRule(
             num_steps=num_steps,
             entry=self.entry,
@@ -156,21 +156,21 @@ class Policy(_Data):
 
 
 class Escalation(_Data):
-    """An answer with confidence under `below`, from a step before `step`, is run again there."""
+    """Run `step` for answers of earlier steps whose confidence is under `below`."""
 
     below: float = Field(ge=0, le=1)
     step: int = Field(ge=1)
 
 
 class OperatingPoint(_Data):
-    """A rule of the older form, where every level has bands and an escalation of its own.
+    """A level of older checkpoints, which has its own bands and escalation.
 
-    Networks whose layers decide for themselves still use it, without either.
+    Networks whose layers decide the budgets still use it, without bands and escalation.
 
     Attributes:
-        entry: bands over s, in rising order, the last one up to 1, which choose the first step, 0
-            among them; empty: f_o's own ceil(s * S).
-        escalation: the second pass for answers that are not confident, if any.
+        entry: bands over s that select the first step (0 allowed), in rising order with the last up
+            to 1; empty: ceil(s * S).
+        escalation: the second pass for uncertain answers, if any.
         name, accuracy, interval, points_lost, macs_share, mean_heads, budgets: see `Level`.
     """
 
@@ -192,7 +192,7 @@ class OperatingPoint(_Data):
 
     @property
     def level(self) -> Level:
-        """The same figures in the newer form; who ran which step is an estimate."""
+        """The same figures as a `Level`, with estimated `runs`."""
         figures = self.model_dump(exclude={"entry", "escalation"})
         below = self.escalation.below if self.escalation else 0.0
         return Level(**figures, threshold=below, runs=self._runs())
@@ -200,10 +200,7 @@ class OperatingPoint(_Data):
     def rule(
         self, num_steps: int, fixed: int | None = None, ceiling: int | None = None
     ) -> BudgetRule:
-        """Return the rule: an escalation is a chain of one link, at whose end every answer stands.
-
-        The bands say where a text starts.
-        """
+        """Return the equivalent rule: the escalation becomes a chain with one link."""
         return BudgetRule(
             num_steps=num_steps,
             entry=self.entry,
@@ -217,7 +214,7 @@ class OperatingPoint(_Data):
         runs = {step: share for step, share in self.budgets.items() if step}
         if self.escalation is None or self.escalation.step not in runs:
             return runs
-        # Assume that the texts that ended at the escalation's step came from the highest band.
+        # Assume that texts that ended at the escalation's step came from the highest band.
         first = max((band.step for band in self.entry), default=0)
         if 0 < first < self.escalation.step:
             runs[first] = runs.get(first, 0.0) + runs[self.escalation.step]
@@ -225,17 +222,17 @@ class OperatingPoint(_Data):
 
 
 class BudgetRule(_Data):
-    """How the budget of one request's texts is decided.
+    """The rule that decides the budgets of one request's texts.
 
     Attributes:
         num_steps: steps S of the ladder.
-        entry: bands over s; empty: f_o's own ceil(s * S).
-        chain: rising steps. Step 0 goes first if it is among them; after an answer that is not
-            confident enough the next higher one follows.
+        entry: bands over s; empty: ceil(s * S).
+        chain: rising steps. Step 0, if included, runs first; an answer that is not confident enough
+            is followed by the next higher step.
         exit_margin: see `Policy`.
-        level: the threshold and what calibration saw; None: every answer stands.
-        fixed: the only step that is run, whatever else is set.
-        ceiling: highest step that may be run.
+        level: threshold and calibrated figures; None: every answer is final.
+        fixed: the only step to run; overrides all else.
+        ceiling: highest step that may run.
     """
 
     num_steps: int
@@ -248,22 +245,22 @@ class BudgetRule(_Data):
 
     @property
     def constant(self) -> int | None:
-        """The step at which every text starts, if that needs no f_o."""
+        """The first step of every text, or None if it depends on the text."""
         if self.fixed is None and len(self.entry) != 1 and self.chain[:1] != (0,):
             return None
         return self.first_step(0.0)
 
     @property
-    def asks_f_o(self) -> bool:
-        """Whether a text's path depends on f_o."""
+    def uses_f_o(self) -> bool:
+        """Whether the steps of a text depend on f_o."""
         return self.fixed is None and len(self.entry) != 1
 
     def path(self, s: float) -> tuple[int, ...]:
-        """Return the rising steps that a text with f_o's `s` runs until an answer stands."""
+        """Return the rising steps that a text with this `s` runs until an answer is final."""
         return self._path_from(self._band(s))
 
     def _path_from(self, start: int) -> tuple[int, ...]:
-        """Return the path of a text that f_o sends to step `start`."""
+        """Return the path of a text for which f_o selects step `start`."""
         if self.fixed is not None:
             return (self.fixed,)
         steps = [start, *(step for step in self.chain if step > start)]
@@ -274,28 +271,25 @@ class BudgetRule(_Data):
         return tuple(sorted({min(step, self.ceiling) for step in steps}))
 
     def first_step(self, s: float) -> int:
-        """Return the step at which a text with f_o's `s` starts."""
+        """Return the first step of a text with this `s`."""
         return self.path(s)[0]
 
     def next_step(self, step: int, confidence: float, s: float) -> int | None:
-        """Return the step to run after `step` answered with `confidence`.
-
-        None: the answer stands.
-        """
-        if self.level is None or confidence >= self.needed(step):
+        """Return the step to run after `step` answered with `confidence`; None if it is final."""
+        if self.level is None or confidence >= self.required_confidence(step):
             return None
         return next((later for later in self.path(s) if later > step), None)
 
-    def needed(self, step: int) -> float:
-        """Return the confidence at which an answer of `step` stands."""
+    def required_confidence(self, step: int) -> float:
+        """Return the confidence from which an answer of `step` is final."""
         if self.level is None:
             return 0.0
         return threshold_at(step, self.level.threshold, self.exit_margin)
 
-    def following(self, step: int) -> int | None:
-        """Return the step for answers of `step`, 1 or more, that do not stand.
+    def next_link(self, step: int) -> int | None:
+        """Return the step after uncertain answers of `step` >= 1, which does not depend on s.
 
-        From there on it is the same for every s. None: every answer stands.
+        None: every answer of `step` is final.
         """
         if self.level is None or self.fixed is not None:
             return None
@@ -308,14 +302,14 @@ class BudgetRule(_Data):
         """Decide B texts before the encoder runs.
 
         Args:
-            s: f_o's verdicts, [B].
+            s: f_o's outputs, [B].
             confidence: of step 0's answers, [B]; None: there is no step 0.
 
         Returns:
-            The encoder's step that each text runs first [B], 0 where step 0's answer stands; and
-            whether step 0 was asked [B].
+            The first step of the encoder for each text [B], 0 if step 0's answer is final; and
+            whether the rule used step 0's answer [B].
         """
-        if not self.asks_f_o:
+        if not self.uses_f_o:
             return self._first_steps(self._band(0.0), len(s), confidence)
         starts = self._bands(s)
         steps, asked = np.zeros(len(s), np.int32), np.zeros(len(s), bool)
@@ -326,20 +320,17 @@ class BudgetRule(_Data):
         return steps, asked
 
     def _first_steps(self, start: int, count: int, confidence: Array | None) -> tuple[Array, Array]:
-        """Decide `count` texts that f_o sends to step `start`; see `first_steps`."""
+        """Decide `count` texts for which f_o selects step `start`; see `first_steps`."""
         first, *later = self._path_from(start)
         steps = np.full(count, first, np.int32)
         asked = np.full(count, not first and confidence is not None)
         if not first and later and self.level is not None and confidence is not None:
-            # Numbers of double precision are compared, as after every other step.
-            steps[confidence.astype(np.float64) < self.needed(0)] = later[0]
+            # Compared in double precision, as after every other step.
+            steps[confidence.astype(np.float64) < self.required_confidence(0)] = later[0]
         return steps, asked
 
     def expected_budgets(self) -> Shares | None:
-        """Return the share of texts that calibration saw end at each step under this rule.
-
-        None: nothing was calibrated for it.
-        """
+        """Return the calibrated share of texts that end at each step; None if not calibrated."""
         if self.fixed is not None:
             return {self.fixed: 1.0}
         if self.level is None or not self.level.budgets:
@@ -353,9 +344,9 @@ class BudgetRule(_Data):
         return shares
 
     def expected_runs(self) -> Shares | None:
-        """Return the share of texts that calibration saw run each step >= 1 under this rule.
+        """Return the calibrated share of texts that run each step >= 1; None if not calibrated.
 
-        A text that escalates runs several. None: nothing was calibrated for it.
+        A text may run several steps.
         """
         ends = self.expected_budgets()
         if ends is None or self.level is None or self.fixed is not None:
@@ -374,7 +365,7 @@ class BudgetRule(_Data):
         return min(max(math.ceil(s * self.num_steps), 1), self.num_steps)
 
     def _bands(self, s: Array) -> Array:
-        """Return the step of each verdict's band, [B]."""
+        """Return the step that f_o selects for each s, [B]."""
         s = s.astype(np.float64)
         if not self.entry:
             own: Array = np.clip(np.ceil(s * self.num_steps), 1, self.num_steps).astype(np.int32)
@@ -386,15 +377,15 @@ class BudgetRule(_Data):
 
 
 def threshold_at(step: int, threshold: float, exit_margin: float) -> float:
-    """Return the confidence at which the answer of a step stands."""
+    """Return the confidence from which the answer of a step is final."""
     return threshold if step else threshold + exit_margin
 
 
 def choose_point(points: Sequence[OperatingPoint], quality: str | float) -> OperatingPoint:
-    """Return the operating point for a quality level's name, or for the accuracy points given up.
+    """Return the operating point with this name, or with at most this accuracy drop in points.
 
-    A number chooses the cheapest point that loses at most so many points against the full budget;
-    when every point loses more, the most accurate one.
+    A number selects the cheapest point with at most this drop against the full budget; if every
+    point has a larger drop, the one with the smallest.
 
     Raises:
         PolicyError: the checkpoint has no such level.
@@ -402,7 +393,9 @@ def choose_point(points: Sequence[OperatingPoint], quality: str | float) -> Oper
     if isinstance(quality, str):
         return _named(points, quality)
     if not points:
-        raise PolicyError("this checkpoint is not calibrated: it has no operating points")
+        raise PolicyError(
+            "this checkpoint has no operating points: run `budgetformer calibrate` on it"
+        )
     good = [p for p in points if p.points_lost <= quality]
     if good:
         return min(good, key=lambda p: p.macs_share)
@@ -423,15 +416,15 @@ def _named(levels: Sequence[_Named], name: str) -> _Named:
         if level.name == name:
             return level
     named = ", ".join(level.name for level in levels if level.name) or "none"
-    raise PolicyError(f"no quality level {name!r} in this checkpoint (it has: {named})")
+    raise PolicyError(f"this checkpoint has no quality level {name!r}, only: {named}")
 
 
 def _between(low: Level, high: Level, points_lost: float) -> Level:
-    """Interpolate two levels at the points that may be lost, `high` losing fewer of them."""
+    """Interpolate two levels at an accuracy drop; `high` has the smaller drop."""
     weight = (low.points_lost - points_lost) / (low.points_lost - high.points_lost)
 
     def mix(a: float, b: float) -> float:
-        # Rounding must not lead beyond either level: thresholds have to stay in order.
+        # Clamped, so that rounding cannot put thresholds out of order.
         return min(max(a + (b - a) * weight, min(a, b)), max(a, b))
 
     def mix_known(a: float | None, b: float | None) -> float | None:

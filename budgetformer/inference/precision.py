@@ -1,13 +1,13 @@
-"""The precisions in which a compact pass can multiply; importing this is light."""
+"""The precisions of the compact pass; this module does not import torch."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 Precision = Literal["auto", "fastest", "float32", "bfloat16", "int8"]
-"""Of the matrix products.
+"""Precision of the matrix products.
 
-auto: chosen by what the device and the checkpoint are capable of, the same at every start.
-fastest: chosen by timing all of them as the model loads.
-int8: needs ranges of states, which a checkpoint holds since it was calibrated.
+auto: chosen by the capabilities of device and checkpoint, the same at every start.
+fastest: chosen by timing every precision while the model loads.
+int8: requires state ranges, which calibration stores in the checkpoint.
 """

@@ -1,4 +1,4 @@
-"""What the states of a network lie between, seen on texts."""
+"""Measure the ranges of a network's states on calibration texts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.inference.ranges import MAX_OUTLIERS, LayerRanges, MapName, StateRange
 from budgetformer.model.encoder import SequenceClassifier
 
-NARROWER = 0.85
-"""A column stands apart if the range without it is less than so many times as wide."""
+OUTLIER_WIDTH_RATIO = 0.85
+"""A column is an outlier if the range without it is narrower by this factor."""
 
 
 class RangeObserver:
-    """One layer's maps in float32, which note the bounds of what they read.
+    """Pack one layer's maps in float32, and record the ranges of their inputs.
 
     Args:
-        sizes: the network's.
+        sizes: the network's sizes.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -34,27 +34,27 @@ class RangeObserver:
         }
         self._bounds = {name: torch.zeros(2, width) for name, width in widths.items()}
 
-    def pack_linear(self, some: Weights) -> Linear:
-        """Return a map that records the ranges of its inputs; see `PackLinear`."""
-        run = Product(some.weight, some.bias)
-        low, high = self._bounds[some.name]
+    def pack_linear(self, part: Weights) -> Linear:
+        """Return a map that records the range of its inputs; see `PackLinear`."""
+        run = Product(part.weight, part.bias)
+        low, high = self._bounds[part.name]
 
         def apply(states: Tensor) -> Tensor:
             if len(states):
                 least, most = states.float().cpu().aminmax(dim=0)
-                low[some.columns] = low[some.columns].minimum(least)
-                high[some.columns] = high[some.columns].maximum(most)
+                low[part.columns] = low[part.columns].minimum(least)
+                high[part.columns] = high[part.columns].maximum(most)
             return run(states)
 
         return apply
 
     def ranges(self) -> LayerRanges:
-        """Return what was seen; a map that never ran has read nothing but 0."""
+        """Return the recorded ranges; (0, 0) for a map that never ran."""
         return LayerRanges(**{name: _range(*bounds) for name, bounds in self._bounds.items()})
 
 
 def _range(low: Tensor, high: Tensor) -> StateRange:
-    """Return the range of columns whose bounds are given, [D] each, but for those far beyond."""
+    """Return the range of columns with these bounds, [D] each, after choosing the outliers."""
     low, high = low.clone(), high.clone()
     outliers: list[int] = []
     found: list[StateRange] = []
@@ -65,7 +65,9 @@ def _range(low: Tensor, high: Tensor) -> StateRange:
         column = min(ends, key=lambda end: _width_without(low, high, end))
         outliers.append(column)
         low[column] = high[column] = 0.0
-    return min(found, key=lambda one: (one.high - one.low) / NARROWER ** len(one.outliers))
+    return min(
+        found, key=lambda one: (one.high - one.low) / OUTLIER_WIDTH_RATIO ** len(one.outliers)
+    )
 
 
 def _width_without(low: Tensor, high: Tensor, column: int) -> float:
@@ -76,11 +78,11 @@ def _width_without(low: Tensor, high: Tensor, column: int) -> float:
 def measure_ranges(
     model: SequenceClassifier, batches: Iterable[PackedTokens]
 ) -> tuple[LayerRanges, ...]:
-    """Return the ranges of each layer's states, over all steps of the ladder.
+    """Return the state ranges of each layer, over all steps of the ladder.
 
     Args:
         model: the network.
-        batches: texts of the kind that it will classify.
+        batches: texts similar to production traffic.
     """
     sizes = Sizes.of(model.config)
     layers = [RangeObserver(sizes) for _ in range(sizes.layers)]

@@ -1,4 +1,4 @@
-"""Ranges of a network's states, which its int8 products scale by; importing this is light."""
+"""State ranges for the scales of int8 products; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 MapName = Literal["qkv", "output", "up", "down"]
-"""The linear maps of a layer: to queries, keys and values, of contexts, of the feed-forward net."""
+"""The linear maps of a layer: queries, keys and values; attention output; feed-forward up, down."""
 MAX_OUTLIERS = 4
+"""Maximum outlier columns per map."""
 
 
 class StateRange(BaseModel):
-    """What the states that a map reads lie between, on calibration texts.
+    """The range of the states that a map reads, on calibration texts.
 
     Attributes:
-        low, high: the least and the greatest number, or 0.
-        outliers: columns that go far beyond, which are no part of the range; `apart` in older
+        low, high: minimum and maximum, but at most and at least 0.
+        outliers: columns that go far beyond the range and are not part of it; `apart` in older
             checkpoints.
     """
 
@@ -30,7 +31,7 @@ class StateRange(BaseModel):
 
 
 class LayerRanges(BaseModel):
-    """The ranges of what each map of a layer reads."""
+    """The ranges of the states that each map of a layer reads."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,6 +41,6 @@ class LayerRanges(BaseModel):
     down: StateRange
 
     def of(self, name: MapName) -> StateRange:
-        """Return the range of what one map reads."""
+        """Return the range of the states that one map reads."""
         found: StateRange = getattr(self, name)
         return found

@@ -1,7 +1,7 @@
-"""One layer in which items keep different heads, without a loop over items.
+"""Run a layer whose items keep different heads, without a loop over items.
 
-As in mixture-of-experts kernels, (token, head) pairs are sorted by head: each head is one matrix
-product over all the tokens that keep it, and what it adds is summed into those tokens' rows.
+As in mixture-of-experts kernels, (token, head) pairs are sorted by head. Each head is one matrix
+product over all tokens that keep it, and its result is added to the rows of these tokens.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from budgetformer.model.positions import Positions
 
 
 @dataclass(frozen=True)
-class Pairs:
+class HeadTokens:
     """The tokens that keep one head.
 
     Attributes:
-        head: which.
-        count: how many, n.
-        rows: of states, [n']; where n is padded, the last ones are a row that is no token's.
-        pairs: the same tokens' places among all pairs sorted by token, [n'].
+        head: index of the head.
+        count: number of its tokens, n.
+        rows: their rows of the states, [n']; if n is padded to n', the last ones are a spare row.
+        pairs: their indices among all pairs sorted by token, [n'].
     """
 
     head: int
@@ -39,8 +39,10 @@ class Pairs:
     pairs: Tensor
 
     @classmethod
-    def of(cls, head: int, count: int, rows: Tensor, pairs: Tensor, spare: int | None) -> Pairs:
-        """Pad a head's tokens with the row `spare`, if there is one."""
+    def of(
+        cls, head: int, count: int, rows: Tensor, pairs: Tensor, spare: int | None
+    ) -> HeadTokens:
+        """Return a head's tokens, padded with the row `spare` unless that is None."""
         if spare is None:
             return cls(head, count, rows, pairs)
         missing = padded_rows(count) - count
@@ -49,17 +51,17 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Routing:
-    """Which tokens go to which heads: P pairs of a token and a head that it keeps.
+    """The assignment of tokens to heads: P pairs of a token and a head that it keeps.
 
     Attributes:
-        heads: those that some item keeps, with their tokens.
-        places: of the pairs sorted by token, in the order of `heads`, [P].
-        items: in runs that attention takes at once: (kept heads of the first, where they are).
-        rows: of states, N'.
-        used: whether a row keeps any head, [N', 1]; None: all of them do.
+        heads: the heads that any item keeps, with their tokens.
+        places: for each pair sorted by token, its index in the order of `heads`, [P].
+        items: runs of items for one call of attention each: (heads of the first item, offsets).
+        rows: number of state rows, N'.
+        used: whether a row keeps any head, [N', 1]; None: every row does.
     """
 
-    heads: list[Pairs]
+    heads: list[HeadTokens]
     places: Tensor
     items: list[tuple[HeadSet, BatchOffsets]]
     rows: int
@@ -72,16 +74,17 @@ class Routing:
         offsets: BatchOffsets,
         num_heads: int,
         spare_rows: int,
-        alike: bool = True,
+        interchangeable: bool = True,
     ) -> Routing:
-        """Sort the pairs of B items.
+        """Assign the tokens of B items to heads.
 
         Args:
             sets: heads that each item keeps.
-            offsets: where they are.
+            offsets: the items' offsets.
             num_heads: H.
-            spare_rows: rows of states after the tokens'; with any, a head's tokens are padded.
-            alike: whether attention tells heads apart by their queries, keys and values alone.
+            spare_rows: padding rows after the last token; if any, each head's tokens are padded.
+            interchangeable: whether heads differ only in queries, keys and values. Items with
+                equally many heads can then share a run; otherwise only items with the same heads.
         """
         owner = offsets.owner
         cells = [item * num_heads + head for item, heads in enumerate(sets) for head in heads]
@@ -99,13 +102,13 @@ class Routing:
         runs: list[tuple[HeadSet, list[int]]] = []
         for head_set, length in zip(sets, offsets.lengths, strict=True):
             last = runs[-1][0] if runs else None
-            joins = last is not None and (len(last) == len(head_set) if alike else last == head_set)
-            if not joins:
+            same = len(last) == len(head_set) if last and interchangeable else last == head_set
+            if not same:
                 runs.append((head_set, []))
             runs[-1][1].append(length)
         return cls(
             heads=[
-                Pairs.of(head, count, rows, pairs, len(owner) if spare_rows else None)
+                HeadTokens.of(head, count, rows, pairs, len(owner) if spare_rows else None)
                 for head, (count, rows, pairs) in enumerate(by_head)
                 if count
             ],
@@ -117,15 +120,14 @@ class Routing:
 
 
 class RoutedWeights:
-    """One layer's maps over routed tokens, head by head so that each stays in cache.
+    """The `LayerWeights` of routed tokens, applied head by head so that each head stays in cache.
 
-    They are a layer's `LayerWeights`: states are [N', D], and contexts and neurons are those of all
-    pairs of a token and a head.
+    States are [N', D]; contexts and neurons are those of all pairs of a token and a head.
 
     Args:
-        slices: the network's.
+        slices: the network's slices.
         index: of the layer.
-        routing: which tokens go to which heads.
+        routing: assignment of tokens to heads.
     """
 
     def __init__(self, slices: SliceCache, index: int, routing: Routing) -> None:
@@ -159,16 +161,16 @@ class RoutedWeights:
         return added
 
     def up(self, states: Tensor) -> Any:
-        """Map states [N', D] to neurons: of each head's tokens, where heads own them."""
+        """Map states [N', D] to neurons; if heads own them, to a list with each head's."""
         if self.spec.neurons_per_head is None:
-            return self._weights.whole_net[0](states)
+            return self._weights.uncoupled_net[0](states)
         read = states.to(self._dtype)
         return [kept.up(read.index_select(0, pairs.rows)) for pairs, kept in self._by_head]
 
     def down(self, neurons: Any) -> Tensor:
         """Map neurons to states [N', D]."""
         if self.spec.neurons_per_head is None:
-            return self._weights.whole_net[1](neurons)
+            return self._weights.uncoupled_net[1](neurons)
         added = self._down_bias.float().repeat(self.routing.rows, 1)
         for (pairs, kept), own in zip(self._by_head, neurons, strict=True):
             added.index_add_(0, pairs.rows, kept.down(own).float())
@@ -176,24 +178,24 @@ class RoutedWeights:
 
 
 class PlainSums:
-    """The sums and norms of a layer's `Backend`, in plain torch."""
+    """The sums and norms of a `Backend` in plain torch."""
 
-    def norm(self, states: Tensor, by: nn.Module) -> Tensor:
+    def norm(self, states: Tensor, layer_norm: nn.Module) -> Tensor:
         """Normalise states."""
-        return plain.norm(states, by)
+        return plain.norm(states, layer_norm)
 
     def add(self, states: Tensor, change: Tensor) -> Tensor:
         """Add a change to states."""
         return plain.add(states, change)
 
-    def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+    def add_norm(self, states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
         """Normalise the sum of states and a change."""
-        return plain.add_norm(states, change, by)
+        return plain.add_norm(states, change, layer_norm)
 
 
 @dataclass(frozen=True)
-class Run:
-    """Items next to one another that keep equally many heads, as attention sees them."""
+class ItemRun:
+    """The `AttentionHeads` of neighbouring items with equally many heads."""
 
     heads: int
     spec: LayerSpec
@@ -201,8 +203,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Routed(PlainSums):
-    """How a layer computes for routed tokens; a layer's `Backend`."""
+class RoutedBackend(PlainSums):
+    """The `Backend` for routed tokens."""
 
     kernels: Kernels
     routing: Routing
@@ -210,17 +212,16 @@ class Routed(PlainSums):
     def attend(self, projected: Tensor, weights: LayerWeights) -> Tensor:
         """Attend within each item, over the pairs of its tokens: [P, 3 * D/H] to [P, D/H]."""
         contexts, start, width = [], 0, projected.shape[1]
-        whole = weights.positions
         for head_set, offsets in self.routing.items:
             if not head_set:
                 continue
             heads = len(head_set)
             count = heads * offsets.tokens
             part = projected[start : start + count].view(offsets.tokens, heads * width)
-            own = whole
-            if whole is not None and whole.tables:
-                own = whole.of_heads(torch.tensor(head_set, device=projected.device))
-            context = self.kernels.attend(part, offsets, Run(heads, weights.spec, own))
+            positions = weights.positions
+            if positions is not None and positions.tables:
+                positions = positions.of_heads(torch.tensor(head_set, device=projected.device))
+            context = self.kernels.attend(part, offsets, ItemRun(heads, weights.spec, positions))
             contexts.append(context.view(count, width // 3))
             start += count
         return torch.cat(contexts)

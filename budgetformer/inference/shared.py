@@ -1,4 +1,4 @@
-"""Weights that several processes hold once."""
+"""Share weights between processes, so that they occupy memory once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from budgetformer.errors import one_line
 from budgetformer.inference.shared_file import SharedFile
 
 ALIGNMENT = 64
-"""Bytes that a tensor begins at a multiple of, as torch's own do."""
+"""Alignment of tensors in bytes, as in torch."""
 
 
 class SharedTensors:
-    """Tensors that lie in a `SharedFile`.
+    """Tensors stored in a `SharedFile`.
 
     Args:
         link: see `SharedFile`.
@@ -28,15 +28,15 @@ class SharedTensors:
         self._file = SharedFile(link)
 
     def hold(self, tensors: Sequence[Tensor]) -> None:
-        """Let tensors lie there. Views that were taken before keep the memory as it was.
+        """Move tensors into the file; views that were taken earlier keep the old memory.
 
-        Nobody may write to them afterwards: only its own process would see it.
+        The tensors must not be written to afterwards: other processes would not see the change.
 
         Args:
             tensors: on a CPU, contiguous.
 
         Raises:
-            OSError: the file cannot be made or mapped, and the tensors stay as they are.
+            OSError: the file cannot be created or mapped; the tensors are unchanged.
         """
         sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
         *starts, total = accumulate(sizes, initial=0)
@@ -59,5 +59,5 @@ class SharedTensors:
                 tensor.data = there
 
     def forget(self) -> None:
-        """Do without the file; see `SharedFile.forget`."""
+        """Release the file; see `SharedFile.forget`."""
         self._file.forget()

@@ -1,4 +1,4 @@
-"""A file in memory, with no name on any disk, that several processes map once."""
+"""An anonymous in-memory file (memfd) that several processes map."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 _files: dict[Path, int] = {}
-"""Files that this process has made, by their links."""
+"""Descriptors of the files that this process created, by link."""
 _users: Counter[Path] = Counter()
-"""How many users of such a file this process has."""
+"""Number of `SharedFile` objects in this process that use such a file."""
 
 
 class SharedFile:
-    """A file in memory that every process maps which names the same link.
+    """An in-memory file that all processes with the same link map.
 
-    The first process makes the file. The others find it by the link until all users in the first
-    process have forgotten the file, or that process ends; the next process then makes another one.
-    A process keeps what it has mapped.
+    The first process creates the file. The others find it by the link until every user in the first
+    process has called `forget`, or that process ends; then the next process creates a new one. An
+    existing mapping stays valid.
 
     Args:
-        link: in a folder that no other user can write to.
+        link: path of the symbolic link, in a folder that no other user can write to.
     """
 
     def __init__(self, link: Path) -> None:
@@ -37,11 +37,11 @@ class SharedFile:
         """Yield a descriptor of the file, to be mapped in this block.
 
         Args:
-            write: writes the content to an open file, if there is none yet.
-            size: bytes that the file must have; a file of another size is made anew.
+            write: writes the content to an open file, if there is no file yet.
+            size: required size in bytes; a file of another size is replaced.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: the file cannot be created.
         """
         with (self._link.parent / "weights.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -58,9 +58,9 @@ class SharedFile:
                 os.close(file)
 
     def forget(self) -> None:
-        """Use the file no longer: no process finds it once all users here have forgotten it.
+        """Release the file; once all users in this process have, no further process finds it.
 
-        Its memory is freed when no process has it mapped any more.
+        Its memory is freed when the last process unmaps it.
         """
         if self._holds:
             self._holds = False
@@ -75,7 +75,7 @@ class SharedFile:
             os.close(file)
 
     def _open(self, size: int | None) -> int | None:
-        """Open what the link leads to; None: it is gone, or it is another file by now."""
+        """Open the link's target; None if it is gone or has another size."""
         try:
             file = os.open(self._link, os.O_RDONLY | os.O_NONBLOCK)
         except OSError:
@@ -88,8 +88,8 @@ class SharedFile:
 
     def _make(self, write: Callable[[BinaryIO], object]) -> int:
         if not hasattr(os, "memfd_create"):
-            raise OSError("this system has no files in memory")
-        self._drop()  # one whose link is gone
+            raise OSError("this system has no in-memory files (memfd_create)")
+        self._drop()  # an earlier file whose link is gone
         file = os.memfd_create(self._link.name)
         try:
             with os.fdopen(file, "wb", closefd=False) as writer:

@@ -1,4 +1,4 @@
-"""The tokens of many texts as columns: what travels between processes, and what passes read.
+"""The tokens of many texts as columns, which processes exchange and passes read.
 
 Shapes: B texts, N tokens.
 """
@@ -24,7 +24,7 @@ class TokenColumns:
     Attributes:
         ids: int32 [N].
         lengths: tokens of each text, int32 [B].
-        types: token types, int32 [N]; None: 0 throughout.
+        types: token types, int32 [N]; None: all 0.
     """
 
     ids: Array
@@ -36,20 +36,20 @@ class TokenColumns:
 
     @cached_property
     def counts(self) -> list[int]:
-        """The lengths as plain numbers."""
+        """The lengths as Python integers."""
         found: list[int] = self.lengths.tolist()
         return found
 
     @cached_property
     def bounds(self) -> list[int]:
-        """The place of each text's first token, and behind them the end of the last: B + 1."""
+        """Index of each text's first token, then the end of the last text: B + 1 numbers."""
         return [0, *accumulate(self.counts)]
 
     @classmethod
     def of(
         cls, ids: Sequence[Sequence[int]], types: Sequence[Sequence[int] | None] | None = None
     ) -> TokenColumns:
-        """Put texts one after another; a text without types has type 0 throughout."""
+        """Return the columns of some texts; a text without types has type 0 throughout."""
         lengths = np.fromiter(map(len, ids), np.int32, len(ids))
         column = None
         if types is not None and any(map(any, filter(None, types))):
@@ -58,7 +58,7 @@ class TokenColumns:
 
     @classmethod
     def join(cls, parts: Sequence[TokenColumns]) -> TokenColumns:
-        """Put the texts of several columns one after another."""
+        """Concatenate several columns."""
         if len(parts) == 1:
             return parts[0]
         types = None
@@ -73,7 +73,7 @@ class TokenColumns:
         )
 
     def take(self, places: Sequence[int]) -> TokenColumns:
-        """Return the texts at some places, in the order of these."""
+        """Return the texts with these indices, in this order."""
         if len(places) == len(self) and list(places) == list(range(len(self))):
             return self
         bounds = self.bounds
@@ -87,41 +87,43 @@ class TokenColumns:
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """B texts as the encoder and step 0 read them.
+    """The encoder's and step 0's view of B texts.
 
     Attributes:
-        window: what the encoder reads.
-        whole: what step 0 reads; the same object where the window leaves nothing out.
+        window: the truncated texts, which the encoder reads.
+        full_text: the full texts, which step 0 reads; the same object if none is truncated.
     """
 
     window: TokenColumns
-    whole: TokenColumns
+    full_text: TokenColumns
 
     def __len__(self) -> int:
         return len(self.window)
 
     @classmethod
     def of(cls, texts: Sequence[Tokens]) -> Texts:
-        """Make columns of tokenized texts."""
+        """Return the columns of tokenized texts."""
         window = TokenColumns.of([text.ids for text in texts], [text.type_ids for text in texts])
-        if all(text.whole is None for text in texts):
+        if all(text.full_ids is None for text in texts):
             return cls(window, window)
-        ids = [text.ids if text.whole is None else text.whole for text in texts]
-        types = [text.type_ids if text.whole is None else text.whole_type_ids for text in texts]
+        ids = [text.ids if text.full_ids is None else text.full_ids for text in texts]
+        types = [text.type_ids if text.full_ids is None else text.full_type_ids for text in texts]
         return cls(window, TokenColumns.of(ids, types))
 
     @classmethod
     def join(cls, parts: Sequence[Texts]) -> Texts:
-        """Put the texts of several columns one after another."""
+        """Concatenate several columns."""
         window = TokenColumns.join([part.window for part in parts])
-        if all(part.whole is part.window for part in parts):
+        if all(part.full_text is part.window for part in parts):
             return cls(window, window)
-        return cls(window, TokenColumns.join([part.whole for part in parts]))
+        return cls(window, TokenColumns.join([part.full_text for part in parts]))
 
     def take(self, places: Sequence[int]) -> Texts:
-        """Return the texts at some places, in the order of these."""
+        """Return the texts with these indices, in this order."""
         window = self.window.take(places)
-        return Texts(window, window if self.whole is self.window else self.whole.take(places))
+        return Texts(
+            window, window if self.full_text is self.window else self.full_text.take(places)
+        )
 
 
 def _gather(column: Array, slices: Sequence[slice]) -> Array:

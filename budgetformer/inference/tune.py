@@ -1,4 +1,4 @@
-"""Measure a network's cost table on the device at hand."""
+"""Measure a network's cost table on this device."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from budgetformer.cost.table import CostTable, Measurement, fit_table
 from budgetformer.inference.packed import PackedPass, PackedTokens
 
 GRID = ((1, 16), (1, 64), (4, 40), (8, 24), (8, 64), (24, 40))
-"""Batches that are timed: (items, tokens of each)."""
+"""Timed batches: (items, tokens per item)."""
 GPU_GRID = (*GRID, (64, 24), (64, 64), (200, 40), (256, 64))
-"""A GPU is full with these only."""
+"""Timed batches on a GPU, which only the larger ones fill."""
 ROUNDS = 5
 
 
 def measure_costs(network: PackedPass, model: str) -> CostTable:
-    """Time every ladder step, and the decision on arrival, on batches of several sizes.
+    """Return a cost table from timing the decision and every ladder step on several batch sizes.
 
-    A few seconds for a small encoder. Batches take turns, and the median round counts.
+    Takes a few seconds for a small encoder. Batches take turns, and the table has medians.
 
     Args:
-        network: in the precision that will be served.
-        model: `name:version`, for the table.
+        network: in the precision to be served.
+        model: `name:version`, stored in the table.
     """
     longest = network.config.max_position_embeddings
     sizes = GPU_GRID if network.device.type == "cuda" else GRID

@@ -1,4 +1,4 @@
-"""A network's weights as passes read them: one slice per layer and set of heads, laid out once."""
+"""The weights that passes read: one packed slice per layer and head set, cached."""
 
 from __future__ import annotations
 
@@ -12,32 +12,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from budgetformer.cost.macs import Sizes
-from budgetformer.inference.backends.linear import STATES, Linear, PackLinear, Product, Weights
+from budgetformer.inference.backends.linear import (
+    INPUT_DTYPES,
+    Linear,
+    PackLinear,
+    Product,
+    Weights,
+)
 from budgetformer.model.layer import EncoderLayer, LayerSpec
 from budgetformer.model.positions import Positions
 
 HeadSet = tuple[int, ...]
 Row = tuple[Tensor, Tensor]
-"""Weight and bias of a map."""
+"""Weight and bias of a linear map."""
 
 CACHE_BYTES = 256 * 2**20
-"""Room for slices that are copies; the least recently used go first."""
+"""Memory limit of slices that are copies; the least recently used are dropped first."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One layer's maps for k heads and the neurons that they own, as `run_layer` takes them.
+    """The `LayerWeights` of k heads and the neurons that they own.
 
     Attributes:
-        spec: what the layer computes.
+        spec: the structure of the layer.
         heads: k.
         attention_norm, feed_forward_norm: the layer's norms.
-        positions: what the heads' scores know of places.
-        qkv: [N, D] to queries, keys and values, interleaved by head, [N, k * 3 * D/H].
-        output: [N, k * D/H] to [N, D].
-        up: the feed-forward net's first, with its activation.
-        down: the feed-forward net's second.
-        nbytes: memory of its own.
+        positions: relative or rotary positions of the heads.
+        qkv: maps [N, D] to queries, keys and values, interleaved by head, [N, k * 3 * D/H].
+        output: maps [N, k * D/H] to [N, D].
+        up: first map of the feed-forward net, with activation and gate.
+        down: second map of the feed-forward net.
+        nbytes: memory in bytes that is not shared with the layer.
     """
 
     spec: LayerSpec
@@ -52,7 +58,7 @@ class Slice:
     nbytes: int
 
     def warm(self, rows: Sequence[int], sizes: Sizes) -> None:
-        """Run every map once for each of some numbers of rows."""
+        """Run every map once for each of these numbers of rows."""
         per_head = sizes.neurons_per_head
         neurons = sizes.neurons if per_head is None else self.heads * per_head
         widths = (sizes.width, self.heads * sizes.head_size, sizes.width, neurons)
@@ -61,18 +67,18 @@ class Slice:
                 apply(torch.zeros(count, width))
 
 
-class WholeLayer:
-    """One layer's weights for all heads, of which slices are taken.
+class LayerMatrices:
+    """One layer's weights for all heads, from which slices are taken.
 
     Queries, keys and values are interleaved by head, [H * 3 * D/H, D], so that the first heads of a
     ranked layer are its first rows.
 
     Args:
         layer: the layer.
-        sizes: its network's.
-        dtype: of the numbers of a slice.
-        pack_linear: how its maps multiply.
-        distances: embeddings of distances [2S, D], where its scores read them.
+        sizes: the network's sizes.
+        dtype: of the slices' weights.
+        pack_linear: packs its linear maps.
+        distances: distance embeddings [2S, D], if its positions use them.
     """
 
     def __init__(
@@ -103,37 +109,38 @@ class WholeLayer:
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """The matrices of which slices are taken, and the tables of positions."""
+        """The matrices from which slices are taken, and the tables of positions."""
         tables = () if self.positions is None else self.positions.tables
         return self._qkv[0], self._output[0], self._up[0], self._down[0], *tables
 
     @property
     def biases(self) -> tuple[Tensor, Tensor]:
-        """What `output` and `down` add, [D] each; slices `without_bias` leave it to the caller."""
+        """Biases of `output` and `down`, [D] each; slices without bias leave them to the caller."""
         return self._output[1], self._down[1]
 
-    def keep(self, head_set: HeadSet, with_bias: bool = True) -> Slice:
-        """Lay out the rows and columns of some heads, those of the first heads without a copy."""
+    def slice_heads(self, head_set: HeadSet, with_bias: bool = True) -> Slice:
+        """Pack the rows and columns of a head set; in float32, the first heads are not copied."""
         sizes = self._sizes
-        heads = self._places(head_set, sizes.head_size)
-        fused = self._places(head_set, sizes.head_size * 3)
+        heads = self._index(head_set, sizes.head_size)
+        fused = self._index(head_set, sizes.head_size * 3)
         qkv = Weights("qkv", self._qkv[0][fused], self._qkv[1][fused])
         output_bias, down_bias = self.biases if with_bias else (None, None)
         output = Weights("output", self._output[0], output_bias, heads)
-        own = [qkv, output]
+        packed = [qkv, output]
         if sizes.neurons_per_head is None:
-            up, down = self.whole_net
+            up, down = self.uncoupled_net
         else:
-            neurons = self._places(head_set, sizes.neurons_per_head)
-            rows = self._places(head_set, sizes.neurons_per_head * self._maps_up)
-            own.append(Weights("up", self._up[0][rows], self._up[1][rows]))
-            own.append(Weights("down", self._down[0], down_bias, neurons))
-            up, down = self._lay_out_up(own[2]), self._pack_linear(own[3])
-        copied = own
+            neurons = self._index(head_set, sizes.neurons_per_head)
+            rows = self._index(head_set, sizes.neurons_per_head * self._rows_per_neuron)
+            packed.append(Weights("up", self._up[0][rows], self._up[1][rows]))
+            packed.append(Weights("down", self._down[0], down_bias, neurons))
+            up, down = self._pack_up(packed[2]), self._pack_linear(packed[3])
+        copied = packed
         if self._dtype == torch.float32 and isinstance(heads, slice):
             copied = []  # views
-        whole = self.positions
-        positions = None if whole is None else whole.of_heads(self._places(head_set, 1))
+        positions = self.positions
+        if positions is not None:
+            positions = positions.of_heads(self._index(head_set, 1))
         return Slice(
             spec=self.spec,
             heads=len(head_set),
@@ -144,22 +151,22 @@ class WholeLayer:
             output=self._pack_linear(output),
             up=up,
             down=down,
-            nbytes=sum(self._dtype.itemsize * some.weight.numel() for some in copied),
+            nbytes=sum(self._dtype.itemsize * weights.weight.numel() for weights in copied),
         )
 
     @cached_property
-    def whole_net(self) -> tuple[Linear, Linear]:
-        """The feed-forward net where it is not coupled to heads: the same for every slice."""
+    def uncoupled_net(self) -> tuple[Linear, Linear]:
+        """The feed-forward net if it is not coupled to heads: the same in every slice."""
         up, down = Weights("up", *self._up), Weights("down", *self._down)
-        return self._lay_out_up(up), self._pack_linear(down)
+        return self._pack_up(up), self._pack_linear(down)
 
     def forget(self) -> None:
-        """Let go of the feed-forward net that all slices share."""
-        self.__dict__.pop("whole_net", None)
+        """Drop the feed-forward net that all slices share."""
+        self.__dict__.pop("uncoupled_net", None)
 
-    def _lay_out_up(self, some: Weights) -> Linear:
-        """Lay out a map whose results are activated, and gated."""
-        activation, up = self._activation, self._pack_linear(some)
+    def _pack_up(self, weights: Weights) -> Linear:
+        """Pack the first map of the feed-forward net, with activation and gate."""
+        activation, up = self._activation, self._pack_linear(weights)
         if self.spec.gated:
             own = self.spec.neurons_per_head or self._sizes.neurons
 
@@ -176,12 +183,12 @@ class WholeLayer:
         return lambda states: activation(up(states))
 
     @property
-    def _maps_up(self) -> int:
-        """Rows of the first map for each neuron."""
+    def _rows_per_neuron(self) -> int:
+        """Rows of the feed-forward net's first map per neuron."""
         return 2 if self.spec.gated else 1
 
     def _gated(self, gate: Row, up: Row) -> Row:
-        """Put the activated rows of each head before those that they are multiplied by."""
+        """Interleave gate and up by head: a head's gate rows, then its up rows."""
         own = self.spec.neurons_per_head or len(up[0])
         weight, bias = (
             torch.stack([part.unflatten(0, (-1, own)) for part in parts], dim=1)
@@ -190,11 +197,11 @@ class WholeLayer:
         return weight.flatten(0, 2), bias.flatten()
 
     def _read(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Return weight and bias; a weight that is laid out as a copy may wait as it lies."""
+        """Return weight and bias; only float32 passes, whose slices may be views, convert here."""
         weight = linear.weight.detach()
         return weight.float() if self._dtype == torch.float32 else weight, linear.bias.detach()
 
-    def _places(self, head_set: HeadSet, size: int) -> slice | Tensor:
+    def _index(self, head_set: HeadSet, size: int) -> slice | Tensor:
         if head_set == tuple(range(len(head_set))):
             return slice(0, len(head_set) * size)
         starts = torch.tensor(head_set, device=self._qkv[0].device).unsqueeze(1) * size
@@ -202,17 +209,17 @@ class WholeLayer:
 
 
 class SliceCache:
-    """The slices in use; copies among them in bounded memory.
+    """Cache of packed slices, with a memory limit for those that are copies.
 
     Args:
-        layers: a network's.
-        sizes: its sizes.
+        layers: the network's layers.
+        sizes: the network's sizes.
         precision: one of `PRECISIONS`.
-        packers: how each layer's maps multiply.
-        distances: see `WholeLayer`.
+        packers: one per layer, to pack its linear maps.
+        distances: see `LayerMatrices`.
 
     Attributes:
-        dtype: what the maps read.
+        dtype: input type of the maps.
     """
 
     def __init__(
@@ -224,10 +231,10 @@ class SliceCache:
         distances: Tensor | None = None,
     ) -> None:
         self.layers = [
-            WholeLayer(layer, sizes, getattr(torch, precision), own, distances)
+            LayerMatrices(layer, sizes, getattr(torch, precision), own, distances)
             for layer, own in zip(layers, packers, strict=True)
         ]
-        self.dtype = STATES[precision]
+        self.dtype = INPUT_DTYPES[precision]
         self.nbytes = 0
         self._slices: OrderedDict[tuple[int, HeadSet, bool], Slice] = OrderedDict()
 
@@ -237,20 +244,20 @@ class SliceCache:
         return [weight for layer in self.layers for weight in layer.weights]
 
     def forget(self) -> None:
-        """Let go of all slices, which are made anew when they are asked for."""
+        """Drop all slices; they are packed again on demand."""
         self._slices.clear()
         self.nbytes = 0
         for layer in self.layers:
             layer.forget()
 
     def get(self, layer: int, head_set: HeadSet, with_bias: bool = True) -> Slice:
-        """Return a layer's slice for a set of heads."""
+        """Return a layer's slice for a head set."""
         key = (layer, head_set, with_bias)
         found = self._slices.get(key)
         if found is not None:
             self._slices.move_to_end(key)
             return found
-        made = self.layers[layer].keep(head_set, with_bias)
+        made = self.layers[layer].slice_heads(head_set, with_bias)
         self._slices[key] = made
         self.nbytes += made.nbytes
         while self.nbytes > CACHE_BYTES and len(self._slices) > 1:

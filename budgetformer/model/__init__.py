@@ -1,1 +1,1 @@
-"""The reference network: what every pass is tested against."""
+"""The reference network, which every compact pass is tested against."""

@@ -1,4 +1,4 @@
-"""Activations by the names that Transformers gives them."""
+"""Activation functions under their Transformers names."""
 
 from __future__ import annotations
 
@@ -31,17 +31,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-"""By the names that Transformers gives them."""
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """Return an activation by its name in Transformers.
+    """Return the activation function with this Transformers name.
 
     Raises:
-        ValueError: it is unknown here.
+        ValueError: there is no such activation.
     """
     try:
         return ACTIVATIONS[name]
     except KeyError:
         known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"unknown activation {name!r}; there are: {known}") from None
+        raise ValueError(f"unknown activation {name!r}; known: {known}") from None

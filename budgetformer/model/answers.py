@@ -1,4 +1,4 @@
-"""From logits to answers: probabilities, confidence, and what several steps say together."""
+"""Turn logits into probabilities and confidence, and combine the logits of several steps."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from budgetformer.model.architecture import MULTI_LABEL
 
 
 def probabilities(logits: Tensor, problem_type: str | None) -> Tensor:
-    """Turn logits [..., C] into probabilities.
-
-    A softmax, or one sigmoid per label when multi-label.
-    """
+    """Turn logits [..., C] into probabilities: a softmax, or a sigmoid per label if multi-label."""
     return logits.sigmoid() if problem_type == MULTI_LABEL else logits.softmax(-1)
 
 
 def confidence(logits: Tensor, problem_type: str | None) -> Tensor:
-    """Return how confident logits [..., C] are of their answer, [...] in (0, 1).
+    """Return the confidence [...] in (0, 1) of answers with logits [..., C].
 
-    The largest probability; for multi-label, the least decided label's distance from a coin flip.
+    It is the largest probability; for multi-label, max(p, 1 - p) of the most uncertain label.
     """
     p = probabilities(logits, problem_type)
     if problem_type == MULTI_LABEL:
@@ -33,13 +30,12 @@ def fuse(
     encoder_weight: Tensor | float,
     exit_weight: Tensor | float,
 ) -> Tensor:
-    """Combine the encoder's logits [B, C] with step 0's into the answer of a step >= 1.
+    """Return the weighted sum of the encoder's logits and step 0's: the answer of a step >= 1.
 
     Args:
-        logits: the encoder's, [B, C].
-        exit_logits: step 0's, [B, C]; None: the network has no step 0.
-        encoder_weight: see `Architecture`; one number, or one for each item [B, 1].
-        exit_weight: the same.
+        logits: from the encoder, [B, C].
+        exit_logits: from step 0, [B, C]; None if the network has no step 0.
+        encoder_weight, exit_weight: see `Architecture`; one number, or one per item [B, 1].
     """
     weighted = encoder_weight * logits
     return weighted if exit_logits is None else weighted + exit_weight * exit_logits

@@ -1,4 +1,4 @@
-"""The shape of a BudgetFormer network, and the budget ladder that it carries: plain numbers."""
+"""The sizes and options of a BudgetFormer network, and its budget ladder, as plain numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from inspect import signature
 from typing import Any, Literal, get_args
 
 MULTI_LABEL = "multi_label_classification"
-"""`problem_type` of a network whose labels do not exclude each other."""
+"""`problem_type` of networks that may assign several labels to one text."""
 
 BudgetScope = Literal["input", "layer"]
 HeadSelection = Literal["input", "ranked"]
@@ -17,9 +17,9 @@ NormPosition = Literal["post", "pre"]
 RelativePositions = Literal["bias", "disentangled"]
 
 EVIDENCE_FEATURES = 4
-"""Features of step 0's answer that f_o reads (`budgetformer.model.tfidf.evidence`)."""
+"""Features of a TF-IDF step 0's answer that f_o reads (`budgetformer.model.tfidf.evidence`)."""
 EVIDENCE_SIZE = 2
-"""The same with the step 0 of older checkpoints, beside the pooled embeddings."""
+"""Features that f_o reads in older checkpoints, in addition to the pooled embeddings."""
 
 
 def uniform_ladder(num_layers: int, num_heads: int) -> list[list[int]]:
@@ -32,60 +32,60 @@ class Architecture:
 
     Sizes (`vocab_size`, `hidden_size`, `num_hidden_layers`, `num_attention_heads`,
     `intermediate_size`, `max_position_embeddings`, `type_vocab_size`, `layer_norm_eps`,
-    `hidden_act`, dropouts) mean what they mean for BERT. What is special to this network:
+    `hidden_act`, dropouts) have the same meaning as for BERT. Arguments specific to this network:
 
     Args:
         norm_position: `"post"` (BERT: layer norm after each residual sum) or `"pre"`.
-        norm_first_layer: normalise what the first layer's attention reads; some pre-norm encoders
-            do not, whose embeddings are normalised already.
-        norm_embeddings: normalise the embeddings; None: with `"post"` only.
-        embedding_size: width of the embeddings, where a linear map brings them to `hidden_size`;
-            None: they have it.
-        position_embeddings: add a learned vector by absolute position to the embeddings.
-        relative_positions: `"bias"` adds a learned number by distance to each head's scores (T5,
-            MPNet), `"disentangled"` scores contents with distances (DeBERTa); None: neither.
-        relative_buckets: rows of the bias; of disentangled positions, half of the distances that
-            are told apart; 0: as many as `relative_distance`.
-        relative_distance: distance from which on all are alike.
-        relative_terms: of disentangled positions, `"c2p"` and `"p2c"`: contents that look at
-            distances, and distances at contents.
-        relative_shares_maps: let disentangled positions use the maps of queries and keys.
-        relative_norm: normalise the embeddings of distances.
-        rotary_bases: base of each layer's rotary positions; None: there are none.
-        windows: tokens on each side that a token attends to, by layer, 0 for all; None: all.
-        gated_ffn: multiply activated neurons by others (GLU), `activation(gate(x)) * up(x)`.
+        norm_first_layer: apply a norm to the input of the first layer's attention. Some pre-norm
+            encoders have none there because their embeddings are already normalised.
+        norm_embeddings: normalise the embeddings; None means only with `"post"`.
+        embedding_size: width of the embeddings, which a linear map projects to `hidden_size`;
+            None means they have width `hidden_size`.
+        position_embeddings: add a learned vector per absolute position to the embeddings.
+        relative_positions: `"bias"` adds a learned number per distance to each head's scores (T5,
+            MPNet), `"disentangled"` adds content-to-position scores (DeBERTa); None: neither.
+        relative_buckets: rows of the bias table. For disentangled positions, half of the distinct
+            distances; 0 means `relative_distance`.
+        relative_distance: distance from which all larger distances share a row.
+        relative_terms: terms of disentangled positions: `"c2p"` (content to position) and `"p2c"`
+            (position to content).
+        relative_shares_maps: compute disentangled positions with the query and key maps.
+        relative_norm: normalise the distance embeddings.
+        rotary_bases: base of each layer's rotary positions; None: no rotary positions.
+        windows: tokens on each side that a token attends to, per layer, 0 for all; None: all.
+        gated_ffn: use a gated feed-forward net (GLU), `activation(gate(x)) * up(x)`.
         pooling: how token states become one vector for the classifier, `"mean"` or `"cls"`.
-        head_activation: put a dense layer and this activation between pooled state and classifier,
-            as BERT ("tanh") and DistilBERT ("relu") do; None: nothing is between them.
+        head_activation: insert a dense layer with this activation between the pooled state and the
+            classifier, as BERT ("tanh") and DistilBERT ("relu") do; None: no such layer.
         head_norm: normalise after that activation, as ModernBERT does.
-        budget_ffn: couple the feed-forward net to the heads. Each head owns 1/H of the neurons, and
-            a head that is not computed takes its neurons with it. False: the paper's form, always
-            whole.
+        budget_ffn: couple the feed-forward net to the heads: each head owns 1/H of the neurons,
+            which are computed only if the head is. False: compute all neurons (paper).
         budget_scope: `"input"` decides budget and heads once per input, from the pooled embeddings;
-            `"layer"` is the paper's form, each layer decides from its own pooled input.
+            `"layer"` decides in each layer from its own pooled input (paper).
         head_selection: `"input"` lets the head scorer g_d choose heads per input (paper);
             `"ranked"` orders the heads of each layer once, and a budget of k computes the first k.
         ladder: heads per layer for each budget step 1..S, in order of rising cost. None: the
-            uniform ladder, step k = k heads in every layer. A plan may name 0 heads for a layer
-            when `budget_ffn` is true; that layer is then skipped.
+            uniform ladder, step k = k heads in every layer. With `budget_ffn`, a layer may have 0
+            heads and is then skipped.
         embedding_exit: add step 0, a linear head on the bag of tokens that answers before the
             encoder runs.
-        exit_buckets: rows of step 0's table for pairs of neighbouring tokens, which are hashed into
-            them; 0: step 0 reads single tokens only.
-        exit_tfidf: make step 0 a linear classifier on TF-IDF features, and let f_o read its answer
-            alone. False: the form of older checkpoints, a bag of trained token vectors, and an f_o
-            that reads the pooled embeddings too.
+        exit_buckets: hash rows in step 0's table for pairs of neighbouring tokens; 0: step 0 reads
+            single tokens only.
+        exit_tfidf: make step 0 a linear classifier on TF-IDF features, whose answer is f_o's only
+            input. False (older checkpoints): step 0 is a bag of trained token vectors, and f_o
+            also reads the pooled embeddings.
         exit_rank: width of step 0's token vectors, which a linear map turns into logits; 0: each
             token has a weight per label.
         encoder_weight, exit_weight: weights of the encoder's and of step 0's logits in the answer
             of a step >= 1: one number for all steps, or one for each of 1..S. Calibration fits both
             (`budgetformer.training.fusion`).
         controller_hidden_size: width of f_o's hidden layer.
-        budget_bounds: (s_min, s_max), outside which the budget regulariser pushes s back (paper:
+        budget_bounds: (s_min, s_max); the budget regulariser penalises s outside of them (paper:
             0.1, 0.9).
 
     Raises:
-        ValueError: a size does not divide, a choice is unknown, or the ladder does not fit.
+        ValueError: a size is not divisible as required, an option is unknown, or the ladder does
+            not match the sizes.
     """
 
     id2label: dict[int, str]
@@ -187,10 +187,10 @@ class Architecture:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Architecture:
-        """Read it from the content of a `config.json`, whose other keys say nothing here.
+        """Return the architecture that a parsed `config.json` describes; other keys are ignored.
 
         Raises:
-            ValueError, TypeError: it does not fit.
+            KeyError, TypeError, ValueError: `id2label` is missing or a value is invalid.
         """
         made = cls(**{name: config[name] for name in FIELDS if name in config})
         made.id2label = config["id2label"]
@@ -203,16 +203,16 @@ class Architecture:
         return self.hidden_size // self.num_attention_heads
 
     def window(self, layer: int) -> int | None:
-        """Return the tokens on each side that a layer's tokens attend to; None: all."""
+        """Return how many tokens on each side a layer's tokens attend to; None: all."""
         return (self.windows[layer] or None) if self.windows else None
 
     def rotary_base(self, layer: int) -> float | None:
-        """Return the base of a layer's rotary positions; None: there are none."""
+        """Return the base of a layer's rotary positions; None if it has none."""
         return self.rotary_bases[layer] if self.rotary_bases else None
 
     @property
     def relative_span(self) -> int:
-        """Half of the distances that disentangled positions tell apart."""
+        """Half of the rows of the distance embeddings."""
         return self.relative_buckets or self.relative_distance
 
     @property
@@ -222,7 +222,7 @@ class Architecture:
 
     @property
     def neurons_per_head(self) -> int:
-        """Feed-forward neurons that one head owns when the feed-forward net is coupled."""
+        """Feed-forward neurons that one head owns with `budget_ffn`."""
         return self.intermediate_size // self.num_attention_heads
 
     @property
@@ -232,7 +232,7 @@ class Architecture:
 
     @property
     def has_one_budget(self) -> bool:
-        """Whether all texts take the same step, so that nothing is decided."""
+        """Whether every text runs the same step, so that no budget has to be decided."""
         return (
             self.num_steps == 1
             and not self.embedding_exit
@@ -242,12 +242,12 @@ class Architecture:
 
     @property
     def decides_from_step0(self) -> bool:
-        """Whether f_o reads step 0's answer alone, and not the pooled embeddings."""
+        """Whether step 0's answer is f_o's only input, without the pooled embeddings."""
         return self.embedding_exit and self.exit_tfidf
 
     @property
     def decision_inputs(self) -> int:
-        """How many numbers f_o reads."""
+        """Width of f_o's input."""
         if self.decides_from_step0:
             return EVIDENCE_FEATURES
         return self.hidden_size + (EVIDENCE_SIZE if self.embedding_exit else 0)
@@ -266,7 +266,7 @@ class Architecture:
         return weight if isinstance(weight, list) else [weight] * self.num_steps
 
     def heads_per_layer(self, step: int) -> list[int]:
-        """Return the heads of each layer at ladder step `step`; step 0 computes none.
+        """Return the number of heads of each layer at ladder step `step`; step 0 computes none.
 
         Raises:
             ValueError: the ladder has no such step.
@@ -279,7 +279,7 @@ class Architecture:
         return self.ladder[step - 1]
 
     def covering_step(self, heads: Sequence[int]) -> int:
-        """Return the first step that has as many heads in every layer; the last, if none has."""
+        """Return the first step with at least these heads per layer; the last step if none has."""
         for step, plan in enumerate(self.ladder, start=1):
             if all(own <= planned for own, planned in zip(heads, plan, strict=True)):
                 return step
@@ -306,18 +306,19 @@ class Architecture:
         if self.budget_ffn and self.intermediate_size % heads:
             raise ValueError(
                 f"intermediate_size {self.intermediate_size} is not a multiple of {heads} heads, "
-                "which a coupled feed-forward net needs"
+                "as budget_ffn requires"
             )
         if not self.ladder:
             raise ValueError("the ladder has no step")
         fewest = 0 if self.budget_ffn else 1
         for step, plan in enumerate(self.ladder, start=1):
             if len(plan) != self.num_hidden_layers:
-                raise ValueError(
-                    f"ladder step {step} plans {len(plan)} layers of {self.num_hidden_layers}"
-                )
+                layers = self.num_hidden_layers
+                raise ValueError(f"ladder step {step} has {len(plan)} entries for {layers} layers")
             if not all(isinstance(k, int) and fewest <= k <= heads for k in plan):
-                raise ValueError(f"ladder step {step} leaves {fewest}..{heads} heads: {plan}")
+                raise ValueError(
+                    f"ladder step {step} must have {fewest} to {heads} heads per layer, not {plan}"
+                )
             if step > 1 and sum(plan) < sum(self.ladder[step - 2]):
                 raise ValueError(f"ladder step {step} computes fewer heads than the step before it")
         for name in ("exit_weight", "encoder_weight"):
@@ -325,16 +326,16 @@ class Architecture:
             weights = self._each_step(weight)
             if len(weights) != self.num_steps or not all(map(math.isfinite, weights)):
                 raise ValueError(
-                    f"{name} must be a finite number, or one for each of {self.num_steps} steps, "
+                    f"{name} must be a finite number or a list of {self.num_steps} (one per step), "
                     f"not {weight}"
                 )
         if self.budget_scope == "layer" and self.encoder_weight != 1:
             raise ValueError(
-                'encoder_weight needs budget_scope "input": with "layer" an answer has no step'
+                'encoder_weight requires budget_scope "input": with "layer" an answer has no step'
             )
         if self.budget_scope == "layer" and self.embedding_exit:
             raise ValueError(
-                'embedding_exit needs budget_scope "input": step 0 is decided before the encoder'
+                'embedding_exit requires budget_scope "input": step 0 is decided before the encoder'
             )
 
     def _check_positions(self) -> None:
@@ -344,19 +345,21 @@ class Architecture:
                 f"relative_positions must be one of {known}, not {self.relative_positions!r}"
             )
         if self.relative_positions is not None and self.relative_span < 1:
-            raise ValueError("relative_positions needs relative_buckets or relative_distance")
+            raise ValueError("relative_positions requires relative_buckets or relative_distance")
         if unknown := set(self.relative_terms) - {"c2p", "p2c"}:
-            raise ValueError(f"relative_terms must be of 'c2p' and 'p2c', not {sorted(unknown)}")
+            raise ValueError(f"relative_terms may be 'c2p' and 'p2c', not {sorted(unknown)}")
         layers = self.num_hidden_layers
         for name in ("rotary_bases", "windows"):
             by_layer = getattr(self, name)
             if by_layer is not None and len(by_layer) != layers:
-                raise ValueError(f"{name} must have {layers} numbers, one for each layer")
+                raise ValueError(
+                    f"{name} must have {layers} numbers, one per layer, not {len(by_layer)}"
+                )
         if self.relative_positions is not None and any(self.windows or ()):
-            raise ValueError("local attention (windows) knows no relative_positions")
+            raise ValueError("local attention (windows) does not support relative_positions")
         if self.rotary_bases is not None and self.head_size % 2:
-            raise ValueError(f"rotary positions need an even head size, not {self.head_size}")
+            raise ValueError(f"rotary_bases requires an even head size, not {self.head_size}")
 
 
 FIELDS = tuple(signature(Architecture).parameters)
-"""The names of what describes an architecture."""
+"""Names of the constructor's arguments, which `config.json` holds."""

@@ -1,4 +1,4 @@
-"""Which heads an input gets: f_o says how many, g_d which ones.
+"""Decide the heads of each input: f_o decides how many, g_d decides which.
 
 Shapes: B items, D width, H heads, L layers, E features of step 0's answer.
 Source: Faye et al., "Adaptive Head Budgeting for Efficient Multi-Head Attention", 2026 ("the
@@ -18,7 +18,7 @@ from budgetformer.model.architecture import Architecture
 
 
 class BudgetController(nn.Module):
-    """f_o: from a pooled state, the share of the heads that an input needs (paper)."""
+    """f_o: predict from a pooled state the share of heads that an input needs (paper)."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -31,9 +31,9 @@ class BudgetController(nn.Module):
         return logit.squeeze(-1).sigmoid()
 
     def fix(self, share: float) -> None:
-        """Answer `share` to every input, and learn no more: the ablation without f_o (paper).
+        """Return `share` for every input and freeze f_o: the ablation without f_o (paper).
 
-        The weights say so, so every pass and every saved copy of this network does the same.
+        The share is stored in the weights, so that saved copies and all passes return it too.
         """
         self.requires_grad_(False)
         self.out.weight.zero_()
@@ -41,9 +41,9 @@ class BudgetController(nn.Module):
 
 
 class HeadScorer(nn.Module):
-    """g_d: from a pooled state, how relevant each head is (paper, head scorer).
+    """g_d: score the relevance of each head from a pooled state (paper, head scorer).
 
-    With `budget_scope = "input"` one scorer speaks for all layers at once.
+    With `budget_scope = "input"` one scorer scores the heads of all layers.
     """
 
     def __init__(self, config: Architecture, num_layers: int) -> None:
@@ -60,11 +60,14 @@ class HeadScorer(nn.Module):
 class Gating:
     """How budgets become gates while training; evaluation always uses hard gates.
 
-    `mode` "hard" keeps the top k with a straight-through gradient on the relevance; "soft" is the
-    paper's training form, all heads kept and weighted. `temperature` divides the scores before the
-    softmax and `noise` is the standard deviation added to them: high early (exploration), annealed
-    late (exploitation). `random_heads` puts noise alone in place of g_d's scores, in evaluation
-    too: the paper's ablation without g_d.
+    Attributes:
+        mode: "hard" keeps the top k with a straight-through gradient on the relevance; "soft" keeps
+            all heads and weights them (the paper's training).
+        temperature: divides the scores before the softmax; high early in training (exploration),
+            annealed later (exploitation).
+        noise: standard deviation of the noise added to the scores, annealed likewise.
+        random_heads: replace g_d's scores by noise, also in evaluation: the paper's ablation
+            without g_d.
     """
 
     mode: Literal["hard", "soft"] = "hard"
@@ -75,7 +78,7 @@ class Gating:
 
 @dataclass(frozen=True)
 class Decision:
-    """What f_o and g_d said.
+    """The results of f_o and g_d.
 
     budget s [B], relevance [B, layers, H] or None (ranked), gates [B, layers, H].
     """
@@ -86,10 +89,7 @@ class Decision:
 
 
 class BudgetDecision(nn.Module):
-    """Turn a pooled state into head gates.
-
-    For all layers (scope "input") or for one (scope "layer").
-    """
+    """Turn a pooled state into the head gates of all layers (scope "input") or one ("layer")."""
 
     def __init__(self, config: Architecture, layer: int | None = None) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class BudgetDecision(nn.Module):
         self.gating = Gating()
 
     def budget(self, pooled: Tensor, evidence: Tensor | None = None) -> Tensor:
-        """Return s [B] for pooled states [B, D] and, with a step 0, its evidence [B, E]."""
+        """Return f_o's s [B] for pooled states [B, D] and step 0's evidence [B, E], if any."""
         if self.config.has_one_budget:
             return pooled.new_ones(len(pooled))
         parts = [] if self.config.decides_from_step0 else [pooled]
@@ -112,7 +112,7 @@ class BudgetDecision(nn.Module):
         return cast(Tensor, self.controller(torch.cat(parts, dim=-1)))
 
     def heads(self, steps: Tensor) -> Tensor:
-        """Look up ladder steps [B] (0 allowed): heads kept in each of these layers, [B, layers]."""
+        """Return how many heads each layer keeps at ladder steps [B], 0 allowed: [B, layers]."""
         plans = [[0] * self.config.num_hidden_layers, *self.config.ladder]
         table = torch.tensor(plans, device=steps.device)[:, self.layers]
         return table[steps]
@@ -125,7 +125,7 @@ class BudgetDecision(nn.Module):
         if steps is None:
             steps = budget_step(s, self.config.num_steps)
         else:
-            share = s.detach()  # f_o had no say: no gradient flows through it
+            share = s.detach()  # the steps do not come from f_o, so it gets no gradient
         heads = self.heads(steps)
         scores = self._scores(pooled)
         if scores is None:
@@ -160,15 +160,12 @@ class BudgetDecision(nn.Module):
 
 
 def budget_step(s: Tensor, num_steps: int) -> Tensor:
-    """Apply the paper's rule k = ceil(s * H), on a ladder of S steps.
-
-    Maps s [B] to steps [B] in 1..S.
-    """
+    """Map s [B] to steps [B] in 1..S by the paper's rule k = ceil(s * H), with S in place of H."""
     return (s * num_steps).ceil().long().clamp(1, num_steps)
 
 
 def keep_top(scores: Tensor, heads: Tensor) -> Tensor:
-    """Mark the `heads` [...] highest of scores [..., H] with 1, the others with 0.
+    """Return 1 for the `heads` [...] highest of scores [..., H], else 0.
 
     Ties go to the lower index.
     """

@@ -13,11 +13,11 @@ class BudgetFormerConfig(Architecture, PreTrainedConfig):  # type: ignore[misc] 
     """Configure a BudgetFormer encoder and its classification head.
 
     Args:
-        fields: those of `Architecture`, and those that every configuration has (`id2label`,
-            `problem_type`, ...).
+        fields: the arguments of `Architecture` and of every Transformers configuration
+            (`id2label`, `problem_type`, ...).
 
     Raises:
-        ValueError: a size does not divide, a choice is unknown, or the ladder does not fit.
+        ValueError: as for `Architecture`.
     """
 
     model_type = "budgetformer"

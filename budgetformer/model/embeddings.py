@@ -1,4 +1,4 @@
-"""From token ids to states, and from states to one vector.
+"""Embed token ids, and average token states into one vector.
 
 Shapes: B items, T tokens, D width.
 """
@@ -14,7 +14,7 @@ from budgetformer.model.architecture import Architecture
 
 
 class Embeddings(nn.Module):
-    """Sum word, segment and position embeddings, normalise them, and bring them to D columns."""
+    """Sum word, segment and position embeddings, normalise the sum, and map it to width D."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Embeddings(nn.Module):
         self.map = nn.Linear(width, config.hidden_size) if mapped else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.states_dtype: torch.dtype | None = None
-        """What rows of the tables are turned into; None: they are added as they lie."""
+        """Type that table rows are converted to before they are added; None: no conversion."""
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Embed ids of one shape [...] into states [..., D]."""
@@ -43,9 +43,6 @@ class Embeddings(nn.Module):
 
 
 def masked_mean(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """Average token states [B, T, D] over the real tokens of [B, T].
-
-    No token at all gives zeros.
-    """
+    """Average token states [B, T, D] over the real tokens of a mask [B, T]; zeros without any."""
     weights = attention_mask.to(states.dtype).unsqueeze(-1)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""The encoder, and the classifier on top of it: the network that passes run.
+"""The encoder and the classification network around it.
 
 Shapes: B items, T tokens, D width, C labels, E features of step 0's answer.
 """
@@ -20,7 +20,7 @@ from budgetformer.model.tfidf import STEP0_TENSORS, StepZero, evidence
 
 
 class Encoder(nn.Module):
-    """Embeddings and encoder layers; whoever inherits or makes one calls `build`."""
+    """Embeddings and encoder layers, created by `build`."""
 
     config: Architecture
     embeddings: Embeddings
@@ -31,7 +31,7 @@ class Encoder(nn.Module):
     distance_norm: nn.Module
 
     def build(self, config: Architecture) -> None:
-        """Make embeddings, layers, and the budget's decision where it is made once per input."""
+        """Create the embeddings, the layers and, with scope "input", the budget decision."""
         self.config = config
         self.embeddings = Embeddings(config)
         self.decision = BudgetDecision(config) if config.budget_scope == "input" else None
@@ -51,12 +51,13 @@ class Encoder(nn.Module):
         """Embed ids [B, T] into states [B, T, D].
 
         Raises:
-            ValueError: T is more than the network has positions for.
+            ValueError: T exceeds the network's positions.
         """
         length = input_ids.shape[1]
         if length > self.config.max_position_embeddings:
             raise ValueError(
-                f"{length} tokens, but only {self.config.max_position_embeddings} positions"
+                f"the text has {length} tokens, but the network has only "
+                f"{self.config.max_position_embeddings} positions"
             )
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
@@ -64,7 +65,7 @@ class Encoder(nn.Module):
         return cast(Tensor, self.embeddings(input_ids, token_type_ids, positions))
 
     def embedded_distances(self) -> Tensor | None:
-        """Return the embeddings of distances [2S, D]; None: the layers need none."""
+        """Return the distance embeddings [2S, D]; None if the layers do not use them."""
         if self.distances is None:
             return None
         return cast(Tensor, self.distance_norm(self.distances.weight))
@@ -77,16 +78,15 @@ class Encoder(nn.Module):
         token_type_ids: Tensor | None = None,
         layers: int | None = None,
     ) -> Tensor:
-        """Run a padded batch [B, T] at one ladder step, at that step's cost.
+        """Run a padded batch [B, T] at one ladder step, computing only that step's heads.
 
-        With ranked heads a step's heads are the first of each layer, so that the first rows and
-        columns of its weights are enough: the states and the gradients of `forward`, for a part of
-        the time.
+        With ranked heads, a step uses the first heads of each layer, that is the first rows and
+        columns of its weights. States and gradients equal those of `forward`, in less time.
 
         Args:
             step: 1 or more.
             input_ids, attention_mask, token_type_ids: as for `forward`.
-            layers: run so many of the layers; None: all, and the final norm.
+            layers: number of layers to run; None: all, and the final norm.
 
         Returns:
             States [B, T, D].
@@ -96,12 +96,15 @@ class Encoder(nn.Module):
         """
         config = self.config
         if config.head_selection != "ranked" or config.budget_scope != "input":
-            raise ValueError("only ranked heads, decided once per input, are the first of a layer")
+            raise ValueError(
+                'run_at requires head_selection "ranked" and budget_scope "input", not '
+                f'"{config.head_selection}" and "{config.budget_scope}"'
+            )
         states, bias = self.embed(input_ids, token_type_ids), additive_mask(attention_mask)
         distances = self.embedded_distances()
         plan = config.heads_per_layer(step)
         for layer, heads in list(zip(self.encoder_layers, plan, strict=True))[:layers]:
-            states = layer.run_first(states, bias, heads, distances)
+            states = layer.run_first_heads(states, bias, heads, distances)
         return states if layers is not None else cast(Tensor, self.final_norm(states))
 
     def pool(self, states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -117,15 +120,15 @@ class Encoder(nn.Module):
 
 
 def additive_mask(attention_mask: Tensor) -> Tensor:
-    """Return what is added to scores, [B, 1, 1, T], for a mask [B, T] of real tokens."""
+    """Return the additive score mask [B, 1, 1, T] for a mask [B, T] of real tokens."""
     # A large finite number: a row of -inf (an item without any token) would turn into NaN.
     return torch.where(attention_mask[:, None, None, :] > 0, 0.0, -1e9)
 
 
 class SequenceClassifier(nn.Module):
-    """A network to classify with, as the compact pass runs it.
+    """Encoder, classification head and step 0, without any dependency on Transformers.
 
-    `load_weights` makes one by itself; a Transformers model inherits and calls `build`.
+    `load_weights` creates one directly; the Transformers model inherits from it. Both call `build`.
     """
 
     config: Architecture
@@ -136,7 +139,7 @@ class SequenceClassifier(nn.Module):
     exit_head: ExitHead | TfidfHead | None
 
     def build(self, encoder: Encoder, config: Architecture) -> None:
-        """Put the classification head, and step 0 where there is one, beside an encoder."""
+        """Create the classification head and, if configured, step 0 for an encoder."""
         self.config = config
         self.encoder = encoder
         rate = config.classifier_dropout
@@ -152,8 +155,8 @@ class SequenceClassifier(nn.Module):
             self.exit_head = TfidfHead(config) if config.exit_tfidf else ExitHead(config)
 
     @property
-    def where(self) -> torch.device:
-        """Where the weights are."""
+    def device(self) -> torch.device:
+        """Device of the weights."""
         return self.classifier.weight.device
 
     def logits_at(
@@ -163,7 +166,7 @@ class SequenceClassifier(nn.Module):
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """Return the encoder's logits [B, C] at one ladder step, at its cost; no step 0 in them.
+        """Return the encoder's logits [B, C] at one ladder step, not combined with step 0's.
 
         Arguments and errors are those of `Encoder.run_at`.
         """
@@ -173,7 +176,7 @@ class SequenceClassifier(nn.Module):
     def step0(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return step 0's logits [B, C] for ids [B, T], and what f_o reads of them [B, E].
+        """Return step 0's logits [B, C] for ids [B, T], and f_o's features of them [B, E].
 
         Raises:
             ValueError: the network has no step 0.
@@ -190,7 +193,7 @@ class SequenceClassifier(nn.Module):
         return logits, exit_evidence(logits.detach(), problem_type)
 
     def step0_with_numpy(self) -> StepZero | None:
-        """Return step 0 and f_o as NumPy runs them; None: f_o reads more than step 0's answer."""
+        """Return the NumPy form of step 0 and f_o; None if f_o reads more than step 0's answer."""
         if not isinstance(self.exit_head, TfidfHead) or self.encoder.decision is None:
             return None
         own = self.state_dict()
@@ -198,7 +201,7 @@ class SequenceClassifier(nn.Module):
         return StepZero.of(self.config, {name: own[name].cpu().numpy() for name in names})
 
     def classify(self, pooled: Tensor) -> Tensor:
-        """Map pooled states [B, D] to the encoder's logits [B, C], step 0's share not added."""
+        """Map pooled states [B, D] to the encoder's logits [B, C], not combined with step 0's."""
         if self.head is not None:
             pooled = self.head_norm(self._activation(self.head(pooled)))
         return cast(Tensor, self.classifier(pooled))

@@ -1,8 +1,7 @@
-"""The encoder layer: one function, whoever runs it.
+"""The encoder layer: one function for the reference network, training and the compact passes.
 
-`run_layer` says what a layer does. What differs between the reference, training and the compact
-passes is which heads' weights it gets (`LayerWeights`) and how sums, norms and attention are
-computed (`Backend`).
+`run_layer` defines what a layer computes. Its callers differ in the heads whose weights they pass
+(`LayerWeights`) and in how they compute sums, norms and attention (`Backend`).
 
 Shapes: B items, T tokens, D width, H heads, k of them kept, d columns of a head, I feed-forward
 neurons. States are [B, T, D] padded, or [N, D] packed.
@@ -21,25 +20,25 @@ from torch import Tensor, nn
 from budgetformer.model.activations import activation
 from budgetformer.model.architecture import Architecture
 from budgetformer.model.budget import BudgetDecision
-from budgetformer.model.distances import runs_in_blocks
+from budgetformer.model.distances import uses_block_attention
 from budgetformer.model.positions import Disentangled, DistanceBias, Positions, Rotary
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer computes, beside its weights.
+    """The structure of one layer, without its weights.
 
     Attributes:
         heads: H.
         head_size: d.
-        norm_position: "post" normalises sums with the residual, "pre" what a map reads.
-        norms_attention: whether the norm of attention is there; the first layer of some pre-norm
-            encoders has none.
-        activation: of the feed-forward net, by Transformers' name.
-        gated: whether activated neurons are multiplied by others that are not.
-        neurons_per_head: neurons that each head owns; None: the net is always whole.
+        norm_position: "post" normalises after each residual sum, "pre" before each sublayer.
+        norms_attention: whether attention has a norm; the first layer of some pre-norm encoders
+            has none.
+        activation: of the feed-forward net, under its Transformers name.
+        gated: whether the feed-forward net is gated (GLU).
+        neurons_per_head: neurons that each head owns; None: all neurons are always computed.
         window: tokens on each side that a token attends to; None: all.
-        rotary_base: of rotary positions; None: there are none.
+        rotary_base: base of rotary positions; None: no rotary positions.
     """
 
     heads: int
@@ -54,7 +53,7 @@ class LayerSpec:
 
     @classmethod
     def of(cls, config: Architecture, index: int) -> LayerSpec:
-        """Return what layer `index` of a network does."""
+        """Return the structure of layer `index` of a network."""
         return cls(
             heads=config.num_attention_heads,
             head_size=config.head_size,
@@ -68,59 +67,59 @@ class LayerSpec:
         )
 
 
-class Heads(Protocol):
-    """What attention knows of k heads of a layer, beside their queries, keys and values."""
+class AttentionHeads(Protocol):
+    """The k heads that one call of attention computes, without their queries, keys and values."""
 
     @property
     def spec(self) -> LayerSpec:
-        """What the layer computes."""
+        """The structure of the layer."""
 
     @property
     def heads(self) -> int:
-        """How many heads are kept, k."""
+        """Number of kept heads k."""
 
     @property
     def positions(self) -> Positions | None:
-        """What the heads' scores know of places."""
+        """Relative or rotary positions of these heads; None: the layer has none."""
 
 
-class LayerWeights(Heads, Protocol):
-    """The maps and norms of one layer for k heads and the neurons that they own."""
+class LayerWeights(AttentionHeads, Protocol):
+    """The linear maps and norms of one layer for k heads and the neurons that they own."""
 
     @property
     def attention_norm(self) -> nn.Module:
-        """The norm of attention: of what it reads, or of its sum with the residual."""
+        """The norm of attention: of its input (pre-norm) or of the residual sum (post-norm)."""
 
     @property
     def feed_forward_norm(self) -> nn.Module:
-        """The same of the feed-forward net."""
+        """The norm of the feed-forward net: of its input or of the residual sum."""
 
     def qkv(self, states: Tensor) -> Any:
-        """Map states to queries, keys and values, as the backend's attention reads them."""
+        """Map states to queries, keys and values in the form that the backend's `attend` takes."""
 
     def output(self, context: Tensor) -> Tensor:
         """Map contexts of the kept heads to states."""
 
     def up(self, states: Tensor) -> Tensor:
-        """Map states to activated, and gated, neurons."""
+        """Map states to neurons, including activation and gate."""
 
     def down(self, neurons: Tensor) -> Tensor:
         """Map neurons to states."""
 
 
 class Backend(Protocol):
-    """How a layer's states are summed, normalised and attended to."""
+    """An implementation of attention, norms and residual sums."""
 
     def attend(self, projected: Any, weights: LayerWeights) -> Tensor:
-        """Return contexts of what `weights.qkv` gave."""
+        """Return the contexts for the result of `weights.qkv`."""
 
-    def norm(self, states: Tensor, by: nn.Module) -> Tensor:
+    def norm(self, states: Tensor, layer_norm: nn.Module) -> Tensor:
         """Normalise states."""
 
     def add(self, states: Tensor, change: Tensor) -> Tensor:
         """Add a change to states."""
 
-    def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+    def add_norm(self, states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
         """Normalise the sum of states and a change."""
 
 
@@ -151,15 +150,15 @@ def attend(
 
     Args:
         query, key, value: [B, k, T, d] each.
-        positions: what scores know of places.
+        positions: relative or rotary positions; None: none.
         window: tokens on each side that a token attends to; None: all.
-        mask: added to scores, [B, 1, 1, T].
-        dropout: of attention weights.
+        mask: additive mask of the scores, [B, 1, 1, T].
+        dropout: dropout rate of attention weights.
 
     Returns:
         Contexts [B, k, T, d].
     """
-    if positions is None and window is None:  # as quickly as can be: short texts are many
+    if positions is None and window is None:  # most networks, where short texts need a fast path
         mask = None if mask is None else mask.to(query.dtype)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     bias = scale = None
@@ -168,7 +167,7 @@ def attend(
         bias, scale = positions.bias(query, key), positions.scale
     tokens = query.shape[-2]
     if window is not None and tokens > window + 1:
-        if runs_in_blocks(tokens, window):
+        if uses_block_attention(tokens, window):
             return _attend_in_blocks(query, key, value, window, mask, dropout)
         place = torch.arange(tokens, device=query.device)
         outside = (place[:, None] - place).abs() > window
@@ -215,7 +214,7 @@ def _attend_in_blocks(
 
 
 class SelfAttention(nn.Module):
-    """The weights of multi-head self-attention; head h owns rows h*d .. (h+1)*d of its maps."""
+    """Weights of multi-head self-attention; head h owns rows h*d .. (h+1)*d of each map."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -223,7 +222,7 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
         self.dropout = config.attention_probs_dropout_prob
         self.scheme = config.relative_positions
-        self.farthest, self.buckets = config.relative_distance, config.relative_buckets
+        self.max_distance, self.buckets = config.relative_distance, config.relative_buckets
         self.terms = config.relative_terms
         self.distance_bias: nn.Embedding | None = None
         self.position_key: nn.Linear | None = None
@@ -238,26 +237,26 @@ class SelfAttention(nn.Module):
                 self.position_query = nn.Linear(width, width)
 
     def positions(self, spec: LayerSpec, heads: int, distances: Tensor | None) -> Positions | None:
-        """Return what the scores of the first heads know of places.
+        """Return the relative or rotary positions of the first `heads` heads; None: none.
 
         Args:
-            spec: of the layer.
-            heads: how many.
-            distances: embeddings of distances [2S, D], for "disentangled".
+            spec: the layer's structure.
+            heads: number of heads.
+            distances: distance embeddings [2S, D], required for "disentangled".
         """
         if spec.rotary_base is not None:
             return Rotary(spec.rotary_base)
         if self.distance_bias is not None:
-            return DistanceBias(self.distance_bias.weight[:, :heads], self.farthest)
+            return DistanceBias(self.distance_bias.weight[:, :heads], self.max_distance)
         if self.scheme != "disentangled":
             return None
         assert distances is not None
         rows = heads * spec.head_size
 
-        def table(term: str, by: nn.Linear) -> Tensor | None:
+        def table(term: str, linear: nn.Linear) -> Tensor | None:
             if term not in self.terms:
                 return None
-            weight, bias = by.weight[:rows].to(distances.dtype), by.bias[:rows]
+            weight, bias = linear.weight[:rows].to(distances.dtype), linear.bias[:rows]
             mapped: Tensor = F.linear(distances, weight, bias.to(distances.dtype))
             by_head: Tensor = mapped.unflatten(-1, (heads, spec.head_size)).transpose(0, 1)
             return by_head
@@ -265,7 +264,7 @@ class SelfAttention(nn.Module):
         return Disentangled(
             to_position=table("c2p", self.position_key or self.key),
             from_position=table("p2c", self.position_query or self.query),
-            farthest=self.farthest,
+            max_distance=self.max_distance,
             terms=1 + len(self.terms),
             buckets=self.buckets > 0,
             size=spec.head_size,
@@ -273,7 +272,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The weights of the position-wise net; coupled, head h owns neurons h*I/H .. (h+1)*I/H."""
+    """Weights of the feed-forward net; if coupled, head h owns neurons h*I/H .. (h+1)*I/H."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -285,7 +284,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """The weights of one layer, and how the reference network runs them."""
+    """The weights of one layer, which the reference network and training run on padded items."""
 
     def __init__(self, config: Architecture, index: int) -> None:
         super().__init__()
@@ -302,31 +301,31 @@ class EncoderLayer(nn.Module):
     def forward(
         self, states: Tensor, bias: Tensor, gates: Tensor, distances: Tensor | None = None
     ) -> Tensor:
-        """Run all heads and switch them by gates; an item whose heads are all off is unchanged.
+        """Run all heads, multiplied by their gates; an item without an open gate is unchanged.
 
         Args:
             states: [B, T, D].
             bias: additive mask [B, 1, 1, T].
-            gates: [B, H].
-            distances: embeddings of distances [2S, D]; see `SelfAttention.positions`.
+            gates: factor of each head [B, H].
+            distances: distance embeddings [2S, D]; see `SelfAttention.positions`.
         """
         weights = PrefixWeights(self, self.spec.heads, distances, gates)
-        result = run_layer(states, weights, Padded(self, bias))
+        result = run_layer(states, weights, PaddedBackend(self, bias))
         used = (gates != 0).any(-1)[:, None, None]
         return torch.where(used, result, states)
 
-    def run_first(
+    def run_first_heads(
         self, states: Tensor, bias: Tensor, heads: int, distances: Tensor | None = None
     ) -> Tensor:
-        """Run the first heads alone, at their cost: what `forward` does with the others gated."""
+        """Run only the first `heads` heads; equals `forward` with the other gates at 0."""
         if not heads:
             return states
-        return run_layer(states, PrefixWeights(self, heads, distances), Padded(self, bias))
+        return run_layer(states, PrefixWeights(self, heads, distances), PaddedBackend(self, bias))
 
 
 @dataclass(frozen=True)
 class PrefixWeights:
-    """The weights of a layer's first k heads, which gradients reach; gates switch them."""
+    """Differentiable weights of a layer's first k heads, with optional gates [B, k]."""
 
     layer: EncoderLayer
     heads: int
@@ -335,22 +334,22 @@ class PrefixWeights:
 
     @property
     def spec(self) -> LayerSpec:
-        """What the layer computes."""
+        """The structure of the layer."""
         return self.layer.spec
 
     @property
     def attention_norm(self) -> nn.Module:
-        """The first norm."""
+        """The norm of attention."""
         return self.layer.attention_norm
 
     @property
     def feed_forward_norm(self) -> nn.Module:
-        """The second norm."""
+        """The norm of the feed-forward net."""
         return self.layer.feed_forward_norm
 
     @cached_property
     def positions(self) -> Positions | None:
-        """What the heads' scores know of places."""
+        """Relative or rotary positions of these heads."""
         return self.layer.attention.positions(self.spec, self.heads, self.distances)
 
     def qkv(self, states: Tensor) -> tuple[Tensor, ...]:
@@ -388,7 +387,7 @@ class PrefixWeights:
         return self.layer.feed_forward.up.out_features if own is None else own * self.heads
 
     def _gated(self, values: Tensor) -> Tensor:
-        """Multiply what belongs to each head, [B, T, k * n], by its gate."""
+        """Multiply each head's n columns of values [B, T, k * n] by its gate."""
         if self.gates is None:
             return values
         by_head = values.unflatten(-1, (self.heads, -1))
@@ -396,24 +395,24 @@ class PrefixWeights:
         return gated
 
 
-def _first_rows(by: nn.Linear, values: Tensor, rows: int) -> Tensor:
-    """Map values by the first rows of a weight; by all of them through the module and its hooks."""
-    if rows == by.out_features:
-        return cast(Tensor, by(values))
-    return F.linear(values, by.weight[:rows], by.bias[:rows])
+def _first_rows(linear: nn.Linear, values: Tensor, rows: int) -> Tensor:
+    """Apply the first rows of a linear map; for all rows, call the module, which runs its hooks."""
+    if rows == linear.out_features:
+        return cast(Tensor, linear(values))
+    return F.linear(values, linear.weight[:rows], linear.bias[:rows])
 
 
-def _first_columns(by: nn.Linear, values: Tensor) -> Tensor:
-    """Map values by as many of the first columns of a weight as they have."""
+def _first_columns(linear: nn.Linear, values: Tensor) -> Tensor:
+    """Apply the first columns of a linear map, as many as `values` has."""
     columns = values.shape[-1]
-    if columns == by.in_features:
-        return cast(Tensor, by(values))
-    return F.linear(values, by.weight[:, :columns], by.bias)
+    if columns == linear.in_features:
+        return cast(Tensor, linear(values))
+    return F.linear(values, linear.weight[:, :columns], linear.bias)
 
 
 @dataclass(frozen=True)
-class Padded:
-    """How the reference and training compute: padded items, with dropout while training."""
+class PaddedBackend:
+    """The `Backend` of the reference and of training: padded items, dropout while training."""
 
     layer: EncoderLayer
     mask: Tensor
@@ -429,14 +428,14 @@ class Padded:
         )
         return context.transpose(1, 2).flatten(2)
 
-    def norm(self, states: Tensor, by: nn.Module) -> Tensor:
+    def norm(self, states: Tensor, layer_norm: nn.Module) -> Tensor:
         """Normalise states."""
-        return cast(Tensor, by(states))
+        return cast(Tensor, layer_norm(states))
 
     def add(self, states: Tensor, change: Tensor) -> Tensor:
         """Add a change to states."""
         return states + cast(Tensor, self.layer.dropout(change))
 
-    def add_norm(self, states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+    def add_norm(self, states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
         """Normalise the sum of states and a change."""
-        return cast(Tensor, by(self.add(states, change)))
+        return cast(Tensor, layer_norm(self.add(states, change)))

@@ -1,6 +1,6 @@
 """The reference BudgetFormer network as a Transformers model.
 
-Its modules are beside this one; here they are put together, loaded and saved.
+The modules beside this one define its parts. This one combines, loads and saves them.
 
 Shapes: B items, T tokens, D width, H heads, L layers, C labels.
 """
@@ -34,7 +34,7 @@ class BudgetFormerModelOutput(ModelOutput):
     """Encoder output.
 
     last_hidden_state [B, T, D]; pooled [B, D]; budget s [B, 1 or L]; relevance [B, L, H] (None when
-    ranked); gates [B, L, H], the heads that counted.
+    ranked); gates [B, L, H], the factors of the heads.
     """
 
     last_hidden_state: Tensor | None = None
@@ -48,7 +48,8 @@ class BudgetFormerModelOutput(ModelOutput):
 class BudgetFormerClassifierOutput(ModelOutput):
     """Classifier output.
 
-    Loss (with labels), logits [B, C], step-0 exit_logits [B, C], and the encoder's.
+    loss (with labels), logits [B, C], step 0's exit_logits [B, C]; the others as in
+    `BudgetFormerModelOutput`.
     """
 
     loss: Tensor | None = None
@@ -60,7 +61,7 @@ class BudgetFormerClassifierOutput(ModelOutput):
 
 
 class BudgetFormerPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialising, as everywhere in Transformers."""
+    """Base class that loads, saves and initialises networks as Transformers does."""
 
     config_class = BudgetFormerConfig
     config: BudgetFormerConfig
@@ -69,7 +70,7 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def set_gating(self, gating: Gating) -> None:
-        """Set how every decision in this network turns budgets into gates while training."""
+        """Set how every `BudgetDecision` of this network turns budgets into gates in training."""
         for module in self.modules():
             if isinstance(module, BudgetDecision):
                 module.gating = gating
@@ -78,7 +79,7 @@ class BudgetFormerPreTrainedModel(PreTrainedModel):
 class BudgetFormerModel(  # type: ignore[misc]  # their configurations differ
     Encoder, BudgetFormerPreTrainedModel
 ):
-    """Embeddings and encoder, with the budget decided once per input or layer by layer."""
+    """Embeddings and encoder layers; the budget is decided once per input or once per layer."""
 
     def __init__(self, config: BudgetFormerConfig) -> None:
         super().__init__(config)
@@ -109,10 +110,10 @@ class BudgetFormerModel(  # type: ignore[misc]  # their configurations differ
             input_ids: token ids [B, T].
             attention_mask: 1 for real tokens, 0 for padding, [B, T]; None: all real.
             token_type_ids: segment ids [B, T]; None: all 0.
-            steps: ladder step of each item [B], or one for all, in place of f_o's.
-            gates: heads of each item and layer [B, L, H], in place of f_o's and g_d's. The steps
-                still say how much step 0 counts.
-            evidence: what step 0 found, [B, E], for f_o.
+            steps: ladder step of each item [B], or one for all; overrides f_o.
+            gates: factors of the heads [B, L, H]; overrides f_o and g_d. Steps then only select
+                the weights of step 0's and the encoder's logits.
+            evidence: f_o's features of step 0's answer, [B, E].
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -146,7 +147,7 @@ class BudgetFormerModel(  # type: ignore[misc]  # their configurations differ
 class BudgetFormerForSequenceClassification(  # type: ignore[misc]  # their configurations differ
     SequenceClassifier, BudgetFormerPreTrainedModel
 ):
-    """A BudgetFormer with a linear classifier: single-label, multi-label, and text pairs."""
+    """A BudgetFormer encoder with a classifier for single-label, multi-label and text pairs."""
 
     def __init__(self, config: BudgetFormerConfig) -> None:
         super().__init__(config)
@@ -168,8 +169,8 @@ class BudgetFormerForSequenceClassification(  # type: ignore[misc]  # their conf
 
         Args:
             labels: class ids [B], or 0/1 targets [B, C] when multi-label; adds the loss.
-            step0: what `SequenceClassifier.step0` returns where it read more of the texts than
-                `input_ids`; None: it reads those.
+            step0: result of `SequenceClassifier.step0` for longer parts of the texts than
+                `input_ids`; None: computed from `input_ids`.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -208,15 +209,15 @@ class BudgetFormerForSequenceClassification(  # type: ignore[misc]  # their conf
         )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of logits [B, C], or the mean binary one over labels when multi-label."""
+        """Return the cross-entropy of logits [B, C], or the mean binary one when multi-label."""
         if self.config.problem_type == MULTI_LABEL:
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         return F.cross_entropy(logits, labels)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Transformers from printing reports and progress in this block."""
+def silence_transformers() -> Iterator[None]:
+    """Suppress reports and progress bars of Transformers in this block."""
     verbosity, shown = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity(logging.CRITICAL)
     hf_logging.disable_progress_bar()
@@ -234,7 +235,7 @@ def load_model(folder: Path) -> BudgetFormerForSequenceClassification:
     Raises:
         OSError: a file is missing or damaged.
     """
-    with quiet():
+    with silence_transformers():
         model: BudgetFormerForSequenceClassification = (
             BudgetFormerForSequenceClassification.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, use_safetensors=True

@@ -1,9 +1,9 @@
-"""What attention scores know of places: rotated queries and keys, or a bias by distance.
+"""Rotary and relative positions: rotate queries and keys, or add a bias by distance to the scores.
 
-Absolute positions are part of the embeddings and need none of this. Distances are those of tokens
-of one text, so padding and packing make no difference.
+Absolute positions are part of the embeddings instead. Distances are between tokens of the same
+text, so padding and packing do not change them.
 
-Tables are made outside of inference mode, whoever asks first: training shares them with passes.
+Cached tables are created outside inference mode, because training uses the same ones.
 
 Shapes: B items, k heads, T tokens, d columns of a head, S rows of a table of distances.
 """
@@ -20,14 +20,14 @@ from budgetformer.model.distances import bias_rows, score_rows
 
 
 class Positions:
-    """How k heads of one layer take places into account: here, not at all."""
+    """Positions of k heads of one layer; this base class leaves the scores unchanged."""
 
     def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate queries and keys [B, k, T, d] by their places."""
+        """Rotate queries and keys [B, k, T, d] by their positions."""
         return query, key
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:  # noqa: ARG002
-        """Return what is added to scaled scores, [B or 1, k, T, T]; None: nothing."""
+        """Return the bias added to scaled scores, [B or 1, k, T, T]; None: no bias."""
         return None
 
     @property
@@ -37,20 +37,20 @@ class Positions:
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
-        """Weights that it holds, which differ between heads."""
+        """Weight tables that differ between heads."""
         return ()
 
     def of_heads(self, heads: slice | Tensor) -> Positions:  # noqa: ARG002
-        """Return the same for some of the heads."""
+        """Return the positions of a subset of the heads."""
         return self
 
 
 @dataclass(frozen=True)
 class Rotary(Positions):
-    """Rotary positions (Su et al., 2021): pairs of columns rotate by angles that grow with it.
+    """Rotary positions (Su et al., 2021): pairs of columns rotate by angles that grow by position.
 
     Attributes:
-        base: of the angles' frequencies.
+        base: base of the angles' frequencies.
     """
 
     base: float
@@ -58,19 +58,19 @@ class Rotary(Positions):
     def rotate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys."""
         tokens, size = query.shape[-2:]
-        angles = _angles(self.base, size, _room(tokens), query.device)
+        angles = _angles(self.base, size, _table_size(tokens), query.device)
         cos, sin = (own[:tokens] for own in angles)
         return _rotated(query, cos, sin), _rotated(key, cos, sin)
 
     def rotate_at(self, states: Tensor, places: Tensor) -> Tensor:
-        """Rotate packed states [N, k, d] by their places [N], which only the device may know."""
+        """Rotate packed states [N, k, d] by their positions [N], which stay on the device."""
         frequencies = _frequencies(self.base, states.shape[-1], states.device)
         angles = (places[:, None] * frequencies).repeat(1, 2)[:, None]
         return _rotated(states, angles.cos(), angles.sin())
 
 
 def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate states [..., T, d], whose column c and column c + d/2 are a pair."""
+    """Rotate states [..., T, d]; columns c and c + d/2 are a pair."""
     first, second = states.float().chunk(2, dim=-1)
     swapped = torch.cat([-second, first], dim=-1)
     return (states.float() * cos + swapped * sin).to(states.dtype)
@@ -79,7 +79,7 @@ def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def _angles(base: float, size: int, places: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of the angles of some places, [places, size] each."""
+    """Return cosines and sines of the angles of the first positions, [places, size] each."""
     place = torch.arange(places, device=device)[:, None]
     angles = (place * _frequencies(base, size, device)).repeat(1, 2)
     return angles.cos(), angles.sin()
@@ -88,72 +88,73 @@ def _angles(base: float, size: int, places: int, device: torch.device) -> tuple[
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def _frequencies(base: float, size: int, device: torch.device) -> Tensor:
-    """Return the angle between one place and the next, of each pair of columns: [size / 2]."""
+    """Return the angle between neighbouring positions for each pair of columns: [size / 2]."""
     return 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
 
 
-def _room(places: int) -> int:
-    """Return the next power of two, so that few tables are kept."""
+def _table_size(places: int) -> int:
+    """Return the next power of two, at least 64, so that few tables are cached."""
     return max(64, 1 << (places - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class DistanceBias(Positions):
-    """A learned number by distance and head (T5, MPNet).
+    """A learned bias per distance and head (T5, MPNet).
 
     Attributes:
         table: [S, k].
-        farthest: distance from which on all share a row.
+        max_distance: distance from which all share a row.
     """
 
     table: Tensor
-    farthest: int
+    max_distance: int
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG002
-        """Look up the distance from each query to each key."""
+        """Return the bias of each pair of query and key, [1, k, T, T]."""
         tokens = query.shape[-2]
         by_distance = self.by_distance(tokens)
-        # Windows of T distances, the last one that of query 0: keys at 0 and after it.
+        # Each window has T distances; the last is query 0's, whose keys are at 0 and after it.
         return by_distance.unfold(-1, tokens, 1).flip(-2).unsqueeze(0).to(query.dtype)
 
     def by_distance(self, tokens: int) -> Tensor:
-        """Return the bias of each distance, from 1 - T to T - 1, key minus query: [k, 2T - 1]."""
-        rows = _bias_rows(tokens, len(self.table), self.farthest, self.table.device)
+        """Return the bias of each distance 1 - T .. T - 1 (key - query): [k, 2T - 1]."""
+        rows = _bias_rows(tokens, len(self.table), self.max_distance, self.table.device)
         return self.table[rows].t()
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
-        """What it holds in memory."""
+        """Weight tables that differ between heads."""
         return (self.table,)
 
     def of_heads(self, heads: slice | Tensor) -> DistanceBias:
-        """Return the same for some of the heads."""
+        """Return the positions of a subset of the heads."""
         return replace(self, table=self.table[:, heads])
 
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def _bias_rows(tokens: int, rows: int, farthest: int, device: torch.device) -> Tensor:
-    """Return `bias_rows` on a device."""
-    return torch.from_numpy(bias_rows(tokens, rows, farthest)).to(device)
+def _bias_rows(tokens: int, rows: int, max_distance: int, device: torch.device) -> Tensor:
+    """Return `distances.bias_rows` on a device."""
+    return torch.from_numpy(bias_rows(tokens, rows, max_distance)).to(device)
 
 
 @dataclass(frozen=True)
 class Disentangled(Positions):
-    """Scores of contents with distances (DeBERTa).
+    """Disentangled attention: scores between contents and distances (DeBERTa).
 
     Attributes:
-        to_position: keys of distances, [k, 2S, d]; None: contents do not look at distances.
-        from_position: queries of distances, [k, 2S, d]; None: distances do not look at contents.
-        farthest: the largest distance of all.
-        terms: sums that scores are made of, which their scale divides by.
-        buckets: whether rows beyond the first half are on a logarithmic scale.
+        to_position: distance keys for content-to-position scores, [k, 2S, d]; None: no such term.
+        from_position: distance queries for position-to-content scores, [k, 2S, d]; None: no such
+            term.
+        max_distance: distance from which all share a row.
+        terms: number of terms in a score, which scales it.
+        buckets: whether distances beyond half of S are on a logarithmic scale.
         size: d.
     """
 
     to_position: Tensor | None
     from_position: Tensor | None
-    farthest: int
+    max_distance: int
     terms: int
     buckets: bool
     size: int
@@ -164,14 +165,14 @@ class Disentangled(Positions):
         return float((self.size * self.terms) ** -0.5)
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
-        """Score each content with its distance to each other."""
+        """Return the sum of the position terms for each pair of query and key, [B, k, T, T]."""
         tables = [(query, self.to_position, False), (key, self.from_position, True)]
         total = None
         for states, table, flipped in tables:
             if table is None:
                 continue
             rows, places = _score_rows(
-                query.shape[-2], table.shape[1] // 2, self.farthest, self.buckets, query.device
+                query.shape[-2], table.shape[1] // 2, self.max_distance, self.buckets, query.device
             )
             scores = states @ table[:, rows].transpose(-1, -2).to(states.dtype)
             index = places.t() if flipped else places
@@ -182,11 +183,11 @@ class Disentangled(Positions):
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
-        """What it holds in memory."""
+        """Weight tables that differ between heads."""
         return tuple(t for t in (self.to_position, self.from_position) if t is not None)
 
     def of_heads(self, heads: slice | Tensor) -> Disentangled:
-        """Return the same for some of the heads."""
+        """Return the positions of a subset of the heads."""
         own = (None if t is None else t[heads] for t in (self.to_position, self.from_position))
         to_position, from_position = own
         return replace(self, to_position=to_position, from_position=from_position)
@@ -195,13 +196,13 @@ class Disentangled(Positions):
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _score_rows(
-    tokens: int, span: int, farthest: int, buckets: bool, device: torch.device
+    tokens: int, span: int, max_distance: int, buckets: bool, device: torch.device
 ) -> tuple[slice, Tensor]:
-    """Return the table's rows that T tokens need, and which of them each pair has, [T, T].
+    """Return the table rows that T tokens use, and each pair's index among them, [T, T].
 
-    Pairs are (query, key), and their distance is the query's place minus the key's.
+    Pairs are (query, key); their distance is the query's position minus the key's.
     """
-    rows = torch.from_numpy(score_rows(tokens, span, farthest, buckets)).to(device)
+    rows = torch.from_numpy(score_rows(tokens, span, max_distance, buckets)).to(device)
     token = torch.arange(tokens, device=device)
     places = (rows - rows[0])[token[:, None] - token + tokens - 1]
     return slice(int(rows[0]), int(rows[-1]) + 1), places

@@ -24,11 +24,11 @@ from budgetformer.model.tfidf import (
 
 
 class ExitHead(nn.Module):
-    """Step 0: a linear classifier on the bag of tokens and of neighbours, before the encoder runs.
+    """Step 0 of older checkpoints: a linear classifier on the bag of tokens and token pairs.
 
-    Neighbouring tokens share a table of `exit_buckets` rows by their hash (as fastText does): word
-    order is where a bag of single tokens is weakest, and a look-up multiplies nothing. With many
-    labels the table holds short vectors, and one linear map makes logits of their sum.
+    Pairs of neighbouring tokens are hashed into `exit_buckets` rows, as in fastText: they add word
+    order, and a look-up needs no multiply-adds. With `exit_rank`, rows are short vectors, and one
+    linear map turns their sum into logits.
     """
 
     def __init__(self, config: Architecture) -> None:
@@ -47,13 +47,13 @@ class ExitHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.num_classes))
 
     def neighbours(self, input_ids: Tensor) -> Tensor:
-        """Return the table rows of each token and its right neighbour: ids [..., T] to [..., T-1].
+        """Return the table rows of each pair of neighbours: ids [..., T] to rows [..., T-1].
 
         Raises:
-            ValueError: this head reads single tokens only.
+            ValueError: the table has no rows for pairs.
         """
         if not self.buckets:
-            raise ValueError("this step 0 has no rows for neighbours")
+            raise ValueError("this step 0 has no rows for token pairs: exit_buckets is 0")
         left, right = input_ids[..., :-1], input_ids[..., 1:]
         return self.vocab_size + (left * HASHED_LEFT + right * HASHED_RIGHT) % self.buckets
 
@@ -70,16 +70,13 @@ class ExitHead(nn.Module):
     def logits(self, bag: Tensor) -> Tensor:
         """Turn bags [B, R] into logits [B, C].
 
-        A bag is the sum of the rows of n tokens and neighbours, divided by the root of n.
+        A bag is the sum of n table rows (of tokens and pairs), divided by the square root of n.
         """
         return cast(Tensor, self.map(bag)) + self.bias
 
 
 def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
-    """Summarise step-0 logits [B, C] for f_o.
-
-    Log-odds of its confidence, and its mean entropy, [B, 2].
-    """
+    """Return f_o's features of step-0 logits [B, C]: log-odds of the confidence, and entropy."""
     if problem_type == MULTI_LABEL:
         odds = exit_logits.abs().amin(-1)
     else:
@@ -95,11 +92,11 @@ def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
 
 
 class TfidfHead(nn.Module):
-    """Step 0: a linear classifier on TF-IDF features of tokens and of neighbouring tokens.
+    """Step 0: a linear classifier on TF-IDF features of tokens and pairs of neighbouring tokens.
 
-    A look-up multiplies nothing, and a text's features are few, so this costs microseconds. Two
-    labels need one column of the table, C labels C. `budgetformer.model.tfidf` computes the same
-    with NumPy, and says what the features are.
+    Classifying a text sums a few table rows, which takes microseconds. The table has one column
+    for two labels and C for C labels. `budgetformer.model.tfidf` defines the features, and computes
+    the same with NumPy.
     """
 
     table: Tensor
@@ -121,17 +118,17 @@ class TfidfHead(nn.Module):
         self.register_buffer("repeats", torch.zeros(()))
 
     def fill(self, coefficients: Tensor, intercept: Tensor, idf: Tensor, repeats: float) -> None:
-        """Take fitted weights.
+        """Set fitted weights.
 
         Args:
-            coefficients: of each column, [K, rows]; kept as whole numbers of eight bits.
-            intercept: of each column, [K].
-            idf: of each row, in units of `step0.IDF_UNIT`, [rows].
-            repeats: see `step0.tfidf`.
+            coefficients: per column, [K, rows]; stored as int8 with one scale per column.
+            intercept: per column, [K].
+            idf: per row, in units of `tfidf.IDF_UNIT`, [rows].
+            repeats: see `tfidf.tfidf`.
         """
         self.scale = coefficients.abs().amax(-1).float() / 127
-        whole = coefficients.float() / self.scale.clamp(min=1e-12)[:, None]
-        self.table = whole.round().to(torch.int8).T.contiguous()
+        scaled = coefficients.float() / self.scale.clamp(min=1e-12)[:, None]
+        self.table = scaled.round().to(torch.int8).T.contiguous()
         self.idf, self.bias = idf, intercept.float()
         self.repeats = torch.tensor(float(repeats))
 
@@ -148,12 +145,12 @@ class TfidfHead(nn.Module):
         )
         return torch.stack(
             [
-                self._one(text, None if segments is None else segments[place])
+                self._classify_one(text, None if segments is None else segments[place])
                 for place, text in enumerate(texts)
             ]
         )
 
-    def _one(self, ids: Tensor, segments: Tensor | None) -> Tensor:
+    def _classify_one(self, ids: Tensor, segments: Tensor | None) -> Tensor:
         """Classify one text's ids [T] into logits [C]."""
         rows = ids
         if self.buckets:

@@ -1,8 +1,8 @@
-"""Step 0 and f_o with NumPy alone: what is decided of a text before the encoder runs.
+"""Step 0 and f_o in NumPy: the decision about a text before the encoder runs.
 
-Step 0 is a linear classifier on TF-IDF features: the text's tokens, and its pairs of neighbouring
-tokens, which share a table of `exit_buckets` rows by their hash. f_o reads a few numbers about step
-0's answer. Neither needs torch, so whoever has the tokens can decide.
+Step 0 is a linear classifier on TF-IDF features: the text's tokens and its pairs of neighbouring
+tokens, which are hashed into `exit_buckets` rows. f_o reads a few features of step 0's answer.
+Neither needs torch, so frontends can decide.
 
 Shapes: B texts, C labels, K columns of the table (C, or 1 where there are two labels).
 """
@@ -25,23 +25,20 @@ STEP0_TENSORS = "exit_head.", "encoder.decision.controller."
 HASHED_LEFT, HASHED_RIGHT = 1_000_003, 7_919
 """Factors of the two token ids in the hash of a pair of neighbours."""
 HASHED_SECOND, HASHED_SHARED = 15_485_863, 32_452_843
-"""Factors of a token of a pair's second text, and of whether the first text has it too."""
+"""Factors, for tokens of a pair's second text, of the token id and of its presence in the first."""
 IDF_UNIT = 1 / 16
-"""Inverse document frequencies are stored as whole multiples of this."""
+"""Inverse document frequencies are stored as integer multiples of this."""
 MAX_ODDS = 14.0
-"""Log-odds of a confidence are clipped here (about 1 - 1e-6)."""
+"""Upper bound of the log-odds of a confidence (about 1 - 1e-6)."""
 
 
 def table_columns(classes: int, multi_label: bool) -> int:
-    """Return the columns of step 0's table: two labels that exclude each other need one."""
+    """Return the number of columns of step 0's table: 1 for two exclusive labels, else C."""
     return 1 if classes == 2 and not multi_label else classes
 
 
 def confidence(logits: Array, problem_type: str | None) -> Array:
-    """Return the confidence of answers with logits [B, C], as float32 [B] in (0, 1).
-
-    The largest probability; for multi-label, that of the label nearest to a coin flip.
-    """
+    """Return the confidence [B] of answers with logits [B, C], as `answers.confidence` does."""
     if problem_type == MULTI_LABEL:
         found: Array = 1 / (1 + np.exp(-np.abs(logits).min(-1)))
     else:
@@ -51,7 +48,7 @@ def confidence(logits: Array, problem_type: str | None) -> Array:
 
 @dataclass(frozen=True)
 class Features:
-    """The distinct features of B texts: for each its text `owner`, table `row` and `count`."""
+    """The distinct features of B texts: the text `owner`, table `row` and `count` of each."""
 
     texts: int
     owner: Array
@@ -66,18 +63,18 @@ def features(
     vocab_size: int,
     buckets: int,
 ) -> Features:
-    """Find the distinct features of B texts, counted.
+    """Return the distinct features of B texts and their counts.
 
-    A token has the table row of its id, a pair of neighbours one of `buckets` rows behind those. A
-    token of a pair's second text has a row there too: one if the first text also has it, and
-    another if not.
+    A token's row is its id. Pairs of neighbours are hashed into the `buckets` rows after the
+    vocabulary. So are tokens of a text pair's second text, together with whether the first text
+    contains them.
 
     Args:
         ids: token ids of the texts, one text after another, special tokens included.
-        segments: 0 or 1 for each token; None: 0 throughout.
+        segments: 0 or 1 for each token; None: all 0.
         lengths: tokens of each text.
         vocab_size: rows for single tokens.
-        buckets: rows for hashed features; 0: single tokens are all that is read.
+        buckets: rows for hashed features; 0: single tokens only.
     """
     texts = len(lengths)
     ids = ids.astype(np.int64, copy=False)
@@ -94,7 +91,7 @@ def features(
         row = np.concatenate([row, vocab_size + pairs])
         owner = np.concatenate([owner, owner[:-1][together]])
     size = vocab_size + buckets
-    # What np.unique does, without what it does around it: for one text that would be most of it.
+    # Inlined np.unique: for a single text, its overhead would exceed the rest of this function.
     keys = owner * size + row
     keys.sort()
     first = np.empty(len(keys), bool)
@@ -109,12 +106,12 @@ def features(
 
 
 def tfidf(found: Features, idf: Array, repeats: float) -> Array:
-    """Return the TF-IDF weight of each feature, as float32; the vector of a text has length 1.
+    """Return the TF-IDF weight of each feature, as float32; each text's vector has norm 1.
 
     Args:
-        found: features of texts.
-        idf: of each table row, in units of `IDF_UNIT`.
-        repeats: how much a feature's count adds: its frequency is 1 + repeats * log(count).
+        found: features of the texts.
+        idf: inverse document frequency per table row, in units of `IDF_UNIT`.
+        repeats: weight of a feature's count: its term frequency is 1 + repeats * log(count).
     """
     raw = idf[found.row].astype(np.float32) * IDF_UNIT
     if repeats:
@@ -124,10 +121,11 @@ def tfidf(found: Features, idf: Array, repeats: float) -> Array:
 
 
 def evidence(logits: Array, lengths: Sequence[int] | Array, problem_type: str | None) -> Array:
-    """Summarise step 0's answers [B, C] for f_o: [B, `EVIDENCE_FEATURES`], float32.
+    """Return f_o's features of step 0's logits [B, C]: [B, `EVIDENCE_FEATURES`], float32.
 
-    Log-odds of its confidence, its mean entropy per label that it could have, its margin over the
-    second label (multi-label: 0), and the logarithm of the text's length in tokens.
+    They are the log-odds of the confidence, the normalised entropy (multi-label: the mean over
+    labels), the margin over the second label (multi-label: 0), and the logarithm of the number of
+    tokens.
     """
     if problem_type == MULTI_LABEL:
         size = np.abs(logits)
@@ -154,12 +152,12 @@ class StepZero:
 
     Attributes:
         table: coefficients in units of `scale`, int8 [rows, K].
-        scale, bias: of each column, float32 [K].
-        idf: of each row, in units of `IDF_UNIT`, uint8 [rows].
+        scale, bias: per column, float32 [K].
+        idf: per row, in units of `IDF_UNIT`, uint8 [rows].
         repeats: see `tfidf`.
         vocab_size, buckets: see `features`.
-        classes: labels C.
-        problem_type: of the network.
+        classes: number of labels C.
+        problem_type: the network's.
         hidden, out: weight and bias of f_o's two layers.
     """
 
@@ -177,10 +175,10 @@ class StepZero:
 
     @classmethod
     def of(cls, config: Architecture, tensors: Mapping[str, Array]) -> StepZero:
-        """Put the tensors of step 0 and f_o together, by their names in a checkpoint.
+        """Build step 0 and f_o from tensors with their names in a checkpoint.
 
         Raises:
-            KeyError, ValueError: one is missing or has another shape.
+            KeyError, ValueError: a tensor is missing or has the wrong shape.
         """
         head, f_o = STEP0_TENSORS
         rows = config.vocab_size + config.exit_buckets
@@ -190,7 +188,7 @@ class StepZero:
         def tensor(name: str, *shape: int) -> Array:
             found = tensors[name]
             if found.shape != shape:
-                raise ValueError(f"{name} has shape {found.shape}, not {shape}")
+                raise ValueError(f"{name} has shape {found.shape}, expected {shape}")
             return found
 
         return cls(
@@ -213,7 +211,7 @@ class StepZero:
     def decide(
         self, ids: Array, segments: Array | None, lengths: Sequence[int] | Array
     ) -> tuple[Array, Array]:
-        """Answer B texts, and return step 0's logits [B, C] and f_o's s [B], float32 both.
+        """Return step 0's logits [B, C] and f_o's s [B] for B texts, both float32.
 
         Args:
             ids, segments, lengths: see `features`.
@@ -234,7 +232,7 @@ class StepZero:
         return scores if scores.shape[1] == self.classes else np.concatenate([-scores, scores], -1)
 
     def budget(self, found: Array) -> Array:
-        """Map evidence [B, `EVIDENCE_FEATURES`] to f_o's s [B] in (0, 1)."""
+        """Return f_o's s [B] in (0, 1) for evidence [B, `EVIDENCE_FEATURES`]."""
         hidden = np.maximum(found @ self.hidden[0].T + self.hidden[1], 0)
         logit = hidden @ self.out[0].T + self.out[1]
         s: Array = 1 / (1 + np.exp(-logit[:, 0].clip(-80, 80)))

@@ -1,1 +1,1 @@
-"""From a pretrained encoder, or from nothing, to a calibrated checkpoint."""
+"""Train, calibrate and evaluate checkpoints, from a pretrained encoder or from scratch."""

@@ -1,11 +1,10 @@
-"""What budgets are measured against: dense networks, large and small, and early exits.
+"""Train the baselines of reports: dense networks of several sizes, and early exits.
 
-The dense network is the starting encoder, fine-tuned on its own for as many epochs as the
-checkpoint. An early exit is a linear classifier on the mean token state after a layer, fitted on
-the training texts while the encoder stays as it is (as in DeeBERT): a text leaves at the first
-layer whose classifier is confident enough. A smaller network keeps some layers of the dense one,
-with their most important heads and neurons. It learns from the dense network and from the labels,
-for as many epochs as the checkpoint.
+The dense network is the starting encoder, fine-tuned for as many epochs as the checkpoint. An early
+exit is a linear classifier on the mean token state after a layer, fitted on the training texts with
+the encoder frozen (as in DeeBERT); a text exits at the first layer whose classifier is confident
+enough. A smaller network keeps some layers of the dense one, with their most important heads and
+neurons, and is trained on the labels and the dense network's answers for as many epochs.
 """
 
 from __future__ import annotations
@@ -28,25 +27,25 @@ from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.data import Examples, TokenizedTexts, drawn_rows
 from budgetformer.training.importance import order_by_importance
-from budgetformer.training.processes import ALONE, Processes
+from budgetformer.training.processes import SINGLE_PROCESS, Processes
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import CPU, Log, Trainer, inputs, progress_bar
 
 EXITS = "exits.safetensors"
 SMALLER = "smaller"
 SMALLER_SIZES = ((1 / 6, 1 / 4), (1 / 6, 1 / 2), (1 / 3, 1 / 2), (1 / 3, 1))
-"""Shares of the dense network's layers, and of their heads and neurons, that smaller ones keep."""
+"""Sizes of the smaller networks: shares of the dense network's layers, and of heads and neurons."""
 EXIT_ROWS = 10_000
-"""Training texts that the early exits are fitted on, at most."""
+"""Maximum training texts on which early exits are fitted."""
 EXIT_PENALTY = 1e-4
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The dense network, the classifiers after its first L - 1 layers, and smaller networks.
+    """A dense network, early exits after its first L - 1 layers, and smaller networks.
 
-    weight [L-1, C, D], bias [L-1, C]; a smaller network has one ladder step.
+    weight [L-1, C, D] and bias [L-1, C] are the exits'; smaller networks have one ladder step.
     """
 
     model: BudgetFormerForSequenceClassification
@@ -55,13 +54,13 @@ class Baseline:
     smaller: tuple[BudgetFormerForSequenceClassification, ...] = ()
 
     def layer_logits(self, tokens: TokenizedTexts) -> Tensor:
-        """Return what each layer would answer, [L, N, C]; the last one is the network itself."""
+        """Return the logits after each layer, [L, N, C]; the last are the network's."""
         states, logits = _layer_states(self.model, tokens, "dense twin")
         early = torch.einsum("lnd,lcd->lnc", states[:-1], self.weight) + self.bias[:, None]
         return torch.cat([early, logits[None]])
 
     def smaller_logits(self, tokens: TokenizedTexts) -> list[Tensor]:
-        """Return what each smaller network would answer, [N, C]."""
+        """Return the logits of each smaller network, [N, C]."""
         return [_layer_states(model, tokens, "smaller network")[1] for model in self.smaller]
 
 
@@ -76,20 +75,20 @@ def train_baseline(
     origin: str = "",
     device: torch.device = CPU,
     micro_batch: int | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> None:
-    """Train a dense network and smaller ones from a starting encoder, and keep them in `folder`.
+    """Train a dense network and smaller ones from a starting encoder, and write them to `folder`.
 
-    The network inside the checkpoint will not do: it learns what step 0 leaves over, and is worth
-    little without it. A stopped run goes on when it is started again.
+    The checkpoint's network is no fair baseline: it is trained to correct step 0, and inaccurate
+    without it. An interrupted run resumes when it is started again.
 
     Args:
         model: the starting encoder, without a step 0; it is trained.
-        tokens, examples: the texts that the checkpoint is trained on.
-        recipe: that of the checkpoint.
-        work_dir: where the states of the runs live; remove it when all is done.
-        folder: what `read_baseline` reads.
-        log: gets one line per event.
+        tokens, examples: the training texts of the checkpoint.
+        recipe: the checkpoint's.
+        work_dir: for the states of the runs; the caller removes it.
+        folder: the output, for `read_baseline`.
+        log: called with one line per event.
         origin: identifies the starting weights.
         device, micro_batch, processes: see `Trainer`.
     """
@@ -99,20 +98,28 @@ def train_baseline(
         "processes": processes,
     }
     epochs = recipe.dense_epochs + recipe.budget_epochs
-    alone = replace(recipe, dense_epochs=epochs, budget_epochs=0, ladder="uniform")
-    log("training the dense network on its own, to compare with")
-    dense = Trainer(model, tokens, examples, alone, work_dir, log, origin, **on)
+    dense_recipe = replace(recipe, dense_epochs=epochs, budget_epochs=0, ladder="uniform")
+    log("training the dense baseline")
+    dense = Trainer(model, tokens, examples, dense_recipe, work_dir, log, origin, **on)
     dense.train(lambda: _write(model, tokens, examples, folder, recipe.seed, log))
     teacher = dense.predict(tokens, model.config.num_steps, "teacher")
     for layers, heads in sizes_of_smaller(model):
         name = f"{layers}x{heads}"
-        log(f"training a dense network of {layers} layers and {heads} heads, to compare with")
+        log(f"training a dense baseline with {layers} layers and {heads} heads")
         small = keep_layers(model, layers)
         nn.Module.to(small, device)
         order_by_importance(small, dense.labelled_batches())
         small.config.ladder = [[heads] * layers]
         trainer = Trainer(
-            small, tokens, examples, alone, work_dir / name, log, origin, teacher=teacher, **on
+            small,
+            tokens,
+            examples,
+            dense_recipe,
+            work_dir / name,
+            log,
+            origin,
+            teacher=teacher,
+            **on,
         )
         trainer.train()
         if processes.is_main:
@@ -120,7 +127,7 @@ def train_baseline(
 
 
 def sizes_of_smaller(model: BudgetFormerForSequenceClassification) -> list[tuple[int, int]]:
-    """Return the layers, and heads in each, of the smaller networks of a dense one."""
+    """Return (layers, heads per layer) of the smaller networks."""
     layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     sizes = {(max(1, round(a * layers)), max(1, round(b * heads))) for a, b in SMALLER_SIZES}
     return sorted(sizes)
@@ -129,7 +136,7 @@ def sizes_of_smaller(model: BudgetFormerForSequenceClassification) -> list[tuple
 def keep_layers(
     model: BudgetFormerForSequenceClassification, count: int
 ) -> BudgetFormerForSequenceClassification:
-    """Copy a network with `count` of its layers, the first and then evenly spaced ones."""
+    """Return a copy of a network with `count` of its layers, evenly spaced from the first."""
     config = cast(BudgetFormerConfig, copy.deepcopy(model.config))
     config.num_hidden_layers = count
     config.ladder = [[config.num_attention_heads] * count]
@@ -150,8 +157,8 @@ def _write(
     seed: int,
     log: Log,
 ) -> None:
-    """Fit early exits on a trained dense network and write both to `folder`."""
-    log("fitting early exits on it")
+    """Fit early exits on a trained dense network, and write both to `folder`."""
+    log("fitting early exits on the dense baseline")
     rows = drawn_rows(len(examples), EXIT_ROWS, seed)
     states, _ = _layer_states(model, tokens.subset(rows), "early exits")
     labels = torch.from_numpy(examples.labels[rows])
@@ -166,10 +173,10 @@ def _write(
 
 
 def read_baseline(folder: Path) -> Baseline:
-    """Read what `train_baseline` wrote.
+    """Read the baselines that `train_baseline` wrote.
 
     Raises:
-        DataError: the folder holds no such network.
+        DataError: the folder has no such network.
     """
     try:
         exits = load_file(folder / EXITS)
@@ -185,7 +192,7 @@ def read_baseline(folder: Path) -> Baseline:
 
 @contextmanager
 def _tapped(model: BudgetFormerForSequenceClassification) -> Iterator[list[Tensor]]:
-    """Collect the states [B, T, D] after each layer of the next forward passes."""
+    """Yield a list that collects the states [B, T, D] after each layer of forward passes."""
     taken: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda _, __, states: taken.append(states))

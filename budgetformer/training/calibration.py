@@ -1,11 +1,10 @@
-"""Find a policy for budgets, and what it reaches, on texts that no weight has seen.
+"""Calibrate a policy for budgets, and measure its accuracy and cost, on held-out texts.
 
-Every held-out text is run once at every ladder step. Any rule can then be priced and scored by
-look-up. What chooses a rule never scores it: the texts are cut into folds, and for each fold the
-weights of the fusion, f_o's bands and the thresholds come from the other folds. What a level
-reaches is measured on the folds so. The policy that is shipped is chosen in the same way on all
-texts; only the chain, one of a few dozen, is chosen once. What a level costs depends on no label
-and hardly on the texts that chose it, so that is measured of the shipped rule itself.
+Every held-out text is run once at every ladder step; any rule can then be evaluated by look-up. The
+accuracy of a level is cross-fitted: the texts are split into folds, and for each fold the fusion
+weights, f_o's bands and the thresholds come from the other folds. The shipped policy is chosen in
+the same way on all texts; only the chain, one of a few dozen, is chosen once. The cost of a level
+depends on no label and hardly on the texts that chose it, so it is measured with the shipped rule.
 """
 
 from __future__ import annotations
@@ -60,25 +59,25 @@ from budgetformer.training.trainer import progress_bar
 FOLDS = 5
 BATCH = 32
 RANGE_TEXTS = 256
-"""Texts, evenly chosen, in which states are looked at: most of a range is in all of them."""
-UNNAMED = 17
-"""Levels without a name, between which a number of points is interpolated."""
+"""Number of texts, evenly chosen, on which state ranges are measured."""
+UNNAMED_LEVELS = 17
+"""Maximum levels without a name, between which accuracy drops are interpolated."""
 AGREEMENT = {"fast": 0.97, "balanced": 0.99}
-"""Share of the answers that are the full network's, at the levels of a policy for agreement."""
+"""Agreement with the full network at the levels of a policy for agreement."""
 SEARCHED_AGREEMENT = (0.95, 0.97, 0.99)
-"""Shares at which chains for agreement are compared."""
+"""Agreements at which chains are compared."""
 TYPICAL_BATCH = 8
-"""Texts that share the constant seconds of a pass when costs are measured ones."""
-TIGHTER, TRIES = 0.995, 6
-"""A goal that is not met on unseen texts is set so much tighter, so often at most."""
+"""Batch size that is assumed when costs are measured seconds."""
+TIGHTENING, MAX_TRIES = 0.995, 6
+"""Factor by which a goal is tightened if unseen texts miss it, and how often at most."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What every step says of N texts.
+    """The outputs of every step for N texts.
 
-    logits [S+1, N, C], the encoder's at each step before fusion (row 0 is step 0 itself); s [N];
-    lengths [N] in tokens.
+    logits [S+1, N, C]: the encoder's at each step, before fusion (row 0: step 0's); s [N]; lengths
+    [N] in tokens.
     """
 
     logits: Tensor
@@ -92,7 +91,7 @@ class Runs:
 
 @torch.inference_mode()
 def ranges_of_states(model: SequenceClassifier, tokens: TokenizedTexts) -> tuple[LayerRanges, ...]:
-    """Measure what int8 products need to know of a network's states, on some of the texts."""
+    """Return the state ranges of each layer, measured on a sample of the texts."""
     count = len(tokens.ids)
     chosen = np.unique(np.linspace(0, count - 1, min(count, RANGE_TEXTS)).astype(int))
     batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
@@ -114,7 +113,7 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
             rows = order[start : start + BATCH]
             texts = tokens.columns(rows)
             packed = PackedTokens.of(texts.window)
-            decision = network.decide(packed, PackedTokens.of(texts.whole))
+            decision = network.decide(packed, PackedTokens.of(texts.full_text))
             assert decision.budget is not None
             s[rows] = decision.budget
             if decision.exit_logits is not None:
@@ -130,10 +129,10 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a rule gives each of N texts, [N] each.
+    """The result of a rule for N texts.
 
-    The ladder step that answers, multiply-adds and heads spent on the way, and the steps that ran
-    [S+1, N].
+    step, macs, heads [N] each: the step that answered, and the multiply-adds and heads spent in
+    all; ran [S+1, N]: the steps that ran.
     """
 
     step: np.ndarray
@@ -148,11 +147,11 @@ def answers_of(logits: Tensor, problem_type: str | None) -> Tensor:
 
 
 class Table:
-    """The answers of every step to N texts, with their confidences and prices, by step [S+1, N].
+    """The answers of every step to N texts, with confidence and cost, [S+1, N] each.
 
     Args:
-        config: of the network.
-        runs: its answers.
+        config: the network's.
+        runs: the network's outputs.
         fusion: weights of each step 1..S; None: those of the configuration.
     """
 
@@ -188,23 +187,23 @@ class Table:
         return np.array([dense_macs(self.config, int(n)) for n in self.lengths], dtype=np.float64)
 
     def right(self, labels: Tensor) -> np.ndarray:
-        """Return whether each step's answer is the labels' [N] or [N, C]."""
+        """Return whether each step's answer equals the labels [N] or [N, C]: [S+1, N]."""
         marks = [wrong(step, labels, self.config.problem_type) for step in self.logits]
         return np.asarray(torch.stack(marks) == 0)
 
     def agrees(self, full: Tensor) -> np.ndarray:
-        """Return whether each step's answer is that of the full network's logits [N, C]."""
+        """Return whether each step's answer equals that of the full logits [N, C]: [S+1, N]."""
         return self.right(answers_of(full, self.config.problem_type))
 
     def probability_right(self) -> np.ndarray:
-        """Return how probable the full step's fused probabilities make each step's answer."""
+        """Return the probability of each step's answer according to the full step: [S+1, N]."""
         full = probabilities(self.logits[-1], self.config.problem_type)
         if self.config.problem_type == MULTI_LABEL:
             return torch.where(self.logits > 0, full, 1 - full).prod(-1).numpy()
         return full.gather(-1, self.logits.argmax(-1).T).T.numpy()
 
     def answer(self, rule: BudgetRule, signal: np.ndarray | None = None) -> Answers:
-        """Look up what a rule gives each text; its bands are over `signal` [N], or f_o's s."""
+        """Return the result of a rule, whose bands are over `signal` [N]; None: over f_o's s."""
         if rule.fixed is not None:
             route, threshold = Route((), (EntryBand(upto=1, step=rule.fixed),)), 0.0
         else:
@@ -213,14 +212,14 @@ class Table:
         return self.take(route, threshold, signal)
 
     def take(self, route: Route, threshold: float, signal: np.ndarray | None = None) -> Answers:
-        """Look up what a route gives each text at a threshold."""
+        """Return the result of a route at a threshold; see `answer`."""
         s = self.s if signal is None else signal
         walk = route.walk(self.confidence, s, threshold)
         macs = (walk.ran * self.macs).sum(0) + self.decision
         return Answers(walk.ends, macs, self.heads @ walk.ran, walk.ran)
 
     def fixed_steps(self, right: np.ndarray, measure: Measure) -> list[FixedStep]:
-        """Score every step when it is given to all texts."""
+        """Return the score of each step if all texts run it."""
         first = 0 if self.config.embedding_exit else 1
         return [
             FixedStep.model_validate(
@@ -236,12 +235,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Found:
-    """What calibration found.
+    """The result of a calibration.
 
     Attributes:
         fusion: weights of each step 1..S.
-        fixed: every step given to all texts, to compare.
-        policy: None where layers decide for themselves; then `points` are the levels.
+        fixed: scores of each step if all texts run it, for comparison.
+        policy: the policy; None if the layers decide the budgets, with `points` as levels.
         points: see `layerwise_points`.
     """
 
@@ -252,13 +251,13 @@ class Found:
 
     @property
     def full_accuracy(self) -> float:
-        """Accuracy of the full step on the calibration texts, whose labels are known."""
+        """Accuracy of the full step on the calibration texts, which must have labels."""
         accuracy = (self.fixed or self.points)[-1].accuracy
         assert accuracy is not None
         return accuracy
 
     def of_manifest(self) -> dict[str, Any]:
-        """Return the fields of the manifest that calibration decides."""
+        """Return the manifest fields that calibration sets."""
         return {
             "frontier": tuple(self.fixed),
             "policy": self.policy,
@@ -274,32 +273,31 @@ def calibrate(
     costs: CostTable | None = None,
     original: Tensor | None = None,
 ) -> Found:
-    """Find the policy of a network.
+    """Return the calibrated policy of a network.
 
-    With labels, a level reaches the most accuracy that its cost allows: `fast` and `balanced` cost
-    at most the share `level_costs` of the full step on average, `best` is the most accurate.
-    Without labels, levels are calibrated for agreement with the full step; with an `original`, for
-    agreement with that. `fast` and `balanced` agree on the shares `AGREEMENT` at the least cost,
-    `best` agrees most.
+    With labels, levels maximise accuracy: `fast` and `balanced` at a mean cost of at most
+    `level_costs` of the full step, `best` at any cost. Without labels, levels are calibrated for
+    agreement with the full step or, if given, with `original`: `fast` and `balanced` reach
+    `AGREEMENT` at the lowest cost, `best` has the highest agreement.
 
     Args:
-        config: of the network; its stored weights of the last step define the full answers when
-            there are neither labels nor an original.
-        runs: its answers to N held-out texts at every step.
+        config: the network's. Without labels and original, its fusion weights of the last step
+            define the full answers.
+        runs: the network's outputs for N held-out texts at every step.
         labels: [N], or [N, C] when multi-label; None: calibrate for agreement.
-        level_costs: see above.
-        costs: measured seconds, to search on instead of multiply-adds.
-        original: logits [N, C] of the classifier that the network was made of; calibrate for
-            agreement with it. Labels then only say how accurate the levels are.
+        level_costs: maximum mean costs of `fast` and `balanced`.
+        costs: measured seconds, used in the search instead of multiply-adds.
+        original: logits [N, C] of the classifier that the network was made from; calibrate for
+            agreement with it. Labels are then only used to report accuracy.
     """
     return _Calibration(config, runs, labels, costs, original).find(level_costs)
 
 
 @dataclass(frozen=True)
 class _Side:
-    """Some texts with the answers that one fit of the fusion gives them.
+    """A subset of the texts with their answers under one fit of the fusion.
 
-    right [S+1, N] is by the policy's measure, `agrees` [S+1, N] with the full network or the
+    `right` [S+1, N] is by the policy's measure; `agrees` [S+1, N] with the full network or the
     original.
     """
 
@@ -313,11 +311,10 @@ class _Side:
 class _Calibration:
     """The folds of one calibration.
 
-    While rules are chosen, a step's answer is worth how probable the full step's fused
-    probabilities make it: that is the expectation of whether it is right. Labels themselves are so
-    noisy on some thousand texts that a search takes the luckiest of many chains; they calibrate the
-    probabilities, and say what a level reaches. For agreement the truth has no noise of its own,
-    and agreement itself counts.
+    In the search for accuracy, the value of an answer is its probability according to the full
+    step, that is its expected correctness. Labels of a few thousand texts are so noisy that the
+    search would pick the luckiest of many chains; they only calibrate the probabilities and measure
+    the levels. In the search for agreement, the value is the agreement, which has no such noise.
     """
 
     def __init__(
@@ -335,7 +332,7 @@ class _Calibration:
         self.count = len(runs.s)
 
     def find(self, level_costs: Sequence[float]) -> Found:
-        """See `calibrate`."""
+        """Return the calibrated policy; see `calibrate`."""
         fast, balanced = level_costs
         if self.measure == "agreement":
             named: dict[str, Goal] = {k: Goal(value=share) for k, share in AGREEMENT.items()}
@@ -347,9 +344,9 @@ class _Calibration:
         fusion = self._fuse(np.arange(self.count))
         folds = np.random.default_rng(0).permutation(self.count) % min(FOLDS, self.count)
         options = chains(self.config)
-        self.whole = self._side(np.arange(self.count), fusion)
+        self.all_texts = self._side(np.arange(self.count), fusion)
         self.unseen: list[_Side] = []
-        choices = [self._choose(self.whole, options, [*searched, Goal()])]
+        choices = [self._choose(self.all_texts, options, [*searched, Goal()])]
         for fold in range(folds.max() + 1):
             seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
             weights = self._fuse(seen, fusion)
@@ -360,7 +357,7 @@ class _Calibration:
             choices.append(own)
         return Found(
             fusion,
-            self.whole.table.fixed_steps(self.whole.right, self.measure),
+            self.all_texts.table.fixed_steps(self.all_texts.right, self.measure),
             Policy(
                 measure=self.measure,
                 chain=choices[0].route.chain,
@@ -378,7 +375,7 @@ class _Calibration:
             return fit_fusion(logits, truth, kind, has_step_0, start)
         if self.labels is not None:
             return fit_fusion(logits, self.labels[rows], kind, has_step_0, start)
-        # The full step's answers are what is to be met: its weights stay.
+        # The full step's answers are the target, so its weights are not fitted.
         last = (self.config.encoder_weights[-1], self.config.exit_weights[-1])
         truth = probabilities(fuse(logits[-1], logits[0], *last), kind)
         return [*fit_fusion(logits[:-1], truth, kind, has_step_0, start), last]
@@ -395,9 +392,9 @@ class _Calibration:
         return _Side(rows, table, steps, right, agrees)
 
     def _costs(self, table: Table) -> np.ndarray:
-        """Return what steps cost [S+1, N], as a share of what the full step costs on average."""
+        """Return the costs of steps [S+1, N], as shares of the full step's mean cost."""
         if self.costs is None:
-            costs, whole = table.macs.copy(), table.dense
+            costs, full = table.macs.copy(), table.dense
             costs[0] += table.decision
         else:
             costs = np.array(
@@ -407,8 +404,8 @@ class _Calibration:
                 ]
             )
             costs = costs / TYPICAL_BATCH + np.array([[step.item] for step in self.costs.steps])
-            whole = costs[-1]
-        return np.asarray(costs / whole.mean(), dtype=np.float32)
+            full = costs[-1]
+        return np.asarray(costs / full.mean(), dtype=np.float32)
 
     def _choose(
         self,
@@ -419,7 +416,7 @@ class _Calibration:
     ) -> Curve:
         route = search(side.steps, options, goals, margins)
         full = float(side.right[-1].mean())
-        # A tenth of a standard error of the accuracy: less is no reason to pay more.
+        # Gains below a tenth of the accuracy's standard error do not justify a higher cost.
         grain = 0.1 * math.sqrt(full * (1 - full) / len(side.rows))
         return Curve.of(route, side.steps, grain)
 
@@ -428,13 +425,15 @@ class _Calibration:
         lowest = np.zeros(len(choices))
         for name in QUALITY_NAMES:
             own = np.maximum(lowest, self._reach(named.get(name, Goal()), choices))
-            if own[0] > lowest[0]:  # levels of one threshold have one rule, and the same figures
+            if (
+                own[0] > lowest[0]
+            ):  # levels with the same threshold must have the same rule and figures
                 lowest = own
             levels.append(self._level(name, choices, lowest))
         taken = {level.threshold for level in levels}
         most = float(choices[0].cost.max())
-        for place in range(UNNAMED):
-            goal = Goal(cost=most * (place / (UNNAMED - 1)) ** 2)
+        for place in range(UNNAMED_LEVELS):
+            goal = Goal(cost=most * (place / (UNNAMED_LEVELS - 1)) ** 2)
             own = np.array([choice.threshold(goal) for choice in choices])
             if own[0] not in taken:
                 taken.add(float(own[0]))
@@ -442,15 +441,15 @@ class _Calibration:
         return sorted(levels, key=lambda level: level.threshold)
 
     def _reach(self, goal: Goal, choices: Sequence[Curve]) -> np.ndarray:
-        """Return thresholds that reach a goal, of all choices, so that the unseen texts do too."""
+        """Return each choice's threshold for a goal, tightened until unseen texts reach it too."""
         wanted = goal
-        for _ in range(TRIES):
+        for _ in range(MAX_TRIES):
             thresholds = np.array([choice.threshold(wanted) for choice in choices])
             value, cost = self._mean_worth(choices, thresholds)
             if goal.value is None and cost > goal.cost:
-                wanted = Goal(cost=wanted.cost * TIGHTER * goal.cost / cost)
+                wanted = Goal(cost=wanted.cost * TIGHTENING * goal.cost / cost)
             elif goal.value is not None and wanted.value is not None and value < goal.value:
-                wanted = Goal(value=wanted.value + (goal.value - value) / TIGHTER)
+                wanted = Goal(value=wanted.value + (goal.value - value) / TIGHTENING)
             else:
                 break
         return thresholds
@@ -459,15 +458,15 @@ class _Calibration:
         """Return the mean value of the folds' rules, and the mean cost of the shipped one."""
         value = cost = 0.0
         for side, choice, threshold in zip(self.unseen, choices[1:], thresholds[1:], strict=True):
-            value += float(choice.route.worth(side.steps, threshold)[0].sum()) / self.count
-            spent = choices[0].route.worth(side.steps, thresholds[0])[1]
+            value += float(choice.route.value_and_cost(side.steps, threshold)[0].sum()) / self.count
+            spent = choices[0].route.value_and_cost(side.steps, thresholds[0])[1]
             cost += float(spent.sum()) / self.count
         return value, cost
 
     def _level(
         self, name: QualityName | None, choices: Sequence[Curve], thresholds: np.ndarray
     ) -> Level:
-        """Measure what each fold's rule reaches on the fold, and what the shipped one costs."""
+        """Return a level with the accuracy of each fold's rule and the cost of the shipped rule."""
         measured, full, agrees, right = (np.zeros(self.count, dtype=bool) for _ in range(4))
         macs, dense, heads = (np.zeros(self.count) for _ in range(3))
         ends, runs = (np.zeros(self.config.num_steps + 1) for _ in range(2))
@@ -507,7 +506,7 @@ class _Calibration:
 def answer_all(
     network: PackedPass, tokens: TokenizedTexts, rule: BudgetRule, batch: int = BATCH
 ) -> Items:
-    """Answer N texts under one rule, `batch` at a time; those of one step run together."""
+    """Answer N texts under one rule, with up to `batch` texts at the same step per pass."""
 
     def batches(places: list[int]) -> Iterator[list[int]]:
         return (places[start : start + batch] for start in range(0, len(places), batch))
@@ -518,9 +517,9 @@ def answer_all(
 def layerwise_points(
     network: PackedPass, tokens: TokenizedTexts, labels: Tensor
 ) -> list[OperatingPoint]:
-    """Return the quality levels of a network whose layers decide for themselves.
+    """Return the quality levels of a network whose layers decide the budgets.
 
-    f_o's own rule is the fast and the balanced level, the full budget the best one.
+    `fast` and `balanced` use the budgets of the layers' f_o, `best` the full budget.
     """
     config = network.config
     entries = {"fast": (), "balanced": (), "best": (EntryBand(upto=1, step=config.num_steps),)}

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: README.md and the plot of its frontier."""
+"""Write the model card of a checkpoint: README.md and a plot of accuracy against cost."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ def _text(manifest: Manifest, test: list[Row]) -> str:
     return f"""# {manifest.name}, version {manifest.version}
 
 A BudgetFormer text classifier with the labels {", ".join(manifest.labels)}.
-It spends on each text only the attention heads, and with them the feed-forward neurons, that the
-text needs.
+For each text it computes only as many attention heads, and feed-forward neurons, as the text needs.
 
 - Starting weights: {origin.starting_weights} ({origin.starting_weights_license})
 - Data: {origin.data}. Terms: {origin.data_terms}
@@ -65,8 +64,8 @@ text needs.
 {steps}
 
 ## Limits
-Trained for the labels above; any other text gets one of them all the same. Accuracy is that of
-the data named above and says nothing of texts of another kind or time.
+The model assigns one of the labels above to any text, even if none fits. The accuracy was measured
+on the data above, and may differ for other kinds of texts.
 
 ## Recipe
 ```
@@ -113,7 +112,7 @@ def _level(level: Level, measure: Measure) -> list[str]:
 
 
 def _explained(manifest: Manifest) -> str:
-    """Say what the levels were calibrated for, and on what."""
+    """Return the explanation of the table of levels."""
     rows = f"{manifest.metrics.get('calibration_rows', 0):.0f} held-out texts"
     if manifest.policy is None:
         return f"Calibrated for accuracy on {rows}. Points lost are against the full budget."
@@ -143,7 +142,7 @@ the full network. Of the texts, this share ends at each step:
 
 
 def _costs(manifest: Manifest) -> str:
-    """Say what each level cost in time and money, if that was measured."""
+    """Return the section on measured time and price; empty if they were not measured."""
     timing = manifest.timing
     if timing is None:
         return ""
@@ -197,7 +196,7 @@ def _plot(axes: Axes, manifest: Manifest) -> None:
 
 
 def _precision(manifest: Manifest) -> str:
-    """Say in which precision `--dtype auto` serves it, as `choose_precision` decides."""
+    """Return in words which precision `--dtype auto` selects, as `choose_precision` does."""
     half = (
         "float32 if its encoder has fewer than a million weights; if not, in bfloat16 on GPUs that "
         "have it and on processors with AMX"

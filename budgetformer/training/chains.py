@@ -1,8 +1,7 @@
-"""Search the chain of steps, f_o's bands over it, and confidence thresholds, by look-up.
+"""Search for the best chain of steps, f_o's bands over it, and confidence thresholds.
 
-Every text has been run at every step, so what a chain costs and reaches at a threshold is array
-arithmetic. What happens from a link on is the same for all chains that end alike, so it is
-computed once for each ending.
+Every text has been run at every step, so the cost and the value of a chain at a threshold are array
+arithmetic. Chains with the same last links share those results, which are computed once.
 """
 
 from __future__ import annotations
@@ -20,29 +19,29 @@ from budgetformer.inference.policy import EntryBand, threshold_at
 from budgetformer.model.architecture import Architecture
 
 EXIT_MARGINS = (0.0, 0.1, 0.2, 0.4, 1.0)
-"""How much more confident than the others step 0 may have to be; with the last one it never is."""
+"""Tried exit margins; with the last one, step 0 never answers."""
 MAX_LINKS = 4
-"""Links of a chain, step 0 not counted."""
+"""Maximum links of a chain, step 0 not counted."""
 THRESHOLDS = 48
-"""Thresholds at which chains are compared."""
+"""Number of thresholds at which chains are compared."""
 BINS = 24
-"""Parts of the range of s between which bands may begin."""
-USED = 0.02
-"""Share of the texts that a link must answer to count as one in use."""
+"""Number of parts of the range of s, at whose bounds bands may begin."""
+MIN_LINK_SHARE = 0.02
+"""Share of the texts that a link must answer to count as in use."""
 NOISE = 0.5
-"""Standard errors by which the means of two chains must differ to count as different."""
+"""Two chains are different if their means differ by more than this many standard errors."""
 CANDIDATES = 500
-"""Thresholds among which that of a level is chosen."""
+"""Number of candidate thresholds for a level."""
 CHUNK = 4096
-"""Texts that are summed at a time: what is kept of each ending grows with them."""
+"""Texts summed at a time, to bound memory."""
 
 Chain = tuple[int, ...]
 
 
 def chains(config: Architecture) -> list[Chain]:
-    """Return every chain of a network whose links together cost no more than its full step.
+    """Return every chain of a network whose links together cost at most one full step.
 
-    They begin with step 0 where there is one. Of steps that compute the same heads, one is used.
+    They begin with step 0 if there is one. Of steps with the same heads, only the first is used.
     """
     first = (0,) if config.embedding_exit else ()
     steps = [
@@ -60,37 +59,38 @@ def chains(config: Architecture) -> list[Chain]:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a threshold is to reach on average.
+    """The goal for which a threshold is chosen.
 
     Attributes:
-        cost: the most value at a mean cost of at most this; if all cost more, the least cost.
-        value: the least cost at a mean value of at least this, instead; if none has it, the most
-            value.
+        cost: maximise the mean value at a mean cost of at most this; if every threshold costs more,
+            minimise the cost.
+        value: instead, minimise the mean cost at a mean value of at least this; if no threshold
+            reaches it, maximise the value.
     """
 
     cost: float = math.inf
     value: float | None = None
 
     def score(self, value: np.ndarray, cost: np.ndarray) -> np.ndarray:
-        """Return what is to be as large as possible, from mean values and costs, of any shape."""
+        """Return the score to maximise, from mean values and costs of any shape."""
         if self.value is None:
             return np.where(cost <= self.cost, value, -cost)
         return np.where(value >= self.value, -cost, value - 10)
 
     def per_text(self, value: np.ndarray, cost: np.ndarray) -> np.ndarray:
-        """Return the part of each text in the score, from its value and cost."""
+        """Return each text's contribution to the score, from its value and cost."""
         return value if self.value is None else -cost
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What every step gives each of N texts, [S+1, N] each (row 0 is step 0).
+    """The answers of every step to N texts, [S+1, N] each (row 0 is step 0).
 
     Attributes:
-        confidence: of its answer.
-        value: what its answer is worth, 0..1.
-        cost: of running it; row 0 is the decision, which every text pays.
-        s: f_o's verdict [N].
+        confidence: of the answer.
+        value: of the answer, 0..1.
+        cost: of running the step; row 0 is the decision, which every text needs.
+        s: f_o's output [N].
     """
 
     confidence: np.ndarray
@@ -108,21 +108,21 @@ class Steps:
         )
 
     def with_exit_margin(self, margin: float) -> Steps:
-        """Return the same steps with step 0's confidence lower by a margin."""
+        """Return the same steps with step 0's confidence reduced by a margin."""
         confidence = self.confidence.copy()
         confidence[0] -= margin
         return replace(self, confidence=confidence)
 
     @cached_property
     def thresholds(self) -> np.ndarray:
-        """Confidences that share the answers evenly, rising, from 0 to 1, [Q]."""
+        """Thresholds at even quantiles of the confidences, rising, from 0 to 1, [Q]."""
         spread = np.quantile(self.confidence, np.linspace(0, 1, THRESHOLDS)[1:-1])
         return np.unique([0.0, *spread.clip(0, 1), 1.0]).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Walk:
-    """What N texts do under a rule: the step each ends at [N], and which it runs [S+1, N]."""
+    """The paths of N texts under a rule: the last step `ends` [N], the steps `ran` [S+1, N]."""
 
     ends: np.ndarray
     ran: np.ndarray
@@ -130,14 +130,14 @@ class Walk:
 
 @dataclass(frozen=True)
 class Route:
-    """Chain, bands over s and exit margin, as a `BudgetRule` has; a threshold makes them a rule."""
+    """Chain, bands over s and exit margin of a `BudgetRule`, without its threshold."""
 
     chain: Chain
     entry: tuple[EntryBand, ...]
     exit_margin: float = 0.0
 
     def walk(self, confidence: np.ndarray, s: np.ndarray, threshold: float) -> Walk:
-        """Return what texts do whose answers have a confidence [S+1, N], and s [N]."""
+        """Return the paths of texts with these confidences [S+1, N] and s [N]."""
         if self.entry:
             bounds = np.array([band.upto for band in self.entry])
             start = np.array([band.step for band in self.entry])[np.searchsorted(bounds, s)]
@@ -158,8 +158,8 @@ class Route:
             waiting &= ~stops
         return Walk(ends, ran)
 
-    def worth(self, steps: Steps, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return what each text's answer is worth, and costs, at a threshold: [N] each."""
+    def value_and_cost(self, steps: Steps, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the value and cost of each text's answer at a threshold, [N] each."""
         walk = self.walk(steps.confidence, steps.s, threshold)
         spent = (walk.ran[1:] * steps.cost[1:]).sum(0) + steps.cost[0]
         return steps.value[walk.ends, np.arange(len(steps))], spent
@@ -167,9 +167,9 @@ class Route:
 
 @dataclass(frozen=True)
 class Curve:
-    """A route, and what its thresholds give on the texts that chose it: means, [Q] each.
+    """A route with its mean value and cost at each threshold on the texts that chose it, [Q] each.
 
-    Differences of value up to `grain` are no reason to pay more.
+    Differences in value up to `grain` do not justify a higher cost.
     """
 
     route: Route
@@ -180,16 +180,18 @@ class Curve:
 
     @classmethod
     def of(cls, route: Route, steps: Steps, grain: float = 0.0) -> Curve:
-        """Measure a route at thresholds that share its answers evenly."""
+        """Evaluate a route at thresholds at even quantiles of its confidences."""
         used = steps.confidence[list(route.chain)]
         spread = np.quantile(used, np.linspace(0, 1, CANDIDATES)).round(5)
         thresholds = np.unique([0.0, *spread, 1.0])
-        worth = [route.worth(steps, threshold) for threshold in thresholds]
-        value, cost = (np.array([part.mean() for part in own]) for own in zip(*worth, strict=True))
+        value_and_cost = [route.value_and_cost(steps, threshold) for threshold in thresholds]
+        value, cost = (
+            np.array([part.mean() for part in own]) for own in zip(*value_and_cost, strict=True)
+        )
         return cls(route, thresholds, value, cost, grain)
 
     def threshold(self, goal: Goal) -> float:
-        """Return the lowest threshold that reaches a goal as well as any, but for the grain."""
+        """Return the lowest threshold whose score for a goal is within `grain` of the best."""
         score = goal.score(self.value, self.cost)
         return float(self.thresholds[np.argmax(score >= score.max() - self.grain)])
 
@@ -200,16 +202,16 @@ def search(
     goals: Sequence[Goal],
     margins: Sequence[float] = EXIT_MARGINS,
 ) -> Route:
-    """Return the chain, the bands and the exit margin that reach some goals best, on average.
+    """Return the chain, bands and exit margin with the best mean score over some goals.
 
-    Each route is judged at its best threshold for each goal. Routes whose paired difference is
-    within noise are equal; of those, the one with most links in use is taken, then the best.
+    Each route is scored at its best threshold for each goal. Routes whose paired difference is
+    within noise count as equal; among them, the one with the most links in use wins, then the best.
 
     Args:
-        steps: of the texts that choose.
+        steps: answers to the texts on which the route is chosen.
         options: chains to try.
-        goals: see there.
-        margins: exit margins to try with the chains that have a step 0 and another.
+        goals: goals to score.
+        margins: exit margins to try with chains that have step 0 and another step.
     """
     found = []
     for margin in margins:
@@ -229,19 +231,19 @@ def search(
 def _judge(
     route: Route, steps: Steps, thresholds: Sequence[float], goals: Sequence[Goal]
 ) -> tuple[np.ndarray, int]:
-    """Return each text's mean part in the goals [N], and how many steps answer texts."""
+    """Return each text's mean contribution to the scores [N], and how many steps are in use."""
     texts = np.zeros(len(steps))
     shares = np.zeros(len(steps.confidence))
     for threshold, goal in zip(thresholds, goals, strict=True):
         walk = route.walk(steps.confidence, steps.s, threshold)
-        texts += goal.per_text(*route.worth(steps, threshold)) / len(goals)
+        texts += goal.per_text(*route.value_and_cost(steps, threshold)) / len(goals)
         counts = np.bincount(walk.ends, minlength=len(shares))
         shares = np.maximum(shares, counts / len(steps))
-    return texts, int((shares >= USED).sum())
+    return texts, int((shares >= MIN_LINK_SHARE).sum())
 
 
 class _Search:
-    """Sums over texts in parts of the range of s, by threshold, for every ending of a chain."""
+    """Sums of value and cost per bin of s and threshold, for every tail of a chain."""
 
     def __init__(self, steps: Steps, options: Sequence[Chain]) -> None:
         self.count, self.thresholds, self.options = len(steps), steps.thresholds, options
@@ -283,7 +285,7 @@ class _Search:
 
     @staticmethod
     def _bounds(steps: Steps) -> np.ndarray:
-        """Return the upper ends of the parts of s: equally many texts go on past step 0 in each."""
+        """Return the upper bounds of the bins of s, with equally many texts past step 0 in each."""
         order = np.argsort(steps.s, kind="stable")
         weight = (steps.confidence[0] < steps.thresholds[:, None]).mean(0)[order].cumsum()
         ends = np.searchsorted(weight, weight[-1] * np.arange(1, BINS) / BINS)
@@ -291,7 +293,7 @@ class _Search:
         return np.append(inner[inner < 1], 1.0)
 
     def _from(self, links: Chain, part: Steps, known: dict[Chain, np.ndarray]) -> np.ndarray:
-        """Return value and cost [2, Q, N] of texts that start at the first of some links."""
+        """Return value and cost [2, Q, N] of texts that start at the first of these links."""
         if links not in known:
             step = links[0]
             own = np.stack([part.value[step], part.cost[step]])[:, None]
@@ -305,7 +307,7 @@ class _Search:
         return known[links]
 
     def _totals(self, option: Chain) -> tuple[list[tuple[int, ...]], np.ndarray]:
-        """Return every way to cut s into bands, and mean value and cost [2, ways, Q] of each."""
+        """Return every split of s into bands, with mean value and cost [2, splits, Q]."""
         after_0 = option[0] == 0
         links = option[1:] if after_0 else option
         if links:
@@ -319,7 +321,7 @@ class _Search:
                 prefix = np.pad(sums, ((0, 0), (0, 0), (1, 0)))
                 own = prefix[..., ends[:, place + 1]] - prefix[..., ends[:, place]]
                 totals += own.swapaxes(1, 2)
-        else:  # step 0 alone, whose every answer stands, as at threshold 0
+        else:  # only step 0, whose answers are all final, as at threshold 0
             cuts, totals = [()], np.zeros((2, 1, len(self.thresholds)))
             totals[0] = self.stopped[0, 0]
         return cuts, totals / self.count + np.array([0.0, self.base])[:, None, None]

@@ -1,4 +1,4 @@
-"""Labelled texts and their tokens."""
+"""Texts with or without labels, and their tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from budgetformer.training.labels import LabelColumn, stored_names
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts: `labels` holds class ids [N], or 0/1 rows [N, C] when multi-label; or none at all."""
+    """Texts; `labels` are class ids [N], 0/1 rows [N, C] when multi-label, or empty."""
 
     texts: list[str]
     pairs: list[str] | None
@@ -34,7 +34,7 @@ class Examples:
 
     @property
     def multi_label(self) -> bool:
-        """Whether an item may carry several labels."""
+        """Whether a text may have several labels."""
         return self.labels.ndim == 2
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> Examples:
@@ -47,23 +47,23 @@ class Examples:
         )
 
     def sample(self, count: int, seed: int) -> Examples:
-        """Return `count` rows drawn by `seed`, in their order; all of them if there are no more."""
+        """Return at most `count` random rows, in their order."""
         return self if count >= len(self) else self.subset(drawn_rows(len(self), count, seed))
 
     def evenly(self, count: int | None) -> Examples:
-        """Return an even choice of at most `count` rows; None: all."""
+        """Return at most `count` evenly spaced rows; None: all."""
         if count is None or count >= len(self):
             return self
         return self.subset(even_rows(len(self), count))
 
 
 def drawn_rows(total: int, count: int, seed: int) -> np.ndarray:
-    """Draw at most `count` of the rows 0..total-1 by `seed`, in their order."""
+    """Return at most `count` random rows of 0..total-1, rising."""
     return np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
 
 def even_rows(total: int, count: int) -> np.ndarray:
-    """Choose at most `count` of the rows 0..total-1, evenly."""
+    """Return at most `count` evenly spaced rows of 0..total-1."""
     return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
@@ -82,9 +82,9 @@ def read_examples(
 
     Args:
         path: a CSV, JSONL or Parquet file.
-        names: the classes of a model; other labels are refused.
+        names: class names of a model; other labels are an error.
         multi_label: whether rows may have several labels; None: the first row decides.
-        encoder_names: names that class ids get if nothing else names them and they fit exactly.
+        encoder_names: class names for class ids without names, if the counts match.
 
     Raises:
         DataError: the file cannot be read, has no rows, or a row has no text or an unknown label.
@@ -109,7 +109,7 @@ def read_examples(
 
 
 def read_texts(path: Path) -> Examples:
-    """Read texts, or pairs of texts, without labels: those of the result are empty.
+    """Read texts or pairs without labels.
 
     Raises:
         DataError: the file cannot be read, or has no rows.
@@ -122,7 +122,7 @@ def read_texts(path: Path) -> Examples:
 
 
 def has_labels(path: Path) -> bool:
-    """Say whether the first row of a file has a label; what is wrong with it is said elsewhere."""
+    """Return whether the first row of a file has a label; False if the file cannot be read."""
     try:
         _, _, label = next(iter(open_table(path).rows("label")))
     except (DataError, StopIteration):
@@ -140,12 +140,12 @@ class TokenBatch:
     attention_mask: Tensor
 
     def split(self, parts: int) -> list[TokenBatch]:
-        """Cut the batch into at most `parts` batches of like size."""
+        """Split the batch into at most `parts` batches of similar size."""
         size = -(-len(self.rows) // parts)
         return [self.take(slice(i, i + size)) for i in range(0, len(self.rows), size)]
 
     def take(self, items: slice) -> TokenBatch:
-        """Return some of the items."""
+        """Return a slice of the items."""
         return TokenBatch(
             self.rows[items],
             self.input_ids[items],
@@ -166,10 +166,10 @@ class TokenBatch:
 
 
 class TokenizedTexts:
-    """The tokens of a data set, kept once and served in batches of similar length.
+    """The tokens of a data set, in batches of texts of similar length.
 
-    `ids` and `types` are what the encoder reads of each text, `whole` and `whole_types` what step 0
-    reads.
+    `ids` and `types` are the windows, which the encoder reads; `full_ids` and `full_types` are the
+    full texts, which step 0 reads.
     """
 
     def __init__(
@@ -179,21 +179,21 @@ class TokenizedTexts:
         pairs: list[str] | None,
         max_length: int,
         truncation_side: Side = "right",
-        whole_length: int = 0,
+        full_length: int = 0,
     ) -> None:
         inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
-        encoder = TextEncoder(tokenizer, max_length, truncation_side, whole_length)
+        encoder = TextEncoder(tokenizer, max_length, truncation_side, full_length)
         self.ids: list[np.ndarray] = []
         self.types: list[np.ndarray] = []
-        self.whole: list[np.ndarray] = []
-        self.whole_types: list[np.ndarray] = []
+        self.full_ids: list[np.ndarray] = []
+        self.full_types: list[np.ndarray] = []
         for tokens in encoder.encode(inputs):
             ids, types = np.array(tokens.ids, np.int64), _types(tokens.ids, tokens.type_ids)
             self.ids.append(ids)
             self.types.append(types)
-            whole, whole_types = tokens.whole, tokens.whole_type_ids
-            self.whole.append(ids if whole is None else np.array(whole, np.int64))
-            self.whole_types.append(types if whole is None else _types(whole, whole_types))
+            full_ids, full_types = tokens.full_ids, tokens.full_type_ids
+            self.full_ids.append(ids if full_ids is None else np.array(full_ids, np.int64))
+            self.full_types.append(types if full_ids is None else _types(full_ids, full_types))
         self.lengths = np.array([len(ids) for ids in self.ids])
 
     @classmethod
@@ -212,17 +212,17 @@ class TokenizedTexts:
     def subset(self, rows: np.ndarray) -> TokenizedTexts:
         """Return the given texts."""
         chosen = copy.copy(self)
-        for name in ("ids", "types", "whole", "whole_types"):
+        for name in ("ids", "types", "full_ids", "full_types"):
             setattr(chosen, name, [getattr(self, name)[row] for row in rows])
         chosen.lengths = self.lengths[rows]
         return chosen
 
     def columns(self, rows: np.ndarray | Sequence[int]) -> Texts:
-        """Return the given texts, one after another."""
+        """Return the given texts as columns."""
         window = _columns(self.ids, self.types, rows)
-        if all(self.whole[row] is self.ids[row] for row in rows):
+        if all(self.full_ids[row] is self.ids[row] for row in rows):
             return Texts(window, window)
-        return Texts(window, _columns(self.whole, self.whole_types, rows))
+        return Texts(window, _columns(self.full_ids, self.full_types, rows))
 
     def batch(self, rows: np.ndarray) -> TokenBatch:
         """Pad the given rows to their longest."""
@@ -237,9 +237,9 @@ class TokenizedTexts:
         return TokenBatch(rows, *(torch.from_numpy(a) for a in (ids, types, mask)))
 
     def batches(self, batch_size: int, seed: int | None = None) -> Iterator[TokenBatch]:
-        """Yield every row once.
+        """Yield every row once, in batches of similar lengths.
 
-        `seed` shuffles, still grouping like lengths; None goes by length.
+        With a `seed`, rows and batches are shuffled; None: in order of length.
         """
         order = np.argsort(self.lengths, kind="stable")
         if seed is not None:

@@ -1,4 +1,4 @@
-"""Accuracy and cost on labelled texts, here or through a running server."""
+"""Measure accuracy and cost on a set of texts, in this process or through a running server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HTTP_BATCH = 64
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was answered for one text: label indices, ladder step, heads, multiply-adds."""
+    """The answer for one text: label indices, ladder step, heads, multiply-adds."""
 
     labels: tuple[int, ...]
     budget: int
@@ -37,17 +37,16 @@ class Verdict:
 
 
 Ask = Callable[[Examples, str | None], list[Verdict]]
-"""Answer all texts at a quality level; None: at the full budget."""
+"""Answers all texts at a quality level; None: at the full budget."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the report; shares are 0..1.
 
-    `accuracy` and its interval are None where the texts have no labels.
-    `budgets` is the share of the texts that ended at each step, `agreement` that of the answers
-    that are the full budget's; `cheaper` counts texts that took fewer multiply-adds than at the
-    level before, which no policy allows.
+    `accuracy` and its interval are None if the texts have no labels. `budgets` is the share of
+    texts that ended at each step, and `agreement` the share of answers equal to the full budget's.
+    `cheaper` counts texts with fewer multiply-adds than at the previous level; policies ensure 0.
     """
 
     quality: str
@@ -67,7 +66,7 @@ class Row:
         return asdict(self)
 
     def cells(self) -> tuple[str, ...]:
-        """Return the line as a table shows it."""
+        """Return the cells of the line in a table."""
         return (
             self.quality,
             "" if self.accuracy is None else f"{self.accuracy:.4f}",
@@ -80,7 +79,7 @@ class Row:
 
 
 def interval(accuracy: float, rows: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share seen on so many rows."""
+    """Return Wilson's 95 % interval of a share measured on `rows` rows."""
     z = 1.96
     middle = (accuracy + z * z / (2 * rows)) / (1 + z * z / rows)
     half = (
@@ -92,19 +91,19 @@ def interval(accuracy: float, rows: int) -> tuple[float, float]:
 
 
 def read_test(checkpoint: Checkpoint, data: Path, limit: int | None = None) -> Examples:
-    """Read texts with a checkpoint's labels, or without any if the file has no column `label`.
+    """Read texts with a checkpoint's labels, or without if the file has no column `label`.
 
     Args:
-        checkpoint: whose labels count.
+        checkpoint: defines the labels.
         data: a file, or a folder with `test.*`.
-        limit: use at most this many rows, evenly chosen.
+        limit: maximum rows, evenly chosen.
 
     Raises:
-        DataError: the file has no rows, or labels that the checkpoint does not know.
+        DataError: the file has no rows, or a label that the checkpoint does not have.
     """
     path = find_table(data, "test") if data.is_dir() else data
     if path is None:
-        raise DataError(f"{data}: a folder without test.parquet, test.csv or test.jsonl")
+        raise DataError(f"{data}: the folder has no test.parquet, test.csv or test.jsonl")
     if not has_labels(path):
         return read_texts(path).evenly(limit)
     labels = list(checkpoint.manifest.labels)
@@ -114,12 +113,12 @@ def read_test(checkpoint: Checkpoint, data: Path, limit: int | None = None) -> E
 def evaluate_checkpoint(
     checkpoint: Checkpoint, examples: Examples, ask: Ask | None = None
 ) -> list[Row]:
-    """Score every quality level, then the full budget, on texts with labels or without.
+    """Score every quality level, then the full budget, on texts with or without labels.
 
     Args:
-        checkpoint: whose levels and labels count.
+        checkpoint: defines the levels and labels.
         examples: the texts.
-        ask: who answers; None: the checkpoint, in this process.
+        ask: answers texts; None: the checkpoint, in this process.
     """
     answer = ask or in_process(Classifier(checkpoint.path))
     names = [name for name in QUALITY_NAMES if name in checkpoint.manifest.named_levels]
@@ -133,7 +132,7 @@ def evaluate_checkpoint(
 
 
 def in_process(classifier: Classifier) -> Ask:
-    """Answer with a classifier of this process."""
+    """Return a function that answers with a classifier in this process."""
     many = classifier.checkpoint.multi_label
 
     def ask(examples: Examples, level: str | None) -> list[Verdict]:
@@ -148,9 +147,9 @@ def in_process(classifier: Classifier) -> Ask:
 
 
 def through_http(url: str, checkpoint: Checkpoint) -> Ask:
-    """Answer by asking `POST /classify` of the server at `url`.
+    """Return a function that answers with `POST /classify` of the server at `url`.
 
-    The returned function raises `BudgetFormerError` when the server does not answer as it should.
+    The function raises `BudgetFormerError` if the server cannot be reached or answers an error.
     """
     many = checkpoint.multi_label
 

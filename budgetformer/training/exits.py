@@ -1,4 +1,4 @@
-"""Fit f_o, which decides before the encoder runs."""
+"""Fit f_o, the controller of budgets."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from budgetformer.training.trainer import inputs, progress_bar
 BATCH = 256
 CONTROLLER_EPOCHS = 8
 REFERENCE_THRESHOLDS = (0.8, 0.9, 0.95)
-"""Confidence that counts as enough when f_o learns: about what the quality levels ask for."""
+"""Thresholds from which f_o's targets are computed: about those of the quality levels."""
 FOLDS = 5
 SHARE_UPDATES = 200
 
 
 def wrong(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """Mark the rows of logits [N, C] whose answer is not the labels', as 0/1 floats [N]."""
+    """Return 1.0 for rows of logits [N, C] whose answer differs from the labels, else 0.0: [N]."""
     if problem_type == MULTI_LABEL:
         return ((logits > 0).long() != labels).any(-1).float()
     return (logits.argmax(-1) != labels).float()
@@ -32,10 +32,9 @@ def wrong(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
 def pooled_states(
     model: BudgetFormerForSequenceClassification, tokens: TokenizedTexts, title: str
 ) -> list[Tensor]:
-    """Return what each decision of the network reads: pooled states [N, D], one per decision.
+    """Return the pooled states [N, D] that each decision of the network reads, one per decision.
 
-    With scope "input" that needs the embeddings alone; with scope "layer" a pass at the full
-    budget.
+    With scope "input" this runs only the embeddings; with scope "layer", a pass at the full budget.
     """
     decisions = [m for m in model.modules() if isinstance(m, BudgetDecision)]
     states = [torch.zeros(len(tokens.ids), model.config.hidden_size) for _ in decisions]
@@ -67,13 +66,13 @@ def pooled_states(
 def fit_controllers(
     model: BudgetFormerForSequenceClassification, states: list[Tensor], target: Tensor, seed: int
 ) -> None:
-    """Teach every f_o the probability that the cheapest step errs.
+    """Train every f_o to predict the probability that the cheapest step is wrong.
 
     Args:
-        model: whose decisions are trained.
-        states: what each decision reads, [N, E].
+        model: the network with the decisions.
+        states: each decision's inputs, [N, E].
         target: 1 where the cheapest step's answer was wrong, [N].
-        seed: of order and initial weights.
+        seed: of the order of the texts.
     """
     decisions = [m for m in model.modules() if isinstance(m, BudgetDecision)]
     for decision, read in zip(decisions, states, strict=True):
@@ -88,20 +87,19 @@ def fit_controllers(
 
 
 def fit_controller(model: SequenceClassifier, read: Tensor, confident: Tensor, seed: int) -> Tensor:
-    """Teach f_o, which reads step 0's answer alone, at which step a text will be confident.
+    """Train an f_o that reads only step 0's answer to predict the first confident step of a text.
 
-    s learns the share of the ladder that a text needs: its first confident step k as k / S, and 1
-    where no step is confident, averaged over `REFERENCE_THRESHOLDS`.
+    The target of s is the mean over `REFERENCE_THRESHOLDS` of k / S, where k is the text's first
+    step with a confidence above the threshold, or S if there is none.
 
     Args:
-        model: whose f_o is trained, on all texts.
+        model: the network with the f_o, which is trained on all texts.
         read: f_o's inputs [N, E] (`budgetformer.model.tfidf.evidence`).
-        confident: confidence of the served answer at each step [S+1, N], on texts that no weight
-            has seen.
+        confident: confidence of each step's served answer [S+1, N], on held-out texts.
         seed: of folds and initial weights.
 
     Returns:
-        s [N] of each text, from an f_o that was trained without it: what calibration may use.
+        Out-of-fold s [N], for calibration.
     """
     decision = model.encoder.decision
     assert decision is not None
@@ -119,14 +117,14 @@ def fit_controller(model: SequenceClassifier, read: Tensor, confident: Tensor, s
             _fit_share(decision.controller, read[~held], target[~held], seed)
             s[held] = decision.controller(read[held]).detach()
         _fit_share(decision.controller, read, target, seed)
-    with torch.no_grad():  # as a checkpoint holds it
+    with torch.no_grad():  # round to float16, as checkpoints do
         for weight in decision.controller.parameters():
             weight.copy_(weight.half())
     return s
 
 
 def _fit_share(controller: BudgetController, read: Tensor, target: Tensor, seed: int) -> None:
-    """Fit f_o to shares [N] from new weights, on standardised inputs [N, E]."""
+    """Fit a reinitialised f_o to shares [N], on standardised inputs [N, E]."""
     mean, spread = read.mean(0), read.std(0).clamp(min=1e-3)
     torch.manual_seed(seed)
     for layer in (controller.hidden, controller.out):
@@ -137,6 +135,6 @@ def _fit_share(controller: BudgetController, read: Tensor, target: Tensor, seed:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    with torch.no_grad():  # the served f_o reads its inputs as they are
+    with torch.no_grad():  # fold the standardisation into the weights
         controller.hidden.weight.div_(spread)
         controller.hidden.bias.sub_(controller.hidden.weight @ mean)

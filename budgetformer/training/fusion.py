@@ -1,4 +1,4 @@
-"""Fit how the encoder's and step 0's logits are combined into the answer of each step."""
+"""Fit the weights that combine the encoder's and step 0's logits into the answer of each step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from budgetformer.model.answers import fuse
 from budgetformer.model.architecture import MULTI_LABEL
 
 PRIOR = 1.0
-"""Weight of the prior, counted in texts: it decides only where there are hardly any."""
+"""Weight of the prior, in texts: it matters only with very few texts."""
 ITERATIONS = 100
 
 StepFusion = tuple[float, float]
@@ -29,17 +29,16 @@ def fit_fusion(
     """Fit the weights of each step 1..S on held-out texts.
 
     The answer of step k is `a * encoder + b * step 0`. Its cross-entropy is convex in (a, b), so
-    the fit is the one minimum whatever its start. The sum `a + b` is also a temperature: it makes
-    the confidence of every step mean the same. Neither weight is negative: a step that only says
-    the opposite of another has nothing to add.
+    the minimum does not depend on the start. The sum `a + b` also acts as a temperature, so that
+    confidences of all steps are comparable. Neither weight is negative.
 
     Args:
-        logits: [S+1, N, C], row 0 step 0's, then the encoder's at each step, before fusion.
-        labels: class ids [N], or 0/1 targets [N, C] when multi-label; or probabilities [N, C],
-            which the answers are to meet.
-        problem_type: of the network.
-        has_step_0: whether row 0 says anything; otherwise b is 0.
-        start: weights to start from, which changes how long it takes and nothing else.
+        logits: [S+1, N, C]: step 0's in row 0, then the encoder's at each step, before fusion.
+        labels: class ids [N], or 0/1 targets [N, C] when multi-label; or target probabilities
+            [N, C].
+        problem_type: the network's.
+        has_step_0: whether row 0 is used; otherwise b is 0.
+        start: initial weights; affects only the time.
     """
     exits = logits[0].double() if has_step_0 else None
     labels = labels.double() if labels.ndim == 2 else labels
@@ -59,7 +58,7 @@ def _fit_step(
 ) -> StepFusion:
     kept = [True, exits is not None]
     weights = _minimise(encoder, exits, labels, problem_type, kept, start)
-    if min(weights) < 0:  # at most one is: the other alone is better than nothing
+    if min(weights) < 0:  # at most one is: fix it at 0 and fit the other
         kept[weights.index(min(weights))] = False
         weights = _minimise(encoder, exits, labels, problem_type, kept, start)
     return max(weights[0], 0.0), max(weights[1], 0.0)

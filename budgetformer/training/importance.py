@@ -1,4 +1,4 @@
-"""Order heads and neurons by importance, and make ladders of it."""
+"""Order heads and neurons by importance, and derive ladders from it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 
 
 class _UnitImportance:
-    """First-order importance of the inputs of a linear map.
-
-    |sum over tokens of value * gradient|.
-    """
+    """First-order importance of a linear map's inputs: |sum over tokens of value * gradient|."""
 
     def __init__(self, linear: nn.Linear, group: int) -> None:
         self.group = group
@@ -30,7 +27,7 @@ class _UnitImportance:
 
     def collect(self) -> None:
         if self._inputs is None or self._inputs.grad is None:
-            raise RuntimeError("collect() needs a backward pass first")
+            raise RuntimeError("collect() requires a backward pass first")
         product = (self._inputs * self._inputs.grad).detach().float()
         self.total += product.unflatten(-1, (-1, self.group)).sum((1, 3)).abs().sum(0)
         self._inputs = None
@@ -43,19 +40,19 @@ class _UnitImportance:
 def order_by_importance(
     model: BudgetFormerForSequenceClassification, batches: Iterable[dict[str, Tensor]]
 ) -> Tensor:
-    """Permute every layer's heads, and its neurons, so that the most important come first.
+    """Permute every layer's heads and neurons so that the most important come first.
 
-    The network computes the same function afterwards; a ladder step, which keeps the first heads
-    and with them the first neurons, then keeps what matters most. Importance is the mean size of
-    the first-order change in the loss when a head or neuron is removed (Michel et al., 2019).
+    The network still computes the same function, but ladder steps, which keep the first heads and
+    neurons, now keep the most important ones. Importance is the mean magnitude of the first-order
+    change in the loss if a head or neuron is removed (Michel et al., 2019).
 
     Args:
         model: any BudgetFormer.
-        batches: arguments of `forward`, labels among them.
+        batches: arguments of `forward`, including labels.
 
     Returns:
-        The importance of every head, with the neurons in its place where they are coupled, [L, H],
-        falling within each layer.
+        The importance of every head [L, H], including its neurons if they are coupled; falling
+        within each layer.
     """
     meters: list[tuple[EncoderLayer, _UnitImportance, _UnitImportance]] = []
     for layer in model.encoder.encoder_layers:
@@ -91,11 +88,10 @@ def order_by_importance(
 
 
 def ladder_by_importance(units: Tensor) -> list[list[int]]:
-    """Return H steps of as many heads in all as the uniform ladder's, where they matter most.
+    """Return a ladder of H steps, of which step k keeps the k * L most important heads.
 
     Args:
-        units: importance of the heads [L, H], falling within each layer; step k keeps the k * L
-            most important of them all.
+        units: importance of the heads [L, H], falling within each layer.
     """
     layers, heads = units.shape
     order = units.flatten().argsort(descending=True, stable=True) // heads
@@ -121,8 +117,8 @@ def _permute(layer: EncoderLayer, heads: Tensor, neurons: Tensor) -> None:
         linear.bias.copy_(linear.bias[heads].clone())
     if attention.distance_bias is not None:
         size = len(heads) // attention.distance_bias.embedding_dim
-        whole = heads[::size] // size
-        attention.distance_bias.weight.copy_(attention.distance_bias.weight[:, whole].clone())
+        order = heads[::size] // size
+        attention.distance_bias.weight.copy_(attention.distance_bias.weight[:, order].clone())
     attention.output.weight.copy_(attention.output.weight[:, heads].clone())
     for linear in (net.up,) if net.gate is None else (net.up, net.gate):
         linear.weight.copy_(linear.weight[neurons].clone())

@@ -1,4 +1,4 @@
-"""The column `label`: class names or class ids, and the names that ids stand for."""
+"""Read the column `label`, which has class names or class ids, and find the names of ids."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from budgetformer.tables import TableFile, check_string, kind_of
 Label = str | int
 
 MAX_MATRIX_BYTES = 2**31
-"""Size of the 0/1 rows of a multi-label data set."""
+"""Maximum size of the 0/1 matrix of a multi-label data set."""
 MIN_ROWS_PER_LABEL = 2
-"""On average. With fewer, the column probably holds numbers or texts instead of classes."""
+"""Minimum mean rows per label; with fewer, the column probably has numbers or texts, not classes.
+"""
 SHOWN_LABELS = 10
 
 
 class LabelColumn:
     """The labels of a file, checked as they are added.
 
-    `multi_label` says what is expected: lists of labels, where a plain label counts as a list of
-    one; plain labels alone; or, if None, what the first row has.
+    Args:
+        path: the file, for messages.
+        multi_label: True: rows have lists of labels or single labels; False: single labels only;
+            None: the first row decides.
     """
 
     def __init__(self, path: Path, multi_label: bool | None = None) -> None:
@@ -44,7 +47,8 @@ class LabelColumn:
         """Add the label, or the list of labels, of one row.
 
         Raises:
-            ValueError: it is empty, no string or integer, or of another type than those before.
+            ValueError: the label is empty, neither a string nor an integer, or of another type than
+                in earlier rows.
         """
         listed = isinstance(cell, list)
         if listed and self._multi_label is False:
@@ -65,9 +69,9 @@ class LabelColumn:
         """Return class names, and class ids [N] or 0/1 rows [N, C].
 
         Args:
-            names: the classes of the model; None: those of this file.
-            stored: names that come with the file, in the order of its class ids.
-            encoder_names: names that ids get if nothing else names them and they fit exactly.
+            names: class names of the model; None: those of this file.
+            stored: class names stored with the file, in the order of its class ids.
+            encoder_names: class names for class ids without names, if the counts match.
 
         Raises:
             DataError: a label is unknown, or ids without names have gaps.
@@ -102,11 +106,15 @@ class LabelColumn:
         if self._kind is None:
             self._kind = type(label)
         elif not isinstance(label, self._kind):
-            raise ValueError(f"the label is {kind_of(label)}, the labels before are not")
+            raise ValueError(f"the label is {kind_of(label)}, unlike the labels of earlier rows")
         return label
 
     def _dense_names(self, distinct: set[Label]) -> list[str]:
-        """Name the ids 0 to C-1 by their digits."""
+        """Return names for ids without names: their digits.
+
+        Raises:
+            DataError: the ids are not 0 to C-1.
+        """
         count = len(distinct)
         for number, row in enumerate(self._rows, 1):
             for label in row:
@@ -119,7 +127,7 @@ class LabelColumn:
         return [str(i) for i in range(count)]
 
     def _digits_are_ids(self, names: list[str]) -> bool:
-        """Tell whether the strings of a text file are class ids: no class has a number as name."""
+        """Return whether string labels are class ids: the first is a number, but no name is."""
         first = next(label for row in self._rows for label in row)
         return _is_id(first) and not any(name.strip().isdigit() for name in names)
 
@@ -152,15 +160,15 @@ class LabelColumn:
 
     def _unknown(self, row: int, label: Label, names: list[str]) -> DataError:
         return DataError(
-            f"{self._path}, row {row}: unknown label {label!r}; the labels are {_shown(names)}"
+            f"{self._path}, row {row}: unknown label {label!r}; known labels: {_shown(names)}"
         )
 
 
 def stored_names(table: TableFile) -> list[str] | None:
-    """Return the class names that come with a file: `labels.json` beside it, or its own.
+    """Return the class names in `labels.json` beside a file, or in the file's metadata.
 
     Raises:
-        DataError: `labels.json` is not a list of distinct names, or the file has other names.
+        DataError: `labels.json` is not a list of distinct names, or the metadata has other names.
     """
     beside = table.path.parent / "labels.json"
     inside = table.label_names()
@@ -168,7 +176,7 @@ def stored_names(table: TableFile) -> list[str] | None:
         return None if inside is None else check_names(inside, table.path)
     names = read_names(beside)
     if inside is not None and inside != names:
-        raise DataError(f"{table.path}: its own label names differ from those in {beside}")
+        raise DataError(f"{table.path}: the label names in its metadata differ from {beside}")
     return names
 
 
@@ -176,7 +184,7 @@ def read_names(path: Path) -> list[str]:
     """Read `labels.json`, a list of class names in the order of class ids.
 
     Raises:
-        DataError: it cannot be read, or is something else.
+        DataError: it cannot be read, or is not a list of distinct names.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -188,24 +196,24 @@ def read_names(path: Path) -> list[str]:
 
 
 def check_names(names: object, path: Path) -> list[str]:
-    """Return class names that are distinct strings.
+    """Return class names after checking that they are distinct strings.
 
     Raises:
-        DataError: they are not; the message names `path`.
+        DataError: they are not; the message begins with `path`.
     """
     if not isinstance(names, list):
         raise DataError(f"{path}: {kind_of(names)}, not a list of label names")
     for place, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
-            what = "empty" if isinstance(name, str) else kind_of(name)
-            raise DataError(f"{path}: label name {place} is {what}, not a name")
+            problem = "empty" if isinstance(name, str) else kind_of(name)
+            raise DataError(f"{path}: label name {place} is {problem}; it must be a string")
         if name in names[:place]:
             raise DataError(f"{path}: the label name {name!r} occurs more than once")
     return names
 
 
 def check_classes(path: Path, names: Sequence[str], labels: np.ndarray) -> list[str]:
-    """Check that labelled texts can train a classifier; return what a user should know of them.
+    """Check that labelled texts can train a classifier, and return notes for the user.
 
     Raises:
         DataError: all rows have the same label, or there are nearly as many labels as rows.
@@ -214,7 +222,7 @@ def check_classes(path: Path, names: Sequence[str], labels: np.ndarray) -> list[
         places = np.flatnonzero(labels[0]) if labels.ndim == 2 else labels[:1]
         same = _shown([names[i] for i in places.tolist()])
         raise DataError(
-            f"{path}: every row has the label {same}; training needs two labels at least"
+            f"{path}: every row has the label {same}; training requires at least two labels"
         )
     flat = np.nonzero(labels)[1] if labels.ndim == 2 else labels
     counts = np.bincount(flat, minlength=len(names))
@@ -222,22 +230,22 @@ def check_classes(path: Path, names: Sequence[str], labels: np.ndarray) -> list[
     if used * MIN_ROWS_PER_LABEL > len(labels):
         raise DataError(
             f"{path}: {used} different labels in {len(labels)} rows; "
-            f"training needs {MIN_ROWS_PER_LABEL} rows per label at least"
+            f"training requires at least {MIN_ROWS_PER_LABEL} rows per label"
         )
-    told = [f"{len(labels)} rows, {len(names)} labels: {_shown(names)}"]
+    notes = [f"{len(labels)} rows, {len(names)} labels: {_shown(names)}"]
     for text, chosen in (("no row", counts == 0), ("one row only", counts == 1)):
         if chosen.any():
-            some = [name for name, is_it in zip(names, chosen, strict=True) if is_it]
-            told.append(f"labels with {text}: {_shown(some)}")
+            matching = [name for name, match in zip(names, chosen, strict=True) if match]
+            notes.append(f"labels with {text}: {_shown(matching)}")
     folded = Counter(name.strip().casefold() for name in names)
     alike = [name for name in names if folded[name.strip().casefold()] > 1]
     if alike:
-        told.append(f"labels that differ only in spaces or upper case: {_shown(alike)}")
-    return told
+        notes.append(f"labels that differ only in spaces or upper case: {_shown(alike)}")
+    return notes
 
 
 def _is_id(label: Label) -> bool:
-    """Tell whether a label is a class id as programs write one: not `07`, `+1` or `1.0`."""
+    """Return whether a label is a class id in plain digits, unlike `07`, `+1` or `1.0`."""
     text = str(label)
     return text.isascii() and text.isdigit() and (text == "0" or text[0] != "0") and len(text) < 10
 

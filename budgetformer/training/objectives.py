@@ -1,4 +1,4 @@
-"""What training minimises."""
+"""Loss functions and random steps for training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from budgetformer.model.architecture import MULTI_LABEL
 def distillation_loss(
     logits: Tensor, teacher: Tensor, temperature: float, problem_type: str | None
 ) -> Tensor:
-    """Compare logits [B, C] with a teacher's, both softened by `temperature`: [B].
+    """Return the distillation loss [B] of logits [B, C] against a teacher's, with a temperature.
 
-    The gradient keeps its size whatever the temperature (Hinton et al., 2015).
+    The temperature does not change the scale of the gradient (Hinton et al., 2015).
     """
     if problem_type == MULTI_LABEL:
         target = (teacher / temperature).sigmoid()
@@ -26,7 +26,7 @@ def distillation_loss(
 
 
 def label_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """Return the cross-entropy of logits [B, C], the mean over labels when multi-label: [B]."""
+    """Return the cross-entropy [B] of logits [B, C]; when multi-label, the mean over labels."""
     if problem_type == MULTI_LABEL:
         target = labels.to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(-1)
@@ -34,9 +34,9 @@ def label_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tens
 
 
 def random_steps(count: int, num_steps: int, bias: float, full_share: float = 0.0) -> Tensor:
-    """Draw `count` ladder steps ceil(S * u^bias), u uniform; a share of them is the full step.
+    """Draw `count` ladder steps ceil(S * u^bias) with u uniform; a share of them is the full step.
 
-    A bias above 1 draws small steps more often.
+    A bias above 1 favours small steps.
     """
     steps = (torch.rand(count) ** bias * num_steps).ceil().long().clamp(1, num_steps)
     if full_share:
@@ -45,12 +45,12 @@ def random_steps(count: int, num_steps: int, bias: float, full_share: float = 0.
 
 
 def budget_penalty(budget: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Hinge on budgets s outside [s_min, s_max] (paper, regularisers), averaged."""
+    """Return the mean hinge loss of budgets s outside [s_min, s_max] (paper, regularisers)."""
     low, high = bounds
     return (F.relu(low - budget) + F.relu(budget - high)).mean()
 
 
 def relevance_entropy(relevance: Tensor) -> Tensor:
-    """Mean entropy of relevance distributions [..., H] (paper, regularisers)."""
+    """Return the mean entropy of relevance distributions [..., H] (paper, regularisers)."""
     entropy: Tensor = torch.special.entr(relevance).sum(-1)
     return entropy.mean()

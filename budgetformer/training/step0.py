@@ -22,22 +22,22 @@ from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import progress_bar
 
 CHOICE_ROWS = 20_000
-"""Rows on which the regularisation and the weighting are chosen: more change neither."""
+"""Rows on which the regularisation and the weighting are chosen; more make no difference."""
 REGULARISATION = (0.25, 0.5, 1.0, 2.0)
 """Values of C that are tried."""
 REPEATS = (0.0, 1.0)
-"""Weightings that are tried: a feature counts once, or 1 + log(count) times."""
+"""Tried weights of counts: a feature's frequency is 1, or 1 + log(count)."""
 
 
 @dataclass(frozen=True)
 class LinearModel:
-    """A fitted model: `coefficients` [K, rows] and `intercept` [K] of its columns."""
+    """A fitted linear model: `coefficients` [K, rows] and `intercept` [K]."""
 
     coefficients: np.ndarray
     intercept: np.ndarray
 
     def scores(self, matrix: sp.csr_matrix) -> np.ndarray:
-        """Score rows of features: [N, K]."""
+        """Return the scores [N, K] of features [N, rows]."""
         scores: np.ndarray = matrix @ self.coefficients.T + self.intercept
         return scores
 
@@ -45,17 +45,17 @@ class LinearModel:
 def fit_step0(
     config: Architecture, tokens: TokenizedTexts, examples: Examples, recipe: Recipe
 ) -> tuple[TfidfHead, Tensor]:
-    """Fit step 0 on N texts, and return it with out-of-fold logits [N, C] of each of them.
+    """Return a step 0 fitted on N texts, and its out-of-fold logits [N, C].
 
-    These come from models that never saw the text, so they are as right and as confident as step
-    0 is on new texts. The encoder learns from these logits.
+    Out-of-fold logits come from models that never saw the text, so they are as accurate and as
+    confident as on new texts. The encoder learns from them.
     """
     count, labels = len(examples), torch.from_numpy(examples.labels)
     folds = np.random.default_rng(recipe.seed).permutation(count) % recipe.exit_folds
     found = step0.features(
-        np.concatenate(tokens.whole),
-        np.concatenate(tokens.whole_types),
-        [len(ids) for ids in tokens.whole],
+        np.concatenate(tokens.full_ids),
+        np.concatenate(tokens.full_types),
+        [len(ids) for ids in tokens.full_ids],
         config.vocab_size,
         config.exit_buckets,
     )
@@ -108,7 +108,7 @@ def fit_step0(
 
 
 def _columns(examples: Examples, config: Architecture) -> np.ndarray:
-    """Return 0/1 targets [N, K] of the columns."""
+    """Return the 0/1 targets [N, K] of the table's columns."""
     if examples.multi_label:
         return examples.labels
     first = 1 if config.num_classes == 2 else 0
@@ -117,7 +117,7 @@ def _columns(examples: Examples, config: Architecture) -> np.ndarray:
 
 
 def _fit(matrix: sp.csr_matrix, columns: np.ndarray, c: float, seed: int) -> LinearModel:
-    """Fit one model per column; a column of one value gets that answer."""
+    """Fit one model per column; for a column with a single value, predict that value."""
     coefficients = np.zeros((columns.shape[1], matrix.shape[1]))
     intercept = np.zeros(columns.shape[1])
     for place, target in enumerate(columns.T):
@@ -136,9 +136,9 @@ def _logits(scores: np.ndarray, config: Architecture) -> Tensor:
 
 
 def _fit_scale(logits: Tensor, labels: Tensor, config: Architecture) -> float:
-    """Return the factor that makes the confidence of out-of-fold logits [N, C] calibrated.
+    """Return the factor that calibrates the confidence of out-of-fold logits [N, C].
 
-    One more text that is wrong is assumed: few texts that are all right prove no certainty.
+    Label smoothing by one text avoids certainty when all of a few texts are correct.
     """
     smoothing = 1 / (len(labels) + 1)
 

@@ -1,4 +1,4 @@
-"""The training loop: all heads first, then every budget at once, resumable and deterministic."""
+"""The training loop: first with all heads, then at all budgets; resumable and deterministic."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from budgetformer.training.objectives import (
     random_steps,
     relevance_entropy,
 )
-from budgetformer.training.processes import ALONE, Processes
+from budgetformer.training.processes import SINGLE_PROCESS, Processes
 from budgetformer.training.recipe import Recipe
 
 SAVE_SECONDS = 120
@@ -58,10 +58,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass over the data with one loss.
-
-    `teacher` [N, C] holds the logits to be taught, if any.
-    """
+    """A number of epochs with one loss; `teacher` [N, C] are the logits to distil, if any."""
 
     name: str
     epochs: int
@@ -70,7 +67,7 @@ class Stage:
 
 
 def progress_bar() -> Progress:
-    """Return the bar that every long loop shows, on a terminal and in the first process only."""
+    """Return a progress bar, which is shown only on a terminal and in the first process."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
@@ -85,7 +82,7 @@ def progress_bar() -> Progress:
 
 
 def inputs(batch: TokenBatch) -> dict[str, Tensor]:
-    """Name a batch's tensors as `forward` does."""
+    """Return a batch's tensors as arguments of `forward`."""
     return {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
@@ -96,23 +93,26 @@ def inputs(batch: TokenBatch) -> dict[str, Tensor]:
 class Trainer:
     """Train one network on one data set.
 
-    The state of a run lives in `work_dir/state.pt`; a run that finds one goes on from there and
-    ends with the very weights of a run that was never stopped. A state of a run with another
-    recipe, other data or another start is refused.
+    The state of a run is saved in `work_dir/state.pt`. A run that finds one resumes there, and ends
+    with exactly the weights of an uninterrupted run.
 
     Args:
         model: the network to train.
         tokens, examples: the data set.
-        recipe: see there.
-        work_dir: where the state lives.
-        log: gets one line per event.
-        origin: identifies the starting weights; empty: they are random.
-        step0: step 0's out-of-fold logits of the texts [N, C]; None: the encoder answers alone.
-        teacher: logits [N, C] to learn from the first epoch on; None: the network becomes its own
-            teacher after the dense epochs.
-        device: where the network is trained. A run may go on on another device.
-        micro_batch: items that are passed together; the gradients of a batch add up. None: all.
-        processes: that train the network together.
+        recipe: settings of the run.
+        work_dir: folder of the state.
+        log: called with one line per event.
+        origin: identifies the starting weights; empty: random ones.
+        step0: step 0's out-of-fold logits of the texts [N, C]; None: no step 0.
+        teacher: logits [N, C] to distil from the first epoch; None: the network is its own teacher
+            after the dense epochs.
+        device: of the training; a run may resume on another device.
+        micro_batch: items per pass, over which gradients are summed; None: the full batch.
+        processes: the training processes.
+
+    Raises:
+        TrainingError: `train` raises it if the state belongs to a run with another recipe, data or
+            start, or the loss is not a number.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Trainer:
         teacher: Tensor | None = None,
         device: torch.device = CPU,
         micro_batch: int | None = None,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self.device, self.micro_batch, self.processes = device, micro_batch, processes
         self.teacher = self._here(teacher)
@@ -145,10 +145,10 @@ class Trainer:
         self.steps_per_epoch = -(-len(examples) // recipe.batch_size)
 
     def train(self, keep_dense: Callable[[], None] | None = None) -> None:
-        """Run the stages of the recipe: dense, order by importance, every budget.
+        """Run the stages of the recipe: dense, ordering by importance, budgets.
 
-        `keep_dense` is called when the dense network is trained, before a budget changes it. Then,
-        and at the end, the network is on the CPU.
+        `keep_dense` is called after the dense epochs, before the network is changed further. At
+        that point and at the end, the network is on the CPU.
         """
         resume = self._read_state()
         done = resume.get("done", [])
@@ -198,7 +198,7 @@ class Trainer:
         return result
 
     def labelled_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Return arguments of `forward`, labels among them, for measuring importance."""
+        """Yield arguments of `forward`, including labels, to measure importance."""
         batches = self.tokens.batches(self.recipe.batch_size, self.recipe.seed)
         for batch in islice(batches, IMPORTANCE_BATCHES):
             yield inputs(batch.to(self.device)) | {"labels": self.labels[batch.rows]}
@@ -224,10 +224,10 @@ class Trainer:
         return loss + recipe.budget_weight * budget_penalty(output.budget, (low, high))
 
     def _sliced_loss(self, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
-        """Train a batch at a few steps, at the cost of each.
+        """Return the loss of a batch at a few steps, computing only the heads of each.
 
-        Either the whole batch at the smallest, a random and the full step, or each half of it at a
-        random step.
+        With `sandwich`, the full batch runs at the smallest, a random and the full step; otherwise
+        each half of the batch runs at a random step.
         """
         if self.recipe.sandwich:
             last = self.model.config.num_steps
@@ -244,7 +244,7 @@ class Trainer:
         return total
 
     def _fused(self, logits: Tensor, batch: TokenBatch) -> Tensor:
-        """Add step 0's share to the encoder's logits of a batch."""
+        """Add step 0's weighted logits to the encoder's logits of a batch."""
         logits = logits.float()
         return logits if self.step0 is None else logits + self.step0[batch.rows]
 
@@ -267,7 +267,7 @@ class Trainer:
         return self._mean(losses, batch)
 
     def _logits(self, batch: TokenBatch, step: int) -> Tensor:
-        """Return the encoder's logits of a batch at one ladder step, at its cost if possible."""
+        """Return the encoder's logits at one ladder step, computing only its heads if possible."""
         with self._autocast():
             if self._sliceable:
                 return self.model.logits_at(step, **inputs(batch)).float()
@@ -282,12 +282,12 @@ class Trainer:
         return None if values is None else values.to(self.device)
 
     def _backward(self, stage: Stage, batch: TokenBatch, seed: int) -> float:
-        """Add up the gradients of a batch, part by part, and return its loss."""
+        """Accumulate the gradients of a batch, part by part, and return its loss."""
         total, rows = 0.0, len(batch.rows)
         own, factor = self.processes.part_of(batch)
         for part in own.split(-(-len(own.rows) // (self.micro_batch or rows))):
-            # Seeding every step makes a resumed run repeat the noise of an unbroken one, and gives
-            # all parts of a batch the same random steps.
+            # Seeded per step, so that a resumed run draws the same noise as an uninterrupted one,
+            # and all parts of a batch get the same random steps.
             torch.manual_seed(seed)
             share = factor * len(part.rows) / rows
             loss = stage.loss(part.to(self.device), stage.teacher) * share
@@ -308,7 +308,7 @@ class Trainer:
         return output
 
     def _gating(self, stage: Stage, progress: float) -> Gating:
-        """Go from exploration to exploitation (paper) as `progress` goes from 0 to 1."""
+        """Return the gating, annealed from exploration to exploitation (paper) with `progress`."""
         if stage.name == "dense":
             return Gating()  # all heads are on: nothing to explore
         first, last = self.recipe.temperature
@@ -330,7 +330,7 @@ class Trainer:
         if resume.get("stage") == stage.name:
             optimizer.load_state_dict(resume["optimizer"])
             start = resume["step"]
-            self.log(f"{stage.name}: going on from step {start} of {total}")
+            self.log(f"{stage.name}: resuming at step {start} of {total}")
         saved = logged = time.monotonic()
         running = 0.0
         with progress_bar() as bar:
@@ -338,7 +338,8 @@ class Trainer:
             for step, batch in self._schedule(start, total):
                 self.model.train()
                 self.model.set_gating(self._gating(stage, step / total))
-                # f_o and step 0 get gradients too, and clipping would count what they pile up.
+                # Of the model, not the optimiser: f_o and step 0 also get gradients, which would
+                # accumulate and count in clipping.
                 self.model.zero_grad(set_to_none=True)
                 value = self._backward(stage, batch, self.recipe.seed * 1_000_003 + step)
                 if not math.isfinite(value):
@@ -402,7 +403,7 @@ class Trainer:
         try:
             torch.save(state | weights | {"run": self.run}, part)
             part.replace(self.state_path)
-        except (OSError, RuntimeError) as error:  # torch's, when the disk is full
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
             raise TrainingError(
                 f"{self.state_path}: cannot be written: {one_line(error)}"
             ) from error
@@ -414,12 +415,12 @@ class Trainer:
             state: dict[str, Any] = torch.load(
                 self.state_path, map_location="cpu", weights_only=True
             )
-        except Exception as error:  # torch raises many kinds
+        except Exception as error:  # torch raises many types
             raise TrainingError(f"{self.state_path}: damaged; remove it to start anew") from error
         if state.pop("run", None) != self.run:
             raise TrainingError(
-                f"{self.state_path}: the state of a run with another recipe, data or encoder; "
-                "remove it to start anew, or give another --work-dir"
+                f"{self.state_path}: belongs to a run with another recipe, data or encoder; "
+                "remove it to start anew, or choose another --work-dir"
             )
         self.model.load_state_dict(state.pop("model"))
         self.model.config.ladder = state.pop("ladder")
@@ -427,7 +428,7 @@ class Trainer:
 
 
 def _reach_weights(step0: Tensor | None, share: float, problem_type: str | None) -> Tensor | None:
-    """Weigh texts by how likely they are to get past step 0, with a mean of 1: [N]; None: alike."""
+    """Return text weights [N] by the chance to get past step 0, with mean 1; None if equal."""
     if step0 is None or not share:
         return None
     uncertain = 1 - confidence(step0, problem_type)
@@ -441,7 +442,7 @@ def _run_digest(
     examples: Examples,
     recipe: Recipe,
 ) -> str:
-    """Return a digest of everything that a run's weights follow from."""
+    """Return a digest of everything that determines a run's weights."""
     plain = [
         {name: getattr(config, name) for name in FIELDS},
         origin,

@@ -1,4 +1,4 @@
-"""Write the dense twin of a checkpoint as other servers take it.
+"""Export the dense twin of a checkpoint for other servers.
 
     python loadtests/baselines/export.py model_store/ag_news/3 build/baselines/networks/ag_news-3
 
@@ -26,7 +26,7 @@ CODE, NETWORK = Path(__file__).with_name("mean_bert.py"), "MeanBertForSequenceCl
 
 
 def export(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write everything to `folder`."""
+    """Write all files to `folder`."""
     model = load_model(checkpoint.path)
     if model.head is not None:
         raise ValueError(f"{checkpoint.label} has a layer before its classifier, mean_bert.py none")

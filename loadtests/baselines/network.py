@@ -1,4 +1,4 @@
-"""An exported network in ONNX Runtime, from texts to answers; it needs neither torch nor us."""
+"""Classify texts with an exported network in ONNX Runtime, without torch or this package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers import Encoding, Tokenizer
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser of what every server of a network is told."""
+    """Return a parser of the options that all servers of a network have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--network", type=Path, required=True, help="folder that export.py wrote")
@@ -27,9 +27,9 @@ class Network:
     """Classify texts.
 
     Args:
-        folder: that export.py wrote.
+        folder: output of export.py.
         threads: of ONNX Runtime.
-        file: which of its networks.
+        file: name of the network's file in the folder.
     """
 
     def __init__(self, folder: Path, threads: int, file: str = "int8.onnx") -> None:

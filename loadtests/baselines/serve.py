@@ -1,4 +1,4 @@
-"""What a user would write instead: the dense network behind FastAPI.
+"""Serve the dense network with FastAPI, as a user could write it.
 
     python loadtests/baselines/serve.py int8 --port 8001 \\
         --network build/baselines/networks/ag_news-3
@@ -36,11 +36,11 @@ class Body(BaseModel):
 
 
 class Batcher:
-    """Run what waits, in batches of texts of similar length.
+    """Run waiting texts in batches of similar length.
 
     Args:
         run: answers tokenized texts, in a thread.
-        most: texts in a batch.
+        most: maximum texts per batch.
     """
 
     def __init__(self, run: Callable[[Sequence[Encoding]], Answers], most: int) -> None:

@@ -1,1 +1,1 @@
-"""Break a server under load in every way that it promises to stand, and count what callers saw."""
+"""Fault injection: cause every fault that a server must survive, and count what clients see."""

@@ -1,4 +1,4 @@
-"""Break a server in every way, under load, and print a table of what its callers saw.
+"""Inject every fault into servers under load, and print a table of what their clients saw.
 
     python -m loadtests.chaos [--only kills hangs ...] [--repeats 20]
 
@@ -28,12 +28,12 @@ Run = Callable[[int], Awaitable[Seen]]
 
 @dataclass(frozen=True)
 class Fault:
-    """A way to break the service.
+    """A fault to inject.
 
     Attributes:
-        run: breaks it so often, and returns what callers saw.
-        promise: what they were promised.
-        lacks: says what this machine lacks to do so.
+        run: injects the fault a number of times, and returns what clients saw.
+        promise: the guarantee to clients.
+        lacks: returns the requirement that this machine lacks, if any.
     """
 
     run: Run
@@ -81,7 +81,7 @@ FAULTS = {
 
 
 async def run(names: list[str], repeats: int) -> tuple[list[str], bool]:
-    """Return the table, and whether nothing was wrong or hung."""
+    """Return the table, and whether no answer was wrong and no request hung."""
     rows, good = [f"| {' | '.join(HEADS)} |", f"|{'---|' * len(HEADS)}"], True
     for name in names:
         fault = FAULTS[name]

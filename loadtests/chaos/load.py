@@ -1,4 +1,4 @@
-"""Callers on a schedule that does not wait, who know the right answers."""
+"""Clients that send on a fixed schedule (open loop) and check the answers."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from loadtests.texts import sentence
 RATE = 30.0
 """Requests a second."""
 TOLERANCE = 1e-4
-"""Of a probability: the sum of a product may be taken in another order in another batch."""
+"""Accepted difference of a probability: batches may sum in another order."""
 _TEXTS = 400
 
 
 @dataclass
 class Seen:
-    """What callers saw during one fault.
+    """What clients saw during one fault.
 
     Attributes:
-        sent: requests.
-        outcomes: by HTTP status and code, or `broke off`.
-        wrong: answers that differ from those of before.
-        models: that answered, by name and version.
-        recovery: seconds until all was there again, one for each time.
-        memory: MiB of all processes, in the order of time.
-        notes: what else was seen.
+        sent: number of requests.
+        outcomes: counts by HTTP status and code, or `broke off`.
+        wrong: number of answers that differ from those before the fault.
+        models: counts of answers by model name and version.
+        recovery: seconds until all processes were back, one per injection.
+        memory: MiB of all processes over time.
+        notes: further observations.
     """
 
     sent: int = 0
@@ -52,7 +52,7 @@ class Seen:
         return self.sent - self.outcomes.total()
 
     def cells(self) -> list[str]:
-        """Return what stands in the table."""
+        """Return the cells of the table."""
         outcomes = ", ".join(f"{name}: {count:,}" for name, count in sorted(self.outcomes.items()))
         back = memory = ""
         if self.recovery:
@@ -64,14 +64,14 @@ class Seen:
 
 
 class Load:
-    """Callers of one server.
+    """The clients of one server.
 
     Args:
         url: of the server.
-        rate: requests a second.
-        texts: that are asked for; None: sentences.
-        size: texts in a request.
-        **fields: of each request, besides its texts.
+        rate: requests per second.
+        texts: the texts to send; None: sentences.
+        size: texts per request.
+        **fields: further fields of each request.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Load:
         self._right: dict[str, list[float]] = {}
 
     async def learn(self) -> None:
-        """Note the answer of every text."""
+        """Record the expected answer of every text."""
         async with httpx.AsyncClient(base_url=self._url, timeout=PATIENCE) as client:
             answer = await client.post("/classify", json=self._body(self._texts))
             answer.raise_for_status()
@@ -100,7 +100,7 @@ class Load:
         self._right = dict(zip(self._texts, probabilities, strict=True))
 
     async def during(self, seen: Seen, work: Callable[[], Awaitable[None]]) -> None:
-        """Ask on until the work is done, and count what comes back."""
+        """Send requests until the work is done, and count the outcomes."""
         done = asyncio.ensure_future(work())
         limits = httpx.Limits(max_connections=500, max_keepalive_connections=20)
         async with httpx.AsyncClient(base_url=self._url, timeout=PATIENCE, limits=limits) as client:
@@ -124,9 +124,9 @@ class Load:
             return
         if answer.status_code == 200:
             seen.outcomes["200"] += 1
-            told = answer.json()
-            seen.models[told["model"]] += 1
-            found = [item["probs"] for item in told["data"]]
+            answer_body = answer.json()
+            seen.models[answer_body["model"]] += 1
+            found = [item["probs"] for item in answer_body["data"]]
             seen.wrong += not all(map(self._fits, texts, found)) or len(found) != len(texts)
         else:
             seen.outcomes[f"{answer.status_code} {_code(answer)}"] += 1
@@ -142,7 +142,7 @@ class Load:
 
 
 def _code(answer: httpx.Response) -> str:
-    """Return the code of an error, or how it begins where it is not one of ours."""
+    """Return the code of an error, or the beginning of a body that is not one of our errors."""
     try:
         return str(answer.json()["error"]["code"])
     except (ValueError, KeyError, TypeError):
@@ -152,7 +152,7 @@ def _code(answer: httpx.Response) -> str:
 async def under_load(
     server: Server, work: Callable[[Seen], Awaitable[None]], rate: float = RATE
 ) -> Seen:
-    """Break a server while callers ask it, and return what they saw."""
+    """Inject a fault into a server under load, and return what clients saw."""
     load, seen = Load(server.url, rate), Seen()
     await load.learn()
     await load.during(seen, lambda: work(seen))

@@ -1,4 +1,4 @@
-"""A machine that runs out of memory or disk, or whose clock jumps."""
+"""Faults of the machine: out of memory, full disk, clock jumps."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from loadtests.chaos.load import Seen, under_load
 from loadtests.chaos.server import MODEL, OTHER, STORE, Server, Setup, inside, serving
 
 THIRD = "imdb"
-"""A model that is not served, for which there is no room."""
+"""A model that is not served and does not fit into memory."""
 ROOM_BYTES = 8 * 2**20
 SETTLE_SECONDS = 3.0
 JUMPS = ("+2d", "-2d", "+0", "+1h", "-400d", "+0")
-"""Where the wall clock goes, from where it really is."""
+"""Offsets of the wall clock from the real time."""
 JUMP_SECONDS = 3.0
 LIBRARIES = ("/usr/lib/*/faketime/libfaketime.so.1", "/usr/lib/faketime/libfaketime.so.1")
 
@@ -48,7 +48,7 @@ _VERSIONS = (
 
 
 class _Memory:
-    """A control group, of either version, that limits memory."""
+    """A control group (version 1 or 2) that limits memory."""
 
     def __init__(self, names: _Names) -> None:
         self._names = names
@@ -56,20 +56,20 @@ class _Memory:
         self.folder.mkdir()
 
     def limit(self, size: int | None) -> None:
-        """Allow so many bytes more than are used now; None: any number."""
+        """Allow this many bytes more than are used now; None: no limit."""
         unlimited = "max" if self._names.limit == "memory.max" else "-1"
         used = int((self.folder / self._names.usage).read_text())
         text = unlimited if size is None else str(used + size)
         (self.folder / self._names.limit).write_text(text)
 
     def kills(self) -> int:
-        """Return how many processes the kernel has killed here for want of memory."""
+        """Return how many processes of the group the kernel's OOM killer has killed."""
         lines = (self.folder / self._names.events).read_text().splitlines()
         counts = dict(line.split() for line in lines)
         return int(counts["oom_kill"])
 
     def remove(self) -> None:
-        """Remove it; all in it have ended."""
+        """Remove the group, whose processes have ended."""
         self.folder.rmdir()
 
 
@@ -89,7 +89,7 @@ def _memory() -> Iterator[_Memory]:
 
 
 def no_memory_group() -> str | None:
-    """Say what is lacking to limit memory."""
+    """Return the requirement that is missing to limit memory, if any."""
     try:
         with _memory() as group:
             group.limit(None)
@@ -99,7 +99,7 @@ def no_memory_group() -> str | None:
 
 
 async def memory(repeats: int) -> Seen:
-    """Load a model for which the control group has no memory."""
+    """Load a model that exceeds the memory limit of the control group."""
     with _memory() as group:
         async with serving(Setup(before=inside(group.folder))) as server:
 
@@ -134,7 +134,7 @@ def _small_disk(size: int) -> Iterator[Path]:
 
 
 def no_small_disk() -> str | None:
-    """Say what is lacking to have a small disk."""
+    """Return the requirement that is missing to mount a small disk, if any."""
     try:
         with _small_disk(2**20):
             return None
@@ -143,7 +143,7 @@ def no_small_disk() -> str | None:
 
 
 def _fill(path: Path) -> None:
-    """Take all that is left of a disk."""
+    """Fill a disk."""
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         for size in (2**20, 2**12, 1):
             with contextlib.suppress(OSError):
@@ -152,7 +152,7 @@ def _fill(path: Path) -> None:
 
 
 async def disk(repeats: int) -> Seen:
-    """Fill the disk of log, run directory and store, and kill what has to begin anew there."""
+    """Fill the disk of log, run directory and store, and kill processes that must restart there."""
     elsewhere = STORE.resolve()
     stored = sum(f.stat().st_size for m in (MODEL, OTHER) for f in (STORE / m).rglob("*"))
     with _small_disk(stored + 8 * 2**20) as folder:
@@ -192,12 +192,12 @@ def _faketime() -> str | None:
 
 
 def no_faketime() -> str | None:
-    """Say what is lacking to have a clock of our own."""
+    """Return the requirement that is missing to change the clock, if any."""
     return None if _faketime() else "needs faketime (Debian: faketime)"
 
 
 async def clock(repeats: int) -> Seen:  # noqa: ARG001
-    """Let the wall clock of all processes jump, forward and back; the monotonic one goes on."""
+    """Make the wall clock of all processes jump forward and back; the monotonic clock continues."""
     library = _faketime()
     assert library is not None
     with tempfile.TemporaryDirectory() as folder:

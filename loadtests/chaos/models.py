@@ -1,4 +1,4 @@
-"""Models that change, are damaged, are no numbers, or have a tokenizer that fails."""
+"""Faults of models: changes, damaged files, non-finite weights, failing tokenizers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TEXTS = ("The council met.", f"The {POISON} is closed.", "A striker scored twice
 
 @contextmanager
 def _store(*names: str) -> Iterator[Path]:
-    """Make a store of our own with the latest version of some models."""
+    """Create a store with the latest version of some models."""
     with tempfile.TemporaryDirectory(prefix="budgetformer-store-") as folder:
         for name in names:
             shutil.copytree(_latest(name), Path(folder) / name / _latest(name).name)
@@ -51,7 +51,7 @@ def _latest(name: str) -> Path:
 
 
 def _add(store: Path, name: str, change: Callable[[Path], None]) -> None:
-    """Add a changed copy of a model, for which its manifest vouches."""
+    """Add a changed copy of a model with a matching manifest."""
     folder = store / name / "1"
     shutil.copytree(_latest(MODEL), folder)
     change(folder)
@@ -61,7 +61,7 @@ def _add(store: Path, name: str, change: Callable[[Path], None]) -> None:
 
 
 async def swaps(repeats: int) -> Seen:
-    """Load what is served anew, and take the other model out and in again."""
+    """Reload the served model, and unload and load the other one."""
     async with serving() as server:
 
         async def work(seen: Seen) -> None:
@@ -80,7 +80,7 @@ async def swaps(repeats: int) -> Seen:
 
 
 def _overwrite(path: Path) -> None:
-    """Put other numbers in the middle of a file, where they lie."""
+    """Overwrite bytes in the middle of a file, in place."""
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         file.write(bytes([0x3C]) * 2**20)
@@ -100,11 +100,12 @@ DAMAGES: tuple[tuple[str, Callable[[Path], None]], ...] = (
     (MANIFEST, _cut),
 )
 LOAD_SECONDS = 0.3
-"""Within which the damage is done."""
+"""Seconds after the start of loading within which the file is damaged."""
 
 
 async def damaged(repeats: int) -> Seen:
-    """Damage a file of a model while it is loaded, then mend it; in the end replace what served."""
+    """Damage a file of a model while it is loaded, then repair it; at the end replace the served
+    model."""
     with _store(MODEL, OTHER) as store:
         folder = next((store / MODEL).iterdir())
         async with serving(Setup({"model-store": store})) as server:
@@ -143,7 +144,7 @@ def _poison(folder: Path) -> None:
 
 
 async def _load_is_refused(server: Server, name: str) -> str:
-    """Load a model that cannot be, and return what is said of it."""
+    """Load a model that cannot be loaded, and return the error."""
     answer = await server.change("load", name)
     assert answer.status_code != 200, f"{name} was loaded"
     message: str = answer.json()["error"]["message"]
@@ -152,7 +153,7 @@ async def _load_is_refused(server: Server, name: str) -> str:
 
 
 async def not_finite(repeats: int) -> Seen:
-    """Load weights that are no numbers, and ask a model that overflows at one token."""
+    """Load non-finite weights, and send texts to a model that overflows at one token."""
     with _store(MODEL) as store:
         _add(store, "poisoned", _poison)
         _add(store, BROKEN, _no_numbers)
@@ -203,7 +204,7 @@ PANICS_AT_LOAD = {
 
 
 async def panics(repeats: int) -> Seen:
-    """Ask a model whose tokenizer panics at texts, and load one whose tokenizer panics at once."""
+    """Send texts to a model whose tokenizer panics on them, and load one that panics at once."""
     with _store(MODEL) as store:
         _add(store, "panicking", _tokenizer(pre_tokenizer=PANICS_AT_A_TEXT))
         _add(store, BROKEN, _tokenizer(model=PANICS_AT_LOAD))

@@ -1,4 +1,4 @@
-"""A network that delays and loses, and clients that read slowly or leave."""
+"""Faults of the network and of clients: delay, loss, slow readers, disconnects."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from loadtests.chaos.load import Seen, under_load
 from loadtests.chaos.server import MODEL, Server, Setup, serving
 
 DELAY, JITTER, LOSS = 0.05, 0.01, 0.05
-"""Seconds each way, give or take, and share of the packets."""
+"""Delay in seconds each way, its jitter, and the share of lost packets."""
 LINK_SECONDS = 30.0
 HERE, THERE = "10.231.77.1", "10.231.77.2"
 SCRAPERS, LEAVERS = 40, 15
-"""Scrapers that do not read, and requests a second whose clients leave."""
+"""Number of scrapers that do not read, and requests per second whose clients disconnect."""
 READING_SECONDS = 20.0
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
@@ -28,7 +28,7 @@ _MAX_BYTES = 65536
 
 
 class _Link:
-    """A link between this network namespace and one of its own, that delays and loses packets."""
+    """A link to a second network namespace, which delays and loses packets."""
 
     def __init__(self) -> None:
         self.namespace = f"budgetformer-{os.getpid()}"
@@ -36,7 +36,7 @@ class _Link:
         self._ends: list[int] = []
 
     def open(self) -> None:
-        """Make both ends, and carry what comes."""
+        """Create both ends and forward connections."""
         _ip("netns", "add", self.namespace)
         inside = ("netns", "exec", self.namespace, "ip")
         names = [f"bf{os.getpid()}{end}" for end in "ab"]
@@ -54,7 +54,7 @@ class _Link:
             loop.add_reader(one, self._carry, one, other)
 
     def close(self) -> None:
-        """Take it down."""
+        """Remove the link."""
         loop = asyncio.get_running_loop()
         for end in self._ends:
             loop.remove_reader(end)
@@ -97,7 +97,7 @@ def _link() -> Iterator[_Link]:
 
 
 def no_link() -> str | None:
-    """Say what is lacking to have a network of our own."""
+    """Return the requirement that is missing to create a network, if any."""
     name = f"budgetformer-{os.getpid()}-try"
     try:
         _ip("netns", "add", name)
@@ -109,7 +109,7 @@ def no_link() -> str | None:
 
 
 async def link(repeats: int) -> Seen:  # noqa: ARG001
-    """Ask over a link that delays and loses packets."""
+    """Send requests over a link that delays and loses packets."""
     with _link() as between:
         before = ("ip", "netns", "exec", between.namespace)
         anyone = {"BUDGETFORMER_ALLOW_ANONYMOUS": "true"}
@@ -123,7 +123,7 @@ async def link(repeats: int) -> Seen:  # noqa: ARG001
 
 
 async def readers(repeats: int) -> Seen:  # noqa: ARG001
-    """Scrape without reading what comes, and ask without waiting for it."""
+    """Scrape without reading the responses, and disconnect before answers."""
     async with serving() as server:
 
         async def work(seen: Seen) -> None:
@@ -140,7 +140,7 @@ async def readers(repeats: int) -> Seen:  # noqa: ARG001
 
 
 async def _scrape_slowly(server: Server, until: float) -> None:
-    """Ask for the metrics again and again on one connection, and read a byte now and then."""
+    """Request the metrics repeatedly on one connection, and read only a byte now and then."""
     clock = asyncio.get_running_loop().time
     while clock() < until:
         with contextlib.suppress(OSError):
@@ -155,7 +155,7 @@ async def _scrape_slowly(server: Server, until: float) -> None:
 
 
 async def _leave(server: Server, until: float) -> None:
-    """Ask, and break the connection before the answer."""
+    """Send a request, and disconnect before the answer."""
     clock = asyncio.get_running_loop().time
     body = b'{"input": ["A text that nobody waits for."], "model": "%s"}' % MODEL.encode()
     head = b"POST /classify HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"

@@ -1,4 +1,4 @@
-"""Processes that die, hang or crawl."""
+"""Faults of processes: kills, hangs, slow devices."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from loadtests.chaos.server import PATIENCE, Server, serving
 KINDS = ("engine", "frontend")
 CRAWL_SECONDS = 20.0
 CRAWLS, PAUSES = 0.01, 0.09
-"""Seconds that a slow engine runs, and then does not."""
+"""Seconds for which a slow engine runs, and is then suspended."""
 
 
 def _victims(server: Server, count: int) -> Iterator[psutil.Process]:
-    """Name an engine, a frontend, the next engine, and so on; the oldest, so each has its turn."""
+    """Yield an engine, a frontend, the next engine, and so on, the oldest first."""
     for kind in itertools.islice(itertools.cycle(KINDS), count):
         yield server.processes(kind)[0]
 
@@ -40,7 +40,7 @@ async def kills(repeats: int) -> Seen:
 
 
 async def hangs(repeats: int) -> Seen:
-    """Stop engines and frontends without ending them."""
+    """Suspend engines and frontends (SIGSTOP)."""
     async with serving() as server:
 
         async def work(seen: Seen) -> None:
@@ -57,7 +57,7 @@ async def hangs(repeats: int) -> Seen:
 
 
 async def slow_device(repeats: int) -> Seen:  # noqa: ARG001
-    """Let one engine run a tenth of the time."""
+    """Suspend one engine for nine tenths of the time."""
     async with serving() as server:
 
         async def work(seen: Seen) -> None:

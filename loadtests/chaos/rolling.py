@@ -1,4 +1,4 @@
-"""Two servers behind a proxy, each replaced in its turn, as an orchestrator does it."""
+"""A rolling restart of two servers behind a proxy, as an orchestrator does it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loadtests.servers import free_port
 
 PROBE_SECONDS = 0.5
 GRACE_SECONDS = 2.0
-"""Between the word that a server is to go and its SIGTERM, as `preStop: sleep` gives."""
+"""Seconds between draining a server and its SIGTERM, as with `preStop: sleep`."""
 CONFIGURATION = """
 global
     stats socket {socket} mode 600 level admin
@@ -35,16 +35,16 @@ backend servers
     server one 127.0.0.1:{one}
     server two 127.0.0.1:{two}
 """
-"""Nothing is tried a second time: what a server lets down would be seen."""
+"""Configuration without retries, so that every failed request is seen."""
 
 
 def no_proxy() -> str | None:
-    """Say what is lacking to have a proxy."""
+    """Return the requirement that is missing to run a proxy, if any."""
     return None if shutil.which("haproxy") else "needs haproxy (Debian: haproxy)"
 
 
 class _Proxy:
-    """A proxy before two servers, which is told who takes requests."""
+    """A proxy in front of two servers, whose states can be set."""
 
     def __init__(self, folder: Path, ports: dict[str, int]) -> None:
         self.port = free_port()
@@ -57,7 +57,7 @@ class _Proxy:
         self._process = subprocess.Popen(["haproxy", "-db", "-f", configuration])
 
     async def tell(self, server: str, state: str) -> None:
-        """Set the state of a server: `drain` takes no new requests, `ready` does."""
+        """Set the state of a server: `ready`, or `drain` for no new requests."""
         reader, writer = await asyncio.open_unix_connection(self._socket)
         writer.write(f"set server servers/{server} state {state}\n".encode())
         said = (await reader.read()).decode().strip()
@@ -65,7 +65,7 @@ class _Proxy:
         assert not said, said
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the proxy."""
         self._process.terminate()
         self._process.wait(10)
 
@@ -95,7 +95,7 @@ async def _behind_proxy() -> AsyncIterator[tuple[_Proxy, dict[str, Server]]]:
 
 
 async def rolling(repeats: int) -> Seen:
-    """Take each server out of the proxy, end it, start another and take that in, under load."""
+    """Drain, stop and replace each server under load."""
     async with _behind_proxy() as (proxy, servers):
         load, seen = Load(f"http://127.0.0.1:{proxy.port}"), Seen()
         await asyncio.sleep(2 * PROBE_SECONDS)

@@ -1,4 +1,4 @@
-"""A server of our own, that may be broken."""
+"""Start the server into which faults are injected."""
 
 from __future__ import annotations
 

@@ -142,8 +142,8 @@ async def scrape(repeats: int) -> Seen:
                         assert answer.status_code != 200 or "budgetformer_" in answer.text
                     await asyncio.sleep(0.02)
                 assert (await loading).status_code == 200
-            told = ", ".join(map(str, sorted(statuses)))
-            seen.notes.append(f"scrapes got {told}; every load was answered")
+            codes = ", ".join(map(str, sorted(statuses)))
+            seen.notes.append(f"scrapes got {codes}; every load was answered")
             seen.recovery.append(await server.until_whole())
 
         return await under_load(server, work)

@@ -22,7 +22,7 @@ from ray.serve.config import (
 )
 from ray.serve.schema import LoggingConfig
 
-from budgetformer.subprocesses import hidden_by
+from budgetformer.subprocesses import shadowing_files
 from service.cluster import RAY
 from service.cluster.engine import EngineReplica
 from service.cluster.frontend import FrontendReplica
@@ -132,7 +132,7 @@ def run(settings: Settings) -> None:
         SettingsError: a file in the working directory would replace a module in workers.
         KeysError, SettingsError: see `build`.
     """
-    if hidden := hidden_by(Path.cwd()):
+    if hidden := shadowing_files(Path.cwd()):
         # Ray puts the folder that it was started in before all others on its workers' path.
         raise SettingsError(f"workers would import {hidden[0]}: start from another folder")
     app = build(settings)

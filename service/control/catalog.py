@@ -134,7 +134,7 @@ class Catalog:
             raise UnknownModelError(f"the store has no version {version or ''} of {name!r}")
         folder /= str(numbers[-1] if version is None else version)
         if not folder.resolve().is_relative_to(self.store.resolve()):
-            raise CheckpointError(f"{folder}: leads out of the store")
+            raise CheckpointError(f"{folder}: is a link to a folder outside the store")
         checkpoint = read_checkpoint(folder)
         load_tokenizer(checkpoint)
         return checkpoint

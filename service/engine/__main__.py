@@ -39,7 +39,7 @@ async def _main(run_dir: Path, index: int, settings: Settings) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
     with contextlib.suppress(asyncio.CancelledError):
         await serving
-    core.loader.forget_shared()
+    core.loader.stop_sharing()
     if tracing is not None:
         tracing.close()
 

@@ -310,7 +310,7 @@ class EngineCore:
         """Return the expected seconds of each text, from its step on where that is known."""
         tokens = texts.window.counts
         if steps is None:
-            return self.prices.expected_each(model.key, outlook, tokens, texts.whole.counts)
+            return self.prices.expected_each(model.key, outlook, tokens, texts.full_text.counts)
         own = steps.tolist()
         known = {step: self.prices.each(model.key, step, outlook, tokens) for step in set(own)}
         if len(known) == 1:
@@ -376,7 +376,7 @@ class EngineCore:
         if message.target is None or not model.checkpoint.calibrated:
             return usual
         left = message.target - queued
-        sizes = len(texts.window.ids), len(texts.whole.ids), len(texts)
+        sizes = len(texts.window.ids), len(texts.full_text.ids), len(texts)
         levels: tuple[QualityName, ...] = ("best", "balanced")
         for level in levels:
             _, outlook = model.rule(level, None, None)
@@ -414,7 +414,7 @@ class EngineCore:
         count = decided_together(
             tokens
             for span in self._undecided
-            for tokens in map(span.owner.items.texts.whole.counts.__getitem__, span.places)
+            for tokens in map(span.owner.items.texts.full_text.counts.__getitem__, span.places)
         )
         by_model: defaultdict[LoadedModel, list[Span[Request]]] = defaultdict(list)
         self._running = count
@@ -439,7 +439,7 @@ class EngineCore:
                     request.budget_seconds[place] += seconds
                 whole = [place for place in span.places if place not in request.errors]
                 if request.begun is not None:  # steps that another engine ran are not run again
-                    items.begin_again(request.begun[whole], whole)
+                    items.restart(request.begun[whole], whole)
                 ended += [place for place in whole if items.done[place]]
                 self._settle(span)
             if ended:
@@ -521,7 +521,7 @@ class EngineCore:
         self._outside -= span.total
         if request.gone:
             return
-        for place in items.unsound.intersection(places):
+        for place in items.non_finite.intersection(places):
             request.errors[place] = "the network's answer is not a finite number"
             items.done[place] = True
         self._priced += span.seconds - self._go_on(request, places)
@@ -633,7 +633,7 @@ def _tokens(spans: Sequence[Span[Request]], decision: bool = False) -> int:
     total = 0
     for span in spans:
         texts = span.owner.items.texts
-        counts = (texts.whole if decision else texts.window).counts
+        counts = (texts.full_text if decision else texts.window).counts
         total += sum([counts[place] for place in span.places])
     return total
 

@@ -105,7 +105,7 @@ def load_model(
             steps = _steps_in_use(checkpoint) if chosen is None else chosen
             network.warm([step for step in steps if step <= len(checkpoint.ladder)])
         except BaseException:
-            network.forget_shared()
+            network.stop_sharing()
             raise
     seconds = time.monotonic() - started
     memory = network.nbytes

@@ -99,15 +99,15 @@ class ModelLoader:
         if model is None:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
         else:
-            model.network.forget_shared()
+            model.network.stop_sharing()
             self._changed(None)
             reply(Done(message.id))
             self._background.start(self._return_memory())
 
-    def forget_shared(self) -> None:
+    def stop_sharing(self) -> None:
         """Leave nothing in the folder that weights are shared through: this engine ends."""
         for model in self.models.values():
-            model.network.forget_shared()
+            model.network.stop_sharing()
 
     async def _load(self, message: Load, reply: Reply) -> None:
         path, own = Path(message.path), self._options
@@ -117,7 +117,7 @@ class ModelLoader:
             return load_model(path, own.device, own.precision, own.tables, own.shared, steps)
 
         def discard(late: LoadedModel) -> None:
-            late.network.forget_shared()
+            late.network.stop_sharing()
 
         try:
             async with self._loading:  # one at a time; one that is given up is not waited for

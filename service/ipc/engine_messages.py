@@ -55,15 +55,15 @@ class SentTexts(msgspec.Struct, frozen=True, array_like=True):
     """`Texts`: what the encoder reads, and what step 0 does; None: the same."""
 
     window: SentTokens
-    whole: SentTokens | None = None
+    full_text: SentTokens | None = None
 
     @classmethod
     def of(cls, texts: Texts, step0_reads: bool = True) -> SentTexts:
         """Encode texts; what step 0 reads is left out if nobody has to decide any more."""
         window = SentTokens.of(texts.window)
-        if texts.whole is texts.window or not step0_reads:
+        if texts.full_text is texts.window or not step0_reads:
             return cls(window)
-        return cls(window, SentTokens.of(texts.whole))
+        return cls(window, SentTokens.of(texts.full_text))
 
     def read(self) -> Texts:
         """Decode texts.
@@ -72,10 +72,10 @@ class SentTexts(msgspec.Struct, frozen=True, array_like=True):
             FrameError: the columns do not fit together.
         """
         window = self.window.read()
-        whole = window if self.whole is None else self.whole.read()
-        if len(whole) != len(window):
+        full_text = window if self.full_text is None else self.full_text.read()
+        if len(full_text) != len(window):
             raise FrameError("step 0 must read as many texts as the encoder")
-        return Texts(window, whole)
+        return Texts(window, full_text)
 
 
 class Decisions(msgspec.Struct, frozen=True, array_like=True):

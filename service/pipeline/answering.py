@@ -67,7 +67,7 @@ class Answering:
             quality = kept_above(floor, self.engines.level)
         rule = checkpoint.rule(quality if checkpoint.calibrated else None, job.heads, job.max_heads)
         with stage_span(self.tracer, "budget") as span:
-            decided = await self._deciding.decide(decider, rule, job.texts.whole)
+            decided = await self._deciding.decide(decider, rule, job.texts.full_text)
             if span.is_recording():
                 span.set_attribute("budgetformer.model", checkpoint.label)
                 span.set_attribute("budgetformer.items", len(job.texts))

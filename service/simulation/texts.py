@@ -116,7 +116,7 @@ def measured_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]
             Text(
                 len(encoding),
                 {level: _passes(own[place]) for level, own in ran.items()},
-                None if encoding.whole is None else len(encoding.whole),
+                None if encoding.full_ids is None else len(encoding.full_ids),
             )
             for place, encoding in enumerate(encodings)
         ]

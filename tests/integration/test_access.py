@@ -450,4 +450,4 @@ async def test_a_link_out_of_the_store_is_not_loaded(model_store: Path, tmp_path
             f"/models/{TOPICS}/load", headers={"X-API-Key": "open-sesame"}
         )
         error_of(response, 422, "broken_checkpoint")
-        assert "leads out of the store" in response.text
+        assert "is a link to a folder outside the store" in response.text

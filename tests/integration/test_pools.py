@@ -111,7 +111,7 @@ async def test_texts_that_are_decided_go_straight_to_the_pool_of_their_step(
     served = open_model(model_store / CHAINED / "1")
     assert served.decider is not None
     rule = served.checkpoint.rule("best")
-    decided = served.decider.decide(wanted.texts.whole, rule)
+    decided = served.decider.decide(wanted.texts.full_text, rule)
     texts = DecidedTexts(wanted.texts, decided, served.decider, rule, "best", 0.0)
     assert set(decided.steps) == {1, 2}
     direct = replace(wanted, decided=decided)

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from budgetformer.model.modeling import quiet
+from budgetformer.model.modeling import silence_transformers
 from tests.support.stores import labelled_sentences
 from tests.support.texts import tokenizer_for
 
@@ -82,7 +82,7 @@ def make(model_type: str, folder: Path, **sizes: Any) -> PreTrainedModel:
     """Save a small random classifier of a family, all of whose weights say something."""
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
     config = AutoConfig.for_model(model_type, **labels | sizes)
-    with torch.random.fork_rng(devices=[]), quiet():
+    with torch.random.fork_rng(devices=[]), silence_transformers():
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
         with torch.no_grad():

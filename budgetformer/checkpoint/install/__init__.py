@@ -1,4 +1,4 @@
-"""Bring a checkpoint into a model store: whole and verified, or not at all."""
+"""Install a checkpoint into a model store, verified and atomically."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ def install(
     tell: Tell | None = None,
     try_out: bool = True,
 ) -> Checkpoint:
-    """Add the checkpoint in `source` to a store and return it.
+    """Install the checkpoint in `source` and return it.
 
-    Only what its manifest names is read, and no more of it than the manifest says; the folder
-    appears in the store when the network has been loaded from it.
+    Only files that the manifest lists are read, up to the sizes that it states. The folder appears
+    in the store after its network was loaded once.
 
     Args:
-        source: a folder, a tar or zip file, an http(s) URL of one of these files, or any URL that
-            fsspec knows.
-        model_store: the store; it is made if it is not there.
-        version: whole number; by default the manifest's own, or the next one if it is not higher
-            than those that are there.
-        try_out: load the network as serving does; without, its hashes are checked and no more.
-        tell: is called with bytes fetched and bytes in all (None: not known).
+        source: a folder, a tar or zip file, an http(s) URL of such a file, or any URL that fsspec
+            supports.
+        model_store: the store; created if it does not exist.
+        version: the version in the store; by default the manifest's, or the next one if the store
+            has that or a higher one.
+        try_out: load the network as serving does; otherwise only check the hashes.
+        tell: called with bytes fetched and total bytes (None: unknown).
 
     Raises:
-        CheckpointError: it cannot be fetched, is damaged or unsafe, or the version is there.
+        CheckpointError: the checkpoint cannot be fetched, is damaged or unsafe, or the version
+            exists.
     """
     with scratch_folder(model_store, ".adding-") as staging, disk_errors(source):
         folder = staging / "checkpoint"
@@ -59,12 +60,14 @@ def install(
 
 
 def _copy(source: Source, folder: Path) -> Manifest:
-    """Copy what the manifest of a source names, and return the manifest."""
+    """Copy the files that the manifest of a source lists, and return the manifest."""
     manifests = sorted((n for n in source.names() if _base(n) == MANIFEST), key=len)
     if not manifests:
-        raise CheckpointError(f"{source.label}: holds no {MANIFEST}")
+        raise CheckpointError(f"{source.label}: has no {MANIFEST}")
     if len(manifests) > 1:
-        raise CheckpointError(f"{source.label}: holds {len(manifests)} checkpoints, give one")
+        raise CheckpointError(
+            f"{source.label}: has {len(manifests)} checkpoints; only one can be installed at a time"
+        )
     root = manifests[0].removesuffix(MANIFEST)
     with source.open(manifests[0]) as file:
         text = file.read(MAX_TEXT_BYTES + 1)
@@ -83,7 +86,7 @@ def _copy(source: Source, folder: Path) -> Manifest:
     total, free = sum(sizes.values()), shutil.disk_usage(folder).free
     if total > min(MAX_BYTES, free):
         raise CheckpointError(
-            f"{source.label}: {total} bytes; allowed are {MAX_BYTES}, free on the disk {free}"
+            f"{source.label}: too large: {total} bytes (limit {MAX_BYTES}, free on the disk {free})"
         )
     if root + CARD in source.names():
         sizes.setdefault(CARD, MAX_TEXT_BYTES)
@@ -96,12 +99,12 @@ def _copy_file(source: Source, name: str, target: Path, most: int) -> None:
     with source.open(name) as file, target.open("xb") as written:
         while part := file.read(COPY_BYTES):
             if written.tell() + len(part) > most:
-                raise CheckpointError(f"{source.label}: {name} is longer than {most} bytes")
+                raise CheckpointError(f"{source.label}: {name} is larger than {most} bytes")
             written.write(part)
 
 
 def _try_out(folder: Path, label: str, network: bool) -> None:
-    """Read and check everything that serving reads, and load the network too if that is asked."""
+    """Check every file that serving reads, and load the network if `network` is true."""
     try:
         checkpoint = read_checkpoint(folder)
         checkpoint.verify()

@@ -1,4 +1,4 @@
-"""Where a checkpoint can come from: a folder, an archive, a URL; each lists and opens files."""
+"""List and open the files of a checkpoint in a folder, in an archive or at a URL."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Tell = Callable[[int, int | None], None]
 
 
 class Source(Protocol):
-    """Some files by name, with `/` between folders."""
+    """A set of files by name, with `/` between folders."""
 
     label: str
 
     def names(self) -> list[str]:
-        """Return the names of all files, in the order in which reading them is cheapest."""
+        """Return the names of all files, in the order that is cheapest to read."""
 
     def open(self, name: str) -> BinaryIO:
         """Open a file to read."""
@@ -108,15 +108,15 @@ def _check_name(label: str, name: str, place: int) -> None:
     if path.is_absolute() or ".." in path.parts:
         raise CheckpointError(f"{label}: {name!r} leaves the archive")
     if place >= MAX_MEMBERS:
-        raise CheckpointError(f"{label}: holds more than {MAX_MEMBERS} files")
+        raise CheckpointError(f"{label}: has more than {MAX_MEMBERS} files")
 
 
 @contextmanager
 def open_source(source: str, staging: Path, tell: Tell) -> Iterator[Source]:
-    """Open a folder, an archive or a URL; an archive behind a URL is fetched into `staging`.
+    """Open a folder, an archive or a URL; an archive at a URL is downloaded to `staging`.
 
     Raises:
-        CheckpointError: it is not there, cannot be fetched or read, or is unsafe.
+        CheckpointError: it does not exist, cannot be fetched or read, or is unsafe.
     """
     fetched = staging / "fetched"
     try:
@@ -193,7 +193,7 @@ def _download(url: str, target: Path, tell: Tell, most: int, *, follow_redirects
 
 
 def _fetch(url: str, target: Path, tell: Tell, most: int) -> Source | None:
-    """Return the folder at a URL, or fetch the file that is there and return None."""
+    """Return the folder at a URL, or download the file there and return None."""
     try:
         import fsspec
     except ImportError as error:
@@ -216,9 +216,11 @@ def _fetch(url: str, target: Path, tell: Tell, most: int) -> Source | None:
 def _keep(url: str, file: BinaryIO, part: bytes, tell: Tell, total: int | None, most: int) -> None:
     file.write(part)
     if file.tell() > most:
-        raise CheckpointError(f"{url}: longer than {most} bytes")
+        raise CheckpointError(f"{url}: larger than {most} bytes")
     tell(file.tell(), total)
 
 
 def _needs(package: str, url: str) -> CheckpointError:
-    return CheckpointError(f"{url}: needs {package} (pip install 'budgetformer-serving[remote]')")
+    return CheckpointError(
+        f"{url}: requires {package} (pip install 'budgetformer-serving[remote]')"
+    )

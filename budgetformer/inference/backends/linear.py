@@ -1,8 +1,7 @@
-"""Linear maps whose weights are laid out once, in the precision in which they are multiplied.
+"""Linear maps in each precision, with weights that are packed once.
 
-States are float32 between the maps; a map converts what it reads, and its result stays in its own
-precision until it is added to the states. So a lower precision costs the accuracy of products and
-of nothing else.
+States are float32 between the maps. A map converts its input, and its result stays in the map's
+precision until it is added to the states. So a lower precision affects only the products.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ Linear = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Product:
-    """A map that multiplies by a weight [M, D] as it lies, and adds a bias [M].
+    """A map by an unpacked weight [M, D] and a bias [M].
 
     Attributes:
-        gelu: whether results are activated. In bfloat16 on a GPU that is before they are written,
-            and by the approximation with tanh, which is closer to GELU than bfloat16 can tell.
+        gelu: apply GELU to the results. In bfloat16 on a GPU it is fused and uses the tanh
+            approximation, whose error is below the resolution of bfloat16.
     """
 
     weight: Tensor
@@ -50,13 +49,13 @@ class Product:
 
 @dataclass(frozen=True)
 class Weights:
-    """What of a layer's map some heads need.
+    """The part of one of a layer's linear maps that some heads need.
 
     Attributes:
-        name: which map.
-        rows: for M results, all columns of the whole map.
-        bias: [M], if there is one to add.
-        columns: D of them that some heads need; a slice begins with the first.
+        name: of the map.
+        rows: M rows of the layer's weight, with all columns.
+        bias: [M], if any.
+        columns: indices of the D needed columns; a slice begins at 0.
     """
 
     name: MapName
@@ -70,7 +69,7 @@ class Weights:
         return self.rows[:, self.columns]
 
     def places(self, columns: Sequence[int]) -> list[int]:
-        """Return where some of the whole map's columns are in `weight`, those that are."""
+        """Return the indices in `weight` of some columns of the layer's map, if present."""
         here = self.weight.shape[1]
         if isinstance(self.columns, slice):
             return [column for column in columns if column < here]
@@ -79,48 +78,48 @@ class Weights:
 
 
 PackLinear = Callable[[Weights], Linear]
-"""Lays out one of a layer's maps."""
+"""Packs one of a layer's linear maps."""
 
 
 @dataclass
 class RangeCheck:
-    """Counts the states that int8 maps read, and those outside their calibrated range.
+    """Count the states that int8 maps read, and those outside their calibrated range.
 
     Attributes:
-        checked: states looked at: those of one call in `CHECK_EVERY` of each map.
-        clipped: of these, how many were cut off at an end of the range.
+        checked: number of states checked, in one of `CHECK_EVERY` calls of each map.
+        clipped: how many of them were clipped to the range.
     """
 
     checked: int = 0
     clipped: int = 0
 
     def count(self, states: Tensor, low: Tensor, high: Tensor) -> None:
-        """Count states [N, D]; columns with infinite limits are not in int8."""
+        """Count states [N, D]; columns with infinite limits (outliers) are not in int8."""
         self.checked += len(states) * int(low.isfinite().sum())
         self.clipped += int(((states < low) | (states > high)).sum())
 
     def take(self) -> tuple[int, int]:
-        """Return what was checked and clipped since the last call."""
+        """Return (checked, clipped) since the last call."""
         taken = self.checked, self.clipped
         self.checked = self.clipped = 0
         return taken
 
 
 PREPACK_ROWS = 64
-"""Rows that a prepacked layout is chosen for; other numbers of rows run on it as well."""
-LARGEST_WEIGHT, LEVELS = 63, 255
-"""Of int8 products: weights -63 to 63 and states 0 to 255.
+"""Number of rows for which oneDNN optimises the packed layout; any number can be multiplied."""
+MAX_INT8_WEIGHT, STATE_LEVELS = 63, 255
+"""Quantized weights are -63..63 and states 0..255.
 
-Where a processor adds two products in 16 bits, they fit in there.
+With these bounds the sum of two products fits into 16 bits, which some processors add in.
 """
 CHECK_EVERY = 16
-"""One in so many calls of an int8 map is checked for states outside their calibrated range."""
-STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
-"""What the maps of each precision read, if there is a choice."""
+"""An int8 map checks the range of its states in one of this many calls."""
+INPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+"""Preferred input type of the maps, by precision."""
 
 
 def padded_rows(rows: int) -> int:
-    """Return the least number above `rows` among a few dozen.
+    """Return the next larger of a few dozen row counts.
 
     oneDNN compiles a product for every new number of rows, which takes longer than the product.
     """
@@ -131,33 +130,33 @@ def padded_rows(rows: int) -> int:
 def has_amx() -> bool:
     """Return whether the processor has AMX tiles for bfloat16.
 
-    OneDNN supports bfloat16 on other processors too, but a pass takes longer there than in float32
+    oneDNN supports bfloat16 on other processors too, but a pass is slower there than in float32
     (1.7 times as long with AVX-512's bfloat16 instructions).
     """
-    # Torch before 2.11 may lack the function; int8 is chosen then.
+    # torch before 2.11 may lack the function; int8 is chosen then.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16"))
 
 
 def can_multiply_bfloat16(device: torch.device) -> bool:
-    """Return whether a device multiplies in bfloat16 without converting each number."""
+    """Return whether a device has native bfloat16 products."""
     if device.type != "cuda":
         return private.multiplies_bfloat16()
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def can_multiply_int8(device: torch.device) -> bool:
-    """Return whether there are products in int8: on x86 processors with AVX2."""
+    """Return whether a device supports int8 products: x86 processors with AVX2 do."""
     known = ("AVX2", "AVX512", "AVX10", "AMX")
     fits = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith(known)
     return fits and private.has_int8_products()
 
 
 def bfloat16_linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """Multiply in bfloat16 by a copy of a weight [M, D], on a CPU in oneDNN's own layout.
+    """Return a map by a bfloat16 copy of a weight [M, D], packed for oneDNN on a CPU.
 
-    Laid out once: oneDNN would otherwise reorder the weight at every call, which for the few rows
-    of a lone text takes as long as the product.
+    Without packing, oneDNN would reorder the weight at every call, which takes as long as the
+    product for the few rows of a single text.
     """
     half, half_bias = weight.bfloat16().contiguous(), None if bias is None else bias.bfloat16()
     if weight.device.type != "cpu" or not private.multiplies_bfloat16():
@@ -170,32 +169,31 @@ def int8_linear(
     bias: Tensor | None,
     reads: StateRange,
     outliers: Sequence[int] = (),
-    largest: Tensor | None = None,
+    max_weights: Tensor | None = None,
     check: RangeCheck | None = None,
 ) -> Linear:
-    """Multiply in int8 by a copy of a weight [M, D], packed for FBGEMM or oneDNN.
+    """Return a float32 map by an int8 copy of a weight [M, D], packed for FBGEMM or oneDNN.
 
-    Each output has a scale of its own for its weights. States are scaled by the range that they
-    were found in, and what lies beyond is brought to its end: a row's result is the same whatever
-    lies beside it. The few columns whose states go far beyond would make that scale coarse, and
-    are multiplied in float32. The result is float32.
+    Weights have one scale per output. States are scaled by their calibrated range and clipped to
+    it, so a row's result does not depend on the other rows. The few outlier columns, whose states
+    go far beyond the range, would make the scale coarse and are multiplied in float32 instead.
 
     Args:
         weight: in any precision.
         bias: [M], if any.
-        reads: what the states lie between.
-        outliers: columns that go beyond.
-        largest: magnitude of a weight by output, [M], where it is not that of these weights: parts
-            of one map are rounded alike, so that it is all one which of them a pass takes.
+        reads: calibrated range of the states.
+        outliers: indices of the outlier columns.
+        max_weights: largest weight magnitude per output, [M]; None: that of `weight`. Slices of one
+            map use the same, so results do not depend on which slice is used.
         check: counts states outside `reads`.
     """
     exact = weight.float()
     beyond = [(slice(column, column + 1), exact[:, column].clone()) for column in outliers]
     if beyond:
         exact = exact.index_fill(1, torch.tensor(outliers), 0.0)
-    largest = exact.abs().amax(1) if largest is None else largest
-    scales = largest.clamp(min=1e-12) / LARGEST_WEIGHT
-    scale = (reads.high - reads.low) / LEVELS or 1.0
+    max_weights = exact.abs().amax(1) if max_weights is None else max_weights
+    scales = max_weights.clamp(min=1e-12) / MAX_INT8_WEIGHT
+    scale = (reads.high - reads.low) / STATE_LEVELS or 1.0
     zero = round(-reads.low / scale)
     has = private.has_quantized_tensors()
     pack = private.fbgemm_product if has else private.onednn_product
@@ -227,38 +225,38 @@ LINEARS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
     "float32": Product,
     "bfloat16": bfloat16_linear,
 }
-"""How a precision that needs to know nothing of the states lays out a weight."""
+"""Linear maps of the precisions that need no state ranges."""
 PRECISIONS = (*LINEARS, "int8")
 
 
 def linear_packer(
     precision: str,
     ranges: LayerRanges | None = None,
-    alike: bool = False,
+    same_scales: bool = False,
     check: RangeCheck | None = None,
 ) -> PackLinear:
-    """Return what lays out a layer's maps in a precision.
+    """Return a function that packs a layer's linear maps in a precision.
 
     Args:
         precision: one of `PRECISIONS`.
-        ranges: of the layer's states, which int8 needs.
-        alike: let int8 round a weight alike in every slice, for batches whose items keep different
-            heads: it is all one then which slices such a batch takes. A slice that rounds by its
-            own weights is more exact.
+        ranges: the layer's state ranges, required for int8.
+        same_scales: quantize a weight with the same scale in every slice, for batches whose items
+            keep different heads: results then do not depend on which slice is used. Scales per
+            slice are more exact.
         check: counts int8 states outside their ranges.
     """
     if precision != "int8":
-        return lambda some: LINEARS[precision](some.weight, some.bias)
+        return lambda part: LINEARS[precision](part.weight, part.bias)
     if ranges is None:
-        raise ValueError("int8 needs the ranges of a layer's states")
+        raise ValueError("int8 requires the layer's state ranges")
 
-    def in_int8(some: Weights) -> Linear:
-        reads = ranges.of(some.name)
-        known = [column for column in reads.outliers if column < some.rows.shape[1]]
-        largest = None
-        if alike:
-            others = some.rows.float().index_fill(1, torch.tensor(known, dtype=torch.long), 0.0)
-            largest = others.abs().amax(1)
-        return int8_linear(some.weight, some.bias, reads, some.places(known), largest, check)
+    def pack_int8(part: Weights) -> Linear:
+        reads = ranges.of(part.name)
+        known = [column for column in reads.outliers if column < part.rows.shape[1]]
+        max_weights = None
+        if same_scales:
+            others = part.rows.float().index_fill(1, torch.tensor(known, dtype=torch.long), 0.0)
+            max_weights = others.abs().amax(1)
+        return int8_linear(part.weight, part.bias, reads, part.places(known), max_weights, check)
 
-    return in_int8
+    return pack_int8

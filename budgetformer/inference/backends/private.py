@@ -1,7 +1,7 @@
-"""Functions of torch that it does not document, in one place; each has a test of its own.
+"""All undocumented torch functions that this package uses; each has its own test.
 
-torch has announced that quantized tensors go. `fbgemm_product` needs them; `onednn_product` takes
-its place where they are gone, with the same numbers.
+torch has announced the removal of quantized tensors, which `fbgemm_product` requires. Without them,
+`onednn_product` replaces it, with the same results.
 """
 
 from __future__ import annotations
@@ -19,29 +19,26 @@ LinearMap = Callable[[Tensor], Tensor]
 
 
 def without_overrides() -> AbstractContextManager[None]:
-    """Return a context in which no operand is asked whether it overrides torch's functions."""
+    """Return a context that disables torch's checks for `__torch_function__` of operands."""
     context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
     return context
 
 
 def product_with_gelu(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Map states [N, D] on a GPU, and activate results before they are written.
-
-    GELU is the approximation with tanh.
-    """
+    """Map states [N, D] on a GPU, with a fused GELU (tanh approximation)."""
     result: Tensor = torch._addmm_activation(bias, states, weight.t(), use_gelu=True)
     return result
 
 
 def multiplies_bfloat16() -> bool:
-    """Say whether oneDNN has products in bfloat16 on this processor."""
+    """Return whether oneDNN supports bfloat16 products on this processor."""
     return torch.backends.mkldnn.is_available() and bool(
         torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
 def bfloat16_product(weight: Tensor, bias: Tensor | None, rows: int) -> LinearMap:
-    """Pack a weight [M, D] in bfloat16 for oneDNN, best for so many rows of states."""
+    """Return a map by a bfloat16 weight [M, D], packed by oneDNN for this many rows of states."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     run: Any = torch.ops.mkldnn._linear_pointwise
 
@@ -53,7 +50,7 @@ def bfloat16_product(weight: Tensor, bias: Tensor | None, rows: int) -> LinearMa
 
 
 def has_quantized_tensors() -> bool:
-    """Say whether torch still has the tensors that `fbgemm_product` takes."""
+    """Return whether torch still has the quantized tensors that `fbgemm_product` requires."""
     return hasattr(torch, "quantize_per_channel")
 
 
@@ -69,21 +66,21 @@ def has_int8_products() -> bool:
 def fbgemm_product(
     weight: Tensor, scales: Tensor, bias: Tensor | None, scale: float, zero: int
 ) -> LinearMap:
-    """Multiply states, rounded to 0..255, by a rounded weight, in FBGEMM.
+    """Return a map by an int8 weight, which quantizes states to 0..255, in FBGEMM.
 
     Args:
         weight: [M, D], in float32.
-        scales: of each of its rows, [M].
+        scales: scale per row of the weight, [M].
         bias: [M] in float32, if any.
-        scale, zero: a state x becomes x / scale + zero, cut off at 0 and 255.
+        scale, zero: a state x is quantized to x / scale + zero, clipped to 0..255.
     """
-    with warnings.catch_warnings():  # torch means to drop these tensors, not the products
+    with warnings.catch_warnings():  # about the announced removal of quantized tensors
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
         zeros = torch.zeros_like(scales, dtype=torch.long)
         rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(rounded, bias)
     product: Any = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    run = getattr(product, "_op", product)  # without a look for operands that are traced
+    run = getattr(product, "_op", product)  # skips torch's check for tracing
 
     def apply(states: Tensor) -> Tensor:
         result: Tensor = run(states, scale, zero, packed)
@@ -95,7 +92,7 @@ def fbgemm_product(
 def onednn_product(
     weight: Tensor, scales: Tensor, bias: Tensor | None, scale: float, zero: int
 ) -> LinearMap:
-    """Multiply as `fbgemm_product` does, in oneDNN and without quantized tensors."""
+    """Return the same map as `fbgemm_product`, in oneDNN and without quantized tensors."""
     rounded = (weight / scales[:, None]).round_().to(torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(rounded, None)
     zeros, scales = torch.zeros_like(scales, dtype=torch.long), scales.float()

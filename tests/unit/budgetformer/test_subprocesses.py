@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from budgetformer.subprocesses import hidden_by, python_command
+from budgetformer.subprocesses import python_command, shadowing_files
 
 ROOT = Path(__file__).parents[3]
 SOURCES = [path for name in ("budgetformer", "service") for path in (ROOT / name).rglob("*.py")]
@@ -43,7 +43,7 @@ def test_what_a_folder_would_replace(tmp_path: Path) -> None:
     (tmp_path / "pytest" / "__init__.py").touch()
     (tmp_path / "pathlib").mkdir()
     (tmp_path / "nobody_imports_this.py").touch()
-    assert hidden_by(tmp_path) == [
+    assert shadowing_files(tmp_path) == [
         str(tmp_path / "json.py"), str(tmp_path / "pytest" / "__init__.py"),
     ]  # fmt: skip
-    assert hidden_by(ROOT) == []
+    assert shadowing_files(ROOT) == []

@@ -160,10 +160,10 @@ def check_same(kind: str, side: Side, length: int, beyond: int, texts: list[Text
         assert (tokens.ids, types_of(tokens.ids, tokens.type_ids)) == (own.ids, own.type_ids), text
         assert tokens.truncated == cut
         if cut and beyond > 0:
-            assert tokens.whole == more.ids
-            assert types_of(more.ids, tokens.whole_type_ids) == more.type_ids
+            assert tokens.full_ids == more.ids
+            assert types_of(more.ids, tokens.full_type_ids) == more.type_ids
         else:
-            assert tokens.whole is None
+            assert tokens.full_ids is None
 
 
 def types_of(ids: list[int], types: list[int] | None) -> list[int]:
@@ -246,7 +246,7 @@ def test_what_cannot_matter_of_a_text_is_not_read(kind: str, side: Side) -> None
 def test_a_text_is_read_as_far_as_step_0_reads_it(side: Side) -> None:
     encoder, counting = counted("small", side, whole=4096)
     (tokens,) = encoder.encode(["the crew painted a tug. " * 400_000])
-    assert (len(tokens.ids), len(tokens.whole or ())) == (64, 4096)
+    assert (len(tokens.ids), len(tokens.full_ids or ())) == (64, 4096)
     assert sum(counting.calls) < 2 * STEP_CHARACTERS
     assert max(counting.calls) < STEP_CHARACTERS
 

@@ -14,7 +14,7 @@ from budgetformer.bench.gpu import DENSE as DENSE_GPU
 from budgetformer.bench.gpu import GpuReport, bench_gpu, write_gpu_report
 from budgetformer.bench.passes import picked_name, step_name
 from budgetformer.bench.report import BenchReport, compare_passes, write_bench_report
-from budgetformer.bench.timing import Contender, Machine, Timing, made_up_texts, time_in_turns
+from budgetformer.bench.timing import Contender, Machine, Timing, random_texts, time_in_turns
 from budgetformer.checkpoint.loading import load_network
 from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
@@ -53,8 +53,8 @@ def test_every_round_has_other_texts() -> None:
 
 
 def test_made_up_texts_are_the_same_every_time() -> None:
-    texts = made_up_texts(5, 3, 6, 40)
-    assert texts == made_up_texts(5, 3, 6, 40)
+    texts = random_texts(5, 3, 6, 40)
+    assert texts == random_texts(5, 3, 6, 40)
     assert all(3 <= len(ids) <= 6 and all(0 < i < 40 for i in ids) for ids in texts)
 
 

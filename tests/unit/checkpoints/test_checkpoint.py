@@ -514,7 +514,7 @@ class TestLinks:
         (store / "topics/2").symlink_to(tmp_path / "elsewhere")
         found = read_store(store)
         (problem,) = found.errors
-        assert_one_line(problem, str(store / "topics/2"), "leads out of the store")
+        assert_one_line(problem, str(store / "topics/2"), "is a link to a folder outside the store")
         assert found.latest(TOPICS).version == 1
 
     def test_so_is_a_model(self, store: Path, tmp_path: Path) -> None:
@@ -533,7 +533,7 @@ class TestLinks:
         folder = store / "topics/2"
         shutil.move(folder / name, tmp_path / name)
         (folder / name).symlink_to(tmp_path / name)
-        with pytest.raises(CheckpointError, match="leads out of its folder"):
+        with pytest.raises(CheckpointError, match="is a link to a file outside its folder"):
             load_network(read_checkpoint(folder))
 
     def test_a_link_within_the_folder_is_followed(self, store: Path) -> None:

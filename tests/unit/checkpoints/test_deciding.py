@@ -39,7 +39,7 @@ def test_every_text_is_decided_as_the_network_decides(
         rule = checkpoint.rule(quality)
         items = Items(network, texts, rule)
         cascade.decide(network, Batch([Part(items, list(range(len(items))))]))
-        decided = decider.decide(texts.whole, rule)
+        decided = decider.decide(texts.full_text, rule)
         assert decided.steps.tolist() == items.step.tolist()
         assert decided.exit_logits is not None
         assert np.abs(decided.exit_logits - items.exit_logits).max() < 1e-6

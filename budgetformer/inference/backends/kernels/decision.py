@@ -1,4 +1,4 @@
-"""What is decided of items on arrival: step 0's answer, and what f_o reads of it."""
+"""Triton kernels of the decision: step 0's sums, and f_o's features of its answer."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from budgetformer.model.tfidf import HASHED_LEFT, HASHED_RIGHT, MAX_ODDS
 BAGGED_ROWS, BAGGED_COLUMNS, BAGGED_WARPS = 32, 64, 4
 
 
-def bag(ids: Tensor, offsets: BatchOffsets, by: ExitHead) -> Tensor:
-    """Do as `plain.bag`; an item is summed in the same order whatever its batch."""
-    width = by.weight.embedding_dim
-    result = torch.empty(offsets.items, width, dtype=by.bias.dtype, device=ids.device)
+def bag(ids: Tensor, offsets: BatchOffsets, exit_head: ExitHead) -> Tensor:
+    """Compute `plain.bag`; the order of an item's sum does not depend on its batch."""
+    width = exit_head.weight.embedding_dim
+    result = torch.empty(offsets.items, width, dtype=exit_head.bias.dtype, device=ids.device)
     columns = min(tile_side(width), BAGGED_COLUMNS)
     if offsets.items:
         _bag[(offsets.items, triton.cdiv(width, columns))](
             ids,
             offsets.starts,
-            by.weight.weight,
+            exit_head.weight.weight,
             result,
             width,
-            by.vocab_size,
-            by.buckets,
+            exit_head.vocab_size,
+            exit_head.buckets,
             ROWS=BAGGED_ROWS,
             COLUMNS=columns,
-            PAIRS=by.buckets > 0,
+            PAIRS=exit_head.buckets > 0,
             LEFT=HASHED_LEFT,
             RIGHT=HASHED_RIGHT,
             num_warps=BAGGED_WARPS,
@@ -76,7 +76,7 @@ def _bag(
 
 
 def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
-    """Do as `plain.exit_evidence`."""
+    """Compute `plain.exit_evidence`."""
     items, labels = exit_logits.shape
     result = torch.empty(items, EVIDENCE_SIZE, dtype=exit_logits.dtype, device=exit_logits.device)
     if items:
@@ -99,9 +99,9 @@ def _exit_evidence(logits, result, labels, most, LABELS: tl.constexpr, EACH: tl.
     place = logits + item.to(tl.int64) * labels + label
     logit = tl.load(place, mask=there, other=float("-inf")).to(tl.float32)
     if EACH:
-        odds = tl.min(tl.abs(logit), 0)  # of what is no label: infinite
-        surer = 1 / (1 + tl.exp(-tl.abs(logit)))  # yes or no, whichever is likelier
-        each = tl.where(there, _entropy(surer) + _entropy(1 - surer), 0.0)
+        odds = tl.min(tl.abs(logit), 0)  # infinite in the padding
+        likelier = 1 / (1 + tl.exp(-tl.abs(logit)))  # max(p, 1 - p)
+        each = tl.where(there, _entropy(likelier) + _entropy(1 - likelier), 0.0)
         entropy = tl.sum(each, 0) / labels
     else:
         other = tl.where(label == tl.argmax(logit, 0), float("-inf"), logit)
@@ -116,18 +116,18 @@ def _exit_evidence(logits, result, labels, most, LABELS: tl.constexpr, EACH: tl.
 def _logsumexp(values):
     most = tl.max(values, 0)
     total = tl.sum(tl.exp(values - tl.where(most > float("-inf"), most, 0.0)), 0)
-    return most + tl.log(tl.maximum(total, 1.0))  # the largest alone adds 1
+    return most + tl.log(tl.maximum(total, 1.0))  # the largest value adds 1
 
 
 @triton.jit
 def _entropy(share):
-    """Return -p log p of some shares; of none 0."""
+    """Return -p log p, which is 0 for p = 0."""
     return tl.where(share > 0, -share * tl.log(tl.where(share > 0, share, 1.0)), 0.0)
 
 
 @triton.jit
 def table_rows(table, numbers, row, rows, column, width):
-    """Return columns of a table's rows that some numbers name, [ROWS, COLUMNS] in float32."""
+    """Return columns of the table rows with the indices `numbers`, [ROWS, COLUMNS] in float32."""
     there = row < rows
     number = tl.load(numbers + row, mask=there, other=0).to(tl.int64)
     return _gathered(table, number, there, column, width)
@@ -135,7 +135,7 @@ def table_rows(table, numbers, row, rows, column, width):
 
 @triton.jit
 def _gathered(table, number, there, column, width):
-    """Return columns of a table's rows [ROWS, COLUMNS] in float32; of what is not there zeros."""
+    """Return columns of table rows, [ROWS, COLUMNS] in float32; zeros out of bounds."""
     place = table + number[:, None] * width + column[None, :]
     known = there[:, None] & (column < width)[None, :]
     return tl.load(place, mask=known, other=0.0).to(tl.float32)

@@ -1,8 +1,8 @@
-"""Two maps and the norm between them, in one launch.
+"""Two linear maps and the norm between them, fused into one kernel.
 
-A layer of few heads multiplies for less time than its states take to be written and read between
-one product and the next. Here a program takes some rows all the way: output, sum and norm, and up;
-or down, sum and norm, and the next layer's queries, keys and values.
+In a layer with few heads, writing and reading states between products takes longer than the
+products. Here a program computes all of it for some rows: output, sum, norm and up; or down, sum,
+norm and the next layer's queries, keys and values.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from budgetformer.inference.backends.linear import Linear, Product
 from budgetformer.inference.batch_offsets import BatchOffsets
 
 MAX_ROWS = 64
-"""Rows that a program takes, if there are so many."""
+"""Maximum rows per program."""
 WARPS, TWO_PER_SM_WARPS = 8, 4
-"""Of a program that has a multiprocessor to itself, and of one that shares it with another."""
+"""Warps of a program that has a multiprocessor to itself, and of one that shares it."""
 MAX_SUMS = MAX_ROWS * 512
-"""Numbers in float32 that fit into a program's registers."""
+"""Float32 numbers that fit into a program's registers."""
 PROGRAMS = 128
-"""So many keep a large card busy; with fewer rows each program takes less of them."""
+"""Programs that fully use a large GPU; small batches use fewer rows per program to reach it."""
 
 
-def can_fuse(first: Linear, second: Linear | None, by: nn.Module) -> bool:
-    """Say whether `map_norm_map` can run these maps."""
-    if not isinstance(by, nn.LayerNorm):
+def can_fuse(first: Linear, second: Linear | None, layer_norm: nn.Module) -> bool:
+    """Return whether `map_norm_map` can run these maps."""
+    if not isinstance(layer_norm, nn.LayerNorm):
         return False
-    width = by.normalized_shape[0]
+    width = layer_norm.normalized_shape[0]
     maps = [each for each in (first, second) if each is not None]
     known = all(isinstance(each, Product) and each.bias is not None for each in maps)
     return known and equal_part(width) >= MIN_SIDE and MIN_SIDE * width <= MAX_SUMS
@@ -44,19 +44,19 @@ def map_norm_map(
     inputs: Tensor,
     first: Linear,
     states: Tensor,
-    by: nn.Module,
+    layer_norm: nn.Module,
     second: Linear | None,
     offsets: BatchOffsets,
     two_per_sm: bool = False,
 ) -> Tensor:
-    """Do as `plain.map_norm_map`.
+    """Compute `plain.map_norm_map`.
 
     Args:
-        inputs, states: as there; in one precision, which is that of the maps.
-        first, second, by: those that `can_fuse`.
-        offsets: where the items are; spare rows come back as they will.
-        two_per_sm: two programs share a multiprocessor. One waits while the other computes, which
-            is worth it when there are more programs than multiprocessors.
+        inputs, states: see `plain.map_norm_map`; in the precision of the maps.
+        first, second, layer_norm: maps and norm that pass `can_fuse`.
+        offsets: the items' offsets; results of padding rows are arbitrary.
+        two_per_sm: run two programs per multiprocessor, so that one computes while the other waits
+            for memory; faster with more programs than multiprocessors.
     """
     tokens, width = states.shape
     last, second = second is None, second or first
@@ -73,8 +73,8 @@ def map_norm_map(
             first.weight,
             first.bias,
             states,
-            by.weight,
-            by.bias,
+            layer_norm.weight,
+            layer_norm.bias,
             second.weight,
             second.bias,
             mapped,
@@ -84,7 +84,7 @@ def map_norm_map(
             inputs.shape[1],
             first.weight.stride(0),
             outer,
-            by.eps,
+            layer_norm.eps,
             ROWS=rows,
             WIDTH=width,
             CHUNK=equal_part(width),
@@ -133,7 +133,7 @@ def _map_norm_map(
     there = row < tokens
     own = row.to(tl.int64) * WIDTH
     column = tl.arange(0, CHUNK)
-    # All is asked for before the first of it is used.
+    # All loads are issued before the first result is used.
     used = tl.load(starts + items)
     old, biases, scales, shifts = (), (), (), ()
     for c in tl.static_range(chunks):
@@ -168,9 +168,9 @@ def _map_norm_map(
     for c in tl.static_range(chunks):
         normed = (sums[c] - mean) * factor * scales[c][None, :] + shifts[c][None, :]
         tl.store(states + own + (c * CHUNK + column)[None, :], normed.to(kind), mask=there)
-    tl.debug_barrier()  # what one thread has stored, others load
+    tl.debug_barrier()  # other threads load the stored states
     if FLAT:
-        # As one loop, so that a tile's first weights are on their way while the last is written.
+        # A single loop, so that loading a tile's weights overlaps writing the previous tile.
         steps: tl.constexpr = WIDTH // DEPTH
         answer = tl.zeros([ROWS, OUTER], tl.float32)
         for step in tl.range(0, tl.cdiv(outer, OUTER) * steps, num_stages=3):
@@ -194,7 +194,7 @@ def _map_norm_map(
 
 @triton.jit
 def _factors(states, weights, row, place, depth, there, outer, WIDTH: tl.constexpr):
-    """Return some columns of the states [ROWS, DEPTH], and of the weights [DEPTH, OUTER]."""
+    """Load a tile of the states [ROWS, DEPTH] and of the weights [DEPTH, OUTER]."""
     part = tl.load(states + row.to(tl.int64) * WIDTH + depth[None, :], mask=there, other=0.0)
     weight = weights + place[None, :] * WIDTH + depth[:, None]
     return part, tl.load(weight, mask=(place < outer)[None, :], other=0.0)
@@ -214,8 +214,8 @@ def _write(answer, biases, mapped, row, place, there, outer, GELU: tl.constexpr)
 
 @triton.jit
 def _gelu(x, EXACT: tl.constexpr):
-    """Activate; by the approximation with tanh, unless it has to be exact."""
+    """Return GELU, in its tanh approximation unless EXACT."""
     if EXACT:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    # x times the sigmoid of twice what the tanh is of, in base two.
+    # 0.5 * (1 + tanh(y)) = sigmoid(2 * y), computed in base two.
     return x / (1.0 + tl.exp2(x * (-2.302208198 - 0.1029432407 * x * x)))

@@ -1,7 +1,7 @@
-"""The kernels in Triton, for GPUs: one launch each, whatever the number of items.
+"""The kernels in Triton, for GPUs: one launch each for any number of items.
 
-They ask nothing of the host but upper bounds, so a CUDA graph can hold them: how many items there
-are and how long each is, they read on the device. Each equals its namesake in `plain`, by test.
+The host passes only upper bounds, and the kernels read the number of items and their lengths on the
+device, so a CUDA graph can hold them. Tests compare each with the function of that name in `plain`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from budgetformer.inference.backends.kernels.tiles import dot_precision, tile_si
 from budgetformer.inference.batch_offsets import BatchOffsets
 from budgetformer.model.architecture import Architecture
 from budgetformer.model.embeddings import Embeddings
-from budgetformer.model.layer import Heads
+from budgetformer.model.layer import AttentionHeads
 from budgetformer.model.positions import DistanceBias, Rotary
 
 __all__ = [
@@ -37,32 +37,32 @@ __all__ = [
 __all__ += ["map_norm_map", "mean"]
 
 ROWS = 64
-"""Queries and keys that one program of the attention takes at a time."""
+"""Queries and keys per tile of attention."""
 NORMED_ROWS, NORMED_WARPS = 2, 1
-"""Each warp sums rows of its own, and waits for no other."""
+"""One warp per program, so that no warp waits for another's sum."""
 POOLED_ROWS, POOLED_COLUMNS, POOLED_WARPS = 64, 32, 2
 CLASSIFIED_WARPS = 4
 LABELS = 8
-"""Classes whose weights a program holds at a time."""
+"""Classes per tile of the classifier."""
 
 
 def embed(
-    ids: Tensor, kinds: Tensor, offsets: BatchOffsets, by: Embeddings, dtype: torch.dtype
+    ids: Tensor, kinds: Tensor, offsets: BatchOffsets, embeddings: Embeddings, dtype: torch.dtype
 ) -> Tensor:
-    """Do as `plain.embed`; sums are float32."""
-    if by.position is None or by.map is not None:
-        return plain.embed(ids, kinds, offsets, by, dtype)
-    tokens, width = len(ids), by.word.embedding_dim
+    """Compute `plain.embed`, with float32 sums."""
+    if embeddings.position is None or embeddings.map is not None:
+        return plain.embed(ids, kinds, offsets, embeddings, dtype)
+    tokens, width = len(ids), embeddings.word.embedding_dim
     result = torch.empty(tokens, width, dtype=dtype, device=ids.device)
-    norm = by.norm if isinstance(by.norm, nn.LayerNorm) else None
+    norm = embeddings.norm if isinstance(embeddings.norm, nn.LayerNorm) else None
     if tokens:
         _embed[(triton.cdiv(tokens, NORMED_ROWS),)](
             ids,
             kinds,
             offsets.positions,
-            by.word.weight,
-            by.segment.weight,
-            by.position.weight,
+            embeddings.word.weight,
+            embeddings.segment.weight,
+            embeddings.position.weight,
             None if norm is None else norm.weight,
             None if norm is None else norm.bias,
             result,
@@ -119,12 +119,12 @@ def _normed(state, weight, bias, column, width, eps):
 
 
 def can_attend(config: Architecture) -> bool:
-    """Say whether `attend` knows a network's positions."""
+    """Return whether `attend` supports a network's positions."""
     return config.relative_positions != "disentangled"
 
 
-def attend(projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
-    """Do as `plain.attend`; one program per head and `ROWS` rows, whoseever they are."""
+def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) -> Tensor:
+    """Compute `plain.attend`, with one program per head and `ROWS` rows of any items."""
     tokens, width = projected.shape
     heads, positions, window = weights.heads, weights.positions, weights.spec.window
     size = width // (3 * heads)
@@ -134,10 +134,10 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
         places = F.pad(places, (0, tokens - len(places)))
         turned = [positions.rotate_at(part, places) for part in (query, key)]
         projected = torch.stack([*turned, value], dim=2).view(tokens, width)
-    biases, farthest = projected, 0
+    biases, max_distance = projected, 0
     if isinstance(positions, DistanceBias):
-        farthest = positions.farthest
-        biases = positions.by_distance(farthest + 1).contiguous()
+        max_distance = positions.max_distance
+        biases = positions.by_distance(max_distance + 1).contiguous()
     contexts = projected.new_empty(tokens, heads * size)
     if offsets.tokens:
         _attend[(triton.cdiv(offsets.tokens, ROWS), heads)](
@@ -151,17 +151,17 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
             heads,
             size,
             window or 0,
-            farthest,
+            max_distance,
             ROWS=ROWS,
             SIDE=tile_side(size),
             PRECISION=dot_precision(projected),
             LOCAL=window is not None,
-            BIASED=farthest > 0,
+            BIASED=max_distance > 0,
         )
     return contexts
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "window", "farthest"])
+@triton.jit(do_not_specialize=["tokens", "heads", "window", "max_distance"])
 def _attend(
     projected,
     contexts,
@@ -173,7 +173,7 @@ def _attend(
     heads,
     size,
     window,
-    farthest,
+    max_distance,
     ROWS: tl.constexpr,
     SIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -185,7 +185,7 @@ def _attend(
     end = tl.load(ends + row, mask=row < tokens, other=0).to(tl.int32)
     start = row - tl.load(positions + row, mask=row < tokens, other=0).to(tl.int32)
     asked = row < end
-    # Items lie in order: the first row's begins first, and the last row's ends last.
+    # Keys range from the start of the first row's item to the end of the last row's item.
     first = lead - tl.load(positions + lead).to(tl.int32)
     last = tl.load(ends + tl.minimum(lead + ROWS, tokens) - 1).to(tl.int32)
     if LOCAL:
@@ -197,8 +197,8 @@ def _attend(
     own = projected + head * 3 * size + side[None, :]
     place = own + row[:, None].to(tl.int64) * stride
     query = tl.load(place, mask=asked[:, None] & inside, other=0.0)
-    # Running maximum, sum and mean of a softmax in base two over the keys so far. The maximum
-    # begins at a number, as a row may see none of the first keys.
+    # Online softmax in base two: running maximum, sum and weighted values. The maximum starts
+    # finite, because a row may see none of the first keys.
     most = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     context = tl.zeros([ROWS, SIDE], tl.float32)
@@ -214,9 +214,9 @@ def _attend(
         if LOCAL:
             mine = mine & (distance <= window) & (distance >= -window)
         if BIASED:
-            near = tl.minimum(tl.maximum(distance, -farthest), farthest) + farthest
-            bias = tl.load(biases + head * (2 * farthest + 1) + near)
-            score += bias.to(tl.float32) * 1.4426950408889634  # as scores are in base two
+            near = tl.minimum(tl.maximum(distance, -max_distance), max_distance) + max_distance
+            bias = tl.load(biases + head * (2 * max_distance + 1) + near)
+            score += bias.to(tl.float32) * 1.4426950408889634  # log2(e), as scores are in base two
         score = tl.where(mine, score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, 1))
         weight = tl.exp2(score - higher[:, None])
@@ -226,25 +226,25 @@ def _attend(
         context = context * kept[:, None] + added
         most = higher
     place = contexts + row[:, None].to(tl.int64) * (heads * size) + head * size + side[None, :]
-    # A row that is some item's has a total of 1 or more.
+    # The total is at least 1 in rows of items, and 0 in padding rows.
     result = (context / tl.maximum(total, 1.0)[:, None]).to(contexts.dtype.element_ty)
     tl.store(place, result, mask=asked[:, None] & inside)
 
 
-def add_norm(states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
-    """Do as `plain.add_norm`; sums are float32, the result is as the states."""
+def add_norm(states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
+    """Compute `plain.add_norm`, with float32 sums and a result of the states' type."""
     tokens, width = states.shape
     result = torch.empty_like(states)
     if tokens:
         _add_norm[(triton.cdiv(tokens, NORMED_ROWS),)](
             states,
             change,
-            by.weight,
-            by.bias,
+            layer_norm.weight,
+            layer_norm.bias,
             result,
             tokens,
             width,
-            by.eps,
+            layer_norm.eps,
             ROWS=NORMED_ROWS,
             WIDTH=tile_side(width),
             num_warps=NORMED_WARPS,
@@ -277,7 +277,7 @@ def _add_norm(
 
 
 def mean(states: Tensor, offsets: BatchOffsets) -> Tensor:
-    """Do as `plain.mean`; an item is summed in the same order whatever its batch."""
+    """Compute `plain.mean`; the order of an item's sum does not depend on its batch."""
     width = states.shape[-1]
     result = states.new_empty(offsets.items, width, dtype=torch.float32)
     grid = (offsets.items, triton.cdiv(width, POOLED_COLUMNS))
@@ -304,7 +304,7 @@ def _mean(states, result, starts, width, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def _averaged(states, starts, item, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the mean of an item's states in some columns, [COLUMNS] in float32."""
+    """Return the mean of an item's states in these columns, [COLUMNS] in float32."""
     start, stop = tl.load(starts + item), tl.load(starts + item + 1)
     total = tl.zeros([COLUMNS], tl.float32)
     for begin in range(start, stop, ROWS):
@@ -315,16 +315,16 @@ def _averaged(states, starts, item, column, width, ROWS: tl.constexpr, COLUMNS: 
     return total / tl.maximum(stop - start, 1)
 
 
-def classify(states: Tensor, offsets: BatchOffsets, by: nn.Linear) -> Tensor:
-    """Do as `plain.classify`; an item is summed in the same order whatever its batch."""
-    width, labels = by.in_features, by.out_features
+def classify(states: Tensor, offsets: BatchOffsets, classifier: nn.Linear) -> Tensor:
+    """Compute `plain.classify`; the order of an item's sum does not depend on its batch."""
+    width, labels = classifier.in_features, classifier.out_features
     result = states.new_empty(offsets.items, labels, dtype=torch.float32)
     if offsets.items:
         _classify[(offsets.items,)](
             states,
             offsets.starts,
-            by.weight,
-            by.bias,
+            classifier.weight,
+            classifier.bias,
             result,
             width,
             labels,

@@ -1,4 +1,4 @@
-"""The reference of every kernel, in plain torch: what CPUs run."""
+"""Every kernel in plain torch: the implementation on CPUs, and the reference for others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from budgetformer.inference.backends.linear import Linear
 from budgetformer.inference.batch_offsets import BatchOffsets
 from budgetformer.model.embeddings import Embeddings
-from budgetformer.model.layer import Heads
+from budgetformer.model.layer import AttentionHeads
 from budgetformer.model.layer import attend as attend_padded
 from budgetformer.model.step0 import ExitHead, exit_evidence
 
@@ -17,66 +17,68 @@ __all__ = ["add", "add_norm", "attend", "bag", "classify", "embed", "exit_eviden
 __all__ += ["map_norm_map", "mean", "norm"]
 
 
-def bag(ids: Tensor, offsets: BatchOffsets, by: ExitHead) -> Tensor:
-    """Put together what step 0 reads.
+def bag(ids: Tensor, offsets: BatchOffsets, exit_head: ExitHead) -> Tensor:
+    """Sum the table rows of each item's tokens and token pairs for step 0.
 
     Args:
-        ids: of tokens [N].
-        offsets: where the items are.
-        by: whose table's rows are summed, of tokens and of neighbours.
+        ids: token ids [N].
+        offsets: the items' offsets.
+        exit_head: has the table.
 
     Returns:
-        Bags [B, R], as `ExitHead.logits` reads them.
+        Bags [B, R], the input of `ExitHead.logits`.
     """
     rows, counts = ids.long(), offsets.counts
-    owner = None if offsets.alone else offsets.owner
-    if by.buckets and len(rows):
-        rows = torch.cat([rows, by.neighbours(rows)])
+    owner = None if offsets.single_item else offsets.owner
+    if exit_head.buckets and len(rows):
+        rows = torch.cat([rows, exit_head.neighbours(rows)])
         counts = 2 * counts - 1
         if owner is not None:
             together = owner[:-1] == owner[1:]
             owner = torch.cat([owner, torch.where(together, owner[:-1], offsets.items)])
-    added = F.embedding(rows, by.weight.weight).to(by.bias.dtype)
+    added = F.embedding(rows, exit_head.weight.weight).to(exit_head.bias.dtype)
     if owner is None:
         total = added.sum(0, keepdim=True)
     else:
-        # One row more: for what belongs to no item.
+        # One more row for pairs across items and padding rows, which belong to no item.
         total = added.new_zeros(offsets.items + 1, added.shape[1])
         total = total.index_add_(0, owner, added)[:-1]
     return total / counts.sqrt()
 
 
 def embed(
-    ids: Tensor, kinds: Tensor, offsets: BatchOffsets, by: Embeddings, dtype: torch.dtype
+    ids: Tensor, kinds: Tensor, offsets: BatchOffsets, embeddings: Embeddings, dtype: torch.dtype
 ) -> Tensor:
     """Embed tokens.
 
     Args:
-        ids, kinds: of tokens and their segments, [N] each.
-        offsets: where the items are.
-        by: the tables, and the norm of post-norm encoders.
+        ids, kinds: token and segment ids, [N] each.
+        offsets: the items' offsets.
+        embeddings: the tables and the norm.
         dtype: of the result.
 
     Returns:
         States [N, D].
     """
-    # Not through the modules: their calls take as long as the rows of a short text.
-    states = by.word.weight.index_select(0, ids)
-    states = states.to(by.states_dtype or states.dtype)
-    states += by.segment.weight.index_select(0, kinds)
-    if by.position is not None:
-        states += by.position.weight.index_select(0, offsets.positions)
-    states = norm(states, by.norm)
-    return (states if by.map is None else by.map(states.to(by.map.weight.dtype))).to(dtype)
+    # Modules are bypassed: for a short text, calling them takes as long as the look-ups.
+    states = embeddings.word.weight.index_select(0, ids)
+    states = states.to(embeddings.states_dtype or states.dtype)
+    states += embeddings.segment.weight.index_select(0, kinds)
+    if embeddings.position is not None:
+        states += embeddings.position.weight.index_select(0, offsets.positions)
+    states = norm(states, embeddings.norm)
+    return (
+        states if embeddings.map is None else embeddings.map(states.to(embeddings.map.weight.dtype))
+    ).to(dtype)
 
 
-def attend(projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
+def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) -> Tensor:
     """Attend within each item of a packed batch.
 
     Args:
         projected: queries, keys and values, interleaved by head, [N, k * 3 * D/H].
-        offsets: where the items are; spare rows come back as they will.
-        weights: of the layer, whose heads, positions and window count.
+        offsets: the items' offsets; the contexts of padding rows are arbitrary.
+        weights: the heads, positions and window.
 
     Returns:
         Contexts [N, k * D/H].
@@ -91,7 +93,7 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
         query, key, value = item.unbind(0)
         return attend_padded(query, key, value, positions, window).transpose(1, 2)
 
-    if offsets.alone and offsets.tokens == tokens > 0:
+    if offsets.single_item and offsets.tokens == tokens > 0:
         return attend_one(per_head).reshape(tokens, heads * size)
     *items, spare = per_head.split([*offsets.lengths, tokens - offsets.tokens], dim=3)
     contexts = [attend_one(item) for item in items if item.shape[3]]
@@ -101,59 +103,62 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: Heads) -> Tensor:
 
 
 def add(states: Tensor, change: Tensor) -> Tensor:
-    """Add states and a change [N, D] in place of the change, which nobody else holds.
+    """Return the sum of states and a change [N, D], stored in the change unless types differ.
 
-    The change is converted first: a mixed sum is slow.
+    The change is converted first, because sums of mixed types are slow.
     """
     if change.dtype != states.dtype:
         change = change.to(states.dtype)
     return change.add_(states)
 
 
-def norm(states: Tensor, by: nn.Module) -> Tensor:
-    """Normalise each of the states [N, D]; `by` may be no norm, and leave them as they are."""
-    if not isinstance(by, nn.LayerNorm):
+def norm(states: Tensor, layer_norm: nn.Module) -> Tensor:
+    """Normalise states [N, D]; return them unchanged if `layer_norm` is no `nn.LayerNorm`."""
+    if not isinstance(layer_norm, nn.LayerNorm):
         return states
-    # Not through the module: its call takes as long as the norm of a short text.
-    weight = by.weight
+    # The module is bypassed: for a short text, calling it takes as long as the norm.
+    weight = layer_norm.weight
     if states.dtype != weight.dtype:
         states = states.to(weight.dtype)
-    return torch.layer_norm(states, by.normalized_shape, weight, by.bias, by.eps)
+    return torch.layer_norm(
+        states, layer_norm.normalized_shape, weight, layer_norm.bias, layer_norm.eps
+    )
 
 
-def add_norm(states: Tensor, change: Tensor, by: nn.Module) -> Tensor:
+def add_norm(states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
     """Normalise the sum of states and a change, [N, D] each."""
-    return norm(add(states, change), by)
+    return norm(add(states, change), layer_norm)
 
 
 def map_norm_map(
-    inputs: Tensor, first: Linear, states: Tensor, by: nn.Module, second: Linear | None
+    inputs: Tensor, first: Linear, states: Tensor, layer_norm: nn.Module, second: Linear | None
 ) -> Tensor:
-    """Map inputs, add them to the states, normalise these, and map what comes of it.
+    """Add mapped inputs to the states, normalise the sum, and map it.
 
     Args:
-        inputs: [N, K], which `first` maps to [N, D].
-        states: [N, D], which become the normalised ones.
-        by: the norm of the sum.
-        second: maps the normalised states; None: nothing does.
+        inputs: [N, K].
+        first: maps the inputs to [N, D].
+        states: [N, D]; replaced by the normalised sum.
+        layer_norm: the norm of the sum.
+        second: maps the normalised sum; None: no map.
 
     Returns:
-        What `second` made of the normalised states, [N, M].
+        The result of `second`, [N, M]; [N, 0] without it.
     """
-    states.copy_(add_norm(states, first(inputs), by))
+    states.copy_(add_norm(states, first(inputs), layer_norm))
     return states.new_empty(len(states), 0) if second is None else second(states)
 
 
 def mean(states: Tensor, offsets: BatchOffsets) -> Tensor:
-    """Average the states [N, D] of each item, [B, D] in float32; no token at all gives zeros."""
+    """Return the mean state of each item, [B, D] in float32; zeros for items without tokens."""
     states = states[: offsets.tokens].float()
-    if offsets.alone:
+    if offsets.single_item:
         return states.sum(0, keepdim=True) / max(offsets.tokens, 1)
     total = states.new_zeros(offsets.items, states.shape[-1])
     return total.index_add_(0, offsets.owner, states) / offsets.counts
 
 
-def classify(states: Tensor, offsets: BatchOffsets, by: nn.Linear) -> Tensor:
-    """Map the mean of each item's states [N, D] to logits [B, C] in float32."""
-    logits: Tensor = by(mean(states, offsets))
+def classify(states: Tensor, offsets: BatchOffsets, classifier: nn.Linear) -> Tensor:
+    """Return logits [B, C] in float32 for the mean of each item's states [N, D]."""
+    logits: Tensor = classifier(mean(states, offsets))
     return logits

@@ -22,7 +22,7 @@ from budgetformer.adoption.as_is import add_classifier, find_classifier
 from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import CheckpointError
-from budgetformer.model.modeling import quiet
+from budgetformer.model.modeling import silence_transformers
 from tests.support.classifiers import (
     CONFIGS,
     DISTILBERT,
@@ -43,7 +43,7 @@ def adopt(folder: Path, **choices: Any) -> Checkpoint:
 
 def theirs(folder: Path, texts: list[Any], **settings: Any) -> list[dict[str, float]]:
     """Return the probabilities of Transformers' pipeline by label."""
-    with quiet():
+    with silence_transformers():
         ask = pipeline("text-classification", model=str(folder), top_k=None, dtype=torch.float32)
     given = [{"text": t[0], "text_pair": t[1]} if isinstance(t, tuple) else t for t in texts]
     answers = [ask([one], **settings)[0] for one in given]
@@ -104,7 +104,7 @@ def test_several_labels_of_a_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_weights_keep_their_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = save_classifier(tmp_path / "made")
-    with quiet():
+    with silence_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
         (folder / "model.safetensors").unlink()
         model.save_pretrained(folder, max_shard_size="8KB")
@@ -125,7 +125,7 @@ def test_every_quality_is_all_heads(tmp_path: Path) -> None:
 def test_the_same_classifier_is_added_once(tmp_path: Path) -> None:
     folder = save_classifier(tmp_path / "made")
     assert adopt(folder).path == adopt(folder).path
-    with quiet():
+    with silence_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(folder)
         model.classifier.bias.data += 0.5
         model.save_pretrained(folder)
@@ -143,7 +143,7 @@ def test_texts_give_int8_its_ranges(tmp_path: Path) -> None:
 
 class TestTokenizers:
     def words(self, checkpoint: Checkpoint, folder: Path, text: str) -> None:
-        with quiet():
+        with silence_transformers():
             expected = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
         assert Classifier(checkpoint.path)([text])[0].tokens == len(expected)
         assert_same(folder, checkpoint, [text])
@@ -189,7 +189,7 @@ def set_config(**values: Any) -> Callable[[Path], None]:
 
 def of_class(auto: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        with quiet(), torch.random.fork_rng(devices=[]):
+        with silence_transformers(), torch.random.fork_rng(devices=[]):
             auto.from_pretrained(folder).save_pretrained(folder)
 
     return change
@@ -220,10 +220,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "sentence-transformers": (touch("modules.json"), "sentence-transformers model"),
     "its folder of modules": (touch("modules.json", lose=True), "sentence-transformers model"),
     "a token classifier": (of_class(AutoModelForTokenClassification), "ForTokenClassification"),
-    "an encoder": (of_class(AutoModel), "no head for classes of whole texts"),
+    "an encoder": (of_class(AutoModel), "no text classification head"),
     "regression": (set_config(problem_type="regression"), "regression"),
-    "code of its own": (set_config(auto_map={"AutoModel": "x.Y"}), "code of its own"),
-    "another kind of model": (set_config(model_type="t5"), "no family that can be converted"),
+    "code of its own": (set_config(auto_map={"AutoModel": "x.Y"}), "requires its own code"),
+    "another kind of model": (set_config(model_type="t5"), "cannot be converted"),
     "no tokenizer": (lose_tokenizer, "no tokenizer"),
     "two labels of one name": (set_config(id2label=dict.fromkeys("012", "a")), "the same name"),
 }

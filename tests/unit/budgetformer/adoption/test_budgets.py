@@ -126,8 +126,11 @@ def test_hours_teach_every_step_the_answers(folder: Path, made: Checkpoint, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dense_epochs": 1}, "dense_epochs is 1, with --texts it must be 0"),
-        ({"head_selection": "input", "ladder": "uniform"}, "head_selection is 'input'"),
+        ({"dense_epochs": 1}, "dense_epochs must be 0 with --texts"),
+        (
+            {"head_selection": "input", "ladder": "uniform"},
+            "head_selection must be 'ranked' with --texts, not 'input'",
+        ),
     ],
 )
 def test_recipes_that_would_not_keep_the_classifier(
@@ -138,7 +141,7 @@ def test_recipes_that_would_not_keep_the_classifier(
 
 
 def test_too_few_texts(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="20 texts, 100 are needed"):
+    with pytest.raises(DataError, match="20 texts, at least 100 are required"):
         run(folder, tmp_path, ROWS[:20])
 
 

@@ -18,7 +18,7 @@ from budgetformer.cost.table import (
     read_tables,
 )
 from budgetformer.errors import DataError
-from budgetformer.inference.choice import load_pass
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.inference.tune import measure_costs
 from tests.support.networks import PROPERTY, random_network, small_config
 
@@ -76,12 +76,12 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "format 2, this program reads 1"),
+        ({"format": 2}, "format 2 is not supported, only 1"),
         ({"steps": []}, "steps must be a list"),
         ({"steps": [{"constant": -1, "token": 0, "item": 0}]}, "not negative"),
         ({"steps": [{"constant": 1e999, "token": 0, "item": 0}]}, "finite"),
         ({"steps": [{"constant": 1}]}, "missing"),
-        ({"steps": [7]}, "no cost table"),
+        ({"steps": [7]}, "not a valid cost table"),
         ({"steps": None}, "steps must be a list"),
     ],
 )
@@ -93,12 +93,12 @@ def test_a_damaged_table(tmp_path: Path, changes: dict[str, object], message: st
 
 
 def test_no_table(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no cost table in it"):
+    with pytest.raises(DataError, match="has no cost table"):
         read_tables(tmp_path)
     with pytest.raises(DataError, match="No such file"):
         read_tables(tmp_path / "none.json")
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(DataError, match="no cost table"):
+    with pytest.raises(DataError, match="not a valid cost table"):
         read_tables(tmp_path)
 
 

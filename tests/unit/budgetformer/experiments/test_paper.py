@@ -176,7 +176,7 @@ class TestStudy:
 
     def test_needs_a_test_file(self, folder: Path, recipe: Path, tmp_path: Path) -> None:
         (folder / "test.jsonl").unlink()
-        with pytest.raises(DataError, match="no test file"):
+        with pytest.raises(DataError, match="has no test file"):
             paper.main(
                 ["--recipe", str(recipe), "--work-dir", str(tmp_path), "--data", str(folder)]
             )

@@ -134,7 +134,7 @@ class TestReport:
         assert way.mean_heads == 2
 
     def test_refuses_no_text(self, model_store: Path, examples: Examples) -> None:
-        with pytest.raises(DataError, match="needs texts"):
+        with pytest.raises(DataError, match="at least one text"):
             report_checkpoint(
                 read_checkpoint(model_store / TOPICS / "1"), examples.subset([]), None
             )

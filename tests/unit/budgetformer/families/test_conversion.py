@@ -237,11 +237,11 @@ class TestErrors:
             (break_weights, "not an encoder folder"),
             (
                 rename_model,
-                "model_type .gpt2. is no family that can be converted; there are: albert, bert",
+                "model_type .gpt2. cannot be converted; supported: albert, bert",
             ),
             (list_config, "not an encoder folder"),
-            (reshape_tensor, r"layer\.0\.attention\.self\.query\.weight has the shape \[8, 16\]"),
-            (drop_tensors, r"weights lack bert\.encoder\.layer\.1\..* and 3 more"),
+            (reshape_tensor, r"layer\.0\.attention\.self\.query\.weight has shape \[8, 16\]"),
+            (drop_tensors, r"missing weights: bert\.encoder\.layer\.1\..* and 3 more"),
         ],
     )
     def test_says_what_is_wrong_with_the_folder(

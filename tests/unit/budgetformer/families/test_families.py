@@ -18,8 +18,8 @@ from budgetformer.cost.macs import dense_macs
 from budgetformer.errors import CheckpointError
 from budgetformer.families import FAMILIES
 from budgetformer.families.conversion import convert_encoder
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedTokens
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.importance import order_by_importance

@@ -137,10 +137,10 @@ def test_the_step_after_an_answer_that_does_not_stand_is_the_same_for_every_verd
     wanted = data.draw(policy_rules(6, data.draw(st.booleans())))
     assert wanted.level is not None
     for step in wanted.path(s := data.draw(st.floats(0, 1))):
-        needed = wanted.needed(step)
+        needed = wanted.required_confidence(step)
         assert wanted.next_step(step, needed, s) is None
         if step and needed > 0:
-            assert wanted.following(step) == wanted.next_step(step, math.nextafter(needed, 0), s)
+            assert wanted.next_link(step) == wanted.next_step(step, math.nextafter(needed, 0), s)
 
 
 @given(st.data())
@@ -232,13 +232,13 @@ def test_step_0_answers_on_arrival() -> None:
 
 def test_nothing_more_is_packed_where_step_0_reads_what_the_encoder_does() -> None:
     network = PackedPass(random_network(small_config()))
-    assert everything(decided(network, random_items([6, 3]), rule(4))).whole() is None
+    assert everything(decided(network, random_items([6, 3]), rule(4))).full_text() is None
 
 
 def test_step_0_gets_the_whole_of_a_long_text_beside_the_others_as_they_are() -> None:
     long = Tokens([2, 8, 3], [0, 0, 1], True, [2, 8, 9, 3, 3], [0, 0, 0, 1, 1])
     texts = Texts.of([long, Tokens([2, 4, 3], [0, 0, 0], False)])
-    window, whole = (PackedTokens.of(columns) for columns in (texts.window, texts.whole))
+    window, whole = (PackedTokens.of(columns) for columns in (texts.window, texts.full_text))
     assert window.input_ids.tolist() == [2, 8, 3, 2, 4, 3]
     assert whole.lengths == (5, 3)
     assert whole.input_ids.tolist() == [2, 8, 9, 3, 3, 2, 4, 3]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from budgetformer.inference.choice import load_pass
 from budgetformer.inference.observed import measure_ranges
 from torch.backends.quantized import _get_qengine_id
 
 from budgetformer.inference import choice
-from budgetformer.inference.choice import load_pass
 from tests.support.networks import pack, random_items, random_network, small_config
 
 LARGE = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}

@@ -42,7 +42,7 @@ def test_logits_and_verdicts_are_the_reference_networks(
     model: BudgetFormerForSequenceClassification, items: list[Item]
 ) -> None:
     rule = BudgetRule(num_steps=model.config.num_steps)
-    found = decider_of(model).decide(texts_of(items).whole, rule)
+    found = decider_of(model).decide(texts_of(items).full_text, rule)
     with torch.no_grad():
         logits, evidence = model.step0(**pad(items))
         decision = model.encoder.decision
@@ -59,7 +59,7 @@ def test_steps_are_those_that_an_engine_would_decide(
 ) -> None:
     rule = data.draw(rules(model))
     network, texts = PackedPass(model), texts_of(items)
-    found = decider_of(model).decide(texts.whole, rule)
+    found = decider_of(model).decide(texts.full_text, rule)
     engine = decided(network, items, rule)
     assert found.steps.tolist() == engine.step.tolist()
     assert found.asked.tolist() == engine.ran[:, 0].tolist()
@@ -76,9 +76,9 @@ def test_a_text_is_decided_alone_as_it_is_among_others(
     model: BudgetFormerForSequenceClassification, items: list[Item], data: st.DataObject
 ) -> None:
     rule, decider = data.draw(rules(model)), decider_of(model)
-    together = decider.decide(texts_of(items).whole, rule)
+    together = decider.decide(texts_of(items).full_text, rule)
     for place, item in enumerate(items):
-        alone = decider.decide(texts_of([item]).whole, rule)
+        alone = decider.decide(texts_of([item]).full_text, rule)
         assert alone.steps.tolist() == [together.steps[place]]
         assert alone.exit_logits is not None
         assert together.exit_logits is not None
@@ -92,7 +92,7 @@ def test_what_begins_at_a_decided_step_is_answered_as_by_an_engine_that_decides(
 ) -> None:
     rule = data.draw(rules(model))
     network, texts, decider = PackedPass(model), texts_of(items), decider_of(model)
-    found = decider.decide(texts.whole, rule)
+    found = decider.decide(texts.full_text, rule)
     assert found.exit_logits is not None
     whole = cascade.answer(network, texts, rule)
     begun = Items(network, texts, rule)

@@ -17,7 +17,7 @@ if "TRITON_INTERPRET" not in os.environ:
 from budgetformer.inference.backends.kernels import gpu, plain
 from budgetformer.inference.backends.linear import Product
 from budgetformer.inference.batch_offsets import BatchOffsets
-from budgetformer.inference.routed import Run
+from budgetformer.inference.routed import ItemRun
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.embeddings import Embeddings
 from budgetformer.model.layer import LayerSpec
@@ -33,10 +33,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def heads_of(heads: int, positions: Positions | None = None, window: int | None = None) -> Run:
+def heads_of(heads: int, positions: Positions | None = None, window: int | None = None) -> ItemRun:
     """Return what attention reads of some heads of a layer."""
     spec = replace(LayerSpec.of(small_config(), 0), window=window)
-    return Run(heads, spec, positions)
+    return ItemRun(heads, spec, positions)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)

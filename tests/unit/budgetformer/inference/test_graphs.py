@@ -22,9 +22,9 @@ from triton import OutOfResources
 
 from budgetformer.inference import graphs, packed
 from budgetformer.inference.backends.kernels import gpu
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.graphs import GraphedPass, Size
 from budgetformer.inference.packed import PackedTokens
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from tests.support.networks import (
     POSITIONS,
@@ -129,15 +129,15 @@ def test_arrivals_equal_the_plain_ones(network: Network, items: list[Item]) -> N
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_joined_layers_equal_those_apart(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_layers_equal_unfused_ones(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ladder = [[1, 0, 2], [2, 2, 2], [4, 0, 3]]
     network, tokens = random_network(small_config(ladder=ladder)), pack(random_items([12, 0, 5]))
-    joined, apart = graphed(network), graphed(network)
-    monkeypatch.setattr(apart, "_can_join", lambda _: False)
+    fused, unfused = graphed(network), graphed(network)
+    monkeypatch.setattr(unfused, "_can_fuse", lambda _: False)
     calls: list[int] = []
-    join = joined._fused
-    monkeypatch.setattr(joined, "_fused", lambda *given: calls.append(1) or join(*given))
-    assert_close(joined.run(tokens, [step] * 3).logits, apart.run(tokens, [step] * 3).logits)
+    run_fused = fused._fused
+    monkeypatch.setattr(fused, "_fused", lambda *given: calls.append(1) or run_fused(*given))
+    assert_close(fused.run(tokens, [step] * 3).logits, unfused.run(tokens, [step] * 3).logits)
     assert calls
 
 
@@ -159,7 +159,7 @@ def test_more_rows_than_a_wave_may_be_paired(
     assert seen == {two_per_sm}
 
 
-def test_the_fastest_way_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_variant_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
     class Event:
@@ -180,24 +180,24 @@ def test_the_fastest_way_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         return graphs.Program(nothing, [], lambda: now.__setitem__(0, now[0] + next(taken)), [])
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(graphs, "TIMED", 3)
+    monkeypatch.setattr(graphs, "TIMING_ROUNDS", 3)
     assert graphs._fastest([program(5, 4, 4), program(9, 3, 9)]) == 1
     assert graphs._fastest([program()]) == 0
 
 
 def test_a_size_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compact, tokens = graphed(random_network(SMALL), timed=True), pack(random_items([5]))
-    monkeypatch.setattr(compact, "_all_ways", lambda *_: [compact._unfused, compact._fused])
+    monkeypatch.setattr(compact, "_candidates", lambda *_: [compact._unfused, compact._fused])
     timed: list[int] = []
     monkeypatch.setattr(graphs, "_fastest", lambda those: timed.append(len(those)) or 0)
     for _ in range(2):
         compact.run(tokens, [2])
         compact._programs.clear()
     assert timed == [2, 1]
-    assert list(compact._ways.values()) == [[compact._unfused]]
+    assert list(compact._variants.values()) == [[compact._unfused]]
 
 
-def test_by_default_the_size_says_which_way_is_kept_and_nothing_is_timed(
+def test_by_default_the_size_decides_the_variant_and_nothing_is_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compact = graphed(random_network(SMALL))
@@ -217,7 +217,7 @@ def test_a_way_that_a_card_has_no_room_for_is_left_out(
 
     network, items = random_network(SMALL), random_items([5])
     compact = graphed(network, timed)
-    monkeypatch.setattr(compact, "_all_ways", lambda *_: [too_large, compact._unfused])
+    monkeypatch.setattr(compact, "_candidates", lambda *_: [too_large, compact._unfused])
     assert_close(compact.run(pack(items), [2]).logits, reference(network, items, [2]))
 
 

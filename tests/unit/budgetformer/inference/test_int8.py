@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from budgetformer.inference import choice as choice_module
+from budgetformer.inference import precision_choice
 from budgetformer.inference.backends import private
 from budgetformer.inference.backends.linear import (
     CHECK_EVERY,
@@ -18,8 +18,8 @@ from budgetformer.inference.backends.linear import (
     can_multiply_int8,
     int8_linear,
 )
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.inference.range_observer import measure_ranges
 from budgetformer.inference.ranges import LayerRanges, StateRange
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
@@ -276,7 +276,9 @@ def test_it_is_timed_where_there_are_ranges(monkeypatch: pytest.MonkeyPatch, ran
     measured = measure_ranges(network, [pack(random_items([5]))]) if ranges else ()
     monkeypatch.setattr(private, "multiplies_bfloat16", lambda: False)
     # Each pass takes less time than the one before.
-    monkeypatch.setattr(choice_module, "_time", lambda passes: [0.5**i for i in range(len(passes))])
+    monkeypatch.setattr(
+        precision_choice, "_time", lambda passes: [0.5**i for i in range(len(passes))]
+    )
     expected = "int8" if ranges else "float32"
     assert load_pass(network, "fastest", measured).precision == expected
 
@@ -284,7 +286,7 @@ def test_it_is_timed_where_there_are_ranges(monkeypatch: pytest.MonkeyPatch, ran
 def test_auto_takes_it_where_there_are_ranges_and_no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     network = random_network(small_config(**LARGE))
     measured = measure_ranges(network, [pack(random_items([5]))])
-    monkeypatch.setattr(choice_module, "has_amx", lambda: False)
+    monkeypatch.setattr(precision_choice, "has_amx", lambda: False)
     assert load_pass(network, "auto", measured).precision == "int8"
     assert load_pass(network, "auto").precision == "float32"
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from budgetformer.cost.counter import MacCounter
 from budgetformer.cost.macs import decision_macs, encoder_macs, scorer_macs
-from budgetformer.inference import choice as choice_module
+from budgetformer.inference import precision_choice
 from budgetformer.inference import weights as weights_module
 from budgetformer.inference.backends import linear, private
 from budgetformer.inference.backends.linear import PRECISIONS
-from budgetformer.inference.choice import MIN_WEIGHTS, choose_precision, load_pass
 from budgetformer.inference.packed import Decision, PackedPass, PackedTokens, PassResult
+from budgetformer.inference.precision_choice import MIN_WEIGHTS, choose_precision, load_pass
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from tests.support.networks import (
     POSITIONS,
@@ -467,13 +467,13 @@ def test_what_a_processor_lacks_is_not_timed(monkeypatch: pytest.MonkeyPatch, ha
         return PackedPass(model)
 
     monkeypatch.setattr(private, "multiplies_bfloat16", lambda: has)
-    monkeypatch.setattr(choice_module, "make_pass", make_pass)
+    monkeypatch.setattr(precision_choice, "make_pass", make_pass)
     load_pass(random_network(small_config(**LARGE)), "fastest")
     assert ("bfloat16" in tried) == has
 
 
 def test_auto_never_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice_module, "_time", None)
+    monkeypatch.setattr(precision_choice, "_time", None)
     network = random_network(small_config(**LARGE))
     chosen = {load_pass(network, "auto").precision for _ in range(3)}
     assert len(chosen) == 1
@@ -498,8 +498,8 @@ def test_auto_follows_from_capabilities(
     weights: int,
     expected: str,
 ) -> None:
-    monkeypatch.setattr(choice_module, "has_amx", lambda: amx)
-    monkeypatch.setattr(choice_module, "can_multiply_int8", lambda _: avx2)
+    monkeypatch.setattr(precision_choice, "has_amx", lambda: amx)
+    monkeypatch.setattr(precision_choice, "can_multiply_int8", lambda _: avx2)
     precision, reason = choose_precision(torch.device("cpu"), weights, ranges)
     assert precision == expected
     assert reason
@@ -507,7 +507,7 @@ def test_auto_follows_from_capabilities(
 
 @pytest.mark.parametrize(("has", "expected"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has: bool, expected: str) -> None:
-    monkeypatch.setattr(choice_module, "can_multiply_bfloat16", lambda _: has)
+    monkeypatch.setattr(precision_choice, "can_multiply_bfloat16", lambda _: has)
     assert choose_precision(torch.device("cuda"), MIN_WEIGHTS, True)[0] == expected
 
 
@@ -525,7 +525,7 @@ def test_memory_grows_with_what_is_laid_out() -> None:
 
 def test_a_budget_needs_its_steps() -> None:
     compact = load_pass(random_network(small_config()))
-    with pytest.raises(ValueError, match="give the steps"):
+    with pytest.raises(ValueError, match="pass `steps`"):
         compact.run(pack(random_items([3])))
 
 
@@ -553,14 +553,18 @@ def test_step_zero_has_no_pass() -> None:
 def test_too_many_tokens(length: int) -> None:
     compact = load_pass(random_network(small_config()))
     tokens = pack(random_items([2, length]))
-    with pytest.raises(ValueError, match=f"{length} tokens, but only {POSITIONS} positions"):
+    with pytest.raises(
+        ValueError, match=f"{length} tokens, but the network has only {POSITIONS} positions"
+    ):
         compact.decide(tokens)
-    with pytest.raises(ValueError, match=f"{length} tokens, but only {POSITIONS} positions"):
+    with pytest.raises(
+        ValueError, match=f"{length} tokens, but the network has only {POSITIONS} positions"
+    ):
         compact.run(tokens, [1, 1])
 
 
 def test_an_unknown_precision() -> None:
-    with pytest.raises(ValueError, match="unknown precision 'telepathy'; there are: .*float32"):
+    with pytest.raises(ValueError, match="unknown precision 'telepathy'; known: .*float32"):
         load_pass(random_network(small_config()), "telepathy")
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from budgetformer.inference import shared_file
-from budgetformer.inference.choice import load_pass
 from budgetformer.inference.packed import PackedPass
+from budgetformer.inference.precision_choice import load_pass
 from budgetformer.inference.range_observer import measure_ranges
 from budgetformer.inference.shared import ALIGNMENT, SharedTensors
 from tests.support.networks import pack, random_items, random_network, small_config
@@ -174,7 +174,7 @@ def test_where_no_file_can_be_made_all_stays_as_it_was(
     with pytest.raises(OSError, match="Cannot allocate"):
         SharedTensors(link).hold(tensors)
     monkeypatch.delattr(os, "memfd_create")
-    with pytest.raises(OSError, match="no files in memory"):
+    with pytest.raises(OSError, match="no in-memory files"):
         SharedTensors(link).hold(tensors)
     assert [tensor.data_ptr() for tensor in tensors] == before
     assert open_files() == files
@@ -203,12 +203,12 @@ def test_passes_that_share_answer_as_before(
     alone, first, second = made(), made(), made()
     answer(first)  # what it has laid out by now is not shared
     for one in (first, second):
-        one.take_over()
+        one.free_model_weights()
         one.share(link)
     right = answer(alone)
     assert torch.equal(answer(first), right)
     assert torch.equal(answer(second), right)
     for one in (first, second):
         assert all(map(is_mapped, one._slices.weights))
-        one.forget_shared()
+        one.stop_sharing()
     assert second.nbytes < 2 * alone.nbytes

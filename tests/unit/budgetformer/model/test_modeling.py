@@ -277,9 +277,9 @@ class TestGating:
 
     def test_noise_is_silent_in_evaluation(self) -> None:
         gate = decision(head_selection="input").eval()
-        quiet = gate(POOLED)
+        silence_transformers = gate(POOLED)
         gate.gating = Gating(noise=2.0)
-        assert torch.equal(gate(POOLED).relevance, quiet.relevance)
+        assert torch.equal(gate(POOLED).relevance, silence_transformers.relevance)
 
     def test_without_noise_training_repeats_itself(self) -> None:
         gate = decision(head_selection="input")
@@ -394,7 +394,9 @@ class TestForward:
     @pytest.mark.parametrize("length", [POSITIONS + 1, 10 * POSITIONS])
     def test_too_many_tokens(self, length: int) -> None:
         network = random_network(small_config())
-        with pytest.raises(ValueError, match=f"{length} tokens, but only {POSITIONS} positions"):
+        with pytest.raises(
+            ValueError, match=f"{length} tokens, but the network has only {POSITIONS} positions"
+        ):
             network(torch.ones(1, length, dtype=torch.long))
 
     @torch.no_grad()

@@ -79,7 +79,7 @@ class TestAccuracy:
     def test_many_levels_without_a_name_lie_between(self, found: Found) -> None:
         policy = policy_of(found)
         unnamed = [level for level in policy.levels if not level.name]
-        assert 8 <= len(unnamed) <= calibration.UNNAMED
+        assert 8 <= len(unnamed) <= calibration.UNNAMED_LEVELS
         assert len({level.threshold for level in unnamed}) == len(unnamed)
         numbers = np.linspace(-1, 10, 23)
         thresholds = [policy.level(float(number)).threshold for number in numbers]

@@ -46,7 +46,7 @@ def test_a_route_takes_each_text_where_its_rule_does(
 ) -> None:
     steps = random_steps(12, seed)
     walk = route.walk(steps.confidence, steps.s, threshold)
-    value, cost = route.worth(steps, threshold)
+    value, cost = route.value_and_cost(steps, threshold)
     level = Level(threshold=threshold, **FIGURES)
     rule = BudgetRule(
         num_steps=STEPS,
@@ -82,8 +82,8 @@ def test_no_other_way_is_better_than_the_one_that_was_found(
     parts = sorted({band.upto for band in found.entry} | {0.25, 0.5, 0.75, 1.0})
 
     def best(route: Route) -> float:
-        worth = [route.worth(steps, float(t)) for t in steps.thresholds]
-        return max(float(goal.score(v.mean(), c.mean())) for v, c in worth)
+        value_and_cost = [route.value_and_cost(steps, float(t)) for t in steps.thresholds]
+        return max(float(goal.score(v.mean(), c.mean())) for v, c in value_and_cost)
 
     ours = best(found)
     for option in options:
@@ -109,7 +109,7 @@ def test_step_0_answers_less_where_a_cheap_step_would_know_more() -> None:
 
     def reached(route: Route) -> float:
         curve = Curve.of(route, steps)
-        return float(route.worth(steps, curve.threshold(goals[0]))[0].mean())
+        return float(route.value_and_cost(steps, curve.threshold(goals[0]))[0].mean())
 
     assert reached(found) > reached(plain) + 0.01
 

@@ -148,7 +148,7 @@ class TestReading:
     def test_digits_are_names_where_a_class_is_a_number(self, tmp_path: Path) -> None:
         path = write(tmp_path, "csv", [{"text": "x", "label": label} for label in ("1", "5")])
         assert read_examples(path, ["1", "5"]).labels.tolist() == [0, 1]
-        with pytest.raises(DataError, match="row 1: unknown label '1'; the labels are '0101'"):
+        with pytest.raises(DataError, match="row 1: unknown label '1'; known labels: '0101'"):
             read_examples(path, ["0101", "8471"])
 
     def test_names_of_an_encoder_for_ids_that_fit(self, tmp_path: Path, kind: str) -> None:
@@ -169,7 +169,7 @@ class TestReading:
         assert read_examples(path).names == ["neg", "pos"]
         assert read_examples(path, ["pos", "neg"]).labels.tolist() == [0, 1]
         (tmp_path / "labels.json").write_text('["pos", "neg"]')
-        with pytest.raises(DataError, match="its own label names differ"):
+        with pytest.raises(DataError, match="the label names in its metadata differ"):
             read_examples(path)
 
     @pytest.mark.parametrize("many_kind", ["parquet", "jsonl"])
@@ -266,7 +266,7 @@ class TestErrors:
     @pytest.mark.parametrize("label", ["c", "A", "a ", "0"])
     def test_unknown_name(self, tmp_path: Path, kind: str, label: str) -> None:
         rows = [{"text": "one", "label": "a"}, {"text": "two", "label": label}]
-        with pytest.raises(DataError, match=f"row 2: unknown label '{label}'; the labels are"):
+        with pytest.raises(DataError, match=f"row 2: unknown label '{label}'; known labels: "):
             read_examples(write(tmp_path, kind, rows), ["a", "b"])
 
     @pytest.mark.parametrize("label", [2, -1, 99])
@@ -290,7 +290,7 @@ class TestErrors:
             ({"a": 1}, "the label is an object"),
             ("", "the label is empty"),
             (" ", "the label is empty"),
-            (1, "the label is an integer, the labels before are not"),
+            (1, "the label is an integer, unlike the labels of earlier rows"),
             (["a"], "a list of labels"),
             ("\ud800", "column 'label' holds half of a surrogate pair"),
         ],
@@ -426,14 +426,14 @@ class TestTokens:
         texts = ["The cook baked bread. " * 9, "bread"]
         pairs = ["a pie " * 30, "a pie"] if paired else None
         one = [TokenizedTexts(tokenizer, texts, pairs, n) for n in (16, 40)]
-        both = TokenizedTexts(tokenizer, texts, pairs, 16, whole_length=40)
-        for name, cut in (("ids", one[0]), ("types", one[0]), ("whole", one[1])):
-            expected = getattr(cut, "ids" if name == "whole" else name)
+        both = TokenizedTexts(tokenizer, texts, pairs, 16, full_length=40)
+        for name, cut in (("ids", one[0]), ("types", one[0]), ("full_ids", one[1])):
+            expected = getattr(cut, "ids" if name == "full_ids" else name)
             for own, other in zip(getattr(both, name), expected, strict=True):
                 assert own.tolist() == other.tolist()
-        assert [len(ids) for ids in both.whole] == [len(ids) for ids in both.whole_types]
-        assert len(both.whole[0]) == 40
-        assert both.whole[1] is both.ids[1]
+        assert [len(ids) for ids in both.full_ids] == [len(ids) for ids in both.full_types]
+        assert len(both.full_ids[0]) == 40
+        assert both.full_ids[1] is both.ids[1]
         assert both.lengths.tolist() == [16, len(both.ids[1])]
 
     @pytest.mark.parametrize("paired", [False, True])

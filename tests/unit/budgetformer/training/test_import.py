@@ -22,7 +22,7 @@ from transformers import (
 from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import BudgetFormerError, DataError, TrainingError
-from budgetformer.model.modeling import quiet
+from budgetformer.model.modeling import silence_transformers
 from budgetformer.training.pipeline import train_checkpoint
 from budgetformer.training.recipe import Recipe
 from tests.support.stores import sentences, single_label_rows, write_jsonl
@@ -59,7 +59,7 @@ def save_bert(folder: Path, **changes: Any) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 16, "max_position_embeddings": 64}
     sizes |= {"vocab_size": tokenizer().get_vocab_size()}
-    with quiet():
+    with silence_transformers():
         BertForSequenceClassification(BertConfig(**sizes | changes)).save_pretrained(folder)
     tokenizer().save(str(folder / "tokenizer.json"))
 
@@ -68,7 +68,7 @@ def save_distilbert(folder: Path) -> None:
     torch.manual_seed(0)
     sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 16}
     sizes |= {"vocab_size": tokenizer().get_vocab_size(), "max_position_embeddings": 16}
-    with quiet():
+    with silence_transformers():
         DistilBertForSequenceClassification(DistilBertConfig(**sizes)).save_pretrained(folder)
     tokenizer().save(str(folder / "tokenizer.json"))
 
@@ -94,7 +94,7 @@ def run(
 def test_pairs_longer_than_an_encoder_without_token_types(tmp_path: Path) -> None:
     save_distilbert(tmp_path / "encoder")
     output, lines = run(tmp_path, PAIR_ROWS)
-    assert "texts are cut to 16 tokens, the positions that the encoder has" in lines
+    assert "texts are truncated to the encoder's 16 positions" in lines
     manifest = read_checkpoint(output).manifest
     assert manifest.max_tokens == 16
     assert manifest.metrics["conversion_difference"] < 1e-4
@@ -146,10 +146,10 @@ ONE_LABEL = [row | {"label": "same"} for row in single_label_rows()]
     [
         (more_tokens, None, "token ids up to"),
         (more_types, None, "token types up to 2"),
-        (lambda f: (f / "tokenizer.json").unlink(), None, "it has no tokenizer"),
+        (lambda f: (f / "tokenizer.json").unlink(), None, "no tokenizer files"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), None, "cannot load its tokenizer"),
         (poison, None, "not finite"),
-        (Path.exists, ONE_LABEL, "training needs two labels"),
+        (Path.exists, ONE_LABEL, "training requires at least two labels"),
     ],
 )
 def test_what_cannot_work_is_refused_before_work_starts(
@@ -221,5 +221,5 @@ def test_a_length_without_room_for_a_text(tmp_path: Path) -> None:
 
 def test_data_errors_come_first(tmp_path: Path) -> None:
     save_bert(tmp_path / "encoder")
-    with pytest.raises(DataError, match="rows per label at least"):
+    with pytest.raises(DataError, match="requires at least . rows per label"):
         run(tmp_path, single_label_rows()[:3])

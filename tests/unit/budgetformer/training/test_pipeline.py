@@ -119,7 +119,7 @@ class TestData:
             ("test.csv", "text,label\na,sailing\n", "test.csv, row 1: unknown label 'sailing'"),
             ("test.csv", "text,label\n", "test.csv: no rows"),
             ("test.csv", "text,topic\na,garden\n", "test.csv: no column 'label'"),
-            ("test.csv", "text,text_pair,label\na,b,garden\n", "test.csv: it has pairs"),
+            ("test.csv", "text,text_pair,label\na,b,garden\n", "test.csv: has pairs"),
             ("test.jsonl", '{"text": "a", "label": ["garden"]}', "test.jsonl, row 1 (line 1)"),
             ("test.parquet", "PAR1", "test.parquet"),
             ("train.csv", "text,label\n", "both train.csv and train.jsonl"),
@@ -151,7 +151,7 @@ class TestData:
         assert message in self.refusal(path)
 
     def test_a_folder_without_a_training_file(self, tmp_path: Path) -> None:
-        assert "neither a file nor a folder with train" in self.refusal(tmp_path / "data")
+        assert "not a file, nor a folder with train" in self.refusal(tmp_path / "data")
 
 
 @pytest.mark.parametrize(

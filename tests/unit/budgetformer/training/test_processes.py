@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.errors import DataError
 from budgetformer.training.pipeline import train_tokenizer
-from budgetformer.training.processes import ALONE, join_processes
+from budgetformer.training.processes import SINGLE_PROCESS, join_processes
 from tests.support.stores import single_label_rows, write_jsonl
 from tests.support.texts import topic_examples
 from tests.support.trained_together import train
@@ -57,7 +57,7 @@ def test_the_first_process_writes_the_checkpoint(tmp_path: Path) -> None:
 
 def test_one_process_trains_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert join_processes(torch.device("cpu")) == (ALONE, torch.device("cpu"))
+    assert join_processes(torch.device("cpu")) == (SINGLE_PROCESS, torch.device("cpu"))
 
 
 def test_several_processes_need_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:

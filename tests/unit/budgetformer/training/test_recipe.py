@@ -117,5 +117,7 @@ def test_the_small_paper_differs_in_size_and_schedule_only() -> None:
 
 
 def test_neither_file_nor_packaged() -> None:
-    with pytest.raises(DataError, match=r"papyrus.*packaged: hours, minutes, paper, paper-small"):
+    with pytest.raises(
+        DataError, match=r"papyrus.*packaged recipes: hours, minutes, paper, paper-small"
+    ):
         Recipe.read("papyrus")

@@ -399,7 +399,7 @@ class TestResuming:
     def test_says_where_it_goes_on(self, new_run: Callable[..., Run]) -> None:
         run = new_run()
         run.weights(after=6)
-        assert run.lines[0].startswith("dense: going on from step ")
+        assert run.lines[0].startswith("dense: resuming at step ")
         assert run.lines[0].endswith(" of 8")
 
     def test_a_finished_run_is_not_repeated(

@@ -514,7 +514,7 @@ class TestTables:
         outcome = command("classify", "--file", tmp_path, *model)
         assert f"{tmp_path}: a folder; name a" in outcome.complaint()
         assert (
-            "a folder without test.parquet"
+            "the folder has no test.parquet"
             in command("evaluate", "--data", tmp_path, *model).complaint()
         )
         write_jsonl(tmp_path / "test.jsonl", single_label_rows()[:4])
@@ -580,7 +580,7 @@ class TestCalibrate:
             "calibrate", "--data", data, "--out", tmp_path / "layers" / "2", "--model", made,
             "--measure", "agreement",
         )  # fmt: skip
-        assert "no levels for agreement" in outcome.complaint()
+        assert "cannot be calibrated for agreement" in outcome.complaint()
 
     def test_seconds_of_another_model_are_refused(
         self, command: CommandLine, model_store: Path, tmp_path: Path

@@ -311,8 +311,8 @@ def test_texts_come_out_as_they_went_in(
     wholes = windows if same else TokenColumns.of([more for _, more, _ in drawn])
     read = SentTexts.of(Texts(windows, wholes), step0_reads).read()
     assert columns(read.window) == columns(windows)
-    assert columns(read.whole) == columns(wholes if step0_reads else windows)
-    assert (read.whole is read.window) == (same or not step0_reads)
+    assert columns(read.full_text) == columns(wholes if step0_reads else windows)
+    assert (read.full_text is read.window) == (same or not step0_reads)
 
 
 def columns(texts: TokenColumns) -> tuple[list[int], list[int], list[int] | None]:

@@ -1,9 +1,9 @@
-"""Choose the precision in which a network's pass multiplies on this machine.
+"""Choose the precision of a network's pass on this machine.
 
-`auto` chooses by what is known before anything runs: the device, the processor's instructions, the
-number of weights, and whether the checkpoint has ranges of states. The same checkpoint on the same
-machine thus gets the same precision, and the same text the same answer, after every start.
-`fastest` times the pass in every precision instead, which may choose differently at another start.
+`auto` depends only on facts known in advance: the device, the processor's instructions, the number
+of weights, and whether the checkpoint has state ranges. So the same checkpoint on the same machine
+always gets the same precision, and the same text the same answer. `fastest` times the pass in every
+precision instead, and may choose differently after a restart.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from budgetformer.inference.ranges import LayerRanges
 from budgetformer.model.encoder import SequenceClassifier
 
 BATCHES = ((40,), (40,) * 8)
-"""Tokens of the items that are timed: a lone text, and a small batch."""
+"""Lengths of the timed items: a single text, and a small batch."""
 ROUNDS = 5
-GAIN = 1.2
-"""A lower precision must be so many times as fast as float32, or it is not worth its error."""
+MIN_SPEEDUP = 1.2
+"""Speedup over float32 below which a lower precision is not worth its error."""
 MIN_WEIGHTS = 2**20
-"""An encoder with fewer weights gains nothing: its time is that of the calls."""
+"""Smaller encoders stay in float32: call overhead dominates their time."""
 
 
 def make_pass(
@@ -47,17 +47,17 @@ def make_pass(
 
     Args:
         model: the network.
-        precision: of its products.
-        ranges: of its states, which int8 needs.
-        timed: on a GPU, time the variants of the kernels instead of choosing them by size.
+        precision: of its matrix products.
+        ranges: each layer's state ranges, required for int8.
+        timed: on a GPU, choose among kernel variants by timing, not by size.
     """
     if precision == "int8":
         sizes = Sizes.of(model.config)
-        alike = sizes.picks_heads or sizes.layerwise
+        same_scales = sizes.picks_heads or sizes.layerwise
         check = RangeCheck()
-        own = [linear_packer(precision, of_layer, alike, check) for of_layer in ranges]
-        return PackedPass(model, precision, packers=own, range_check=check)
-    if model.where.type != "cuda":
+        packers = [linear_packer(precision, layer, same_scales, check) for layer in ranges]
+        return PackedPass(model, precision, packers=packers, range_check=check)
+    if model.device.type != "cuda":
         return PackedPass(model, precision)
     from budgetformer.inference.backends.kernels import gpu
     from budgetformer.inference.graphs import GraphedPass
@@ -76,35 +76,35 @@ def load_pass(
         model: the network.
         precision: of its matrix products: one of `PRECISIONS`; "auto", chosen by capability (see
             `choose_precision`); or "fastest", chosen by timing.
-        ranges: of each layer's states (`measure_ranges`); without them there is no int8.
+        ranges: each layer's state ranges (`measure_ranges`), required for int8.
 
     Raises:
-        ValueError: there is no such precision, or not here.
+        ValueError: the precision is unknown, or this device or checkpoint does not support it.
     """
     if precision not in get_args(Precision):
         raise ValueError(
-            f"unknown precision {precision!r}; there are: auto, fastest, {', '.join(PRECISIONS)}"
+            f"unknown precision {precision!r}; known: auto, fastest, {', '.join(PRECISIONS)}"
         )
     if precision == "auto":
         return auto_pass(model, ranges)
     if precision == "fastest":
         return fastest_pass(model, ranges)
     if precision == "int8" and not ranges:
-        raise ValueError("int8 needs ranges of states, which `budgetformer calibrate` measures")
-    if precision == "int8" and not can_multiply_int8(model.where):
+        raise ValueError("int8 requires state ranges, which `budgetformer calibrate` measures")
+    if precision == "int8" and not can_multiply_int8(model.device):
         raise ValueError(
-            "int8 is for x86 processors with AVX2, and torch built with FBGEMM or oneDNN"
+            "int8 requires an x86 processor with AVX2, and torch built with FBGEMM or oneDNN"
         )
     return make_pass(model, precision, ranges)
 
 
 def choose_precision(device: torch.device, weights: int, ranges: bool) -> tuple[str, str]:
-    """Return the precision that `auto` stands for, and the reason in words.
+    """Return the precision that `auto` selects, and the reason in words.
 
     Args:
-        device: where the network is.
-        weights: how many weights its encoder has.
-        ranges: whether the ranges of its states are known.
+        device: of the network.
+        weights: number of its encoder's weights.
+        ranges: whether the checkpoint has state ranges.
     """
     if weights < MIN_WEIGHTS:
         return "float32", f"the encoder has fewer than {MIN_WEIGHTS:,} weights"
@@ -121,31 +121,31 @@ def choose_precision(device: torch.device, weights: int, ranges: bool) -> tuple[
 
 
 def auto_pass(model: SequenceClassifier, ranges: Sequence[LayerRanges]) -> PackedPass:
-    """Return the pass in the precision that capability says, as `choose_precision` does."""
-    precision, reason = choose_precision(model.where, _weights(model), bool(ranges))
+    """Return the pass in the precision that `choose_precision` selects."""
+    precision, reason = choose_precision(model.device, _weights(model), bool(ranges))
     chosen = make_pass(model, precision, ranges)
     chosen.precision_reason = reason
     return chosen
 
 
 def fastest_pass(model: SequenceClassifier, ranges: Sequence[LayerRanges]) -> PackedPass:
-    """Time the pass in each precision on made-up texts at the middle step, and return the best.
+    """Return the pass in the precision that is fastest on synthetic texts at the middle step.
 
-    A few seconds, for a small encoder on a CPU.
+    Takes a few seconds for a small encoder on a CPU.
     """
     precisions = ["float32"]
     if _weights(model) >= MIN_WEIGHTS:
-        if can_multiply_bfloat16(model.where):
+        if can_multiply_bfloat16(model.device):
             precisions.append("bfloat16")
-        if ranges and can_multiply_int8(model.where):
+        if ranges and can_multiply_int8(model.device):
             precisions.append("int8")
     candidates = [make_pass(model, precision, ranges, timed=True) for precision in precisions]
     if len(candidates) == 1:
-        chosen, reason = candidates[0], "no other precision comes into question"
+        chosen, reason = candidates[0], "no other precision is available here"
     else:
         seconds = _time(candidates)
         best, least = min(zip(candidates, seconds, strict=True), key=lambda pair: pair[1])
-        chosen = best if seconds[0] / least >= GAIN else candidates[0]
+        chosen = best if seconds[0] / least >= MIN_SPEEDUP else candidates[0]
         times = zip(precisions, seconds, strict=True)
         reason = "timed: " + ", ".join(f"{name} {1000 * own:.1f} ms" for name, own in times)
         chosen.forget()
@@ -164,9 +164,9 @@ def _time(passes: list[PackedPass]) -> list[float]:
             started = time.perf_counter()
             for lengths in BATCHES:
                 _run(network, lengths)
-            if turn:  # the first round lays out weights and compiles
+            if turn:  # the first round packs weights and compiles
                 own.append(time.perf_counter() - started)
-    return [min(own) for own in taken]  # what else runs here only ever adds
+    return [min(own) for own in taken]  # other work on the machine only adds time
 
 
 def _run(network: PackedPass, lengths: tuple[int, ...]) -> None:
