@@ -68,30 +68,30 @@ ERROR_CODES = {
         (500,), "The server has a fault.", "Report it with the line of the server's log."
     ),
     "invalid_encoding": ErrorCode(
-        (400,), "The body is not compressed as `Content-Encoding` says.", "Mend the client."
+        (400,), "The body is not compressed as `Content-Encoding` says.", "Fix the client."
     ),
     "invalid_field": ErrorCode(
-        (400, 422), "A field has a value that it cannot have; `param` names it.", "Mend the field."
+        (400, 422), "A field has a value that it cannot have; `param` names it.", "Fix the field."
     ),
     "invalid_header_length": ErrorCode(
         (400,),
         "`Inference-Header-Content-Length` is not the length of the JSON part.",
-        "Mend the client.",
+        "Fix the client.",
     ),  # fmt: skip
     "invalid_http": ErrorCode(
-        (400,), "The bytes are not one unambiguous HTTP request.", "Mend the client or the proxy."
+        (400,), "The bytes are not one unambiguous HTTP request.", "Fix the client or the proxy."
     ),
     "invalid_json": ErrorCode(
-        (400,), "The body is not valid JSON; the message says where.", "Mend the client."
+        (400,), "The body is not valid JSON; the message says where.", "Fix the client."
     ),
-    "invalid_message": ErrorCode((400,), "The gRPC message cannot be decoded.", "Mend the client."),
+    "invalid_message": ErrorCode((400,), "The gRPC message cannot be decoded.", "Fix the client."),
     "invalid_settings": ErrorCode(
-        (422,), "The settings are invalid, and nothing has changed.", "Mend the TOML file."
+        (422,), "The settings are invalid, and nothing has changed.", "Fix the TOML file."
     ),
     "invalid_shape": ErrorCode(
         (400, 422),
         "A tensor's shape does not fit its values or the other inputs.",
-        "Mend the tensor.",
+        "Fix the tensor.",
     ),
     "item_failed": ErrorCode(
         (500,),

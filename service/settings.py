@@ -177,147 +177,154 @@ class Settings(BaseSettings):
     )
 
     host: str = Field(default="127.0.0.1", min_length=1)
-    """Address to listen on; one that others can reach takes keys, or `allow_anonymous`."""
+    """Address to listen on. An address that others can reach requires keys or `allow_anonymous`."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on; 0 chooses a free one."""
     root_path: str = ""
-    """Path that a proxy puts before ours, such as /classifier, whether it strips it or not."""
+    """Path prefix that a reverse proxy uses for this server, such as /classifier. It works whether
+    or not the proxy strips it."""
     model_store: Path = Path("model_store")
     """Folder of checkpoints, <name>/<version>/."""
     remote_store: str | None = None
-    """Folder of checkpoints elsewhere, such as s3://bucket/models, that is copied into the store at
-    start and whenever the store is polled."""
+    """Remote folder of checkpoints, such as s3://bucket/models. It is copied to the store at start
+    and at every poll of the store."""
     state_dir: Path = Path("state")
-    """Folder for what is to survive a restart: roll-outs and jobs. It is made when the first of
-    them begins."""
-    job_sources: list[str] = []
-    """Prefixes of the URLs that jobs may read, such as s3://bucket/texts/ or https://example.org/;
-    none: jobs read uploads alone. Needs the extra `remote`, and the driver for the scheme."""
-    max_job_bytes: int = Field(default=2**30, ge=1)
-    """Largest file of a job."""
-    max_jobs_bytes: int = Field(default=4 * 2**30, ge=1)
-    """Most bytes that the files of all jobs take, results included."""
-    max_jobs: int = Field(default=100, ge=1)
-    """Most jobs that are kept, those that have ended included; more are refused with 429."""
-    job_retention_seconds: float = Field(default=7 * 86_400.0, gt=0)
-    """How long a job that has ended is kept."""
-    poll_store_seconds: float = Field(default=0.0, ge=0)
-    """Look into the store so often for higher versions, and serve them; 0 never does."""
-    model: str | None = None
-    """Classifier to serve as it is: a folder written by `save_pretrained`, or a model id of the
-    Hugging Face hub. It is added to the store once. Other models are served if `models` names
+    """Folder for state that survives a restart: roll-outs and jobs. It is created with the first of
     them."""
+    job_sources: list[str] = []
+    """URL prefixes that jobs may read, such as s3://bucket/texts/ or https://example.org/. Empty:
+    jobs read uploads only. Needs the extra `remote` and the driver of the scheme."""
+    max_job_bytes: int = Field(default=2**30, ge=1)
+    """Largest input file of a job, in bytes."""
+    max_jobs_bytes: int = Field(default=4 * 2**30, ge=1)
+    """Largest total size of the files of all jobs, results included, in bytes."""
+    max_jobs: int = Field(default=100, ge=1)
+    """Most jobs that are kept, finished ones included. Further jobs are refused with 429."""
+    job_retention_seconds: float = Field(default=7 * 86_400.0, gt=0)
+    """Time after which a finished job is deleted."""
+    poll_store_seconds: float = Field(default=0.0, ge=0)
+    """Interval at which the store is checked for higher versions, which are then served; 0 disables
+    it."""
+    model: str | None = None
+    """Classifier to serve without conversion: a folder written by `save_pretrained`, or a model id
+    of the Hugging Face hub. It is added to the store once. Other models are served only if `models`
+    names them."""
     models: list[str] = []
-    """Models to load, `name` or `name:version`; none means all in the store."""
+    """Models to load, `name` or `name:version`. Empty: all in the store."""
     default_model: str | None = None
-    """Model of requests that name none; by default the first by name."""
+    """Model for requests that name none. Default: the first by name."""
     fronts: int = Field(default=1, ge=1, le=64)
-    """Frontend processes, which parse, tokenize and answer; they share the address."""
+    """Number of frontend processes (HTTP, tokenization, decisions). They share the port."""
     engines: int = Field(default=0, ge=0, le=256)
-    """Engine processes; 0 means one per GPU on GPUs, on a CPU one per core that affinity and the
-    container's CPU quota allow."""
+    """Number of engine processes. 0: one per GPU; on a CPU one per core within the CPU affinity and
+    the container's quota."""
     cluster: bool = False
-    """Run on the Ray cluster that RAY_ADDRESS names, or on one of this host's processes; needs the
-    extra `cluster`."""
+    """Run on the Ray cluster that RAY_ADDRESS names, or on a local one. Needs the extra `cluster`.
+    """
     pools: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,30}$")], Pool] = {}
-    """Kinds of engines on a cluster by name; one computes all steps, others may leave the higher
-    ones to it. None: `engines` of them, for everything."""
+    """Engine pools on a cluster, by name. One pool computes all steps; others may compute only the
+    lower ones. None: one pool of `engines` engines."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the engines compute; auto takes a GPU if there is one."""
+    """Device of the engines. auto: a GPU if there is one."""
     dtype: Precision = "auto"
-    """Precision of the matrix products. auto chooses by the device's and the checkpoint's
-    capabilities, the same at every start; fastest times all of them as a model loads."""
+    """Precision of matrix products. auto: chosen by the capabilities of device and checkpoint, the
+    same at every start. fastest: all are timed when a model loads."""
     threads_per_engine: int = Field(default=1, ge=1, le=256)
-    """Threads of one engine's passes."""
+    """Threads that one engine uses for a pass."""
     quality: Literal["auto", "fast", "balanced", "best"] | float = Field(
         default="auto", json_schema_extra=RELOADS
     )
-    """Quality of requests that name none: a level, or the accuracy points that may be given up."""
+    """Default quality: a level, or the accuracy drop (percentage points) that is acceptable."""
     quality_floor: QualityName = Field(default="fast", json_schema_extra=RELOADS)
-    """Lowest level that overload may make of `auto`."""
+    """Lowest level that overload may choose for `auto` requests."""
     brownout_queue_ms: float = Field(default=500.0, gt=0)
-    """Seconds of queue, in milliseconds, beyond which requests of quality `auto` get less."""
+    """Queue delay (ms) above which `auto` requests are served at a lower quality level."""
     cost_tables: Path | None = None
-    """Tables of `budgetformer tune`, a file or a folder; without, costs are learned in service."""
+    """File or folder of cost tables written by `budgetformer tune`. None: costs are measured while
+    serving."""
     max_batch_items: int = Field(default=2048, ge=1)
     """Most texts in one request."""
     max_text_characters: int = Field(default=100_000, ge=1)
-    """Most characters in one text (and its pair together)."""
+    """Most characters in one text, including its pair."""
     max_body_bytes: int = Field(default=16 * 2**20, ge=1)
-    """Largest request body."""
+    """Largest request body, in bytes."""
     compress_min_bytes: int = Field(default=4096, ge=0)
-    """Smallest answer that is compressed for clients that accept gzip; 0 compresses none."""
+    """Smallest response, in bytes, that is compressed for clients that accept gzip; 0 disables
+    compression."""
     max_queue_items: int = Field(default=4096, ge=1)
-    """Most texts that wait in one engine; more are refused with 429."""
+    """Most texts that wait in one engine. Further requests are refused with 429."""
     model_queue_items: dict[str, Annotated[int, Field(ge=1)]] = {}
-    """Most texts of one model that wait in one engine, `name=number`; a busy one then leaves room
-    for the others."""
+    """Most texts of one model that wait in one engine, as `name=number`, so that one model cannot
+    fill the queue."""
     model_settings: dict[str, ModelSettings] = Field(default={}, json_schema_extra=RELOADS)
-    """What models have of their own, by name: quality, quality_floor, queue_items, timeout_ms,
-    warm_up_steps. In the TOML file a table for each, such as [models.ag_news]."""
+    """Settings of single models, by name: version, rollout, quality, quality_floor, queue_items,
+    timeout_ms, warm_up_steps. In the TOML file each is a table, such as [models.ag_news]."""
     batch_milliseconds: float = Field(default=50.0, gt=0)
-    """A batch is filled up to this computing time, and up to twice that where many texts wait."""
+    """Target computing time of a batch (ms). It may be twice as long if many texts wait."""
     batch_items: int = Field(default=256, ge=1)
     """Most texts in one batch."""
     answer_cache_mib: int = Field(default=0, ge=0)
-    """Memory of each frontend for answers to texts that come again, in MiB; 0 keeps none."""
+    """Size of the answer cache of each frontend (MiB); 0 disables it."""
     answer_cache_per_key: bool = False
-    """Keep answers for each key apart, so that no caller learns what others have asked."""
+    """Keep a separate answer cache for each key, so that no caller can learn what others asked."""
     timeout_ms: int = Field(default=10_000, ge=1)
-    """Deadline of requests that name none, in milliseconds."""
+    """Default deadline of a request (ms)."""
     max_timeout_ms: int = Field(default=3_600_000, ge=1, le=2**31)
-    """Latest deadline that a request may ask for, in milliseconds."""
+    """Longest deadline that a request may ask for (ms)."""
     hang_seconds: float = Field(default=10.0, ge=2)
-    """A process that has not been heard of for so long is killed and started again."""
+    """Time without a heartbeat after which a process is killed and restarted."""
     ready_when: Literal["any", "all"] = "any"
-    """When the server counts as ready: once an engine has the default model (any), or once every
-    engine has loaded all models that are served (all)."""
+    """When the server is ready: `any`: an engine has loaded the default model; `all`: every engine
+    has loaded all served models."""
     load_timeout_seconds: float = Field(default=300.0, gt=0)
-    """How long an engine may take to load a model; then the change fails, and the others stay."""
+    """Time that an engine may take to load a model. After that the change fails and the served
+    models stay."""
     drain_seconds: float = Field(default=20.0, ge=0)
-    """On SIGTERM, how long requests in flight may take to finish."""
+    """Time that requests in flight have to finish after SIGTERM."""
     keys_file: Path | None = None
-    """Keys that callers need, as `budgetformer keys new` writes them; read anew when it changes."""
+    """File of API keys, written by `budgetformer keys new`. It is read again when it changes."""
     keys: Keys = Field(default={}, json_schema_extra=RELOADS)
-    """Such keys by name, here instead of in a file of their own."""
+    """API keys by name, in the settings instead of a file."""
     allow_anonymous: bool = False
-    """Let callers classify without a key; with no keys at all, they may on loopback."""
+    """Allow requests without a key. Without any keys, they are allowed on loopback only."""
     admin_key: SecretStr | None = Field(default=None, json_schema_extra=RELOADS)
-    """The key `admin`, in the clear, for loading and unloading models."""
+    """Secret of the key `admin`, which may load and unload models."""
     admin_key_file: Path | None = Field(default=None, json_schema_extra=RELOADS)
-    """File that holds the admin key, as container secrets do; an empty one holds none."""
+    """File with the admin key, such as a container secret. An empty file means no admin key."""
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
-    """Serve probes and metrics on this port too, always in plain HTTP, and metrics there alone; all
-    frontends answer on it."""
+    """Second port for probes and metrics, always plain HTTP. Metrics are then served on this port
+    only."""
     grpc_port: int | None = Field(default=None, ge=1, le=65535)
-    """Answer KServe v2 over gRPC on this port, too; needs the extra `grpc`."""
+    """Port for KServe v2 over gRPC. Needs the extra `grpc`."""
     tls_cert: Path | None = Field(default=None, json_schema_extra=RELOADS)
-    """Certificate chain, PEM: speak TLS."""
+    """TLS certificate chain (PEM); it enables TLS."""
     tls_key: Path | None = Field(default=None, json_schema_extra=RELOADS)
-    """Private key of the certificate, PEM, without a password."""
+    """Private key of the certificate (PEM), without a password."""
     tls_client_ca: Path | None = Field(default=None, json_schema_extra=RELOADS)
-    """Authorities, PEM, one of which must have signed the certificate that a client shows."""
+    """Certificate authorities (PEM) that client certificates must be signed by."""
     trusted_proxies: list[str] = []
-    """Proxies, by address or network, whose X-Forwarded-For and X-Forwarded-Proto are believed."""
+    """Addresses or networks of proxies whose X-Forwarded-For and X-Forwarded-Proto are trusted."""
     cors_origins: list[str] = []
-    """Origins whose pages may ask, such as https://example.org; none means only our own."""
+    """Origins whose pages may call the API, such as https://example.org. Empty: the server's own
+    pages only."""
     max_connections: int = Field(default=4096, ge=1)
-    """Most connections at once of a frontend, TLS handshakes in progress included."""
+    """Most open connections of one frontend, including TLS handshakes."""
     max_header_bytes: int = Field(default=32 * 2**10, ge=1024)
-    """Largest head of a request, its line and headers together."""
+    """Largest request line and headers together, in bytes."""
     receive_seconds: float = Field(default=30.0, gt=0)
-    """How long a TLS handshake, a request's head and its body may take to arrive, each; and how
-    long a client may go on sending after its last answer."""
+    """Time limit for a TLS handshake, for the headers and for the body of a request, each; also the
+    time that a client may keep sending after its last response."""
     retired_series_seconds: float = Field(default=900.0, ge=0)
-    """How long the metrics of a model version are shown after it was unloaded or replaced."""
+    """Time that the metrics of a model version are kept after it was unloaded or replaced."""
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", json_schema_extra=RELOADS
     )
-    """Least important log line to write."""
+    """Lowest level of log lines that are written."""
     log_format: Literal["auto", "json", "console"] = "auto"
-    """Form of log lines; auto is readable on a terminal and JSON elsewhere."""
+    """Format of log lines. auto: readable on a terminal, JSON otherwise."""
     access_log: float = Field(default=0.01, ge=0, le=1, json_schema_extra=RELOADS)
-    """Share of the requests that get a log line. Errors and refused administration always do."""
+    """Share of requests that get a log line (0 to 1). Server errors and refused admin requests
+    always get one."""
 
     @field_validator("quality")
     @classmethod
