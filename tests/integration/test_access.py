@@ -43,6 +43,10 @@ OPEN = {
 ADMIN_ROUTES = {
     ("POST", "/models/{name}/load"),
     ("POST", "/models/{name}/unload"),
+    ("POST", "/models/{name}/rollout"),
+    ("GET", "/models/{name}/rollout"),
+    ("POST", "/models/{name}/promote"),
+    ("POST", "/models/{name}/rollback"),
     ("POST", "/settings/reload"),
     ("POST", "/v2/repository/models/{name}/load"),
     ("POST", "/v2/repository/models/{name}/unload"),

@@ -130,6 +130,14 @@ TO_HUB = {
     hub.ChangeModel: st.builds(
         hub.ChangeModel, numbers, st.sampled_from(["load", "unload"]), words, st.none() | numbers
     ),
+    hub.ChangeRollOut: st.builds(
+        hub.ChangeRollOut,
+        numbers,
+        st.sampled_from(["begin", "promote", "rollback", "show"]),
+        words,
+        st.none() | numbers,
+        st.dictionaries(words, st.none() | st.floats(0, 1)),
+    ),
     hub.TellRecent: st.builds(hub.TellRecent, numbers, words),
     hub.Scrape: st.builds(hub.Scrape, numbers, st.booleans()),
     hub.Report: st.builds(hub.Report, numbers, differences),
