@@ -49,7 +49,7 @@ class ServedState:
         self.error = ""
         try:
             self.models = msgspec.json.decode(self._path.read_bytes(), type=dict[str, ModelState])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except (OSError, msgspec.MsgspecError) as error:
             reason = getattr(error, "strerror", None) or error

@@ -142,7 +142,9 @@ def test_a_package_that_hides_ours_is_one_line(tmp_path: Path, kind: str) -> Non
 
 
 def test_variables_of_a_service_with_our_name_are_named_once(running: Server) -> None:
-    (line,) = [line for line in logged(running) if "are ignored" in str(line["event"])]
+    (line,) = [
+        line for line in logged(running) if "of other services ignored" in str(line["event"])
+    ]
     assert line["variables"] == sorted(KUBERNETES)
     assert line["level"] == "warning"
 

@@ -124,7 +124,10 @@ def test_health_shows_every_task_of_the_supervisor(running: Server) -> None:
     assert {name: one["status"] for name, one in shown.items()} == dict.fromkeys(
         ("hub", "supervisor", "engines", "frontends"), "ok"
     )
-    own = {"hub", "hub-beat", "hub-recent", "readiness", "silence"}
+    own = {
+        "hub", "hub-beat", "hub-recent", "hub-rollouts", "readiness", "silence", "job folder",
+        "job process",
+    }  # fmt: skip
     children = {"engine-0", "engine-1", "frontend-0"}
     assert shown["supervisor"]["tasks"] == dict.fromkeys(own | children, "ok")
 
@@ -228,7 +231,7 @@ def test_a_hung_engine_is_replaced_and_what_it_held_is_answered_by_another(
         assert [response.status_code for response in responses] == [200] * 20
         wait_until(lambda: running.engines().get(0) not in (victim, None), "another in its place")
         running.wait_ready(engines=2)
-        assert "process hangs" in running.log.read_text()
+        assert "process killed: not responding" in running.log.read_text()
         assert running.scrape().total("engine_restarts_total") == 1
 
 

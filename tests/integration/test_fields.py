@@ -332,7 +332,10 @@ def health(expected: Expected) -> dict[str, Any]:
         "status": "ok", "reason": None, "models": labels, "errors": [], "crash_loops": [],
         "components": {
             "hub": {"status": "ok", "last_word_age_seconds": AGE},
-            "supervisor": {"status": "ok", "tasks": {"hub-recent": "ok", "hub-beat": "ok"}},
+            "supervisor": {
+                "status": "ok",
+                "tasks": dict.fromkeys(("hub-recent", "hub-beat", "hub-rollouts"), "ok"),
+            },
             "engines": {"status": "ok", "alive": 1, "configured": 1},
             "frontends": {"status": "ok", "connected": 1, "configured": 1},
         },
@@ -346,7 +349,7 @@ def listed(expected: Expected) -> dict[str, Any]:
         "object": "list",
         "data": [
             {"id": name, "object": "model", "owned_by": "budgetformer", "version": int(version),
-             "default": name == TOPICS}
+             "default": name == TOPICS, "candidate": None}
             for name, _, version in rows
         ],
     }  # fmt: skip
@@ -404,6 +407,8 @@ async def test_what_changes_models(model_store: Path) -> None:
 
 
 ELSEWHERE = {"/", "/metrics", "/predict", "/settings/reload"}
+ELSEWHERE |= {f"/models/{TOPICS}/{end}" for end in ("rollout", "promote", "rollback")}
+ELSEWHERE |= {"/jobs", "/jobs/one", "/jobs/one/result"}
 """Routes whose answers are no JSON, or are compared in a test of their own."""
 
 

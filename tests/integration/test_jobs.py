@@ -576,7 +576,7 @@ class TestSources:
 
     @pytest.mark.parametrize(
         ("name", "why"),
-        [("missing.csv", "404"), ("moved.csv", "302"), ("large.csv", "longer than 100000 bytes")],
+        [("missing.csv", "404"), ("moved.csv", "302"), ("large.csv", "larger than 100000 bytes")],
     )
     async def test_that_cannot_be_read_fail_the_job(
         self, sourced: Service, place: tuple[str, dict[str, bytes]], name: str, why: str

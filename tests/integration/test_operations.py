@@ -69,7 +69,9 @@ class TestHealth:
             ("hub", "supervisor", "engines", "frontends"), "ok"
         )
         assert 0 <= components["hub"]["last_word_age_seconds"] < 5
-        assert components["supervisor"]["tasks"] == {"hub-recent": "ok", "hub-beat": "ok"}
+        assert components["supervisor"]["tasks"] == dict.fromkeys(
+            ("hub-recent", "hub-beat", "hub-rollouts"), "ok"
+        )
         assert components["engines"]["alive"] == components["engines"]["configured"] == 1
         assert components["frontends"]["connected"] == components["frontends"]["configured"] == 1
 

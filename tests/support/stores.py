@@ -58,7 +58,7 @@ _WORDS = {
         "the organ",
     ),
     "weather": (
-        ["A cold frontend", "The drizzle", "Thick fog"],
+        ["A cold front", "The drizzle", "Thick fog"],
         ["settled over", "drifted off"],
         "the coast",
     ),

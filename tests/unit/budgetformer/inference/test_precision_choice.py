@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from budgetformer.inference.choice import load_pass
-from budgetformer.inference.observed import measure_ranges
 from torch.backends.quantized import _get_qengine_id
 
-from budgetformer.inference import choice
+from budgetformer.inference import precision_choice
+from budgetformer.inference.precision_choice import load_pass
+from budgetformer.inference.range_observer import measure_ranges
 from tests.support.networks import pack, random_items, random_network, small_config
 
 LARGE = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
@@ -27,7 +27,7 @@ def test_builds_without_products_in_int8_compute_in_what_they_have(
     built = [_get_qengine_id(engine)]
     monkeypatch.setattr(torch._C, "_supported_qengines", lambda: built)
     monkeypatch.setattr(torch._C, "_has_mkldnn", with_onednn)
-    monkeypatch.setattr(choice, "has_amx", lambda: False)
+    monkeypatch.setattr(precision_choice, "has_amx", lambda: False)
     chosen = load_pass(network, precision, ranges)
     assert chosen.precision == {"auto": "float32"}.get(precision, chosen.precision)
     assert chosen.precision != "int8"
@@ -35,5 +35,5 @@ def test_builds_without_products_in_int8_compute_in_what_they_have(
     assert found.isfinite().all()
     if chosen.precision == "float32":
         torch.testing.assert_close(found, expected)
-    with pytest.raises(ValueError, match="int8 is for x86"):
+    with pytest.raises(ValueError, match="int8 requires an x86"):
         load_pass(network, "int8", ranges)
