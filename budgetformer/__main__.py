@@ -7,18 +7,19 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run the command line of the package `service` that is installed beside this one.
+    """Run the command line of the package `service` that is installed in the same folder.
 
     Since `service` is a common name, first check that no other package shadows ours.
     """
-    own = Path(__file__).resolve().parents[1] / "service"
+    expected = Path(__file__).resolve().parents[1] / "service"
     found = find_spec("service")
-    places = [] if found is None else [*(found.submodule_search_locations or [str(found.origin)])]
-    if own not in [Path(place).resolve() for place in places]:
-        where = ", ".join(places) or "nothing"
+    if found is None:
+        raise SystemExit(f"budgetformer: {expected} is missing: install budgetformer-serving again")
+    locations = found.submodule_search_locations or [str(found.origin)]
+    if expected not in [Path(location).resolve() for location in locations]:
         raise SystemExit(
-            f"budgetformer: `import service` finds {where} instead of {own}: uninstall the other "
-            "distribution, or remove its folder from PYTHONPATH"
+            f"budgetformer: `import service` finds {', '.join(locations)} instead of {expected}: "
+            "uninstall the other distribution, or remove its folder from PYTHONPATH"
         )
     try:
         from service.cli import main as run
@@ -26,8 +27,8 @@ def main() -> None:
         if (error.name or "").partition(".")[0] != "service":
             raise
         raise SystemExit(
-            f"budgetformer: {error}: another distribution has overwritten files in {own}: "
-            "uninstall it, then install budgetformer-serving again"
+            f"budgetformer: {error}: another distribution has probably overwritten files in "
+            f"{expected}: uninstall it, then install budgetformer-serving again"
         ) from None
     run()
 

@@ -2,10 +2,10 @@
 
     python loadtests/repeats.py --data ag_news/test.parquet [--share 0.2] [--repeats 3]
 
-Each caller sends one text at a time. A text is, with the given probability, one of those that were
-sent before in the same round, any of them as likely as another; else a new one. A second traffic
-has no repeated text: there the cache can only cost. Give texts that step 0 was not fitted on, or it
-answers nearly all of them.
+Each caller sends one text at a time. With probability `--share` it is drawn uniformly from the
+earlier texts of the round; otherwise it is a new text. A second workload has no repeated texts and
+shows what the cache costs. Give texts that step 0 was not fitted on: otherwise it answers nearly
+all of them, and the encoder is hardly measured.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def measure(server: Server, texts: Sequence[str], quality: str) -> Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="labelled or plain texts; none: made-up ones")
-    parser.add_argument("--share", type=float, default=0.2, help="of texts that come again")
-    parser.add_argument("--texts", type=int, default=1000, help="in one round")
+    parser.add_argument("--share", type=float, default=0.2, help="share of repeated texts")
+    parser.add_argument("--texts", type=int, default=1000, help="texts of a round")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     cores, flags = Cores.split(1), ["--models=ag_news", "--fronts=1"]
     shares = (given.share, 0.0)
     rounds = len(shares) * given.repeats
-    # No round repeats texts of another at the same quality.
+    # Each round has texts of its own, so that nothing is cached from an earlier one.
     texts = list(dict.fromkeys(texts_of(given.data, rounds * given.texts)))
     size = len(texts) // rounds
     found: dict[tuple[str, float, str], list[Measured]] = {}
@@ -77,6 +77,7 @@ def main() -> None:
         for number in range(rounds):
             share = shares[number % len(shares)]
             sent = with_repeats(texts[number * size : (number + 1) * size], share, number)
+            # Which server goes first changes every second round of a share (ABBA).
             turns = list(servers) if number % 4 < len(shares) else list(reversed(servers))
             for quality in QUALITIES:
                 for name in turns:

@@ -39,7 +39,7 @@ LEAVING = 0.05
 SAMPLE_SECONDS = 5.0
 SWAP_SECONDS = 60.0
 WARM_MINUTES = 2.0
-"""Minutes of warm-up, which are not judged: weights are packed, and allocators grow."""
+"""Warm-up, left out of the table: weights are packed, and allocators grow."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Soak:
         except TimeoutError:
             self.watched.outcomes["left"] += 1
         except httpx.TimeoutException:
-            return  # never answered
+            return  # no outcome: it counts as never answered
         except httpx.TransportError:
             self.watched.outcomes["broke off"] += 1
         else:

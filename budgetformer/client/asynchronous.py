@@ -50,9 +50,9 @@ from budgetformer.client.calls import (
 )
 from budgetformer.client.errors import OverloadedError, UnreachableError
 from budgetformer.client.jobs import (
-    ENDED,
-    FOLLOW_SECONDS,
+    FINAL_STATES,
     LOST_SECONDS,
+    POLL_SECONDS,
     JobOptions,
     Submission,
     TellJob,
@@ -296,9 +296,9 @@ class AsyncClient:
             else:
                 seen = self._clock()
                 tell(job)
-                if job["status"] in ENDED:
+                if job["status"] in FINAL_STATES:
                     return job
-            await self._sleep(FOLLOW_SECONDS)
+            await self._sleep(POLL_SECONDS)
 
     async def save_job_result(self, job_id: str, output: Path) -> None:
         """Write the result of a finished job to a file, which appears when it is whole.

@@ -41,9 +41,9 @@ from budgetformer.client.calls import (
 )
 from budgetformer.client.errors import OverloadedError, UnreachableError
 from budgetformer.client.jobs import (
-    ENDED,
-    FOLLOW_SECONDS,
+    FINAL_STATES,
     LOST_SECONDS,
+    POLL_SECONDS,
     JobOptions,
     Submission,
     TellJob,
@@ -280,9 +280,9 @@ class Client:
             else:
                 seen = self._clock()
                 tell(job)
-                if job["status"] in ENDED:
+                if job["status"] in FINAL_STATES:
                     return job
-            self._sleep(FOLLOW_SECONDS)
+            self._sleep(POLL_SECONDS)
 
     def save_job_result(self, job_id: str, output: Path) -> None:
         """Write the result of a finished job to a file, which appears when it is whole.

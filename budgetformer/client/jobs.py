@@ -1,4 +1,4 @@
-"""Jobs as both clients see them: what is sent, what is asked again, when one has ended."""
+"""Shared by the blocking and the asynchronous client: requests for jobs, polling, final states."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any, Literal, TypedDict
 
 from budgetformer.client.errors import InputError
 
-ENDED = ("finished", "failed", "cancelled")
-FOLLOW_SECONDS = 0.5
-"""Time between two looks at a job."""
+FINAL_STATES = ("finished", "failed", "cancelled")
+POLL_SECONDS = 0.5
+"""Polling interval."""
 LOST_SECONDS = 60.0
-"""How long a server may be gone, as while it restarts, before its jobs are followed no longer."""
-PART_BYTES = 2**20
+"""Time that a server may be unreachable, as while it restarts, before polling is given up."""
+CHUNK_BYTES = 2**20
+"""Size of the chunks of an upload."""
 TYPES = {
     ".csv": "text/csv",
     ".jsonl": "application/x-ndjson",
@@ -23,7 +24,7 @@ TYPES = {
 }
 
 TellJob = Callable[[dict[str, Any]], None]
-"""Is called with a job whenever it was looked at."""
+"""Called with the job after each poll."""
 
 
 class JobOptions(TypedDict, total=False):
@@ -37,7 +38,7 @@ class JobOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Submission:
-    """What is sent to POST /jobs: a file, or JSON that names a URL."""
+    """A request to POST /jobs: either `path`, an upload, or `json`, which names a URL."""
 
     headers: dict[str, str] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
@@ -46,10 +47,10 @@ class Submission:
 
     @classmethod
     def of(cls, file: str | Path, options: JobOptions) -> Submission:
-        """Return what asks for a file, or a URL, to be classified.
+        """Build the request for a file or a URL.
 
         Raises:
-            InputError: there is no such file, or it is of another kind.
+            InputError: there is no such file, or its extension is not supported.
         """
         given = {name: value for name, value in options.items() if value is not None}
         if "://" in str(file):
@@ -57,7 +58,7 @@ class Submission:
         path = Path(file)
         kind = TYPES.get(path.suffix.lower())
         if kind is None:
-            raise InputError(f"{path}: not a .parquet, .csv or .jsonl file")
+            raise InputError(f"{path}: not a .parquet, .csv, .jsonl or .ndjson file")
         try:
             size = path.stat().st_size
         except OSError as error:
@@ -68,7 +69,7 @@ class Submission:
         """Yield the file part by part."""
         assert self.path is not None
         with self.path.open("rb") as file:
-            while part := file.read(PART_BYTES):
+            while part := file.read(CHUNK_BYTES):
                 yield part
 
 

@@ -1,4 +1,7 @@
-"""BERT (Devlin et al., 2019), also MiniLM and other encoders with the same layers."""
+"""BERT (Devlin et al., 2019), also MiniLM and other encoders with the same layers.
+
+Maps go from Transformers' names to ours; those of the head are whole, as it is beside the encoder.
+"""
 
 from budgetformer.families.family import Family, cls_head, same
 

@@ -47,14 +47,14 @@ MAX_SETS = 2
 CPU_ROWS, CPU_ROUTED_ROWS = 512, 2048
 """Tokens per pass on a CPU, with the same heads and with routed heads.
 
-More tokens would not fit the caches and gain no speed. Routing splits them among heads, so it needs
-more to fill a product.
+Larger batches fall out of the caches. Routing splits the tokens by head, so it needs more of them
+to make each matrix product large enough.
 """
 GPU_ROWS = 16384
 """Tokens per pass on a GPU, which is fully used with far fewer."""
 
 DECISION = 0
-"""Stands for the decision in place of a ladder step."""
+"""Names the decision where recorded passes and benchmarks list steps: step 0 has no pass."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,12 @@ class Decision:
     """The decision about B items before the encoder runs.
 
     Attributes:
-        budget: f_o's s [B]; None if the layers decide (scope "layer").
+        budget: share of the heads that f_o, the budget controller, predicts, [B]; None if the
+            layers decide (scope "layer").
         exit_logits: step 0's logits [B, C]; None without a step 0.
-        ranking: heads of each layer ordered by g_d, best first, [B, L, H]; None if heads are ranked
-            or the layers decide.
+        ranking: heads of each layer in the order of g_d, the relevance scorer, best first,
+            [B, L, H]; None if the order is the same for all inputs (head_selection "ranked"), or
+            the layers decide.
     """
 
     budget: Tensor | None
@@ -260,7 +262,7 @@ class PackedPass:
         self.forget()
 
     def stop_sharing(self) -> None:
-        """Let no further process share the weights; existing users keep them."""
+        """Unlink the shared memory of the weights; processes that mapped it keep it."""
         if self._shared is not None:
             self._shared.forget()
 
@@ -268,7 +270,8 @@ class PackedPass:
     def warm(self, steps: Sequence[int]) -> None:
         """Pack the weights of some ladder steps, and compile what is compiled on first use.
 
-        In bfloat16 on a CPU that is every product for every number of rows (see `padded_rows`).
+        In bfloat16 on a CPU each matrix product is compiled for each padded number of rows (see
+        `padded_rows`), as far as batches with the same heads reach.
         """
         for step in steps:
             self.run_at(step, PackedTokens.filler([min(self._max_tokens, 32)]))
@@ -277,14 +280,14 @@ class PackedPass:
             kept = {k: i for s in steps for i, k in enumerate(self._plan(s)) if k}
             for heads, index in kept.items():
                 self._slices.get(index, self._first[heads]).warm(sizes, self.sizes)
-        self.range_check.take()
+        self.range_check.take()  # what warm-up counted is no traffic
 
     @without_gradients
     def decide(self, tokens: PackedTokens, full_text: PackedTokens | None = None) -> Decision:
         """Decide budgets and heads for B items from step 0 and the pooled embeddings.
 
         Args:
-            tokens: the items' windows.
+            tokens: the items, truncated to what the encoder reads.
             full_text: the items' full texts, which a TF-IDF step 0 reads; None: the same tokens.
         """
         if self.sizes.one_budget:
@@ -398,9 +401,9 @@ class PackedPass:
         step: int,  # noqa: ARG002
         tokens: PackedTokens,  # noqa: ARG002
     ) -> Callable[[], None] | None:
-        """Return a function that replays a recorded pass on items on the device, for timing.
+        """Return a function that replays the pass as a CUDA graph, for timing; None: there is none.
 
-        None: this pass is not recorded but launched from the host.
+        The items are on the device before.
         """
         return None
 
@@ -574,7 +577,7 @@ class PackedPass:
     ) -> Tensor:
         """Run one layer for items that all keep the same heads."""
         if not head_set or not offsets.tokens:
-            return states
+            return states  # a layer without heads is skipped, its feed-forward network too
         kept = self._slices.get(index, head_set)
         return run_layer(states, kept, PackedBackend(self.kernels, offsets))
 
@@ -582,6 +585,7 @@ class PackedPass:
         """Run one layer for items that keep many different head sets."""
         weights = RoutedWeights(self._slices, index, routing)
         result = run_layer(states, weights, RoutedBackend(self.kernels, routing)).to(states.dtype)
+        # Items that have no heads in this layer keep their states.
         return result if routing.used is None else torch.where(routing.used, result, states)
 
 

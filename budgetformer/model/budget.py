@@ -145,15 +145,21 @@ class BudgetDecision(nn.Module):
             scores = scores + self.gating.noise * torch.randn_like(scores)
         return scores
 
-    def _soften(self, hard: Tensor, s: Tensor, relevance: Tensor | None) -> Tensor:
+    def _soften(self, hard: Tensor, share: Tensor, relevance: Tensor | None) -> Tensor:
+        """Return the gates [B, layers, H]: those given in evaluation, differentiable in training.
+
+        Soft gates are H times the share times the relevance. Without relevance they relax "head i
+        is one of the first H * share" by a sigmoid, centred between two heads. With hard gates the
+        soft ones only give the gradient (straight-through).
+        """
         if not self.training:
             return hard
-        share = s[:, None, None] * self.config.num_attention_heads
+        expected_heads = share[:, None, None] * self.config.num_attention_heads
         if relevance is None:
-            place = torch.arange(self.config.num_attention_heads, device=s.device) + 0.5
-            soft = ((share - place) / self.gating.temperature).sigmoid().expand_as(hard)
+            place = torch.arange(self.config.num_attention_heads, device=share.device) + 0.5
+            soft = ((expected_heads - place) / self.gating.temperature).sigmoid().expand_as(hard)
         else:
-            soft = share * relevance
+            soft = expected_heads * relevance
         if self.gating.mode == "soft":
             return soft
         return hard + soft - soft.detach()

@@ -21,18 +21,19 @@ from service.settings import Settings
 from service.telemetry.traces import check_tracing, exporter_asked_for
 
 LIBRARIES_BYTES, ENGINE_BYTES = 250 * 2**20, 60 * 2**20
-"""Memory of all processes before the first engine, and of an engine without models, as measured."""
+"""Measured memory of the server without engines, and of an engine without models."""
 SHARED_PER_WEIGHT, OWN_PER_WEIGHT = 1.5, 2.5
-"""Of a model, in sizes of its weight file: what engines hold once, and what each of them adds.
+"""Memory of a model as a multiple of its weight file: shared by all engines, and for each engine.
 
-That is at most, in bfloat16: copies that are laid out, what oneDNN compiles, a pass's states.
+Upper bounds, measured in bfloat16. They include packed weights, compiled products and activations.
 """
 OPEN_FILES = 4096
+"""Recommended limit on open files."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, and what to change if that is not well."""
+    """What one check found, and what to change if that is not ok."""
 
     check: str
     state: Literal["ok", "warn", "fail"]
@@ -82,7 +83,7 @@ def _device(settings: Settings) -> Finding:
 
 
 def _missing_to_launch() -> str | None:
-    """Return what is not there of what Triton builds the launch of a kernel with."""
+    """Return what Triton lacks to compile kernel launchers: a C compiler or Python.h."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "C compiler"
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -94,12 +95,13 @@ def _threads(settings: Settings) -> Finding:
     quota = cpu_quota()
     limited = "" if quota is None else f" (the CPU quota is {quota:g})"
     found = f"{engines} engines of {each} threads, {cores} usable cores{limited}"
-    if settings.device != "cuda" and engines * each > cores:
-        advice = f"--engines {max(1, cores // each)}: more threads than cores only wait"
+    on_cpu = settings.resolved_device() != "cuda"
+    if on_cpu and engines * each > cores:
+        advice = f"--engines {max(1, cores // each)}: more threads than cores slow each other down"
         return Finding("threads", "warn", found, advice)
     if quota is not None and engines * each > quota:
         return Finding("threads", "warn", found, "raise the container's CPU limit")
-    if engines * each < cores and settings.device != "cuda":
+    if on_cpu and engines * each < cores:
         return Finding("threads", "ok", f"{found}; the frontend runs on what is left")
     return Finding("threads", "ok", found)
 

@@ -40,9 +40,10 @@ from service.telemetry.traces import open_tracing
 
 log = structlog.get_logger()
 
-LOOK_SECONDS, LOOK_PATIENCE = 1.0, 10.0
+POLL_SECONDS, POLL_TIMEOUT = 1.0, 10.0
+"""Interval and time limit of polling the hub for the list of engines."""
 ATTEMPTS = 4
-"""A host that dies takes several replicas with it, and each is found out by itself."""
+"""Tries per request. When a host dies, several of its replicas may be chosen before Ray notices."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_fleet = msgspec.msgpack.Decoder(FleetSeen).decode
@@ -73,14 +74,14 @@ class PooledEngines(Engines):
         self._wanted: list[ModelKey] = []
 
     def start(self) -> None:
-        """Begin to look at the engines."""
+        """Start polling the hub for the list of engines."""
         self._background.start(self._look())
 
     @property
     def models(self) -> set[ModelKey]:
-        """Every wanted model that some live engine has, or loads when it is asked.
+        """Models that the hub wants and a live engine has, or loads on demand.
 
-        Only what the hub wants is asked for, and word of that may come after the engines'.
+        Both are needed: the list of engines may be newer than the list of wanted models.
         """
         if self.alive and any(pool.pool.models for pool in self._pools):
             return set(self._wanted)
@@ -101,7 +102,7 @@ class PooledEngines(Engines):
         pool = self._pools[place]
         model = f"{job.model}:{job.version}"
         for attempt in range(1, ATTEMPTS + 1):
-            message = request_of(job)
+            message = request_of(job)  # each attempt has less time left
             response = pool.handle.classify.remote(model, len(job.texts), _encode(message))
             try:
                 async with asyncio.timeout(message.remaining + GRACE_SECONDS):
@@ -128,7 +129,7 @@ class PooledEngines(Engines):
     async def _look(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(LOOK_PATIENCE):
+                async with asyncio.timeout(POLL_TIMEOUT):
                     fleet = _decode_fleet(await self._hub.fleet.remote())
             except Exception as error:  # Ray has many words for a hub that is not there
                 log.warning("engine list not received from the hub", reason=type(error).__name__)
@@ -146,7 +147,7 @@ class PooledEngines(Engines):
                     )  # fmt: skip
                     for one in fleet.engines
                 ]
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
 
 
 def _is_cancelled() -> bool:

@@ -36,7 +36,7 @@ BREAKS = ("too_many", "slow", "head_too_large", "malformed")
 """Why connections are ended before a request was there."""
 
 SHADOW_OUTCOMES = ("agreed", "differed", "failed", "skipped")
-"""What a candidate's answers are beside the served version's."""
+"""How a candidate's answer compares with that of the served version."""
 SIDES = ("served", "candidate")
 
 Series: TypeAlias = tuple[str, ...]
@@ -175,9 +175,7 @@ class Counts:
         stages: Mapping[str, float],
         truncated: int,
     ) -> None:
-        """Count the B answered texts of a request, of which M were computed for it.
-
-        The others were answered before, and kept.
+        """Count the B answered texts of a request; M of them were computed, the others cached.
 
         Args:
             model, version: that answered them.
@@ -187,7 +185,7 @@ class Counts:
             macs, dense_macs: multiply-adds executed, and those of the dense network; M integers.
             heads_of_one: heads of the dense network.
             expected: share of the texts that calibration answers at each ladder step; None: it is
-                not known, and `budgets` count as expected.
+                not known, and the observed steps count as expected, so the drift is zero.
             stages: seconds of each stage of the request.
             truncated: texts that were longer than the encoder reads.
         """
@@ -205,7 +203,7 @@ class Counts:
         for budget in answered.keys() | shares.keys():
             counters["items", *key, str(budget)] += answered.get(budget, 0)
             counters["items_expected", *key, str(budget)] += shares.get(budget, 0) * scale
-        # Equal values are counted together, except where each may leave its exemplar.
+        # Equal values are counted together; with a trace each one may replace the exemplar.
         counted = ((value, 1) for value in used) if exemplar else _tally(used).items()
         for value, count in counted:
             histograms["request_heads", *key].observe(HEADS, value, count, exemplar)
