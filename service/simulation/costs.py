@@ -114,7 +114,9 @@ def read_costs(path: Path) -> ServerCosts:
         if values.pop("format") != FORMAT:
             raise ValueError(f"this program reads format {FORMAT}")
         costs = ServerCosts(
-            ProcessCost(**values.pop("frontend")),
+            ProcessCost(
+                **values.pop("front" if "front" in values else "frontend")
+            ),  # the key of older files
             EngineCost(**values.pop("engine")),
             ProcessCost(**values.pop("hub")),
             **values,

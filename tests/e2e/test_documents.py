@@ -185,8 +185,10 @@ def _run_line(block: Block, line: str, url: str, command: CommandLine, reader: P
         )  # fmt: skip
         assert done.returncode == 0, f"{where}\n{done.stdout}{done.stderr}"
         if given[0] == "curl":
+            answer = json.loads(done.stdout)
             # A job has a field `error` too, which is null.
-            assert not json.loads(done.stdout).get("error"), f"{where}\n{done.stdout}"
+            refused = isinstance(answer, dict) and answer.get("error")
+            assert not refused, f"{where}\n{done.stdout}"
 
 
 def _check(given: list[str], where: str) -> None:
