@@ -357,7 +357,7 @@ def test_the_override_file_asks_for_every_gpu(stack: Stack) -> None:
 
 
 def test_nothing_in_the_container_gives_rights_or_takes_writing(stack: Stack) -> None:
-    """As the service's own user sees it: no setuid, no capability, one folder to write to."""
+    """As the service's own user sees it: no setuid, no capability, two folders to write to."""
     inside = ("exec", "-T", "service", "python", "-c")
     look = (
         "import json, os, stat\n"
@@ -377,7 +377,7 @@ def test_nothing_in_the_container_gives_rights_or_takes_writing(stack: Stack) ->
     seen = json.loads(stack.compose(*inside, look))
     rights, writable, effective, bounding, no_new, user, group = seen
     assert rights == []
-    assert [path for path in writable if not path.startswith(("/tmp", "/dev"))] == []
+    assert [path for path in writable if not path.startswith(("/tmp", "/dev", "/state"))] == []
     assert (int(effective, 16), int(bounding, 16), no_new) == (0, 0, "1")
     assert user == group == 10001
 
