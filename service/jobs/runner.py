@@ -19,6 +19,7 @@ from budgetformer.bulk.outputs import finish
 from budgetformer.checkpoint.install.sources import download
 from budgetformer.errors import BudgetFormerError
 from budgetformer.tables import TableFile, open_table
+from service.background import is_cancelled
 from service.job_store import JobStore, Status, StoredJob
 from service.jobs.answering import ChunkAnswering, JobFailedError
 from service.settings import Settings
@@ -147,9 +148,10 @@ class _Run:
             while not (await asyncio.wait({working}, timeout=REPORT_SECONDS))[0]:
                 await self._look()
             working.result()
-        except CancelledError:  # a future was cancelled by `_stop`
-            assert self._reason is not None
-            raise self._reason from None
+        except (CancelledError, asyncio.CancelledError):
+            if self._reason is None or is_cancelled():
+                raise
+            raise self._reason from None  # `_stop` cancelled what the thread waited for
         finally:
             self._stop(self._reason or _StoppedError())
             await asyncio.wait({working})

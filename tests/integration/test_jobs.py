@@ -14,6 +14,7 @@ import httpx
 import msgspec
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
 from budgetformer.client import AsyncClient, InputError, ServerError
 from budgetformer.tables import Row
@@ -322,7 +323,7 @@ async def test_jobs_run_in_order_and_one_that_is_removed_while_it_runs_leaves_no
     running: Service,
 ) -> None:
     client = running.client
-    with held(running.core):
+    with held(running.core), capture_logs() as lines:
         first = await submitted(client, written(ROWS, "jsonl"), heads=1)
         second = await submitted(client, written(ROWS[:3], "jsonl"))
         await until(lambda: running.in_flight() > 0, "the first job in the engine")
@@ -333,6 +334,8 @@ async def test_jobs_run_in_order_and_one_that_is_removed_while_it_runs_leaves_no
         response = await client.delete(f"/jobs/{first['id']}")
         assert (response.status_code, response.json()["status"]) == (200, "cancelled")
         error_of(await client.get(f"/jobs/{first['id']}"), 404, "unknown_job")
+        await until(lambda: "job cancelled" in [line["event"] for line in lines], "its end")
+        assert [line for line in lines if line["log_level"] == "error"] == []
     assert (await ended(client, second))["status"] == "finished"
     response = await client.delete(f"/jobs/{second['id']}")
     assert response.json()["status"] == "finished"
