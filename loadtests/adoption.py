@@ -29,8 +29,8 @@ from budgetformer.bench.baselines import quantize
 from budgetformer.classifier import Classifier
 from budgetformer.cost.processor import processor_name
 from budgetformer.training.data import read_texts
-from budgetformer.training.evaluation import interval
 from budgetformer.training.pages import markdown_table
+from budgetformer.wilson import interval
 from loadtests.servers import free_port
 
 BATCH, ROUNDS, WAIT_SECONDS = 32, 3, 120.0

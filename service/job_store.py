@@ -27,6 +27,7 @@ from uuid import uuid4
 import msgspec
 
 from budgetformer.errors import BudgetFormerError
+from service.state_files import replace_file
 
 Kind = Literal["csv", "jsonl", "parquet"]
 Status = Literal["queued", "running", "finished", "failed", "cancelled"]
@@ -143,7 +144,7 @@ class StoredJob:
             FileNotFoundError: the job was removed.
             OSError: it cannot be written.
         """
-        _replace(self.folder / "progress.json", msgspec.json.encode(progress))
+        replace_file(self.folder / "progress.json", msgspec.json.encode(progress))
 
 
 class JobStore:
@@ -297,7 +298,7 @@ class Upload:
         os.fsync(self._file)
         if description.source is not None:
             self._path.unlink()
-        _replace(self._folder / "job.json", msgspec.json.encode(description))
+        replace_file(self._folder / "job.json", msgspec.json.encode(description))
         folder = self._jobs / self._id
         self._folder.rename(folder)
         _sync(self._jobs)
@@ -316,16 +317,6 @@ class Upload:
 def new_id() -> str:
     """Return the id of a new job, which nobody can guess."""
     return uuid4().hex
-
-
-def _replace(path: Path, content: bytes) -> None:
-    fresh = path.with_name(f"{path.name}.new")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
 
 
 def _sync(folder: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from budgetformer.checkpoint.manifest import FULL, Timing
-from budgetformer.training.evaluation import Row, interval
+from budgetformer.training.evaluation import Row
 from budgetformer.training.pages import draw, markdown_table
+from budgetformer.wilson import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

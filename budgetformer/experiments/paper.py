@@ -24,10 +24,10 @@ from budgetformer.model.architecture import Architecture
 from budgetformer.model.budget import Gating
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts, read_examples
-from budgetformer.training.evaluation import interval
 from budgetformer.training.pipeline import build_model, find_data, find_start, kept_tokenizer
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import Log, Trainer, inputs
+from budgetformer.wilson import interval
 
 FULL = "full multi-head"
 RECIPE = "paper's recipe"

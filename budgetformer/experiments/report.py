@@ -32,8 +32,8 @@ from budgetformer.training.baseline import Baseline
 from budgetformer.training.calibration import Table, answer_all, run_every_step
 from budgetformer.training.chains import Route
 from budgetformer.training.data import Examples, TokenizedTexts, even_rows
-from budgetformer.training.evaluation import interval
 from budgetformer.training.exits import wrong
+from budgetformer.wilson import interval
 
 ECE_BINS = 15
 THRESHOLDS = tuple(np.linspace(0.3, 0.995, 140).tolist())

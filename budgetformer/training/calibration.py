@@ -51,10 +51,10 @@ from budgetformer.training.chains import (
     search,
 )
 from budgetformer.training.data import TokenizedTexts
-from budgetformer.training.evaluation import interval
 from budgetformer.training.exits import wrong
 from budgetformer.training.fusion import StepFusion, fit_fusion
 from budgetformer.training.trainer import progress_bar
+from budgetformer.wilson import interval
 
 FOLDS = 5
 BATCH = 32

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from budgetformer.inference.policy import QUALITY_NAMES
 from budgetformer.proxies import is_loopback
 from budgetformer.tables import find_table
 from budgetformer.training.data import Examples, has_labels, read_examples, read_texts
+from budgetformer.wilson import interval
 
 HTTP_BATCH = 64
 
@@ -76,18 +76,6 @@ class Row:
             f"{self.mean_macs / 1e6:.1f} M",
             f"{self.macs_share:.1%}",
         )
-
-
-def interval(accuracy: float, rows: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share measured on `rows` rows."""
-    z = 1.96
-    middle = (accuracy + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = (
-        z
-        * math.sqrt(accuracy * (1 - accuracy) / rows + z * z / (4 * rows * rows))
-        / (1 + z * z / rows)
-    )
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def read_test(checkpoint: Checkpoint, data: Path, limit: int | None = None) -> Examples:

@@ -33,7 +33,7 @@ class Catalog:
         settings: name the store, the models to serve, and the default model.
 
     Attributes:
-        decisions: what operators decided.
+        state: what operators decided, and the roll-outs.
         served, candidates: by name.
 
     Raises:

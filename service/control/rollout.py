@@ -5,13 +5,13 @@ Pure logic; `service.control.versions` does what it says.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
+from budgetformer.wilson import interval
 from service.telemetry.counts import DURATIONS, Difference, Observations
 
 State = Literal["running", "promoted", "rolled_back", "stopped"]
@@ -239,13 +239,8 @@ def _above(hits: int, count: int, share: float) -> bool:
 
 
 def share_bounds(hits: int, count: int) -> tuple[float, float]:
-    """Return Wilson's bounds of a share seen so often among `count`, `DEVIATIONS` wide."""
-    if not count:
-        return 0.0, 1.0
-    z2, share = DEVIATIONS**2, hits / count
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = math.sqrt(z2 * share * (1 - share) / count + z2**2 / (4 * count**2)) / (1 + z2 / count)
-    return middle - half, middle + half
+    """Return the interval of a share that was observed, `DEVIATIONS` wide to either side."""
+    return interval(hits / count, count, DEVIATIONS) if count else (0.0, 1.0)
 
 
 def quantile(durations: Observations, at: float) -> float:

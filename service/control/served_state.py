@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from budgetformer.errors import BudgetFormerError
 from service.control.rollout import RollOut
+from service.state_files import replace_file
 
 FILE = "rollouts.json"
 
@@ -78,17 +77,11 @@ class ServedState:
         Raises:
             StateError: it cannot be written.
         """
-        fresh = self._path.with_name(f"{FILE}.new")
+        content = msgspec.json.format(msgspec.json.encode(self.models)) + b"\n"
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with fresh.open("wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(self.models)) + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(self._path)
+            replace_file(self._path, content)
         except OSError as error:
-            with suppress(OSError):
-                fresh.unlink()
             reason = error.strerror or error
             raise StateError(
                 f"{self._path}: {reason}; set state_dir to a folder that can be written"

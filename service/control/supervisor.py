@@ -210,7 +210,7 @@ class _Server:
         self._frontends = [
             _Child(
                 f"frontend-{i}",
-                partial(self._start_frontendend, i, descriptors),
+                partial(self._start_frontend, i, descriptors),
                 self.hub.report_crash_loop,
             )
             for i in range(settings.fronts)
@@ -222,7 +222,7 @@ class _Server:
         self._job_process: _Child | None = None
         """Runs jobs; there is none while there are no jobs to run."""
 
-    async def _start_frontendend(self, index: int, descriptors: Sequence[int]) -> Process:
+    async def _start_frontend(self, index: int, descriptors: Sequence[int]) -> Process:
         arguments = (str(self._run_dir), str(index), *map(str, descriptors))
         command = child_command("service.frontend", *arguments)
         return await start(command, self.hub.settings, descriptors)

@@ -165,10 +165,9 @@ class Versions:
             return rollout
 
     async def bring(self, name: str, version: int) -> None:
-        """Take up a version that came into the store: roll it out if the settings say so.
+        """Serve a new version of the store, or roll it out if the settings say so.
 
-        Raises:
-            Exception: as `load` and `roll_out` do.
+        It raises what `load` and `roll_out` raise.
         """
         if name in self._catalog.served and self._settings.rollout_of(name) is not None:
             await self.roll_out(name, version)
@@ -263,10 +262,10 @@ class Versions:
                 follow = self._follow(name, partial(self._serve_named, name, version))
                 self._background.start(follow)
                 continue
-            adjusts = usual is not None and usual != before.rollout_of(name)
-            if usual is not None and adjusts and self._current(name) is not None:
-                adjust = partial(self.roll_out, name, None, usual.model_dump())
-                self._background.start(self._follow(name, adjust))
+            if usual is None or usual == before.rollout_of(name) or self._current(name) is None:
+                continue
+            adjust = partial(self.roll_out, name, None, usual.model_dump())
+            self._background.start(self._follow(name, adjust))
 
     async def _follow(self, name: str, change: Callable[[], Awaitable[object]]) -> None:
         """Do what the settings of a model ask for."""

@@ -64,8 +64,9 @@ class Compress:
         large = whole and len(body) >= self._min_bytes
         if large or start["status"] == 304:
             headers.add_vary_header("Accept-Encoding")
-        accepted = ",".join(Headers(scope=scope).getlist("accept-encoding"))
-        if not large or not prefers_gzip(accepted):
+        if not large:
+            return message
+        if not prefers_gzip(",".join(Headers(scope=scope).getlist("accept-encoding"))):
             return message
         if len(body) <= MAX_LOOP_BYTES:
             compressed = _gzip(body)
