@@ -19,4 +19,5 @@ def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
         * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
         / (1 + z * z / count)
     )
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounding may not put the share itself outside of its interval.
+    return min(max(0.0, middle - half), share), max(min(1.0, middle + half), share)

@@ -25,19 +25,23 @@ class JobProcess:
     Args:
         settings: of the server.
         run_dir: where its hub and its engines listen.
+
+    Attributes:
+        settings: in force.
+        models: that jobs can use.
     """
 
     def __init__(self, settings: Settings, run_dir: Path) -> None:
         self.settings = settings
         sockets = [engine_socket(run_dir, i) for i in range(settings.engines)]
         self._engines = Engines(sockets)
-        models = Models(settings.model_store, settings.default_model, run_dir)
+        self.models = Models(settings.model_store, settings.default_model, run_dir)
         self._hub = HubLink(
             hub_socket(run_dir), lambda serving: self._follow(serving), [], self._configure
         )
-        self._follow = Follow(models, self._engines, self._hub)
+        self._follow = Follow(self.models, self._engines, self._hub)
         answering = ChunkAnswering(
-            models, self._hub, Answering(self._engines), lambda: self.settings
+            self.models, self._hub, Answering(self._engines), lambda: self.settings
         )
         store = JobStore(settings.state_dir)
         self._runner = Runner(store, answering, lambda: self.settings)

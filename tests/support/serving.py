@@ -189,8 +189,11 @@ async def job_process(running: Service) -> AsyncIterator[None]:
     """Run what the process that runs jobs does."""
     settings: Settings = running.app.state.shared.settings
     known = settings.model_copy(update={"engines": len(running.cores)})
-    work = asyncio.create_task(JobProcess(known, running.run_dir).run())
+    process = JobProcess(known, running.run_dir)
+    work = asyncio.create_task(process.run())
     try:
+        # A thread that still reads a model would write into a folder that the test removes.
+        await until(lambda: process.models.all(), "the models of the process that runs jobs")
         yield
     finally:
         work.cancel()
