@@ -69,7 +69,10 @@ bench-gpu: .venv/.dev ## on a GPU: check every pass, time it and weigh it, in a 
 	$(BIN)/budgetformer bench gpu --model ag_news --out docs/benchmarks/gpu $(NEWS)
 
 train-%: .venv/.dev ## train a shipped model again (train-ag_news, ...) from DATA/<name>; stopped, it goes on
-	$(BIN)/budgetformer train --data $(DATA)/$* --start minilm-l6 --recipe model_store/$*/recipe.toml --out model_store/$*/$(call version,$*) --baseline build/dense/$*
+	$(BIN)/budgetformer train --data $(DATA)/$* --start minilm-l6 --recipe model_store/$*/recipe.toml --out model_store/$*/$(call version,$*)
+
+dense-%: .venv/.dev ## train the dense baselines of a shipped model's report (dense-ag_news, ...), in build/dense
+	$(BIN)/python -m budgetformer.experiments.baselines --data $(DATA)/$* --start minilm-l6 --recipe model_store/$*/recipe.toml --out build/dense/$*
 
 train-paper_%: .venv/.dev ## the same in the paper's own form, from scratch (train-paper_ag_news)
 	$(BIN)/budgetformer train --data $(DATA)/$* --recipe model_store/paper_$*/recipe.toml --out model_store/paper_$*/$(call version,paper_$*)

@@ -23,12 +23,12 @@ from budgetformer.checkpoint.loading import load_network
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.cost.macs import encoder_macs, layer_macs
 from budgetformer.errors import DataError
+from budgetformer.experiments.baselines import Baseline
 from budgetformer.experiments.routing import Routing, compare_lengths, compare_routing
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule, EntryBand, Measure
 from budgetformer.model.answers import confidence, probabilities
 from budgetformer.model.architecture import MULTI_LABEL
-from budgetformer.training.baseline import Baseline
 from budgetformer.training.calibration import Table, answer_all, run_every_step
 from budgetformer.training.chains import Route
 from budgetformer.training.data import Examples, TokenizedTexts, even_rows

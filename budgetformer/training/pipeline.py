@@ -6,7 +6,6 @@ import datetime
 import importlib.util
 import json
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +41,6 @@ from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.model.tfidf import evidence, table_columns
 from budgetformer.tables import find_table, open_table
-from budgetformer.training.baseline import train_baseline
 from budgetformer.training.calibration import (
     Found,
     Table,
@@ -63,15 +61,13 @@ from budgetformer.training.exits import (
 )
 from budgetformer.training.fusion import fit_fusion
 from budgetformer.training.labels import check_classes, check_names, stored_names
-from budgetformer.training.processes import join_processes
+from budgetformer.training.processes import Processes, join_processes
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.step0 import fit_step0
 from budgetformer.training.trainer import Trainer, split_rows
 
 Log = Callable[[str], None]
 
-DENSE = "dense"
-"""Folder in a run's work directory for the state of the dense baseline."""
 MIN_ROWS = 50
 """Minimum texts for calibration; with fewer, thresholds would be random."""
 
@@ -88,54 +84,46 @@ class Start:
     license: str
 
 
-def train_checkpoint(
-    *,
-    data: Path,
-    output: Path,
-    start: str | None,
-    recipe: Recipe,
-    work_dir: Path,
-    threads: int | None,
-    log: Log,
-    baseline: Path | None = None,
-    device: str = "auto",
-    micro_batch: int | None = None,
-) -> bool:
-    """Train, calibrate and write the checkpoint folder `output` (`<store>/<name>/<version>`).
+@dataclass(frozen=True)
+class Preparation:
+    """What training starts from: texts, tokens and a converted network.
 
-    With several processes started by `accelerate launch`, the first one calibrates and writes.
+    Attributes:
+        start: starting weights.
+        train_file: file of the training texts.
+        tokenizer: of the network.
+        conversion: the network, and how it was made.
+        seen, unseen: texts for training and for calibration.
+        tokens, unseen_tokens: their tokens.
+        test: test texts; None: the data has none.
+        max_tokens: length of the encoder's window.
+        exit_tokens: maximum tokens of a text that step 0 reads; None: it reads the window.
+    """
 
-    Args:
-        data: a training file, or a folder with `train.*` and, for the report, `test.*`.
-        output: folder to write; ends with the model's name and version.
-        start: folder of an encoder, "minilm-l6", or None to train from scratch.
-        recipe: settings of the run.
-        work_dir: for the state of the run, from which a second call resumes.
-        threads: number of torch threads; None: torch's default.
-        log: called with one line per event.
-        baseline: folder for baselines, which are also trained (see `train_baseline`); None: none.
-        device: of the training: "auto" (a GPU if there is one), "cpu" or "cuda".
-        micro_batch: items per pass, for devices with little memory; None: the full batch.
+    start: Start
+    train_file: Path
+    tokenizer: Tokenizer
+    conversion: Conversion
+    seen: Examples
+    unseen: Examples
+    tokens: TokenizedTexts
+    unseen_tokens: TokenizedTexts
+    test: Examples | None
+    max_tokens: int
+    exit_tokens: int | None
 
-    Returns:
-        Whether this process wrote the checkpoint.
+
+def prepare(
+    data: Path, start: str | None, recipe: Recipe, work_dir: Path, processes: Processes, log: Log
+) -> Preparation:
+    """Read and tokenize texts, and convert the starting weights.
 
     Raises:
-        DataError: the data, the recipe or the output is invalid.
-        CheckpointError: the encoder cannot be converted, or the output exists.
+        DataError: the data or the recipe is invalid.
+        CheckpointError: the encoder cannot be converted.
     """
-    check_output(output)
-    check_replaceable(output, replace=True)
     if recipe.max_length < MIN_POSITIONS:
         raise DataError(f"max_length must be at least {MIN_POSITIONS}, not {recipe.max_length}")
-    if recipe.random_heads:
-        raise DataError(
-            "random_heads is only for budgetformer.experiments: no checkpoint can serve it"
-        )
-    if threads is not None:
-        torch.set_num_threads(threads)
-    processes, where = join_processes(find_device(device))
-    log = processes.log_of_main(log)
     train_file, test_file = find_data(data)
     beginning = find_start(start)
     examples = read_examples(train_file, encoder_names=label_names_of(beginning))
@@ -155,15 +143,15 @@ def train_checkpoint(
     torch.manual_seed(recipe.seed)
     numbered = stored_names(open_table(train_file)) is not None
     conversion = convert_start(beginning, examples, recipe, tokenizer.get_vocab_size(), numbered)
-    model = conversion.model
-    check_tokenizer(tokenizer, model.config, beginning.folder)
+    config = conversion.model.config
+    check_tokenizer(tokenizer, config, beginning.folder)
     for note in conversion.notes:
         log(note)
-    max_tokens = min(recipe.max_length, model.config.max_position_embeddings)
+    max_tokens = min(recipe.max_length, config.max_position_embeddings)
     if max_tokens < recipe.max_length:
         log(f"texts are truncated to the encoder's {max_tokens} positions")
     cut = (max_tokens, recipe.truncation_side)
-    exit_tokens = max(recipe.exit_tokens, max_tokens) if model.config.exit_tfidf else None
+    exit_tokens = max(recipe.exit_tokens, max_tokens) if config.exit_tfidf else None
     tokens, unseen_tokens = (
         TokenizedTexts(tokenizer, some.texts, some.pairs, *cut, exit_tokens or 0)
         for some in (seen, unseen)
@@ -172,31 +160,66 @@ def train_checkpoint(
         f"{len(seen)} training texts, {len(unseen)} calibration texts, "
         f"{tokens.lengths.mean():.1f} tokens on average"
     )
+    return Preparation(
+        *(beginning, train_file, tokenizer, conversion, seen, unseen, tokens, unseen_tokens),
+        *(test, max_tokens, exit_tokens),
+    )
 
-    if baseline is not None:
-        dense_recipe = replace(recipe, embedding_exit=False)
-        dense = convert_start(
-            beginning, examples, dense_recipe, tokenizer.get_vocab_size(), numbered
+
+def train_checkpoint(
+    *,
+    data: Path,
+    output: Path,
+    start: str | None,
+    recipe: Recipe,
+    work_dir: Path,
+    threads: int | None,
+    log: Log,
+    device: str = "auto",
+    micro_batch: int | None = None,
+) -> bool:
+    """Train, calibrate and write the checkpoint folder `output` (`<store>/<name>/<version>`).
+
+    With several processes started by `accelerate launch`, the first one calibrates and writes.
+
+    Args:
+        data: a training file, or a folder with `train.*` and, for the report, `test.*`.
+        output: folder to write; ends with the model's name and version.
+        start: folder of an encoder, "minilm-l6", or None to train from scratch.
+        recipe: settings of the run.
+        work_dir: for the state of the run, from which a second call resumes.
+        threads: number of torch threads; None: torch's default.
+        log: called with one line per event.
+        device: of the training: "auto" (a GPU if there is one), "cpu" or "cuda".
+        micro_batch: items per pass, for devices with little memory; None: the full batch.
+
+    Returns:
+        Whether this process wrote the checkpoint.
+
+    Raises:
+        DataError: the data, the recipe or the output is invalid.
+        CheckpointError: the encoder cannot be converted, or the output exists.
+    """
+    check_output(output)
+    check_replaceable(output, replace=True)
+    if recipe.random_heads:
+        raise DataError(
+            "random_heads is only for budgetformer.experiments: no checkpoint can serve it"
         )
-        work, start = work_dir / DENSE, conversion.origin
-        train_baseline(
-            *(dense.model, tokens, seen, dense_recipe, work, baseline, log, start),
-            *(where, micro_batch, processes),
-        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    processes, where = join_processes(find_device(device))
+    log = processes.log_of_main(log)
+    run = prepare(data, start, recipe, work_dir, processes, log)
+    model, conversion = run.conversion.model, run.conversion
     out_of_fold = None
     if model.config.embedding_exit:
-        model.exit_head, out_of_fold = fit_step0(model.config, tokens, seen, recipe)
-        errors = wrong(out_of_fold, torch.from_numpy(seen.labels), model.config.problem_type)
+        model.exit_head, out_of_fold = fit_step0(model.config, run.tokens, run.seen, recipe)
+        labels = torch.from_numpy(run.seen.labels)
+        errors = wrong(out_of_fold, labels, model.config.problem_type)
         log(f"step 0: out-of-fold accuracy {1 - errors.mean():.2%} on the training texts")
     trainer = Trainer(
-        model,
-        tokens,
-        seen,
-        recipe,
-        work_dir,
-        log,
-        conversion.origin,
-        out_of_fold,
+        *(model, run.tokens, run.seen, recipe, work_dir, log, conversion.origin, out_of_fold),
         device=where,
         micro_batch=micro_batch,
         processes=processes,
@@ -205,49 +228,48 @@ def train_checkpoint(
     if not processes.is_main:
         return False
     log("fitting f_o, calibrating budgets")
-    network, ranges, found = _calibrate(model, unseen_tokens, unseen, recipe)
+    network, ranges, found = _calibrate(model, run.unseen_tokens, run.unseen, recipe)
 
     metrics = {
-        "train_rows": float(len(seen)),
-        "calibration_rows": float(len(unseen)),
+        "train_rows": float(len(run.seen)),
+        "calibration_rows": float(len(run.unseen)),
         "full_budget_accuracy": found.full_accuracy,
     }
     if conversion.difference is not None:
         metrics["conversion_difference"] = conversion.difference
     with staged(output, replace=True) as folder:
-        write_network(model, tokenizer, folder, max_tokens, recipe.truncation_side)
+        write_network(model, run.tokenizer, folder, run.max_tokens, recipe.truncation_side)
         manifest = describe(
             folder,
             output,
-            max_tokens=max_tokens,
-            exit_tokens=exit_tokens,
+            max_tokens=run.max_tokens,
+            exit_tokens=run.exit_tokens,
             truncation_side=recipe.truncation_side,
-            labels=tuple(examples.names),
+            labels=tuple(run.seen.names),
             problem_type=network.config.problem_type or "single_label_classification",
             seed=recipe.seed,
             recipe=recipe.as_dict(),
             metrics=metrics,
             ranges=ranges,
             provenance=Provenance(
-                starting_weights=beginning.name,
-                starting_weights_license=beginning.license,
-                data=recipe.data_name or train_file.parent.name,
+                starting_weights=run.start.name,
+                starting_weights_license=run.start.license,
+                data=recipe.data_name or run.train_file.parent.name,
                 data_terms=recipe.data_terms,
             ),
             **found.of_manifest(),
         )
         write_manifest(folder, manifest)
         report: list[Row] = []
-        if test is not None and test_file is not None:
-            log(f"scoring {test_file.name}")
-            report = evaluate_checkpoint(read_checkpoint(folder), test)
+        if run.test is not None:
+            log(f"scoring {len(run.test)} test texts")
+            report = evaluate_checkpoint(read_checkpoint(folder), run.test)
             tested = {f"test_accuracy_{r.quality.replace(' ', '_')}": r.accuracy for r in report}
             manifest = manifest.model_copy(
                 update={"metrics": metrics | {"test_rows": float(report[0].rows)} | tested}
             )
             write_manifest(folder, manifest)
         write_card(folder, manifest, report)
-    shutil.rmtree(work_dir / DENSE, ignore_errors=True)
     clear(work_dir)
     log(f"wrote {output}")
     return True

@@ -42,12 +42,6 @@ MicroBatchOption = Annotated[
     int | None,
     typer.Option(min=1, help="Items passed at once, where a batch takes too much memory."),
 ]
-BaselineOption = Annotated[
-    Path | None,
-    typer.Option(help="Also keep the dense network here, for `evaluate --report`."),
-]
-
-
 PriceOption = Annotated[
     float, typer.Option(min=0, help="Of a core for an hour, for the cost of a million texts.")
 ]
@@ -65,7 +59,6 @@ def train(
     seed: SeedOption = None,
     work_dir: WorkOption = None,
     threads: ThreadsOption = None,
-    baseline: BaselineOption = None,
     device: DeviceOption = "auto",
     micro_batch: MicroBatchOption = None,
     as_json: JsonOption = False,
@@ -82,7 +75,6 @@ def train(
         work_dir=work_dir or output.parent / f".{output.name}.work",
         threads=threads,
         log=note,
-        baseline=baseline,
         device=device,
         micro_batch=micro_batch,
     )
@@ -115,7 +107,6 @@ def import_encoder(
     seed: SeedOption = None,
     work_dir: WorkOption = None,
     threads: ThreadsOption = None,
-    baseline: BaselineOption = None,
     device: DeviceOption = "auto",
     micro_batch: MicroBatchOption = None,
     core_hour_price: PriceOption = CORE_HOUR_PRICE,
@@ -127,15 +118,13 @@ def import_encoder(
     if data is not None:
         train(
             *(data, output, encoder, recipe, seed, work_dir, threads),
-            *(baseline, device, micro_batch, as_json),
+            *(device, micro_batch, as_json),
         )
         return
     assert texts is not None
     from budgetformer.adoption.budgets import add_budgets
     from budgetformer.training.recipe import Recipe
 
-    if baseline is not None:
-        raise typer.BadParameter("--baseline is for --data")
     wrote = add_budgets(
         classifier=Path(encoder),
         texts=texts,
@@ -265,7 +254,7 @@ def evaluate(
     ] = None,
     baseline: Annotated[
         Path | None,
-        typer.Option(help="Dense network that `train --baseline` kept, for the report."),
+        typer.Option(help="Folder of `budgetformer.experiments.baselines`, for the report."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use this many rows, evenly chosen.")
@@ -309,9 +298,9 @@ def _report(
     """Write the levels' own report, and the frontier where texts have labels."""
     from budgetformer.adoption.costs import measure_levels
     from budgetformer.adoption.report import PAGE, write_levels
+    from budgetformer.experiments.baselines import read_baseline
     from budgetformer.experiments.report import report_checkpoint
     from budgetformer.experiments.report_files import write_report
-    from budgetformer.training.baseline import read_baseline
     from budgetformer.training.evaluation import evaluate_checkpoint
 
     timing = measure_levels(checkpoint, examples, core_hour_price)

@@ -11,6 +11,7 @@ import torch
 from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.cost.macs import dense_macs, encoder_macs
 from budgetformer.errors import DataError
+from budgetformer.experiments.baselines import Baseline, keep_layers
 from budgetformer.experiments.report import (
     Report,
     calibration_error,
@@ -20,7 +21,6 @@ from budgetformer.experiments.report import (
 from budgetformer.experiments.report_files import report_text, write_report
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.modeling import load_model
-from budgetformer.training.baseline import Baseline, keep_layers
 from budgetformer.training.data import Examples, TokenizedTexts
 from budgetformer.training.evaluation import evaluate_checkpoint
 from tests.support.stores import TAGS, TOPICS, labelled_examples, labelled_sentences, model_store

@@ -134,7 +134,6 @@ class TestImport:
         [
             ((), "give --data (labelled texts) or --texts"),
             (("--texts", "a.jsonl", "--data", "b.jsonl"), "give --data (labelled texts) or"),
-            (("--texts", "a.jsonl", "--baseline", "dense"), "--baseline is for --data"),
             (("--texts", "a.jsonl", "--effort", "days"), "'days' is not one of"),
         ],
     )

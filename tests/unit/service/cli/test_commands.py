@@ -13,7 +13,7 @@ import budgetformer
 from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.cost.table import CostTable, StepCost
-from budgetformer.training.baseline import read_baseline
+from budgetformer.experiments import baselines
 from tests.support.command_line import CommandLine, Outcome
 from tests.support.processes import clean_environment
 from tests.support.stores import (
@@ -399,7 +399,7 @@ class TestEvaluate:
         assert rows[-1]["accuracy"] > 0.9
         assert rows[0]["macs_share"] < rows[1]["macs_share"] < rows[-1]["macs_share"]
 
-    def test_a_report_beside_the_dense_network_of_a_training_run(
+    def test_a_report_beside_dense_networks_trained_on_the_same_texts(
         self, command: CommandLine, tmp_path: Path
     ) -> None:
         data = write_jsonl(tmp_path / "rows.jsonl", single_label_rows())
@@ -411,15 +411,17 @@ class TestEvaluate:
         )
         made, dense = tmp_path / "store" / "mine" / "1", tmp_path / "dense"
         outcome = command(
-            "train", "--data", data, "--recipe", recipe, "--out", made, "--baseline", dense,
-            "--threads", 1,
-        )  # fmt: skip
+            "train", "--data", data, "--recipe", recipe, "--out", made, "--threads", 1
+        )
         assert outcome.code == 0, outcome.err
         manifest = read_checkpoint(made).manifest
         assert (manifest.max_tokens, manifest.truncation_side) == (12, "left")
         named = {name: level.macs_share for name, level in manifest.named_levels.items()}
         assert named["fast"] <= 0.3
         assert named["balanced"] <= 0.6
+        chosen = ["--data", data, "--recipe", recipe, "--out", dense]
+        assert baselines.main([str(word) for word in chosen]) == 0
+        assert not list(tmp_path.glob(".dense*"))
         report = tmp_path / "report"
         outcome = command(
             "evaluate", "--data", data, "--model", made, "--report", report, "--baseline", dense,
@@ -439,7 +441,7 @@ class TestEvaluate:
         costs = curves["step 0, then dense"]["cost"]
         assert (min(costs), max(costs) <= 1) == (0, True)
         # The dense network of the report learned alone, and the checkpoint's what step 0 left over.
-        assert not read_baseline(dense).model.config.embedding_exit
+        assert not baselines.read_baseline(dense).model.config.embedding_exit
         assert not [path for path in made.parent.iterdir() if path != made]
 
     def test_labels_that_the_model_does_not_have(

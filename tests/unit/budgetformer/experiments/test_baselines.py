@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 
 from budgetformer.errors import DataError
-from budgetformer.training.baseline import Baseline, keep_layers, read_baseline, train_baseline
+from budgetformer.experiments.baselines import Baseline, keep_layers, read_baseline, train_baselines
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.recipe import Recipe
 from tests.support.texts import topic_examples
@@ -25,7 +25,7 @@ def kept(
     examples, tokenizer = topic_examples(), Tokenizer.from_str(_tokenizer_text)
     tokens = TokenizedTexts(tokenizer, examples.texts, examples.pairs, 16)
     model, folder = new_network(), tmp_path / "dense"
-    train_baseline(model, tokens, examples, RECIPE, tmp_path / "work", folder, lambda _: None)
+    train_baselines(model, tokens, examples, RECIPE, tmp_path / "work", folder, lambda _: None)
     return read_baseline(folder), tokens
 
 

@@ -1,5 +1,8 @@
 """Train the baselines of reports: dense networks of several sizes, and early exits.
 
+`python -m budgetformer.experiments.baselines --data FOLDER --start ENCODER --recipe RECIPE --out
+FOLDER` trains them on the texts, and with the recipe, of a checkpoint.
+
 The dense network is the starting encoder, fine-tuned for as many epochs as the checkpoint. An early
 exit is a linear classifier on the mean token state after a layer, fitted on the training texts with
 the encoder frozen (as in DeeBERT); a text exits at the first layer whose classifier is confident
@@ -9,8 +12,11 @@ neurons, and is trained on the labels and the dense network's answers for as man
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +27,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from budgetformer.errors import DataError
+from budgetformer.errors import BudgetFormerError, DataError
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.data import Examples, TokenizedTexts, drawn_rows
 from budgetformer.training.importance import order_by_importance
-from budgetformer.training.processes import SINGLE_PROCESS, Processes
+from budgetformer.training.pipeline import find_device, prepare
+from budgetformer.training.processes import SINGLE_PROCESS, Processes, join_processes
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import CPU, Log, Trainer, inputs, progress_bar
 
@@ -64,7 +71,7 @@ class Baseline:
         return [_layer_states(model, tokens, "smaller network")[1] for model in self.smaller]
 
 
-def train_baseline(
+def train_baselines(
     model: BudgetFormerForSequenceClassification,
     tokens: TokenizedTexts,
     examples: Examples,
@@ -73,6 +80,7 @@ def train_baseline(
     folder: Path,
     log: Log,
     origin: str = "",
+    *,
     device: torch.device = CPU,
     micro_batch: int | None = None,
     processes: Processes = SINGLE_PROCESS,
@@ -92,11 +100,7 @@ def train_baseline(
         origin: identifies the starting weights.
         device, micro_batch, processes: see `Trainer`.
     """
-    on: dict[str, Any] = {
-        "device": device,
-        "micro_batch": micro_batch,
-        "processes": processes,
-    }
+    on: dict[str, Any] = {"device": device, "micro_batch": micro_batch, "processes": processes}
     epochs = recipe.dense_epochs + recipe.budget_epochs
     dense_recipe = replace(recipe, dense_epochs=epochs, budget_epochs=0, ladder="uniform")
     log("training the dense baseline")
@@ -111,13 +115,7 @@ def train_baseline(
         order_by_importance(small, dense.labelled_batches())
         small.config.ladder = [[heads] * layers]
         trainer = Trainer(
-            small,
-            tokens,
-            examples,
-            dense_recipe,
-            work_dir / name,
-            log,
-            origin,
+            *(small, tokens, examples, dense_recipe, work_dir / name, log, origin),
             teacher=teacher,
             **on,
         )
@@ -173,7 +171,7 @@ def _write(
 
 
 def read_baseline(folder: Path) -> Baseline:
-    """Read the baselines that `train_baseline` wrote.
+    """Read the baselines that `train_baselines` wrote.
 
     Raises:
         DataError: the folder has no such network.
@@ -250,3 +248,45 @@ def _fit(
     with torch.no_grad():
         unscaled = weight / scale
         return unscaled.detach(), (bias - unscaled @ mean).detach()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train the baselines of a checkpoint; an interrupted run resumes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="training file, or its folder")
+    parser.add_argument("--start", help="folder of an encoder, or `minilm-l6`; none: from scratch")
+    parser.add_argument("--recipe", required=True, help="recipe of the checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the networks")
+    parser.add_argument("--threads", type=int, help="threads; all cores unless given")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--micro-batch", type=int, help="items per pass, to save memory")
+    chosen = parser.parse_args(arguments)
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
+    recipe = replace(Recipe.read(chosen.recipe), embedding_exit=False)
+    work_dir = chosen.out.parent / f".{chosen.out.name}.work"
+    try:
+        processes, device = join_processes(find_device(chosen.device))
+        log = processes.log_of_main(_log)
+        run = prepare(chosen.data, chosen.start, recipe, work_dir, processes, log)
+        train_baselines(
+            *(run.conversion.model, run.tokens, run.seen, recipe, work_dir, chosen.out, log),
+            run.conversion.origin,
+            device=device,
+            micro_batch=chosen.micro_batch,
+            processes=processes,
+        )
+    except BudgetFormerError as error:
+        _log(str(error))
+        return 1
+    if processes.is_main:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    return 0
+
+
+def _log(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
