@@ -1,4 +1,4 @@
-"""Train or recalibrate a checkpoint, from data to a complete checkpoint folder."""
+"""Train a checkpoint, from data to a complete checkpoint folder."""
 
 from __future__ import annotations
 
@@ -18,27 +18,25 @@ from torch import Tensor
 from budgetformer.checkpoint.manifest import (
     MAX_VERSION,
     NAME,
-    Manifest,
     Provenance,
-    file_entries,
     write_manifest,
 )
 from budgetformer.checkpoint.staging import check_replaceable, staged
-from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint
-from budgetformer.checkpoint.writing import describe, smallest_dtype, write_network
+from budgetformer.checkpoint.store import read_checkpoint
+from budgetformer.checkpoint.writing import describe, write_network
 from budgetformer.cost.table import CostTable
 from budgetformer.errors import DataError, TrainingError
 from budgetformer.families.conversion import MIN_POSITIONS, Conversion, convert_encoder
 from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
 from budgetformer.inference.packed import PackedPass
-from budgetformer.inference.policy import BudgetRule, Measure
+from budgetformer.inference.policy import BudgetRule
 from budgetformer.inference.precision_choice import load_pass
 from budgetformer.inference.ranges import LayerRanges
 from budgetformer.model.answers import probabilities
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.budget import BudgetController
 from budgetformer.model.configuration import BudgetFormerConfig
-from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.model.tfidf import evidence, table_columns
 from budgetformer.tables import find_table, open_table
 from budgetformer.training.calibration import (
@@ -51,7 +49,7 @@ from budgetformer.training.calibration import (
     run_every_step,
 )
 from budgetformer.training.card import write_card
-from budgetformer.training.data import Examples, TokenizedTexts, read_examples, read_texts
+from budgetformer.training.data import Examples, TokenizedTexts, read_examples
 from budgetformer.training.evaluation import Row, evaluate_checkpoint
 from budgetformer.training.exits import (
     fit_controller,
@@ -273,87 +271,6 @@ def train_checkpoint(
     clear(work_dir)
     log(f"wrote {output}")
     return True
-
-
-def recalibrate(
-    checkpoint: Checkpoint,
-    data: Path,
-    output: Path,
-    log: Log,
-    *,
-    measure: Measure = "accuracy",
-    costs: CostTable | None = None,
-) -> Manifest:
-    """Write a new version of a checkpoint with quality levels calibrated on other texts.
-
-    The weights are unchanged; the budget rules, their figures and the state ranges are new.
-
-    Args:
-        checkpoint: the checkpoint to calibrate.
-        data: texts not used in training, ideally production traffic; with labels for `accuracy`.
-        output: folder to write, `<store>/<name>/<version>`; it must not exist.
-        log: called with one line per event.
-        measure: measure of the levels: accuracy, or agreement with the full network.
-        costs: measured seconds of this checkpoint's steps, used instead of multiply-adds.
-
-    Raises:
-        DataError: the data is invalid, or the output is not a version folder.
-        CheckpointError: the checkpoint is damaged, or the output exists.
-    """
-    check_output(output)
-    check_replaceable(output, replace=False)
-    if measure == "agreement":
-        if checkpoint.config.get("budget_scope") == "layer":
-            raise DataError(
-                'a checkpoint with budget_scope "layer" cannot be calibrated for agreement'
-            )
-        examples = read_texts(data)
-    else:
-        names = list(checkpoint.manifest.labels)
-        examples = read_examples(data, names, multi_label=checkpoint.multi_label)
-    if costs is not None and len(costs.steps) != len(checkpoint.ladder) + 1:
-        raise DataError(
-            f"the cost table of {costs.model} has {len(costs.steps)} steps, "
-            f"but the checkpoint has {len(checkpoint.ladder) + 1}"
-        )
-    if len(examples) < MIN_ROWS:
-        raise DataError(
-            f"{data}: has {len(examples)} rows, calibration requires at least {MIN_ROWS}"
-        )
-    checkpoint.verify()
-    model = load_model(checkpoint.path)
-    tokens = TokenizedTexts.of(checkpoint, examples)
-    log(f"calibrating on {len(examples)} texts")
-    ranges = ranges_of_states(model, tokens)
-    network = load_pass(model, "auto", ranges)
-    level_costs = checkpoint.manifest.recipe.get("level_costs", Recipe.level_costs)
-    labels = None if measure == "agreement" else torch.from_numpy(examples.labels)
-    found = find_policy(network, tokens, labels, level_costs, costs)
-    with staged(output) as folder:
-        write_network(
-            model,
-            load_tokenizer(checkpoint),
-            folder,
-            checkpoint.manifest.max_tokens,
-            checkpoint.manifest.truncation_side,
-            smallest_dtype(dict(model.state_dict())),
-        )
-        manifest = checkpoint.manifest.model_copy(
-            update={
-                "name": output.parent.name,
-                "version": int(output.name),
-                "created": today(),
-                "files": file_entries(folder),
-                "ranges": ranges,
-                "timing": None,  # it was measured with other thresholds
-                "metrics": checkpoint.manifest.metrics | {"calibration_rows": float(len(examples))},
-            }
-            | found.of_manifest()
-        )
-        write_manifest(folder, manifest)
-        write_card(folder, manifest, [])
-    log(f"wrote {output}")
-    return manifest
 
 
 def find_device(name: str) -> torch.device:

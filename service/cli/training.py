@@ -162,7 +162,7 @@ def calibrate(
     model_store: StoreOption = Path("model_store"),
 ) -> None:
     """Find a checkpoint's chain of steps and its quality levels anew, on your own texts."""
-    from budgetformer.training.pipeline import recalibrate
+    from budgetformer.adoption.recalibration import recalibrate
 
     checkpoint = resolve(model, model_store)
     costs = None
@@ -187,7 +187,7 @@ def recalibrate(
     Levels are calibrated for agreement with its own full budget. A server that polls its store
     serves the new version without a restart.
     """
-    from budgetformer.training.pipeline import recalibrate as run
+    from budgetformer.adoption.recalibration import recalibrate as run
 
     checkpoint = resolve(model, model_store)
     folder = checkpoint.path.parent

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from budgetformer.adoption.recalibration import recalibrate
 from budgetformer.checkpoint.install import install
 from budgetformer.checkpoint.staging import staged
 from budgetformer.checkpoint.store import read_checkpoint, read_store
 from budgetformer.errors import BudgetFormerError, CheckpointError, DataError
-from budgetformer.training.pipeline import recalibrate
 from tests.support.stores import TOPICS, single_label_rows, train, write_jsonl
 
 

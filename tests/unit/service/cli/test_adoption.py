@@ -127,6 +127,12 @@ class TestImport:
         assert after.manifest.measure == "agreement"
         weights = "model.safetensors"
         assert after.manifest.files[weights] == before.manifest.files[weights]
+        assert before.manifest.timing is not None
+        assert after.manifest.timing is not None
+        assert (
+            after.manifest.timing.milliseconds.keys() == before.manifest.timing.milliseconds.keys()
+        )
+        assert after.manifest.timing.milliseconds != before.manifest.timing.milliseconds
         after.verify()
 
     @pytest.mark.parametrize(
