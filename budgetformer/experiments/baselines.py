@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from budgetformer.errors import BudgetFormerError, DataError
+from budgetformer.experiments import terminal
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
@@ -267,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work_dir = chosen.out.parent / f".{chosen.out.name}.work"
     try:
         processes, device = join_processes(find_device(chosen.device))
-        log = processes.log_of_main(_log)
+        log = processes.log_of_main(terminal.log)
         run = prepare(chosen.data, chosen.start, recipe, work_dir, processes, log)
         train_baselines(
             *(run.conversion.model, run.tokens, run.seen, recipe, work_dir, chosen.out, log),
@@ -277,15 +278,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             processes=processes,
         )
     except BudgetFormerError as error:
-        _log(str(error))
+        terminal.log(str(error))
         return 1
     if processes.is_main:
         shutil.rmtree(work_dir, ignore_errors=True)
     return 0
-
-
-def _log(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 
 from budgetformer.cost.macs import decision_macs, dense_macs, encoder_macs
 from budgetformer.errors import DataError
+from budgetformer.experiments import terminal
 from budgetformer.model.architecture import Architecture
 from budgetformer.model.budget import Gating
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
@@ -328,10 +329,8 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     base = Recipe.read(options.recipe)
 
-    def log(line: str) -> None:
-        sys.stderr.write(f"{line}\n")
-
-    text = "\n".join(report(*study(folder, base, options.work_dir, log)) for folder in options.data)
+    log, work_dir = terminal.log, options.work_dir
+    text = "\n".join(report(*study(folder, base, work_dir, log)) for folder in options.data)
     if options.out is None:
         sys.stdout.write(text)
     else:

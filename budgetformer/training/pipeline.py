@@ -175,6 +175,7 @@ def train_checkpoint(
     log: Log,
     device: str = "auto",
     micro_batch: int | None = None,
+    teacher: Callable[[Examples], Tensor] | None = None,
 ) -> bool:
     """Train, calibrate and write the checkpoint folder `output` (`<store>/<name>/<version>`).
 
@@ -190,6 +191,8 @@ def train_checkpoint(
         log: called with one line per event.
         device: of the training: "auto" (a GPU if there is one), "cpu" or "cuda".
         micro_batch: items per pass, for devices with little memory; None: the full batch.
+        teacher: returns logits [N, C] of N training texts, which every epoch distils; None: the
+            network with all heads teaches its smaller steps.
 
     Returns:
         Whether this process wrote the checkpoint.
@@ -218,6 +221,7 @@ def train_checkpoint(
         log(f"step 0: out-of-fold accuracy {1 - errors.mean():.2%} on the training texts")
     trainer = Trainer(
         *(model, run.tokens, run.seen, recipe, work_dir, log, conversion.origin, out_of_fold),
+        teacher=None if teacher is None else teacher(run.seen),
         device=where,
         micro_batch=micro_batch,
         processes=processes,

@@ -1,0 +1,10 @@
+"""What the commands of this package write while they run."""
+
+from __future__ import annotations
+
+import sys
+
+
+def log(line: str) -> None:
+    """Write a line to the error stream, so that the output holds the report alone."""
+    sys.stderr.write(f"{line}\n")

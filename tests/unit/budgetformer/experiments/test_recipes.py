@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from budgetformer.errors import DataError
+from budgetformer.experiments.recipes import BASE, COSTS, main, read_study
+from tests.support.stores import single_label_rows, write_jsonl
+
+STUDY = """
+hidden_size = 16
+num_heads = 2
+intermediate_size = 16
+vocab_size = 200
+max_length = 12
+budget_epochs = 2
+exit_weights = 300
+
+[variants."random steps only"]
+sandwich = false
+
+[variants."another network as teacher"]
+teacher = "{store}/variant-1/1"
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(store=tmp_path / "store"))
+    return path
+
+
+def test_variants_change_keys_of_the_recipe(study: Path) -> None:
+    base, random_steps, taught = read_study(study)
+    assert (base.name, base.recipe.sandwich, base.teacher) == (BASE, True, None)
+    assert (random_steps.recipe.sandwich, random_steps.recipe.hidden_size) == (False, 16)
+    assert taught.recipe == base.recipe
+    assert taught.teacher is not None
+
+
+@pytest.mark.parametrize("text", ["sandwich = 1", "[variants.a]\nsandwitch = true", "= 1"])
+def test_a_study_that_is_wrong_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    with pytest.raises(DataError):
+        read_study(path)
+
+
+def test_every_variant_is_trained_once_and_compared(study: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", single_label_rows())
+    chosen = ["--data", tmp_path / "data", "--store", tmp_path / "store", "--out", tmp_path / "out"]
+    arguments = [str(word) for word in (study, *chosen, "--threads", 1)]
+    assert main(arguments) == 0
+    results = json.loads((tmp_path / "out" / "recipes.json").read_text())
+    assert [one["name"] for one in results] == [
+        BASE, "random steps only", "another network as teacher"
+    ]  # fmt: skip
+    for one in results:
+        assert one["minutes"] > 0
+        assert one["full"] > 0.9
+        assert len(one["accuracies"]) == len(COSTS)
+    assert results[0]["gains"][-1] == [0, 0, 0]
+    assert "| random steps only |" in (tmp_path / "out" / "README.md").read_text()
+
+    made = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("store/*/1/manifest.json"))]
+    assert main(arguments) == 0
+    again = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("store/*/1/manifest.json"))]
+    assert (again, len(made)) == (made, 3)
+
+
+def test_data_without_a_test_file(study: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", single_label_rows())
+    chosen = ["--data", data, "--store", tmp_path / "store", "--out", tmp_path / "out"]
+    assert main([str(word) for word in (study, *chosen)]) == 1
+    assert not (tmp_path / "store").exists()
