@@ -26,7 +26,7 @@ from budgetformer.bench.baselines import bfloat16_twin, padded
 from budgetformer.bench.passes import small_step
 from budgetformer.bench.timing import TokenIds, random_texts, token_ids
 from budgetformer.checkpoint.store import Checkpoint
-from budgetformer.inference.packed import DECISION, Decision, PackedPass, PackedTokens
+from budgetformer.inference.packed import DECISION, BudgetPrediction, PackedPass, PackedTokens
 from budgetformer.inference.precision_choice import make_pass
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.training.pages import markdown_table
@@ -288,7 +288,7 @@ def _check(
         )
 
 
-def _decided(decision: Decision) -> Tensor:
+def _decided(decision: BudgetPrediction) -> Tensor:
     """Return the tensors of a decision side by side, [B, ...]."""
     known = [decision.budget, decision.exit_logits, decision.ranking]
     return torch.cat([k.float().reshape(len(k), -1) for k in known if k is not None], dim=1)

@@ -45,11 +45,11 @@ class Items:
         exit_logits: step 0's logits, float32 [B, C]; None: there is no step 0, or nothing is
             decided yet.
         ran: which steps ran, bool [B, S + 1]; step 0 if the rule used its answer.
-        heads: heads computed so far, over all layers and passes, int32 [B].
+        total_heads: heads computed so far, over all layers and passes, int32 [B].
         macs, dense_macs: multiply-adds spent so far, and those of the dense network, int64 [B].
         logits: the latest answer of each text, float32 [B, C].
         done: whether that answer is final, bool [B].
-        chosen: heads of each layer in the last pass, per text.
+        selected_heads: heads that each text computed in each layer of its last pass, [B][L].
         rankings: heads ordered by g_d [L, H], by text index, if heads are picked per text.
         non_finite: indices of the texts whose answer has a NaN or infinite number.
     """
@@ -64,13 +64,13 @@ class Items:
         self.s = np.zeros(count, np.float32)
         self.exit_logits: Array | None = None
         self.ran = np.zeros((count, network.num_steps + 1), bool)
-        self.heads = np.zeros(count, np.int32)
+        self.total_heads = np.zeros(count, np.int32)
         self.macs = np.zeros(count, np.int64)
         dense = map(network.macs.dense, texts.window.counts)
         self.dense_macs = np.fromiter(dense, np.int64, count)
         self.logits = np.zeros((count, sizes.classes), np.float32)
         self.done = np.zeros(count, bool)
-        self.chosen: list[Sequence[HeadSet]] = [((),) * sizes.layers] * count
+        self.selected_heads: list[Sequence[HeadSet]] = [((),) * sizes.layers] * count
         self.rankings: dict[int, Tensor] = {}
         self.non_finite: set[int] = set()
 
@@ -252,16 +252,16 @@ def run(network: PackedPass, batch: Batch) -> None:
     for part in batch.parts:
         items, index = part.items, part.items.index(part.places)
         rows = slice(begin, begin := begin + len(part.places))
-        heads = result.heads[rows]
+        selected_heads = result.selected_heads[rows]
         items.logits[index] = logits[rows]
         if not sound:
             items.note_non_finite(part.places, logits[rows])
-        for place, chosen in zip(part.places, heads, strict=True):
-            items.chosen[place] = chosen
+        for place, by_layer in zip(part.places, selected_heads, strict=True):
+            items.selected_heads[place] = by_layer
         if network.sizes.layerwise:
-            _count_layers(network, part, heads, step)
+            _count_layers(network, part, selected_heads, step)
         else:
-            items.heads[index] += sum(map(len, heads[0]))
+            items.total_heads[index] += sum(map(len, selected_heads[0]))
             counts = items.texts.window.counts
             items.macs[index] += [network.macs.step(step, counts[place]) for place in part.places]
         items.ran[part.places, items.step[index]] = True
@@ -275,15 +275,15 @@ def run(network: PackedPass, batch: Batch) -> None:
 
 
 def _count_layers(
-    network: PackedPass, part: Part, chosen: Sequence[Sequence[HeadSet]], step: int
+    network: PackedPass, part: Part, selected_heads: Sequence[Sequence[HeadSet]], step: int
 ) -> None:
     """Count heads and multiply-adds of a pass in which each layer chose its heads per text."""
     items, sizes = part.items, network.sizes
     decision = decision_macs(sizes) if step == LAYERWISE else scorer_macs(sizes)
-    for place, sets in zip(part.places, chosen, strict=True):
+    for place, sets in zip(part.places, selected_heads, strict=True):
         counts = [len(head_set) for head_set in sets]
         tokens = items.texts.window.counts[place]
-        items.heads[place] += sum(counts)
+        items.total_heads[place] += sum(counts)
         items.macs[place] += encoder_macs(sizes, counts, tokens) + decision
         if step == LAYERWISE:
             items.step[place] = network.config.covering_step(counts)

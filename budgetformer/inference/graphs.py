@@ -25,7 +25,7 @@ from budgetformer.inference.backends.kernels.fused import MAX_ROWS, PROGRAMS
 from budgetformer.inference.batch_offsets import BatchOffsets, StagedOffsets
 from budgetformer.inference.packed import (
     DECISION,
-    Decision,
+    BudgetPrediction,
     PackedPass,
     PackedTokens,
     PassResult,
@@ -218,13 +218,13 @@ class GraphedPass(PackedPass):
         assert steps is not None
         (logits,) = self._play(steps[0], tokens, exit_logits)
         assert logits is not None
-        heads = [self._first[count] for count in self._plan(steps[0])]
-        return PassResult(logits, [heads] * len(tokens.lengths))
+        selected_heads = [self._first[count] for count in self._plan(steps[0])]
+        return PassResult(logits, [selected_heads] * len(tokens.lengths))
 
-    def _decide_part(self, tokens: PackedTokens) -> Decision:
+    def _decide_part(self, tokens: PackedTokens) -> BudgetPrediction:
         if not len(tokens.input_ids):
             return super()._decide_part(tokens)
-        return Decision(*self._play(DECISION, tokens, None))
+        return BudgetPrediction(*self._play(DECISION, tokens, None))
 
     def _play(
         self, step: int, tokens: PackedTokens, exit_logits: Tensor | None
@@ -259,7 +259,7 @@ class GraphedPass(PackedPass):
         The chosen variant is cached per step and size.
         """
         plan = enumerate([] if step == DECISION else self._plan(step))
-        slices = {i: self._slices.get(i, self._first[heads]) for i, heads in plan if heads}
+        slices = {i: self._slices.get(i, self._first[k]) for i, k in plan if k}
         programs = []
         for variant in self._variants.get((step, size)) or self._candidates(slices, size):
             with suppress(OutOfResources):  # some GPUs have too little shared memory for a variant
@@ -281,7 +281,7 @@ class GraphedPass(PackedPass):
         fused: list[Layers] = [self._fused]
         if size.rows > self._wave:
             fused.insert(0, partial(self._fused, two_per_sm=True))
-        columns = self.sizes.head_size * max(kept.heads for kept in slices.values())
+        columns = self.sizes.head_size * max(kept.num_heads for kept in slices.values())
         if self._memory is not None and columns > MAX_FUSED_COLUMNS:
             return [self._unfused, *fused]
         return [*fused, self._unfused]
@@ -325,7 +325,7 @@ class GraphedPass(PackedPass):
         """Run a step over inputs in the layout of `Size.fill`, without synchronising with the host.
 
         Returns:
-            Logits [B, C]; for `DECISION`, the attributes of `Decision`.
+            Logits [B, C]; for `DECISION`, the attributes of `BudgetPrediction`.
         """
         ids, kinds, places, ends, starts, exits = inputs.split(size.parts)
         offsets = StagedOffsets.of(starts, places, ends)
@@ -342,7 +342,7 @@ class GraphedPass(PackedPass):
     def _unfused(self, slices: Slices, states: Tensor, offsets: BatchOffsets) -> Tensor:
         """Run layers with one launch per product."""
         for layer, kept in slices.items():
-            states = self._run_set(layer, states, offsets, self._first[kept.heads])
+            states = self._run_set(layer, states, offsets, self._first[kept.num_heads])
         return states
 
     def _can_fuse(self, slices: Slices) -> bool:

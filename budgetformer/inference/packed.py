@@ -104,7 +104,7 @@ class PackedTokens:
 
 
 @dataclass(frozen=True)
-class Decision:
+class BudgetPrediction:
     """The decision about B items before the encoder runs.
 
     Attributes:
@@ -121,7 +121,7 @@ class Decision:
     ranking: Tensor | None
 
     @classmethod
-    def join(cls, parts: Sequence[Decision]) -> Decision:
+    def join(cls, parts: Sequence[BudgetPrediction]) -> BudgetPrediction:
         """Concatenate the decisions about several batches."""
 
         def concatenate(values: list[Tensor | None]) -> Tensor | None:
@@ -139,10 +139,15 @@ class Decision:
 
 @dataclass(frozen=True)
 class PassResult:
-    """Logits [B, C], and the heads computed in each layer for each item."""
+    """The result of a pass over B items.
+
+    Attributes:
+        logits: logits [B, C].
+        selected_heads: heads that each item computed in each layer, [B][L].
+    """
 
     logits: Tensor
-    heads: list[list[HeadSet]]
+    selected_heads: list[list[HeadSet]]
 
     @classmethod
     def join(cls, parts: Sequence[PassResult]) -> PassResult:
@@ -150,7 +155,8 @@ class PassResult:
         if len(parts) == 1:
             return parts[0]
         return cls(
-            torch.cat([part.logits for part in parts]), [h for part in parts for h in part.heads]
+            torch.cat([part.logits for part in parts]),
+            [item for part in parts for item in part.selected_heads],
         )
 
 
@@ -278,12 +284,14 @@ class PackedPass:
         if self.precision == "bfloat16" and self.device.type == "cpu":
             sizes = sorted({padded_rows(rows) for rows in range(CPU_ROWS + 1)})
             kept = {k: i for s in steps for i, k in enumerate(self._plan(s)) if k}
-            for heads, index in kept.items():
-                self._slices.get(index, self._first[heads]).warm(sizes, self.sizes)
+            for num_heads, index in kept.items():
+                self._slices.get(index, self._first[num_heads]).warm(sizes, self.sizes)
         self.range_check.take()  # what warm-up counted is no traffic
 
     @without_gradients
-    def decide(self, tokens: PackedTokens, full_text: PackedTokens | None = None) -> Decision:
+    def decide(
+        self, tokens: PackedTokens, full_text: PackedTokens | None = None
+    ) -> BudgetPrediction:
         """Decide budgets and heads for B items from step 0 and the pooled embeddings.
 
         Args:
@@ -291,24 +299,26 @@ class PackedPass:
             full_text: the items' full texts, which a TF-IDF step 0 reads; None: the same tokens.
         """
         if self.sizes.one_budget:
-            return Decision(torch.ones(len(tokens.lengths)), None, None)
+            return BudgetPrediction(torch.ones(len(tokens.lengths)), None, None)
         parts = self._parts(tokens.lengths)
         if self.step0 is not None:
             places, read = [(p.start, p.stop) for p in parts], full_text or tokens
-            return Decision.join(
+            return BudgetPrediction.join(
                 [
                     self._decide_with_numpy(self.step0, tokens.part(*p), read.part(*p))
                     for p in places
                 ]
             )
-        return Decision.join([self._decide_part(tokens.part(p.start, p.stop)) for p in parts])
+        return BudgetPrediction.join(
+            [self._decide_part(tokens.part(p.start, p.stop)) for p in parts]
+        )
 
-    def _decide_part(self, tokens: PackedTokens) -> Decision:
+    def _decide_part(self, tokens: PackedTokens) -> BudgetPrediction:
         return self._decide(tokens.to(self.device), self._offsets_of(tokens))
 
     def _decide_with_numpy(
         self, step0: StepZero, tokens: PackedTokens, read: PackedTokens
-    ) -> Decision:
+    ) -> BudgetPrediction:
         """Decide on the host, where the tokens are; only g_d's ranking needs the embeddings.
 
         Step 0 reads `read`, the encoder `tokens`.
@@ -316,7 +326,7 @@ class PackedPass:
         ids, segments = (t.numpy() for t in (read.input_ids, read.token_type_ids))
         exit_logits, s = step0.decide(ids, segments, read.lengths)
         ranking = self._rank(tokens) if self.sizes.picks_heads else None
-        return Decision(torch.from_numpy(s), torch.from_numpy(exit_logits), ranking)
+        return BudgetPrediction(torch.from_numpy(s), torch.from_numpy(exit_logits), ranking)
 
     @without_gradients
     def rank(self, tokens: PackedTokens) -> Tensor:
@@ -332,7 +342,7 @@ class PackedPass:
         scores: Tensor = decision.scorer(pooled)
         return scores.argsort(dim=-1, descending=True, stable=True)
 
-    def _decide(self, tokens: PackedTokens, offsets: BatchOffsets) -> Decision:
+    def _decide(self, tokens: PackedTokens, offsets: BatchOffsets) -> BudgetPrediction:
         exit_logits = evidence = None
         if isinstance(self.model.exit_head, ExitHead):
             bag = self.kernels.bag(tokens.input_ids, offsets, self.model.exit_head)
@@ -340,12 +350,12 @@ class PackedPass:
             evidence = self.kernels.exit_evidence(exit_logits, self.config.problem_type)
         decision = self.encoder.decision
         if decision is None:
-            return Decision(None, exit_logits, None)
+            return BudgetPrediction(None, exit_logits, None)
         pooled = self.kernels.mean(self._embed(tokens, offsets), offsets)
         ranking = None
         if decision.scorer is not None:
             ranking = decision.scorer(pooled).argsort(dim=-1, descending=True, stable=True)
-        return Decision(decision.budget(pooled, evidence), exit_logits, ranking)
+        return BudgetPrediction(decision.budget(pooled, evidence), exit_logits, ranking)
 
     @without_gradients
     def run(
@@ -362,8 +372,8 @@ class PackedPass:
         Args:
             tokens: the items.
             steps: ladder step >= 1 of each item; None lets each layer decide (scope "layer").
-            exit_logits: the items' `Decision.exit_logits` [B, C].
-            ranking: the items' `Decision.ranking` [B, L, H].
+            exit_logits: the items' `BudgetPrediction.exit_logits` [B, C].
+            ranking: the items' `BudgetPrediction.ranking` [B, L, H].
             ceilings: highest step of each item if the layers decide; None: the ladder's last.
             fused: combine the encoder's logits with step 0's, weighted as configured; False: return
                 the encoder's logits only, on which calibration fits those weights.
@@ -447,11 +457,11 @@ class PackedPass:
         if same_step and not heads_by_item and steps is not None:
             steps = steps[:1]
             plan = [self._first[count] for count in self._plan(steps[0])]
-            heads = [plan] * len(tokens.lengths)
+            selected_heads = [plan] * len(tokens.lengths)
             for index, head_set in enumerate(plan):
                 states = self._run_set(index, states, offsets, head_set)
         else:
-            states, heads = self._run_mixed(states, offsets, steps, ranking, ceilings)
+            states, selected_heads = self._run_mixed(states, offsets, steps, ranking, ceilings)
         logits = self._classify(states, offsets)
         if fused and steps is not None:
             if exit_logits is not None:
@@ -459,7 +469,7 @@ class PackedPass:
             by_step = list(zip(self.config.encoder_weights, self.config.exit_weights, strict=True))
             weights = logits.new_tensor([by_step[step - 1] for step in steps])
             logits = fuse(logits, exit_logits, weights[:, :1], weights[:, 1:])
-        return PassResult(logits, heads)
+        return PassResult(logits, selected_heads)
 
     def _run_mixed(
         self,
@@ -472,7 +482,7 @@ class PackedPass:
         """Run items that may keep different heads; return their states and each item's heads."""
         plans = None if steps is None else [self._plan(step) for step in steps]
         order: list[list[HeadSet]] | None = None if ranking is None else ranking.tolist()
-        heads: list[list[HeadSet]] = [[] for _ in offsets.lengths]
+        selected_heads: list[list[HeadSet]] = [[] for _ in offsets.lengths]
         for index, layer in enumerate(self._layers):
             counts = None if plans is None else [plan[index] for plan in plans]
             best = None if order is None else [of_item[index] for of_item in order]
@@ -483,10 +493,10 @@ class PackedPass:
                 best = self._layer_order(layer, pooled)
             assert counts is not None
             sets = self._head_sets(counts, best)
-            for item, head_set in zip(heads, sets, strict=True):
+            for item, head_set in zip(selected_heads, sets, strict=True):
                 item.append(head_set)
             states = self._run_layer(index, states, offsets, sets)
-        return states, heads
+        return states, selected_heads
 
     def _plan(self, step: int) -> list[int]:
         if 0 < step <= self.num_steps:

@@ -54,14 +54,15 @@ class Routing:
     """The assignment of tokens to heads: P pairs of a token and a head that it keeps.
 
     Attributes:
-        heads: the heads that any item keeps, with their tokens.
-        places: for each pair sorted by token, its index in the order of `heads`, [P].
+        tokens_by_head: tokens of each head that any item keeps.
+        places: for each pair sorted by token, its index in the order of
+            `tokens_by_head`, [P].
         items: runs of items for one call of attention each: (heads of the first item, offsets).
         rows: number of state rows, N'.
         used: whether a row keeps any head, [N', 1]; None: every row does.
     """
 
-    heads: list[HeadTokens]
+    tokens_by_head: list[HeadTokens]
     places: Tensor
     items: list[tuple[HeadSet, BatchOffsets]]
     rows: int
@@ -87,7 +88,7 @@ class Routing:
                 equally many heads can then share a run; otherwise only items with the same heads.
         """
         owner = offsets.owner
-        cells = [item * num_heads + head for item, heads in enumerate(sets) for head in heads]
+        cells = [item * num_heads + head for item, head_set in enumerate(sets) for head in head_set]
         kept = torch.zeros(len(sets) * num_heads, dtype=torch.bool)
         kept[torch.tensor(cells, dtype=torch.long)] = True
         kept = kept.view(len(sets), num_heads).to(owner.device)
@@ -107,7 +108,7 @@ class Routing:
                 runs.append((head_set, []))
             runs[-1][1].append(length)
         return cls(
-            heads=[
+            tokens_by_head=[
                 HeadTokens.of(head, count, rows, pairs, len(owner) if spare_rows else None)
                 for head, (count, rows, pairs) in enumerate(by_head)
                 if count
@@ -134,12 +135,13 @@ class RoutedWeights:
         self.routing = routing
         self._dtype = slices.dtype
         self._by_head = [
-            (pairs, slices.get(index, (pairs.head,), with_bias=False)) for pairs in routing.heads
+            (pairs, slices.get(index, (pairs.head,), with_bias=False))
+            for pairs in routing.tokens_by_head
         ]
         self._weights = slices.layers[index]
         self._output_bias, self._down_bias = self._weights.biases
         layer = self._weights.layer
-        self.spec, self.heads = layer.spec, layer.spec.heads
+        self.spec, self.num_heads = layer.spec, layer.spec.num_heads
         self.positions = self._weights.positions
         self.attention_norm, self.feed_forward_norm = layer.attention_norm, layer.feed_forward_norm
 
@@ -197,7 +199,7 @@ class PlainSums:
 class ItemRun:
     """The `AttentionHeads` of neighbouring items with equally many heads."""
 
-    heads: int
+    num_heads: int
     spec: LayerSpec
     positions: Positions | None
 
@@ -215,13 +217,15 @@ class RoutedBackend(PlainSums):
         for head_set, offsets in self.routing.items:
             if not head_set:
                 continue
-            heads = len(head_set)
-            count = heads * offsets.tokens
-            part = projected[start : start + count].view(offsets.tokens, heads * width)
+            num_heads = len(head_set)
+            count = num_heads * offsets.tokens
+            part = projected[start : start + count].view(offsets.tokens, num_heads * width)
             positions = weights.positions
             if positions is not None and positions.tables:
                 positions = positions.of_heads(torch.tensor(head_set, device=projected.device))
-            context = self.kernels.attend(part, offsets, ItemRun(heads, weights.spec, positions))
+            context = self.kernels.attend(
+                part, offsets, ItemRun(num_heads, weights.spec, positions)
+            )
             contexts.append(context.view(count, width // 3))
             start += count
         return torch.cat(contexts)

@@ -36,7 +36,7 @@ class Slice:
 
     Attributes:
         spec: the structure of the layer.
-        heads: k.
+        num_heads: number of heads k.
         attention_norm, feed_forward_norm: the layer's norms.
         positions: relative or rotary positions of the heads.
         qkv: maps [N, D] to queries, keys and values, interleaved by head, [N, k * 3 * D/H].
@@ -47,7 +47,7 @@ class Slice:
     """
 
     spec: LayerSpec
-    heads: int
+    num_heads: int
     attention_norm: nn.Module
     feed_forward_norm: nn.Module
     positions: Positions | None
@@ -60,8 +60,8 @@ class Slice:
     def warm(self, rows: Sequence[int], sizes: Sizes) -> None:
         """Run every map once for each of these numbers of rows."""
         per_head = sizes.neurons_per_head
-        neurons = sizes.neurons if per_head is None else self.heads * per_head
-        widths = (sizes.width, self.heads * sizes.head_size, sizes.width, neurons)
+        neurons = sizes.neurons if per_head is None else self.num_heads * per_head
+        widths = (sizes.width, self.num_heads * sizes.head_size, sizes.width, neurons)
         for apply, width in zip((self.qkv, self.output, self.up, self.down), widths, strict=True):
             for count in rows:
                 apply(torch.zeros(count, width))
@@ -121,11 +121,11 @@ class LayerMatrices:
     def slice_heads(self, head_set: HeadSet, with_bias: bool = True) -> Slice:
         """Pack the rows and columns of a head set; in float32, the first heads are not copied."""
         sizes = self._sizes
-        heads = self._index(head_set, sizes.head_size)
+        columns = self._index(head_set, sizes.head_size)
         fused = self._index(head_set, sizes.head_size * 3)
         qkv = Weights("qkv", self._qkv[0][fused], self._qkv[1][fused])
         output_bias, down_bias = self.biases if with_bias else (None, None)
-        output = Weights("output", self._output[0], output_bias, heads)
+        output = Weights("output", self._output[0], output_bias, columns)
         packed = [qkv, output]
         if sizes.neurons_per_head is None:
             up, down = self.uncoupled_net
@@ -136,14 +136,14 @@ class LayerMatrices:
             packed.append(Weights("down", self._down[0], down_bias, neurons))
             up, down = self._pack_up(packed[2]), self._pack_linear(packed[3])
         copied = packed
-        if self._dtype == torch.float32 and isinstance(heads, slice):
+        if self._dtype == torch.float32 and isinstance(columns, slice):
             copied = []  # views
         positions = self.positions
         if positions is not None:
             positions = positions.of_heads(self._index(head_set, 1))
         return Slice(
             spec=self.spec,
-            heads=len(head_set),
+            num_heads=len(head_set),
             attention_norm=self.layer.attention_norm,
             feed_forward_norm=self.layer.feed_forward_norm,
             positions=positions,

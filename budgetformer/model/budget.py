@@ -77,7 +77,7 @@ class Gating:
 
 
 @dataclass(frozen=True)
-class Decision:
+class HeadGates:
     """The results of f_o and g_d.
 
     budget s [B], relevance [B, layers, H] or None (ranked), gates [B, layers, H].
@@ -111,7 +111,7 @@ class BudgetDecision(nn.Module):
             parts.append(none if evidence is None else evidence.to(pooled.dtype))
         return cast(Tensor, self.controller(torch.cat(parts, dim=-1)))
 
-    def heads(self, steps: Tensor) -> Tensor:
+    def heads_per_layer(self, steps: Tensor) -> Tensor:
         """Return how many heads each layer keeps at ladder steps [B], 0 allowed: [B, layers]."""
         plans = [[0] * self.config.num_hidden_layers, *self.config.ladder]
         table = torch.tensor(plans, device=steps.device)[:, self.layers]
@@ -119,21 +119,23 @@ class BudgetDecision(nn.Module):
 
     def forward(
         self, pooled: Tensor, steps: Tensor | None = None, evidence: Tensor | None = None
-    ) -> Decision:
+    ) -> HeadGates:
         """Decide for pooled states [B, D]; `steps` [B] overrides f_o."""
         s = share = self.budget(pooled, evidence)
         if steps is None:
             steps = budget_step(s, self.config.num_steps)
         else:
             share = s.detach()  # the steps do not come from f_o, so it gets no gradient
-        heads = self.heads(steps)
+        heads_per_layer = self.heads_per_layer(steps)
         scores = self._scores(pooled)
         if scores is None:
             first = torch.arange(self.config.num_attention_heads, device=pooled.device)
-            hard = (first < heads.unsqueeze(-1)).to(pooled.dtype)
-            return Decision(s, None, self._soften(hard, share, None))
+            hard = (first < heads_per_layer.unsqueeze(-1)).to(pooled.dtype)
+            return HeadGates(s, None, self._soften(hard, share, None))
         relevance = (scores / self.gating.temperature).softmax(-1)
-        return Decision(s, relevance, self._soften(keep_top(scores, heads), share, relevance))
+        return HeadGates(
+            s, relevance, self._soften(keep_top(scores, heads_per_layer), share, relevance)
+        )
 
     def _scores(self, pooled: Tensor) -> Tensor | None:
         if self.scorer is None:
@@ -170,10 +172,10 @@ def budget_step(s: Tensor, num_steps: int) -> Tensor:
     return (s * num_steps).ceil().long().clamp(1, num_steps)
 
 
-def keep_top(scores: Tensor, heads: Tensor) -> Tensor:
-    """Return 1 for the `heads` [...] highest of scores [..., H], else 0.
+def keep_top(scores: Tensor, num_heads: Tensor) -> Tensor:
+    """Return 1 for the `num_heads` [...] highest of scores [..., H], else 0.
 
     Ties go to the lower index.
     """
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    return (order.argsort(dim=-1) < heads.unsqueeze(-1)).to(scores.dtype)
+    return (order.argsort(dim=-1) < num_heads.unsqueeze(-1)).to(scores.dtype)

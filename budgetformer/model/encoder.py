@@ -103,8 +103,8 @@ class Encoder(nn.Module):
         states, bias = self.embed(input_ids, token_type_ids), additive_mask(attention_mask)
         distances = self.embedded_distances()
         plan = config.heads_per_layer(step)
-        for layer, heads in list(zip(self.encoder_layers, plan, strict=True))[:layers]:
-            states = layer.run_first_heads(states, bias, heads, distances)
+        for layer, num_heads in list(zip(self.encoder_layers, plan, strict=True))[:layers]:
+            states = layer.run_first_heads(states, bias, num_heads, distances)
         return states if layers is not None else cast(Tensor, self.final_norm(states))
 
     def pool(self, states: Tensor, attention_mask: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from transformers.utils.generic import ModelOutput
 
 from budgetformer.model.answers import fuse
 from budgetformer.model.architecture import MULTI_LABEL
-from budgetformer.model.budget import BudgetDecision, Decision, Gating, budget_step
+from budgetformer.model.budget import BudgetDecision, Gating, HeadGates, budget_step
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.encoder import Encoder, SequenceClassifier, additive_mask
@@ -121,7 +121,7 @@ class BudgetFormerModel(  # type: ignore[misc]  # their configurations differ
             steps = torch.full((input_ids.shape[0],), steps, device=input_ids.device)
         states = self.embed(input_ids, token_type_ids)
         bias, distances = additive_mask(attention_mask), self.embedded_distances()
-        decisions: list[Decision] = []
+        decisions: list[HeadGates] = []
         if self.decision is not None:
             decisions.append(self.decision(masked_mean(states, attention_mask), steps, evidence))
         for index, layer in enumerate(self.encoder_layers):

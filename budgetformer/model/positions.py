@@ -40,7 +40,7 @@ class Positions:
         """Weight tables that differ between heads."""
         return ()
 
-    def of_heads(self, heads: slice | Tensor) -> Positions:  # noqa: ARG002
+    def of_heads(self, selected_heads: slice | Tensor) -> Positions:  # noqa: ARG002
         """Return the positions of a subset of the heads."""
         return self
 
@@ -126,9 +126,9 @@ class DistanceBias(Positions):
         """Weight tables that differ between heads."""
         return (self.table,)
 
-    def of_heads(self, heads: slice | Tensor) -> DistanceBias:
+    def of_heads(self, selected_heads: slice | Tensor) -> DistanceBias:
         """Return the positions of a subset of the heads."""
-        return replace(self, table=self.table[:, heads])
+        return replace(self, table=self.table[:, selected_heads])
 
 
 @lru_cache(maxsize=256)
@@ -186,10 +186,12 @@ class Disentangled(Positions):
         """Weight tables that differ between heads."""
         return tuple(t for t in (self.to_position, self.from_position) if t is not None)
 
-    def of_heads(self, heads: slice | Tensor) -> Disentangled:
+    def of_heads(self, selected_heads: slice | Tensor) -> Disentangled:
         """Return the positions of a subset of the heads."""
-        own = (None if t is None else t[heads] for t in (self.to_position, self.from_position))
-        to_position, from_position = own
+        to_position, from_position = (
+            None if table is None else table[selected_heads]
+            for table in (self.to_position, self.from_position)
+        )
         return replace(self, to_position=to_position, from_position=from_position)
 
 

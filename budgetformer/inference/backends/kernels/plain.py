@@ -84,9 +84,9 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) ->
         Contexts [N, k * D/H].
     """
     tokens, width = projected.shape
-    heads, positions, window = weights.heads, weights.positions, weights.spec.window
-    size = width // (3 * heads)
-    per_head = projected.view(1, tokens, heads, 3, size).permute(3, 0, 2, 1, 4)
+    num_heads, positions, window = weights.num_heads, weights.positions, weights.spec.window
+    size = width // (3 * num_heads)
+    per_head = projected.view(1, tokens, num_heads, 3, size).permute(3, 0, 2, 1, 4)
 
     def attend_one(item: Tensor) -> Tensor:
         """Attend within one item: [3, 1, k, T, D/H] to [1, T, k, D/H]."""
@@ -94,12 +94,12 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) ->
         return attend_padded(query, key, value, positions, window).transpose(1, 2)
 
     if offsets.single_item and offsets.tokens == tokens > 0:
-        return attend_one(per_head).reshape(tokens, heads * size)
+        return attend_one(per_head).reshape(tokens, num_heads * size)
     *items, spare = per_head.split([*offsets.lengths, tokens - offsets.tokens], dim=3)
     contexts = [attend_one(item) for item in items if item.shape[3]]
     if spare.shape[3] or not contexts:
         contexts.append(torch.zeros_like(spare[0]).transpose(1, 2))
-    return torch.cat(contexts, dim=1).reshape(tokens, heads * size)
+    return torch.cat(contexts, dim=1).reshape(tokens, num_heads * size)
 
 
 def add(states: Tensor, change: Tensor) -> Tensor:
