@@ -28,9 +28,10 @@ class HeadTokens:
 
     Attributes:
         head: index of the head.
-        count: number of its tokens, n.
-        rows: their rows of the states, [n']; if n is padded to n', the last ones are a spare row.
-        pairs: their indices among all pairs sorted by token, [n'].
+        count: number of tokens n that keep the head.
+        rows: rows of these tokens in the states, [n']; if n is padded to n', followed by the index
+            of a spare row.
+        pairs: indices of the head's pairs among all pairs sorted by token, [n'].
     """
 
     head: int
@@ -55,9 +56,9 @@ class Routing:
 
     Attributes:
         tokens_by_head: tokens of each head that any item keeps.
-        places: for each pair sorted by token, its index in the order of
-            `tokens_by_head`, [P].
-        items: runs of items for one call of attention each: (heads of the first item, offsets).
+        places: index in the order of `tokens_by_head` of each pair sorted by token, [P].
+        items: runs of neighbouring items, with one call of attention each: (heads of the first
+            item, offsets).
         rows: number of state rows, N'.
         used: whether a row keeps any head, [N', 1]; None: every row does.
     """
@@ -81,9 +82,10 @@ class Routing:
 
         Args:
             sets: heads that each item keeps.
-            offsets: the items' offsets.
-            num_heads: H.
-            spare_rows: padding rows after the last token; if any, each head's tokens are padded.
+            offsets: offsets of the items.
+            num_heads: number of heads H.
+            spare_rows: number of padding rows after the last token; if any, the tokens of each head
+                are padded too.
             interchangeable: whether heads differ only in queries, keys and values. Items with
                 equally many heads can then share a run; otherwise only items with the same heads.
         """
@@ -126,8 +128,8 @@ class RoutedWeights:
     States are [N', D]; contexts and neurons are those of all pairs of a token and a head.
 
     Args:
-        slices: the network's slices.
-        index: of the layer.
+        slices: slices of the network's weights.
+        index: index of the layer.
         routing: assignment of tokens to heads.
     """
 
@@ -163,7 +165,7 @@ class RoutedWeights:
         return added
 
     def up(self, states: Tensor) -> Any:
-        """Map states [N', D] to neurons; if heads own them, to a list with each head's."""
+        """Map states [N', D] to neurons; if heads own them, to a list with one tensor per head."""
         if self.spec.neurons_per_head is None:
             return self._weights.uncoupled_net[0](states)
         read = states.to(self._dtype)
@@ -174,8 +176,8 @@ class RoutedWeights:
         if self.spec.neurons_per_head is None:
             return self._weights.uncoupled_net[1](neurons)
         added = self._down_bias.float().repeat(self.routing.rows, 1)
-        for (pairs, kept), own in zip(self._by_head, neurons, strict=True):
-            added.index_add_(0, pairs.rows, kept.down(own).float())
+        for (pairs, kept), of_head in zip(self._by_head, neurons, strict=True):
+            added.index_add_(0, pairs.rows, kept.down(of_head).float())
         return added
 
 

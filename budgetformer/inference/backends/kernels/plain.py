@@ -23,7 +23,7 @@ def bag(ids: Tensor, offsets: BatchOffsets, exit_head: ExitHead) -> Tensor:
     Args:
         ids: token ids [N].
         offsets: the items' offsets.
-        exit_head: has the table.
+        exit_head: step 0, which has the table.
 
     Returns:
         Bags [B, R], the input of `ExitHead.logits`.
@@ -55,7 +55,7 @@ def embed(
         ids, kinds: token and segment ids, [N] each.
         offsets: the items' offsets.
         embeddings: the tables and the norm.
-        dtype: of the result.
+        dtype: type of the result.
 
     Returns:
         States [N, D].
@@ -136,10 +136,10 @@ def map_norm_map(
     """Add mapped inputs to the states, normalise the sum, and map it.
 
     Args:
-        inputs: [N, K].
+        inputs: inputs of the first map, [N, K].
         first: maps the inputs to [N, D].
-        states: [N, D]; replaced by the normalised sum.
-        layer_norm: the norm of the sum.
+        states: states [N, D]; replaced by the normalised sum.
+        layer_norm: norm of the sum.
         second: maps the normalised sum; None: no map.
 
     Returns:
