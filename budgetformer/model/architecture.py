@@ -192,10 +192,10 @@ class Architecture:
         Raises:
             KeyError, TypeError, ValueError: `id2label` is missing or a value is invalid.
         """
-        made = cls(**{name: config[name] for name in FIELDS if name in config})
-        made.id2label = config["id2label"]
-        made.problem_type = config.get("problem_type")
-        return made
+        architecture = cls(**{name: config[name] for name in FIELDS if name in config})
+        architecture.id2label = config["id2label"]
+        architecture.problem_type = config.get("problem_type")
+        return architecture
 
     @property
     def head_size(self) -> int:
@@ -203,7 +203,7 @@ class Architecture:
         return self.hidden_size // self.num_attention_heads
 
     def window(self, layer: int) -> int | None:
-        """Return how many tokens on each side a layer's tokens attend to; None: all."""
+        """Return the number of tokens on each side that a layer's tokens attend to; None: all."""
         return (self.windows[layer] or None) if self.windows else None
 
     def rotary_base(self, layer: int) -> float | None:
@@ -232,7 +232,7 @@ class Architecture:
 
     @property
     def has_one_budget(self) -> bool:
-        """Whether every text runs the same step, so that no budget has to be decided."""
+        """Whether every text runs the same step, so that there is no budget to decide."""
         return (
             self.num_steps == 1
             and not self.embedding_exit
@@ -279,7 +279,7 @@ class Architecture:
         return self.ladder[step - 1]
 
     def covering_step(self, heads_per_layer: Sequence[int]) -> int:
-        """Return the first step with at least these heads per layer; the last step if none has."""
+        """Return the first step with at least these numbers of heads; if none has, the last."""
         for step, plan in enumerate(self.ladder, start=1):
             if all(kept <= planned for kept, planned in zip(heads_per_layer, plan, strict=True)):
                 return step

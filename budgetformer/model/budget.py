@@ -78,9 +78,12 @@ class Gating:
 
 @dataclass(frozen=True)
 class HeadGates:
-    """The results of f_o and g_d.
+    """The head gates of B items, and the results of f_o and g_d that they follow from.
 
-    budget s [B], relevance [B, layers, H] or None (ranked), gates [B, layers, H].
+    Attributes:
+        budget: f_o's s, [B].
+        relevance: g_d's relevance of each head, [B, layers, H]; None with ranked heads.
+        gates: factor of each head, [B, layers, H].
     """
 
     budget: Tensor
@@ -96,23 +99,23 @@ class BudgetDecision(nn.Module):
         self.config = config
         self.layers = list(range(config.num_hidden_layers)) if layer is None else [layer]
         self.controller = BudgetController(config.decision_inputs, config.controller_hidden_size)
-        picks = config.head_selection == "input"
-        self.scorer = HeadScorer(config, len(self.layers)) if picks else None
+        scores_heads = config.head_selection == "input"
+        self.scorer = HeadScorer(config, len(self.layers)) if scores_heads else None
         self.gating = Gating()
 
     def budget(self, pooled: Tensor, evidence: Tensor | None = None) -> Tensor:
-        """Return f_o's s [B] for pooled states [B, D] and step 0's evidence [B, E], if any."""
+        """Return f_o's s [B] for pooled states [B, D] and f_o's features of step 0 [B, E]."""
         if self.config.has_one_budget:
             return pooled.new_ones(len(pooled))
         parts = [] if self.config.decides_from_step0 else [pooled]
         missing = self.config.decision_inputs - sum(part.shape[-1] for part in parts)
         if missing:
-            none = pooled.new_zeros(len(pooled), missing)
-            parts.append(none if evidence is None else evidence.to(pooled.dtype))
+            zeros = pooled.new_zeros(len(pooled), missing)
+            parts.append(zeros if evidence is None else evidence.to(pooled.dtype))
         return cast(Tensor, self.controller(torch.cat(parts, dim=-1)))
 
     def heads_per_layer(self, steps: Tensor) -> Tensor:
-        """Return how many heads each layer keeps at ladder steps [B], 0 allowed: [B, layers]."""
+        """Return the number of heads of each layer at ladder steps [B] (0: none), [B, layers]."""
         plans = [[0] * self.config.num_hidden_layers, *self.config.ladder]
         table = torch.tensor(plans, device=steps.device)[:, self.layers]
         return table[steps]
@@ -148,18 +151,18 @@ class BudgetDecision(nn.Module):
         return scores
 
     def _soften(self, hard: Tensor, share: Tensor, relevance: Tensor | None) -> Tensor:
-        """Return the gates [B, layers, H]: those given in evaluation, differentiable in training.
+        """Return the gates [B, layers, H]: `hard` in evaluation, differentiable ones in training.
 
-        Soft gates are H times the share times the relevance. Without relevance they relax "head i
-        is one of the first H * share" by a sigmoid, centred between two heads. With hard gates the
-        soft ones only give the gradient (straight-through).
+        Soft gates are H * share * relevance. Without relevance, they are a sigmoid that relaxes the
+        condition "head i is one of the first H * share". In mode "hard", the values are those of
+        `hard`, and the soft gates only give the gradient (straight-through).
         """
         if not self.training:
             return hard
         expected_heads = share[:, None, None] * self.config.num_attention_heads
         if relevance is None:
-            place = torch.arange(self.config.num_attention_heads, device=share.device) + 0.5
-            soft = ((expected_heads - place) / self.gating.temperature).sigmoid().expand_as(hard)
+            middles = torch.arange(self.config.num_attention_heads, device=share.device) + 0.5
+            soft = ((expected_heads - middles) / self.gating.temperature).sigmoid().expand_as(hard)
         else:
             soft = expected_heads * relevance
         if self.gating.mode == "soft":

@@ -30,11 +30,11 @@ class LayerSpec:
 
     Attributes:
         num_heads: number of heads H.
-        head_size: d.
+        head_size: columns of a head, d.
         norm_position: "post" normalises after each residual sum, "pre" before each sublayer.
         norms_attention: whether attention has a norm; the first layer of some pre-norm encoders
             has none.
-        activation: of the feed-forward net, under its Transformers name.
+        activation: Transformers name of the feed-forward net's activation.
         gated: whether the feed-forward net is gated (GLU).
         neurons_per_head: neurons that each head owns; None: all neurons are always computed.
         window: tokens on each side that a token attends to; None: all.
@@ -158,7 +158,7 @@ def attend(
     Returns:
         Contexts [B, k, T, d].
     """
-    if positions is None and window is None:  # most networks, where short texts need a fast path
+    if positions is None and window is None:  # a fast path, which matters for short texts
         mask = None if mask is None else mask.to(query.dtype)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     bias = scale = None
@@ -169,8 +169,8 @@ def attend(
     if window is not None and tokens > window + 1:
         if uses_block_attention(tokens, window):
             return _attend_in_blocks(query, key, value, window, mask, dropout)
-        place = torch.arange(tokens, device=query.device)
-        outside = (place[:, None] - place).abs() > window
+        position = torch.arange(tokens, device=query.device)
+        outside = (position[:, None] - position).abs() > window
         far = torch.zeros_like(outside, dtype=query.dtype).masked_fill(outside, -1e9)
         bias = far if bias is None else bias + far
     if mask is not None:
@@ -200,9 +200,9 @@ def _attend_in_blocks(
     at = torch.arange(window, device=query.device)
     other = torch.arange(3 * window, device=query.device) - window
     first = torch.arange(blocks, device=query.device)[:, None, None] * window
-    place = first + other
+    position = first + other
     near = (other - at[:, None]).abs() <= window
-    outside = ~(near & (place >= 0) & (place < tokens))
+    outside = ~(near & (position >= 0) & (position < tokens))
     bias = torch.zeros(outside.shape, device=query.device, dtype=query.dtype)
     bias = bias.masked_fill(outside, -1e9)
     if mask is not None:
@@ -242,7 +242,7 @@ class SelfAttention(nn.Module):
         """Return the relative or rotary positions of the first `num_heads` heads, if any.
 
         Args:
-            spec: the layer's structure.
+            spec: structure of the layer.
             num_heads: number of heads.
             distances: distance embeddings [2S, D], required for "disentangled".
         """
@@ -306,7 +306,7 @@ class EncoderLayer(nn.Module):
         """Run all heads, multiplied by their gates; an item without an open gate is unchanged.
 
         Args:
-            states: [B, T, D].
+            states: states [B, T, D].
             bias: additive mask [B, 1, 1, T].
             gates: factor of each head [B, H].
             distances: distance embeddings [2S, D]; see `SelfAttention.positions`.
@@ -387,8 +387,10 @@ class PrefixWeights:
 
     @property
     def _neurons(self) -> int:
-        own = self.spec.neurons_per_head
-        return self.layer.feed_forward.up.out_features if own is None else own * self.num_heads
+        per_head = self.spec.neurons_per_head
+        if per_head is None:
+            return self.layer.feed_forward.up.out_features
+        return per_head * self.num_heads
 
     def _gated(self, values: Tensor) -> Tensor:
         """Multiply each head's n columns of values [B, T, k * n] by its gate."""
