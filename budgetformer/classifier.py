@@ -108,7 +108,7 @@ class Classifier:
             budget=int(items.step[place]),
             predicted=None if predicted == cascade.LAYERWISE else predicted,
             steps=items.steps(place),
-            heads=int(items.heads[place]),
+            heads=int(items.total_heads[place]),
             macs=int(items.macs[place]),
             dense_macs=int(items.dense_macs[place]),
             tokens=len(tokens),

@@ -41,7 +41,7 @@ print(pipeline("text-classification", model=sys.argv[1], device="cpu")(sys.argv[
 """
 
 Answer = Callable[[list[str]], list[str]]
-"""Returns the label of each text."""
+"""A function that returns the label of each text."""
 
 
 def seconds_to_serve(folder: Path, store: Path, text: str) -> float:
@@ -76,19 +76,19 @@ def seconds_of_pipeline(folder: Path, text: str) -> float:
     return time.perf_counter() - began
 
 
-def of_pipeline(folder: Path, longest: int) -> Answer:
-    """Answer with Transformers' pipeline."""
-    ask = pipeline("text-classification", model=str(folder), device="cpu", dtype=torch.float32)
+def of_pipeline(folder: Path, max_tokens: int) -> Answer:
+    """Return a function that classifies with Transformers' pipeline."""
+    classify = pipeline("text-classification", model=str(folder), device="cpu", dtype=torch.float32)
 
     def answer(texts: list[str]) -> list[str]:
-        given: Any = ask(texts, batch_size=BATCH, truncation=True, max_length=longest)
-        return [one["label"] for one in given]
+        results: Any = classify(texts, batch_size=BATCH, truncation=True, max_length=max_tokens)
+        return [result["label"] for result in results]
 
     return answer
 
 
-def of_onnx(folder: Path, scratch: Path, longest: int, threads: int) -> Answer:
-    """Answer with ONNX Runtime, the classifier's weights in int8."""
+def of_onnx(folder: Path, scratch: Path, max_tokens: int, threads: int) -> Answer:
+    """Return a function that classifies in ONNX Runtime, with the weights in int8."""
     import onnxruntime
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -106,44 +106,49 @@ def of_onnx(folder: Path, scratch: Path, longest: int, threads: int) -> Answer:
         labels: list[str] = []
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for start in range(0, len(texts), BATCH):
-            some = [texts[i] for i in order[start : start + BATCH]]
+            batch = [texts[i] for i in order[start : start + BATCH]]
             tokens = tokenizer(
-                some, padding=True, truncation=True, max_length=longest, return_tensors="np"
+                batch, padding=True, truncation=True, max_length=max_tokens, return_tensors="np"
             )
             (logits,) = session.run(None, {name: tokens[name] for name in inputs})
             labels += [names[i] for i in logits.argmax(-1)]
-        found = dict(zip(order, labels, strict=True))
-        return [found[i] for i in range(len(texts))]
+        by_index = dict(zip(order, labels, strict=True))
+        return [by_index[i] for i in range(len(texts))]
 
     return answer
 
 
 def of_checkpoint(path: Path, quality: str | None, precision: Any = "auto") -> Answer:
-    """Answer with a checkpoint of this project; no quality means all heads."""
+    """Return a function that classifies with a checkpoint of this project.
+
+    `quality` None computes all heads.
+    """
     classifier = Classifier(path, precision=precision)
     heads = classifier.checkpoint.num_heads if quality is None else None
 
     def answer(texts: list[str]) -> list[str]:
-        return [one.label for one in classifier(texts, quality=quality, heads=heads)]
+        return [result.label for result in classifier(texts, quality=quality, heads=heads)]
 
     return answer
 
 
-def measure(ways: dict[str, Answer], texts: list[str]) -> dict[str, tuple[list[str], list[float]]]:
-    """Run all ways in turns; return each one's labels and texts per second."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+def measure(
+    classifiers: dict[str, Answer], texts: list[str]
+) -> dict[str, tuple[list[str], list[float]]]:
+    """Run all classifiers in turns; return the labels and the texts per second of each round."""
+    rates: dict[str, list[float]] = {name: [] for name in classifiers}
     labels: dict[str, list[str]] = {}
     for turn in range(ROUNDS + 1):
-        for name, answer in ways.items():
+        for name, answer in classifiers.items():
             began = time.perf_counter()
             labels[name] = answer(texts)
             if turn:
                 rates[name].append(len(texts) / (time.perf_counter() - began))
-    return {name: (labels[name], rates[name]) for name in ways}
+    return {name: (labels[name], rates[name]) for name in classifiers}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a report."""
+    """Measure, and print the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--texts", type=Path, required=True)
@@ -156,23 +161,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch) / "store"
         first, second = (seconds_to_serve(given.folder, store, texts[0]) for _ in range(2))
-        theirs = seconds_of_pipeline(given.folder, texts[0])
+        pipeline_seconds = seconds_of_pipeline(given.folder, texts[0])
         plain = add_classifier(given.folder, store, lambda _: None)
-        ranged = add_classifier(given.folder, store, lambda _: None, texts=given.texts)
-        longest = plain.manifest.max_tokens
-        ways = {
-            "Transformers' pipeline, float32": of_pipeline(given.folder, longest),
-            "ONNX Runtime, int8": of_onnx(given.folder, Path(scratch), longest, given.threads),
-            "as it is, float32": of_checkpoint(plain.path, None, "float32"),
-            "as it is, int8": of_checkpoint(ranged.path, None),
+        calibrated = add_classifier(given.folder, store, lambda _: None, texts=given.texts)
+        max_tokens = plain.manifest.max_tokens
+        classifiers = {
+            "Transformers' pipeline, float32": of_pipeline(given.folder, max_tokens),
+            "ONNX Runtime, int8": of_onnx(given.folder, Path(scratch), max_tokens, given.threads),
+            "unchanged, float32": of_checkpoint(plain.path, None, "float32"),
+            "unchanged, int8": of_checkpoint(calibrated.path, None),
         }
         for path in given.budgets:
             for level in ("best", "balanced", "fast"):
-                ways[f"{path}, {level}"] = of_checkpoint(path, level)
-        found = measure(ways, texts)
-    reference, base = found["Transformers' pipeline, float32"]
+                classifiers[f"{path}, {level}"] = of_checkpoint(path, level)
+        results = measure(classifiers, texts)
+    reference, base = results["Transformers' pipeline, float32"]
     rows = []
-    for name, (labels, rates) in found.items():
+    for name, (labels, rates) in results.items():
         same = sum(a == b for a, b in zip(labels, reference, strict=True)) / len(texts)
         low, high = interval(same, len(texts))
         rate = statistics.median(rates)
@@ -188,10 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{where}; {len(texts)} texts of {given.texts.name}")
     print(
         f"From the command to the first answer: `serve --model` {first:.1f} s, again "
-        f"{second:.1f} s; a program with the pipeline {theirs:.1f} s.\n"
+        f"{second:.1f} s; a program with the pipeline {pipeline_seconds:.1f} s.\n"
     )
-    heads = ["way", "texts a second (spread)", "times the pipeline", "agreement with the pipeline"]
-    print(markdown_table(heads, rows))
+    columns = [
+        "classifier", "texts/s: median (range)", "of the pipeline's", "agreement with the pipeline",
+    ]  # fmt: skip
+    print(markdown_table(columns, rows))
 
 
 if __name__ == "__main__":

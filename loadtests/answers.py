@@ -44,15 +44,16 @@ from loadtests.chaos.server import MODEL, OTHER, PATIENCE, STORE, Server, servin
 from loadtests.texts import distinct
 
 QUALITIES = ("fast", "balanced", "best")
-"""Requested in turns; `auto` would depend on the load."""
+"""Quality levels, requested in turns; `auto` would depend on the load."""
 TOLERANCE = 1e-4
 """Accepted difference of a probability: float32 sums in another order."""
-HAIR = 1e-4
+TIE_MARGIN = 1e-4
 """Distance from a threshold within which rounding may decide."""
 SIZES = (1, 1, 1, 2, 5, 16, 64)
+"""Texts per request, drawn uniformly from this list."""
 CALLERS = 12
 LEAVING = 0.02
-"""Share of the requests whose client disconnects at first."""
+"""Share of the requests whose client disconnects before the answer, and then sends it again."""
 REST_SECONDS = 4.0
 BATCH_TOKENS = 2048
 PART = 6000
@@ -68,8 +69,8 @@ class Reference:
     margins: NDArray[np.float32]
 
 
-class _Judge:
-    """The reference network, which computes every step that an answer needs."""
+class _ReferenceNetwork:
+    """The network of `budgetformer.model`, run at every step that an answer needs."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._network: BudgetFormerForSequenceClassification = load_model(checkpoint.path).eval()
@@ -78,7 +79,7 @@ class _Judge:
         self._encoder = load_encoder(checkpoint)
 
     @torch.no_grad()
-    def judge(self, texts: list[str]) -> Reference:
+    def answer(self, texts: list[str]) -> Reference:
         """Answer all texts, in small batches of similar lengths."""
         encoded = self._encoder.encode(texts)
         ids = [tokens.ids for tokens in encoded]
@@ -86,32 +87,33 @@ class _Judge:
         rules = [self._rules[i % len(QUALITIES)] for i in range(len(ids))]
         logits: list[Tensor] = [torch.empty(0)] * len(ids)
         steps, margins = [0] * len(ids), [1.0] * len(ids)
-        verdicts = [0.0] * len(ids)
+        shares = [0.0] * len(ids)
         step0: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(ids)
         for batch in _batches(full_texts, range(len(ids))):
-            found = self._network.step0(*_padded(full_texts, batch))
-            verdict = self._decide(*_padded(ids, batch), found[1])
-            for i, s, *own in zip(batch, verdict, *found, strict=True):
-                step0[i] = own[0], own[1]
-                steps[i], logits[i], verdicts[i] = rules[i].first_step(s), own[0], s
+            exits, evidence = self._network.step0(*_padded(full_texts, batch))
+            decided = self._decide(*_padded(ids, batch), evidence)
+            for i, s, exit_logits, read in zip(batch, decided, exits, evidence, strict=True):
+                step0[i] = exit_logits, read
+                steps[i], logits[i], shares[i] = rules[i].first_step(s), exit_logits, s
                 bounds = [band.upto for band in rules[i].entry if band.upto < 1]
                 margins[i] = min((abs(s - bound) for bound in bounds), default=1.0)
         waiting = list(range(len(ids)))
         while waiting:
             for step in {steps[i] for i in waiting} - {0}:
                 for batch in _batches(ids, [i for i in waiting if steps[i] == step]):
-                    exits, read = map(torch.stack, zip(*(step0[i] for i in batch), strict=True))
-                    given = {"steps": step, "step0": (exits, read)}
-                    answers = self._network(*_padded(ids, batch), **given).logits
+                    exits, evidence = map(torch.stack, zip(*(step0[i] for i in batch), strict=True))
+                    answers = self._network(
+                        *_padded(ids, batch), steps=step, step0=(exits, evidence)
+                    ).logits
                     for i, row in zip(batch, answers, strict=True):
                         logits[i] = row
             confident = confidence(torch.stack([logits[i] for i in waiting]), self._kind).tolist()
             uncertain = []
-            for i, share in zip(waiting, confident, strict=True):
+            for i, score in zip(waiting, confident, strict=True):
                 level = rules[i].level
-                if level is not None and rules[i].next_step(steps[i], 0.0, verdicts[i]):
-                    margins[i] = min(margins[i], abs(share - level.threshold))
-                following = rules[i].next_step(steps[i], share, verdicts[i])
+                if level is not None and rules[i].next_step(steps[i], 0.0, shares[i]):
+                    margins[i] = min(margins[i], abs(score - level.threshold))
+                following = rules[i].next_step(steps[i], score, shares[i])
                 if following is not None:
                     steps[i] = following
                     uncertain.append(i)
@@ -130,20 +132,20 @@ class _Judge:
         return encoder.decision(masked_mean(states, mask), None, evidence).budget.tolist()
 
 
-def _batches(ids: list[list[int]], places: Iterable[int]) -> Iterator[list[int]]:
+def _batches(ids: list[list[int]], indices: Iterable[int]) -> Iterator[list[int]]:
     """Split text indices into batches of similar lengths."""
     batch: list[int] = []
-    for place in sorted(places, key=lambda i: len(ids[i])):
-        if batch and (len(batch) + 1) * len(ids[place]) > BATCH_TOKENS:
+    for index in sorted(indices, key=lambda i: len(ids[i])):
+        if batch and (len(batch) + 1) * len(ids[index]) > BATCH_TOKENS:
             yield batch
             batch = []
-        batch.append(place)
+        batch.append(index)
     if batch:
         yield batch
 
 
 def _padded(ids: list[list[int]], batch: list[int]) -> tuple[Tensor, Tensor]:
-    """Return ids and mask [B, T] of some texts."""
+    """Return the ids and the mask of a batch of texts, [B, T] each."""
     width = max(len(ids[i]) for i in batch)
     rows = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in batch])
     mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in batch])
@@ -153,25 +155,37 @@ def _padded(ids: list[list[int]], batch: list[int]) -> tuple[Tensor, Tensor]:
 def reference(checkpoint: Checkpoint, texts: list[str], folder: Path) -> Reference:
     """Return the expected answers, each part from its file or computed and saved there."""
     folder.mkdir(parents=True, exist_ok=True)
-    judge: _Judge | None = None
+    network: _ReferenceNetwork | None = None
     parts = []
     for start in range(0, len(texts), PART):
         part = texts[start : start + PART]
         key = "\0".join([checkpoint.manifest.model_dump_json(), *QUALITIES, *part])
         path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
         if not path.exists():
-            judge = judge or _Judge(checkpoint)
-            found = judge.judge(part)
-            np.savez(path, probs=found.probs, steps=found.steps, margins=found.margins)
-            print(f"{start + len(part):,} judged", file=sys.stderr, flush=True)
-        with np.load(path) as kept:
-            parts.append((kept["probs"], kept["steps"], kept["margins"]))
-    return Reference(*(np.concatenate(some) for some in zip(*parts, strict=True)))
+            network = network or _ReferenceNetwork(checkpoint)
+            right = network.answer(part)
+            np.savez(path, probs=right.probs, steps=right.steps, margins=right.margins)
+            print(f"{start + len(part):,} texts answered", file=sys.stderr, flush=True)
+        with np.load(path) as saved:
+            parts.append((saved["probs"], saved["steps"], saved["margins"]))
+    return Reference(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 @dataclass
-class Heard:
-    """The received answers: how often each text was answered [N], and the answers."""
+class Received:
+    """The received answers to N texts.
+
+    Attributes:
+        times: number of answers to each text, [N].
+        probs: probabilities, [N, C].
+        steps: final ladder steps, [N].
+        labels: labels, by text.
+        repeated: failed requests, which were sent again, by reason.
+        requests: number of requests sent.
+        foreign: answers to another request, or with missing or reordered texts.
+        hung: number of requests that were never answered.
+        faults: number of injected faults, by kind.
+    """
 
     times: NDArray[np.int16]
     probs: NDArray[np.float32]
@@ -189,7 +203,7 @@ class Callers:
 
     def __init__(self, server: Server, texts: list[str], classes: int) -> None:
         count = len(texts)
-        self.heard = Heard(
+        self.received = Received(
             np.zeros(count, np.int16),
             np.zeros((count, classes), np.float32),
             np.zeros(count, np.int16),
@@ -199,72 +213,74 @@ class Callers:
         self._texts = texts
         self._draw = random.Random(1)
         self._left: dict[str, list[int]] = {}
-        for place, quality in enumerate(QUALITIES):  # a request has one quality
-            mine = list(range(place, count, len(QUALITIES)))
-            self._draw.shuffle(mine)
-            self._left[quality] = mine
+        for number, quality in enumerate(QUALITIES):  # a request has one quality
+            indices = list(range(number, count, len(QUALITIES)))
+            self._draw.shuffle(indices)
+            self._left[quality] = indices
 
     async def run(self) -> None:
-        """Ask until every text was answered."""
+        """Send requests until every text is answered."""
         async with httpx.AsyncClient(base_url=self._server.url, timeout=PATIENCE) as client:
             await asyncio.gather(*(self._caller(client) for _ in range(CALLERS)))
 
     async def _caller(self, client: httpx.AsyncClient) -> None:
-        while places := self._take():
-            quality = QUALITIES[places[0] % len(QUALITIES)]
-            while not await self._ask(client, places, quality):
+        while indices := self._take():
+            quality = QUALITIES[indices[0] % len(QUALITIES)]
+            while not await self._ask(client, indices, quality):
                 await asyncio.sleep(0.1)
 
     def _take(self) -> list[int]:
+        """Return the indices of the texts of the next request; empty if none are left."""
         waiting = [q for q in QUALITIES if self._left[q]]
         if not waiting:
             return []
-        mine = self._left[self._draw.choice(waiting)]
+        left = self._left[self._draw.choice(waiting)]
         size = self._draw.choice(SIZES)
-        taken = mine[-size:]
-        del mine[-size:]
-        if not len(mine) % 1000:
+        taken = left[-size:]
+        del left[-size:]
+        if not len(left) % 1000:
             print(f"{sum(map(len, self._left.values())):,} texts left", file=sys.stderr)
         return taken
 
-    async def _ask(self, client: httpx.AsyncClient, places: list[int], quality: str) -> bool:
+    async def _ask(self, client: httpx.AsyncClient, indices: list[int], quality: str) -> bool:
         """Send one request, and return whether it was answered."""
-        name = uuid.uuid4().hex
-        texts = [self._texts[i] for i in places]
+        request_id = uuid.uuid4().hex
+        texts = [self._texts[i] for i in indices]
         body = {"input": texts, "model": MODEL, "quality": quality, "timeout_ms": 30_000}
+        headers = {"X-Request-Id": request_id}
         leaves = self._draw.random() < LEAVING
-        self.heard.requests += 1
+        self.received.requests += 1
         try:
             async with asyncio.timeout(self._draw.uniform(0, 0.05) if leaves else None):
-                answer = await client.post("/classify", json=body, headers={"X-Request-Id": name})
+                answer = await client.post("/classify", json=body, headers=headers)
         except TimeoutError:
-            self.heard.repeated["left"] += 1
+            self.received.repeated["left"] += 1
             return False
         except httpx.TimeoutException:
-            self.heard.hung += 1
+            self.received.hung += 1
             return False
         except httpx.TransportError:
-            self.heard.repeated["broke off"] += 1
+            self.received.repeated["broke off"] += 1
             return False
         if answer.status_code != 200:
-            self.heard.repeated[str(answer.status_code)] += 1
+            self.received.repeated[str(answer.status_code)] += 1
             return False
-        self._note(answer.json(), name, places)
+        self._record(answer.json(), request_id, indices)
         return True
 
-    def _note(self, said: dict[str, Any], name: str, places: list[int]) -> None:
-        heard, items = self.heard, said["data"]
-        whole = [item["index"] for item in items] == list(range(len(places)))
-        if said["id"] != f"classify-{name}" or not whole:
-            heard.foreign += 1
-        for place, item in zip(places, items, strict=False):
-            heard.times[place] += 1
-            heard.probs[place] = item["probs"]
-            heard.steps[place] = item["heads"]["budget"]
-            heard.labels[place] = item["label"]
+    def _record(self, answer: dict[str, Any], request_id: str, indices: list[int]) -> None:
+        received, items = self.received, answer["data"]
+        complete = [item["index"] for item in items] == list(range(len(indices)))
+        if answer["id"] != f"classify-{request_id}" or not complete:
+            received.foreign += 1
+        for index, item in zip(indices, items, strict=False):
+            received.times[index] += 1
+            received.probs[index] = item["probs"]
+            received.steps[index] = item["heads"]["budget"]
+            received.labels[index] = item["label"]
 
 
-async def break_it(server: Server, faults: Counter[str]) -> None:
+async def inject_faults(server: Server, faults: Counter[str]) -> None:
     """Cause one fault after another, until cancelled."""
     for turn in itertools.count():
         await asyncio.sleep(REST_SECONDS)
@@ -284,11 +300,11 @@ async def break_it(server: Server, faults: Counter[str]) -> None:
             await server.until_whole()
 
 
-async def ask(texts: list[str], classes: int) -> tuple[Heard, float]:
+async def ask(texts: list[str], classes: int) -> tuple[Received, float]:
     """Send all texts to a server during faults; return the received answers and the seconds."""
     async with serving() as server:
         callers = Callers(server, texts, classes)
-        breaking = asyncio.create_task(break_it(server, callers.heard.faults))
+        breaking = asyncio.create_task(inject_faults(server, callers.received.faults))
         started = time.perf_counter()
         asking = asyncio.create_task(callers.run())
         await asyncio.wait({asking, breaking}, return_when=asyncio.FIRST_COMPLETED)
@@ -296,51 +312,55 @@ async def ask(texts: list[str], classes: int) -> tuple[Heard, float]:
         await asking if asking.done() else await breaking
         breaking.cancel()
         await server.until_whole()
-        return callers.heard, seconds
+        return callers.received, seconds
 
 
-def compare(heard: Heard, right: Reference, labels: tuple[str, ...]) -> tuple[list[str], bool]:
+def compare(
+    received: Received, right: Reference, labels: tuple[str, ...]
+) -> tuple[list[str], bool]:
     """Return the table, and whether all answers are correct."""
-    differences = np.abs(heard.probs - right.probs).max(axis=1)
-    moved = heard.steps != right.steps
-    ties = moved & (right.margins < HAIR)
+    differences = np.abs(received.probs - right.probs).max(axis=1)
+    moved = received.steps != right.steps
+    ties = moved & (right.margins < TIE_MARGIN)
     best = np.sort(right.probs, axis=1)
     even = best[:, -1] - best[:, -2] < TOLERANCE
-    named = np.array([labels[i] for i in right.probs.argmax(axis=1)]) == np.array(heard.labels)
+    named = np.array([labels[i] for i in right.probs.argmax(axis=1)]) == np.array(received.labels)
     wrong = ~ties & (moved | (differences > TOLERANCE) | ~(named | even))
-    owners = np.array(
-        [(np.abs(right.probs - heard.probs[i]).max(axis=1) <= TOLERANCE).any()
+    swapped = np.array(
+        [(np.abs(right.probs - received.probs[i]).max(axis=1) <= TOLERANCE).any()
          for i in np.flatnonzero(wrong)[:1000]]
     )  # fmt: skip
     draw = np.random.default_rng(0)
     one, other = (draw.integers(0, len(differences), 100_000) for _ in range(2))
     alike = np.abs(right.probs[one] - right.probs[other]).max(axis=1) <= TOLERANCE
-    lost, twice = int((heard.times == 0).sum()), int((heard.times > 1).sum())
+    lost, twice = int((received.times == 0).sum()), int((received.times > 1).sum())
+    steps = Counter(received.steps.tolist())
     rows = {
         "texts": f"{len(differences):,}",
-        "requests": f"{heard.requests:,}",
-        "repeated, as their first try " + ", ".join(sorted(heard.repeated)): ", ".join(
-            f"{count:,}" for _, count in sorted(heard.repeated.items())
+        "requests": f"{received.requests:,}",
+        "repeated after: " + ", ".join(sorted(received.repeated)): ", ".join(
+            f"{count:,}" for _, count in sorted(received.repeated.items())
         ),
-        "faults": ", ".join(f"{count} {name}" for name, count in sorted(heard.faults.items())),
+        "faults": ", ".join(f"{count} {name}" for name, count in sorted(received.faults.items())),
         "lost": lost,
         "answered twice": twice,
-        "answers to another request": heard.foreign,
-        "never answered within 60 s": heard.hung,
+        "answers to another request": received.foreign,
+        "not answered within 60 s": received.hung,
         "wrong": int(wrong.sum()),
-        "of these, another text's answer": int(owners.sum()),
-        "ties, decided otherwise by rounding": int(ties.sum()),
+        "of these, another text's answer": int(swapped.sum()),
+        "ties, decided differently by rounding": int(ties.sum()),
         "largest difference of a probability, without ties": f"{differences[~ties].max():.1e}",
-        "pairs of texts that could be swapped unseen": f"{alike[one != other].mean():.2%}",
-        "answered at step": ", ".join(
-            f"{step}: {count:,}" for step, count in sorted(Counter(heard.steps.tolist()).items())
+        "pairs of texts whose answers are too similar to notice a swap": (
+            f"{alike[one != other].mean():.2%}"
         ),
+        "answered at step": ", ".join(f"{step}: {n:,}" for step, n in sorted(steps.items())),
     }
-    bad = lost + twice + heard.foreign + heard.hung + int(wrong.sum())
+    bad = lost + twice + received.foreign + received.hung + int(wrong.sum())
     return [f"| {name} | {value} |" for name, value in rows.items()], not bad
 
 
 def _texts(arguments: argparse.Namespace, checkpoint: Checkpoint) -> list[str]:
+    """Return distinct texts: those of the given table first, then random ones."""
     real: list[str] = []
     if arguments.data is not None:
         texts, _ = read_texts(arguments.data)
@@ -358,7 +378,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--texts", type=int, default=100_000)
-    parser.add_argument("--data", type=Path, help="table with a column text, asked first")
+    parser.add_argument("--data", type=Path, help="table with a column `text`, sent first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reference", type=Path, default=Path("build/answers"))
     arguments = parser.parse_args()
@@ -367,10 +387,10 @@ def main() -> None:
     texts = _texts(arguments, checkpoint)
     right = reference(checkpoint, texts, arguments.reference)
     labels = checkpoint.manifest.labels
-    heard, seconds = asyncio.run(ask(texts, len(labels)))
-    rows, good = compare(heard, right, labels)
+    received, seconds = asyncio.run(ask(texts, len(labels)))
+    rows, good = compare(received, right, labels)
     print("\n".join(["| | |", "|---|---|", *rows]))
-    print(f"asked in {seconds:.0f} s")
+    print(f"answered in {seconds:.0f} s")
     sys.exit(not good)
 
 

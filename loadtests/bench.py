@@ -2,10 +2,11 @@
 
     python loadtests/bench.py [--quick] [--data ag_news/test.parquet] [--repeats 3]
 
-In turn: `budgetformer bench pass`; this service beside others (compare.py, whose report goes to
-build/compare); the service with two models at rest. With `--quick` in less than three minutes:
-fewer texts, rounds and baselines, so that figures vary more. Figures are kept as JSON in
-build/bench.json. To be slow is no failure; to leave requests unanswered, or to be wrong, is.
+It runs, one after the other, `budgetformer bench pass`, the idle service with two models, and the
+comparison with other servers (compare.py; the report goes to build/compare). `--quick` takes less
+than three minutes, with fewer texts, rounds and baselines, so its figures vary more. All figures
+are written to build/bench.json. A missed target does not make the program fail; unanswered requests
+and wrong answers do.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from texts import texts_of
 
 BUILD = Path("build")
 QUICK_CONTENDERS = (ONNX_INT8, PIPELINE, FLOOR)
-REST = 5.0
-"""Seconds of measuring the idle server, after start-up work is done."""
+IDLE_SECONDS = 5.0
+"""Time for which the idle server is measured, after its start-up work is done."""
 
 
 def time_pass(data: Path | None, quick: bool) -> dict[str, Any]:
@@ -47,28 +48,28 @@ def time_pass(data: Path | None, quick: bool) -> dict[str, Any]:
         f"--data={data}", f"--out={folder}", *(["--batch=1", "--batch=32", "--rounds=2"] * quick),
     ]  # fmt: skip
     run_quietly(program)
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return found
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
 
 
-def at_rest() -> list[Promise]:
-    """Return the memory and processor time of an idle server with two models."""
+def idle_promises() -> list[Promise]:
+    """Measure the processor time, memory and start-up time of a server with two idle models."""
     cores = sorted(os.sched_getaffinity(0))
     with ours(cores, "--models=ag_news", "--models=imdb") as server:
-        busy = server.at_rest(REST)
+        busy = server.at_rest(IDLE_SECONDS)
         return [
-            Promise("at rest: % of a core, two models", "<=", 1, [100 * busy]),
-            Promise("at rest: MiB, two models", "<=", 600, [server.memory()]),
-            Promise("seconds until it is ready, two models", "<=", 15, [server.start_seconds]),
+            Promise("idle, two models: % of a core", "<=", 1, [100 * busy]),
+            Promise("idle, two models: MiB", "<=", 600, [server.memory()]),
+            Promise("start-up, two models: seconds", "<=", 15, [server.start_seconds]),
         ]
 
 
-def screen(promises: list[Promise], facts: dict[str, str], real: bool, seconds: float) -> Table:
-    """Return the table; targets that require real texts have no verdict without them."""
+def table_of(promises: list[Promise], facts: dict[str, str], real: bool, seconds: float) -> Table:
+    """Return the table; without real texts (`real`), targets that require them get no verdict."""
     caption = f"{facts['processor']}; {facts['cores']}. {facts['texts']}. {seconds:.0f} s."
     table = Table(*PROMISE_HEADS, caption=caption, box=box.SIMPLE_HEAD)
     for promise in promises:
-        judged = real or not promise.hard
+        judged = real or not promise.needs_real_texts
         color = {"pass": "green", "short": "yellow"}[promise.verdict] if judged else "dim"
         verdict = promise.verdict if judged else "needs --data"
         table.add_row(*promise.row[:-1], f"[{color}]{verdict}")
@@ -78,12 +79,12 @@ def screen(promises: list[Promise], facts: dict[str, str], real: bool, seconds: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--data", type=Path, help="labelled texts, Parquet, beside labels.json")
+    parser.add_argument("--data", type=Path, help="labelled texts (Parquet) beside a labels.json")
     parser.add_argument("--checkpoint", type=Path, default=Path("model_store/ag_news/3"))
-    parser.add_argument("--repeats", type=int, default=1, help="of the service beside others")
+    parser.add_argument("--repeats", type=int, default=1, help="repeats of the comparison")
     given = parser.parse_args()
     began = time.monotonic()
-    promises = pass_promises(time_pass(given.data, given.quick)) + at_rest()
+    promises = pass_promises(time_pass(given.data, given.quick)) + idle_promises()
     plan = Plan.of(given.checkpoint, given.data, seconds=2.0 if given.quick else 5.0)
     levels, baselines = (OURS, CONTENDERS) if not given.quick else (("balanced",), QUICK_CONTENDERS)
     facts = machine(plan, given.data)
@@ -102,18 +103,18 @@ def main() -> None:
         report(folder, stored, client)
     promises += service_promises(repeats)
     broken = repeats.broken()
-    kept = {
+    figures = {
         "machine": facts, "quick": given.quick, "broken": broken, "repeats": stored,
         "promises": [promise.as_dict() for promise in promises],
     }  # fmt: skip
-    (BUILD / "bench.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (BUILD / "bench.json").write_text(json.dumps(figures, indent=1) + "\n")
     seconds = time.monotonic() - began
     console = Console(width=max(120, Console().width))
-    console.print(screen(promises, facts, given.data is not None, seconds))
-    for baseline, why in stored[-1]["absent"].items():
-        print(f"not measured: {baseline} ({why})")
+    console.print(table_of(promises, facts, given.data is not None, seconds))
+    for baseline, reason in stored[-1]["absent"].items():
+        print(f"not measured: {baseline} ({reason})")
     if broken:
-        raise SystemExit("\n".join(["broken answers:", *broken]))
+        raise SystemExit("\n".join(["unanswered requests or wrong answers:", *broken]))
 
 
 if __name__ == "__main__":

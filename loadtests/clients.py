@@ -1,7 +1,7 @@
-"""Ask a server with every client that it works with: `python loadtests/clients.py URL [MODEL]`.
+"""Call a server with every supported client: `python loadtests/clients.py URL [MODEL]`.
 
-Prints the table of docs/compatibility.md: each client, its version, what was called and what came
-back. A call that fails ends the program.
+Prints the table of docs/compatibility.md: client, version, call and result. A call that fails ends
+the program.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ TEXTS = ["Shares fell after the report.", "The home side won."]
 
 
 def rows_of(url: str, model: str) -> list[tuple[str, str, str, str]]:
-    """Call everything; each row is client, version, what was called, what came back."""
+    """Make every call; return rows of client, version, call and result."""
     rows: list[tuple[str, str, str, str]] = []
 
-    def call(client: str, package: str | None, what: str, ask: Callable[[], str]) -> None:
-        rows.append((client, version(package) if package else "its request", what, ask()))
+    def call(client: str, package: str | None, called: str, ask: Callable[[], str]) -> None:
+        rows.append((client, version(package) if package else "its request", called, ask()))
 
     def best(answer: Any) -> str:
         return f"{answer[0]['label']} {answer[0]['score']:.3f}, {len(answer)} labels"
@@ -79,9 +79,9 @@ def rows_of(url: str, model: str) -> list[tuple[str, str, str, str]]:
 
         def healthy() -> str:
             client.get_model_config(model)
-            known = client.get_model_metadata(model)
+            outputs = client.get_model_metadata(model)["outputs"]
             ready = client.is_server_ready() and client.is_model_ready(model)
-            return f"ready: {ready}; outputs {', '.join(o['name'] for o in known['outputs'])}"
+            return f"ready: {ready}; outputs {', '.join(output['name'] for output in outputs)}"
 
         def infer(binary: bool) -> str:
             texts = np.array([[text] for text in TEXTS], dtype=object)
@@ -107,18 +107,18 @@ def rows_of(url: str, model: str) -> list[tuple[str, str, str, str]]:
         lambda: best(posted("/invocations", {"inputs": TEXTS[0]})),
     )  # fmt: skip
 
-    def own() -> str:
+    def our_client() -> str:
         with Client(url) as client:
             return "; ".join(str(result.label) for result in client.classify(TEXTS))
 
-    call("budgetformer.client", "budgetformer-serving", "`classify`, two texts", own)
+    call("budgetformer.client", "budgetformer-serving", "`classify`, two texts", our_client)
     return rows
 
 
 def main() -> None:
     url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
     model = sys.argv[2] if len(sys.argv) > 2 else "ag_news"
-    print("| client | version | called | came back |\n|---|---|---|---|")
+    print("| client | version | call | result |\n|---|---|---|---|")
     for row in rows_of(url, model):
         print(f"| {' | '.join(row)} |")
 

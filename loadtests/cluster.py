@@ -1,10 +1,10 @@
-"""What a Ray cluster costs, and what its callers see when it loses hosts or gets engines.
+"""Measure the overhead of a Ray cluster, and what its clients see of lost hosts and of scaling.
 
-    python -m loadtests.cluster overhead   plain server and cluster on the same cores, by turns
+    python -m loadtests.cluster overhead   compares a plain server with a cluster on the same cores
     python -m loadtests.cluster kills      kills hosts of a cluster under load
-    python -m loadtests.cluster scaling    more load than one engine can do, until there are more
+    python -m loadtests.cluster scaling    overloads one engine until the cluster has added others
 
-Needs the extra `cluster`. Hosts are Ray nodes on this machine, each with processes of its own.
+Needs the extra `cluster`. Hosts are Ray nodes on this machine, each with its own processes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ def body_of(text: str) -> dict[str, object]:
 
 
 def until_ready(url: str, engines: int) -> float:
-    """Wait until this many engines have the model, and return the seconds."""
+    """Wait until exactly `engines` engines have the model; return the seconds that it took.
+
+    Raises:
+        TimeoutError: that is not so after `PATIENCE` seconds.
+    """
     began = time.perf_counter()
     while time.perf_counter() - began < PATIENCE:
         try:
@@ -60,11 +64,11 @@ def until_ready(url: str, engines: int) -> float:
         except (httpx.HTTPError, ValueError, KeyError):
             pass
         time.sleep(0.2)
-    raise TimeoutError(f"{url} has not {engines} engines")
+    raise TimeoutError(f"{url} does not have {engines} ready engines after {PATIENCE:g} s")
 
 
 class Server:
-    """A server of this machine, plain or on a cluster of one host."""
+    """A server on this machine, plain or as a cluster of one host."""
 
     def __init__(self, arguments: argparse.Namespace, cluster: bool) -> None:
         self.name = "Ray Serve" if cluster else "plain"
@@ -89,11 +93,11 @@ class Server:
         return family(self._process.pid)
 
     def seconds(self) -> float:
-        """Return the processor time that all processes have used."""
+        """Return the processor time of all processes, in seconds."""
         return sum(sum(process.cpu_times()[:2]) for process in self.family())
 
     def memory(self) -> float:
-        """Return the MiB that all processes hold, pages that they share counted once."""
+        """Return the memory of all processes in MiB, with shared pages counted once."""
         return memory(self.family())
 
     async def stop(self) -> None:
@@ -103,7 +107,11 @@ class Server:
 
 
 async def closed_loop(server: Server, callers: int, requests: int) -> tuple[list[float], float]:
-    """Let callers ask one text after the other; return latencies and processor seconds."""
+    """Send requests with one text each from concurrent callers, closed-loop.
+
+    Returns:
+        The latencies and the server's processor time, in seconds.
+    """
     took: list[float] = []
     left = iter(range(requests))
     before = server.seconds()
@@ -120,7 +128,7 @@ async def closed_loop(server: Server, callers: int, requests: int) -> tuple[list
 
 
 async def overhead(arguments: argparse.Namespace) -> None:
-    """Ask both servers by turns, in rounds; print medians over the rounds."""
+    """Measure both servers in turns; print medians over the rounds."""
     servers = [Server(arguments, cluster) for cluster in (False, True)]
     rows: dict[tuple[str, int], list[tuple[float, float, float, float]]] = {}
     idle = {}
@@ -146,31 +154,31 @@ async def overhead(arguments: argparse.Namespace) -> None:
             await server.stop()
     print("| server | callers | p50 ms | p99 ms | requests/s | processor ms per request |")
     print("|---|---|---|---|---|---|")
-    for (name, callers), found in sorted(rows.items(), key=lambda row: row[0][1]):
-        p50, p99, rate, spent = (statistics.median(column) for column in zip(*found, strict=True))
+    for (name, callers), rounds in sorted(rows.items(), key=lambda row: row[0][1]):
+        p50, p99, rate, spent = (statistics.median(column) for column in zip(*rounds, strict=True))
         figures = f"{1e3 * p50:.1f} | {1e3 * p99:.1f} | {rate:.0f} | {1e3 * spent:.2f}"
         print(f"| {name} | {callers} | {figures} |")
-    for name, (share, held) in idle.items():
-        print(f"{name}, idle: {share:.3f} of a core, {held:.0f} MiB")
+    for name, (share, mib) in idle.items():
+        print(f"{name}, idle: {share:.3f} of a core, {mib:.0f} MiB")
 
 
 class Hosts:
-    """The application on a head and some hosts, that come and go.
+    """A cluster that serves the application: a head, and worker hosts that can be added or killed.
 
     Attributes:
-        cluster: of Ray.
-        url: of the application.
+        cluster: Ray's cluster.
+        url: URL of the application.
     """
 
     def __init__(self, cluster: Any, url: str) -> None:
         self.cluster, self.url = cluster, url
 
     def add(self) -> None:
-        """Bring a host that has room for one engine."""
+        """Add a host with room for one engine."""
         self.cluster.add_node(num_cpus=1)
 
     def kill(self) -> None:
-        """Kill every process of a host at once."""
+        """Kill all processes of one host at once."""
         self.cluster.remove_node(next(iter(self.cluster.worker_nodes)), allow_graceful=False)
 
 
@@ -187,10 +195,10 @@ def hosts(arguments: argparse.Namespace, pool: dict[str, Any]) -> Iterator[Hosts
 
     port = free_port()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    made = Hosts(cluster, f"http://127.0.0.1:{port}")
+    workers = Hosts(cluster, f"http://127.0.0.1:{port}")
     try:
         for _ in range(arguments.hosts):
-            made.add()
+            workers.add()
         ray.init(cluster.address, namespace="serve", log_to_driver=False)
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(port=port))
         settings = Settings(
@@ -198,8 +206,8 @@ def hosts(arguments: argparse.Namespace, pool: dict[str, Any]) -> Iterator[Hosts
             pools={"engine": Pool(**pool)}, fronts=2, log_level="error",
         )  # fmt: skip
         serve.run(build(settings), name=NAME)
-        until_ready(made.url, pool["replicas"])
-        yield made
+        until_ready(workers.url, pool["replicas"])
+        yield workers
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -207,54 +215,57 @@ def hosts(arguments: argparse.Namespace, pool: dict[str, Any]) -> Iterator[Hosts
 
 
 @contextmanager
-def asked(load: Load, seen: Seen) -> Iterator[None]:
-    """Ask while the block runs, from another thread: Ray starts hosts from the main one alone."""
-    enough = threading.Event()
+def under_load(load: Load, seen: Seen) -> Iterator[None]:
+    """Send requests while the block runs.
+
+    They are sent from another thread, because Ray starts hosts only from the main thread.
+    """
+    finished = threading.Event()
     asyncio.run(load.learn())
 
     async def wait() -> None:
-        await asyncio.to_thread(enough.wait)
+        await asyncio.to_thread(finished.wait)
 
     with ThreadPoolExecutor(1) as thread:
-        asking = thread.submit(lambda: asyncio.run(load.during(seen, wait)))
+        sending = thread.submit(lambda: asyncio.run(load.during(seen, wait)))
         try:
             yield
         finally:
-            enough.set()
-        asking.result()
+            finished.set()
+        sending.result()
 
 
 def kills(arguments: argparse.Namespace) -> None:
-    """Kill one worker host after the other, each replaced by a new one; print what callers saw."""
+    """Kill worker hosts one after another, replacing each; print what the clients saw."""
     seen = Seen()
     with (
-        hosts(arguments, {"replicas": arguments.hosts}) as there,
-        asked(Load(there.url, arguments.rate, quality="balanced"), seen),
+        hosts(arguments, {"replicas": arguments.hosts}) as workers,
+        under_load(Load(workers.url, arguments.rate, quality="balanced"), seen),
     ):
         for _ in range(arguments.repeats):
             time.sleep(3)
             began = time.perf_counter()
-            there.kill()
-            there.add()
-            time.sleep(6)  # until the dead one does not count as alive any more
-            until_ready(there.url, arguments.hosts)
+            workers.kill()
+            workers.add()
+            time.sleep(6)  # until the dead engine no longer counts as alive
+            until_ready(workers.url, arguments.hosts)
             seen.recovery.append(time.perf_counter() - began)
-    print("| hosts killed | sent | answers | never answered | wrong | whole again after s |")
+    print("| hosts killed | sent | answers | never answered | wrong | recovered after s |")
     print("|---|---|---|---|---|---|")
     print(f"| {' | '.join([str(len(seen.recovery)), *seen.cells()[:5]])} |")
 
 
 def scaling(arguments: argparse.Namespace) -> None:
-    """Ask for more than one engine can do until there are as many as may be, then for nothing."""
+    """Overload one engine until the pool has its maximum, then stop; print both times."""
     seen = Seen()
     pool = {"replicas": 1, "max_replicas": arguments.hosts, "up_seconds": 5, "down_seconds": 15}
-    with hosts(arguments, pool) as there:
-        load = Load(there.url, arguments.rate, size=arguments.size, timeout_ms=10_000)
-        with asked(load, seen):
-            up = until_ready(there.url, arguments.hosts)
+    with hosts(arguments, pool) as workers:
+        load = Load(workers.url, arguments.rate, size=arguments.size, timeout_ms=10_000)
+        with under_load(load, seen):
+            up = until_ready(workers.url, arguments.hosts)
             time.sleep(10)
-        down = until_ready(there.url, 1)
-    print("| engines | sent | answers | never answered | wrong | more after s | one after s |")
+        down = until_ready(workers.url, 1)
+    print("| engines | sent | answers | never answered | wrong | all after s | one after s |")
     print("|---|---|---|---|---|---|---|")
     counts = " | ".join(seen.cells()[:4])
     print(f"| 1 to {arguments.hosts} | {counts} | {up:.0f} | {down:.0f} |")
@@ -262,19 +273,19 @@ def scaling(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["overhead", "kills", "scaling"])
+    parser.add_argument("test", choices=["overhead", "kills", "scaling"])
     parser.add_argument("--model-store", type=Path, default=Path("model_store"))
     parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=10.0, help="requests a second")
-    parser.add_argument("--size", type=int, default=64, help="texts in a request, for scaling")
-    parser.add_argument("--hosts", type=int, default=2, help="besides the head")
+    parser.add_argument("--rate", type=float, default=10.0, help="requests per second")
+    parser.add_argument("--size", type=int, default=64, help="texts per request, for scaling")
+    parser.add_argument("--hosts", type=int, default=2, help="worker hosts, besides the head")
     arguments = parser.parse_args()
-    if arguments.what == "overhead":
+    if arguments.test == "overhead":
         asyncio.run(overhead(arguments))
     else:
-        {"kills": kills, "scaling": scaling}[arguments.what](arguments)
+        {"kills": kills, "scaling": scaling}[arguments.test](arguments)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""This service beside what a user would serve instead, in turns, on the same texts and cores.
+"""Compare this service with other servers, in turns, on the same texts and cores.
 
     make baselines    # once: environments for LitServe, BentoML, Infinity and Ray Serve
     python loadtests/compare.py --data test.parquet --out docs/benchmarks/service [--repeats 3]
 
-The server has the first cores, the client the last one. Everybody gets single texts: one caller at
-a time, then as fast as 32 callers are answered, then half of that rate on a schedule that does not
-wait. The baselines serve the checkpoint's full step as a dense network with the same weights
-(loadtests/contenders.py); who is not there, or does not start, is named. Repeats are appended to
-`repeats.json` in the folder, and the report is written anew from all of them; `--repeats 0` only
-writes it. Without `--data` texts are made up, and right is what the dense network says.
+The server runs on the first cores, the client on the last one. Each server gets requests of one
+text in three phases: from one caller; from 32 callers (closed loop); and on a schedule with half of
+the rate that the 32 callers reached (open loop). The baselines (loadtests/contenders.py) serve the
+checkpoint's full step as a dense network with the same weights. A baseline that is not installed or
+does not start is named in the report. Repeats are appended to `repeats.json` in the folder, and the
+report is written from all of them; `--repeats 0` only writes the report. Without `--data`, texts
+are synthetic, and the dense network's labels count as correct.
 """
 
 from __future__ import annotations
@@ -39,17 +40,36 @@ from budgetformer.training.data import read_examples
 from budgetformer.training.pages import draw, markdown_table
 
 CALLERS = 32
-ENOUGH = 100
+MIN_LATENCIES = 100
 """Minimum number of latencies for a 99th percentile."""
-WARM_UP = 2.0
-MADE_UP = 300
-RIGHT = 0.8
-"""Share of right answers below which a server is broken: the least accurate level has .92."""
+WARM_UP_SECONDS = 2.0
+SYNTHETIC_TEXTS = 300
+MIN_ACCURACY = 0.8
+"""Accuracy below which a server counts as broken; the least accurate level reaches 0.92."""
 
 
 @dataclass
 class Measured:
-    """What one way to serve did in one repeat. Seconds, MiB, and texts a second."""
+    """The figures of one contender in one repeat, as `repeats.json` stores them.
+
+    Attributes:
+        name: contender, or quality level of this service.
+        throughput: texts per second with 32 callers.
+        lone_p50: median latency with one caller, in seconds.
+        half_p50: median latency at half load, in seconds.
+        half_p99: 99th percentile at half load, in seconds.
+        half_rate: requests per second at half load.
+        cpu_per_thousand: processor seconds of all processes per 1,000 texts.
+        frontend_per_thousand: processor seconds of the frontends per 1,000 texts.
+        memory: MiB of all processes.
+        start: seconds from the start to the first answer.
+        answered: number of texts whose answer was compared with the label.
+        right: number of them with the correct label.
+        unanswered: number of requests without a 200.
+        client_busy: share of its core that the client used with 32 callers.
+        late_p99: 99th percentile of the delay of sending at half load, in seconds.
+        tails: p99 divided by p50 at half load, for texts that ran the same steps, by these steps.
+    """
 
     name: str
     throughput: float
@@ -67,19 +87,18 @@ class Measured:
     client_busy: float
     late_p99: float
     tails: dict[str, float] = field(default_factory=dict)
-    """At half load: p99 of p50 among texts that ran the same steps, by these."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What everybody is given.
+    """The conditions that are the same for all contenders.
 
     Attributes:
         network: folder of the dense network.
-        texts: to send, in this order.
-        labels: that are right.
-        seconds: of a phase.
-        cores: of the server and of the client.
+        texts: texts to send, in this order.
+        labels: correct label of each text.
+        seconds: duration of a phase.
+        cores: cores of the server and of the client.
     """
 
     network: Path
@@ -90,12 +109,12 @@ class Plan:
 
     @classmethod
     def of(cls, checkpoint: Path, data: Path | None, seconds: float) -> Plan:
-        """Export the dense network where that is not done, and read or make up texts."""
+        """Export the dense network unless its folder exists, and read or generate the texts."""
         network = ENVIRONMENTS / "networks" / f"{checkpoint.parent.name}-{checkpoint.name}"
         if not network.exists():
             run_quietly([sys.executable, "loadtests/baselines/export.py", checkpoint, network])
         if data is None:
-            texts = texts_of(None, MADE_UP)
+            texts = texts_of(None, SYNTHETIC_TEXTS)
             labels = dense_labels(network, texts)
         else:
             texts, labels = texts_and_labels(data)
@@ -103,13 +122,13 @@ class Plan:
 
 
 def dense_labels(network: Path, texts: Sequence[str]) -> list[str]:
-    """Return what the dense network says, in float32."""
+    """Return the labels that the dense network answers in float32."""
     answer = Network(network, 1, "plain.onnx")
     return [str(answer([text])[0]["label"]) for text in texts]
 
 
 def texts_and_labels(data: Path) -> tuple[list[str], list[str]]:
-    """Return texts in an order of their own, and the names of their labels beside `data`."""
+    """Return shuffled texts, and the names of their labels from labels.json beside `data`."""
     examples = read_examples(data)
     pairs = list(zip(examples.texts, examples.labels.tolist(), strict=True))
     random.Random(0).shuffle(pairs)
@@ -123,87 +142,96 @@ async def measure(
     body: Callable[[str], dict[str, Any]],
     read: Callable[[Any], dict[str, Any]],
 ) -> Measured:
-    """Ask one server in all three ways; `read` parses an answer."""
+    """Run all three phases against one server.
+
+    Args:
+        name: name of the contender.
+        server: the running server.
+        plan: texts and durations.
+        body: returns the body of the request for a text.
+        read: returns the answer to the only text from a response.
+    """
     client = Client(f"{server.url}/classify", keep_bodies=True)
     requests = [client.request(body(text)) for text in plan.texts]
-    await client.closed("warm-up", requests, CALLERS, min(WARM_UP, plan.seconds))
+    await client.closed("warm-up", requests, CALLERS, min(WARM_UP_SECONDS, plan.seconds))
     lone = await client.closed("lone", requests, 1, plan.seconds / 2)
     part = "" if name == FLOOR.name else "service.frontend"
     before, frontend = server.cpu_seconds(), server.cpu_seconds(part)
-    most = await client.closed("most", requests, CALLERS, plan.seconds)
+    full = await client.closed("full", requests, CALLERS, plan.seconds)
     cpu, frontend = server.cpu_seconds() - before, server.cpu_seconds(part) - frontend
     half = await client.scheduled(
-        "half", requests, most.goodput / 2, plan.seconds, arrivals="poisson"
+        "half", requests, full.goodput / 2, plan.seconds, arrivals="poisson"
     )
-    phases = (lone, most, half)
-    said = {n: read(json.loads(answer)) for phase in phases for n, answer in phase.bodies}
+    phases = (lone, full, half)
+    answers = {n: read(json.loads(answer)) for phase in phases for n, answer in phase.bodies}
     if name == FLOOR.name:
-        said = {}
+        answers = {}
     tails = tails_by_steps(half, read) if name in OURS else {}
     memory = server.memory()
     client.close()
     return Measured(
-        name, most.goodput, lone.latency(0.5), half.latency(0.5), half.latency(0.99), half.rate,
-        1000 * cpu / most.statuses["200"], 1000 * frontend / most.statuses["200"],
-        memory, server.start_seconds, len(said),
-        sum(answer["label"] == plan.labels[n] for n, answer in said.items()),
+        name, full.goodput, lone.latency(0.5), half.latency(0.5), half.latency(0.99), half.rate,
+        1000 * cpu / full.statuses["200"], 1000 * frontend / full.statuses["200"],
+        memory, server.start_seconds, len(answers),
+        sum(answer["label"] == plan.labels[n] for n, answer in answers.items()),
         sum(p.due - p.statuses["200"] for p in phases),
-        most.client_cpu / most.took, quantile(half.late, 0.99), tails,
+        full.client_cpu / full.took, quantile(half.late, 0.99), tails,
     )  # fmt: skip
 
 
 def tails_by_steps(phase: Phase, read: Callable[[Any], dict[str, Any]]) -> dict[str, float]:
-    """Return p99 of p50 for texts that ran the same steps, where there are enough of them."""
+    """Return p99 divided by p50 for texts that ran the same steps, if they are enough."""
     latencies = defaultdict[str, list[float]](list)
     for (_, latency), (_, body) in zip(phase.answered, phase.bodies, strict=True):
         steps = read(json.loads(body))["heads"]["steps"]
         latencies[", ".join(map(str, steps))].append(latency)
     return {
-        steps: quantile(own, 0.99) / quantile(own, 0.5)
-        for steps, own in latencies.items()
-        if len(own) >= ENOUGH
+        steps: quantile(values, 0.99) / quantile(values, 0.5)
+        for steps, values in latencies.items()
+        if len(values) >= MIN_LATENCIES
     }
 
 
 def repeat(
     plan: Plan, levels: Collection[str], baselines: Collection[Contender]
 ) -> tuple[list[Measured], dict[str, str]]:
-    """Measure everybody once, in an order drawn by lot.
+    """Measure all contenders once, in random order.
 
     Returns:
-        What was measured, and why some baselines were not, by name.
+        The figures, and the reasons why baselines were not measured, by name.
     """
     done: list[Measured] = []
     absent = {
         baseline.name: baseline.missing for baseline in baselines if baseline.missing is not None
     }
 
-    def note(measured: Measured) -> None:
+    def record(measured: Measured) -> None:
         print(f"{measured.name}: {measured.throughput:.0f}/s", file=sys.stderr)
         done.append(measured)
 
-    def of_ours() -> None:
+    def measure_ours() -> None:
         flags = ("--models=ag_news", f"--model-store={Path('model_store').absolute()}")
         with ours(plan.cores.server, *flags) as server:
             for name in levels:
                 fields = OURS[name]
-                note(uvloop.run(measure(
+                record(uvloop.run(measure(
                     name, server, plan, lambda text, fields=fields: {"input": text} | fields, first
                 )))  # fmt: skip
 
-    def of_contender(baseline: Contender) -> None:
+    def measure_baseline(baseline: Contender) -> None:
         try:
             with baseline.server(plan.network, plan.cores.server) as server:
-                note(uvloop.run(measure(baseline.name, server, plan, baseline.body, baseline.read)))
+                measuring = measure(baseline.name, server, plan, baseline.body, baseline.read)
+                record(uvloop.run(measuring))
         except Exception as error:
             if baseline.environment is None:
                 raise
             absent[baseline.name] = f"{type(error).__name__}: {error}"
             print(f"{baseline.name}: {absent[baseline.name]}", file=sys.stderr)
 
-    runs: list[Callable[[], None]] = [of_ours]
+    runs: list[Callable[[], None]] = [measure_ours]
     runs += [
-        lambda baseline=baseline: of_contender(baseline)  # type: ignore[misc]
+        lambda baseline=baseline: measure_baseline(baseline)  # type: ignore[misc]
         for baseline in baselines
         if baseline.name not in absent
     ]
@@ -217,11 +245,12 @@ def repeat(
 
 
 class Repeats:
-    """All repeats so far.
+    """The figures of all repeats so far.
 
     Attributes:
-        names: who was measured in every one of them, in the order of the report.
-        dense: who of them serves the dense network.
+        runs: figures by contender, one dictionary per repeat.
+        names: contenders that every repeat measured, in the order of the report.
+        dense: those of `names` that serve the dense network.
     """
 
     def __init__(self, repeats: Sequence[dict[str, Any]]) -> None:
@@ -233,24 +262,31 @@ class Repeats:
     def ratio(
         self, of: str, to: Sequence[str], value: Callable[[Measured], float], best: Any = max
     ) -> list[float]:
-        """Return a value as a multiple of the best one of some others, in every repeat."""
+        """Return a contender's value divided by the best value of others, one per repeat.
+
+        Args:
+            of: name of the contender.
+            to: names of the others.
+            value: returns the value from the figures of a contender.
+            best: `max` or `min`: whether a high or a low value is better.
+        """
         return [value(run[of]) / best(value(run[name]) for name in to) for run in self.runs]
 
     def values(self, name: str, value: Callable[[Measured], float]) -> list[float]:
         return [value(run[name]) for run in self.runs]
 
     def broken(self) -> list[str]:
-        """Name who left requests unanswered, or was wrong more often than any level may be."""
+        """Return a line for each contender with unanswered requests or too low an accuracy."""
         return [
-            f"{name}: {one.unanswered} not answered 200, {one.right} right of {one.answered}"
+            f"{name}: {m.unanswered} requests without a 200, {m.right} of {m.answered} correct"
             for run in self.runs
-            for name, one in run.items()
-            if one.unanswered or one.right < RIGHT * one.answered
+            for name, m in run.items()
+            if m.unanswered or m.right < MIN_ACCURACY * m.answered
         ]
 
 
 def service_promises(repeats: Repeats) -> list[Promise]:
-    """Return what this service promises beside the others that were measured."""
+    """Return the performance targets of this service relative to the other servers."""
 
     def throughput(m: Measured) -> float:
         return m.throughput
@@ -262,30 +298,31 @@ def service_promises(repeats: Repeats) -> list[Promise]:
     tail = [max(run["balanced"].tails.values(), default=math.nan) for run in repeats.runs]
     return [
         Promise(
-            "throughput at `balanced`, of the best dense server's", ">=", 8,
-            repeats.ratio("balanced", repeats.dense, throughput), hard=True,
+            "throughput at `balanced` / best dense server's", ">=", 8,
+            repeats.ratio("balanced", repeats.dense, throughput), needs_real_texts=True,
         ),
         Promise(
-            "throughput at `balanced`, of FastAPI + pipeline's", ">=", 25,
-            repeats.ratio("balanced", [PIPELINE.name], throughput), hard=True,
+            "throughput at `balanced` / FastAPI + pipeline's", ">=", 25,
+            repeats.ratio("balanced", [PIPELINE.name], throughput), needs_real_texts=True,
         ),
         Promise(
-            "lone request's p50 at `balanced`, of the best dense server's", "<=", 0.12,
-            repeats.ratio("balanced", repeats.dense, lambda m: m.lone_p50, min), hard=True,
+            "p50 of one caller at `balanced` / best dense server's", "<=", 0.12,
+            repeats.ratio("balanced", repeats.dense, lambda m: m.lone_p50, min),
+            needs_real_texts=True,
         ),
         Promise(
-            "p99 at half load at `balanced`, of the p50 of texts of the same steps, worst steps",
+            "p99 / p50 at half load at `balanced`, texts of the same steps, worst steps",
             "<=", 4, tail,
         ),
-        Promise("frontend's CPU beyond the floor, ms for a single text", "<=", 0.3, frontend),
+        Promise("CPU of the frontend beyond the floor's, ms per text", "<=", 0.3, frontend),
     ]  # fmt: skip
 
 
-PROMISE_HEADS = ["promise", "reach", "reached: median (from, to)", ""]
+PROMISE_HEADS = ["figure", "target", "measured: median (range)", ""]
 
 
 def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) -> str:
-    """Write the report of all repeats; return what is kept or short, as a table."""
+    """Write the report of all repeats; return the table of targets."""
     repeats = Repeats(stored)
     facts = stored[-1]["machine"]
     names = repeats.names
@@ -312,69 +349,70 @@ def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) ->
             ]
         )
     heads = [
-        "served by", "throughput, of the best dense", "lone p50, of it", "CPU, of it", "accuracy",
-        "texts/s", "lone p50, ms", "p50 at half load, ms", "p99 at half load, ms",
-        "CPU seconds per 1,000", "of these in the frontend", "memory, MiB",
+        "server", "throughput / best dense", "p50 of one caller / best dense", "CPU / best dense",
+        "accuracy", "texts/s", "p50 of one caller, ms", "p50 at half load, ms",
+        "p99 at half load, ms", "CPU seconds per 1,000 texts", "of these in the frontend",
+        "memory, MiB",
     ]  # fmt: skip
-    verdict = markdown_table(PROMISE_HEADS, [p.row for p in service_promises(repeats)])
-    absent = {name: why for run in stored for name, why in run.get("absent", {}).items()}
+    targets = markdown_table(PROMISE_HEADS, [p.row for p in service_promises(repeats)])
+    absent = {name: reason for run in stored for name, reason in run.get("absent", {}).items()}
     busy = max(m.client_busy for run in repeats.runs for m in run.values())
     late = max(m.late_p99 for run in repeats.runs for m in run.values())
     lost = sum(m.unanswered for run in repeats.runs for m in run.values())
     page = [
-        "# This service beside others\n",
+        "# This service compared with other servers\n",
         f"`python loadtests/compare.py --data test.parquet`, {len(stored)} repeats in turns;",
         f"{facts['processor']}, {facts['cores']}, Python {facts['python']}. {facts['texts']}.",
-        "Ratios are taken within a repeat; shown are the median, and from where to where they go.",
+        "Ratios are computed within each repeat; cells show their median and their range.",
         "The baselines serve the checkpoint's full step as a dense network with the same weights.",
-        "Accuracy is that of the answers given here, to as many texts as there was time for; on",
-        "all texts see [Benchmarks](../../benchmarks.md).\n",
-        verdict + "\n",
+        "Accuracy is measured on the texts that were answered during the test;",
+        "[Benchmarks](../../benchmarks.md) has the accuracy on all texts.\n",
+        targets + "\n",
         "![throughput](throughput.svg)\n",
         markdown_table(heads, rows) + "\n",
-        *(f"Not measured: {name} ({why}).\n" for name, why in absent.items()),
+        *(f"Not measured: {name} ({reason}).\n" for name, reason in absent.items()),
         "## The client\n",
-        f"It was busy for {busy:.0%} of its core at most, and sent at half load within "
-        f"{1000 * late:.1f} ms of the due moment (p99). {lost} requests were not answered 200.",
-        "Against a server that answers at once it does:\n",
+        f"The client used at most {busy:.0%} of its core. At half load it sent requests at most "
+        f"{1000 * late:.1f} ms late (p99). {lost} requests were not answered with 200.",
+        "With a server that answers at once, the client reaches:\n",
         *client,
     ]
     (folder / "README.md").write_text("\n".join(page) + "\n")
 
     def fill(axes: Any) -> None:
         values = [repeats.values(name, lambda m: m.throughput) for name in names[:-1]]
-        places = range(len(values))
-        axes.barh(places, [statistics.median(v) for v in values], color="#4c72b0")
-        for place, own in zip(places, values, strict=True):
-            axes.plot([min(own), max(own)], [place, place], color="black")
-        axes.set_yticks(places, names[:-1])
+        rows = range(len(values))
+        axes.barh(rows, [statistics.median(v) for v in values], color="#4c72b0")
+        for row, of_server in zip(rows, values, strict=True):
+            axes.plot([min(of_server), max(of_server)], [row, row], color="black")
+        axes.set_yticks(rows, names[:-1])
         axes.invert_yaxis()
-        axes.set_xlabel("single texts a second, one core; lines: from the least to the most")
+        axes.set_xlabel("texts per second on one core, one text per request; lines: range")
 
     draw([folder / "throughput.svg"], fill)
-    return verdict
+    return targets
 
 
 def machine(plan: Plan, data: Path | None) -> dict[str, str]:
-    """Return what a report says of the circumstances."""
+    """Return the facts about machine and texts that a report states."""
     return {
         "processor": processor_name(), "cores": plan.cores.describe(),
         "python": platform.python_version(),
-        "texts": "Texts given" if data else "Texts made up",
+        "texts": "Real texts" if data else "Synthetic texts",
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="labelled texts, Parquet, beside labels.json")
+    parser.add_argument("--data", type=Path, help="labelled texts (Parquet) beside a labels.json")
     parser.add_argument("--out", type=Path, default=Path("build/compare"))
     parser.add_argument("--checkpoint", type=Path, default=Path("model_store/ag_news/3"))
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of a phase")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of a phase")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    kept = given.out / "repeats.json"
-    stored: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
+    path = given.out / "repeats.json"
+    stored: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     client = given.out / "client.md"
     if not client.exists():
         client.write_text("\n".join(limit_lines(300, [500, 2000, 5000], 2.0)) + "\n")
@@ -387,7 +425,7 @@ def main() -> None:
             stored.append(
                 {"machine": facts, "absent": absent, "measured": [asdict(m) for m in measured]}
             )
-            kept.write_text(json.dumps(stored, indent=1) + "\n")
+            path.write_text(json.dumps(stored, indent=1) + "\n")
     print(report(given.out, stored, client.read_text().splitlines()))
 
 

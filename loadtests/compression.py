@@ -1,8 +1,9 @@
-"""What compressed answers cost and save: answers of a running server, compressed here as it does.
+"""Measure the compression of answers: size and processor time by compression level.
 
     python loadtests/compression.py --model banking77 --data banking77/test.parquet --texts 64
 
-prints for each form of answer its size, its compressed size and the processor time, by level.
+Fetches answers in each format from a running server, and compresses them here with the server's
+parameters.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ REPEATS = 51
 
 
 def answers(url: str, model: str, texts: list[str]) -> dict[str, bytes]:
-    """Return the bodies of answers to the same texts, by the form that was asked for."""
+    """Return the bodies of answers to the same texts, by format."""
     tensor = {"name": "text", "datatype": "BYTES", "shape": [len(texts)], "data": texts}
     tensors = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
-    asked: dict[str, tuple[str, Any, dict[str, str]]] = {
+    requests: dict[str, tuple[str, Any, dict[str, str]]] = {
         "JSON": ("/classify", {"input": texts, "model": model}, {}),
         "Arrow": ("/classify", {"input": texts, "model": model}, {"Accept": ARROW}),
         "KServe, binary": (f"/v2/models/{model}/infer", tensors, {}),
     }
     with httpx.Client(base_url=url, headers={"Accept-Encoding": "identity"}, timeout=60) as client:
-        found = {
-            form: client.post(path, json=body, headers=headers).raise_for_status().content
-            for form, (path, body, headers) in asked.items()
+        bodies = {
+            name: client.post(path, json=body, headers=headers).raise_for_status().content
+            for name, (path, body, headers) in requests.items()
         }
-        return found | {"/metrics": client.get("/metrics").raise_for_status().content}
+        return bodies | {"/metrics": client.get("/metrics").raise_for_status().content}
 
 
 def measure(body: bytes, level: int) -> tuple[int, float]:
-    """Return the compressed size of a body and the microseconds that it takes, a median."""
+    """Return the compressed size of a body, and the median processor time in microseconds."""
     took = []
     for _ in range(REPEATS):
         started = time.process_time()
@@ -52,18 +53,18 @@ def measure(body: bytes, level: int) -> tuple[int, float]:
 
 
 def main() -> None:
-    """Measure, and print a line for each answer and level."""
+    """Measure, and print a line per format and level."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--model", default="banking77")
-    parser.add_argument("--data", type=Path, help="Parquet with a column `text`")
+    parser.add_argument("--data", type=Path, help="Parquet file with a column `text`")
     parser.add_argument("--texts", type=int, default=64)
     given = parser.parse_args()
     texts = texts_of(given.data, given.texts)
-    for form, body in answers(given.url, given.model, texts).items():
+    for name, body in answers(given.url, given.model, texts).items():
         for level in LEVELS:
             size, microseconds = measure(body, level)
-            print(f"{form:15} {len(body):8} level {level}: {size:7} bytes, {microseconds:6.0f} us")
+            print(f"{name:15} {len(body):8} level {level}: {size:7} bytes, {microseconds:6.0f} us")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who takes part in a comparison: how each is started, asked and read."""
+"""The servers of a comparison: how to start each, send it texts and read its answers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ OURS: dict[str, dict[str, Any]] = {
     "best": {"quality": "best"},
     "full budget": {"heads": 12},
 }
-"""Fields of a request, by the name in the report."""
+"""Request fields of this service, by the name in the report."""
 
 
 def first(answer: Any) -> dict[str, Any]:
-    """Return what an answer in our own form says of its first text."""
+    """Return the result of the first text from an answer in this service's format."""
     return dict(answer["data"][0])
 
 
@@ -33,14 +33,15 @@ class Contender:
     """A server of the dense network.
 
     Attributes:
-        name: in the report.
-        program: words after the interpreter of its environment; a first word without an ending is
-            a command there. `{port}`, `{network}` (a folder), `{threads}`, `{batch}` are filled in.
-        ready: path that answers 200 when it serves.
-        environment: folder below build/baselines; None: this program's own.
-        variables: of its environment, filled in likewise.
-        body: what to send for a text.
-        read: what came back for it, with a `label`.
+        name: name in the report.
+        program: command line: a script of loadtests/baselines (`*.py`) or a command of the virtual
+            environment, and its arguments. `{port}`, `{network}` (a folder), `{threads}` and
+            `{batch}` are replaced.
+        ready: path that answers 200 once the server is ready.
+        environment: virtual environment, a folder in build/baselines; None: that of this program.
+        variables: environment variables, with the same replacements.
+        body: returns the request body for a text.
+        read: returns the result of that text, with a `label`, from the answer.
     """
 
     name: str
@@ -53,28 +54,28 @@ class Contender:
 
     @property
     def interpreter(self) -> Path:
-        """The Python that runs it."""
+        """Path of the Python interpreter that runs the server."""
         if self.environment is None:
             return Path(sys.executable)
         return ENVIRONMENTS / self.environment / "bin" / "python"
 
     @property
     def missing(self) -> str | None:
-        """Why it cannot take part here; None: it can."""
+        """Reason why the server cannot be measured on this machine; None: it can."""
         if self.interpreter.exists():
             return None
-        return f"`make baselines` has not made {self.interpreter.parents[1]}"
+        return f"{self.interpreter.parents[1]} does not exist; run `make baselines`"
 
     def server(self, network: Path, cores: Sequence[int]) -> Server:
-        """Return it, not started yet, with one thread per core."""
-        filled = {
+        """Return the server, which is not started yet, with one thread per core."""
+        values = {
             "{network}": str(network.absolute()), "{threads}": str(len(cores)),
             "{batch}": str(BATCH),
         }  # fmt: skip
 
         def fill(word: str) -> str:
-            for mark, value in filled.items():
-                word = word.replace(mark, value)
+            for placeholder, value in values.items():
+                word = word.replace(placeholder, value)
             return word
 
         command, *words = map(fill, self.program)
@@ -92,17 +93,17 @@ class Contender:
 
 
 def _fastapi(name: str, runtime: str) -> Contender:
-    return Contender(name, ["serve.py", runtime, *_GIVEN])
+    return Contender(name, ["serve.py", runtime, *_OPTIONS])
 
 
-_GIVEN = ["--port={port}", "--network={network}", "--threads={threads}", "--batch={batch}"]
+_OPTIONS = ["--port={port}", "--network={network}", "--threads={threads}", "--batch={batch}"]
 
 ONNX_INT8 = _fastapi("ONNX Runtime int8, dynamic batching", "int8")
 ONNX_FLOAT32 = _fastapi("ONNX Runtime float32, dynamic batching", "plain")
 PIPELINE = _fastapi("FastAPI + pipeline", "pipeline")
 FLOOR = _fastapi("floor: only parses and tokenizes", "floor")
 LITSERVE = Contender(
-    "LitServe, ONNX Runtime int8", ["litserve_app.py", *_GIVEN], "/health", "litserve",
+    "LitServe, ONNX Runtime int8", ["litserve_app.py", *_OPTIONS], "/health", "litserve",
     read=lambda answer: dict(answer),
 )  # fmt: skip
 BENTOML = Contender(
@@ -130,7 +131,7 @@ INFINITY = Contender(
     lambda text: {"model": "twin", "input": [text]}, lambda answer: dict(answer["data"][0][0]),
 )  # fmt: skip
 RAY = Contender(
-    "Ray Serve, ONNX Runtime int8", ["ray_app.py", *_GIVEN], "/classify", "ray",
+    "Ray Serve, ONNX Runtime int8", ["ray_app.py", *_OPTIONS], "/classify", "ray",
     read=lambda answer: dict(answer),
 )  # fmt: skip
 

@@ -1,9 +1,10 @@
-"""Processor time of texts that step 0 answers, by process, beside a server that only tokenizes.
+"""Measure the processor time of texts that step 0 answers, by process.
 
     python loadtests/easy.py --data ag_news/test.parquet [--before ../other-checkout] [--repeats 3]
 
-Each text is answered by step 0 at `balanced`. In turn, in every repeat: one caller, 32 callers with
-a text each, requests of 64 texts. With `--before`, another checkout takes its turns as well.
+All texts are answered by step 0 at `balanced`. Each repeat measures one caller, 32 callers with one
+text per request, and requests of 64 texts, in turns on this server and on one that only parses and
+tokenizes (the floor). `--before` adds the server of another checkout.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from texts import texts_of
 MODEL = Path("model_store/ag_news/3")
 PARTS = {"frontend": "service.frontend", "engine": "service.engine", "rest": ""}
 SETTLE = 0.5
-"""Seconds after which reports, which are sent four times a second, have been sent."""
+"""Seconds after which all reports of counts, sent four times a second, have been sent."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """How texts are sent: `texts` in a request, by so many callers, `count` requests."""
+    """A load: `count` requests of `texts` texts each, from `callers` concurrent callers."""
 
     name: str
     texts: int
@@ -48,7 +49,8 @@ class Traffic:
         drawn = [texts[i % len(texts)] for i in range(self.texts * self.count)]
         groups = [drawn[i : i + self.texts] for i in range(0, len(drawn), self.texts)]
         return [
-            json.dumps({"input": own[0] if self.texts == 1 else own}).encode() for own in groups
+            json.dumps({"input": group[0] if self.texts == 1 else group}).encode()
+            for group in groups
         ]
 
 
@@ -60,7 +62,11 @@ TRAFFIC = (
 
 
 def ask(url: str, bodies: Sequence[bytes], callers: int) -> Iterator[bytes]:
-    """Send requests over kept connections, one at a time on each, and yield the answers' bodies."""
+    """Send requests over keep-alive connections, one at a time on each; yield the answers' bodies.
+
+    Raises:
+        SystemExit: an answer is not a 200.
+    """
     host, port = url.removeprefix("http://").split(":")
     head = "POST /classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     waiting = iter([f"{head}content-length: {len(b)}\r\n\r\n".encode() + b for b in bodies])
@@ -80,7 +86,7 @@ def ask(url: str, bodies: Sequence[bytes], callers: int) -> Iterator[bytes]:
                 if length is None or len(data) < end + 4 + int(length[1]):
                     continue
                 if not data.startswith(b"HTTP/1.1 200"):
-                    raise SystemExit(f"not answered: {data[:200]!r}")
+                    raise SystemExit(f"expected a 200, but got {data[:200]!r}")
                 yield bytes(data[end + 4 :])
                 data.clear()
                 following = next(waiting, None)
@@ -99,7 +105,7 @@ def easy(url: str, texts: Sequence[str]) -> list[str]:
 
 
 def measure(server: Server, traffic: Traffic, texts: Sequence[str]) -> dict[str, float]:
-    """Return microseconds of processor time per text, by part of the server."""
+    """Return the processor time per text in microseconds, by part of the server."""
     before = {part: server.cpu_seconds(word) for part, word in PARTS.items()}
     for _ in ask(server.url, traffic.bodies(texts), traffic.callers):
         pass
@@ -112,8 +118,8 @@ def measure(server: Server, traffic: Traffic, texts: Sequence[str]) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="labelled or plain texts; none: made-up ones")
-    parser.add_argument("--before", type=Path, help="another checkout, to compare with")
+    parser.add_argument("--data", type=Path, help="table of texts; default: synthetic texts")
+    parser.add_argument("--before", type=Path, help="another checkout to compare with")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
@@ -126,7 +132,7 @@ def main() -> None:
         texts = easy(servers["this"].url, texts_of(given.data, 1500))
         if "before" in servers:
             texts = easy(servers["before"].url, texts)
-        found = [
+        rounds = [
             {
                 (t.name, name): measure(server, t, texts)
                 for t in TRAFFIC
@@ -134,14 +140,14 @@ def main() -> None:
             }
             for _ in range(given.repeats)
         ]
-    table = Table("traffic", "server", *PARTS, "all", "times the floor", box=box.SIMPLE)
+    table = Table("traffic", "server", *PARTS, "all", "all / floor", box=box.SIMPLE)
     for traffic in TRAFFIC:
         for name in servers:
-            own = [one[traffic.name, name] for one in found]
-            floor = [one[traffic.name, "floor"]["all"] for one in found]
-            ratios = sorted(a["all"] / b for a, b in zip(own, floor, strict=True))
+            times = [one[traffic.name, name] for one in rounds]
+            floor = [one[traffic.name, "floor"]["all"] for one in rounds]
+            ratios = sorted(a["all"] / b for a, b in zip(times, floor, strict=True))
             parts = [
-                f"{statistics.median(one[part] for one in own):.0f}" for part in (*PARTS, "all")
+                f"{statistics.median(one[part] for one in times):.0f}" for part in (*PARTS, "all")
             ]
             shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
             table.add_row(traffic.name, name, *parts, shown)

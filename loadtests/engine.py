@@ -1,10 +1,10 @@
-"""Processor time that an engine spends on a text beside its passes.
+"""Measure the processor time that an engine spends on a text outside of its passes.
 
     python loadtests/engine.py [--model model_store/ag_news/3] [--texts 20000]
 
-The engine is real and so are its messages, encoded and decoded; its network answers at once with
-random logits, so that what remains is reading, admission, queues, batches, escalation and answers.
-Texts go to the steps that the model's `balanced` level gives texts of random tokens.
+The engine and its encoded messages are real; its network answers at once with random logits. So the
+time that remains is for decoding, admission, queues, batches, escalation and answers. The texts are
+random tokens, and their steps those that the model's `balanced` level chooses.
 """
 
 from __future__ import annotations
@@ -31,17 +31,21 @@ from service.pipeline.served_models import open_model
 SIZES = (1, 16, 64, 512)
 """Texts in a request."""
 IN_FLIGHT = 8
-"""Requests that the engine holds."""
+"""Requests in flight."""
 TOKENS = 40
 OPTIONS = EngineOptions(max_queue_items=2**20, batch_seconds=10.0)
-"""As many texts in a batch as a fast device gets: the price of a batch is no limit."""
+"""Batches as large as on a fast device: their price does not limit them."""
 MODEL = Path("model_store/ag_news/3")
 
 _encode = msgspec.msgpack.Encoder().encode
 
 
-class Instant:
-    """Answer a pass at once, and count the time that this takes."""
+class InstantPass:
+    """A pass that returns random logits at once.
+
+    Attributes:
+        seconds: processor time that the calls have taken.
+    """
 
     def __init__(self, classes: int, heads: list[tuple[int, ...]]) -> None:
         self.seconds = 0.0
@@ -58,12 +62,12 @@ class Instant:
 
 
 async def measure(path: Path, texts: int, size: int) -> float:
-    """Return the microseconds of processor time for each text, in requests of `size`."""
+    """Return the processor time per text in microseconds, for requests of `size` texts."""
     served = open_model(path)
     assert served.decider is not None
     core = EngineCore(OPTIONS, precision="float32")
     pending: dict[int, asyncio.Future[ToFrontend]] = {}
-    own = 0.0
+    encode_seconds = 0.0
 
     def reply(message: ToFrontend) -> None:
         _encode(message)
@@ -71,11 +75,11 @@ async def measure(path: Path, texts: int, size: int) -> float:
             pending[message.id].set_result(message)
 
     async def ask(number: int, message: ToEngine) -> ToFrontend:
-        nonlocal own
+        nonlocal encode_seconds
         began = time.thread_time()
         pending[number] = asyncio.get_running_loop().create_future()
         frame = _encode(message)
-        own += time.thread_time() - began
+        encode_seconds += time.thread_time() - began
         core.receive(TO_ENGINE.decode(frame), reply)
         answer = await pending[number]
         del pending[number]
@@ -84,8 +88,8 @@ async def measure(path: Path, texts: int, size: int) -> float:
     await ask(0, Load(0, str(path.resolve())))
     network = core.models[served.checkpoint.name, served.checkpoint.version].network
     sizes = network.sizes
-    instant = Instant(sizes.classes, [tuple(range(sizes.heads))] * sizes.layers)
-    network.run = instant.run  # type: ignore[method-assign, assignment]
+    instant_pass = InstantPass(sizes.classes, [tuple(range(sizes.heads))] * sizes.layers)
+    network.run = instant_pass.run  # type: ignore[method-assign, assignment]
     draw = np.random.default_rng(0)
     ids = draw.integers(1000, 20000, (size, TOKENS)).tolist()
     window = TokenColumns.of(ids)
@@ -104,33 +108,33 @@ async def measure(path: Path, texts: int, size: int) -> float:
 
     async def caller() -> None:
         for number in numbers:
-            asked = msgspec.structs.replace(message, id=number)
-            assert isinstance(await ask(number, asked), Answer)
+            request = msgspec.structs.replace(message, id=number)
+            assert isinstance(await ask(number, request), Answer)
 
-    message, own = request_of(job), 0.0
+    message, encode_seconds = request_of(job), 0.0
     started = time.process_time()
     async with asyncio.TaskGroup() as tasks:
         work = tasks.create_task(core.run())
         callers = [tasks.create_task(caller()) for _ in range(IN_FLIGHT)]
         await asyncio.wait(callers)
         work.cancel()
-    seconds = time.process_time() - started - instant.seconds - own
+    seconds = time.process_time() - started - instant_pass.seconds - encode_seconds
     return 1e6 * seconds / (texts // size * size)
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--texts", type=int, default=20000)
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    table = Table("texts in a request", "us of a text beside the passes", "least", "most")
+    table = Table("texts per request", "us per text outside of passes", "min", "max")
     for size in SIZES:
         texts = given.texts if size > 1 else given.texts // 10
-        found = sorted(asyncio.run(measure(given.model, texts, size)) for _ in range(given.repeats))
-        table.add_row(str(size), *(f"{found[at]:.2f}" for at in (len(found) // 2, 0, -1)))
+        times = sorted(asyncio.run(measure(given.model, texts, size)) for _ in range(given.repeats))
+        table.add_row(str(size), *(f"{times[at]:.2f}" for at in (len(times) // 2, 0, -1)))
     Console().print(table)
 
 

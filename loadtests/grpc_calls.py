@@ -1,7 +1,8 @@
-"""Call all of Triton's gRPC client: `python loadtests/grpc_calls.py ADDRESS ADMIN_KEY [MODEL]`.
+"""Make every call of Triton's gRPC client, and print the table of docs/compatibility.md.
 
-Prints the table of docs/compatibility.md: what was called and what came back. The model is unloaded
-and loaded again.
+    python loadtests/grpc_calls.py ADDRESS ADMIN_KEY [MODEL]
+
+The model is unloaded and loaded again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TEXTS = ["Shares fell after the report.", "The home side won."]
 
 
 def rows_of(address: str, key: str, model: str) -> Iterator[tuple[str, str]]:
-    """Yield what was called and what came back."""
+    """Make every call; yield the call and its result."""
     client = InferenceServerClient(address)
     admin = {"authorization": f"Bearer {key}"}
     texts = InferInput("text", [2, 1], "BYTES")
@@ -31,10 +32,10 @@ def rows_of(address: str, key: str, model: str) -> Iterator[tuple[str, str]]:
 
     def values(name: str, count: int = 0, **options: Any) -> str:
         outputs = [InferRequestedOutput(name, class_count=count)]
-        found = client.infer(model, [texts], outputs=outputs, **options).as_numpy(name)
-        return "; ".join(", ".join(_shown(value) for value in row) for row in found)
+        rows = client.infer(model, [texts], outputs=outputs, **options).as_numpy(name)
+        return "; ".join(", ".join(_shown(value) for value in row) for row in rows)
 
-    def later() -> str:
+    def asynchronous() -> str:
         answers: Queue[Any] = Queue()
         client.async_infer(model, [texts], lambda result, error: answers.put(result or error))
         return "; ".join(map(_shown, answers.get(timeout=60).as_numpy("label").ravel()))
@@ -47,7 +48,7 @@ def rows_of(address: str, key: str, model: str) -> Iterator[tuple[str, str]]:
     def stream() -> None:
         answers: Queue[Any] = Queue()
         client.start_stream(lambda result, error: answers.put(result or error))
-        with suppress(InferenceServerException):  # the stream may have been refused by now
+        with suppress(InferenceServerException):  # the server may have closed the stream already
             client.async_stream_infer(model, [texts])
         raise answers.get(timeout=60)
 
@@ -74,7 +75,7 @@ def rows_of(address: str, key: str, model: str) -> Iterator[tuple[str, str]]:
         "`infer`, `timeout=1` (microsecond)": partial(
             values, "heads", timeout=1, parameters={"heads": 12}
         ),
-        "`async_infer(...)`": later,
+        "`async_infer(...)`": asynchronous,
         "`get_model_repository_index()`": lambda: ", ".join(
             f"{one.name} {one.state}" for one in client.get_model_repository_index().models
         ),
@@ -92,12 +93,12 @@ def rows_of(address: str, key: str, model: str) -> Iterator[tuple[str, str]]:
         "`get_log_settings()`": client.get_log_settings,
         "`grpc.health.v1`, `Check`": health,
     }
-    for what, call in calls.items():
+    for name, call in calls.items():
         try:
             answer = call()
         except InferenceServerException as error:
             answer = f"{error.status().removeprefix('StatusCode.')}: {error.message()}"
-        yield what, "nothing" if answer is None else str(answer)
+        yield name, "nothing" if answer is None else str(answer)
 
 
 def _shown(value: Any) -> str:
@@ -106,7 +107,7 @@ def _shown(value: Any) -> str:
 
 def main() -> None:
     address, key, *rest = sys.argv[1:]
-    print("| called | came back |\n|---|---|")
+    print("| call | result |\n|---|---|")
     for row in rows_of(address, key, *(rest or ["ag_news"])):
         print(f"| {' | '.join(row)} |")
 

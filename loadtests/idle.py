@@ -1,11 +1,11 @@
-"""What a server takes when nobody asks it anything, and how long it takes to start.
+"""Measure an idle server: start-up time, processor time and memory.
 
     python loadtests/idle.py [--models ag_news imdb] [--against OTHER_CHECKOUT]
 
-Prints seconds to ready, the share of a core that all its processes use at rest, and their memory:
-pages that they share counted once, at first and after eight seconds of load, and what is resident,
-where such pages count in each process. With `--against` the server of another checkout takes its
-turn.
+Prints the seconds until the server is ready, the share of a core that all its processes use while
+idle, and their memory: with shared pages counted once, idle and after eight seconds of load, and
+with shared pages counted in each process (resident). `--against` measures the server of another
+checkout too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from texts import texts_of
 HEADS = (
     "server",
     "ready after s",
-    "of a core at rest",
+    "of a core, idle",
     "memory MiB",
     "resident MiB",
     "memory MiB after load",
@@ -34,26 +34,26 @@ async def ask(url: str) -> None:
     client = Client(f"{url}/classify", spin=False)
     texts = texts_of(None, 2000)
     requests = [client.request({"input": texts[n : n + 50]}) for n in range(0, 2000, 50)]
-    await client.closed("some", requests, 2, LOAD_SECONDS)
+    await client.closed("load", requests, 2, LOAD_SECONDS)
     client.close()
 
 
 def row(name: str, server: Server, seconds: float) -> str:
     with server:
         share = server.at_rest(seconds)
-        held = [server.memory(), server.resident()]
+        memory = [server.memory(), server.resident()]
         uvloop.run(ask(server.url))
-        held.append(server.memory())
-        cells = [f"{server.start_seconds:.1f}", f"{share:.2%}", *(f"{mib:.0f}" for mib in held)]
+        memory.append(server.memory())
+        cells = [f"{server.start_seconds:.1f}", f"{share:.2%}", *(f"{mib:.0f}" for mib in memory)]
         return f"| {' | '.join([name, *cells])} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["ag_news", "imdb"])
-    parser.add_argument("--against", type=Path, help="another checkout, measured too")
-    parser.add_argument("--engines", type=int, help="one for each core")
-    parser.add_argument("--seconds", type=float, default=20.0, help="at rest")
+    parser.add_argument("--against", type=Path, help="another checkout to measure too")
+    parser.add_argument("--engines", type=int, help="number of engines and cores; default: all")
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds of idle time")
     given = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     cores = cores[: given.engines or len(cores)]

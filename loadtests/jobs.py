@@ -1,10 +1,11 @@
-"""Jobs under load and under fire: their rate, what callers notice of them, and what kills cost.
+"""Measure jobs: their rate, the latency of other requests meanwhile, and recovery from kills.
 
     python -m loadtests.jobs [--data ag_news/test.parquet]
 
-prints the rows per second of a job alone; the median and the 99th percentile of single requests, on
-a schedule, without and beside a job; and what became of a job whose process, and then whose server,
-was killed: whether each row is there once, in its place, with the answer of POST /classify.
+Prints the rows per second of a job without other load; the median and 99th percentile latency of
+single requests on a schedule, without and with a running job; and the result of a job whose process
+and then whole server were killed: whether each row is there exactly once, in order, with the answer
+of POST /classify.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SETTLED_ROWS = 1000
 
 
 class Server:
-    """A server that keeps its jobs in a folder, and may be killed and started again."""
+    """A server that stores its jobs in a folder, and can be killed and started again."""
 
     def __init__(self, state: Path, engines: int) -> None:
         port = free_port()
@@ -49,7 +50,7 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        """Start it, and return when it is ready."""
+        """Start the server, and return when it is ready."""
         self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
         limit = time.monotonic() + START_SECONDS
         while time.monotonic() < limit:
@@ -60,13 +61,13 @@ class Server:
         raise SystemExit("the server did not start")
 
     def kill(self) -> None:
-        """Kill all of its processes at once."""
-        everybody = family(self.process.pid)
-        for process in everybody:
+        """Kill all processes of the server at once."""
+        processes = family(self.process.pid)
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
         self.process.wait()
-        psutil.wait_procs(everybody, 10)
+        psutil.wait_procs(processes, 10)
 
     def kill_job_process(self) -> None:
         """Kill the process that runs jobs."""
@@ -75,21 +76,21 @@ class Server:
                 os.kill(process.pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """End it in order."""
+        """Stop the server with SIGTERM."""
         self.process.terminate()
         self.process.wait()
 
 
 async def latencies(url: str, texts: Sequence[str], rate: float, seconds: float) -> list[float]:
-    """Ask for single texts on a schedule; return the seconds from when each was due."""
-    found: list[float] = []
+    """Send requests of one text on a schedule; return latencies in seconds from the due times."""
+    took: list[float] = []
     async with httpx.AsyncClient(base_url=url, timeout=30) as client:
 
         async def ask(text: str, due: float) -> None:
             body = {"input": text, "model": MODEL, "quality": QUALITY}
             answer = await client.post("/classify", json=body)
             answer.raise_for_status()
-            found.append(time.monotonic() - due)
+            took.append(time.monotonic() - due)
 
         async with asyncio.TaskGroup() as tasks:
             started = time.monotonic()
@@ -97,46 +98,46 @@ async def latencies(url: str, texts: Sequence[str], rate: float, seconds: float)
                 due = started + number / rate
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 tasks.create_task(ask(texts[number % len(texts)], due))
-    return found
+    return took
 
 
-def told(name: str, found: Sequence[float]) -> str:
+def summary(name: str, latencies: Sequence[float]) -> str:
     """Return one line about latencies."""
-    p50, p99 = (1000 * quantile(found, share) for share in (0.5, 0.99))
-    return f"{name}: p50 {p50:.1f} ms, p99 {p99:.1f} ms ({len(found)} requests)"
+    p50, p99 = (1000 * quantile(latencies, share) for share in (0.5, 0.99))
+    return f"{name}: p50 {p50:.1f} ms, p99 {p99:.1f} ms ({len(latencies)} requests)"
 
 
 def wait_for_rows(client: Client, job: str, rows: int) -> dict[str, Any]:
-    """Return a job when so many of its rows are answered."""
+    """Return the status of a job once `rows` rows are answered or the job has ended."""
     while True:
         with suppress(UnreachableError):
-            found = client.job(job)
-            if found["rows"] >= rows or found["status"] not in ("queued", "running"):
-                return found
+            status = client.job(job)
+            if status["rows"] >= rows or status["status"] not in ("queued", "running"):
+                return status
         time.sleep(0.05)
 
 
 def compare(client: Client, texts: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
-    """Say how the rows of a result differ from the texts and from POST /classify."""
-    places = sum(row["text"] != text for row, text in zip(rows, texts, strict=False))
+    """Return how the rows of a result differ from the texts and from POST /classify."""
+    misplaced = sum(row["text"] != text for row, text in zip(rows, texts, strict=False))
     answers = client.classify(texts, model=MODEL, quality=QUALITY, timeout=600)
-    others = [
+    different = [
         row
         for row, answer in zip(rows, answers, strict=False)
         if (row.get("label"), row.get("macs")) != (answer.label, answer.macs)  # type: ignore[union-attr]
     ]
     return (
-        f"rows in {len(texts)}, rows out {len(rows)}, in another place {places}, "
-        f"other answers than POST /classify {len(others)}"
+        f"{len(texts)} rows sent, {len(rows)} received, {misplaced} out of order, "
+        f"{len(different)} with another answer than from POST /classify"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="a table of texts; none: made-up ones")
-    parser.add_argument("--rows", type=int, default=20_000, help="of the job")
+    parser.add_argument("--data", type=Path, help="table of texts; default: synthetic texts")
+    parser.add_argument("--rows", type=int, default=20_000, help="rows of the job")
     parser.add_argument("--engines", type=int, default=1)
-    parser.add_argument("--rate", type=float, default=20.0, help="single requests a second")
+    parser.add_argument("--rate", type=float, default=20.0, help="single requests per second")
     parser.add_argument("--seconds", type=float, default=20.0)
     given = parser.parse_args()
     drawn = texts_of(given.data, given.rows)
@@ -152,14 +153,14 @@ def main() -> None:
 
         job = submit()
         done = client.follow_job(job)
-        print(f"a job alone: {done['rows_per_second']:.0f} rows/s ({done['rows']} rows)")
-        asked = server.url, drawn, given.rate, given.seconds
-        print(told("callers without a job", asyncio.run(latencies(*asked))))
+        print(f"job alone: {done['rows_per_second']:.0f} rows/s ({done['rows']} rows)")
+        load = server.url, drawn, given.rate, given.seconds
+        print(summary("requests without a job", asyncio.run(latencies(*load))))
         job = submit()
         wait_for_rows(client, job, SETTLED_ROWS)
-        print(told("callers beside a job", asyncio.run(latencies(*asked))))
-        beside = client.job(job)
-        print(f"the job beside them: {beside['rows_per_second']:.0f} rows/s, {beside['status']}")
+        print(summary("requests during a job", asyncio.run(latencies(*load))))
+        loaded = client.job(job)
+        print(f"job during requests: {loaded['rows_per_second']:.0f} rows/s, {loaded['status']}")
         client.cancel_job(job)
         job = submit()
         wait_for_rows(client, job, given.rows // 4)
@@ -170,7 +171,7 @@ def main() -> None:
         last = client.follow_job(job)
         client.save_job_result(job, output)
         rows = [json.loads(line) for line in output.read_bytes().splitlines()]
-        print(f"after kill -9 of its process and of the server: {last['status']}")
+        print(f"job after kill -9 of its process and of the server: {last['status']}")
         print(compare(client, texts, rows))
         client.close()
         server.stop()

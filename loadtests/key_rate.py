@@ -1,10 +1,10 @@
-"""How well one key's rate holds over several frontends.
+"""Measure how exactly several frontends enforce the rate limit of one key.
 
     python loadtests/key_rate.py --url http://127.0.0.1:8000 --key bf_... --rate 200
 
-asks for single texts, twice as many as the key may by default, over many connections, and prints
-what was allowed, sent and answered a second. The first seconds, in which the burst is spent, do
-not count.
+Sends requests of one text over many connections, by default at twice the key's rate, and prints the
+allowed, sent and answered requests per second. The first seconds, which use up the burst, do not
+count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WARM_UP_SECONDS = 3.0
 async def measure(
     url: str, key: str, sent: float, seconds: float, connections: int
 ) -> tuple[Counter[int], float]:
-    """Send on a schedule; return the statuses of the answers, and the seconds that it took."""
+    """Send `sent` requests per second; return counts by status, and the seconds that it took."""
     statuses: Counter[int] = Counter()
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=30) as client:
@@ -47,8 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--key", required=True, help="a key with texts_per_second")
-    parser.add_argument("--rate", type=float, required=True, help="its texts_per_second")
-    parser.add_argument("--sent", type=float, help="requests a second; by default twice the rate")
+    parser.add_argument("--rate", type=float, required=True, help="the key's texts_per_second")
+    parser.add_argument("--sent", type=float, help="requests per second; default: twice the rate")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--connections", type=int, default=32)
     given = parser.parse_args()

@@ -1,15 +1,15 @@
-"""Callers of several kinds, against a running server, in scenarios.
+"""Load a running server with several kinds of callers, in scenarios.
 
 pip install -e '.[loadtest]'
 locust -f loadtests/locustfile.py --headless -u 16 -r 4 -t 60s -H http://127.0.0.1:8000
 LOADTEST_SCENARIO=spike locust -f loadtests/locustfile.py --headless -H http://127.0.0.1:8000
 
-Without a scenario the number of callers and the time are locust's own; LOADTEST_SHORTER=10 makes a
-scenario so many times as short. Classes may be named after the file: `Interactive Bulk` leaves the
-others out. LOADTEST_DATA names a Parquet file of texts, LOADTEST_MODELS the models of `Mixed`,
-separated by commas. What the server refuses under overload (429, with a time to come back) is an
-answer, counted under its own name; anything else than 200 and 429 is a failure. Locust waits for
-answers: for latency under a fixed rate see benchmark.py.
+Without LOADTEST_SCENARIO, locust's flags set the number of callers and the duration.
+LOADTEST_SHORTER=10 makes a scenario 10 times shorter. To run only some kinds of callers, append
+their classes to the command: `Interactive Bulk`. LOADTEST_DATA is a Parquet file of texts,
+LOADTEST_MODELS the models that `Mixed` uses, separated by commas. A 429 with Retry-After is counted
+separately and is no failure; any other status than 200 is one. Locust waits for answers (closed
+loop); benchmark.py measures latency at a fixed rate.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STAGES: dict[str, list[tuple[float, int]]] = {
     "overload-2": [(60, 128)],
     "overload-5": [(60, 320)],
 }
-"""Seconds and callers of every stage."""
+"""Duration in seconds and number of callers of each stage, by scenario."""
 
 
 class Caller(FastHttpUser):
@@ -48,7 +48,7 @@ class Caller(FastHttpUser):
     wait_time = constant(0)
 
     def classify(self, name: str, given: Any, **fields: Any) -> None:
-        """Send one request, and check that what comes back answers all of it."""
+        """Send one request; it fails if a text has no answer."""
         with self.client.post(
             "/classify", json={"input": given} | fields, name=name, catch_response=True
         ) as response:
@@ -56,8 +56,8 @@ class Caller(FastHttpUser):
                 response.request_meta["name"] = f"{name}, refused"
                 response.success()
             elif response.status_code == 200:
-                wanted = len(given) if isinstance(given, list) else 1
-                if len(response.json()["data"]) != wanted:
+                expected = len(given) if isinstance(given, list) else 1
+                if len(response.json()["data"]) != expected:
                     response.failure("answers are missing")
 
 
@@ -76,7 +76,7 @@ class Interactive(Caller):
 
 
 class Bulk(Caller):
-    """Large requests beside the interactive ones."""
+    """Large requests."""
 
     weight = 1
     wait_time = between(0.5, 1.5)
@@ -87,7 +87,7 @@ class Bulk(Caller):
 
 
 class Mixed(Caller):
-    """Several models and qualities by turns."""
+    """Random models and quality levels."""
 
     weight = 2
 
@@ -98,7 +98,7 @@ class Mixed(Caller):
 
 
 class BigBodies(Caller):
-    """Texts far longer than the model reads: they are truncated."""
+    """Texts far longer than the model's maximum, which are truncated."""
 
     weight = 1
     wait_time = between(1, 2)
@@ -109,7 +109,7 @@ class BigBodies(Caller):
 
 
 class Slow(Caller):
-    """A client that sends its body in small pieces."""
+    """Clients that send the body in small pieces."""
 
     weight = 1
     wait_time = between(1, 2)
@@ -141,7 +141,7 @@ class Slow(Caller):
 
 
 class Stages(LoadTestShape):
-    """The callers of a scenario over time."""
+    """The number of callers of a scenario over time."""
 
     abstract = SCENARIO is None
 

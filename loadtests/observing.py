@@ -1,6 +1,6 @@
-"""Measure the cost of observability: processor time (µs) per request, by enabled feature.
+"""Measure the processor time of metrics, logs and traces: `python loadtests/observing.py`.
 
-python loadtests/observing.py
+Prints microseconds per request, or per call, of each part.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TEXT = {"budgets": 2, "heads": 12, "tokens": 41, "macs": 11_000_000, "dense_macs
 EXPECTED = {0: 0.76, 8: 0.24}
 
 
-class Nowhere(SpanExporter):
+class DroppingExporter(SpanExporter):
     """A span exporter that drops spans, to measure only the cost of creating them."""
 
     def export(self, spans: Any) -> SpanExportResult:  # noqa: ARG002
@@ -48,7 +48,7 @@ class Nowhere(SpanExporter):
 
 
 def microseconds(call: Callable[[], object], calls: int = CALLS) -> float:
-    """Return the median microseconds of a call over some rounds."""
+    """Return the median processor time of a call in microseconds, over `REPEATS` rounds."""
     rounds = []
     for _ in range(REPEATS):
         started = time.process_time()
@@ -58,7 +58,7 @@ def microseconds(call: Callable[[], object], calls: int = CALLS) -> float:
     return statistics.median(rounds)
 
 
-def metrics_known() -> Metrics:
+def metrics_of_two_models() -> Metrics:
     metrics = Metrics()
     metrics.know_routes(["/classify"])
     for model in ("ag_news", "banking77"):
@@ -78,10 +78,10 @@ def count(counts: Counts, texts: int = 1, traceparent: str = "") -> None:
 
 
 def report(counts: Counts, metrics: Metrics) -> None:
-    """Report the counts of one model and route to the registry, as happens four times a second."""
+    """Add the counts of one model and route to the registry, as happens four times a second."""
     count(counts)
-    travelled = TO_HUB.decode(msgspec.msgpack.encode(Report(0, counts.take())))
-    metrics.add(travelled.difference)
+    received = TO_HUB.decode(msgspec.msgpack.encode(Report(0, counts.take())))
+    metrics.add(received.difference)
 
 
 def app(tracing: Tracing | None) -> FastAPI:
@@ -94,13 +94,13 @@ def app(tracing: Tracing | None) -> FastAPI:
         "operation_spans": False,
         "auto_configure": False,
     }
-    made = FastAPI(telemetry=telemetry)  # type: ignore[arg-type]
+    application = FastAPI(telemetry=telemetry)  # type: ignore[arg-type]
 
-    @made.get("/")
+    @application.get("/")
     async def answer(_: Request) -> dict[str, str]:
         return {}
 
-    return made
+    return application
 
 
 def http(application: Any) -> Callable[[], None]:
@@ -130,16 +130,18 @@ def stage(tracer: Tracer) -> None:
         span.set_attribute("budgetformer.tokens", 41)
 
 
-def rows() -> dict[str, float]:
-    metrics = metrics_known()
-    frontend, engine = Tracing(Nowhere(), "frontend"), Tracing(Nowhere(), "engine-0", follow=True)
+def costs() -> dict[str, float]:
+    """Return microseconds by part."""
+    metrics = metrics_of_two_models()
+    frontend = Tracing(DroppingExporter(), "frontend")
+    engine = Tracing(DroppingExporter(), "engine-0", follow=True)
     spans = engine.pass_spans()
     now = time.monotonic()
     rider = Rider(RequestContext("r", TRACEPARENT), now, 2)
     decided, computed = (
         PassRun(stage, "ag_news:1", 2, 41, [rider], now, now) for stage in ("budget", "compute")
     )
-    tracer, nobody = frontend.provider.get_tracer("budgetformer"), NoOpTracer()
+    tracer, no_tracer = frontend.provider.get_tracer("budgetformer"), NoOpTracer()
     counts = Counts()
     bare, traced = app(None), app(frontend)
     observed = Observe(app(None), counts, log_share=0.01)
@@ -150,16 +152,16 @@ def rows() -> dict[str, float]:
         "metrics of a request": microseconds(lambda: count(counts)),
         "metrics of a request, with exemplars": microseconds(lambda: count(counts, 1, TRACEPARENT)),
         "metrics of a request of 64 texts": microseconds(lambda: count(counts, 64)),
-        "a report of counts, to the registry": microseconds(lambda: report(counts, metrics)),
+        "report of counts to the registry": microseconds(lambda: report(counts, metrics)),
         "middleware (id, context, count, 1 % logged)": microseconds(http(observed)) - floor,
         "middleware, every request logged": microseconds(http(logged)) - floor,
-        "tracing off: the stage's place in the code": microseconds(lambda: stage(nobody)),
+        "tracing off: instrumentation of a stage": microseconds(lambda: stage(no_tracer)),
         "tracing on: HTTP span": microseconds(http(traced)) - floor,
         "tracing on: span of a stage": microseconds(lambda: stage(tracer)),
         "tracing on: engine, both passes of one text": microseconds(
             lambda: (spans.ran(decided), spans.ran(computed))
         ),
-        "the playground's strip, once in five seconds": microseconds(
+        "recent traffic of the playground, once in 5 s": microseconds(
             lambda: recent.sample(now), calls=20
         ),
         "one scrape": microseconds(lambda: generate_latest(metrics.registry), calls=2),
@@ -167,7 +169,7 @@ def rows() -> dict[str, float]:
 
 
 def main() -> None:
-    with Path(os.devnull).open("w") as nowhere:
+    with Path(os.devnull).open("w") as null:
         structlog.configure(
             processors=[
                 structlog.contextvars.merge_contextvars,
@@ -176,10 +178,10 @@ def main() -> None:
                 structlog.processors.JSONRenderer(),
             ],
             wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-            logger_factory=structlog.PrintLoggerFactory(nowhere),
+            logger_factory=structlog.PrintLoggerFactory(null),
             cache_logger_on_first_use=True,
         )
-        for name, cost in rows().items():
+        for name, cost in costs().items():
             print(f"{name:48} {cost:9.1f} us")
 
 

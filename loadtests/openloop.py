@@ -2,11 +2,11 @@
 
     python loadtests/openloop.py
 
-prints what the client itself can do: how late it sends, and what a request costs it, against a
-server that answers at once with a fixed text. Other scripts of this folder import it.
+measures the client itself with a server that answers at once: how late it sends requests, and the
+latency that it adds. Other scripts of this folder import the client.
 
-Latency counts from the moment at which a request was due, never from the moment at which it was
-sent: a server that stalls is charged for every request that came due meanwhile.
+Latency counts from the time at which a request was due, not from the time at which it was sent. So
+if a server stalls, the latency of all requests that are due meanwhile includes the stall.
 """
 
 from __future__ import annotations
@@ -39,7 +39,22 @@ Arrivals = Literal["constant", "poisson"]
 
 @dataclass
 class Phase:
-    """The results of sending at one rate. Times in seconds."""
+    """The results of sending at one rate; times are in seconds.
+
+    Attributes:
+        name: name of the phase.
+        seconds: scheduled duration.
+        rate: scheduled requests per second; 0 in a closed loop.
+        due: number of requests that were due.
+        took: time until the last answer.
+        client_cpu: processor time of the client.
+        statuses: number of answers by HTTP status, or by the error without one.
+        levels: number of 200s by the quality level of the answer (X-Quality).
+        answered: due time after the start, and latency, of each 200.
+        refused: latencies of all other answers.
+        late: delay between due time and sending, of each request.
+        bodies: index of the request and the body, of each 200, if the client keeps bodies.
+    """
 
     name: str
     seconds: float
@@ -50,12 +65,9 @@ class Phase:
     statuses: Counter[str] = field(default_factory=Counter)
     levels: Counter[str] = field(default_factory=Counter)
     answered: list[tuple[float, float]] = field(default_factory=list)
-    """Of every 200: when it was due after the start, and its latency."""
     refused: list[float] = field(default_factory=list)
-    """Latencies of what was refused."""
     late: list[float] = field(default_factory=list)
     bodies: list[tuple[int, bytes]] = field(default_factory=list)
-    """Number of the request and its answer, where answers are kept."""
 
     @property
     def unanswered(self) -> int:
@@ -63,16 +75,16 @@ class Phase:
 
     @property
     def goodput(self) -> float:
-        """Requests answered with 200 a second, until the last answer."""
+        """Requests per second that were answered with 200."""
         return self.statuses["200"] / max(self.seconds, self.took)
 
     def latency(self, share: float) -> float:
-        """Return the latency that a share of the answered requests does not exceed."""
+        """Return the quantile `share` of the latencies of 200s."""
         return quantile([latency for _, latency in self.answered], share)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that is not exceeded by a share of them; no values: not a number.
+    """Return the quantile `share` of the values; NaN if there are none.
 
     >>> quantile([3.0, 1.0, 2.0], 0.5)
     2.0
@@ -103,7 +115,7 @@ class _Connection(asyncio.Protocol):
         self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
-        if self._done is None:  # nothing was asked: the server gives an idle connection up
+        if self._done is None:  # an idle connection: the server announces that it closes it
             self._transport.close()
         else:
             self._parser.feed_data(data)
@@ -139,8 +151,8 @@ class Client:
     """A pool of connections to one server.
 
     Args:
-        url: of the server and the route, http only.
-        headers: of every request.
+        url: URL of the route; http only.
+        headers: headers of every request.
         spin: busy-wait for due times, for microsecond precision; requires a dedicated core.
         keep_bodies: whether phases store the answers.
     """
@@ -205,7 +217,7 @@ class Client:
     async def closed(
         self, name: str, requests: Sequence[bytes], callers: int, seconds: float
     ) -> Phase:
-        """Send closed-loop with this many requests in flight; latency counts from sending."""
+        """Send requests closed-loop, with `callers` in flight; latency counts from sending."""
         await self.connect(callers)
         loop = asyncio.get_running_loop()
         phase, numbers = Phase(name, seconds), itertools.count()
@@ -224,7 +236,7 @@ class Client:
             phase.due += 1
 
             def done(status: str, level: str, body: bytes) -> None:
-                self._note(phase, status, level, body, number, now - start, now)
+                self._record(phase, status, level, body, number, now - start, now)
                 ask()
 
             self._idle.pop().send(requests[number], done)
@@ -244,7 +256,7 @@ class Client:
         seconds: float,
         arrivals: Arrivals = "constant",
     ) -> Phase:
-        """Send `rate` requests per second, without waiting for answers."""
+        """Send `rate` requests per second, open-loop."""
         phase = Phase(name, seconds, rate)
         await self.connect(min(int(rate / 4) + 8, 512))
         waiting: set[asyncio.Task[None]] = set()
@@ -254,18 +266,18 @@ class Client:
             await self._until(due)
             phase.late.append(time.perf_counter() - due)
             phase.due += 1
-            place = number % len(requests)
+            index = number % len(requests)
 
             def done(
                 status: str, level: str, body: bytes,
-                place: int = place, offset: float = offset, due: float = due,
+                index: int = index, offset: float = offset, due: float = due,
             ) -> None:  # fmt: skip
-                self._note(phase, status, level, body, place, offset, due)
+                self._record(phase, status, level, body, index, offset, due)
 
             if self._idle:
-                self._idle.pop().send(requests[place], done)
+                self._idle.pop().send(requests[index], done)
             else:
-                task = asyncio.create_task(self._send_anew(requests[place], done))
+                task = asyncio.create_task(self._connect_and_send(requests[index], done))
                 waiting.add(task)
                 task.add_done_callback(waiting.discard)
         phase.client_cpu = time.process_time() - cpu
@@ -282,11 +294,13 @@ class Client:
             return
         if left > SLEEP_RESOLUTION:
             await asyncio.sleep(left - SLEEP_RESOLUTION)
-        await asyncio.sleep(0)  # answers are read, however far behind the schedule is
+        await asyncio.sleep(0)  # reads answers even if the schedule is behind
         while time.perf_counter() < due:
             await asyncio.sleep(0)
 
-    async def _send_anew(self, request: bytes, done: Callable[[str, str, bytes], None]) -> None:
+    async def _connect_and_send(
+        self, request: bytes, done: Callable[[str, str, bytes], None]
+    ) -> None:
         while self._open >= MAX_CONNECTIONS and not self._idle:
             await asyncio.sleep(0.001)
         try:
@@ -296,9 +310,9 @@ class Client:
             return
         connection.send(request, done)
 
-    def _note(
+    def _record(
         self, phase: Phase, status: str, level: str, body: bytes,
-        number: int, offset: float, due: float,
+        index: int, offset: float, due: float,
     ) -> None:  # fmt: skip
         phase.statuses[status] += 1
         latency = time.perf_counter() - due
@@ -306,7 +320,7 @@ class Client:
             phase.answered.append((offset, latency))
             phase.levels[level] += 1
             if self.keep_bodies:
-                phase.bodies.append((number, body))
+                phase.bodies.append((index, body))
         else:
             phase.refused.append(latency)
 
@@ -320,11 +334,11 @@ def _offsets(rate: float, seconds: float, arrivals: Arrivals) -> Iterator[float]
         yield offset
 
 
-# What the client itself can do
+# The limits of the client
 
 
 class _Fixed(asyncio.Protocol):
-    """A server that answers every request with the same text."""
+    """A server that answers every request with the same body."""
 
     ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 300\r\n\r\n" + b" " * 300
 
@@ -352,7 +366,7 @@ def _serve_fixed(port: Any, core: int | None) -> None:
 
 
 async def limit(url: str, size: int, rates: Sequence[float], seconds: float) -> list[Phase]:
-    """Return phases of rising rates against a server that answers at once."""
+    """Return one phase per rate with the server at `url`, for requests of `size` bytes."""
     client = Client(url)
     requests = [client.request({"input": "x" * size})]
     phases = [await client.scheduled(f"{rate:g}/s", requests, rate, seconds) for rate in rates]
@@ -361,7 +375,16 @@ async def limit(url: str, size: int, rates: Sequence[float], seconds: float) -> 
 
 
 def limit_lines(size: int, rates: Sequence[float], seconds: float) -> list[str]:
-    """Return this client's limits for requests of this size in bytes, as a Markdown table."""
+    """Measure this client at several rates with a server that answers at once.
+
+    Args:
+        size: size of the requests, in bytes.
+        rates: requests per second.
+        seconds: duration of each rate.
+
+    Returns:
+        The lines of a Markdown table.
+    """
     cores = sorted(os.sched_getaffinity(0))
     server_core = cores[0] if len(cores) > 1 else None
     ours, theirs = multiprocessing.Pipe()
@@ -376,7 +399,7 @@ def limit_lines(size: int, rates: Sequence[float], seconds: float) -> list[str]:
         serving.terminate()
         serving.join()
     lines = [
-        f"| a second, {size} bytes | answered | late p99, us | late at most, us | p50, us |",
+        f"| requests/s, {size} bytes | answered | late p99, us | late max, us | p50, us |",
         "|---|---|---|---|---|",
     ]
     lines += [

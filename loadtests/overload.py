@@ -1,15 +1,14 @@
-"""Overload a server on a schedule that does not wait for answers.
+"""Overload a server on a schedule that does not wait for answers (open loop).
 
     python loadtests/overload.py [--data texts.parquet] [--texts 64 1] [--against OTHER_CHECKOUT]
 
-It starts a server on the first cores and holds itself on the last one, so that neither takes the
-other's time; `--url` asks a server that runs already. It finds the rate that the server answers
-when asked as fast as it answers, at the quality that overload lowers to, and sends multiples of
-that rate. The peak is measured anew between them, and what is answered is compared with the mean of
-the peaks before and after: machines become faster and slower. Latency counts from the moment at
-which a request was due. Every request must be answered (200, 429, 503 or 504), and the texts
-answered a second should stay near the peak. With `--against` the server of another checkout takes
-its turn in every round.
+The server runs on the first cores, this client on the last one; `--url` uses a running server. The
+peak rate is what the server answers in a closed loop at `fast`, the level to which overload lowers
+the quality. The client then sends multiples of this rate. Because machines become faster and
+slower, the peak is measured again after each multiple, and the answered rate is compared with the
+mean of the peaks before and after it. Latency counts from the time at which a request was due.
+Every request must be answered (200, 429, 503 or 504), and the answered texts per second should stay
+near the peak. `--against` measures the server of another checkout in every round too.
 """
 
 from __future__ import annotations
@@ -33,23 +32,23 @@ from texts import texts_of
 
 BODIES = 300
 IN_FLIGHT = 6, 32
-"""Requests in flight while the peak is looked for, many texts in each or one: the engines are
-always busy and no deadline passes."""
+"""Requests in flight while the peak is measured, with many texts per request and with one: enough
+to keep the engines busy, few enough to meet all deadlines."""
 
-PEAK = "as fast as answered"
+PEAK = "peak"
 HEADS = (
     "server", "texts", "load", "due", "answers", "unanswered", "texts/s", "of peak", "p50 ms",
-    "p99 ms", "refused in ms, p50", "levels", "memory MiB", "client late by ms, p99",
-    "client's core busy",
+    "p99 ms", "refused after ms, p50", "levels", "memory MiB", "sent late by ms, p99",
+    "CPU of the client",
 )  # fmt: skip
 
 
-class Asked:
+class Measurement:
     """The measurements of one server with one request size.
 
     Args:
-        name: of the server.
-        url: of the server.
+        name: name of the server.
+        url: URL of the server.
         memory: returns the server's memory in MiB.
         size: texts per request.
         given: the command line.
@@ -76,18 +75,18 @@ class Asked:
         self._grown = 0.0
 
     async def round(self) -> None:
-        """Measure every multiple once, between two peaks."""
+        """Measure every multiple of the peak once."""
         client = Client(self._url, spin=False)
         requests = [client.request(body) for body in self._bodies]
         lowest = [client.request(body | {"quality": "fast"}) for body in self._bodies]
         peak = partial(client.closed, PEAK, lowest, IN_FLIGHT[self._size == 1])
         await peak(3.0)
-        before, held = await peak(self._given.seconds), self._memory()
+        before, memory = await peak(self._given.seconds), self._memory()
         for factor in self._given.factors:
             load = f"{factor:g}x"
             rate = factor * before.goodput
             phase = await client.scheduled(load, requests, rate, self._given.seconds)
-            self._grown = max(self._grown, self._memory() - held)
+            self._grown = max(self._grown, self._memory() - memory)
             await asyncio.sleep(self._given.rest)
             after = await peak(self._given.seconds)
             self._phases[PEAK].append(before)
@@ -99,7 +98,7 @@ class Asked:
         client.close()
 
     def rows(self) -> Iterator[str]:
-        """Return a line of the table per load, with sums of counts and medians of other values."""
+        """Yield a table row per load: sums of counts over the rounds, medians of other values."""
         for load, phases in self._phases.items():
             statuses, levels = (
                 ", ".join(f"{name}: {n}" for name, n in sorted(total.items()))
@@ -133,16 +132,19 @@ class Asked:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", help="of a server that runs; without, one is started")
-    parser.add_argument("--against", type=Path, help="another checkout, measured too")
+    parser.add_argument("--url", help="URL of a running server; default: start one")
+    parser.add_argument("--against", type=Path, help="another checkout to measure too")
     parser.add_argument(
-        "--data", type=Path, help="Parquet with a column `text`; none: made-up texts"
+        "--data", type=Path, help="Parquet file with a column `text`; default: synthetic texts"
     )
-    parser.add_argument("--texts", type=int, nargs="+", default=[64, 1], help="in a request")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of every phase")
-    parser.add_argument("--rest", type=float, default=6.0, help="seconds after each multiple")
-    parser.add_argument("--rounds", type=int, default=3, help="of all multiples")
-    parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 1.0, 3.0, 5.0])
+    parser.add_argument("--texts", type=int, nargs="+", default=[64, 1], help="texts per request")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of a phase")
+    parser.add_argument("--rest", type=float, default=6.0, help="seconds to wait after a multiple")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of all multiples")
+    parser.add_argument(
+        "--factors", type=float, nargs="+", default=[0.5, 1.0, 3.0, 5.0],
+        help="multiples of the peak",
+    )  # fmt: skip
     parser.add_argument("--timeout-ms", type=int, default=2000, help="deadline of a request")
     given = parser.parse_args()
     print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
@@ -160,13 +162,15 @@ def main() -> None:
             cores.hold_client()
             print(cores.describe(), file=sys.stderr)
         for size in given.texts:
-            asked = [Asked(name, *server, size, given) for name, server in servers.items()]
+            measurements = [
+                Measurement(name, *server, size, given) for name, server in servers.items()
+            ]
             for number in range(given.rounds):
-                for one in asked if number % 2 == 0 else reversed(asked):
-                    uvloop.run(one.round())
+                for measurement in measurements if number % 2 == 0 else reversed(measurements):
+                    uvloop.run(measurement.round())
                     time.sleep(1.0)
-            for one in asked:
-                print("\n".join(one.rows()), flush=True)
+            for measurement in measurements:
+                print("\n".join(measurement.rows()), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,14 @@ class Promise:
         sign: `>=` or `<=`.
         bound: the target value.
         reached: measured values, one per repeat.
-        hard: whether it depends on the difficulty of texts, and so requires real ones.
+        needs_real_texts: whether the figure depends on how difficult the texts are.
     """
 
     what: str
     sign: str
     bound: float
     reached: Sequence[float]
-    hard: bool = False
+    needs_real_texts: bool = False
 
     @property
     def verdict(self) -> str:
@@ -60,16 +60,16 @@ def pass_promises(report: dict[str, Any]) -> list[Promise]:
     _, last, precision = full.replace(",", "").split()
     sixth, balanced = f"step {int(last) // 6}, {precision}", f"balanced, {precision}"
     dense, int8 = "dense, Transformers sdpa", "dense, ONNX Runtime int8"
-    asked = [
-        ("a sixth of the heads, of all heads", sixth, full, {1: 0.3, 32: 0.22}),
-        ("all heads, of dense in Transformers", full, dense, {1: 0.8, 32: 0.6}),
-        ("`balanced`, of dense in ONNX Runtime int8", balanced, int8, {1: 0.15, 32: 0.05}),
+    targets = [
+        ("a sixth of the heads / all heads", sixth, full, {1: 0.3, 32: 0.22}),
+        ("all heads / dense in Transformers", full, dense, {1: 0.8, 32: 0.6}),
+        ("`balanced` / dense in ONNX Runtime int8", balanced, int8, {1: 0.15, 32: 0.05}),
     ]
     return [
         Promise(
             f"pass: time of {what}, batch {batch}", "<=", bound,
-            [times[of, batch] / times[to, batch]], hard=of == balanced,
+            [times[of, batch] / times[to, batch]], needs_real_texts=of == balanced,
         )
-        for what, of, to, bounds in asked
+        for what, of, to, bounds in targets
         for batch, bound in bounds.items()
     ]  # fmt: skip

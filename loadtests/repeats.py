@@ -4,8 +4,8 @@
 
 Each caller sends one text at a time. With probability `--share` it is drawn uniformly from the
 earlier texts of the round; otherwise it is a new text. A second workload has no repeated texts and
-shows what the cache costs. Give texts that step 0 was not fitted on: otherwise it answers nearly
-all of them, and the encoder is hardly measured.
+shows the overhead of the cache. Use texts on which step 0 was not fitted: otherwise it answers
+nearly all of them, and the encoder is hardly measured.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QUALITIES = ("balanced", "best")
 
 @dataclass(frozen=True)
 class Measured:
-    """Result of one round: texts per second, and microseconds of processor time per text."""
+    """The results of one round: texts per second, and processor time per text in microseconds."""
 
     rate: float
     cpu: float
@@ -54,18 +54,18 @@ def measure(server: Server, texts: Sequence[str], quality: str) -> Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="labelled or plain texts; none: made-up ones")
+    parser.add_argument("--data", type=Path, help="table of texts; default: synthetic texts")
     parser.add_argument("--share", type=float, default=0.2, help="share of repeated texts")
-    parser.add_argument("--texts", type=int, default=1000, help="texts of a round")
+    parser.add_argument("--texts", type=int, default=1000, help="texts per round")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     cores, flags = Cores.split(1), ["--models=ag_news", "--fronts=1"]
     shares = (given.share, 0.0)
     rounds = len(shares) * given.repeats
-    # Each round has texts of its own, so that nothing is cached from an earlier one.
+    # Each round has its own texts, so that none are cached from an earlier round.
     texts = list(dict.fromkeys(texts_of(given.data, rounds * given.texts)))
     size = len(texts) // rounds
-    found: dict[tuple[str, float, str], list[Measured]] = {}
+    results: dict[tuple[str, float, str], list[Measured]] = {}
     with ExitStack() as stack:
         servers = {
             "without": stack.enter_context(ours(cores.server, *flags)),
@@ -77,32 +77,30 @@ def main() -> None:
         for number in range(rounds):
             share = shares[number % len(shares)]
             sent = with_repeats(texts[number * size : (number + 1) * size], share, number)
-            # Which server goes first changes every second round of a share (ABBA).
-            turns = list(servers) if number % 4 < len(shares) else list(reversed(servers))
+            # The order of the servers alternates (ABBA), so that a drift of the machine cancels.
+            order = list(servers) if number % 4 < len(shares) else list(reversed(servers))
             for quality in QUALITIES:
-                for name in turns:
+                for name in order:
                     measured = measure(servers[name], sent, quality)
-                    found.setdefault((quality, share, name), []).append(measured)
+                    results.setdefault((quality, share, name), []).append(measured)
     table = Table(
-        "quality", "repeated", "cache", "texts/s", "CPU us/text", "of without", box=box.SIMPLE
+        "quality", "repeated", "cache", "texts/s", "CPU us/text", "CPU / without", box=box.SIMPLE
     )
     for quality, share in product(QUALITIES, shares):
-        plain = [one.cpu for one in found[quality, share, "without"]]
+        without = [one.cpu for one in results[quality, share, "without"]]
         for name in servers:
-            own = found[quality, share, name]
-            ratios = sorted(one.cpu / cpu for one, cpu in zip(own, plain, strict=True))
+            rows = results[quality, share, name]
+            ratios = sorted(one.cpu / cpu for one, cpu in zip(rows, without, strict=True))
             table.add_row(
                 quality,
                 f"{share:.0%}",
                 name,
-                f"{statistics.median(one.rate for one in own):.0f}",
-                f"{statistics.median(one.cpu for one in own):.0f}",
+                f"{statistics.median(one.rate for one in rows):.0f}",
+                f"{statistics.median(one.cpu for one in rows):.0f}",
                 f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
             )
     console = Console()
-    console.print(
-        f"{size} texts a round, {given.repeats} rounds each, {CALLERS} callers; {cores.describe()}"
-    )
+    console.print(f"{given.repeats} rounds of {size} texts, {CALLERS} callers; {cores.describe()}")
     console.print(table)
 
 

@@ -2,10 +2,10 @@
 
     python -m loadtests.rollouts --data ag_news/test.parquet
 
-A server of two frontends is asked all the time, by callers that count every answer that is not 200.
-The good version is the served one with its weights disturbed a little; the bad one has its labels
-exchanged. In the middle of a roll-out the whole server is killed and started again, for which the
-callers wait.
+Callers send requests to a server of two frontends all the time, and count every answer that is not
+a 200. The good version is the served one with a little noise added to its weights; the bad version
+has its labels exchanged. In the middle of a roll-out the whole server is killed and started again;
+the callers pause meanwhile.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ from loadtests.texts import texts_of
 
 MODEL, KEY = "ag_news", "load-test"
 CALLERS = 16
-DISTURBED = 0.02
-"""Standard deviation of the good version's disturbance, relative to the weights' own."""
+NOISE = 0.02
+"""Standard deviation of the good version's noise, relative to that of each weight tensor."""
 ADMIN = {"X-API-Key": KEY}
 
 
-def bring(store: Path, version: int, source: Path, exchange: bool) -> None:
-    """Add a changed copy of a version to the store."""
+def add_version(store: Path, version: int, source: Path, exchange_labels: bool) -> None:
+    """Add a changed copy of the version in `source` to the store."""
     folder = store / MODEL / str(version)
     shutil.copytree(source, folder)
     weights = folder / "model.safetensors"
     tensors = load_file(weights)
     manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
-    labels, noise = len(manifest.labels), torch.Generator().manual_seed(0)
+    labels, generator = len(manifest.labels), torch.Generator().manual_seed(0)
     for name, value in tensors.items():
         axis = next((at for at, size in enumerate(value.shape) if size == labels), None)
-        if exchange and axis is not None:
+        if exchange_labels and axis is not None:
             tensors[name] = value.roll(1, axis).contiguous()
-        elif not exchange and value.is_floating_point() and value.dim() > 1:
-            drawn = torch.randn(value.shape, generator=noise) * value.float().std() * DISTURBED
-            tensors[name] = (value.float() + drawn).to(value.dtype)
+        elif not exchange_labels and value.is_floating_point() and value.dim() > 1:
+            noise = torch.randn(value.shape, generator=generator) * value.float().std() * NOISE
+            tensors[name] = (value.float() + noise).to(value.dtype)
     save_file(tensors, weights, {"format": "pt"})
     files = file_entries(folder)
     write_manifest(folder, manifest.model_copy(update={"version": version, "files": files}))
 
 
 class Server:
-    """`budgetformer serve` over a store, which can be killed and started again."""
+    """`budgetformer serve` with a model store; can be killed and started again."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -72,7 +72,7 @@ class Server:
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
-        """Return when it can classify."""
+        """Start the server, and return when it is ready."""
         options = {
             "model-store": self._folder / "store", "state-dir": self._folder / "state",
             "port": self._port, "models": json.dumps([MODEL]), "fronts": 2, "log-level": "warning",
@@ -97,7 +97,7 @@ class Server:
                 await asyncio.sleep(0.1)
 
     async def kill(self) -> None:
-        """Kill every process of it."""
+        """Kill all processes of the server."""
         assert self._process is not None
         top = psutil.Process(self._process.pid)
         for process in [*top.children(recursive=True), top]:
@@ -117,14 +117,22 @@ class Server:
 
 @dataclass
 class Traffic:
-    """Clients that send requests continuously, and the answers that they got."""
+    """Clients that send requests continuously.
+
+    Attributes:
+        url: URL of the server.
+        texts: texts to send, in turn.
+        answered: number of 200s by model and version.
+        failed: number of other answers by status or exception.
+        paused: whether the clients wait.
+    """
 
     url: str
     texts: list[str]
     answered: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     paused: bool = False
-    _under_way: int = 0
+    _in_flight: int = 0
 
     async def call(self) -> None:
         """Send one text after another, until cancelled."""
@@ -134,7 +142,7 @@ class Traffic:
                     await asyncio.sleep(0.02)
                     continue
                 text = self.texts[self.answered.total() % len(self.texts)]
-                self._under_way += 1
+                self._in_flight += 1
                 try:
                     answer = await client.post("/classify", json={"input": text})
                     if answer.status_code == 200:
@@ -144,17 +152,17 @@ class Traffic:
                 except httpx.TransportError as error:
                     self.failed[type(error).__name__] += 1
                 finally:
-                    self._under_way -= 1
+                    self._in_flight -= 1
 
     async def pause(self) -> None:
-        """Stop sending, and return when no answer is pending."""
+        """Stop sending, and return when no request is in flight."""
         self.paused = True
-        while self._under_way:
+        while self._in_flight:
             await asyncio.sleep(0.01)
 
 
 class Operator:
-    """Makes the changes, and records a line per phase."""
+    """Changes versions through the API, and records a table row per phase."""
 
     def __init__(self, url: str, traffic: Traffic) -> None:
         self._url = url
@@ -176,44 +184,48 @@ class Operator:
             return dict(answer.json())
 
     async def phase(self, name: str, seconds: float, *, until: str = "") -> dict[str, Any] | None:
-        """Let the clients send for some time, or until the roll-out reaches a state."""
+        """Let the clients send for `seconds`, or until the roll-out reaches the state `until`.
+
+        Returns:
+            The last report of the roll-out, if `until` is given.
+        """
         traffic, began = self._traffic, time.monotonic()
         answered, failed = Counter(traffic.answered), Counter(traffic.failed)
-        found: dict[str, Any] | None = None
+        report: dict[str, Any] | None = None
         while time.monotonic() - began < seconds:
             await asyncio.sleep(0.25)
-            if until and (found := await self.report())["state"] == until:
+            if until and (report := await self.report())["state"] == until:
                 break
         took = time.monotonic() - began
         by = ", ".join(f"{k}: {v:,}" for k, v in sorted((traffic.answered - answered).items()))
         errors = traffic.failed - failed
-        state = found["state"] if found else ""
+        state = report["state"] if report else ""
         self.table.add_row(name, f"{took:.1f}", by, str(dict(errors) or 0), state)
-        return found
+        return report
 
 
 async def run(data: Path | None, source: Path, seconds: float) -> None:
     """Run a server under load, roll versions out, and print the results."""
     console = Console(width=150)
-    with tempfile.TemporaryDirectory(prefix="rollouts-") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="rollouts-") as temporary:
+        folder = Path(temporary)
         shutil.copytree(source, folder / "store" / MODEL / source.name)
         first = int(source.name)
         good, bad = first + 1, first + 2
         async with Server(folder) as server:
-            bring(folder / "store", good, source, exchange=False)
-            bring(folder / "store", bad, source, exchange=True)
+            add_version(folder / "store", good, source, exchange_labels=False)
+            add_version(folder / "store", bad, source, exchange_labels=True)
             traffic = Traffic(server.url, texts_of(data, 2000))
             operator = Operator(server.url, traffic)
             callers = [asyncio.create_task(traffic.call()) for _ in range(CALLERS)]
             await operator.phase("one version", seconds)
             await operator.change("rollout", version=good, weight=0.2, shadow=0.5)
-            await operator.phase(f"{good}: canary .2, shadow .5", seconds)
+            await operator.phase(f"{good}: canary 0.2, shadow 0.5", seconds)
             await traffic.pause()
             await server.kill()
             await server.start()
             traffic.paused = False
-            await operator.phase("the same after kill -9 of the server", seconds)
+            await operator.phase("the same, after kill -9 of the server", seconds)
             shadow = await operator.report()
             await operator.change("promote")
             await operator.phase("promoted", seconds)
@@ -229,15 +241,16 @@ async def run(data: Path | None, source: Path, seconds: float) -> None:
             await asyncio.gather(*callers, return_exceptions=True)
             console.print(operator.table)
             console.print(f"shadow report of version {good}:", shadow)
-            console.print(f"version {bad} stopped by itself:", stopped and stopped["reason"])
-            console.print("answered:", traffic.answered.total(), "not:", dict(traffic.failed) or 0)
+            console.print(f"version {bad} was stopped:", stopped and stopped["reason"])
+            failed = dict(traffic.failed) or 0
+            console.print("answered:", traffic.answered.total(), "not answered:", failed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="texts to send; none: made-up ones")
+    parser.add_argument("--data", type=Path, help="table of texts; default: synthetic texts")
     parser.add_argument("--model", type=Path, default=Path("model_store/ag_news/3"))
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each phase")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of a phase")
     given = parser.parse_args()
     asyncio.run(run(given.data, given.model, given.seconds))
 

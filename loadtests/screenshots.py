@@ -19,7 +19,7 @@ PHASE_SECONDS = 45.0
 
 
 def load(url: str, seconds: float) -> None:
-    """Send texts of every quality at alternating rates."""
+    """Send requests of every quality level, alternately at a high and a low rate."""
     end = time.monotonic() + seconds
     with httpx.Client(base_url=url, timeout=30) as client:
         while (left := end - time.monotonic()) > 0:
@@ -41,7 +41,8 @@ def take(browser: Browser, url: str, scheme: str) -> None:
     page.goto(url)
     expect(page.locator("#ticks span")).not_to_have_count(0)
     page.wait_for_load_state("networkidle")
-    page.get_by_role("button", name="Classify").click()  # anew, now that the browser has started
+    # The first answer was slow, because the browser was still starting.
+    page.get_by_role("button", name="Classify").click()
     answered = page.locator("#columns .says:not(:empty)")
     expect(answered).to_have_count(page.locator("#ticks span").count())
     expect(page.locator("#live-budgets rect")).not_to_have_count(0)
@@ -54,8 +55,8 @@ def take(browser: Browser, url: str, scheme: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--chromium", required=True, help="the browser's program")
-    parser.add_argument("--seconds", type=float, default=600.0, help="of load before")
+    parser.add_argument("--chromium", required=True, help="path of the browser")
+    parser.add_argument("--seconds", type=float, default=600.0, help="seconds of load before")
     given = parser.parse_args()
     load(given.url, given.seconds)
     FOLDER.mkdir(exist_ok=True)

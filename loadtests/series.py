@@ -1,10 +1,10 @@
-"""How many series `/metrics` shows before, during and after many changes of models.
+"""Count the series of `/metrics` before, during and after many changes of models.
 
     python -m loadtests.series [--changes 50] [--retired-series-seconds 1]
 
-serves a store of copies of one model, loads two versions of it in turns and other models that come
-and go, asks each for an answer, and waits until the series of what is served no more are gone. The
-exit code is 1 if the series in the end are not those of the beginning.
+Serves copies of one model, loads two versions of it in turns, loads and unloads other models, and
+sends each loaded model a request. Then it waits until the series of unloaded models are removed.
+The exit code is 1 if the series at the end differ from those at the beginning.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from budgetformer.checkpoint.store import read_checkpoint
 from loadtests.chaos.server import ADMIN, MODEL, STORE, Server, Setup, serving
 
 STEADY, GUESTS = "steady", 5
-"""The model with two versions, and how many others come and go."""
+"""Name of the model with two versions, and number of models that are loaded and unloaded."""
 PATIENCE = 20.0
 Series = tuple[str, frozenset[tuple[str, str]]]
 
@@ -45,14 +45,14 @@ def fill(store: Path) -> None:
 
 
 def changes() -> Iterator[list[tuple[str, str, int | None]]]:
-    """Yield changes without end, a few at a time: action, model, version."""
-    for round in itertools.count():
-        guest = f"guest-{round % GUESTS}"
-        yield [("load", STEADY, 2 - round % 2), ("load", guest, 1), ("unload", guest, None)]
+    """Yield groups of changes (action, model, version) without end."""
+    for turn in itertools.count():
+        guest = f"guest-{turn % GUESTS}"
+        yield [("load", STEADY, 2 - turn % 2), ("load", guest, 1), ("unload", guest, None)]
 
 
-async def shown(server: Server) -> tuple[set[Series], int]:
-    """Return the series of a scrape, and its bytes."""
+async def scrape(server: Server) -> tuple[set[Series], int]:
+    """Return the series of a scrape, and its size in bytes."""
     text = (await server.plain.get("/metrics")).raise_for_status().text
     families = text_string_to_metric_families(text)
     samples = (sample for family in families for sample in family.samples)
@@ -60,17 +60,17 @@ async def shown(server: Server) -> tuple[set[Series], int]:
 
 
 async def change(server: Server, action: str, model: str, version: int | None) -> None:
-    """Change what is served, and ask what was loaded for an answer."""
+    """Load or unload a model; send a request to a loaded one."""
     body = {} if version is None else {"version": version}
     answer = await server.plain.post(f"/models/{model}/{action}", headers=ADMIN, json=body)
     answer.raise_for_status()
     if action == "load":
-        asked = {"input": "The striker scored twice.", "model": model, "quality": "best"}
-        (await server.plain.post("/classify", json=asked)).raise_for_status()
+        request = {"input": "The striker scored twice.", "model": model, "quality": "best"}
+        (await server.plain.post("/classify", json=request)).raise_for_status()
 
 
 async def restore(server: Server) -> None:
-    """Have the server serve what it served at first."""
+    """Restore the models that were served at first."""
     await change(server, "load", STEADY, 1)
     served = (await server.plain.get("/v1/models")).raise_for_status().json()["data"]
     for model in served:
@@ -79,25 +79,28 @@ async def restore(server: Server) -> None:
 
 
 async def measure(count: int, seconds: float) -> bool:
-    """Change models so often; print the numbers, and return whether the series are as before."""
+    """Make `count` changes; print the figures, and return whether the series are the same again.
+
+    `seconds` is the server's `retired-series-seconds`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder)
         await asyncio.to_thread(fill, store)
         flags = {"model-store": store, "retired-series-seconds": seconds, "engines": 1, "fronts": 1}
         async with serving(Setup(flags, models=(f"{STEADY}:1",))) as server:
             await change(server, "load", STEADY, 1)
-            before, before_bytes = await shown(server)
-            most, memory = before, server.memory()
-            for one in itertools.islice(itertools.chain.from_iterable(changes()), count):
-                await change(server, *one)
-                most = max(most, (await shown(server))[0], key=len)
+            before, before_bytes = await scrape(server)
+            peak, memory = len(before), server.memory()
+            for step in itertools.islice(itertools.chain.from_iterable(changes()), count):
+                await change(server, *step)
+                peak = max(peak, len((await scrape(server))[0]))
             await restore(server)
             limit = time.monotonic() + seconds + PATIENCE
-            while (after := await shown(server))[0] != before and time.monotonic() < limit:
+            while (after := await scrape(server))[0] != before and time.monotonic() < limit:
                 await asyncio.sleep(0.2)
             print(f"series before {count} changes: {len(before):,} ({before_bytes:,} bytes)")
-            print(f"most meanwhile: {len(most):,}")
-            print(f"series after them: {len(after[0]):,} ({after[1]:,} bytes)")
+            print(f"maximum meanwhile: {peak:,}")
+            print(f"series afterwards: {len(after[0]):,} ({after[1]:,} bytes)")
             print(f"memory: {memory:,.0f} MiB before, {server.memory():,.0f} MiB after")
             for title, names in (("new", after[0] - before), ("gone", before - after[0])):
                 for name, number in sorted(Counter(name for name, _ in names).items()):
@@ -106,7 +109,7 @@ async def measure(count: int, seconds: float) -> bool:
 
 
 def main() -> None:
-    """Measure, and print the numbers."""
+    """Measure, print the figures, and set the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtests.series",
         description=__doc__,

@@ -49,11 +49,11 @@ def family(pid: int) -> list[psutil.Process]:
 
 def memory(processes: Iterable[psutil.Process]) -> float:
     """Return the memory of processes in MiB, with shared pages counted once."""
-    held = 0.0
+    mib = 0.0
     for process in processes:
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            held += process.memory_full_info().pss / 2**20
-    return held
+        with contextlib.suppress(psutil.Error):  # the process has just ended
+            mib += process.memory_full_info().pss / 2**20
+    return mib
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class Cores:
 
     @classmethod
     def split(cls, server: int | None = None) -> Cores:
-        """Assign the last core to the client and the others to the server.
+        """Assign the last core to the client, and the others (at most `server`) to the server.
 
         If there is only one core, they share it.
         """
-        here = sorted(os.sched_getaffinity(0))
-        if len(here) == 1:
-            return cls(tuple(here), tuple(here))
-        return cls(tuple(here[:-1][:server]), (here[-1],))
+        cores = tuple(sorted(os.sched_getaffinity(0)))
+        if len(cores) == 1:
+            return cls(cores, cores)
+        return cls(cores[:-1][:server], cores[-1:])
 
     @property
     def separate(self) -> bool:
@@ -97,11 +97,18 @@ class Server:
     """A server process that runs until the block ends.
 
     Args:
-        command: its command line; `{port}` is replaced by a free port.
-        cores: that it may use.
-        ready: path that answers 200 once it serves.
+        command: command line; `{port}` is replaced by a free port.
+        cores: cores that the server may use.
+        ready: path that answers 200 once the server is ready.
         environment: further environment variables.
-        folder: its working directory.
+        folder: working directory.
+
+    Attributes:
+        url: base URL.
+        start_seconds: seconds from the start until `ready` answered 200.
+
+    Raises:
+        ServerError: on entering the block, if the server ends or is not ready in time.
     """
 
     def __init__(
@@ -130,7 +137,7 @@ class Server:
             cwd=self._folder,
             preexec_fn=lambda: os.sched_setaffinity(0, self._cores),
         )
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that blocks end
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `with` blocks exit
         try:
             self._wait_ready(started)
         except BaseException:
@@ -147,21 +154,25 @@ class Server:
     def _wait_ready(self, started: float) -> None:
         while not self._answers():
             if self._process.poll() is not None:
-                raise ServerError(f"{self._command[0]} ended with {self._process.returncode}")
+                code = self._process.returncode
+                raise ServerError(f"{' '.join(self._command)} ended with exit code {code}")
             if time.monotonic() - started > START_SECONDS:
-                raise ServerError(f"{' '.join(self._command)} does not answer {self._ready}")
+                raise ServerError(
+                    f"{' '.join(self._command)} did not answer {self._ready} with 200 within "
+                    f"{START_SECONDS:g} s"
+                )
             time.sleep(0.05)
 
     def _end(self) -> None:
-        everybody = self.family()
+        processes = self.family()
         self._process.terminate()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
-        for left in everybody:
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                left.kill()
+                process.kill()
 
     def _answers(self) -> bool:
         try:
@@ -183,10 +194,11 @@ class Server:
         return sum(p.memory_info().rss for p in self.family()) / 2**20
 
     def cpu_seconds(self, part: str = "") -> float:
-        """Return the processor time of all processes, or of those with `part` in their command."""
+        """Return the processor time of the processes with a word in their command that begins with
+        `part`, in seconds."""
         used = 0.0
         for process in self.family():
-            with contextlib.suppress(psutil.Error):  # it has just ended
+            with contextlib.suppress(psutil.Error):  # the process has just ended
                 if any(word.startswith(part) for word in process.cmdline()):
                     times = process.cpu_times()
                     used += times.user + times.system
@@ -201,9 +213,12 @@ class Server:
 
 
 def ours(cores: Sequence[int], *flags: str, folder: Path | None = None) -> Server:
-    """Return a server of this project with one engine per core and further flags of `serve`.
+    """Return a server of this project, not started yet, with one engine per core.
 
-    `folder` is another checkout, which runs in its own environment.
+    Args:
+        cores: cores of the server.
+        flags: further flags of `serve`.
+        folder: another checkout to serve from, with its own virtual environment; None: this one.
     """
     python = sys.executable if folder is None else str(folder.absolute() / ".venv/bin/python")
     command = [

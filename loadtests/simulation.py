@@ -2,11 +2,11 @@
 
     python loadtests/simulation.py --data texts.parquet --out build/simulation
 
-On a machine of two cores or more: the server, with one engine, runs on the first core, this client
-on the second. First it measures the costs of passes and of requests (`budgetformer tune`, twice),
-unless `--costs` holds them; no phase below has a part in that. Then every phase draws requests,
-lets the simulator say what becomes of them, and sends the same ones at the same moments, whatever
-comes back. Latency counts from the moment at which a request was due.
+Needs two cores: the server, with one engine, runs on the first, this client on the second. The
+costs of passes and requests are measured first (`budgetformer tune`, twice), without any of the
+phases below, or read from `--costs`. Each phase then draws requests, predicts their results with
+the simulator, and sends the same requests at the same times (open loop). Latency counts from the
+time at which a request was due.
 """
 
 from __future__ import annotations
@@ -49,11 +49,19 @@ COMMAND = (sys.executable, "-m", "service.cli")
 SERVER_CORE, CLIENT_CORE = 0, 1
 MAX_TEXTS = 4000
 CAPACITY_P99 = 0.5
+"""Seconds of the p99 that define the capacity: the highest rate at `balanced` that meets it."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One traffic: load as a share of the capacity, quality, arrival pattern, texts per request."""
+    """A traffic pattern.
+
+    Attributes:
+        load: texts per second as a share of the capacity.
+        quality: quality of all requests.
+        form: "steady" (Poisson) or "bursts".
+        texts: texts per request.
+    """
 
     load: float
     quality: str
@@ -67,10 +75,20 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The results: requests by outcome, seconds of latency, share lowered to `fast`.
+class Results:
+    """The predicted or measured results of a phase.
 
-    `late`: 99th percentile of the delay of sending, in seconds.
+    Attributes:
+        sent: number of requests.
+        answered: number of requests answered with 200.
+        refused: number of requests answered with 429.
+        expired: number of requests answered with 504.
+        failed: number of other requests.
+        texts_per_second: answered texts per second.
+        p50: median latency of answered requests, in seconds.
+        p99: 99th percentile of their latency, in seconds.
+        lowered: share of them whose quality was lowered to `fast`.
+        late: 99th percentile of the delay of sending, in seconds.
     """
 
     sent: int
@@ -96,20 +114,20 @@ PHASES = [
 
 
 def on_core(core: int) -> dict[str, Any]:
-    """Return a function that pins a child process to one core."""
+    """Return arguments of `Popen` that pin the child process to one core."""
     return {"preexec_fn": lambda: os.sched_setaffinity(0, {core})}
 
 
-def tune(folder: Path, model: str, core: int, *more: str) -> None:
+def tune(folder: Path, model: str, core: int, *flags: str) -> None:
     subprocess.run(
-        [*COMMAND, "tune", "--model", model, "--out", folder, *more],
+        [*COMMAND, "tune", "--model", model, "--out", folder, *flags],
         check=True, stdout=subprocess.DEVNULL, **on_core(core),
     )  # fmt: skip
 
 
 @contextmanager
 def serving(port: int, model: str, costs: Path, log: Path) -> Iterator[str]:
-    """Serve one model with one engine on one core."""
+    """Serve one model with one engine on one core; yield the URL."""
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -136,9 +154,9 @@ def serving(port: int, model: str, costs: Path, log: Path) -> Iterator[str]:
 
 
 class Caller:
-    """A minimal client over keep-alive connections, of which the last used is reused first.
+    """A minimal client with keep-alive connections, of which the most recently used is taken first.
 
-    At these rates, a heavier client would be slower than the server and measure itself.
+    At these rates, a client that does more would be slower than the server and measure itself.
     """
 
     def __init__(self, port: int) -> None:
@@ -166,8 +184,15 @@ class Caller:
 
 async def send(
     port: int, bodies: Sequence[tuple[float, bytes, int]], seconds: float, patience: float
-) -> Seen:
-    """Send each body at its scheduled time, without waiting for answers."""
+) -> Results:
+    """Send each body at its scheduled time, without waiting for answers.
+
+    Args:
+        port: port of the server.
+        bodies: seconds after the start, body, and number of texts, of each request.
+        seconds: duration of the schedule.
+        patience: seconds to wait for an answer.
+    """
     outcomes: list[tuple[int, float, int, bool]] = []
     late: list[float] = []
     caller = Caller(port)
@@ -181,7 +206,7 @@ async def send(
         took = time.perf_counter() - due
         outcomes.append((status, took, texts, headers.get("x-quality") == "fast"))
 
-    gc.disable()  # a pause of the client would count as the server's
+    gc.disable()  # a pause of the client would count as latency
     start, tasks = time.perf_counter() + 0.1, []
     for at, body, texts in bodies:
         due = start + at
@@ -195,7 +220,7 @@ async def send(
     answered = [o for o in outcomes if o[0] == 200]
     latencies = [o[1] for o in answered] or [0.0]
     counts = {code: sum(o[0] == code for o in outcomes) for code in (200, 429, 504)}
-    return Seen(
+    return Results(
         sent=len(outcomes),
         answered=counts[200],
         refused=counts[429],
@@ -212,13 +237,13 @@ async def send(
 def traffic_of(phase: Phase, capacity: float, seconds: float) -> Traffic:
     """Return the traffic of a phase; `capacity` in texts per second."""
     rate = phase.load * capacity / phase.texts
-    made = bursts(rate, seconds, seed=1) if phase.form == "bursts" else steady(rate, seconds)
-    return Traffic(made.slot, made.rates, ((1.0, phase.texts),))
+    traffic = bursts(rate, seconds, seed=1) if phase.form == "bursts" else steady(rate, seconds)
+    return Traffic(traffic.slot, traffic.rates, ((1.0, phase.texts),))
 
 
-def predict(fleet: Fleet, traffic: Traffic, seed: int) -> Seen:
+def predict(fleet: Fleet, traffic: Traffic, seed: int) -> Results:
     summary = run(fleet, traffic, seed).summary
-    return Seen(
+    return Results(
         sent=summary.sent,
         answered=summary.answered,
         refused=summary.refused,
@@ -232,41 +257,41 @@ def predict(fleet: Fleet, traffic: Traffic, seed: int) -> Seen:
 
 
 HEADS = (
-    "traffic", "load", "texts/s", "answered, texts/s", "p50 ms", "p99 ms",
-    "refused or late", "at `fast`",
+    "traffic", "load", "texts/s", "answered texts/s", "p50 ms", "p99 ms",
+    "refused or expired", "at `fast`",
 )  # fmt: skip
 
 
 def row(result: dict[str, Any]) -> list[str]:
-    """Return a row of the table, with predicted and measured value in each cell."""
+    """Return a row of the table, with the predicted and the measured value in each cell."""
     phase, predicted, measured = (result[key] for key in ("phase", "predicted", "measured"))
 
     def both(show: Any) -> str:
         return f"{show(predicted)} / {show(measured)}"
 
-    def lost(seen: dict[str, Any]) -> str:
-        return f"{(seen['refused'] + seen['expired'] + seen['failed']) / seen['sent']:.1%}"
+    def lost(values: dict[str, Any]) -> str:
+        return f"{(values['refused'] + values['expired'] + values['failed']) / values['sent']:.1%}"
 
     return [
         Phase(**phase).name,
         f"{phase['load']:.0%}",
         f"{result['rate']:.0f}",
-        both(lambda seen: f"{seen['texts_per_second']:.0f}"),
-        both(lambda seen: f"{1000 * seen['p50']:.1f}"),
-        both(lambda seen: f"{1000 * seen['p99']:.0f}"),
+        both(lambda values: f"{values['texts_per_second']:.0f}"),
+        both(lambda values: f"{1000 * values['p50']:.1f}"),
+        both(lambda values: f"{1000 * values['p99']:.0f}"),
         both(lost),
-        both(lambda seen: f"{seen['lowered']:.0%}"),
+        both(lambda values: f"{values['lowered']:.0%}"),
     ]
 
 
 def errors(results: Sequence[dict[str, Any]]) -> str:
     """Return a summary of the prediction errors."""
     lines = []
-    for what in ("texts_per_second", "p50", "p99"):
-        off = [r["predicted"][what] / r["measured"][what] - 1 for r in results]
+    for name in ("texts_per_second", "p50", "p99"):
+        relative = [r["predicted"][name] / r["measured"][name] - 1 for r in results]
         lines.append(
-            f"{what}: {np.median(np.abs(off)):.0%} off in the median, "
-            f"{min(off):+.0%} to {max(off):+.0%}"
+            f"{name}: median error {np.median(np.abs(relative)):.0%}, "
+            f"from {min(relative):+.0%} to {max(relative):+.0%}"
         )
     return "; ".join(lines)
 
@@ -274,13 +299,13 @@ def errors(results: Sequence[dict[str, Any]]) -> str:
 def plot(axes: Any, results: Sequence[dict[str, Any]]) -> None:
     shown = [r for r in results if r["phase"]["form"] == "steady" and r["phase"]["texts"] == 1]
     for quality, colour in (("auto", "tab:blue"), ("balanced", "tab:orange")):
-        own = [r for r in shown if r["phase"]["quality"] == quality]
-        loads = [100 * r["phase"]["load"] for r in own]
+        of_quality = [r for r in shown if r["phase"]["quality"] == quality]
+        loads = [100 * r["phase"]["load"] for r in of_quality]
         for quantile, style in (("p50", "-"), ("p99", "--")):
             name = f"{quality}, {quantile}"
-            ms = [1000 * r["predicted"][quantile] for r in own]
+            ms = [1000 * r["predicted"][quantile] for r in of_quality]
             axes.plot(loads, ms, style, color=colour, label=f"{name}, predicted")
-            ms = [1000 * r["measured"][quantile] for r in own]
+            ms = [1000 * r["measured"][quantile] for r in of_quality]
             marker = "o" if quantile == "p50" else "^"
             axes.plot(loads, ms, marker, color=colour, label=f"{name}, measured")
     axes.set_yscale("log")
@@ -291,17 +316,17 @@ def plot(axes: Any, results: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="Parquet with a column `text`")
+    parser.add_argument("--data", type=Path, required=True, help="Parquet file, column `text`")
     parser.add_argument("--out", type=Path, required=True, help="folder for report and plot")
     parser.add_argument("--model", default="ag_news")
-    parser.add_argument("--costs", type=Path, help="folder with costs; none: measure them")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of every phase")
+    parser.add_argument("--costs", type=Path, help="folder with costs; default: measure them")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of a phase")
     parser.add_argument("--rest", type=float, default=7.0, help="seconds between phases")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--phases", type=int, nargs="+", help="only these, from 0")
+    parser.add_argument("--phases", type=int, nargs="+", help="run only these phases, from 0")
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {CLIENT_CORE})
-    torch.set_num_threads(1)  # else two would wait for each other on that core
+    torch.set_num_threads(1)  # several threads would compete for this one core
     arguments.out.mkdir(parents=True, exist_ok=True)
     costs = arguments.costs or arguments.out / "costs"
     checkpoint = read_store(Path("model_store")).latest(arguments.model)
@@ -324,21 +349,20 @@ def main() -> None:
         capacity = most_rate(
             fleets["balanced"], steady(1.0, arguments.seconds), Goals(CAPACITY_P99)
         )
-        print(f"capacity, p99 of {CAPACITY_P99} s at balanced: {capacity:.0f} texts/s", flush=True)
+        print(f"capacity at balanced, p99 {CAPACITY_P99} s: {capacity:.0f} texts/s", flush=True)
         print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}", flush=True)
         for number, phase in enumerate(PHASES):
             if arguments.phases and number not in arguments.phases:
                 continue
             traffic = traffic_of(phase, capacity, arguments.seconds)
             predicted = predict(fleets[phase.quality], traffic, number)
-            asked = requests(population, traffic, np.random.default_rng(number))
             bodies = [
-                (at, _body(arguments.model, phase, [texts[n] for n in some]), len(some))
-                for at, some in asked
+                (at, _body(arguments.model, phase, [texts[n] for n in indices]), len(indices))
+                for at, indices in requests(population, traffic, np.random.default_rng(number))
             ]
             time.sleep(arguments.rest)
             measured = asyncio.run(send(arguments.port, bodies, arguments.seconds, 30.0))
-            if phase.quality != "auto":  # whoever names a level keeps it
+            if phase.quality != "auto":  # overload lowers only `auto`
                 measured = replace(measured, lowered=0.0)
             results.append(
                 {

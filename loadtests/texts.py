@@ -41,9 +41,9 @@ def distinct(count: int, seed: int, words: list[str]) -> list[str]:
     """Return distinct texts: half begin like news, half are random words.
 
     Args:
-        count: of texts.
-        seed: the same texts for the same seed and words.
-        words: that the texts are made of.
+        count: number of texts.
+        seed: seed of the random choice.
+        words: words that the texts consist of.
     """
     draw = random.Random(seed)
     texts: dict[str, None] = {}
@@ -57,9 +57,10 @@ def distinct(count: int, seed: int, words: list[str]) -> list[str]:
 
 
 def texts_of(data: Path | None, count: int, seed: int = 0) -> list[str]:
-    """Return texts from a table's column `text`, or synthetic ones; always the same.
+    """Return texts from a table's column `text`, or synthetic ones if `data` is None.
 
-    Real texts keep their mix of lengths and difficulty; synthetic ones have one to five sentences.
+    The same seed gives the same texts. Synthetic texts have one to five sentences. Of a table with
+    fewer than `count` texts, all are returned.
     """
     draw = random.Random(seed)
     if data is not None:
@@ -72,9 +73,9 @@ def texts_of(data: Path | None, count: int, seed: int = 0) -> list[str]:
 
 
 def with_repeats(new: Sequence[str], share: float, seed: int) -> list[str]:
-    """Return as many texts as given, of which about a `share` repeat earlier ones.
+    """Return `len(new)` texts, of which about a `share` repeat earlier ones of the result.
 
-    The others are the given texts, in order.
+    The others are texts of `new`, in order.
     """
     draw = random.Random(seed)
     sent: list[str] = []

@@ -2,10 +2,11 @@
 
     python loadtests/wordpiece.py model_store/ag_news/3/tokenizer.json TEXTS.parquet...
 
-Run it in an environment of its own, with `tokenizers`, `pyarrow`, and the packages to compare.
-Counts texts whose ids differ, among the first 3,000 of each file and 20,000 made of characters of
-many scripts, special tokens and very long words. Prints microseconds of processor time for a text,
-one at a time and 64 in a call, in one thread: medians of turns, each with texts not read before.
+Run it in a separate environment with `tokenizers`, `pyarrow` and the packages to compare. It counts
+texts whose ids differ, among the first 3,000 texts of each file and 20,000 random texts of many
+scripts, special tokens and very long words. It prints the processor time per text in microseconds,
+one text per call and 64 per call, in one thread: the median of several turns, each with other
+texts.
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ PIECES = [" ", "\t", "\0", "\u200d", "\ufffd", "[CLS]", "[MASK]", "a" * 99, "a" 
 def tokenizers(file: str) -> Encode:
     from tokenizers import Tokenizer
 
-    it = Tokenizer.from_file(file)
-    it.no_truncation()
-    it.no_padding()
-    return lambda texts: [found.ids for found in it.encode_batch_fast(texts)]
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
 
 
 def fastokens(file: str) -> Encode:
     from fastokens import Tokenizer
 
-    it = Tokenizer.from_file(file)
-    return lambda texts: it.encode_batch(texts, add_special_tokens=True)
+    tokenizer = Tokenizer.from_file(file)
+    return lambda texts: tokenizer.encode_batch(texts, add_special_tokens=True)
 
 
 def flash_tokenizer(file: str) -> Encode:
@@ -56,39 +57,39 @@ def flash_tokenizer(file: str) -> Encode:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as lines:
         lines.write("\n".join(sorted(words, key=words.__getitem__)) + "\n")
         lines.flush()
-        it = BertTokenizerFlash(lines.name, do_lower_case=True, model_max_length=10**6)
+        tokenizer = BertTokenizerFlash(lines.name, do_lower_case=True, model_max_length=10**6)
     return lambda texts: [
-        it(text, padding="longest", max_length=10**6).input_ids[0] for text in texts
+        tokenizer(text, padding="longest", max_length=10**6).input_ids[0] for text in texts
     ]
 
 
 def kitoken(file: str) -> Encode:
     from kitoken import Kitoken
 
-    it = Kitoken.from_tokenizers_file(file)
+    tokenizer = Kitoken.from_tokenizers_file(file)
     first, last = tokenizers(file)([""])[0]
-    return lambda texts: [[first, *found, last] for found in it.encode_all(texts, True)]
+    return lambda texts: [[first, *ids, last] for ids in tokenizer.encode_all(texts, True)]
 
 
 def morpheme(file: str) -> Encode:
     from morpheme import Tokenizer
 
-    it = Tokenizer.from_file(file)
-    return lambda texts: [found.ids for found in it.encode_batch(texts)]
+    tokenizer = Tokenizer.from_file(file)
+    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
 
 def nanotoken(file: str) -> Encode:
     from nanotoken import Tokenizer
 
-    it = Tokenizer(file)
-    return lambda texts: it.encode_batch(texts, parallel=False).to_list()
+    tokenizer = Tokenizer(file)
+    return lambda texts: tokenizer.encode_batch(texts, parallel=False).to_list()
 
 
 def tokie(file: str) -> Encode:
     from tokie import Tokenizer
 
-    it = Tokenizer.from_json(file)
-    return lambda texts: [found.ids for found in it.encode_batch(texts)]
+    tokenizer = Tokenizer.from_json(file)
+    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
 
 PACKAGES = [tokenizers, fastokens, flash_tokenizer, kitoken, morpheme, nanotoken, tokie]
@@ -103,15 +104,15 @@ def odd_text(generator: random.Random) -> str:
     return "".join(drawn)
 
 
-def differ(encode: Encode, usual: Encode, texts: list[str]) -> int:
-    return sum(list(encode([text])[0]) != usual([text])[0] for text in texts)
+def count_differences(encode: Encode, reference: Encode, texts: list[str]) -> int:
+    return sum(list(encode([text])[0]) != reference([text])[0] for text in texts)
 
 
 def microseconds(encode: Encode, texts: list[str], size: int) -> float:
     turns = []
     for turn in range(TURNS):
-        own = texts[turn * TEXTS : (turn + 1) * TEXTS]
-        parts = [own[at : at + size] for at in range(0, TEXTS, size)]
+        of_turn = texts[turn * TEXTS : (turn + 1) * TEXTS]
+        parts = [of_turn[at : at + size] for at in range(0, TEXTS, size)]
         began = time.process_time()
         for part in parts:
             encode(part)
@@ -128,7 +129,7 @@ def main() -> None:
     given = parser.parse_args()
     files = {name: parquet.read_table(name)["text"].to_pylist() for name in given.files}
     odd = [odd_text(random.Random(seed)) for seed in range(20_000)]
-    usual = tokenizers(given.tokenizer)
+    reference = tokenizers(given.tokenizer)
     for load in PACKAGES:
         name = load.__name__.replace("_", "-")
         try:
@@ -139,14 +140,13 @@ def main() -> None:
             print(f"{name} {version(name)}: {error}")
             continue
         for file, texts in files.items():
-            alone = microseconds(encode, texts[3000:], 1)
-            together = microseconds(encode, texts[3000 + TURNS * TEXTS :], BATCH)
-            times = f"{alone:.1f} us one at a time, {together:.1f} us of {BATCH}"
-            others = differ(encode, usual, texts[:3000])
-            print(f"{name} {version(name)}, {file}: {times}; other ids: {others} of 3000")
-        print(
-            f"{name} {version(name)}, odd texts: other ids: {differ(encode, usual, odd)} of 20000"
-        )
+            single = microseconds(encode, texts[3000:], 1)
+            batched = microseconds(encode, texts[3000 + TURNS * TEXTS :], BATCH)
+            times = f"{single:.1f} us per text, {batched:.1f} us in batches of {BATCH}"
+            count = count_differences(encode, reference, texts[:3000])
+            print(f"{name} {version(name)}, {file}: {times}; different ids: {count} of 3000")
+        count = count_differences(encode, reference, odd)
+        print(f"{name} {version(name)}, random texts: different ids: {count} of 20000")
 
 
 if __name__ == "__main__":

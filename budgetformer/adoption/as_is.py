@@ -53,16 +53,17 @@ def add_classifier(
     """Convert a classifier without training, and add it to a store.
 
     Weights keep their precision, so answers equal those of Transformers' pipeline. All quality
-    levels are the same: every text gets all heads. The same classifier is not added twice.
+    levels are the same: every text gets all heads. If `version` is None and the store has the same
+    classifier already, that version is returned.
 
     Args:
-        folder: from `save_pretrained`: a classifier of a supported family with its tokenizer.
-        model_store: the store.
+        folder: output of `save_pretrained`: a classifier of a supported family and its tokenizer.
+        model_store: folder of the store.
         log: called with one line per event.
-        name: of the model; None: the folder's name.
-        version: of the model; None: the next one.
-        texts: texts similar to production traffic, to measure state ranges for int8; None: CPUs
-            without AMX compute in float32.
+        name: name of the model; None: the folder's name.
+        version: version to write; None: the next one.
+        texts: texts similar to production traffic, to measure state ranges for int8; None: no int8,
+            so CPUs without AMX compute in float32.
 
     Raises:
         CheckpointError: the folder cannot be converted, or the version exists.
@@ -84,7 +85,7 @@ def add_classifier(
     config = model.config
     config.ladder = [[config.num_attention_heads] * config.num_hidden_layers]
     assert model.encoder.decision is not None
-    for weight in model.encoder.decision.parameters():  # nothing is decided
+    for weight in model.encoder.decision.parameters():  # unused: there is only one step
         weight.data.zero_()
     tokenizer.match_token_types(model)
     for note in conversion.notes:
@@ -100,10 +101,10 @@ def add_classifier(
         "ranges": ranges,
     }
     if version is None:
-        for known in _versions(model_store / name):
-            if _is_same(known.manifest, fields):
-                log(f"{known.label} already is this classifier")
-                return known
+        for existing in _versions(model_store / name):
+            if _is_same(existing.manifest, fields):
+                log(f"{existing.label} already is this classifier")
+                return existing
     target = model_store / name / str(version or next_version(model_store / name))
     dtype = smallest_dtype(dict(model.state_dict()))
     with staged(target) as staging:
@@ -131,11 +132,11 @@ def find_classifier(source: str) -> Path | None:
     """Return the folder of a classifier, or None if the source is a checkpoint or something else.
 
     Args:
-        source: a folder that Transformers wrote, or the id of a model on the Hugging Face hub,
-            which is downloaded.
+        source: folder that Transformers wrote, or id of a model on the Hugging Face hub, which is
+            downloaded.
 
     Raises:
-        CheckpointError: the hub does not have it, or cannot be reached.
+        CheckpointError: the hub does not have the model, or cannot be reached.
     """
     path = Path(source)
     if path.is_dir():
@@ -169,7 +170,7 @@ def _measure(
     texts: Path,
     log: Log,
 ) -> tuple[LayerRanges, ...]:
-    """Return the state ranges of a network on a file of texts, for int8 products."""
+    """Measure the state ranges of a network on a file of texts, for int8 products."""
     examples = read_texts(texts)
     tokens = TokenizedTexts(
         tokenizer.tokenizer, examples.texts, examples.pairs, max_tokens, tokenizer.side
@@ -200,20 +201,20 @@ def _one_level(config: Architecture) -> Policy:
 
 def _versions(folder: Path) -> list[Checkpoint]:
     """Return the valid checkpoints of a model, newest first."""
-    found = []
+    checkpoints = []
     for path in folder.glob("*"):
         if path.name.isdecimal():
             try:
-                found.append(read_checkpoint(path))
+                checkpoints.append(read_checkpoint(path))
             except CheckpointError:  # the store reports it
                 continue
-    return sorted(found, key=lambda checkpoint: -checkpoint.version)
+    return sorted(checkpoints, key=lambda checkpoint: -checkpoint.version)
 
 
-def _is_same(known: Manifest, wanted: dict[str, Any]) -> bool:
-    """Return whether a manifest has these fields; empty ranges match any."""
-    names = [name for name in wanted if name != "ranges" or wanted[name]]
-    return all(getattr(known, name) == wanted[name] for name in names)
+def _is_same(manifest: Manifest, fields: dict[str, Any]) -> bool:
+    """Return whether a manifest has the values of `fields`; empty ranges match any."""
+    names = [name for name in fields if name != "ranges" or fields[name]]
+    return all(getattr(manifest, name) == fields[name] for name in names)
 
 
 def _digest(weights: str, tokenizer: SourceTokenizer) -> str:
@@ -224,17 +225,17 @@ def _card(manifest: Manifest, dtype: torch.dtype) -> str:
     served = "int8 on CPUs without AMX" if manifest.ranges else "float32 on CPUs without AMX"
     return f"""# {manifest.name}, version {manifest.version}
 
-{manifest.provenance.starting_weights}, served as it is. Labels: {", ".join(manifest.labels)}.
+{manifest.provenance.starting_weights}, served unchanged. Labels: {", ".join(manifest.labels)}.
 
 - Starting weights: {manifest.provenance.starting_weights} (licence as stated with them)
 - Longest input: {manifest.max_tokens} tokens
-- Precision: weights in {str(dtype).removeprefix("torch.")} as stored; served in {served}, in
-  bfloat16 on CPUs with AMX and on GPUs
-- Largest relative difference from Transformers' own network:
+- Precision: stored in {str(dtype).removeprefix("torch.")}; served in {served}, in bfloat16 on CPUs
+  with AMX and on GPUs
+- Largest relative difference from the network of Transformers:
   {manifest.metrics["conversion_difference"]:.1e}
-- Made: {manifest.created}
+- Created: {manifest.created}
 
 ## Quality levels
-One: every text gets all heads, whatever `quality` a request asks for. `budgetformer import` makes
-budgets out of a log of texts, without labels.
+Every text gets all heads, at every quality level. `budgetformer import` makes a version with
+budgets from a log of texts without labels.
 """

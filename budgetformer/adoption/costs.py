@@ -19,11 +19,12 @@ TEXTS, ROUNDS = 512, 3
 def measure_levels(checkpoint: Checkpoint, examples: Examples, core_hour_price: float) -> Timing:
     """Time every named quality level, and the full budget, on batches of texts.
 
-    Times include tokenization. Levels take turns, and the time of a level is its median.
+    Times include tokenization. The levels take turns; the time of a level is the median of its
+    rounds.
 
     Args:
-        checkpoint: the checkpoint.
-        examples: texts, from which an even sample is taken.
+        checkpoint: checkpoint to time.
+        examples: texts, of which an even sample is used.
         core_hour_price: price of one core for an hour, in any currency.
     """
     sample = examples.evenly(TEXTS)
@@ -43,7 +44,8 @@ def measure_levels(checkpoint: Checkpoint, examples: Examples, core_hour_price: 
         precision=classifier.network.precision,
         texts=len(sample.texts),
         milliseconds={
-            name: 1000 * statistics.median(own) / len(sample.texts) for name, own in seconds.items()
+            name: 1000 * statistics.median(rounds) / len(sample.texts)
+            for name, rounds in seconds.items()
         },
         core_hour_price=core_hour_price,
     )

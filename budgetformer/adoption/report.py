@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PAGE, PLOT = "levels.md", "levels.png"
 COLUMNS = (
     *("quality", "agreement", "95 %", "accuracy", "multiply-adds", "ms per text"),
-    *("cost of a million",),
+    *("cost of a million texts",),
 )
 
 
@@ -42,19 +42,19 @@ def write_levels(label: str, rows: Sequence[Row], timing: Timing, folder: Path) 
     """Write `levels.md` and `levels.png` to a folder, which is created if necessary.
 
     Args:
-        label: of the checkpoint.
-        rows: accuracy and cost of its levels.
+        label: label of the checkpoint.
+        rows: agreement, accuracy and cost of its levels.
         timing: measured time of its levels.
-        folder: the folder.
+        folder: folder to write to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     draw([folder / PLOT], partial(_plot, rows=rows, timing=timing), size=(7, 4.2))
     table = markdown_table(COLUMNS, level_cells(rows, timing))
     (folder / PAGE).write_text(f"""# {label} on {rows[0].rows} texts
 
-Agreement is the share of answers that are those of the full budget. Multiply-adds are shares of the
-dense network's. Times are of {timing.processor}, {timing.threads} threads, {timing.precision}, in
-batches, tokenization included; costs are for a core at {timing.core_hour_price:g} an hour.
+Agreement is the share of answers that equal those of the full budget. Multiply-adds are shares of
+the dense network's. Times were measured on {timing.processor} with {timing.threads} threads in
+{timing.precision}, in batches, with tokenization. A core costs {timing.core_hour_price:g} per hour.
 
 {table}
 

@@ -1,4 +1,4 @@
-"""Measure how often a faster pass gives another label than the plain one, on full test sets."""
+"""Measure how often a faster pass gives the same label as the plain one, on full test sets."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of a pass with the plain one at one quality level.
+    """The agreement of a pass with the plain one at one quality level.
 
     Attributes:
-        way: the quality level, or "full".
+        way: name of the quality level, or "full".
         texts: number of texts.
-        other: number of texts with another label (multi-label: set of labels).
+        other: number of texts with another label (multi-label: another set of labels).
         moved: number of texts that ended at another step.
         difference: largest difference of a logit among texts that ended at the same step.
     """
@@ -48,38 +48,37 @@ def compare_labels(
 ) -> list[Agreement]:
     """Compare two passes on all texts, at every quality level and at the full budget."""
     items = Texts.of(load_encoder(checkpoint).encode(texts))
-    ways = {name: checkpoint.rule(name) for name in checkpoint.manifest.named_levels}
-    ways["full"] = checkpoint.rule(None, heads=checkpoint.num_heads)
-    return [_compare(way, rule, items, plain, other) for way, rule in ways.items()]
+    rules = {name: checkpoint.rule(name) for name in checkpoint.manifest.named_levels}
+    rules["full"] = checkpoint.rule(None, heads=checkpoint.num_heads)
+    return [_compare(name, rule, items, plain, other) for name, rule in rules.items()]
 
 
 def _compare(
-    way: str, rule: BudgetRule, items: Texts, plain: PackedPass, other: PackedPass
+    name: str, rule: BudgetRule, items: Texts, plain: PackedPass, other: PackedPass
 ) -> Agreement:
-    expected, steps = _answers(plain, rule, items)
-    actual, taken = _answers(other, rule, items)
+    expected, expected_steps = _answers(plain, rule, items)
+    actual, actual_steps = _answers(other, rule, items)
     if plain.config.problem_type == MULTI_LABEL:
         same = ((expected > 0) == (actual > 0)).all(-1)
     else:
         same = expected.argmax(-1) == actual.argmax(-1)
-    stayed = steps == taken
-    differences = (expected - actual).abs().amax(-1)[stayed]
+    same_step = expected_steps == actual_steps
+    differences = (expected - actual).abs().amax(-1)[same_step]
     return Agreement(
-        way=way,
+        way=name,
         texts=len(items),
         other=int((~same).sum()),
-        moved=int((~stayed).sum()),
+        moved=int((~same_step).sum()),
         difference=float(differences.max()) if len(differences) else 0.0,
     )
 
 
 def _answers(network: PackedPass, rule: BudgetRule, texts: Texts) -> tuple[Tensor, Tensor]:
-    """Return logits [B, C] and final steps [B]."""
+    """Answer texts in batches of similar lengths; return logits [B, C] and final steps [B]."""
     lengths = texts.window.lengths
 
-    def batches(places: list[int]) -> Iterator[list[int]]:
-        """Group texts of similar length, as the scheduler does."""
-        order = sorted(places, key=lengths.__getitem__)
+    def batches(indices: list[int]) -> Iterator[list[int]]:
+        order = sorted(indices, key=lengths.__getitem__)
         return (sorted(order[at : at + BATCH]) for at in range(0, len(order), BATCH))
 
     items = cascade.answer(network, texts, rule, batches)

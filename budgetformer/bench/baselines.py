@@ -1,6 +1,6 @@
 """Baselines of the compact pass: the dense network in Transformers and in ONNX Runtime.
 
-They pad a batch to its longest text, as those libraries do.
+They pad each batch to its longest text, as is usual with these libraries.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class DenseTwin(nn.Module):
 
 
 def bfloat16_twin(model: BudgetFormerForSequenceClassification) -> DenseTwin:
-    """Return the twin with its encoder in bfloat16, in evaluation mode."""
+    """Return the dense twin with its encoder in bfloat16, in evaluation mode."""
     twin = DenseTwin(model).eval()
     twin.bert.bfloat16()
     twin.classify = lambda pooled: model.classify(pooled.float())
@@ -99,7 +99,7 @@ def _copy_encoder(model: BudgetFormerForSequenceClassification, bert: Any) -> No
 
 
 def padded(items: Sequence[TokenIds]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return padded ids, attention mask and segment ids, [B, T] each."""
+    """Pad items to the longest; return ids, attention mask and segment ids (0), [B, T] each."""
     longest = max(len(ids) for ids in items)
     ids = np.zeros((len(items), longest), np.int64)
     mask = np.zeros_like(ids)
@@ -115,12 +115,12 @@ def baseline_contenders(
     """Yield the dense network in Transformers and, if installed, in ONNX Runtime.
 
     Args:
-        model: the network, whose full step the baselines compute.
-        threads: of ONNX Runtime; torch's are unchanged.
+        model: network whose full step the baselines compute.
+        threads: number of threads of ONNX Runtime; torch's number is unchanged.
         bfloat16: whether to add Transformers in bfloat16.
 
     Raises:
-        ValueError: as for `DenseTwin`.
+        ValueError: the network is not a BERT with mean pooling.
     """
     twin = DenseTwin(model).eval()
 
@@ -130,11 +130,11 @@ def baseline_contenders(
 
     yield Contender(DENSE, dense)
     if bfloat16:
-        half = bfloat16_twin(model)
+        in_bfloat16 = bfloat16_twin(model)
 
         @torch.inference_mode()
         def dense_bfloat16(items: Sequence[TokenIds]) -> object:
-            return half(*map(torch.from_numpy, padded(items)))
+            return in_bfloat16(*map(torch.from_numpy, padded(items)))
 
         yield Contender(DENSE_BFLOAT16, dense_bfloat16)
     if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
@@ -157,15 +157,15 @@ def _onnx_contenders(twin: DenseTwin, threads: int) -> Iterator[Contender]:
         return Contender(name, run)
 
     with tempfile.TemporaryDirectory() as folder:
-        plain, small = export_onnx(twin, Path(folder))
-        yield contender(ONNX_FLOAT32, plain)
-        yield contender(ONNX_INT8, small)
+        float32, int8 = export_onnx(twin, Path(folder))
+        yield contender(ONNX_FLOAT32, float32)
+        yield contender(ONNX_INT8, int8)
 
 
 def export_onnx(twin: DenseTwin, folder: Path) -> tuple[Path, Path]:
-    """Write a network for ONNX Runtime; return its file in float32 and the one in int8."""
-    small = quantize(twin, NAMES, folder)
-    return folder / "plain.onnx", small
+    """Write a dense twin for ONNX Runtime; return the file in float32 and the file in int8."""
+    int8 = quantize(twin, NAMES, folder)
+    return folder / "plain.onnx", int8
 
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
@@ -175,16 +175,16 @@ def quantize(network: nn.Module, inputs: Sequence[str], folder: Path) -> Path:
     """Write a network for ONNX Runtime, in float32 and in int8; return the file in int8.
 
     Args:
-        network: takes integer inputs [B, T] by name.
+        network: network with integer inputs [B, T].
         inputs: names of its inputs.
-        folder: gets `plain.onnx` and `int8.onnx`.
+        folder: folder to which `plain.onnx` (float32) and `int8.onnx` are written.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    plain, small = folder / "plain.onnx", folder / "int8.onnx"
-    _export(network, inputs, plain)
-    quantize_dynamic(plain, small, per_channel=True, weight_type=QuantType.QInt8)
-    return small
+    float32, int8 = folder / "plain.onnx", folder / "int8.onnx"
+    _export(network, inputs, float32)
+    quantize_dynamic(float32, int8, per_channel=True, weight_type=QuantType.QInt8)
+    return int8
 
 
 def _export(network: nn.Module, inputs: Sequence[str], path: Path) -> None:

@@ -1,6 +1,6 @@
 """Check correctness, speed and memory of all passes on a GPU, in one run of a few minutes.
 
-It also runs without a GPU, on plain torch, to test the run itself.
+It also runs on a CPU, in plain torch, to test the program itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from budgetformer.bench.baselines import bfloat16_twin, padded
 from budgetformer.bench.passes import small_step
 from budgetformer.bench.timing import TokenIds, random_texts, token_ids
 from budgetformer.checkpoint.store import Checkpoint
-from budgetformer.inference.packed import DECISION, Decision, PackedPass, PackedTokens
+from budgetformer.inference.packed import DECISION, BudgetPrediction, PackedPass, PackedTokens
 from budgetformer.inference.precision_choice import make_pass
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.training.pages import markdown_table
@@ -34,16 +34,24 @@ from budgetformer.training.pages import markdown_table
 TOKENS = (64, 512, 2048, 8192, 16384)
 """Approximate tokens of the timed batches."""
 ROTATED = 8
-"""Number of batches that take turns, so that none is in a warm cache."""
+"""Number of batches that take turns, so that no batch is in the caches already."""
 CHECKED_TEXTS = 512
 DENSE = "dense, Transformers sdpa bfloat16"
 
 
 @dataclass(frozen=True)
 class StepError:
-    """Largest logit error and label differences of a pass against the float32 reference network.
+    """The errors of a pass at one step, compared with the float32 reference network.
 
-    For step 0 (the decision): of step 0's logits and s, against the plain pass.
+    At step 0 (the decision), step 0's logits, s and g_d's ranking are compared with the plain pass.
+
+    Attributes:
+        way: name of the pass.
+        step: ladder step.
+        error: largest difference of a logit.
+        scale: largest absolute logit of the reference.
+        other_labels: number of texts with another label.
+        texts: number of texts.
     """
 
     way: str
@@ -56,14 +64,16 @@ class StepError:
 
 @dataclass(frozen=True)
 class GpuTiming:
-    """Seconds of one batch.
+    """The times of one pass at one step and batch size, in seconds per batch.
 
     Attributes:
-        way, step: name of the pass, and ladder step.
-        tokens, items: of the batch.
-        queued: throughput: with further batches queued behind it.
-        alone: latency of a single batch, from tokens to logits on the host.
-        device: replay time without transfers; None if the pass is not recorded.
+        way: name of the pass.
+        step: ladder step.
+        tokens: mean tokens per batch.
+        items: mean texts per batch.
+        queued: time with further batches queued behind it (throughput).
+        alone: time of a single batch from token ids to logits on the host (latency).
+        device: time of a replay without transfers; None if the pass is not recorded.
     """
 
     way: str
@@ -80,11 +90,12 @@ class GpuReport:
     """The results of one run.
 
     Attributes:
-        model: the checkpoint's label.
+        model: label of the checkpoint.
         facts: description of the machine.
-        errors, agreements: correctness.
-        waits: by pass, the operation that waited for the device within a batch, or "nothing".
-        timings: speed.
+        errors: errors of each pass at each step.
+        agreements: agreement of labels with the float32 pass at each quality level, by pass.
+        waits: operation that waited for the device within a batch, or "nothing", by pass.
+        timings: times of each pass.
         memory: bytes by name.
         seconds: duration of the run.
     """
@@ -110,40 +121,41 @@ def bench_gpu(
     """Check and time every pass of a checkpoint on a device.
 
     Args:
-        checkpoint: the checkpoint.
+        checkpoint: checkpoint to measure.
         texts: real texts; None: random tokens, without agreement of labels.
-        device: "cuda", or "cpu" to test the run itself.
-        tokens: approximate tokens of the timed batches.
-        rounds: batches per measurement, after as many for warm-up.
+        device: "cuda", or "cpu" to test the program itself.
+        tokens: approximate numbers of tokens of the timed batches.
+        rounds: batches per measurement, after the same number for warm-up.
         steps: ladder steps to time, 0 for the decision; None: the decision, the first and the last
             step, and those at a sixth and a half of the ladder.
     """
     started = time.monotonic()
     model = load_model(checkpoint.path)
     nn.Module.to(model, torch.device(device))
-    ways = dict(_ways(model))
+    passes = dict(_passes(model))
     last = model.config.num_steps
     first = 1 if model.config.budget_scope == "layer" else DECISION
-    usual = {first, 1, small_step(last), max(1, last // 2), last}
-    timed = sorted(usual) if steps is None else steps
+    default = {first, 1, small_step(last), max(1, last // 2), last}
+    timed = sorted(default) if steps is None else steps
     items = _items(checkpoint, texts, model.config.vocab_size)
     report = GpuReport(checkpoint.label, _facts(device))
     checked = items[:CHECKED_TEXTS]
-    for way, network in ways.items():
-        report.errors += _check(way, network, model, checked)
-        report.waits[way] = _waits(network, checked)
+    for name, network in passes.items():
+        report.errors += _check(name, network, model, checked)
+        report.waits[name] = _waits(network, checked)
     if texts is not None:
-        plain, *others = ways.items()
-        for way, network in others:
-            report.agreements[way] = compare_labels(checkpoint, texts, plain[1], network)
-    dense = _dense_way(model)
+        plain, *others = passes.items()
+        for name, network in others:
+            report.agreements[name] = compare_labels(checkpoint, texts, plain[1], network)
+    dense = _dense_run(model)
     for count in tokens:
         batches = _batches(items, count)
-        for way, network in ways.items():
+        for name, network in passes.items():
             for step in timed:
-                report.timings.append(_time(way, step, _step_way(network, step), batches, rounds))
+                run = _step_run(network, step)
+                report.timings.append(_time(name, step, run, batches, rounds))
         report.timings.append(_time(DENSE, last, dense, batches, rounds))
-    report.memory = _memory(ways)
+    report.memory = _memory(passes)
     report.seconds = time.monotonic() - started
     return report
 
@@ -159,7 +171,7 @@ def as_markdown(report: GpuReport) -> str:
     """Return the report's tables."""
     facts = ", ".join(f"{name} {value}" for name, value in report.facts.items())
     errors = markdown_table(
-        ["pass", "step", "largest error of a logit", "of logits up to", "other labels", "of texts"],
+        ["pass", "step", "largest logit error", "largest logit", "different labels", "texts"],
         [
             [e.way, str(e.step), f"{e.error:.2e}", f"{e.scale:.2f}", str(e.other_labels)]
             + [str(e.texts)]
@@ -167,7 +179,7 @@ def as_markdown(report: GpuReport) -> str:
         ],
     )
     agreements = markdown_table(
-        ["pass", "quality", "same label", "of texts", "at another step"],
+        ["pass", "quality", "same label", "texts", "ended at another step"],
         [
             [way, a.way, f"{100 * a.share:.2f} %", str(a.texts), str(a.moved)]
             for way, rows in report.agreements.items()
@@ -178,8 +190,8 @@ def as_markdown(report: GpuReport) -> str:
         ["pass", "waits for the device"], [list(w) for w in report.waits.items()]
     )
     timings = markdown_table(
-        ["tokens", "texts", "pass", "step", "to its full step", "on the device", "to dense"]
-        + ["ms queued", "ms on the device", "ms alone", "texts a second"],
+        ["tokens", "texts", "pass", "step", "/ full step", "/ full step on the device", "/ dense"]
+        + ["ms queued", "ms on the device", "ms alone", "texts per second"],
         [_timing_row(timing, report.timings) for timing in report.timings],
     )
     memory = markdown_table(
@@ -189,37 +201,39 @@ def as_markdown(report: GpuReport) -> str:
 
 {facts}; the run took {report.seconds:.0f} s.
 
-## Right
-Against the reference network in float32, all heads computed and masked; step 0 is what is decided
-on arrival, against the plain pass:
+## Correctness
+Steps are compared with the reference network in float32, which computes all heads and masks some.
+At step 0, the decision (step 0's logits, s and the ranking of heads) is compared with the plain
+pass:
 
 {errors}
 
-Against the float32 pass, real texts at each quality:
+Labels of real texts at each quality level, compared with the float32 pass:
 
 {agreements}
 
 ## Waits
-What a batch waits for between its first launch and its logits on the device:
+The operation that waits for the device between the first launch of a batch and its logits on the
+device:
 
 {waits}
 
-## Fast
-"Queued" is the time of a batch when others queue behind it, and what the ratios are of; "on the
-device" that of the same batch over and over, with nothing sent and nothing fetched; "alone" from
-token ids on the host to logits on the host.
+## Speed
+"Queued" is the time of a batch while others are queued behind it; "/ full step" and "/ dense" are
+ratios of these times. "On the device" is the time of replaying the same batch without transfers.
+"Alone" is the time of a single batch from token ids on the host to logits on the host.
 
 {timings}
 
-## Large
+## Memory
 {memory}
 """
 
 
 def _timing_row(timing: GpuTiming, timings: Sequence[GpuTiming]) -> list[str]:
-    beside = [t for t in timings if t.tokens == timing.tokens]
-    full = max((t for t in beside if t.way == timing.way), key=lambda t: t.step)
-    dense = next(t for t in beside if t.way == DENSE)
+    same_size = [t for t in timings if t.tokens == timing.tokens]
+    full = max((t for t in same_size if t.way == timing.way), key=lambda t: t.step)
+    dense = next(t for t in same_size if t.way == DENSE)
     return [
         str(timing.tokens),
         str(timing.items),
@@ -235,8 +249,8 @@ def _timing_row(timing: GpuTiming, timings: Sequence[GpuTiming]) -> list[str]:
     ]
 
 
-def _ways(model: BudgetFormerForSequenceClassification) -> Iterator[tuple[str, PackedPass]]:
-    """Yield every pass; the first is in float32."""
+def _passes(model: BudgetFormerForSequenceClassification) -> Iterator[tuple[str, PackedPass]]:
+    """Yield the name of every pass and the pass; the first is in float32."""
     for precision in ("float32", "bfloat16"):
         yield precision, make_pass(model, precision)
     if model.device.type == "cuda":
@@ -254,7 +268,7 @@ def _items(checkpoint: Checkpoint, texts: Sequence[str] | None, vocabulary: int)
 
 @torch.inference_mode()
 def _check(
-    way: str,
+    name: str,
     network: PackedPass,
     model: BudgetFormerForSequenceClassification,
     items: Sequence[TokenIds],
@@ -266,8 +280,8 @@ def _check(
             part = items[start : start + 64]
             tokens = PackedTokens.pack(part)
             if step == DECISION:
-                actual.append(_decided(network.decide(tokens)))
-                expected.append(_decided(plain.decide(tokens)))
+                actual.append(_concatenated(network.decide(tokens)))
+                expected.append(_concatenated(plain.decide(tokens)))
                 continue
             actual.append(network.run_at(step, tokens).logits)
             ids, mask, _ = (torch.from_numpy(a).to(network.device) for a in padded(part))
@@ -279,7 +293,7 @@ def _check(
             expected.append(logits)
         ours, truth = torch.cat(actual).float(), torch.cat(expected)
         yield StepError(
-            way=way,
+            way=name,
             step=step,
             error=float((ours - truth).abs().max()),
             scale=float(truth.abs().max()),
@@ -288,23 +302,23 @@ def _check(
         )
 
 
-def _decided(decision: Decision) -> Tensor:
+def _concatenated(decision: BudgetPrediction) -> Tensor:
     """Return the tensors of a decision side by side, [B, ...]."""
-    known = [decision.budget, decision.exit_logits, decision.ranking]
-    return torch.cat([k.float().reshape(len(k), -1) for k in known if k is not None], dim=1)
+    parts = [decision.budget, decision.exit_logits, decision.ranking]
+    return torch.cat([p.float().reshape(len(p), -1) for p in parts if p is not None], dim=1)
 
 
 def _waits(network: PackedPass, items: Sequence[TokenIds]) -> str:
     """Return the first operation of a batch that waits for the device, or "nothing"."""
     if network.device.type != "cuda":
-        return "not asked"
+        return "not measured"
     tokens = PackedTokens.pack(items[:32])
-    ways = [_step_way(network, step) for step in range(network.sizes.layerwise, 2)]
+    runs = [_step_run(network, step) for step in range(network.sizes.layerwise, 2)]
     try:
-        for way in ways:
-            way.run(tokens)
+        for run in runs:
+            run.run(tokens)
             with _no_waiting():
-                way.run(tokens)
+                run.run(tokens)
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return "nothing"
@@ -312,6 +326,7 @@ def _waits(network: PackedPass, items: Sequence[TokenIds]) -> str:
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
+    """Have every operation that waits for the device raise a RuntimeError."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -332,13 +347,13 @@ def _batches(items: Sequence[TokenIds], count: int) -> list[list[TokenIds]]:
 
 
 @dataclass(frozen=True)
-class _Way:
-    """One way to run a batch.
+class _TimedRun:
+    """The parts of running a batch that are timed.
 
     Attributes:
         prepare: prepares token ids on the host.
-        run: runs the prepared batch, up to logits on the device.
-        recorded: returns a function that replays the prepared batch, or None.
+        run: runs a prepared batch, and returns logits on the device.
+        recorded: returns a function that replays a prepared batch, or None.
     """
 
     prepare: Callable[[Sequence[TokenIds]], Any]
@@ -346,18 +361,18 @@ class _Way:
     recorded: Callable[[Any], Callable[[], None] | None] = lambda _: None
 
 
-def _step_way(network: PackedPass, step: int) -> _Way:
+def _step_run(network: PackedPass, step: int) -> _TimedRun:
     def run(tokens: PackedTokens) -> Tensor:
         if step == DECISION:
-            return _decided(network.decide(tokens))
+            return _concatenated(network.decide(tokens))
         if network.sizes.picks_heads:
             return network.run_at(step, tokens).logits
         return network.run(tokens, [step] * len(tokens.lengths)).logits
 
-    return _Way(PackedTokens.pack, run, partial(network.recorded, step))
+    return _TimedRun(PackedTokens.pack, run, partial(network.recorded, step))
 
 
-def _dense_way(model: BudgetFormerForSequenceClassification) -> _Way:
+def _dense_run(model: BudgetFormerForSequenceClassification) -> _TimedRun:
     twin = bfloat16_twin(model).to(model.device)
 
     @torch.inference_mode()
@@ -365,31 +380,31 @@ def _dense_way(model: BudgetFormerForSequenceClassification) -> _Way:
         logits: Tensor = twin(*(array.to(model.device) for array in arrays))
         return logits
 
-    return _Way(lambda items: list(map(torch.from_numpy, padded(items))), run)
+    return _TimedRun(lambda items: list(map(torch.from_numpy, padded(items))), run)
 
 
 def _time(
-    name: str, step: int, way: _Way, batches: Sequence[Sequence[TokenIds]], rounds: int
+    name: str, step: int, timed: _TimedRun, batches: Sequence[Sequence[TokenIds]], rounds: int
 ) -> GpuTiming:
     clock = _device_clock if torch.cuda.is_available() else time.perf_counter
-    ready = [way.prepare(batch) for batch in batches]
-    for _, batch in zip(range(max(rounds, len(ready))), cycle(ready), strict=False):
-        way.run(batch)
+    prepared = [timed.prepare(batch) for batch in batches]
+    for _, batch in zip(range(max(rounds, len(prepared))), cycle(prepared), strict=False):
+        timed.run(batch)
     clock()
     started = clock()
-    for _, batch in zip(range(rounds), cycle(ready), strict=False):
-        way.run(batch)
+    for _, batch in zip(range(rounds), cycle(prepared), strict=False):
+        timed.run(batch)
     queued = (clock() - started) / rounds
-    device, again = None, way.recorded(ready[0])
-    if again is not None:
+    device, replay = None, timed.recorded(prepared[0])
+    if replay is not None:
         started = clock()
         for _ in range(rounds):
-            again()
+            replay()
         device = (clock() - started) / rounds
     alone = []
     for items in batches:
         started = time.perf_counter()
-        way.run(way.prepare(items)).cpu()
+        timed.run(timed.prepare(items)).cpu()
         alone.append(time.perf_counter() - started)
     count = sum(map(len, batches)) // len(batches)
     tokens = sum(len(ids) for batch in batches for ids in batch) // len(batches)
@@ -402,11 +417,11 @@ def _device_clock() -> float:
     return time.perf_counter()
 
 
-def _memory(ways: dict[str, PackedPass]) -> dict[str, int]:
-    sizes = {f"weights, {way}": network.nbytes for way, network in ways.items()}
+def _memory(passes: dict[str, PackedPass]) -> dict[str, int]:
+    sizes = {f"weights, {name}": network.nbytes for name, network in passes.items()}
     if torch.cuda.is_available():
         sizes["allocated, all passes"] = torch.cuda.memory_allocated()
-        sizes["most allocated"] = torch.cuda.max_memory_allocated()
+        sizes["peak allocated"] = torch.cuda.max_memory_allocated()
         sizes["reserved"] = torch.cuda.memory_reserved()
     return sizes
 

@@ -1,4 +1,4 @@
-"""Contenders with the compact pass: every ladder step, and the quality levels on real texts."""
+"""Contenders that run the compact pass: ladder steps, and quality levels on real texts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def small_step(last: int) -> int:
 def step_contenders(
     network: PackedPass, steps: Sequence[int], machine: Machine
 ) -> Iterator[Contender]:
-    """Yield a contender for each of these ladder steps, from token ids to logits."""
+    """Yield a contender for each ladder step, which computes logits from token ids."""
     precision = network.precision
 
     def contender(step: int) -> Contender:
@@ -52,14 +52,14 @@ def step_contenders(
 
 
 def picked_name(step: int) -> str:
-    """Return the name of a step's contender whose heads are picked per text."""
+    """Return the name of the contender that picks a step's heads per text."""
     return f"step {step}, float32, heads picked by text"
 
 
 def picking_contender(like: BudgetFormerConfig, step: int) -> Contender:
-    """Return a contender for a step of a similar network whose g_d picks heads per text.
+    """Return a contender for a step of a network of the same size whose g_d picks heads per text.
 
-    Weights and picked heads are random, so hardly two texts of a batch keep the same heads.
+    Weights and picked heads are random, so the texts of a batch hardly ever keep the same heads.
     """
     by_text = {"head_selection": "input", "budget_scope": "input"}
     config = BudgetFormerConfig(**(like.to_dict() | by_text))
@@ -68,16 +68,16 @@ def picking_contender(like: BudgetFormerConfig, step: int) -> Contender:
     sizes = picking.sizes
 
     def run(items: Sequence[TokenIds]) -> object:
-        chances = torch.rand(len(items), sizes.layers, sizes.heads, generator=draw)
+        scores = torch.rand(len(items), sizes.layers, sizes.heads, generator=draw)
         return picking.run(
-            PackedTokens.pack(items), [step] * len(items), ranking=chances.argsort(-1)
+            PackedTokens.pack(items), [step] * len(items), ranking=scores.argsort(-1)
         )
 
     return Contender(picked_name(step), run)
 
 
 def level_contenders(network: PackedPass, checkpoint: Checkpoint) -> Iterator[Contender]:
-    """Yield a contender for each quality level, including decision and escalations."""
+    """Yield a contender for each quality level, with its decisions and escalations."""
 
     def contender(name: str, rule: BudgetRule) -> Contender:
         def run(items: Sequence[TokenIds]) -> object:

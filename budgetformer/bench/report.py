@@ -49,13 +49,13 @@ class BenchReport:
     """The timings of every contender at every batch size.
 
     Attributes:
-        model: the checkpoint's label.
+        model: label of the checkpoint.
         texts: description of the texts.
-        tokens: mean length of the texts.
-        machine: measured peak rates of the device.
-        facts: description of the device.
+        tokens: mean length of the texts, in tokens.
+        machine: measured peak rates of the processor.
+        facts: description of the processor and the software.
         full: name of the full step's contender, in the precision that a server selects here.
-        timings: of all contenders, by batch size.
+        timings: timings of all contenders, by batch size.
     """
 
     model: str
@@ -67,14 +67,14 @@ class BenchReport:
     timings: tuple[Timing, ...]
 
     def ratio(self, timing: Timing, to: str) -> float | None:
-        """Return a contender's time as a share of another's at the same batch size."""
+        """Return a time divided by that of the contender `to` at the same batch size, if any."""
         for other in self.timings:
             if other.name == to and other.batch == timing.batch:
                 return timing.mean / other.mean
         return None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, times in milliseconds per text."""
+        """Return the report as plain values, with times in milliseconds per text."""
         return {
             "model": self.model,
             "texts": self.texts,
@@ -98,7 +98,7 @@ class BenchReport:
         }
 
     def rows(self, batch: int) -> list[list[str]]:
-        """Return the table lines of one batch size."""
+        """Return the table rows of one batch size."""
 
         def share(value: float | None) -> str:
             return "" if value is None else f"{value:.2f}"
@@ -124,7 +124,7 @@ class BenchReport:
         return sorted({timing.batch for timing in self.timings})
 
 
-COLUMNS = ["way", "to dense", "to own full step", "ms per text", "quartiles", "of the limit"]
+COLUMNS = ["contender", "/ dense", "/ full step", "ms per text", "quartiles", "limit / time"]
 
 
 def compare_passes(
@@ -138,11 +138,12 @@ def compare_passes(
     """Time every step, every quality level and the dense network in turns on this CPU.
 
     Args:
-        checkpoint: the checkpoint.
-        texts: real texts; None: random tokens, without quality levels, which would mean nothing.
+        checkpoint: checkpoint to time.
+        texts: real texts; None: random tokens, and no quality levels, because the steps that random
+            tokens need are meaningless.
         batches: batch sizes.
-        rounds: minimum rounds, each on other texts; small batches get more.
-        threads: of every contender.
+        rounds: minimum number of rounds, each on other texts; small batches get more.
+        threads: number of threads of every contender.
         baselines: whether to time the dense network in other libraries.
 
     Raises:
@@ -174,7 +175,7 @@ def compare_passes(
         timings += time_in_turns(contenders, [_round(items, turn, batch) for turn in range(turns)])
     return BenchReport(
         model=checkpoint.label,
-        texts="random tokens" if texts is None else f"{len(texts)} texts given",
+        texts="random tokens" if texts is None else f"{len(texts)} real texts",
         tokens=sum(map(len, items)) / len(items),
         machine=machine,
         facts=_facts(threads),
@@ -195,15 +196,17 @@ def write_bench_report(report: BenchReport, folder: Path) -> None:
     machine = report.machine
     rates = ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in machine.macs.items())
     (folder / "README.md").write_text(
-        f"""# The compact pass of {report.model}, timed
+        f"""# Time of the compact pass of {report.model}
 
-On {report.texts}, {report.tokens:.0f} tokens on average; {facts}. One large matrix product reaches,
-in billions of multiply-adds a second, {rates}; one large copy {machine.bandwidth / 1e9:.1f} GB/s.
+Texts: {report.texts}, {report.tokens:.0f} tokens on average. Machine: {facts}. Measured peak rates:
+one large matrix product runs at {rates} (billions of multiply-adds per second), and one large copy
+at {machine.bandwidth / 1e9:.1f} GB/s.
 
-Contenders took turns on the same texts, others in each round; means. "To dense" is the time as a
-share of the dense network's in Transformers (float32, padded to the longest text), "to own full
-step" of `{report.full}`. "Of the limit" is the least time that the multiply-adds, or reading the
-weights once, take at those rates, as a share of the time.
+The contenders took turns. Each round had other texts, the same for all contenders; times are means
+over the rounds. "/ dense" is the time divided by that of the dense network in Transformers
+(float32, padded to the longest text), and "/ full step" by that of `{report.full}`. "limit / time"
+is the minimum time at the peak rates (for the multiply-adds, or for reading the weights once if
+that takes longer), divided by the measured time.
 
 ![time against batch size](passes.svg)
 
@@ -217,13 +220,13 @@ def _plot(axes: Axes, report: BenchReport) -> None:
     names = [t.name for t in report.timings if t.batch == report.batches[0]]
     shown = [n for n in names if not n.startswith("step ") or n == report.full]
     for name in shown:
-        own = [t for t in report.timings if t.name == name]
+        timings = [t for t in report.timings if t.name == name]
         style = "--" if name.startswith("dense") else "-"
-        xs, ys = [t.batch for t in own], [1000 * t.mean / t.batch for t in own]
+        xs, ys = [t.batch for t in timings], [1000 * t.mean / t.batch for t in timings]
         axes.plot(xs, ys, style, marker="o", markersize=3, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlabel("texts in a batch")
+    axes.set_xlabel("texts per batch")
     axes.set_ylabel("ms per text")
     axes.legend(fontsize=7)
 
@@ -240,8 +243,8 @@ def _items(
 
 
 def _round(items: Sequence[TokenIds], turn: int, batch: int) -> list[TokenIds]:
-    """Return the texts of a turn, starting over when they are used up."""
-    return [items[(turn * batch + place) % len(items)] for place in range(batch)]
+    """Return the texts of a round; the last ones are followed by the first."""
+    return [items[(turn * batch + i) % len(items)] for i in range(batch)]
 
 
 def _facts(threads: int) -> dict[str, str]:

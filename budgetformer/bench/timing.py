@@ -23,12 +23,12 @@ INT8_RANGE = StateRange(low=-4, high=4)
 
 @dataclass(frozen=True)
 class Contender:
-    """One implementation of classifying a batch.
+    """An implementation that classifies a batch.
 
     Attributes:
-        name: its name in tables.
+        name: name in tables.
         run: classifies items, given their token ids, and returns when they are done.
-        limit: minimum seconds that the hardware needs for these items, if known.
+        limit: returns the minimum seconds that the hardware needs for the items, if known.
     """
 
     name: str
@@ -38,7 +38,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds of one contender per batch, in every round, and the mean hardware limit."""
+    """The times of one contender at one batch size.
+
+    Attributes:
+        name: name of the contender.
+        batch: number of items per batch.
+        rounds: seconds per batch, one per round.
+        limit: mean of the minimum seconds that the hardware needs per batch, if known.
+    """
 
     name: str
     batch: int
@@ -62,33 +69,33 @@ def time_in_turns(
 ) -> list[Timing]:
     """Time every contender on at least two batches, in turns, after a warm-up on the first.
 
-    Each batch is one round, with other texts, because texts differ in cost.
+    Each batch is one round. Batches should have different texts, because texts differ in cost.
     """
-    taken: list[list[float]] = [[] for _ in contenders]
+    seconds: list[list[float]] = [[] for _ in contenders]
     for turn, items in enumerate([batches[0], *batches]):
-        for contender, own in zip(contenders, taken, strict=True):
+        for contender, rounds in zip(contenders, seconds, strict=True):
             started = time.perf_counter()
             contender.run(items)
             if turn:
-                own.append(time.perf_counter() - started)
+                rounds.append(time.perf_counter() - started)
     return [
         Timing(
             c.name,
             len(batches[0]),
-            tuple(own),
+            tuple(rounds),
             statistics.fmean(map(c.limit, batches)) if c.limit else None,
         )
-        for c, own in zip(contenders, taken, strict=True)
+        for c, rounds in zip(contenders, seconds, strict=True)
     ]
 
 
 def token_ids(checkpoint: Checkpoint, texts: Sequence[str]) -> list[TokenIds]:
-    """Return the token ids of texts, by a checkpoint's tokenizer."""
+    """Tokenize texts with a checkpoint's tokenizer."""
     return [tokens.ids for tokens in load_encoder(checkpoint).encode(texts)]
 
 
 def random_texts(count: int, shortest: int, longest: int, vocabulary: int) -> list[TokenIds]:
-    """Return items of random tokens with lengths between two bounds; always the same ones."""
+    """Return items of random tokens with lengths between two bounds; every call the same ones."""
     draw = random.Random(0)
     return [
         [draw.randrange(1, vocabulary) for _ in range(draw.randint(shortest, longest))]
@@ -98,7 +105,12 @@ def random_texts(count: int, shortest: int, longest: int, vocabulary: int) -> li
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured peak rates of this device: multiply-adds/s by precision, and bytes/s."""
+    """The measured peak rates of this processor.
+
+    Attributes:
+        macs: multiply-adds per second, by precision.
+        bandwidth: bytes per second of a copy.
+    """
 
     macs: dict[str, float]
     bandwidth: float
@@ -115,20 +127,20 @@ class Machine:
             else:
                 dtype: torch.dtype = getattr(torch, precision)
                 product = partial(torch.mm, a.to(dtype), b.to(dtype))
-            macs[precision] = rows * inner * columns / _least(product)
+            macs[precision] = rows * inner * columns / _min_seconds(product)
         source = torch.empty(64 * 2**20, dtype=torch.uint8)
         target = torch.empty_like(source)
-        return cls(macs, source.numel() / _least(lambda: target.copy_(source)))
+        return cls(macs, source.numel() / _min_seconds(lambda: target.copy_(source)))
 
     def limit(self, precision: str, macs: float, nbytes: float) -> float:
-        """Return the minimum seconds for these multiply-adds and for reading these bytes."""
+        """Return the minimum seconds for `macs` multiply-adds and reading `nbytes` bytes."""
         return max(macs / self.macs[precision], nbytes / self.bandwidth)
 
 
-def _least(run: Callable[[], object], rounds: int = 10) -> float:
-    taken = []
+def _min_seconds(run: Callable[[], object], rounds: int = 10) -> float:
+    seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
         run()
-        taken.append(time.perf_counter() - started)
-    return min(taken)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

@@ -1,4 +1,4 @@
-"""Classify more rows than fit into memory, on all cores, so that a run that was stopped goes on."""
+"""Classify any number of rows on all cores, in bounded memory; interrupted runs can be resumed."""
 
 from __future__ import annotations
 

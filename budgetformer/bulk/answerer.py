@@ -1,4 +1,4 @@
-"""Rows to answers in this process, a chunk at a time; workers do the same elsewhere."""
+"""Answer chunks of rows in this process, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from budgetformer.inference.precision import Precision
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """What rows are classified with: a checkpoint folder and the arguments of `Classifier`."""
+    """The checkpoint and the options with which rows are classified; see `Classifier`.
+
+    Attributes:
+        path: folder of the checkpoint.
+        quality: quality level, or allowed accuracy drop in points.
+        heads: fixed budget in heads, which overrides `quality`.
+        precision: precision of the pass.
+    """
 
     path: str
     quality: str | float | None
@@ -26,8 +33,8 @@ class Answerer:
         """Load the checkpoint.
 
         Raises:
-            CheckpointError: it is damaged.
-            PolicyError: it does not offer the quality or the heads.
+            CheckpointError: the checkpoint is damaged.
+            PolicyError: the checkpoint does not offer the quality or the heads.
         """
         from budgetformer.classifier import Classifier
 
@@ -37,15 +44,16 @@ class Answerer:
 
     @property
     def precision(self) -> Precision:
-        """The precision that was chosen."""
+        """Precision in which the checkpoint was loaded."""
         chosen: Precision = msgspec.convert(self._classifier.network.precision, Precision)
         return chosen
 
     def answer(self, chunk: Chunk) -> Answered:
         """Classify the rows of a chunk."""
         asked = self._asked
-        found = self._classifier(chunk.texts, chunk.pairs, asked.quality, asked.heads)
+        predictions = self._classifier(chunk.texts, chunk.pairs, asked.quality, asked.heads)
         answers = [
-            row | vars(prediction) for row, prediction in zip(chunk.rows(), found, strict=True)
+            row | vars(prediction)
+            for row, prediction in zip(chunk.rows(), predictions, strict=True)
         ]
         return Answered.of(answers, self.precision)

@@ -1,6 +1,6 @@
-"""Rows in chunks, their answers, and what these add up to; whoever answers a chunk is a parameter.
+"""Chunks of rows, their answers and totals; the function that answers a chunk is a parameter.
 
-Importing this is light: no torch.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ from budgetformer.tables import Row
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """Some rows in their order."""
+    """Consecutive rows.
+
+    Attributes:
+        texts: text of each row.
+        pairs: second text of each row; None: the rows are no pairs.
+    """
 
     texts: list[str]
     pairs: list[str] | None
 
     @classmethod
     def of(cls, rows: list[Row]) -> Chunk:
-        """Return rows as a chunk."""
+        """Return a chunk of these rows."""
         pairs = [pair for _, pair in rows if pair is not None]
         return cls([text for text, _ in rows], pairs or None)
 
     def rows(self) -> list[dict[str, str]]:
-        """Return the columns of each row as a result repeats them."""
+        """Return the input columns of each row, which the result repeats."""
         if self.pairs is None:
             return [{"text": text} for text in self.texts]
         both = zip(self.texts, self.pairs, strict=True)
@@ -39,7 +44,18 @@ class Chunk(msgspec.Struct, frozen=True):
 
 
 class Answered(msgspec.Struct, frozen=True):
-    """The answers to a chunk: a line of JSON for each row, and what they add up to."""
+    """The answers to a chunk.
+
+    Attributes:
+        lines: answers as JSON, one line per row.
+        rows: number of rows.
+        labels: number of rows by label.
+        heads: heads computed, summed over rows and layers.
+        macs: multiply-adds computed.
+        dense_macs: multiply-adds of the dense network.
+        precision: precision of the pass.
+        failed: number of rows that got an error instead of a label.
+    """
 
     lines: bytes
     rows: int
@@ -52,7 +68,7 @@ class Answered(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, answers: list[dict[str, Any]], precision: Precision = "auto") -> Answered:
-        """Return the answers to rows; one with an `error` failed and has no label."""
+        """Encode and count answers; an answer with an `error` counts as failed."""
         totals = Totals()
         for answer in answers:
             totals.add_row(answer)
@@ -65,7 +81,7 @@ class Answered(msgspec.Struct, frozen=True):
 
 @dataclass
 class Totals:
-    """What many answers add up to."""
+    """The sums over many answers; see `Answered`."""
 
     rows: int = 0
     failed: int = 0
@@ -96,7 +112,7 @@ class Totals:
 
     @property
     def mean_heads(self) -> float:
-        """Heads of an answered row, summed over layers."""
+        """Mean heads per answered row, summed over layers."""
         return self.heads / max(self.rows - self.failed, 1)
 
     @property
@@ -106,17 +122,17 @@ class Totals:
 
 
 def chunks_of(rows: Iterator[Row], size: Callable[[], int]) -> Iterator[Chunk]:
-    """Cut rows into chunks; `size` is asked before each how many rows it is to have."""
-    while some := list(islice(rows, size())):
-        yield Chunk.of(some)
+    """Split rows into chunks; `size` returns the number of rows of the next chunk."""
+    while chunk := list(islice(rows, size())):
+        yield Chunk.of(chunk)
 
 
 def answer_in_order(
     chunks: Iterable[Chunk], answer: Callable[[Chunk], Future[Answered]], at_once: int
 ) -> Iterator[Answered]:
-    """Have chunks answered, at most `at_once` of them at a time, and yield the answers in order.
+    """Answer chunks concurrently, at most `at_once` at a time; yield the answers in order.
 
-    What is still being answered when the caller stops is cancelled.
+    If the caller stops the iteration, pending chunks are cancelled.
     """
     waiting: deque[Future[Answered]] = deque()
     try:

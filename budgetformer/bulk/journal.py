@@ -1,7 +1,8 @@
-"""The answers of a run that is not over: `<output>.part`.
+"""The journal of an unfinished run: the file `<output>.part`.
 
-Its first line says what was asked, each further one is the answer to a row, in the order of the
-rows. Only whole lines count, so a run that was stopped at any moment can go on.
+The first line has the model and the options; each further line is the answer to a row, in the order
+of the rows. An incomplete last line is dropped, so a run that was interrupted at any time can be
+resumed.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ class _Head(msgspec.Struct, frozen=True):
 
 
 class Journal:
-    """Answers on their way to `output`, computed in `precision`.
+    """The answers of a run so far.
 
     Attributes:
-        totals: what the answers that are there add up to.
+        path: path of the journal.
+        totals: sums over the answers so far.
     """
 
     def __init__(
@@ -45,17 +47,24 @@ class Journal:
         heads: int | None,
         resume: bool,
     ) -> None:
-        """Begin, or with `resume` go on, if there is something to go on with.
+        """Create a journal, or with `resume` continue the one that exists.
+
+        Args:
+            output: file to which the finished result will be written.
+            checkpoint: checkpoint that answers.
+            quality: quality level, or allowed accuracy drop in points.
+            heads: fixed budget in heads.
+            resume: continue an existing journal.
 
         Raises:
-            DataError: there are answers already and `resume` is not asked for, or they were asked
-                for in another way, or another run is writing them.
+            DataError: an output or a journal exists and `resume` is False; the journal has another
+                model or other options; or another run is writing it.
         """
         self.path = _part(output)
         if not resume:
             for path in (output, self.path):
                 if path.exists():
-                    raise DataError(f"{path}: exists; delete it, or go on with --resume")
+                    raise DataError(f"{path}: exists; delete it, or continue with --resume")
         weights = checkpoint.manifest.files[WEIGHTS].sha256
         self._head = _Head(checkpoint.label, weights, quality, heads)
         self._begun = False
@@ -76,21 +85,20 @@ class Journal:
 
     @staticmethod
     def is_finished(output: Path) -> bool:
-        """Whether a run that was to write `output` has ended."""
+        """Return whether the run that writes `output` has finished."""
         return output.exists() and not _part(output).exists()
 
     @property
     def rows(self) -> int:
-        """Answers that are there."""
+        """Number of answers so far."""
         return self.totals.rows
 
     @property
     def precision(self) -> Precision:
-        """The precision of the answers so far; "auto" before there are any."""
+        """Precision of the answers so far; "auto" if there are none."""
         return self._head.precision
 
     def __enter__(self) -> Self:
-        """Return the journal."""
         return self
 
     def __exit__(
@@ -99,28 +107,28 @@ class Journal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the file; one without any answer is removed."""
+        """Close the file, and delete it if it has no answer."""
         if not self._begun:
             self.path.unlink(missing_ok=True)
         self._file.close()
 
     def remaining(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Drop from `rows` those that are answered, and yield the others.
+        """Yield the rows after those that have an answer.
 
         Raises:
-            DataError: the rows are not those that were answered.
+            DataError: an answer belongs to another text than the row.
         """
         for number, answer in enumerate(self.answers(), 1):
             row = next(rows, None)
             if row != (answer["text"], answer.get("text_pair")):
                 raise DataError(
                     f"{self.path}: row {number} is the answer to another text; "
-                    "delete it to begin anew"
+                    "delete it to start from the beginning"
                 )
         yield from rows
 
     def append(self, answered: Answered) -> None:
-        """Keep some answers; once this returns, an end of this process loses none of them."""
+        """Write the answers to a chunk; after this returns, a kill of this process loses none."""
         if not self._begun:
             self._head = msgspec.structs.replace(self._head, precision=answered.precision)
             self._file.write(msgspec.json.encode(self._head) + b"\n")
@@ -130,7 +138,7 @@ class Journal:
         self.totals.add(answered)
 
     def lines(self) -> Iterator[bytes]:
-        """Yield the answers so far, a line of JSON each."""
+        """Yield the answers so far as lines of JSON."""
         with self.path.open("rb") as file:
             next(file, None)
             yield from file
@@ -140,11 +148,11 @@ class Journal:
         return map(msgspec.json.Decoder(dict[str, Any]).decode, self.lines())
 
     def remove(self) -> None:
-        """Delete the file: its answers are where they should be."""
+        """Delete the file, after its answers were written to the output."""
         self.path.unlink()
 
     def _read(self) -> None:
-        """Count the whole lines and cut off what follows them."""
+        """Count the complete lines, and truncate the file after them."""
         self._file.seek(0)
         whole = 0
         decode = msgspec.json.Decoder(dict[str, Any]).decode
@@ -158,7 +166,10 @@ class Journal:
                     self.totals.add_row(decode(line))
             except (msgspec.DecodeError, KeyError, TypeError) as error:
                 if number == 0:
-                    raise DataError(f"{self.path}: this is no unfinished run") from error
+                    raise DataError(
+                        f"{self.path}: this is no unfinished run; delete it, or write to another "
+                        "output"
+                    ) from error
                 break
             whole += len(line)
             self._begun = True
@@ -170,8 +181,8 @@ class Journal:
             then, now = getattr(before, field), getattr(self._head, field)
             if then != now:
                 raise DataError(
-                    f"{self.path}: was begun with {field} {then}, now it is {now}; "
-                    "delete it to begin anew"
+                    f"{self.path}: was started with {field} {then}, but now it is {now}; "
+                    "delete it to start from the beginning"
                 )
         self._head = before
 

@@ -1,4 +1,4 @@
-"""The answers of a finished run, as JSONL, CSV or Parquet; the file appears when it is whole."""
+"""Write the answers of a finished run as JSONL, CSV or Parquet, completely or not at all."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ _WRITERS: dict[str, Callable[[Journal, Path], None]] = {
 
 
 def check_output(output: Path) -> None:
-    """Check, before anything is computed, that `output` can be written.
+    """Check that `output` can be written, before anything is computed.
 
     Raises:
-        DataError: its folder is missing, its kind is unknown or needs a package.
+        DataError: the folder is missing, the extension is unknown, or a package is missing.
     """
     if output.suffix.lower() not in _WRITERS:
         raise DataError(f"{output}: not a .parquet, .csv or .jsonl file")
@@ -89,10 +89,10 @@ def check_output(output: Path) -> None:
 
 
 def finish(journal: Journal, output: Path) -> None:
-    """Write all answers of a journal to `output`, whole or not at all, and delete the journal.
+    """Write all answers of a journal to `output`, completely or not at all; delete the journal.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: the output cannot be written.
     """
     whole = output.with_name(f"{output.name}.whole")
     try:

@@ -1,4 +1,4 @@
-"""Rows to answers: here if they are few, in one process per core if they are many."""
+"""Classify rows: few in this process, many in worker processes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from budgetformer.bulk.chunks import Answered, chunks_of
 from budgetformer.tables import Row
 
 CHUNK_ROWS = 1024
-"""Rows that go to a worker at once: enough for full batches of each ladder step."""
+"""Rows per chunk: enough for full batches at each ladder step."""
 
 
 def classify_rows(asked: Asked, rows: Iterable[Row], workers: int) -> Iterator[Answered]:
-    """Classify rows of any number in bounded memory; the answers come in the order of the rows.
+    """Classify any number of rows in bounded memory; yield the answers in the order of the rows.
 
-    A single chunk, or `workers` 1, is computed in this process.
+    If there is only one chunk or one worker, this process computes the answers.
 
     Raises:
-        CheckpointError, PolicyError, DataError: as the checkpoint and the rows do.
+        CheckpointError: the checkpoint is damaged.
+        PolicyError: the checkpoint does not offer the quality or the heads.
+        DataError: a row cannot be read.
         WorkerError: a worker died.
     """
     chunks = chunks_of(iter(rows), lambda: CHUNK_ROWS)
@@ -30,7 +32,8 @@ def classify_rows(asked: Asked, rows: Iterable[Row], workers: int) -> Iterator[A
             assert answerer is not None
             yield answerer.answer(chunk)
         return
-    # Not above: a worker runs that module, which its package must not have imported before.
+    # Imported here because workers run this module with `python -m`, and Python warns if importing
+    # the package has imported the module already.
     from budgetformer.bulk.workers import Workers
 
     with Workers(asked, workers) as pool:

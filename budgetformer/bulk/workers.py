@@ -1,7 +1,7 @@
-"""Worker processes: each holds the checkpoint and computes with one thread.
+"""Worker processes, each with the checkpoint and one thread.
 
-One thread per process is how the server's engines use a CPU, too: small passes gain little from
-more threads. Parent and worker speak MessagePack frames over the worker's stdin and stdout.
+Like the server's engines, workers use one thread each, because small passes gain little from more.
+Parent and workers exchange MessagePack frames over the workers' stdin and stdout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from budgetformer.inference.precision import Precision
 from budgetformer.subprocesses import python_command
 
 CHUNKS_IN_FLIGHT = 3
-"""For each worker: one that it computes, one that waits, one that waits for its turn to go out."""
+"""Chunks per worker: one being computed, one waiting for a worker, and one whose answers wait for
+those of earlier chunks."""
 
 _LENGTH = struct.Struct("<I")
 _ERRORS = {kind.__name__: kind for kind in (CheckpointError, PolicyError)}
@@ -76,7 +77,7 @@ class _Worker:
         self._send(asked)
 
     def ready(self) -> Precision:
-        """Return the precision that it computes in, once it has loaded."""
+        """Wait until the worker has loaded the checkpoint; return its precision."""
         reply = self._reply()
         assert isinstance(reply, _Ready)
         return reply.precision
@@ -97,14 +98,14 @@ class _Worker:
 
     def _send(self, message: Any) -> None:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # what it died of, `_reply` tells
+        with suppress(BrokenPipeError):  # `_reply` raises the reason why the worker died
             _send(self._process.stdin, message)
 
     def _reply(self) -> _Reply:
         assert self._process.stdout is not None
         frame = _receive(self._process.stdout)
         if frame is None:
-            raise WorkerError(f"a worker ended with code {self._process.wait()}")
+            raise WorkerError(f"a worker process ended with exit code {self._process.wait()}")
         reply: _Reply = msgspec.msgpack.decode(frame, type=_Reply)
         if isinstance(reply, _Failed):
             raise _ERRORS.get(reply.kind, WorkerError)(reply.message)
@@ -112,7 +113,7 @@ class _Worker:
 
 
 class Workers:
-    """Some workers; enter it to start them, leave it to end them."""
+    """A pool of workers, which run while the `with` block does."""
 
     def __init__(self, asked: Asked, count: int) -> None:
         self._asked = asked
@@ -121,17 +122,18 @@ class Workers:
         self._free: SimpleQueue[_Worker] = SimpleQueue()
 
     def __enter__(self) -> Self:
-        """Start them: the first settles the precision, so that all answer alike.
+        """Start the workers; the first chooses the precision of all, so that their answers agree.
 
         Raises:
-            CheckpointError, PolicyError: of the first worker.
-            WorkerError: one died.
+            CheckpointError: the checkpoint is damaged.
+            PolicyError: the checkpoint does not offer the quality or the heads.
+            WorkerError: a worker died.
         """
         try:
             self._start(self._asked)
-            agreed = msgspec.structs.replace(self._asked, precision=self._all[0].ready())
+            same_precision = msgspec.structs.replace(self._asked, precision=self._all[0].ready())
             for _ in range(self._count - 1):
-                self._start(agreed)
+                self._start(same_precision)
             for worker in self._all[1:]:
                 worker.ready()
         except BaseException:
@@ -146,7 +148,7 @@ class Workers:
             worker.kill()
 
     def answer(self, chunks: Iterable[Chunk]) -> Iterator[Answered]:
-        """Answer chunks in their order, a bounded number of them at a time."""
+        """Answer chunks, a bounded number of them at a time; yield the answers in order."""
         pool = ThreadPoolExecutor(self._count)
         try:
             yield from answer_in_order(
@@ -155,7 +157,7 @@ class Workers:
                 CHUNKS_IN_FLIGHT * self._count,
             )
         except BaseException:
-            self.__exit__()  # what is being computed is not wanted any more
+            self.__exit__()  # pending answers are no longer needed
             raise
         finally:
             pool.shutdown()
@@ -168,17 +170,17 @@ class Workers:
         try:
             return worker.answer(chunk)
         finally:
-            self._free.put(worker)  # a dead one, too: it fails the chunks that wait for a worker
+            self._free.put(worker)  # also a dead one, so that waiting chunks fail and do not hang
 
 
 def main() -> None:
-    """Answer chunks from stdin until it ends; Ctrl-C is the parent's business."""
+    """Answer chunks from stdin until it ends; Ctrl-C is handled by the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Frames alone go to the parent, whatever a library prints.
+    # Output of libraries goes to stderr, because the parent reads frames from stdout.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    given = sys.stdin.buffer
-    first = _receive(given)
+    requests = sys.stdin.buffer
+    first = _receive(requests)
     if first is None:
         return
     import torch
@@ -187,12 +189,12 @@ def main() -> None:
     try:
         answerer = Answerer(msgspec.msgpack.decode(first, type=Asked))
         _send(replies, _Ready(answerer.precision))
-        while (frame := _receive(given)) is not None:
+        while (frame := _receive(requests)) is not None:
             _send(replies, _Done(answerer.answer(msgspec.msgpack.decode(frame, type=Chunk))))
     except BudgetFormerError as error:
         _send(replies, _Failed(type(error).__name__, str(error)))
     except BrokenPipeError:
-        os._exit(0)  # the parent is gone, and nothing that is still buffered can reach it
+        os._exit(0)  # the parent has ended; a normal exit would try to flush its pipe
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""A client of the service: `Client` blocks, `AsyncClient` awaits; otherwise they are the same.
+"""Clients of the service: `Client` is blocking, `AsyncClient` has the same methods for asyncio.
 
-It is an extra of the distribution, `budgetformer-serving[client]`, and needs neither torch nor
-Transformers in its process.
+They need the extra `budgetformer-serving[client]`, but neither torch nor Transformers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The client that blocks."""
+"""The blocking client."""
 
 from __future__ import annotations
 
@@ -54,23 +54,23 @@ from budgetformer.client.results import Result
 
 
 class Client:
-    """Classify over HTTP; connections are kept and used again.
+    """Classify over HTTP with keep-alive connections.
 
-    Use it as a context manager, or call `close`. It may be shared by threads.
+    Use it as a context manager, or call `close`. Threads may share it.
 
     Args:
-        url: where the server is, such as "http://127.0.0.1:8000".
-        api_key: if the server takes one.
-        timeout: seconds that a call may take altogether, waits and retries included; `math.inf`
-            for no end. The server is told what is left of it, and drops what would come too late.
-        retry: when to try again.
-        batch_items, batch_characters: a longer list is split into requests of at most that, or of
-            fewer items where the server takes fewer.
-        concurrency: requests in flight at once.
-        headers: sent with every request.
-        http: an httpx client to use instead of one of its own; it is not closed. Its own one heeds
-            proxy variables, unless the server is on this host.
-        clock, sleep, chance: time and randomness (0..1), for tests.
+        url: URL of the server, such as "http://127.0.0.1:8000".
+        api_key: API key, if the server requires one.
+        timeout: maximum seconds of a call, including waits and retries; `math.inf`: no limit. The
+            remaining time is sent to the server, which drops requests that would be late.
+        retry: retry policy.
+        batch_items, batch_characters: maximum texts and characters per request; longer lists are
+            split. A server with a lower limit lowers `batch_items`.
+        concurrency: maximum number of requests in flight.
+        headers: headers of every request.
+        http: httpx client to use; it is not closed. None: create one, which uses proxy variables
+            unless the server is on this host.
+        clock, sleep, chance: sources of time and randomness (0..1), for tests.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Let the connections go."""
+        """Close the connections."""
         self._pool.shutdown(cancel_futures=True)
         if self._owned:
             self._http.close()
@@ -127,17 +127,20 @@ class Client:
         progress: bool | Tell = False,
         **options: Unpack[Options],
     ) -> list[Result]:
-        """Classify texts; the results come in their order.
+        """Classify texts; return the results in the same order.
 
         Args:
-            texts: one text or many.
-            timeout: in place of the client's.
-            progress: True shows a bar on stderr; a function is called with done and total.
+            texts: one text or several.
+            timeout: maximum seconds of this call; None: the client's `timeout`.
+            progress: True shows a bar on stderr; a function is called with the numbers of answered
+                and of all texts.
             options: fields of POST /classify.
 
         Raises:
-            InputError: a text or an option cannot be sent; `input[3]` counts from 0.
-            DeadlineExceededError, OverloadedError, UnreachableError, ServerError: see there.
+            InputError: a text or an option cannot be sent; the message names it (`input[3]`).
+            DeadlineExceededError: the time is over.
+            OverloadedError, UnreachableError: retries did not help.
+            ServerError: the server refused the request.
         """
         return list(self._stream(items_of(texts), timeout, progress, options))
 
@@ -149,9 +152,10 @@ class Client:
         progress: bool | Tell = False,
         **options: Unpack[Options],
     ) -> Iterator[Result]:
-        """Classify texts as they are drawn, with few of them in memory at once.
+        """Classify texts from an iterator, with few of them in memory; yield results in order.
 
-        Arguments and errors are those of `classify`; the time runs from the first result asked for.
+        Arguments and errors are those of `classify`. `timeout` starts with the first result that is
+        requested from the returned iterator.
         """
         yield from self._stream(drawn(texts), timeout, progress, options)
 
@@ -177,7 +181,7 @@ class Client:
                 yield from results
 
     def _in_order(self, futures: Iterator[Future[list[Result]]]) -> Iterator[list[Result]]:
-        """Yield results in order, with enough requests begun to keep every connection busy."""
+        """Yield results in order, with enough requests started to keep all connections busy."""
         begun: deque[Future[list[Result]]] = deque()
         try:
             for future in futures:
@@ -199,76 +203,87 @@ class Client:
     ) -> pipeline.PipelineOutput:
         """Answer as `transformers.pipeline("text-classification")` does.
 
-        Without `top_k`, each text gets its best label; with it a list, None for every label.
+        Without `top_k`, each text gets its best label; with it a list of labels, all of them if it
+        is None.
 
         Raises:
-            ItemFailedError: an item failed alone.
-            ClientError: as `classify` does.
+            ItemFailedError: a text failed.
+            ClientError: see `classify`.
         """
-        wanted = pipeline.asked(function_to_apply, options)
-        results = self.classify(inputs, **wanted)
+        request_options = pipeline.request_options(function_to_apply, options)
+        results = self.classify(inputs, **request_options)
         return pipeline.shaped(inputs, results, "top_k" in options, function_to_apply)
 
     def models(self) -> list[str]:
-        """Return the names of the models that are served.
+        """Return the names of the served models.
 
         Raises:
-            UnreachableError, ServerError: see there.
+            UnreachableError: the server cannot be reached.
+            ServerError: the server refused the request.
         """
         listed = self._get("/v1/models")
         return [model["id"] for model in listed["data"]]
 
     def model(self, name: str) -> dict[str, Any]:
-        """Return a model's card: labels, sizes, quality levels with their accuracy and cost.
+        """Return a model's labels, sizes, and quality levels with their accuracy and cost.
 
         Raises:
-            UnreachableError, ServerError: see there.
+            UnreachableError: the server cannot be reached.
+            ServerError: the server refused the request.
         """
         return self._get(f"/models/{name}")
 
     def submit_job(self, file: str | Path, **options: Unpack[JobOptions]) -> dict[str, Any]:
-        """Have a file of texts, or the file at a URL, classified in the background; return the job.
+        """Submit a file of texts, or the URL of one, as a background job; return the job.
+
+        The request is not retried.
 
         Raises:
             InputError: there is no such file, or it is neither CSV, JSONL nor Parquet.
-            OverloadedError, UnreachableError, ServerError: see there; it is sent only once.
+            OverloadedError: the server has no room for the job.
+            UnreachableError: the server cannot be reached.
+            ServerError: the server refused the request.
         """
-        given = Submission.of(file, options)
-        content = None if given.path is None else given.parts()
+        submission = Submission.of(file, options)
+        content = None if submission.path is None else submission.parts()
         return self._job_call(
-            "POST", "", content=content, json=given.json, params=given.params, headers=given.headers
-        )
+            "POST", "", content=content, json=submission.json,
+            params=submission.params, headers=submission.headers,
+        )  # fmt: skip
 
     def jobs(self) -> list[dict[str, Any]]:
-        """Return the jobs of this key, newest first.
+        """Return the jobs of this API key, newest first.
 
         Raises:
-            UnreachableError, ServerError: see there.
+            UnreachableError: the server cannot be reached.
+            ServerError: the server refused the request.
         """
         return list(self._job_call("GET", "")["data"])
 
     def job(self, job_id: str) -> dict[str, Any]:
-        """Return a job: its status, and how far it is.
+        """Return the status and the progress of a job.
 
         Raises:
-            UnreachableError, ServerError: see there.
+            UnreachableError: the server cannot be reached.
+            ServerError: there is no such job.
         """
         return self._job_call("GET", f"/{job_id}")
 
     def cancel_job(self, job_id: str) -> dict[str, Any]:
-        """Remove a job with all of its files; one that has not ended is thereby cancelled.
+        """Cancel a job if it has not ended, and delete its files.
 
         Raises:
-            UnreachableError, ServerError: see there.
+            UnreachableError: the server cannot be reached.
+            ServerError: there is no such job.
         """
         return self._job_call("DELETE", f"/{job_id}")
 
     def follow_job(self, job_id: str, tell: TellJob = lambda _: None) -> dict[str, Any]:
-        """Return a job when it has ended; a server that restarts is waited for.
+        """Wait until a job has ended, also over a restart of the server; return the job.
 
         Raises:
-            OverloadedError, UnreachableError: the server has been gone for a minute.
-            ServerError: there is no such job any more.
+            OverloadedError, UnreachableError: the server has not answered for a minute.
+            ServerError: the job no longer exists.
         """
         seen = self._clock()
         while True:
@@ -285,11 +300,12 @@ class Client:
             self._sleep(POLL_SECONDS)
 
     def save_job_result(self, job_id: str, output: Path) -> None:
-        """Write the result of a finished job to a file, which appears when it is whole.
+        """Write the result of a finished job to a file, completely or not at all.
 
         Raises:
-            UnreachableError, ServerError: see there.
-            OSError: it cannot be written.
+            UnreachableError: the server cannot be reached, or the connection broke.
+            ServerError: there is no such job, or it has not finished.
+            OSError: the file cannot be written.
         """
         part, url = unfinished(output), f"{self._url}/jobs/{job_id}/result"
         try:
@@ -305,11 +321,11 @@ class Client:
         finally:
             part.unlink(missing_ok=True)
 
-    def _job_call(self, method: str, path: str, **how: Any) -> dict[str, Any]:
-        headers = {**self._headers, **how.pop("headers", {})}
+    def _job_call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        headers = {**self._headers, **request.pop("headers", {})}
         try:
             response = self._http.request(
-                method, f"{self._url}/jobs{path}", headers=headers, timeout=PATIENCE, **how
+                method, f"{self._url}/jobs{path}", headers=headers, timeout=PATIENCE, **request
             )
         except httpx.TransportError as error:
             raise unreachable(error, self._proxies) from error

@@ -1,6 +1,7 @@
-"""What both clients do, without I/O: split, ask, judge, wait, ask again.
+"""The logic that both clients share, without I/O: split texts into requests, and retry.
 
-`Call.attempts` is a generator of steps. The caller sends or waits, and hands back the outcome.
+`Call.attempts` is a generator of steps. The client executes each step (send a request, or wait) and
+sends the outcome back into the generator.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ Text = str | tuple[str, str] | Mapping[str, str]
 """A text; a text and its pair; or both as `text` and `text_pair`."""
 
 Item = str | dict[str, str]
-"""A text as a request holds it."""
+"""A text as an item of a request."""
 
 CONNECT_SECONDS = 5.0
 GRACE_SECONDS = 1.0
-"""How long past the deadline the server may take to say that it has passed."""
+"""Seconds that the client waits after the deadline for the server's answer that it has passed."""
 PATIENCE = httpx.Timeout(120.0, connect=CONNECT_SECONDS)
-"""How long one answer is awaited where no deadline was given."""
+"""Timeout of a request without a deadline."""
 _BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
@@ -59,16 +60,17 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Retry:
-    """When to try again: after 429, 503 and broken connections.
+    """The retry policy, for 429, 503 and broken connections.
 
-    The server's Retry-After is waited for, and up to `jitter` of it more, so that many clients do
-    not come back at once. Where the server does not say, the wait doubles from `first_wait` to
-    `longest_wait`, and a random share of it is taken.
+    The client waits for the server's Retry-After plus a random part of `jitter` times that, so that
+    many clients do not retry at once. Without a Retry-After, it waits for a random part of a delay
+    that doubles from `first_wait` to `longest_wait`.
 
     Attributes:
-        attempts: how often one request is sent at most.
-        first_wait, longest_wait: seconds.
-        jitter: share of Retry-After that may be added.
+        attempts: maximum number of times that a request is sent.
+        first_wait: first delay without a Retry-After, in seconds.
+        longest_wait: longest delay without a Retry-After, in seconds.
+        jitter: maximum share of Retry-After that is added to it.
     """
 
     attempts: int = 6
@@ -77,7 +79,13 @@ class Retry:
     jitter: float = 0.25
 
     def wait(self, attempt: int, retry_after: float | None, chance: float) -> float:
-        """Return the seconds to wait after attempt number `attempt` (from 0); chance 0..1."""
+        """Return the seconds to wait after an attempt.
+
+        Args:
+            attempt: number of the attempt, from 0.
+            retry_after: the server's Retry-After in seconds, if any.
+            chance: random number in 0..1.
+        """
         if retry_after is not None:
             return retry_after + chance * max(self.first_wait, self.jitter * retry_after)
         return chance * min(self.longest_wait, self.first_wait * 2.0**attempt)
@@ -85,31 +93,31 @@ class Retry:
 
 @dataclass(frozen=True)
 class Budget:
-    """The time that a call may take: until `end` of a monotonic clock."""
+    """The deadline of a call: the time `end` of a monotonic clock."""
 
     clock: Callable[[], float]
     end: float
 
     @classmethod
     def of(cls, clock: Callable[[], float], seconds: float) -> Budget:
-        """Return a budget of so many seconds from now."""
+        """Return the deadline that is `seconds` from now."""
         return cls(clock, clock() + seconds)
 
     def remaining(self) -> float:
-        """Return the seconds that are left.
+        """Return the seconds until the deadline.
 
         Raises:
-            DeadlineExceededError: none are.
+            DeadlineExceededError: the deadline has passed.
         """
         left: float = self.end - self.clock()
         if left <= 0:
-            raise DeadlineExceededError("the time for this call is over")
+            raise DeadlineExceededError("the deadline of this call has passed")
         return left
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Texts that go into one request; the first is the caller's text number `start`."""
+    """The texts of one request; the first has the index `start` in the caller's list."""
 
     start: int
     texts: list[Item]
@@ -117,7 +125,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Send:
-    """Step: send this body to POST /classify; the answer to it is a response or what went wrong."""
+    """Step: send a body to POST /classify; the outcome is a response or a transport error."""
 
     body: dict[str, Any]
     timeout: httpx.Timeout
@@ -125,7 +133,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Wait:
-    """Step: let some seconds pass."""
+    """Step: wait; the outcome is None."""
 
     seconds: float
 
@@ -145,11 +153,11 @@ def headers_of(given: Mapping[str, str] | None, api_key: str | None) -> dict[str
 
 @dataclass(frozen=True)
 class Connecting:
-    """How a client connects to a server.
+    """The connection settings of a client.
 
     Attributes:
-        proxies: names of the proxy variables that it heeds; for a server on this host none.
-        options: of the httpx client.
+        proxies: names of the proxy variables that httpx uses; none for a server on this host.
+        options: arguments of the httpx client.
     """
 
     proxies: list[str]
@@ -157,48 +165,48 @@ class Connecting:
 
     @classmethod
     def to(cls, url: str) -> Connecting:
-        """Return how to connect to the server at this URL."""
+        """Return the settings for the server at a URL."""
         if is_loopback(url):
-            # Without the environment httpx would miss SSL_CERT_FILE, too.
+            # `trust_env=False` would also ignore SSL_CERT_FILE, which this context reads.
             verify = httpx.create_ssl_context() if url.startswith("https") else True
             return cls([], {"trust_env": False, "verify": verify})
         return cls(proxy_variables(), {})
 
     def open(self, kind: Callable[..., Http], connections: int) -> Http:
-        """Return an httpx client with so many connections.
+        """Return an httpx client with at most `connections` connections.
 
         Raises:
-            UnreachableError: a proxy variable cannot be used.
+            UnreachableError: a proxy variable has an unsupported value.
         """
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
         try:
             return kind(limits=limits, **self.options)
         except (ImportError, ValueError) as error:  # SOCKS needs a package, socks:// is unknown
-            message = f"no connection is possible: {error}{_heeded(self.proxies)}"
+            message = f"no connection is possible: {error}{_proxy_hint(self.proxies)}"
             raise UnreachableError(message) from error
 
 
 def is_one(given: Any) -> bool:
-    """Say whether this is one text, not many; a tuple that holds a string is a pair."""
+    """Return whether this is a single text; a tuple with a string is a pair, so a single text."""
     if isinstance(given, tuple):
         return any(isinstance(part, str) for part in given)
     return isinstance(given, (str, Mapping))
 
 
 def items_of(given: Text | Iterable[Text]) -> list[Item]:
-    """Return one text or many as items of requests.
+    """Return one or several texts as items of requests.
 
     Raises:
-        InputError: an element is not a text; the error names its index.
+        InputError: an element is not a text; the message names its index.
     """
     return list(_items([given] if is_one(given) else given))
 
 
 def drawn(texts: Iterable[Text]) -> Iterable[Item]:
-    """Return texts as items; what is there already is checked now, the rest as it is drawn.
+    """Return texts as items: a collection is checked at once, an iterator element by element.
 
     Raises:
-        InputError: see `items_of`.
+        InputError: an element is not a text; the message names its index.
     """
     return items_of(texts) if is_one(texts) or isinstance(texts, Sized) else _items(texts)
 
@@ -224,49 +232,51 @@ def item_of(text: Text, index: int) -> Item:
     """Return a text as an item of a request.
 
     Raises:
-        InputError: it is not a text.
+        InputError: the element is not a text; the message names its index.
     """
-    place = f"input[{index}]"
+    param = f"input[{index}]"
     if isinstance(text, str):
-        return _checked(text, place)
+        return _checked(text, param)
     if isinstance(text, tuple):
         if len(text) != 2:
             raise InputError(
-                f"{place} is a tuple of {len(text)}: a pair has two strings; many texts go in a "
-                "list"
+                f"{param} is a tuple of {len(text)}: a pair has two strings; use a list for "
+                "several texts"
             )
         return {
-            "text": _checked(text[0], f"{place}[0]"),
-            "text_pair": _checked(text[1], f"{place}[1]"),
+            "text": _checked(text[0], f"{param}[0]"),
+            "text_pair": _checked(text[1], f"{param}[1]"),
         }
     if not isinstance(text, Mapping):
         raise InputError(
-            f"{place} is {_shown(text)}, not a text: give a string, a pair of strings as a tuple, "
+            f"{param} is {_shown(text)}, not a text: give a string, a pair of strings as a tuple, "
             'or {"text": ..., "text_pair": ...}'
         )
-    item = {"text": _checked(text.get("text"), f"{place}.text")}
+    item = {"text": _checked(text.get("text"), f"{param}.text")}
     for name, part in text.items():
         if name not in ("text", "text_pair"):
-            raise InputError(f"{place} has the unknown key {name!r}: known are text, text_pair")
+            raise InputError(f"{param} has the unknown key {name!r}; known keys: text, text_pair")
         if name == "text_pair" and part is not None:
-            item["text_pair"] = _checked(part, f"{place}.text_pair")
+            item["text_pair"] = _checked(part, f"{param}.text_pair")
     return item
 
 
-def _checked(text: Any, place: str) -> str:
+def _checked(text: Any, param: str) -> str:
     if not isinstance(text, str):
-        raise InputError(f"{place} is {_shown(text)}, not a string")
+        raise InputError(f"{param} is {_shown(text)}, not a string")
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            at = f"character {error.start}"
-            raise InputError(f"{place}: {at} is half of a surrogate pair, no text") from None
+            raise InputError(
+                f"{param}: character {error.start} is half of a surrogate pair, which cannot be "
+                "encoded as UTF-8"
+            ) from None
     return text
 
 
 def _shown(value: Any) -> str:
-    """Return what a value is, without quoting what it may hold."""
+    """Describe a value without quoting its content."""
     if value is None or isinstance(value, float):
         return f"{value!r}"
     return f"of the type {type(value).__name__}"
@@ -286,17 +296,17 @@ def check_options(options: Options) -> None:
 
 
 def size_of(texts: Iterable[Item]) -> int | None:
-    """Return how many texts there are; None: not known before they are drawn."""
+    """Return the number of texts; None if it is only known after iterating."""
     return len(texts) if isinstance(texts, Sized) else None
 
 
 @dataclass
 class Limits:
-    """What goes into one request at most; a server that takes fewer items lowers it.
+    """The maximum size of a request; a server with a lower limit lowers `items`.
 
     Attributes:
-        items: texts.
-        characters: of all texts together, unless one alone has more.
+        items: maximum number of texts.
+        characters: maximum number of characters of all texts; a single longer text is sent alone.
     """
 
     items: int
@@ -304,7 +314,7 @@ class Limits:
 
 
 def split(items: Iterable[Item], limits: Limits) -> Iterator[Chunk]:
-    """Cut items into chunks within the limits.
+    """Split items into chunks within the limits.
 
     Raises:
         InputError: an element is not a text.
@@ -325,7 +335,16 @@ def split(items: Iterable[Item], limits: Limits) -> Iterator[Chunk]:
 
 @dataclass(frozen=True)
 class Call:
-    """What all requests of one call have in common."""
+    """The settings that all requests of one call share.
+
+    Attributes:
+        options: fields of POST /classify.
+        budget: deadline of the call.
+        retry: retry policy.
+        chance: returns random numbers in 0..1.
+        limits: maximum size of a request.
+        proxies: names of the proxy variables that the connections use.
+    """
 
     options: Options
     budget: Budget
@@ -333,15 +352,16 @@ class Call:
     chance: Callable[[], float]
     limits: Limits
     proxies: Sequence[str] = ()
-    """Names of the proxy variables that the connections heed."""
 
     def attempts(self, chunk: Chunk) -> Attempts:
-        """Take a chunk to its results; one that the server finds too large goes in two halves.
+        """Send a chunk and retry until its results are there; yield the steps.
+
+        A chunk that is too large for the server is sent as two halves.
 
         Raises:
-            DeadlineExceededError: the budget is spent, or would be before the server has room.
-            OverloadedError, UnreachableError: every attempt failed.
-            ServerError: the server refused; trying again would not help.
+            DeadlineExceededError: the deadline has passed.
+            OverloadedError, UnreachableError: every attempt before the deadline failed.
+            ServerError: the server refused the request, and a retry would not help.
         """
         for attempt in count():
             if len(chunk.texts) > self.limits.items:
@@ -377,52 +397,52 @@ def _send(chunk: Chunk, options: Options, remaining: float) -> Send:
     if math.isinf(remaining):
         return Send(body, PATIENCE)
     body["timeout_ms"] = max(1, int(remaining * 1000))
-    whole = httpx.Timeout(remaining + GRACE_SECONDS, connect=min(CONNECT_SECONDS, remaining))
-    return Send(body, whole)
+    timeout = httpx.Timeout(remaining + GRACE_SECONDS, connect=min(CONNECT_SECONDS, remaining))
+    return Send(body, timeout)
 
 
 def _judge(
     outcome: Outcome, start: int, proxies: Sequence[str]
 ) -> tuple[ClientError, float | None]:
-    """Return the error of an attempt after which another makes sense, and when.
+    """Return the error of a failed attempt that can be retried, and the server's Retry-After.
 
     Raises:
-        ClientError: another attempt makes no sense.
+        ClientError: a retry would not help.
     """
     if not isinstance(outcome, httpx.Response):
         if isinstance(outcome, (httpx.ReadTimeout, httpx.WriteTimeout)):
             raise DeadlineExceededError("the server did not answer in time") from outcome
         return unreachable(outcome, proxies), None
-    told = read_error(outcome, start, proxies)
-    if isinstance(told, OverloadedError):
-        return told, told.retry_after
+    error = read_error(outcome, start, proxies)
+    if isinstance(error, OverloadedError):
+        return error, error.retry_after
     if outcome.status_code == HTTPStatus.GATEWAY_TIMEOUT:
-        raise DeadlineExceededError(str(told)) from told
-    raise told
+        raise DeadlineExceededError(str(error)) from error
+    raise error
 
 
 def unreachable(
     cause: httpx.TransportError | None, proxies: Sequence[str] = ()
 ) -> UnreachableError:
-    """Return the error for a connection that could not be made, or broke."""
-    why = str(cause) or type(cause).__name__
-    error = UnreachableError(f"the server cannot be reached: {why}{_heeded(proxies)}")
+    """Return the error for a connection that could not be opened, or that broke."""
+    reason = str(cause) or type(cause).__name__
+    error = UnreachableError(f"the server cannot be reached: {reason}{_proxy_hint(proxies)}")
     error.__cause__ = cause
     return error
 
 
-def _heeded(proxies: Sequence[str]) -> str:
-    """Return what to say of proxy variables where something else than the server may answer."""
+def _proxy_hint(proxies: Sequence[str]) -> str:
+    """Return a hint that a proxy may have answered instead of the server; empty without proxies."""
     if not proxies:
         return ""
     return f" (proxy variables are set: {', '.join(proxies)}; no_proxy may exempt the server)"
 
 
 def read_body(response: httpx.Response, proxies: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the object that an answer holds.
+    """Return the JSON object of a response.
 
     Raises:
-        ServerError: it is no success.
+        ServerError: the response is an error.
     """
     if not response.is_success:
         raise read_error(response, proxies=proxies)
@@ -432,20 +452,21 @@ def read_body(response: httpx.Response, proxies: Sequence[str] = ()) -> dict[str
 def read_error(
     response: httpx.Response, start: int = 0, proxies: Sequence[str] = ()
 ) -> ServerError:
-    """Read an answer that is no success."""
+    """Return the error that a response describes; `start` is added to indices of texts."""
     status = response.status_code
     try:
         body = response.json()
-        told = body["error"] if isinstance(body["error"], dict) else {"message": str(body["error"])}
+        fields = body["error"]
+        fields = fields if isinstance(fields, dict) else {"message": str(fields)}
     except (JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         answered = f"the server answered {status} {response.reason_phrase}"
-        told = {"message": f"{answered}{_heeded(proxies)}"}
+        fields = {"message": f"{answered}{_proxy_hint(proxies)}"}
     kind = OverloadedError if status in _BUSY else ServerError
-    param = told.get("param")
+    param = fields.get("param")
     error = kind(
         status,
-        shift(str(told.get("message")), start),
-        told.get("code"),
+        shift(str(fields.get("message")), start),
+        fields.get("code"),
         shift(param, start) if isinstance(param, str) else None,
         response.headers.get("x-request-id"),
     )
@@ -455,7 +476,7 @@ def read_error(
 
 
 def read_retry_after(value: str | None, now: Callable[[], float] = time.time) -> float | None:
-    """Return the seconds that a Retry-After header asks for; it holds a number or a date."""
+    """Return the seconds of a Retry-After header (a number or a date); None if there are none."""
     if value is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What can go wrong between a client and the service."""
+"""The errors of the client."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class InputError(ClientError, ValueError):
 
 
 class UnreachableError(ClientError):
-    """No connection could be made, or it broke, and trying again did not help."""
+    """No connection could be opened, or it broke, and retries did not help."""
 
 
 class DeadlineExceededError(ClientError):
-    """The time that a call may take is over."""
+    """The deadline of a call has passed."""
 
 
 class ItemFailedError(ClientError):
-    """An item failed alone, where the shape of the answer has no place for that."""
+    """One text failed, in a call whose result format cannot represent that."""
 
 
 class ServerError(ClientError):
@@ -30,10 +30,11 @@ class ServerError(ClientError):
 
     Attributes:
         status: HTTP status.
-        message: what was wrong; places such as `input[3]` count in the caller's list.
-        code: a name for programs.
-        param: the field that is to blame.
-        request_id: the request's name in the server's log.
+        message: description of the error; indices such as `input[3]` are those of the caller's
+            list.
+        code: error code, for programs.
+        param: name of the invalid field.
+        request_id: id of the request in the server's log.
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class ServerError(ClientError):
 
 
 class OverloadedError(ServerError):
-    """The service has no room or no engine (429, 503), and trying again did not help.
+    """The service is overloaded or has no engine (429, 503), and retries did not help.
 
     Attributes:
-        retry_after: seconds after which the service expects to have room; None: it did not say.
+        retry_after: seconds of the server's Retry-After; None: it sent none.
     """
 
     retry_after: float | None = None

@@ -1,4 +1,4 @@
-"""Shared by the blocking and the asynchronous client: requests for jobs, polling, final states."""
+"""Requests and constants for jobs, which both clients share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FINAL_STATES = ("finished", "failed", "cancelled")
 POLL_SECONDS = 0.5
 """Polling interval."""
 LOST_SECONDS = 60.0
-"""Time that a server may be unreachable, as while it restarts, before polling is given up."""
+"""Time that a server may be unreachable, for example during a restart, before polling fails."""
 CHUNK_BYTES = 2**20
 """Size of the chunks of an upload."""
 TYPES = {
@@ -74,5 +74,5 @@ class Submission:
 
 
 def unfinished(output: Path) -> Path:
-    """Return where a result is written until it is whole."""
+    """Return the path to which a result is written until it is complete."""
     return output.with_name(f"{output.name}.part")

@@ -1,4 +1,4 @@
-"""Answers in the shape of `transformers.pipeline("text-classification")`."""
+"""Answers in the format of `transformers.pipeline("text-classification")`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PipelineOutput = Scored | list[Scored] | list[list[Scored]]
 Function = Literal["softmax", "sigmoid", "none"]
 
 
-def asked(function: Function | None, options: Options) -> Options:
-    """Return the options of a request whose scores are to be made by `function`."""
+def request_options(function: Function | None, options: Options) -> Options:
+    """Return the options of a request; they ask for logits if `function` computes the scores."""
     if function is None:
         return options
     return {**options, "use_activation": False}
@@ -29,19 +29,25 @@ def shaped(
     ranked: bool,
     function: Function | None,
 ) -> PipelineOutput:
-    """Shape results as a pipeline does: for each text its best label, or a ranked list of them.
+    """Format results as a pipeline does: the best label of each text, or a ranked list.
 
-    One string is answered by a list even so, which is how the pipeline behaves too.
+    As in the pipeline, a single string without `top_k` gives a list with one element.
+
+    Args:
+        inputs: the argument of the call: one or several texts.
+        results: results of the texts.
+        ranked: whether to return a list of labels for each text.
+        function: computes scores from logits; None: the results have scores.
 
     Raises:
-        ItemFailedError: an item failed alone.
+        ItemFailedError: a text failed.
     """
     rows = [_row(result, ranked, function) for result in results]
-    alone = is_one(inputs)
+    single = is_one(inputs)
     if ranked:
-        return rows[0] if alone else rows
+        return rows[0] if single else rows
     best = [row[0] for row in rows]
-    return best[0] if alone and not isinstance(inputs, str) else best
+    return best[0] if single and not isinstance(inputs, str) else best
 
 
 def _row(result: Result, ranked: bool, function: Function | None) -> list[Scored]:
@@ -55,7 +61,7 @@ def _row(result: Result, ranked: bool, function: Function | None) -> list[Scored
 
 
 def _activated(result: Classification, function: Function) -> list[float]:
-    """Return what `function` makes of the logits [C], best first as the labels are."""
+    """Return the scores [C] that `function` computes from the logits, highest first."""
     logits = sorted(result.probs, reverse=True)
     if function == "none":
         return logits

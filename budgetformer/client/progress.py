@@ -1,4 +1,4 @@
-"""How far a call has come, shown or told."""
+"""Show or report the progress of a call."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Tell = Callable[[int, int | None], None]
-"""Is called with how many texts are done, and of how many (None: not known)."""
+"""Called with the number of answered texts and the number of all texts (None: unknown)."""
 
 
 @contextmanager
 def progress_of(wanted: bool | Tell, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr (True), tell a function, or do nothing; call it with how many are done.
+    """Yield a function to be called with the number of answered texts.
+
+    Args:
+        wanted: True shows a bar on stderr, False does nothing; a function is called.
+        total: number of all texts; None: unknown.
 
     Raises:
-        ImportError: a bar is wanted and Rich is not there.
+        ImportError: a bar needs Rich, which is not installed.
     """
     if callable(wanted):
         tell = wanted

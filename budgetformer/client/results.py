@@ -1,4 +1,4 @@
-"""The answers of the service, typed."""
+"""The answers of the service as dataclasses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-_PLACE = re.compile(r"\binput\[(\d+)\]")
+_INDEX = re.compile(r"\binput\[(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -19,23 +19,26 @@ class LabelScore:
 
 @dataclass(frozen=True)
 class Classification:
-    """The answer for one text, and what it cost.
+    """The answer for one text, and its cost.
 
     Attributes:
-        index: place of the text in what was given.
-        label, score: the best label.
-        probs: [C] in label order; logits, if these were asked for.
-        labels: best first, as far as `top_k` and `threshold` leave them.
-        budget: the ladder step that answered.
-        predicted: the step that f_o expected to answer; None where every layer decides for itself.
+        index: index of the text in the caller's list.
+        label: the best label.
+        score: score of the best label.
+        probs: probabilities in label order, [C]; logits with `use_activation=False`.
+        labels: labels that `top_k` and `threshold` select, best first.
+        budget: ladder step of the answer.
+        predicted: step at which f_o expected the answer; None if each layer decides its budget.
         steps: all steps that ran, in order.
-        heads, heads_total: attention heads computed, of all in the network.
-        per_layer: which heads, by layer, if that was asked for.
-        macs, dense_macs: multiply-adds executed, and those of the full network.
-        tokens: tokens of the text that the encoder may read, special ones included.
-        truncated: whether the text has more; step 0 may read them.
-        quality: the quality that decided.
-        model: `name:version` that answered.
+        heads: attention heads computed, summed over layers and passes.
+        heads_total: attention heads of the network.
+        per_layer: computed heads of each layer, with `return_heads=True`.
+        macs: multiply-adds computed.
+        dense_macs: multiply-adds of the full network.
+        tokens: tokens of the text that the encoder reads, including special tokens.
+        truncated: whether the text has more tokens than that; step 0 may read them.
+        quality: quality that was used.
+        model: `name:version` of the model.
     """
 
     index: int
@@ -59,7 +62,7 @@ class Classification:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a text failed alone, while the others were answered."""
+    """The error of one text; the other texts of the request were answered."""
 
     index: int
     message: str
@@ -70,7 +73,7 @@ Result = Classification | Failure
 
 
 def read_results(answer: dict[str, Any], start: int) -> list[Result]:
-    """Read the body of an answer; its first item is the caller's text number `start`."""
+    """Read the body of an answer; its first item has the index `start` in the caller's list."""
     return [_result(item, start, answer["model"]) for item in answer["data"]]
 
 
@@ -103,5 +106,5 @@ def _result(item: dict[str, Any], start: int, model: str) -> Result:
 
 
 def shift(text: str, start: int) -> str:
-    """Let places such as `input[3]` count from the caller's first text."""
-    return _PLACE.sub(lambda found: f"input[{int(found[1]) + start}]", text)
+    """Add `start` to indices such as `input[3]`, to give those of the caller's list."""
+    return _INDEX.sub(lambda match: f"input[{int(match[1]) + start}]", text)

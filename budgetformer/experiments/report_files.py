@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PAGE = "README.md"
-EQUAL = "multiply-adds for what the first is worth"
+EQUAL = "multiply-adds at the first row's accuracy"
 MAX_BARS = 20
-"""Maximum classes in a plot; if there are more, those with the most and the fewest heads."""
+"""Maximum number of classes shown; of more, those with the most and those with the fewest heads."""
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -33,9 +33,9 @@ def report_text(report: Report) -> str:
     """Return the report as Markdown."""
     timed = sorted({batch for way in report.ways for batch in way.milliseconds})
     steps = ", ".join(map(str, report.chain))
-    chain = f"Levels go along the steps {steps}. " if steps else ""
-    heads = ["way", "accuracy", "95 %", "macro-F1", "ECE", "multiply-adds", "heads"]
-    heads += [f"ms per text, batch {batch}" for batch in timed]
+    chain = f"The levels use the chain of steps {steps}. " if steps else ""
+    columns = ["method", "accuracy", "95 %", "macro-F1", "ECE", "multiply-adds", "mean heads"]
+    columns += [f"ms per text, batch {batch}" for batch in timed]
     ways = [
         [
             way.name,
@@ -49,7 +49,7 @@ def report_text(report: Report) -> str:
         ]
         for way in report.ways
     ]
-    ends = [
+    final_steps = [
         [way.name, ", ".join(f"{step}: {share:.1%}" for step, share in way.budgets.items())]
         for way in report.ways
         if way.name in report.heads_by_class
@@ -83,51 +83,55 @@ def report_text(report: Report) -> str:
         classes = classes[: MAX_BARS // 2] + classes[-MAX_BARS // 2 :]
     return f"""# {report.model} on {report.rows} test texts
 
-Multiply-adds are shares of the dense network's, decisions and every escalation included. "dense" is
-the starting encoder, fine-tuned on its own for as many epochs; its time is that of our own full
-step, which computes as much. Smaller dense networks keep some of its layers and heads, and learned
-from it and from the labels for as many epochs again. The oracle gives each text the smallest step
-that is right.
+Multiply-adds are shares of the dense network's, and include decisions and all escalations. "dense"
+is the starting encoder, fine-tuned without budgets for the same number of epochs; its time is that
+of the full step, which computes as much. The smaller dense networks keep some of its layers and
+heads, and were trained for the same number of epochs again on the labels and on its answers. The
+oracle gives each text the smallest step whose answer is right.
 
-## Every way to answer
-{markdown_table(heads, ways)}
+## All methods
+{markdown_table(columns, ways)}
 
 ![Accuracy against cost](frontier.png)
 
-## Steps in use
+## Final steps
 {chain}The levels were calibrated for {report.measure}. Share of the texts that end at each step:
 
-{markdown_table(["level", "steps"], ends)}
+{markdown_table(["level", "steps"], final_steps)}
 
-## What f_o's choice of a step gains
-Each way has the best chain of its own, chosen and scored on different parts of these texts.
+## Gain from f_o's choice of steps
+The rows choose the steps of texts that step 0 does not answer. Each has its best chain, chosen and
+scored on different parts of these texts. A cell is the accuracy within a limit of multiply-adds,
+and the multiply-adds.
 
 {
         markdown_table(
-            ["a text that step 0 does not answer goes", *(f"within {c:.0%}" for c in AT), EQUAL],
+            ["choice of steps", *(f"within {c:.0%}" for c in AT), EQUAL],
             routing,
         )
     }
 
-## What more steps gain
-The best chains of so many steps, step 0 counted, chosen and scored in the same way.
+## Gain from more steps
+The best chains with this number of steps (including step 0), chosen and scored in the same way.
 
 {markdown_table(["steps", *(f"within {c:.0%}" for c in AT), EQUAL], lengths)}
 
 ## At equal mean cost
-The budget per text, calibrated on other texts, against the best mixture of each baseline at exactly
-the same mean multiply-adds. The baselines' thresholds and mixtures are chosen on these very texts,
-so a gain here is a lower bound. Gains are in accuracy points, intervals paired, 95 %.
+The budget per text, calibrated on other texts, compared with the best mixture of each baseline at
+exactly the same mean multiply-adds. The baselines' thresholds and mixtures are chosen on these test
+texts, so the gain is a lower bound. Gains are in accuracy points, with paired 95 % intervals.
 
 {
         markdown_table(
-            ["level", "multiply-adds", "accuracy", "baseline", "its accuracy", "gain", "interval"],
+            ["level", "multiply-adds", "accuracy", "baseline", "accuracy of the baseline"]
+            + ["gain", "95 %"],
             baselines,
         )
     }
 
 ## Budget and difficulty
-What is spent on the texts that the dense network gets wrong, and right.
+Mean cost of the texts that the dense network classifies wrongly, and of those that it classifies
+correctly.
 
 {
         markdown_table(
@@ -136,7 +140,7 @@ What is spent on the texts that the dense network gets wrong, and right.
                 "heads if wrong",
                 "heads if right",
                 "multiply-adds if wrong",
-                "if right",
+                "multiply-adds if right",
                 "ratio",
             ],
             difficulty,
@@ -191,7 +195,7 @@ def _frontier(axes: Axes, report: Report) -> None:
 def _difficulty(axes: Axes, report: Report) -> None:
     for level, heads in report.heads_by_confidence.items():
         axes.plot(range(1, len(heads) + 1), heads, "o-", label=level)
-    axes.set_xlabel("tenth of the texts, from the dense network's least confident to its surest")
+    axes.set_xlabel("tenth of the texts, by rising confidence of the dense network")
     axes.set_ylabel("mean heads computed")
     axes.legend()
 

@@ -1,7 +1,7 @@
-"""Compare checkpoints of encoders of different sizes at equal multiply-adds.
+"""Compare a large network at a small budget with a small network at the same cost.
 
-`python -m budgetformer.experiments.sizes SMALL LARGE --data test.parquet --out FOLDER`. A large
-network at a small budget competes here with a small network at the same cost.
+`python -m budgetformer.experiments.sizes SMALL LARGE --data test.parquet --out FOLDER` writes a
+report.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 THRESHOLDS = 200
 COSTS = 8
-"""Costs at which networks are compared, from the cheapest point of the large one to the full small
-one."""
+"""Number of costs at which the networks are compared, evenly spaced on a logarithmic scale."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Frontier:
     """Accuracy and cost of one checkpoint's policy on N texts, by threshold.
 
     Attributes:
-        name: of the checkpoint.
+        name: label of the checkpoint.
         macs: mean multiply-adds at each threshold, rising, [P].
         right: whether each text's answer is right at each threshold, [P, N].
         full: whether it is right with all heads, [N].
@@ -55,7 +54,7 @@ class Frontier:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, examples: Examples) -> Frontier:
-        """Return the frontier of a checkpoint, from running texts at every step.
+        """Run texts at every step of a checkpoint, and return the frontier.
 
         Raises:
             DataError: the checkpoint has no policy.
@@ -68,28 +67,35 @@ class Frontier:
         table = Table(network.config, runs)
         right = table.right(torch.from_numpy(examples.labels))
         route = Route(policy.chain, policy.entry, policy.exit_margin)
-        spread = np.quantile(table.confidence[list(policy.chain)], np.linspace(0, 1, THRESHOLDS))
-        taken = [table.take(route, float(threshold)) for threshold in [*np.unique(spread), 1.0]]
+        thresholds = np.quantile(
+            table.confidence[list(policy.chain)], np.linspace(0, 1, THRESHOLDS)
+        )
+        points = [table.take(route, float(t)) for t in [*np.unique(thresholds), 1.0]]
         return cls(
             checkpoint.label,
-            np.array([float(one.macs.mean()) for one in taken]),
-            np.stack([right[one.step, table.rows] for one in taken]),
+            np.array([float(point.macs.mean()) for point in points]),
+            np.stack([right[point.step, table.rows] for point in points]),
             right[-1],
             float(table.dense.mean()),
         )
 
     def within(self, cost: float) -> np.ndarray | None:
         """Return `right` [N] at the highest threshold within a cost; None if all exceed it."""
-        places = np.flatnonzero(self.macs <= cost)
-        return self.right[places[-1]] if len(places) else None
+        points = np.flatnonzero(self.macs <= cost)
+        return self.right[points[-1]] if len(points) else None
 
 
 @dataclass(frozen=True)
-class Compared:
-    """Two networks at one mean cost in multiply-adds.
+class Comparison:
+    """Two networks at the same mean cost.
 
-    small, large: accuracies; gain, low, high: of the large one over the small one in points, with
-    its paired 95 % interval.
+    Attributes:
+        cost: mean multiply-adds per text.
+        small: accuracy of the small network.
+        large: accuracy of the large network.
+        gain: accuracy of the large network minus that of the small one, in points.
+        low: lower end of the gain's paired 95 % interval.
+        high: upper end of this interval.
     """
 
     cost: float
@@ -100,22 +106,21 @@ class Compared:
     high: float
 
 
-def compare(small: Frontier, large: Frontier) -> list[Compared]:
-    """Compare two networks at costs that both can reach."""
+def compare(small: Frontier, large: Frontier) -> list[Comparison]:
+    """Compare two networks at costs that both reach, up to the highest cost of the small one."""
     cheapest = max(small.macs[1:].min(), large.macs[1:].min())
-    found = []
+    comparisons = []
     for cost in np.geomspace(cheapest, max(small.macs.max(), cheapest), COSTS):
-        own, other = small.within(cost), large.within(cost)
-        assert own is not None
-        assert other is not None
-        found.append(
-            Compared(float(cost), float(own.mean()), float(other.mean()), *paired(other, own))
-        )
-    return found
+        of_small, of_large = small.within(cost), large.within(cost)
+        assert of_small is not None
+        assert of_large is not None
+        accuracies = float(of_small.mean()), float(of_large.mean())
+        comparisons.append(Comparison(float(cost), *accuracies, *paired(of_large, of_small)))
+    return comparisons
 
 
-def page(frontiers: Sequence[Frontier], compared: Sequence[Compared], source: str) -> str:
-    """Return the comparison as Markdown."""
+def page(frontiers: Sequence[Frontier], comparisons: Sequence[Comparison], source: str) -> str:
+    """Return the comparison as Markdown; `source` names the texts."""
     count = len(frontiers[0].full)
     networks = [
         [f.name, f"{f.full.mean():.4f}", f"{f.dense / 1e6:.0f} M", f"{f.macs.max() / 1e6:.1f} M"]
@@ -128,19 +133,23 @@ def page(frontiers: Sequence[Frontier], compared: Sequence[Compared], source: st
             f"{c.large:.4f}",
             f"{c.gain:+.2f} ({c.low:+.2f} to {c.high:+.2f})",
         ]
-        for c in compared
+        for c in comparisons
     ]
     return "\n".join(
         [
-            f"# A large network at a small budget, a small network at a larger one: {source}",
+            f"# A large network at a small budget, compared with a small network: {source}",
             "",
-            f"{count} test texts, the same for both. Each network goes along its own chain; the "
-            "threshold sets the mean cost.",
+            f"Both networks classify the same {count} test texts, each with its own chain of "
+            "steps. The threshold sets the mean cost.",
             "",
-            markdown_table(["checkpoint", "all heads", "dense network", "highest level"], networks),
+            markdown_table(
+                ["checkpoint", "accuracy with all heads", "multiply-adds of the dense network"]
+                + ["maximum of the policy"],
+                networks,
+            ),
             "",
-            f"At equal mean multiply-adds, {frontiers[1].name} against {frontiers[0].name} "
-            "(points, paired 95 % interval):",
+            f"Accuracy of {frontiers[0].name} (small) and {frontiers[1].name} (large) at equal "
+            "mean multiply-adds; the gain is in points, with its paired 95 % interval:",
             "",
             markdown_table(["multiply-adds per text", "small", "large", "gain"], rows),
             "",
@@ -151,27 +160,30 @@ def page(frontiers: Sequence[Frontier], compared: Sequence[Compared], source: st
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the comparison to a folder."""
+    """Compare two checkpoints, and write the report, its figures and a plot to a folder."""
     parser = argparse.ArgumentParser(prog="python -m budgetformer.experiments.sizes")
     parser.add_argument("small", type=Path, help="checkpoint folder of the small encoder")
     parser.add_argument("large", type=Path, help="checkpoint folder of the large encoder")
-    parser.add_argument("--data", type=Path, required=True, help="labelled texts that neither saw")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="labelled texts that were not used in training"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     given = parser.parse_args(arguments)
     checkpoints = [read_checkpoint(path) for path in (given.small, given.large)]
     labels = list(checkpoints[0].manifest.labels)
-    frontiers = [Frontier.of(one, read_examples(given.data, labels)) for one in checkpoints]
-    compared = compare(*frontiers)
+    examples = read_examples(given.data, labels)
+    frontiers = [Frontier.of(checkpoint, examples) for checkpoint in checkpoints]
+    comparisons = compare(*frontiers)
     given.out.mkdir(parents=True, exist_ok=True)
-    text = page(frontiers, compared, given.data.parent.name)
+    text = page(frontiers, comparisons, given.data.parent.name)
     (given.out / "README.md").write_text(text)
-    figures: list[dict[str, Any]] = [asdict(one) for one in compared]
+    figures: list[dict[str, Any]] = [asdict(comparison) for comparison in comparisons]
     (given.out / "sizes.json").write_text(json.dumps(figures, indent=1) + "\n")
 
     def fill(axes: Axes) -> None:
-        for one in frontiers:
-            axes.plot(one.macs[1:] / 1e6, one.right[1:].mean(1), label=one.name)
-            axes.axhline(one.full.mean(), linestyle=":", color="grey")
+        for frontier in frontiers:
+            axes.plot(frontier.macs[1:] / 1e6, frontier.right[1:].mean(1), label=frontier.name)
+            axes.axhline(frontier.full.mean(), linestyle=":", color="grey")
         axes.set(xscale="log", xlabel="multiply-adds per text, millions", ylabel="accuracy")
         axes.legend(loc="lower right")
 

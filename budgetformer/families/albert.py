@@ -18,17 +18,17 @@ def _choices(config: Any) -> dict[str, Any]:
 
 
 def _copy_shared(weights: Weights, config: Any) -> Weights:
-    found = {name: w for name, w in weights.items() if not name.startswith(_GROUP)}
+    copied = {name: w for name, w in weights.items() if not name.startswith(_GROUP)}
     inner, layers = config.inner_group_num, config.num_hidden_layers
     for index in range(layers):
         group = int(index / (layers / config.num_hidden_groups))
-        for place in range(inner):
-            theirs = f"{_GROUP}{group}.albert_layers.{place}."
-            ours = f"layers.{index * inner + place}."
+        for inner_index in range(inner):
+            theirs = f"{_GROUP}{group}.albert_layers.{inner_index}."
+            ours = f"layers.{index * inner + inner_index}."
             for name, weight in weights.items():
                 if name.startswith(theirs):
-                    found[ours + name.removeprefix(theirs)] = weight
-    return found
+                    copied[ours + name.removeprefix(theirs)] = weight
+    return copied
 
 
 ALBERT = replace(

@@ -1,6 +1,6 @@
 """BERT (Devlin et al., 2019), also MiniLM and other encoders with the same layers.
 
-Maps go from Transformers' names to ours; those of the head are whole, as it is beside the encoder.
+Maps go from Transformers' names to ours. Names of the head include the prefix `bert.`.
 """
 
 from budgetformer.families.family import Family, cls_head, same

@@ -47,21 +47,21 @@ class Conversion:
 def convert_encoder(
     folder: Path, names: list[str], numbered: bool = False, **choices: Any
 ) -> Conversion:
-    """Return a BudgetFormer whose full budget computes the same as an encoder or classifier.
+    """Convert an encoder or classifier into a BudgetFormer with the same outputs at full budget.
 
     The result is compared with Transformers' network on random tokens. A fine-tuned classifier
     whose labels are `names`, in any order, keeps its head; otherwise the head is new and reads the
     mean of the token states.
 
     Args:
-        folder: see `read_encoder`.
-        names: label names.
+        folder: folder of the encoder, see `read_encoder`.
+        names: names of the labels.
         numbered: whether the user chose the order of `names`, so that a head with unnamed labels
             (`LABEL_0`, ...) can be matched by number.
         choices: further `BudgetFormerConfig` arguments.
 
     Raises:
-        CheckpointError: `read_encoder` fails, or the result computes something else.
+        CheckpointError: `read_encoder` fails, or the result has other outputs.
     """
     source = read_encoder(folder)
     rows, notes = _match_head(source, names, numbered, choices.get("problem_type"))
@@ -76,12 +76,12 @@ def read_classifier(folder: Path) -> Source:
     """
     source = read_encoder(folder)
     if not source.has_head:
-        found = next(iter(source.architectures), "an encoder")
+        architecture = next(iter(source.architectures), "an encoder")
         raise CheckpointError(
             f"{folder}: "
             + (
                 describe_headless(folder)
-                or f"{found} has no text classification head; train one with "
+                or f"{architecture} has no text classification head; train one with "
                 "`budgetformer import --data`"
             )
         )
@@ -91,16 +91,16 @@ def read_classifier(folder: Path) -> Source:
 
 
 def convert_classifier(source: Source, **choices: Any) -> Conversion:
-    """Return a BudgetFormer whose full budget computes the same as a classifier.
+    """Convert a classifier into a BudgetFormer with the same outputs at full budget.
 
-    It has the classifier's labels, in the same order, and its problem type.
+    The result has the classifier's labels, in the same order, and its problem type.
 
     Args:
-        source: from `read_classifier`.
+        source: classifier, read with `read_classifier`.
         choices: further `BudgetFormerConfig` arguments.
 
     Raises:
-        CheckpointError: the result computes something else.
+        CheckpointError: the result has other outputs.
     """
     names, choices = source.label_names, {"problem_type": source.problem_type} | choices
     return _convert(source, names, list(range(len(names))), [], choices)
@@ -128,11 +128,11 @@ def _convert(
         raise CheckpointError(f"{folder}: {error}") from error
     _fill(model.encoder, weights, folder)
     if rows is not None:
-        places = {name.rpartition(".")[0] for name in head}
-        own = {n: p for n, p in model.state_dict().items() if n.rpartition(".")[0] in places}
+        modules = {name.rpartition(".")[0] for name in head}
         with torch.no_grad():
-            for name, weight in own.items():
-                weight.copy_(head[name] if name in head else torch.zeros_like(weight))
+            for name, weight in model.state_dict().items():
+                if name.rpartition(".")[0] in modules:
+                    weight.copy_(head[name] if name in head else torch.zeros_like(weight))
     difference = measure_difference(source, model, rows)
     if not difference <= TOLERANCE:
         raise CheckpointError(

@@ -10,9 +10,9 @@ from budgetformer.families.family import refuse_narrow_embeddings
 def _choices(config: Any) -> dict[str, Any]:
     max_distance = config.max_relative_positions
     normed = str(getattr(config, "norm_rel_ebd", "none")).lower()
-    found: dict[str, Any] = {"position_embeddings": config.position_biased_input}
+    choices: dict[str, Any] = {"position_embeddings": config.position_biased_input}
     if config.relative_attention:
-        found |= {
+        choices |= {
             "relative_positions": "disentangled",
             "relative_buckets": max(getattr(config, "position_buckets", -1), 0),
             "relative_distance": config.max_position_embeddings
@@ -22,7 +22,7 @@ def _choices(config: Any) -> dict[str, Any]:
             "relative_shares_maps": getattr(config, "share_att_key", False),
             "relative_norm": "layer_norm" in [part.strip() for part in normed.split("|")],
         }
-    return found
+    return choices
 
 
 def _refuse(config: Any) -> str | None:

@@ -32,27 +32,29 @@ def _unchanged(weights: Weights, _: Any) -> Weights:
 
 @dataclass(frozen=True)
 class Family:
-    """Map one family of encoders to our names, sizes and options.
+    """The mapping of a family of encoders in Transformers to our names, sizes and options.
 
-    Names are module names, without `weight` and `bias`. A bias that the family does not have is 0.
-    Every conversion compares the result with Transformers' network, so a wrong description fails.
+    Names are module names, without `weight` and `bias`. "Below the prefix" means without `prefix`.
+    A bias that the family does not have is 0. Every conversion compares the result with the network
+    of Transformers, so a wrong mapping fails.
 
     Attributes:
-        model_type: its value in `config.json`.
-        architecture: Transformers' class of its classifiers.
-        prefix: of the encoder's weights in a classifier.
+        model_type: value of `model_type` in `config.json`.
+        architecture: Transformers class of the family's classifiers.
+        prefix: prefix of the encoder's weights in a classifier.
         layers: module name of the layers, below the prefix.
-        names, layer: our names by theirs, of modules outside the layers and in each layer.
-        head: our names by theirs, of modules on top of the encoder; with prefix.
-        sizes: their configuration's names by ours.
-        choices: further fields of our configuration, computed from theirs.
-        head_choices: likewise for a classifier's head.
-        adapt: split, copy or rename their weights (names below the prefix) before `names` apply.
-        refuse: a reason not to convert a configuration, or None.
-        extra_keys: keys of `config.json` that its network reads but its class does not list.
+        names: our names of modules outside the layers, by their names below the prefix.
+        layer: our names of the modules in a layer, by their names in the layer.
+        head: our names of modules on top of the encoder, by their names with the prefix.
+        sizes: names in the family's configuration, by our names.
+        choices: returns further fields of our configuration from the family's configuration.
+        head_choices: returns the fields of our configuration for a classifier's head.
+        adapt: splits, copies or renames weights (by names below the prefix) before `names` apply.
+        refuse: returns the reason why a configuration cannot be converted, or None.
+        extra_keys: keys of `config.json` that the network reads but its class does not list.
         positions_after_padding: whether a text's first position is `pad_token_id` + 1.
-        has_types: whether its network reads token types.
-        first_layer: module name of its first layer below the prefix; None: `layers`.0.
+        has_types: whether the network reads token types.
+        first_layer: module name of the first layer, below the prefix; None: `layers`.0.
     """
 
     model_type: str
@@ -74,23 +76,29 @@ class Family:
 
     @property
     def head_names(self) -> dict[str, str]:
-        """Their names of the head's weights and biases by ours, including biases it may lack."""
-        kinds = ("weight", "bias")
-        return {f"{o}.{kind}": f"{t}.{kind}" for t, o in self.head.items() for kind in kinds}
+        """The family's names of the head's weights and biases, by our names.
+
+        It includes biases that the family may not have.
+        """
+        return {
+            f"{ours}.{kind}": f"{theirs}.{kind}"
+            for theirs, ours in self.head.items()
+            for kind in ("weight", "bias")
+        }
 
     def our_name(self, name: str) -> str | None:
-        """Return our name of a weight (named below the prefix); None if we do not use it."""
-        place, _, kind = name.rpartition(".")
-        if not place.startswith(f"{self.layers}."):
-            ours = self.names.get(place)
+        """Return our name of a weight from its name below the prefix; None: we do not use it."""
+        module, _, kind = name.rpartition(".")
+        if not module.startswith(f"{self.layers}."):
+            ours = self.names.get(module)
         else:
-            index, _, part = place.removeprefix(f"{self.layers}.").partition(".")
+            index, _, part = module.removeprefix(f"{self.layers}.").partition(".")
             ours = f"layers.{index}.{self.layer[part]}" if part in self.layer else None
         return None if ours is None else f"{ours}.{kind}"
 
 
 def same(*names: str) -> dict[str, str]:
-    """Return `Family.sizes` for sizes whose names are the same."""
+    """Return `Family.sizes` for sizes that have the same name in both configurations."""
     return {name: name for name in names}
 
 
@@ -103,7 +111,7 @@ def rotary_base(parameters: Mapping[str, Any]) -> float:
     """Return the base of rotary positions.
 
     Raises:
-        ValueError: it is a variant of rotary positions that cannot be converted.
+        ValueError: this variant of rotary positions cannot be converted.
     """
     kind, part = parameters.get("rope_type", "default"), parameters.get("partial_rotary_factor")
     if kind != "default" or part not in (None, 1.0):
@@ -113,13 +121,13 @@ def rotary_base(parameters: Mapping[str, Any]) -> float:
 
 def split_rows(weights: Weights, fused: str, parts: list[str]) -> Weights:
     """Split each weight of a module named `fused` into equal parts by rows, named `parts`."""
-    found: Weights = {}
+    split: Weights = {}
     for name, weight in weights.items():
-        place, _, kind = name.rpartition(".")
-        if not place.endswith(f".{fused}"):
-            found[name] = weight
+        module, _, kind = name.rpartition(".")
+        if not module.endswith(f".{fused}"):
+            split[name] = weight
             continue
-        place = place.removesuffix(fused)
+        parent = module.removesuffix(fused)
         for part, rows in zip(parts, weight.chunk(len(parts)), strict=True):
-            found[f"{place}{part}.{kind}"] = rows
-    return found
+            split[f"{parent}{part}.{kind}"] = rows
+    return split

@@ -20,10 +20,10 @@ def _choices(_: Any) -> dict[str, Any]:
 
 def _copy_bias(weights: Weights, config: Any) -> Weights:
     """Give each layer its own copy of the shared bias, because each layer orders its heads."""
-    found = {name: weight for name, weight in weights.items() if name != _BIAS}
+    copied = {name: weight for name, weight in weights.items() if name != _BIAS}
     for index in range(config.num_hidden_layers):
-        found[f"encoder.layer.{index}.distance_bias.weight"] = weights[_BIAS][:BUCKETS].clone()
-    return found
+        copied[f"encoder.layer.{index}.distance_bias.weight"] = weights[_BIAS][:BUCKETS].clone()
+    return copied
 
 
 MPNET = Family(

@@ -60,11 +60,11 @@ class Source:
     """An encoder or classifier, loaded by Transformers in float32.
 
     Attributes:
-        folder: its folder.
-        family: its family.
-        network: Transformers' classifier; without a head in the folder, its head is random.
+        folder: folder that was read.
+        family: family of the encoder.
+        network: classifier of Transformers; its head is random if the folder has none.
         has_head: whether the folder has a classification head.
-        architectures: Transformers classes that it was saved from; may be empty.
+        architectures: Transformers classes from which the folder was saved; may be empty.
         notes: messages about unused parts, one line each.
     """
 
@@ -123,7 +123,7 @@ def read_encoder(folder: Path) -> Source:
     """Load an encoder or classifier, and check that all weights and settings can be converted.
 
     Args:
-        folder: has `config.json` and weights of one of `FAMILIES`.
+        folder: folder with a `config.json` and weights of one of `FAMILIES`.
 
     Raises:
         CheckpointError: the folder has no such network; a weight is missing, unexpected, of another

@@ -21,13 +21,13 @@ _NO_LIMIT = 10**9
 
 @dataclass(frozen=True)
 class SourceTokenizer:
-    """A tokenizer with the settings that Transformers gives it.
+    """A tokenizer with the settings of its Transformers files.
 
     Attributes:
-        tokenizer: without padding and truncation.
+        tokenizer: tokenizer without padding and truncation.
         max_tokens: longest input, including special tokens; None: the encoder's positions.
         side: the end at which longer inputs are truncated.
-        has_types: whether it returns token types.
+        has_types: whether Transformers passes its token types to the network.
     """
 
     tokenizer: Tokenizer
@@ -51,11 +51,11 @@ class SourceTokenizer:
 
 
 def read_tokenizer(folder: Path) -> SourceTokenizer:
-    """Return the tokenizer in a folder.
+    """Load the tokenizer in a folder.
 
     Without `tokenizer.json`, Transformers builds a fast tokenizer from `vocab.txt` or SentencePiece
-    files. If `tokenizer_config.json` and `tokenizer.json` differ, in casing for example, the former
-    wins.
+    files. If `tokenizer_config.json` and `tokenizer.json` differ, for example in casing, the former
+    is used.
 
     Raises:
         CheckpointError: the folder has no tokenizer, or only a slow one.

@@ -16,8 +16,8 @@ class BatchOffsets:
     """Offsets of B items, one after another in N rows; rows after the last item are padding.
 
     Attributes:
-        lengths: tokens of each item.
-        device: of the pass.
+        lengths: number of tokens of each item.
+        device: device of the pass.
     """
 
     lengths: tuple[int, ...]
@@ -25,7 +25,7 @@ class BatchOffsets:
 
     @property
     def items(self) -> int:
-        """B."""
+        """Number of items B."""
         return len(self.lengths)
 
     @property
@@ -40,7 +40,7 @@ class BatchOffsets:
 
     @property
     def single_item(self) -> bool:
-        """Whether the batch has exactly one item, so that rows need no owner."""
+        """Whether the batch has exactly one item, so that `owner` is not needed."""
         return len(self.lengths) == 1
 
     @cached_property
@@ -52,10 +52,10 @@ class BatchOffsets:
     @cached_property
     def positions(self) -> Tensor:
         """Position of each token within its item, [N]."""
-        places = torch.arange(self.longest)
+        positions = torch.arange(self.longest)
         if len(self.lengths) > 1:
-            places = torch.cat([places[:length] for length in self.lengths])
-        return places.to(self.device)
+            positions = torch.cat([positions[:length] for length in self.lengths])
+        return positions.to(self.device)
 
     @cached_property
     def starts(self) -> Tensor:
@@ -109,7 +109,7 @@ class StagedOffsets(BatchOffsets):
 
     @property
     def items(self) -> int:
-        """B."""
+        """Maximum number of items B."""
         return len(self.bounds) - 1
 
     @property
@@ -125,8 +125,8 @@ class StagedOffsets(BatchOffsets):
     @cached_property
     def owner(self) -> Tensor:
         """Item of each row, [N]; B for padding rows."""
-        places = torch.arange(self.tokens, dtype=torch.int32, device=self.device)
-        return torch.searchsorted(self.bounds[1:], places, right=True)
+        rows = torch.arange(self.tokens, dtype=torch.int32, device=self.device)
+        return torch.searchsorted(self.bounds[1:], rows, right=True)
 
     @property
     def counts(self) -> Tensor:

@@ -36,8 +36,8 @@ class Items:
     """Columns of B texts with the same rule.
 
     Attributes:
-        texts: their tokens.
-        rule: decides their budgets.
+        texts: tokens of the texts.
+        rule: rule that decides their budgets.
         step: ladder step to run next, int32 [B]; once done, the step that answered.
         predicted: step at which f_o expects the answer, int32 [B]; 0 if step 0 answers; LAYERWISE
             if the layers decide.
@@ -45,11 +45,12 @@ class Items:
         exit_logits: step 0's logits, float32 [B, C]; None: there is no step 0, or nothing is
             decided yet.
         ran: which steps ran, bool [B, S + 1]; step 0 if the rule used its answer.
-        heads: heads computed so far, over all layers and passes, int32 [B].
-        macs, dense_macs: multiply-adds spent so far, and those of the dense network, int64 [B].
-        logits: the latest answer of each text, float32 [B, C].
+        total_heads: heads computed so far, over all layers and passes, int32 [B].
+        macs: multiply-adds computed so far, int64 [B].
+        dense_macs: multiply-adds of the dense network, int64 [B].
+        logits: latest answer of each text, float32 [B, C].
         done: whether that answer is final, bool [B].
-        chosen: heads of each layer in the last pass, per text.
+        selected_heads: heads that each text computed in each layer of its last pass, [B][L].
         rankings: heads ordered by g_d [L, H], by text index, if heads are picked per text.
         non_finite: indices of the texts whose answer has a NaN or infinite number.
     """
@@ -64,13 +65,13 @@ class Items:
         self.s = np.zeros(count, np.float32)
         self.exit_logits: Array | None = None
         self.ran = np.zeros((count, network.num_steps + 1), bool)
-        self.heads = np.zeros(count, np.int32)
+        self.total_heads = np.zeros(count, np.int32)
         self.macs = np.zeros(count, np.int64)
         dense = map(network.macs.dense, texts.window.counts)
         self.dense_macs = np.fromiter(dense, np.int64, count)
         self.logits = np.zeros((count, sizes.classes), np.float32)
         self.done = np.zeros(count, bool)
-        self.chosen: list[Sequence[HeadSet]] = [((),) * sizes.layers] * count
+        self.selected_heads: list[Sequence[HeadSet]] = [((),) * sizes.layers] * count
         self.rankings: dict[int, Tensor] = {}
         self.non_finite: set[int] = set()
 
@@ -84,15 +85,15 @@ class Items:
     def note_non_finite(self, places: list[int], logits: Array) -> None:
         """Record which of these texts have answers with NaN or infinite numbers."""
         broken = np.flatnonzero((~np.isfinite(logits)).any(-1))
-        self.non_finite.update([places[at] for at in broken.tolist()])
+        self.non_finite.update([places[row] for row in broken.tolist()])
 
     def steps(self, place: int) -> list[int]:
         """Return the steps that a text ran, in order; step 0 if the rule used its answer."""
-        found: list[int] = np.flatnonzero(self.ran[place]).tolist()
-        return found
+        steps: list[int] = np.flatnonzero(self.ran[place]).tolist()
+        return steps
 
     def begin(self, decided: Decided, index: Index = slice(None)) -> None:
-        """Set the decision about texts; those at step 0 are done. Counts no multiply-adds."""
+        """Set the decision about texts, without its multiply-adds; texts at step 0 are done."""
         self.step[index] = self.predicted[index] = decided.steps
         self.s[index] = decided.s
         self.ran[index, 0] = decided.asked
@@ -110,16 +111,21 @@ class Items:
 
 @dataclass(frozen=True)
 class Part:
-    """The texts of one request in a batch: rising indices `places` into `items`."""
+    """The texts of one request in a batch.
+
+    Attributes:
+        items: all texts of the request.
+        places: indices into `items` of those in the batch, rising.
+    """
 
     items: Items
     places: list[int]
 
 
 class Batch:
-    """Texts of one model that run in the same pass, as parts of the columns that hold them.
+    """Texts of one model that run in the same pass, one part per request.
 
-    Its length is the number of texts, and a slice of it is a batch of those texts.
+    The length is the number of texts; a slice is a batch of the texts with these indices.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -148,7 +154,7 @@ class Batch:
 
     @property
     def step(self) -> int:
-        """The step that all its texts run next."""
+        """Ladder step that all texts run next."""
         first = self.parts[0]
         return int(first.items.step[first.places[0]])
 
@@ -173,7 +179,7 @@ class Batch:
 
 
 def decide(network: PackedPass, batch: Batch) -> None:
-    """Decide the first step of each text; texts at step 0 are then done."""
+    """Decide the first step of each text; texts that step 0 answers are done."""
     sizes = network.sizes
     window, full_text = batch.window(), batch.full_text()
     decision = network.decide(
@@ -183,7 +189,7 @@ def decide(network: PackedPass, batch: Batch) -> None:
     s = None if decision.budget is None else decision.budget.cpu().numpy()
     # In NumPy, as in `Decider`, so that rounding cannot change a decision.
     confidences = None if exits is None else tfidf.confidence(exits, network.config.problem_type)
-    sound = exits is None or bool(np.isfinite(exits).all())
+    all_finite = exits is None or bool(np.isfinite(exits).all())
     begin = 0
     for part in batch.parts:
         items, index = part.items, part.items.index(part.places)
@@ -192,12 +198,13 @@ def decide(network: PackedPass, batch: Batch) -> None:
         if s is None:
             items.begin(_layerwise(items.rule, len(part.places), logits), index)
         else:
-            own = None if confidences is None else confidences[rows]
-            items.begin(Decided(*items.rule.first_steps(s[rows], own), s[rows], logits), index)
+            exit_confidences = None if confidences is None else confidences[rows]
+            steps, asked = items.rule.first_steps(s[rows], exit_confidences)
+            items.begin(Decided(steps, asked, s[rows], logits), index)
         if not sizes.layerwise:
             counts = items.texts.window.counts
             items.macs[index] = [decision_macs(sizes, counts[place]) for place in part.places]
-        if logits is not None and not sound:
+        if logits is not None and not all_finite:
             items.note_non_finite(part.places, logits)
         if decision.ranking is not None:
             items.rankings.update(zip(part.places, decision.ranking[rows], strict=True))
@@ -229,39 +236,39 @@ def compute(network: PackedPass, batch: Batch) -> PassResult:
 
 
 def _ranking(network: PackedPass, batch: Batch) -> Tensor:
-    """Return the heads ordered by g_d [B, L, H]; rank them for texts without an order."""
+    """Return the heads ordered by g_d, [B, L, H]; compute and store missing orders."""
     for part in batch.parts:
-        known = part.items.rankings
-        places = [place for place in part.places if place not in known]
+        rankings = part.items.rankings
+        places = [place for place in part.places if place not in rankings]
         if places:
             tokens = PackedTokens.of(part.items.texts.window.take(places))
-            known.update(zip(places, network.rank(tokens), strict=True))
+            rankings.update(zip(places, network.rank(tokens), strict=True))
     return torch.stack([p.items.rankings[place] for p in batch.parts for place in p.places])
 
 
 def run(network: PackedPass, batch: Batch) -> None:
-    """Run texts at their step; uncertain ones then get their next step, the others are done."""
+    """Run texts at their step; then give uncertain texts their next step, and finish the others."""
     step = batch.step
     result = compute(network, batch)
     answers = result.logits.float().cpu()
     # Thresholds are compared in double precision, as in `BudgetRule`.
     confidences = confidence(answers, network.config.problem_type).double().numpy()
     logits = answers.numpy()
-    sound = bool(np.isfinite(logits).all())
+    all_finite = bool(np.isfinite(logits).all())
     begin = 0
     for part in batch.parts:
         items, index = part.items, part.items.index(part.places)
         rows = slice(begin, begin := begin + len(part.places))
-        heads = result.heads[rows]
+        selected_heads = result.selected_heads[rows]
         items.logits[index] = logits[rows]
-        if not sound:
+        if not all_finite:
             items.note_non_finite(part.places, logits[rows])
-        for place, chosen in zip(part.places, heads, strict=True):
-            items.chosen[place] = chosen
+        for place, by_layer in zip(part.places, selected_heads, strict=True):
+            items.selected_heads[place] = by_layer
         if network.sizes.layerwise:
-            _count_layers(network, part, heads, step)
+            _count_layers(network, part, selected_heads, step)
         else:
-            items.heads[index] += sum(map(len, heads[0]))
+            items.total_heads[index] += sum(map(len, selected_heads[0]))
             counts = items.texts.window.counts
             items.macs[index] += [network.macs.step(step, counts[place]) for place in part.places]
         items.ran[part.places, items.step[index]] = True
@@ -269,21 +276,21 @@ def run(network: PackedPass, batch: Batch) -> None:
         if following is None:
             items.done[index] = True
         else:
-            stands = confidences[rows] >= items.rule.required_confidence(step)
-            items.done[index] = stands
-            items.step[index] = np.where(stands, step, following)
+            final = confidences[rows] >= items.rule.required_confidence(step)
+            items.done[index] = final
+            items.step[index] = np.where(final, step, following)
 
 
 def _count_layers(
-    network: PackedPass, part: Part, chosen: Sequence[Sequence[HeadSet]], step: int
+    network: PackedPass, part: Part, selected_heads: Sequence[Sequence[HeadSet]], step: int
 ) -> None:
     """Count heads and multiply-adds of a pass in which each layer chose its heads per text."""
     items, sizes = part.items, network.sizes
     decision = decision_macs(sizes) if step == LAYERWISE else scorer_macs(sizes)
-    for place, sets in zip(part.places, chosen, strict=True):
+    for place, sets in zip(part.places, selected_heads, strict=True):
         counts = [len(head_set) for head_set in sets]
         tokens = items.texts.window.counts[place]
-        items.heads[place] += sum(counts)
+        items.total_heads[place] += sum(counts)
         items.macs[place] += encoder_macs(sizes, counts, tokens) + decision
         if step == LAYERWISE:
             items.step[place] = network.config.covering_step(counts)
@@ -298,9 +305,9 @@ def answer(
     """Classify texts: decide, then run steps until every answer is final.
 
     Args:
-        network: the compact pass.
-        texts: their tokens.
-        rule: decides their budgets.
+        network: compact pass of the network.
+        texts: tokens of the texts.
+        rule: rule that decides the budgets.
         batches: splits the indices of texts at the same step into batches of rising indices.
     """
     items = Items(network, texts, rule)

@@ -1,7 +1,7 @@
 """Decide the budgets of texts before the encoder runs, in NumPy.
 
-This reads only tokens, step 0's table and f_o's weights: a few megabytes, and no torch. Networks
-whose f_o or layers read embeddings decide during their pass instead.
+This module does not import torch; it reads only tokens, step 0's table and f_o's weights, a few
+megabytes. Networks whose f_o or layers read embeddings decide in the pass instead.
 
 Shapes: B texts, C labels.
 """
@@ -47,7 +47,7 @@ class Decider:
     """Step 0 and f_o of one network, and the sizes that determine its multiply-adds.
 
     Attributes:
-        sizes: the network's sizes.
+        sizes: sizes of the network.
         step0: step 0 and f_o; None: the network has a single budget, so nothing is decided.
     """
 
@@ -59,17 +59,17 @@ class Decider:
         if self.step0 is None:
             s = np.ones(len(texts), np.float32)
             return Decided(*rule.first_steps(s), s, None)
-        given = texts.ids, texts.types, texts.lengths
+        columns = texts.ids, texts.types, texts.lengths
         if rule.uses_f_o:
-            logits, s = self.step0.decide(*given)
+            logits, s = self.step0.decide(*columns)
         else:
-            logits, s = self.step0.logits(*given), np.zeros(len(texts), np.float32)
+            logits, s = self.step0.logits(*columns), np.zeros(len(texts), np.float32)
         confidences = confidence(logits, self.step0.problem_type)
         return Decided(*rule.first_steps(s, confidences), s, logits)
 
     @cached_property
     def macs(self) -> Callable[[int], tuple[int, int]]:
-        """Function from a text's length to the multiply-adds of its decision and a dense pass."""
+        """Function that maps a number of tokens to the multiply-adds of decision and dense pass."""
         return lru_cache(maxsize=4096)(self._count)
 
     def _count(self, tokens: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from budgetformer.inference.backends.kernels.fused import MAX_ROWS, PROGRAMS
 from budgetformer.inference.batch_offsets import BatchOffsets, StagedOffsets
 from budgetformer.inference.packed import (
     DECISION,
-    Decision,
+    BudgetPrediction,
     PackedPass,
     PackedTokens,
     PassResult,
@@ -74,13 +74,13 @@ class Size:
         """Return the smallest size that holds some items; few sizes exist, so passes are reused.
 
         Args:
-            lengths: tokens of each item.
-            classes: C.
+            lengths: number of tokens of each item.
+            classes: number of labels C.
             wave: rows that fill the GPU; a few more would take nearly twice the time.
         """
         rows, items = _round_up_rows(max(sum(lengths), MIN_ROWS), wave), len(lengths)
-        usual = rows // ROWS_PER_ITEM
-        return cls(rows, usual if items <= usual else _power_of_two(items), classes)
+        default = rows // ROWS_PER_ITEM
+        return cls(rows, default if items <= default else _power_of_two(items), classes)
 
     @property
     def parts(self) -> list[int]:
@@ -121,10 +121,10 @@ class Program:
     """A recorded pass.
 
     Attributes:
-        inputs: its input buffer on the device, in the layout of `Size.fill`.
-        results: its results after `play`, [B, ...] each.
-        play: runs it.
-        slices: the weights that it reads, kept alive with it.
+        inputs: input buffer on the device, in the layout of `Size.fill`.
+        results: results after `play`, [B, ...] each.
+        play: runs the pass.
+        slices: weights that the pass reads, which must live as long as it.
     """
 
     inputs: Tensor
@@ -147,11 +147,11 @@ class GraphedPass(PackedPass):
     In bfloat16 the states are bfloat16 too, because reading them dominates a step's time on a GPU.
 
     Args:
-        model: the network, on the device.
-        precision: of matrix products and states, "float32" or "bfloat16".
-        kernels: `kernels.gpu`.
-        timed: choose the variant of a recorded pass by timing, not by its size. Variants round
-            differently, so the last digits of an answer may change after a restart.
+        model: network, on the device.
+        precision: precision of matrix products and states, "float32" or "bfloat16".
+        kernels: module `kernels.gpu`.
+        timed: choose the variant of a recorded pass by timing instead of by its size. Variants
+            round differently, so the last digits of an answer may change after a restart.
     """
 
     def __init__(
@@ -218,13 +218,13 @@ class GraphedPass(PackedPass):
         assert steps is not None
         (logits,) = self._play(steps[0], tokens, exit_logits)
         assert logits is not None
-        heads = [self._first[count] for count in self._plan(steps[0])]
-        return PassResult(logits, [heads] * len(tokens.lengths))
+        selected_heads = [self._first[count] for count in self._plan(steps[0])]
+        return PassResult(logits, [selected_heads] * len(tokens.lengths))
 
-    def _decide_part(self, tokens: PackedTokens) -> Decision:
+    def _decide_part(self, tokens: PackedTokens) -> BudgetPrediction:
         if not len(tokens.input_ids):
             return super()._decide_part(tokens)
-        return Decision(*self._play(DECISION, tokens, None))
+        return BudgetPrediction(*self._play(DECISION, tokens, None))
 
     def _play(
         self, step: int, tokens: PackedTokens, exit_logits: Tensor | None
@@ -243,15 +243,15 @@ class GraphedPass(PackedPass):
 
     def _program(self, step: int, size: Size) -> Program:
         """Return the recorded pass for a step and size, recording it on first use."""
-        found = self._programs.get((step, size))
-        if found is None:
+        program = self._programs.get((step, size))
+        if program is None:
             with _recording:
-                found = self._record(step, size)
-            self._programs[step, size] = found
+                program = self._record(step, size)
+            self._programs[step, size] = program
             if len(self._programs) > MAX_PROGRAMS:
                 self._programs.popitem(last=False)
         self._programs.move_to_end((step, size))
-        return found
+        return program
 
     def _record(self, step: int, size: Size) -> Program:
         """Record a pass in the variant for its size or, if `timed`, in the fastest variant.
@@ -259,7 +259,7 @@ class GraphedPass(PackedPass):
         The chosen variant is cached per step and size.
         """
         plan = enumerate([] if step == DECISION else self._plan(step))
-        slices = {i: self._slices.get(i, self._first[heads]) for i, heads in plan if heads}
+        slices = {i: self._slices.get(i, self._first[k]) for i, k in plan if k}
         programs = []
         for variant in self._variants.get((step, size)) or self._candidates(slices, size):
             with suppress(OutOfResources):  # some GPUs have too little shared memory for a variant
@@ -271,17 +271,17 @@ class GraphedPass(PackedPass):
         return program
 
     def _candidates(self, slices: Slices, size: Size) -> list[Layers]:
-        """Return the variants that can run some layers, the preferred one for this size first.
+        """Return the variants that can run these layers, the preferred one for this size first.
 
-        Layers with few heads are fused: writing and reading the intermediate results would take
-        longer than the products. If a variant does not fit the GPU, the next one is used.
+        Layers with few heads are fused, because writing and reading intermediate results would take
+        longer than the products.
         """
         if not self._can_fuse(slices):
             return [self._unfused]
         fused: list[Layers] = [self._fused]
         if size.rows > self._wave:
             fused.insert(0, partial(self._fused, two_per_sm=True))
-        columns = self.sizes.head_size * max(kept.heads for kept in slices.values())
+        columns = self.sizes.head_size * max(kept.num_heads for kept in slices.values())
         if self._memory is not None and columns > MAX_FUSED_COLUMNS:
             return [self._unfused, *fused]
         return [*fused, self._unfused]
@@ -325,7 +325,7 @@ class GraphedPass(PackedPass):
         """Run a step over inputs in the layout of `Size.fill`, without synchronising with the host.
 
         Returns:
-            Logits [B, C]; for `DECISION`, the attributes of `Decision`.
+            Logits [B, C]; for `DECISION`, the attributes of `BudgetPrediction`.
         """
         ids, kinds, places, ends, starts, exits = inputs.split(size.parts)
         offsets = StagedOffsets.of(starts, places, ends)
@@ -336,22 +336,22 @@ class GraphedPass(PackedPass):
         logits = self._classify(layers(states, offsets), offsets)
         has_exits = self.model.exit_head is not None
         exit_logits = exits.view(torch.float32).view_as(logits) if has_exits else None
-        own, share = self.config.encoder_weights[step - 1], self.config.exit_weights[step - 1]
-        return [fuse(logits, exit_logits, own, share)]
+        weights = self.config.encoder_weights[step - 1], self.config.exit_weights[step - 1]
+        return [fuse(logits, exit_logits, *weights)]
 
     def _unfused(self, slices: Slices, states: Tensor, offsets: BatchOffsets) -> Tensor:
         """Run layers with one launch per product."""
         for layer, kept in slices.items():
-            states = self._run_set(layer, states, offsets, self._first[kept.heads])
+            states = self._run_set(layer, states, offsets, self._first[kept.num_heads])
         return states
 
     def _can_fuse(self, slices: Slices) -> bool:
         """Return whether the maps around every norm can be fused.
 
-        Not in float32 on a GPU, where products dominate the time and fusing gains nothing.
+        In float32 on a GPU they are not, because products dominate the time.
         """
-        exact = self._memory is not None and self._dtype == torch.float32
-        if not slices or self._norms_last or exact:
+        float32_on_gpu = self._memory is not None and self._dtype == torch.float32
+        if not slices or self._norms_last or float32_on_gpu:
             return False
         return all(
             self.kernels.can_fuse(kept.output, kept.up, kept.attention_norm)
@@ -367,38 +367,38 @@ class GraphedPass(PackedPass):
         The states are changed in place.
         """
         order = list(slices.values())
-        following = [*(kept.qkv for kept in order[1:]), None]
+        next_qkv = [*(kept.qkv for kept in order[1:]), None]
         mapped = order[0].qkv(states)
-        for kept, then in zip(order, following, strict=True):
+        for kept, following in zip(order, next_qkv, strict=True):
             contexts = self.kernels.attend(mapped, offsets, kept)
             neurons = self.kernels.map_norm_map(
                 contexts, kept.output, states, kept.attention_norm, kept.up, offsets, two_per_sm
             )
             mapped = self.kernels.map_norm_map(
-                neurons, kept.down, states, kept.feed_forward_norm, then, offsets, two_per_sm
+                neurons, kept.down, states, kept.feed_forward_norm, following, offsets, two_per_sm
             )
         return states
 
 
 def _fastest(programs: Sequence[Program]) -> int:
-    """Return the index of the program with the lowest time; programs take turns."""
-    least = [float("inf")] * len(programs)
+    """Time programs in turns; return the index of the one with the lowest time."""
+    lowest = [float("inf")] * len(programs)
     for _ in range(TIMING_ROUNDS if len(programs) > 1 else 0):
-        for place, program in enumerate(programs):
+        for index, program in enumerate(programs):
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
             program.play()
             last.record()
             last.synchronize()
-            least[place] = min(least[place], first.elapsed_time(last))
-    return least.index(min(least))
+            lowest[index] = min(lowest[index], first.elapsed_time(last))
+    return lowest.index(min(lowest))
 
 
 class Uploader:
     """Pinned memory through which batches are copied to a GPU while it computes.
 
     Args:
-        device: the GPU.
+        device: GPU to copy to.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -408,7 +408,7 @@ class Uploader:
         self._turn = 0
 
     def send(self, target: Tensor, write: Callable[[Tensor], None]) -> None:
-        """Let `write` fill a pinned buffer, and copy it to `target` before the next queued work."""
+        """Fill a pinned buffer with `write`; copy it to `target` before the next queued work."""
         slot = self._slots[self._turn]
         self._turn = (self._turn + 1) % MAX_UPLOADS
         slot.uploaded.synchronize()  # waits only if the device is `MAX_UPLOADS` batches behind
@@ -447,8 +447,8 @@ def _power_of_two(value: int) -> int:
 def _round_up_rows(value: int, wave: int) -> int:
     """Round up to the next of 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ... or the next full wave."""
     grain = max(_power_of_two(value) // 8, 1)
-    room, waves = -(-value // grain) * grain, -(-value // wave)
-    return min(room, waves * wave) if waves <= MAX_WAVES else room
+    rounded, waves = -(-value // grain) * grain, -(-value // wave)
+    return min(rounded, waves * wave) if waves <= MAX_WAVES else rounded
 
 
 def _wave(device: torch.device) -> int:

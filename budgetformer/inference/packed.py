@@ -54,12 +54,18 @@ GPU_ROWS = 16384
 """Tokens per pass on a GPU, which is fully used with far fewer."""
 
 DECISION = 0
-"""Names the decision where recorded passes and benchmarks list steps: step 0 has no pass."""
+"""Stands for the decision where recorded passes and benchmarks list steps; step 0 has no pass."""
 
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Token and segment ids of B items, one after another: [N] each, with their `lengths`."""
+    """The tokens of B items, one item after another.
+
+    Attributes:
+        input_ids: token ids [N].
+        token_type_ids: segment ids [N].
+        lengths: number of tokens of each item.
+    """
 
     input_ids: Tensor
     token_type_ids: Tensor
@@ -79,7 +85,7 @@ class PackedTokens:
     def pack(
         cls, items: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None
     ) -> PackedTokens:
-        """Pack the ids of some items; `segments` None means all 0."""
+        """Pack the token ids of items; `segments` None means all 0."""
         return cls.of(TokenColumns.of(items, segments))
 
     @classmethod
@@ -104,8 +110,8 @@ class PackedTokens:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """The decision about B items before the encoder runs.
+class BudgetPrediction:
+    """What step 0, f_o and g_d predict for B items before the encoder runs.
 
     Attributes:
         budget: share of the heads that f_o, the budget controller, predicts, [B]; None if the
@@ -121,12 +127,12 @@ class Decision:
     ranking: Tensor | None
 
     @classmethod
-    def join(cls, parts: Sequence[Decision]) -> Decision:
-        """Concatenate the decisions about several batches."""
+    def join(cls, parts: Sequence[BudgetPrediction]) -> BudgetPrediction:
+        """Concatenate the predictions for several batches."""
 
         def concatenate(values: list[Tensor | None]) -> Tensor | None:
-            known = [value for value in values if value is not None]
-            return torch.cat(known) if known else None
+            present = [value for value in values if value is not None]
+            return torch.cat(present) if present else None
 
         if len(parts) == 1:
             return parts[0]
@@ -139,10 +145,15 @@ class Decision:
 
 @dataclass(frozen=True)
 class PassResult:
-    """Logits [B, C], and the heads computed in each layer for each item."""
+    """The result of a pass over B items.
+
+    Attributes:
+        logits: logits [B, C].
+        selected_heads: heads that each item computed in each layer, [B][L].
+    """
 
     logits: Tensor
-    heads: list[list[HeadSet]]
+    selected_heads: list[list[HeadSet]]
 
     @classmethod
     def join(cls, parts: Sequence[PassResult]) -> PassResult:
@@ -150,7 +161,8 @@ class PassResult:
         if len(parts) == 1:
             return parts[0]
         return cls(
-            torch.cat([part.logits for part in parts]), [h for part in parts for h in part.heads]
+            torch.cat([part.logits for part in parts]),
+            [item for part in parts for item in part.selected_heads],
         )
 
 
@@ -177,10 +189,10 @@ class PackedPass:
     """Run a BudgetFormer over packed tokens, computing only the chosen heads.
 
     Args:
-        model: the network; in float32 its weights are shared, not copied.
-        precision: of the matrix products, one of `PRECISIONS`.
-        kernels: implementation of everything but the matrix products.
-        packers: one per layer, to pack its linear maps; empty: chosen by precision.
+        model: network; in float32 its weights are shared, not copied.
+        precision: precision of the matrix products, one of `PRECISIONS`.
+        kernels: implementation of all operations except matrix products.
+        packers: functions that pack the linear maps of each layer; empty: chosen by precision.
         range_check: counts int8 states outside their calibrated ranges.
     """
 
@@ -213,9 +225,9 @@ class PackedPass:
         self.step0 = model.step0_with_numpy()
         self._shared: SharedTensors | None = None
         with torch.no_grad():
-            own = packers or [linear_packer(precision)] * len(self._layers)
+            packers = packers or [linear_packer(precision)] * len(self._layers)
             distances = self.encoder.embedded_distances()
-            self._slices = SliceCache(self._layers, self.sizes, precision, own, distances)
+            self._slices = SliceCache(self._layers, self.sizes, precision, packers, distances)
 
     @property
     def device(self) -> torch.device:
@@ -226,14 +238,14 @@ class PackedPass:
     def nbytes(self) -> int:
         """Memory of the weights and of the slices packed so far, in bytes."""
         tensors = (*self.model.parameters(), *self.model.buffers(), *self._slices.weights)
-        held = [tensor.untyped_storage() for tensor in tensors]
-        weights = {storage.data_ptr(): storage.nbytes() for storage in held}
-        return sum(weights.values()) + self._slices.nbytes
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        by_address = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return sum(by_address.values()) + self._slices.nbytes
 
     def free_model_weights(self) -> None:
         """Free the model's layer matrices, of which the pass has copies or views.
 
-        The model can no longer run by itself.
+        Only the pass can run the network afterwards.
         """
         for layer in self._layers:
             for module in (*layer.attention.modules(), *layer.feed_forward.modules()):
@@ -268,55 +280,60 @@ class PackedPass:
 
     @without_gradients
     def warm(self, steps: Sequence[int]) -> None:
-        """Pack the weights of some ladder steps, and compile what is compiled on first use.
+        """Pack the weights of some ladder steps, and compile the products that need it.
 
-        In bfloat16 on a CPU each matrix product is compiled for each padded number of rows (see
-        `padded_rows`), as far as batches with the same heads reach.
+        In bfloat16 on a CPU, oneDNN compiles each matrix product on first use for each padded
+        number of rows (see `padded_rows`); this compiles all numbers up to `CPU_ROWS`.
         """
         for step in steps:
             self.run_at(step, PackedTokens.filler([min(self._max_tokens, 32)]))
         if self.precision == "bfloat16" and self.device.type == "cpu":
             sizes = sorted({padded_rows(rows) for rows in range(CPU_ROWS + 1)})
             kept = {k: i for s in steps for i, k in enumerate(self._plan(s)) if k}
-            for heads, index in kept.items():
-                self._slices.get(index, self._first[heads]).warm(sizes, self.sizes)
-        self.range_check.take()  # what warm-up counted is no traffic
+            for num_heads, index in kept.items():
+                self._slices.get(index, self._first[num_heads]).warm(sizes, self.sizes)
+        self.range_check.take()  # discards the counts of the warm-up
 
     @without_gradients
-    def decide(self, tokens: PackedTokens, full_text: PackedTokens | None = None) -> Decision:
+    def decide(
+        self, tokens: PackedTokens, full_text: PackedTokens | None = None
+    ) -> BudgetPrediction:
         """Decide budgets and heads for B items from step 0 and the pooled embeddings.
 
         Args:
-            tokens: the items, truncated to what the encoder reads.
-            full_text: the items' full texts, which a TF-IDF step 0 reads; None: the same tokens.
+            tokens: items, truncated to the maximum length of the encoder.
+            full_text: full texts of the items, which a TF-IDF step 0 reads; None: the same tokens.
         """
         if self.sizes.one_budget:
-            return Decision(torch.ones(len(tokens.lengths)), None, None)
+            return BudgetPrediction(torch.ones(len(tokens.lengths)), None, None)
         parts = self._parts(tokens.lengths)
         if self.step0 is not None:
-            places, read = [(p.start, p.stop) for p in parts], full_text or tokens
-            return Decision.join(
+            full_text = full_text or tokens
+            return BudgetPrediction.join(
                 [
-                    self._decide_with_numpy(self.step0, tokens.part(*p), read.part(*p))
-                    for p in places
+                    self._decide_with_numpy(
+                        self.step0,
+                        tokens.part(part.start, part.stop),
+                        full_text.part(part.start, part.stop),
+                    )
+                    for part in parts
                 ]
             )
-        return Decision.join([self._decide_part(tokens.part(p.start, p.stop)) for p in parts])
+        return BudgetPrediction.join(
+            [self._decide_part(tokens.part(p.start, p.stop)) for p in parts]
+        )
 
-    def _decide_part(self, tokens: PackedTokens) -> Decision:
+    def _decide_part(self, tokens: PackedTokens) -> BudgetPrediction:
         return self._decide(tokens.to(self.device), self._offsets_of(tokens))
 
     def _decide_with_numpy(
-        self, step0: StepZero, tokens: PackedTokens, read: PackedTokens
-    ) -> Decision:
-        """Decide on the host, where the tokens are; only g_d's ranking needs the embeddings.
-
-        Step 0 reads `read`, the encoder `tokens`.
-        """
-        ids, segments = (t.numpy() for t in (read.input_ids, read.token_type_ids))
-        exit_logits, s = step0.decide(ids, segments, read.lengths)
+        self, step0: StepZero, tokens: PackedTokens, full_text: PackedTokens
+    ) -> BudgetPrediction:
+        """Decide on the host, where the tokens are; only g_d's ranking needs the embeddings."""
+        ids, segments = (t.numpy() for t in (full_text.input_ids, full_text.token_type_ids))
+        exit_logits, s = step0.decide(ids, segments, full_text.lengths)
         ranking = self._rank(tokens) if self.sizes.picks_heads else None
-        return Decision(torch.from_numpy(s), torch.from_numpy(exit_logits), ranking)
+        return BudgetPrediction(torch.from_numpy(s), torch.from_numpy(exit_logits), ranking)
 
     @without_gradients
     def rank(self, tokens: PackedTokens) -> Tensor:
@@ -332,7 +349,7 @@ class PackedPass:
         scores: Tensor = decision.scorer(pooled)
         return scores.argsort(dim=-1, descending=True, stable=True)
 
-    def _decide(self, tokens: PackedTokens, offsets: BatchOffsets) -> Decision:
+    def _decide(self, tokens: PackedTokens, offsets: BatchOffsets) -> BudgetPrediction:
         exit_logits = evidence = None
         if isinstance(self.model.exit_head, ExitHead):
             bag = self.kernels.bag(tokens.input_ids, offsets, self.model.exit_head)
@@ -340,12 +357,12 @@ class PackedPass:
             evidence = self.kernels.exit_evidence(exit_logits, self.config.problem_type)
         decision = self.encoder.decision
         if decision is None:
-            return Decision(None, exit_logits, None)
+            return BudgetPrediction(None, exit_logits, None)
         pooled = self.kernels.mean(self._embed(tokens, offsets), offsets)
         ranking = None
         if decision.scorer is not None:
             ranking = decision.scorer(pooled).argsort(dim=-1, descending=True, stable=True)
-        return Decision(decision.budget(pooled, evidence), exit_logits, ranking)
+        return BudgetPrediction(decision.budget(pooled, evidence), exit_logits, ranking)
 
     @without_gradients
     def run(
@@ -360,10 +377,10 @@ class PackedPass:
         """Run the encoder over B items.
 
         Args:
-            tokens: the items.
+            tokens: tokens of the items.
             steps: ladder step >= 1 of each item; None lets each layer decide (scope "layer").
-            exit_logits: the items' `Decision.exit_logits` [B, C].
-            ranking: the items' `Decision.ranking` [B, L, H].
+            exit_logits: `BudgetPrediction.exit_logits` of the items, [B, C].
+            ranking: `BudgetPrediction.ranking` of the items, [B, L, H].
             ceilings: highest step of each item if the layers decide; None: the ladder's last.
             fused: combine the encoder's logits with step 0's, weighted as configured; False: return
                 the encoder's logits only, on which calibration fits those weights.
@@ -401,9 +418,9 @@ class PackedPass:
         step: int,  # noqa: ARG002
         tokens: PackedTokens,  # noqa: ARG002
     ) -> Callable[[], None] | None:
-        """Return a function that replays the pass as a CUDA graph, for timing; None: there is none.
+        """Return a function that replays the pass of items as a CUDA graph, to time it.
 
-        The items are on the device before.
+        The function does not transfer the items to the device. None: there is no such graph.
         """
         return None
 
@@ -416,12 +433,12 @@ class PackedPass:
 
     def _parts(self, lengths: Sequence[int]) -> list[slice]:
         """Split a batch into parts of at most `_max_rows` tokens; a longer item is its own part."""
-        most = self._max_rows
-        if sum(lengths) <= most:
+        max_rows = self._max_rows
+        if sum(lengths) <= max_rows:
             return [slice(0, len(lengths))]
         parts, start, rows = [], 0, 0
         for item, length in enumerate(lengths):
-            if item > start and rows + length > most:
+            if item > start and rows + length > max_rows:
                 parts.append(slice(start, item))
                 start, rows = item, 0
             rows += length
@@ -447,11 +464,11 @@ class PackedPass:
         if same_step and not heads_by_item and steps is not None:
             steps = steps[:1]
             plan = [self._first[count] for count in self._plan(steps[0])]
-            heads = [plan] * len(tokens.lengths)
+            selected_heads = [plan] * len(tokens.lengths)
             for index, head_set in enumerate(plan):
                 states = self._run_set(index, states, offsets, head_set)
         else:
-            states, heads = self._run_mixed(states, offsets, steps, ranking, ceilings)
+            states, selected_heads = self._run_mixed(states, offsets, steps, ranking, ceilings)
         logits = self._classify(states, offsets)
         if fused and steps is not None:
             if exit_logits is not None:
@@ -459,7 +476,7 @@ class PackedPass:
             by_step = list(zip(self.config.encoder_weights, self.config.exit_weights, strict=True))
             weights = logits.new_tensor([by_step[step - 1] for step in steps])
             logits = fuse(logits, exit_logits, weights[:, :1], weights[:, 1:])
-        return PassResult(logits, heads)
+        return PassResult(logits, selected_heads)
 
     def _run_mixed(
         self,
@@ -472,7 +489,7 @@ class PackedPass:
         """Run items that may keep different heads; return their states and each item's heads."""
         plans = None if steps is None else [self._plan(step) for step in steps]
         order: list[list[HeadSet]] | None = None if ranking is None else ranking.tolist()
-        heads: list[list[HeadSet]] = [[] for _ in offsets.lengths]
+        selected_heads: list[list[HeadSet]] = [[] for _ in offsets.lengths]
         for index, layer in enumerate(self._layers):
             counts = None if plans is None else [plan[index] for plan in plans]
             best = None if order is None else [of_item[index] for of_item in order]
@@ -483,10 +500,10 @@ class PackedPass:
                 best = self._layer_order(layer, pooled)
             assert counts is not None
             sets = self._head_sets(counts, best)
-            for item, head_set in zip(heads, sets, strict=True):
+            for item, head_set in zip(selected_heads, sets, strict=True):
                 item.append(head_set)
             states = self._run_layer(index, states, offsets, sets)
-        return states, heads
+        return states, selected_heads
 
     def _plan(self, step: int) -> list[int]:
         if 0 < step <= self.num_steps:
@@ -577,7 +594,7 @@ class PackedPass:
     ) -> Tensor:
         """Run one layer for items that all keep the same heads."""
         if not head_set or not offsets.tokens:
-            return states  # a layer without heads is skipped, its feed-forward network too
+            return states  # a layer without heads is skipped, including its feed-forward net
         kept = self._slices.get(index, head_set)
         return run_layer(states, kept, PackedBackend(self.kernels, offsets))
 

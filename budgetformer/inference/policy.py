@@ -51,11 +51,14 @@ class Level(_Data):
     Attributes:
         name: quality level with this threshold, if any.
         threshold: an answer is final if its confidence is at least this.
-        accuracy, interval: share of correct answers with its 95 % interval; None without labels.
-        agreement, agreement_interval: the same for answers equal to the full network's.
+        accuracy: share of correct answers; None without labels.
+        interval: 95 % interval of `accuracy`.
+        agreement: share of answers that equal those of the full network; None if not measured.
+        agreement_interval: 95 % interval of `agreement`.
         points_lost: drop of the policy's measure against the full network, in percentage points;
             negative if it is better.
-        macs_share, macs_interval: mean multiply-adds as a share of the dense network's.
+        macs_share: mean multiply-adds as a share of the dense network's.
+        macs_interval: 95 % interval of `macs_share`.
         mean_heads: mean heads computed per text, summed over layers and passes.
         budgets: share of the texts that ended at each step.
         runs: share of the texts that ran each step >= 1; a text may run several.
@@ -87,13 +90,13 @@ class Policy(_Data):
     """A chain of steps, f_o's bands over it, and one threshold per level.
 
     Attributes:
-        measure: the measure of its levels' `points_lost`.
+        measure: measure of the levels' `points_lost`.
         chain: rising ladder steps, beginning with 0 if the checkpoint has a step 0.
         entry: bands over f_o's s, the same for all levels, in rising order with the last up to 1.
             They select the link for texts that step 0 did not answer.
         exit_margin: step 0's answer is final if its confidence is at least the threshold plus
             this; never if that exceeds 1.
-        levels: in order of rising threshold; those with a name are quality levels.
+        levels: levels in order of rising threshold; those with a name are quality levels.
     """
 
     measure: Measure = "accuracy"
@@ -118,14 +121,14 @@ class Policy(_Data):
         return self
 
     def level(self, quality: str | float) -> Level:
-        """Return the level with this name, or with at most this accuracy drop in points.
+        """Return the level with this name, or the cheapest with at most this accuracy drop.
 
-        Between two levels, the threshold and all figures are interpolated linearly. A larger drop
-        never gives a higher threshold. If every level has a larger drop, the one with the smallest
-        drop is returned.
+        A drop is in percentage points. Between two levels, the threshold and all figures are
+        interpolated linearly, so a larger drop never gives a higher threshold. If every level has a
+        larger drop, the one with the smallest drop is returned.
 
         Raises:
-            PolicyError: there is no level of that name.
+            PolicyError: there is no level with that name.
         """
         if isinstance(quality, str):
             return _named(self.levels, quality)

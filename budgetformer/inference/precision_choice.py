@@ -46,10 +46,10 @@ def make_pass(
     """Return the pass of a network in one precision, on the device of its weights.
 
     Args:
-        model: the network.
-        precision: of its matrix products.
-        ranges: each layer's state ranges, required for int8.
-        timed: on a GPU, choose among kernel variants by timing, not by size.
+        model: network to run.
+        precision: precision of the matrix products, one of `PRECISIONS`.
+        ranges: state ranges of each layer, required for int8.
+        timed: on a GPU, choose among kernel variants by timing instead of by size.
     """
     if precision == "int8":
         sizes = Sizes.of(model.config)
@@ -73,10 +73,10 @@ def load_pass(
     """Return the compact pass over the weights of `model`.
 
     Args:
-        model: the network.
-        precision: of its matrix products: one of `PRECISIONS`; "auto", chosen by capability (see
-            `choose_precision`); or "fastest", chosen by timing.
-        ranges: each layer's state ranges (`measure_ranges`), required for int8.
+        model: network to run.
+        precision: precision of the matrix products: one of `PRECISIONS`; "auto", chosen by
+            capability (see `choose_precision`); or "fastest", chosen by timing.
+        ranges: state ranges of each layer (`measure_ranges`), required for int8.
 
     Raises:
         ValueError: the precision is unknown, or this device or checkpoint does not support it.
@@ -102,8 +102,8 @@ def choose_precision(device: torch.device, weights: int, ranges: bool) -> tuple[
     """Return the precision that `auto` selects, and the reason in words.
 
     Args:
-        device: of the network.
-        weights: number of its encoder's weights.
+        device: device of the network.
+        weights: number of weights of its encoder.
         ranges: whether the checkpoint has state ranges.
     """
     if weights < MIN_WEIGHTS:
@@ -144,10 +144,10 @@ def fastest_pass(model: SequenceClassifier, ranges: Sequence[LayerRanges]) -> Pa
         chosen, reason = candidates[0], "no other precision is available here"
     else:
         seconds = _time(candidates)
-        best, least = min(zip(candidates, seconds, strict=True), key=lambda pair: pair[1])
-        chosen = best if seconds[0] / least >= MIN_SPEEDUP else candidates[0]
+        fastest, lowest = min(zip(candidates, seconds, strict=True), key=lambda pair: pair[1])
+        chosen = fastest if seconds[0] / lowest >= MIN_SPEEDUP else candidates[0]
         times = zip(precisions, seconds, strict=True)
-        reason = "timed: " + ", ".join(f"{name} {1000 * own:.1f} ms" for name, own in times)
+        reason = "timed: " + ", ".join(f"{name} {1000 * time:.1f} ms" for name, time in times)
         chosen.forget()
     chosen.precision_reason = reason
     return chosen
@@ -158,20 +158,20 @@ def _weights(model: SequenceClassifier) -> int:
 
 
 def _time(passes: list[PackedPass]) -> list[float]:
-    taken: list[list[float]] = [[] for _ in passes]
+    seconds: list[list[float]] = [[] for _ in passes]
     for turn in range(ROUNDS + 1):
-        for network, own in zip(passes, taken, strict=True):
+        for network, rounds in zip(passes, seconds, strict=True):
             started = time.perf_counter()
             for lengths in BATCHES:
                 _run(network, lengths)
             if turn:  # the first round packs weights and compiles
-                own.append(time.perf_counter() - started)
-    return [min(own) for own in taken]  # other work on the machine only adds time
+                rounds.append(time.perf_counter() - started)
+    return list(map(min, seconds))  # other work on the machine only adds time
 
 
 def _run(network: PackedPass, lengths: tuple[int, ...]) -> None:
-    most = network.config.max_position_embeddings
-    tokens = PackedTokens.filler([min(length, most) for length in lengths])
+    max_tokens = network.config.max_position_embeddings
+    tokens = PackedTokens.filler([min(length, max_tokens) for length in lengths])
     network.run_at((network.config.num_steps + 1) // 2, tokens)
     if network.device.type == "cuda":
         torch.cuda.synchronize()

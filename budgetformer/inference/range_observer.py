@@ -21,14 +21,13 @@ class RangeObserver:
     """Pack one layer's maps in float32, and record the ranges of their inputs.
 
     Args:
-        sizes: the network's sizes.
+        sizes: sizes of the network.
     """
 
     def __init__(self, sizes: Sizes) -> None:
-        inside = sizes.heads * sizes.head_size
         widths: dict[MapName, int] = {
             "qkv": sizes.width,
-            "output": inside,
+            "output": sizes.heads * sizes.head_size,
             "up": sizes.width,
             "down": sizes.neurons,
         }
@@ -41,9 +40,9 @@ class RangeObserver:
 
         def apply(states: Tensor) -> Tensor:
             if len(states):
-                least, most = states.float().cpu().aminmax(dim=0)
-                low[part.columns] = low[part.columns].minimum(least)
-                high[part.columns] = high[part.columns].maximum(most)
+                minimum, maximum = states.float().cpu().aminmax(dim=0)
+                low[part.columns] = low[part.columns].minimum(minimum)
+                high[part.columns] = high[part.columns].maximum(maximum)
             return run(states)
 
         return apply
@@ -54,20 +53,19 @@ class RangeObserver:
 
 
 def _range(low: Tensor, high: Tensor) -> StateRange:
-    """Return the range of columns with these bounds, [D] each, after choosing the outliers."""
+    """Choose the outliers among columns with these bounds, [D] each; return the range."""
     low, high = low.clone(), high.clone()
     outliers: list[int] = []
-    found: list[StateRange] = []
+    candidates: list[StateRange] = []
     for _ in range(min(MAX_OUTLIERS, len(low)) + 1):
-        least, most = (float(f"{bound:.5g}") for bound in (low.min().item(), high.max().item()))
-        found.append(StateRange(low=least, high=most, outliers=tuple(sorted(outliers))))
+        bounds = (float(f"{bound:.5g}") for bound in (low.min().item(), high.max().item()))
+        minimum, maximum = bounds
+        candidates.append(StateRange(low=minimum, high=maximum, outliers=tuple(sorted(outliers))))
         ends = [int(low.argmin()), int(high.argmax())]
         column = min(ends, key=lambda end: _width_without(low, high, end))
         outliers.append(column)
         low[column] = high[column] = 0.0
-    return min(
-        found, key=lambda one: (one.high - one.low) / OUTLIER_WIDTH_RATIO ** len(one.outliers)
-    )
+    return min(candidates, key=lambda r: (r.high - r.low) / OUTLIER_WIDTH_RATIO ** len(r.outliers))
 
 
 def _width_without(low: Tensor, high: Tensor, column: int) -> float:
@@ -78,10 +76,10 @@ def _width_without(low: Tensor, high: Tensor, column: int) -> float:
 def measure_ranges(
     model: SequenceClassifier, batches: Iterable[PackedTokens]
 ) -> tuple[LayerRanges, ...]:
-    """Return the state ranges of each layer, over all steps of the ladder.
+    """Run texts at all steps of the ladder, and return the state ranges of each layer.
 
     Args:
-        model: the network.
+        model: network to observe.
         batches: texts similar to production traffic.
     """
     sizes = Sizes.of(model.config)

@@ -16,9 +16,10 @@ class StateRange(BaseModel):
     """The range of the states that a map reads, on calibration texts.
 
     Attributes:
-        low, high: minimum and maximum, but at most and at least 0.
-        outliers: columns that go far beyond the range and are not part of it; `apart` in older
-            checkpoints.
+        low: minimum, but at most 0.
+        high: maximum, but at least 0.
+        outliers: columns whose states go far beyond the range, which leaves them out; named `apart`
+            in older checkpoints.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -42,5 +43,5 @@ class LayerRanges(BaseModel):
 
     def of(self, name: MapName) -> StateRange:
         """Return the range of the states that one map reads."""
-        found: StateRange = getattr(self, name)
-        return found
+        state_range: StateRange = getattr(self, name)
+        return state_range

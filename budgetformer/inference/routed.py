@@ -28,9 +28,10 @@ class HeadTokens:
 
     Attributes:
         head: index of the head.
-        count: number of its tokens, n.
-        rows: their rows of the states, [n']; if n is padded to n', the last ones are a spare row.
-        pairs: their indices among all pairs sorted by token, [n'].
+        count: number of tokens n that keep the head.
+        rows: rows of these tokens in the states, [n']; if n is padded to n', followed by the index
+            of a spare row.
+        pairs: indices of the head's pairs among all pairs sorted by token, [n'].
     """
 
     head: int
@@ -54,14 +55,15 @@ class Routing:
     """The assignment of tokens to heads: P pairs of a token and a head that it keeps.
 
     Attributes:
-        heads: the heads that any item keeps, with their tokens.
-        places: for each pair sorted by token, its index in the order of `heads`, [P].
-        items: runs of items for one call of attention each: (heads of the first item, offsets).
+        tokens_by_head: tokens of each head that any item keeps.
+        places: index in the order of `tokens_by_head` of each pair sorted by token, [P].
+        items: runs of neighbouring items, with one call of attention each: (heads of the first
+            item, offsets).
         rows: number of state rows, N'.
         used: whether a row keeps any head, [N', 1]; None: every row does.
     """
 
-    heads: list[HeadTokens]
+    tokens_by_head: list[HeadTokens]
     places: Tensor
     items: list[tuple[HeadSet, BatchOffsets]]
     rows: int
@@ -80,14 +82,15 @@ class Routing:
 
         Args:
             sets: heads that each item keeps.
-            offsets: the items' offsets.
-            num_heads: H.
-            spare_rows: padding rows after the last token; if any, each head's tokens are padded.
+            offsets: offsets of the items.
+            num_heads: number of heads H.
+            spare_rows: number of padding rows after the last token; if any, the tokens of each head
+                are padded too.
             interchangeable: whether heads differ only in queries, keys and values. Items with
                 equally many heads can then share a run; otherwise only items with the same heads.
         """
         owner = offsets.owner
-        cells = [item * num_heads + head for item, heads in enumerate(sets) for head in heads]
+        cells = [item * num_heads + head for item, head_set in enumerate(sets) for head in head_set]
         kept = torch.zeros(len(sets) * num_heads, dtype=torch.bool)
         kept[torch.tensor(cells, dtype=torch.long)] = True
         kept = kept.view(len(sets), num_heads).to(owner.device)
@@ -107,7 +110,7 @@ class Routing:
                 runs.append((head_set, []))
             runs[-1][1].append(length)
         return cls(
-            heads=[
+            tokens_by_head=[
                 HeadTokens.of(head, count, rows, pairs, len(owner) if spare_rows else None)
                 for head, (count, rows, pairs) in enumerate(by_head)
                 if count
@@ -125,8 +128,8 @@ class RoutedWeights:
     States are [N', D]; contexts and neurons are those of all pairs of a token and a head.
 
     Args:
-        slices: the network's slices.
-        index: of the layer.
+        slices: slices of the network's weights.
+        index: index of the layer.
         routing: assignment of tokens to heads.
     """
 
@@ -134,12 +137,13 @@ class RoutedWeights:
         self.routing = routing
         self._dtype = slices.dtype
         self._by_head = [
-            (pairs, slices.get(index, (pairs.head,), with_bias=False)) for pairs in routing.heads
+            (pairs, slices.get(index, (pairs.head,), with_bias=False))
+            for pairs in routing.tokens_by_head
         ]
         self._weights = slices.layers[index]
         self._output_bias, self._down_bias = self._weights.biases
         layer = self._weights.layer
-        self.spec, self.heads = layer.spec, layer.spec.heads
+        self.spec, self.num_heads = layer.spec, layer.spec.num_heads
         self.positions = self._weights.positions
         self.attention_norm, self.feed_forward_norm = layer.attention_norm, layer.feed_forward_norm
 
@@ -161,7 +165,7 @@ class RoutedWeights:
         return added
 
     def up(self, states: Tensor) -> Any:
-        """Map states [N', D] to neurons; if heads own them, to a list with each head's."""
+        """Map states [N', D] to neurons; if heads own them, to a list with one tensor per head."""
         if self.spec.neurons_per_head is None:
             return self._weights.uncoupled_net[0](states)
         read = states.to(self._dtype)
@@ -172,8 +176,8 @@ class RoutedWeights:
         if self.spec.neurons_per_head is None:
             return self._weights.uncoupled_net[1](neurons)
         added = self._down_bias.float().repeat(self.routing.rows, 1)
-        for (pairs, kept), own in zip(self._by_head, neurons, strict=True):
-            added.index_add_(0, pairs.rows, kept.down(own).float())
+        for (pairs, kept), of_head in zip(self._by_head, neurons, strict=True):
+            added.index_add_(0, pairs.rows, kept.down(of_head).float())
         return added
 
 
@@ -197,7 +201,7 @@ class PlainSums:
 class ItemRun:
     """The `AttentionHeads` of neighbouring items with equally many heads."""
 
-    heads: int
+    num_heads: int
     spec: LayerSpec
     positions: Positions | None
 
@@ -215,13 +219,15 @@ class RoutedBackend(PlainSums):
         for head_set, offsets in self.routing.items:
             if not head_set:
                 continue
-            heads = len(head_set)
-            count = heads * offsets.tokens
-            part = projected[start : start + count].view(offsets.tokens, heads * width)
+            num_heads = len(head_set)
+            count = num_heads * offsets.tokens
+            part = projected[start : start + count].view(offsets.tokens, num_heads * width)
             positions = weights.positions
             if positions is not None and positions.tables:
                 positions = positions.of_heads(torch.tensor(head_set, device=projected.device))
-            context = self.kernels.attend(part, offsets, ItemRun(heads, weights.spec, positions))
+            context = self.kernels.attend(
+                part, offsets, ItemRun(num_heads, weights.spec, positions)
+            )
             contexts.append(context.view(count, width // 3))
             start += count
         return torch.cat(contexts)

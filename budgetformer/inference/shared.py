@@ -33,7 +33,7 @@ class SharedTensors:
         The tensors must not be written to afterwards: other processes would not see the change.
 
         Args:
-            tensors: on a CPU, contiguous.
+            tensors: contiguous tensors on a CPU.
 
         Raises:
             OSError: the file cannot be created or mapped; the tensors are unchanged.
@@ -48,15 +48,15 @@ class SharedTensors:
 
         with self._file.opened(write, total) as file:
             try:
-                held = torch.from_file(
+                mapped = torch.from_file(
                     f"/proc/self/fd/{file}", shared=False, size=total, dtype=torch.uint8
                 )
             except RuntimeError as error:
                 raise OSError(one_line(error)) from error
         for tensor, start in zip(tensors, starts, strict=True):
-            there = held[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            if torch.equal(there, tensor):
-                tensor.data = there
+            shared = mapped[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            if torch.equal(shared, tensor):
+                tensor.data = shared
 
     def forget(self) -> None:
         """Release the file; see `SharedFile.forget`."""

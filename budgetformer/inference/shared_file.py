@@ -34,10 +34,10 @@ class SharedFile:
 
     @contextmanager
     def opened(self, write: Callable[[BinaryIO], object], size: int | None = None) -> Iterator[int]:
-        """Yield a descriptor of the file, to be mapped in this block.
+        """Yield a descriptor of the file, which is open in this block.
 
         Args:
-            write: writes the content to an open file, if there is no file yet.
+            write: writes the content to an open file, if there is no shared file yet.
             size: required size in bytes; a file of another size is replaced.
 
         Raises:
@@ -58,9 +58,9 @@ class SharedFile:
                 os.close(file)
 
     def forget(self) -> None:
-        """Release the file; once all users in this process have, no further process finds it.
+        """Release the file; after the last release in this process, no other process can find it.
 
-        Its memory is freed when the last process unmaps it.
+        The memory is freed when the last process unmaps it.
         """
         if self._holds:
             self._holds = False

@@ -22,8 +22,8 @@ class TokenColumns:
     """The token ids of B texts, one text after another.
 
     Attributes:
-        ids: int32 [N].
-        lengths: tokens of each text, int32 [B].
+        ids: token ids, int32 [N].
+        lengths: number of tokens of each text, int32 [B].
         types: token types, int32 [N]; None: all 0.
     """
 
@@ -37,8 +37,8 @@ class TokenColumns:
     @cached_property
     def counts(self) -> list[int]:
         """The lengths as Python integers."""
-        found: list[int] = self.lengths.tolist()
-        return found
+        counts: list[int] = self.lengths.tolist()
+        return counts
 
     @cached_property
     def bounds(self) -> list[int]:
@@ -129,7 +129,7 @@ class Texts:
 def _gather(column: Array, slices: Sequence[slice]) -> Array:
     if len(slices) == 1:
         return column[slices[0]]
-    return np.concatenate([column[own] for own in slices]) if slices else column[:0]
+    return np.concatenate([column[part] for part in slices]) if slices else column[:0]
 
 
 def _column(texts: Sequence[Sequence[int]]) -> Array:

@@ -13,34 +13,34 @@ from budgetformer.inference.packed import PackedPass, PackedTokens
 GRID = ((1, 16), (1, 64), (4, 40), (8, 24), (8, 64), (24, 40))
 """Timed batches: (items, tokens per item)."""
 GPU_GRID = (*GRID, (64, 24), (64, 64), (200, 40), (256, 64))
-"""Timed batches on a GPU, which only the larger ones fill."""
+"""Timed batches on a GPU; only the larger ones use all of it."""
 ROUNDS = 5
 
 
 def measure_costs(network: PackedPass, model: str) -> CostTable:
-    """Return a cost table from timing the decision and every ladder step on several batch sizes.
+    """Time the decision and every ladder step on several batch sizes; return the cost table.
 
-    Takes a few seconds for a small encoder. Batches take turns, and the table has medians.
+    Takes a few seconds for a small encoder. Batches take turns; times are medians.
 
     Args:
-        network: in the precision to be served.
-        model: `name:version`, stored in the table.
+        network: pass to time, in the precision to be served.
+        model: `name:version` of the model, stored in the table.
     """
     longest = network.config.max_position_embeddings
     sizes = GPU_GRID if network.device.type == "cuda" else GRID
     grid = [(items, min(tokens, longest)) for items, tokens in sizes]
     steps = range(network.config.num_steps + 1)
-    taken: dict[tuple[int, int, int], list[float]] = {
+    rounds: dict[tuple[int, int, int], list[float]] = {
         (step, *size): [] for step in steps for size in grid
     }
     for turn in range(ROUNDS + 1):
-        for (step, items, tokens), seconds in taken.items():
+        for (step, items, tokens), seconds in rounds.items():
             elapsed = _time(network, step, items, tokens)
             if turn:
                 seconds.append(elapsed)
     measured = [
         Measurement(step, items * tokens, items, statistics.median(seconds))
-        for (step, items, tokens), seconds in taken.items()
+        for (step, items, tokens), seconds in rounds.items()
     ]
     return fit_table(model, network.device.type, network.precision, measured)
 

@@ -36,8 +36,9 @@ class Slice:
 
     Attributes:
         spec: the structure of the layer.
-        heads: k.
-        attention_norm, feed_forward_norm: the layer's norms.
+        num_heads: number of heads k.
+        attention_norm: norm of attention.
+        feed_forward_norm: norm of the feed-forward net.
         positions: relative or rotary positions of the heads.
         qkv: maps [N, D] to queries, keys and values, interleaved by head, [N, k * 3 * D/H].
         output: maps [N, k * D/H] to [N, D].
@@ -47,7 +48,7 @@ class Slice:
     """
 
     spec: LayerSpec
-    heads: int
+    num_heads: int
     attention_norm: nn.Module
     feed_forward_norm: nn.Module
     positions: Positions | None
@@ -58,10 +59,10 @@ class Slice:
     nbytes: int
 
     def warm(self, rows: Sequence[int], sizes: Sizes) -> None:
-        """Run every map once for each of these numbers of rows."""
+        """Run every map once for each number of rows in `rows`."""
         per_head = sizes.neurons_per_head
-        neurons = sizes.neurons if per_head is None else self.heads * per_head
-        widths = (sizes.width, self.heads * sizes.head_size, sizes.width, neurons)
+        neurons = sizes.neurons if per_head is None else self.num_heads * per_head
+        widths = (sizes.width, self.num_heads * sizes.head_size, sizes.width, neurons)
         for apply, width in zip((self.qkv, self.output, self.up, self.down), widths, strict=True):
             for count in rows:
                 apply(torch.zeros(count, width))
@@ -74,11 +75,11 @@ class LayerMatrices:
     ranked layer are its first rows.
 
     Args:
-        layer: the layer.
-        sizes: the network's sizes.
-        dtype: of the slices' weights.
-        pack_linear: packs its linear maps.
-        distances: distance embeddings [2S, D], if its positions use them.
+        layer: layer whose weights are sliced.
+        sizes: sizes of the network.
+        dtype: type of the slices' weights.
+        pack_linear: packs the linear maps.
+        distances: distance embeddings [2S, D], if the layer's positions use them.
     """
 
     def __init__(
@@ -121,11 +122,11 @@ class LayerMatrices:
     def slice_heads(self, head_set: HeadSet, with_bias: bool = True) -> Slice:
         """Pack the rows and columns of a head set; in float32, the first heads are not copied."""
         sizes = self._sizes
-        heads = self._index(head_set, sizes.head_size)
+        columns = self._index(head_set, sizes.head_size)
         fused = self._index(head_set, sizes.head_size * 3)
         qkv = Weights("qkv", self._qkv[0][fused], self._qkv[1][fused])
         output_bias, down_bias = self.biases if with_bias else (None, None)
-        output = Weights("output", self._output[0], output_bias, heads)
+        output = Weights("output", self._output[0], output_bias, columns)
         packed = [qkv, output]
         if sizes.neurons_per_head is None:
             up, down = self.uncoupled_net
@@ -136,14 +137,14 @@ class LayerMatrices:
             packed.append(Weights("down", self._down[0], down_bias, neurons))
             up, down = self._pack_up(packed[2]), self._pack_linear(packed[3])
         copied = packed
-        if self._dtype == torch.float32 and isinstance(heads, slice):
+        if self._dtype == torch.float32 and isinstance(columns, slice):
             copied = []  # views
         positions = self.positions
         if positions is not None:
             positions = positions.of_heads(self._index(head_set, 1))
         return Slice(
             spec=self.spec,
-            heads=len(head_set),
+            num_heads=len(head_set),
             attention_norm=self.layer.attention_norm,
             feed_forward_norm=self.layer.feed_forward_norm,
             positions=positions,
@@ -168,11 +169,11 @@ class LayerMatrices:
         """Pack the first map of the feed-forward net, with activation and gate."""
         activation, up = self._activation, self._pack_linear(weights)
         if self.spec.gated:
-            own = self.spec.neurons_per_head or self._sizes.neurons
+            neurons = self.spec.neurons_per_head or self._sizes.neurons
 
             def gate(states: Tensor) -> Tensor:
                 mapped = up(states)
-                pairs = mapped.unflatten(1, (mapped.shape[1] // (2 * own), 2, own))
+                pairs = mapped.unflatten(1, (mapped.shape[1] // (2 * neurons), 2, neurons))
                 activated, factors = pairs.unbind(2)
                 gated: Tensor = (activation(activated) * factors).flatten(1)
                 return gated
@@ -189,9 +190,9 @@ class LayerMatrices:
 
     def _gated(self, gate: Row, up: Row) -> Row:
         """Interleave gate and up by head: a head's gate rows, then its up rows."""
-        own = self.spec.neurons_per_head or len(up[0])
+        neurons = self.spec.neurons_per_head or len(up[0])
         weight, bias = (
-            torch.stack([part.unflatten(0, (-1, own)) for part in parts], dim=1)
+            torch.stack([part.unflatten(0, (-1, neurons)) for part in parts], dim=1)
             for parts in zip(gate, up, strict=True)
         )
         return weight.flatten(0, 2), bias.flatten()
@@ -212,14 +213,15 @@ class SliceCache:
     """Cache of packed slices, with a memory limit for those that are copies.
 
     Args:
-        layers: the network's layers.
-        sizes: the network's sizes.
-        precision: one of `PRECISIONS`.
-        packers: one per layer, to pack its linear maps.
-        distances: see `LayerMatrices`.
+        layers: layers of the network.
+        sizes: sizes of the network.
+        precision: precision of the matrix products, one of `PRECISIONS`.
+        packers: functions that pack the linear maps of each layer.
+        distances: distance embeddings, see `LayerMatrices`.
 
     Attributes:
         dtype: input type of the maps.
+        nbytes: memory of the cached slices that are copies, in bytes.
     """
 
     def __init__(
@@ -231,8 +233,8 @@ class SliceCache:
         distances: Tensor | None = None,
     ) -> None:
         self.layers = [
-            LayerMatrices(layer, sizes, getattr(torch, precision), own, distances)
-            for layer, own in zip(layers, packers, strict=True)
+            LayerMatrices(layer, sizes, getattr(torch, precision), pack_linear, distances)
+            for layer, pack_linear in zip(layers, packers, strict=True)
         ]
         self.dtype = INPUT_DTYPES[precision]
         self.nbytes = 0
@@ -251,16 +253,16 @@ class SliceCache:
             layer.forget()
 
     def get(self, layer: int, head_set: HeadSet, with_bias: bool = True) -> Slice:
-        """Return a layer's slice for a head set."""
+        """Return a layer's slice for a head set, packing it on first use."""
         key = (layer, head_set, with_bias)
-        found = self._slices.get(key)
-        if found is not None:
+        packed = self._slices.get(key)
+        if packed is not None:
             self._slices.move_to_end(key)
-            return found
-        made = self.layers[layer].slice_heads(head_set, with_bias)
-        self._slices[key] = made
-        self.nbytes += made.nbytes
+            return packed
+        packed = self.layers[layer].slice_heads(head_set, with_bias)
+        self._slices[key] = packed
+        self.nbytes += packed.nbytes
         while self.nbytes > CACHE_BYTES and len(self._slices) > 1:
             _, dropped = self._slices.popitem(last=False)
             self.nbytes -= dropped.nbytes
-        return made
+        return packed

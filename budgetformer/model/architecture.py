@@ -192,10 +192,10 @@ class Architecture:
         Raises:
             KeyError, TypeError, ValueError: `id2label` is missing or a value is invalid.
         """
-        made = cls(**{name: config[name] for name in FIELDS if name in config})
-        made.id2label = config["id2label"]
-        made.problem_type = config.get("problem_type")
-        return made
+        architecture = cls(**{name: config[name] for name in FIELDS if name in config})
+        architecture.id2label = config["id2label"]
+        architecture.problem_type = config.get("problem_type")
+        return architecture
 
     @property
     def head_size(self) -> int:
@@ -203,7 +203,7 @@ class Architecture:
         return self.hidden_size // self.num_attention_heads
 
     def window(self, layer: int) -> int | None:
-        """Return how many tokens on each side a layer's tokens attend to; None: all."""
+        """Return the number of tokens on each side that a layer's tokens attend to; None: all."""
         return (self.windows[layer] or None) if self.windows else None
 
     def rotary_base(self, layer: int) -> float | None:
@@ -232,7 +232,7 @@ class Architecture:
 
     @property
     def has_one_budget(self) -> bool:
-        """Whether every text runs the same step, so that no budget has to be decided."""
+        """Whether every text runs the same step, so that there is no budget to decide."""
         return (
             self.num_steps == 1
             and not self.embedding_exit
@@ -278,15 +278,15 @@ class Architecture:
             raise ValueError(f"budget step {step} is not on the ladder ({first}..{self.num_steps})")
         return self.ladder[step - 1]
 
-    def covering_step(self, heads: Sequence[int]) -> int:
-        """Return the first step with at least these heads per layer; the last step if none has."""
+    def covering_step(self, heads_per_layer: Sequence[int]) -> int:
+        """Return the first step with at least these numbers of heads; if none has, the last."""
         for step, plan in enumerate(self.ladder, start=1):
-            if all(own <= planned for own, planned in zip(heads, plan, strict=True)):
+            if all(kept <= planned for kept, planned in zip(heads_per_layer, plan, strict=True)):
                 return step
         return self.num_steps
 
     def _check(self) -> None:
-        heads = self.num_attention_heads
+        num_heads = self.num_attention_heads
         for name, allowed in (
             ("norm_position", get_args(NormPosition)),
             ("pooling", get_args(Pooling)),
@@ -296,17 +296,19 @@ class Architecture:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
         self._check_positions()
-        if heads < 1:
-            raise ValueError(f"num_attention_heads must be at least 1, not {heads}")
+        if num_heads < 1:
+            raise ValueError(f"num_attention_heads must be at least 1, not {num_heads}")
         for name in ("exit_buckets", "exit_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
-        if self.hidden_size % heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {heads} heads")
-        if self.budget_ffn and self.intermediate_size % heads:
+        if self.hidden_size % num_heads:
             raise ValueError(
-                f"intermediate_size {self.intermediate_size} is not a multiple of {heads} heads, "
-                "as budget_ffn requires"
+                f"hidden_size {self.hidden_size} is not a multiple of {num_heads} heads"
+            )
+        if self.budget_ffn and self.intermediate_size % num_heads:
+            raise ValueError(
+                f"intermediate_size {self.intermediate_size} is not a multiple of {num_heads} "
+                "heads, as budget_ffn requires"
             )
         if not self.ladder:
             raise ValueError("the ladder has no step")
@@ -315,9 +317,10 @@ class Architecture:
             if len(plan) != self.num_hidden_layers:
                 layers = self.num_hidden_layers
                 raise ValueError(f"ladder step {step} has {len(plan)} entries for {layers} layers")
-            if not all(isinstance(k, int) and fewest <= k <= heads for k in plan):
+            if not all(isinstance(k, int) and fewest <= k <= num_heads for k in plan):
                 raise ValueError(
-                    f"ladder step {step} must have {fewest} to {heads} heads per layer, not {plan}"
+                    f"ladder step {step} must have {fewest} to {num_heads} heads per layer, "
+                    f"not {plan}"
                 )
             if step > 1 and sum(plan) < sum(self.ladder[step - 2]):
                 raise ValueError(f"ladder step {step} computes fewer heads than the step before it")

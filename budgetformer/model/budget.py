@@ -77,10 +77,13 @@ class Gating:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """The results of f_o and g_d.
+class HeadGates:
+    """The head gates of B items, and the results of f_o and g_d that they follow from.
 
-    budget s [B], relevance [B, layers, H] or None (ranked), gates [B, layers, H].
+    Attributes:
+        budget: f_o's s, [B].
+        relevance: g_d's relevance of each head, [B, layers, H]; None with ranked heads.
+        gates: factor of each head, [B, layers, H].
     """
 
     budget: Tensor
@@ -96,44 +99,46 @@ class BudgetDecision(nn.Module):
         self.config = config
         self.layers = list(range(config.num_hidden_layers)) if layer is None else [layer]
         self.controller = BudgetController(config.decision_inputs, config.controller_hidden_size)
-        picks = config.head_selection == "input"
-        self.scorer = HeadScorer(config, len(self.layers)) if picks else None
+        scores_heads = config.head_selection == "input"
+        self.scorer = HeadScorer(config, len(self.layers)) if scores_heads else None
         self.gating = Gating()
 
     def budget(self, pooled: Tensor, evidence: Tensor | None = None) -> Tensor:
-        """Return f_o's s [B] for pooled states [B, D] and step 0's evidence [B, E], if any."""
+        """Return f_o's s [B] for pooled states [B, D] and f_o's features of step 0 [B, E]."""
         if self.config.has_one_budget:
             return pooled.new_ones(len(pooled))
         parts = [] if self.config.decides_from_step0 else [pooled]
         missing = self.config.decision_inputs - sum(part.shape[-1] for part in parts)
         if missing:
-            none = pooled.new_zeros(len(pooled), missing)
-            parts.append(none if evidence is None else evidence.to(pooled.dtype))
+            zeros = pooled.new_zeros(len(pooled), missing)
+            parts.append(zeros if evidence is None else evidence.to(pooled.dtype))
         return cast(Tensor, self.controller(torch.cat(parts, dim=-1)))
 
-    def heads(self, steps: Tensor) -> Tensor:
-        """Return how many heads each layer keeps at ladder steps [B], 0 allowed: [B, layers]."""
+    def heads_per_layer(self, steps: Tensor) -> Tensor:
+        """Return the number of heads of each layer at ladder steps [B] (0: none), [B, layers]."""
         plans = [[0] * self.config.num_hidden_layers, *self.config.ladder]
         table = torch.tensor(plans, device=steps.device)[:, self.layers]
         return table[steps]
 
     def forward(
         self, pooled: Tensor, steps: Tensor | None = None, evidence: Tensor | None = None
-    ) -> Decision:
+    ) -> HeadGates:
         """Decide for pooled states [B, D]; `steps` [B] overrides f_o."""
         s = share = self.budget(pooled, evidence)
         if steps is None:
             steps = budget_step(s, self.config.num_steps)
         else:
             share = s.detach()  # the steps do not come from f_o, so it gets no gradient
-        heads = self.heads(steps)
+        heads_per_layer = self.heads_per_layer(steps)
         scores = self._scores(pooled)
         if scores is None:
             first = torch.arange(self.config.num_attention_heads, device=pooled.device)
-            hard = (first < heads.unsqueeze(-1)).to(pooled.dtype)
-            return Decision(s, None, self._soften(hard, share, None))
+            hard = (first < heads_per_layer.unsqueeze(-1)).to(pooled.dtype)
+            return HeadGates(s, None, self._soften(hard, share, None))
         relevance = (scores / self.gating.temperature).softmax(-1)
-        return Decision(s, relevance, self._soften(keep_top(scores, heads), share, relevance))
+        return HeadGates(
+            s, relevance, self._soften(keep_top(scores, heads_per_layer), share, relevance)
+        )
 
     def _scores(self, pooled: Tensor) -> Tensor | None:
         if self.scorer is None:
@@ -146,18 +151,18 @@ class BudgetDecision(nn.Module):
         return scores
 
     def _soften(self, hard: Tensor, share: Tensor, relevance: Tensor | None) -> Tensor:
-        """Return the gates [B, layers, H]: those given in evaluation, differentiable in training.
+        """Return the gates [B, layers, H]: `hard` in evaluation, differentiable ones in training.
 
-        Soft gates are H times the share times the relevance. Without relevance they relax "head i
-        is one of the first H * share" by a sigmoid, centred between two heads. With hard gates the
-        soft ones only give the gradient (straight-through).
+        Soft gates are H * share * relevance. Without relevance, they are a sigmoid that relaxes the
+        condition "head i is one of the first H * share". In mode "hard", the values are those of
+        `hard`, and the soft gates only give the gradient (straight-through).
         """
         if not self.training:
             return hard
         expected_heads = share[:, None, None] * self.config.num_attention_heads
         if relevance is None:
-            place = torch.arange(self.config.num_attention_heads, device=share.device) + 0.5
-            soft = ((expected_heads - place) / self.gating.temperature).sigmoid().expand_as(hard)
+            middles = torch.arange(self.config.num_attention_heads, device=share.device) + 0.5
+            soft = ((expected_heads - middles) / self.gating.temperature).sigmoid().expand_as(hard)
         else:
             soft = expected_heads * relevance
         if self.gating.mode == "soft":
@@ -170,10 +175,10 @@ def budget_step(s: Tensor, num_steps: int) -> Tensor:
     return (s * num_steps).ceil().long().clamp(1, num_steps)
 
 
-def keep_top(scores: Tensor, heads: Tensor) -> Tensor:
-    """Return 1 for the `heads` [...] highest of scores [..., H], else 0.
+def keep_top(scores: Tensor, num_heads: Tensor) -> Tensor:
+    """Return 1 for the `num_heads` [...] highest of scores [..., H], else 0.
 
     Ties go to the lower index.
     """
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    return (order.argsort(dim=-1) < heads.unsqueeze(-1)).to(scores.dtype)
+    return (order.argsort(dim=-1) < num_heads.unsqueeze(-1)).to(scores.dtype)

@@ -22,9 +22,9 @@ def bias_rows(tokens: int, rows: int, max_distance: int) -> Rows:
     the first half of the rows has one distance each, and the others are on a logarithmic scale.
 
     Args:
-        tokens: T.
-        rows: rows of the table.
-        max_distance: distance from which all share a row.
+        tokens: number of tokens T.
+        rows: number of rows of the table.
+        max_distance: distance from which all larger distances share a row.
     """
     distance = np.arange(1 - tokens, tokens)
     half = rows // 2
@@ -33,8 +33,8 @@ def bias_rows(tokens: int, rows: int, max_distance: int) -> Rows:
     scaled = np.log(np.maximum(size, 1).astype(np.float32) / np.float32(exact))
     scaled = scaled / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
     far = np.minimum(exact + scaled.astype(np.int64), half - 1)
-    found: Rows = half * (distance > 0) + np.where(size < exact, size, far)
-    return found
+    bias_row: Rows = half * (distance > 0) + np.where(size < exact, size, far)
+    return bias_row
 
 
 @lru_cache(maxsize=256)
@@ -42,9 +42,9 @@ def score_rows(tokens: int, span: int, max_distance: int, buckets: bool) -> Rows
     """Return the row in DeBERTa's table of each distance 1 - T .. T - 1 (query - key): [2T - 1].
 
     Args:
-        tokens: T.
-        span: S, half of the table's rows.
-        max_distance: distance from which all share a row.
+        tokens: number of tokens T.
+        span: half of the table's rows, S.
+        max_distance: distance from which all larger distances share a row.
         buckets: whether distances beyond half of S are on a logarithmic scale.
     """
     return _score_rows(np.arange(1 - tokens, tokens), span, max_distance, buckets)
@@ -58,13 +58,13 @@ def _score_rows(distance: Rows, span: int, max_distance: int, buckets: bool) -> 
         scaled = np.log((size / half).astype(np.float32)) / scale * np.float32(half - 1)
         far = (np.ceil(scaled) + half).astype(np.int64)
         distance = np.where(size <= half, distance, far * np.sign(distance))
-    found: Rows = (distance + span).clip(0, 2 * span - 1)
-    return found
+    score_row: Rows = (distance + span).clip(0, 2 * span - 1)
+    return score_row
 
 
 @lru_cache(maxsize=4096)
 def count_score_rows(tokens: int, span: int, max_distance: int, buckets: bool) -> int:
-    """Count the rows of `score_rows` from first to last."""
+    """Return the number of table rows between the first and the last of `score_rows`."""
     if not tokens:
         return 0
     first, last = _score_rows(np.array([1 - tokens, tokens - 1]), span, max_distance, buckets)

@@ -84,8 +84,8 @@ class Encoder(nn.Module):
         columns of its weights. States and gradients equal those of `forward`, in less time.
 
         Args:
-            step: 1 or more.
-            input_ids, attention_mask, token_type_ids: as for `forward`.
+            step: ladder step, 1 or more.
+            input_ids, attention_mask, token_type_ids: see `forward`.
             layers: number of layers to run; None: all, and the final norm.
 
         Returns:
@@ -103,8 +103,8 @@ class Encoder(nn.Module):
         states, bias = self.embed(input_ids, token_type_ids), additive_mask(attention_mask)
         distances = self.embedded_distances()
         plan = config.heads_per_layer(step)
-        for layer, heads in list(zip(self.encoder_layers, plan, strict=True))[:layers]:
-            states = layer.run_first_heads(states, bias, heads, distances)
+        for layer, num_heads in list(zip(self.encoder_layers, plan, strict=True))[:layers]:
+            states = layer.run_first_heads(states, bias, num_heads, distances)
         return states if layers is not None else cast(Tensor, self.final_norm(states))
 
     def pool(self, states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class Encoder(nn.Module):
 
 def additive_mask(attention_mask: Tensor) -> Tensor:
     """Return the additive score mask [B, 1, 1, T] for a mask [B, T] of real tokens."""
-    # A large finite number: a row of -inf (an item without any token) would turn into NaN.
+    # A large finite number, because a row of -inf (an item without tokens) would turn into NaN.
     return torch.where(attention_mask[:, None, None, :] > 0, 0.0, -1e9)
 
 
@@ -185,8 +185,8 @@ class SequenceClassifier(nn.Module):
         if isinstance(self.exit_head, TfidfHead):
             logits = self.exit_head(input_ids, attention_mask, token_type_ids)
             lengths = attention_mask.sum(1).numpy(force=True)
-            found = evidence(logits.numpy(force=True), lengths, problem_type)
-            return logits, torch.from_numpy(found).to(logits.device)
+            features = evidence(logits.numpy(force=True), lengths, problem_type)
+            return logits, torch.from_numpy(features).to(logits.device)
         if self.exit_head is None:
             raise ValueError("the network has no step 0")
         logits = self.exit_head(input_ids, attention_mask)
@@ -196,9 +196,9 @@ class SequenceClassifier(nn.Module):
         """Return the NumPy form of step 0 and f_o; None if f_o reads more than step 0's answer."""
         if not isinstance(self.exit_head, TfidfHead) or self.encoder.decision is None:
             return None
-        own = self.state_dict()
-        names = [name for name in own if name.startswith(STEP0_TENSORS)]
-        return StepZero.of(self.config, {name: own[name].cpu().numpy() for name in names})
+        state = self.state_dict()
+        names = [name for name in state if name.startswith(STEP0_TENSORS)]
+        return StepZero.of(self.config, {name: state[name].cpu().numpy() for name in names})
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Map pooled states [B, D] to the encoder's logits [B, C], not combined with step 0's."""

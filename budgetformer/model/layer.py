@@ -29,19 +29,19 @@ class LayerSpec:
     """The structure of one layer, without its weights.
 
     Attributes:
-        heads: H.
-        head_size: d.
+        num_heads: number of heads H.
+        head_size: columns of a head, d.
         norm_position: "post" normalises after each residual sum, "pre" before each sublayer.
         norms_attention: whether attention has a norm; the first layer of some pre-norm encoders
             has none.
-        activation: of the feed-forward net, under its Transformers name.
+        activation: Transformers name of the feed-forward net's activation.
         gated: whether the feed-forward net is gated (GLU).
         neurons_per_head: neurons that each head owns; None: all neurons are always computed.
         window: tokens on each side that a token attends to; None: all.
         rotary_base: base of rotary positions; None: no rotary positions.
     """
 
-    heads: int
+    num_heads: int
     head_size: int
     norm_position: Literal["post", "pre"]
     norms_attention: bool
@@ -55,7 +55,7 @@ class LayerSpec:
     def of(cls, config: Architecture, index: int) -> LayerSpec:
         """Return the structure of layer `index` of a network."""
         return cls(
-            heads=config.num_attention_heads,
+            num_heads=config.num_attention_heads,
             head_size=config.head_size,
             norm_position=config.norm_position,
             norms_attention=index > 0 or config.norm_first_layer,
@@ -75,7 +75,7 @@ class AttentionHeads(Protocol):
         """The structure of the layer."""
 
     @property
-    def heads(self) -> int:
+    def num_heads(self) -> int:
         """Number of kept heads k."""
 
     @property
@@ -158,7 +158,7 @@ def attend(
     Returns:
         Contexts [B, k, T, d].
     """
-    if positions is None and window is None:  # most networks, where short texts need a fast path
+    if positions is None and window is None:  # a fast path, which matters for short texts
         mask = None if mask is None else mask.to(query.dtype)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     bias = scale = None
@@ -169,8 +169,8 @@ def attend(
     if window is not None and tokens > window + 1:
         if uses_block_attention(tokens, window):
             return _attend_in_blocks(query, key, value, window, mask, dropout)
-        place = torch.arange(tokens, device=query.device)
-        outside = (place[:, None] - place).abs() > window
+        position = torch.arange(tokens, device=query.device)
+        outside = (position[:, None] - position).abs() > window
         far = torch.zeros_like(outside, dtype=query.dtype).masked_fill(outside, -1e9)
         bias = far if bias is None else bias + far
     if mask is not None:
@@ -185,10 +185,10 @@ def _attend_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, window: int, mask: Tensor | None, dropout: float
 ) -> Tensor:
     """Let each block of `window` queries attend to its own and the two neighbouring blocks."""
-    items, heads, tokens, size = query.shape
+    items, num_heads, tokens, size = query.shape
     blocks = -(-tokens // window)
     spare = blocks * window - tokens
-    flat = items * heads
+    flat = items * num_heads
     query = F.pad(query, (0, 0, 0, spare)).reshape(flat, blocks, window, size)
     key, value = (
         F.pad(x, (0, 0, window, spare + window))
@@ -200,17 +200,17 @@ def _attend_in_blocks(
     at = torch.arange(window, device=query.device)
     other = torch.arange(3 * window, device=query.device) - window
     first = torch.arange(blocks, device=query.device)[:, None, None] * window
-    place = first + other
+    position = first + other
     near = (other - at[:, None]).abs() <= window
-    outside = ~(near & (place >= 0) & (place < tokens))
+    outside = ~(near & (position >= 0) & (position < tokens))
     bias = torch.zeros(outside.shape, device=query.device, dtype=query.dtype)
     bias = bias.masked_fill(outside, -1e9)
     if mask is not None:
         padding = F.pad(mask.to(query.dtype)[:, 0, 0], (window, spare + window))
         padding = padding.unfold(1, 3 * window, window)[:, None, :, None]
-        bias = (bias + padding).expand(items, heads, -1, -1, -1).reshape(flat, *bias.shape)
+        bias = (bias + padding).expand(items, num_heads, -1, -1, -1).reshape(flat, *bias.shape)
     context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-    return context.reshape(items, heads, blocks * window, size)[:, :, :tokens]
+    return context.reshape(items, num_heads, blocks * window, size)[:, :, :tokens]
 
 
 class SelfAttention(nn.Module):
@@ -228,37 +228,39 @@ class SelfAttention(nn.Module):
         self.position_key: nn.Linear | None = None
         self.position_query: nn.Linear | None = None
         if self.scheme == "bias":
-            rows, heads = config.relative_buckets, config.num_attention_heads
-            self.distance_bias = nn.Embedding(rows, heads)
+            rows, num_heads = config.relative_buckets, config.num_attention_heads
+            self.distance_bias = nn.Embedding(rows, num_heads)
         if self.scheme == "disentangled" and not config.relative_shares_maps:
             if "c2p" in self.terms:
                 self.position_key = nn.Linear(width, width)
             if "p2c" in self.terms:
                 self.position_query = nn.Linear(width, width)
 
-    def positions(self, spec: LayerSpec, heads: int, distances: Tensor | None) -> Positions | None:
-        """Return the relative or rotary positions of the first `heads` heads; None: none.
+    def positions(
+        self, spec: LayerSpec, num_heads: int, distances: Tensor | None
+    ) -> Positions | None:
+        """Return the relative or rotary positions of the first `num_heads` heads, if any.
 
         Args:
-            spec: the layer's structure.
-            heads: number of heads.
+            spec: structure of the layer.
+            num_heads: number of heads.
             distances: distance embeddings [2S, D], required for "disentangled".
         """
         if spec.rotary_base is not None:
             return Rotary(spec.rotary_base)
         if self.distance_bias is not None:
-            return DistanceBias(self.distance_bias.weight[:, :heads], self.max_distance)
+            return DistanceBias(self.distance_bias.weight[:, :num_heads], self.max_distance)
         if self.scheme != "disentangled":
             return None
         assert distances is not None
-        rows = heads * spec.head_size
+        rows = num_heads * spec.head_size
 
         def table(term: str, linear: nn.Linear) -> Tensor | None:
             if term not in self.terms:
                 return None
             weight, bias = linear.weight[:rows].to(distances.dtype), linear.bias[:rows]
             mapped: Tensor = F.linear(distances, weight, bias.to(distances.dtype))
-            by_head: Tensor = mapped.unflatten(-1, (heads, spec.head_size)).transpose(0, 1)
+            by_head: Tensor = mapped.unflatten(-1, (num_heads, spec.head_size)).transpose(0, 1)
             return by_head
 
         return Disentangled(
@@ -304,23 +306,25 @@ class EncoderLayer(nn.Module):
         """Run all heads, multiplied by their gates; an item without an open gate is unchanged.
 
         Args:
-            states: [B, T, D].
+            states: states [B, T, D].
             bias: additive mask [B, 1, 1, T].
             gates: factor of each head [B, H].
             distances: distance embeddings [2S, D]; see `SelfAttention.positions`.
         """
-        weights = PrefixWeights(self, self.spec.heads, distances, gates)
+        weights = PrefixWeights(self, self.spec.num_heads, distances, gates)
         result = run_layer(states, weights, PaddedBackend(self, bias))
         used = (gates != 0).any(-1)[:, None, None]
         return torch.where(used, result, states)
 
     def run_first_heads(
-        self, states: Tensor, bias: Tensor, heads: int, distances: Tensor | None = None
+        self, states: Tensor, bias: Tensor, num_heads: int, distances: Tensor | None = None
     ) -> Tensor:
-        """Run only the first `heads` heads; equals `forward` with the other gates at 0."""
-        if not heads:
+        """Run only the first `num_heads` heads; equals `forward` with the other gates at 0."""
+        if not num_heads:
             return states
-        return run_layer(states, PrefixWeights(self, heads, distances), PaddedBackend(self, bias))
+        return run_layer(
+            states, PrefixWeights(self, num_heads, distances), PaddedBackend(self, bias)
+        )
 
 
 @dataclass(frozen=True)
@@ -328,7 +332,7 @@ class PrefixWeights:
     """Differentiable weights of a layer's first k heads, with optional gates [B, k]."""
 
     layer: EncoderLayer
-    heads: int
+    num_heads: int
     distances: Tensor | None = None
     gates: Tensor | None = None
 
@@ -350,7 +354,7 @@ class PrefixWeights:
     @cached_property
     def positions(self) -> Positions | None:
         """Relative or rotary positions of these heads."""
-        return self.layer.attention.positions(self.spec, self.heads, self.distances)
+        return self.layer.attention.positions(self.spec, self.num_heads, self.distances)
 
     def qkv(self, states: Tensor) -> tuple[Tensor, ...]:
         """Map states [B, T, D] to queries, keys and values, [B, T, k * d] each."""
@@ -379,18 +383,20 @@ class PrefixWeights:
 
     @property
     def _columns(self) -> int:
-        return self.heads * self.spec.head_size
+        return self.num_heads * self.spec.head_size
 
     @property
     def _neurons(self) -> int:
-        own = self.spec.neurons_per_head
-        return self.layer.feed_forward.up.out_features if own is None else own * self.heads
+        per_head = self.spec.neurons_per_head
+        if per_head is None:
+            return self.layer.feed_forward.up.out_features
+        return per_head * self.num_heads
 
     def _gated(self, values: Tensor) -> Tensor:
         """Multiply each head's n columns of values [B, T, k * n] by its gate."""
         if self.gates is None:
             return values
-        by_head = values.unflatten(-1, (self.heads, -1))
+        by_head = values.unflatten(-1, (self.num_heads, -1))
         gated: Tensor = (by_head * self.gates[:, None, :, None]).flatten(-2)
         return gated
 
@@ -420,7 +426,7 @@ class PaddedBackend:
     def attend(self, projected: tuple[Tensor, ...], weights: LayerWeights) -> Tensor:
         """Attend within each item."""
         query, key, value = (
-            part.unflatten(-1, (weights.heads, -1)).transpose(1, 2) for part in projected
+            part.unflatten(-1, (weights.num_heads, -1)).transpose(1, 2) for part in projected
         )
         dropout = self.layer.attention.dropout if self.layer.training else 0.0
         context = attend(

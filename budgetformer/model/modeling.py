@@ -23,7 +23,7 @@ from transformers.utils.generic import ModelOutput
 
 from budgetformer.model.answers import fuse
 from budgetformer.model.architecture import MULTI_LABEL
-from budgetformer.model.budget import BudgetDecision, Decision, Gating, budget_step
+from budgetformer.model.budget import BudgetDecision, Gating, HeadGates, budget_step
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.encoder import Encoder, SequenceClassifier, additive_mask
@@ -31,10 +31,14 @@ from budgetformer.model.encoder import Encoder, SequenceClassifier, additive_mas
 
 @dataclass
 class BudgetFormerModelOutput(ModelOutput):
-    """Encoder output.
+    """The output of the encoder.
 
-    last_hidden_state [B, T, D]; pooled [B, D]; budget s [B, 1 or L]; relevance [B, L, H] (None when
-    ranked); gates [B, L, H], the factors of the heads.
+    Attributes:
+        last_hidden_state: states [B, T, D].
+        pooled: pooled states [B, D].
+        budget: f_o's s, [B, 1]; [B, L] if the layers decide.
+        relevance: g_d's relevance of each head, [B, L, H]; None with ranked heads.
+        gates: factor of each head, [B, L, H].
     """
 
     last_hidden_state: Tensor | None = None
@@ -46,10 +50,13 @@ class BudgetFormerModelOutput(ModelOutput):
 
 @dataclass
 class BudgetFormerClassifierOutput(ModelOutput):
-    """Classifier output.
+    """The output of the classifier.
 
-    loss (with labels), logits [B, C], step 0's exit_logits [B, C]; the others as in
-    `BudgetFormerModelOutput`.
+    Attributes:
+        loss: loss, if labels were given.
+        logits: logits [B, C].
+        exit_logits: step 0's logits [B, C]; None without a step 0.
+        budget, relevance, gates: see `BudgetFormerModelOutput`.
     """
 
     loss: Tensor | None = None
@@ -121,17 +128,18 @@ class BudgetFormerModel(  # type: ignore[misc]  # their configurations differ
             steps = torch.full((input_ids.shape[0],), steps, device=input_ids.device)
         states = self.embed(input_ids, token_type_ids)
         bias, distances = additive_mask(attention_mask), self.embedded_distances()
-        decisions: list[Decision] = []
+        decisions: list[HeadGates] = []
         if self.decision is not None:
             decisions.append(self.decision(masked_mean(states, attention_mask), steps, evidence))
         for index, layer in enumerate(self.encoder_layers):
             if layer.decision is not None:
                 decisions.append(layer.decision(masked_mean(states, attention_mask), steps))
-                own = decisions[-1].gates[:, 0]
+                layer_gates = decisions[-1].gates[:, 0]
             else:
-                own = decisions[0].gates[:, index]
-            kept = own if gates is None else gates[:, index]
-            states = layer(states, bias, kept, distances)
+                layer_gates = decisions[0].gates[:, index]
+            if gates is not None:
+                layer_gates = gates[:, index]
+            states = layer(states, bias, layer_gates, distances)
         states = self.final_norm(states)
         pooled = self.pool(states, attention_mask)
         relevance = [d.relevance for d in decisions if d.relevance is not None]
@@ -189,14 +197,14 @@ class BudgetFormerForSequenceClassification(  # type: ignore[misc]  # their conf
             answering = steps
             if answering is None:
                 answering = budget_step(encoded.budget[:, 0], self.config.num_steps)
-            own, exits = (
+            encoder_weights, exit_weights = (
                 logits.new_tensor([of_step_0, *weights])[answering].unsqueeze(-1)
                 for of_step_0, weights in (
                     (1.0, self.config.encoder_weights),
                     (0.0, self.config.exit_weights),
                 )
             )
-            logits = fuse(logits, exit_logits, own, exits)
+            logits = fuse(logits, exit_logits, encoder_weights, exit_weights)
         if exit_logits is not None and steps is not None and gates is None:
             logits = torch.where((steps == 0).unsqueeze(-1), exit_logits, logits)
         return BudgetFormerClassifierOutput(

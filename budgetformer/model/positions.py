@@ -40,7 +40,7 @@ class Positions:
         """Weight tables that differ between heads."""
         return ()
 
-    def of_heads(self, heads: slice | Tensor) -> Positions:  # noqa: ARG002
+    def of_heads(self, selected_heads: slice | Tensor) -> Positions:  # noqa: ARG002
         """Return the positions of a subset of the heads."""
         return self
 
@@ -59,13 +59,13 @@ class Rotary(Positions):
         """Rotate queries and keys."""
         tokens, size = query.shape[-2:]
         angles = _angles(self.base, size, _table_size(tokens), query.device)
-        cos, sin = (own[:tokens] for own in angles)
+        cos, sin = (table[:tokens] for table in angles)
         return _rotated(query, cos, sin), _rotated(key, cos, sin)
 
-    def rotate_at(self, states: Tensor, places: Tensor) -> Tensor:
+    def rotate_at(self, states: Tensor, positions: Tensor) -> Tensor:
         """Rotate packed states [N, k, d] by their positions [N], which stay on the device."""
         frequencies = _frequencies(self.base, states.shape[-1], states.device)
-        angles = (places[:, None] * frequencies).repeat(1, 2)[:, None]
+        angles = (positions[:, None] * frequencies).repeat(1, 2)[:, None]
         return _rotated(states, angles.cos(), angles.sin())
 
 
@@ -78,10 +78,10 @@ def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def _angles(base: float, size: int, places: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of the angles of the first positions, [places, size] each."""
-    place = torch.arange(places, device=device)[:, None]
-    angles = (place * _frequencies(base, size, device)).repeat(1, 2)
+def _angles(base: float, size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of the angles of the first positions, [count, size] each."""
+    positions = torch.arange(count, device=device)[:, None]
+    angles = (positions * _frequencies(base, size, device)).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
@@ -92,9 +92,9 @@ def _frequencies(base: float, size: int, device: torch.device) -> Tensor:
     return 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
 
 
-def _table_size(places: int) -> int:
+def _table_size(count: int) -> int:
     """Return the next power of two, at least 64, so that few tables are cached."""
-    return max(64, 1 << (places - 1).bit_length())
+    return max(64, 1 << (count - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class DistanceBias(Positions):
     """A learned bias per distance and head (T5, MPNet).
 
     Attributes:
-        table: [S, k].
-        max_distance: distance from which all share a row.
+        table: bias by row and head, [S, k].
+        max_distance: distance from which all larger distances share a row.
     """
 
     table: Tensor
@@ -126,9 +126,9 @@ class DistanceBias(Positions):
         """Weight tables that differ between heads."""
         return (self.table,)
 
-    def of_heads(self, heads: slice | Tensor) -> DistanceBias:
+    def of_heads(self, selected_heads: slice | Tensor) -> DistanceBias:
         """Return the positions of a subset of the heads."""
-        return replace(self, table=self.table[:, heads])
+        return replace(self, table=self.table[:, selected_heads])
 
 
 @lru_cache(maxsize=256)
@@ -146,10 +146,10 @@ class Disentangled(Positions):
         to_position: distance keys for content-to-position scores, [k, 2S, d]; None: no such term.
         from_position: distance queries for position-to-content scores, [k, 2S, d]; None: no such
             term.
-        max_distance: distance from which all share a row.
+        max_distance: distance from which all larger distances share a row.
         terms: number of terms in a score, which scales it.
         buckets: whether distances beyond half of S are on a logarithmic scale.
-        size: d.
+        size: columns of a head, d.
     """
 
     to_position: Tensor | None
@@ -186,10 +186,12 @@ class Disentangled(Positions):
         """Weight tables that differ between heads."""
         return tuple(t for t in (self.to_position, self.from_position) if t is not None)
 
-    def of_heads(self, heads: slice | Tensor) -> Disentangled:
+    def of_heads(self, selected_heads: slice | Tensor) -> Disentangled:
         """Return the positions of a subset of the heads."""
-        own = (None if t is None else t[heads] for t in (self.to_position, self.from_position))
-        to_position, from_position = own
+        to_position, from_position = (
+            None if table is None else table[selected_heads]
+            for table in (self.to_position, self.from_position)
+        )
         return replace(self, to_position=to_position, from_position=from_position)
 
 

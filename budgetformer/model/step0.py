@@ -80,7 +80,7 @@ def exit_evidence(exit_logits: Tensor, problem_type: str | None) -> Tensor:
     if problem_type == MULTI_LABEL:
         odds = exit_logits.abs().amin(-1)
     else:
-        # From the logits: 1 - p would lose all its digits where step 0 is confident.
+        # From the logits, because 1 - p would lose all digits for a confident answer.
         top = exit_logits.argmax(-1, keepdim=True)
         others = exit_logits.scatter(-1, top, float("-inf")).logsumexp(-1)
         odds = exit_logits.gather(-1, top).squeeze(-1) - others
@@ -121,10 +121,10 @@ class TfidfHead(nn.Module):
         """Set fitted weights.
 
         Args:
-            coefficients: per column, [K, rows]; stored as int8 with one scale per column.
-            intercept: per column, [K].
-            idf: per row, in units of `tfidf.IDF_UNIT`, [rows].
-            repeats: see `tfidf.tfidf`.
+            coefficients: coefficients [K, rows]; stored as int8 with one scale per column.
+            intercept: intercept of each column, [K].
+            idf: inverse document frequency of each row, in units of `tfidf.IDF_UNIT`, [rows].
+            repeats: weight of a feature's count, see `tfidf.tfidf`.
         """
         self.scale = coefficients.abs().amax(-1).float() / 127
         scaled = coefficients.float() / self.scale.clamp(min=1e-12)[:, None]
@@ -141,12 +141,12 @@ class TfidfHead(nn.Module):
         segments = (
             None
             if token_type_ids is None
-            else [own[mask] for own, mask in zip(token_type_ids, kept, strict=True)]
+            else [types[mask] for types, mask in zip(token_type_ids, kept, strict=True)]
         )
         return torch.stack(
             [
-                self._classify_one(text, None if segments is None else segments[place])
-                for place, text in enumerate(texts)
+                self._classify_one(text, None if segments is None else segments[index])
+                for index, text in enumerate(texts)
             ]
         )
 

@@ -4,7 +4,7 @@ Step 0 is a linear classifier on TF-IDF features: the text's tokens and its pair
 tokens, which are hashed into `exit_buckets` rows. f_o reads a few features of step 0's answer.
 Neither needs torch, so frontends can decide.
 
-Shapes: B texts, C labels, K columns of the table (C, or 1 where there are two labels).
+Shapes: B texts, C labels, K columns of the table (C, or 1 for two exclusive labels).
 """
 
 from __future__ import annotations
@@ -40,15 +40,22 @@ def table_columns(classes: int, multi_label: bool) -> int:
 def confidence(logits: Array, problem_type: str | None) -> Array:
     """Return the confidence [B] of answers with logits [B, C], as `answers.confidence` does."""
     if problem_type == MULTI_LABEL:
-        found: Array = 1 / (1 + np.exp(-np.abs(logits).min(-1)))
+        p: Array = 1 / (1 + np.exp(-np.abs(logits).min(-1)))
     else:
-        found = 1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
-    return found
+        p = 1 / np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
+    return p
 
 
 @dataclass(frozen=True)
 class Features:
-    """The distinct features of B texts: the text `owner`, table `row` and `count` of each."""
+    """The distinct features of B texts, sorted by text.
+
+    Attributes:
+        texts: number of texts B.
+        owner: index of the text of each feature.
+        row: table row of each feature.
+        count: number of occurrences of each feature in its text.
+    """
 
     texts: int
     owner: Array
@@ -65,16 +72,16 @@ def features(
 ) -> Features:
     """Return the distinct features of B texts and their counts.
 
-    A token's row is its id. Pairs of neighbours are hashed into the `buckets` rows after the
-    vocabulary. So are tokens of a text pair's second text, together with whether the first text
-    contains them.
+    The row of a token is its id. Pairs of neighbours are hashed into the `buckets` rows after the
+    vocabulary. Tokens of a text pair's second text are hashed into these rows too, together with
+    whether the first text contains them.
 
     Args:
-        ids: token ids of the texts, one text after another, special tokens included.
-        segments: 0 or 1 for each token; None: all 0.
-        lengths: tokens of each text.
-        vocab_size: rows for single tokens.
-        buckets: rows for hashed features; 0: single tokens only.
+        ids: token ids of the texts, one text after another, including special tokens.
+        segments: segment of each token, 0 or 1; None: all 0.
+        lengths: number of tokens of each text.
+        vocab_size: number of rows for single tokens.
+        buckets: number of rows for hashed features; 0: single tokens only.
     """
     texts = len(lengths)
     ids = ids.astype(np.int64, copy=False)
@@ -82,8 +89,8 @@ def features(
     row = ids
     if buckets:
         if segments is not None and (second := segments > 0).any():
-            own = owner * vocab_size + ids
-            shared = np.isin(own, own[~second])
+            text_and_id = owner * vocab_size + ids
+            shared = np.isin(text_and_id, text_and_id[~second])
             hashed = (ids * HASHED_SECOND + shared * HASHED_SHARED) % buckets
             row = np.where(second, vocab_size + hashed, ids)
         together = owner[:-1] == owner[1:]
@@ -152,12 +159,13 @@ class StepZero:
 
     Attributes:
         table: coefficients in units of `scale`, int8 [rows, K].
-        scale, bias: per column, float32 [K].
-        idf: per row, in units of `IDF_UNIT`, uint8 [rows].
-        repeats: see `tfidf`.
+        scale: scale of each column, float32 [K].
+        bias: bias of each column, float32 [K].
+        idf: inverse document frequency of each row, in units of `IDF_UNIT`, uint8 [rows].
+        repeats: weight of a feature's count, see `tfidf`.
         vocab_size, buckets: see `features`.
         classes: number of labels C.
-        problem_type: the network's.
+        problem_type: problem type of the network.
         hidden, out: weight and bias of f_o's two layers.
     """
 
@@ -175,7 +183,7 @@ class StepZero:
 
     @classmethod
     def of(cls, config: Architecture, tensors: Mapping[str, Array]) -> StepZero:
-        """Build step 0 and f_o from tensors with their names in a checkpoint.
+        """Build step 0 and f_o from tensors by their names in a checkpoint.
 
         Raises:
             KeyError, ValueError: a tensor is missing or has the wrong shape.

@@ -536,7 +536,7 @@ def layerwise_points(
             interval=interval(accuracy, len(items)),
             points_lost=0,
             macs_share=float(items.macs.sum() / items.dense_macs.sum()),
-            mean_heads=float(items.heads.mean()),
+            mean_heads=float(items.total_heads.mean()),
             budgets={int(k): float(n / len(items)) for k, n in zip(used, counts, strict=True)},
         )
     full = scored[entries["best"]].accuracy

@@ -20,7 +20,10 @@ PLOT = "frontier.png"
 def write_card(folder: Path, manifest: Manifest, test: list[Row]) -> None:
     """Write `README.md` and `frontier.png` for a checkpoint.
 
-    `test` is its report on test texts, if any.
+    Args:
+        folder: folder of the checkpoint.
+        manifest: manifest of the checkpoint.
+        test: accuracy and cost on test texts by quality; empty if there are none.
     """
     draw([folder / PLOT], partial(_plot, manifest=manifest), size=(7, 4.2))
     (folder / CARD).write_text(_text(manifest, test))
@@ -30,11 +33,12 @@ def _text(manifest: Manifest, test: list[Row]) -> str:
     origin = manifest.provenance
     measure = manifest.measure
     levels = markdown_table(
-        ["quality", "threshold", measure, "95 %", "points lost", "multiply-adds", "mean heads"],
+        ["quality", "threshold", measure, "95 %", f"drop of {measure}, points", "multiply-adds"]
+        + ["mean heads"],
         [_level(level, measure) for level in manifest.named_levels.values()],
     )
     steps = markdown_table(
-        ["step", measure, "multiply-adds of dense"],
+        ["step", measure, "multiply-adds"],
         [
             [str(s.step), f"{_share(s, measure):.4f}", f"{s.macs_share:.1%}"]
             for s in manifest.frontier
@@ -45,13 +49,13 @@ def _text(manifest: Manifest, test: list[Row]) -> str:
     return f"""# {manifest.name}, version {manifest.version}
 
 A BudgetFormer text classifier with the labels {", ".join(manifest.labels)}.
-For each text it computes only as many attention heads, and feed-forward neurons, as the text needs.
+For each text, it computes only the attention heads and feed-forward neurons that the text needs.
 
 - Starting weights: {origin.starting_weights} ({origin.starting_weights_license})
 - Data: {origin.data}. Terms: {origin.data_terms}
 - Longest input: {_longest(manifest)}
-- Precision: weights in float16 as stored; served in {_precision(manifest)}
-- Made: {manifest.created}, seed {manifest.seed}
+- Precision: stored in float16; served in {_precision(manifest)}
+- Created: {manifest.created}, seed {manifest.seed}
 
 {report}## Quality levels
 {_explained(manifest)}
@@ -61,11 +65,13 @@ For each text it computes only as many attention heads, and feed-forward neurons
 ![Accuracy against cost]({PLOT})
 
 {_costs(manifest)}## Fixed steps, for comparison
+Every text ends at the same step. Multiply-adds are shares of the dense network's.
+
 {steps}
 
 ## Limits
-The model assigns one of the labels above to any text, even if none fits. The accuracy was measured
-on the data above, and may differ for other kinds of texts.
+The model assigns one of its labels to any text, even if none fits. The accuracy was measured on the
+data above, and may differ for other kinds of texts.
 
 ## Recipe
 ```
@@ -75,9 +81,9 @@ on the data above, and may differ for other kinds of texts.
 
 
 def _tested(test: list[Row]) -> str:
-    heads = ["quality", "accuracy", "interval", "mean heads", "multiply-adds of dense"]
     table = markdown_table(
-        [*heads, "texts that end at each step"],
+        ["quality", "accuracy", "95 %", "mean heads", "multiply-adds"]
+        + ["share of texts that end at each step"],
         [
             [
                 row.quality,
@@ -90,8 +96,9 @@ def _tested(test: list[Row]) -> str:
             for row in test
         ],
     )
-    return f"""## On test texts
-{test[0].rows} texts that neither training nor calibration saw; 95 % intervals.
+    return f"""## Results on test texts
+{test[0].rows} texts that were used neither for training nor for calibration. Multiply-adds are
+shares of the dense network's.
 
 {table}
 
@@ -115,11 +122,14 @@ def _explained(manifest: Manifest) -> str:
     """Return the explanation of the table of levels."""
     rows = f"{manifest.metrics.get('calibration_rows', 0):.0f} held-out texts"
     if manifest.policy is None:
-        return f"Calibrated for accuracy on {rows}. Points lost are against the full budget."
+        return (
+            f"The levels were calibrated for accuracy on {rows}. Drops are relative to the full "
+            "budget. Multiply-adds are shares of the dense network's."
+        )
     meaning = {
-        "accuracy": "the share of right answers",
-        "agreement": "the share of answers that are those of the full network, right or wrong; no "
-        "text had a label",
+        "accuracy": "the share of correct answers",
+        "agreement": "the share of answers that equal those of the full network, because the texts "
+        "had no labels",
     }[manifest.measure]
     named = manifest.named_levels
     shares = markdown_table(
@@ -130,12 +140,13 @@ def _explained(manifest: Manifest) -> str:
         ],
     )
     margin = manifest.policy.exit_margin
-    exits = f"step 0's must exceed it by {margin:g}; " if margin else ""
+    exits = f" Step 0's confidence must exceed it by {margin:g}." if margin else ""
     return f"""Calibrated for {manifest.measure} on {rows}: {meaning}.
-A text goes along the steps {", ".join(map(str, manifest.policy.chain))} until the confidence of an
-answer reaches the threshold of the level; {exits}*f_o* may skip steps.
-The figures are cross-fitted: each is of texts that did not choose the rule. Points lost are against
-the full network. Of the texts, this share ends at each step:
+A text runs the steps {", ".join(map(str, manifest.policy.chain))}, one after the other, until the
+confidence of an answer reaches the threshold of the level.{exits} *f_o* may skip steps.
+The figures are cross-fitted: no text is scored with a rule that was chosen on it. Drops are
+relative to the full network, and multiply-adds are shares of the dense network's. Share of the
+texts that end at each step:
 
 {shares}
 """
@@ -149,13 +160,14 @@ def _costs(manifest: Manifest) -> str:
     table = markdown_table(
         ["quality", "ms per text", "cost of a million texts"],
         [
-            [name, f"{own:.3f}", f"{timing.price(name):.2f}"]
-            for name, own in timing.milliseconds.items()
+            [name, f"{milliseconds:.3f}", f"{timing.price(name):.2f}"]
+            for name, milliseconds in timing.milliseconds.items()
         ],
     )
-    return f"""## Time and money
-{timing.processor}, {timing.threads} threads, {timing.precision}; {timing.texts} texts in batches,
-tokenization included; a core for {timing.core_hour_price:g} an hour.
+    return f"""## Time and price
+Measured on {timing.processor} with {timing.threads} threads in {timing.precision}, on
+{timing.texts} texts in batches, with tokenization. A core costs {timing.core_hour_price:g} per
+hour.
 
 {table}
 
@@ -196,14 +208,14 @@ def _plot(axes: Axes, manifest: Manifest) -> None:
 
 
 def _precision(manifest: Manifest) -> str:
-    """Return in words which precision `--dtype auto` selects, as `choose_precision` does."""
-    half = (
-        "float32 if its encoder has fewer than a million weights; if not, in bfloat16 on GPUs that "
-        "have it and on processors with AMX"
+    """Describe which precision `--dtype auto` selects, as `choose_precision` does."""
+    rule = (
+        "float32 if the encoder has fewer than a million weights; otherwise in bfloat16 on GPUs "
+        "that support it and on processors with AMX"
     )
     if not manifest.ranges:
-        return f"{half}, else in float32: it has no ranges of states for int8"
-    return f"{half}, in int8 on other processors with AVX2, else in float32"
+        return f"{rule}, else in float32 (int8 needs calibrated state ranges, which are missing)"
+    return f"{rule}, in int8 on other processors with AVX2, else in float32"
 
 
 def _longest(manifest: Manifest) -> str:

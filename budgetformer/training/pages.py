@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table with these column heads and rows."""
+    """Return a Markdown table with the column headings `heads`."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -19,9 +19,14 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def draw(
     paths: Sequence[Path], fill: Callable[[Axes], None], size: tuple[float, float] = (7.5, 4.5)
 ) -> None:
-    """Write the plot that `fill` draws to every path, in the format of its suffix.
+    """Draw a plot, and write it to every path in the format of the path's suffix.
 
-    The output is reproducible.
+    The files are reproducible.
+
+    Args:
+        paths: files to write.
+        fill: draws into the axes.
+        size: width and height in inches.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""The network behind BentoML, with its adaptive batching.
+"""Serve the dense network with BentoML and its adaptive batching.
 
 NETWORK=build/baselines/networks/ag_news-3 THREADS=1 \\
     bentoml serve bentoml_app:Classifier --port 8001

@@ -2,9 +2,9 @@
 
     python loadtests/baselines/export.py model_store/ag_news/3 build/baselines/networks/ag_news-3
 
-The twin is the checkpoint's full step as a BERT with the same weights, so it answers what this
-service answers at full budget. The folder is a model of Transformers, and holds the network for
-ONNX Runtime too: `plain.onnx` in float32, `int8.onnx`.
+The dense twin is the checkpoint's full step as a BERT with the same weights, so its answers are
+those of this service at full budget. The folder has a Transformers model, and the network for ONNX
+Runtime: `plain.onnx` in float32, and `int8.onnx`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     """Write all files to `folder`."""
     model = load_model(checkpoint.path)
     if model.head is not None:
-        raise ValueError(f"{checkpoint.label} has a layer before its classifier, mean_bert.py none")
+        raise ValueError(
+            f"{checkpoint.label} has a layer before its classifier, which mean_bert.py does not "
+            "support"
+        )
     twin = DenseTwin(model).eval()
     export_onnx(twin, folder)
     weights = twin.state_dict() | {
@@ -41,7 +44,7 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"), pad_token="[PAD]")
     tokenizer.save(str(folder / "tokenizer.json"))
     labels = checkpoint.manifest.labels
-    own = {
+    config = {
         "architectures": [NETWORK],
         "auto_map": {
             "AutoModelForSequenceClassification": "mean_bert.MeanBertForSequenceClassification"
@@ -49,14 +52,14 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},
     }
-    write(folder / "config.json", twin.bert.config.to_dict() | own)
-    reading = {
+    write(folder / "config.json", twin.bert.config.to_dict() | config)
+    tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": checkpoint.manifest.max_tokens,
         "model_input_names": ["input_ids", "attention_mask"],
         "pad_token": "[PAD]",
     }
-    write(folder / "tokenizer_config.json", reading)
+    write(folder / "tokenizer_config.json", tokenizer_config)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

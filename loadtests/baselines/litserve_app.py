@@ -1,4 +1,4 @@
-"""The network behind LitServe, with its batching.
+"""Serve the dense network with LitServe and its batching.
 
 python loadtests/baselines/litserve_app.py --port 8001 --network build/baselines/networks/ag_news-3
 """
@@ -17,10 +17,10 @@ class Classifier(litserve.LitAPI):  # type: ignore[misc]
         super().__init__(max_batch_size=given.batch, batch_timeout=given.wait, api_path="/classify")
         self.given = given
 
-    def setup(self, device: str) -> None:  # noqa: ARG002 - LitServe names it
+    def setup(self, device: str) -> None:  # noqa: ARG002 - LitServe passes it by name
         self.network = Network(self.given.network, self.given.threads)
 
-    # LitServe makes its route from this signature: without a type it takes any JSON.
+    # LitServe creates its route from this signature: without a type, it accepts any JSON.
     def decode_request(self, request):  # type: ignore[no-untyped-def]
         return request["input"]
 

@@ -1,6 +1,6 @@
-"""A BERT that classifies the mean of its tokens, as Transformers reads it from a folder.
+"""A BERT that classifies the mean of its tokens, as a custom model of Transformers.
 
-It is exported with its weights, so that any server of Transformers models can load it.
+It is exported beside its weights, so that any server of Transformers models can load it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Classify texts with an exported network in ONNX Runtime, without torch or this package."""
+"""Classify texts with an exported network in ONNX Runtime, without torch or `budgetformer`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers import Encoding, Tokenizer
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser of the options that all servers of a network have."""
+    """Return a parser with the options that all these servers have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--network", type=Path, required=True, help="folder that export.py wrote")
@@ -24,11 +24,11 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 class Network:
-    """Classify texts.
+    """An exported network and its tokenizer.
 
     Args:
         folder: output of export.py.
-        threads: of ONNX Runtime.
+        threads: number of threads of ONNX Runtime.
         file: name of the network's file in the folder.
     """
 
@@ -45,7 +45,7 @@ class Network:
         self(["warm", "up"])
 
     def __call__(self, texts: Sequence[str]) -> list[dict[str, Any]]:
-        """Return a label, its score and all probabilities of every text."""
+        """Return the label, its score and all probabilities of every text."""
         return self.answer(self.tokenizer.encode_batch_fast(list(texts)))
 
     def answer(self, batch: Sequence[Encoding]) -> list[dict[str, Any]]:

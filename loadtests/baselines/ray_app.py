@@ -1,8 +1,8 @@
-"""The network behind Ray Serve, with its batching.
+"""Serve the dense network with Ray Serve and its batching.
 
 python loadtests/baselines/ray_app.py --port 8001 --network build/baselines/networks/ag_news-3
 """
-# ruff: noqa: E402 - what Ray finds when it is imported, it keeps to
+# ruff: noqa: E402 - Ray reads its environment variables when it is imported
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before Ray has threads; awaited below
-# Ray gives its workers what other processes leave; here they are the server.
+# Ray's threads inherit the blocked signal; `sigwait` at the end receives it.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+# By default, Ray gives its workers a low priority; here they are the server.
 os.environ |= {
     "RAY_worker_niceness": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -42,7 +43,7 @@ class Classifier:
         return self.network(texts)
 
     async def __call__(self, request: Request) -> dict[str, Any]:
-        if request.method == "GET":  # whoever waits until it serves
+        if request.method == "GET":  # the readiness check
             return {}
         return await self.classify((await request.json())["input"])
 
@@ -53,4 +54,4 @@ serve.start(http_options={"host": "127.0.0.1", "port": given.port})
 application = Classifier.bind(str(given.network.absolute()), given.threads)
 serve.run(application, route_prefix="/classify")
 signal.sigwait({signal.SIGTERM})
-os._exit(0)  # an orderly end takes half a minute; whoever started this ends the rest
+os._exit(0)  # a graceful shutdown takes half a minute; the parent process kills the other processes

@@ -3,10 +3,10 @@
     python loadtests/baselines/serve.py int8 --port 8001 \\
         --network build/baselines/networks/ag_news-3
 
-`pipeline` runs the network in Transformers' own pipeline, one call a request, as its documentation
-shows; `plain` (float32) and `int8` in ONNX Runtime behind dynamic batching; `floor` only parses and
-tokenizes. Batches form as in this service, of what came while the last ones ran; they hold texts of
-similar length, so that little is padded.
+`pipeline` runs the network in Transformers' pipeline, one call per request, as its documentation
+shows. `plain` (float32) and `int8` run it in ONNX Runtime with dynamic batching. `floor` only
+parses and tokenizes. As in this service, the texts that arrive while a batch runs form the next
+ones, in batches of similar lengths, so that there is little padding.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ class Batcher:
     """Run waiting texts in batches of similar length.
 
     Args:
-        run: answers tokenized texts, in a thread.
-        most: maximum texts per batch.
+        run: answers tokenized texts; called in a thread.
+        max_texts: maximum texts per batch.
     """
 
-    def __init__(self, run: Callable[[Sequence[Encoding]], Answers], most: int) -> None:
-        self._run, self._most = run, most
+    def __init__(self, run: Callable[[Sequence[Encoding]], Answers], max_texts: int) -> None:
+        self._run, self._max_texts = run, max_texts
         self._waiting: list[tuple[Encoding, asyncio.Future[dict[str, Any]]]] = []
-        self._came = asyncio.Event()
+        self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1)
 
     async def ask(self, text: Encoding) -> dict[str, Any]:
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting.append((text, future))
-        self._came.set()
+        self._arrived.set()
         return await future
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._came.wait()
-            self._came.clear()
-            taken, self._waiting = self._waiting, []
-            taken.sort(key=lambda one: len(one[0]))
-            for start in range(0, len(taken), self._most):
-                batch = taken[start : start + self._most]
+            await self._arrived.wait()
+            self._arrived.clear()
+            waiting, self._waiting = self._waiting, []
+            waiting.sort(key=lambda item: len(item[0]))
+            for start in range(0, len(waiting), self._max_texts):
+                batch = waiting[start : start + self._max_texts]
                 texts = [text for text, _ in batch]
                 answers = await loop.run_in_executor(self._thread, self._run, texts)
                 for (_, future), answer in zip(batch, answers, strict=True):
@@ -92,7 +92,7 @@ def pipeline(app: FastAPI, given: argparse.Namespace) -> None:
     classify = pipeline("text-classification", str(given.network), trust_remote_code=True)
 
     @app.post("/classify")
-    def piped(body: Body) -> dict[str, Any]:
+    def run_pipeline(body: Body) -> dict[str, Any]:
         return data_of(classify(body.texts, batch_size=given.batch, truncation=True))
 
 
@@ -101,12 +101,12 @@ def batched(app: FastAPI, given: argparse.Namespace) -> None:
     batcher = Batcher(network.answer, given.batch)
 
     @asynccontextmanager
-    async def life(_: FastAPI) -> Any:
+    async def lifespan(_: FastAPI) -> Any:
         serving = asyncio.create_task(batcher.serve())
         yield
         serving.cancel()
 
-    app.router.lifespan_context = life
+    app.router.lifespan_context = lifespan
 
     @app.post("/classify")
     async def classify(body: Body) -> dict[str, Any]:

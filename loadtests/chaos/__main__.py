@@ -2,10 +2,10 @@
 
     python -m loadtests.chaos [--only kills hangs ...] [--repeats 20]
 
-Each fault has servers of its own (two engines, two frontends) and callers on a schedule that does
-not wait for answers. Before anything breaks, the answer of every text is noted: afterwards one that
-differs is wrong. A fault for which this machine lacks something is named with what it lacks. The
-exit code is 1 if an answer was wrong or a request was never answered.
+Each fault gets its own server (two engines, two frontends) and clients that send on a schedule
+(open loop). The answers to all texts are recorded before the fault; a different answer during or
+after it counts as wrong. If this machine lacks a requirement of a fault, its row names it. The exit
+code is 1 if an answer was wrong or a request was never answered.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from loadtests.chaos import machine, models, network, processes, rolling, superv
 from loadtests.chaos.load import Seen
 
 HEADS = (
-    "fault", "promised", "sent", "answers", "hung", "wrong", "back after s, median / most",
-    "memory", "seen besides",
+    "fault", "expected", "sent", "answers", "never answered", "wrong",
+    "recovery in seconds, median / most", "memory", "notes",
 )  # fmt: skip
 Run = Callable[[int], Awaitable[Seen]]
 
@@ -32,50 +32,56 @@ class Fault:
 
     Attributes:
         run: injects the fault a number of times, and returns what clients saw.
-        promise: the guarantee to clients.
-        lacks: returns the requirement that this machine lacks, if any.
+        expected: the guarantee to clients.
+        missing: returns the requirement that this machine lacks, if any.
     """
 
     run: Run
-    promise: str
-    lacks: Callable[[], str | None] = lambda: None
+    expected: str
+    missing: Callable[[], str | None] = lambda: None
 
 
 FAULTS = {
     "kills": Fault(
-        processes.kills, "others answer; only connections to a frontend that dies break off"
+        processes.kills,
+        "other processes answer; only connections to a killed frontend break off",
     ),
     "hangs": Fault(processes.hangs, "the same, within `hang_seconds` (4)"),
-    "slow-device": Fault(processes.slow_device, "slower answers; the engine is not taken for dead"),
-    "swaps": Fault(models.swaps, "no request notices"),
+    "slow-device": Fault(processes.slow_device, "slower answers; the engine is not killed"),
+    "swaps": Fault(models.swaps, "no request fails"),
     "store-damaged": Fault(
-        models.damaged, "a damaged file is refused by name; what is served stays"
+        models.damaged, "the load fails and names the damaged file; served models stay"
     ),
     "nan": Fault(
         models.not_finite,
-        "at load: refused by name; for some token: that text alone gets an error",
+        "non-finite weights: the load fails; overflow at one token: only such texts get an error",
     ),
-    "tokenizer": Fault(models.panics, "a text that it fails on gets an error, a file is refused"),
+    "tokenizer": Fault(
+        models.panics, "a panic at a text: only this text gets an error; at load: the load fails"
+    ),
     "memory": Fault(
         machine.memory,
-        "the kernel kills one process; the load fails, others answer",
+        "the kernel kills one process; the load fails, other processes answer",
         machine.no_memory_group,
     ),
-    "disk": Fault(machine.disk, "lines of the log are lost, nothing else", machine.no_small_disk),
-    "clock": Fault(machine.clock, "nothing depends on it", machine.no_faketime),
-    "link": Fault(network.link, "slower answers, all of them", network.no_link),
-    "readers": Fault(network.readers, "they are closed; memory stays bounded"),
+    "disk": Fault(machine.disk, "only lines of the log are lost", machine.no_small_disk),
+    "clock": Fault(machine.clock, "no effect", machine.no_faketime),
+    "link": Fault(network.link, "slower answers, but all of them", network.no_link),
+    "readers": Fault(network.readers, "slow connections are closed; memory stays bounded"),
     "fork": Fault(
         supervision.fork,
-        "what cannot be started is named and tried again; the others answer",
+        "`/health` names the process that cannot start; it is retried; others answer",
         supervision.no_pids_group,
     ),
-    "store-driver": Fault(supervision.store, "the error is shown; what is served stays"),
-    "scrape": Fault(supervision.scrape, "every scrape is answered, and every other question"),
+    "store-driver": Fault(supervision.store, "`/health` shows the error; served models stay"),
+    "scrape": Fault(supervision.scrape, "every scrape and every other request is answered"),
     "stalled-hub": Fault(
-        supervision.stalled, "others answer; `/metrics` is 503 within 5 s, and no count is lost"
+        supervision.stalled,
+        "requests are answered; `/metrics` is 503 within 5 s, and no count is lost",
     ),
-    "port": Fault(supervision.port, "one line and the end of the second server; no probe fails"),
+    "port": Fault(
+        supervision.port, "the second server ends with one line of error; no probe fails"
+    ),
     "rolling": Fault(rolling.rolling, "no request fails", rolling.no_proxy),
 }
 
@@ -85,14 +91,14 @@ async def run(names: list[str], repeats: int) -> tuple[list[str], bool]:
     rows, good = [f"| {' | '.join(HEADS)} |", f"|{'---|' * len(HEADS)}"], True
     for name in names:
         fault = FAULTS[name]
-        lacking = fault.lacks()
-        if lacking:
-            cells = [*[""] * (len(HEADS) - 3), f"not run: {lacking}"]
+        missing = fault.missing()
+        if missing:
+            cells = [*[""] * (len(HEADS) - 3), f"not run: {missing}"]
         else:
             seen = await fault.run(repeats)
             good = good and not seen.wrong and not seen.hung
             cells = seen.cells()
-        rows.append(f"| {' | '.join([name, fault.promise, *cells])} |")
+        rows.append(f"| {' | '.join([name, fault.expected, *cells])} |")
         print(rows[-1], file=sys.stderr, flush=True)
     return rows, good
 
@@ -104,7 +110,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS))
-    parser.add_argument("--repeats", type=int, default=20, help="kills; others in proportion")
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="number of kills; other faults in proportion"
+    )
     arguments = parser.parse_args()
     rows, good = asyncio.run(run(arguments.only, arguments.repeats))
     print("\n".join(rows))

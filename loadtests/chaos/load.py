@@ -18,7 +18,7 @@ from loadtests.chaos.server import MODEL, PATIENCE, Server
 from loadtests.texts import sentence
 
 RATE = 30.0
-"""Requests a second."""
+"""Requests per second."""
 TOLERANCE = 1e-4
 """Accepted difference of a probability: batches may sum in another order."""
 _TEXTS = 400
@@ -67,9 +67,9 @@ class Load:
     """The clients of one server.
 
     Args:
-        url: of the server.
+        url: URL of the server.
         rate: requests per second.
-        texts: the texts to send; None: sentences.
+        texts: texts to send; None: synthetic sentences.
         size: texts per request.
         **fields: further fields of each request.
     """
@@ -142,7 +142,7 @@ class Load:
 
 
 def _code(answer: httpx.Response) -> str:
-    """Return the code of an error, or the beginning of a body that is not one of our errors."""
+    """Return the code of our error format, or the beginning of a body in another format."""
     try:
         return str(answer.json()["error"]["code"])
     except (ValueError, KeyError, TypeError):

@@ -89,7 +89,7 @@ def _memory() -> Iterator[_Memory]:
 
 
 def no_memory_group() -> str | None:
-    """Return the requirement that is missing to limit memory, if any."""
+    """Return the missing requirement for limiting memory, if any."""
     try:
         with _memory() as group:
             group.limit(None)
@@ -105,18 +105,18 @@ async def memory(repeats: int) -> Seen:
 
             async def work(seen: Seen) -> None:
                 await asyncio.sleep(SETTLE_SECONDS)
-                said = set()
+                statuses = set()
                 for _ in range(max(1, repeats // 5)):
                     group.limit(ROOM_BYTES)
                     killed = group.kills()
                     with contextlib.suppress(httpx.TransportError):
-                        said.add((await server.change("load", THIRD)).status_code)
+                        statuses.add((await server.change("load", THIRD)).status_code)
                     group.limit(None)
                     seen.recovery.append(await server.until_whole())
-                    seen.notes = [f"killed for memory: {group.kills()}"]
+                    seen.notes = [f"processes killed for memory: {group.kills()}"]
                     assert group.kills() > killed
                     await asyncio.sleep(SETTLE_SECONDS)
-                seen.notes.append(f"the load got {', '.join(map(str, sorted(said)))}")
+                seen.notes.append(f"the load got {', '.join(map(str, sorted(statuses)))}")
 
             return await under_load(server, work)
 
@@ -134,16 +134,16 @@ def _small_disk(size: int) -> Iterator[Path]:
 
 
 def no_small_disk() -> str | None:
-    """Return the requirement that is missing to mount a small disk, if any."""
+    """Return the missing requirement for mounting a small disk, if any."""
     try:
         with _small_disk(2**20):
             return None
     except (OSError, subprocess.CalledProcessError):
-        return "needs root, for a small disk"
+        return "needs root, to mount a small disk"
 
 
 def _fill(path: Path) -> None:
-    """Fill a disk."""
+    """Fill the disk of a path to the last byte."""
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         for size in (2**20, 2**12, 1):
             with contextlib.suppress(OSError):
@@ -153,7 +153,6 @@ def _fill(path: Path) -> None:
 
 async def disk(repeats: int) -> Seen:
     """Fill the disk of log, run directory and store, and kill processes that must restart there."""
-    elsewhere = STORE.resolve()
     stored = sum(f.stat().st_size for m in (MODEL, OTHER) for f in (STORE / m).rglob("*"))
     with _small_disk(stored + 8 * 2**20) as folder:
         for name in (MODEL, OTHER):
@@ -162,7 +161,7 @@ async def disk(repeats: int) -> Seen:
         log = folder / "server.log"
         setup = Setup(
             {
-                "model-store": folder / "store", "remote-store": f"file://{elsewhere}",
+                "model-store": folder / "store", "remote-store": f"file://{STORE.resolve()}",
                 "poll-store-seconds": 1, "log-level": "info", "access-log": 1,
             },
             environment={"TMPDIR": str(folder / "run")}, log=log,
@@ -178,11 +177,11 @@ async def disk(repeats: int) -> Seen:
                     server.processes(kind)[0].kill()
                     await asyncio.sleep(0.1)
                     seen.recovery.append(0.1 + await server.until_whole())
-                full = log.stat().st_size
+                size = log.stat().st_size
                 (folder / "filling").unlink()
                 await asyncio.sleep(SETTLE_SECONDS)
-                assert log.stat().st_size > full, "no line is written any more"
-                seen.notes.append("the log goes on when there is room")
+                assert log.stat().st_size > size, "the log did not continue after space was freed"
+                seen.notes.append("the log continued after space was freed")
 
             return await under_load(server, work)
 
@@ -192,7 +191,7 @@ def _faketime() -> str | None:
 
 
 def no_faketime() -> str | None:
-    """Return the requirement that is missing to change the clock, if any."""
+    """Return the missing requirement for changing the clock, if any."""
     return None if _faketime() else "needs faketime (Debian: faketime)"
 
 
@@ -205,7 +204,7 @@ async def clock(repeats: int) -> Seen:  # noqa: ARG001
         wanted.write_text("+0\n")
         environment = {
             "LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(wanted),
-            "FAKETIME_CACHE_DURATION": "1",  # read at every look, it would slow the server itself
+            "FAKETIME_CACHE_DURATION": "1",  # without a cache, every read of the clock is slow
             "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1",
         }  # fmt: skip
         async with serving(Setup(environment=environment)) as server:
@@ -215,8 +214,8 @@ async def clock(repeats: int) -> Seen:  # noqa: ARG001
                     _replace(wanted, jump)
                     await asyncio.sleep(JUMP_SECONDS)
                     if jump == "+2d":
-                        away = await _seconds_away(server)
-                        assert away > 100_000, f"the clock did not jump: {away} s"
+                        offset = await _clock_offset(server)
+                        assert offset > 100_000, f"the clock did not jump: {offset} s"
                 for kind in ("engine", "frontend"):
                     _replace(wanted, "-1d" if kind == "frontend" else "+1d")
                     server.processes(kind)[0].kill()
@@ -233,6 +232,7 @@ def _replace(path: Path, text: str) -> None:
     part.replace(path)
 
 
-async def _seconds_away(server: Server) -> float:
+async def _clock_offset(server: Server) -> float:
+    """Return the seconds between the server's clock and ours."""
     answer = await server.plain.post("/classify", json={"input": "What time is it?"})
     return abs(float(answer.json()["created"]) - time.time())

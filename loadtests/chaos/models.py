@@ -69,8 +69,8 @@ async def swaps(repeats: int) -> Seen:
             for turn in range(repeats * 5 // 2):
                 for action, name in changes:
                     (await server.change(action, name)).raise_for_status()
-                if turn >= 2:  # by then everything was laid out once
-                    await asyncio.sleep(1.5)  # until what was freed is returned
+                if turn >= 2:  # by then all weights have been packed once
+                    await asyncio.sleep(1.5)  # until freed memory is returned to the system
                     seen.memory.append(server.memory())
                     if not turn % 10:
                         print(f"{seen.memory[-1]:.0f} MiB", file=sys.stderr)
@@ -104,31 +104,30 @@ LOAD_SECONDS = 0.3
 
 
 async def damaged(repeats: int) -> Seen:
-    """Damage a file of a model while it is loaded, then repair it; at the end replace the served
-    model."""
+    """Damage a file of a model while it is loaded, and repair it; at the end, load the model."""
     with _store(MODEL, OTHER) as store:
         folder = next((store / MODEL).iterdir())
         async with serving(Setup({"model-store": store})) as server:
 
             async def work(seen: Seen) -> None:
-                said: Counter[int] = Counter()
+                statuses: Counter[int] = Counter()
                 for turn in range(2 * repeats):
                     name, damage = DAMAGES[turn % len(DAMAGES)]
                     loading = asyncio.create_task(server.change("load", MODEL))
                     await asyncio.sleep(random.uniform(0, LOAD_SECONDS))
                     damage(folder / name)
-                    said[(await loading).status_code] += 1
+                    statuses[(await loading).status_code] += 1
                     await asyncio.sleep(0.2)
                     shutil.copy2(_latest(MODEL) / name, folder / name)
                     seen.recovery.append(await server.until_whole())
-                loads = ", ".join(f"{status}: {count}" for status, count in sorted(said.items()))
-                seen.notes.append(f"loads {loads}")
+                loads = ", ".join(f"{code}: {count}" for code, count in sorted(statuses.items()))
+                seen.notes.append(f"answers to loads: {loads}")
                 (await server.change("load", MODEL)).raise_for_status()
 
             return await under_load(server, work)
 
 
-def _no_numbers(folder: Path) -> None:
+def _add_nans(folder: Path) -> None:
     weights = load_file(folder / WEIGHTS)
     weights[EMBEDDINGS][1000] = float("nan")
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
@@ -144,7 +143,7 @@ def _poison(folder: Path) -> None:
 
 
 async def _load_is_refused(server: Server, name: str) -> str:
-    """Load a model that cannot be loaded, and return the error."""
+    """Check that a load fails and that the error names the model; return a note."""
     answer = await server.change("load", name)
     assert answer.status_code != 200, f"{name} was loaded"
     message: str = answer.json()["error"]["message"]
@@ -156,7 +155,7 @@ async def not_finite(repeats: int) -> Seen:
     """Load non-finite weights, and send texts to a model that overflows at one token."""
     with _store(MODEL) as store:
         _add(store, "poisoned", _poison)
-        _add(store, BROKEN, _no_numbers)
+        _add(store, BROKEN, _add_nans)
         models = (MODEL, "poisoned")
         async with serving(Setup({"model-store": store}, models=models)) as server:
 
@@ -171,7 +170,7 @@ async def not_finite(repeats: int) -> Seen:
                         seen.wrong += found.get("label") != right["label"]
                     alone = await server.plain.post("/classify", json=body | {"input": TEXTS[1]})
                     assert alone.status_code == 500, alone.text
-                seen.notes.append(f"the text alone got {alone.status_code} {_code(alone.json())}")
+                seen.notes.append(f"such a text got {alone.status_code} {_code(alone.json())}")
                 await server.until_whole()
 
             return await under_load(server, work)

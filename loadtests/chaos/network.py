@@ -97,7 +97,7 @@ def _link() -> Iterator[_Link]:
 
 
 def no_link() -> str | None:
-    """Return the requirement that is missing to create a network, if any."""
+    """Return the missing requirement for creating a network, if any."""
     name = f"budgetformer-{os.getpid()}-try"
     try:
         _ip("netns", "add", name)
@@ -110,20 +110,20 @@ def no_link() -> str | None:
 
 async def link(repeats: int) -> Seen:  # noqa: ARG001
     """Send requests over a link that delays and loses packets."""
-    with _link() as between:
-        before = ("ip", "netns", "exec", between.namespace)
+    with _link() as wire:
+        before = ("ip", "netns", "exec", wire.namespace)
         anyone = {"BUDGETFORMER_ALLOW_ANONYMOUS": "true"}
         async with serving(Setup({"host": THERE}, before, anyone, host=THERE)) as server:
 
             async def work(seen: Seen) -> None:
                 await asyncio.sleep(LINK_SECONDS)
-                seen.notes.append(f"{between.lost:,} of {between.carried:,} packets lost")
+                seen.notes.append(f"{wire.lost:,} of {wire.carried:,} packets lost")
 
             return await under_load(server, work)
 
 
 async def readers(repeats: int) -> Seen:  # noqa: ARG001
-    """Scrape without reading the responses, and disconnect before answers."""
+    """Scrape while hardly reading the responses, and disconnect before answers."""
     async with serving() as server:
 
         async def work(seen: Seen) -> None:
@@ -155,7 +155,7 @@ async def _scrape_slowly(server: Server, until: float) -> None:
 
 
 async def _leave(server: Server, until: float) -> None:
-    """Send a request, and disconnect before the answer."""
+    """Send requests repeatedly, and disconnect before each answer."""
     clock = asyncio.get_running_loop().time
     body = b'{"input": ["A text that nobody waits for."], "model": "%s"}' % MODEL.encode()
     head = b"POST /classify HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"

@@ -16,11 +16,11 @@ from loadtests.chaos.server import PATIENCE, Server, serving
 KINDS = ("engine", "frontend")
 CRAWL_SECONDS = 20.0
 CRAWLS, PAUSES = 0.01, 0.09
-"""Seconds for which a slow engine runs, and is then suspended."""
+"""Seconds for which the slow engine runs, and for which it is then suspended, in turns."""
 
 
 def _victims(server: Server, count: int) -> Iterator[psutil.Process]:
-    """Yield an engine, a frontend, the next engine, and so on, the oldest first."""
+    """Yield `count` processes: the oldest engine and the oldest frontend, in turns."""
     for kind in itertools.islice(itertools.cycle(KINDS), count):
         yield server.processes(kind)[0]
 
@@ -32,7 +32,7 @@ async def kills(repeats: int) -> Seen:
         async def work(seen: Seen) -> None:
             for victim in _victims(server, repeats):
                 victim.kill()
-                await asyncio.sleep(0.1)  # until that is noticed
+                await asyncio.sleep(0.1)  # until the server notices
                 seen.recovery.append(0.1 + await server.until_whole())
                 await asyncio.sleep(0.5)
 

@@ -39,7 +39,7 @@ backend servers
 
 
 def no_proxy() -> str | None:
-    """Return the requirement that is missing to run a proxy, if any."""
+    """Return the missing requirement for running a proxy, if any."""
     return None if shutil.which("haproxy") else "needs haproxy (Debian: haproxy)"
 
 
@@ -60,9 +60,9 @@ class _Proxy:
         """Set the state of a server: `ready`, or `drain` for no new requests."""
         reader, writer = await asyncio.open_unix_connection(self._socket)
         writer.write(f"set server servers/{server} state {state}\n".encode())
-        said = (await reader.read()).decode().strip()
+        error = (await reader.read()).decode().strip()
         writer.close()
-        assert not said, said
+        assert not error, error
 
     def stop(self) -> None:
         """Stop the proxy."""
@@ -108,7 +108,7 @@ async def rolling(repeats: int) -> Seen:
                     await proxy.tell(name, "drain")
                     await asyncio.sleep(GRACE_SECONDS)
                     code = await servers[name].stop()
-                    assert code == 0, f"it ended with {code}"
+                    assert code == 0, f"the server ended with exit code {code}"
                     servers[name] = await _start(servers[name].port)
                     await proxy.tell(name, "ready")
                     await asyncio.sleep(2 * PROBE_SECONDS)

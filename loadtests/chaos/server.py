@@ -28,22 +28,22 @@ STORE = Path("model_store")
 
 
 def inside(group: Path) -> tuple[str, ...]:
-    """Return the words before a command that let it join a control group."""
+    """Return the words to put before a command so that it joins a control group."""
     return "sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a server is started.
+    """The command line and environment of a server.
 
     Attributes:
-        flags: of `budgetformer serve`, besides those that all have.
-        before: words before the command, of a program that starts it.
-        environment: variables besides our own.
-        log: file that its stderr goes to; None: ours.
-        models: that it is to serve.
-        host: address that callers find it at.
-        probes: port of probes and metrics, where that is another one.
+        flags: flags of `budgetformer serve`, in addition to or instead of the common ones.
+        before: words before the command, for a program that starts it.
+        environment: further environment variables.
+        log: file for stderr; None: the stderr of this process.
+        models: models to serve.
+        host: address to listen at, as clients reach it.
+        probes: port of probes and metrics; None: the port of requests.
     """
 
     flags: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Server:
         flags = {
             "host": setup.host, "port": free_port(), "model-store": STORE, "engines": 2,
             "fronts": 2, "admin-key": KEY, "log-level": "error", "hang-seconds": 4,
-            "dtype": "float32",  # the same bits in every batch and engine
+            "dtype": "float32",  # answers then do not depend on the batch
         } | dict(setup.flags)  # fmt: skip
         self.port: int = flags["port"]
         self.url = f"http://{setup.host}:{self.port}"
@@ -83,7 +83,7 @@ class Server:
         self.plain = httpx.AsyncClient(base_url=probes, timeout=10)
 
     async def stop(self) -> int:
-        """End it as a service manager does, and return its exit code."""
+        """Stop the server with SIGTERM, as a service manager does; return its exit code."""
         await self.plain.aclose()
         self.process.terminate()
         try:
@@ -98,26 +98,26 @@ class Server:
         return family(self.process.pid)
 
     def processes(self, kind: str) -> list[psutil.Process]:
-        """Return the processes of a kind, by how their names begin, oldest first."""
-        found = []
+        """Return the processes whose names begin with `kind`, oldest first."""
+        by_age = []
         for process in self.family():
             with contextlib.suppress(psutil.Error):
                 if process.name().startswith(kind):
-                    found.append((process.create_time(), process.pid, process))
-        return [process for *_, process in sorted(found, key=lambda one: one[:2])]
+                    by_age.append((process.create_time(), process.pid, process))
+        return [process for *_, process in sorted(by_age, key=lambda entry: entry[:2])]
 
     def memory(self) -> float:
-        """Return the MiB that all processes hold, pages that they share counted once."""
+        """Return the memory of all processes in MiB, with shared pages counted once."""
         return memory(self.family())
 
     async def whole(self) -> bool:
-        """Say whether every engine and every frontend is there and has every model."""
+        """Return whether all engines and frontends run and every engine has all models."""
         try:
             health = (await self.plain.get("/health")).json()
-            shown = (await self.plain.get("/metrics")).text
+            metrics = (await self.plain.get("/metrics")).text
         except (httpx.HTTPError, ValueError):
             return False
-        fronts = re.search(r"^budgetformer_fronts (\S+)$", shown, re.MULTILINE)
+        fronts = re.search(r"^budgetformer_fronts (\S+)$", metrics, re.MULTILINE)
         alive = sum(engine["alive"] for engine in health["engines"])
         return (
             health["status"] == "ok"
@@ -128,22 +128,28 @@ class Server:
         )
 
     async def until_whole(self) -> float:
-        """Wait until all is there, and return the seconds that it took."""
+        """Wait until `whole`, and return the seconds that it took.
+
+        Raises:
+            RuntimeError: the server ended, or is not whole after `PATIENCE` seconds.
+        """
         started = time.perf_counter()
         while not await self.whole():
-            if time.perf_counter() - started > PATIENCE or self.process.poll() is not None:
-                raise RuntimeError("the server did not come back")
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with exit code {self.process.returncode}")
+            if time.perf_counter() - started > PATIENCE:
+                raise RuntimeError(f"the server did not recover within {PATIENCE:g} s")
             await asyncio.sleep(0.05)
         return time.perf_counter() - started
 
     async def change(self, action: str, model: str) -> httpx.Response:
-        """Load or unload a model, and return what is said of it."""
+        """Load or unload a model, and return the response."""
         return await self.plain.post(f"/models/{model}/{action}", headers=ADMIN, timeout=PATIENCE)
 
 
 @asynccontextmanager
 async def serving(setup: Setup | None = None) -> AsyncIterator[Server]:
-    """Run a server for this block, from when all of it is there."""
+    """Run a server for this block, which begins when all its processes are ready."""
     server = Server(setup or Setup())
     try:
         await server.until_whole()

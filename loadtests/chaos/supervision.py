@@ -1,4 +1,4 @@
-"""What the supervisor depends on: forks, a store elsewhere, scrapers, its own time, its ports."""
+"""Faults of the supervisor's environment: forks, remote store, scrapes, stalls, ports."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from loadtests.servers import free_port
 
 PID_GROUPS = (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup"))
 SHOWN_SECONDS = 3.0
-"""Until `/health` shows a fault."""
+"""Seconds within which `/health` shows a fault."""
 STALL_SECONDS = 15.0
 ERRORS = ("ValueError", "KeyError", "OSError", "SystemExit", "GeneratorExit", "CancelledError", "")
-"""What the driver raises, one after the other; empty: nothing."""
+"""Exceptions that the store's driver raises, one after the other; empty: none."""
 DRIVER = """
 import asyncio, os
 from pathlib import Path
@@ -52,7 +52,7 @@ HOSTILE = (
 
 @contextmanager
 def _pids() -> Iterator[Path]:
-    """Make a control group, of either version, that limits processes and threads."""
+    """Create a control group (version 1 or 2) that can limit processes and threads."""
     root = next(p for p in PID_GROUPS if (p / "cgroup.procs").exists())
     group = root / f"budgetformer-chaos-{os.getpid()}"
     group.mkdir()
@@ -63,7 +63,7 @@ def _pids() -> Iterator[Path]:
 
 
 def no_pids_group() -> str | None:
-    """Say what is lacking to limit processes."""
+    """Return the missing requirement for limiting processes, if any."""
     try:
         with _pids() as group:
             (group / "pids.max").write_text("max")
@@ -73,8 +73,8 @@ def no_pids_group() -> str | None:
 
 
 async def _health(server: Server) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = (await server.plain.get("/health")).json()
-    return found
+    health: dict[str, list[str]] = (await server.plain.get("/health")).json()
+    return health
 
 
 async def fork(repeats: int) -> Seen:
@@ -83,7 +83,7 @@ async def fork(repeats: int) -> Seen:
         async with serving(Setup(before=inside(group))) as server:
 
             async def work(seen: Seen) -> None:
-                await asyncio.sleep(1)  # until what a load leaves to do is done
+                await asyncio.sleep(1)  # until the background work of a load is done
                 for kind in ("engine", "frontend") * max(1, repeats // 10):
                     (group / "pids.max").write_text("1")
                     server.processes(kind)[0].kill()
@@ -98,13 +98,13 @@ async def fork(repeats: int) -> Seen:
 
 
 async def store(repeats: int) -> Seen:
-    """Poll a store elsewhere whose driver raises anything."""
+    """Poll a remote store whose driver raises one exception after another."""
     with tempfile.TemporaryDirectory(prefix="budgetformer-driver-") as name:
         folder = Path(name)
         (folder / "chaos_driver.py").write_text(DRIVER)
         (folder / "sitecustomize.py").write_text(REGISTER)
         wanted = folder / "error"
-        wanted.write_text("ValueError")  # at start already: what is here is served
+        wanted.write_text("ValueError")  # at start already: models of the local store are served
         setup = Setup(
             {"remote-store": "failing://bucket/models", "poll-store-seconds": 0.2},
             environment={"PYTHONPATH": name, "CHAOS_ERROR": str(wanted)},
@@ -127,7 +127,7 @@ async def store(repeats: int) -> Seen:
 
 
 async def scrape(repeats: int) -> Seen:
-    """Scrape with headers that cannot be read, while models are loaded."""
+    """Scrape with invalid Accept headers while models are loaded."""
     async with serving() as server:
 
         async def work(seen: Seen) -> None:
@@ -150,7 +150,7 @@ async def scrape(repeats: int) -> Seen:
 
 
 async def stalled(repeats: int) -> Seen:  # noqa: ARG001
-    """Stop the supervisor, which holds the hub, and let it go on."""
+    """Suspend the supervisor, which contains the hub, and resume it."""
     async with serving() as server:
 
         async def work(seen: Seen) -> None:
@@ -173,13 +173,13 @@ async def stalled(repeats: int) -> Seen:  # noqa: ARG001
 
         seen = await under_load(server, work)
         await asyncio.sleep(1)
-        shown = (await server.plain.get("/metrics")).text
-        name = r'^budgetformer_requests_total{outcome="ok",route="/classify"} (\S+)$'
-        found = re.search(name, shown, re.MULTILINE)
-        counted = int(float(found[1])) if found else 0
-        asked = seen.outcomes["200"] + 1  # one more to learn the right answers
-        seen.notes.append(f"counted {counted:,} of {asked:,} answers")
-        assert counted == asked
+        metrics = (await server.plain.get("/metrics")).text
+        line = r'^budgetformer_requests_total{outcome="ok",route="/classify"} (\S+)$'
+        match = re.search(line, metrics, re.MULTILINE)
+        counted = int(float(match[1])) if match else 0
+        answered = seen.outcomes["200"] + 1  # one more: the request that learned the right answers
+        seen.notes.append(f"counted {counted:,} of {answered:,} answers")
+        assert counted == answered
         return seen
 
 
@@ -198,7 +198,9 @@ async def port(repeats: int) -> Seen:
             )
             (line,) = done.stderr.splitlines()
             assert f":{taken}" in line, line
-            seen.notes.append(f"the other one ended with code {done.returncode} and one line")
+            seen.notes.append(
+                f"the second server ended with exit code {done.returncode} and one line"
+            )
             failed = probed = 0
             for _ in range(max(1, repeats // 10)):
                 server.processes("frontend")[0].kill()

@@ -86,11 +86,13 @@ class Request:
             items.step,
             np.where(unknown, UNPREDICTED, items.predicted) if unknown.any() else items.predicted,
             items.ran,
-            items.heads,
+            items.total_heads,
             items.macs,
             items.dense_macs,
             np.zeros_like(items.step) if items.done.all() else np.where(items.done, 0, items.step),
-            [list(map(list, heads)) for heads in items.chosen] if self.return_heads else None,
+            [list(map(list, heads)) for heads in items.selected_heads]
+            if self.return_heads
+            else None,
             self.errors,
         )
         return Answer(

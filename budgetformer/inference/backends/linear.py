@@ -52,10 +52,10 @@ class Weights:
     """The part of one of a layer's linear maps that some heads need.
 
     Attributes:
-        name: of the map.
+        name: name of the map.
         rows: M rows of the layer's weight, with all columns.
-        bias: [M], if any.
-        columns: indices of the D needed columns; a slice begins at 0.
+        bias: bias [M], if any.
+        columns: indices of the D required columns; a slice begins at 0.
     """
 
     name: MapName
@@ -69,12 +69,11 @@ class Weights:
         return self.rows[:, self.columns]
 
     def places(self, columns: Sequence[int]) -> list[int]:
-        """Return the indices in `weight` of some columns of the layer's map, if present."""
-        here = self.weight.shape[1]
+        """Return the indices in `weight` of those of the layer map's columns that it has."""
         if isinstance(self.columns, slice):
-            return [column for column in columns if column < here]
-        own = self.columns.tolist()
-        return [own.index(column) for column in columns if column in own]
+            return [column for column in columns if column < self.weight.shape[1]]
+        kept = self.columns.tolist()
+        return [kept.index(column) for column in columns if column in kept]
 
 
 PackLinear = Callable[[Weights], Linear]
@@ -86,8 +85,8 @@ class RangeCheck:
     """Count the states that int8 maps read, and those outside their calibrated range.
 
     Attributes:
-        checked: number of states checked, in one of `CHECK_EVERY` calls of each map.
-        clipped: how many of them were clipped to the range.
+        checked: number of checked states, in one of `CHECK_EVERY` calls of each map.
+        clipped: number of checked states that were outside the range, and so clipped.
     """
 
     checked: int = 0
@@ -123,7 +122,7 @@ def padded_rows(rows: int) -> int:
 
     oneDNN compiles a product for every new number of rows, which takes longer than the product.
     """
-    grain = next((g for most, g in ((128, 16), (256, 32), (512, 64)) if rows < most), 128)
+    grain = next((g for limit, g in ((128, 16), (256, 32), (512, 64)) if rows < limit), 128)
     return (rows // grain + 1) * grain
 
 
@@ -158,10 +157,10 @@ def bfloat16_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     Without packing, oneDNN would reorder the weight at every call, which takes as long as the
     product for the few rows of a single text.
     """
-    half, half_bias = weight.bfloat16().contiguous(), None if bias is None else bias.bfloat16()
+    weight, bias = weight.bfloat16().contiguous(), None if bias is None else bias.bfloat16()
     if weight.device.type != "cpu" or not private.multiplies_bfloat16():
-        return Product(half, half_bias)
-    return private.bfloat16_product(half, half_bias, PREPACK_ROWS)
+        return Product(weight, bias)
+    return private.bfloat16_product(weight, bias, PREPACK_ROWS)
 
 
 def int8_linear(
@@ -179,33 +178,33 @@ def int8_linear(
     go far beyond the range, would make the scale coarse and are multiplied in float32 instead.
 
     Args:
-        weight: in any precision.
-        bias: [M], if any.
+        weight: weight in any precision.
+        bias: bias [M], if any.
         reads: calibrated range of the states.
         outliers: indices of the outlier columns.
-        max_weights: largest weight magnitude per output, [M]; None: that of `weight`. Slices of one
-            map use the same, so results do not depend on which slice is used.
+        max_weights: largest weight magnitude per output, [M]; None: that of `weight`. If all slices
+            of a map get the same value, results do not depend on which slice is used.
         check: counts states outside `reads`.
     """
     exact = weight.float()
-    beyond = [(slice(column, column + 1), exact[:, column].clone()) for column in outliers]
-    if beyond:
+    exact_columns = [(slice(column, column + 1), exact[:, column].clone()) for column in outliers]
+    if exact_columns:
         exact = exact.index_fill(1, torch.tensor(outliers), 0.0)
     max_weights = exact.abs().amax(1) if max_weights is None else max_weights
     scales = max_weights.clamp(min=1e-12) / MAX_INT8_WEIGHT
     scale = (reads.high - reads.low) / STATE_LEVELS or 1.0
     zero = round(-reads.low / scale)
-    has = private.has_quantized_tensors()
-    pack = private.fbgemm_product if has else private.onednn_product
+    quantized_tensors = private.has_quantized_tensors()
+    pack = private.fbgemm_product if quantized_tensors else private.onednn_product
     run = pack(exact, scales, None if bias is None else bias.float(), scale, zero)
 
     def with_outliers(states: Tensor) -> Tensor:
         result = run(states)
-        for column, own in beyond:
-            result.addcmul_(states[:, column], own)
+        for column, weights in exact_columns:
+            result.addcmul_(states[:, column], weights)
         return result
 
-    product = with_outliers if beyond else run
+    product = with_outliers if exact_columns else run
     if check is None:
         return product
     low = torch.full((weight.shape[1],), reads.low - scale / 2)
@@ -239,7 +238,7 @@ def linear_packer(
 
     Args:
         precision: one of `PRECISIONS`.
-        ranges: the layer's state ranges, required for int8.
+        ranges: state ranges of the layer, required for int8.
         same_scales: quantize a weight with the same scale in every slice, for batches whose items
             keep different heads: results then do not depend on which slice is used. Scales per
             slice are more exact.
@@ -252,11 +251,11 @@ def linear_packer(
 
     def pack_int8(part: Weights) -> Linear:
         reads = ranges.of(part.name)
-        known = [column for column in reads.outliers if column < part.rows.shape[1]]
+        outliers = [column for column in reads.outliers if column < part.rows.shape[1]]
         max_weights = None
         if same_scales:
-            others = part.rows.float().index_fill(1, torch.tensor(known, dtype=torch.long), 0.0)
+            others = part.rows.float().index_fill(1, torch.tensor(outliers, dtype=torch.long), 0.0)
             max_weights = others.abs().amax(1)
-        return int8_linear(part.weight, part.bias, reads, part.places(known), max_weights, check)
+        return int8_linear(part.weight, part.bias, reads, part.places(outliers), max_weights, check)
 
     return pack_int8

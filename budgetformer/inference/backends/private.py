@@ -55,9 +55,9 @@ def has_quantized_tensors() -> bool:
 
 
 def has_int8_products() -> bool:
-    """Say whether torch was built with the library that the products in int8 run in.
+    """Return whether torch was built with a library for int8 products.
 
-    Builds for ARM have QNNPACK alone, some have none.
+    Builds for ARM have only QNNPACK, which is not enough; some builds have none.
     """
     built = set(torch.backends.quantized.supported_engines)
     return bool(built & ({"x86", "fbgemm"} if has_quantized_tensors() else {"onednn"}))
@@ -69,9 +69,9 @@ def fbgemm_product(
     """Return a map by an int8 weight, which quantizes states to 0..255, in FBGEMM.
 
     Args:
-        weight: [M, D], in float32.
-        scales: scale per row of the weight, [M].
-        bias: [M] in float32, if any.
+        weight: float32 weight [M, D].
+        scales: scale of each row of the weight, [M].
+        bias: float32 bias [M], if any.
         scale, zero: a state x is quantized to x / scale + zero, clipped to 0..255.
     """
     with warnings.catch_warnings():  # about the announced removal of quantized tensors

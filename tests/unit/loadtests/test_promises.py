@@ -28,4 +28,4 @@ def test_the_pass_is_judged_by_its_report() -> None:
     promises = pass_promises({"full": "step 12, float32", "timings": timings})
     assert [p.reached for p in promises] == [[0.2], [0.2], [0.8], [0.8], [0.25], [0.25]]
     assert [p.verdict for p in promises] == ["pass", "pass", "pass", "short", "short", "short"]
-    assert [p.hard for p in promises] == [False, False, False, False, True, True]
+    assert [p.needs_real_texts for p in promises] == [False, False, False, False, True, True]

@@ -126,10 +126,10 @@ def can_attend(config: Architecture) -> bool:
 def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) -> Tensor:
     """Compute `plain.attend`, with one program per head and `ROWS` rows of any items."""
     tokens, width = projected.shape
-    heads, positions, window = weights.heads, weights.positions, weights.spec.window
-    size = width // (3 * heads)
+    num_heads, positions, window = weights.num_heads, weights.positions, weights.spec.window
+    size = width // (3 * num_heads)
     if isinstance(positions, Rotary) and tokens:
-        query, key, value = projected.view(tokens, heads, 3, size).unbind(2)
+        query, key, value = projected.view(tokens, num_heads, 3, size).unbind(2)
         places = offsets.positions[:tokens]
         places = F.pad(places, (0, tokens - len(places)))
         turned = [positions.rotate_at(part, places) for part in (query, key)]
@@ -138,9 +138,9 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) ->
     if isinstance(positions, DistanceBias):
         max_distance = positions.max_distance
         biases = positions.by_distance(max_distance + 1).contiguous()
-    contexts = projected.new_empty(tokens, heads * size)
+    contexts = projected.new_empty(tokens, num_heads * size)
     if offsets.tokens:
-        _attend[(triton.cdiv(offsets.tokens, ROWS), heads)](
+        _attend[(triton.cdiv(offsets.tokens, ROWS), num_heads)](
             projected,
             contexts,
             offsets.positions,
@@ -148,7 +148,7 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) ->
             biases,
             offsets.tokens,
             math.log2(math.e) / math.sqrt(size),
-            heads,
+            num_heads,
             size,
             window or 0,
             max_distance,
@@ -161,7 +161,7 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) ->
     return contexts
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "window", "max_distance"])
+@triton.jit(do_not_specialize=["tokens", "num_heads", "window", "max_distance"])
 def _attend(
     projected,
     contexts,
@@ -170,7 +170,7 @@ def _attend(
     biases,
     tokens,
     scale,
-    heads,
+    num_heads,
     size,
     window,
     max_distance,
@@ -193,7 +193,7 @@ def _attend(
         last = tl.minimum(last, lead + ROWS + window)
     side = tl.arange(0, SIDE)
     inside = (side < size)[None, :]
-    stride = heads * 3 * size
+    stride = num_heads * 3 * size
     own = projected + head * 3 * size + side[None, :]
     place = own + row[:, None].to(tl.int64) * stride
     query = tl.load(place, mask=asked[:, None] & inside, other=0.0)
@@ -225,7 +225,7 @@ def _attend(
         added = tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
         context = context * kept[:, None] + added
         most = higher
-    place = contexts + row[:, None].to(tl.int64) * (heads * size) + head * size + side[None, :]
+    place = contexts + row[:, None].to(tl.int64) * (num_heads * size) + head * size + side[None, :]
     # The total is at least 1 in rows of items, and 0 in padding rows.
     result = (context / tl.maximum(total, 1.0)[:, None]).to(contexts.dtype.element_ty)
     tl.store(place, result, mask=asked[:, None] & inside)

@@ -23,7 +23,7 @@ def bag(ids: Tensor, offsets: BatchOffsets, exit_head: ExitHead) -> Tensor:
     Args:
         ids: token ids [N].
         offsets: the items' offsets.
-        exit_head: has the table.
+        exit_head: step 0, which has the table.
 
     Returns:
         Bags [B, R], the input of `ExitHead.logits`.
@@ -55,7 +55,7 @@ def embed(
         ids, kinds: token and segment ids, [N] each.
         offsets: the items' offsets.
         embeddings: the tables and the norm.
-        dtype: of the result.
+        dtype: type of the result.
 
     Returns:
         States [N, D].
@@ -84,9 +84,9 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) ->
         Contexts [N, k * D/H].
     """
     tokens, width = projected.shape
-    heads, positions, window = weights.heads, weights.positions, weights.spec.window
-    size = width // (3 * heads)
-    per_head = projected.view(1, tokens, heads, 3, size).permute(3, 0, 2, 1, 4)
+    num_heads, positions, window = weights.num_heads, weights.positions, weights.spec.window
+    size = width // (3 * num_heads)
+    per_head = projected.view(1, tokens, num_heads, 3, size).permute(3, 0, 2, 1, 4)
 
     def attend_one(item: Tensor) -> Tensor:
         """Attend within one item: [3, 1, k, T, D/H] to [1, T, k, D/H]."""
@@ -94,12 +94,12 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) ->
         return attend_padded(query, key, value, positions, window).transpose(1, 2)
 
     if offsets.single_item and offsets.tokens == tokens > 0:
-        return attend_one(per_head).reshape(tokens, heads * size)
+        return attend_one(per_head).reshape(tokens, num_heads * size)
     *items, spare = per_head.split([*offsets.lengths, tokens - offsets.tokens], dim=3)
     contexts = [attend_one(item) for item in items if item.shape[3]]
     if spare.shape[3] or not contexts:
         contexts.append(torch.zeros_like(spare[0]).transpose(1, 2))
-    return torch.cat(contexts, dim=1).reshape(tokens, heads * size)
+    return torch.cat(contexts, dim=1).reshape(tokens, num_heads * size)
 
 
 def add(states: Tensor, change: Tensor) -> Tensor:
@@ -136,10 +136,10 @@ def map_norm_map(
     """Add mapped inputs to the states, normalise the sum, and map it.
 
     Args:
-        inputs: [N, K].
+        inputs: inputs of the first map, [N, K].
         first: maps the inputs to [N, D].
-        states: [N, D]; replaced by the normalised sum.
-        layer_norm: the norm of the sum.
+        states: states [N, D]; replaced by the normalised sum.
+        layer_norm: norm of the sum.
         second: maps the normalised sum; None: no map.
 
     Returns:

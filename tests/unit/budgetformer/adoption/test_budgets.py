@@ -92,7 +92,7 @@ class TestMinutes:
         assert all(own > 0 for own in timing.milliseconds.values())
         card = (made.path / "README.md").read_text()
         assert "cost of a million texts" in card
-        assert "those of the full network, right or wrong" in card
+        assert "the share of answers that equal those of the full network" in card
         assert timing.price("fast") == pytest.approx(
             timing.milliseconds["fast"] / 3.6 * timing.threads * timing.core_hour_price
         )

@@ -61,7 +61,7 @@ class TestReport:
         assert [row.way for row in report.lengths] == ["2", "3"]  # more do not fit in a full pass
         text = report_text(report)
         assert "Share of the texts that end at each step" in text
-        assert "What f_o's choice of a step gains" in text
+        assert "Gain from f_o's choice of steps" in text
 
     def test_nothing_beats_the_oracle(self, report: Report) -> None:
         ways = {way.name: way for way in report.ways}

@@ -199,7 +199,7 @@ def test_a_ceiling_holds_where_layers_decide(
         max(plan[layer] for plan in config.ladder[:ceiling])
         for layer in range(config.num_hidden_layers)
     ]
-    for chosen in answered.chosen:
+    for chosen in answered.selected_heads:
         assert all(len(kept) <= k for kept, k in zip(chosen, most, strict=True))
 
 
@@ -208,7 +208,7 @@ def test_an_unsure_answer_is_run_again_and_both_passes_count() -> None:
     once = finish(model, random_items([6]), rule(4))
     twice = finish(model, random_items([6]), rule(4, below=1.0, step=4))
     assert twice.step == [4]
-    assert twice.heads == once.heads + 3 * 4
+    assert twice.total_heads == once.total_heads + 3 * 4
     assert twice.macs > once.macs
 
 
@@ -225,7 +225,7 @@ def test_step_0_answers_on_arrival() -> None:
     items = random_items([6, 3])
     answered = decided(PackedPass(model), items, BudgetRule(num_steps=4, fixed=0))
     assert answered.done.all()
-    assert not answered.heads.any()
+    assert not answered.total_heads.any()
     expected = model(**pad(items), steps=0).logits.detach()
     assert_close(torch.from_numpy(answered.logits), expected)
 
@@ -282,7 +282,7 @@ def test_a_step_that_layers_choose_is_on_the_ladder(
     """With an uneven ladder the heads of a layer are no step's number."""
     ladder = model.config.ladder
     answered = finish(model, items, BudgetRule(num_steps=len(ladder)))
-    for step, chosen in zip(answered.step.tolist(), answered.chosen, strict=True):
+    for step, chosen in zip(answered.step.tolist(), answered.selected_heads, strict=True):
         assert 1 <= step <= len(ladder)
         kept = [len(heads) for heads in chosen]
         covers = [all(a <= b for a, b in zip(kept, plan, strict=True)) for plan in ladder]

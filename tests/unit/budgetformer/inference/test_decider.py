@@ -103,7 +103,7 @@ def test_what_begins_at_a_decided_step_is_answered_as_by_an_engine_that_decides(
         places = np.flatnonzero(~begun.done & (begun.step == step)).tolist()
         cascade.run(network, Batch([Part(begun, places)]))
     assert begun.logits == pytest.approx(whole.logits, abs=1e-5)
-    for name in ("step", "ran", "heads", "dense_macs", "predicted"):
+    for name in ("step", "ran", "total_heads", "dense_macs", "predicted"):
         assert getattr(begun, name).tolist() == getattr(whole, name).tolist(), name
     decisions = [decision_macs(network.sizes, len(item.ids)) for item in items]
     assert (begun.macs + decisions).tolist() == whole.macs.tolist()

@@ -16,7 +16,7 @@ from budgetformer.inference import precision_choice
 from budgetformer.inference import weights as weights_module
 from budgetformer.inference.backends import linear, private
 from budgetformer.inference.backends.linear import PRECISIONS
-from budgetformer.inference.packed import Decision, PackedPass, PackedTokens, PassResult
+from budgetformer.inference.packed import BudgetPrediction, PackedPass, PackedTokens, PassResult
 from budgetformer.inference.precision_choice import MIN_WEIGHTS, choose_precision, load_pass
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from tests.support.networks import (
@@ -49,7 +49,7 @@ def classify(
     items: list[Item],
     steps: list[int] | None = None,
     precision: str = "float32",
-) -> tuple[Decision, PassResult]:
+) -> tuple[BudgetPrediction, PassResult]:
     """Take items through a fresh compact pass: decision, then the encoder."""
     compact = load_pass(network, precision)
     tokens = pack(items)
@@ -110,7 +110,7 @@ def test_equals_the_reference_masked_to_the_heads_it_reports(
 ) -> None:
     steps = draw_budget(data, network, items)
     _, result = classify(network, items, steps)
-    gates = gates_of(result.heads, network.config.num_attention_heads)
+    gates = gates_of(result.selected_heads, network.config.num_attention_heads)
     known = None if steps is None else torch.tensor(steps)
     assert_close(result.logits, reference_logits(network, items, steps=known, gates=gates))
 
@@ -131,8 +131,10 @@ def test_computes_any_head_sets_that_a_ranking_names(
     )
     for item, step in enumerate(steps):
         for layer, kept in enumerate(config.heads_per_layer(step)):
-            assert result.heads[item][layer] == tuple(sorted(ranking[item, layer, :kept].tolist()))
-    gates = gates_of(result.heads, config.num_attention_heads)
+            assert result.selected_heads[item][layer] == tuple(
+                sorted(ranking[item, layer, :kept].tolist())
+            )
+    gates = gates_of(result.selected_heads, config.num_attention_heads)
     known = torch.tensor(steps)
     assert_close(result.logits, reference_logits(network, items, steps=known, gates=gates))
 
@@ -157,7 +159,7 @@ def test_computes_the_number_of_heads_that_the_ladder_plans(
 ) -> None:
     steps = draw_steps(data, network, items)
     _, result = classify(network, items, steps)
-    computed = [[len(kept) for kept in item] for item in result.heads]
+    computed = [[len(kept) for kept in item] for item in result.selected_heads]
     assert computed == [network.config.heads_per_layer(step) for step in steps]
 
 
@@ -167,7 +169,7 @@ def test_ranked_heads_are_the_first_ones(
     network: Network, items: list[Item], data: st.DataObject
 ) -> None:
     _, result = classify(network, items, draw_budget(data, network, items))
-    assert all(kept == tuple(range(len(kept))) for item in result.heads for kept in item)
+    assert all(kept == tuple(range(len(kept))) for item in result.selected_heads for kept in item)
 
 
 @PROPERTY
@@ -194,7 +196,7 @@ def test_arrival_decides_as_the_reference_does(network: Network, items: list[Ite
 def test_nothing_is_decided_on_arrival_where_layers_decide(
     network: Network, items: list[Item]
 ) -> None:
-    assert load_pass(network).decide(pack(items)) == Decision(None, None, None)
+    assert load_pass(network).decide(pack(items)) == BudgetPrediction(None, None, None)
 
 
 @PROPERTY
@@ -206,7 +208,7 @@ def test_an_answer_does_not_depend_on_batch_mates(
     decision, together = classify(network, items, steps)
     for place, item in enumerate(items):
         alone_decision, alone = classify(network, [item], None if steps is None else [steps[place]])
-        assert alone.heads[0] == together.heads[place]
+        assert alone.selected_heads[0] == together.selected_heads[place]
         assert_close(together.logits[place], alone.logits[0])
         if decision.budget is not None and alone_decision.budget is not None:
             assert_close(decision.budget[place], alone_decision.budget[0])
@@ -223,7 +225,7 @@ def test_answers_follow_the_order_of_the_batch(
     _, turned = classify(
         network, [items[i] for i in order], None if steps is None else [steps[i] for i in order]
     )
-    assert turned.heads == [straight.heads[i] for i in order]
+    assert turned.selected_heads == [straight.selected_heads[i] for i in order]
     assert_close(turned.logits, straight.logits[order])
 
 
@@ -266,7 +268,7 @@ def test_executes_exactly_the_multiply_adds_of_the_heads_used(
     expected = sum(
         counted_decision(network, len(item))
         + encoder_macs(config, [len(kept) for kept in heads], len(item))
-        for item, heads in zip(items, result.heads, strict=True)
+        for item, heads in zip(items, result.selected_heads, strict=True)
     )
     assert counter.macs == expected
 
@@ -314,11 +316,11 @@ def test_no_unselected_head_is_multiplied(
     steps = draw_budget(data, network, items)
     _, clean = classify(network, items, steps)
     for layer in range(network.config.num_hidden_layers):
-        used = {head for item in clean.heads for head in item[layer]}
+        used = {head for item in clean.selected_heads for head in item[layer]}
         for head in set(range(network.config.num_attention_heads)) - used:
             poison(network, layer, head)
     _, poisoned = classify(network, items, steps)
-    assert poisoned.heads == clean.heads
+    assert poisoned.selected_heads == clean.selected_heads
     assert poisoned.logits.isfinite().all()
     assert torch.equal(poisoned.logits, clean.logits)
 
@@ -413,7 +415,7 @@ def test_layers_without_heads_pass_the_embeddings_on() -> None:
     embedded = network.encoder.embed(
         torch.tensor([items[0].ids]), torch.tensor([items[0].segments])
     )
-    assert result.heads == [[(), (), ()]]
+    assert result.selected_heads == [[(), (), ()]]
     assert_close(result.logits, network.classifier(embedded.mean(1)).detach())
 
 

@@ -564,7 +564,7 @@ class TestCalibrate:
         assert checkpoint.manifest.frontier[-1].agreement == 1.0
         card = (made / "README.md").read_text()
         assert "Calibrated for agreement" in card
-        assert "answers that are those of the full network" in card
+        assert "answers that equal those of the full network" in card
         labelled = write_jsonl(tmp_path / "test.jsonl", single_label_rows())
         outcome = command("evaluate", "--data", labelled, "--model", made, "--json")
         rows = {row["quality"]: row for row in json.loads(outcome.out)}
