@@ -27,9 +27,9 @@ from service.ipc.engine_client import (
     EngineDownError,
     EngineFailedError,
     Engines,
-    Job,
     ModelKey,
     NotLoadedError,
+    Submission,
     answers_of,
     request_of,
 )
@@ -87,23 +87,25 @@ class PooledEngines(Engines):
             return set(self._wanted)
         return super().models & set(self._wanted)
 
-    async def classify(self, job: Job) -> Answers:
-        """Have a job done; see `Engines.classify`.
+    async def classify(self, submission: Submission) -> Answers:
+        """Classify texts; see `Engines.classify`.
 
-        Whether a replica is there is Ray's to know: what the hub has heard of it may be late.
+        Ray knows which replicas run; what the hub has heard of them may be out of date.
         """
         if not self.clients:
             raise EngineDownError
-        if (job.model, job.version) not in self._wanted:
+        if (submission.model, submission.version) not in self._wanted:
             raise NotLoadedError
-        return await through_pools(self._ask, [one.pool.computes for one in self._pools], job)
+        return await through_pools(
+            self._ask, [one.pool.computes for one in self._pools], submission
+        )
 
-    async def _ask(self, place: int, job: Job) -> Answers:
+    async def _ask(self, place: int, submission: Submission) -> Answers:
         pool = self._pools[place]
-        model = f"{job.model}:{job.version}"
+        model = f"{submission.model}:{submission.version}"
         for attempt in range(1, ATTEMPTS + 1):
-            message = request_of(job)  # each attempt has less time left
-            response = pool.handle.classify.remote(model, len(job.texts), _encode(message))
+            message = request_of(submission)  # each attempt has less time left
+            response = pool.handle.classify.remote(model, len(submission.texts), _encode(message))
             try:
                 async with asyncio.timeout(message.remaining + GRACE_SECONDS):
                     reply = await response

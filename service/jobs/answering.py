@@ -19,9 +19,9 @@ from service.ipc.engine_client import (
     DeadlineError,
     EngineDownError,
     EngineFailedError,
-    Job,
     NotLoadedError,
     RefusedError,
+    Submission,
 )
 from service.ipc.hub_client import HubLink
 from service.job_store import JobDescription
@@ -169,7 +169,7 @@ class ChunkAnswering:
         checkpoint, settings = model.checkpoint, self._settings()
         async with self._room:
             started = time.monotonic()
-            job = Job(
+            submission = Submission(
                 model=checkpoint.name,
                 version=checkpoint.version,
                 texts=Texts.of(tokens),
@@ -178,7 +178,9 @@ class ChunkAnswering:
                 heads=asked.heads,
                 bulk=True,
             )
-            answers = await self._answering.answer(job, model, settings.floor_of(checkpoint.name))
+            answers = await self._answering.answer(
+                submission, model, settings.floor_of(checkpoint.name)
+            )
             seconds = max(time.monotonic() - started, 1e-3)
         fitting = len(tokens) / seconds * QUEUE_SHARE * settings.brownout_queue_ms / 1000
         self.rows = min(max((self.rows + round(fitting)) // 2, MIN_ROWS), MAX_ROWS)
