@@ -55,9 +55,7 @@ class HubReplica:
         if mirror is not None:
             copy_at_start(mirror)
         self._hub = Hub(given, Catalog(given), [])
-        self._switchboard = Switchboard(
-            {"frontend": self._frontend, "engine": self._hub.fleet.meet}
-        )
+        self._switchboard = Switchboard({"frontend": self._frontend, "engine": self._hub.fleet.add})
         self._background = Background()
         report = self._hub.report_problem
         self._background.start(run_forever("hub", self._hub.serve, report))
@@ -93,4 +91,4 @@ class HubReplica:
         return msgspec.msgpack.encode(FleetSeen(engines, list(self._hub.fleet.wanted)))
 
     async def _frontend(self, streams: Streams) -> None:
-        await attend(streams, self._hub.came, "hub")
+        await attend(streams, self._hub.serve_frontend, "hub")
