@@ -140,7 +140,7 @@ class EngineReplica:
     async def _follow(self, caller: Caller) -> None:
         while True:
             with contextlib.suppress(ConnectionError):
-                await attend(await caller(), self._server.came, "hub")
+                await attend(await caller(), self._server.serve_connection, "hub")
             await asyncio.sleep(RECONNECT_SECONDS)
 
     # Models: the hub says what to load; where not all have room, what is asked for is loaded then

@@ -1,4 +1,4 @@
-"""What engines are forked from, and then each of them: `python -m service.engine RUN_DIR`."""
+"""The fork server, which forks the engines: `python -m service.engine RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ async def _main(run_dir: Path, index: int, settings: Settings) -> None:
 
 
 def _device(settings: Settings, index: int) -> str:
-    """Return an engine's device: GPUs are dealt out in turn."""
+    """Return the device of an engine; engines take GPUs in turn."""
     gpus = torch.cuda.device_count() if settings.device == "cuda" else 0
     return f"cuda:{index % gpus}" if gpus > 1 else settings.device
 
 
 def main() -> None:
-    """Fork engines, and run them."""
+    """Run the fork server, and an engine in each process that it forks."""
     run_dir = Path(sys.argv[1])
     settings = receive_settings()
     keep_what_is_here()

@@ -88,10 +88,10 @@ class SimDevice:
         for request in came:
             self._go_on(request, range(len(request.items)))
 
-    def _go_on(self, request: SimRequest, places: Iterable[int]) -> None:
+    def _go_on(self, request: SimRequest, indices: Iterable[int]) -> None:
         """Let items wait for their next step, in this order; those without one are answered."""
         items, going_on = request.items, []
-        for place in places:
+        for place in indices:
             if items[place].steps:
                 going_on.append(place)
             else:
@@ -106,14 +106,14 @@ class SimDevice:
     def _compute(self, batch: list[Span[SimRequest]]) -> None:
         by_step: dict[int, list[SimItem]] = {}
         for span in batch:
-            for item in [span.owner.items[place] for place in span.places]:
+            for item in [span.owner.items[place] for place in span.indices]:
                 by_step.setdefault(item.steps[0], []).append(item)
         for step, items in by_step.items():
             self._spend(self.table.batch(step, sum(item.tokens for item in items), len(items)))
             for item in items:
                 item.steps = item.steps[1:]
         for span in batch:
-            self._go_on(span.owner, span.places)
+            self._go_on(span.owner, span.indices)
 
     def _spend(self, seconds: float) -> None:
         self.now += seconds

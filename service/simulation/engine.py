@@ -104,7 +104,7 @@ class SimEngine:
     ) -> None:
         self.model = model
         self.prices = Prices()
-        self.prices.know(_MODEL, model.table)
+        self.prices.set_table(_MODEL, model.table)
         self.drain = Drain()
         seconds = settings.brownout_queue_ms / 1000
         self.brownout = BrownOut(
@@ -188,7 +188,7 @@ class SimEngine:
             request = span.owner
             outlook = self.model.outlooks[request.level]
             going_on = []
-            for place in span.places:
+            for place in span.indices:
                 text = request.texts[place]
                 step = text.step_after(self.step, request.level)
                 if step is None:
@@ -212,7 +212,7 @@ class SimEngine:
             [
                 span.owner.texts[place].step_after(step, span.owner.level) is None
                 for span in batch
-                for place in span.places
+                for place in span.indices
             ]
         )
         cost = self._cost
@@ -226,12 +226,12 @@ class SimEngine:
         """Let texts of a request wait, given as place, step and price."""
         by_step: dict[int, tuple[list[int], list[float]]] = {}
         for place, step, price in items:
-            places, prices = by_step.setdefault(step, ([], []))
-            places.append(place)
+            indices, prices = by_step.setdefault(step, ([], []))
+            indices.append(place)
             prices.append(price)
-        for step, (places, prices) in by_step.items():
+        for step, (indices, prices) in by_step.items():
             span = Span(
-                request, places, prices, step, request.arrived, request.deadline, request.lane
+                request, indices, prices, step, request.arrived, request.deadline, request.lane
             )
             request.waiting.add(span)
             self.buckets.add(span)
@@ -256,5 +256,5 @@ class SimEngine:
 
 def _size(batch: Sequence[Span[SimRequest]]) -> tuple[int, int]:
     """Return a batch's tokens and texts."""
-    tokens = [span.owner.texts[place].tokens for span in batch for place in span.places]
+    tokens = [span.owner.texts[place].tokens for span in batch for place in span.indices]
     return sum(tokens), len(tokens)
