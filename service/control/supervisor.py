@@ -35,15 +35,15 @@ from service.control.job_watch import JobWatch
 from service.control.mirror import copy_at_start, mirror_of
 from service.control.poll import StorePoll
 from service.control.reload import Reload
-from service.environment import is_ours
+from service.environment import has_prefix
 from service.ipc.engine_client import EngineClient
 from service.key_usage import make_usage_file
 from service.process import (
     bind,
     child_command,
     engine_socket,
+    freeze_garbage_collector,
     hub_socket,
-    keep_what_is_here,
     on_silence,
     reserve,
     run_folder,
@@ -393,10 +393,10 @@ def supervise(settings: Settings, given: Settings, read: Callable[[], Settings])
                 f"{run_dir.parent}: too long for sockets, let TMPDIR name a shorter folder"
             )
         # Children read their settings from stdin; the environment must not change them.
-        for name in list(filter(is_ours, os.environ)):
+        for name in list(filter(has_prefix, os.environ)):
             del os.environ[name]
         log.info("starting", url=_url(resolved), engines=engines, device=device)
-        keep_what_is_here()
+        freeze_garbage_collector()
         reading = (given, read)
         uvloop.run(_supervise(resolved, catalog, [listener, *side], run_dir, reading, started))
 

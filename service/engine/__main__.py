@@ -19,7 +19,7 @@ from service.engine.server import EngineServer, core_of
 from service.process import (
     engine_socket,
     exit_with_parent,
-    keep_what_is_here,
+    freeze_garbage_collector,
     name_process,
     receive_settings,
 )
@@ -54,7 +54,7 @@ def main() -> None:
     """Run the fork server, and an engine in each process that it forks."""
     run_dir = Path(sys.argv[1])
     settings = receive_settings()
-    keep_what_is_here()
+    freeze_garbage_collector()
     name_process("fork-server")
     index = fork_on_demand()
     if index is None:

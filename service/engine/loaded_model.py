@@ -22,7 +22,7 @@ from budgetformer.inference.policy import BudgetRule
 from budgetformer.inference.precision import Precision
 from service.engine.device import use_device
 from service.ipc.engine_messages import ModelInfo
-from service.process import large_blocks_apart
+from service.process import mmap_large_blocks
 from service.scheduling.price import Outlook
 
 log = structlog.get_logger()
@@ -104,7 +104,7 @@ def load_model(
     started = time.monotonic()
     use_device(device)
     checkpoint = read_checkpoint(path)
-    with large_blocks_apart():
+    with mmap_large_blocks():
         network = _load(checkpoint, device, precision, shared)
         if shared is not None:
             _share(checkpoint, network, shared)
