@@ -146,7 +146,7 @@ class Deployment:
     def announce(self, checkpoint: Checkpoint) -> None:
         """Create the metrics of a version that is now served, so that they begin at 0."""
         self._retired.pop((checkpoint.name, checkpoint.version), None)
-        self._metrics.know_model(checkpoint.name, str(checkpoint.version), checkpoint.budgets)
+        self._metrics.register_model(checkpoint.name, str(checkpoint.version), checkpoint.budgets)
         self._show_quality(checkpoint.name)
         self._watch.show_models()
 
@@ -178,7 +178,7 @@ class Deployment:
             self._metrics.forget_model(name, str(version))
             if name not in self._catalog.served and name not in {n for n, _ in self._retired}:
                 self._watch.forget_model(name)
-                self._metrics.forget_name(name)
+                self._metrics.forget_model_name(name)
 
     async def _free(self, checkpoint: Checkpoint, generation: int) -> None:
         """Have the engines free a version once no frontend has a request for it."""

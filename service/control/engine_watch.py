@@ -123,7 +123,7 @@ class EngineWatch:
     def _sum_queues(self) -> None:
         metrics, beats = self._metrics, self._beats.values()
         named = {name for beat in beats for name in beat.queue_items}
-        self._names |= {n for n in named if n in self._catalog.served or metrics.knows(n)}
+        self._names |= {n for n in named if n in self._catalog.served or metrics.has_model(n)}
         for model in self._names:
             metrics.queue_items.labels(model).set(sum(b.queue_items.get(model, 0) for b in beats))
             metrics.queue_cost.labels(model).set(sum(b.queue_seconds.get(model, 0) for b in beats))

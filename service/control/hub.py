@@ -57,7 +57,7 @@ from service.scheduling.brownout import kept_above
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.processes import Family, only_this_process
-from service.telemetry.recent_traffic import Recent
+from service.telemetry.recent_traffic import RecentTraffic
 
 log = structlog.get_logger()
 
@@ -111,9 +111,9 @@ class Hub:
         self.ready = asyncio.Event()
         self.reload: Callable[[], Awaitable[SettingsReloaded]] | None = None
         self.metrics = Metrics(family)
-        self.metrics.know_engines(len(sockets))
+        self.metrics.register_engines(len(sockets))
         self.catalog = catalog
-        self.recent = Recent(self.metrics)
+        self.recent = RecentTraffic(self.metrics)
         self.watch = EngineWatch(self.metrics, self.catalog, self._level_shown)
         self.fleet = Fleet(sockets, self.watch, self._tell_all, settings.load_timeout_seconds)
         self.frontends = Frontends()
@@ -291,8 +291,8 @@ class Hub:
                 frontend.serves = bool(message.routes)
                 self._measure_frontends()
                 if frontend.serves:
-                    self.metrics.know_routes(message.routes)
-                    self.metrics.know_keys(message.keys)
+                    self.metrics.register_routes(message.routes)
+                    self.metrics.register_keys(message.keys)
                 frontend.say(self._alive())
             case Trouble():
                 self.report_problem(message.source, message.reason)

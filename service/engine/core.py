@@ -63,7 +63,7 @@ from service.scheduling.heap import Heap
 from service.scheduling.price import Outlook, Prices
 from service.scheduling.totals import TotalSeconds
 from service.telemetry.context import RequestContext
-from service.telemetry.pass_spans import PassRun, PassSpans, Rider, Stage
+from service.telemetry.pass_spans import PassItem, PassRun, PassSpans, Stage
 
 log = structlog.get_logger()
 
@@ -513,8 +513,8 @@ class EngineCore:
             stage: Stage = "budget" if decides else "compute"
             name = f"{model.key[0]}:{model.key[1]}"
             tokens = _tokens(spans, decision=decides)
-            riders = _riders(spans)
-            self.spans.ran(PassRun(stage, name, step, tokens, riders, started, ended))
+            items = _pass_items(spans)
+            self.spans.ran(PassRun(stage, name, step, tokens, items, started, ended))
             for span in spans:
                 for index in span.indices:
                     span.owner.waits_since[index] = ended
@@ -661,9 +661,11 @@ def _tokens(spans: Sequence[Span[Request]], decision: bool = False) -> int:
     return total
 
 
-def _riders(spans: Sequence[Span[Request]]) -> list[Rider]:
+def _pass_items(spans: Sequence[Span[Request]]) -> list[PassItem]:
     return [
-        Rider(span.owner.context, span.owner.waits_since[index], int(span.owner.items.step[index]))
+        PassItem(
+            span.owner.context, span.owner.waits_since[index], int(span.owner.items.step[index])
+        )
         for span in spans
         for index in span.indices
     ]
