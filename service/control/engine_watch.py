@@ -99,8 +99,8 @@ class EngineWatch:
             self._metrics.model_info.labels(*info).set(1)
         for info in self._shown - described:
             self._metrics.model_info.remove(*info)
-        gone = {info[:2] for info in self._shown} - {info[:2] for info in described}
-        for name, version in gone:
+        removed = {info[:2] for info in self._shown} - {info[:2] for info in described}
+        for name, version in removed:
             self._metrics.model_load.remove(name, version)
             self._metrics.model_memory.remove(name, version)
         self._shown = described

@@ -190,8 +190,8 @@ class ChunkAnswering:
         checkpoint, counts = model.checkpoint, self._hub.counts
         if answers.errors:
             counts.items_failed(checkpoint.name, checkpoint.version, len(answers.errors))
-        lengths = np.array([len(one) for one in tokens.values()], np.int32)
-        truncated = sum(one.truncated for one in tokens.values())
+        lengths = np.array([len(text) for text in tokens.values()], np.int32)
+        truncated = sum(text.truncated for text in tokens.values())
         count_answers(counts, checkpoint, answers, lengths, truncated, heads=job.heads)
 
 
