@@ -628,7 +628,7 @@ def gpu_count() -> int:
 
 def _check_quality(value: str | float | None) -> str | float | None:
     if isinstance(value, float) and not 0 <= value <= 100:
-        raise ValueError("quality as a number must be an accuracy drop of 0 to 100 points")
+        raise ValueError("quality as a number is an accuracy drop, 0..100 percentage points")
     return value
 
 

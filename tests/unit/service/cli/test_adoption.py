@@ -82,7 +82,7 @@ class TestAdd:
         outcome = command(
             *("models", "add", source, "--name", "x", "--model-store", tmp_path / "store")
         )
-        assert "this is a checkpoint" in outcome.err
+        assert "the source is a checkpoint" in outcome.err
         assert outcome.code == 2
 
 
@@ -132,8 +132,8 @@ class TestImport:
     @pytest.mark.parametrize(
         ("more", "message"),
         [
-            ((), "give --data (labelled texts) or --texts"),
-            (("--texts", "a.jsonl", "--data", "b.jsonl"), "give --data (labelled texts) or"),
+            ((), "give either --data (labelled texts) or --texts"),
+            (("--texts", "a.jsonl", "--data", "b.jsonl"), "give either --data (labelled texts) or"),
             (("--texts", "a.jsonl", "--baseline", "dense"), "--baseline is for --data"),
             (("--texts", "a.jsonl", "--effort", "days"), "'days' is not one of"),
         ],
