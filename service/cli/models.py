@@ -131,9 +131,7 @@ def add_model(
         _show_added(add_classifier(folder, model_store, note, name, version, texts), as_json)
         return
     if name is not None or texts is not None:
-        raise typer.BadParameter(
-            "--name and --texts apply to classifiers only; the source is a checkpoint"
-        )
+        raise typer.BadParameter("--name and --texts are for classifiers; this is a checkpoint")
     columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("fetching", total=None)

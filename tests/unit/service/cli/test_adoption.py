@@ -82,7 +82,7 @@ class TestAdd:
         outcome = command(
             *("models", "add", source, "--name", "x", "--model-store", tmp_path / "store")
         )
-        assert "the source is a checkpoint" in outcome.err
+        assert "this is a checkpoint" in outcome.err
         assert outcome.code == 2
 
 
