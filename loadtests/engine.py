@@ -24,7 +24,7 @@ from rich.table import Table
 from budgetformer.inference.packed import PackedTokens, PassResult
 from budgetformer.inference.texts import Texts, TokenColumns
 from service.engine.core import EngineCore, EngineOptions
-from service.ipc.engine_client import Job, request_of
+from service.ipc.engine_client import Submission, request_of
 from service.ipc.engine_messages import TO_ENGINE, Answer, Load, ToEngine, ToFrontend
 from service.pipeline.served_models import open_model
 
@@ -96,7 +96,7 @@ async def measure(path: Path, texts: int, size: int) -> float:
     rule = served.checkpoint.rule("balanced")
     decided = served.decider.decide(window, rule)
     decided.steps[decided.steps == 0] = rule.path(0.5)[-1]  # step 0 needs no engine
-    job = Job(
+    submission = Submission(
         served.checkpoint.name,
         served.checkpoint.version,
         Texts(window, window),
@@ -111,7 +111,7 @@ async def measure(path: Path, texts: int, size: int) -> float:
             request = msgspec.structs.replace(message, id=number)
             assert isinstance(await ask(number, request), Answer)
 
-    message, encode_seconds = request_of(job), 0.0
+    message, encode_seconds = request_of(submission), 0.0
     started = time.process_time()
     async with asyncio.TaskGroup() as tasks:
         work = tasks.create_task(core.run())

@@ -27,8 +27,8 @@ from service.telemetry.context import RequestContext, serving
 from service.telemetry.counts import Counts
 from service.telemetry.metrics import Metrics
 from service.telemetry.otel import Tracing
-from service.telemetry.pass_spans import PassRun, Rider
-from service.telemetry.recent_traffic import Recent
+from service.telemetry.pass_spans import PassItem, PassRun
+from service.telemetry.recent_traffic import RecentTraffic
 
 REPEATS, CALLS = 15, 2000
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -60,9 +60,9 @@ def microseconds(call: Callable[[], object], calls: int = CALLS) -> float:
 
 def metrics_of_two_models() -> Metrics:
     metrics = Metrics()
-    metrics.know_routes(["/classify"])
+    metrics.register_routes(["/classify"])
     for model in ("ag_news", "banking77"):
-        metrics.know_model(model, "1", range(13))
+        metrics.register_model(model, "1", range(13))
     return metrics
 
 
@@ -137,7 +137,7 @@ def costs() -> dict[str, float]:
     engine = Tracing(DroppingExporter(), "engine-0", follow=True)
     spans = engine.pass_spans()
     now = time.monotonic()
-    rider = Rider(RequestContext("r", TRACEPARENT), now, 2)
+    rider = PassItem(RequestContext("r", TRACEPARENT), now, 2)
     decided, computed = (
         PassRun(stage, "ag_news:1", 2, 41, [rider], now, now) for stage in ("budget", "compute")
     )
@@ -146,7 +146,7 @@ def costs() -> dict[str, float]:
     bare, traced = app(None), app(frontend)
     observed = Observe(app(None), counts, log_share=0.01)
     logged = Observe(app(None), counts, log_share=1.0)
-    recent = Recent(metrics)
+    recent = RecentTraffic(metrics)
     floor = microseconds(http(bare))
     return {
         "metrics of a request": microseconds(lambda: count(counts)),

@@ -1,4 +1,1 @@
-"""The BudgetFormer server.
-
-HTTP in frontend, engines that own a device behind, a supervisor over both.
-"""
+"""The BudgetFormer server: frontends that serve HTTP, engines that compute, and a supervisor."""

@@ -1,4 +1,4 @@
-"""Tasks and threads that run beside everything else, and what becomes of their errors."""
+"""Background tasks and threads, and the handling of their errors."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ log = structlog.get_logger()
 FIRST_BACKOFF = 0.1
 LONGEST_BACKOFF = 5.0
 RECOVERED_SECONDS = 30.0
-"""A task that has run for so long since its last error counts as recovered."""
+"""Time without an error after which a task counts as recovered."""
 
 _T = TypeVar("_T")
 Report = Callable[[str, str | None], None]
-"""Is told the name of a task and why it fails, or None when it has recovered."""
+"""Called with the name of a task and why it fails, or with None when it has recovered."""
 
 
 class Background:
-    """Hold tasks that nobody awaits: the event loop itself would let them be collected."""
+    """Tasks that are not awaited. They are referenced here, since the event loop does not do it."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run `work` until it ends, and log the error that ends it."""
+        """Run `work` as a task, and log the error that ends it, if any."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
 
     async def stop(self) -> None:
-        """Cancel what still runs, and wait for it."""
+        """Cancel all tasks, and wait for their end."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -61,7 +61,7 @@ def describe(error: BaseException) -> str:
 def is_cancelled() -> bool:
     """Return whether the current task is being cancelled.
 
-    False for a `CancelledError` that came out of a library, which is an error like any other.
+    False if a library raised `CancelledError` for another reason; it is then an ordinary error.
     """
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
@@ -70,14 +70,14 @@ def is_cancelled() -> bool:
 async def run_forever(
     name: str, work: Callable[[], Awaitable[None]], report: Report = lambda *_: None
 ) -> None:
-    """Run a task until it returns or is cancelled; an error starts it again, with backoff.
+    """Run a task until it returns or is cancelled; restart it after errors, with backoff.
 
-    No error leaves this function, so a task group that runs it goes on.
+    No error leaves this function, so it does not end a task group.
 
     Args:
-        name: of the task, for the log and `report`.
+        name: name of the task, for the log and `report`.
         work: starts the task.
-        report: is told of errors and of recovery.
+        report: called with errors, and with None after recovery.
     """
     loop, backoff = asyncio.get_running_loop(), FIRST_BACKOFF
     while True:
@@ -88,7 +88,7 @@ async def run_forever(
             return
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # third-party code raises anything, CancelledError too
+        except BaseException as error:  # libraries may raise anything, even CancelledError
             if isinstance(error, CancelledError) and is_cancelled():
                 raise
             if loop.time() - started > RECOVERED_SECONDS:
@@ -102,15 +102,15 @@ async def run_forever(
 
 
 class StillRunningError(Exception):
-    """The same work was given up earlier, and its thread has not ended yet."""
+    """Earlier work with the same key was abandoned, and its thread has not ended yet."""
 
 
 class DetachedThreads:
-    """Run blocking work in threads that can be given up.
+    """Run blocking work in threads that can be abandoned.
 
-    A thread cannot be stopped: given up, it goes on, and its result is discarded. There is one
-    thread for each key at most, so work that hangs and is retried does not pile up. The threads
-    are daemons: they do not delay the end of the process.
+    A thread cannot be stopped. An abandoned one goes on, and its result is discarded. There is at
+    most one thread for each key, so retries of work that hangs do not pile up. The threads are
+    daemons: they do not delay the end of the process.
     """
 
     def __init__(self) -> None:
@@ -123,43 +123,43 @@ class DetachedThreads:
         timeout: float | None = None,
         discard: Callable[[_T], None] = lambda _: None,
     ) -> _T:
-        """Return what `work` returns.
+        """Run `work` in a thread, and return its result.
 
         Args:
-            key: of the work.
-            work: runs in the thread; it may raise anything.
-            timeout: seconds after which it is given up.
-            discard: is given a result that comes too late.
+            key: name of the work.
+            work: runs in the thread; its errors are raised here.
+            timeout: seconds after which it is abandoned.
+            discard: called with a result that comes too late.
 
         Raises:
-            StillRunningError: work with this key was given up and has not ended.
-            TimeoutError: it is given up.
+            StillRunningError: abandoned work with this key has not ended.
+            TimeoutError: the work was abandoned.
         """
         if key in self._running:
             raise StillRunningError
         loop = asyncio.get_running_loop()
         future: Future[_T] = loop.create_future()
 
-        def tell(result: Any, error: BaseException | None) -> None:
+        def deliver(result: Any, error: BaseException | None) -> None:
             self._running.discard(key)
-            if future.done():  # given up
+            if future.done():  # abandoned
                 if error is None:
                     discard(result)
             elif error is None:
                 future.set_result(result)
             elif isinstance(error, Exception) and not isinstance(error, StopIteration):
                 future.set_exception(error)
-            else:  # a future takes no StopIteration, and SystemExit would end the event loop
+            else:  # futures reject StopIteration, and SystemExit would end the event loop
                 future.set_exception(RuntimeError(describe(error)))
 
         def run() -> None:
             result, error = None, None
             try:
                 result = work()
-            except BaseException as raised:  # whatever it is, the waiting task must hear of it
+            except BaseException as raised:  # any error must reach the waiting task
                 error = raised
-            with suppress(RuntimeError):  # the loop is closed: the process ends
-                loop.call_soon_threadsafe(tell, result, error)
+            with suppress(RuntimeError):  # the loop is closed, since the process ends
+                loop.call_soon_threadsafe(deliver, result, error)
 
         threading.Thread(target=run, daemon=True, name="detached").start()
         self._running.add(key)

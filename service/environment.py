@@ -1,4 +1,7 @@
-"""Environment variables that begin like settings: which of them are, and which others set."""
+"""Tell settings from other environment variables with the same prefix.
+
+Kubernetes and Docker set such variables for a service whose name begins with `budgetformer`.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,20 @@ _FORMS = (
     (re.compile(r"(.*_)?PORT_\d+_(TCP|UDP|SCTP)_PORT(_START|_END)?"), _NUMBER),
     (re.compile(r"(.*_)?PORT_\d+_(TCP|UDP|SCTP)_ADDR"), _ADDRESS),
 )
-"""What Kubernetes and Docker's links set for each port of another service: names and values."""
+"""Names and values of the variables that Kubernetes and Docker links set for each port of another
+service."""
 _LINK_NAME = re.compile(r"(.*_)?NAME")
 
 
 def service_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return the variables that Kubernetes or Docker has set for a service whose name is ours.
+    """Return the variables that Kubernetes or Docker has set for a service with our name.
 
-    For a service called `budgetformer`, or `budgetformer-anything`, both describe its ports to
-    other containers in variables that begin as our settings do. `BUDGETFORMER_PORT` is a setting
-    unless it holds a URL, and so is `BUDGETFORMER_METRICS_PORT`.
+    For a service named `budgetformer` or `budgetformer-...`, both describe its ports to other
+    containers in variables with the prefix of our settings. `BUDGETFORMER_PORT` and
+    `BUDGETFORMER_METRICS_PORT` are settings unless they hold a URL.
     """
-    ours = {name: name.upper().removeprefix(PREFIX) for name in environment if is_ours(name)}
-    # Docker also copies the environment of the linked container, as NAME_ENV_VARIABLE.
+    ours = {name: name.upper().removeprefix(PREFIX) for name in environment if has_prefix(name)}
+    # Docker also copies the environment of a linked container, as NAME_ENV_VARIABLE.
     linked = tuple(
         f"{short.removesuffix('NAME')}ENV_"
         for name, short in ours.items()
@@ -48,6 +52,6 @@ def service_variables(environment: Mapping[str, str]) -> list[str]:
     )
 
 
-def is_ours(name: str) -> bool:
-    """Say whether a variable's name begins as those of settings do."""
+def has_prefix(name: str) -> bool:
+    """Return whether a variable's name begins with the prefix of settings."""
     return name.upper().startswith(PREFIX)

@@ -38,8 +38,8 @@ from service.process import (
     collect_seldom,
     engine_socket,
     exit_with_parent,
+    freeze_garbage_collector,
     hub_socket,
-    keep_what_is_here,
     name_process,
     receive_settings,
 )
@@ -202,7 +202,7 @@ def main() -> None:
     ]  # fmt: skip
     if grpc is not None:
         app.state.shared.on_settings.append(grpc.renew_certificates)
-    keep_what_is_here()
+    freeze_garbage_collector()
     collect_seldom()
     server.run(sockets=[])  # the acceptors' connections are all that there are
 

@@ -1,7 +1,7 @@
-"""The container's health check: `python -P -m service.healthcheck` ends with 0 if it can classify.
+"""The container's health check: `python -P -m service.healthcheck` exits with 0 if it can classify.
 
-It asks the server of the same container directly: unlike urllib and wget, `http.client` knows no
-proxy variables. It imports little, as it runs every few seconds.
+It asks the server in the same container directly: unlike urllib and wget, `http.client` ignores
+proxy variables. It imports little, since it runs every few seconds.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Mapping
 SECONDS = 4.0
 DEFAULT_PORT = 8000
 ANY = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Where to ask a server that listens on every address."""
+"""Address to connect to if the server listens on every address."""
 
 
 def check(environment: Mapping[str, str]) -> str | None:
-    """Return why the server that has these variables cannot classify now; None: it can."""
+    """Return why the server with these variables cannot classify now; None: it can."""
 
     def setting(name: str) -> str:
         return environment.get(f"BUDGETFORMER_{name}", "")
@@ -28,7 +28,7 @@ def check(environment: Mapping[str, str]) -> str | None:
     host, port = ANY.get(setting("HOST"), setting("HOST")), (ports or [DEFAULT_PORT])[0]
     connection: http.client.HTTPConnection
     if setting("TLS_CERT") and not setting("METRICS_PORT").isdecimal():
-        # The certificate is for the name that callers use, and this is the same host.
+        # The certificate is for the name that callers use; the connection stays on this host.
         unverified = ssl.create_default_context()
         unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
         connection = http.client.HTTPSConnection(host, port, timeout=SECONDS, context=unverified)
@@ -36,9 +36,9 @@ def check(environment: Mapping[str, str]) -> str | None:
         connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
     try:
         connection.request("GET", "/health/ready")
-        answer = connection.getresponse()
-        said = answer.read(1000).decode("utf-8", "replace")
-        return None if answer.status == http.client.OK else f"{answer.status} {said}"
+        response = connection.getresponse()
+        body = response.read(1000).decode("utf-8", "replace")
+        return None if response.status == http.client.OK else f"{response.status} {body}"
     except (OSError, http.client.HTTPException) as error:
         return f"{host}:{port}: {error}"
     finally:

@@ -1,12 +1,12 @@
-"""Jobs as files: `state_dir`/jobs/<id>/ holds everything of one job, and there is nothing else.
+"""Jobs as files: the folder `state_dir`/jobs/<id>/ holds everything about one job.
 
-    job.json          what was asked for; written once, before the job appears
-    input.<kind>      the rows; where they come from a URL, once they are fetched
-    result.<kind>     the answers, once all of them are there; before, `result.<kind>.part`
-    progress.json     how far the job is; the process that runs it replaces it
+    job.json          description of the job; written once, before the job appears
+    input.<kind>      the rows; if they come from a URL, only once they are fetched
+    result.<kind>     the answers, once they are complete; before that, `result.<kind>.part`
+    progress.json     progress of the job; replaced by the process that runs jobs
 
-Frontends add and remove folders, and each folder appears and goes as a whole. A folder whose name
-begins with a dot is arriving or leaving.
+Frontends add and remove folders; each folder appears and disappears as a whole. A folder whose name
+begins with a dot is being uploaded or removed.
 """
 
 from __future__ import annotations
@@ -32,28 +32,30 @@ from service.state_files import replace_file
 Kind = Literal["csv", "jsonl", "parquet"]
 Status = Literal["queued", "running", "finished", "failed", "cancelled"]
 STORED: tuple[Status, ...] = get_args(Status)[:-1]
-"""What a stored job can be: one that is cancelled is removed."""
+"""Statuses of stored jobs; a cancelled job is removed."""
 STALE_SECONDS = 60.0
-"""A folder that is arriving and held by nobody is left alone for so long after its last change."""
+"""Time after its last change for which an unlocked upload or removal is kept."""
 _ID = re.compile(r"[0-9a-f]{32}")
 _LOCK = ".lock"
 
 
 class StoreFullError(BudgetFormerError):
-    """There are as many jobs, or bytes of jobs, as there may be."""
+    """The limit of jobs, or of the bytes of their files, is reached."""
 
 
 class JobDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for.
+    """Description of a job, as its caller requested it.
 
     Attributes:
         id: 32 hexadecimal digits.
-        owner: name of the key that asked.
-        created: seconds since 1970.
-        model: `name:version`.
-        quality: level or points given up; None: the model has no levels.
-        heads: heads per layer, in place of f_o.
-        kind, result_kind: of the input and of the result.
+        owner: name of the caller's key.
+        created: time of the request, in seconds since 1970.
+        model: model version, as `name:version`.
+        quality: quality level or accepted accuracy drop (percentage points); None: the model has no
+            levels.
+        heads: heads per layer, instead of the decision of f_o.
+        kind: file type of the input.
+        result_kind: file type of the result.
         source: URL of the input; None: it was uploaded.
     """
 
@@ -69,21 +71,22 @@ class JobDescription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JobProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a job is.
+    """Progress of a job.
 
     Attributes:
-        status: of the job.
+        status: status of the job.
         started, ended: seconds since 1970.
-        rows, failed_rows: that are answered, and those of them that failed alone.
+        rows: number of answered rows.
+        failed_rows: number of answered rows that failed individually.
         read_share: share of the input that was read, 0..1.
-        rows_per_second: since the job was begun or resumed.
-        seconds_left: at this rate; None: it is not known.
-        labels: rows by label.
-        mean_heads: heads computed for a row, summed over layers.
-        macs_share: multiply-adds spent, as a share of the dense network's.
-        waiting_for: what keeps the job from going on.
-        error: why it failed.
-        starts: how often it was begun since a row was answered.
+        rows_per_second: answered rows per second since the job was started or resumed.
+        seconds_left: expected time to the end; None: unknown.
+        labels: number of rows by label.
+        mean_heads: mean number of heads computed for a row, summed over layers.
+        macs_share: computed multiply-adds as a share of the dense network's.
+        waiting_for: reason why the job does not proceed at present; None: it proceeds.
+        error: reason why the job failed.
+        starts: number of starts since the last answered row.
     """
 
     status: Status = "queued"
@@ -103,7 +106,7 @@ class JobProgress(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unfinished(self) -> bool:
-        """Whether there is something left to do."""
+        """Whether the job has not ended."""
         return self.status in ("queued", "running")
 
 
@@ -116,21 +119,21 @@ class StoredJob:
 
     @property
     def input(self) -> Path:
-        """The rows."""
+        """File of the rows."""
         return self.folder / f"input.{self.description.kind}"
 
     @property
     def result(self) -> Path:
-        """The answers, if the job has finished."""
+        """File of the answers; it exists once the job has finished."""
         return self.folder / f"result.{self.description.result_kind}"
 
     @property
     def exists(self) -> bool:
-        """Whether it was not removed."""
+        """Whether the job still exists."""
         return self.folder.is_dir()
 
     def progress(self) -> JobProgress:
-        """Read how far the job is."""
+        """Read the progress of the job."""
         try:
             content = (self.folder / "progress.json").read_bytes()
             return msgspec.json.decode(content, type=JobProgress)
@@ -138,11 +141,11 @@ class StoredJob:
             return JobProgress()
 
     def write_progress(self, progress: JobProgress) -> None:
-        """Replace what is known of how far the job is.
+        """Replace the progress of the job.
 
         Raises:
             FileNotFoundError: the job was removed.
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         replace_file(self.folder / "progress.json", msgspec.json.encode(progress))
 
@@ -151,7 +154,7 @@ class JobStore:
     """The jobs of a server.
 
     Args:
-        state_dir: the folder in which `jobs` is; both are made when the first job comes.
+        state_dir: parent of the folder `jobs`; both are created with the first job.
     """
 
     def __init__(self, state_dir: Path) -> None:
@@ -159,11 +162,11 @@ class JobStore:
 
     def jobs(self) -> list[StoredJob]:
         """Return all jobs, newest first."""
-        found = [job for name in self._names() if (job := self.get(name)) is not None]
-        return sorted(found, key=lambda job: (job.description.created, job.folder), reverse=True)
+        jobs = [job for name in self._names() if (job := self.get(name)) is not None]
+        return sorted(jobs, key=lambda job: (job.description.created, job.folder), reverse=True)
 
     def get(self, job_id: str) -> StoredJob | None:
-        """Return a job; None: there is none with this id."""
+        """Return a job; None: no job has this id."""
         if not _ID.fullmatch(job_id):
             return None
         folder = self.folder / job_id
@@ -183,22 +186,27 @@ class JobStore:
         return next(unfinished, None)
 
     def check_room(self, max_jobs: int, max_bytes: int, more: int = 0) -> None:
-        """Check that there is room for one more job, of so many bytes.
+        """Check that there is room for another job.
+
+        Args:
+            max_jobs: most jobs.
+            max_bytes: largest total size of the files of all jobs.
+            more: size of the new job, in bytes.
 
         Raises:
-            StoreFullError: there is none.
+            StoreFullError: there is no room.
         """
-        if len(self._names(arriving=True)) >= max_jobs:
+        if len(self._names(uploads=True)) >= max_jobs:
             raise StoreFullError(
-                f"the server keeps {max_jobs} jobs, as many as it may; delete one that has ended"
+                f"the server keeps {max_jobs} jobs, the limit; delete a job that has ended"
             )
         self.check_bytes(max_bytes, more)
 
     def check_bytes(self, max_bytes: int, more: int = 0) -> None:
-        """Check that the files of all jobs, and so many bytes more, are not too large.
+        """Check that the files of all jobs, and `more` bytes, take no more than `max_bytes`.
 
         Raises:
-            StoreFullError: they are.
+            StoreFullError: they take more.
         """
         if self._bytes() + more > max_bytes:
             raise StoreFullError(
@@ -207,7 +215,7 @@ class JobStore:
             )
 
     def receive(self, job_id: str, kind: Kind) -> Upload:
-        """Return where a job's input can be written.
+        """Create the upload of a job's input.
 
         Raises:
             OSError: the folder cannot be written.
@@ -217,18 +225,22 @@ class JobStore:
         return Upload(self.folder, job_id, kind)
 
     def remove(self, job: StoredJob) -> None:
-        """Remove a job with all of its files; one that runs is thereby cancelled.
+        """Remove a job with all its files; a running job is thereby cancelled.
 
         Raises:
-            OSError: it cannot be removed.
+            OSError: the job cannot be removed.
         """
-        leaving = self.folder / f".{uuid4().hex}"
-        with suppress(FileNotFoundError):  # somebody else was faster
-            job.folder.rename(leaving)
-        shutil.rmtree(leaving, ignore_errors=True)
+        removed = self.folder / f".{uuid4().hex}"
+        with suppress(FileNotFoundError):  # another process has removed it
+            job.folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
     def tidy(self, retention: float) -> None:
-        """Remove jobs that ended so many seconds ago, and what is left of uploads and removals."""
+        """Remove old jobs, and the remains of interrupted uploads and removals.
+
+        Args:
+            retention: seconds after its end for which a job is kept.
+        """
         now = time.time()
         for job in self.jobs():
             ended = job.progress().ended
@@ -240,10 +252,13 @@ class JobStore:
                     shutil.rmtree(folder)
 
     def lock(self) -> int | None:
-        """Lock the folder and return the descriptor that holds the lock; None: another server does.
+        """Lock the folder, and return the descriptor that holds the lock.
+
+        Returns:
+            None if another server holds the lock.
 
         Raises:
-            OSError: the folder is not there, or cannot be written.
+            OSError: the folder does not exist, or cannot be written.
         """
         descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -253,12 +268,12 @@ class JobStore:
             return None
         return descriptor
 
-    def _names(self, arriving: bool = False) -> list[str]:
-        """Return the names of the jobs' folders, those of uploads among them if asked for."""
-        mark = "." if arriving else ""
+    def _names(self, uploads: bool = False) -> list[str]:
+        """Return the names of the jobs' folders, and of uploads if `uploads` is set."""
+        prefix = "." if uploads else ""
         try:
-            found = os.listdir(self.folder)
-            return [name for name in found if _ID.fullmatch(name.removeprefix(mark))]
+            names = os.listdir(self.folder)
+            return [name for name in names if _ID.fullmatch(name.removeprefix(prefix))]
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -267,7 +282,7 @@ class JobStore:
 
 
 class Upload:
-    """A job's input while it arrives; as a whole the folder becomes a job."""
+    """Upload of a job's input; once it is complete, its folder becomes a job."""
 
     def __init__(self, jobs: Path, job_id: str, kind: Kind) -> None:
         self._jobs, self._id = jobs, job_id
@@ -280,20 +295,20 @@ class Upload:
         self._open = True
 
     def write(self, part: bytes) -> None:
-        """Add a part of the input.
+        """Append a part of the input.
 
         Raises:
-            OSError: there is no room for it.
+            OSError: the disk is full, or the file cannot be written.
         """
         view = memoryview(part)
         while view:
             view = view[os.write(self._file, view) :]
 
     def accept(self, description: JobDescription) -> StoredJob:
-        """Make a job of what has arrived; from here on it survives a restart of the machine.
+        """Turn the complete upload into a job, which then survives a restart of the machine.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the job cannot be written.
         """
         os.fsync(self._file)
         if description.source is not None:
@@ -306,7 +321,7 @@ class Upload:
         return StoredJob(folder, description)
 
     def close(self) -> None:
-        """Let go of the input, and remove it unless it became a job."""
+        """Close the upload, and remove its files unless it became a job."""
         if self._open:
             self._open = False
             os.close(self._file)
@@ -315,7 +330,7 @@ class Upload:
 
 
 def new_id() -> str:
-    """Return the id of a new job, which nobody can guess."""
+    """Return an id for a new job, which cannot be guessed."""
     return uuid4().hex
 
 

@@ -1,4 +1,4 @@
-"""The file in memory in which all frontends of a server count what each key asks for."""
+"""The file in memory in which all frontends of a server count the use of each key."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from service.scheduling.rate import Numbers, SharedUsage
 log = structlog.get_logger()
 
 MAX_NAMES = 4096
-"""Names of keys in the life of a server, which keeps what was counted for those that went."""
+"""Most names of keys in the lifetime of a server; removed keys keep their place in the file."""
 NAME_BYTES = 64
 NUMBERS = 3
-"""Of each key and frontend: see `SharedUsage`."""
+"""Numbers for each key and frontend; see `SharedUsage`."""
 
 
 def make_usage_file(frontends: int) -> int:
-    """Return the descriptor of a new file for so many frontends.
+    """Create a file for this number of frontends, and return its descriptor.
 
-    It has no name and goes with the last process that has it open. Memory is taken only for the
-    keys that there are.
+    The file has no name and disappears with the last process that has it open. Memory is allocated
+    only for keys that exist.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the file cannot be created.
     """
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("key-usage")
@@ -45,20 +45,20 @@ def _size(frontends: int) -> int:
 
 
 class KeyUsage:
-    """What all frontends count for each key, by name.
+    """Use of each key, counted by all frontends together.
 
-    A frontend locks the byte of its row for as long as it lives. The kernel frees that lock with
-    the process, however it ends: whoever then gets the lock knows that the requests of that row
-    have ended, and may write it. What was spent of a rate stays.
+    Each frontend holds a lock on the byte of its row for as long as it runs. The kernel releases
+    the lock when the process ends, in whatever way. A process that then gets the lock knows that
+    the requests of this row have ended, and may reset their number. The spent part of a rate stays.
 
-    The file holds the number of names, the names, and for each of them `NUMBERS` times one number
-    for each frontend.
+    The file holds the number of names, the names, and `NUMBERS` arrays for each name, with one
+    number for each frontend.
 
     Args:
-        descriptor: of a file of `make_usage_file`, which stays open; None: this frontend counts
+        descriptor: descriptor from `make_usage_file`, which stays open; None: this frontend counts
             alone.
-        frontends: that share it.
-        row: the place of this one among them.
+        frontends: number of frontends that share the file.
+        row: index of this frontend.
     """
 
     def __init__(self, descriptor: int | None = None, frontends: int = 1, row: int = 0) -> None:
@@ -73,9 +73,9 @@ class KeyUsage:
         self._claim()
 
     def of(self, name: str) -> SharedUsage:
-        """Return the usage of the key of this name."""
+        """Return the usage of the key with this name."""
         if name not in self._slots:
-            # Once in the life of a name at each frontend, for microseconds.
+            # Happens once for each name and frontend, and takes microseconds.
             with self._locked(self._frontends):
                 self._read_names()
                 if name not in self._slots and len(self._slots) < MAX_NAMES:
@@ -89,15 +89,15 @@ class KeyUsage:
 
     def _read_names(self) -> None:
         for slot in range(len(self._slots), self._count[0]):
-            place = NAME_BYTES * (1 + slot)
-            name = bytes(self._names[place : place + NAME_BYTES]).rstrip(b"\0").decode()
+            start = NAME_BYTES * (1 + slot)
+            name = bytes(self._names[start : start + NAME_BYTES]).rstrip(b"\0").decode()
             self._slots[name] = slot
 
     def _add(self, name: str) -> None:
         slot = self._slots[name] = len(self._slots)
-        place = NAME_BYTES * (1 + slot)
-        self._names[place : place + NAME_BYTES] = name.encode().ljust(NAME_BYTES, b"\0")
-        # Last: whoever is killed before has added nothing.
+        start = NAME_BYTES * (1 + slot)
+        self._names[start : start + NAME_BYTES] = name.encode().ljust(NAME_BYTES, b"\0")
+        # Written last: a process that is killed before this has added nothing.
         self._count[0] = slot + 1
 
     def _numbers_of(self, slot: int) -> tuple[Numbers, Numbers, Numbers]:
@@ -106,7 +106,7 @@ class KeyUsage:
         return numbers[:count], numbers[count : 2 * count], numbers[2 * count :]
 
     def _claim(self) -> None:
-        """Take this frontend's row over from one that has ended."""
+        """Lock this frontend's row, and reset the requests of the process that had it before."""
         if self._descriptor is not None:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1, self._row)
         with self._locked(self._frontends):
@@ -122,21 +122,21 @@ class KeyUsage:
                 try:
                     with self._locked(row, fcntl.LOCK_NB):
                         requests[row] = 0
-                except OSError:  # it lives
+                except OSError:  # the frontend still runs
                     continue
 
     @contextmanager
-    def _locked(self, place: int, how: int = 0) -> Iterator[None]:
-        """Hold the lock of one byte.
+    def _locked(self, offset: int, flags: int = 0) -> Iterator[None]:
+        """Hold the lock of one byte of the file.
 
         Raises:
-            OSError: `how` says not to wait, and another process holds it.
+            OSError: `flags` is `LOCK_NB`, and another process holds the lock.
         """
         if self._descriptor is None:
             yield
             return
-        fcntl.lockf(self._descriptor, fcntl.LOCK_EX | how, 1, place)
+        fcntl.lockf(self._descriptor, fcntl.LOCK_EX | flags, 1, offset)
         try:
             yield
         finally:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, place)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, offset)

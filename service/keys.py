@@ -1,7 +1,7 @@
-"""Who may ask for what: keys, what they open, and how much they may ask for.
+"""API keys: their scopes, their limits, and the file that holds them.
 
-A key is 256 random bits, so one round of SHA-256 hides it: there is nothing to guess that a slow
-hash would make slower, and whoever floods the server with wrong keys would have it compute them.
+A key is 256 random bits, so one round of SHA-256 protects it. A slow hash protects passwords that
+can be guessed; here it would only let callers with wrong keys use up the server's time.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ log = structlog.get_logger()
 Scope = Literal["classify", "jobs", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 ANONYMOUS = "anonymous"
-"""What a caller without a key is called."""
+"""Name of callers without a key."""
 ADMIN = "admin"
-"""What the key is called that the setting `admin_key` gives."""
+"""Name of the key in the setting `admin_key`."""
 PREFIX = "bf_"
-"""How our keys begin, so that scanners of leaked secrets can tell them."""
+"""Prefix of all keys, by which scanners for leaked secrets can recognize them."""
 KEY_BYTES = 32
 MAX_KEYS = 256
-"""Every key is compared with each of them, and each is a series in the metrics."""
+"""Most keys: each request is compared with all of them, and each has its own metrics."""
 MAX_FILE_BYTES = 2**20
 LOOK_SECONDS = 1.0
-"""How old what is known of the key file may be."""
+"""Interval at which the key file is checked for changes."""
 
 
 class KeysError(BudgetFormerError):
-    """Keys are not what they should be."""
+    """Keys or a key file are invalid."""
 
 
 class Key(BaseModel):
-    """What is kept of a key.
+    """A key, of which only the hash is stored.
 
     Attributes:
-        sha256: of the key, hexadecimal.
-        scopes: what it opens: `classify` and what belongs to it, `jobs` for files that are
-            classified in the background, `admin` for changing models and for everybody's jobs.
-        texts_per_second: that it may ask for in the long run; None: as many as there is room for.
-        burst: texts that it may ask for at once; by default a second's.
-        max_requests: that it may have under way at once.
+        sha256: SHA-256 of the key, hexadecimal.
+        scopes: permissions: `classify` for requests to classify and similar ones, `jobs` for jobs,
+            `admin` for changes of models and for the jobs of all callers.
+        texts_per_second: highest mean rate; None: no limit.
+        burst: most texts at once; None: the texts of one second.
+        max_requests: most requests in flight; None: no limit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,26 +73,26 @@ _KEYS: TypeAdapter[dict[str, Key]] = TypeAdapter(Keys)
 
 
 def digest(secret: bytes) -> str:
-    """Return what is kept of a secret."""
+    """Return the hash of a secret that is stored."""
     return hashlib.sha256(secret).hexdigest()
 
 
 def new_key(scopes: Collection[str], **limits: Any) -> tuple[str, Key]:
-    """Make a key: the secret, which is nowhere kept, and what is kept of it.
+    """Create a key, and return its secret, which is not stored, and the key.
 
     Raises:
-        KeysError: a scope or a limit is none.
+        KeysError: a scope or a limit is invalid.
     """
     secret = PREFIX + secrets.token_urlsafe(KEY_BYTES)
     try:
-        kept = {"sha256": digest(secret.encode()), "scopes": frozenset(scopes), **limits}
-        return secret, Key.model_validate(kept)
+        fields = {"sha256": digest(secret.encode()), "scopes": frozenset(scopes), **limits}
+        return secret, Key.model_validate(fields)
     except ValidationError as error:
         raise KeysError(_first_problem(error)) from None
 
 
 def key_line(name: str, key: Key) -> str:
-    """Return the line of a key file."""
+    """Return the line of a key file for a key."""
     fields = key.model_dump(mode="json", exclude_none=True) | {"scopes": sorted(key.scopes)}
     # JSON's strings, numbers and lists are TOML's too.
     table = ", ".join(f"{field} = {json.dumps(value)}" for field, value in fields.items())
@@ -100,17 +100,17 @@ def key_line(name: str, key: Key) -> str:
 
 
 def check_keys(given: Mapping[str, Any]) -> dict[str, Key]:
-    """Check keys by name.
+    """Validate keys by name.
 
     Raises:
-        KeysError: a name or a key is none, or one key has two names.
+        KeysError: a name or a key is invalid, or one key has two names.
     """
     try:
         keys = _KEYS.validate_python(dict(given))
     except ValidationError as error:
         raise KeysError(_first_problem(error)) from None
     if ANONYMOUS in keys:
-        raise KeysError(f"{ANONYMOUS} is what callers without a key are called")
+        raise KeysError(f"{ANONYMOUS} is reserved for callers without a key; rename this key")
     names: dict[str, str] = {}
     for name, key in keys.items():
         if key.sha256 in names:
@@ -120,10 +120,10 @@ def check_keys(given: Mapping[str, Any]) -> dict[str, Key]:
 
 
 def read_keys(path: Path) -> dict[str, Key]:
-    """Read a key file: TOML, a table for each key, its name the key's.
+    """Read a key file: TOML, with a table for each key under its name.
 
     Raises:
-        KeysError: it cannot be read, or is none.
+        KeysError: the file cannot be read, or is invalid.
     """
     try:
         with path.open("rb") as file:
@@ -134,7 +134,7 @@ def read_keys(path: Path) -> dict[str, Key]:
     except OSError as error:
         raise KeysError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise KeysError(f"{path}: this is no text") from None
+        raise KeysError(f"{path}: not a text file in UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise KeysError(f"{path}: {error}") from None
     except RecursionError:
@@ -148,18 +148,18 @@ def read_keys(path: Path) -> dict[str, Key]:
 
 def _first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    return f"{place}: {first['msg']}" if place else first["msg"]
+    field = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    return f"{field}: {first['msg']}" if field else first["msg"]
 
 
 class Caller:
-    """Who holds a key, and what it may still ask for.
+    """The holder of a key, with its scopes and limits.
 
     Args:
-        name: of the key.
-        scopes: what it opens.
-        key: where its limits stand; None: it has none.
-        usage: what all frontends count for it; None: nobody counts.
+        name: name of the key.
+        scopes: permissions of the key.
+        key: the key with its limits; None: no limits.
+        usage: use of the key, counted by all frontends; None: not counted.
     """
 
     def __init__(
@@ -173,22 +173,22 @@ class Caller:
         self.scopes = frozenset(scopes)
         self.key = key
         self._usage = usage
-        self._most = None if key is None else key.max_requests
+        self._max_requests = None if key is None else key.max_requests
         self._rate = None if key is None else key.texts_per_second
         burst = None if key is None else key.burst
         self._burst = 0.0 if self._rate is None else (burst or max(1.0, self._rate)) / self._rate
 
     def begin(self) -> bool:
-        """Count a request until `end`; False: as many are under way as it may have."""
-        return self._usage is None or self._usage.begin(self._most)
+        """Count a request until `end`; return False if `max_requests` are in flight already."""
+        return self._usage is None or self._usage.begin(self._max_requests)
 
     def end(self) -> None:
-        """Count a request no longer."""
+        """Count the end of a request."""
         if self._usage is not None:
             self._usage.end()
 
     def take(self, texts: int, now: float) -> float:
-        """Take so many texts and return 0, or the seconds until they may be asked for."""
+        """Take texts of the rate and return 0, or return the seconds until they are available."""
         if self._usage is None or self._rate is None:
             return 0.0
         return self._usage.take(texts / self._rate, self._burst, now)
@@ -200,20 +200,20 @@ class Caller:
 
 
 class KeyRing:
-    """The keys that open this server; a key file is read again when it has changed.
+    """The valid keys of a server; the key file is read again when it has changed.
 
-    A file that becomes unreadable or wrong leaves the keys as they were, and is logged.
+    If the file becomes unreadable or invalid, this is logged and the keys stay as they were.
 
     Args:
-        keys: that stand in the settings.
-        file: with more of them.
+        keys: keys in the settings.
+        file: file with further keys.
         anonymous: whether callers without a key, or with an unknown one, may classify.
-        usage: where all frontends count what each key asks for; None: this one counts alone.
-        clock: seconds, for when to look at the file.
-        changed: told the names of all keys, at first and whenever the file has changed.
+        usage: use of the keys, counted by all frontends; None: this frontend counts alone.
+        clock: returns seconds; it decides when the file is checked.
+        changed: called with the names of all keys, at the start and after each change.
 
     Raises:
-        KeysError: keys or file are none, or a name stands in both.
+        KeysError: the keys or the file are invalid, or a name is in both.
     """
 
     def __init__(
@@ -234,17 +234,17 @@ class KeyRing:
         self.configure(keys, anonymous=anonymous)
 
     def configure(self, keys: Mapping[str, Key], *, anonymous: bool) -> None:
-        """Go by other keys of the settings, and read the file again.
+        """Replace the keys of the settings, and read the file again.
 
         Raises:
-            KeysError: keys or file are none, or a name stands in both; then nothing has changed.
+            KeysError: the keys or the file are invalid, or a name is in both; nothing has changed.
         """
-        stamp = self._look()
-        self._take(keys)
+        stamp = self._file_stamp()
+        self._replace(keys)
         self._keys = dict(keys)
         self._anonymous = Caller(ANONYMOUS, {"classify", "jobs"}) if anonymous else None
         self._stamp = stamp
-        self._looked = self._clock()
+        self._checked = self._clock()
 
     @property
     def names(self) -> list[str]:
@@ -252,54 +252,55 @@ class KeyRing:
         return list(self._callers)
 
     def find(self, secret: bytes | None) -> Caller | None:
-        """Return who holds a secret; None: nobody, and it takes somebody."""
+        """Return the holder of a secret, else the anonymous caller; None: a key is required."""
         self._refresh()
-        found = self._anonymous
+        holder = self._anonymous
         if secret:
             given = digest(secret)
-            # Every key is compared, whichever fits: how long it takes tells nothing.
+            # All keys are compared, so that the time does not depend on which one matches.
             for caller in self._callers.values():
                 assert caller.key is not None
                 if hmac.compare_digest(given, caller.key.sha256):
-                    found = caller
-        return found
+                    holder = caller
+        return holder
 
     def opens(self, caller: Caller, scope: Scope) -> bool:
-        """Say whether a caller may do what takes a scope."""
+        """Return whether a caller may make requests that require a scope."""
         free = self._anonymous is not None and scope in self._anonymous.scopes
-        # Whoever may end everybody's jobs may have some.
+        # `admin` includes `jobs`, since administrators may end the jobs of all callers.
         return free or scope in caller.scopes or (scope == "jobs" and "admin" in caller.scopes)
 
     def _refresh(self) -> None:
+        """Read the key file again if it has changed."""
         now = self._clock()
-        if self._file is None or now - self._looked < LOOK_SECONDS:
+        if self._file is None or now - self._checked < LOOK_SECONDS:
             return
-        self._looked = now
-        stamp = self._look()
+        self._checked = now
+        stamp = self._file_stamp()
         if stamp == self._stamp:
             return
         self._stamp = stamp
         try:
-            self._take(self._keys)
+            self._replace(self._keys)
         except KeysError as error:
             log.error("keys not reloaded", reason=str(error))
         else:
             log.info("keys reloaded", keys=self.names)
 
-    def _look(self) -> tuple[int, ...] | None:
+    def _file_stamp(self) -> tuple[int, ...] | None:
         if self._file is None:
             return None
         try:
-            seen = os.stat(self._file)
+            stat = os.stat(self._file)
         except OSError:
             return None
-        return seen.st_mtime_ns, seen.st_size, seen.st_ino
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
-    def _take(self, own: Mapping[str, Key]) -> None:
-        more = {} if self._file is None else read_keys(self._file)
-        if twice := sorted(own.keys() & more.keys()):
-            raise KeysError(f"{self._file}: {twice[0]} stands in the settings too")
-        keys = check_keys(dict(own) | more)
+    def _replace(self, in_settings: Mapping[str, Key]) -> None:
+        in_file = {} if self._file is None else read_keys(self._file)
+        if duplicates := sorted(in_settings.keys() & in_file.keys()):
+            raise KeysError(f"{self._file}: the key {duplicates[0]} is also in the settings")
+        keys = check_keys(dict(in_settings) | in_file)
         self._callers = {
             name: Caller(name, key.scopes, key, self._usage.of(name)) for name, key in keys.items()
         }

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 
 class ErrorCode(NamedTuple):
-    """What `error.code` says.
+    """Documentation of a value of `error.code`.
 
     Attributes:
-        statuses: HTTP statuses that it comes with.
-        meaning: what is wrong.
-        action: what the caller can do.
+        statuses: HTTP statuses of responses with this code.
+        meaning: cause of the error.
+        action: remedy for the caller.
     """
 
     statuses: tuple[int, ...]
@@ -71,7 +71,7 @@ ERROR_CODES = {
         (400,), "The body is not compressed as `Content-Encoding` says.", "Fix the client."
     ),
     "invalid_field": ErrorCode(
-        (400, 422), "A field has a value that it cannot have; `param` names it.", "Fix the field."
+        (400, 422), "A field has an invalid value; `param` names it.", "Fix the field."
     ),
     "invalid_header_length": ErrorCode(
         (400,),
@@ -140,7 +140,7 @@ ERROR_CODES = {
     ),  # fmt: skip
     "queue_full": ErrorCode(
         (429,),
-        "The queues hold all the texts that they may.",
+        "The queues of the engines are full.",
         "Wait for `Retry-After`, then send less at a time.",
     ),  # fmt: skip
     "rate": ErrorCode(
@@ -163,7 +163,7 @@ ERROR_CODES = {
         "Shorten it, or leave `truncate` at true.",
     ),  # fmt: skip
     "timeout": ErrorCode(
-        (504,), "The deadline passed before the answer was there.", "Allow more time, or retry."
+        (504,), "The deadline passed before the answer was ready.", "Allow more time, or retry."
     ),
     "too_many_connections": ErrorCode(
         (503,), "The server has `max_connections` open.", "Keep connections open and share them."
@@ -179,7 +179,7 @@ ERROR_CODES = {
         "Remove jobs that are done with `DELETE /jobs/{id}`.",
     ),
     "too_many_requests": ErrorCode(
-        (429,), "The key has `max_requests` under way.", "Wait for `Retry-After`."
+        (429,), "The key has `max_requests` requests in flight.", "Wait for `Retry-After`."
     ),
     "unknown_field": ErrorCode(
         (422,),
@@ -202,7 +202,7 @@ ERROR_CODES = {
     ),  # fmt: skip
     "wrong_key": ErrorCode((401,), "The key is not known.", "Send a valid key."),
 }
-"""By code."""
+"""Documentation of each error code."""
 
 EVENTS = {
     "answer lost": (
@@ -229,12 +229,14 @@ EVENTS = {
     ),
     "connection closed: bad frame": "A process sent bytes that are not a message.",
     "connection closed: the peer does not read": (
-        "A process does not read what it is sent; `unsent` bytes were waiting."
+        "A process does not read its messages; `unsent` bytes were waiting."
     ),
     "connection closed: unexpected error": (
-        "Reading a connection between processes failed; it is made anew."
+        "Reading a connection between processes failed; it is opened again."
     ),
-    "connection lost: unexpected error": "A connection between processes failed; it is made anew.",
+    "connection lost: unexpected error": (
+        "A connection between processes failed; it is opened again."
+    ),
     "connections not accepted": (
         "The process has no file descriptors or memory for more connections; it tries again."
     ),
@@ -243,17 +245,16 @@ EVENTS = {
     ),
     "counts not recorded": "A metric could not be counted; the others are.",
     "device lost, engine stopped": (
-        "The GPU computes nothing any more. The supervisor starts the engine again."
+        "The GPU no longer runs operations of the engine. The supervisor restarts the engine."
     ),
     "draining": (
-        "The server was told to stop; it finishes what it has begun, for `seconds` at most."
+        "The server was told to stop; it answers requests in flight, for at most `seconds`."
     ),
     "engine died with a request in flight": (
         "The request is sent once more, to another engine or to the restarted one."
     ),
     "engine list not received from the hub": (
-        "A frontend on a cluster does not hear which replicas there are; it goes on with those "
-        "it knows."
+        "A frontend on a cluster did not receive the list of replicas; it uses the last list."
     ),
     "environment variables of other services ignored": (
         "Kubernetes sets such variables; they are not settings."
@@ -265,7 +266,7 @@ EVENTS = {
         "Its engines end with it; the supervisor starts all of them again."
     ),
     "fork server: unexpected output ignored": (
-        "The fork server said something that is not an answer."
+        "The fork server wrote a line that is not an answer."
     ),
     "frontends did not apply the model catalog in time": (
         "Frontends with these process ids still serve the models before the change."
@@ -277,7 +278,7 @@ EVENTS = {
     "keys not reloaded": "The key file is invalid; the keys before it stay valid.",
     "keys reloaded": "The key file has changed and was read.",
     "message handling failed": "A process could not handle one message; the sender is told.",
-    "model catalog not applied": "A frontend could not take up a change of models; it tries again.",
+    "model catalog not applied": "A frontend could not apply a change of models; it tries again.",
     "model change failed": (
         "Loading, unloading or rolling out failed unexpectedly; everything is as it was."
     ),
@@ -303,12 +304,14 @@ EVENTS = {
     "process down": (
         "A process ended or could not be started; it is started again after `restart_in` seconds."
     ),
-    "process killed: did not end in time": "It had been asked to end.",
-    "process killed: not responding": "It said nothing for `hang_seconds`; it is started again.",
+    "process killed: did not end in time": "The process was told to end, but did not.",
+    "process killed: not responding": (
+        "The process sent nothing for `hang_seconds`; it is started again."
+    ),
     "job cancelled": "A job was cancelled by its caller; its files are removed.",
     "job ended": "A job has finished or failed; `reason` says why, if it failed.",
     "job failed: unexpected error": "A job met a fault of the server. Report it.",
-    "job begun": "The process for jobs begins with a file, or goes on with it.",
+    "job started": "The process for jobs has started or resumed a job.",
     "ready": "The server can classify for the first time.",
     "replica died with a request in flight": "On a cluster: the request is sent once more.",
     "replica ended with a request in flight": "On a cluster: the request is sent once more.",
@@ -323,9 +326,11 @@ EVENTS = {
     "settings for models that are not served": (
         "Those models may be loaded later; or their names are wrong."
     ),
-    "settings not applied": "A frontend could not go by the new settings; it keeps those before.",
-    "settings not reloaded": "The settings are invalid; those before stay in force.",
-    "settings reloaded": "New settings are in force; `needs_restart` names those that are not.",
+    "settings not applied": "A frontend could not apply new settings; the old ones stay in force.",
+    "settings not reloaded": "The settings are invalid; the old ones stay in force.",
+    "settings reloaded": (
+        "New settings are in force; `needs_restart` names those that need a restart."
+    ),
     "starting": "The server starts its processes.",
     "stopped": "The server has ended.",
     "task failed": (
@@ -333,10 +338,10 @@ EVENTS = {
     ),
     "unexpected error": "A request met a fault of the server and was answered 500. Report it.",
     "unresponsive engine disconnected": (
-        "An engine said nothing for seconds; its requests are sent to another one."
+        "An engine sent nothing for some seconds; its requests are sent to another one."
     ),
     "connection closed: peer not understood": (
-        "The process belongs to another version of the program; it is not spoken to."
+        "The process belongs to another version of the program; the connection is not used."
     ),
     "weights not shared": (
         "The engine holds its own copy of the weights, since shared memory is not available."
@@ -358,8 +363,8 @@ def page() -> str:
         "| code | status | meaning | what to do |",
         "|---|---|---|---|",
         *(
-            f"| `{code}` | {', '.join(map(str, one.statuses))} | {one.meaning} | {one.action} |"
-            for code, one in sorted(ERROR_CODES.items())
+            f"| `{code}` | {', '.join(map(str, statuses))} | {meaning} | {action} |"
+            for code, (statuses, meaning, action) in sorted(ERROR_CODES.items())
         ),
         "",
         "## Log events",
@@ -373,7 +378,7 @@ def page() -> str:
 
 
 def main() -> None:
-    """Write the page to the file that is named."""
+    """Write the page to the file named on the command line."""
     Path(sys.argv[1]).write_text(page(), encoding="utf-8")
 
 

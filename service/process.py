@@ -1,4 +1,4 @@
-"""What the processes of one server share: the run directory, its files, and their life."""
+"""Functions for all processes of a server: sockets, settings, start and end, memory."""
 
 from __future__ import annotations
 
@@ -29,46 +29,47 @@ SHARED_MEMORY = "/dev/shm"
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Parameters of glibc's `mallopt`."""
 LARGE_BYTES, KEPT_BYTES = 2**20, 2**25
-"""Blocks apart while a model loads, and otherwise: what glibc comes to by itself."""
+"""Size from which blocks are allocated with `mmap`: while a model loads, and otherwise. glibc would
+reach the second by itself."""
 _T = TypeVar("_T")
 
 
 def engine_socket(run_dir: Path, index: int) -> Path:
-    """Return where engine `index` listens."""
+    """Return the socket of the engine `index`."""
     return run_dir / f"engine-{index}.sock"
 
 
 def run_folder() -> TemporaryDirectory[str]:
-    """Return a new folder for the sockets of one server, which goes when it is left.
+    """Create a temporary folder for the sockets of one server.
 
     Raises:
-        SettingsError: none can be made, neither where temporary files go nor in shared memory,
-            which containers with a read-only root still have.
+        SettingsError: it can be created neither in the folder for temporary files nor in shared
+            memory, which is writable even in containers with a read-only root.
     """
-    for place in (None, SHARED_MEMORY):
+    for parent in (None, SHARED_MEMORY):
         with contextlib.suppress(OSError):
-            return TemporaryDirectory(prefix="budgetformer-", dir=place)
+            return TemporaryDirectory(prefix="budgetformer-", dir=parent)
     raise SettingsError(
-        f"no folder can be written for sockets, not even {SHARED_MEMORY}: mount a tmpfs on /tmp, "
-        "or let TMPDIR name a folder that can be written"
+        f"cannot create a folder for sockets, not even in {SHARED_MEMORY}: mount a tmpfs on /tmp, "
+        "or set TMPDIR to a folder that can be written"
     )
 
 
 def hub_socket(run_dir: Path) -> Path:
-    """Return where the hub listens."""
+    """Return the socket of the hub."""
     return run_dir / "hub.sock"
 
 
 def receive_settings() -> Settings:
-    """Read the settings from stdin, where the parent writes them: no secret is left on a disk."""
+    """Read the settings that the parent writes to stdin, so that no secret is stored on a disk."""
     line = read_line()
     if not line:
-        raise SystemExit("this process is started by `budgetformer serve`")
+        raise SystemExit("this process can only be started by `budgetformer serve`")
     return decode_settings(line)
 
 
 def read_line() -> bytes:
-    """Read a line from stdin, and nothing of what follows; empty: stdin has ended."""
+    """Read one line from stdin, without buffering what follows; empty at end-of-file."""
     line = bytearray()
     while not line.endswith(b"\n"):
         part = os.read(0, 1)
@@ -79,9 +80,10 @@ def read_line() -> bytes:
 
 
 def exit_with_parent() -> None:
-    """End this process, by SIGTERM, when its parent ends.
+    """End this process with SIGTERM when its parent ends.
 
-    The parent holds the other side of stdin. What comes from there is for somebody else.
+    The parent holds the other end of stdin, so this waits for a hang-up. It does not read from
+    stdin, which the fork server needs.
     """
 
     def watch() -> None:
@@ -96,62 +98,63 @@ def exit_with_parent() -> None:
 async def on_silence(
     last_words: Callable[[], Mapping[_T, float]], limit: float, act: Callable[[_T], None]
 ) -> None:
-    """Act on everyone who has been silent for too long, until cancelled.
+    """Call `act` for each peer that has been silent for too long, until cancelled.
 
-    While this process itself stood still nobody could be heard, so that time does not count.
+    Time in which this process itself was stopped does not count, since it could not receive then.
 
     Args:
-        last_words: says when each was heard last, on the monotonic clock.
-        limit: seconds.
-        act: is called for each, again and again while the silence lasts.
+        last_words: returns the time of each peer's last message, on the monotonic clock.
+        limit: longest silence, in seconds.
+        act: called with a silent peer, repeatedly while its silence lasts.
     """
-    still = time.monotonic()
+    resumed = time.monotonic()
     while True:
         before = time.monotonic()
         await asyncio.sleep(WATCH_SECONDS)
         now = time.monotonic()
         if now - before > 2 * WATCH_SECONDS:
-            still = now
-        for one, heard in last_words().items():
-            if now - max(heard, still) > limit:
-                act(one)
+            resumed = now
+        for peer, heard in last_words().items():
+            if now - max(heard, resumed) > limit:
+                act(peer)
 
 
 def resident_bytes() -> int:
-    """Return this process's resident memory."""
+    """Return the resident memory of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
-def keep_what_is_here() -> None:
-    """Spare the garbage collector what exists by now, which stays until this process ends.
+def freeze_garbage_collector() -> None:
+    """Exclude all present objects from garbage collection, since most live as long as the process.
 
-    Else it would look through all modules again and again, for some thirty milliseconds each time.
+    Otherwise each full collection would traverse all modules, which takes about 30 ms.
     """
     return_memory()
     gc.freeze()
 
 
 def collect_seldom() -> None:
-    """Have the garbage collector look only after as many new objects as a busy frontend holds.
+    """Run the garbage collector less often, after as many new objects as a busy frontend holds.
 
-    By default it looks after seven hundred, a few requests, of which hardly any is done by then:
-    where hundreds wait, that was a sixth of a frontend's time.
+    By default it runs after 700 new objects, which are a few requests, and finds little garbage.
+    With hundreds of requests in flight that took a sixth of a frontend's time.
     """
     gc.set_threshold(50_000, 20, 50)
 
 
 def name_process(name: str) -> None:
-    """Have this process shown by its name, in `top` for one, where the system can."""
+    """Set the name of this process, which `top` shows, if the system supports it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(name)
 
 
 @contextlib.contextmanager
-def large_blocks_apart() -> Iterator[None]:
-    """Have the C library take each large block from the system by itself, where it can.
+def mmap_large_blocks() -> Iterator[None]:
+    """Have glibc allocate large blocks with `mmap` in this context.
 
-    A model is loaded by way of copies that are soon let go. Taken from among what stays they leave
-    holes that are kept; blocks of their own go back at once. For passes they would be slow.
+    Loading a model allocates large temporary copies. On the heap, they would leave holes between
+    blocks that stay; mapped blocks are returned to the system when they are freed. Passes would be
+    slower with them. Other C libraries are left unchanged.
     """
     mallopt = _glibc("mallopt")
     if mallopt is not None:
@@ -163,7 +166,7 @@ def large_blocks_apart() -> Iterator[None]:
 
 
 def keep_large_blocks() -> None:
-    """Have the C library keep large blocks, where it can: passes ask for the same ones again."""
+    """Have glibc keep freed large blocks, since passes allocate blocks of the same sizes again."""
     mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(MMAP_THRESHOLD, KEPT_BYTES)
@@ -171,9 +174,9 @@ def keep_large_blocks() -> None:
 
 
 def return_memory() -> None:
-    """Give free memory back to the system, where the C library can.
+    """Return free memory to the system, if the C library is glibc.
 
-    A model's weights are freed among what stays, and the library would keep what lies between.
+    The memory of a freed model lies between blocks that stay, and glibc would keep it.
     """
     gc.collect()
     trim = _glibc("malloc_trim")
@@ -182,15 +185,15 @@ def return_memory() -> None:
 
 
 def _glibc(name: str) -> Any:
-    """Return a function that only this C library has, or None."""
+    """Return a function of glibc; None: the C library does not have it."""
     return getattr(ctypes.CDLL(None), name, None)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Open the listening socket.
+    """Open a listening socket.
 
     Raises:
-        SettingsError: the address cannot be had.
+        SettingsError: the address is not available.
     """
     listener = None
     try:
@@ -208,14 +211,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def reserve(host: str, port: int) -> socket.socket:
-    """Hold a port for child processes that each listen on it by themselves (SO_REUSEPORT).
+    """Reserve a port on which each child process listens with SO_REUSEPORT.
 
-    Nobody connects to this socket: it does not listen.
+    The returned socket does not listen, so it receives no connections.
 
     Raises:
-        SettingsError: the address cannot be had.
+        SettingsError: the address is not available.
     """
-    bind(host, port).close()  # nobody else listens there, with that option or without
+    bind(host, port).close()  # fails if another program listens there, with SO_REUSEPORT or not
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     holder = socket.socket(family)
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -231,15 +234,15 @@ def child_command(module: str, *arguments: str) -> list[str]:
 async def start(
     command: Sequence[str], settings: Settings, descriptors: Sequence[int] = ()
 ) -> Process:
-    """Start a child that reads its settings from its stdin.
+    """Start a child process that reads its settings from stdin.
 
-    That stays open until this process ends, so the child ends with it, however that happens. A
-    session of its own keeps a terminal's Ctrl-C from it: this process says when to stop.
+    Its stdin stays open until this process ends, so the child can end with it. The child runs in a
+    new session, so Ctrl-C in a terminal does not reach it: this process decides when it stops.
 
     Args:
-        command: its command line.
-        settings: what it is told.
-        descriptors: open files that it gets.
+        command: command line.
+        settings: settings to send.
+        descriptors: open files that the child inherits.
     """
     process = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.PIPE, pass_fds=descriptors, start_new_session=True
@@ -250,7 +253,7 @@ async def start(
 
 
 def encode_settings(settings: Settings) -> bytes:
-    """Return the settings, secrets in the clear, as the line that a child reads from its stdin."""
+    """Encode the settings, with secrets in the clear, as the line that a child reads from stdin."""
     values = settings.model_dump(mode="json")
     if settings.admin_key is not None:
         values["admin_key"] = settings.admin_key.get_secret_value()
@@ -258,5 +261,5 @@ def encode_settings(settings: Settings) -> bytes:
 
 
 def decode_settings(line: bytes) -> Settings:
-    """Return the settings that `encode_settings` wrote."""
+    """Decode the settings that `encode_settings` encoded."""
     return Settings(**json.loads(line))

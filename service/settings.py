@@ -1,6 +1,6 @@
-"""Every setting of the server.
+"""All settings of the server.
 
-One class feeds flags, environment, TOML file, help and `--print-config`.
+One class defines flags, environment variables, the TOML file, help and `--print-config`.
 """
 
 from __future__ import annotations
@@ -40,41 +40,44 @@ from budgetformer.errors import BudgetFormerError, readable
 from budgetformer.inference.policy import QualityName
 from budgetformer.inference.precision import Precision
 from budgetformer.subprocesses import python_command
-from service.environment import PREFIX, is_ours, service_variables
+from service.environment import PREFIX, has_prefix, service_variables
 from service.keys import ADMIN, Key, KeyRing, Keys, digest
 from service.source_urls import split_url
 
 CONFIG_FILE = "config"
 DEFAULT_QUALITY: QualityName = "balanced"
-"""What `auto` is while there is no overload."""
+"""Level of `auto` requests while there is no overload."""
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-"""One of these is there where a GPU can be."""
+"""Device files of GPU drivers; without any of them there is no GPU."""
 ROUTES = (
     "classify", "docs", "health", "invocations", "jobs", "metrics", "models", "openapi.json",
     "ping", "playground", "predict", "settings", "tokenize", "v1", "v2",
 )  # fmt: skip
-"""First parts of the server's own paths."""
+"""First segments of the server's own paths."""
 RELOADS: JsonDict = {"reloads": True}
-"""Marks the settings that a running server takes over when it reads them again."""
+"""Marks settings that change without a restart when the settings are reloaded."""
 _PREFIX = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*")
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+")
 
 
 class SettingsError(BudgetFormerError):
-    """A setting is unknown or has a value that it cannot have."""
+    """A setting is unknown or has an invalid value."""
 
 
 class Pool(BaseModel, extra="forbid", frozen=True):
-    """Engines of one kind, on a cluster.
+    """A pool of equal engines on a cluster.
 
     Attributes:
-        max_step: highest ladder step that they compute; None: all.
-        replicas: how many there are, at least.
-        max_replicas: how many there may be; None: no more than `replicas`.
-        target_seconds: of device time that wait in one, beyond which there are to be more.
-        up_seconds, down_seconds: for which more, or fewer, must have been needed all the time.
-        cpus, gpus: what Ray is to keep for each; with a share of a GPU they compute on it.
-        models: most models that one holds, None being all; others take turns as they are asked for.
+        max_step: highest ladder step that the engines compute; None: all.
+        replicas: smallest number of engines.
+        max_replicas: largest number of engines; None: `replicas`.
+        target_seconds: device time (s) waiting in one engine, above which engines are added.
+        up_seconds, down_seconds: time (s) for which more, or fewer, engines must be needed without
+            interruption before the number changes.
+        cpus, gpus: CPUs and GPUs that Ray reserves for each engine. If `gpus` is not 0, also a
+            fraction, the engines compute on a GPU.
+        models: most models that one engine holds; None: all. Other models replace the one unused
+            for longest when they are requested.
     """
 
     max_step: int | None = Field(default=None, ge=0)
@@ -88,7 +91,7 @@ class Pool(BaseModel, extra="forbid", frozen=True):
     models: int | None = Field(default=None, ge=1)
 
     def computes(self, step: int) -> bool:
-        """Say whether its engines compute a ladder step."""
+        """Return whether its engines compute a ladder step."""
         return self.max_step is None or step <= self.max_step
 
     @model_validator(mode="after")
@@ -106,10 +109,9 @@ class RollOutSettings(BaseModel, extra="forbid", frozen=True):
 
     Attributes:
         weight: share of the requests that the new version answers.
-        shadow: share of the other requests that it computes too, without its answers being
-            returned.
-        min_agreement, max_error_rate, max_latency_ratio: where a roll-out stops by itself; see
-            `service.control.rollout.Bounds`. None: it does not.
+        shadow: share of the other requests that it computes too; these answers are not returned.
+        min_agreement, max_error_rate, max_latency_ratio: bounds beyond which a roll-out stops by
+            itself, see `service.control.rollout.Bounds`; None: no bound.
     """
 
     weight: Share = 0.0
@@ -120,16 +122,17 @@ class RollOutSettings(BaseModel, extra="forbid", frozen=True):
 
 
 class ModelSettings(BaseModel, extra="forbid", frozen=True):
-    """What one model has of its own; None: the server's.
+    """Settings of one model; None: the server's setting applies.
 
     Attributes:
-        version: that is served; None: what was decided by promotion or rollback, else the highest.
-        rollout: how new versions are rolled out, also those that a poll of the store finds; None:
-            those are served at once.
+        version: version to serve; None: the version of the last promotion or rollback, else the
+            highest.
+        rollout: how new versions are rolled out, including those that a poll of the store finds;
+            None: they are served at once.
         quality, quality_floor, timeout_ms: see `Settings`.
         queue_items: most texts of this model that wait in one engine.
-        warm_up_steps: ladder steps whose weights are laid out as the model loads; None: those that
-            its quality levels use. The first who asks for another one waits for it.
+        warm_up_steps: ladder steps whose weights are packed when the model loads; None: the steps
+            that its quality levels use. The first request for another step waits for it.
     """
 
     version: int | None = Field(default=None, ge=1)
@@ -336,23 +339,25 @@ class Settings(BaseSettings):
     def _prefix(cls, value: str) -> str:
         value = value.rstrip("/")
         if not _PREFIX.fullmatch(value):
-            raise ValueError(f"{value!r} is no path of a URL; one looks like /classifier")
+            raise ValueError(
+                f"{value!r} is not a valid URL path; a valid one looks like /classifier"
+            )
         if value.split("/")[1:2] and value.split("/")[1] in ROUTES:
-            raise ValueError(f"{value} begins as routes of ours do; take another path")
+            raise ValueError(f"{value} begins like a route of this server; choose another path")
         return value
 
     @field_validator("job_sources")
     @classmethod
     def _sources(cls, value: list[str]) -> list[str]:
         for prefix in value:
-            split_url(prefix)  # its ValueError says what is wrong
+            split_url(prefix)
         return value
 
     @field_validator("trusted_proxies")
     @classmethod
     def _networks(cls, value: list[str]) -> list[str]:
         for network in value:
-            ip_network(network)  # its ValueError says what is wrong
+            ip_network(network)
         return value
 
     @field_validator("cors_origins")
@@ -360,7 +365,9 @@ class Settings(BaseSettings):
     def _origins(cls, value: list[str]) -> list[str]:
         for origin in value:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"{origin!r} is no origin; one looks like https://example.org")
+                raise ValueError(
+                    f"{origin!r} is not an origin; a valid one looks like https://example.org"
+                )
         return value
 
     @field_validator("admin_key_file")
@@ -370,13 +377,13 @@ class Settings(BaseSettings):
             try:
                 value.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or "this is no text"
+                reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
                 raise ValueError(f"{value}: {reason}") from None
         return value
 
     @model_validator(mode="after")
     def _readable_by_all(self) -> Self:
-        # Processes tell each other of paths and names as UTF-8.
+        # Processes send paths and names to each other as UTF-8.
         for name in type(self).model_fields:
             value = getattr(self, name)
             for text in _texts(value):
@@ -395,19 +402,19 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("TLS takes both tls_cert and tls_key")
+            raise ValueError("TLS requires both tls_cert and tls_key")
         if self.tls_client_ca is not None and self.tls_cert is None:
-            raise ValueError("tls_client_ca takes tls_cert and tls_key")
+            raise ValueError("tls_client_ca requires tls_cert and tls_key")
         if self.timeout_ms > self.max_timeout_ms:
             raise ValueError("timeout_ms must not be above max_timeout_ms")
-        for name, own in self.model_settings.items():
-            if (own.timeout_ms or 0) > self.max_timeout_ms:
+        for name, model in self.model_settings.items():
+            if (model.timeout_ms or 0) > self.max_timeout_ms:
                 raise ValueError(f"timeout_ms of {name} must not be above max_timeout_ms")
         if self.metrics_port is not None and self.metrics_port == self.port:
-            raise ValueError("metrics_port must be another port than port")
+            raise ValueError("metrics_port must differ from port")
         if self.grpc_port is not None:
             if self.grpc_port in (self.port, self.metrics_port):
-                raise ValueError("grpc_port must be another port than port and metrics_port")
+                raise ValueError("grpc_port must differ from port and metrics_port")
             if find_spec("grpc") is None:
                 extra = "pip install 'budgetformer-serving[grpc]'"
                 raise ValueError(f"grpc_port needs gRPC, which is not installed: {extra}")
@@ -420,9 +427,9 @@ class Settings(BaseSettings):
         steps = [pool.max_step for pool in self.pools.values()]
         if len(set(steps)) < len(steps):
             raise ValueError("pools must differ in max_step")
-        own = [name for name in ("tls_cert", "metrics_port", "grpc_port") if getattr(self, name)]
-        if self.cluster and own:
-            raise ValueError(f"on a cluster Ray listens: {own[0]} does not apply")
+        local = [name for name in ("tls_cert", "metrics_port", "grpc_port") if getattr(self, name)]
+        if self.cluster and local:
+            raise ValueError(f"on a cluster Ray listens: {local[0]} does not apply")
         if self.cluster and self.ready_when == "all":
             raise ValueError("on a cluster engines come and go: ready_when=all does not apply")
         return self
@@ -446,7 +453,7 @@ class Settings(BaseSettings):
         return (init_settings, env_settings, *([file] if file else []))
 
     def all_keys(self) -> dict[str, Key]:
-        """Return the keys that stand in the settings, the admin key among them."""
+        """Return the keys in the settings, including the admin key."""
         if self.admin_key is None:
             return dict(self.keys)
         secret = self.admin_key.get_secret_value().encode()
@@ -458,19 +465,19 @@ class Settings(BaseSettings):
         return self.allow_anonymous or not (self.keys or self.keys_file)
 
     def check_access(self) -> None:
-        """Check what decides who gets in: keys, certificates, and that the server is not left open.
+        """Check keys and certificates, and that a server without keys listens on loopback only.
 
         Raises:
-            KeysError: the keys are none.
-            SettingsError: a certificate cannot be used, or the server would be open to a network
-                without somebody having said so.
+            KeysError: the keys or the key file are invalid.
+            SettingsError: a certificate cannot be used, or the server would accept requests from a
+                network without keys although `allow_anonymous` is not set.
         """
         KeyRing(self.all_keys(), self.keys_file)
         self._check_certificates()
         if self.anonymous and not self.allow_anonymous and not _is_loopback(self.host):
             raise SettingsError(
-                f"{self.host} is no loopback address, and there are no keys: give keys_file "
-                "(`budgetformer keys new` makes one), or say --allow-anonymous"
+                f"{self.host} is not a loopback address, and there are no keys: set keys_file "
+                "(`budgetformer keys new` writes one), or pass --allow-anonymous"
             )
 
     def _check_certificates(self) -> None:
@@ -479,7 +486,7 @@ class Settings(BaseSettings):
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         try:
             context.load_cert_chain(self.tls_cert, self.tls_key, password=_no_password)
-        except (OSError, ValueError) as error:  # what ssl raises is an OSError, too
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise SettingsError(f"tls_cert and tls_key: {error}") from None
         if self.tls_client_ca is not None:
             try:
@@ -488,40 +495,47 @@ class Settings(BaseSettings):
                 raise SettingsError(f"tls_client_ca: {error}") from None
 
     def quality_of(self, model: str) -> str | float:
-        """Return the quality of requests to a model that name none."""
-        own = self.model_settings.get(model, _SERVERS).quality
-        return self.quality if own is None else own
+        """Return the default quality of requests to a model."""
+        quality = self._model(model).quality
+        return self.quality if quality is None else quality
 
     def version_of(self, model: str) -> int | None:
-        """Return the version of a model that is to be served; None: the settings do not say."""
-        return self.model_settings.get(model, _SERVERS).version
+        """Return the version of a model to serve; None: the settings do not name one."""
+        return self._model(model).version
 
     def rollout_of(self, model: str) -> RollOutSettings | None:
         """Return how new versions of a model are rolled out; None: they are served at once."""
-        return self.model_settings.get(model, _SERVERS).rollout
+        return self._model(model).rollout
 
     def floor_of(self, model: str) -> QualityName:
-        """Return the lowest level that overload may make of `auto` for a model."""
-        return self.model_settings.get(model, _SERVERS).quality_floor or self.quality_floor
+        """Return the lowest level that overload may choose for `auto` requests to a model."""
+        return self._model(model).quality_floor or self.quality_floor
 
     def timeout_ms_of(self, model: str) -> int:
-        """Return the deadline of requests to a model that name none."""
-        return self.model_settings.get(model, _SERVERS).timeout_ms or self.timeout_ms
+        """Return the default deadline of requests to a model (ms)."""
+        return self._model(model).timeout_ms or self.timeout_ms
+
+    def _model(self, name: str) -> ModelSettings:
+        return self.model_settings.get(name, _DEFAULT_MODEL_SETTINGS)
 
     def queue_items(self) -> dict[str, int]:
-        """Return the most texts that wait in one engine, of each model that has a limit."""
-        own = {name: given.queue_items for name, given in self.model_settings.items()}
-        return self.model_queue_items | {name: most for name, most in own.items() if most}
+        """Return the most texts that wait in one engine, for each model with such a limit."""
+        models = self.model_settings.items()
+        limits = {name: model.queue_items for name, model in models if model.queue_items}
+        return self.model_queue_items | limits
 
     def model_floors(self) -> dict[str, QualityName]:
-        """Return the floors of the models that have one of their own."""
-        own = {name: given.quality_floor for name, given in self.model_settings.items()}
-        return {name: floor for name, floor in own.items() if floor}
+        """Return the quality floors of the models with their own floor."""
+        models = self.model_settings.items()
+        return {name: model.quality_floor for name, model in models if model.quality_floor}
 
     def warm_up_steps(self) -> dict[str, list[int]]:
-        """Return the warm-up steps of the models that have some of their own."""
-        own = {name: given.warm_up_steps for name, given in self.model_settings.items()}
-        return {name: sorted(steps) for name, steps in own.items() if steps is not None}
+        """Return the warm-up steps of the models with their own warm-up steps."""
+        return {
+            name: sorted(model.warm_up_steps)
+            for name, model in self.model_settings.items()
+            if model.warm_up_steps is not None
+        }
 
     @classmethod
     def reloadable(cls) -> list[str]:
@@ -532,9 +546,9 @@ class Settings(BaseSettings):
         """Compare two readings of the settings.
 
         Returns:
-            The names of the settings that differ: those that change without a restart, and those
-            that do not. Whether the server speaks TLS at all does not, nor, with `grpc_port`,
-            whether clients show certificates.
+            The names of the settings that differ: first those that change without a restart, then
+            those that need one. Turning TLS on or off needs a restart, and with `grpc_port` also
+            turning client certificates on or off.
         """
         differ = [n for n in type(self).model_fields if getattr(self, n) != getattr(other, n)]
         changing = set(self.reloadable())
@@ -545,7 +559,7 @@ class Settings(BaseSettings):
         return [n for n in differ if n in changing], [n for n in differ if n not in changing]
 
     def resolved_engines(self) -> int:
-        """Return how many engines to run."""
+        """Return the number of engines to run."""
         if self.engines:
             return self.engines
         if self.resolved_device() == "cuda":
@@ -559,10 +573,10 @@ class Settings(BaseSettings):
             return {"engine": Pool(replicas=self.resolved_engines(), gpus=gpus)}
         last = max(pool.max_step or 0 for pool in self.pools.values()) + 1
 
-        def top(named: tuple[str, Pool]) -> int:
+        def highest_step(named: tuple[str, Pool]) -> int:
             return last if named[1].max_step is None else named[1].max_step
 
-        return dict(sorted(self.pools.items(), key=top))
+        return dict(sorted(self.pools.items(), key=highest_step))
 
     def resolved_device(self) -> str:
         """Return the device that the engines compute on: "cpu" or "cuda"."""
@@ -571,55 +585,55 @@ class Settings(BaseSettings):
         return "cuda" if gpu_count() else "cpu"
 
     def printable(self) -> dict[str, Any]:
-        """Return all values as plain JSON, secrets masked."""
+        """Return all values as JSON types, with secrets masked."""
         return self.model_dump(mode="json")
 
 
-_SERVERS = ModelSettings()
+_DEFAULT_MODEL_SETTINGS = ModelSettings()
 
 
 class _File(TomlConfigSettingsSource):
-    """The TOML file, in which `models` may be a list of models or the tables of their settings."""
+    """The TOML file, in which `models` is either a list of models or tables of their settings."""
 
     def __call__(self) -> dict[str, Any]:
         given = super().__call__()
         if isinstance(given.get("models"), dict):
             if "model_settings" in given:
-                raise SettingsError("[models.NAME] and model_settings are the same: give one")
+                raise SettingsError("[models.NAME] and model_settings mean the same: give one only")
             given = {**given, "model_settings": given["models"]}
             del given["models"]
         return given
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return the first thing that is wrong, and where, in one line."""
+    """Return the first error and its field in one line."""
     first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    return f"{where}: {first['msg']}" if where else str(first["msg"])
+    field = ".".join(map(str, first["loc"]))
+    return f"{field}: {first['msg']}" if field else str(first["msg"])
 
 
 @cache
 def gpu_count() -> int:
-    """Return how many GPUs torch can use.
+    """Return the number of GPUs that torch can use.
 
-    Where there is a driver, a process of its own asks torch, which takes seconds to import and
-    memory for good.
+    If there is a driver, torch is imported in a separate process, since that takes seconds and
+    memory that is never freed.
     """
     if not any(map(os.path.exists, GPU_DRIVERS)):
         return 0
-    ask = python_command("-c", "import torch; print(torch.cuda.device_count())")
-    asked = subprocess.run(ask, capture_output=True, text=True, check=False)
-    return int(asked.stdout) if asked.returncode == 0 else 0
+    command = python_command("-c", "import torch; print(torch.cuda.device_count())")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return int(result.stdout) if result.returncode == 0 else 0
 
 
 def _check_quality(value: str | float | None) -> str | float | None:
     if isinstance(value, float) and not 0 <= value <= 100:
-        raise ValueError("quality as a number is 0..100 accuracy points")
+        raise ValueError("quality as a number is an accuracy drop, 0..100 percentage points")
     return value
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts and paths in a setting, secrets in the clear."""
+    """Yield all strings and paths in a setting, with secrets in the clear."""
     if isinstance(value, SecretStr):
         yield value.get_secret_value()
     elif isinstance(value, (str, Path)):
@@ -635,21 +649,21 @@ def _no_password() -> str:
 
 def _is_loopback(host: str) -> bool:
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise SettingsError(f"cannot listen on {host}: {error.strerror or error}") from error
-    return all(ip_address(str(place[4][0]).partition("%")[0]).is_loopback for place in found)
+    return all(ip_address(str(info[4][0]).partition("%")[0]).is_loopback for info in infos)
 
 
 def refuse_unknown_environment() -> None:
     """Check that every BUDGETFORMER_ variable is a setting, or describes another service's port.
 
     Raises:
-        SettingsError: one is not, with the nearest known name.
+        SettingsError: a variable is unknown; the message suggests the nearest name.
     """
     known = {f"{PREFIX}{name.upper()}" for name in (*Settings.model_fields, CONFIG_FILE)}
     known |= {name.upper() for name in service_variables(os.environ)}
-    for name in sorted(filter(is_ours, os.environ)):
+    for name in sorted(filter(has_prefix, os.environ)):
         if name.upper() not in known:
             near = get_close_matches(name.upper(), sorted(known), 1)
             hint = f"; did you mean {near[0]}?" if near else ""

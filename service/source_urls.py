@@ -1,4 +1,4 @@
-"""URLs that the server may read for a caller: those below the prefixes that an operator allows."""
+"""Check URLs that the server reads for a caller against the prefixes that an operator allows."""
 
 from __future__ import annotations
 
@@ -12,44 +12,50 @@ _URL = re.compile(
     r"([a-z][a-z0-9+.-]*)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/.*)?"
 )
 _NEVER = re.compile(r"[^!-~]|[\\\"<>^`{|}#]|::")
-"""Not in URLs, or read differently by different readers; `::` joins URLs for fsspec."""
+"""Characters that are invalid in URLs or that libraries interpret differently; `::` chains URLs in
+fsspec."""
 
-Place = tuple[str, str, int | None, list[str]]
+SplitUrl = tuple[str, str, int | None, list[str]]
 """Scheme, host, port and the segments of the path."""
 
 
-def split_url(url: str) -> Place:
-    """Return the place that a URL names, in the one form in which places are compared.
+def split_url(url: str) -> SplitUrl:
+    """Split a URL into normalized parts that can be compared.
 
     Raises:
-        ValueError: it names a file of this machine, or readers may disagree about what it names.
+        ValueError: the URL names a file of this machine, or libraries may interpret it differently.
     """
-    found = _URL.fullmatch(url.partition("?")[0])
-    if found is None or _NEVER.search(url):
-        raise ValueError(f"{url!r} is no URL; one looks like s3://bucket/texts/day.parquet")
-    scheme, host, port, path = found.groups()
+    match = _URL.fullmatch(url.partition("?")[0])
+    if match is None or _NEVER.search(url):
+        raise ValueError(
+            f"{url!r} is not a valid URL; a valid one looks like s3://bucket/texts/day.parquet"
+        )
+    scheme, host, port, path = match.groups()
     if scheme in _LOCAL:
-        raise ValueError(f"{url!r} names something of the server itself")
+        raise ValueError(f"{url!r} names a file of the server itself")
     segments = [unquote(part) for part in (path or "/")[1:].split("/")]
     if not all(segments[:-1]) or any(re.search(r"^\.{1,2}$|[/\\%]", part) for part in segments):
-        raise ValueError(f"{url!r} has a path that readers may understand differently")
-    # Names of hosts are the same in any case, those of buckets may not be.
+        raise ValueError(
+            f"{url!r} has an ambiguous path; it must have no empty, `.` or `..` segment and no "
+            "encoded slash, backslash or percent sign"
+        )
+    # Host names are not case-sensitive; bucket names may be.
     name = host.lower() if scheme in _PORTS else host
     return scheme, name, int(port) if port else _PORTS.get(scheme), segments
 
 
 def is_allowed(url: str, prefixes: Iterable[str]) -> bool:
-    """Say whether a URL is below one of the prefixes, each of which ends with a segment of a path.
+    """Return whether a URL is one of the prefixes, or below it by whole segments of the path.
 
     Raises:
-        ValueError: as `split_url` does.
+        ValueError: see `split_url`.
     """
-    *place, path = split_url(url)
+    *origin, path = split_url(url)
     for prefix in prefixes:
-        *allowed, folder = split_url(prefix)
+        *allowed_origin, folder = split_url(prefix)
         if not folder[-1]:
             del folder[-1]
-        if place == allowed and path[: len(folder)] == folder:
+        if origin == allowed_origin and path[: len(folder)] == folder:
             return True
     return False
 

@@ -8,22 +8,22 @@ from pathlib import Path
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file at once: whoever reads it finds the old content or the new one.
+    """Replace a file atomically: readers see either the old content or the new one.
 
-    It is on the disk when this returns, and only this user can read it.
+    The content is on the disk when this returns, and only this user can read it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
-    fresh = path.with_name(f"{path.name}.new")
+    new = path.with_name(f"{path.name}.new")
     try:
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        fresh.replace(path)
+        new.replace(path)
     except OSError:
         with suppress(OSError):
-            fresh.unlink()
+            new.unlink()
         raise

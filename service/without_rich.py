@@ -1,7 +1,7 @@
-"""Imported first by the processes of which a server has many, so that they hold less.
+"""Prevent the import of rich, to save some megabytes in each process; import this module first.
 
-structlog imports rich where it is installed, for tracebacks in colours, which no server prints:
-some megabytes for each process. A module that is None is one that cannot be imported.
+structlog imports rich, if it is installed, for coloured tracebacks, which a server never prints. An
+import fails if the module's entry in `sys.modules` is None.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line: `budgetformer`, a module per family of commands."""
+"""The command line `budgetformer`, with one module for each family of commands."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
-    epilog="Exit codes: 0 done, 1 failed, 2 asked for in a way that cannot be, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 failure, 2 invalid usage or settings, 130 interrupted.",
 )
 
 
@@ -59,27 +59,27 @@ def version(as_json: JsonOption = False) -> None:
     if not as_json:
         typer.echo(budgetformer.__version__)
         return
-    beside = {name: version_of(name) for name in ("torch", "transformers", "tokenizers")}
-    found = {
+    libraries = ("torch", "transformers", "tokenizers")
+    versions = {
         "budgetformer": budgetformer.__version__,
         "python": platform.python_version(),
-        **beside,
+        **{name: version_of(name) for name in libraries},
     }
-    typer.echo(json.dumps(found))
+    typer.echo(json.dumps(versions))
 
 
 def main() -> None:
-    """Run the command line; an expected error is one line, and its exit code says of which kind."""
+    """Run the command line; print an expected error on one line, and exit with its code."""
     limit_threads()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold other bytes than UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold bytes that are not UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except UnicodeEncodeError as error:
-        # Paths go to libraries, and to other processes, as UTF-8.
+        # Paths are passed to libraries and other processes as UTF-8.
         say(f"budgetformer: {readable(error.object)}: a name that is not UTF-8; rename it")
         raise SystemExit(FAILED) from None
     except BudgetFormerError as error:
         say(f"budgetformer: {error}")
-        misused = isinstance(error, (SettingsError, PolicyError, TracingError))
-        raise SystemExit(USAGE if misused else FAILED) from None
+        invalid_usage = isinstance(error, (SettingsError, PolicyError, TracingError))
+        raise SystemExit(USAGE if invalid_usage else FAILED) from None

@@ -39,7 +39,7 @@ from service.cli.terminal import JsonOption, ModelOption, StoreOption, err, out,
 
 def classify(
     texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts; none: stdin, one per line.")
+        list[str] | None, typer.Argument(help="Texts. Default: stdin, one per line.")
     ] = None,
     model: ModelOption = None,
     file: Annotated[
@@ -47,26 +47,28 @@ def classify(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="CSV, JSONL or Parquet file to write; none: print the answers."),
+        typer.Option(help="CSV, JSONL or Parquet file to write. Default: print the answers."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the --output of a run that was stopped.")
+        bool, typer.Option("--resume", help="Resume an interrupted run with the same --output.")
     ] = False,
     quality: Annotated[
-        str, typer.Option(help="fast, balanced, best or points given up.")
+        str, typer.Option(help="fast, balanced, best, or an accuracy drop (percentage points).")
     ] = "balanced",
-    heads: Annotated[int | None, typer.Option(help="Heads per layer, instead of f_o.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Heads per layer, instead of the decision of f_o.")
+    ] = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes for many rows; 0: one per usable core.")
+        int, typer.Option(min=0, help="Processes for many rows. 0: one per usable core.")
     ] = 0,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
-    """Classify texts here, without a server; any number of rows, in bounded memory."""
+    """Classify texts on this machine, without a server; any number of rows, in bounded memory."""
     if texts and file is not None:
-        raise typer.BadParameter("texts or a --file, not both")
+        raise typer.BadParameter("give texts or a --file, not both")
     if resume and output is None:
-        raise typer.BadParameter("--resume needs the --output to go on with")
+        raise typer.BadParameter("--resume requires the --output of the interrupted run")
     rows = open_table(file) if file is not None else _rows(texts)
     checkpoint = resolve(model, model_store)
     level = _level(quality) if checkpoint.calibrated else None
@@ -74,22 +76,22 @@ def classify(
     asked = Asked(str(checkpoint.path), level, heads)
     count = workers or usable_cores()
     if output is None:
-        with _bar(rows) as follow:
-            for answered in follow(classify_rows(asked, rows, count)):
+        with _progress(rows) as track:
+            for answered in track(classify_rows(asked, rows, count)):
                 _show(answered, as_json)
         return
     check_output(output)
     if resume and Journal.is_finished(output):
-        say(f"{output}: is there already, nothing is left to do")
+        say(f"{output}: is complete already, nothing is left to do")
         return
     began = time.monotonic()
-    with Journal(output, checkpoint, level, heads, resume) as journal, _bar(rows) as follow:
-        before = journal.rows
+    with Journal(output, checkpoint, level, heads, resume) as journal, _progress(rows) as track:
+        resumed = journal.rows
         asked = Asked(asked.path, level, heads, journal.precision)
-        for answered in follow(classify_rows(asked, journal.remaining(iter(rows)), count), before):
+        for answered in track(classify_rows(asked, journal.remaining(iter(rows)), count), resumed):
             journal.append(answered)
         finish(journal, output)
-    _sum_up(output, before, journal.totals, time.monotonic() - began, as_json)
+    _summarize(output, resumed, journal.totals, time.monotonic() - began, as_json)
 
 
 def _rows(texts: list[str] | None) -> Iterator[Row]:
@@ -110,13 +112,17 @@ def _level(quality: str) -> str | float:
         raise PolicyError(f"quality {quality!r} is neither a level nor a number") from None
 
 
-class _Follow(Protocol):
+class _Track(Protocol):
     def __call__(self, answers: Iterator[Answered], done: int = 0) -> Iterator[Answered]: ...
 
 
 @contextmanager
-def _bar(rows: Iterable[Row]) -> Iterator[_Follow]:
-    """Show, on a terminal, how much of a file has been read and how many rows are answered."""
+def _progress(rows: Iterable[Row]) -> Iterator[_Track]:
+    """Show progress on a terminal: the share of the file that was read, and answered rows.
+
+    Yields:
+        A function that passes answers on and counts them; `done` rows were answered before.
+    """
     columns = (
         TextColumn("classifying"),
         BarColumn(),
@@ -129,15 +135,15 @@ def _bar(rows: Iterable[Row]) -> Iterator[_Follow]:
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("", total=None if file is None else file.size, done=0, speed=0.0)
 
-        def follow(answers: Iterator[Answered], done: int = 0) -> Iterator[Answered]:
-            before, began = done, time.monotonic()
+        def track(answers: Iterator[Answered], done: int = 0) -> Iterator[Answered]:
+            resumed, began = done, time.monotonic()
             for answered in answers:
                 yield answered
                 done += answered.rows
-                speed = (done - before) / (time.monotonic() - began)
+                speed = (done - resumed) / (time.monotonic() - began)
                 bar.update(task, completed=file.position if file else done, done=done, speed=speed)
 
-        yield follow
+        yield track
 
 
 def _show(answered: Answered, as_json: bool) -> None:
@@ -157,13 +163,13 @@ def _show(answered: Answered, as_json: bool) -> None:
     out.print(table)
 
 
-def _sum_up(output: Path, before: int, totals: Totals, seconds: float, as_json: bool) -> None:
+def _summarize(output: Path, resumed: int, totals: Totals, seconds: float, as_json: bool) -> None:
     figures = {
         "output": str(output),
         "rows": totals.rows,
-        "rows_resumed": before,
+        "rows_resumed": resumed,
         "seconds": round(seconds, 3),
-        "rows_per_second": round((totals.rows - before) / seconds, 1),
+        "rows_per_second": round((totals.rows - resumed) / seconds, 1),
         "mean_heads": totals.mean_heads,
         "macs_share": totals.macs_share,
         "labels": dict(totals.labels.most_common()),
@@ -173,7 +179,7 @@ def _sum_up(output: Path, before: int, totals: Totals, seconds: float, as_json: 
         return
     table = Table("", "", show_header=False)
     table.add_row("written to", Text(str(output)))
-    table.add_row("rows", f"{figures['rows']:,}, of them {before:,} by an earlier run")
+    table.add_row("rows", f"{figures['rows']:,}, of them {resumed:,} by an earlier run")
     table.add_row("rows per second", f"{figures['rows_per_second']:,.0f} (in {seconds:,.1f} s)")
     table.add_row("mean heads", f"{figures['mean_heads']:.1f}")
     table.add_row("multiply-adds", f"{figures['macs_share']:.1%} of the dense network's")

@@ -1,4 +1,4 @@
-"""`budgetformer jobs`: files that a server classifies in the background."""
+"""`budgetformer jobs`: have a server classify files in the background."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 jobs_app = typer.Typer(no_args_is_help=True, help="Have a server classify files in the background.")
 
-Address = Annotated[str, typer.Option(help="Where the server is.")]
+Address = Annotated[str, typer.Option(help="URL of the server.")]
 HERE = "http://127.0.0.1:8000"
-KeyOption = Annotated[str | None, typer.Option(help="API key, if the server takes one.")]
+KeyOption = Annotated[str | None, typer.Option(help="API key, if the server requires one.")]
 JobArgument = Annotated[str, typer.Argument(help="Id of the job.")]
 Output = Annotated[Path | None, typer.Option(help="File to write the result to.")]
 
@@ -31,17 +31,21 @@ Output = Annotated[Path | None, typer.Option(help="File to write the result to."
 @jobs_app.command("submit")
 def submit(
     file: Annotated[
-        str, typer.Argument(help="CSV, JSONL or Parquet with a column `text`, or its URL.")
+        str,
+        typer.Argument(help="CSV, JSONL or Parquet file with a column `text`, or the URL of one."),
     ],
-    model: Annotated[str | None, typer.Option(help="Model; none: the server's default.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model. Default: the server's.")] = None,
     quality: Annotated[
-        str | None, typer.Option(help="fast, balanced, best or points given up.")
+        str | None,
+        typer.Option(help="fast, balanced, best, or an accuracy drop (percentage points)."),
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Heads per layer, instead of f_o.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Heads per layer, instead of the decision of f_o.")
+    ] = None,
     format: Annotated[
-        str | None, typer.Option(help="Kind of the result: csv, jsonl or parquet.")
+        str | None, typer.Option(help="File type of the result: csv, jsonl or parquet.")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Wait for its end.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait until the job has ended.")] = False,
     output: Output = None,
     as_json: JsonOption = False,
     address: Address = HERE,
@@ -85,7 +89,7 @@ def list_jobs(as_json: JsonOption = False, address: Address = HERE, key: KeyOpti
 
 @jobs_app.command("show")
 def show(job: JobArgument, address: Address = HERE, key: KeyOption = None) -> None:
-    """Print how far a job is, as JSON."""
+    """Print the progress of a job as JSON."""
     with _client(address, key) as client:
         out.print_json(data=client.job(job))
 
@@ -94,7 +98,7 @@ def show(job: JobArgument, address: Address = HERE, key: KeyOption = None) -> No
 def follow(
     job: JobArgument, output: Output = None, address: Address = HERE, key: KeyOption = None
 ) -> None:
-    """Show how far a job is until it has ended; --output then saves its result."""
+    """Show the progress of a job until it has ended; --output then saves its result."""
     with _client(address, key) as client:
         _complain(_to_the_end(client, job, output))
 
@@ -102,18 +106,18 @@ def follow(
 @jobs_app.command("result")
 def result(
     job: JobArgument,
-    output: Annotated[Path, typer.Option(help="File to write it to.")],
+    output: Annotated[Path, typer.Option(help="File to write the result to.")],
     address: Address = HERE,
     key: KeyOption = None,
 ) -> None:
-    """Save the result of a job that has finished."""
+    """Save the result of a finished job."""
     with _client(address, key) as client:
         _save(client, job, output)
 
 
 @jobs_app.command("cancel")
 def cancel(job: JobArgument, address: Address = HERE, key: KeyOption = None) -> None:
-    """Remove a job with all of its files; one that has not ended is cancelled."""
+    """Remove a job with all its files; cancel it if it has not ended."""
     with _client(address, key) as client:
         client.cancel_job(job)
 
@@ -127,8 +131,8 @@ def _client(address: str, key: str | None) -> Client:
 
 
 def _to_the_end(client: Client, job: str, output: Path | None) -> dict[str, Any]:
-    with _bar() as tell:
-        ended = client.follow_job(job, tell)
+    with _progress() as show_progress:
+        ended = client.follow_job(job, show_progress)
     if output is not None and ended["status"] == "finished":
         _save(client, job, output)
     return ended
@@ -148,8 +152,8 @@ def _complain(job: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _bar() -> Iterator[TellJob]:
-    """Show, on a terminal, how far a job is."""
+def _progress() -> Iterator[TellJob]:
+    """Show the progress of a job on a terminal."""
     columns = (
         TextColumn("{task.fields[status]}"),
         BarColumn(),
@@ -161,7 +165,7 @@ def _bar() -> Iterator[TellJob]:
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("", total=1.0, status="queued", rows=0, speed=0.0, left="")
 
-        def tell(job: dict[str, Any]) -> None:
+        def show_progress(job: dict[str, Any]) -> None:
             seconds = job["seconds_left"]
             left = job["waiting_for"] or ("" if seconds is None else f"{seconds:,.0f} s left")
             bar.update(
@@ -173,4 +177,4 @@ def _bar() -> Iterator[TellJob]:
                 left=left,
             )
 
-        yield tell
+        yield show_progress

@@ -1,4 +1,4 @@
-"""`budgetformer keys`: keys for callers of a server."""
+"""`budgetformer keys`: create API keys."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import typer
 from service.cli.terminal import err
 from service.keys import check_keys, key_line, new_key
 
-keys_app = typer.Typer(no_args_is_help=True, help="Make keys for callers of a server.")
+keys_app = typer.Typer(no_args_is_help=True, help="Create API keys for callers of a server.")
 
 
 @keys_app.callback()
 def _root() -> None:
-    """Make keys for callers of a server."""
+    """Create API keys for callers of a server."""
 
 
 @keys_app.command("new")
@@ -22,24 +22,24 @@ def make_key(
     name: Annotated[str, typer.Argument(help="Name of the key, as metrics and logs show it.")],
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="What it opens: classify, jobs, admin; may be repeated; none: classify."),
+        typer.Option(help="Scope: classify, jobs or admin; may be repeated. Default: classify."),
     ] = None,
     texts_per_second: Annotated[
-        float | None, typer.Option(help="Texts that it may ask for in the long run.")
+        float | None, typer.Option(help="Highest mean rate of texts. Default: no limit.")
     ] = None,
     burst: Annotated[
-        int | None, typer.Option(help="Texts that it may ask for at once; none: a second's.")
+        int | None, typer.Option(help="Most texts at once. Default: the texts of one second.")
     ] = None,
     max_requests: Annotated[
-        int | None, typer.Option(help="Requests that it may have under way at once.")
+        int | None, typer.Option(help="Most requests in flight. Default: no limit.")
     ] = None,
 ) -> None:
-    """Make a key: it is shown once, on stderr; its line for the key file goes to stdout."""
+    """Create a key: print the key once, to stderr, and its line for the key file to stdout."""
     limits = {
         "texts_per_second": texts_per_second, "burst": burst, "max_requests": max_requests,
     }  # fmt: skip
     secret, key = new_key(scope or ["classify"], **limits)
     check_keys({name: key})
     typer.echo(key_line(name, key))
-    err.print("The key, shown this once:", style="dim")
+    err.print("The key, shown only once:", style="dim")
     typer.echo(secret, err=True)

@@ -1,4 +1,4 @@
-"""`budgetformer models`."""
+"""`budgetformer models`: list, show, verify and add checkpoints of a model store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from service.cli.terminal import (
     resolve,
 )
 
-models_app = typer.Typer(no_args_is_help=True, help="Look at the checkpoints of a model store.")
+models_app = typer.Typer(no_args_is_help=True, help="Manage the checkpoints of a model store.")
 
 
 @models_app.command("list")
@@ -56,7 +56,7 @@ ModelArgument = Annotated[
 
 @models_app.command("show")
 def show_model(model: ModelArgument, model_store: StoreOption = Path("model_store")) -> None:
-    """Print a checkpoint's manifest, as JSON."""
+    """Print the manifest of a checkpoint as JSON."""
     out.print_json(resolve(model, model_store).manifest.model_dump_json())
 
 
@@ -64,12 +64,14 @@ def show_model(model: ModelArgument, model_store: StoreOption = Path("model_stor
 def verify_models(
     model: Annotated[
         str | None,
-        typer.Argument(help="Model name or folder; none: all.", autocompletion=complete_model),
+        typer.Argument(
+            help="Model name or checkpoint folder. Default: all.", autocompletion=complete_model
+        ),
     ] = None,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
-    """Check every file of a checkpoint, or of all, against its manifest."""
+    """Check the files of a checkpoint, or of all checkpoints, against the manifest."""
     store = read_store(model_store) if model is None else None
     checkpoints = (
         [c for versions in store.checkpoints.values() for c in versions]
@@ -87,7 +89,7 @@ def verify_models(
             sound.append(checkpoint.label)
             if not as_json:
                 files = len(checkpoint.manifest.files)
-                out.print(f"{checkpoint.label}: {files} files as the manifest says", soft_wrap=True)
+                out.print(f"{checkpoint.label}: {files} files match the manifest", soft_wrap=True)
     if as_json:
         out.print_json(data={"sound": sound, "problems": problems})
     complain(problems)
@@ -98,37 +100,38 @@ def add_model(
     source: Annotated[
         str,
         typer.Argument(
-            help="Checkpoint: a folder, a tar or zip file, or the URL of one. Or a classifier to "
-            "serve as it is: the folder of `save_pretrained`, or an id of the Hugging Face hub."
+            help="Checkpoint: a folder, a tar or zip file, or a URL of one. Or a classifier to "
+            "serve without conversion: a folder written by `save_pretrained`, or a model id of the "
+            "Hugging Face hub."
         ),
     ],
     name: Annotated[
-        str | None, typer.Option(help="Of the model made of a classifier; none: its folder's.")
+        str | None,
+        typer.Option(help="Name of the model, for a classifier. Default: the name of its folder."),
     ] = None,
     version: Annotated[
-        int | None, typer.Option(min=1, help="Version to add it as; none: the next one.")
+        int | None, typer.Option(min=1, help="Version number to use. Default: the next one.")
     ] = None,
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="Texts like those that a classifier will get (CSV, JSONL, Parquet), on which the "
-            "ranges of int8 are measured."
+            help="Texts like the classifier's inputs (CSV, JSONL, Parquet), to calibrate int8."
         ),
     ] = None,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
-    """Add a checkpoint, or a classifier as it is, to a store: whole and verified, or not at all."""
+    """Add a checkpoint or a classifier to a store, completely and verified, or not at all."""
     from budgetformer.adoption.as_is import add_classifier, find_classifier
     from budgetformer.checkpoint.install import install
 
     folder = find_classifier(source)
     if folder is not None:
-        own = name or Path(source).resolve().name
-        _show_added(add_classifier(folder, model_store, note, own, version, texts), as_json)
+        name = name or Path(source).resolve().name
+        _show_added(add_classifier(folder, model_store, note, name, version, texts), as_json)
         return
     if name is not None or texts is not None:
-        raise typer.BadParameter("--name and --texts are for a classifier, this is a checkpoint")
+        raise typer.BadParameter("--name and --texts are for classifiers; this is a checkpoint")
     columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("fetching", total=None)
@@ -143,7 +146,6 @@ def add_model(
 
 def _show_added(added: Checkpoint, as_json: bool) -> None:
     if as_json:
-        found = {"name": added.name, "version": added.version, "path": str(added.path)}
-        out.print_json(data=found)
+        out.print_json(data={"name": added.name, "version": added.version, "path": str(added.path)})
     else:
-        out.print(f"{added.label} is in {added.path}", soft_wrap=True)
+        out.print(f"{added.label} was added in {added.path}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`budgetformer serve` and `doctor`, which share the server's settings."""
+"""`budgetformer serve` and `doctor`, whose options are the server's settings."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ log = structlog.get_logger()
 
 
 class SettingsCommand(TyperCommand):
-    """A command whose options are the fields of `Settings`, which the shell then completes."""
+    """A command with the fields of `Settings` as further options, for the shell's completion."""
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[CompletionItem]:
-        """Return the options that begin like this."""
-        own = super().shell_complete(ctx, incomplete)
+        """Return the options that begin with `incomplete`."""
+        options = super().shell_complete(ctx, incomplete)
         flags = [f"--{name.replace('_', '-')}" for name in (*Settings.model_fields, CONFIG_FILE)]
         flags = [flag for flag in flags if incomplete and flag.startswith(incomplete)]
-        return [*own, *map(CompletionItem, flags)]
+        return [*options, *map(CompletionItem, flags)]
 
 
 def serve(context: typer.Context) -> None:
@@ -53,30 +53,31 @@ def serve(context: typer.Context) -> None:
         out.print_json(data=settings.printable())
         return
     settings.check_access()
-    asked, read = settings, functools.partial(_read_again, context.args, dict(os.environ))
+    given, read = settings, functools.partial(_read_again, context.args, dict(os.environ))
     if settings.model is not None:
         settings = _with_classifier(settings, settings.model)
     if settings.cost_tables is not None:
-        read_tables(settings.cost_tables)  # better refused here than by every engine
+        read_tables(settings.cost_tables)  # raises an error here instead of in every engine
     configure_logs(settings.log_level, settings.log_format)
     if ignored := service_variables(os.environ):
-        # Kubernetes sets them for a service of this name, unless enableServiceLinks is false.
+        # Kubernetes sets them for a service with our name, unless enableServiceLinks is false.
         log.warning("environment variables of other services ignored", variables=ignored)
     if settings.cluster:
         _run_on_cluster(settings)
         return
     from service.control.supervisor import supervise
 
-    supervise(settings, asked, read)
+    supervise(settings, given, read)
 
 
 def _read_again(arguments: list[str], environment: dict[str, str]) -> Settings:
-    """Read the settings from the same flags and environment, and the file as it is now.
+    """Read the settings from the same flags and environment variables, and the present file.
 
-    The server removes its own variables from the environment that its child processes get.
+    The variables are set again for this, since the supervisor has removed them from its
+    environment, which its child processes inherit.
 
     Raises:
-        SettingsError: a key is unknown or a value is wrong.
+        SettingsError: a setting is unknown or has an invalid value.
     """
     before = dict(os.environ)
     try:
@@ -90,14 +91,14 @@ def _read_again(arguments: list[str], environment: dict[str, str]) -> Settings:
 def _with_classifier(settings: Settings, source: str) -> Settings:
     """Add a classifier to the store and make it the default model.
 
-    A child process adds it, so that this process, which forks others, does not load torch.
+    A child process adds it, so that this process, the supervisor, does not load torch.
     """
     command = python_command("-m", "budgetformer", "models", "add", source, "--json")
     command += ["--model-store", str(settings.model_store)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    if done.returncode:
-        raise typer.Exit(done.returncode)
-    added = json.loads(done.stdout)
+    result = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if result.returncode:
+        raise typer.Exit(result.returncode)
+    added = json.loads(result.stdout)
     label = f"{added['name']}:{added['version']}"
     change = {"models": [label, *settings.models]}
     return settings.model_copy(
@@ -117,7 +118,7 @@ def _run_on_cluster(settings: Settings) -> None:
 
 
 def doctor(context: typer.Context, as_json: JsonOption = False) -> None:
-    """Check if `serve` with the same options would run well here, and say what to change."""
+    """Check whether `serve` with the same options would run well here, and suggest changes."""
     settings, _ = read_serve_settings(context.args)
     from service.cli.startup_checks import examine
 
@@ -135,10 +136,13 @@ def doctor(context: typer.Context, as_json: JsonOption = False) -> None:
 
 
 def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
-    """Read the settings from flags, environment and file, and whether they are to be printed.
+    """Read the settings from flags, environment and file.
+
+    Returns:
+        The settings, and whether `--print-config` is given.
 
     Raises:
-        SettingsError: a key is unknown or a value is wrong.
+        SettingsError: a setting is unknown or has an invalid value.
     """
     arguments = list(arguments)
     print_config = "--print-config" in arguments
@@ -146,11 +150,11 @@ def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
         arguments.remove("--print-config")
     arguments = [part for a in arguments for part in _split_config(a)]
     if "--config" in arguments:
-        place = arguments.index("--config")
-        if place + 1 >= len(arguments):
-            raise SettingsError("--config needs a file")
-        os.environ[f"{PREFIX}{CONFIG_FILE.upper()}"] = arguments[place + 1]
-        del arguments[place : place + 2]
+        index = arguments.index("--config")
+        if index + 1 >= len(arguments):
+            raise SettingsError("--config requires a file")
+        os.environ[f"{PREFIX}{CONFIG_FILE.upper()}"] = arguments[index + 1]
+        del arguments[index : index + 2]
     file = os.environ.get(f"{PREFIX}{CONFIG_FILE.upper()}")
     if file and not Path(file).is_file():
         raise SettingsError(f"{file}: no such file")
@@ -166,7 +170,7 @@ def read_serve_settings(arguments: list[str]) -> tuple[Settings, bool]:
 
 @functools.cache
 def _flags() -> CliSettingsSource[Any]:
-    """Return the parser of the flags, which takes longer to make than flags to read."""
+    """Return the parser of the flags; it is cached, since creating it takes longer than parsing."""
     return CliSettingsSource(Settings)
 
 

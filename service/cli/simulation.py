@@ -1,4 +1,4 @@
-"""`budgetformer simulate`."""
+"""`budgetformer simulate`: predict how servers handle traffic."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from service.simulation.traffic import Traffic
 
 MAX_TEXTS = 2000
-"""Rows of --data that are measured, evenly chosen."""
+"""Most rows of --data that are measured; they are chosen evenly."""
 
 
 def simulate(
@@ -33,68 +33,76 @@ def simulate(
     model: ModelOption = None,
     rate: Annotated[
         float | None,
-        typer.Option(min=1e-3, help="Texts a second on average; none: as the traffic's file has."),
+        typer.Option(min=1e-3, help="Mean texts per second. Default: those of the traffic file."),
     ] = None,
     traffic: Annotated[
         str,
         typer.Option(
-            help="steady, diurnal (a day within --seconds), bursts, or a file: a server's log in "
-            "JSON, or what /playground/recent answered."
+            help="steady, diurnal (one day within --seconds), bursts, or a file: a server's JSON "
+            "log, or a response of /playground/recent."
         ),
     ] = "steady",
     log_share: Annotated[
-        float, typer.Option(min=1e-6, max=1, help="The access_log of the server that wrote it.")
+        float,
+        typer.Option(
+            min=1e-6, max=1, help="Setting `access_log` of the server that wrote the log."
+        ),
     ] = 1.0,
-    seconds: Annotated[float, typer.Option(min=1, help="Of traffic that is made up.")] = 60.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Length of generated traffic.")] = 60.0,
     bulk_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the texts in requests of 512.")
+        float, typer.Option(min=0, max=1, help="Share of the texts that come in requests of 512.")
     ] = 0.0,
     data: Annotated[
         Path | None,
-        typer.Option(help="Your texts, CSV, JSONL or Parquet; none: as calibration saw them."),
+        typer.Option(
+            help="Your texts: CSV, JSONL or Parquet. Default: generated texts, as in calibration."
+        ),
     ] = None,
-    mean_tokens: Annotated[float, typer.Option(min=3, help="Of texts that are made up.")] = 50.0,
+    mean_tokens: Annotated[
+        float, typer.Option(min=3, help="Mean tokens of generated texts.")
+    ] = 50.0,
     tail: Annotated[
         float | None,
-        typer.Option(min=1.05, help="Their lengths have a Pareto tail of this index."),
+        typer.Option(min=1.05, help="Index of a Pareto tail of the lengths of generated texts."),
     ] = None,
     hard_share: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Share of the texts that enter the encoder at `balanced`."),
     ] = None,
     servers: Annotated[
-        int, typer.Option(min=0, help="How many there are; 0: as many as the goals need.")
+        int, typer.Option(min=0, help="Number of servers. 0: as many as the goals require.")
     ] = 0,
     cores: Annotated[
-        int, typer.Option(min=0, help="Cores of each server; 0: as many as there are here.")
+        int, typer.Option(min=0, help="Cores of each server. 0: as many as this machine has.")
     ] = 0,
     router: Annotated[
         Literal["random", "turns", "two", "least"],
         typer.Option(
-            help="To any server, to the next, to the emptier of any two, to the emptiest."
+            help="Router before the servers: random, round robin, the less loaded of two random "
+            "servers, or the least loaded of all."
         ),
     ] = "two",
-    sample: Annotated[int, typer.Option(min=1, help="Servers that are simulated, at most.")] = 8,
-    p99_ms: Annotated[float, typer.Option(min=1, help="Goal: at most.")] = 250.0,
+    sample: Annotated[int, typer.Option(min=1, help="Most servers to simulate.")] = 8,
+    p99_ms: Annotated[float, typer.Option(min=1, help="Goal: highest p99 latency (ms).")] = 250.0,
     lost: Annotated[
-        float, typer.Option(min=0, max=1, help="Goal: share refused or late, at most.")
+        float, typer.Option(min=0, max=1, help="Goal: highest share of refused or late requests.")
     ] = 0.001,
     lowered: Annotated[
-        float, typer.Option(min=0, max=1, help="Goal: share of lowered quality, at most.")
+        float, typer.Option(min=0, max=1, help="Goal: highest share of answers at lowered quality.")
     ] = 0.01,
     core_hour: Annotated[
-        float | None, typer.Option(min=0, help="Price of a core for an hour.")
+        float | None, typer.Option(min=0, help="Price of one core for one hour.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw load and latency over time, PNG or SVG.")
+        Path | None, typer.Option(help="Write a plot of load and latency over time, PNG or SVG.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same one gives the same figures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Predict what servers make of a traffic, or how many of them it needs.
+    """Predict how servers handle traffic, or how many servers it needs.
 
-    Takes the options of `serve`, too; --cost-tables is the folder that `tune` and `tune --url`
-    have written to.
+    Also takes the options of `serve`; --cost-tables is the folder of the results of `tune` and
+    `tune --url`.
     """
     from service.simulation.costs import read_costs
     from service.simulation.engine import SimModel
@@ -103,7 +111,7 @@ def simulate(
 
     settings, _ = read_serve_settings(context.args)
     checkpoint = resolve(model or settings.default_model, settings.model_store)
-    given = _traffic(traffic, rate, seconds, bulk_share, log_share, seed)
+    load = _traffic(traffic, rate, seconds, bulk_share, log_share, seed)
     fleet = Fleet(
         model=SimModel.of(checkpoint, _table(checkpoint, settings)),
         population=_texts(checkpoint, data, mean_tokens, tail, hard_share, seed),
@@ -116,9 +124,9 @@ def simulate(
     )
     goals = Goals(p99_ms / 1000, lost, lowered)
     if servers:
-        plan = Plan(given.mean_rate / servers, servers, run(fleet, given, seed))
+        plan = Plan(load.mean_rate / servers, servers, run(fleet, load, seed))
     else:
-        plan = servers_needed(fleet, given, goals, seed)
+        plan = servers_needed(fleet, load, goals, seed)
     if plan.run is None:
         say("budgetformer: no number of such servers meets these goals")
         raise typer.Exit(FAILED)
@@ -126,26 +134,31 @@ def simulate(
         from service.simulation.plots import draw_run
 
         draw_run(plan.run, plot)
-    figures = _figures(plan, given, goals.met_by(plan.run.summary), core_hour)
+    figures = _figures(plan, load, goals.met_by(plan.run.summary), core_hour)
     if as_json:
         out.print_json(data=figures)
     else:
-        out.print(_shown(figures))
+        out.print(_as_table(figures))
 
 
 def _folder(settings: Settings) -> Path:
     if settings.cost_tables is None:
-        raise SettingsError("--cost-tables is needed: the folder that `budgetformer tune` wrote to")
+        raise SettingsError("--cost-tables is required: the folder that `budgetformer tune` wrote")
     return settings.cost_tables
 
 
 def _table(checkpoint: Checkpoint, settings: Settings) -> CostTable:
-    """Return the measured costs of a calibrated checkpoint, for a quality that has a name."""
+    """Read the cost table of a checkpoint.
+
+    Raises:
+        PolicyError: the checkpoint or the settings have no named quality level.
+        DataError: there is no table of the checkpoint.
+    """
     folder = _folder(settings)
     if not checkpoint.calibrated:
         raise PolicyError(f"{checkpoint.label} is not calibrated: it has no quality levels")
     if isinstance(settings.quality, float):
-        raise PolicyError("a quality to simulate is auto, fast, balanced or best")
+        raise PolicyError("--quality must be auto, fast, balanced or best for a simulation")
     tables = read_tables(folder)
     if checkpoint.label not in tables:
         raise DataError(f"{folder}: no cost table of {checkpoint.label}")
@@ -162,18 +175,18 @@ def _traffic(
 ) -> Traffic:
     from service.simulation.traffic import bursts, diurnal, read_traffic, steady
 
-    made_up = {
+    generators = {
         "steady": lambda rate: steady(rate, seconds),
         "diurnal": lambda rate: diurnal(rate, seconds),
         "bursts": lambda rate: bursts(rate, seconds, seed),
     }
-    if kind not in made_up:
-        found = read_traffic(Path(kind), log_share)
-        found = found.of_texts(bulk_share) if bulk_share else found
-        return found if rate is None else found.at_mean(rate / found.mean_texts)
+    if kind not in generators:
+        traffic = read_traffic(Path(kind), log_share)
+        traffic = traffic.of_texts(bulk_share) if bulk_share else traffic
+        return traffic if rate is None else traffic.at_mean(rate / traffic.mean_texts)
     if rate is None:
-        raise typer.BadParameter(f"{kind} traffic needs a --rate")
-    return made_up[kind](rate).of_texts(bulk_share)
+        raise typer.BadParameter(f"{kind} traffic requires a --rate")
+    return generators[kind](rate).of_texts(bulk_share)
 
 
 def _texts(
@@ -191,11 +204,11 @@ def _texts(
 
         rows, pairs = read_texts(data)
         inputs = rows if pairs is None else list(zip(rows, pairs, strict=True))
-        found = measured_texts(checkpoint, inputs[:: math.ceil(len(inputs) / MAX_TEXTS)])
+        population = measured_texts(checkpoint, inputs[:: math.ceil(len(inputs) / MAX_TEXTS)])
     else:
         rules = {level: checkpoint.rule(level) for level in QUALITY_NAMES}
         manifest = checkpoint.manifest
-        found = made_up_texts(
+        population = made_up_texts(
             rules,
             mean_tokens,
             manifest.max_tokens,
@@ -203,7 +216,7 @@ def _texts(
             seed=seed,
             whole_tokens=manifest.whole_tokens,
         )
-    return found if hard_share is None else found.with_hard_share(hard_share)
+    return population if hard_share is None else population.with_hard_share(hard_share)
 
 
 def _figures(plan: Plan, traffic: Traffic, met: bool, core_hour: float | None) -> dict[str, Any]:
@@ -226,7 +239,7 @@ def _figures(plan: Plan, traffic: Traffic, met: bool, core_hour: float | None) -
     return figures
 
 
-def _shown(figures: dict[str, Any]) -> Table:
+def _as_table(figures: dict[str, Any]) -> Table:
     table = Table("", "", show_header=False)
     levels = ", ".join(f"{name} {share:.1%}" for name, share in figures["levels"].items() if share)
     busy = ", ".join(f"{kind} {share:.0%}" for kind, share in figures["busy"].items())

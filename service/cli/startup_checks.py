@@ -1,4 +1,4 @@
-"""Checks whether a server with some settings would run well on this machine."""
+"""Checks of `doctor`: would a server with these settings run well on this machine?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from service.telemetry.traces import check_tracing, exporter_asked_for
 
 LIBRARIES_BYTES, ENGINE_BYTES = 250 * 2**20, 60 * 2**20
 """Measured memory of the server without engines, and of an engine without models."""
-SHARED_PER_WEIGHT, OWN_PER_WEIGHT = 1.5, 2.5
+SHARED_PER_WEIGHT, ENGINE_PER_WEIGHT = 1.5, 2.5
 """Memory of a model as a multiple of its weight file: shared by all engines, and for each engine.
 
 Upper bounds, measured in bfloat16. They include packed weights, compiled products and activations.
@@ -33,7 +33,7 @@ OPEN_FILES = 4096
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, and what to change if that is not ok."""
+    """Result of one check, and the change that is advised if it is not ok."""
 
     check: str
     state: Literal["ok", "warn", "fail"]
@@ -42,15 +42,15 @@ class Finding:
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """Yield a finding per check; what is `fail` would keep the server from serving.
+    """Yield a finding for each check; a finding `fail` would prevent the server from serving.
 
-    The devices are asked through torch, files are hashed, the port is bound for a moment.
+    This imports torch, hashes files, and binds the ports for a moment.
     """
     store: Store | None = None
     try:
         store = read_store(settings.model_store)
     except CheckpointError as error:
-        yield Finding("store", "fail", str(error), "name another --model-store")
+        yield Finding("store", "fail", str(error), "choose another --model-store")
     yield _device(settings)
     yield _threads(settings)
     yield _dtype(settings)
@@ -71,19 +71,22 @@ def _device(settings: Settings) -> Finding:
         advice = "--device cpu, or install the driver and a CUDA build of torch"
         return Finding("device", "fail", "--device cuda, but torch sees no GPU", advice)
     if device == "cuda":
-        found, missing = f"cuda: {torch.cuda.get_device_name()}", _missing_to_launch()
+        found, missing = f"cuda: {torch.cuda.get_device_name()}", _missing_for_triton()
         if missing is None:
             return Finding("device", "ok", found)
         advice = "install gcc and Python's headers (Debian: gcc libc6-dev python3-dev)"
-        return Finding("device", "fail", f"{found}, but no {missing} to launch kernels by", advice)
+        found = f"{found}, but no {missing}, which Triton needs to launch kernels"
+        return Finding("device", "fail", found, advice)
     if shutil.which("nvidia-smi") and settings.device == "auto":
-        advice = "install a CUDA build of torch to use the GPU, or say --device cpu"
-        return Finding("device", "warn", "cpu, though there is a GPU that torch cannot see", advice)
+        advice = "install a CUDA build of torch to use the GPU, or pass --device cpu"
+        return Finding(
+            "device", "warn", "cpu, although there is a GPU, which torch cannot see", advice
+        )
     return Finding("device", "ok", f"cpu: {torch.backends.cpu.get_cpu_capability()}")
 
 
-def _missing_to_launch() -> str | None:
-    """Return what Triton lacks to compile kernel launchers: a C compiler or Python.h."""
+def _missing_for_triton() -> str | None:
+    """Return what is missing for Triton to compile kernel launchers: a C compiler or Python.h."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "C compiler"
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -102,7 +105,7 @@ def _threads(settings: Settings) -> Finding:
     if quota is not None and engines * each > quota:
         return Finding("threads", "warn", found, "raise the container's CPU limit")
     if on_cpu and engines * each < cores:
-        return Finding("threads", "ok", f"{found}; the frontend runs on what is left")
+        return Finding("threads", "ok", f"{found}; the frontends use the others")
     return Finding("threads", "ok", found)
 
 
@@ -112,13 +115,13 @@ def _dtype(settings: Settings) -> Finding:
     from budgetformer.inference.backends.linear import can_multiply_bfloat16
 
     if settings.resolved_device() == "cuda":
-        known = not torch.cuda.is_available() or can_multiply_bfloat16(torch.device("cuda"))
-        found = f"{settings.dtype}; the GPU {'has' if known else 'has no'} bfloat16"
+        has_bfloat16 = not torch.cuda.is_available() or can_multiply_bfloat16(torch.device("cuda"))
+        found = f"{settings.dtype}; the GPU {'has' if has_bfloat16 else 'has no'} bfloat16"
         state: Literal["ok", "warn", "fail"] = (
-            "ok" if known or settings.dtype != "bfloat16" else "warn"
+            "ok" if has_bfloat16 or settings.dtype != "bfloat16" else "warn"
         )
         if settings.dtype == "int8":
-            state, found = "fail", "int8 is for processors"
+            state, found = "fail", "int8 is available on CPUs only"
         return Finding("dtype", state, found, None if state == "ok" else "--dtype auto")
     flags = cpu_flags()
     amx, avx2 = "amx_bf16" in flags, "avx2" in flags
@@ -127,7 +130,7 @@ def _dtype(settings: Settings) -> Finding:
         chosen = "bfloat16" if amx else "int8, float32 without ranges of states"
         return Finding("dtype", "ok", f"auto: {chosen if amx or avx2 else 'float32'}; {has}")
     if settings.dtype == "fastest":
-        advice = "--dtype auto: timing may choose otherwise, and give other answers, at a restart"
+        advice = "--dtype auto: after a restart, timing may choose another dtype and change answers"
         return Finding("dtype", "warn", f"fastest; {has}", advice)
     if settings.dtype == "bfloat16" and not amx:
         return Finding("dtype", "warn", f"bfloat16; {has}", "--dtype auto: bfloat16 is slow here")
@@ -161,19 +164,19 @@ def _store(settings: Settings, store: Store) -> Iterator[Finding]:
             found = f"{checkpoint.label}: no ranges of states, which int8 needs"
             yield Finding("store", "fail", found, "`budgetformer calibrate`, or --dtype auto")
             continue
-        found = f"{checkpoint.label}: {len(checkpoint.manifest.files)} files as the manifest says"
+        found = f"{checkpoint.label}: {len(checkpoint.manifest.files)} files match the manifest"
         if checkpoint.calibrated:
             yield Finding("store", "ok", found)
         else:
-            without = "`budgetformer calibrate` gives it quality levels"
-            yield Finding("store", "warn", f"{found}, but it has no quality levels", without)
+            calibrate = "`budgetformer calibrate` gives it quality levels"
+            yield Finding("store", "warn", f"{found}, but it has no quality levels", calibrate)
 
 
 def served_models(settings: Settings, store: Store) -> list[Checkpoint]:
     """Return the checkpoints that a server with these settings loads.
 
     Raises:
-        CheckpointError: one that the settings name is not there.
+        CheckpointError: a checkpoint that the settings name is not in the store.
     """
     specs = settings.models or sorted(store.checkpoints)
     if settings.default_model is not None:
@@ -187,18 +190,18 @@ def _memory(settings: Settings, store: Store) -> Finding:
     except CheckpointError:
         served = []
     weights = sum(e.bytes for c in served for e in c.manifest.files.values())
-    once = LIBRARIES_BYTES + int(SHARED_PER_WEIGHT * weights)
-    engine = ENGINE_BYTES + int(OWN_PER_WEIGHT * weights)
-    everything = once + engine * settings.resolved_engines()
+    shared = LIBRARIES_BYTES + int(SHARED_PER_WEIGHT * weights)
+    engine = ENGINE_BYTES + int(ENGINE_PER_WEIGHT * weights)
+    total = shared + engine * settings.resolved_engines()
     free = available_memory()
     found = (
-        f"about {_mib(once)} MiB and {_mib(engine)} per engine, {_mib(everything)} in all; "
+        f"about {_mib(shared)} MiB and {_mib(engine)} per engine, {_mib(total)} in all; "
         f"{_mib(free)} free"
     )
-    if once + engine > free:
-        return Finding("memory", "fail", found, "serve fewer --models, or give it more memory")
-    if everything > free:
-        advice = f"--engines {(free - once) // engine}, or fewer --models"
+    if shared + engine > free:
+        return Finding("memory", "fail", found, "serve fewer --models, or add memory")
+    if total > free:
+        advice = f"--engines {(free - shared) // engine}, or fewer --models"
         return Finding("memory", "warn", found, advice)
     return Finding("memory", "ok", found)
 
@@ -209,21 +212,21 @@ def _port(settings: Settings) -> Finding:
         for port in ports:
             bind(settings.host, port).close()
     except BudgetFormerError as error:
-        advice = "another --port, --grpc-port or --host, or stop what has it"
+        advice = "another --port, --grpc-port or --host, or stop the program that uses it"
         return Finding("port", "fail", str(error), advice)
-    where = " and ".join(f"{settings.host}:{port}" for port in ports)
-    return Finding("port", "ok", f"{where} {'is' if len(ports) == 1 else 'are'} free")
+    addresses = " and ".join(f"{settings.host}:{port}" for port in ports)
+    return Finding("port", "ok", f"{addresses} {'is' if len(ports) == 1 else 'are'} free")
 
 
 def _open_files() -> Finding:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    endless = soft == resource.RLIM_INFINITY
-    found = f"{'no limit' if endless else soft} (a connection takes one)"
-    if not endless and soft < OPEN_FILES:
-        least = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-        return Finding("open files", "warn", found, f"ulimit -n {least}")
+    unlimited = soft == resource.RLIM_INFINITY
+    found = f"{'no limit' if unlimited else soft} (each connection uses one)"
+    if not unlimited and soft < OPEN_FILES:
+        limit = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+        return Finding("open files", "warn", found, f"ulimit -n {limit}")
     return Finding("open files", "ok", found)
 
 
@@ -240,13 +243,14 @@ def _traces() -> Finding:
     try:
         check_tracing()
     except BudgetFormerError as error:
-        return Finding("traces", "fail", str(error), "change the OTEL_* variables, or install that")
+        advice = "change the OTEL_* variables, or install the extra `tracing`"
+        return Finding("traces", "fail", str(error), advice)
     exporter = exporter_asked_for(os.environ)
     return Finding("traces", "ok", "off" if exporter is None else f"sent by {exporter}")
 
 
 def cpu_flags() -> set[str]:
-    """Return the instruction sets that Linux names; none where it is not Linux."""
+    """Return the CPU's instruction sets as Linux names them; empty on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -256,18 +260,18 @@ def cpu_flags() -> set[str]:
 
 
 def available_memory() -> int:
-    """Return the available bytes: of the machine, or what a container's limit leaves."""
+    """Return the available bytes of the machine, or of the container if its limit is lower."""
     free = int(psutil.virtual_memory().available)
     return min([free, *(left for folder in cgroups("memory") for left in _memory_left(folder))])
 
 
 def _memory_left(folder: Path) -> Iterator[int]:
-    """Yield the bytes that the limit of a control group leaves, if it has one."""
+    """Yield the available bytes of a control group, if it has a limit."""
     for limit, usage in (
         ("memory.max", "memory.current"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        with suppress(OSError, ValueError):  # "max" is no number
+        with suppress(OSError, ValueError):  # without a limit the file holds "max"
             yield max(0, int((folder / limit).read_text()) - int((folder / usage).read_text()))
 
 

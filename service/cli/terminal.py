@@ -1,4 +1,4 @@
-"""What all commands share: where they write, their common options, and how they find a model."""
+"""Consoles, common options and helper functions of all commands."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ out = Console()
 err = Console(stderr=True)
 
 FAILED, USAGE = 1, 2
-"""Exit codes: what was asked for did not succeed, or could not be asked for like that."""
+"""Exit codes of a failed command, and of invalid usage or settings."""
 
 
 def say(problem: str) -> None:
-    """Print one error on one line, however long it is."""
+    """Print an error on one line of any length."""
     err.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def note(event: str) -> None:
-    """Print one line about what happens; it may quote a file, so nothing in it is markup."""
+    """Print a line about progress; it may quote a file, so it is not interpreted as markup."""
     err.print(event, markup=False, highlight=False, soft_wrap=True)
 
 
 def complain(problems: list[str]) -> None:
-    """Print some errors and, if there are any, end with the code of a failure."""
+    """Print errors and, if there are any, exit with the code of a failure."""
     for problem in problems:
         say(problem)
     if problems:
@@ -37,7 +37,7 @@ def complain(problems: list[str]) -> None:
 
 
 def complete_model(context: typer.Context, incomplete: str) -> list[str]:
-    """Return the models of the store that begin like this, for the shell."""
+    """Return the models of the store that begin with `incomplete`, for the shell."""
     try:
         store = read_store(context.params.get("model_store") or Path("model_store"))
     except BudgetFormerError:
@@ -56,12 +56,14 @@ ModelOption = Annotated[
 
 
 def resolve(model: str | None, model_store: Path) -> Checkpoint:
-    """Find a checkpoint by folder, `name` or `name:version`.
+    """Read a checkpoint, given as a folder, `name` or `name:version`.
 
-    None: the only or first of the store.
+    Args:
+        model: the checkpoint; None: the first model of the store.
+        model_store: folder of the store.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: the checkpoint does not exist, or is damaged.
     """
     if model is not None and (Path(model) / "manifest.json").is_file():
         return read_checkpoint(Path(model))

@@ -1,4 +1,4 @@
-"""`budgetformer tune` and `bench`."""
+"""`budgetformer tune` and `bench`: measure the speed of this machine."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from service.cli.terminal import JsonOption, ModelOption, StoreOption, complain,
 from service.process import keep_large_blocks
 
 DataOption = Annotated[
-    Path | None, typer.Option(help="Real texts, CSV, JSONL or Parquet; none: random tokens.")
+    Path | None, typer.Option(help="Texts: CSV, JSONL or Parquet. Default: random tokens.")
 ]
 
-bench_app = typer.Typer(no_args_is_help=True, help="Time this machine.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure the speed of passes.")
 
 
 def tune(
     output: Annotated[
-        Path, typer.Option("--out", help="Folder for the table, which `serve --cost-tables` reads.")
+        Path, typer.Option("--out", help="Folder for the table; use it in `serve --cost-tables`.")
     ],
     model: ModelOption = None,
     dtype: Annotated[
-        Precision, typer.Option(help="Precision of the pass; auto: the one that engines use.")
+        Precision, typer.Option(help="Precision of the pass. auto: the one that engines use.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Threads of an engine.")] = 1,
     url: Annotated[
         str | None,
         typer.Option(
-            help="Ask this idle server instead, and measure what requests cost it beside its "
-            "batches, for `simulate`; the table must be in --out."
+            help="Measure an idle server instead: the cost of requests outside of batches, for "
+            "`simulate`. The table must be in --out."
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Texts to ask it, CSV, JSONL or Parquet.")
+        Path | None, typer.Option(help="Texts to send to --url: CSV, JSONL or Parquet.")
     ] = None,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
-    """Measure what a model's batches cost in seconds on this device, for the scheduler."""
+    """Measure the seconds that a model's batches take on this device, for the scheduler."""
     if url is not None:
         if data is None:
-            raise typer.BadParameter("--url needs the --data to ask")
+            raise typer.BadParameter("--url requires --data")
         _tune_server(output, resolve(model, model_store), url, data, as_json)
         return
     import torch
@@ -92,9 +92,9 @@ def _tune_server(folder: Path, checkpoint: Checkpoint, url: str, data: Path, as_
     for name, cost in (("frontend", costs.frontend), ("hub", costs.hub)):
         table.add_row(name, *(f"{1e6 * c:.2f}" for c in (cost.request, cost.text, cost.token)), "")
     engine = costs.engine
-    shown = [f"{1e6 * cost:.2f}" for cost in (engine.request, engine.text, engine.run)]
-    table.add_row("engine, beside its passes", *shown[:2], "", shown[2])
-    table.add_row("on the way", f"{1e6 * costs.way:.2f}", "", "", "")
+    micro = [f"{1e6 * cost:.2f}" for cost in (engine.request, engine.text, engine.run)]
+    table.add_row("engine, outside of passes", *micro[:2], "", micro[2])
+    table.add_row("transfer", f"{1e6 * costs.way:.2f}", "", "", "")
     out.print(table)
 
 
@@ -108,20 +108,20 @@ def bench_pass(
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Texts in a batch; may be repeated.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Turns that each way takes.")] = 9,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of every way.")] = 1,
+    rounds: Annotated[int, typer.Option(min=2, help="Measurements of each variant.")] = 9,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each variant.")] = 1,
     baselines: Annotated[
         bool,
         typer.Option(
             "--baselines/--no-baselines",
-            "--rivals/--no-rivals",  # the name before
-            help="Time the dense network in Transformers and ONNX Runtime too.",
+            "--rivals/--no-rivals",  # the old name of the option
+            help="Also time the dense network in Transformers and ONNX Runtime.",
         ),
     ] = True,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
-    """Time every ladder step and quality level beside the dense network in other libraries."""
+    """Time each ladder step and quality level, and the dense network in other libraries."""
     from budgetformer.bench.report import BATCHES, COLUMNS, compare_passes, write_bench_report
 
     keep_large_blocks()  # as engines do
@@ -147,9 +147,11 @@ def bench_pass(
 
 @bench_app.command("agreement")
 def bench_agreement(
-    data: Annotated[Path, typer.Option(help="Real texts, CSV, JSONL or Parquet.")],
+    data: Annotated[Path, typer.Option(help="Texts: CSV, JSONL or Parquet.")],
     model: ModelOption = None,
-    dtype: Annotated[Precision, typer.Option(help="Compared with float32.")] = "bfloat16",
+    dtype: Annotated[
+        Precision, typer.Option(help="Precision to compare with float32.")
+    ] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
@@ -162,15 +164,16 @@ def bench_agreement(
     checkpoint = resolve(model, model_store)
     texts, _ = read_texts(data)
     plain, other = (load_network(checkpoint, device, p) for p in ("float32", dtype))
-    found = compare_labels(checkpoint, texts, plain, other)
+    agreements = compare_labels(checkpoint, texts, plain, other)
     if as_json:
-        out.print_json(data=[asdict(agreement) for agreement in found])
+        out.print_json(data=[asdict(agreement) for agreement in agreements])
         return
     title = f"{checkpoint.label}, {other.precision} against float32, {len(texts)} texts"
-    table = Table("quality", "same label", "other", "at another step", "logits by", title=title)
-    for one in found:
-        moved, difference = str(one.moved), f"{one.difference:.4f}"
-        table.add_row(one.way, f"{100 * one.share:.2f} %", str(one.other), moved, difference)
+    columns = ("quality", "same label", "other label", "at another step", "logits differ by")
+    table = Table(*columns, title=title)
+    for level in agreements:
+        moved, difference = str(level.moved), f"{level.difference:.4f}"
+        table.add_row(level.way, f"{100 * level.share:.2f} %", str(level.other), moved, difference)
     out.print(table)
 
 
@@ -181,8 +184,8 @@ def bench_gpu(
     folder: Annotated[
         Path | None, typer.Option("--out", help="Also write Markdown and JSON here.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cuda, or cpu to rehearse.")] = "cuda",
-    limit: Annotated[int, typer.Option(min=2, help="Texts at most.")] = 4096,
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a dry run.")] = "cuda",
+    limit: Annotated[int, typer.Option(min=2, help="Most texts to use.")] = 4096,
     tokens: Annotated[
         list[int] | None, typer.Option(min=1, help="Tokens in a batch; may be repeated.")
     ] = None,
@@ -196,7 +199,7 @@ def bench_gpu(
     from budgetformer.bench.gpu import bench_gpu as run
 
     if device == "cuda" and not torch.cuda.is_available():
-        complain(["no GPU that torch can use; --device cpu rehearses without one"])
+        complain(["torch finds no GPU; use --device cpu for a dry run"])
     texts = None
     if data is not None:
         from budgetformer.tables import read_texts

@@ -1,4 +1,4 @@
-"""`budgetformer train`, `import`, `calibrate` and `evaluate`."""
+"""`budgetformer train`, `import`, `calibrate`, `recalibrate` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -31,19 +31,24 @@ RecipeOption = Annotated[
     str | None,
     typer.Option(help="TOML file of the recipe, or a packaged one: `paper`, `paper-small`."),
 ]
-SeedOption = Annotated[int | None, typer.Option(help="Everything random follows from it.")]
-WorkOption = Annotated[Path | None, typer.Option(help="State of the run, to go on from.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads; none: all cores.")]
+SeedOption = Annotated[int | None, typer.Option(help="Random seed.")]
+WorkOption = Annotated[
+    Path | None, typer.Option(help="Folder for the state of the run, to resume from.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Number of threads. Default: one per core.")
+]
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"],
-    typer.Option(help="Where to train; auto: on a GPU if there is one."),
+    typer.Option(help="Device to train on. auto: a GPU if there is one."),
 ]
 MicroBatchOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Items passed at once, where a batch takes too much memory."),
+    typer.Option(min=1, help="Items in one forward pass, if a batch needs too much memory."),
 ]
 PriceOption = Annotated[
-    float, typer.Option(min=0, help="Of a core for an hour, for the cost of a million texts.")
+    float,
+    typer.Option(min=0, help="Price of one core for one hour, for the cost of a million texts."),
 ]
 Effort = Literal["minutes", "hours"]
 
@@ -53,7 +58,7 @@ def train(
     output: OutOption,
     start: Annotated[
         str | None,
-        typer.Option(help="Folder of an encoder, or `minilm-l6`; none: from scratch."),
+        typer.Option(help="Folder of an encoder, or `minilm-l6`. Default: train from scratch."),
     ] = None,
     recipe: RecipeOption = None,
     seed: SeedOption = None,
@@ -63,7 +68,7 @@ def train(
     micro_batch: MicroBatchOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train, calibrate and write a checkpoint; an interrupted run goes on where it was."""
+    """Train, calibrate and write a checkpoint; resume the run if it was interrupted."""
     from budgetformer.training.pipeline import train_checkpoint
     from budgetformer.training.recipe import Recipe
 
@@ -93,14 +98,15 @@ def import_encoder(
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="Texts without labels (CSV, JSONL, Parquet): a classifier's own answers teach its "
-            "budgets. A column `label` says how accurate they are."
+            help="Texts without labels (CSV, JSONL, Parquet), for a classifier: they train budgets "
+            "on its own answers. A column `label` only serves to report accuracy."
         ),
     ] = None,
     effort: Annotated[
         Effort,
         typer.Option(
-            help="With --texts: `minutes` trains nothing of the classifier, `hours` every step."
+            help="With --texts: `minutes` leaves the classifier unchanged, `hours` trains every "
+            "step."
         ),
     ] = "minutes",
     recipe: RecipeOption = None,
@@ -112,9 +118,11 @@ def import_encoder(
     core_hour_price: PriceOption = CORE_HOUR_PRICE,
     as_json: JsonOption = False,
 ) -> None:
-    """Give an encoder budgets: with labelled data, or a classifier with texts alone."""
+    """Give budgets to an encoder, with labelled data, or to a classifier, with texts alone."""
     if (data is None) == (texts is None):
-        raise typer.BadParameter("give --data (labelled texts) or --texts (texts without labels)")
+        raise typer.BadParameter(
+            "give either --data (labelled texts) or --texts (texts without labels)"
+        )
     if data is not None:
         train(
             *(data, output, encoder, recipe, seed, work_dir, threads),
@@ -143,25 +151,28 @@ def import_encoder(
 
 def calibrate(
     data: Annotated[
-        Path, typer.Option(help="Texts that training never saw; labelled, unless for agreement.")
+        Path,
+        typer.Option(
+            help="Texts that were not used in training; with labels, unless --measure agreement."
+        ),
     ],
     output: Annotated[Path, typer.Option("--out", help="New checkpoint folder.")],
     model: ModelOption = None,
     measure: Annotated[
         Measure,
         typer.Option(
-            help="What a level may give up: accuracy, or agreement with the full network, which "
-            "needs no labels."
+            help="Measure that a level may lower: accuracy, or agreement with the full network, "
+            "which needs no labels."
         ),
     ] = "accuracy",
     cost_tables: Annotated[
         Path | None,
-        typer.Option(help="Tables of `tune`: search on seconds instead of multiply-adds."),
+        typer.Option(help="Cost tables of `tune`: minimize seconds instead of multiply-adds."),
     ] = None,
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
-    """Find a checkpoint's chain of steps and its quality levels anew, on your own texts."""
+    """Search a checkpoint's chain of steps and quality levels again, on your own texts."""
     from budgetformer.adoption.recalibration import recalibrate
 
     checkpoint = resolve(model, model_store)
@@ -182,10 +193,10 @@ def recalibrate(
     as_json: JsonOption = False,
     model_store: StoreOption = Path("model_store"),
 ) -> None:
-    """Write the next version of a model, its levels calibrated anew on texts without labels.
+    """Write the next version of a model, with levels calibrated on texts without labels.
 
-    Levels are calibrated for agreement with its own full budget. A server that polls its store
-    serves the new version without a restart.
+    The levels are calibrated for agreement with the model's full budget. A server that polls its
+    store serves the new version without a restart.
     """
     from budgetformer.adoption.recalibration import recalibrate as run
 
@@ -205,7 +216,7 @@ def _show_levels(manifest: Manifest, as_json: bool) -> None:
         out.print(f"Steps: {', '.join(map(str, manifest.policy.chain))}")
     table = Table("quality", manifest.measure, "95 %", "of dense")
     scored = timing is not None and any(level.accuracy is not None for level in levels)
-    for name in ("ms/text", "a million") if timing else ("points lost", "mean heads"):
+    for name in ("ms/text", "a million") if timing else ("accuracy drop", "mean heads"):
         table.add_column(name)
     if scored:
         table.add_column("accuracy")
@@ -213,13 +224,13 @@ def _show_levels(manifest: Manifest, as_json: bool) -> None:
         reached, bounds = level.reached(manifest.measure)
         name = str(level.name)
         if timing is None:
-            more: tuple[str, ...] = (f"{level.points_lost:+.2f}", f"{level.mean_heads:.2f}")
+            cells: tuple[str, ...] = (f"{level.points_lost:+.2f}", f"{level.mean_heads:.2f}")
         else:
-            more = (f"{timing.milliseconds[name]:.3f}", f"{timing.price(name):.2f}")
+            cells = (f"{timing.milliseconds[name]:.3f}", f"{timing.price(name):.2f}")
         if scored:
-            more += ("" if level.accuracy is None else f"{level.accuracy:.4f}",)
+            cells += ("" if level.accuracy is None else f"{level.accuracy:.4f}",)
         interval = f"{bounds[0]:.3f}..{bounds[1]:.3f}"
-        table.add_row(name, f"{reached:.4f}", interval, f"{level.macs_share:.1%}", *more)
+        table.add_row(name, f"{reached:.4f}", interval, f"{level.macs_share:.1%}", *cells)
     out.print(table)
     if timing is not None:
         dense = f"{timing.milliseconds[FULL]:.3f} ms per text, {timing.price(FULL):.2f} a million"
@@ -240,13 +251,13 @@ def evaluate(
     data: Annotated[
         Path,
         typer.Option(
-            help="CSV, JSONL or Parquet file, or a folder with `test.*`; without a column `label` "
-            "there is agreement, and no accuracy."
+            help="CSV, JSONL or Parquet file, or a folder with `test.*`. Without a column `label`, "
+            "only agreement is reported."
         ),
     ],
     model: ModelOption = None,
     url: Annotated[
-        str | None, typer.Option(help="Ask this server instead of computing here.")
+        str | None, typer.Option(help="Server to evaluate instead of computing here.")
     ] = None,
     report: Annotated[
         Path | None,
@@ -257,7 +268,7 @@ def evaluate(
         typer.Option(help="Folder of `budgetformer.experiments.baselines`, for the report."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use this many rows, evenly chosen.")
+        int | None, typer.Option(min=1, help="Number of rows to use, evenly chosen.")
     ] = None,
     core_hour_price: PriceOption = CORE_HOUR_PRICE,
     as_json: JsonOption = False,
@@ -270,7 +281,7 @@ def evaluate(
     examples = read_test(checkpoint, data, limit)
     if report is not None:
         if url is not None:
-            raise typer.BadParameter("a report is made here, it cannot ask a server")
+            raise typer.BadParameter("--report and --url cannot be combined")
         _report(checkpoint, examples, report, baseline, core_hour_price)
         return
     ask = None if url is None else through_http(url, checkpoint)
@@ -295,7 +306,7 @@ def _report(
     baseline: Path | None,
     core_hour_price: float,
 ) -> None:
-    """Write the levels' own report, and the frontier where texts have labels."""
+    """Write the report of the levels and, if the texts have labels, of the frontier."""
     from budgetformer.adoption.costs import measure_levels
     from budgetformer.adoption.report import PAGE, write_levels
     from budgetformer.experiments.baselines import read_baseline

@@ -1,6 +1,6 @@
-"""The same server on a Ray cluster: frontends, engines and the hub are deployments of Ray Serve.
+"""The server on a Ray cluster: frontends, engines and the hub are deployments of Ray Serve.
 
-`service.cluster.application:application` is what a Serve config file imports.
+A Serve config file imports `service.cluster.application:application`.
 """
 
 RAY = {
@@ -10,9 +10,10 @@ RAY = {
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
 }
-"""Environment of Ray's processes, on every host before they start.
+"""Environment that Ray's processes need on every host before they start.
 
-They are the server, and by default get what others leave. HAProxy takes requests straight to the
-frontends, and asks another frontend if one dies before it answers; calls between replicas go by
-gRPC and cross no thread; a frontend that ends is given five seconds to be forgotten.
+By default Ray lowers the priority of its workers, which are the server here. HAProxy sends requests
+directly to the frontends, and retries on another frontend if one dies before it answers. Calls
+between replicas use gRPC without switching threads. A frontend that ends keeps serving for five
+seconds, until HAProxy no longer uses it.
 """

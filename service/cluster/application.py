@@ -1,4 +1,4 @@
-"""The application of Ray Serve: which deployments there are, and what each is given."""
+"""The Ray Serve application: its deployments and their options."""
 
 from __future__ import annotations
 
@@ -33,35 +33,35 @@ log = structlog.get_logger()
 
 NAME = "budgetformer"
 UNBOUNDED = 100_000
-"""Engines and frontends know themselves what they can take, and say so with 429."""
+"""Limit of requests in a replica. Engines and frontends have their own limits, and answer 429."""
 STATS_SECONDS = 0.5
-"""How often replicas say what waits in them."""
+"""Interval at which replicas report their load to routers."""
 LOOK_BACK_SECONDS = 12.0
-"""Scaling goes by what replicas said so lately; Ray hears them every ten seconds."""
+"""Age up to which reports count for scaling; Ray collects them every ten seconds."""
 HUB_SECONDS = 1.0
-"""How long the hub may take to end: its streams never end by themselves."""
+"""Time for the hub to end; its streams never end by themselves."""
 QUIET = LoggingConfig(enable_access_log=False)
-"""The service has an access log of its own."""
+"""Ray's access log is off, since the server writes its own."""
 HEAD = {"node:__internal_head__": 0.001}
-"""Ray's own name of the head: without it nothing runs, so it is where the hub is safest."""
+"""Ray's resource name of the head node. The cluster depends on it anyway, so the hub runs there."""
 
 
 def application(settings: dict[str, Any]) -> Application:
-    """Return the application for a Serve config file, whose `args` are settings.
+    """Build the application for a Serve config file, whose `args` are settings.
 
-    What they do not say comes from the environment, as for `budgetformer serve`.
+    Other settings come from the environment, as for `budgetformer serve`.
     """
     return build(Settings(**settings, cluster=True))
 
 
 def build(settings: Settings) -> Application:
-    """Return the application: one hub, pools of engines, and frontends before them.
+    """Build the application: one hub, pools of engines, and frontends.
 
     Raises:
         KeysError, SettingsError: see `Settings.check_access`.
     """
     settings.check_access()
-    values = _travelling(settings)
+    values = _without_secrets(settings)
     drain = settings.drain_seconds
     common = {"max_ongoing_requests": UNBOUNDED, "logging_config": QUIET}
     hub = serve.deployment(HubReplica).options(
@@ -96,13 +96,13 @@ def build(settings: Settings) -> Application:
     return app
 
 
-def _travelling(settings: Settings) -> dict[str, Any]:
-    """Return the settings as the replicas get them: no secret in the clear leaves this process."""
+def _without_secrets(settings: Settings) -> dict[str, Any]:
+    """Return the settings for the replicas, with hashes of keys instead of the admin key."""
     keys = {name: key.model_dump(mode="json") for name, key in settings.all_keys().items()}
-    # A key for administrators alone shuts nobody out; among `keys` it would.
+    # `anonymous` is evaluated here: the admin key among `keys` would turn it off in the replicas.
     access = {"keys": keys, "allow_anonymous": settings.anonymous}
-    without = {"admin_key": None, "admin_key_file": None}
-    return settings.model_dump(mode="json") | access | without
+    no_admin_key = {"admin_key": None, "admin_key_file": None}
+    return settings.model_dump(mode="json") | access | no_admin_key
 
 
 def _size(pool: Pool) -> dict[str, Any]:
@@ -126,20 +126,20 @@ def _size(pool: Pool) -> dict[str, Any]:
 def run(settings: Settings) -> None:
     """Serve on a Ray cluster until SIGTERM or SIGINT.
 
-    RAY_ADDRESS names the cluster; without it, one of this host's processes is made for as long.
+    RAY_ADDRESS names the cluster; without it, a local one is started, and ended afterwards.
 
     Raises:
-        SettingsError: a file in the working directory would replace a module in workers.
+        SettingsError: a file in the working directory would shadow a module in the workers.
         KeysError, SettingsError: see `build`.
     """
-    if hidden := shadowing_files(Path.cwd()):
-        # Ray puts the folder that it was started in before all others on its workers' path.
-        raise SettingsError(f"workers would import {hidden[0]}: start from another folder")
+    if files := shadowing_files(Path.cwd()):
+        # Ray puts the working directory first on the import path of its workers.
+        raise SettingsError(f"workers would import {files[0]}: start from another folder")
     app = build(settings)
     if "RAY_ADDRESS" in os.environ:
         ray.init(namespace="serve", log_to_driver=False)
     else:
-        # Ray only counts cores: as many as all replicas ask for, as for the plain server.
+        # Ray only counts cores: it gets as many as all replicas request, whatever the host has.
         pools = settings.ordered_pools().values()
         cpus = sum((pool.max_replicas or pool.replicas) * pool.cpus for pool in pools)
         for name, value in RAY.items():
@@ -151,7 +151,7 @@ def run(settings: Settings) -> None:
     )
     serve.run(app, name=NAME, route_prefix="/")
     stopping = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):  # here, as Ray has set its own by now
+    for number in (signal.SIGTERM, signal.SIGINT):  # set after Ray has set its own handlers
         signal.signal(number, lambda *_: stopping.set())
     log.info("serving on a cluster", url=f"http://{settings.host}:{settings.port}")
     stopping.wait()

@@ -1,4 +1,4 @@
-"""How many replicas a pool needs, from what they say of themselves."""
+"""The number of replicas that a pool needs, computed from their reports."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
 MAX_BUSY = 0.7
-"""Share of the time that a replica should compute at most: bursts need room."""
+"""Highest share of the time for which a replica should compute, so that bursts have room."""
 
 
 def replicas_for(queues: Collection[float], busy: Collection[float], target: float) -> int:
     """Return the number of replicas that a pool needs.
 
     Args:
-        queues: seconds of device time that wait in each replica.
-        busy: share of the time, 0..1, that each has computed lately.
-        target: seconds that should wait in one at most.
+        queues: waiting device time in each replica, in seconds.
+        busy: share of the last time, 0..1, for which each replica has computed.
+        target: highest waiting device time in one replica, in seconds.
     """
-    # Work that waits wants more of them; a pool that keeps up has no queue and is needed all the
-    # same, so what it does counts too.
+    # A pool that keeps up has no queue but still needs its replicas, so their use counts too.
     return max(1, math.ceil(sum(queues) / target), math.ceil(sum(busy) / MAX_BUSY))
 
 
 class QueueSeconds:
-    """Ray Serve's autoscaling policy of a pool: seconds that wait, not requests.
+    """Ray Serve autoscaling policy of a pool, by waiting device time instead of requests.
 
     Args:
         target: see `replicas_for`.
@@ -37,9 +36,9 @@ class QueueSeconds:
         self.target = target
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """Return how many replicas there should be; Ray applies bounds and delays to it."""
-        told = context.aggregated_metrics or {}
-        queues, busy = told.get("queue_seconds", {}), told.get("busy", {})
+        """Return the wanted number of replicas; Ray applies bounds and delays to it."""
+        metrics = context.aggregated_metrics or {}
+        queues, busy = metrics.get("queue_seconds", {}), metrics.get("busy", {})
         if not queues:
             return context.target_num_replicas, {}
         return replicas_for(queues.values(), busy.values(), self.target), {}

@@ -1,4 +1,4 @@
-"""How much an engine elsewhere has to do, between two of its own words of it."""
+"""Estimate of the work that waits in a remote engine, between two of its reports."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from dataclasses import dataclass
 
 @dataclass
 class Backlog:
-    """Seconds of device time that wait in an engine, as one who sends it work can tell.
+    """Estimated device time (s) that waits in an engine, as seen by a router.
 
-    Its own word counts, and from then on what was sent to it meanwhile; it does a second's work
-    every second. All times are on one monotonic clock.
+    It starts from the engine's last report, adds the work that was sent since then, and subtracts
+    one second of work per second. All times are on one monotonic clock.
+
+    Attributes:
+        report: identity of the last report.
     """
 
-    word: object = None
+    report: object = None
     _seconds: float = 0.0
     _since: float = 0.0
 
-    def hear(self, word: object, seconds: float, now: float) -> None:
-        """Take the engine's word, unless it is the one taken last."""
-        if word != self.word:
-            self.word, self._seconds, self._since = word, seconds, now
+    def update(self, report: object, seconds: float, now: float) -> None:
+        """Set the waiting time from a report of the engine, unless it was the last one already."""
+        if report != self.report:
+            self.report, self._seconds, self._since = report, seconds, now
 
     def send(self, seconds: float, now: float) -> None:
-        """Count work that it is sent."""
+        """Add work that was sent to the engine."""
         self._seconds, self._since = self.seconds(now) + seconds, now
 
     def seconds(self, now: float) -> float:
-        """Return what waits now."""
+        """Return the estimate."""
         return max(0.0, self._seconds - (now - self._since))

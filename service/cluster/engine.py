@@ -39,12 +39,12 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class EngineReplica:
-    """One engine of a pool: it takes requests through Ray, and is led by the hub.
+    """One engine of a pool, which receives requests through Ray and connects to the hub.
 
     Args:
-        settings: of the whole server, as `Settings.model_dump`.
-        pool: that it belongs to, likewise.
-        name: of the pool.
+        settings: settings of the whole server, as `Settings.model_dump` returns them.
+        pool: settings of its pool, as `Pool.model_dump` returns them.
+        name: name of the pool.
         hub: handle of the hub's deployment.
     """
 
@@ -59,7 +59,7 @@ class EngineReplica:
             core.spans = tracing.pass_spans()
         self._core = core
         self._server = EngineServer(core, self._settings.hang_seconds)
-        self._server.receive = self._told
+        self._server.receive = self._receive
         self._used: dict[ModelKey, float] = {}
         self._loading: dict[ModelKey, asyncio.Task[None]] = {}
         self._items = 0
@@ -67,25 +67,28 @@ class EngineReplica:
         self._item_seconds = 0.0
         self._background = Background()
         self._work = asyncio.create_task(self._server.work())
-        self._background.start(self._follow(Caller(hub, "engine")))
+        self._background.start(self._stay_connected(Caller(hub, "engine")))
 
     async def classify(self, model: str, items: int, frame: bytes) -> bytes:  # noqa: ARG002
-        """Have a `Classify` message done; return the encoded answer.
+        """Answer a `Classify` message.
 
         Args:
-            model: `name:version`, for the router.
-            items: that are in it, for the router.
-            frame: the message, encoded.
+            model: model version, as `name:version`, for the router.
+            items: number of items in the message, for the router.
+            frame: the encoded message.
+
+        Returns:
+            The encoded answer.
         """
         message = TO_ENGINE.decode(frame)
         if not isinstance(message, Classify):
-            raise TypeError("only requests to classify come this way")
-        await self._have((message.model, message.version))
+            raise TypeError("only Classify messages can be sent to a replica")
+        await self._ensure_loaded((message.model, message.version))
         self._items += items
         return _encode(await self._ask(message))
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Say what a router asks: what is to be done here, what an item takes, which models."""
+        """Return the report for routers: waiting time, mean time of an item, loaded models."""
         computed, items = self._since("routing")[1:]
         if items:
             self._item_seconds = computed / items
@@ -97,22 +100,22 @@ class EngineReplica:
         }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Say what the autoscaler asks: seconds that wait, and share of the time at work."""
+        """Return the report for the autoscaler: waiting time, and share of busy time."""
         seconds, computed, _ = self._since("scaling")
         busy = min(1.0, computed / seconds) if seconds else 0.0
         return {"queue_seconds": self._core.queued_seconds, "busy": busy}
 
     def check_health(self) -> None:
-        """Say that this replica is to be replaced.
+        """Check whether this replica still works; Ray replaces it otherwise.
 
         Raises:
-            RuntimeError: its device does not come back, or its core has ended.
+            RuntimeError: a pass hangs, or the core has ended.
         """
         if self._server.hangs or self._work.done():
-            raise RuntimeError("this engine computes no more")
+            raise RuntimeError("this engine has stopped computing")
 
     async def stop(self) -> None:
-        """Compute no more."""
+        """Stop the engine."""
         self._work.cancel()
         await asyncio.gather(self._work, return_exceptions=True)
         await self._background.stop()
@@ -120,9 +123,9 @@ class EngineReplica:
     async def _ask(self, message: Classify | Load | Unload) -> ToFrontend:
         answer: asyncio.Future[ToFrontend] = asyncio.get_running_loop().create_future()
 
-        def reply(told: ToFrontend) -> None:
+        def reply(message: ToFrontend) -> None:
             if not answer.done():
-                answer.set_result(told)
+                answer.set_result(message)
 
         self._core.receive(message, reply)
         try:
@@ -131,23 +134,23 @@ class EngineReplica:
             self._core.receive(Cancel(message.id), reply)
             raise
 
-    def _since(self, who: str) -> tuple[float, float, int]:
-        """Return seconds, seconds computed and items since `who` asked last."""
+    def _since(self, consumer: str) -> tuple[float, float, int]:
+        """Return elapsed seconds, computed seconds and items since the consumer's last report."""
         now = (time.monotonic(), self._core.computed_seconds, self._items)
-        before, self._measured[who] = self._measured[who], now
+        before, self._measured[consumer] = self._measured[consumer], now
         return now[0] - before[0], now[1] - before[1], now[2] - before[2]
 
-    async def _follow(self, caller: Caller) -> None:
+    async def _stay_connected(self, caller: Caller) -> None:
         while True:
             with contextlib.suppress(ConnectionError):
-                await attend(await caller(), self._server.came, "hub")
+                await attend(await caller(), self._server.serve_connection, "hub")
             await asyncio.sleep(RECONNECT_SECONDS)
 
-    # Models: the hub says what to load; where not all have room, what is asked for is loaded then
+    # Models: the hub decides which to load. If `Pool.models` is lower, others load on request
 
-    def _told(self, message: ToEngine, reply: Reply) -> None:
-        if isinstance(message, Load) and self._full and not self._renews(Path(message.path)):
-            reply(Done(message.id))
+    def _receive(self, message: ToEngine, reply: Reply) -> None:
+        if isinstance(message, Load) and self._full and not self._is_update(Path(message.path)):
+            reply(Done(message.id))  # the model is loaded at its first request
         else:
             self._core.receive(message, reply)
 
@@ -155,11 +158,12 @@ class EngineReplica:
     def _full(self) -> bool:
         return self._pool.models is not None and len(self._core.models) >= self._pool.models
 
-    def _renews(self, folder: Path) -> bool:
+    def _is_update(self, folder: Path) -> bool:
+        """Return whether the folder is another version of a loaded model."""
         return folder.parent.name in {name for name, _ in self._core.models}
 
-    async def _have(self, key: ModelKey) -> None:
-        """Load a model that is not here, in place of the one that was longest unused."""
+    async def _ensure_loaded(self, key: ModelKey) -> None:
+        """Load a model if it is not loaded, in place of the least recently used one."""
         if key not in self._core.models:
             if key not in self._loading:
                 self._loading[key] = asyncio.create_task(self._load(key))
@@ -170,13 +174,13 @@ class EngineReplica:
         models = self._core.models
         try:
             while self._full:
-                oldest = min(models, key=lambda one: self._used.get(one, 0.0))
+                oldest = min(models, key=lambda loaded: self._used.get(loaded, 0.0))
                 await self._ask(Unload(0, *oldest))
             folder = Path(self._settings.model_store, key[0], str(key[1]))
             async with asyncio.timeout(self._settings.load_timeout_seconds):
-                told = await self._ask(Load(0, str(folder)))
-            if isinstance(told, Failed):
-                log.error("model not loaded", model=key[0], reason=told.message)
+                answer = await self._ask(Load(0, str(folder)))
+            if isinstance(answer, Failed):
+                log.error("model not loaded", model=key[0], reason=answer.message)
         finally:
             del self._loading[key]
-            self._used = {one: self._used.get(one, 0.0) for one in models}
+            self._used = {loaded: self._used.get(loaded, 0.0) for loaded in models}

@@ -1,4 +1,4 @@
-"""A frontend as a replica of a Ray Serve deployment, and the engines as it sees them."""
+"""A frontend as a replica of a Ray Serve deployment, and its client of the engines."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
+from service.background import is_cancelled
 from service.cluster.hub import FleetSeen
 from service.cluster.pools import through_pools
 from service.cluster.stream import Caller
@@ -27,9 +28,9 @@ from service.ipc.engine_client import (
     EngineDownError,
     EngineFailedError,
     Engines,
-    Job,
     ModelKey,
     NotLoadedError,
+    Submission,
     answers_of,
     request_of,
 )
@@ -51,19 +52,19 @@ _decode_fleet = msgspec.msgpack.Decoder(FleetSeen).decode
 
 @dataclass(frozen=True)
 class PoolHandle:
-    """A pool of engines, and how to call it."""
+    """A pool of engines, and the handle of its deployment."""
 
     pool: Pool
     handle: Any
 
 
 class PooledEngines(Engines):
-    """All engines of the cluster, asked through Ray.
+    """All engines of the cluster, called through Ray.
 
     Each text goes to the first pool that computes its step; see `through_pools`.
 
     Args:
-        pools: by rising `max_step`.
+        pools: pools by rising `max_step`.
         hub: handle of the hub's deployment.
     """
 
@@ -75,7 +76,7 @@ class PooledEngines(Engines):
 
     def start(self) -> None:
         """Start polling the hub for the list of engines."""
-        self._background.start(self._look())
+        self._background.start(self._poll_hub())
 
     @property
     def models(self) -> set[ModelKey]:
@@ -87,23 +88,25 @@ class PooledEngines(Engines):
             return set(self._wanted)
         return super().models & set(self._wanted)
 
-    async def classify(self, job: Job) -> Answers:
-        """Have a job done; see `Engines.classify`.
+    async def classify(self, submission: Submission) -> Answers:
+        """Classify texts; see `Engines.classify`.
 
-        Whether a replica is there is Ray's to know: what the hub has heard of it may be late.
+        Ray knows which replicas run; what the hub has heard of them may be out of date.
         """
         if not self.clients:
             raise EngineDownError
-        if (job.model, job.version) not in self._wanted:
+        if (submission.model, submission.version) not in self._wanted:
             raise NotLoadedError
-        return await through_pools(self._ask, [one.pool.computes for one in self._pools], job)
+        return await through_pools(
+            self._ask, [pool.pool.computes for pool in self._pools], submission
+        )
 
-    async def _ask(self, place: int, job: Job) -> Answers:
-        pool = self._pools[place]
-        model = f"{job.model}:{job.version}"
+    async def _ask(self, index: int, submission: Submission) -> Answers:
+        pool = self._pools[index]
+        model = f"{submission.model}:{submission.version}"
         for attempt in range(1, ATTEMPTS + 1):
-            message = request_of(job)  # each attempt has less time left
-            response = pool.handle.classify.remote(model, len(job.texts), _encode(message))
+            message = request_of(submission)  # each attempt has less time left
+            response = pool.handle.classify.remote(model, len(submission.texts), _encode(message))
             try:
                 async with asyncio.timeout(message.remaining + GRACE_SECONDS):
                     reply = await response
@@ -112,57 +115,51 @@ class PooledEngines(Engines):
             except (RayActorError, ReplicaUnavailableError, AioRpcError):
                 log.warning("replica died with a request in flight", attempt=attempt)
             except asyncio.CancelledError:
-                if _is_cancelled():
+                if is_cancelled():
                     raise
                 log.warning("replica ended with a request in flight", attempt=attempt)
             except DeploymentUnavailableError as error:
                 raise EngineDownError from error
-            except Exception as error:  # what a replica raised comes as it raised it
+            except Exception as error:  # errors of a replica are raised here with their own type
                 log.error("replica failed", reason=type(error).__name__)
                 raise EngineFailedError("an engine failed") from error
             else:
                 return answers_of(TO_FRONT.decode(reply))
             finally:
-                response.cancel()  # nobody waits for it any more, however this ended
+                response.cancel()  # nothing waits for it after this attempt
         raise EngineDownError
 
-    async def _look(self) -> None:
+    async def _poll_hub(self) -> None:
         while True:
             try:
                 async with asyncio.timeout(POLL_TIMEOUT):
                     fleet = _decode_fleet(await self._hub.fleet.remote())
-            except Exception as error:  # Ray has many words for a hub that is not there
+            except Exception as error:  # Ray raises many types of errors if the hub is down
                 log.warning("engine list not received from the hub", reason=type(error).__name__)
             else:
                 now = time.monotonic()
                 self._wanted = fleet.wanted
                 self.clients = [
                     EngineClient.seen(
-                        one.index,
-                        one.hello,
-                        now - one.silent_seconds,
-                        one.models,
-                        one.items,
-                        one.level,
+                        engine.index,
+                        engine.hello,
+                        now - engine.silent_seconds,
+                        engine.models,
+                        engine.items,
+                        engine.level,
                     )  # fmt: skip
-                    for one in fleet.engines
+                    for engine in fleet.engines
                 ]
             await asyncio.sleep(POLL_SECONDS)
-
-
-def _is_cancelled() -> bool:
-    """Say whether it is this task that was cancelled, not the call that it awaits."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 class FrontendReplica:
     """One frontend: the application of `service.http.app` in front of pools of engines.
 
     Args:
-        settings: of the whole server, as `Settings.model_dump`.
+        settings: settings of the whole server, as `Settings.model_dump` returns them.
         hub: handle of the hub's deployment.
-        handles: of the pools' deployments, in the order of `Settings.ordered_pools`.
+        handles: handles of the pools' deployments, in the order of `Settings.ordered_pools`.
     """
 
     def __init__(self, settings: dict[str, Any], hub: Any, *handles: Any) -> None:
@@ -172,7 +169,7 @@ class FrontendReplica:
         configure_logs(self._settings.log_level, self._settings.log_format, "frontend")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Return the application; Ray Serve runs its life and calls it."""
+        """Create the application; Ray Serve runs its lifespan and calls it."""
         pools = self._settings.ordered_pools().values()
         handles = [PoolHandle(pool, h) for pool, h in zip(pools, self._handles, strict=True)]
         tracing = open_tracing("frontend")

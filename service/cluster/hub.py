@@ -1,4 +1,4 @@
-"""The hub as the only replica of a deployment: metrics, and the word on what is served."""
+"""The hub as the only replica of a Ray Serve deployment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ from service.telemetry.logs import configure_logs
 
 
 class EngineSeen(msgspec.Struct, frozen=True, array_like=True):
-    """An engine as the hub sees it: how long it has been silent, and what it has."""
+    """State of an engine as the hub knows it.
+
+    Attributes:
+        index: index of the engine.
+        hello: first message of the engine.
+        silent_seconds: time since its last message.
+        models: loaded models.
+        items: number of unanswered items.
+        level: quality level in force.
+    """
 
     index: int
     hello: Hello
@@ -35,7 +44,7 @@ class EngineSeen(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FleetSeen(msgspec.Struct, frozen=True, array_like=True):
-    """All engines, and the models that each is to have or to load when it is asked for them."""
+    """All engines, and the models that each must load at once or on request."""
 
     engines: list[EngineSeen]
     wanted: list[ModelKey]
@@ -45,26 +54,24 @@ class HubReplica:
     """The hub, for frontends and engines on any host.
 
     Args:
-        settings: of the whole server, as `Settings.model_dump`.
+        settings: settings of the whole server, as `Settings.model_dump` returns them.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        given = Settings(**settings)
-        configure_logs(given.log_level, given.log_format, "hub")
-        mirror = mirror_of(given)
+        checked = Settings(**settings)
+        configure_logs(checked.log_level, checked.log_format, "hub")
+        mirror = mirror_of(checked)
         if mirror is not None:
             copy_at_start(mirror)
-        self._hub = Hub(given, Catalog(given), [])
-        self._switchboard = Switchboard(
-            {"frontend": self._frontend, "engine": self._hub.fleet.meet}
-        )
+        self._hub = Hub(checked, Catalog(checked), [])
+        self._switchboard = Switchboard({"frontend": self._frontend, "engine": self._hub.fleet.add})
         self._background = Background()
         report = self._hub.report_problem
         self._background.start(run_forever("hub", self._hub.serve, report))
-        if given.poll_store_seconds:
-            poll = StorePoll(self._hub, given.models, mirror)
-            look = partial(poll.run, given.poll_store_seconds)
-            self._background.start(run_forever("store", look, report))
+        if checked.poll_store_seconds:
+            poll = StorePoll(self._hub, checked.models, mirror)
+            run = partial(poll.run, checked.poll_store_seconds)
+            self._background.start(run_forever("store", run, report))
 
     async def attach(self, kind: str, name: str) -> AsyncIterator[bytes]:
         """See `Switchboard.attach`."""
@@ -93,4 +100,4 @@ class HubReplica:
         return msgspec.msgpack.encode(FleetSeen(engines, list(self._hub.fleet.wanted)))
 
     async def _frontend(self, streams: Streams) -> None:
-        await attend(streams, self._hub.came, "hub")
+        await attend(streams, self._hub.serve_frontend, "hub")

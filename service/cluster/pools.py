@@ -10,60 +10,71 @@ from dataclasses import replace
 import numpy as np
 
 from service.ipc.answers import Answers
-from service.ipc.engine_client import Job
+from service.ipc.engine_client import Submission
 
-Ask = Callable[[int, Job], Awaitable[Answers]]
-"""Ask the pool at a place among the pools to do a job."""
+Ask = Callable[[int, Submission], Awaitable[Answers]]
+"""Have the pool with this index answer a submission."""
 
 
-async def through_pools(ask: Ask, computes: Sequence[Callable[[int], bool]], job: Job) -> Answers:
-    """Have a job done by the first pools that compute the steps of its items.
+async def through_pools(
+    ask: Ask, computes: Sequence[Callable[[int], bool]], submission: Submission
+) -> Answers:
+    """Answer a submission: each item in the first pool that computes its step.
 
-    Items whose budgets are decided go to the pool of their step, each directly. The others begin in
-    the first pool, which decides. Where an item needs a higher step than its pool computes, it goes
-    on in a later one.
+    Items whose budgets are decided go straight to the pool of their step. The others begin in the
+    first pool, which decides. An item that needs a higher step than its pool computes continues in
+    a later pool.
 
     Args:
         ask: see `Ask`.
         computes: for each pool, whether it computes a ladder step; the last one computes all.
-        job: what is to be done.
+        submission: texts to classify.
 
     Raises:
-        BaseException: what `ask` raises; the other pools are then not waited for.
+        BaseException: the error of `ask`; the calls to other pools are cancelled.
     """
 
     def pool_of(step: int) -> int:
-        return next(place for place, able in enumerate(computes) if able(step))
+        return next(index for index, able in enumerate(computes) if able(step))
 
-    if job.decided is None:
-        answers = await ask(pool_of(job.heads or 0), job)
+    if submission.decided is None:
+        answers = await ask(pool_of(submission.heads or 0), submission)
     else:
-        answers = await _ask_each(ask, list(map(pool_of, job.decided.steps.tolist())), job)
+        answers = await _ask_each(
+            ask, list(map(pool_of, submission.decided.steps.tolist())), submission
+        )
     while len(unfinished := np.flatnonzero(answers.next_step)):
         places, steps = unfinished.tolist(), answers.next_step[unfinished]
         # The level that the first engine chose stays: the rule decides what comes next.
-        rest = replace(job.part(places), quality=answers.quality)
+        rest = replace(submission.part(places), quality=answers.quality)
         if rest.decided is None:
             rest = replace(rest, steps=steps)
         else:
             rest = replace(rest, decided=replace(rest.decided, steps=steps))
-        # Together, as they have all been tried: there are few of them.
+        # One call to one pool: few items are left after their first pool.
         later = await ask(pool_of(int(steps.max())), rest)
         answers = answers.with_later(places, later)
     return answers
 
 
-async def _ask_each(ask: Ask, pools: Sequence[int], job: Job) -> Answers:
-    """Ask several pools for their texts at the same time, and put their answers together."""
+async def _ask_each(ask: Ask, pools: Sequence[int], submission: Submission) -> Answers:
+    """Ask several pools for their texts at the same time, and merge their answers.
+
+    Args:
+        ask: see `Ask`.
+        pools: index of the pool of each text.
+        submission: texts to classify.
+    """
     places = defaultdict[int, list[int]](list)
     for place, pool in enumerate(pools):
         places[pool].append(place)
     if len(places) == 1:
-        return await ask(pools[0], job)
+        return await ask(pools[0], submission)
     try:
         async with asyncio.TaskGroup() as group:
             asked = [
-                group.create_task(_answer(ask, pool, job.part(own))) for pool, own in places.items()
+                group.create_task(_answer(ask, pool, submission.part(own)))
+                for pool, own in places.items()
             ]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
@@ -80,5 +91,5 @@ async def _ask_each(ask: Ask, pools: Sequence[int], job: Job) -> Answers:
     )
 
 
-async def _answer(ask: Ask, pool: int, job: Job) -> Answers:
-    return await ask(pool, job)
+async def _answer(ask: Ask, pool: int, submission: Submission) -> Answers:
+    return await ask(pool, submission)

@@ -1,4 +1,4 @@
-"""Which replica of a pool gets a request: one that has its model, the one with least to do."""
+"""Route requests to the replica with the least waiting work among those with the model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from service.cluster.backlog import Backlog
 
 FIRST_GUESS = 2e-3
-"""Seconds of an item, until the replica has computed some."""
+"""Assumed seconds of an item, until the replica has computed some."""
 
 
 class BudgetRouter(RequestRouter):
-    """Route by seconds of device time, not by requests: a request may be 1 text or 2,000.
+    """Route by waiting device time, not by requests, since a request may have 1 text or 2,000.
 
-    Calls have the arguments of `EngineReplica.classify`; what replicas say of themselves is
+    Calls have the arguments of `EngineReplica.classify`; replicas report their load with
     `EngineReplica.record_routing_stats`.
     """
 
@@ -31,7 +31,7 @@ class BudgetRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Return the candidates, each a rank of its own, the best first."""
+        """Return the candidates, the best first, each as a separate rank."""
         now = time.monotonic()
         model = pending_request.args[0] if pending_request is not None else None
 
@@ -47,7 +47,7 @@ class BudgetRouter(RequestRouter):
         replica_id: ReplicaID,
         result: object,  # noqa: ARG002
     ) -> None:
-        """Count the work that a replica was sent."""
+        """Add the request to the backlog of its replica."""
         replica = self.curr_replicas.get(replica_id)
         if replica is not None:
             now = time.monotonic()
@@ -55,14 +55,14 @@ class BudgetRouter(RequestRouter):
             self._backlog(replica, now).send(pending_request.args[1] * price, now)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Forget those that are gone."""
-        there = {replica.replica_id for replica in replicas}
-        for gone in self._backlogs.keys() - there:
-            del self._backlogs[gone]
+        """Replace the replicas, and drop the backlogs of those that ended."""
+        running = {replica.replica_id for replica in replicas}
+        for ended in self._backlogs.keys() - running:
+            del self._backlogs[ended]
         super().update_replicas(replicas)
 
     def _backlog(self, replica: RunningReplica, now: float) -> Backlog:
         backlog, stats = self._backlogs[replica.replica_id], replica.routing_stats
         if stats:
-            backlog.hear(stats["word"], stats["seconds"], now)
+            backlog.update(stats["word"], stats["seconds"], now)
         return backlog

@@ -1,7 +1,7 @@
-"""Streams whose bytes travel in calls of a Ray deployment: the frames of one host, between hosts.
+"""Byte streams over calls of a Ray deployment, which replace local sockets between hosts.
 
-Whoever connects calls `attach`, whose answer, a stream of chunks, is the one direction; calls of
-`feed` are the other.
+A client opens a stream with a call of `attach`, whose response is a stream of chunks to the client.
+Bytes from the client are arguments of calls of `feed`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from uuid import uuid4
 from service.ipc.connection import Streams
 
 GATHER_SECONDS = 0.5
-"""A call takes along all that was written since the last one, and comes no sooner after it."""
+"""Shortest interval between two calls of `feed`; a call sends all bytes written since the last."""
 CALL_SECONDS = 10.0
-"""A call that takes longer is as good as lost."""
+"""Time after which a call counts as failed."""
 MAX_CHUNKS = 64
-"""Chunks of a stream that wait to be taken by Ray."""
+"""Most chunks of a stream that wait for Ray to send them."""
 SILENCE_SECONDS = 15.0
-"""Who has not been heard of for so long is gone: a dead host says no farewell."""
+"""Time without a message after which a client counts as dead; a dead host closes nothing."""
 
 
 class _CallTransport(asyncio.Transport):
     """The writing half of a stream.
 
     Args:
-        send: takes bytes to the other side; one call at a time, so that they stay in order.
+        send: sends bytes to the peer; it is called once at a time, so that bytes stay in order.
         gather: seconds between two calls.
-        ended: is called once, when this side is closed or the other one is lost.
+        ended: called once, when this side is closed or the peer is lost.
     """
 
     def __init__(
@@ -76,14 +76,17 @@ class _CallTransport(asyncio.Transport):
                 async with asyncio.timeout(CALL_SECONDS):
                     await self._send(chunk)
                 await asyncio.sleep(self._gather)
-        except Exception:  # Ray has many words for a side that is not there
+        except Exception:  # Ray raises many types of errors if the peer is down
             self.abort()
         finally:
             self._sending = None
 
 
 def _streams(send: Callable[[bytes], Awaitable[object]], gather: float) -> Streams:
-    """Return streams that write by calls, and read what is fed; closed, they are at their end."""
+    """Return a writer that writes with calls of `send`, and a reader whose bytes are fed to it.
+
+    Closing the writer ends the reader.
+    """
     reader = asyncio.StreamReader()
     transport = _CallTransport(send, gather, reader.feed_eof)
     protocol = asyncio.StreamReaderProtocol(reader)
@@ -92,11 +95,11 @@ def _streams(send: Callable[[bytes], Awaitable[object]], gather: float) -> Strea
 
 
 class Caller:
-    """Opens streams to a deployment that holds a `Switchboard`.
+    """Opens streams to a deployment with a `Switchboard`.
 
     Args:
-        handle: of the deployment.
-        kind: of this caller, as the switchboard knows kinds.
+        handle: handle of the deployment.
+        kind: kind of this client, a key of the switchboard.
     """
 
     def __init__(self, handle: Any, kind: str) -> None:
@@ -108,13 +111,13 @@ class Caller:
         """Open a stream.
 
         Raises:
-            ConnectionError: nobody answers.
+            ConnectionError: the deployment does not answer.
         """
         name = uuid4().hex
         try:
             chunks = self._handle.options(stream=True).attach.remote(self._kind, name)
             async with asyncio.timeout(CALL_SECONDS):
-                await anext(chunks)  # says that the other side knows the name
+                await anext(chunks)  # the peer has registered the name and accepts `feed`
         except Exception as error:
             raise ConnectionError from error
         reader, writer = _streams(lambda data: self._handle.feed.remote(name, data), GATHER_SECONDS)
@@ -133,16 +136,16 @@ async def _listen(
                 return
             reader.feed_data(chunk)
     except Exception:
-        return  # the side that spoke is gone
+        return  # the peer is down
     finally:
         writer.transport.abort()
 
 
 class Switchboard:
-    """The other side: takes streams, and has each served as its kind says.
+    """The server side of streams.
 
     Args:
-        serve: by kind, what serves a stream until its end.
+        serve: functions that serve a stream until its end, by kind of the client.
     """
 
     def __init__(self, serve: dict[str, Callable[[Streams], Awaitable[None]]]) -> None:
@@ -151,19 +154,19 @@ class Switchboard:
         self._heard: dict[str, float] = {}
 
     async def attach(self, kind: str, name: str) -> AsyncIterator[bytes]:
-        """Serve a new stream, and give what it says, chunk by chunk."""
-        # When it is full, `put` waits for `CALL_SECONDS`, and then the stream is closed.
-        said: asyncio.Queue[bytes] = asyncio.Queue(MAX_CHUNKS)
-        reader, writer = _streams(said.put, 0.0)
+        """Serve a new stream, and yield the chunks that are sent to its client."""
+        # While the queue is full, `put` waits; after `CALL_SECONDS` the stream is closed.
+        chunks: asyncio.Queue[bytes] = asyncio.Queue(MAX_CHUNKS)
+        reader, writer = _streams(chunks.put, 0.0)
         self._open[name], self._heard[name] = (reader, writer), time.monotonic()
         serving = asyncio.ensure_future(self._serve[kind]((reader, writer)))
         try:
             yield b""
             while not serving.done() and time.monotonic() - self._heard[name] < SILENCE_SECONDS:
                 try:
-                    chunk = await asyncio.wait_for(said.get(), 1.0)
+                    chunk = await asyncio.wait_for(chunks.get(), 1.0)
                 except TimeoutError:
-                    chunk = b""  # tells Ray that this goes on, and us when nobody takes it
+                    chunk = b""  # keeps the call alive, and fails if the client is gone
                 yield chunk
         finally:
             del self._open[name], self._heard[name]
@@ -171,7 +174,7 @@ class Switchboard:
             await asyncio.gather(serving, return_exceptions=True)
 
     def feed(self, name: str, data: bytes) -> None:
-        """Take what the other side of a stream says.
+        """Pass bytes of the client to its stream.
 
         Raises:
             ConnectionError: the stream has ended.

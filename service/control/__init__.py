@@ -1,4 +1,5 @@
-"""The hub: what the supervisor's process knows for all others.
+"""The supervisor and the hub.
 
-It owns the metrics, says which models are served, and has the engines load them.
+The supervisor starts and replaces the server's processes. The hub runs in the same process: it owns
+the metrics, decides which models are served, and has the engines load them.
 """

@@ -1,4 +1,4 @@
-"""What engines and frontends have of the models, brought in line with the catalog."""
+"""Bring engines and frontends in line with the model catalog."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from service.telemetry.metrics import QUALITY_RANK, Metrics
 log = structlog.get_logger()
 
 SWAP_PATIENCE = 30.0
-"""Seconds that a change waits for every frontend; one that hangs is not waited for longer."""
+"""Longest time that a change waits for all frontends, in seconds."""
 MAX_RETIRED = 50
-"""Retired versions whose series are still shown; beyond, those retired first go first."""
+"""Most retired versions whose metrics are kept; the metrics retired first are removed first."""
 
 
 class Deployment:
-    """Load versions, have frontends serve them, and free those that are served no more.
+    """Load versions, have frontends serve them, and free versions that are no longer served.
 
     Args:
-        settings: of the whole server.
-        catalog: what is to be served.
+        settings: settings of the whole server.
+        catalog: versions to serve.
         fleet: the engines.
-        watch: keeps their metrics.
-        metrics: of the server.
-        frontends: that follow.
-        tell: tells them what is served.
+        watch: collector of the engines' metrics.
+        metrics: metrics of the server.
+        frontends: connected frontends.
+        tell: sends the catalog to all frontends.
 
     Attributes:
-        changing: is held by whoever changes the catalog.
+        changing: lock to hold while changing the catalog.
         generation: number of changes so far.
-        loading: what may be served next, as `name:version`.
+        loading: versions that are being loaded, as `name:version`.
     """
 
     def __init__(
@@ -73,33 +73,33 @@ class Deployment:
             fleet.wanted[checkpoint.name, checkpoint.version] = checkpoint.path
 
     async def stop(self) -> None:
-        """Free nothing more."""
+        """Stop waiting for versions to be freed."""
         await self._background.stop()
 
     def configure(self, settings: Settings) -> None:
-        """Go by other settings."""
+        """Apply new settings."""
         self._settings = settings
         for name in self._catalog.served:
             self._show_quality(name)
 
     def served(self) -> list[ServedVersion]:
-        """Return what frontends are to serve."""
-        found = [
+        """Return the versions that frontends should serve, candidates last."""
+        versions = [
             ServedVersion(c.name, c.version, str(c.path)) for c in self._catalog.served.values()
         ]
         for name, candidate in self._catalog.candidates.items():
             rollout = self._catalog.state.running(name)
             weight, shadow = (rollout.weight, rollout.shadow) if rollout else (0.0, 0.0)
             path = str(candidate.path)
-            found.append(ServedVersion(name, candidate.version, path, True, weight, shadow))
-        return found
+            versions.append(ServedVersion(name, candidate.version, path, True, weight, shadow))
+        return versions
 
     async def read(self, name: str, version: int | None) -> Checkpoint:
-        """Read a version (None: the highest) as the store has it now.
+        """Read a version (None: the highest) from the store.
 
         Raises:
-            UnknownModelError: the store does not have it.
-            CheckpointError: it is damaged.
+            UnknownModelError: the version is not in the store.
+            CheckpointError: the checkpoint is damaged.
             LoadTimeoutError: the store does not answer in time.
         """
         read = partial(self._catalog.candidate, name, version)
@@ -114,7 +114,7 @@ class Deployment:
             raise LoadTimeoutError(message) from None
 
     async def load(self, checkpoint: Checkpoint) -> None:
-        """Have every engine load a version beside what it has.
+        """Have every engine load a version beside those that it has.
 
         Raises:
             LoadFailedError, NoEngineError: see `Fleet.load`.
@@ -128,11 +128,11 @@ class Deployment:
             self._tell()
 
     async def unload(self, checkpoint: Checkpoint) -> None:
-        """Have every engine free a version that no frontend has met."""
+        """Have every engine free a version that no frontend has served."""
         await self._fleet.unload((checkpoint.name, checkpoint.version))
 
     async def publish(self) -> None:
-        """Return when every frontend serves what is to be served now."""
+        """Send the catalog to all frontends, and wait until all of them serve it."""
         self.generation += 1
         generation = self.generation
         self._tell()
@@ -144,21 +144,21 @@ class Deployment:
             log.error("frontends did not apply the model catalog in time", pids=behind)
 
     def announce(self, checkpoint: Checkpoint) -> None:
-        """Let the metrics of a version that is served now read 0 from the start."""
+        """Create the metrics of a version that is now served, so that they begin at 0."""
         self._retired.pop((checkpoint.name, checkpoint.version), None)
-        self._metrics.know_model(checkpoint.name, str(checkpoint.version), checkpoint.budgets)
+        self._metrics.register_model(checkpoint.name, str(checkpoint.version), checkpoint.budgets)
         self._show_quality(checkpoint.name)
         self._watch.show_models()
 
     def _show_quality(self, model: str) -> None:
         quality = self._settings.quality_of(model)
-        usual = DEFAULT_QUALITY if quality == "auto" else quality
-        rank = QUALITY_RANK.get(usual, 0) if isinstance(usual, str) else 0
+        level = DEFAULT_QUALITY if quality == "auto" else quality
+        rank = QUALITY_RANK.get(level, 0) if isinstance(level, str) else 0
         for gauge in (self._metrics.quality_level, self._metrics.quality_configured):
             gauge.labels(model).set(rank)
 
     def retire(self, checkpoint: Checkpoint) -> None:
-        """Free a version that the catalog has no more, once its last request is answered."""
+        """Free a version that left the catalog, once its last request is answered."""
         self._watch.show_models()
         if checkpoint.name not in self._catalog.served:
             for gauge in (self._metrics.quality_level, self._metrics.quality_configured):
@@ -167,7 +167,7 @@ class Deployment:
         self._background.start(self._free(checkpoint, self.generation))
 
     def forget_retired(self, now: float) -> None:
-        """Remove the series of versions that are served no more, some time after they were."""
+        """Remove the metrics of versions that were retired some time before `now`."""
         limit = self._settings.retired_series_seconds
         while self._retired:
             key, since = next(iter(self._retired.items()))
@@ -178,10 +178,10 @@ class Deployment:
             self._metrics.forget_model(name, str(version))
             if name not in self._catalog.served and name not in {n for n, _ in self._retired}:
                 self._watch.forget_model(name)
-                self._metrics.forget_name(name)
+                self._metrics.forget_model_name(name)
 
     async def _free(self, checkpoint: Checkpoint, generation: int) -> None:
-        """Take a model from the engines once no frontend has a request for it."""
+        """Have the engines free a version once no frontend has a request for it."""
         await self._frontends.until(lambda frontend: frontend.drained >= generation)
         async with self.changing:
             key = checkpoint.name, checkpoint.version

@@ -1,4 +1,4 @@
-"""Turn what engines report into metrics."""
+"""Turn the reports of engines into metrics."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from service.telemetry.metrics import QUALITY_RANK, Metrics
 
 
 class EngineWatch:
-    """Keep the metrics of the engines: it is told of every event, with the engine's index.
+    """Collector of the engines' metrics; called with each event and the index of its engine.
 
     Args:
-        metrics: to keep.
-        catalog: what is served.
-        level: says which level is in force for a model when the load of the engines allows the
-            given one; None: its level is fixed.
+        metrics: metrics to update.
+        catalog: served versions.
+        level: returns the quality level of a model, given the level that the load of the engines
+            allows; None: the level of this model does not depend on load.
     """
 
     def __init__(
@@ -66,21 +66,22 @@ class EngineWatch:
                 self._metrics.device_busy.labels(str(index)).inc(event.seconds)
 
     def in_flight(self, index: int) -> int:
-        """Return how many items an engine had begun and not answered when it was heard last."""
+        """Return the number of unanswered items in an engine, from its last heartbeat."""
         beat = self._beats.get(index)
         return sum(beat.in_flight.values()) if beat is not None else 0
 
     def refresh(self, clients: Sequence[EngineClient]) -> None:
-        """Bring up to date what changes without an event: how long each engine has been silent."""
+        """Update the age of each engine's last heartbeat, which grows without any event."""
         now = time.monotonic()
         for client in clients:
             age = now - (client.heard or self._began)
             self._metrics.heartbeat_age.labels(str(client.index)).set(age)
 
     def show_models(self) -> None:
-        """Let the metrics describe what is served now, as the engines have it.
+        """Update the metrics that describe the served models, from the engines' reports.
 
-        An engine that is away counts with what it had: another precision may come back with it.
+        The last report of a disconnected engine still counts. Its precision may differ from that of
+        other engines.
         """
         described: set[tuple[str, ...]] = set()
         for index, models in self._models.items():
@@ -98,14 +99,14 @@ class EngineWatch:
             self._metrics.model_info.labels(*info).set(1)
         for info in self._shown - described:
             self._metrics.model_info.remove(*info)
-        gone = {info[:2] for info in self._shown} - {info[:2] for info in described}
-        for name, version in gone:
+        removed = {info[:2] for info in self._shown} - {info[:2] for info in described}
+        for name, version in removed:
             self._metrics.model_load.remove(name, version)
             self._metrics.model_memory.remove(name, version)
         self._shown = described
 
     def forget_model(self, name: str) -> None:
-        """Show the queues of a model no more, unless engines have it still."""
+        """Stop updating the queue metrics of a model, unless an engine still reports them."""
         self._names.discard(name)
 
     def _hello(self, index: int, hello: Hello) -> None:
@@ -122,7 +123,7 @@ class EngineWatch:
     def _sum_queues(self) -> None:
         metrics, beats = self._metrics, self._beats.values()
         named = {name for beat in beats for name in beat.queue_items}
-        self._names |= {n for n in named if n in self._catalog.served or metrics.knows(n)}
+        self._names |= {n for n in named if n in self._catalog.served or metrics.has_model(n)}
         for model in self._names:
             metrics.queue_items.labels(model).set(sum(b.queue_items.get(model, 0) for b in beats))
             metrics.queue_cost.labels(model).set(sum(b.queue_seconds.get(model, 0) for b in beats))

@@ -1,4 +1,4 @@
-"""The engines, and the models that each is to have."""
+"""The engines, and the models that each must load."""
 
 from __future__ import annotations
 
@@ -25,17 +25,21 @@ class LoadTimeoutError(LoadFailedError):
 
 
 class NoEngineError(Exception):
-    """No engine is there, or one died meanwhile."""
+    """No engine is running, or an engine died during the change."""
 
 
 class Fleet(Engines):
-    """All engines, told what to load: whenever one begins, it is told again.
+    """All engines; each is told which models to load, again after each restart.
 
     Args:
-        sockets: where each one listens.
+        sockets: socket of each engine.
         observe: see `Engines`.
-        failed: is called when `errors` may have changed.
-        load_seconds: after which an engine's load is given up, and it serves on with what it has.
+        failed: called when `errors` may have changed.
+        load_seconds: longest time that an engine may take to load a model. After that, the load
+            fails, and the engine serves the models that it has.
+
+    Attributes:
+        wanted: folders of the versions that every engine must load.
     """
 
     def __init__(
@@ -55,19 +59,20 @@ class Fleet(Engines):
 
     @property
     def errors(self) -> list[str]:
-        """Checkpoints that engines could not load, and why."""
+        """Reasons why engines could not load checkpoints."""
         return sorted(set(self._failed.values()))
 
     def equipped(self, client: EngineClient) -> bool:
-        """Whether an engine has tried to load all that is wanted."""
+        """Return whether an engine has loaded, or failed to load, each wanted version."""
         return client.hello is not None and all(
             key in client.models or (client.index, key) in self._failed for key in self.wanted
         )
 
-    async def meet(self, streams: Streams) -> None:
-        """Count an engine that came by itself among these, until its connection ends.
+    async def add(self, streams: Streams) -> None:
+        """Add an engine that connected to the hub by itself, until its connection ends.
 
-        It has the lowest index that is free: who counts engines by it counts places.
+        The engine gets the lowest free index, so the number of metrics labelled by index is bounded
+        by the number of engines that run at the same time.
         """
         taken = {client.index for client in self.clients}
         index = next(i for i in itertools.count() if i not in taken)
@@ -80,15 +85,15 @@ class Fleet(Engines):
             self._forget_failures(index)
 
     async def configure(self, wanted: Configure, seconds: float) -> list[int]:
-        """Have every engine go by these settings, also each that begins later.
+        """Have every engine apply settings, including engines that start later.
 
         Returns:
-            The indexes of engines that do not go by them after so many seconds.
+            The indexes of engines that have not applied them after `seconds`.
         """
         self._configuration = wanted
         clients = list(self.clients)
-        done = await asyncio.gather(*(self._configure(one, seconds) for one in clients))
-        return [client.index for client, did in zip(clients, done, strict=True) if not did]
+        done = await asyncio.gather(*(self._configure(client, seconds) for client in clients))
+        return [client.index for client, applied in zip(clients, done, strict=True) if not applied]
 
     async def _configure(self, client: EngineClient, seconds: float | None = None) -> bool:
         if self._configuration is None:
@@ -99,21 +104,23 @@ class Fleet(Engines):
             return False
 
     async def load(self, key: ModelKey, path: Path) -> None:
-        """Have every engine load a checkpoint folder, beside what it has.
+        """Have every engine load a checkpoint folder, beside the models that it has.
 
-        One does it first: if that kills it, for want of memory say, the others go on serving.
+        One engine loads it before all others: if that kills the engine, for example because memory
+        runs out, the others continue to serve.
 
         Raises:
-            LoadFailedError: one could not, or not in time (LoadTimeoutError); then none keeps what
-                it did not have before.
-            NoEngineError: there is none, or one died.
+            LoadFailedError: an engine could not load it; a version that was not loaded before is
+                freed again in all engines.
+            LoadTimeoutError: as above, since an engine took too long.
+            NoEngineError: no engine is running, or one died.
         """
         clients = self.alive
         if not clients:
             raise NoEngineError
-        for some in (clients[:1], clients[1:]):
+        for group in (clients[:1], clients[1:]):
             results = await asyncio.gather(
-                *(self._load(client, key, path) for client in some), return_exceptions=True
+                *(self._load(client, key, path) for client in group), return_exceptions=True
             )
             failures = [result for result in results if isinstance(result, BaseException)]
             if failures:
@@ -142,7 +149,7 @@ class Fleet(Engines):
     async def _equip(self, client: EngineClient) -> None:
         await self._configure(client)
         for key, path in list(self.wanted.items()):
-            if key in client.models:  # it lived through a lost connection
+            if key in client.models:  # only the connection was lost, not the engine
                 continue
             try:
                 await self._load(client, key, path)
@@ -172,6 +179,6 @@ class Fleet(Engines):
             try:
                 await client.ask(Unload(0, *key), self._load_seconds)
             except DisconnectedError:
-                return  # what is gone has freed its models
+                return  # an engine that ended has freed its models
             except TimeoutError:
                 log.error("model unload timed out", model=key[0], engine=client.index)

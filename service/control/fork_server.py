@@ -1,9 +1,12 @@
-"""Processes forked from one that has already imported what they need.
+"""Fork processes from a fork server that has already imported torch.
 
-`import torch` takes seconds, and memory that forked processes share. The supervisor writes a number
-for each process that it wants to the fork server's stdin, after its settings; the fork server says
-on its stdout `NUMBER PID` when it has forked it, `NUMBER PID CODE` when that has ended, and
-`NUMBER -ERRNO` when it could not fork it.
+`import torch` takes seconds, and forked processes share its memory. The supervisor writes the
+settings to the fork server's stdin, then a number for each process to fork. The fork server writes
+to its stdout:
+
+    NUMBER PID        the process was forked
+    NUMBER PID CODE   the process has ended, with this exit code
+    NUMBER -ERRNO     the process could not be forked
 """
 
 from __future__ import annotations
@@ -29,26 +32,26 @@ POLL_SECONDS = 0.01
 
 
 def fork_on_demand() -> int | None:
-    """Fork a process for every number that comes, until stdin ends.
+    """Fork a process for each number that is read from stdin, until stdin ends.
 
-    There must be no thread yet: a fork leaves all but its own behind. What is printed goes to
-    stderr from now on.
+    No thread may run yet, since a forked process has only the thread that forked it. Output to
+    stdout goes to stderr from now on.
 
     Returns:
-        In each forked process its number; in the fork server, at the end, None.
+        In each forked process, its number; in the fork server, None once stdin has ended.
     """
     answers = os.dup(1)
     os.dup2(2, 1)
-    lives: dict[int, tuple[int, int]] = {}
-    """Number and process id, by a pipe whose other end is open for as long as the process lives."""
-    with selectors.DefaultSelector() as heard:
-        heard.register(0, selectors.EVENT_READ)
+    children: dict[int, tuple[int, int]] = {}
+    """Number and process id, by the read end of a pipe; the process holds the write end open."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(0, selectors.EVENT_READ)
         while True:
-            for key, _ in heard.select():
+            for key, _ in selector.select():
                 if key.fd:
-                    heard.unregister(key.fd)
+                    selector.unregister(key.fd)
                     os.close(key.fd)
-                    number, pid = lives.pop(key.fd)
+                    number, pid = children.pop(key.fd)
                     _, status = os.waitpid(pid, 0)
                     _say(answers, number, pid, os.waitstatus_to_exitcode(status))
                     continue
@@ -56,18 +59,18 @@ def fork_on_demand() -> int | None:
                 if not line:
                     return None
                 try:
-                    ends, stays, pid = _fork()
-                except OSError as error:  # EAGAIN, ENOMEM, EMFILE: this one alone is not forked
+                    read_end, write_end, pid = _fork()
+                except OSError as error:  # EAGAIN, ENOMEM, EMFILE: a later fork may succeed
                     _say(answers, int(line), -(error.errno or errno.EAGAIN))
                     continue
                 if not pid:
-                    for fd in (answers, ends, *lives):
+                    for fd in (answers, read_end, *children):
                         os.close(fd)
                     return int(line)
-                os.close(stays)
-                heard.register(ends, selectors.EVENT_READ)
-                lives[ends] = int(line), pid
-                _say(answers, *lives[ends])
+                os.close(write_end)
+                selector.register(read_end, selectors.EVENT_READ)
+                children[read_end] = int(line), pid
+                _say(answers, *children[read_end])
 
 
 def _fork() -> tuple[int, int, int]:
@@ -76,22 +79,22 @@ def _fork() -> tuple[int, int, int]:
     Raises:
         OSError: there are too many processes or open files, or too little memory.
     """
-    ends, stays = os.pipe()
+    read_end, write_end = os.pipe()
     try:
-        return ends, stays, os.fork()
+        return read_end, write_end, os.fork()
     except OSError:
-        os.close(ends)
-        os.close(stays)
+        os.close(read_end)
+        os.close(write_end)
         raise
 
 
 def _say(answers: int, *numbers: int) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the supervisor is gone, and stdin will say so
+    with contextlib.suppress(BrokenPipeError):  # the supervisor ended, so stdin ends too
         os.write(answers, b" ".join(str(number).encode() for number in numbers) + b"\n")
 
 
 class Forked:
-    """A forked process, as `asyncio.subprocess.Process` is one that was started."""
+    """A forked process, with the interface of `asyncio.subprocess.Process`."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -99,23 +102,23 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        """Its exit code, negative for a signal; None: it runs."""
+        """Exit code, negative for a signal; None while the process runs."""
         return self._end.result() if self._end.done() else None
 
     async def wait(self) -> int:
-        """Await its end, and return its exit code."""
+        """Wait until the process has ended, and return its exit code."""
         return await asyncio.shield(self._end)
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Send SIGTERM."""
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it."""
+        """Send SIGKILL."""
         self._signal(signal.SIGKILL)
 
     def ended(self, code: int) -> None:
-        """Note that it has ended."""
+        """Set the exit code of a process that has ended."""
         if not self._end.done():
             self._end.set_result(code)
 
@@ -126,14 +129,14 @@ class Forked:
 
 
 class ForkServer:
-    """Start the fork server when a process is wanted and it does not run.
+    """Client of the fork server, which is started when a fork is requested and it does not run.
 
-    Processes do not outlive the server that they come from: nobody would hear how they end.
+    Forked processes end with the fork server, since nothing else could report their exit codes.
 
     Args:
-        command: its command line.
-        settings: what it is told.
-        seconds: how long it may take to fork a process.
+        command: command line of the fork server.
+        settings: settings that it reads from stdin.
+        seconds: longest time that a fork may take.
     """
 
     def __init__(self, command: Sequence[str], settings: Settings, seconds: float) -> None:
@@ -141,29 +144,29 @@ class ForkServer:
         self._settings = settings
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
-        self._hearing: asyncio.Task[None] | None = None
-        self._asked: dict[int, Future[Forked]] = {}
+        self._reading: asyncio.Task[None] | None = None
+        self._requested: dict[int, Future[Forked]] = {}
         self._forked: dict[int, Forked] = {}
         self._starting = asyncio.Lock()
 
     @property
     def pid(self) -> int | None:
-        """Its process id; None: it does not run now."""
-        process, hearing = self._process, self._hearing
-        lives = process is not None and hearing is not None and not hearing.done()
-        return process.pid if process is not None and lives else None
+        """Process id of the fork server; None: it is not running."""
+        if self._process is None or self._reading is None or self._reading.done():
+            return None
+        return self._process.pid
 
     async def fork(self, number: int) -> Forked:
-        """Return a new process, which may have ended already, as it does if it cannot begin.
+        """Return a new process; it may have ended already, for example if its start failed.
 
         Raises:
             OSError: the fork server cannot be started, or cannot fork.
         """
         async with self._starting:
-            if self._hearing is None or self._hearing.done():
+            if self._reading is None or self._reading.done():
                 await self._start()
         forked: Future[Forked] = asyncio.get_running_loop().create_future()
-        self._asked[number] = forked
+        self._requested[number] = forked
         self._tell(b"%d\n" % number)
         try:
             async with asyncio.timeout(self._seconds):
@@ -173,17 +176,17 @@ class ForkServer:
             return await forked
 
     async def stop(self) -> None:
-        """End it, and what it has forked."""
-        if self._process is None or self._hearing is None:
+        """End the fork server and all processes that it has forked."""
+        if self._process is None or self._reading is None:
             return
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
             async with asyncio.timeout(self._seconds):
-                await asyncio.shield(self._hearing)
+                await asyncio.shield(self._reading)
         except TimeoutError:
             self._kill()
-            await self._hearing
+            await self._reading
 
     def _kill(self) -> None:
         log.error("fork server killed: not responding")
@@ -191,33 +194,34 @@ class ForkServer:
         self._process.kill()
 
     async def _start(self) -> None:
-        # Not by the event loop: uvloop leaves a child second descriptors of its pipes. These would
-        # be handed on, and nobody would hear the end of the first one.
+        # Not started by uvloop, which duplicates the descriptors of a child's pipes: forked
+        # processes would inherit the duplicates, and this process would never read end-of-file.
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             self._command, stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True
         )
         self._tell(encode_settings(self._settings))
-        said = asyncio.StreamReader()
+        output = asyncio.StreamReader()
         try:
             await asyncio.get_running_loop().connect_read_pipe(
-                lambda: asyncio.StreamReaderProtocol(said), self._process.stdout
+                lambda: asyncio.StreamReaderProtocol(output), self._process.stdout
             )
         except BaseException:
             self._process.kill()
             raise
-        self._hearing = asyncio.create_task(self._hear(self._process, said))
+        self._reading = asyncio.create_task(self._read(self._process, output))
 
     def _tell(self, line: bytes) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended, as is about to be heard
+        with contextlib.suppress(BrokenPipeError):  # it has ended, so `_read` sees end-of-file
             self._process.stdin.write(line)
 
-    async def _hear(self, process: subprocess.Popen[bytes], said: asyncio.StreamReader) -> None:
-        while not said.at_eof():
+    async def _read(self, process: subprocess.Popen[bytes], output: asyncio.StreamReader) -> None:
+        """Handle the output of the fork server until it ends, then end all its processes."""
+        while not output.at_eof():
             try:
-                self._heed(await said.readline())
+                self._handle(await output.readline())
             except (ValueError, KeyError, asyncio.InvalidStateError) as error:
                 log.error("fork server: unexpected output ignored", reason=type(error).__name__)
             except OSError as error:
@@ -226,28 +230,28 @@ class ForkServer:
                 break
         assert process.stdin is not None
         process.stdin.close()
-        # Polled, as waiting takes a thread, and there may be no room for one.
-        while (code_of_all := process.poll()) is None:
+        # Polled: waiting would need a thread, and the system may have no room for one.
+        while (exit_code := process.poll()) is None:
             await asyncio.sleep(POLL_SECONDS)
         for forked in self._forked.values():
             forked.kill()
-            forked.ended(code_of_all)
+            forked.ended(exit_code)
         self._forked.clear()
-        for asked in self._asked.values():
-            stillborn = Forked(process.pid)
-            stillborn.ended(code_of_all)
-            asked.set_result(stillborn)
-        self._asked.clear()
+        for request in self._requested.values():
+            never_forked = Forked(process.pid)
+            never_forked.ended(exit_code)
+            request.set_result(never_forked)
+        self._requested.clear()
 
-    def _heed(self, line: bytes) -> None:
-        """Act on one line of the fork server; an empty one is the end."""
+    def _handle(self, line: bytes) -> None:
+        """Handle one line of the fork server's output; an empty line means that it has ended."""
         if not line:
             return
         number, pid, *code = (int(word) for word in line.split())
         if code:
             self._forked.pop(pid).ended(code[0])
         elif pid < 0:
-            self._asked.pop(number).set_exception(OSError(-pid, os.strerror(-pid)))
+            self._requested.pop(number).set_exception(OSError(-pid, os.strerror(-pid)))
         else:
             self._forked[pid] = Forked(pid)
-            self._asked.pop(number).set_result(self._forked[pid])
+            self._requested.pop(number).set_result(self._forked[pid])

@@ -11,14 +11,17 @@ from service.ipc.frames import Message
 
 
 class FrontendPeer:
-    """A frontend that is connected.
+    """A connected frontend.
 
     Attributes:
-        name: tells it from all others; pid: its process.
-        serves: whether it takes requests; the process that runs jobs does not.
-        heard: when it last said something.
-        swapped, drained, configured: see `Swapped`, `Drained`, `SettingsTaken`.
-        cache_bytes: size of the answers that it keeps.
+        say: sends a message to it.
+        name: unique name of the frontend.
+        pid: process id.
+        serves: whether it accepts requests; the process that runs jobs does not.
+        heard: time of its last message, on the monotonic clock.
+        swapped, drained, configured: generations that it has reached; see the messages `Swapped`,
+            `Drained` and `SettingsTaken`.
+        cache_bytes: size of its answer cache.
     """
 
     def __init__(self, say: Say) -> None:
@@ -32,35 +35,35 @@ class FrontendPeer:
 
 
 class Frontends:
-    """All of them."""
+    """All connected frontends."""
 
     def __init__(self) -> None:
         self._peers: set[FrontendPeer] = set()
-        self._moved = asyncio.Event()
+        self._advanced = asyncio.Event()
 
     def __iter__(self) -> Iterator[FrontendPeer]:
         return iter(self._peers)
 
     def add(self, peer: FrontendPeer) -> None:
-        """Count one that came."""
+        """Add a frontend that connected."""
         self._peers.add(peer)
 
     def discard(self, peer: FrontendPeer) -> None:
-        """Forget one that went."""
+        """Remove a frontend whose connection ended."""
         self._peers.discard(peer)
-        self.moved()
+        self.advanced()
 
     def tell(self, message: Message) -> None:
-        """Send all of them a message."""
+        """Send a message to all frontends."""
         for peer in self._peers:
             peer.say(message)
 
-    def moved(self) -> None:
-        """Say that a frontend is further than it was."""
-        self._moved.set()
+    def advanced(self) -> None:
+        """Wake `until`, since a frontend has reached another generation."""
+        self._advanced.set()
 
     async def until(self, reached: Callable[[FrontendPeer], bool]) -> None:
-        """Wait until this is true of every one."""
+        """Wait until `reached` is true for every frontend."""
         while not all(map(reached, self._peers)):
-            self._moved.clear()
-            await self._moved.wait()
+            self._advanced.clear()
+            await self._advanced.wait()

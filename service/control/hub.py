@@ -1,4 +1,4 @@
-"""The hub itself: connections of the frontends, and what they ask for."""
+"""The hub: connections of the frontends, and the handling of their messages."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ from service.scheduling.brownout import kept_above
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.processes import Family, only_this_process
-from service.telemetry.recent_traffic import Recent
+from service.telemetry.recent_traffic import RecentTraffic
 
 log = structlog.get_logger()
 
 SETTINGS_PATIENCE = 5.0
-"""Seconds that a reload waits for every process; those that are late take the settings over when
-they can."""
+"""Longest time that a reload waits for all processes, in seconds; late ones apply the settings
+afterwards."""
 BEAT_SECONDS = 1.0
 MAX_CHANGES = 16
-"""Changes of models that may wait for the one that is being made."""
+"""Most model changes that wait for the present one."""
 _REASONS: tuple[tuple[type[Exception], ChangeFailure], ...] = (
     (UnknownModelError, "unknown_model"),
     (LoadTimeoutError, "load_timeout"),
@@ -77,26 +77,26 @@ _REASONS: tuple[tuple[type[Exception], ChangeFailure], ...] = (
     (CheckpointError, "broken_checkpoint"),
     (LoadFailedError, "broken_checkpoint"),
 )
-"""What is told of the errors of a change; the first that fits."""
+"""Reason to send for each kind of error of a change; the first match counts."""
 MAX_FRONTENDS = 1000
-"""Frontends whose last report is remembered; beyond, the one heard longest ago goes first."""
+"""Most frontends whose last report number is kept; the one that reported longest ago is dropped."""
 
 
 class Hub:
-    """Own the metrics, say what is served, change it on request.
+    """Owner of the metrics and of the model catalog, which it changes on request.
 
     Args:
-        settings: of the whole server.
-        catalog: what it begins with.
-        sockets: where its engines listen; those that come by themselves (`Fleet.meet`) are more.
-        family: its processes.
+        settings: settings of the whole server.
+        catalog: versions to serve at the start.
+        sockets: sockets of the engines; more engines may connect by themselves (`Fleet.add`).
+        family: returns the processes of the server.
 
     Attributes:
-        settings: in force.
-        tasks: names of the tasks that are to run in this process, for `/health`.
+        settings: settings in force.
+        tasks: names of the tasks that run in this process, for `/health`.
         ready: set once a frontend can classify.
-        reload: reads the settings again, for who asks for it over a frontend; raises
-            BudgetFormerError if they are invalid. None: this server cannot.
+        reload: reads the settings again when a caller asks for it; raises BudgetFormerError if they
+            are invalid. None: this server cannot reload its settings.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class Hub:
         self.ready = asyncio.Event()
         self.reload: Callable[[], Awaitable[SettingsReloaded]] | None = None
         self.metrics = Metrics(family)
-        self.metrics.know_engines(len(sockets))
+        self.metrics.register_engines(len(sockets))
         self.catalog = catalog
-        self.recent = Recent(self.metrics)
+        self.recent = RecentTraffic(self.metrics)
         self.watch = EngineWatch(self.metrics, self.catalog, self._level_shown)
         self.fleet = Fleet(sockets, self.watch, self._tell_all, settings.load_timeout_seconds)
         self.frontends = Frontends()
@@ -136,29 +136,33 @@ class Hub:
         self._name_unserved()
 
     def _name_unserved(self) -> None:
-        """Say which models have settings and are not served: they may come, or it is a mistake."""
+        """Log the models that have settings but are not served."""
         if unserved := sorted(self.settings.model_settings.keys() - self.catalog.served.keys()):
             log.warning("settings for models that are not served", models=unserved)
 
     def _level_shown(self, model: str, level: QualityName) -> QualityName | None:
-        """Return the level of a model where the load allows this one; None: it is fixed."""
+        """Return the level of a model, given the level that the load allows; None: it is fixed."""
         if self.settings.quality_of(model) != "auto":
             return None
         return kept_above(self.settings.floor_of(model), level)
 
     async def serve(self, socket: Path | None = None) -> None:
-        """Listen on `socket` until cancelled; None: frontends come in another way, to `came`."""
+        """Run the hub until cancelled.
+
+        Args:
+            socket: socket to listen on; None: the caller passes connections to `serve_frontend`.
+        """
         self.fleet.start()
-        own = {
+        tasks = {
             "hub-recent": self.recent.keep,
             "hub-beat": self._beat,
             "hub-rollouts": self.versions.judge,
         }
-        self.tasks += own
-        for name, work in own.items():
+        self.tasks += tasks
+        for name, work in tasks.items():
             self._background.start(run_forever(name, work, self.report_problem))
         try:
-            async with listening(socket, self.came) if socket else nullcontext():
+            async with listening(socket, self.serve_frontend) if socket else nullcontext():
                 await asyncio.Event().wait()
         finally:
             await self._background.stop()
@@ -167,7 +171,7 @@ class Hub:
             await self.fleet.stop()
 
     def report_crash_loop(self, process: str, reason: str | None) -> None:
-        """Tell the frontends that a process does not stay up (None: that it does again)."""
+        """Show in `/health` why a process does not stay up; None: it stays up again."""
         before = self._crash_loops.get(process)
         if reason is None:
             self._crash_loops.pop(process, None)
@@ -177,7 +181,7 @@ class Hub:
             self._tell_all()
 
     def report_problem(self, source: str, reason: str | None) -> None:
-        """Show in `/health` why a part of the server fails (None: it does no more)."""
+        """Show in `/health` why a part of the server fails; None: it works again."""
         self.report_problems(source, [] if reason is None else [reason])
 
     def report_problems(self, source: str, problems: list[str]) -> None:
@@ -194,14 +198,14 @@ class Hub:
             self._tell_all()
 
     async def _beat(self) -> None:
-        """Tell the frontends that the hub handles messages, and how it is; do what is due."""
+        """Send the state of the server to the frontends once a second, and remove old metrics."""
         while True:
             self.frontends.tell(self._alive())
             self.deployment.forget_retired(time.monotonic())
             await asyncio.sleep(BEAT_SECONDS)
 
     def _alive(self) -> Alive:
-        """Return the state of this server's parts, as the hub knows it."""
+        """Return the message with the state of the server's parts."""
         self._equipped = self._equipped or all(map(self.fleet.equipped, self.fleet.clients))
         connected = sum(frontend.serves for frontend in self.frontends)
         tasks = {name: "; ".join(self._problems.get(name, [])) for name in self.tasks}
@@ -210,10 +214,10 @@ class Hub:
     # Changes of settings
 
     async def configure(self, settings: Settings) -> list[str]:
-        """Have every frontend and engine go by settings, also each that begins later.
+        """Have every frontend and engine apply settings, including processes that start later.
 
         Returns:
-            The names of the processes that do not go by them after `SETTINGS_PATIENCE`.
+            The names of the processes that have not applied them after `SETTINGS_PATIENCE`.
         """
         self.settings = settings
         self._name_unserved()
@@ -238,23 +242,23 @@ class Hub:
     def _new_settings(self) -> NewSettings:
         return NewSettings(self._settings_generation, encode_settings(self.settings))
 
-    async def _reload(self, frontend: FrontendPeer, asked: ReloadSettings) -> None:
+    async def _reload(self, frontend: FrontendPeer, message: ReloadSettings) -> None:
         if self.reload is None:
             reason = "settings of a server on a cluster change with its deployment"
-            frontend.say(SettingsRefused(asked.id, "not_supported", reason))
+            frontend.say(SettingsRefused(message.id, "not_supported", reason))
             return
         try:
-            frontend.say(msgspec.structs.replace(await self.reload(), id=asked.id))
+            frontend.say(msgspec.structs.replace(await self.reload(), id=message.id))
         except BudgetFormerError as error:
-            frontend.say(SettingsRefused(asked.id, "invalid_settings", str(error)))
-        except Exception as error:  # whatever it is, whoever asked must hear of it
+            frontend.say(SettingsRefused(message.id, "invalid_settings", str(error)))
+        except Exception as error:  # any error must be answered
             log.error("settings not reloaded", exc_info=error)
-            frontend.say(NotShown(asked.id, "the reload failed; the server's log says more"))
+            frontend.say(NotShown(message.id, "the reload failed; the server's log says more"))
 
     # Connections of the frontends
 
-    async def came(self, reader: asyncio.StreamReader, say: Say) -> None:
-        """Serve one frontend until its connection ends."""
+    async def serve_frontend(self, reader: asyncio.StreamReader, say: Say) -> None:
+        """Handle the messages of one frontend until its connection ends."""
         frontend = FrontendPeer(say)
         if self._settings_generation:
             say(self._new_settings())
@@ -264,15 +268,15 @@ class Hub:
             await handle_each(
                 reader,
                 TO_HUB,
-                partial(self._take, frontend),
-                partial(_answer, frontend),
+                partial(self._handle, frontend),
+                partial(_answer_error, frontend),
                 "frontend",
             )
         finally:
             self.frontends.discard(frontend)
             self._measure_frontends()
 
-    def _take(self, frontend: FrontendPeer, message: ToHub) -> None:
+    def _handle(self, frontend: FrontendPeer, message: ToHub) -> None:
         frontend.heard = time.monotonic()
         match message:
             case Report():
@@ -287,28 +291,28 @@ class Hub:
                 frontend.serves = bool(message.routes)
                 self._measure_frontends()
                 if frontend.serves:
-                    self.metrics.know_routes(message.routes)
-                    self.metrics.know_keys(message.keys)
+                    self.metrics.register_routes(message.routes)
+                    self.metrics.register_keys(message.keys)
                 frontend.say(self._alive())
             case Trouble():
                 self.report_problem(message.source, message.reason)
             case Swapped():
                 frontend.swapped = message.generation
-                self.frontends.moved()
+                self.frontends.advanced()
             case Drained():
                 frontend.drained = message.generation
-                self.frontends.moved()
+                self.frontends.advanced()
             case SettingsTaken():
                 frontend.configured = message.generation
-                self.frontends.moved()
+                self.frontends.advanced()
             case ReloadSettings():
                 self._background.start(self._reload(frontend, message))
             case Scrape():
                 self.watch.refresh(self.fleet.clients)
                 frontend.say(Shown(message.id, *self._exposition(message.openmetrics)))
             case TellRecent():
-                told = msgspec.json.encode(self.recent.tell(message.model))
-                frontend.say(Shown(message.id, told, "application/json"))
+                content = msgspec.json.encode(self.recent.tell(message.model))
+                frontend.say(Shown(message.id, content, "application/json"))
             case ChangeModel() | ChangeRollOut() if self._changes > MAX_CHANGES:
                 reason = "too many changes of models are waiting"
                 frontend.say(ChangeFailed(message.id, "busy", reason))
@@ -317,7 +321,7 @@ class Hub:
                 self._background.start(self._change(frontend, message))
 
     def _count(self, frontend: str, report: Report) -> None:
-        """Count a report, unless it came before over another connection."""
+        """Count a report, unless it was already received over another connection."""
         last = self._reported.pop(frontend, -1)
         self._reported[frontend] = max(last, report.number)
         if len(self._reported) > MAX_FRONTENDS:
@@ -329,26 +333,26 @@ class Hub:
     def _exposition(self, as_openmetrics: bool) -> tuple[bytes, str]:
         registry = self.metrics.registry
         if as_openmetrics:
-            shown = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]
-            return shown, openmetrics.CONTENT_TYPE_LATEST
+            content = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]
+            return content, openmetrics.CONTENT_TYPE_LATEST
         return exposition.generate_latest(registry), exposition.CONTENT_TYPE_PLAIN_0_0_4
 
     async def _change(self, frontend: FrontendPeer, wanted: ChangeModel | ChangeRollOut) -> None:
         try:
-            done = await self._changed(wanted)
-        except Exception as error:  # whatever it is, whoever asked must hear of it
-            reason = next((told for kind, told in _REASONS if isinstance(error, kind)), None)
+            answer = await self._make_change(wanted)
+        except Exception as error:  # any error must be answered
+            reason = next((reason for kind, reason in _REASONS if isinstance(error, kind)), None)
             message = "no engine is running" if isinstance(error, NoEngineError) else str(error)
             if reason is None:
                 log.error("model change failed", model=wanted.name, exc_info=error)
                 message = f"{wanted.name}: {type(error).__name__}; the server's log says more"
             frontend.say(ChangeFailed(wanted.id, reason or "broken_checkpoint", message))
         else:
-            frontend.say(done)
+            frontend.say(answer)
         finally:
             self._changes -= 1
 
-    async def _changed(self, wanted: ChangeModel | ChangeRollOut) -> Changed | Shown:
+    async def _make_change(self, wanted: ChangeModel | ChangeRollOut) -> Changed | Shown:
         name, version, versions = wanted.name, wanted.version, self.versions
         match wanted.action:
             case "load":
@@ -373,14 +377,16 @@ class Hub:
         self.frontends.tell(self._serving())
 
     def _serving(self) -> Serving:
-        found = [line for lines in self._problems.values() for line in lines]
-        errors = sorted({*self.catalog.errors, *self.fleet.errors, *found})
+        problems = [line for lines in self._problems.values() for line in lines]
+        errors = sorted({*self.catalog.errors, *self.fleet.errors, *problems})
         loops = dict(sorted(self._crash_loops.items()))
-        now = self.deployment
-        return Serving(now.generation, now.served(), now.loading, errors, loops)
+        deployment = self.deployment
+        return Serving(
+            deployment.generation, deployment.served(), deployment.loading, errors, loops
+        )
 
 
-def _answer(frontend: FrontendPeer, message: ToHub, reason: str) -> None:
-    """Answer a message that could not be handled, if it asks for an answer."""
+def _answer_error(frontend: FrontendPeer, message: ToHub, reason: str) -> None:
+    """Answer a message that could not be handled, if its sender waits for an answer."""
     if isinstance(message, ChangeModel | ChangeRollOut | ReloadSettings | Scrape | TellRecent):
         frontend.say(NotShown(message.id, reason))

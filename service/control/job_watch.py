@@ -1,4 +1,4 @@
-"""The folder of jobs as the supervisor sees it: its lock, its age, and whether there is work."""
+"""The supervisor's watch over the folder of jobs: its lock, old jobs, and whether jobs wait."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from service.telemetry.metrics import Metrics
 LOOK_SECONDS = 1.0
 TIDY_SECONDS = 60.0
 IDLE_SECONDS = 30.0
-"""How long the process that runs jobs is kept without one."""
+"""Time after the last job until the process that runs jobs is ended."""
 
 
 class JobWatch:
-    """Look into the folder of jobs again and again; its lock is held until this process ends.
+    """Check the folder of jobs once a second; hold its lock until this process ends.
 
     Args:
-        settings: returns those in force.
-        metrics: show how many jobs there are.
-        report: is told of what is wrong with the folder.
+        settings: returns the settings in force.
+        metrics: metrics of the server, among them the number of jobs.
+        report: called with a problem of the folder, or with None when there is none.
 
     Attributes:
-        lock: descriptor that holds the lock; None: there is no folder, or another server has it.
+        lock: descriptor that holds the lock; None: the folder does not exist, or another server
+            holds its lock.
     """
 
     def __init__(self, settings: Callable[[], Settings], metrics: Metrics, report: Report) -> None:
@@ -42,42 +43,41 @@ class JobWatch:
         self._worked = float("-inf")
 
     async def run(self) -> None:
-        """Look, until cancelled."""
+        """Check the folder until cancelled."""
         while True:
             try:
-                await self._look()
+                await self._check()
             except OSError as error:
                 self._report("jobs", f"{self._store.folder}: {describe(error)}")
             await asyncio.sleep(LOOK_SECONDS)
 
     async def until_wanted(self) -> None:
-        """Return when there is a job that this server is to run."""
+        """Wait until there is a job that this server must run."""
         await self._wanted.wait()
 
     async def until_idle(self) -> None:
-        """Return when there has been no such job for `IDLE_SECONDS`."""
+        """Wait until there has been no such job for `IDLE_SECONDS`."""
         while self._wanted.is_set() or time.monotonic() - self._worked < IDLE_SECONDS:
             await asyncio.sleep(LOOK_SECONDS)
 
-    async def _look(self) -> None:
-        there, found = await self._threads.run("jobs", self._read)
+    async def _check(self) -> None:
+        exists, jobs = await self._threads.run("jobs", self._read)
         for status in STORED:
-            self._metrics.jobs.labels(status).set(found[status])
-        work = found["queued"] + found["running"]
-        if self.lock is not None and work:
+            self._metrics.jobs.labels(status).set(jobs[status])
+        if self.lock is not None and (jobs["queued"] or jobs["running"]):
             self._worked = time.monotonic()
             self._wanted.set()
         else:
             self._wanted.clear()
-        taken = there and self.lock is None
+        locked_elsewhere = exists and self.lock is None
         problem = f"{self._store.folder}: another server runs the jobs in it, so this one does not"
-        self._report("jobs", problem if taken else None)
+        self._report("jobs", problem if locked_elsewhere else None)
 
     def _read(self) -> tuple[bool, Counter[Status]]:
-        """Return whether there is a folder, and its jobs by status.
+        """Return whether the folder exists, and the number of its jobs by status.
 
         Raises:
-            OSError: it cannot be read or written.
+            OSError: the folder cannot be read or written.
         """
         if not self._store.folder.is_dir():
             return False, Counter()

@@ -1,4 +1,4 @@
-"""A store elsewhere, of which the local one is a copy: `s3://bucket/models` and its like."""
+"""Copy checkpoints from a remote store, such as `s3://bucket/models`, to the local one."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from service.settings import Settings
 log = structlog.get_logger()
 
 START_SECONDS = 120.0
-"""How long a server waits for the store elsewhere before it serves what is here."""
+"""Longest time that a server waits for the remote store at its start."""
 NAME_PATTERN = re.compile(NAME)
 
 
 class Mirror:
-    """Copy checkpoints from a store elsewhere into the local one, each whole and verified.
+    """Copy checkpoints from a remote store to the local one, each completely and verified.
 
-    Only what would be served is copied: the highest version of a model, or the one that is named.
-    A version that is there already is left alone: what was published under a number stays so.
+    For each model, only the highest version is copied, or the version that the settings name. A
+    version that the local store already has is not copied again: published versions do not change.
 
     Args:
-        url: the store, in any scheme that fsspec knows.
-        store: the local folder.
+        url: URL of the remote store, in any scheme that fsspec supports.
+        store: folder of the local store.
         names: models to copy, as `Settings.models`; empty: all.
     """
 
@@ -40,10 +40,10 @@ class Mirror:
         self._wanted = {n: v for n, _, v in (name.partition(":") for name in names)}
 
     def copy(self) -> list[str]:
-        """Copy what is new, and return what could not be copied, a line each.
+        """Copy new versions, and return one line for each that could not be copied.
 
         Raises:
-            CheckpointError: the store elsewhere cannot be listed.
+            CheckpointError: the remote store cannot be listed.
         """
         problems = []
         for name, version in self._missing():
@@ -51,15 +51,16 @@ class Mirror:
                 install(f"{self.url}/{name}/{version}", self._store, version, try_out=False)
             except KeyboardInterrupt:
                 raise
-            except BaseException as error:  # a driver raises what it likes; the others are copied
-                told = str(error) if isinstance(error, CheckpointError) else describe(error)
-                problems.append(f"{self.url}/{name}/{version}: {told}")
+            except BaseException as error:  # drivers of fsspec raise errors of any type
+                reason = str(error) if isinstance(error, CheckpointError) else describe(error)
+                problems.append(f"{self.url}/{name}/{version}: {reason}")
             else:
                 log.info("checkpoint copied", model=name, version=version)
         return problems
 
     def _missing(self) -> Iterator[tuple[str, int]]:
-        for name, versions in sorted(self._there().items()):
+        """Yield name and version of each checkpoint to copy."""
+        for name, versions in sorted(self._remote_versions().items()):
             if self._wanted and name not in self._wanted:
                 continue
             pinned = self._wanted.get(name, "")
@@ -68,21 +69,21 @@ class Mirror:
             if version in versions and not (folder / MANIFEST).exists():
                 yield name, version
 
-    def _there(self) -> dict[str, list[int]]:
+    def _remote_versions(self) -> dict[str, list[int]]:
         try:
             import fsspec
 
             system, root = fsspec.core.url_to_fs(self.url)
-            found = system.glob(f"{root}/*/*/{MANIFEST}")
+            manifests = system.glob(f"{root}/*/*/{MANIFEST}")
         except ImportError as error:
             message = f"{self.url}: {error} (pip install 'budgetformer-serving[remote]')"
             raise CheckpointError(message) from error
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # every file system has errors of its own
+        except BaseException as error:  # drivers of fsspec raise errors of any type
             raise CheckpointError(f"{self.url}: {describe(error)}") from error
         models: dict[str, list[int]] = {}
-        for path in map(str, found):
+        for path in map(str, manifests):
             name, version = ["", "", *path.split("/")][-3:-1]
             if NAME_PATTERN.fullmatch(name) and version.isdecimal():
                 models.setdefault(name, []).append(int(version))
@@ -90,7 +91,7 @@ class Mirror:
 
 
 def mirror_of(settings: Settings) -> Mirror | None:
-    """Return the mirror that the settings ask for, and make the folder that it copies into."""
+    """Return the mirror of the remote store in the settings, if any; create the local store."""
     if settings.remote_store is None:
         return None
     settings.model_store.mkdir(parents=True, exist_ok=True)
@@ -98,28 +99,30 @@ def mirror_of(settings: Settings) -> Mirror | None:
 
 
 def copy(mirror: Mirror) -> list[str]:
-    """Copy what is new, and return what could not be copied, a line each."""
+    """Copy new versions, and return one line for each problem; never raise an error."""
     try:
         return mirror.copy()
     except CheckpointError as error:
         return [str(error)]
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # what a driver lists need not be paths
+    except BaseException as error:  # a driver may also list entries that are not paths
         return [f"{mirror.url}: {describe(error)}"]
 
 
 def copy_at_start(mirror: Mirror, seconds: float = START_SECONDS) -> None:
-    """Copy what is new before serving, and log what could not be copied.
+    """Copy new versions before serving, and log those that could not be copied.
 
-    A store elsewhere that does not answer in time is not waited for.
+    Args:
+        mirror: mirror of the remote store.
+        seconds: longest time to wait for the remote store.
     """
     problems = [f"the remote store does not answer within {seconds:g} s"]
 
-    def work() -> None:
+    def run() -> None:
         problems[:] = copy(mirror)
 
-    copying = threading.Thread(target=work, daemon=True, name="copy")
+    copying = threading.Thread(target=run, daemon=True, name="copy")
     copying.start()
     copying.join(seconds)
     for problem in problems:

@@ -1,4 +1,4 @@
-"""New versions that come into the store are served by themselves, where that is asked for."""
+"""Poll the store, and serve new versions, if `poll_store_seconds` is set."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from service.control.versions import RollOutConflictError
 log = structlog.get_logger()
 
 ANSWER_SECONDS, COPY_SECONDS = 60.0, 3600.0
-"""How long one look into the local store, and one copy of what is new elsewhere, may take."""
+"""Longest time to list the local store, and to copy new versions from the remote store."""
 Stamp = tuple[tuple[str, int, int], ...]
 """Name, size and time of every file of a checkpoint folder."""
 
 
 class StorePoll:
-    """Look into the store from time to time, and take up what is newer than all before.
+    """Check the store regularly for versions that are higher than all earlier ones.
 
-    It is served at once, or rolled out if the model's settings have a table `rollout`.
+    Such a version is served at once, or rolled out if the model's settings have a table `rollout`.
 
-    A version that was put back or taken away by hand stays so until a higher one comes. A folder
-    that cannot be loaded is tried again when something in it has changed.
+    A model that an operator rolled back or unloaded stays so until a higher version appears. A
+    version that cannot be loaded is tried again when a file of its folder has changed.
 
     Args:
-        hub: serves it.
-        mirror: brings new versions into the store, if there is a store elsewhere.
-        names: models to look for, as `Settings.models`: those with a version are pinned to it;
-            empty: every model.
+        hub: the hub, which serves the versions.
+        names: models to check, as `Settings.models`; those with a version are pinned to it; empty:
+            every model.
+        mirror: copies new versions from the remote store, if there is one.
     """
 
     def __init__(self, hub: Hub, names: list[str], mirror: Mirror | None = None) -> None:
@@ -49,51 +49,51 @@ class StorePoll:
         self._report = hub.report_problems
 
     async def run(self, seconds: float) -> None:
-        """Look every so many seconds, until cancelled."""
+        """Check the store at this interval, until cancelled."""
         while True:
             await asyncio.sleep(seconds)
             await self.look()
 
     async def look(self) -> None:
-        """Look once; what fails is reported, and tried again the next time."""
+        """Check the store once; report failures, and try again the next time."""
         if self._mirror is not None:
             self._report("remote store", await self._copy(self._mirror))
         try:
-            found = await self._threads.run("look", self._newest, ANSWER_SECONDS)
+            folders = await self._threads.run("look", self._new_versions, ANSWER_SECONDS)
         except (TimeoutError, StillRunningError):
             self._report("store", [f"{self._hub.catalog.store}: it does not answer"])
             return
-        except Exception as error:  # whatever it is, the next look may succeed
+        except Exception as error:  # the next check may succeed
             self._report("store", [f"{self._hub.catalog.store}: {describe(error)}"])
             return
-        self._report("store", await self._serve(found))
+        self._report("store", await self._serve(folders))
 
     async def _copy(self, mirror: Mirror) -> list[str]:
         try:
             return await self._threads.run("copy", partial(copy, mirror), COPY_SECONDS)
         except (TimeoutError, StillRunningError):
             return ["the remote store does not answer"]
-        except Exception as error:  # no thread can be started
+        except Exception as error:  # no thread could be started
             return [describe(error)]
 
-    async def _serve(self, found: list[tuple[Path, Stamp]]) -> list[str]:
-        """Serve new versions, and return what cannot be served."""
+    async def _serve(self, folders: list[tuple[Path, Stamp]]) -> list[str]:
+        """Serve new versions, and return one line for each that cannot be served."""
         problems: list[str] = []
-        for folder, stamp in found:
+        for folder, stamp in folders:
             failed = self._failed.get(folder)
             if failed is not None and failed[0] == stamp:
                 continue
             name, version = folder.parent.name, int(folder.name)
             try:
-                await self._hub.versions.bring(name, version)
+                await self._hub.versions.accept(name, version)
             except NoEngineError:
-                return problems  # it is tried again
+                return problems  # the next poll tries again
             except RollOutConflictError:
-                continue  # it is tried again when the roll-out has ended
+                continue  # tried again when the roll-out has ended
             except LoadTimeoutError as error:
-                problems.append(str(error))  # it is tried again
+                problems.append(str(error))  # the next poll tries again
                 continue
-            except Exception as error:  # whatever it is, this version alone is not served
+            except Exception as error:  # the other versions can still be served
                 self._failed[folder] = stamp, describe(error)
                 log.error("new version rejected", model=name, reason=describe(error))
                 continue
@@ -101,26 +101,21 @@ class StorePoll:
             log.info("new version accepted", model=name, version=version)
         return problems + [f"{folder}: {reason}" for folder, (_, reason) in self._failed.items()]
 
-    def _newest(self) -> list[tuple[Path, Stamp]]:
-        """Return the highest version of each model whose version is higher than all before."""
-        found = []
+    def _new_versions(self) -> list[tuple[Path, Stamp]]:
+        """Return the highest version of each model, if it is higher than all earlier ones."""
+        new = []
         for model in sorted(self._hub.catalog.store.iterdir()):
             name = model.name
             if name in self._pinned or (self._wanted and name not in self._wanted):
                 continue
-            versions = [int(p.parent.name) for p in model.glob(f"*/{MANIFEST}") if _numbered(p)]
+            numbers = (manifest.parent.name for manifest in model.glob(f"*/{MANIFEST}"))
+            highest = max((int(number) for number in numbers if number.isdecimal()), default=0)
             served = self._hub.catalog.served.get(name)
             decided = self._hub.versions.highest(name)
-            known = max(self._highest.get(name, 0), served.version if served else 0, decided)
-            highest = max(versions, default=0)
-            if highest > known:
+            if highest > max(self._highest.get(name, 0), served.version if served else 0, decided):
                 folder = model / str(highest)
-                found.append((folder, _stamp(folder)))
-        return found
-
-
-def _numbered(manifest: Path) -> bool:
-    return manifest.parent.name.isdecimal()
+                new.append((folder, _stamp(folder)))
+        return new
 
 
 def _stamp(folder: Path) -> Stamp:

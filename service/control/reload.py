@@ -19,39 +19,40 @@ log = structlog.get_logger()
 
 
 class Reload:
-    """Have a server go by its settings as they are now, as far as they may change.
+    """Read the settings of a server again, and apply those that may change while it runs.
 
     Args:
-        hub: tells all processes.
-        asked: the settings as they were read at the start; those in force differ by what was
-            resolved, such as a free port.
-        read: reads them again from the same sources; it raises BudgetFormerError.
+        hub: the hub, which sends the settings to all processes.
+        given: settings as they were read at the start; the settings in force differ by resolved
+            values, such as a free port.
+        read: reads the settings again from the same sources; raises BudgetFormerError.
     """
 
-    def __init__(self, hub: Hub, asked: Settings, read: Callable[[], Settings]) -> None:
+    def __init__(self, hub: Hub, given: Settings, read: Callable[[], Settings]) -> None:
         self._hub = hub
-        self._asked = asked
+        self._given = given
         self._read = read
-        self._one_at_a_time = asyncio.Lock()
+        self._reloading = asyncio.Lock()
 
     async def __call__(self) -> SettingsReloaded:
-        """Read them, tell all processes, and return when all go by them or time is up.
+        """Read the settings, send them to all processes, and wait until these apply them.
 
+        After `SETTINGS_PATIENCE` the answer names the processes that have not applied them yet.
         Certificates are read again even if the names of their files are the same.
 
         Raises:
-            BudgetFormerError: they are invalid, and nothing has changed.
+            BudgetFormerError: the settings are invalid, and nothing has changed.
         """
-        async with self._one_at_a_time:
+        async with self._reloading:
             try:
                 now = self._read()
-                changed, fixed = self._asked.differences(now)
+                changed, fixed = self._given.differences(now)
                 change = {name: getattr(now, name) for name in changed}
                 settings = _checked(self._hub.settings.model_copy(update=change))
             except BudgetFormerError as error:
                 log.error("settings not reloaded", reason=str(error))
                 raise
-            self._asked = self._asked.model_copy(update=change)
+            self._given = self._given.model_copy(update=change)
             set_log_level(settings.log_level)
             waiting = await self._hub.configure(settings)
         write = log.warning if fixed or waiting else log.info
@@ -59,20 +60,20 @@ class Reload:
         return SettingsReloaded(0, changed, fixed, waiting)
 
     async def quietly(self) -> None:
-        """Do it for a caller that reads nothing but the log."""
+        """Reload the settings; log errors instead of raising them."""
         try:
             await self()
         except BudgetFormerError:
-            return  # it is logged
-        except Exception as error:  # whatever it is, the server goes on
+            return  # already logged
+        except Exception as error:  # the server goes on with the settings that it has
             log.error("settings not reloaded", exc_info=error)
 
 
 def _checked(settings: Settings) -> Settings:
-    """Return settings as every process will read them.
+    """Return settings as every process will decode them.
 
     Raises:
-        BudgetFormerError: they do not fit together, though each of them did where it came from.
+        BudgetFormerError: settings that are valid by themselves do not fit together.
     """
     try:
         checked = decode_settings(encode_settings(settings))

@@ -1,6 +1,6 @@
-"""Two versions of a model side by side: what is measured of them, and when the new one goes.
+"""Compare two versions of a model during a roll-out, and decide when the new one is stopped.
 
-Pure logic; `service.control.versions` does what it says.
+Pure logic; `service.control.versions` acts on its results.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ State = Literal["running", "promoted", "rolled_back", "stopped"]
 Side = Literal["served", "candidate"]
 
 FAILURES = ("error", "partial", "timeout")
-"""Outcomes of requests that a version is to blame for; it may be the server, so both versions are
-compared."""
+"""Outcomes that count as failures of a version. The server may be the cause, so the candidate's
+failures are compared with those of the served version."""
 DEVIATIONS = 3.0
-"""Standard deviations by which a share must be beyond its bound, as it is judged again and again: a
-version that is within its bounds is then hardly ever stopped."""
+"""Standard deviations by which a share must exceed its bound. Shares are checked every second, so a
+smaller number would stop versions that are within their bounds."""
 MIN_FAILURES = 5
-"""Requests that failed, or shadow texts that failed or differ, before their share is judged."""
+"""Fewest failed requests, or failed or differing shadow texts, for which a share is compared."""
 MIN_REQUESTS = 100
-"""Requests of each version before their latency is compared."""
+"""Fewest requests of each version for which latency is compared."""
 MIN_TEXTS = 200
-"""Shadow texts before their time to compute is compared."""
+"""Fewest shadow texts for which compute time is compared."""
 SLOW = 0.9
 """Quantile of the latency that is compared."""
 
 
 class Bounds(msgspec.Struct, frozen=True):
-    """Where a roll-out stops by itself; None: it does not.
+    """Bounds beyond which a roll-out stops by itself; None: no bound.
 
     Attributes:
-        min_agreement: share of shadow texts to which both versions give the same label.
-        max_error_rate: share of failed requests above the served version's, or of failed shadow
-            texts.
-        max_latency_ratio: the candidate's 90th percentile of the latency, or its time to compute
-            shadow texts, divided by the served version's.
+        min_agreement: lowest share of shadow texts to which both versions give the same label.
+        max_error_rate: highest share of failed requests above the served version's share, or of
+            failed shadow texts.
+        max_latency_ratio: highest ratio of the candidate to the served version, both of the 90th
+            percentile of the latency and of the compute time of shadow texts.
     """
 
     min_agreement: float | None = None
@@ -50,13 +50,13 @@ class Bounds(msgspec.Struct, frozen=True):
 
 
 class Figures(msgspec.Struct):
-    """What was counted of one version since its roll-out began.
+    """Measurements of one version since its roll-out began.
 
     Attributes:
-        outcomes: requests that it was to answer, by outcome.
-        durations: of those, in seconds.
-        shadow_seconds: that its passes took for shadow texts.
-        shadow_macs, shadow_heads: that it computed for them.
+        outcomes: number of its requests by outcome.
+        durations: durations of its requests, in seconds.
+        shadow_seconds: time of its passes for shadow texts.
+        shadow_macs, shadow_heads: multiply-adds and heads computed for shadow texts.
     """
 
     outcomes: dict[str, int] = {}
@@ -67,12 +67,12 @@ class Figures(msgspec.Struct):
 
     @property
     def requests(self) -> int:
-        """Requests that were answered, or failed."""
+        """Number of requests that were answered or failed."""
         return self.outcomes.get("ok", 0) + self.failures
 
     @property
     def failures(self) -> int:
-        """Requests that failed, if only in part."""
+        """Number of requests that failed, completely or in part."""
         return sum(self.outcomes.get(outcome, 0) for outcome in FAILURES)
 
     @property
@@ -82,25 +82,25 @@ class Figures(msgspec.Struct):
 
     @property
     def slow_seconds(self) -> float | None:
-        """The 90th percentile of the durations; None: there are too few."""
+        """The 90th percentile of the durations; None: too few requests."""
         return quantile(self.durations, SLOW) if self.requests >= MIN_REQUESTS else None
 
 
 class RollOut(msgspec.Struct):
-    """A new version beside the served one.
+    """Roll-out of a new version of a model.
 
     Attributes:
-        model: its name.
-        served, candidate: the versions.
+        model: name of the model.
+        served, candidate: the versions that are compared.
         weight: share of the requests that the candidate answers.
-        shadow: share of the other requests that it computes too, without its answers being
+        shadow: share of the other requests that the candidate computes too; its answers are not
             returned.
-        bounds: beyond which it stops.
-        state: of the roll-out.
+        bounds: bounds beyond which the roll-out stops.
+        state: state of the roll-out.
         reason: why it ended, for people.
-        began, ended: seconds since 1970.
-        figures: of both versions.
-        shadow_texts: by outcome: agreed, differed, failed, skipped.
+        began, ended: start and end, in seconds since 1970.
+        figures: measurements of both versions.
+        shadow_texts: number of shadow texts by outcome: agreed, differed, failed, skipped.
     """
 
     model: str
@@ -119,7 +119,7 @@ class RollOut(msgspec.Struct):
     shadow_texts: dict[str, int] = {}
 
     def count(self, difference: Difference) -> None:
-        """Add what a frontend counted of these two versions."""
+        """Add the counts of a frontend for these two versions."""
         keys = {
             (self.model, str(self.served)): self.figures["served"],
             (self.model, str(self.candidate)): self.figures["candidate"],
@@ -142,65 +142,67 @@ class RollOut(msgspec.Struct):
 
     @property
     def compared(self) -> int:
-        """Shadow texts that both versions labelled."""
+        """Number of shadow texts that both versions labelled."""
         return self.shadow_texts.get("agreed", 0) + self.shadow_texts.get("differed", 0)
 
     @property
     def agreement(self) -> float | None:
-        """Share of those with the same label; None: there are none."""
+        """Share of compared shadow texts with the same label; None: none were compared."""
         return self.shadow_texts.get("agreed", 0) / self.compared if self.compared else None
 
     @property
     def latency_ratio(self) -> float | None:
-        """The candidate's latency divided by the served version's; None: too few requests."""
+        """Latency of the candidate divided by the served version's; None: too few requests."""
         served, candidate = (self.figures[side].slow_seconds for side in ("served", "candidate"))
         return candidate / served if served and candidate else None
 
     @property
     def compute_ratio(self) -> float | None:
-        """The same of the time to compute shadow texts."""
+        """Compute time of the candidate divided by the served version's; None: too few texts."""
         served = self.figures["served"].shadow_seconds
         if self.compared < MIN_TEXTS or not served:
             return None
         return self.figures["candidate"].shadow_seconds / served
 
     def breach(self) -> str:
-        """Return which bound the candidate is beyond, in a line for people; empty: none."""
+        """Describe the bound that the candidate exceeds, in one line; empty: none."""
         return self._failures() or self._disagreement() or self._slowness()
 
     def _failures(self) -> str:
-        most = self.bounds.max_error_rate
-        candidate, usual = self.figures["candidate"], self.figures["served"].failure_share
-        if most is None:
+        limit = self.bounds.max_error_rate
+        candidate, served_share = self.figures["candidate"], self.figures["served"].failure_share
+        if limit is None:
             return ""
-        if _above(candidate.failures, candidate.requests, most + usual):
-            shares = f"{candidate.failure_share:.2%}, of the served version {usual:.2%}"
-            which = f"{candidate.failures} of {candidate.requests} requests failed ({shares}"
-            return f"{which}; max_error_rate {most:g})"
+        if _above(candidate.failures, candidate.requests, limit + served_share):
+            return (
+                f"{candidate.failures} of {candidate.requests} requests failed "
+                f"({candidate.failure_share:.2%}, of the served version {served_share:.2%}; "
+                f"max_error_rate {limit:g})"
+            )
         failed = self.shadow_texts.get("failed", 0)
         texts = failed + self.compared
-        if _above(failed, texts, most):
-            return f"{failed} of {texts} shadow texts failed (max_error_rate {most:g})"
+        if _above(failed, texts, limit):
+            return f"{failed} of {texts} shadow texts failed (max_error_rate {limit:g})"
         return ""
 
     def _disagreement(self) -> str:
-        least, texts = self.bounds.min_agreement, self.compared
+        limit, texts = self.bounds.min_agreement, self.compared
         differed = self.shadow_texts.get("differed", 0)
-        if least is None or not _above(differed, texts, 1 - least):
+        if limit is None or not _above(differed, texts, 1 - limit):
             return ""
-        share = f"{1 - differed / texts:.2%}; min_agreement {least:g}"
+        share = f"{1 - differed / texts:.2%}; min_agreement {limit:g}"
         return f"the same label for {texts - differed} of {texts} shadow texts ({share})"
 
     def _slowness(self) -> str:
-        most = self.bounds.max_latency_ratio
-        for what, ratio in (("latency", self.latency_ratio), ("compute", self.compute_ratio)):
-            if ratio is not None and most is not None and ratio > most:
-                times = f"{ratio:.2f} times the {what} time of the served version"
-                return f"{times} (max_latency_ratio {most:g})"
+        limit = self.bounds.max_latency_ratio
+        for kind, ratio in (("latency", self.latency_ratio), ("compute", self.compute_ratio)):
+            if ratio is not None and limit is not None and ratio > limit:
+                times = f"{ratio:.2f} times the {kind} time of the served version"
+                return f"{times} (max_latency_ratio {limit:g})"
         return ""
 
     def report(self) -> dict[str, Any]:
-        """Return everything as JSON's types."""
+        """Return the roll-out as JSON types."""
         return {
             "model": self.model,
             "state": self.state,
@@ -234,12 +236,12 @@ class RollOut(msgspec.Struct):
 
 
 def _above(hits: int, count: int, share: float) -> bool:
-    """Say whether a share is certainly above another one."""
+    """Return whether the observed share `hits / count` is significantly above `share`."""
     return hits >= MIN_FAILURES and share_bounds(hits, count)[0] > share
 
 
 def share_bounds(hits: int, count: int) -> tuple[float, float]:
-    """Return the interval of a share that was observed, `DEVIATIONS` wide to either side."""
+    """Return the confidence interval of an observed share, `DEVIATIONS` to either side."""
     return interval(hits / count, count, DEVIATIONS) if count else (0.0, 1.0)
 
 
@@ -261,6 +263,6 @@ def _rounded(value: float | None, digits: int) -> float | None:
 
 
 def changed(bounds: Bounds, given: Mapping[str, float | None]) -> Bounds:
-    """Return bounds with those that are given."""
-    own = {name: given[name] for name in Bounds.__struct_fields__ if name in given}
-    return msgspec.structs.replace(bounds, **own)
+    """Return bounds with the given ones replaced."""
+    fields = {name: given[name] for name in Bounds.__struct_fields__ if name in given}
+    return msgspec.structs.replace(bounds, **fields)

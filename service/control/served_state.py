@@ -1,4 +1,4 @@
-"""Which versions operators decided to serve: `rollouts.json` in the state folder."""
+"""Decisions of operators on which versions to serve: `rollouts.json` in the state folder."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class StateError(BudgetFormerError):
 
 
 class ModelState(msgspec.Struct):
-    """What was decided of one model.
+    """Decision on one model.
 
     Attributes:
         served: version to serve.
-        highest: of all versions when that was decided. A higher one that comes into the store later
-            is served at the next start, as it would be without any decision.
-        rollout: the last one.
+        highest: highest version when the decision was made. A higher version that is added to the
+            store later is served at the next start, as without any decision.
+        rollout: last roll-out of the model.
     """
 
     served: int
@@ -33,13 +33,14 @@ class ModelState(msgspec.Struct):
 
 
 class ServedState:
-    """The decisions of a server, by model, and the file that keeps them.
+    """The decisions of a server, and the file that stores them.
 
     Args:
-        folder: the state folder; it is made when there is something to keep.
+        folder: the state folder; it is created with the first decision.
 
     Attributes:
-        error: why the file could not be read; the server then begins without decisions.
+        models: decisions by name of the model.
+        error: why the file could not be read; the server then starts without decisions.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,10 +53,10 @@ class ServedState:
             pass
         except (OSError, msgspec.MsgspecError) as error:
             reason = getattr(error, "strerror", None) or error
-            self.error = f"{self._path}: {reason}; roll-outs and rollbacks before are forgotten"
+            self.error = f"{self._path}: {reason}; earlier roll-outs and rollbacks are lost"
 
     def version(self, model: str, highest: int) -> int:
-        """Return the version to serve, where the highest in the store is known."""
+        """Return the version to serve, given the highest in the store."""
         decision = self.models.get(model)
         if decision is None or (highest > decision.highest and not self.running(model)):
             return highest
@@ -71,11 +72,11 @@ class ServedState:
         decision = self.models.get(model)
         return decision.rollout if decision is not None else None
 
-    def keep(self) -> None:
-        """Write the file: once this returns, the decisions survive whatever happens.
+    def save(self) -> None:
+        """Write the file; once this returns, the decisions survive a crash of the machine.
 
         Raises:
-            StateError: it cannot be written.
+            StateError: the file cannot be written.
         """
         content = msgspec.json.format(msgspec.json.encode(self.models)) + b"\n"
         try:

@@ -1,6 +1,7 @@
-"""The parent of a server's processes.
+"""The supervisor: the parent of a server's processes.
 
-It holds the socket and the hub, starts frontends and engines, and replaces those that die or hang.
+It holds the listening sockets and the hub, starts frontends and engines, and restarts processes
+that die or hang.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from service.control.job_watch import JobWatch
 from service.control.mirror import copy_at_start, mirror_of
 from service.control.poll import StorePoll
 from service.control.reload import Reload
-from service.environment import is_ours
+from service.environment import has_prefix
 from service.ipc.engine_client import EngineClient
 from service.key_usage import make_usage_file
 from service.process import (
     bind,
     child_command,
     engine_socket,
+    freeze_garbage_collector,
     hub_socket,
-    keep_what_is_here,
     on_silence,
     reserve,
     run_folder,
@@ -54,22 +55,23 @@ from service.telemetry.traces import check_tracing
 log = structlog.get_logger()
 
 CRASH_LOOP = 3
-"""Starts in a row that fail, or end before the process could serve."""
+"""Number of failed starts in a row that `/health` reports. A start fails if the process cannot be
+started, or ends before it serves."""
 START_SECONDS = 120.0
-"""How long a process may take until it is heard of."""
+"""Longest time from the start of a process to its first message."""
 LOOK_SECONDS = 0.1
 KILL_SECONDS = 3.0
 LONGEST_SOCKET = 103
-"""Bytes of a path that every system takes for a local socket."""
+"""Longest path of a local socket, in bytes, that every system accepts."""
 
 
 class _Child:
-    """One process that is kept running.
+    """A child process that is restarted whenever it ends.
 
     Args:
-        name: for people.
+        name: name of the process, for people.
         start: starts it.
-        report: is told why it does not stay up, and None when it does again.
+        report: called with the reason why it does not stay up, and with None when it does again.
     """
 
     def __init__(
@@ -89,28 +91,28 @@ class _Child:
 
     @property
     def pid(self) -> int | None:
-        """Its process id; None: it does not run now."""
+        """Process id; None: it is not running."""
         process = self._process
         return process.pid if process is not None and process.returncode is None else None
 
     @property
     def watched(self) -> bool:
-        """Whether it runs, and is to go on."""
+        """Whether it runs, and was not told to stop."""
         return self.pid is not None and not self._stopping
 
     def last_word(self, heard: float | None, patience: float) -> float:
         """Return when its silence began, on the monotonic clock.
 
         Args:
-            heard: when it was heard last; None: there is no connection to it now.
-            patience: seconds after its start until which it need not have said anything.
+            heard: time of its last message; None: it is not connected.
+            patience: seconds after its start for which it may be silent.
         """
         if heard is not None:
             self._heard = heard
         return self._heard if self._heard > self.started else self.started + patience
 
     async def keep_running(self) -> None:
-        """Start the process, and again whenever it ends, until `stop` or cancelled."""
+        """Start the process, and restart it whenever it ends, until `stop` or cancelled."""
         backoff, failures = FIRST_BACKOFF, 0
         while not self._stopping:
             self.started, self._served = time.monotonic(), False
@@ -125,7 +127,7 @@ class _Child:
             if failures >= CRASH_LOOP:
                 self._report(
                     self.name,
-                    f"{self.name} does not come up: {reason}; {failures} failed starts in a row, "
+                    f"{self.name} does not stay up: {reason}; {failures} failed starts in a row, "
                     f"next one in {backoff:g} s",
                 )
             await asyncio.sleep(backoff)
@@ -136,27 +138,27 @@ class _Child:
         self._process = None
         try:
             self._process = await self._start()
-        except Exception as error:  # no room for a process, a thread, an open file
+        except Exception as error:  # for example too many processes or open files
             return f"it could not be started ({describe(error)})"
         if self._stopping:
             self._process.terminate()
         return f"it ended with exit code {await self._process.wait()}"
 
     def serves(self) -> None:
-        """Say that the process has come up: should it die, it is started again at once."""
+        """Note that the process serves; if it ends later, it is restarted without delay."""
         if not self._served:
             self._served = True
             self._report(self.name, None)
 
     def kill(self) -> None:
-        """Kill the process, which hangs."""
+        """Kill the process, since it does not respond."""
         if self.pid is not None and self._process is not None:
             log.error("process killed: not responding", process=self.name)
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
     async def stop(self, patience: float) -> None:
-        """Ask the process to end, wait for `patience` seconds, then kill it."""
+        """Ask the process to end, wait up to `patience` seconds, then kill it."""
         self._stopping = True
         process = self._process
         if process is None or process.returncode is not None:
@@ -173,15 +175,15 @@ class _Child:
 
 
 class _Server:
-    """All processes of one server, and the hub that they meet in.
+    """All processes of one server, and its hub.
 
     Args:
-        settings: of the server.
-        catalog: what it serves at first.
-        listeners: sockets that every frontend takes connections from: the one for callers, and one
-            for probes and metrics where that has a port of its own.
-        run_dir: for its sockets.
-        started: when this process began to serve, on the monotonic clock.
+        settings: settings of the server.
+        catalog: versions to serve at the start.
+        listeners: listening sockets of all frontends: the port for callers, and the port for
+            probes and metrics, if it is a separate one.
+        run_dir: folder for local sockets.
+        started: start of this server, on the monotonic clock.
     """
 
     def __init__(
@@ -204,7 +206,7 @@ class _Server:
             _Child(f"engine-{i}", partial(self._forks.fork, i), self.hub.report_crash_loop)
             for i in range(settings.engines)
         ]
-        # It outlives every frontend: one that starts again finds what its keys have spent.
+        # The file outlives frontends, so the limits of keys still hold after a restart of one.
         usage = make_usage_file(settings.fronts)
         descriptors = [usage, *(listener.fileno() for listener in listeners)]
         self._frontends = [
@@ -220,7 +222,7 @@ class _Server:
             lambda: self.hub.settings, self.hub.metrics, self.hub.report_problem
         )
         self._job_process: _Child | None = None
-        """Runs jobs; there is none while there are no jobs to run."""
+        """Process that runs jobs; None: there are no jobs to run."""
 
     async def _start_frontend(self, index: int, descriptors: Sequence[int]) -> Process:
         arguments = (str(self._run_dir), str(index), *map(str, descriptors))
@@ -234,7 +236,7 @@ class _Server:
         return await start(command, self.hub.settings, [lock])
 
     async def _run_jobs(self) -> None:
-        """Have a process run jobs whenever there are some."""
+        """Keep the process for jobs running while there are jobs."""
         while True:
             await self._job_watch.until_wanted()
             process = _Child("jobs", self._start_jobs, self.hub.report_crash_loop)
@@ -248,12 +250,12 @@ class _Server:
                 self._job_process = None
 
     async def run(self) -> None:
-        """Keep everything running, until cancelled."""
+        """Run all processes and tasks until cancelled."""
         socket = hub_socket(self._run_dir)
         settings, hub = self._settings, self.hub
         work: dict[str, Callable[[], Awaitable[None]]] = {
             "hub": partial(hub.serve, socket),
-            "readiness": self._look_after,
+            "readiness": self._note_serving,
             "job folder": self._job_watch.run,
             "job process": self._run_jobs,
             "silence": partial(on_silence, self._last_words, settings.hang_seconds, _Child.kill),
@@ -269,7 +271,7 @@ class _Server:
                 tasks.create_task(run_forever(name, run, hub.report_problem))
 
     async def stop(self) -> None:
-        """Let the frontends finish what they have begun, then end all."""
+        """Let the frontends answer their requests, then end all processes."""
         patience = self._settings.drain_seconds + KILL_SECONDS
         jobs = [] if self._job_process is None else [self._job_process.stop(KILL_SECONDS)]
         await asyncio.gather(*jobs, *(frontend.stop(patience) for frontend in self._frontends))
@@ -277,7 +279,7 @@ class _Server:
         await self._forks.stop()
 
     async def _announce(self) -> None:
-        """Log that the server can classify, once."""
+        """Log once that the server can classify."""
         await self.hub.ready.wait()
         settings = self._settings
         log.info(
@@ -290,15 +292,16 @@ class _Server:
             device=settings.device,
         )
 
-    async def _look_after(self) -> None:
+    async def _note_serving(self) -> None:
+        """Note which processes serve, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             for child, client in self._clients():
                 if self.hub.fleet.equipped(client):
                     child.serves()
-            there = {frontend.pid for frontend in self.hub.frontends}
+            connected = {frontend.pid for frontend in self.hub.frontends}
             for child in self._hub_clients():
-                if child.pid in there:
+                if child.pid in connected:
                     child.serves()
 
     def _last_words(self) -> dict[_Child, float]:
@@ -308,7 +311,7 @@ class _Server:
             *((child, client.heard) for child, client in self._clients()),
             *((child, frontends.get(child.pid or 0)) for child in self._hub_clients()),
         ]
-        return {child: child.last_word(word, patience) for child, word in heard if child.watched}
+        return {child: child.last_word(at, patience) for child, at in heard if child.watched}
 
     def _hub_clients(self) -> list[_Child]:
         return [*self._frontends, *([] if self._job_process is None else [self._job_process])]
@@ -344,7 +347,7 @@ async def _supervise(
     waiting.cancel()
     await background.stop()
     log.info("draining", seconds=settings.drain_seconds)
-    # Without this the kernel would go on taking connections that nobody answers.
+    # Otherwise the kernel would still accept connections, which nobody would answer.
     for listener in listeners:
         listener.close()
     await server.stop()
@@ -354,18 +357,18 @@ async def _supervise(
     log.info("stopped")
 
 
-def supervise(settings: Settings, asked: Settings, read: Callable[[], Settings]) -> None:
-    """Run a server until SIGTERM or SIGINT, then drain it; SIGHUP reads the settings again.
+def supervise(settings: Settings, given: Settings, read: Callable[[], Settings]) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain it; SIGHUP reloads the settings.
 
     Args:
-        settings: of the server.
-        asked, read: see `Reload`.
+        settings: settings of the server.
+        given, read: see `Reload`.
 
     Raises:
-        SettingsError: the address cannot be had, or there is no folder for sockets, or its path is
-            too long.
-        CheckpointError: the model store is no folder, or lacks the default model.
-        TracingError: the environment asks for traces that cannot be had.
+        SettingsError: the server cannot listen on the address, no folder for sockets can be
+            created, or its path is too long.
+        CheckpointError: the model store is not a folder, or lacks the default model.
+        TracingError: the environment asks for traces that are not available.
     """
     started = time.monotonic()
     check_tracing()
@@ -376,7 +379,7 @@ def supervise(settings: Settings, asked: Settings, read: Callable[[], Settings])
     ports = (
         [settings.port] if settings.metrics_port is None else [settings.metrics_port, settings.port]
     )
-    # Other ports first: the system might choose their numbers where `port` is 0.
+    # `port` is bound last: if it is 0, the system could choose the number of another port.
     grpc_port = settings.grpc_port
     held = nullcontext() if grpc_port is None else reserve(settings.host, grpc_port)
     *side, listener = (bind(settings.host, port) for port in ports)
@@ -386,14 +389,15 @@ def supervise(settings: Settings, asked: Settings, read: Callable[[], Settings])
         device, engines = settings.resolved_device(), settings.resolved_engines()
         resolved = settings.model_copy(update={"port": port, "device": device, "engines": engines})
         if len(os.fsencode(engine_socket(run_dir, engines))) > LONGEST_SOCKET:
-            where = run_dir.parent
-            raise SettingsError(f"{where}: too long for sockets, let TMPDIR name a shorter folder")
-        # Children get their settings from this process alone.
-        for name in list(filter(is_ours, os.environ)):
+            raise SettingsError(
+                f"{run_dir.parent}: too long for sockets, let TMPDIR name a shorter folder"
+            )
+        # Children read their settings from stdin; the environment must not change them.
+        for name in list(filter(has_prefix, os.environ)):
             del os.environ[name]
         log.info("starting", url=_url(resolved), engines=engines, device=device)
-        keep_what_is_here()
-        reading = (asked, read)
+        freeze_garbage_collector()
+        reading = (given, read)
         uvloop.run(_supervise(resolved, catalog, [listener, *side], run_dir, reading, started))
 
 

@@ -1,4 +1,4 @@
-"""The versions of models that a server serves, and every change of them."""
+"""Every change of the served model versions: load, unload, roll out, promote, roll back."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ log = structlog.get_logger()
 
 JUDGE_SECONDS = 1.0
 KEEP_SECONDS = 10.0
-"""Time between two writes of what a running roll-out has measured."""
+"""Interval at which the measurements of running roll-outs are saved."""
 
 
 class RollOutError(BudgetFormerError):
-    """The version cannot be rolled out: it is served already, for one."""
+    """The version cannot be rolled out, for example because it is served already."""
 
 
 class RollOutConflictError(RollOutError):
-    """A roll-out is running, or none is, so that this cannot be done now."""
+    """The change does not fit the state of the roll-out: one is running, or none is."""
 
 
 class Versions:
-    """Load, unload and roll out; one change at a time.
+    """Change the served versions, one change at a time.
 
     Args:
-        settings: of the whole server.
-        catalog: what is served.
-        deployment: of it.
-        metrics: of the server.
-        report: shows problems in `/health`.
+        settings: settings of the whole server.
+        catalog: served versions.
+        deployment: brings engines and frontends in line with the catalog.
+        metrics: metrics of the server.
+        report: shows a problem in `/health`; None: it is resolved.
     """
 
     def __init__(
@@ -60,49 +60,53 @@ class Versions:
         self._deployment = deployment
         self._metrics = metrics
         self._report = report
-        self._kept = 0.0
+        self._saved = 0.0
         self._background = Background()
         for name in catalog.served:
             self._show_rollout(name)
 
     async def stop(self) -> None:
-        """Make no further change, and keep what was measured."""
+        """Cancel changes in progress, and save the measurements."""
         await self._background.stop()
-        self._keep_measurements()
+        self._save_measurements()
 
     # One version in place of another
 
     async def load(self, name: str, version: int | None = None) -> Checkpoint:
-        """Verify, load and warm a version in every engine, then serve it in every frontend.
+        """Load a version in every engine, then serve it in every frontend.
 
-        What was served before is freed once its last request is answered; a failure leaves all as
-        it was.
+        Engines verify and warm up the version. The version that was served before is freed once its
+        last request is answered. A failure changes nothing.
+
+        Args:
+            name: name of the model.
+            version: version to load; None: the highest in the store.
 
         Raises:
-            UnknownModelError: the store does not have it.
-            CheckpointError: it is damaged.
+            UnknownModelError: the version is not in the store.
+            CheckpointError: the checkpoint is damaged.
             LoadFailedError: an engine cannot load it.
-            LoadTimeoutError: the store or an engine takes too long.
-            NoEngineError: there is no engine, or one died meanwhile.
-            RollOutConflictError: the model is being rolled out.
+            LoadTimeoutError: the store or an engine took too long.
+            NoEngineError: no engine is running, or an engine died during the load.
+            RollOutConflictError: a roll-out of the model is running.
         """
         async with self._deployment.changing:
             self._refuse_while_running(name)
             checkpoint = await self._load(name, version)
             decision = self._state.models.get(name)
-            if decision is not None:  # else the highest would not be served after a restart
+            if decision is not None:  # without one, the highest version is served after a restart
                 decision.served = checkpoint.version
-                self._keep_if_possible()
+                self._save_if_possible()
             await self._serve(checkpoint)
         return checkpoint
 
     async def unload(self, name: str) -> Checkpoint:
-        """Take a model out of service, and free it once its last request is answered.
+        """Stop serving a model, and free it once its last request is answered.
 
-        A roll-out of it ends.
+        A running roll-out of the model ends.
 
         Raises:
-            UnknownModelError: it is not served.
+            UnknownModelError: the model is not served.
         """
         async with self._deployment.changing:
             if name in self._catalog.candidates:
@@ -120,16 +124,16 @@ class Versions:
         """Begin a roll-out, or change the one that is running.
 
         Args:
-            name: of the model.
-            version: that is to come; None: that of the running roll-out, or the highest.
-            given: `weight`, `shadow` and the fields of `Bounds` that differ from those of the
-                running roll-out, or from the model's settings.
+            name: name of the model.
+            version: new version; None: the candidate of the running roll-out, or the highest.
+            given: `weight`, `shadow` and the fields of `Bounds` to change in the running roll-out,
+                or to use instead of the model's settings.
 
         Raises:
             RollOutError: this version is served already.
             RollOutConflictError: another version is being rolled out.
-            StateError: it could not be kept.
-            UnknownModelError, CheckpointError, LoadFailedError, NoEngineError: as `load` does.
+            StateError: the decision could not be saved.
+            UnknownModelError, CheckpointError, LoadFailedError, NoEngineError: see `load`.
         """
         given = given or {}
         async with self._deployment.changing:
@@ -139,11 +143,13 @@ class Versions:
                 if version not in (None, running.candidate):
                     self._refuse_while_running(name)
                 return await self._adjust(running, given)
-            candidate = await self._load(name, version, but=served.version)
-            usual = self._settings.rollout_of(name) or RollOutSettings()
-            bounds = Bounds(usual.min_agreement, usual.max_error_rate, usual.max_latency_ratio)
+            candidate = await self._load(name, version, served=served.version)
+            default = self._settings.rollout_of(name) or RollOutSettings()
+            bounds = Bounds(
+                default.min_agreement, default.max_error_rate, default.max_latency_ratio
+            )
             rollout = RollOut(
-                name, served.version, candidate.version, usual.weight, usual.shadow, bounds,
+                name, served.version, candidate.version, default.weight, default.shadow, bounds,
                 began=time.time(),
             )  # fmt: skip
             _apply(rollout, given)
@@ -164,10 +170,11 @@ class Versions:
             )
             return rollout
 
-    async def bring(self, name: str, version: int) -> None:
+    async def accept(self, name: str, version: int) -> None:
         """Serve a new version of the store, or roll it out if the settings say so.
 
-        It raises what `load` and `roll_out` raise.
+        Raises:
+            Exception: the errors of `load` and `roll_out`.
         """
         if name in self._catalog.served and self._settings.rollout_of(name) is not None:
             await self.roll_out(name, version)
@@ -175,11 +182,11 @@ class Versions:
             await self.load(name, version)
 
     async def promote(self, name: str) -> RollOut:
-        """Serve the candidate alone.
+        """End a roll-out: serve the candidate only.
 
         Raises:
-            RollOutConflictError: none is being rolled out.
-            StateError: the decision could not be kept, so nothing has changed.
+            RollOutConflictError: no roll-out of the model is running.
+            StateError: the decision could not be saved, and nothing has changed.
         """
         async with self._deployment.changing:
             rollout = self._running(name)
@@ -193,12 +200,12 @@ class Versions:
             return ended
 
     async def roll_back(self, name: str, reason: str = "") -> RollOut:
-        """Take the candidate away; after a promotion: serve again what was served before.
+        """End a roll-out: withdraw the candidate; after a promotion, serve the version before it.
 
         Raises:
-            RollOutConflictError: there is nothing to go back to.
-            StateError: the decision could not be kept, so nothing has changed.
-            UnknownModelError, CheckpointError, LoadFailedError, NoEngineError: as `load` does.
+            RollOutConflictError: no roll-out is running, and the last one was not promoted.
+            StateError: the decision could not be saved, and nothing has changed.
+            UnknownModelError, CheckpointError, LoadFailedError, NoEngineError: see `load`.
         """
         async with self._deployment.changing:
             if self._current(name) is not None:
@@ -218,8 +225,8 @@ class Versions:
         """Return the last roll-out of a model.
 
         Raises:
-            UnknownModelError: it is not served.
-            RollOutConflictError: there was none.
+            UnknownModelError: the model is not served.
+            RollOutConflictError: the model was never rolled out.
         """
         self._served(name)
         rollout = self._state.last(name)
@@ -228,19 +235,19 @@ class Versions:
         return rollout
 
     def highest(self, name: str) -> int:
-        """Return the highest version of a model that was ever decided on; 0: there is none."""
+        """Return the highest version at the time of the last decision; 0: there was no decision."""
         decision = self._state.models.get(name)
         return decision.highest if decision is not None else 0
 
     def count(self, difference: Difference) -> None:
-        """Count what a frontend did for the versions that are being rolled out."""
+        """Add the counts of a frontend to the running roll-outs."""
         for name in self._catalog.candidates:
             rollout = self._current(name)
             if rollout is not None:
                 rollout.count(difference)
 
     async def judge(self) -> None:
-        """Stop roll-outs that are beyond their bounds, until cancelled."""
+        """Stop roll-outs that exceed their bounds, until cancelled."""
         while True:
             await asyncio.sleep(JUDGE_SECONDS)
             for name in list(self._catalog.candidates):
@@ -248,31 +255,35 @@ class Versions:
                     rollout = self._current(name)
                     if rollout is not None and (reason := rollout.breach()):
                         await self._withdraw_candidate(name, "stopped", reason)
-            if time.monotonic() - self._kept > KEEP_SECONDS:
-                self._keep_measurements()
+            if time.monotonic() - self._saved > KEEP_SECONDS:
+                self._save_measurements()
 
     # Settings
 
     def configure(self, settings: Settings) -> None:
-        """Go by other settings: begin to serve the versions that they name now."""
+        """Apply new settings: serve the versions and adjust the roll-outs that they name."""
         before, self._settings = self._settings, settings
         for name in self._catalog.served:
-            version, usual = settings.version_of(name), settings.rollout_of(name)
+            version, rollout = settings.version_of(name), settings.rollout_of(name)
+            change: Callable[[], Awaitable[object]]
             if version is not None and version != before.version_of(name):
-                follow = self._follow(name, partial(self._serve_named, name, version))
-                self._background.start(follow)
+                change = partial(self._serve_named, name, version)
+            elif (
+                rollout is not None
+                and rollout != before.rollout_of(name)
+                and self._current(name) is not None
+            ):
+                change = partial(self.roll_out, name, None, rollout.model_dump())
+            else:
                 continue
-            if usual is None or usual == before.rollout_of(name) or self._current(name) is None:
-                continue
-            adjust = partial(self.roll_out, name, None, usual.model_dump())
-            self._background.start(self._follow(name, adjust))
+            self._background.start(self._apply_setting(name, change))
 
-    async def _follow(self, name: str, change: Callable[[], Awaitable[object]]) -> None:
-        """Do what the settings of a model ask for."""
+    async def _apply_setting(self, name: str, change: Callable[[], Awaitable[object]]) -> None:
+        """Make a change that the settings of a model require; report its failure."""
         source, problem = f"settings of {name}", None
         try:
             await change()
-        except Exception as error:  # whatever it is, the server goes on with what it has
+        except Exception as error:  # the server goes on with the versions that it has
             problem = f"{source}: {describe(error)}"
         self._report(source, problem)
 
@@ -286,18 +297,22 @@ class Versions:
         if self._served(name).version != version:
             await self.load(name, version)
 
-    # Steps of a change, each under the lock
+    # Steps of a change; the caller holds the lock
 
-    async def _load(self, name: str, version: int | None, but: int | None = None) -> Checkpoint:
-        """Read a version, and have every engine load it; it may not be the version `but`."""
+    async def _load(self, name: str, version: int | None, served: int | None = None) -> Checkpoint:
+        """Read a version, and have every engine load it.
+
+        Raises:
+            RollOutError: it is the version `served`.
+        """
         checkpoint = await self._deployment.read(name, version)
-        if checkpoint.version == but:
+        if checkpoint.version == served:
             raise RollOutError(f"{checkpoint.label} is served already; name another version")
         await self._deployment.load(checkpoint)
         return checkpoint
 
     async def _serve(self, checkpoint: Checkpoint) -> None:
-        """Serve a version that the engines have, in place of what was served."""
+        """Serve a version that the engines have loaded, in place of the served one."""
         before = self._catalog.serve(checkpoint)
         self._deployment.announce(checkpoint)
         self._show_rollout(checkpoint.name)
@@ -309,7 +324,7 @@ class Versions:
         before = rollout.weight, rollout.shadow, rollout.bounds
         _apply(rollout, given)
         try:
-            self._state.keep()
+            self._state.save()
         except StateError:
             rollout.weight, rollout.shadow, rollout.bounds = before
             raise
@@ -325,7 +340,7 @@ class Versions:
         except StateError as error:
             if state != "stopped":
                 raise
-            # It stops all the same: a version that fails must not go on because a disk is full.
+            # A candidate that exceeds its bounds must stop even if the decision cannot be saved.
             self._state.models[name] = ModelState(ended.served, decision.highest, ended)
             self._report("roll-outs", str(error))
         candidate = self._catalog.candidates.pop(name)
@@ -336,16 +351,16 @@ class Versions:
         return ended
 
     def _decide(self, name: str, decision: ModelState) -> None:
-        """Keep a decision.
+        """Save a decision.
 
         Raises:
-            StateError: it could not be kept, and is not made.
+            StateError: it could not be saved, and the decision before it still counts.
         """
         models = self._state.models
         before = models.get(name)
         models[name] = decision
         try:
-            self._state.keep()
+            self._state.save()
         except StateError:
             if before is None:
                 del models[name]
@@ -355,10 +370,10 @@ class Versions:
         self._report("roll-outs", None)
 
     async def _decide_on(self, loaded: Checkpoint, decision: ModelState) -> None:
-        """Keep a decision on a version that the engines have loaded for it.
+        """Save a decision on a version that the engines have just loaded.
 
         Raises:
-            StateError: it could not be kept; the engines have freed the version.
+            StateError: it could not be saved; the engines have freed the version.
         """
         try:
             self._decide(loaded.name, decision)
@@ -366,21 +381,21 @@ class Versions:
             await self._deployment.unload(loaded)
             raise
 
-    def _keep_if_possible(self) -> None:
+    def _save_if_possible(self) -> None:
         try:
-            self._state.keep()
+            self._state.save()
         except StateError as error:
             self._report("roll-outs", str(error))
         else:
             self._report("roll-outs", None)
 
-    def _keep_measurements(self) -> None:
+    def _save_measurements(self) -> None:
         if self._catalog.candidates:
-            self._kept = time.monotonic()
-            self._keep_if_possible()
+            self._saved = time.monotonic()
+            self._save_if_possible()
 
     def _ended(self, rollout: RollOut, state: State, reason: str) -> RollOut:
-        """Return a roll-out as it is when it has ended."""
+        """Return a copy of a roll-out that has ended now."""
         fields = {name: getattr(rollout, name) for name in rollout.__struct_fields__}
         return RollOut(**fields | {"state": state, "reason": reason, "ended": time.time()})
 
@@ -391,7 +406,7 @@ class Versions:
             raise UnknownModelError(f"no model {name!r} is served") from None
 
     def _current(self, name: str) -> RollOut | None:
-        """Return the roll-out that is running; one whose model is not served now is not."""
+        """Return the running roll-out of a model; None: there is none, or it is not served."""
         return self._state.running(name) if name in self._catalog.candidates else None
 
     def _running(self, name: str) -> RollOut:
@@ -409,8 +424,10 @@ class Versions:
             )
 
     def _show_rollout(self, name: str) -> None:
-        one = self._current(name)
-        shown = None if one is None else (str(one.candidate), one.weight, one.shadow)
+        rollout = self._current(name)
+        shown = None
+        if rollout is not None:
+            shown = str(rollout.candidate), rollout.weight, rollout.shadow
         self._metrics.show_rollout(name, shown)
 
     def _count_end(self, rollout: RollOut) -> None:
@@ -421,7 +438,7 @@ class Versions:
 
 
 def _apply(rollout: RollOut, given: Mapping[str, float | None]) -> None:
-    """Change a roll-out by what is given of it."""
+    """Change the given fields of a roll-out."""
     rollout.weight = given.get("weight", rollout.weight) or 0.0
     rollout.shadow = given.get("shadow", rollout.shadow) or 0.0
     rollout.bounds = changed(rollout.bounds, given)

@@ -1,4 +1,1 @@
-"""The engine: a process that owns a device, its queue and its models.
-
-And what the frontend holds of it.
-"""
+"""The engine: a process that owns a device, its queue and its models."""

@@ -1,4 +1,4 @@
-"""What engines are forked from, and then each of them: `python -m service.engine RUN_DIR`."""
+"""The fork server, which forks the engines: `python -m service.engine RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from service.engine.server import EngineServer, core_of
 from service.process import (
     engine_socket,
     exit_with_parent,
-    keep_what_is_here,
+    freeze_garbage_collector,
     name_process,
     receive_settings,
 )
@@ -45,16 +45,16 @@ async def _main(run_dir: Path, index: int, settings: Settings) -> None:
 
 
 def _device(settings: Settings, index: int) -> str:
-    """Return an engine's device: GPUs are dealt out in turn."""
+    """Return the device of an engine; engines take GPUs in turn."""
     gpus = torch.cuda.device_count() if settings.device == "cuda" else 0
     return f"cuda:{index % gpus}" if gpus > 1 else settings.device
 
 
 def main() -> None:
-    """Fork engines, and run them."""
+    """Run the fork server, and an engine in each process that it forks."""
     run_dir = Path(sys.argv[1])
     settings = receive_settings()
-    keep_what_is_here()
+    freeze_garbage_collector()
     name_process("fork-server")
     index = fork_on_demand()
     if index is None:

@@ -1,8 +1,8 @@
 """The core of an engine: admission, decisions, buckets, passes, answers.
 
-One coroutine owns all state. It hands the device one piece of work at a time in a thread of its
-own, and what arrives meanwhile is decided and batched next: a batch forms because the device is
-busy, never by waiting.
+One coroutine owns all state. It runs one pass at a time in a separate thread, which owns the
+device. Requests that arrive during a pass form the next batch; an idle device never waits for a
+batch to fill.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from service.scheduling.heap import Heap
 from service.scheduling.price import Outlook, Prices
 from service.scheduling.totals import TotalSeconds
 from service.telemetry.context import RequestContext
-from service.telemetry.pass_spans import PassRun, PassSpans, Rider, Stage
+from service.telemetry.pass_spans import PassItem, PassRun, PassSpans, Stage
 
 log = structlog.get_logger()
 
@@ -72,19 +72,19 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How much may wait, how large a batch may be, and when quality gives way.
+    """Limits of the queue and of batches, and the quality levels under overload.
 
     Attributes:
-        max_queue_items: items that wait at most.
-        model_queue_items: of these, items of one model at most, by its name.
+        max_queue_items: most items in the queue.
         batch_seconds, batch_items: see `Buckets`.
-        quality: level of requests that leave it to the engine, while there is no overload.
-        quality_floor: the lowest that overload may make of it.
-        brownout_seconds: of queue, beyond which it does.
-        model_floors: lowest level of models that have one of their own, by name.
-        warm_up_steps: ladder steps that are packed as a model loads, by its name.
-        max_step: the highest ladder step that it computes, None: any. An item that needs a higher
-            one is given back with what it needs, for an engine that does.
+        quality: level of `auto` requests while there is no overload.
+        quality_floor: lowest level of `auto` requests under overload.
+        brownout_seconds: queue delay above which the level is lowered.
+        model_queue_items: most items of one model in the queue, by name of the model.
+        model_floors: lowest level of models with their own floor, by name.
+        warm_up_steps: ladder steps to pack when a model loads, by name of the model.
+        max_step: highest ladder step that this engine computes; None: all. An item that needs a
+            higher step is returned unfinished with its next step, for another engine.
     """
 
     max_queue_items: int = 4096
@@ -106,23 +106,32 @@ class EngineOptions:
         )
 
     def level_of(self, model: str, level: QualityName) -> QualityName:
-        """Return the level of a model when the load allows this one."""
+        """Return the level of a model, given the level that the load allows."""
         floor = self.model_floors.get(model, self.quality_floor)
         return kept_above(floor, level, self.quality)
 
 
 class EngineCore:
-    """Serve requests on one device.
+    """Answer requests on one device.
 
     Args:
-        options: limits.
-        device: where `Load` puts further models.
-        precision: of their passes.
-        tables: measured costs, by `name:version`.
-        shared: folder through which engines hold weights once; None: this one has its own.
-        clock: monotonic seconds.
-        probe: raises if the device computes nothing any more; asked after a pass has failed. None:
-            run a small operation on it.
+        options: limits of the queue and of batches.
+        device: device of the models.
+        precision: precision of their passes.
+        tables: measured cost tables, by `name:version`.
+        shared: folder of the weights that engines share; None: this engine holds its own copy.
+        clock: returns monotonic seconds.
+        probe: called after a pass has failed; raises if the device is lost. None: `probe_device`.
+
+    Attributes:
+        options: options in force.
+        prices: prices of items and batches.
+        drain: measured speed of the queue.
+        brownout: quality level that the load allows.
+        broadcast: sends a message to all frontends and the hub.
+        spans: records passes as trace spans; None: tracing is off.
+        computed_seconds: total time of all passes.
+        loader: the loaded models.
     """
 
     def __init__(
@@ -153,14 +162,15 @@ class EngineCore:
         self._undecided: OrderedDict[Span[Request], None] = OrderedDict()
         self._undecided_items = 0
         self._running = 0
-        self._outside = TotalSeconds()
-        """Price of what is undecided and of what runs; the buckets know their own."""
+        self._outside_buckets = TotalSeconds()
+        """Price of the items that are undecided or running."""
         self._priced = 0.0
-        self._began: float | None = None
+        """Price of the work that the present turn of the loop has done."""
+        self._pass_began: float | None = None
         self._requests: dict[tuple[Reply, int], Request] = {}
         self._deadlines: Heap[Request] = Heap()
         self._queues: dict[str, ModelQueue] = {}
-        self._work_came = asyncio.Event()
+        self._work_arrived = asyncio.Event()
         self._compute = ThreadPoolExecutor(1, "device", use_device, (device,))
         load_options = LoadOptions(device, precision, tables or {}, shared)
         self.loader = ModelLoader(load_options, self._check, self._changed)
@@ -168,28 +178,28 @@ class EngineCore:
 
     @property
     def models(self) -> dict[ModelKey, LoadedModel]:
-        """What is loaded, by name and version."""
+        """Loaded models, by name and version."""
         return self.loader.models
 
     @property
     def queued_seconds(self) -> float:
-        """The seconds that all that is here will take, as fast as it drains now."""
-        return self.drain.stretch * (self._buckets.seconds + self._outside.seconds)
+        """Time until all present items are computed, at the present speed of the queue."""
+        return self.drain.stretch * (self._buckets.seconds + self._outside_buckets.seconds)
 
     @property
     def batch_items(self) -> int:
-        """Most items in a batch now: the configured number, or what memory has room for."""
+        """Most items in a batch: the configured number, or fewer if memory ran out."""
         return self._batch_limit.items
 
     @property
     def busy_seconds(self) -> float:
-        """How long the device has been at its present pass."""
-        return 0.0 if self._began is None else self._clock() - self._began
+        """Time since the start of the present pass; 0 while none runs."""
+        return 0.0 if self._pass_began is None else self._clock() - self._pass_began
 
     # Messages of the frontends and the hub
 
     def receive(self, message: protocol.ToEngine, reply: Reply) -> None:
-        """Take one message; `reply` sends messages back to whom it came from."""
+        """Handle one message; `reply` sends messages to its sender."""
         match message:
             case Classify():
                 self._classify(message, reply)
@@ -202,28 +212,28 @@ class EngineCore:
                 self.loader.unload(message, reply)
 
     def _changed(self, loaded: LoadedModel | None) -> None:
-        """Tell everyone of changed models; `loaded` is the new one, if there is one."""
+        """Announce the loaded models; `loaded` is the new one, if there is one."""
         if loaded is not None:
-            self.prices.know(loaded.key, loaded.costs)
+            self.prices.set_table(loaded.key, loaded.costs)
         self.broadcast(Models(self.loader.infos))
-        self._work_came.set()  # wakes the loop, which raises if the device is lost
+        self._work_arrived.set()  # wakes the loop, which raises if the device is lost
 
     def configure(self, options: EngineOptions) -> None:
-        """Go by other floors, shares of the queue and warm-up steps."""
+        """Apply new floors, queue limits of models and warm-up steps."""
         self.options = options
         self.brownout.change_levels(options.levels)
         self.loader.warm_up_steps = options.warm_up_steps
 
     def forget(self, reply: Reply) -> None:
-        """Drop everything that a frontend asked for, which is gone."""
+        """Drop all requests of a frontend whose connection has ended."""
         for request in [r for (owner, _), r in self._requests.items() if owner == reply]:
             self._drop(request)
 
     def heartbeat(self, memory_bytes: int) -> Heartbeat:
-        """Describe the queue."""
+        """Return a heartbeat, which describes the queue of each model."""
         now = self._clock()
-        none = ModelQueue()
-        queues = {name: self._queues.get(name, none) for name, _ in self.models} | self._queues
+        empty = ModelQueue()
+        queues = {name: self._queues.get(name, empty) for name, _ in self.models} | self._queues
         items = {name: queue.waiting for name, queue in queues.items()}
         seconds = {name: queue.price.seconds for name, queue in queues.items()}
         arrived = {name: queue.oldest for name, queue in queues.items()}
@@ -243,10 +253,10 @@ class EngineCore:
             reply(Failed(message.id, str(error)))
 
     def _admit(self, message: Classify, reply: Reply, model: LoadedModel) -> None:
-        """Take a request in, or refuse it as a whole.
+        """Admit a request, or refuse it as a whole.
 
         Raises:
-            PolicyError: the checkpoint does not offer what is asked.
+            PolicyError: the checkpoint does not have the requested quality or number of heads.
             FrameError: the columns of the message do not fit together.
         """
         queued = self.queued_seconds
@@ -259,8 +269,8 @@ class EngineCore:
             quality = self._best_within(message, texts, level, queued, model)
         rule, outlook = model.rule(quality, message.heads, message.max_heads)
         classes = 0 if model.network.model.exit_head is None else model.network.sizes.classes
-        sent = message.decisions
-        decided = None if sent is None else sent.read(len(texts), classes)
+        decisions = message.decisions
+        decided = None if decisions is None else decisions.read(len(texts), classes)
         begun = protocol.unpack(message.steps, "<i4") if message.steps else None
         if begun is not None and len(begun) != len(texts):
             raise FrameError("there must be as many steps as texts")
@@ -293,37 +303,37 @@ class EngineCore:
         queue.requests[request] = None
         self._requests[reply, message.id] = request
         self._deadlines.push(request.deadline, request)
-        places = list(range(len(texts)))
+        indices = list(range(len(texts)))
         if decided is None:
-            span = self._span(request, places, prices, None)
+            span = self._wait(request, indices, prices, None)
             self._undecided[span] = None
             self._undecided_items += len(span)
-            self._outside += span.total
+            self._outside_buckets += span.total
         else:
             items.begin(decided)
-            self._go_on(request, places, prices)
-        self._work_came.set()
+            self._advance(request, indices, prices)
+        self._work_arrived.set()
 
     def _prices(
         self, model: LoadedModel, outlook: Outlook, texts: Texts, steps: Array | None
     ) -> list[float]:
-        """Return the expected seconds of each text, from its step on where that is known."""
+        """Return the expected seconds of each text; `steps` are its first steps, if decided."""
         tokens = texts.window.counts
         if steps is None:
             return self.prices.expected_each(model.key, outlook, tokens, texts.full_text.counts)
-        own = steps.tolist()
-        known = {step: self.prices.each(model.key, step, outlook, tokens) for step in set(own)}
-        if len(known) == 1:
-            return known[own[0]]
-        return [known[step][place] for place, step in enumerate(own)]
+        first = steps.tolist()
+        by_step = {step: self.prices.each(model.key, step, outlook, tokens) for step in set(first)}
+        if len(by_step) == 1:
+            return by_step[first[0]]
+        return [by_step[step][index] for index, step in enumerate(first)]
 
-    def _span(
-        self, request: Request, places: list[int], prices: list[float], step: int | None
+    def _wait(
+        self, request: Request, indices: list[int], prices: list[float], step: int | None
     ) -> Span[Request]:
-        """Let texts of a request wait, to be decided (no step) or for a pass."""
+        """Let texts of a request wait as a span: for a pass at a step, or for a decision (None)."""
         bucket = request.model, step
         span = Span(
-            request, places, prices, bucket, request.arrived, request.deadline, request.lane
+            request, indices, prices, bucket, request.arrived, request.deadline, request.lane
         )
         request.spans[span] = None
         request.queue.wait(span)
@@ -332,12 +342,12 @@ class EngineCore:
     def _refusal(
         self, name: str, prices: list[float], queued: float, remaining: float
     ) -> Refusal | None:
-        """Return why a request with these prices is not admitted; None: it is."""
-        here = len(self._buckets) + self._undecided_items + self._running
-        rooms = [(here, self.options.max_queue_items)]
+        """Return why a request with these prices is refused; None: it is admitted."""
+        present = len(self._buckets) + self._undecided_items + self._running
+        limits = [(present, self.options.max_queue_items)]
         if name in self.options.model_queue_items:
             queue = self._queues.get(name)
-            rooms.append((queue.open if queue else 0, self.options.model_queue_items[name]))
+            limits.append((queue.open if queue else 0, self.options.model_queue_items[name]))
         refusals = (
             admit(
                 items=len(prices),
@@ -347,7 +357,7 @@ class EngineCore:
                 price=sum(prices),
                 remaining=remaining,
             )
-            for queued_items, max_items in rooms
+            for queued_items, max_items in limits
         )
         return next(filter(None, refusals), None)
 
@@ -368,13 +378,16 @@ class EngineCore:
         self,
         message: Classify,
         texts: Texts,
-        usual: QualityName,
+        level_in_force: QualityName,
         queued: float,
         model: LoadedModel,
     ) -> QualityName:
-        """Return the best level at which a request is answered within its target, if it has one."""
+        """Return the best level at which a request meets its target time.
+
+        A request without a target gets the level in force.
+        """
         if message.target is None or not model.checkpoint.calibrated:
-            return usual
+            return level_in_force
         left = message.target - queued
         sizes = len(texts.window.ids), len(texts.full_text.ids), len(texts)
         levels: tuple[QualityName, ...] = ("best", "balanced")
@@ -389,32 +402,32 @@ class EngineCore:
     # The loop
 
     async def run(self) -> None:
-        """Serve until cancelled.
+        """Answer requests until cancelled.
 
         Raises:
-            DeviceLostError: the device computes nothing any more; this process must end.
+            DeviceLostError: the device is lost; this process must end.
         """
-        self._compute.submit(int)  # starts the thread now: later there may be no room for one
+        self._compute.submit(int)  # starts the thread now: later the system may have no room for it
         while True:
             if self.loader.device_lost is not None:
                 raise self.loader.device_lost
             if not self._undecided and not len(self._buckets):
-                self._work_came.clear()
-                await self._work_came.wait()
+                self._work_arrived.clear()
+                await self._work_arrived.wait()
                 continue
             began, self._priced = self._clock(), 0.0
             self._expire()
             await self._decide()
             await self._run_batch()
-            await asyncio.sleep(0)  # answers are written, and what has come is read
+            await asyncio.sleep(0)  # lets connections write answers and read new requests
             self.drain.observe(self._clock() - began, self._priced)
 
     async def _decide(self) -> None:
-        """Decide the budgets of texts that came undecided, for each model in one go."""
+        """Decide the budgets of texts that arrived undecided, in one pass for each model."""
         count = decided_together(
             tokens
             for span in self._undecided
-            for tokens in map(span.owner.items.texts.full_text.counts.__getitem__, span.places)
+            for tokens in map(span.owner.items.texts.full_text.counts.__getitem__, span.indices)
         )
         by_model: defaultdict[LoadedModel, list[Span[Request]]] = defaultdict(list)
         self._running = count
@@ -435,12 +448,12 @@ class EngineCore:
             ended = []
             for span in spans:
                 request, items = span.owner, span.owner.items
-                for place in span.places:
-                    request.budget_seconds[place] += seconds
-                whole = [place for place in span.places if place not in request.errors]
+                for index in span.indices:
+                    request.budget_seconds[index] += seconds
+                decided = [index for index in span.indices if index not in request.errors]
                 if request.begun is not None:  # steps that another engine ran are not run again
-                    items.restart(request.begun[whole], whole)
-                ended += [place for place in whole if items.done[place]]
+                    items.restart(request.begun[decided], decided)
+                ended += [index for index in decided if items.done[index]]
                 self._settle(span)
             if ended:
                 tokens = _tokens(spans, decision=True)
@@ -452,18 +465,18 @@ class EngineCore:
         if not spans:
             return
         for span in spans:
-            span.owner.spans.pop(span, None)  # a part that was cut off is not registered
+            span.owner.spans.pop(span, None)  # absent if it was cut from a longer span
             span.owner.queue.leave(span)
-            self._outside += span.total
+            self._outside_buckets += span.total
         self._running = sum(map(len, spans))
-        model, step = spans[0].owner.model, int(spans[0].owner.items.step[spans[0].places[0]])
+        model, step = spans[0].owner.model, int(spans[0].owner.items.step[spans[0].indices[0]])
         seconds = await self._on_device(cascade.run, model, step, spans)
         tokens, items = _tokens(spans), self._running
         self.prices.observe(model.key, step, tokens, items, seconds)
         self._report(model, step, spans, seconds, items, tokens)
         for span in spans:
-            for place in span.places:
-                span.owner.compute_seconds[place] += seconds
+            for index in span.indices:
+                span.owner.compute_seconds[index] += seconds
             self._settle(span)
 
     async def _on_device(
@@ -473,9 +486,13 @@ class EngineCore:
         step: int,
         spans: list[Span[Request]],
     ) -> float:
-        """Do a piece of work for some texts; return the seconds that it took."""
+        """Run a pass (`cascade.decide` or `cascade.run`) in the device's thread.
+
+        Returns:
+            The seconds that it took.
+        """
         owners = {span.owner.items: span.owner for span in spans}
-        batch = Batch([Part(span.owner.items, span.places) for span in spans])
+        batch = Batch([Part(span.owner.items, span.indices) for span in spans])
         decides = work is cascade.decide
 
         def failed(text: Part, error: Exception) -> None:
@@ -487,24 +504,30 @@ class EngineCore:
             return started, self._clock(), room
 
         loop = asyncio.get_running_loop()
-        self._began = self._clock()
+        self._pass_began = self._clock()
         started, ended, room = await loop.run_in_executor(self._compute, compute)
-        self._began = None
+        self._pass_began = None
         self.computed_seconds += ended - started
         self._adapt(len(batch), room, batch=not decides)
         if self.spans is not None:
             stage: Stage = "budget" if decides else "compute"
             name = f"{model.key[0]}:{model.key[1]}"
             tokens = _tokens(spans, decision=decides)
-            riders = _riders(spans)
-            self.spans.ran(PassRun(stage, name, step, tokens, riders, started, ended))
+            items = _pass_items(spans)
+            self.spans.ran(PassRun(stage, name, step, tokens, items, started, ended))
             for span in spans:
-                for place in span.places:
-                    span.owner.waits_since[place] = ended
+                for index in span.indices:
+                    span.owner.waits_since[index] = ended
         return ended - started
 
     def _adapt(self, items: int, room: int | None, batch: bool) -> None:
-        """Adapt the size of batches to a pass that had so many items, and to memory."""
+        """Adapt the largest batch size to the memory of the device.
+
+        Args:
+            items: number of items in the pass.
+            room: number of items that fit into memory, if memory ran out.
+            batch: whether the pass computed a batch; decisions do not show that memory suffices.
+        """
         before, limit = self._batch_limit.items, self._batch_limit
         if room is not None:
             limit.shrink(room)
@@ -516,50 +539,50 @@ class EngineCore:
 
     def _settle(self, span: Span[Request]) -> None:
         """After a pass: let texts wait for their next step, and finish the others."""
-        request, items, places = span.owner, span.owner.items, span.places
+        request, items, indices = span.owner, span.owner.items, span.indices
         self._running -= len(span)
-        self._outside -= span.total
-        if request.gone:
+        self._outside_buckets -= span.total
+        if request.dropped:
             return
-        for place in items.non_finite.intersection(places):
-            request.errors[place] = "the network's answer is not a finite number"
-            items.done[place] = True
-        self._priced += span.seconds - self._go_on(request, places)
+        for index in items.non_finite.intersection(indices):
+            request.errors[index] = "the network's answer is not a finite number"
+            items.done[index] = True
+        self._priced += span.seconds - self._advance(request, indices)
 
-    def _go_on(
-        self, request: Request, places: list[int], prices: list[float] | None = None
+    def _advance(
+        self, request: Request, indices: list[int], prices: list[float] | None = None
     ) -> float:
-        """Let texts wait in the bucket of their next step; finish those that have none here.
+        """Let texts wait in the buckets of their next steps; finish texts without a next step here.
 
         Args:
-            request: whose texts they are.
-            places: of these texts.
-            prices: of all texts of the request, if they are known.
+            request: request of the texts.
+            indices: indices of the texts in the request.
+            prices: prices of all texts of the request; None: compute them.
 
         Returns:
-            The price of those that wait.
+            The price of the texts that wait.
         """
-        items, most = request.items, self.options.max_step
-        done, steps = (own[items.index(places)].tolist() for own in (items.done, items.step))
+        items, max_step = request.items, self.options.max_step
+        done, steps = (column[items.index(indices)].tolist() for column in (items.done, items.step))
         by_step: dict[int, list[int]] = {}
-        for place, ended, step in zip(places, done, steps, strict=True):
-            if not ended and (most is None or step <= most):
-                by_step.setdefault(step, []).append(place)
-        price, finished = 0.0, len(places)
+        for index, ended, step in zip(indices, done, steps, strict=True):
+            if not ended and (max_step is None or step <= max_step):
+                by_step.setdefault(step, []).append(index)
+        price, finished = 0.0, len(indices)
         if by_step:
             counts = items.texts.window.counts
-            for step, own in by_step.items():
-                finished -= len(own)
+            for step, waiting in by_step.items():
+                finished -= len(waiting)
                 if prices is None:
-                    tokens = [counts[place] for place in own]
+                    tokens = [counts[index] for index in waiting]
                     each = self.prices.each(request.model.key, step, request.outlook, tokens)
                 else:
-                    each = [prices[place] for place in own]
-                span = self._span(request, own, each, step)
+                    each = [prices[index] for index in waiting]
+                span = self._wait(request, waiting, each, step)
                 self._buckets.add(span)
                 price += span.seconds
         if finished:
-            request.last = places[-1], self._clock()
+            request.last = indices[-1], self._clock()
             request.open -= finished
             request.queue.open -= finished
             if not request.open:
@@ -577,17 +600,17 @@ class EngineCore:
             request.reply(Expired(request.id))
 
     def _drop(self, request: Request | None) -> None:
-        """Forget a request, and remove its texts from wherever they wait."""
+        """Drop a request, and remove its waiting texts from the queue."""
         if request is None:
             return
-        request.gone = True
+        request.dropped = True
         request.queue.open -= request.open
         self._forget(request)
         for span in request.spans:
             if span in self._undecided:
                 del self._undecided[span]
                 self._undecided_items -= len(span)
-                self._outside -= span.total
+                self._outside_buckets -= span.total
             else:
                 self._buckets.discard(span)
             request.queue.leave(span)
@@ -610,12 +633,12 @@ class EngineCore:
     ) -> None:
         name, version = model.key
         if step == cascade.LAYERWISE:
-            step = max(int(span.owner.items.step[span.places].max()) for span in spans)
+            step = max(int(span.owner.items.step[span.indices].max()) for span in spans)
         checked, clipped = model.network.range_check.take()
         self.broadcast(BatchRan(name, version, step, items, tokens, 0.0, seconds, checked, clipped))
 
 
-def _fail(request: Request, place: int, error: Exception) -> None:
+def _fail(request: Request, index: int, error: Exception) -> None:
     """Let one text of a request fail."""
     context = request.context
     log.warning(
@@ -624,23 +647,25 @@ def _fail(request: Request, place: int, error: Exception) -> None:
         request_id=context.request_id,
         trace_id=context.trace_id,
     )
-    request.errors[place] = "the item could not be computed"
-    request.items.done[place] = True
+    request.errors[index] = "the item could not be computed"
+    request.items.done[index] = True
 
 
 def _tokens(spans: Sequence[Span[Request]], decision: bool = False) -> int:
-    """Return the tokens that a pass reads: of the encoder, or of step 0 in the decision."""
+    """Return the number of tokens that a pass reads; `decision`: the tokens that step 0 reads."""
     total = 0
     for span in spans:
         texts = span.owner.items.texts
         counts = (texts.full_text if decision else texts.window).counts
-        total += sum([counts[place] for place in span.places])
+        total += sum([counts[index] for index in span.indices])
     return total
 
 
-def _riders(spans: Sequence[Span[Request]]) -> list[Rider]:
+def _pass_items(spans: Sequence[Span[Request]]) -> list[PassItem]:
     return [
-        Rider(span.owner.context, span.owner.waits_since[place], int(span.owner.items.step[place]))
+        PassItem(
+            span.owner.context, span.owner.waits_since[index], int(span.owner.items.step[index])
+        )
         for span in spans
-        for place in span.places
+        for index in span.indices
     ]

@@ -1,9 +1,8 @@
-"""Whether a device still computes.
+"""Check whether a device still works.
 
-A kernel that accesses memory illegally, a failed assertion in a kernel or an uncorrectable memory
-error leaves a CUDA context broken: every later operation of the process fails. Nothing but a new
-process helps. No list of error messages tells these errors from others reliably, so the device is
-asked to run a small operation instead.
+An illegal memory access or a failed assertion in a kernel, or an uncorrectable memory error, breaks
+the CUDA context: every later operation of the process fails, and only a new process helps. Error
+messages do not identify such errors reliably, so the device runs a small operation instead.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ EXIT_CODE = 69
 
 
 class DeviceLostError(Exception):
-    """The device runs no operation of this process any more."""
+    """The device no longer runs operations of this process."""
 
 
 def use_device(device: str) -> None:
-    """Let what this thread does on a GPU be done on the one that is named."""
+    """Make a GPU such as `cuda:1` the current device of this thread."""
     if ":" in device:
         torch.cuda.set_device(device)
 
@@ -30,17 +29,17 @@ def probe_device(device: str) -> None:
     """Run a small operation on a device, and wait for its result.
 
     Raises:
-        RuntimeError: the device does not run it.
+        RuntimeError: the operation failed.
     """
     torch.ones(1, device=device).add_(1).item()
 
 
 def check_device(probe: Callable[[], None], error: Exception) -> None:
-    """Check, after an error, that the device still computes.
+    """Check, after an error, that the device still works.
 
     Args:
-        probe: `probe_device`, or another function that raises where it does not.
-        error: what has happened.
+        probe: runs a small operation, and raises if the device fails at it; see `probe_device`.
+        error: the error that occurred.
 
     Raises:
         DeviceLostError: the probe failed, for a reason other than a lack of memory.
@@ -49,7 +48,7 @@ def check_device(probe: Callable[[], None], error: Exception) -> None:
         probe()
     except (torch.OutOfMemoryError, MemoryError):
         return
-    except Exception as probed:
-        # The probe's words are safe to log; those of the pass may quote a text.
-        said = str(probed).partition("\n")[0]
-        raise DeviceLostError(f"{type(error).__name__}, then in a probe: {said}") from error
+    except Exception as probe_error:
+        # The probe's message is safe to log; the message of a pass may quote a text.
+        message = str(probe_error).partition("\n")[0]
+        raise DeviceLostError(f"{type(error).__name__}, then in a probe: {message}") from error

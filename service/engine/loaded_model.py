@@ -1,4 +1,4 @@
-"""The models that an engine has loaded."""
+"""A model loaded on the device of an engine, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -22,21 +22,29 @@ from budgetformer.inference.policy import BudgetRule
 from budgetformer.inference.precision import Precision
 from service.engine.device import use_device
 from service.ipc.engine_messages import ModelInfo
-from service.process import large_blocks_apart
+from service.process import mmap_large_blocks
 from service.scheduling.price import Outlook
 
 log = structlog.get_logger()
 
 MAX_RULES = 256
-"""Rules that are cached for each model."""
+"""Most rules that are cached for each model."""
 TYPICAL_TOKENS = 64
 GUESSES = {"cpu": (1e-11, 2e-3), "cuda": (2e-14, 5e-4)}
-"""First guess of a device that was never measured; prices follow what batches really take."""
+"""Seconds per multiply-add and per batch of a device that was not measured, by device type. Prices
+are corrected by the measured time of batches."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A checkpoint with its network on the device."""
+    """A checkpoint with its network on the device.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        network: runs passes on the device.
+        info: description that is sent to frontends and the hub.
+        costs: cost table of the passes.
+    """
 
     checkpoint: Checkpoint
     network: PackedPass
@@ -54,21 +62,21 @@ class LoadedModel:
     def rule(
         self, quality: str | float, heads: int | None, max_heads: int | None
     ) -> tuple[BudgetRule, Outlook]:
-        """Return the rule for a request's budgets, and the steps that its texts may run.
+        """Return the budget rule of a request, and the steps that its texts are expected to run.
 
         Raises:
-            PolicyError: the checkpoint does not offer it.
+            PolicyError: the checkpoint does not have this quality or number of heads.
         """
-        known = self._rules.get((quality, heads, max_heads))
-        if known is None:
-            # A checkpoint without operating points still serves, by f_o's own rule.
-            named = quality if self.checkpoint.calibrated else None
-            rule = self.checkpoint.rule(named, heads, max_heads)
-            known = rule, Outlook.of(rule)
+        cached = self._rules.get((quality, heads, max_heads))
+        if cached is None:
+            # A checkpoint without quality levels is served by f_o alone.
+            level = quality if self.checkpoint.calibrated else None
+            rule = self.checkpoint.rule(level, heads, max_heads)
+            cached = rule, Outlook.of(rule)
             if len(self._rules) == MAX_RULES:
-                self._rules.clear()  # qualities may be any numbers
-            self._rules[quality, heads, max_heads] = known
-        return known
+                self._rules.clear()  # callers may ask for any number as quality
+            self._rules[quality, heads, max_heads] = cached
+        return cached
 
 
 def load_model(
@@ -79,24 +87,24 @@ def load_model(
     shared: Path | None = None,
     warm_up_steps: Mapping[str, Sequence[int]] | None = None,
 ) -> LoadedModel:
-    """Load, verify and warm one checkpoint folder; price it by the table of its name, if any.
+    """Load, verify and warm up the checkpoint in a folder.
 
     Args:
-        path: the folder.
-        device: where its network is to be.
-        precision: of its passes.
-        tables: measured costs, by `name:version`.
-        shared: folder through which engines hold weights once; None: this one has its own.
-        warm_up_steps: ladder steps to lay out, by the name of the model; those that a ladder does
-            not have are left out. Other models: the steps that their levels use.
+        path: folder of the checkpoint.
+        device: device of the network.
+        precision: precision of its passes.
+        tables: measured cost tables, by `name:version`.
+        shared: folder of the weights that engines share; None: this engine holds its own copy.
+        warm_up_steps: ladder steps to pack, by name of the model; steps that the ladder does not
+            have are ignored. For other models, the steps that their quality levels use.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the checkpoint is damaged.
     """
     started = time.monotonic()
     use_device(device)
     checkpoint = read_checkpoint(path)
-    with large_blocks_apart():
+    with mmap_large_blocks():
         network = _load(checkpoint, device, precision, shared)
         if shared is not None:
             _share(checkpoint, network, shared)
@@ -123,9 +131,10 @@ def load_model(
 def _load(
     checkpoint: Checkpoint, device: str, precision: Precision, shared: Path | None
 ) -> PackedPass:
-    """Load a network; with `fastest` the first of several engines times, and the others follow.
+    """Load a network; with precision `fastest`, engines that share weights choose only once.
 
-    Otherwise two engines might choose differently, and would be timed while the other is busy.
+    The first engine times all precisions, and the others take its choice from a file. Otherwise
+    engines might choose differently, and their measurements would disturb each other.
     """
     if precision != "fastest" or shared is None:
         return load_network(checkpoint, device, precision)
@@ -154,11 +163,11 @@ def _share(checkpoint: Checkpoint, network: PackedPass, shared: Path) -> None:
 def _costs(
     checkpoint: Checkpoint, network: PackedPass, tables: Mapping[str, CostTable]
 ) -> CostTable:
-    """Return the measured table if it is of this network as it runs here, or a guess."""
+    """Return the measured table if it fits device, precision and ladder; else an estimate."""
     measured = tables.get(checkpoint.label)
     if measured is not None:
-        here = (network.device.type, network.precision, len(checkpoint.ladder) + 1)
-        if here == (measured.device, measured.dtype, len(measured.steps)):
+        actual = (network.device.type, network.precision, len(checkpoint.ladder) + 1)
+        if actual == (measured.device, measured.dtype, len(measured.steps)):
             return measured
         log.warning(
             "cost table ignored: measured on another device or precision",
@@ -171,9 +180,9 @@ def _costs(
 
 
 def _steps_in_use(checkpoint: Checkpoint) -> list[int]:
-    """Return the steps that the quality levels use, or the full one where there are none.
+    """Return the steps that the quality levels use; without levels, the full step.
 
-    The first who asks for another one waits while it is laid out.
+    Other steps are packed at the first request for them, which waits for it.
     """
     steps = set() if checkpoint.calibrated else {len(checkpoint.ladder)}
     for name in checkpoint.manifest.named_levels:

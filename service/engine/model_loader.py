@@ -32,13 +32,13 @@ SETTLE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Where and how models are loaded.
+    """Options of `load_model` that are the same for all models of an engine.
 
     Attributes:
-        device: of their passes.
-        precision: of these.
-        tables: measured costs, by `name:version`.
-        shared: folder through which engines hold weights once; None: this one has its own.
+        device: device of the networks.
+        precision: precision of their passes.
+        tables: measured cost tables, by `name:version`.
+        shared: folder of the weights that engines share; None: this engine holds its own copy.
     """
 
     device: str
@@ -48,14 +48,17 @@ class LoadOptions:
 
 
 class ModelLoader:
-    """The models that an engine holds.
+    """The models that an engine has loaded.
 
     Args:
-        options: where and how models are loaded.
-        check: is called with the error of a load; raises `DeviceLostError` if the device computes
-            nothing any more.
-        changed: is called after each change, with the model that is new, if one is; and when the
-            device is lost.
+        options: how models are loaded.
+        check: called with the error of a load; raises `DeviceLostError` if the device is lost.
+        changed: called after each change, with the new model, if there is one; also called when
+            the device is lost.
+
+    Attributes:
+        models: loaded models by name and version.
+        device_lost: error with which the device was lost, if it was.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class ModelLoader:
         self.models: dict[ModelKey, LoadedModel] = {}
         self.device_lost: DeviceLostError | None = None
         self.warm_up_steps: Mapping[str, Sequence[int]] = {}
-        """Ladder steps that are packed as a model loads, by its name."""
+        """Ladder steps to pack when a model loads, by name of the model."""
         self._options = options
         self._check = check
         self._changed = changed
@@ -78,23 +81,23 @@ class ModelLoader:
 
     @property
     def infos(self) -> list[ModelInfo]:
-        """What is loaded."""
+        """Descriptions of the loaded models."""
         return [model.info for model in self.models.values()]
 
     def load(self, message: Load, reply: Reply) -> None:
-        """Begin to load a model; the sender is told when it is there, or why it is not."""
+        """Begin to load a model; `reply` is called when this has succeeded or failed."""
         key = reply, message.id
         self._loads[key] = load = self._background.start(self._load(message, reply))
         load.add_done_callback(lambda _: self._loads.pop(key, None))
 
     def cancel(self, message: Cancel, reply: Reply) -> None:
-        """Give up a load, if that is what the message names."""
+        """Cancel a load, if the message names one."""
         load = self._loads.get((reply, message.id))
         if load is not None:
             load.cancel()
 
     def unload(self, message: Unload, reply: Reply) -> None:
-        """Let a model go; texts that are here already keep it, and it is freed with the last."""
+        """Unload a model; it is freed once its last request is answered."""
         model = self.models.pop((message.model, message.version), None)
         if model is None:
             reply(Failed(message.id, f"model {message.model}:{message.version} is not loaded"))
@@ -105,22 +108,28 @@ class ModelLoader:
             self._background.start(self._return_memory())
 
     def stop_sharing(self) -> None:
-        """Leave nothing in the folder that weights are shared through: this engine ends."""
+        """Remove this engine's files from the folder of shared weights, before the engine ends."""
         for model in self.models.values():
             model.network.stop_sharing()
 
     async def _load(self, message: Load, reply: Reply) -> None:
-        path, own = Path(message.path), self._options
+        path, options = Path(message.path), self._options
 
         def read() -> LoadedModel:
-            steps = self.warm_up_steps
-            return load_model(path, own.device, own.precision, own.tables, own.shared, steps)
+            return load_model(
+                path,
+                options.device,
+                options.precision,
+                options.tables,
+                options.shared,
+                self.warm_up_steps,
+            )
 
         def discard(late: LoadedModel) -> None:
             late.network.stop_sharing()
 
         try:
-            async with self._loading:  # one at a time; one that is given up is not waited for
+            async with self._loading:  # one load at a time; a cancelled one does not block others
                 model = await self._threads.run(path, read, discard=discard)
         except asyncio.CancelledError:
             log.error("model load timed out", path=message.path)
@@ -146,7 +155,7 @@ class ModelLoader:
         self._background.start(self._return_memory())
 
     async def _return_memory(self) -> None:
-        """Let go of what a change of models has freed."""
+        """Return memory that a change of models has freed to the system."""
         await asyncio.sleep(SETTLE_SECONDS)
-        with contextlib.suppress(StillRunningError, RuntimeError):  # no room for a thread
+        with contextlib.suppress(StillRunningError, RuntimeError):  # no thread could be started
             await self._threads.run(return_memory, return_memory)

@@ -1,4 +1,4 @@
-"""Requests that an engine holds, and the running totals of each model's queue."""
+"""Requests in an engine, and running totals of each model's queue."""
 
 from __future__ import annotations
 
@@ -22,29 +22,31 @@ Reply = Callable[[ToFrontend], object]
 
 @dataclass(eq=False)
 class Request:
-    """A request, from its admission to its answer.
+    """An admitted request of B texts, until it is answered.
+
+    Texts are named by their index in the request. Times are on the engine's clock.
 
     Attributes:
-        id: of the message that asked.
-        reply: sends messages back to whom it came from.
-        model: that it asks.
-        queue: of that model.
-        arrived, deadline: on the engine's clock.
+        id: id of the message.
+        reply: sends messages to the frontend.
+        model: model that answers.
+        queue: queue of that model.
+        arrived, deadline: when it arrived, and when its answer becomes worthless.
         return_heads: whether the answer names the heads that were computed.
-        context: whose request it is.
-        quality: level, or points given up.
-        outlook: the steps that its texts are expected to run.
-        lane: where its texts wait.
-        items: its texts.
-        begun: steps at which texts begin that another engine has begun, [B]; None: there is none.
-        spans: those of its texts that wait.
-        open: texts without an answer: those that wait, and those that run.
-        waiting: of these, texts that wait.
-        gone: whether it was cancelled, or is too late.
-        errors: by place, why a text failed.
-        waits_since: when each text arrived or its last pass ended.
-        budget_seconds, compute_seconds: of the passes that each text was in.
-        last: the text that was finished last, and when.
+        context: ids of the request, for logs and traces.
+        quality: quality level, or accepted accuracy drop in percentage points.
+        outlook: ladder steps that its texts are expected to run.
+        lane: lane in which its texts wait.
+        items: state of its texts.
+        begun: first step of each text, [B], if another engine ran the steps before; else None.
+        spans: its waiting spans.
+        open: number of texts without an answer, waiting or running.
+        waiting: number of texts that wait.
+        dropped: whether it was cancelled, or its deadline has passed.
+        errors: reason why a text failed, by index.
+        waits_since: time at which each text arrived or its last pass ended, [B].
+        budget_seconds, compute_seconds: time of the passes that each text was in, [B].
+        last: index of the text that was finished last, and the time of that.
     """
 
     id: int
@@ -63,7 +65,7 @@ class Request:
     spans: dict[Span[Request], None] = field(default_factory=dict)
     open: int = 0
     waiting: int = 0
-    gone: bool = False
+    dropped: bool = False
     errors: dict[int, str] = field(default_factory=dict)
     waits_since: list[float] = field(default_factory=list)
     budget_seconds: list[float] = field(default_factory=list)
@@ -76,15 +78,17 @@ class Request:
         self.budget_seconds, self.compute_seconds = [0.0] * count, [0.0] * count
 
     def answer(self) -> Answer:
-        """Return the answers of all its texts."""
+        """Return the answers of all texts."""
         items = self.items
-        place, finished = self.last
-        budget, compute = self.budget_seconds[place], self.compute_seconds[place]
-        unknown = items.predicted == LAYERWISE
+        index, finished = self.last
+        budget, compute = self.budget_seconds[index], self.compute_seconds[index]
+        unpredicted = items.predicted == LAYERWISE
         answers = Answers(
             items.logits,
             items.step,
-            np.where(unknown, UNPREDICTED, items.predicted) if unknown.any() else items.predicted,
+            np.where(unpredicted, UNPREDICTED, items.predicted)
+            if unpredicted.any()
+            else items.predicted,
             items.ran,
             items.total_heads,
             items.macs,
@@ -110,10 +114,10 @@ class ModelQueue:
     """The requests of one model, and running totals of their texts.
 
     Attributes:
-        requests: in the order of their arrival.
-        waiting: texts that wait, to be decided or in a bucket.
-        price: of the texts that wait.
-        open: texts without an answer: those that wait, and those that run.
+        requests: requests in the order of their arrival.
+        waiting: number of texts that wait for a decision or a pass.
+        price: price of the waiting texts.
+        open: number of texts without an answer, waiting or running.
     """
 
     requests: dict[Request, None] = field(default_factory=dict)
@@ -123,7 +127,7 @@ class ModelQueue:
 
     @property
     def oldest(self) -> float | None:
-        """Arrival of the oldest request with a text that waits; those before it run."""
+        """Arrival of the oldest request with a waiting text."""
         return next((request.arrived for request in self.requests if request.waiting), None)
 
     def wait(self, span: Span[Request]) -> None:
@@ -133,7 +137,7 @@ class ModelQueue:
         self.price += span.total
 
     def leave(self, span: Span[Request]) -> None:
-        """Count the texts of a span as no longer waiting: they run, or the request is dropped."""
+        """Count the texts of a span as no longer waiting, since they run or were dropped."""
         span.owner.waiting -= len(span)
         self.waiting -= len(span)
         self.price -= span.total

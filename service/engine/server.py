@@ -1,4 +1,4 @@
-"""What stands between one engine's core and those who speak with it."""
+"""Connect the core of an engine with frontends and the hub."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ HEARTBEAT_SECONDS = 1.0
 def core_of(
     settings: Settings, device: str, max_step: int | None = None, shared: Path | None = None
 ) -> EngineCore:
-    """Return the core of an engine of this server.
+    """Create the core of an engine from the settings.
 
     Args:
-        settings: of the whole server.
-        device: where it computes.
+        settings: settings of the whole server.
+        device: device of the engine.
         max_step: see `EngineOptions`.
         shared: see `EngineCore`.
 
     Raises:
-        CostTableError: the cost tables are none.
+        CostTableError: the cost tables are invalid.
     """
     options = EngineOptions(
         settings.max_queue_items,
@@ -77,15 +77,16 @@ def _exit_at_once(code: int) -> None:
 
 
 class EngineServer:
-    """Speak with the frontends and the hub on behalf of one core.
-
-    `receive` takes each message; by default the core does.
+    """Connections of an engine: messages to its core, answers, heartbeats and events.
 
     Args:
-        core: the engine.
-        hang_seconds: a pass that takes longer hangs.
-        exit: ends this process at once with a code, when the device is lost. No connection is
-            closed and no thread is joined before, since they may wait for the device.
+        core: core of the engine.
+        hang_seconds: time after which a pass counts as hanging.
+        exit: ends this process at once with an exit code when the device is lost. Connections are
+            not closed and threads are not joined, since they may wait for the device.
+
+    Attributes:
+        receive: called with each message and a function that sends answers; by default the core's.
     """
 
     def __init__(
@@ -100,24 +101,24 @@ class EngineServer:
         self._exit = exit
         self._peers: set[Say] = set()
         self._watchers: dict[Say, int] = {}
-        """With the number of batches that each was not told since the last one that it was."""
+        """Number of reports dropped for each watcher since its last report."""
         core.broadcast = self._broadcast
 
     @property
     def hangs(self) -> bool:
-        """Whether the device does not come back: it is as good as dead."""
+        """Whether the device has not finished a pass in time."""
         return self.core.busy_seconds >= self._hang_seconds
 
     async def serve(self, socket: Path) -> None:
-        """Compute for all who connect to a local socket, until cancelled."""
-        async with listening(socket, self.came):
+        """Listen on a local socket and compute, until cancelled."""
+        async with listening(socket, self.serve_connection):
             await self.work()
 
     async def work(self) -> None:
         """Compute and send a heartbeat every second, until cancelled.
 
-        If the device is lost this ends the process: its frontends then ask other engines, and the
-        supervisor (or Ray) starts a new one.
+        If the device is lost, the process ends: frontends then use other engines, and the
+        supervisor (or Ray) starts a new process.
         """
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -132,8 +133,8 @@ class EngineServer:
             )
             self._exit(EXIT_CODE)
 
-    async def came(self, reader: asyncio.StreamReader, reply: Say) -> None:
-        """Serve one connection until its end."""
+    async def serve_connection(self, reader: asyncio.StreamReader, reply: Say) -> None:
+        """Handle the messages of one connection until it ends."""
         reply(self._hello())
         self._peers.add(reply)
 
@@ -178,8 +179,8 @@ class EngineServer:
                 reply(message)
             return
         for reply, dropped in self._watchers.items():
-            told = msgspec.structs.replace(message, dropped=dropped) if dropped else message
-            self._watchers[reply] = 0 if reply(told) else dropped + 1
+            report = msgspec.structs.replace(message, dropped=dropped) if dropped else message
+            self._watchers[reply] = 0 if reply(report) else dropped + 1
 
     def _hello(self) -> Hello:
         core = self.core
@@ -187,7 +188,7 @@ class EngineServer:
 
 
 def _memory_bytes(device: str) -> int:
-    """Return the memory that this process takes of its device."""
+    """Return the device memory that this process uses, in bytes."""
     if device.startswith("cuda"):
         return torch.cuda.memory_reserved(device)
     return resident_bytes()

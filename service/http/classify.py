@@ -39,9 +39,9 @@ from service.ipc.engine_client import (
     DeadlineError,
     EngineDownError,
     EngineFailedError,
-    Job,
     NotLoadedError,
     RefusedError,
+    Submission,
 )
 from service.pipeline.answer_cache import AnsweredTexts, Lookup
 from service.pipeline.answering import count_answers
@@ -211,9 +211,11 @@ async def _compute_again(
     deadline = time.monotonic() + SHADOW_SECONDS
     texts, _ = await _tokenize(state, model, given, deadline, range(len(given)))
     name, version = model.checkpoint.name, model.checkpoint.version
-    job = Job(name, version, texts, quality, deadline, body.heads, body.max_heads, bulk=True)
+    submission = Submission(
+        name, version, texts, quality, deadline, body.heads, body.max_heads, bulk=True
+    )
     try:
-        return await state.answering.answer(job, model, state.settings.floor_of(name))
+        return await state.answering.answer(submission, model, state.settings.floor_of(name))
     except (RefusedError, DeadlineError, NotLoadedError, EngineDownError) as error:
         raise SkippedError from error
 
@@ -278,7 +280,7 @@ async def _answer(
     deadline: float,
 ) -> Answers:
     """Answer tokenized texts; what engines cannot do becomes an error of the API."""
-    job = Job(
+    submission = Submission(
         model=model.checkpoint.name,
         version=model.checkpoint.version,
         texts=texts,
@@ -290,11 +292,13 @@ async def _answer(
         target=None if body.target_ms is None else body.target_ms / 1000,
     )
     try:
-        return await state.answering.answer(job, model, state.settings.floor_of(job.model))
+        return await state.answering.answer(
+            submission, model, state.settings.floor_of(submission.model)
+        )
     except DeadlineError:
         raise too_late() from None
     except NotLoadedError:
-        message = f"{job.model} is still loading"
+        message = f"{submission.model} is still loading"
         raise ApiError(503, message, "model", "loading", retry_after=1) from None
     except EngineDownError:
         message = "no engine is running; it is being restarted"

@@ -89,8 +89,8 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to classify; `deadline` on the monotonic clock, the rest as in `Classify`."""
+class Submission:
+    """Texts to classify by an engine; `deadline` on the monotonic clock, the rest as `Classify`."""
 
     model: str
     version: int
@@ -105,28 +105,29 @@ class Job:
     steps: Array | None = None
     bulk: bool = False
 
-    def part(self, places: list[int]) -> Job:
-        """Return the job for the texts at some places."""
+    def part(self, places: list[int]) -> Submission:
+        """Return a submission of the texts at some places only."""
         decided = self.decided and self.decided.part(np.array(places))
         return replace(self, texts=self.texts.take(places), decided=decided)
 
 
-def request_of(job: Job) -> Classify:
-    """Return the message that has a job done.
+def request_of(submission: Submission) -> Classify:
+    """Return the message that sends a submission to an engine.
 
     Raises:
-        DeadlineError: it is too late.
+        DeadlineError: the deadline has passed.
     """
     context = current_request()
-    remaining = job.deadline - time.monotonic()
+    remaining = submission.deadline - time.monotonic()
     if remaining <= 0:
         raise DeadlineError
     return Classify(
-        0, job.model, job.version, SentTexts.of(job.texts, job.decided is None),
-        job.quality, remaining, job.heads, job.max_heads, job.return_heads, job.target,
-        context.request_id, context.traceparent,
-        b"" if job.steps is None else pack(job.steps, "<i4"),
-        None if job.decided is None else Decisions.of(job.decided), job.bulk,
+        0, submission.model, submission.version,
+        SentTexts.of(submission.texts, submission.decided is None),
+        submission.quality, remaining, submission.heads, submission.max_heads,
+        submission.return_heads, submission.target, context.request_id, context.traceparent,
+        b"" if submission.steps is None else pack(submission.steps, "<i4"),
+        None if submission.decided is None else Decisions.of(submission.decided), submission.bulk,
     )  # fmt: skip
 
 
@@ -279,17 +280,17 @@ class Engines:
         levels = {client.level for client in self.alive}
         return next((name for name in QUALITY_NAMES if name in levels), DEFAULT_QUALITY)
 
-    async def classify(self, job: Job) -> Answers:
-        """Have a job done by the engine with the least in flight; if it dies, by another.
+    async def classify(self, submission: Submission) -> Answers:
+        """Classify on the engine with the least in flight; if it dies, on another.
 
         Raises:
             EngineDownError, NotLoadedError, RefusedError, DeadlineError, EngineFailedError: see
                 there.
         """
         for attempt in (1, 2):
-            client = await self._choose(job, wait=attempt == 2)
-            message = request_of(job)
-            client.items_in_flight += len(job.texts)
+            client = await self._choose(submission, wait=attempt == 2)
+            message = request_of(submission)
+            client.items_in_flight += len(submission.texts)
             try:
                 reply = await client.ask(message, message.remaining + GRACE_SECONDS)
             except TimeoutError as error:
@@ -300,23 +301,27 @@ class Engines:
                 )
                 continue
             finally:
-                client.items_in_flight -= len(job.texts)
+                client.items_in_flight -= len(submission.texts)
             return answers_of(reply)
         raise EngineDownError
 
-    async def _choose(self, job: Job, wait: bool) -> EngineClient:
+    async def _choose(self, submission: Submission, wait: bool) -> EngineClient:
         """Return the engine with the least in flight of those that have the model.
 
         Engines with equally many items take turns. `wait` lets a restart finish first.
         """
         while True:
             alive = self.alive
-            able = [client for client in alive if (job.model, job.version) in client.models]
+            able = [
+                client
+                for client in alive
+                if (submission.model, submission.version) in client.models
+            ]
             if able:
                 chosen = min(able, key=self._rank)
                 self._next = chosen.index + 1
                 return chosen
-            if not wait or time.monotonic() >= job.deadline:
+            if not wait or time.monotonic() >= submission.deadline:
                 raise NotLoadedError if alive else EngineDownError
             await asyncio.sleep(RECONNECT_SECONDS)
 

@@ -1,1 +1,1 @@
-"""Files of texts that are classified in the background, behind all requests."""
+"""Jobs: files of texts that are classified in the background, with lower priority than requests."""

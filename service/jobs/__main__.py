@@ -1,9 +1,9 @@
-"""The process that runs jobs: a client of the hub and of the engines, as a frontend is.
+"""The process that runs jobs: a client of the hub and of the engines, like a frontend.
 
 `python -m service.jobs RUN_DIR LOCK`
 
-LOCK is the descriptor that holds the lock on the folder of jobs. The process keeps it open, so that
-no other server runs the jobs while this one still does.
+LOCK is the descriptor that holds the lock of the folder of jobs. The process keeps it open, so that
+no other server runs the jobs until this process has ended.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import uvloop
 from service.jobs.process import JobProcess
 from service.process import (
     exit_with_parent,
-    keep_what_is_here,
+    freeze_garbage_collector,
     name_process,
     receive_settings,
 )
@@ -48,7 +48,7 @@ def main() -> None:
     exit_with_parent()
     name_process("jobs")
     configure_logs(settings.log_level, settings.log_format, "jobs")
-    keep_what_is_here()
+    freeze_garbage_collector()
     uvloop.run(_until_stopped(settings, run_dir))
     drain_logs()
 

@@ -1,4 +1,4 @@
-"""What the process that runs jobs holds: connections, models, and the settings in force."""
+"""The parts of the process that runs jobs: connections, models, and the settings in force."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class JobProcess:
     """Run the jobs of a server.
 
     Args:
-        settings: of the server.
-        run_dir: where its hub and its engines listen.
+        settings: settings of the server.
+        run_dir: folder of the sockets of hub and engines.
 
     Attributes:
-        settings: in force.
-        models: that jobs can use.
+        settings: settings in force.
+        models: served models.
     """
 
     def __init__(self, settings: Settings, run_dir: Path) -> None:

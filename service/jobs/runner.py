@@ -1,4 +1,4 @@
-"""Run jobs one after another, oldest first; a job that was interrupted goes on where it was."""
+"""Run jobs one after another, oldest first; resume interrupted jobs."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ log = structlog.get_logger()
 LOOK_SECONDS = 0.25
 REPORT_SECONDS = 0.5
 MAX_STARTS = 5
-"""Starts of a job without an answered row after which it is to blame for the end of its process."""
+"""Number of starts without an answered row after which a job fails, since it ends its process."""
 
 
 _T = TypeVar("_T")
 
 
 class _StoppedError(Exception):
-    """The run is to end: the job was removed, or the process ends."""
+    """The run must end, since the job was removed or the process ends."""
 
 
 class Runner:
     """Run the jobs of a store.
 
     Args:
-        store: of jobs.
+        store: jobs to run.
         answering: answers their rows.
-        settings: returns those in force.
+        settings: returns the settings in force.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Runner:
         self._settings = settings
 
     async def run(self) -> None:
-        """Run jobs as they come, until cancelled.
+        """Run new and unfinished jobs, until cancelled.
 
         Raises:
             OSError: the folder of jobs cannot be written.
@@ -70,11 +70,10 @@ class Runner:
                 await self._run(job)
 
     async def _run(self, job: StoredJob) -> None:
-        """Run a job to its end."""
         description = job.description
         names = {"job": description.id, "model": description.model, "key": description.owner}
         run = _Run(job, self._store, self._answering, self._settings)
-        log.info("job begun", rows=run.progress.rows, **names)
+        log.info("job started", rows=run.progress.rows, **names)
         began = time.monotonic()
         try:
             await run.to_the_end()
@@ -87,9 +86,18 @@ class Runner:
 
 
 class _Run:
-    """One job, from where it is to its end.
+    """Run of one job, from its last answered row to its end.
 
-    A thread reads rows and writes answers; the event loop asks the engines and reports.
+    A thread reads rows and writes answers; the event loop calls the engines and saves the progress.
+
+    Args:
+        job: job to run.
+        store: store of the job.
+        answering: answers rows.
+        settings: returns the settings in force.
+
+    Attributes:
+        progress: progress of the job.
     """
 
     def __init__(
@@ -105,21 +113,22 @@ class _Run:
         self._answering = answering
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._asked: set[Future[Any]] = set()
+        self._futures: set[Future[Any]] = set()
+        """Work of the event loop for which the thread waits."""
         self._writing = threading.Lock()
         self._reason: Exception | None = None
-        """Why the thread is to stop."""
+        """Reason why the thread must stop."""
 
     async def to_the_end(self) -> None:
         """Run the job until it has finished or failed.
 
         Raises:
-            _StoppedError: it was removed.
+            _StoppedError: the job was removed.
             OSError: its outcome cannot be written.
         """
         starts = self.progress.starts + 1
-        begun = self.progress.started or time.time()
-        self._know(status="running", started=begun, starts=starts, seconds_left=None)
+        started = self.progress.started or time.time()
+        self._update(status="running", started=started, starts=starts, seconds_left=None)
         try:
             await asyncio.to_thread(self._write)
             if starts > MAX_STARTS:
@@ -128,7 +137,7 @@ class _Run:
                 )
             await self._work()
         except asyncio.CancelledError:
-            self._know(starts=self.progress.starts - 1)
+            self._update(starts=self.progress.starts - 1)
             with suppress(OSError):
                 self._write()
             raise
@@ -142,26 +151,25 @@ class _Run:
             await self._end("finished", None)
 
     async def _work(self) -> None:
-        """Have a thread do the work, and look after it."""
+        """Run the thread, and save the progress regularly until it ends."""
         working = asyncio.create_task(asyncio.to_thread(self._classify))
         try:
             while not (await asyncio.wait({working}, timeout=REPORT_SECONDS))[0]:
-                await self._look()
+                await self._check()
             working.result()
         except (CancelledError, asyncio.CancelledError):
             if self._reason is None or is_cancelled():
                 raise
-            raise self._reason from None  # `_stop` cancelled what the thread waited for
+            raise self._reason from None  # `_stop` cancelled the futures of the thread
         finally:
             self._stop(self._reason or _StoppedError())
             await asyncio.wait({working})
 
-    async def _look(self) -> None:
-        """Report how far the job is, and stop it where it may not go on."""
+    async def _check(self) -> None:
+        """Save the progress; stop the job if it was removed or all jobs take too many bytes."""
         try:
             await asyncio.to_thread(self._write)
-            most = self._settings().max_jobs_bytes
-            await asyncio.to_thread(self._store.check_bytes, most)
+            await asyncio.to_thread(self._store.check_bytes, self._settings().max_jobs_bytes)
         except FileNotFoundError:
             self._stop(_StoppedError())
         except BudgetFormerError as error:
@@ -169,7 +177,7 @@ class _Run:
 
     def _stop(self, reason: Exception) -> None:
         self._reason = reason
-        for future in list(self._asked):
+        for future in list(self._futures):
             future.cancel()
 
     def _write(self) -> None:
@@ -177,11 +185,11 @@ class _Run:
             waiting = self._answering.waiting_for if self.progress.unfinished else None
             self.job.write_progress(msgspec.structs.replace(self.progress, waiting_for=waiting))
 
-    def _know(self, **fields: object) -> None:
+    def _update(self, **fields: object) -> None:
         self.progress = msgspec.structs.replace(self.progress, **fields)
 
     def _explain(self, error: Exception) -> str:
-        """Return what the job's owner is told; it may quote the file, so it is not logged."""
+        """Return the error message for the job's owner; not for the log, as it may quote texts."""
         if isinstance(error, BudgetFormerError):
             return str(error).replace(f"{self.job.folder}/", "")
         if isinstance(error, OSError):
@@ -191,7 +199,7 @@ class _Run:
 
     async def _end(self, status: Status, error: str | None) -> None:
         kept = {"job.json", "progress.json"} | ({self.job.result.name} if error is None else set())
-        self._know(status=status, error=error, ended=time.time(), seconds_left=None, starts=0)
+        self._update(status=status, error=error, ended=time.time(), seconds_left=None, starts=0)
         try:
             for path in list(self.job.folder.iterdir()):
                 if path.name not in kept:
@@ -213,24 +221,24 @@ class _Run:
         with Journal(
             result, checkpoint, description.quality, description.heads, resume=True
         ) as journal:
-            follow = _Follow(rows, journal.totals)
+            rate = _Rate(rows, journal.totals)
             chunks = chunks_of(journal.remaining(iter(rows)), lambda: self._answering.rows)
-            # One more than engines compute, so that they need not wait for its tokens.
+            # One more than engines compute: its texts are tokenized meanwhile.
             for answered in answer_in_order(chunks, self._ask, self._answering.at_once + 1):
                 journal.append(answered)
-                self._know(starts=0, **follow.figures())
-            self._know(**follow.figures())
-            self._write()  # all that is known once the journal is gone
+                self._update(starts=0, **rate.figures())
+            self._update(**rate.figures())
+            self._write()  # the figures must be saved before the journal is removed
             finish(journal, result)
 
     def _fetch(self) -> None:
-        """Fetch the input from its URL, unless that is done."""
+        """Fetch the input from its URL, unless it has been fetched."""
         url = self.job.description.source
         if url is None or self.job.input.exists():
             return
         settings = self._settings()
         if not is_allowed(url, settings.job_sources):
-            raise JobFailedError("the setting job_sources does not allow the source any more")
+            raise JobFailedError("the setting job_sources no longer allows the source")
         partial = self.job.input.with_name("fetched")
 
         def check(*_: object) -> None:
@@ -244,38 +252,38 @@ class _Run:
         return self._wait_for(self._answering.answer(self.job.description, chunk))
 
     def _wait_for(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
-        """Have the event loop do some work, which ends when the run is stopped."""
+        """Have the event loop run a coroutine, which is cancelled when the run is stopped."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        self._asked.add(future)
-        future.add_done_callback(self._asked.discard)
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
         if self._reason is not None:
             future.cancel()
         return future
 
 
-class _Follow:
-    """Figures of a run that has just begun or gone on."""
+class _Rate:
+    """Figures and speed of a run, measured from its start or its resumption."""
 
     def __init__(self, rows: TableFile, totals: Totals) -> None:
         self._rows, self._totals = rows, totals
-        self._before = totals.rows
+        self._rows_at_start = totals.rows
         self._began = time.monotonic()
-        self._share_before: float | None = None
+        self._share_at_start: float | None = None
 
     def figures(self) -> dict[str, object]:
-        """Return the fields of `JobProgress` that they are."""
+        """Return fields of `JobProgress`."""
         totals, rows = self._totals, self._rows
         seconds = max(time.monotonic() - self._began, 1e-6)
         share = rows.position / rows.size if rows.size else 1.0
-        if self._share_before is None:
-            self._share_before = share
-        passed = share - self._share_before
+        if self._share_at_start is None:
+            self._share_at_start = share
+        done = share - self._share_at_start
         return {
             "rows": totals.rows,
             "failed_rows": totals.failed,
             "read_share": share,
-            "rows_per_second": (totals.rows - self._before) / seconds,
-            "seconds_left": (1 - share) * seconds / passed if passed > 0 else None,
+            "rows_per_second": (totals.rows - self._rows_at_start) / seconds,
+            "seconds_left": (1 - share) * seconds / done if done > 0 else None,
             "labels": dict(totals.labels),
             "mean_heads": totals.mean_heads,
             "macs_share": totals.macs_share,

@@ -13,7 +13,7 @@ from budgetformer.inference.decider import Decider
 from budgetformer.inference.policy import QualityName
 from budgetformer.model.tfidf import Array
 from service.ipc.answers import Answers
-from service.ipc.engine_client import Engines, Job
+from service.ipc.engine_client import Engines, Submission
 from service.pipeline.decision import DecidedTexts, Deciding
 from service.pipeline.served_models import ServedModel
 from service.scheduling.brownout import kept_above
@@ -34,45 +34,53 @@ class Answering:
     tracer: Tracer | None = None
     _deciding: Deciding = field(default_factory=Deciding)
 
-    async def answer(self, job: Job, model: ServedModel, floor: QualityName) -> Answers:
-        """Return the answers to a job's texts.
+    async def answer(
+        self, submission: Submission, model: ServedModel, floor: QualityName
+    ) -> Answers:
+        """Return the answers to the texts of a submission.
 
-        A model whose network reads embeddings to decide leaves that to the engine; so does a job
-        with a target, for which the engine's queue chooses the quality.
+        A model whose network reads embeddings to decide leaves that to the engine; so does a
+        submission with a target, for which the engine's queue chooses the quality.
 
         Args:
-            job: what to classify.
+            submission: texts to classify.
             model: that is to answer.
-            floor: lowest level that overload may make of a job's quality `auto`.
+            floor: lowest level that overload may make of the quality `auto`.
 
         Raises:
             EngineDownError, NotLoadedError, RefusedError, DeadlineError, EngineFailedError: see
                 `Engines.classify`.
         """
-        if model.decider is None or job.target is not None:
-            return await self.engines.classify(job)
-        decided = await self._decide(job, model.checkpoint, model.decider, floor)
+        if model.decider is None or submission.target is not None:
+            return await self.engines.classify(submission)
+        decided = await self._decide(submission, model.checkpoint, model.decider, floor)
         places, ran = decided.unanswered, None
         if places:
-            asked = replace(job, quality=decided.quality, decided=decided.decided).part(places)
+            asked = replace(submission, quality=decided.quality, decided=decided.decided).part(
+                places
+            )
             ran = await self.engines.classify(asked)
-        return decided.answer(job.return_heads, ran)
+        return decided.answer(submission.return_heads, ran)
 
     async def _decide(
-        self, job: Job, checkpoint: Checkpoint, decider: Decider, floor: QualityName
+        self, submission: Submission, checkpoint: Checkpoint, decider: Decider, floor: QualityName
     ) -> DecidedTexts:
         started = time.monotonic()
-        quality = job.quality
+        quality = submission.quality
         if quality == "auto":
             quality = kept_above(floor, self.engines.level)
-        rule = checkpoint.rule(quality if checkpoint.calibrated else None, job.heads, job.max_heads)
+        rule = checkpoint.rule(
+            quality if checkpoint.calibrated else None, submission.heads, submission.max_heads
+        )
         with stage_span(self.tracer, "budget") as span:
-            decided = await self._deciding.decide(decider, rule, job.texts.full_text)
+            decided = await self._deciding.decide(decider, rule, submission.texts.full_text)
             if span.is_recording():
                 span.set_attribute("budgetformer.model", checkpoint.label)
-                span.set_attribute("budgetformer.items", len(job.texts))
+                span.set_attribute("budgetformer.items", len(submission.texts))
                 span.set_attribute("budgetformer.budget", int(decided.steps.max()))
-        return DecidedTexts(job.texts, decided, decider, rule, quality, time.monotonic() - started)
+        return DecidedTexts(
+            submission.texts, decided, decider, rule, quality, time.monotonic() - started
+        )
 
 
 def count_answers(

@@ -1,1 +1,1 @@
-"""Scheduling: pure logic with a clock passed in. No I/O, no torch, nothing of HTTP."""
+"""Scheduling as pure logic: time is a parameter, and there is no I/O, no torch and no HTTP."""

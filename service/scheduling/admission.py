@@ -1,4 +1,4 @@
-"""Whether a request may enter: bounded items, and deadlines that can be met."""
+"""Admit a request only if the queue has room for it and its deadline can be met."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 MARGIN = 1.2
-"""What waits may take so much longer than it seems: whoever is let in at the last moment should not
-expire at the very end, when most of its work is done."""
+"""Factor on the queue's expected time. Without it, requests admitted just in time could expire
+after most of their work is done."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a request was not admitted, and after how many seconds it is worth trying again."""
+    """Reason why a request was not admitted, and the seconds after which a retry may succeed."""
 
     reason: Literal["queue_full", "deadline", "draining"]
     retry_after: int
@@ -27,22 +27,22 @@ def admit(
     price: float,
     remaining: float,
 ) -> Refusal | None:
-    """Decide for a whole request at once.
+    """Admit a request as a whole, or return why it is refused.
 
     Args:
-        items: texts in the request.
-        queued_items: texts that wait or run already.
-        max_items: room in the queue.
-        queued_seconds: device time that they will take.
-        price: device time that the request will take.
-        remaining: seconds until the answer is worthless.
+        items: number of texts in the request.
+        queued_items: number of texts that wait or run.
+        max_items: most texts that may wait or run.
+        queued_seconds: device time of the queued texts.
+        price: device time of the request.
+        remaining: seconds until its deadline.
 
     Returns:
-        None when admitted. A request larger than the whole queue is admitted when the queue is
-        empty, since no later moment would suit it better.
+        None if the request is admitted. A request larger than `max_items` is admitted only when the
+        queue is empty.
     """
     if queued_items and queued_items + items > max_items:
-        # Room for it opens when this share of what is queued has drained.
+        # There is room for the request once this share of the queue has drained.
         share = min(1.0, (queued_items + items - max_items) / queued_items)
         return Refusal("queue_full", max(1, math.ceil(share * queued_seconds)))
     needed = MARGIN * queued_seconds + price

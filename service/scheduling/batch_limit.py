@@ -1,35 +1,37 @@
-"""How many items a batch may have, as memory allows."""
+"""Largest number of items in a batch that fits into memory."""
 
 from __future__ import annotations
 
 FULL_BATCHES = 16
-"""The limit grows after so many full batches in a row."""
+"""Number of successful full batches after which the limit grows."""
 STEPS = 16
-"""It grows from nothing to the configured limit in so many steps."""
+"""Number of steps in which the limit grows from zero to the configured limit."""
 
 
 class BatchLimit:
-    """Shrink when memory runs out, and grow again slowly while full batches succeed.
+    """Limit that shrinks when memory runs out, and grows slowly while full batches succeed.
 
-    A shortage may pass: another process frees memory, or the long texts that caused it are done.
+    A shortage may be temporary: another process may free memory, or long texts may have caused it.
 
     Args:
-        configured: the largest limit.
+        configured: largest limit.
+
+    Attributes:
+        items: limit in force.
     """
 
     def __init__(self, configured: int) -> None:
         self.configured = configured
         self.items = configured
-        """The limit in force."""
         self._full = 0
 
     def shrink(self, room: int) -> None:
-        """Note that memory had room for so many items only."""
+        """Lower the limit to the number of items for which memory had room."""
         self.items = max(1, min(room, self.items))
         self._full = 0
 
     def succeeded(self, items: int) -> None:
-        """Note that a batch of so many items ran; smaller ones than the limit prove nothing."""
+        """Count a batch of `items` items that ran; only full batches can raise the limit."""
         if self.items == self.configured or items < self.items:
             return
         self._full += 1

@@ -1,25 +1,22 @@
-"""Buckets of waiting items, one per model version and ladder step, and batches from them.
+"""Buckets of waiting items, one per model version and ladder step, and the batches cut from them.
 
-Tokens are packed without padding, so a bucket needs no length bands: a batch of short and long
-texts multiplies nothing that a batch of equal ones would not. Items of large requests wait in a
-lane of their own, and the lanes share the device by weight, so that one caller's thousands of texts
-do not hold up another's single one.
+Tokens are packed without padding, so buckets need no length ranges. Items of large requests wait in
+the bulk lane, and the lanes share the device by weight, so one caller's thousands of texts do not
+delay another caller's single text.
 
-What waits is a span: items of one request that can share a batch. They arrived together and share
-a deadline, so urgency belongs to the span: it is the moment at which half of the time between
-arrival and deadline has passed; the earlier, the more urgent. A batch is cut by price and by number
-of items, wherever in a span that is; the rest of the span keeps its place. Guarantees:
+Items wait in spans. A span holds items of one request that can share a batch. They arrived together
+and have the same deadline, so urgency belongs to the span: it is the middle between arrival and
+deadline, and the earliest goes first. A batch is cut by price and by number of items, also within a
+span; the rest of the span keeps its urgency. Guarantees:
 
-- Within a lane every batch begins with the most urgent span of the lane, whatever its bucket. The
-  rest of the batch comes from the same bucket in the order of urgency, span by span, and the items
-  of a span in the order of its places. So no span waits behind a less urgent one for longer than
-  the rest of a batch.
-- Of two spans, a later arrival goes first only if its deadline is the earlier one. A queue that
-  could meet all deadlines when a span was admitted therefore still can, and a span with a long
-  deadline is overtaken only by arrivals of the first half of its time: its wait is bounded.
-- Across lanes urgency does not count. A lane with waiting spans gets at least the share of the
-  device that its weight says, for as long as they wait; which items are served with that share is
-  decided by urgency within the lane.
+- Within a lane, every batch begins with the most urgent span of all buckets. The rest of the batch
+  comes from the same bucket in the order of urgency, and the items of a span in the order of its
+  indices. So no span waits behind a less urgent one for longer than the rest of a batch.
+- Of two spans, a later arrival goes first only if its deadline is earlier. So if the queue could
+  meet all deadlines when a span was admitted, it still can. Only arrivals in the first half of the
+  time of a span can overtake it, so its wait is bounded.
+- Urgency does not count across lanes. A lane with waiting spans gets at least its share of the
+  device by weight; urgency decides which of its items are computed first.
 """
 
 from __future__ import annotations
@@ -35,16 +32,16 @@ Owner = TypeVar("Owner")
 
 Lane = Literal["interactive", "bulk"]
 WEIGHTS: dict[Lane, float] = {"interactive": 4.0, "bulk": 1.0}
-"""Shares of the device where both lanes have work."""
+"""Relative shares of the device while both lanes have work."""
 QUEUE_SHARE, MAX_BATCHES = 0.25, 2.0
-"""In a long queue a batch may take this share of its lane's seconds, up to `MAX_BATCHES` times the
-usual limit: larger batches cost less per item, which shortens the queue."""
+"""In a long queue, a batch may take this share of its lane's seconds, but at most `MAX_BATCHES`
+times the usual limit. Larger batches cost less per item, which shortens the queue."""
 BULK_ITEMS = 16
 """Requests with at least this many items wait in the bulk lane."""
 
 
 def lane_of(items: int) -> Lane:
-    """Return the lane of a request of so many items."""
+    """Return the lane of a request with this number of items."""
     return "bulk" if items >= BULK_ITEMS else "interactive"
 
 
@@ -54,18 +51,19 @@ class Span(Generic[Owner]):
 
     Attributes:
         owner: the request.
-        places: which of the owner's items these are, in the order in which they are taken.
-        prices: device seconds of each. Both lists are the span's own: `cut` shortens them.
-        bucket: items of one bucket can share a batch (model version, ladder step).
-        arrived: when the request came, on the scheduler's clock; an escalated item keeps its first
-            arrival.
-        deadline: when the request's answer becomes worthless.
-        lane: of the request.
-        total: sum of the prices, without drift after any number of cuts.
+        indices: indices of the items in the request, in the order in which they are computed.
+        prices: device seconds of each item. `cut` shortens this list and `indices`.
+        bucket: key of the bucket, such as model version and ladder step; items of one bucket can
+            share a batch.
+        arrived: arrival of the request, on the scheduler's clock; it does not change when items
+            move on to a higher step.
+        deadline: time at which the request's answer becomes worthless.
+        lane: lane of the request.
+        total: sum of the prices; it does not drift, however often the span is cut.
     """
 
     owner: Owner
-    places: list[int]
+    indices: list[int]
     prices: list[float]
     bucket: Hashable
     arrived: float
@@ -77,7 +75,7 @@ class Span(Generic[Owner]):
         self.total = TotalSeconds(self.prices)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     @property
     def seconds(self) -> float:
@@ -86,16 +84,16 @@ class Span(Generic[Owner]):
 
     @property
     def urgency(self) -> float:
-        """The middle between arrival and deadline; the earliest goes first."""
+        """Middle between arrival and deadline; the earliest goes first."""
         return (self.arrived + self.deadline) / 2
 
     def cut(self, count: int) -> Span[Owner]:
-        """Take the first `count` items off into a new span; this one keeps the rest, at least one.
+        """Move the first `count` items to a new span; at least one item must remain.
 
-        What it costs depends on `count`: the rest is neither summed again nor copied one by one.
+        This takes O(count) time: prices of the other items are not summed again.
         """
-        part = replace(self, places=self.places[:count], prices=self.prices[:count])
-        del self.places[:count], self.prices[:count]
+        part = replace(self, indices=self.indices[:count], prices=self.prices[:count])
+        del self.indices[:count], self.prices[:count]
         self.total -= part.total
         return part
 
@@ -107,9 +105,9 @@ class _LaneQueue(Generic[Owner]):
         self.weight = weight
         self.items = 0
         self.price = TotalSeconds()
-        """Price of everything that waits."""
+        """Price of the waiting items."""
         self.used = 0.0
-        """Device seconds that the lane has had, divided by its weight."""
+        """Device seconds that the lane has used, divided by its weight."""
         self.by_bucket: dict[Hashable, Heap[Span[Owner]]] = {}
 
     def add(self, span: Span[Owner]) -> None:
@@ -118,23 +116,26 @@ class _LaneQueue(Generic[Owner]):
             heap = self.by_bucket[span.bucket] = Heap()
         heap.push(span.urgency, span)
         self.price += span.total
-        self.items += len(span.places)
+        self.items += len(span.indices)
 
     def discard(self, span: Span[Owner]) -> bool:
         heap = self.by_bucket.get(span.bucket)
         if heap is None or not heap.discard(span):
             return False
         self.price -= span.total
-        self.items -= len(span.places)
+        self.items -= len(span.indices)
         if not heap:
             del self.by_bucket[span.bucket]
         return True
 
     def take(self, batch: list[Span[Owner]], bucket: Hashable, limit: float, items: int) -> float:
-        """Move the most urgent items of a bucket into a batch; return their price.
+        """Move the most urgent items of a bucket to a batch, and return their price.
 
-        The first item of a batch always fits; further ones up to the price `limit`, and at most
-        `items` in all.
+        Args:
+            batch: batch to extend.
+            bucket: bucket to take items from.
+            limit: highest total price; the first item of a batch always fits.
+            items: largest number of items.
         """
         heap, seconds = self.by_bucket.get(bucket), 0.0
         if heap is None:
@@ -163,13 +164,13 @@ class _LaneQueue(Generic[Owner]):
 
 
 class Buckets(Generic[Owner]):
-    """Hold waiting spans and hand their items out as batches.
+    """Queue of waiting spans, from which batches are taken.
 
     Args:
-        batch_seconds: a batch is filled up to this price (one item always fits), so that no text
-            waits longer than that for a device which has just begun; in a long queue up to twice.
+        batch_seconds: highest price of a batch, and so the longest wait for a pass that has just
+            begun. One item always fits, and in a long queue a batch may cost twice as much.
         batch_items: most items in a batch.
-        constant: seconds that a batch of a bucket takes in addition to its items' prices.
+        constant: returns the seconds that a batch of a bucket takes besides its items' prices.
     """
 
     def __init__(
@@ -186,12 +187,12 @@ class Buckets(Generic[Owner]):
         }
 
     def __len__(self) -> int:
-        """Return how many items wait."""
+        """Return the number of waiting items."""
         return sum([lane.items for lane in self._lanes.values()])
 
     @property
     def seconds(self) -> float:
-        """Device time of everything that waits, with one batch per bucket at least."""
+        """Device time of all waiting items, assuming one batch per bucket."""
         if not len(self):
             return 0.0
         buckets = {bucket for lane in self._lanes.values() for bucket in lane.by_bucket}
@@ -202,23 +203,23 @@ class Buckets(Generic[Owner]):
         """Add a span to its bucket."""
         lane = self._lanes[span.lane]
         if not lane.by_bucket:
-            # A lane gains no credit while it has nothing to do.
+            # A lane gains no credit while it is empty.
             lane.used = max([lane.used, *(o.used for o in self._lanes.values() if o.by_bucket)])
         lane.add(span)
 
     def discard(self, span: Span[Owner]) -> bool:
-        """Remove what is left of a span (cancelled, expired); return whether any of it waited."""
-        found = self._lanes[span.lane].discard(span)
-        self._forgive()
-        return found
+        """Remove the waiting rest of a span; return whether there was one."""
+        discarded = self._lanes[span.lane].discard(span)
+        self._reset_if_empty()
+        return discarded
 
     def take(self) -> list[Span[Owner]]:
-        """Return the next batch, most urgent span first; empty when nothing waits.
+        """Return the next batch, most urgent span first; empty if nothing waits.
 
-        The lane that has had the least of its share goes first, and in it the bucket of the most
-        urgent span. A batch that is smaller than its constant cost is filled up with the other
-        lane's items of the same bucket, which then cost almost nothing. The last span of either
-        lane may be a part, cut from one whose rest keeps waiting as the same object.
+        The batch comes from the lane that has used the least of its share, and from the bucket of
+        its most urgent span. If the items cost less than the constant cost of the batch, items of
+        the other lane in the same bucket are added, which then cost almost nothing. The last span
+        of a lane may be cut from a longer one, which keeps waiting.
         """
         lanes = [lane for lane in self._lanes.values() if lane.by_bucket]
         if not lanes:
@@ -228,19 +229,19 @@ class Buckets(Generic[Owner]):
         batch: list[Span[Owner]] = []
         waiting = len(self)
         limit = min(QUEUE_SHARE * lane.price.seconds, MAX_BATCHES * self.batch_seconds)
-        own = lane.take(batch, bucket, max(self.batch_seconds, limit), self.batch_items)
+        price = lane.take(batch, bucket, max(self.batch_seconds, limit), self.batch_items)
         constant = self._constant(bucket)
-        lane.used += (own + constant) / lane.weight
+        lane.used += (price + constant) / lane.weight
         for other in lanes:
-            if other is not lane and own < constant:
+            if other is not lane and price < constant:
                 room = self.batch_items - (waiting - len(self))
                 extra = other.take(batch, bucket, constant, room)
                 other.used += extra / other.weight
-        self._forgive()
+        self._reset_if_empty()
         return batch
 
-    def _forgive(self) -> None:
-        """Drop what lanes owe each other once nothing waits."""
+    def _reset_if_empty(self) -> None:
+        """Reset the lanes' use of the device once nothing waits."""
         if not len(self):
             for lane in self._lanes.values():
                 lane.used = 0.0

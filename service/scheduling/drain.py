@@ -1,21 +1,22 @@
-"""How fast a queue really drains: what else takes the device's time than its passes."""
+"""Measure how much slower a queue drains than its prices say."""
 
 from __future__ import annotations
 
 import math
 
 MEMORY_SECONDS = 1.0
-"""Prices follow what batches take, too: what both have seen should not count twice for long."""
+"""Time constant of the measurement. It is short since prices adapt to slow batches too, and the
+same slowness must not count twice for long."""
 DOUBT_SECONDS = 0.02
-"""So much time without a word against it is believed to have gone as prices say."""
+"""Amount of work assumed to have taken its price, so that short measurements count little."""
 MAX_STRETCH = 4.0
 
 
 class Drain:
-    """Compare the time that went by while there was work with the price of what was done.
+    """Ratio of the busy time to the price of the work that was done in it.
 
-    A core that an engine shares, batches smaller than expected, answers to write: whatever it is,
-    the queue lasts longer by that ratio than its prices add up to.
+    A queue takes longer than the sum of its prices if other processes share the core, if batches
+    are smaller than expected, or because of the time for writing answers.
     """
 
     def __init__(self) -> None:
@@ -23,12 +24,12 @@ class Drain:
 
     @property
     def stretch(self) -> float:
-        """Seconds that a second of priced work takes."""
+        """Real seconds per second of price, from 1 to `MAX_STRETCH`."""
         ratio = (self._seconds + DOUBT_SECONDS) / (max(self._priced, 0.0) + DOUBT_SECONDS)
         return min(max(ratio, 1.0), MAX_STRETCH)
 
     def observe(self, seconds: float, priced: float) -> None:
-        """Learn that in so many seconds, all of them busy, work of that price was done."""
+        """Note that work of the price `priced` was done in `seconds` of busy time."""
         kept = math.exp(-seconds / MEMORY_SECONDS)
         self._seconds = kept * self._seconds + seconds
         self._priced = kept * self._priced + priced

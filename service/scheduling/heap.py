@@ -9,20 +9,20 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item", bound=Hashable)
 
 MIN_REBUILD = 64
-"""A heap of fewer items is not rebuilt."""
+"""Number of records up to which a heap is not rebuilt."""
 
 
 class Heap(Generic[Item]):
-    """Hold items in the order of their keys; items with equal keys keep the order of insertion.
+    """Priority queue; items with equal keys keep the order of insertion.
 
-    Push, pop and discard take O(log n) time (amortized). The record of a discarded item, two
-    numbers without the item, stays until it comes to the frontend, or until half of the records are
-    stale and the heap is rebuilt, so memory is bounded.
+    Push, pop and discard take O(log n) time (amortized). The record of a discarded item, which does
+    not refer to the item, stays until it reaches the top, or until half of the records are stale
+    and the heap is rebuilt. So memory is bounded.
     """
 
     def __init__(self) -> None:
         self._records: list[tuple[float, int]] = []
-        """Keys, and the numbers that items got as they came."""
+        """Keys, and the items' numbers in the order of insertion."""
         self._items: dict[int, Item] = {}
         self._numbers: dict[Item, int] = {}
         self._next = 0

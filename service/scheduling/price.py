@@ -1,4 +1,4 @@
-"""What items and batches cost in seconds on this device, likely escalations included."""
+"""Prices: expected device seconds of items and batches, including likely escalations."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from budgetformer.inference.policy import BudgetRule, Shares
 
 SMOOTHING = 0.1
 MAX_OFF = 20.0
-"""A batch that took so many times its price, or that fraction of it, says no more than that."""
+"""Largest factor by which one batch may differ from its price and still count fully."""
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """Which ladder steps an item runs, as calibration saw it.
+    """Ladder steps that an item is expected to run, from calibration.
 
     Attributes:
         steps: share of the items that run each step >= 1.
-        onward: by step, the next step of the chain, and the share of those that ran the one which
-            go on to the other.
+        onward: for each step, the next step of the chain, and the share of the items at the step
+            that continue with it.
     """
 
     steps: Shares
@@ -28,7 +28,7 @@ class Outlook:
 
     @classmethod
     def of(cls, rule: BudgetRule) -> Outlook:
-        """Read a rule's; without calibration, expect the whole ladder of everyone."""
+        """Return the outlook of a rule; without calibration, all items run the whole ladder."""
         ends, steps = rule.expected_budgets(), rule.expected_runs()
         if ends is None or steps is None:
             return cls({rule.num_steps: 1.0 if rule.level is None else rule.level.macs_share})
@@ -40,47 +40,48 @@ class Outlook:
                 onward[step] = following, 1 - ends.get(step, 0.0) / share
         return cls(steps, onward)
 
-    def up_to(self, most: int | None) -> Outlook:
-        """Return what of it runs where no step above `most` does (None: all)."""
-        if most is None:
+    def up_to(self, max_step: int | None) -> Outlook:
+        """Return the outlook on an engine that computes steps up to `max_step` (None: all)."""
+        if max_step is None:
             return self
-        steps = {step: share for step, share in self.steps.items() if step <= most}
-        return Outlook(steps, {a: (b, share) for a, (b, share) in self.onward.items() if b <= most})
+        steps = {step: share for step, share in self.steps.items() if step <= max_step}
+        onward = {a: (b, share) for a, (b, share) in self.onward.items() if b <= max_step}
+        return Outlook(steps, onward)
 
     def after(self, step: int) -> Iterator[tuple[int, float]]:
-        """Yield each step that an item at `step` runs from there on, and how likely it is."""
-        likely = 1.0
-        while likely:
-            yield step, likely
+        """Yield `step` and each later step that an item may run, with its probability."""
+        probability = 1.0
+        while probability:
+            yield step, probability
             step, share = self.onward.get(step, (step, 0.0))
-            likely *= share
+            probability *= share
 
 
 class Prices:
-    """The cost table of every model, scaled to what its batches really take.
+    """The cost table of every model version, scaled to the measured time of its batches.
 
-    A table that is a guess, a slower machine, a busy one: the scale follows, and so does every
-    price. A key is a model version.
+    The scale corrects tables that are estimates, and machines that are slower or busy.
     """
 
     def __init__(self) -> None:
         self._tables: dict[Hashable, CostTable] = {}
         self._scales: dict[Hashable, float] = {}
 
-    def know(self, key: Hashable, table: CostTable) -> None:
-        """Price a model by this table from now on."""
+    def set_table(self, key: Hashable, table: CostTable) -> None:
+        """Set the cost table of a model version."""
         self._tables[key], self._scales[key] = table, 1.0
 
     def expected(
         self, key: Hashable, outlook: Outlook, tokens: int, exit_tokens: int, items: int = 1
     ) -> float:
-        """Return the seconds that items take, before f_o has seen them.
+        """Return the expected seconds of undecided items.
 
         Args:
-            key: of the model.
-            outlook: of the rule that they have.
-            tokens, exit_tokens: of all of them, as the encoder and as step 0 reads them.
-            items: how many there are.
+            key: model version.
+            outlook: outlook of their rule.
+            tokens: number of tokens of all items, as the encoder reads them.
+            exit_tokens: number of tokens of all items, as step 0 reads them.
+            items: number of items.
         """
         table = self._tables[key]
         run = sum(
@@ -92,38 +93,50 @@ class Prices:
     def expected_each(
         self, key: Hashable, outlook: Outlook, tokens: Sequence[int], exit_tokens: Sequence[int]
     ) -> list[float]:
-        """Return the expected seconds of each of some items, by their tokens; see `expected`."""
+        """Return the expected seconds of each undecided item; see `expected`.
+
+        Args:
+            key, outlook: see `expected`.
+            tokens, exit_tokens: number of tokens of each item.
+        """
         item = self.expected(key, outlook, 0, 0)
         token = self.expected(key, outlook, 1, 0, items=0)
         exit_token = self.expected(key, outlook, 0, 1, items=0)
         return [
-            item + token * own + exit_token * read
-            for own, read in zip(tokens, exit_tokens, strict=True)
+            item + token * count + exit_token * exit_count
+            for count, exit_count in zip(tokens, exit_tokens, strict=True)
         ]
 
     def item(self, key: Hashable, step: int, outlook: Outlook, tokens: int) -> float:
-        """Return the seconds that an item takes from its step on, likely later steps included."""
+        """Return the expected seconds of an item from its next step on; see `each`."""
         return self.each(key, step, outlook, [tokens])[0]
 
     def each(
         self, key: Hashable, step: int, outlook: Outlook, tokens: Sequence[int]
     ) -> list[float]:
-        """Return the same of each of some items, by their tokens."""
+        """Return the expected seconds of each item from its next step on.
+
+        Args:
+            key: model version.
+            step: next step of all items.
+            outlook: outlook of their rule, for later steps.
+            tokens: number of tokens of each item.
+        """
         table, scale = self._tables[key], self._scales[key]
         item = token = 0.0
-        for later, likely in outlook.after(step):
+        for later, probability in outlook.after(step):
             at = self._step(table, later)
-            item += scale * likely * table.share(at, 0)
-            token += scale * likely * table.share(at, 1, 0)
+            item += scale * probability * table.share(at, 0)
+            token += scale * probability * table.share(at, 1, 0)
         return [item + token * count for count in tokens]
 
     def constant(self, key: Hashable, step: int) -> float:
-        """Return the seconds that a batch at a step takes whatever is in it."""
+        """Return the seconds that a batch at a step takes besides the prices of its items."""
         table = self._tables[key]
         return self._scales[key] * table.constant(self._step(table, step))
 
     def observe(self, key: Hashable, step: int, tokens: int, items: int, seconds: float) -> None:
-        """Learn from a batch that ran."""
+        """Correct the scale of a model version by the measured seconds of a batch."""
         table = self._tables[key]
         ratio = seconds / max(table.batch(self._step(table, step), tokens, items), 1e-9)
         scale = self._scales[key]
@@ -132,5 +145,5 @@ class Prices:
 
     @staticmethod
     def _step(table: CostTable, step: int) -> int:
-        # Where layers decide for themselves (a step below 0), any of them may take all heads.
+        # A step below 0 means that layers decide themselves: any of them may use all heads.
         return step if 0 <= step < len(table.steps) else len(table.steps) - 1

@@ -1,4 +1,4 @@
-"""How much a caller may ask for, counted by several frontends together."""
+"""Limits of a key, counted by several frontends together."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 Numbers: TypeAlias = "memoryview[float]"
-"""One number ("d") for each frontend, in memory that all of them map."""
+"""One number (type "d") for each frontend, in memory that all of them map."""
 
 
 class SharedUsage:
-    """Requests under way and the rate of one key, over all frontends.
+    """Requests in flight and the rate of one key, over all frontends.
 
-    Each frontend writes only its own numbers and reads those of all. So there is no lock: a
-    frontend that is stopped or killed at any moment keeps none of the others waiting, and nobody
-    asks the hub. Counting costs microseconds, and it does not matter which frontend a connection
-    goes to.
+    Each frontend writes its own numbers only, and reads those of all. So no lock is needed: a
+    frontend that is stopped or killed never blocks another, and the hub is not asked. Counting
+    takes microseconds, and the limits hold whichever frontends a caller's connections go to.
 
-    The rate is a token bucket, in seconds of its rate, written as sums that can be kept apart:
-    it holds `burst + now - spent - idle`. `spent` adds up what all frontends took; `idle` is the
-    time in which the bucket was full and gained nothing, the highest value that any frontend has
-    seen. Time and `spent` alone decide `idle`: whenever the bucket is full, it is `now - spent`.
+    The rate is a token bucket, measured in seconds of the rate. It holds
+    `burst + now - spent - idle`. `spent` is the sum of what all frontends took. `idle` is the time
+    in which the bucket was full and gained nothing: the highest value that any frontend has seen.
+    Whenever the bucket is full, `idle` equals `now - spent`.
 
-    Frontends that count at the same instant do not see each other yet. For requests, each counts
-    itself before it looks, so that both may be refused the last place; both get it only if neither
-    processor has seen the other's write, at worst one request too many for each other frontend. For
-    the rate, each may take what is there once; the bucket is then in debt, and the rate holds.
+    Frontends that count at the same instant do not see each other's numbers. Of requests, each
+    counts its own before it reads the others, so both may be refused the last free place. Both get
+    it only if neither processor has seen the other's write: at worst, there is one request too many
+    for each other frontend. Of the rate, each may take all that is left; the bucket is then in
+    debt, so the mean rate still holds.
 
     Args:
-        requests: requests under way at each frontend.
-        spent: seconds of the rate taken at each frontend.
-        idle: seconds in which the bucket was full, as far as each frontend knows.
-        row: the place of this frontend.
-        release: sets `requests` to 0 at frontends that no longer run.
+        requests: number of requests in flight at each frontend.
+        spent: seconds of the rate that each frontend took.
+        idle: seconds in which the bucket was full, as each frontend has seen it.
+        row: index of this frontend.
+        release: sets `requests` to 0 for frontends that no longer run.
     """
 
     def __init__(
@@ -49,31 +49,38 @@ class SharedUsage:
         self._row = row
         self._release = release
 
-    def begin(self, most: int | None) -> bool:
-        """Count a request and return True, or False if `most` are under way; None: no limit."""
+    def begin(self, limit: int | None) -> bool:
+        """Count a request; return False if `limit` requests are in flight already.
+
+        Args:
+            limit: most requests in flight; None: no limit.
+        """
         self._requests[self._row] += 1
-        if most is None or sum(self._requests) <= most:
+        if limit is None or sum(self._requests) <= limit:
             return True
         self._release(self._requests)
-        if sum(self._requests) <= most:
+        if sum(self._requests) <= limit:
             return True
         self._requests[self._row] -= 1
         return False
 
     def end(self) -> None:
-        """Count a request no longer."""
+        """Count the end of a request."""
         self._requests[self._row] -= 1
 
     def take(self, seconds: float, burst: float, now: float) -> float:
-        """Take seconds of the rate and return 0, or the seconds until they can be taken.
+        """Take seconds of the rate.
 
-        What is larger than `burst` is given out when the bucket is full and leaves it in debt: a
-        large request waits instead of never being served, and the mean rate holds all the same.
+        More than `burst` can be taken only from a full bucket, which is then in debt. So a large
+        request waits instead of being refused for ever, and the mean rate still holds.
 
         Args:
-            seconds: to take, texts divided by texts per second.
-            burst: that the bucket holds.
-            now: on the system's monotonic clock, which all frontends share.
+            seconds: number of texts divided by texts per second.
+            burst: size of the bucket, in seconds.
+            now: time on the system's monotonic clock, which all frontends share.
+
+        Returns:
+            0 if the seconds were taken; else the time until they can be.
         """
         gained = now - sum(self._spent)
         idle = max(gained, *self._idle)
@@ -85,5 +92,5 @@ class SharedUsage:
         return 0.0
 
     def give_back(self, seconds: float) -> None:
-        """Return what was taken and not used."""
+        """Return seconds that were taken and not used."""
         self._spent[self._row] -= seconds

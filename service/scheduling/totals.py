@@ -9,13 +9,13 @@ NANOSECONDS = 10**9
 
 
 class TotalSeconds:
-    """A sum of durations that is updated as they come and go.
+    """Exact sum of durations.
 
-    Whole nanoseconds are added, so that the total is exact: zero when everything added has been
-    subtracted, however many operations lie between.
+    Whole nanoseconds are added, so the total is exactly zero when everything added has been
+    subtracted, after any number of operations.
 
     Args:
-        durations: what is in it at first, seconds.
+        durations: first durations, in seconds.
     """
 
     __slots__ = ("_nanoseconds",)
@@ -33,7 +33,7 @@ class TotalSeconds:
 
     @property
     def seconds(self) -> float:
-        """The total."""
+        """The total, in seconds."""
         return self._nanoseconds / NANOSECONDS
 
     def add(self, seconds: float) -> None:

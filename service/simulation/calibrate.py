@@ -1,4 +1,4 @@
-"""Ask a server that nobody else asks, and learn what requests cost it outside of passes."""
+"""Measure what requests cost an idle server outside of passes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from service.simulation.texts import Text, measured_texts
 FORMS: tuple[tuple[QualityName, int], ...] = (
     ("fast", 1), ("balanced", 1), ("best", 1), ("best", 4), ("balanced", 16), ("balanced", 64),
 )  # fmt: skip
-"""Quality and texts of the requests, each with short texts and with long ones."""
+"""Quality and number of texts of the requests; each is sent with short and with long texts."""
 CALLERS = 16
-"""Who ask at once, for what a request costs among others."""
+"""Number of concurrent callers in the measurement under load."""
 MAX_TEXTS = 600
 PROCESSES = {"frontend": "frontend", "engine": "engine", "supervisor": "hub"}
 _CPU = "budgetformer_process_cpu_seconds"
@@ -42,45 +42,46 @@ def calibrate(
     texts: Sequence[str],
     seconds: float = 4.0,
 ) -> ServerCosts:
-    """Measure what requests cost a server outside of its passes.
+    """Measure the processor time of requests outside of passes.
 
-    One request at a time, so nothing waits for anything, and which passes run is known; then single
-    texts from many callers at once. The server's metrics say what its processes took.
+    First one request is sent at a time, so that nothing waits and the passes are known. Then many
+    callers send single texts at the same time. The processor time is read from the server's
+    metrics.
 
     Args:
-        url: of the server.
-        checkpoint: to ask, of which it serves the same version.
-        model: its costs on that server's device.
-        texts: to ask; some hundreds of them are.
-        seconds: for each form of request.
+        url: URL of the server.
+        checkpoint: checkpoint that the server serves.
+        model: cost of its passes on the server's device.
+        texts: at least two texts to send; at most `MAX_TEXTS` of them are used.
+        seconds: duration of the measurement of each form of request.
 
     Raises:
-        DataError: the server does not answer as it should.
+        DataError: there are too few texts, or the server does not answer as expected.
     """
     if len(texts) < 2:
-        raise DataError("two texts are needed at least")
-    words = texts[:: math.ceil(len(texts) / MAX_TEXTS)]
-    samples = zip(words, measured_texts(checkpoint, words).texts, strict=True)
+        raise DataError("at least two texts are required")
+    chosen = texts[:: math.ceil(len(texts) / MAX_TEXTS)]
+    samples = zip(chosen, measured_texts(checkpoint, chosen).texts, strict=True)
     ordered = [Sample(*sample) for sample in samples]
     ordered.sort(key=lambda sample: sample.text.exit_tokens)
     halves = ordered[: len(ordered) // 2], ordered[len(ordered) // 2 :]
     connection = _connection(url)
     try:
-        asker = _Asker(connection, checkpoint.label, model, seconds)
-        asker.settle()
-        forms = [asker.ask(half, level, count) for level, count in FORMS for half in halves]
-        crowd = asker.ask_together([_connection(url) for _ in range(CALLERS)], ordered)
+        client = _MeasuringClient(connection, checkpoint.label, model, seconds)
+        client.measure_idle()
+        forms = [client.measure(half, level, count) for level, count in FORMS for half in halves]
+        crowd = client.measure_load([_connection(url) for _ in range(CALLERS)], ordered)
     except (OSError, HTTPException) as error:
         raise DataError(f"{url}: {error or type(error).__name__}") from error
     finally:
         connection.close()
     costs = fit_server([form.asked for form in forms])
-    ways = [
+    transfers = [
         form.latency - form.passes - costs.lone(form.asked)
         for form in forms
         if form.asked.texts == 1
     ]
-    return replace(costs, way=max(0.0, statistics.median(ways)), among=among(costs, crowd))
+    return replace(costs, way=max(0.0, statistics.median(transfers)), among=among(costs, crowd))
 
 
 def _connection(url: str) -> HTTPConnection:
@@ -95,26 +96,30 @@ def _connection(url: str) -> HTTPConnection:
 
 
 def among(costs: ServerCosts, crowd: Asked) -> float:
-    """Return what part of a lone request's cost for frontend and hub one of a crowd takes."""
+    """Return the cost of a request under load for frontend and hub, as a share of a lone one's."""
     lone = sum(cost.seconds(1, round(crowd.tokens)) for cost in (costs.frontend, costs.hub))
     return min(1.0, max(LEAST, crowd.frontend + crowd.hub) / max(LEAST, lone))
 
 
 class Sample(NamedTuple):
-    """A text in words, and what it asks of the device."""
+    """A text as a string, and its tokens and steps."""
 
-    words: str
+    string: str
     text: Text
 
 
 @dataclass(frozen=True)
 class _Form:
+    """Measurement of one form of request: its costs, its passes (s) and its latency (s)."""
+
     asked: Asked
     passes: float
     latency: float
 
 
-class _Asker:
+class _MeasuringClient:
+    """A client that reads the server's processor time before and after its requests."""
+
     def __init__(
         self, connection: HTTPConnection, model_name: str, model: SimModel, seconds: float
     ) -> None:
@@ -124,31 +129,31 @@ class _Asker:
         self._seconds = seconds
         self._idle: dict[str, float] = {}
 
-    def settle(self) -> None:
-        """Learn what the server takes while nobody asks."""
-        before, began = self._processor(), time.perf_counter()
+    def measure_idle(self) -> None:
+        """Measure the processor time per second without requests."""
+        before, began = self._processor_seconds(), time.perf_counter()
         time.sleep(self._seconds)
-        took = time.perf_counter() - began
-        after = self._processor()
-        self._idle = {kind: (after[kind] - before[kind]) / took for kind in before}
+        elapsed = time.perf_counter() - began
+        after = self._processor_seconds()
+        self._idle = {kind: (after[kind] - before[kind]) / elapsed for kind in before}
 
-    def ask(self, samples: Sequence[Sample], level: QualityName, count: int) -> _Form:
-        """Ask one form of request for some seconds."""
+    def measure(self, samples: Sequence[Sample], level: QualityName, count: int) -> _Form:
+        """Measure one form of request, one request at a time."""
         drawn = cycle(samples)
         self._request(list(islice(drawn, count)), level)
-        before, began = self._processor(), time.perf_counter()
-        asked: list[list[Text]] = []
+        before, began = self._processor_seconds(), time.perf_counter()
+        requests: list[list[Text]] = []
         latencies: list[float] = []
         while time.perf_counter() - began < self._seconds:
-            some = list(islice(drawn, count))
-            latencies.append(self._request(some, level))
-            asked.append([sample.text for sample in some])
-        frontend, engine, hub = self._spent(before, time.perf_counter() - began, len(asked))
-        ran = [passes_of(self._model, texts, level) for texts in asked]
+            batch = list(islice(drawn, count))
+            latencies.append(self._request(batch, level))
+            requests.append([sample.text for sample in batch])
+        frontend, engine, hub = self._spent(before, time.perf_counter() - began, len(requests))
+        ran = [passes_of(self._model, texts, level) for texts in requests]
         passes = statistics.fmean(seconds for _, seconds in ran)
         form = Asked(
             texts=count,
-            tokens=statistics.fmean(sum(text.exit_tokens for text in texts) for texts in asked),
+            tokens=statistics.fmean(sum(text.exit_tokens for text in texts) for texts in requests),
             runs=statistics.fmean(runs for runs, _ in ran),
             frontend=frontend,
             engine=engine - passes,
@@ -156,9 +161,9 @@ class _Asker:
         )
         return _Form(form, passes, statistics.fmean(latencies))
 
-    def ask_together(self, callers: Sequence[HTTPConnection], samples: Sequence[Sample]) -> Asked:
-        """Let callers ask one text after the other for some seconds; passes are not told apart."""
-        before, began = self._processor(), time.perf_counter()
+    def measure_load(self, callers: Sequence[HTTPConnection], samples: Sequence[Sample]) -> Asked:
+        """Measure single texts from concurrent callers; the engine's time includes its passes."""
+        before, began = self._processor_seconds(), time.perf_counter()
 
         def call(number: int) -> list[int]:
             drawn, tokens = cycle(samples[number::CALLERS] or samples), []
@@ -177,8 +182,8 @@ class _Asker:
     def _spent(
         self, before: dict[str, float], elapsed: float, requests: int
     ) -> tuple[float, float, float]:
-        """Return what a request took of frontend, engine and hub, beyond what they take idle."""
-        after = self._processor()
+        """Return the seconds of a request in frontend, engine and hub, without their idle time."""
+        after = self._processor_seconds()
         frontend, engine, hub = (
             (after[kind] - before[kind] - self._idle[kind] * elapsed) / requests
             for kind in ("frontend", "engine", "hub")
@@ -187,18 +192,19 @@ class _Asker:
 
     def _request(
         self,
-        asked: Sequence[Sample],
+        samples: Sequence[Sample],
         level: QualityName,
         connection: HTTPConnection | None = None,
     ) -> float:
-        words = [sample.words for sample in asked]
-        given = words if len(words) > 1 else words[0]
+        """Send a request, and return its latency."""
+        strings = [sample.string for sample in samples]
+        given = strings if len(strings) > 1 else strings[0]
         body = {"model": self._name, "quality": level, "input": given}
         began = time.perf_counter()
-        self._answer("POST", "/classify", json.dumps(body), connection)
+        self._call("POST", "/classify", json.dumps(body), connection)
         return time.perf_counter() - began
 
-    def _answer(
+    def _call(
         self,
         method: str,
         path: str,
@@ -211,28 +217,28 @@ class _Asker:
         response = connection.getresponse()
         content = response.read().decode()
         if response.status != 200:
-            raise DataError(f"{path} was answered {response.status}: {content[:200]}")
+            raise DataError(f"{path} returned status {response.status}: {content[:200]}")
         return content
 
-    def _processor(self) -> dict[str, float]:
-        """Return the seconds of processor time that each kind of process has had."""
+    def _processor_seconds(self) -> dict[str, float]:
+        """Return the total processor time of each kind of process."""
         from prometheus_client.parser import text_string_to_metric_families
 
-        content = self._answer("GET", "/metrics")
-        taken = dict.fromkeys(PROCESSES.values(), 0.0)
+        content = self._call("GET", "/metrics")
+        seconds = dict.fromkeys(PROCESSES.values(), 0.0)
         for family in text_string_to_metric_families(content):
             for sample in family.samples if family.name == _CPU else ():
                 kind = PROCESSES.get(sample.labels["process"].partition("-")[0])
                 if kind is not None:
-                    taken[kind] += sample.value
-        if not taken["frontend"] or not taken["engine"]:
-            raise DataError("the server's metrics do not tell of its processes")
-        return taken
+                    seconds[kind] += sample.value
+        if not seconds["frontend"] or not seconds["engine"]:
+            raise DataError(f"the server's metrics lack {_CPU} of its frontends or engines")
+        return seconds
 
 
 def passes_of(model: SimModel, texts: Sequence[Text], level: QualityName) -> tuple[int, float]:
-    """Return how many passes a lone request takes, and their seconds."""
-    engine = SimEngine(model, _named(level), EngineCost(), lambda _: None)
+    """Return the number of passes of a lone request, and their seconds."""
+    engine = SimEngine(model, _settings_with(level), EngineCost(), lambda _: None)
     engine.receive(SimRequest(0.0, float("inf"), texts), 0.0)
     runs, seconds = 0, 0.0
     while (took := engine.begin(seconds)) is not None:
@@ -243,5 +249,5 @@ def passes_of(model: SimModel, texts: Sequence[Text], level: QualityName) -> tup
 
 
 @cache
-def _named(level: QualityName) -> Settings:
+def _settings_with(level: QualityName) -> Settings:
     return Settings(quality=level)

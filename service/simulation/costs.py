@@ -1,4 +1,4 @@
-"""What requests cost a server outside of its passes: processor time of its processes."""
+"""Cost of requests outside of passes: processor time of a server's processes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from budgetformer.errors import DataError
 
 FORMAT = 1
 LEAST = 1e-6
-"""Seconds; what took less cannot be told from nothing."""
+"""Smallest cost in seconds; smaller measurements are not distinguishable from zero."""
 
 
 @dataclass(frozen=True)
 class ProcessCost:
-    """Seconds of one kind of process: for each request, for each of its texts, for each token."""
+    """Seconds of one kind of process for each request, each of its texts, and each token."""
 
     request: float = 0.0
     text: float = 0.0
     token: float = 0.0
 
     def seconds(self, texts: int, tokens: int) -> float:
-        """Return what a request takes."""
+        """Return the seconds of a request."""
         return self.request + self.text * texts + self.token * tokens
 
 
 @dataclass(frozen=True)
 class EngineCost:
-    """Seconds of an engine beside its passes: for each request, each text, and each pass."""
+    """Seconds of an engine outside of passes, for each request, each text, and each pass."""
 
     request: float = 0.0
     text: float = 0.0
@@ -40,16 +40,16 @@ class EngineCost:
 
 @dataclass(frozen=True)
 class ServerCosts:
-    """Seconds of processor time that a request takes outside of the passes.
+    """Processor time of a request outside of passes.
 
     Attributes:
-        frontend: parsing, tokenizing, writing the answer.
-        engine: reading a request, handing passes to the device, answering.
-        hub: counting.
-        way: seconds that a lone request takes beyond all of this: between processes, and from and
-            to a client on the same machine.
-        among: part of its cost that a request takes which a frontend or the hub goes on to from
-            another; what wakes them costs all of it.
+        frontend: cost of parsing, tokenizing and writing the answer.
+        engine: cost of reading requests, starting passes and answering.
+        hub: cost of counting.
+        way: remaining latency (s) of a lone request: transfer between processes, and to and from a
+            client on the same machine.
+        among: share of its cost that a request takes in a frontend or hub that is already busy. A
+            request that wakes an idle process takes its full cost.
     """
 
     frontend: ProcessCost = ProcessCost()
@@ -59,13 +59,11 @@ class ServerCosts:
     among: float = 1.0
 
     def lone(self, asked: Asked) -> float:
-        """Return the seconds of a request in frontend and engine, passes and `way` left out."""
-        engine = self.engine
-        beside = engine.request + engine.text * asked.texts + engine.run * asked.runs
-        frontend = self.frontend
-        return (
-            frontend.request + frontend.text * asked.texts + frontend.token * asked.tokens + beside
-        )
+        """Return the seconds of a lone request in frontend and engine, without passes and `way`."""
+        frontend, engine = self.frontend, self.engine
+        in_frontend = frontend.request + frontend.text * asked.texts + frontend.token * asked.tokens
+        in_engine = engine.request + engine.text * asked.texts + engine.run * asked.runs
+        return in_frontend + in_engine
 
     def dump(self) -> str:
         """Return the costs as JSON."""
@@ -74,7 +72,12 @@ class ServerCosts:
 
 @dataclass(frozen=True)
 class Asked:
-    """Lone requests of one form: of each, the texts, tokens and passes; seconds by process."""
+    """Measured requests of one form.
+
+    Attributes:
+        texts, tokens, runs: mean numbers of texts, tokens and passes of a request.
+        frontend, engine, hub: mean seconds of a request by process.
+    """
 
     texts: float
     tokens: float
@@ -85,15 +88,15 @@ class Asked:
 
 
 def fit_server(asked: Sequence[Asked]) -> ServerCosts:
-    """Fit costs to lone requests of several forms, by least relative squares, none below zero.
+    """Fit non-negative costs to lone requests of several forms, by least relative squares.
 
-    `Asked.engine` is what the engine took beside its passes.
+    `Asked.engine` must not include the passes.
     """
     shapes = [[1.0, form.texts, form.tokens] for form in asked]
     runs = [[1.0, form.texts, form.runs] for form in asked]
 
     def fit(sizes: list[list[float]], seconds: Iterable[float]) -> list[float]:
-        return fit_costs(sizes, [max(taken, LEAST) for taken in seconds])
+        return fit_costs(sizes, [max(measured, LEAST) for measured in seconds])
 
     return ServerCosts(
         ProcessCost(*fit(shapes, (form.frontend for form in asked))),
@@ -103,10 +106,10 @@ def fit_server(asked: Sequence[Asked]) -> ServerCosts:
 
 
 def read_costs(path: Path) -> ServerCosts:
-    """Read the costs of a file, or of `server.json` in a folder.
+    """Read the costs from a file, or from `server.json` in a folder.
 
     Raises:
-        DataError: there is none, or it is damaged.
+        DataError: the file does not exist, or is invalid.
     """
     file = path / SERVER_FILE if path.is_dir() else path
     try:
@@ -132,7 +135,7 @@ def read_costs(path: Path) -> ServerCosts:
             raise ValueError("costs must be finite and not negative")
     except OSError as error:
         reason = f"{file}: {error.strerror or error}"
-        raise DataError(f"{reason}; `budgetformer tune --url` measures it") from error
+        raise DataError(f"{reason}; `budgetformer tune --url` writes it") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file}: no costs of a server: {error}") from error
+        raise DataError(f"{file}: not a valid file of server costs: {error}") from error
     return costs

@@ -1,4 +1,4 @@
-"""One engine in virtual time: a cost table in place of a network, the real scheduler's batches."""
+"""Simulation of one device with the real scheduler and a cost table instead of a network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.scheduling.buckets import Lane, Span
 
 @dataclass(eq=False)
 class SimItem:
-    """A text: its tokens, and the steps that it will run one after the other (none: step 0)."""
+    """A text: its tokens, and the ladder steps that it will run; empty: step 0 answers it."""
 
     tokens: int
     steps: tuple[int, ...]
@@ -23,7 +23,7 @@ class SimItem:
 
 @dataclass(eq=False)
 class SimRequest:
-    """A request of some texts, and when it arrives."""
+    """A request: its arrival, its texts and its lane."""
 
     arrived: float
     items: list[SimItem]
@@ -39,10 +39,10 @@ class SimRequest:
 
 
 class Scheduler(Protocol):
-    """What forms batches."""
+    """A policy that forms batches."""
 
     def __len__(self) -> int:
-        """Return how many items wait."""
+        """Return the number of waiting items."""
 
     def add(self, span: Span[SimRequest]) -> None:
         """Let a span wait; its bucket is the step that its items run next."""
@@ -53,9 +53,16 @@ class Scheduler(Protocol):
 
 @dataclass
 class SimDevice:
-    """Run requests through a scheduler on a device that takes what a cost table says.
+    """A device whose passes take the time that a cost table predicts.
 
-    As the engine does, it decides the budgets of all that has arrived before each batch.
+    Like an engine, it decides the budgets of all arrived requests before each batch.
+
+    Attributes:
+        table: cost table.
+        scheduler: forms the batches.
+        patience: seconds from arrival to deadline.
+        now: present time, in seconds.
+        busy: total time of all passes, in seconds.
     """
 
     table: CostTable
@@ -78,42 +85,42 @@ class SimDevice:
                 self._compute(batch)
 
     def _decide(self) -> None:
-        came: list[SimRequest] = []
+        arrived: list[SimRequest] = []
         while self._arrivals and self._arrivals[0][0] <= self.now:
-            came.append(heapq.heappop(self._arrivals)[2])
-        items = [item for request in came for item in request.items]
+            arrived.append(heapq.heappop(self._arrivals)[2])
+        items = [item for request in arrived for item in request.items]
         if not items:
             return
         self._spend(self.table.batch(0, sum(item.tokens for item in items), len(items)))
-        for request in came:
-            self._go_on(request, range(len(request.items)))
+        for request in arrived:
+            self._advance(request, range(len(request.items)))
 
-    def _go_on(self, request: SimRequest, places: Iterable[int]) -> None:
-        """Let items wait for their next step, in this order; those without one are answered."""
-        items, going_on = request.items, []
-        for place in places:
-            if items[place].steps:
-                going_on.append(place)
+    def _advance(self, request: SimRequest, indices: Iterable[int]) -> None:
+        """Let items wait for their next step, in this order; answer those without a next step."""
+        items, waiting = request.items, []
+        for index in indices:
+            if items[index].steps:
+                waiting.append(index)
             else:
-                items[place].done = self.now
+                items[index].done = self.now
         deadline = request.arrived + self.patience
-        for step, neighbours in groupby(going_on, lambda place: items[place].steps[0]):
-            own = list(neighbours)
-            prices = [self.table.share(step, items[place].tokens) for place in own]
-            span = Span(request, own, prices, step, request.arrived, deadline, request.lane)
+        for step, group in groupby(waiting, lambda index: items[index].steps[0]):
+            same_step = list(group)
+            prices = [self.table.share(step, items[index].tokens) for index in same_step]
+            span = Span(request, same_step, prices, step, request.arrived, deadline, request.lane)
             self.scheduler.add(span)
 
     def _compute(self, batch: list[Span[SimRequest]]) -> None:
         by_step: dict[int, list[SimItem]] = {}
         for span in batch:
-            for item in [span.owner.items[place] for place in span.places]:
+            for item in [span.owner.items[index] for index in span.indices]:
                 by_step.setdefault(item.steps[0], []).append(item)
         for step, items in by_step.items():
             self._spend(self.table.batch(step, sum(item.tokens for item in items), len(items)))
             for item in items:
                 item.steps = item.steps[1:]
         for span in batch:
-            self._go_on(span.owner, span.places)
+            self._advance(span.owner, span.indices)
 
     def _spend(self, seconds: float) -> None:
         self.now += seconds

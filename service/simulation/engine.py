@@ -1,8 +1,8 @@
-"""An engine in virtual time: the scheduler as it is, and costs in place of a network.
+"""Simulation of an engine in virtual time, with the real scheduler and costs instead of a network.
 
-What `service.engine.core` does between its messages, without its processes and its tensors:
-admission, level, batches, escalation, expiry. Each pass takes what the cost table says. Budgets are
-decided in the frontend (`service.simulation.server`), so only texts that need a pass come here.
+It does what `service.engine.core` does, without processes and tensors: admission, level, batches,
+escalation, expiry. A pass takes the time that the cost table predicts. Frontends decide the budgets
+(`service.simulation.server`), so only texts that need a pass are sent here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from service.simulation.costs import EngineCost
 from service.simulation.texts import Text
 
 _MODEL = "model"
-"""Under which the one model of a simulation is priced."""
+"""Key of the only model of a simulation in `Prices`."""
 
 
 Outcome = Literal["answered", "refused", "expired"]
@@ -34,35 +34,37 @@ Outcome = Literal["answered", "refused", "expired"]
 
 @dataclass(frozen=True)
 class SimModel:
-    """A model: what its passes cost, and which steps texts are expected to run at each level."""
+    """A model: the cost table of its passes, and the steps that texts should run at each level."""
 
     table: CostTable
     outlooks: Mapping[QualityName, Outlook]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, table: CostTable) -> SimModel:
-        """Take the outlooks of a calibrated checkpoint."""
+        """Create the model of a calibrated checkpoint."""
         return cls(table, {level: Outlook.of(checkpoint.rule(level)) for level in QUALITY_NAMES})
 
 
 class SimRequest:
-    """A request on its way.
+    """A request.
 
     Attributes:
-        arrived, deadline: in seconds, and after which its answer is worthless.
-        texts, tokens: what is asked, and its tokens in all, as step 0 reads them.
-        level: quality that it gets.
-        open: texts that wait for an engine's answer.
-        gone: an engine does not hold it any more.
-        held: its frontend has let it in.
-        frontend, engine: of its server, where it is.
-        outcome: empty until it is known.
-        sent: texts that its frontend sent to an engine.
-        waiting: its texts that wait in the buckets of their engine, as spans of places in `texts`.
+        arrived, deadline: times in seconds.
+        texts: its texts.
+        tokens: number of tokens of all texts, as step 0 reads them.
+        lane: lane in which its texts wait.
+        level: its quality level.
+        open: number of texts without an answer of the engine.
+        left_engine: whether the engine has answered or dropped it.
+        held: whether the frontend has admitted it.
+        frontend, engine: indices of its frontend and engine in the server.
+        outcome: outcome; None: not known yet.
+        sent: number of texts that the frontend sent to the engine.
+        waiting: spans of its texts that wait in the engine.
     """
 
     __slots__ = (
-        "arrived", "deadline", "engine", "frontend", "gone", "held", "lane", "level", "open",
+        "arrived", "deadline", "engine", "frontend", "held", "lane", "left_engine", "level", "open",
         "outcome", "sent", "texts", "tokens", "waiting",
     )  # fmt: skip
 
@@ -74,7 +76,7 @@ class SimRequest:
         self.lane: Lane = lane_of(len(texts))
         self.level: QualityName = DEFAULT_QUALITY
         self.open = 0
-        self.gone = False
+        self.left_engine = False
         self.held = False
         self.sent = 0
         self.frontend = 0
@@ -84,15 +86,16 @@ class SimRequest:
 
 
 class SimEngine:
-    """One engine; whoever holds it begins its passes and tells it when they end.
-
-    `running` and `step` say what runs.
+    """One engine; its owner calls `begin` and `finish` for each pass.
 
     Args:
-        model: the only one that it serves.
-        settings: of the server.
-        cost: of what it does beside the passes.
-        expire: is told of every request that waited past its deadline.
+        model: its only model.
+        settings: settings of the server.
+        cost: cost of its work outside of passes.
+        expire: called with each request whose deadline passed while it waited.
+
+    Attributes:
+        running, step: spans and ladder step of the running pass.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class SimEngine:
     ) -> None:
         self.model = model
         self.prices = Prices()
-        self.prices.know(_MODEL, model.table)
+        self.prices.set_table(_MODEL, model.table)
         self.drain = Drain()
         seconds = settings.brownout_queue_ms / 1000
         self.brownout = BrownOut(
@@ -113,73 +116,73 @@ class SimEngine:
         self.buckets: Buckets[SimRequest] = Buckets(
             settings.batch_milliseconds / 1000, settings.batch_items, self._constant
         )
-        self._named = None if settings.quality == "auto" else cast(QualityName, settings.quality)
-        self._most = settings.max_queue_items
+        auto = settings.quality == "auto"
+        self._fixed_level = None if auto else cast(QualityName, settings.quality)
+        self._max_items = settings.max_queue_items
         self._cost = cost
         self._expire = expire
-        self._here: deque[SimRequest] = deque()
+        self._requests: deque[SimRequest] = deque()
         self.running: list[Span[SimRequest]] = []
-        self._held = TotalSeconds()
-        """Prices of what runs."""
+        self._running_price = TotalSeconds()
         self.step = 0
         self._began = self._pass = self._work = 0.0
-        self._beside = 0.0
-        """What was done meanwhile, and is still to be counted."""
+        self._overhead = 0.0
+        """Seconds of work outside of passes since the last pass began."""
 
     @property
     def queued_seconds(self) -> float:
-        """Seconds that all that is here will take, as fast as it drains now."""
-        return self.drain.stretch * (self.buckets.seconds + self._held.seconds)
+        """Time until all present items are computed, at the present speed of the queue."""
+        return self.drain.stretch * (self.buckets.seconds + self._running_price.seconds)
 
     def level(self, now: float) -> QualityName:
-        """Return the quality level of a request that comes now."""
-        return self._named or self.brownout.observe(self.queued_seconds, now)
+        """Return the quality level of a request that arrives now."""
+        return self._fixed_level or self.brownout.observe(self.queued_seconds, now)
 
     def receive(self, request: SimRequest, now: float) -> Refusal | None:
-        """Take the texts of a request in that need a pass at its level, or say why not."""
+        """Queue the texts of a request that need a pass at its level, or return why not."""
         queued = self.queued_seconds
         outlook = self.model.outlooks[request.level]
         items = [
-            (place, steps[0], self.prices.item(_MODEL, steps[0], outlook, text.tokens))
-            for place, text in enumerate(request.texts)
+            (index, steps[0], self.prices.item(_MODEL, steps[0], outlook, text.tokens))
+            for index, text in enumerate(request.texts)
             if (steps := text.steps[request.level])
         ]
-        self._beside += self._cost.request
+        self._overhead += self._cost.request
         refusal = admit(
             items=len(items),
             queued_items=len(self.buckets) + sum(map(len, self.running)),
-            max_items=self._most,
+            max_items=self._max_items,
             queued_seconds=queued,
             price=sum([price for _, _, price in items]),
             remaining=request.deadline - now,
         )
         if refusal is None:
-            self._here.append(request)
+            self._requests.append(request)
             request.open = len(items)
             self._wait(request, items)
         return refusal
 
     def begin(self, now: float) -> float | None:
-        """Begin the next pass; return its seconds of processor time, None if there is nothing."""
+        """Begin the next pass, and return its processor time; None: no text waits."""
         self._drop_late(now)
         batch = self.buckets.take()
         if not batch:
             return None
         for span in batch:
             span.owner.waiting.discard(span)
-            self._held += span.total
+            self._running_price += span.total
         step = batch[0].bucket
         assert isinstance(step, int)
         return self._run(step, batch, now)
 
     def finish(self, now: float) -> list[SimRequest]:
-        """End the pass that runs; return the requests that have all their answers now."""
+        """End the running pass, and return the requests that are now completely answered."""
         batch, self.running = self.running, []
         priced = sum([price for span in batch for price in span.prices])
         for span in batch:
-            self._held -= span.total
+            self._running_price -= span.total
         if self._work:
-            # A pass is priced by the time it takes, slowed by whatever shares its core.
+            # The measured time of a pass includes the slowdown by processes on the same core.
             seconds = (now - self._began) * self._pass / self._work
             tokens, count = _size(batch)
             self.prices.observe(_MODEL, self.step, tokens, count, seconds)
@@ -187,64 +190,64 @@ class SimEngine:
         for span in batch:
             request = span.owner
             outlook = self.model.outlooks[request.level]
-            going_on = []
-            for place in span.places:
-                text = request.texts[place]
+            continuing = []
+            for index in span.indices:
+                text = request.texts[index]
                 step = text.step_after(self.step, request.level)
                 if step is None:
                     request.open -= 1
                 else:
                     price = self.prices.item(_MODEL, step, outlook, text.tokens)
                     priced -= price
-                    going_on.append((place, step, price))
-            self._wait(request, going_on)
+                    continuing.append((index, step, price))
+            self._wait(request, continuing)
             if not request.open:
-                request.gone = True
+                request.left_engine = True
                 answered.append(request)
         self.drain.observe(now - self._began, priced)
         if not len(self.buckets):
-            self.brownout.observe(0.0, now)  # a real engine looks once a second, asked or not
+            self.brownout.observe(0.0, now)  # a real engine observes with each heartbeat
         return answered
 
     def _run(self, step: int, batch: list[Span[SimRequest]], now: float) -> float:
         tokens, count = _size(batch)
         answered = sum(
             [
-                span.owner.texts[place].step_after(step, span.owner.level) is None
+                span.owner.texts[index].step_after(step, span.owner.level) is None
                 for span in batch
-                for place in span.places
+                for index in span.indices
             ]
         )
         cost = self._cost
         self.running, self.step, self._began = batch, step, now
         self._pass = self.model.table.batch(step, tokens, count)
-        self._work = self._pass + cost.run + cost.text * answered + self._beside
-        self._beside = 0.0
+        self._work = self._pass + cost.run + cost.text * answered + self._overhead
+        self._overhead = 0.0
         return self._work
 
     def _wait(self, request: SimRequest, items: Iterable[tuple[int, int, float]]) -> None:
-        """Let texts of a request wait, given as place, step and price."""
+        """Let texts of a request wait, each given by its index, step and price."""
         by_step: dict[int, tuple[list[int], list[float]]] = {}
-        for place, step, price in items:
-            places, prices = by_step.setdefault(step, ([], []))
-            places.append(place)
+        for index, step, price in items:
+            indices, prices = by_step.setdefault(step, ([], []))
+            indices.append(index)
             prices.append(price)
-        for step, (places, prices) in by_step.items():
+        for step, (indices, prices) in by_step.items():
             span = Span(
-                request, places, prices, step, request.arrived, request.deadline, request.lane
+                request, indices, prices, step, request.arrived, request.deadline, request.lane
             )
             request.waiting.add(span)
             self.buckets.add(span)
 
     def _drop_late(self, now: float) -> None:
-        here = self._here
-        while here and (here[0].gone or here[0].deadline <= now):
-            request = here.popleft()
-            if not request.gone:
+        requests = self._requests
+        while requests and (requests[0].left_engine or requests[0].deadline <= now):
+            request = requests.popleft()
+            if not request.left_engine:
                 self._drop(request)
 
     def _drop(self, request: SimRequest) -> None:
-        request.gone = True
+        request.left_engine = True
         while request.waiting:
             self.buckets.discard(request.waiting.pop())
         self._expire(request)
@@ -255,6 +258,6 @@ class SimEngine:
 
 
 def _size(batch: Sequence[Span[SimRequest]]) -> tuple[int, int]:
-    """Return a batch's tokens and texts."""
-    tokens = [span.owner.texts[place].tokens for span in batch for place in span.places]
+    """Return the numbers of tokens and texts of a batch."""
+    tokens = [span.owner.texts[index].tokens for span in batch for index in span.indices]
     return sum(tokens), len(tokens)

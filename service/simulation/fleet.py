@@ -1,10 +1,9 @@
-"""Many servers behind a router, of which a sample is simulated, request by request.
+"""Simulation of many servers behind a router, request by request, on a sample of the servers.
 
-Servers share nothing but the router, so a fleet is simulated by a part of it that gets its part of
-the traffic. For routers that choose at random or in turn that is exact in distribution, however
-large the fleet; for those that look at how much is in flight it is the usual mean-field
-approximation, which `sample` makes as good as wanted: the more servers are simulated, the less one
-of them shows in what the others get.
+Servers share only the router, so a sample of them gets its share of the traffic. For routers that
+choose at random or in turn, the result is exact in distribution for fleets of any size. For routers
+that compare requests in flight it is the usual mean-field approximation, which becomes more precise
+with a larger `sample`.
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ from service.simulation.texts import Population
 from service.simulation.traffic import Traffic
 
 Router = Literal["random", "turns", "two", "least"]
-"""To any server; to the next one; to the emptier of any two; to the emptiest of all."""
+"""A random server; round robin; the less loaded of two random servers; the least loaded of all."""
 ROUTERS: tuple[Router, ...] = get_args(Router)
 CHOICES = 65536
-"""Drawn at a time."""
+"""Number of random choices that are drawn at once."""
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """Servers of one kind, and what they serve.
+    """Equal servers behind a router, and their model.
 
     Attributes:
-        model: the only one.
+        model: their only model.
         population: texts of the requests.
-        settings: of every server.
-        cores: of every server.
-        costs: outside of the passes.
-        servers: how many there are.
-        sample: how many of them are simulated.
-        router: before them.
+        settings: settings of each server.
+        cores: number of cores of each server.
+        costs: costs outside of passes.
+        servers: number of servers.
+        sample: number of servers that are simulated.
+        router: router before the servers.
     """
 
     model: SimModel
@@ -57,22 +56,22 @@ class Fleet:
 
     @property
     def engines(self) -> int:
-        """Engines of a server."""
+        """Number of engines of each server."""
         return self.settings.engines or self.cores
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What became of the requests of the sampled servers.
+    """Results of the requests to the sampled servers.
 
     Attributes:
-        fleet: of which they are a part.
-        seconds: until the last answer, as long as the traffic at least.
-        arrived, latency: seconds, of each request.
-        outcome: place in `OUTCOMES`, of each.
-        level: place in `LEVELS`, of each.
-        texts: of each.
-        busy: seconds of processor time by kind of process, in all.
+        fleet: the fleet.
+        seconds: time until the last answer, at least the length of the traffic.
+        arrived, latency: arrival and latency of each request, in seconds.
+        outcome: index of each request's outcome in `OUTCOMES`.
+        level: index of each request's level in `LEVELS`.
+        texts: number of texts of each request.
+        busy: total processor time by kind of process, in seconds.
     """
 
     fleet: Fleet
@@ -86,16 +85,19 @@ class Run:
 
     @property
     def summary(self) -> Summary:
-        """It in short."""
+        """Summary of the run."""
         fleet, answered = self.fleet, self.outcome == OUTCOMES.index("answered")
         count = max(1, int(answered.sum()))
         scale = fleet.servers / fleet.sample / self.seconds
         latency = np.sort(self.latency[answered]) if answered.any() else np.zeros(1)
         processes = {"frontend": fleet.settings.fronts, "engine": fleet.engines, "hub": 1}
-        here = fleet.sample * self.seconds
+        server_seconds = fleet.sample * self.seconds
         levels = {
-            level: float((self.level[answered] == place).sum()) / count
-            for place, level in enumerate(LEVELS)
+            level: float((self.level[answered] == index).sum()) / count
+            for index, level in enumerate(LEVELS)
+        }
+        busy = {
+            kind: seconds / processes[kind] / server_seconds for kind, seconds in self.busy.items()
         }
         lowered = 1 - levels[DEFAULT_QUALITY] if fleet.settings.quality == "auto" else 0.0
         return Summary(
@@ -110,23 +112,23 @@ class Run:
             p99=float(np.quantile(latency, 0.99)),
             levels=levels,
             lowered=lowered,
-            busy={kind: seconds / processes[kind] / here for kind, seconds in self.busy.items()},
-            busy_cores=sum(self.busy.values()) / fleet.cores / here,
+            busy=busy,
+            busy_cores=sum(self.busy.values()) / fleet.cores / server_seconds,
         )
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in short.
+    """Summary of a run.
 
     Attributes:
-        sent, answered, refused, expired: requests of the sampled servers.
-        requests_per_second, texts_per_second: answered by the whole fleet.
-        p50, p90, p99: seconds until an answer.
+        sent, answered, refused, expired: numbers of requests to the sampled servers.
+        requests_per_second, texts_per_second: answered requests and texts of the whole fleet.
+        p50, p90, p99: quantiles of the latency of answers, in seconds.
         levels: share of the answers at each quality level.
-        lowered: share of the answers whose quality gave way to the load.
-        busy: part of the time for which a process of each kind has work to do, were it alone.
-        busy_cores: part of the cores that all of them take.
+        lowered: share of the answers whose level was lowered because of load.
+        busy: utilization of a process of each kind, on an otherwise idle core.
+        busy_cores: utilization of the cores by all processes.
     """
 
     sent: int
@@ -145,14 +147,14 @@ class Summary:
 
     @property
     def lost_share(self) -> float:
-        """The share of the requests that were refused or came too late."""
+        """Share of the requests that were refused or expired."""
         return (self.refused + self.expired) / max(1, self.sent)
 
 
 def requests(
     population: Population, traffic: Traffic, draw: np.random.Generator
 ) -> Iterator[tuple[float, list[int]]]:
-    """Draw requests: when each comes, and the places of its texts in the population."""
+    """Draw requests: the arrival of each, and the indices of its texts in the population."""
     times, sizes = traffic.draw(draw)
     drawn = iter(population.draw(int(sizes.sum()), draw).tolist())
     for at, size in zip(times.tolist(), sizes.tolist(), strict=True):
@@ -160,7 +162,7 @@ def requests(
 
 
 def run(fleet: Fleet, traffic: Traffic, seed: int = 0) -> Run:
-    """Send a fleet its traffic and wait for the last answer; the same seed gives the same run."""
+    """Simulate a fleet until the last answer; the same seed gives the same run."""
     draw = np.random.default_rng(seed)
     sampled = traffic.times(fleet.sample / fleet.servers)
     texts = fleet.population.texts
@@ -170,10 +172,10 @@ def run(fleet: Fleet, traffic: Traffic, seed: int = 0) -> Run:
         for _ in range(fleet.sample)
     ]
     choose = _router(fleet.router, servers, draw)
-    for place, (at, asked) in enumerate(requests(fleet.population, sampled, draw)):
-        server = choose(place, at)
+    for number, (at, indices) in enumerate(requests(fleet.population, sampled, draw)):
+        server = choose(number, at)
         server.advance(at)
-        server.offer([texts[number] for number in asked])
+        server.offer([texts[index] for index in indices])
     for server in servers:
         server.advance(float("inf"))
     return Run(
@@ -191,29 +193,29 @@ def run(fleet: Fleet, traffic: Traffic, seed: int = 0) -> Run:
 def _router(
     router: Router, servers: Sequence[SimServer], draw: np.random.Generator
 ) -> Callable[[int, float], SimServer]:
-    """Return what chooses a server for the request of this number at this time."""
+    """Return a function that chooses a server, given the number and arrival of a request."""
     count = len(servers)
     if router == "turns" or count == 1:
-        return lambda place, _: servers[place % count]
+        return lambda number, _: servers[number % count]
     choices = _forever(lambda: draw.integers(count, size=CHOICES).tolist())
     if router == "random":
         return lambda *_: servers[next(choices)]
 
-    def emptiest(some: Sequence[SimServer], at: float) -> SimServer:
-        for server in some:
+    def least_loaded(candidates: Sequence[SimServer], at: float) -> SimServer:
+        for server in candidates:
             server.advance(at)
-        return min(some, key=lambda server: server.in_flight)
+        return min(candidates, key=lambda server: server.in_flight)
 
     if router == "least":
-        return lambda place, at: emptiest(
-            [*servers[place % count :], *servers[: place % count]], at
+        return lambda number, at: least_loaded(
+            [*servers[number % count :], *servers[: number % count]], at
         )
 
     def two(_: int, at: float) -> SimServer:
         first, second = next(choices), next(choices)
         while second == first:
             second = next(choices)
-        return emptiest((servers[first], servers[second]), at)
+        return least_loaded((servers[first], servers[second]), at)
 
     return two
 

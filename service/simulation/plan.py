@@ -1,4 +1,4 @@
-"""How much a server can take, how many of them a traffic needs, and what that costs."""
+"""Capacity planning: the highest rate of a server, the number of servers, and their price."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from service.simulation.fleet import Fleet, Run, Summary, run
 from service.simulation.traffic import Traffic
 
 EXACT = 0.02
-"""The rate that a server can take is looked for to this share of it."""
+"""Relative precision of the highest rate."""
 MAX_SERVERS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Goals:
-    """What has to hold.
+    """Service-level goals.
 
     Attributes:
-        p99: seconds, at most.
-        lost: share of the requests that are refused or late, at most.
-        lowered: share of the answers below the normal quality, at most.
+        p99: highest 99th percentile of the latency, in seconds.
+        lost: highest share of requests that are refused or expire.
+        lowered: highest share of answers below the normal quality.
     """
 
     p99: float
@@ -28,7 +28,7 @@ class Goals:
     lowered: float = 0.01
 
     def met_by(self, summary: Summary) -> bool:
-        """Tell whether a run met all of them."""
+        """Return whether a run met all goals."""
         return (
             summary.answered > 0
             and summary.p99 <= self.p99
@@ -39,9 +39,12 @@ class Goals:
 
 @dataclass(frozen=True)
 class Plan:
-    """So many servers, and what they make of the traffic; None: no number of them meets the goals.
+    """Number of servers for some traffic.
 
-    `rate`: requests a second that one server can take.
+    Attributes:
+        rate: highest requests per second of one server within the goals.
+        servers: number of servers; None: no number meets the goals.
+        run: simulation of these servers; None as `servers`.
     """
 
     rate: float
@@ -50,15 +53,15 @@ class Plan:
 
 
 def most_rate(fleet: Fleet, traffic: Traffic, goals: Goals, seed: int = 0) -> float:
-    """Return the mean requests a second that one server takes within the goals; 0: none at all.
+    """Return the highest mean requests per second of one server within the goals; 0: none.
 
-    The shape of the traffic stays as it is, and the sampled servers are the whole fleet.
+    The shape of the traffic is kept, and the sampled servers are the whole fleet.
     """
-    whole = replace(fleet, servers=fleet.sample)
+    sampled = replace(fleet, servers=fleet.sample)
 
     def fits(rate: float) -> bool:
-        given = traffic.at_mean(rate * whole.servers)
-        return goals.met_by(run(whole, given, seed).summary)
+        scaled = traffic.at_mean(rate * sampled.servers)
+        return goals.met_by(run(sampled, scaled, seed).summary)
 
     low = high = 1.0
     while not fits(low):
@@ -74,17 +77,17 @@ def most_rate(fleet: Fleet, traffic: Traffic, goals: Goals, seed: int = 0) -> fl
 
 
 def servers_needed(fleet: Fleet, traffic: Traffic, goals: Goals, seed: int = 0) -> Plan:
-    """Return how many servers a traffic needs, and a run of so many."""
+    """Return the number of servers that some traffic needs, and a run with that number."""
     rate = most_rate(fleet, traffic, goals, seed)
     if not rate or traffic.mean_rate / rate > MAX_SERVERS:
         return Plan(rate, None, None)
     servers = max(1, math.ceil(traffic.mean_rate / rate))
-    chosen = replace(fleet, servers=servers, sample=min(fleet.sample, servers))
-    return Plan(rate, servers, run(chosen, traffic, seed))
+    planned = replace(fleet, servers=servers, sample=min(fleet.sample, servers))
+    return Plan(rate, servers, run(planned, traffic, seed))
 
 
 def price_per_million(fleet: Fleet, summary: Summary, core_hour: float) -> float:
-    """Return what a million answered texts cost, in whatever a core costs for an hour."""
+    """Return the price of a million answered texts; `core_hour` is the price of a core-hour."""
     cores = fleet.cores * fleet.servers
     if not summary.texts_per_second:
         return math.inf

@@ -1,4 +1,4 @@
-"""Compare ways to form batches, in virtual time, on one device.
+"""Compare batching policies in virtual time on one device.
 
 python -m service.simulation.policies CHECKPOINT COST_TABLE
 """
@@ -26,24 +26,24 @@ BULK = 512
 
 
 class OneQueue:
-    """First come, first served: a batch is whatever is at the frontend, of all steps."""
+    """First come, first served: a batch is the head of one queue, with items of all steps."""
 
     def __init__(self) -> None:
         self._queue: deque[Span[SimRequest]] = deque()
-        """Of one item each."""
+        """Spans of one item each."""
 
     def __len__(self) -> int:
-        """Return how many items wait."""
+        """Return the number of waiting items."""
         return len(self._queue)
 
     def add(self, span: Span[SimRequest]) -> None:
-        """Let the items of a span wait at the end."""
+        """Append the items of a span to the queue."""
         while len(span) > 1:
             self._queue.append(span.cut(1))
         self._queue.append(span)
 
     def take(self) -> list[Span[SimRequest]]:
-        """Return the front of the queue, as much as fits into a batch."""
+        """Return as many items from the head of the queue as fit into a batch."""
         batch: list[Span[SimRequest]] = []
         seconds = 0.0
         while self._queue and len(batch) < BATCH_ITEMS:
@@ -56,15 +56,15 @@ class OneQueue:
 
 
 class OneLane(Buckets[SimRequest]):
-    """Buckets by step, and no lane of its own for large requests."""
+    """Buckets by step, without a separate lane for large requests."""
 
     def add(self, span: Span[SimRequest]) -> None:
-        """Let a span wait in its bucket."""
+        """Add a span to its bucket."""
         super().add(replace(span, lane="interactive"))
 
 
 def policies(table: CostTable) -> dict[str, Callable[[], Scheduler]]:
-    """Return what is compared, by name."""
+    """Return the policies to compare, by name."""
 
     def constant(step: object) -> float:
         assert isinstance(step, int)
@@ -79,16 +79,15 @@ def policies(table: CostTable) -> dict[str, Callable[[], Scheduler]]:
 
 @dataclass(frozen=True)
 class Mix:
-    """What texts need: how often each path of steps is taken, and lengths in tokens."""
+    """Distribution of texts: weights of the paths of steps, and mean tokens."""
 
     paths: Sequence[tuple[float, tuple[int, ...]]]
     mean_tokens: float = 50.0
 
     @classmethod
     def of(cls, rules: Sequence[BudgetRule]) -> Mix:
-        """Read those of calibrated rules, which are asked for equally often."""
-        paths = [way for rule in rules for way in steps_of(rule)]
-        return cls(paths)
+        """Return the mix of calibrated rules with equally many requests each."""
+        return cls([path for rule in rules for path in steps_of(rule)])
 
     def item(self, draw: random.Random) -> SimItem:
         """Draw a text."""
@@ -99,7 +98,7 @@ class Mix:
 
 
 def trace(mix: Mix, rate: float, bulk_share: float, seed: int = 0) -> list[SimRequest]:
-    """Draw a minute of Poisson arrivals: `rate` texts a second, a share in large requests."""
+    """Draw a minute of Poisson arrivals: `rate` texts per second, a share in large requests."""
     draw = random.Random(seed)
     requests: list[SimRequest] = []
     for size, texts in ((1, rate * (1 - bulk_share)), (BULK, rate * bulk_share)):
@@ -112,7 +111,7 @@ def trace(mix: Mix, rate: float, bulk_share: float, seed: int = 0) -> list[SimRe
 
 @dataclass(frozen=True)
 class Outcome:
-    """Texts a second, and seconds of latency of single texts and of large requests."""
+    """Texts per second, and latency (s) of single texts (p50, p99) and large requests (p50)."""
 
     throughput: float
     p50: float
@@ -121,7 +120,7 @@ class Outcome:
 
 
 def simulate(table: CostTable, scheduler: Scheduler, requests: Sequence[SimRequest]) -> Outcome:
-    """Serve a trace to its end."""
+    """Simulate a trace to its end."""
     device = SimDevice(table, scheduler)
     device.run(requests)
     items = sum(len(request.items) for request in requests)
@@ -139,17 +138,17 @@ def simulate(table: CostTable, scheduler: Scheduler, requests: Sequence[SimReque
 
 
 def capacity(table: CostTable, mix: Mix) -> float:
-    """Return the texts a second that full batches reach with buckets by step."""
-    most = trace(mix, 20_000.0, 0.0)[:20_000]
-    return simulate(table, policies(table)["buckets by step"](), most).throughput
+    """Return the texts per second that full batches reach with buckets by step."""
+    overload = trace(mix, 20_000.0, 0.0)[:20_000]
+    return simulate(table, policies(table)["buckets by step"](), overload).throughput
 
 
 def compare(checkpoint: Checkpoint, table: CostTable) -> str:
     """Return a Markdown table of every policy under several loads."""
     mix = Mix.of([checkpoint.rule(name) for name in QUALITY_NAMES])
-    most = capacity(table, mix)
+    full = capacity(table, mix)
     lines = [
-        f"Capacity in full batches: {most:.0f} texts a second.",
+        f"Capacity in full batches: {full:.0f} texts per second.",
         "",
         "| load | large requests | policy | texts/s | p50 ms | p99 ms | large requests, p50 ms |",
         "|---|---|---|---|---|---|---|",
@@ -157,10 +156,10 @@ def compare(checkpoint: Checkpoint, table: CostTable) -> str:
     for load in (0.5, 0.8, 1.5):
         for bulk in (0.0, 0.5):
             for name, make in policies(table).items():
-                seen = simulate(table, make(), trace(mix, load * most, bulk))
-                cells = [f"{load:.0%}", f"{bulk:.0%}", name, f"{seen.throughput:.0f}"]
-                cells += [f"{1000 * s:.1f}" for s in (seen.p50, seen.p99)]
-                cells += [f"{1000 * seen.bulk_p50:.0f}" if bulk else ""]
+                outcome = simulate(table, make(), trace(mix, load * full, bulk))
+                cells = [f"{load:.0%}", f"{bulk:.0%}", name, f"{outcome.throughput:.0f}"]
+                cells += [f"{1000 * s:.1f}" for s in (outcome.p50, outcome.p99)]
+                cells += [f"{1000 * outcome.bulk_p50:.0f}" if bulk else ""]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

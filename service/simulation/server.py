@@ -1,4 +1,4 @@
-"""A server in virtual time: frontends, engines and the hub, which share its cores."""
+"""Simulation of a server in virtual time: frontends, engines and the hub share its cores."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LEVELS = QUALITY_NAMES
 
 @dataclass
 class Records:
-    """What became of requests, in the order in which they were done with.
+    """Results of requests, in the order in which they ended.
 
     Attributes:
-        arrived: when each came, seconds.
-        latency: seconds until its answer was written, whatever it was.
-        outcome: place in `OUTCOMES`.
-        texts: of each.
-        level: place in `LEVELS` of the quality that it got.
-        busy: seconds of processor time, by kind of process.
+        arrived: arrival of each request, in seconds.
+        latency: seconds from arrival until an answer or error was written.
+        outcome: index of the outcome in `OUTCOMES`.
+        texts: number of texts.
+        level: index of the quality level in `LEVELS`.
+        busy: processor time by kind of process, in seconds.
     """
 
     arrived: array[float] = field(default_factory=lambda: array("d"))
@@ -43,32 +43,37 @@ class Records:
 
 
 class _Frontend:
-    """A frontend: it does one thing after the other, and holds what it has let in."""
+    """A frontend, which handles one request at a time.
+
+    Attributes:
+        queue: requests that wait for it, before or after their engine.
+        current: request that it handles now.
+        in_flight: number of its texts in each engine.
+    """
 
     def __init__(self, engines: int) -> None:
         self.queue: deque[SimRequest] = deque()
-        self.does: SimRequest | None = None
+        self.current: SimRequest | None = None
         self.shedding = LoadShedding()
         self.in_flight = [0] * engines
 
 
 class SimServer:
-    """One server, moved through time by whoever holds it.
+    """One server; its owner advances its time.
 
-    Its processes share the cores evenly: while more of them have work than there are cores, each
-    runs at the same part of its speed. Half of what a request costs a frontend comes before the
-    engine and half after it; a deadline counts from when the frontend begins. A request that is
-    refused costs the frontend what it costs without texts; one that is turned away unread costs a
-    real frontend less.
-    The frontend decides budgets, and answers itself what step 0 answers.
-    Load shedding is told tokens in place of bytes.
+    The processes share the cores evenly: while more processes than cores have work, all run at the
+    same lower speed. Half of the cost of a request in the frontend comes before the engine, and
+    half after it. A deadline counts from the time when the frontend begins. A refused request costs
+    the frontend as much as a request without texts; a real frontend spends less on bodies that it
+    does not read. The frontend decides budgets, and answers the texts that step 0 answers. Load
+    shedding compares tokens instead of bytes.
 
     Args:
-        model: the only one that it serves.
+        model: its only model.
         settings: frontends, engines (0: one per core), queues, deadline and quality.
-        cores: that the processes share.
-        costs: outside of the passes.
-        records: where what becomes of requests is kept.
+        cores: number of cores that the processes share.
+        costs: costs outside of passes.
+        records: receives the results of requests.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class SimServer:
         engines = settings.engines or cores
         self.now = 0.0
         self.in_flight = 0
-        """Requests that are here."""
+        """Number of requests that have not ended."""
         self._cores = cores
         self._costs = costs
         self._model = model
@@ -93,8 +98,8 @@ class SimServer:
         self._engines = [
             SimEngine(model, settings, costs.engine, self._expired) for _ in range(engines)
         ]
-        # Processor sharing in virtual time: `_served` grows with what each busy process gets, and
-        # a process is done when it reaches what it began at plus its work.
+        # Processor sharing in virtual time: `_served` is the processor time that each busy process
+        # has had. A process ends its work when `_served` reaches its entry in `_done`.
         self._served = 0.0
         self._busy = 0
         self._hub = settings.fronts + engines
@@ -102,7 +107,7 @@ class SimServer:
         self._turn = 0
 
     def offer(self, texts: Sequence[Text]) -> None:
-        """Let a request come now."""
+        """Receive a request now."""
         request = SimRequest(self.now, _NEVER, texts)
         request.frontend = self._turn
         self._turn = (self._turn + 1) % len(self._frontends)
@@ -110,7 +115,7 @@ class SimServer:
         self._queue(request)
 
     def advance(self, until: float) -> None:
-        """Let time pass."""
+        """Advance the time to `until`."""
         done = self._done
         while self._busy:
             soonest = min(done)
@@ -128,7 +133,7 @@ class SimServer:
                 self._frontend_done(process)
             elif process < self._hub:
                 self._engine_done(process - len(self._frontends))
-        # Nothing counts from before an idle moment, so the numbers stay small and exact.
+        # While the server is idle, `_served` can be reset, so the numbers stay small and exact.
         self._served = 0.0
         if until < _NEVER:
             self.now = until
@@ -143,13 +148,13 @@ class SimServer:
     def _queue(self, request: SimRequest) -> None:
         frontend = self._frontends[request.frontend]
         frontend.queue.append(request)
-        if frontend.does is None:
-            self._next_of(request.frontend)
+        if frontend.current is None:
+            self._start_next(request.frontend)
 
-    def _next_of(self, place: int, share: float = 1.0) -> None:
-        """Begin what waits for a frontend, for some share of what it costs."""
-        frontend = self._frontends[place]
-        request = frontend.does = frontend.queue.popleft() if frontend.queue else None
+    def _start_next(self, index: int, share: float = 1.0) -> None:
+        """Start the next request of a frontend, at this share of its cost."""
+        frontend = self._frontends[index]
+        request = frontend.current = frontend.queue.popleft() if frontend.queue else None
         if request is None:
             return
         cost, count = self._costs.frontend, len(request.texts)
@@ -166,7 +171,7 @@ class SimServer:
             frontend.shedding.enter(count, self._timeout, self.now)
             work = cost.seconds(count, request.tokens) / 2
             work += self._model.table.batch(0, request.tokens, count)
-        self._start(place, "frontend", share * work)
+        self._start(index, "frontend", share * work)
 
     def _sheds(self, shedding: LoadShedding, request: SimRequest) -> bool:
         count, size = len(request.texts), request.tokens
@@ -178,39 +183,39 @@ class SimServer:
             shedding.learn_refusal(size, shedding.texts)
         return full
 
-    def _frontend_done(self, place: int) -> None:
-        request = self._frontends[place].does
+    def _frontend_done(self, index: int) -> None:
+        request = self._frontends[index].current
         assert request is not None
         if request.outcome is None:
-            self._ask_engine(request)
+            self._send_to_engine(request)
         else:
-            self._leave(request)
-        self._next_of(place, self._costs.among)
+            self._end(request)
+        self._start_next(index, self._costs.among)
 
-    def _ask_engine(self, request: SimRequest) -> None:
+    def _send_to_engine(self, request: SimRequest) -> None:
         in_flight = self._frontends[request.frontend].in_flight
-        place = request.engine = in_flight.index(min(in_flight))
-        request.level = self._engines[place].level(self.now)
+        engine = request.engine = in_flight.index(min(in_flight))
+        request.level = self._engines[engine].level(self.now)
         hard = sum([bool(text.steps[request.level]) for text in request.texts])
         request.sent = hard
-        in_flight[place] += hard
+        in_flight[engine] += hard
         if not hard:
             self._return(request, "answered")
         elif self.now >= request.deadline:
             self._return(request, "expired")
-        elif self._engines[place].receive(request, self.now) is not None:
+        elif self._engines[engine].receive(request, self.now) is not None:
             shedding = self._frontends[request.frontend].shedding
             shedding.learn_refusal(request.tokens, shedding.texts - len(request.texts))
             self._return(request, "refused")
-        elif self._done[len(self._frontends) + place] == _NEVER:
-            self._begin(place)
+        elif self._done[len(self._frontends) + engine] == _NEVER:
+            self._begin_pass(engine)
 
     def _return(self, request: SimRequest, outcome: Outcome) -> None:
         self._frontends[request.frontend].in_flight[request.engine] -= request.sent
         request.outcome = outcome
         self._queue(request)
 
-    def _leave(self, request: SimRequest) -> None:
+    def _end(self, request: SimRequest) -> None:
         assert request.outcome is not None
         count, records = len(request.texts), self._records
         self.in_flight -= 1
@@ -233,15 +238,15 @@ class SimServer:
 
     # Engines
 
-    def _begin(self, place: int) -> None:
-        work = self._engines[place].begin(self.now)
+    def _begin_pass(self, engine: int) -> None:
+        work = self._engines[engine].begin(self.now)
         if work is not None:
-            self._start(len(self._frontends) + place, "engine", work)
+            self._start(len(self._frontends) + engine, "engine", work)
 
-    def _engine_done(self, place: int) -> None:
-        for request in self._engines[place].finish(self.now):
+    def _engine_done(self, engine: int) -> None:
+        for request in self._engines[engine].finish(self.now):
             self._return(request, "answered")
-        self._begin(place)
+        self._begin_pass(engine)
 
     def _expired(self, request: SimRequest) -> None:
         self._return(request, "expired")

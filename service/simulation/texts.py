@@ -1,4 +1,4 @@
-"""What texts ask of a device: their tokens, and the ladder steps that they run at each quality."""
+"""Simulated texts: their tokens, and the ladder steps that they run at each quality level."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from budgetformer.inference.texts import Texts
 from service.scheduling.price import Outlook
 
 Steps = tuple[int, ...]
-"""Ladder steps that a text runs one after the other, each once; none: step 0 answers it."""
+"""Ladder steps that a text runs in this order; empty: step 0 answers it."""
 
-TOGETHER = 32
-"""Texts of a pass while they are measured."""
+BATCH_TEXTS = 32
+"""Texts in a pass while they are measured."""
 MIN_SHARE = 1e-9
-"""A smaller share of the texts is a rounding error."""
+"""Smaller shares of the texts are rounding errors."""
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """A text: its tokens, its steps at each quality level, and the tokens that step 0 reads.
+    """A text.
 
-    `whole` None: those are the same.
+    Attributes:
+        tokens: number of tokens that the encoder reads.
+        steps: its steps at each quality level.
+        whole: number of tokens that step 0 reads; None: `tokens`.
     """
 
     tokens: int
@@ -37,11 +40,11 @@ class Text:
 
     @property
     def exit_tokens(self) -> int:
-        """Tokens that step 0 reads; the frontend makes as many."""
+        """Number of tokens that step 0 reads and the frontend tokenizes."""
         return self.tokens if self.whole is None else self.whole
 
     def step_after(self, step: int, level: QualityName) -> int | None:
-        """Return the step that follows one of its steps at a level; None: that was the last."""
+        """Return the step that follows one of its steps at a level; None: it was the last."""
         steps = self.steps[level]
         following = steps.index(step) + 1
         return steps[following] if following < len(steps) else None
@@ -54,11 +57,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Population:
-    """Texts that requests are made of.
+    """Texts from which requests are drawn.
 
     Attributes:
-        texts: from which they are drawn.
-        weights: how likely each is drawn, 1 in all; None: all alike.
+        texts: the texts.
+        weights: probability of each text; None: all are equally likely.
     """
 
     texts: Sequence[Text]
@@ -66,19 +69,19 @@ class Population:
 
     @property
     def hard_share(self) -> float:
-        """The share of what is drawn that enters the encoder at the normal level."""
+        """Share of the drawn texts that enter the encoder at the normal level."""
         return float(np.average([text.hard for text in self.texts], weights=self.weights))
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens of what is drawn, on average."""
+        """Mean number of tokens of the drawn texts."""
         return float(np.average([text.tokens for text in self.texts], weights=self.weights))
 
     def with_hard_share(self, share: float) -> Population:
-        """Return the same texts, drawn so that this share of them enters the encoder.
+        """Return the same texts with weights so that this share of them enters the encoder.
 
         Raises:
-            DataError: there are none of the one kind or the other.
+            DataError: all texts enter the encoder, or none does.
         """
         hard = np.array([text.hard for text in self.texts])
         if hard.all() or not hard.any():
@@ -87,17 +90,17 @@ class Population:
         return replace(self, weights=weights)
 
     def draw(self, count: int, seed: np.random.Generator) -> np.ndarray:
-        """Draw places in `texts`."""
+        """Draw indices of `texts`."""
         if self.weights is None:
             return seed.integers(len(self.texts), size=count)
         return seed.choice(len(self.texts), size=count, p=self.weights)
 
 
 def measured_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]]) -> Population:
-    """Run real texts through the network at every level, and keep what each one needed.
+    """Run texts through the network at every level, and return their tokens and steps.
 
     Raises:
-        DataError: there is no text.
+        DataError: there are no texts.
     """
     from budgetformer.checkpoint.loading import load_network
     from budgetformer.inference import cascade
@@ -115,20 +118,21 @@ def measured_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]
         [
             Text(
                 len(encoding),
-                {level: _passes(own[place]) for level, own in ran.items()},
+                {level: _steps(rows[index]) for level, rows in ran.items()},
                 None if encoding.full_ids is None else len(encoding.full_ids),
             )
-            for place, encoding in enumerate(encodings)
+            for index, encoding in enumerate(encodings)
         ]
     )
 
 
-def _batches(places: list[int]) -> Iterator[list[int]]:
-    return (places[start : start + TOGETHER] for start in range(0, len(places), TOGETHER))
+def _batches(indices: list[int]) -> Iterator[list[int]]:
+    starts = range(0, len(indices), BATCH_TEXTS)
+    return (indices[start : start + BATCH_TEXTS] for start in starts)
 
 
-def _passes(ran: np.ndarray) -> Steps:
-    """Return the steps from 1 on that ran."""
+def _steps(ran: np.ndarray) -> Steps:
+    """Return the steps that ran; `ran` has one entry for each step from 1 on."""
     return tuple((np.flatnonzero(ran) + 1).tolist())
 
 
@@ -141,20 +145,20 @@ def made_up_texts(
     seed: int = 0,
     whole_tokens: int = 0,
 ) -> Population:
-    """Make up texts that need, at each level, what calibration saw.
+    """Generate texts whose steps at each level have the shares of calibration.
 
-    A text that is hard at one level is hard at the others too; length and difficulty have nothing
-    to do with each other.
+    A text that is hard at one level is hard at the others too. Length and difficulty are
+    independent.
 
     Args:
-        rules: by level.
-        mean_tokens: of a text, before it is cut to `most_tokens`.
-        most_tokens: the longest that the encoder reads.
-        tail: lengths have a Pareto tail of this index, above 1 and heavier the nearer to it; None:
-            they are log-normal with a spread of one half.
-        count: texts to draw from.
-        seed: of what is made up.
-        whole_tokens: the longest that step 0 reads; up to `most_tokens` it reads no more than that.
+        rules: budget rule of each level.
+        mean_tokens: mean tokens of a text, before it is cut to `most_tokens`.
+        most_tokens: most tokens that the encoder reads.
+        tail: index of a Pareto tail of the lengths, above 1; the nearer to 1, the heavier the tail.
+            None: lengths are log-normal with a standard deviation of 0.5 of the logarithm.
+        count: number of texts.
+        seed: random seed.
+        whole_tokens: most tokens that step 0 reads, at least `most_tokens`.
     """
     draw = np.random.default_rng(seed)
     if tail is None:
@@ -162,41 +166,42 @@ def made_up_texts(
     else:
         lengths = (1 + draw.pareto(tail, count)) * mean_tokens * (tail - 1) / tail
     wholes = np.clip(np.rint(lengths), 3, max(most_tokens, whole_tokens)).astype(int)
-    ways = {level: steps_of(rule) for level, rule in rules.items()}
-    # Evenly spread instead of drawn: the shares are exactly those of calibration.
+    paths = {level: steps_of(rule) for level, rule in rules.items()}
+    # Evenly spaced instead of random, so that the shares are exactly those of calibration.
     difficulties = draw.permutation((np.arange(count) + 0.5) / count)
     return Population(
         [
-            Text(min(n, most_tokens), {level: _at(at, way) for level, way in ways.items()}, n)
+            Text(min(n, most_tokens), {level: _at(at, path) for level, path in paths.items()}, n)
             for n, at in zip(wholes.tolist(), difficulties, strict=True)
         ]
     )
 
 
 def steps_of(rule: BudgetRule) -> list[tuple[float, Steps]]:
-    """Return how often texts run which steps under a rule, the easiest first.
+    """Return the paths of steps under a rule with their shares of the texts, the easiest first.
 
-    The shares of each step are those that the scheduler expects. Who goes on from a step does not
-    depend on where it came from.
+    The shares of each step are those that the scheduler expects. Whether a text continues after a
+    step does not depend on the steps before.
     """
     outlook = Outlook.of(rule)
-    found: list[tuple[float, Steps]] = []
-    coming: defaultdict[int, list[tuple[float, Steps]]] = defaultdict(list)
+    ended: list[tuple[float, Steps]] = []
+    continuing: defaultdict[int, list[tuple[float, Steps]]] = defaultdict(list)
     entered = 0.0
     for step, share in sorted(outlook.steps.items()):
-        begin = max(share - sum(some for some, _ in coming[step]), 0.0)
-        entered += begin
+        entering = max(share - sum(part for part, _ in continuing[step]), 0.0)
+        entered += entering
         following, onward = outlook.onward.get(step, (0, 0.0))
-        for some, before in [(begin, ()), *coming[step]]:
-            found.append((some * (1 - onward), (*before, step)))
-            coming[following].append((some * onward, (*before, step)))
-    ways = [(1 - entered, ()), *sorted(found, key=lambda way: (way[1][-1], way[1]))]
-    return [(share, steps) for share, steps in ways if share > MIN_SHARE]
+        for part, before in [(entering, ()), *continuing[step]]:
+            ended.append((part * (1 - onward), (*before, step)))
+            continuing[following].append((part * onward, (*before, step)))
+    paths = [(1 - entered, ()), *sorted(ended, key=lambda path: (path[1][-1], path[1]))]
+    return [(share, steps) for share, steps in paths if share > MIN_SHARE]
 
 
-def _at(difficulty: float, way: Sequence[tuple[float, Steps]]) -> Steps:
-    bounds = accumulate(share for share, _ in way)
+def _at(difficulty: float, paths: Sequence[tuple[float, Steps]]) -> Steps:
+    """Return the path of a text whose difficulty is a quantile, 0..1."""
+    bounds = accumulate(share for share, _ in paths)
     return next(
-        (steps for bound, (_, steps) in zip(bounds, way, strict=True) if difficulty < bound),
-        way[-1][1],
+        (steps for bound, (_, steps) in zip(bounds, paths, strict=True) if difficulty < bound),
+        paths[-1][1],
     )

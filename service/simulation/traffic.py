@@ -1,4 +1,4 @@
-"""When requests come: rates over time, made up or read from what a server has kept."""
+"""Traffic: request rates over time, generated or read from a server's log or recent figures."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import numpy as np
 from budgetformer.errors import DataError
 
 ROUTE = "/classify"
-"""The requests of a log that are traffic."""
+"""Route whose requests in a log are read."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests whose rate changes from slot to slot, and is Poisson within one.
+    """Poisson arrivals of requests, with a constant rate in each time slot.
 
     Attributes:
-        slot: its seconds.
-        rates: requests a second in each slot.
-        sizes: texts of a request, with the share of the requests that has so many.
+        slot: length of a slot, in seconds.
+        rates: requests per second in each slot.
+        sizes: distribution of the texts of a request, as (share of the requests, number of texts).
     """
 
     slot: float
@@ -34,29 +34,32 @@ class Traffic:
 
     @property
     def seconds(self) -> float:
-        """How long it lasts."""
+        """Length of the traffic, in seconds."""
         return self.slot * len(self.rates)
 
     @property
     def mean_rate(self) -> float:
-        """Requests a second on average."""
+        """Mean requests per second."""
         return float(self.rates.mean())
 
     @property
     def mean_texts(self) -> float:
-        """Texts of a request on average."""
+        """Mean number of texts in a request."""
         return sum(share * texts for share, texts in self.sizes)
 
     def times(self, factor: float) -> Traffic:
-        """Return the same with every rate multiplied."""
+        """Return this traffic with all rates multiplied."""
         return replace(self, rates=self.rates * factor)
 
     def at_mean(self, rate: float) -> Traffic:
-        """Return the same with so many requests a second on average."""
+        """Return this traffic scaled to a mean rate of requests per second."""
         return self.times(rate / self.mean_rate)
 
     def of_texts(self, bulk_share: float, bulk_texts: int = 512) -> Traffic:
-        """Return the same texts a second, a share of them in large requests, the others alone."""
+        """Return traffic with as many texts per second, a share of them in large requests.
+
+        The other texts come in requests of one text.
+        """
         single, bulk = 1 - bulk_share, bulk_share / bulk_texts
         requests = single + bulk
         sizes = [(single / requests, 1), (bulk / requests, bulk_texts)]
@@ -65,7 +68,7 @@ class Traffic:
         return replace(self, rates=texts * requests, sizes=kept)
 
     def draw(self, seed: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Draw the times at which requests come, rising, and the texts of each."""
+        """Draw the sorted arrival times of requests, and the number of texts of each."""
         counts = seed.poisson(self.rates * self.slot)
         begin = np.repeat(np.arange(len(self.rates)) * self.slot, counts)
         times = np.sort(begin + seed.random(len(begin)) * self.slot)
@@ -75,12 +78,15 @@ class Traffic:
 
 
 def steady(rate: float, seconds: float) -> Traffic:
-    """Return requests at an even rate."""
+    """Return traffic with a constant rate."""
     return Traffic(seconds, np.array([rate]))
 
 
 def diurnal(rate: float, seconds: float, swing: float = 0.8, slots: int = 96) -> Traffic:
-    """Return a day and its night within `seconds`: the rate swings around `rate` by that share."""
+    """Return the traffic of one day, compressed to `seconds`.
+
+    The rate follows a cosine around `rate`, between `1 - swing` and `1 + swing` times of it.
+    """
     phases = 2 * math.pi * (np.arange(slots) + 0.5) / slots
     return Traffic(seconds / slots, rate * (1 - swing * np.cos(phases)))
 
@@ -88,38 +94,39 @@ def diurnal(rate: float, seconds: float, swing: float = 0.8, slots: int = 96) ->
 def bursts(
     rate: float, seconds: float, seed: int = 0, factor: float = 4.0, share: float = 0.1
 ) -> Traffic:
-    """Return bursts of `factor` times the rate between them, some three seconds each.
+    """Return traffic with random bursts of about three seconds.
 
     Args:
-        rate: on average.
-        seconds: in all.
-        seed: of when they come.
-        factor: how much more comes in a burst.
-        share: of the time that is one.
+        rate: mean requests per second.
+        seconds: length of the traffic.
+        seed: random seed of the bursts.
+        factor: rate in a burst, divided by the rate outside of bursts.
+        share: share of the time in bursts.
     """
-    slot, lasts = 0.25, 3.0
+    slot, burst_seconds = 0.25, 3.0
     draw = np.random.default_rng(seed)
-    ends, begins = slot / lasts, slot / lasts * share / (1 - share)
+    end_chance = slot / burst_seconds
+    begin_chance = end_chance * share / (1 - share)
     burst, slots = False, max(1, round(seconds / slot))
     rates = np.empty(slots)
-    for place in range(slots):
-        burst = draw.random() >= ends if burst else draw.random() < begins
-        rates[place] = factor if burst else 1.0
+    for index in range(slots):
+        burst = draw.random() >= end_chance if burst else draw.random() < begin_chance
+        rates[index] = factor if burst else 1.0
     return Traffic(seconds / slots, rate * rates / (1 + share * (factor - 1)))
 
 
 def read_traffic(path: Path, log_share: float = 1.0) -> Traffic:
-    """Read the traffic of a server: its log in JSON, or what `/playground/recent` answered.
+    """Read the traffic of a server from its JSON log or from a response of `/playground/recent`.
 
-    A log says how many requests came in each second, and nothing of their texts: they count as
-    single ones. Within a second, or a slot of `/playground/recent`, requests come at random.
+    A log gives the number of requests in each second, but not of their texts: each counts as one
+    text. Within a second, or a slot of `/playground/recent`, requests arrive at random.
 
     Args:
-        path: of the file.
-        log_share: the `access_log` of the server that wrote the log.
+        path: path of the file.
+        log_share: setting `access_log` of the server that wrote the log.
 
     Raises:
-        DataError: it is neither, or shows no request.
+        DataError: the file is in neither format, or has no requests.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -131,14 +138,16 @@ def read_traffic(path: Path, log_share: float = 1.0) -> Traffic:
         values = None
     try:
         if isinstance(values, dict) and "slots" in values:
-            found = _from_slots(values["slots"])
+            traffic = _from_slots(values["slots"])
         else:
-            found = _from_log(content.splitlines(), log_share)
+            traffic = _from_log(content.splitlines(), log_share)
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: neither a log in JSON nor recent slots: {error!r}") from error
-    if found is None or not found.rates.any():
-        raise DataError(f"{path}: no request to {ROUTE} in it")
-    return found
+        raise DataError(
+            f"{path}: neither a JSON log nor a response of /playground/recent: {error!r}"
+        ) from error
+    if traffic is None or not traffic.rates.any():
+        raise DataError(f"{path}: there is no request to {ROUTE}")
+    return traffic
 
 
 def _from_slots(slots: Sequence[dict[str, Any]]) -> Traffic | None:
@@ -154,15 +163,15 @@ def _from_slots(slots: Sequence[dict[str, Any]]) -> Traffic | None:
 
 
 def _from_log(lines: Sequence[str], share: float) -> Traffic | None:
-    came = []
+    arrivals = []
     for line in lines:
         if ROUTE not in line:
             continue
         event = json.loads(line)
         if event.get("event") == "request" and event.get("route") == ROUTE:
             ended = datetime.fromisoformat(event["timestamp"]).timestamp()
-            came.append(ended - event["ms"] / 1000)
-    if not came:
+            arrivals.append(ended - event["ms"] / 1000)
+    if not arrivals:
         return None
-    seconds = np.floor(np.array(came) - min(came)).astype(int)
+    seconds = np.floor(np.array(arrivals) - min(arrivals)).astype(int)
     return Traffic(1.0, np.bincount(seconds) / share)

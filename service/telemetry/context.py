@@ -1,4 +1,4 @@
-"""Whose request the running code serves: its id and its trace, for metrics, logs and engines."""
+"""Context of the request that the running code serves: ids for metrics, logs and engines."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RequestContext:
-    """A request's id, and its place in a trace as a W3C `traceparent`; empty: it has none."""
+    """Id of a request, and its W3C `traceparent`; each is empty if there is none."""
 
     request_id: str = ""
     traceparent: str = ""
 
     @property
     def trace_id(self) -> str:
-        """The trace's id, 32 hexadecimal digits, or nothing."""
+        """Id of the trace, 32 hexadecimal digits; empty: there is none."""
         return self.traceparent[3:35]
 
     @property
     def sampled(self) -> bool:
-        """Whether somebody records the trace."""
+        """Whether the trace is recorded."""
         return bool(self.traceparent) and bool(int(self.traceparent[-2:], 16) & 1)
 
     @property
     def exemplar(self) -> dict[str, str] | None:
-        """What a metric points to: the trace, if it is recorded."""
+        """Exemplar for a metric: the trace id, if the trace is recorded."""
         return {"trace_id": self.trace_id} if self.sampled else None
 
 
-_NOBODY = RequestContext()
-_current: ContextVar[RequestContext] = ContextVar("request", default=_NOBODY)
+_NO_REQUEST = RequestContext()
+_current: ContextVar[RequestContext] = ContextVar("request", default=_NO_REQUEST)
 
 
 def current_request() -> RequestContext:
@@ -42,7 +42,7 @@ def current_request() -> RequestContext:
 
 @contextmanager
 def serving(context: RequestContext) -> Iterator[None]:
-    """Serve one request: log lines and metrics of this block carry its ids."""
+    """Set the context of a request: log lines and metrics in this block carry its ids."""
     token = _current.set(context)
     try:
         yield

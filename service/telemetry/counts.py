@@ -1,7 +1,7 @@
-"""Counts of a frontend: added up where they occur, and taken as differences.
+"""Counts of a frontend, which are reported to the hub as differences.
 
-Every label value comes from a fixed list, the routes, the keys or the models served, never from a
-caller, so the number of series is bounded.
+Label values are fixed names, routes, keys or served models, never data of a caller. So the number
+of series is bounded.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ TOKENS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 OUTCOMES = ("ok", "partial", "invalid", "rejected", "timeout", "cancelled", "error")
 STAGES = ("tokenize", "budget", "queue", "compute", "respond")
 REASONS = ("queue_full", "deadline", "draining", "too_large", "rate")
-"""Why requests are refused."""
+"""Reasons for refused requests."""
 DENIALS = ("no_key", "wrong_key", "missing_scope")
-"""Why callers are turned away."""
+"""Reasons for requests that are not authorized."""
 BREAKS = ("too_many", "slow", "head_too_large", "malformed")
-"""Why connections are ended before a request was there."""
+"""Reasons for connections that are closed before a request was received."""
 
 SHADOW_OUTCOMES = ("agreed", "differed", "failed", "skipped")
-"""How a candidate's answer compares with that of the served version."""
+"""Results of comparing a candidate's answer with that of the served version."""
 SIDES = ("served", "candidate")
 
 Series: TypeAlias = tuple[str, ...]
-"""A metric's name, without the prefix of all metrics, and the values of its labels."""
+"""Name of a metric, without the common prefix, and the values of its labels."""
 Exemplar: TypeAlias = dict[str, str] | None
-"""The trace that an observation points to."""
+"""Trace of an observation."""
 Column: TypeAlias = Sequence[int] | NDArray[np.integer]
 
 
@@ -52,9 +52,9 @@ class Observations(msgspec.Struct, array_like=True):
     Attributes:
         buckets: number of observations by index of the bucket, not cumulative; the bucket after
             the last bound holds larger values.
-        sum: of the observed values.
-        exemplars: by bucket, the newest observation with a trace: the trace, the value, and its
-            time in seconds since 1970.
+        sum: sum of the observed values.
+        exemplars: newest observation with a trace, by bucket: the trace, the value, and the time in
+            seconds since 1970.
     """
 
     buckets: dict[int, int] = {}
@@ -64,7 +64,7 @@ class Observations(msgspec.Struct, array_like=True):
     def observe(
         self, bounds: Sequence[float], value: float, count: int = 1, exemplar: Exemplar = None
     ) -> None:
-        """Count a value that was observed `count` times; `bounds` are those of the buckets."""
+        """Count a value that was observed `count` times; `bounds` are the bounds of the buckets."""
         bucket = bisect_left(bounds, value)
         self.buckets[bucket] = self.buckets.get(bucket, 0) + count
         self.sum += value * count
@@ -79,12 +79,12 @@ class Observations(msgspec.Struct, array_like=True):
         self.exemplars |= more.exemplars
 
     def cumulative(self, bounds: Sequence[float]) -> list[int]:
-        """Return, for every bound and for infinity, the number of values up to it."""
+        """Return the number of values up to each bound, and of all values."""
         return list(accumulate(self.buckets.get(bucket, 0) for bucket in range(len(bounds) + 1)))
 
 
 class Spent(NamedTuple):
-    """What the texts of a request took: seconds of passes, multiply-adds, heads."""
+    """Cost of the texts of a request: seconds of passes, multiply-adds, heads."""
 
     seconds: float
     macs: int
@@ -92,14 +92,14 @@ class Spent(NamedTuple):
 
 
 class Difference(msgspec.Struct, array_like=True):
-    """By how much the series have grown since the difference before."""
+    """Growth of each series since the last difference."""
 
     counters: dict[Series, float]
     histograms: dict[Series, Observations]
 
 
 class Counts:
-    """Add up what one frontend counts until it is taken.
+    """Counters and histograms of one frontend, until `take` returns and resets them.
 
     Exemplars name the trace of the request that is being served.
     """
@@ -110,7 +110,7 @@ class Counts:
         self.cache_bytes = 0
 
     def take(self) -> Difference:
-        """Return what was counted since the last time."""
+        """Return the counts since the last call, and reset them."""
         grown = Difference(dict(self._counters), dict(self._histograms))
         self._counters.clear()
         self._histograms.clear()
@@ -130,14 +130,14 @@ class Counts:
         """Count a request.
 
         Args:
-            route: its template.
-            outcome: how it ended, one of `OUTCOMES`.
-            seconds: from the first byte to the last.
-            refusal: why it was rejected, if it was: one of `REASONS`.
-            denial: why its caller was turned away, if so: one of `DENIALS`.
-            caller: name of the caller's key, where it is known.
-            served: model and version that were to classify its texts; None: it asks for none, or
-                for one that is not served.
+            route: template of its path.
+            outcome: one of `OUTCOMES`.
+            seconds: time from the first byte received to the last byte sent.
+            refusal: reason, one of `REASONS`, if it was refused.
+            denial: reason, one of `DENIALS`, if it was not authorized.
+            caller: name of the caller's key, if known.
+            served: model and version that classify its texts; None: the request is not for a served
+                model.
         """
         counters, histograms = self._counters, self._histograms
         exemplar = current_request().exemplar
@@ -178,16 +178,17 @@ class Counts:
         """Count the B answered texts of a request; M of them were computed, the others cached.
 
         Args:
-            model, version: that answered them.
+            model, version: model version that answered.
             budgets: ladder step that answered each text, B integers.
-            heads: heads computed for each that was computed, M integers.
-            tokens: of each text, B integers.
-            macs, dense_macs: multiply-adds executed, and those of the dense network; M integers.
-            heads_of_one: heads of the dense network.
-            expected: share of the texts that calibration answers at each ladder step; None: it is
-                not known, and the observed steps count as expected, so the drift is zero.
+            heads: heads computed for each computed text, M integers.
+            tokens: tokens of each text, B integers.
+            macs: multiply-adds computed for each computed text, M integers.
+            dense_macs: multiply-adds of the dense network for the same texts, M integers.
+            heads_of_one: number of heads of the dense network.
+            expected: share of the texts that each ladder step answers in calibration; None: not
+                known, and the observed steps count as expected, so the drift is zero.
             stages: seconds of each stage of the request.
-            truncated: texts that were longer than the encoder reads.
+            truncated: number of texts longer than the encoder reads.
         """
         exemplar = current_request().exemplar
         counters, histograms = self._counters, self._histograms
@@ -203,7 +204,7 @@ class Counts:
         for budget in answered.keys() | shares.keys():
             counters["items", *key, str(budget)] += answered.get(budget, 0)
             counters["items_expected", *key, str(budget)] += shares.get(budget, 0) * scale
-        # Equal values are counted together; with a trace each one may replace the exemplar.
+        # Equal values are counted together, unless each may be the exemplar of a trace.
         counted = ((value, 1) for value in used) if exemplar else _tally(used).items()
         for value, count in counted:
             histograms["request_heads", *key].observe(HEADS, value, count, exemplar)
@@ -215,12 +216,12 @@ class Counts:
         counters["dense_macs", *key] += sum(_integers(dense_macs))
 
     def looked_up(self, model: str, version: int, hits: int, misses: int) -> None:
-        """Count the texts of a request that had an answer in the cache, and those that had none."""
+        """Count the texts of a request with an answer in the cache, and those without."""
         self._counters["cache_hits", model, str(version)] += hits
         self._counters["cache_misses", model, str(version)] += misses
 
     def cache_holds(self, cache_bytes: int) -> None:
-        """Note the bytes that the answers in the cache take now."""
+        """Set the present size of the answer cache, in bytes."""
         self.cache_bytes = cache_bytes
 
     def items_failed(self, model: str, version: int, items: int) -> None:
@@ -230,40 +231,40 @@ class Counts:
     def shadowed(
         self, model: str, version: int, outcomes: Mapping[str, int], spent: Mapping[str, Spent]
     ) -> None:
-        """Count the texts of a request that a candidate computed, too.
+        """Count the texts of a request that a candidate computed too.
 
         Args:
-            model, version: of the candidate.
-            outcomes: number of texts by one of `SHADOW_OUTCOMES`.
-            spent: what they took of the `served` version, and of the `candidate`.
+            model, version: the candidate.
+            outcomes: number of texts by outcome, each one of `SHADOW_OUTCOMES`.
+            spent: cost of the texts, by side: `served` and `candidate`.
         """
         key, counters = (model, str(version)), self._counters
         for outcome, texts in outcomes.items():
             counters["shadow_items", *key, outcome] += texts
-        for side, took in spent.items():
-            counters["shadow_seconds", *key, side] += took.seconds
-            counters["shadow_macs", *key, side] += took.macs
-            counters["shadow_heads", *key, side] += took.heads
+        for side, cost in spent.items():
+            counters["shadow_seconds", *key, side] += cost.seconds
+            counters["shadow_macs", *key, side] += cost.macs
+            counters["shadow_heads", *key, side] += cost.heads
 
     def texts_asked(self, caller: str, texts: int) -> None:
-        """Count the texts that a caller, by the name of its key, asked for."""
+        """Count texts in requests of a caller, given by the name of its key."""
         self._counters["key_texts", caller] += texts
 
     def job_rows_answered(self, caller: str, rows: int) -> None:
-        """Count rows of a job, which are texts that its caller, by name of the key, asked for."""
+        """Count answered rows of a job, also as texts of its caller."""
         self._counters["job_rows",] += rows
         self._counters["key_texts", caller] += rows
 
     def connection_ended(self, reason: str) -> None:
-        """Count a connection that was ended before a request was there, for one of `BREAKS`."""
+        """Count a connection closed before a request was received; `reason` is one of `BREAKS`."""
         self._counters["broken_connections", reason] += 1
 
 
 def _tally(values: Sequence[int]) -> Mapping[int, int]:
-    """Count how often each value stands there."""
+    """Count how often each value occurs."""
     return {values[0]: 1} if len(values) == 1 else Counter(values)
 
 
 def _integers(column: Column) -> Sequence[int]:
-    """Return Python's integers: they do not overflow, and are faster one by one."""
+    """Return Python integers, which do not overflow and are faster to iterate over."""
     return column.tolist() if isinstance(column, np.ndarray) else column

@@ -1,4 +1,4 @@
-"""Structured logs: JSON lines, or readable ones on a terminal. Never the text of an input."""
+"""Structured logs: JSON lines, or readable lines on a terminal. They never hold input texts."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from structlog.typing import EventDict, WrappedLogger
 from service.telemetry.context import current_request
 
 MAX_LINES = 10_000
-"""Lines that wait for a reader that is slow; further ones are dropped and counted."""
+"""Most lines that wait for a slow reader; further ones are dropped and counted."""
 DRAIN_SECONDS = 1.0
-"""How long a process that ends waits for its last lines to be written."""
+"""Longest time that an ending process waits until its last lines are written."""
 
 
 class LogStream:
-    """A stream on which writing neither waits nor fails: a thread writes the lines.
+    """A stream whose writes neither block nor fail: a thread writes the lines.
 
-    A reader that stops reading would otherwise stop the server, and a full disk would fail it.
-    Lines for which there is no room are dropped; the next line that is written says how many.
+    Otherwise a reader that stops reading would block the server, and a full disk would break it.
+    Lines for which there is no room are dropped; a notice before the next line tells their number.
 
     Args:
-        stream: where the lines go.
-        notice: makes the line that says how many were dropped.
+        stream: stream to write the lines to.
+        notice: returns the notice for a number of dropped lines.
     """
 
     def __init__(self, stream: TextIO, notice: Callable[[int], str]) -> None:
@@ -42,7 +42,7 @@ class LogStream:
         threading.Thread(target=self._write_lines, daemon=True, name="log").start()
 
     def write(self, line: str) -> None:
-        """Have a line written, or drop it."""
+        """Queue a line, or drop it if too many wait."""
         if self._lines.qsize() < MAX_LINES:
             self._lines.put(line)
         else:
@@ -52,7 +52,7 @@ class LogStream:
         """Do nothing: each line is flushed as it is written."""
 
     def drain(self) -> None:
-        """Wait until the lines so far are written, for `DRAIN_SECONDS` at most."""
+        """Wait until all queued lines are written, at most `DRAIN_SECONDS`."""
         written = threading.Event()
         self._lines.put(written)
         written.wait(DRAIN_SECONDS)
@@ -73,7 +73,7 @@ _streams: list[LogStream] = []
 
 
 def drain_logs() -> None:
-    """Wait a moment for the last lines to be written, before this process ends."""
+    """Wait until the last lines are written, at most `DRAIN_SECONDS`."""
     for stream in _streams:
         stream.drain()
 
@@ -85,14 +85,14 @@ _AllLevels: Any = structlog.make_filtering_bound_logger(logging.DEBUG)
 
 
 def configure_logs(level: str, form: str, process: str | None = None) -> None:
-    """Send structlog and the standard library's loggers to stderr in one form.
+    """Send structlog and the standard library's loggers to stderr in one format.
 
-    Logging neither waits nor fails, see `LogStream`.
+    Logging neither blocks nor fails, see `LogStream`.
 
     Args:
-        level: the least important line to write.
-        form: `json`, `console` (for reading), or `auto`: the latter on a terminal.
-        process: name of this process in its lines, whichever thread writes them.
+        level: lowest level of lines to write.
+        form: `json`, `console` (readable), or `auto`: readable on a terminal, else JSON.
+        process: name of this process, for its lines.
     """
     readable = form == "console" or (form == "auto" and sys.stderr.isatty())
 
@@ -133,18 +133,18 @@ def configure_logs(level: str, form: str, process: str | None = None) -> None:
 
 
 def set_log_level(level: str) -> None:
-    """Write lines of this level and above from now on, in this process."""
+    """Set the lowest level of lines that this process writes."""
     _LevelledLogger.level = getattr(logging, level.upper())
     logging.getLogger().setLevel(level.upper())
 
 
 class _LevelledLogger(_AllLevels):  # type: ignore[misc]
-    """A logger whose level may change: structlog fixes it, once a module has used its logger."""
+    """A logger whose level can change; structlog's own is fixed once a module has used it."""
 
     level = logging.INFO
 
     def debug(self, event: str, *args: Any, **fields: Any) -> Any:
-        """Write a line unless the level is higher; so do the others."""
+        """Write a line unless the level is higher; the other methods do the same."""
         return super().debug(event, *args, **fields) if self.level <= logging.DEBUG else None
 
     def info(self, event: str, *args: Any, **fields: Any) -> Any:
@@ -159,7 +159,7 @@ def _dropped(lines: int) -> EventDict:
 
 
 def _name_request(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """Write whose request is being served."""
+    """Add the ids of the request that is being served."""
     context = current_request()
     if context.traceparent:
         event["trace_id"] = context.trace_id
@@ -169,9 +169,9 @@ def _name_request(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 
 def _format_exception(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
-    """Write an exception's stack; one that a request met goes without its message.
+    """Add the stack of an exception; within a request, without its message.
 
-    Whatever raised it may have quoted the text that it was given.
+    The message may quote the request's text.
     """
     if "request_id" not in event or not event.get("exc_info"):
         return structlog.processors.format_exc_info(logger, name, event)

@@ -1,4 +1,4 @@
-"""The only place that names a metric.
+"""All metrics of a server; only this module names them.
 
 One process, the hub, owns the registry that /metrics shows.
 """
@@ -46,21 +46,21 @@ BATCH_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 RATIOS = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1)
 
 SOURCES = ("frontend", "engine")
-"""Processes that report to the hub."""
+"""Kinds of processes that report to the hub."""
 ENDS = ("promoted", "rolled_back", "stopped")
-"""How roll-outs end."""
+"""Outcomes of roll-outs."""
 QUALITY_RANK = {"fast": 1, "balanced": 2, "best": 3}
 
 
 class Metrics:
-    """All metrics of a server, in a registry of their own.
+    """All metrics of a server, in their own registry.
 
     Args:
-        family: the processes of the server.
+        family: returns the processes of the server.
     """
 
     def __init__(self, family: Family = only_this_process) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # halves the number of series
         self.registry = CollectorRegistry()
         self._counters: dict[str, Counter] = {}
         self._histograms: dict[str, Histogram] = {}
@@ -69,18 +69,21 @@ class Metrics:
             "requests", "Requests by route and outcome.", "route", "outcome"
         )
         self.request_duration = self._histogram(
-            "request_duration_seconds", "From the first byte to the last.", DURATIONS, "route"
+            "request_duration_seconds",
+            "Time from the first byte of a request to the last byte of its response.",
+            DURATIONS,
+            "route",
         )
         self.model_requests = self._counter(
             "model_requests",
-            "Requests to classify, by the model version that they were for and by outcome.",
+            "Requests to classify, by model version and outcome.",
             "model",
             "version",
             "outcome",
         )
         self.model_request_duration = self._histogram(
             "model_request_duration_seconds",
-            "From the first byte to the last of requests to classify, by model version.",
+            "Time from the first byte to the last of requests to classify, by model version.",
             DURATIONS,
             "model",
             "version",
@@ -92,24 +95,21 @@ class Metrics:
             "version",
         )
         self.cache_hits = self._counter(
-            "cache_hits", "Items whose answer a frontend had kept.", "model", "version"
+            "cache_hits", "Items answered from the answer cache.", "model", "version"
         )
         self.cache_misses = self._counter(
-            "cache_misses",
-            "Items whose answer a frontend that keeps answers did not have.",
-            "model",
-            "version",
+            "cache_misses", "Items that were not in the answer cache.", "model", "version"
         )
-        self.cache_bytes = self._gauge("cache_bytes", "Size of the answers that frontends keep.")
+        self.cache_bytes = self._gauge("cache_bytes", "Size of the frontends' answer caches.")
         self.rollout_weight = self._gauge(
             "rollout_weight", "Share of the requests that a candidate answers.", "model", "version"
         )
         self.rollout_shadow = self._gauge(
-            "rollout_shadow", "Share of the other requests that it computes too.",
+            "rollout_shadow", "Share of the other requests that a candidate computes too.",
             "model", "version",
         )  # fmt: skip
         self.rollouts_ended = self._counter(
-            "rollouts_ended", "Roll-outs by how they ended.", "model", "outcome"
+            "rollouts_ended", "Roll-outs that ended, by outcome.", "model", "outcome"
         )
         self.shadow_items = self._counter(
             "shadow_items", "Items that a candidate computed beside the served version.",
@@ -117,10 +117,14 @@ class Metrics:
         )  # fmt: skip
         sides = ("model", "version", "side")
         self.shadow_seconds = self._counter(
-            "shadow_seconds", "Time that passes took for items that both versions computed.", *sides
+            "shadow_seconds", "Time of passes for items that both versions computed.", *sides
         )
-        self.shadow_macs = self._counter("shadow_macs", "Multiply-adds for those items.", *sides)
-        self.shadow_heads = self._counter("shadow_heads", "Heads computed for them.", *sides)
+        self.shadow_macs = self._counter(
+            "shadow_macs", "Multiply-adds for items that both versions computed.", *sides
+        )
+        self.shadow_heads = self._counter(
+            "shadow_heads", "Heads computed for items that both versions computed.", *sides
+        )
         self.request_heads = self._histogram(
             "request_heads",
             "Heads computed for an item, summed over layers.",
@@ -146,7 +150,7 @@ class Metrics:
             "item_tokens", "Tokens of an item.", TOKENS, "model", "version"
         )
         self.stage_duration = self._histogram(
-            "stage_duration_seconds", "Time of a request's stages.", DURATIONS, "stage"
+            "stage_duration_seconds", "Time of each stage of a request.", DURATIONS, "stage"
         )
         self.macs = self._counter("macs", "Multiply-adds executed.", "model", "version")
         self.dense_macs = self._counter(
@@ -179,58 +183,70 @@ class Metrics:
             "batch_padding_ratio", "Share of a batch's tokens that is padding.", RATIOS, "model"
         )
         self.batches = self._counter("batches", "Batches computed.", "model", "budget")
-        self.queue_items = self._gauge("queue_items", "Items that wait.", "model")
-        self.queue_cost = self._gauge("queue_cost_seconds", "Device time of what waits.", "model")
-        self.queue_oldest = self._gauge("queue_oldest_age_seconds", "Longest wait by now.", "model")
+        self.queue_items = self._gauge("queue_items", "Waiting items.", "model")
+        self.queue_cost = self._gauge(
+            "queue_cost_seconds", "Expected device time of the waiting items.", "model"
+        )
+        self.queue_oldest = self._gauge(
+            "queue_oldest_age_seconds", "Age of the oldest waiting request.", "model"
+        )
         self.in_flight = self._gauge("in_flight_items", "Items that are not answered yet.", "model")
         self.rejected = self._counter("rejected", "Requests refused, by reason.", "reason")
         self.denied = self._counter(
-            "denied", "Requests of callers who may not, by reason.", "reason"
+            "denied", "Requests that were not authorized, by reason.", "reason"
         )
         self.broken_connections = self._counter(
-            "broken_connections", "Connections ended before a request was there.", "reason"
+            "broken_connections", "Connections closed before a request was received.", "reason"
         )
         self.key_requests = self._counter(
             "key_requests", "Requests by the caller's key and outcome.", "key", "outcome"
         )
         self.key_texts = self._counter("key_texts", "Texts asked for, by the caller's key.", "key")
-        self.jobs = self._gauge("jobs", "Jobs that are kept, by status.", "status")
+        self.jobs = self._gauge("jobs", "Stored jobs, by status.", "status")
         self.job_rows = self._counter("job_rows", "Rows of jobs answered.")
-        self.cancelled = self._counter("cancelled", "Requests whose client went away.")
+        self.cancelled = self._counter("cancelled", "Requests whose client disconnected.")
         self.deadline_exceeded = self._counter(
             "deadline_exceeded", "Requests whose deadline passed."
         )
         self.truncated = self._counter("truncated", "Items longer than the model reads.")
         self.engine_restarts = self._counter(
-            "engine_restarts", "Engines that came back after dying."
+            "engine_restarts", "Restarts of engines that had died."
         )
         self.quality_level = self._gauge(
-            "quality_level", "Level in force: 1 fast, 2 balanced, 3 best, 0 a number.", "model"
+            "quality_level",
+            "Quality level in force: 1 fast, 2 balanced, 3 best, 0 an accuracy drop.",
+            "model",
         )
         self.quality_configured = self._gauge(
-            "quality_level_configured", "Level in force when there is no overload.", "model"
+            "quality_level_configured", "Quality level without overload.", "model"
         )
         self.dropped_reports = self._counter(
-            "dropped_reports", "Reports for these metrics dropped while the hub did not read.",
+            "dropped_reports", "Reports of counts that were dropped since the hub did not read.",
             "source",
         )  # fmt: skip
-        self.fronts = self._gauge("fronts", "Fronts that serve.")
+        self.fronts = self._gauge("fronts", "Frontends that serve.")
         self.model_info = self._gauge(
             "model_info", "Models served.",
             "model", "version", "labels", "layers", "heads", "device", "dtype",
         )  # fmt: skip
-        self.build_info = self._gauge("build_info", "This program.", "version", "commit", "torch")
-        self.model_load = self._gauge("model_load_seconds", "Time to load.", "model", "version")
+        self.build_info = self._gauge(
+            "build_info", "Version of this program and of torch.", "version", "commit", "torch"
+        )
+        self.model_load = self._gauge(
+            "model_load_seconds", "Time to load a model.", "model", "version"
+        )
         self.model_memory = self._gauge(
             "model_memory_bytes", "Size of the weights.", "model", "version"
         )
-        self.device_memory = self._gauge("device_memory_bytes", "Memory of an engine.", "engine")
+        self.device_memory = self._gauge(
+            "device_memory_bytes", "Device memory that an engine uses.", "engine"
+        )
         self.device_busy = self._counter(
             "device_busy_seconds", "Time that an engine's device spent on passes.", "engine"
         )
         self.heartbeat_age = self._gauge(
             "engine_heartbeat_age_seconds",
-            "Time since an engine was last heard, or since it is waited for.",
+            "Time since the last message of an engine, or since the start if there was none.",
             "engine",
         )
         self.registry.register(FamilyCollector(PREFIX, family))
@@ -252,36 +268,33 @@ class Metrics:
             for reason in reasons:
                 counter.labels(reason)
 
-    def know_routes(self, routes: Iterable[str]) -> None:
-        """Let every route's series read 0 from the start."""
+    def register_routes(self, routes: Iterable[str]) -> None:
+        """Create the series of all routes, so that they begin at 0."""
         for route in routes:
             self.request_duration.labels(route)
             for outcome in OUTCOMES:
                 self.requests.labels(route, outcome)
 
-    def know_keys(self, names: Collection[str]) -> None:
-        """Let the series of every key read 0 from the start, and drop those of keys that are gone.
-
-        So they stay as few as the keys are.
-        """
+    def register_keys(self, names: Collection[str]) -> None:
+        """Create the series of all keys, so that they begin at 0; remove those of other keys."""
         for name in names:
             self.key_texts.labels(name)
             for outcome in OUTCOMES:
                 self.key_requests.labels(name, outcome)
-        for gone in self._keys.difference(names):
+        for removed in self._keys.difference(names):
             for counter in (self.key_texts, self.key_requests):
-                counter.remove_by_labels({"key": gone})
+                counter.remove_by_labels({"key": removed})
         self._keys = set(names)
 
-    def know_engines(self, count: int) -> None:
-        """Let every engine's series read 0 from the start."""
+    def register_engines(self, count: int) -> None:
+        """Create the series of all engines, so that they begin at 0."""
         for index in map(str, range(count)):
             self.device_busy.labels(index)
             self.device_memory.labels(index)
             self.heartbeat_age.labels(index)
 
-    def know_model(self, model: str, version: str, budgets: Iterable[int]) -> None:
-        """Let every series of a model read 0 from the start."""
+    def register_model(self, model: str, version: str, budgets: Iterable[int]) -> None:
+        """Create the series of a model version, so that they begin at 0."""
         self._models.add((model, version))
         for metric in (
             self.model_request_duration, self.model_items_failed,
@@ -300,7 +313,7 @@ class Metrics:
             self.batch(model, budget)
 
     def show_rollout(self, model: str, candidate: tuple[str, float, float] | None) -> None:
-        """Show which version of a model is rolled out, with its weight and shadow share."""
+        """Show the candidate of a model: version, weight and shadow share; None: there is none."""
         for outcome in ENDS:
             self.rollouts_ended.labels(model, outcome)
         for gauge in (self.rollout_weight, self.rollout_shadow):
@@ -317,7 +330,7 @@ class Metrics:
                 counter.labels(model, version, side)
 
     def forget_model(self, model: str, version: str) -> None:
-        """Remove the series of a model version; what is still told of it is not counted."""
+        """Remove the series of a model version; later reports on it are not counted."""
         self._models.discard((model, version))
         for metric in (
             self.model_requests, self.model_request_duration, self.model_items_failed,
@@ -329,7 +342,7 @@ class Metrics:
         ):  # fmt: skip
             metric.remove_by_labels({"model": model, "version": version})
 
-    def forget_name(self, model: str) -> None:
+    def forget_model_name(self, model: str) -> None:
         """Remove the series that all versions of a model share."""
         self._batches = {key: batch for key, batch in self._batches.items() if key[0] != model}
         for metric in (
@@ -339,29 +352,29 @@ class Metrics:
         ):  # fmt: skip
             metric.remove_by_labels({"model": model})
 
-    def knows(self, model: str) -> bool:
-        """Return whether some version of a model has series."""
+    def has_model(self, model: str) -> bool:
+        """Return whether any version of a model has series."""
         return any(name == model for name, _ in self._models)
 
     def batch(self, model: str, budget: int) -> BatchSeries | None:
-        """Return the series of a known model's batches at one ladder step."""
+        """Return the series of a model's batches at one ladder step; None: unknown model."""
         key = model, budget
-        if key not in self._batches and self.knows(model):
+        if key not in self._batches and self.has_model(model):
             self._batches[key] = BatchSeries(self, model, budget)
         return self._batches.get(key)
 
     def count_states(self, model: str, version: str, checked: int, clipped: int) -> None:
-        """Count the int8 inputs that were checked, and those that were clipped."""
+        """Count the checked inputs of int8 products, and the clipped ones among them."""
         if (model, version) in self._models:
             self.int8_checked.labels(model, version).inc(checked)
             self.int8_clipped.labels(model, version).inc(clipped)
 
     def add(self, difference: Difference) -> None:
-        """Add what a frontend counted; a series that cannot be added is logged and left out."""
+        """Add the counts of a frontend; log series that cannot be added, and skip them."""
         for series, grown in (difference.counters | difference.histograms).items():
             try:
                 self._add(series, grown)
-            except Exception as error:  # whatever it is, the other series count
+            except Exception as error:  # the other series must still be counted
                 name = series[0] if series else ""
                 if name not in self._failed:
                     self._failed.add(name)
@@ -369,7 +382,7 @@ class Metrics:
 
     def _add(self, series: Series, grown: float | Observations) -> None:
         name, *labels = series
-        if self._is_gone(self._labels[name], labels):
+        if self._is_unknown(self._labels[name], labels):
             return
         if isinstance(grown, Observations):
             self._histograms[name].labels(*labels).add(grown)
@@ -377,8 +390,8 @@ class Metrics:
             counter = self._counters[name]
             (counter.labels(*labels) if labels else counter).inc(grown)
 
-    def _is_gone(self, names: tuple[str, ...], values: Sequence[str]) -> bool:
-        """Return whether these are the labels of a model version or a key that is not known."""
+    def _is_unknown(self, names: tuple[str, ...], values: Sequence[str]) -> bool:
+        """Return whether the labels name an unknown model version or key."""
         if names[:2] == ("model", "version"):
             return tuple(values[:2]) not in self._models
         return names[:1] == ("key",) and values[0] not in self._keys
@@ -399,12 +412,13 @@ class Metrics:
 
 
 class Histogram(Collector):
-    """A histogram that takes many observations at once, which prometheus_client's does not.
+    """A histogram to which many observations can be added at once, unlike prometheus_client's.
 
     Args:
-        name, text: as Prometheus shows them.
-        bounds: of the buckets.
-        labels: their names.
+        name: full name of the metric.
+        text: help text.
+        bounds: upper bounds of the buckets.
+        labels: names of the labels.
     """
 
     def __init__(self, name: str, text: str, bounds: Sequence[float], labels: Sequence[str]):
@@ -413,7 +427,7 @@ class Histogram(Collector):
         self._series: dict[Series, Observations] = {}
 
     def labels(self, *values: object) -> Observations:
-        """Return the observations of one series; there are none in one that is new."""
+        """Return the observations of one series, which is created if it is new."""
         return self._series.setdefault(tuple(map(str, values)), Observations())
 
     def remove_by_labels(self, labels: dict[str, str]) -> None:
@@ -426,7 +440,7 @@ class Histogram(Collector):
         }
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """Show every series."""
+        """Yield the metric with all series."""
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         names = [*map(floatToGoString, self._bounds), "+Inf"]
         for values, observed in self._series.items():

@@ -1,4 +1,4 @@
-"""Spans through the OpenTelemetry SDK. Imported only where somebody traces."""
+"""Spans with the OpenTelemetry SDK. This module is imported only if tracing is on."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from opentelemetry.trace import (
 
 import budgetformer
 from service.telemetry.context import RequestContext
-from service.telemetry.pass_spans import PassRun, Rider
+from service.telemetry.pass_spans import PassItem, PassRun
 
 MAX_LINKS = 1024
-"""A batch names every request in it; the SDK's own limit of 128 would cut some off."""
+"""A batch links to each of its requests; the SDK's default limit of 128 would cut some off."""
 CLOSE_SECONDS = 1.0
 
 
 def make_exporter(name: str) -> SpanExporter:
-    """Return the exporter of that name; OTLP reads where to send from OTEL_EXPORTER_OTLP_*."""
+    """Create an exporter by name; OTLP reads its destination from OTEL_EXPORTER_OTLP_*."""
     return ConsoleSpanExporter() if name == "console" else OTLPSpanExporter()
 
 
 class Tracing:
-    """Where the spans of one process go.
+    """Recording and export of the spans of one process.
 
     Args:
-        exporter: takes finished spans.
-        process: name of this process among those of the server.
-        follow: record what another process chose to record; else OTEL_TRACES_SAMPLER chooses.
-        at_once: export each span as it ends, instead of many together in the background.
+        exporter: exports finished spans.
+        process: name of this process.
+        follow: record the traces that another process chose; otherwise OTEL_TRACES_SAMPLER chooses.
+        at_once: export each span when it ends, instead of batches in the background.
     """
 
     def __init__(
@@ -74,21 +74,21 @@ class Tracing:
         self.provider.add_span_processor(processor)
 
     def pass_spans(self, clock: Callable[[], float] = time.monotonic) -> OtelPassSpans:
-        """Return what makes spans of an engine's passes; `clock` is the engine's."""
+        """Return a recorder of an engine's passes; `clock` is the engine's clock."""
         return OtelPassSpans(self.provider.get_tracer("budgetformer"), clock)
 
     def close(self) -> None:
-        """Export what is left; a collector that does not answer is not waited for."""
+        """Export the last spans, within `CLOSE_SECONDS`."""
         closing = threading.Thread(target=self.provider.shutdown, daemon=True, name="last-spans")
         closing.start()
         closing.join(CLOSE_SECONDS)
 
 
 class OtelPassSpans:
-    """Make spans of passes.
+    """Record passes as spans.
 
-    A pass is a span of its own, linked to every request in it. Each of these gets, in its own
-    trace, how long it waited for the pass and the pass itself, linked to the span of the pass.
+    A pass is the root span of a new trace, linked to each request in it. Each of these requests
+    gets two spans in its own trace: its wait for the pass, and the pass, linked to the root span.
     """
 
     def __init__(self, tracer: Tracer, clock: Callable[[], float]) -> None:
@@ -96,11 +96,11 @@ class OtelPassSpans:
         self._clock = clock
 
     def ran(self, run: PassRun) -> None:
-        """Record a pass, for those of its requests that are traced."""
-        served: dict[RequestContext, list[Rider]] = {}
-        for rider in run.riders:
-            if rider.request.sampled:
-                served.setdefault(rider.request, []).append(rider)
+        """Record a pass for its traced requests."""
+        served: dict[RequestContext, list[PassItem]] = {}
+        for item in run.items:
+            if item.request.sampled:
+                served.setdefault(item.request, []).append(item)
         if not served:
             return
         since_epoch = time.time_ns() - int(self._clock() * 1e9)
@@ -110,7 +110,7 @@ class OtelPassSpans:
 
         common: dict[str, str | int] = {
             "budgetformer.model": run.model,
-            "budgetformer.batch.items": len(run.riders),
+            "budgetformer.batch.items": len(run.items),
             "budgetformer.batch.tokens": run.tokens,
         }
         if run.stage == "compute":
@@ -124,18 +124,18 @@ class OtelPassSpans:
             start_time=wall(run.started),
         )
         whole.end(wall(run.ended))
-        for request, riders in served.items():
+        for request, items in served.items():
             within = set_span_in_context(NonRecordingSpan(parents[request]), Context())
-            queued = min(rider.waits_since for rider in riders)
+            queued = min(item.waits_since for item in items)
             self._tracer.start_span("queue", within, start_time=wall(queued)).end(wall(run.started))
-            own: dict[str, str | int] = {
-                "budgetformer.budget": max(rider.budget for rider in riders),
-                "budgetformer.items": len(riders),
+            details: dict[str, str | int] = {
+                "budgetformer.budget": max(item.budget for item in items),
+                "budgetformer.items": len(items),
             }
             self._tracer.start_span(
                 run.stage,
                 within,
-                attributes=common | own,
+                attributes=common | details,
                 links=[Link(whole.get_span_context())],
                 start_time=wall(run.started),
             ).end(wall(run.ended))

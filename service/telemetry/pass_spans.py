@@ -1,4 +1,4 @@
-"""What an engine tells of its passes, for those of its requests that are traced."""
+"""Description of an engine's passes, from which spans of traced requests are made."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Stage = Literal["budget", "compute"]
 
 
 @dataclass(frozen=True)
-class Rider:
+class PassItem:
     """An item in a pass.
 
     Attributes:
-        request: whose item it is.
-        waits_since: when it arrived or its last pass ended, on the engine's clock.
+        request: context of its request.
+        waits_since: time at which it arrived or its last pass ended, on the engine's clock.
         budget: its ladder step after the pass.
     """
 
@@ -28,28 +28,28 @@ class Rider:
 
 @dataclass(frozen=True)
 class PassRun:
-    """One pass over the device, and whom it served.
+    """One pass on the device.
 
     Attributes:
-        stage: what it was for: decide budgets, or compute a batch.
-        model: `name:version`.
+        stage: kind of pass: a decision of budgets, or a batch at a ladder step.
+        model: model version, as `name:version`.
         step: ladder step of a batch.
-        tokens: of all its items.
-        riders: its items.
-        started, ended: on the engine's clock.
+        tokens: number of tokens of all items.
+        items: its items.
+        started, ended: times on the engine's clock.
     """
 
     stage: Stage
     model: str
     step: int
     tokens: int
-    riders: Sequence[Rider]
+    items: Sequence[PassItem]
     started: float
     ended: float
 
 
 class PassSpans(Protocol):
-    """What an engine tells of its passes."""
+    """Recorder of an engine's passes."""
 
     def ran(self, run: PassRun) -> None:
-        """Record a pass, for those of its requests that are traced."""
+        """Record a pass for its traced requests."""

@@ -1,4 +1,4 @@
-"""What the processes of this server take from the machine."""
+"""CPU time, memory and open files of the server's processes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 Family = Callable[[], Mapping[str, int]]
-"""Says the names of the server's processes and their ids."""
+"""Returns the names of the server's processes and their ids."""
 
 
 def only_this_process() -> Mapping[str, int]:
-    """Return this process as all there is."""
+    """Return this process as the only one, under the name `supervisor`."""
     return {"supervisor": os.getpid()}
 
 
 class FamilyCollector(Collector):
-    """Prometheus' usual process metrics, for every process of a server by its name.
+    """The usual process metrics of Prometheus, for each process of a server by its name.
 
     Args:
-        prefix: of the metrics' names.
-        family: the processes.
+        prefix: prefix of the metrics' names.
+        family: returns the processes.
     """
 
     def __init__(self, prefix: str, family: Family) -> None:
@@ -33,14 +33,14 @@ class FamilyCollector(Collector):
         self._family = family
 
     def describe(self) -> Iterator[Metric]:
-        """Name the metrics without looking at any process."""
+        """Yield the metrics without values."""
         yield from self._metrics()
 
     def collect(self) -> Iterator[Metric]:
-        """Look at every process that is there."""
+        """Yield the metrics of all running processes."""
         metrics = self._metrics()
         for name, pid in self._family().items():
-            with suppress(psutil.Error, OSError):  # it ended meanwhile
+            with suppress(psutil.Error, OSError):  # the process has ended
                 process = psutil.Process(pid)
                 with process.oneshot():
                     times = process.cpu_times()
@@ -59,8 +59,8 @@ class FamilyCollector(Collector):
         prefix, labels = f"{self._prefix}_process", ["process"]
         return [
             CounterMetricFamily(f"{prefix}_cpu_seconds", "CPU time.", labels=labels),
-            GaugeMetricFamily(f"{prefix}_resident_memory_bytes", "Memory.", labels=labels),
+            GaugeMetricFamily(f"{prefix}_resident_memory_bytes", "Resident memory.", labels=labels),
             GaugeMetricFamily(f"{prefix}_start_time_seconds", "Start, Unix time.", labels=labels),
             GaugeMetricFamily(f"{prefix}_open_fds", "Open file descriptors.", labels=labels),
-            GaugeMetricFamily(f"{prefix}_max_fds", "Most open files.", labels=labels),
+            GaugeMetricFamily(f"{prefix}_max_fds", "Limit on open descriptors.", labels=labels),
         ]

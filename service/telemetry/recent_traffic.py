@@ -1,4 +1,4 @@
-"""The last minutes in short, for a page to draw: totals of the metrics, read at even intervals."""
+"""Figures of the last minutes for the playground, from metrics that are read at even intervals."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from service.telemetry.metrics import Metrics
 SLOT_SECONDS = 5.0
 SLOTS = 120
 ROUTE = "/classify"
-"""Whose latency is told."""
+"""Route whose latency is reported."""
 
 
 @dataclass(frozen=True)
 class _Totals:
-    """What the metrics said at one moment.
+    """Totals of the metrics at one moment.
 
-    `items` counts texts by model, version and ladder step; `spent` holds heads and multiply-adds,
-    used and dense, by model and version.
+    Attributes:
+        at: time in seconds since 1970.
+        durations: number of requests up to each bound of `DURATIONS`, and of all requests.
+        items: number of texts by model, version and ladder step.
+        spent: used heads, dense heads, used and dense multiply-adds, by model and version.
     """
 
     at: float
@@ -34,11 +37,11 @@ class _Totals:
     spent: dict[tuple[str, str], tuple[float, ...]]
 
 
-class Recent:
-    """Remember the totals of the last `SLOTS` intervals of `SLOT_SECONDS`.
+class RecentTraffic:
+    """Totals of the last `SLOTS` intervals of `SLOT_SECONDS`.
 
     Args:
-        metrics: which are read.
+        metrics: metrics to read.
     """
 
     def __init__(self, metrics: Metrics) -> None:
@@ -71,13 +74,13 @@ class Recent:
         self._seen.append(_Totals(now, durations, items, spent))
 
     def tell(self, model: str) -> dict[str, Any]:
-        """Return what a model's texts took and how long requests lasted, as plain data.
+        """Return the cost of a model's texts and the duration of requests, as JSON types.
 
-        `slots` holds the intervals, oldest first, `window` all of them together. In each, `at` is
-        its end in seconds since 1970, `seconds` its length, `budgets` counts texts by ladder step,
-        `heads_share` and `macs_share` are parts of the dense network's, `requests` counts those
-        to `ROUTE` and `p50_ms` and `p99_ms` are their quantiles in milliseconds; None: nothing to
-        tell.
+        `slots` holds the intervals, oldest first; `window` is the total. In each of them, `at` is
+        the end in seconds since 1970, `seconds` the length, `budgets` the number of texts by ladder
+        step, `heads_share` and `macs_share` the shares of the dense network's heads and
+        multiply-adds, `requests` the number of requests to `ROUTE`, and `p50_ms` and `p99_ms` the
+        quantiles of their duration in milliseconds. A value is None if there is no data for it.
         """
         seen = list(self._seen)
         return {
@@ -93,8 +96,8 @@ def _samples(counter: Counter) -> list[tuple[dict[str, str], float]]:
 
 
 def _between(before: _Totals, after: _Totals, model: str) -> dict[str, Any]:
-    # A series that is new began at 0, as did one that is smaller than before: it was removed, and
-    # its version is served again. One that was removed has not grown.
+    # A new series began at 0. So did a series that is smaller than before: it was removed, and then
+    # its version was served again. A series that was only removed has not grown.
     budgets: dict[int, int] = {}
     for (name, version, step), count in sorted(after.items.items()):
         grown = int(_growth(before.items.get((name, version, step), 0), count))
@@ -125,16 +128,18 @@ def _growth(before: float, after: float) -> float:
 
 
 def _quantile_ms(share: float, counts: Sequence[float]) -> float | None:
-    """Return a quantile of the durations, even within a bucket, as Prometheus estimates it.
+    """Return a quantile of the durations, interpolated within a bucket as Prometheus does.
 
-    `counts` are cumulative, by the buckets of `DURATIONS` and one for all that took longer.
+    Args:
+        share: the quantile, 0..1.
+        counts: cumulative counts by bound of `DURATIONS`, and of all durations.
     """
-    wanted = share * counts[-1]
-    if not wanted:
+    rank = share * counts[-1]
+    if not rank:
         return None
-    place = next(place for place, count in enumerate(counts) if count >= wanted)
-    if place == len(DURATIONS):
+    bucket = next(bucket for bucket, count in enumerate(counts) if count >= rank)
+    if bucket == len(DURATIONS):
         return DURATIONS[-1] * 1000
-    below, low = (counts[place - 1], DURATIONS[place - 1]) if place else (0.0, 0.0)
-    within = (wanted - below) / (counts[place] - below)
-    return round((low + within * (DURATIONS[place] - low)) * 1000, 3)
+    below, low = (counts[bucket - 1], DURATIONS[bucket - 1]) if bucket else (0.0, 0.0)
+    within = (rank - below) / (counts[bucket] - below)
+    return round((low + within * (DURATIONS[bucket] - low)) * 1000, 3)

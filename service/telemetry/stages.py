@@ -1,4 +1,4 @@
-"""The spans that a frontend makes of the stages of a request."""
+"""Spans of the stages of a request in a frontend."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from opentelemetry.trace import INVALID_SPAN, Span, Tracer
 
 @contextmanager
 def stage_span(tracer: Tracer | None, name: str) -> Iterator[Span]:
-    """Open the span of a stage of a request; one that records nothing if nobody traces.
+    """Open the span of a stage of a request; it records nothing if tracing is off.
 
-    No exception is recorded with it, as it could quote a text.
+    Exceptions are not recorded, since they may quote texts.
     """
     if tracer is None:
         yield INVALID_SPAN

@@ -1,4 +1,4 @@
-"""Traces: off, and nothing imported, unless the usual OTEL_* variables name an exporter."""
+"""Traces: off, with nothing imported, unless the usual OTEL_* variables name an exporter."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 
 
 class TracingError(BudgetFormerError):
-    """Tracing is asked for in a way that cannot be had."""
+    """The environment asks for tracing that is not available."""
 
 
 def exporter_asked_for(environment: Mapping[str, str]) -> str | None:
-    """Return the exporter of traces that the environment names; None: none.
+    """Return the trace exporter that the environment names; None: tracing is off.
 
     Raises:
-        TracingError: it is none that this program has.
+        TracingError: the exporter or its protocol is not supported.
     """
     if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None
@@ -35,19 +35,21 @@ def exporter_asked_for(environment: Mapping[str, str]) -> str | None:
     if exporter == "none":
         return None
     if exporter not in EXPORTERS:
-        known = ", ".join((*EXPORTERS, "none"))
-        raise TracingError(f"OTEL_TRACES_EXPORTER={exporter}: known are {known}")
-    spoken = next((environment[name] for name in PROTOCOLS if environment.get(name)), None)
-    if exporter == "otlp" and spoken not in (None, "http/protobuf"):
-        raise TracingError(f"OTLP is spoken as http/protobuf only, not as {spoken}")
+        supported = ", ".join((*EXPORTERS, "none"))
+        raise TracingError(
+            f"OTEL_TRACES_EXPORTER={exporter} is not supported; set it to one of {supported}"
+        )
+    protocol = next((environment[name] for name in PROTOCOLS if environment.get(name)), None)
+    if exporter == "otlp" and protocol not in (None, "http/protobuf"):
+        raise TracingError(f"OTLP over {protocol} is not supported; set it to http/protobuf")
     return exporter
 
 
 def check_tracing() -> None:
-    """See that what the environment asks for can be had, before any process needs it.
+    """Check at the start that the tracing that the environment asks for is available.
 
     Raises:
-        TracingError: it cannot.
+        TracingError: it is not available.
     """
     if exporter_asked_for(os.environ) is None:
         return
@@ -67,11 +69,11 @@ def open_tracing(process: str, *, follow: bool = False) -> Tracing | None:
     """Start to export traces, if the environment asks for it.
 
     Args:
-        process: name of this process among those of the server.
-        follow: record whatever another process has chosen to record, and nothing else.
+        process: name of this process.
+        follow: record the traces that another process has chosen, and no others.
 
     Raises:
-        TracingError: what is asked for cannot be had.
+        TracingError: the exporter or its protocol is not supported.
     """
     exporter = exporter_asked_for(os.environ)
     if exporter is None:

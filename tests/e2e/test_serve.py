@@ -249,7 +249,7 @@ def test_an_engine_that_cannot_start_takes_readiness_away_and_says_why(
             return str(loops)
 
         wait_until(
-            lambda: "engine-0 does not come up: it ended with exit code 1; 3 failed" in reason(),
+            lambda: "engine-0 does not stay up: it ended with exit code 1; 3 failed" in reason(),
             "the reason",
             60,
         )

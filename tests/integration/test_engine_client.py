@@ -23,9 +23,9 @@ from service.ipc.engine_client import (
     EngineFailedError,
     Engines,
     Event,
-    Job,
     NotLoadedError,
     RefusedError,
+    Submission,
 )
 from service.ipc.engine_messages import (
     Answer,
@@ -107,9 +107,9 @@ def dies(_: Classify) -> None:
     return None
 
 
-def job(seconds: float = 20.0, items: int = 1) -> Job:
+def submission(seconds: float = 20.0, items: int = 1) -> Submission:
     texts = texts_of(*[[2, 5, 3]] * items)
-    return Job(*KEY, texts, "balanced", monotonic() + seconds)
+    return Submission(*KEY, texts, "balanced", monotonic() + seconds)
 
 
 @asynccontextmanager
@@ -156,7 +156,7 @@ def refusals(lines: Sequence[MutableMapping[str, Any]]) -> list[MutableMapping[s
 
 async def test_an_answer() -> None:
     async with engines(ScriptedEngine(answers)) as held:
-        answer = await held.classify(job(items=3))
+        answer = await held.classify(submission(items=3))
     assert len(answer) == 3
     assert (answer.budget_seconds, answer.queue_seconds, answer.compute_seconds) == (0.1, 0.2, 0.3)
 
@@ -164,7 +164,7 @@ async def test_an_answer() -> None:
 async def test_what_the_engine_is_told() -> None:
     engine = ScriptedEngine(answers)
     async with engines(engine) as held:
-        await held.classify(job(seconds=20.0))
+        await held.classify(submission(seconds=20.0))
     message = engine.heard[-1]
     assert isinstance(message, Classify)
     assert (message.model, message.version, message.quality) == (*KEY, "balanced")
@@ -174,34 +174,34 @@ async def test_what_the_engine_is_told() -> None:
 async def test_a_refusal() -> None:
     async with engines(ScriptedEngine(lambda m: Refused(m.id, "queue_full", 7))) as held:
         with pytest.raises(RefusedError) as caught:
-            await held.classify(job())
+            await held.classify(submission())
     assert (caught.value.reason, caught.value.retry_after) == ("queue_full", 7)
 
 
 async def test_a_deadline_that_passed() -> None:
     async with engines(ScriptedEngine(lambda m: Expired(m.id))) as held:
         with pytest.raises(DeadlineError):
-            await held.classify(job())
+            await held.classify(submission())
 
 
 async def test_a_deadline_that_passed_before_it_was_sent() -> None:
     engine = ScriptedEngine(answers)
     async with engines(engine) as held:
         with pytest.raises(DeadlineError):
-            await held.classify(job(seconds=-1))
+            await held.classify(submission(seconds=-1))
     assert engine.asked == 0
 
 
 async def test_a_failure_with_its_reason() -> None:
     async with engines(ScriptedEngine(lambda m: Failed(m.id, "no such level"))) as held:
         with pytest.raises(EngineFailedError, match="no such level"):
-            await held.classify(job())
+            await held.classify(submission())
 
 
 async def test_an_answer_that_does_not_fit() -> None:
     async with engines(ScriptedEngine(lambda m: Done(m.id))) as held:
         with pytest.raises(EngineFailedError):
-            await held.classify(job())
+            await held.classify(submission())
 
 
 @pytest.mark.parametrize("last_words", [None, b"\xff\xff\xff\xff", b"\x01\x00\x00\x00\xc1"])
@@ -211,7 +211,7 @@ async def test_a_request_whose_engine_dies_is_done_by_another(last_words: bytes 
 
     first, second = ScriptedEngine(fails), ScriptedEngine(answers)
     async with engines(first, second) as held:
-        assert len(await held.classify(job())) == 1
+        assert len(await held.classify(submission())) == 1
     assert (first.asked, second.asked) == (1, 1)
 
 
@@ -219,7 +219,7 @@ async def test_one_that_dies_is_asked_again_when_it_is_back() -> None:
     replies = iter([dies, answers])
     engine = ScriptedEngine(lambda message: next(replies)(message))
     async with engines(engine) as held:
-        answer = await held.classify(job())
+        answer = await held.classify(submission())
     assert len(answer) == 1
     assert engine.asked == 2
 
@@ -228,7 +228,7 @@ async def test_a_request_that_kills_two_engines_is_not_tried_on_a_third() -> Non
     all_three = [ScriptedEngine(dies) for _ in range(3)]
     async with engines(*all_three) as held:
         with pytest.raises(EngineDownError):
-            await held.classify(job())
+            await held.classify(submission())
     assert sum(engine.asked for engine in all_three) == 2
 
 
@@ -236,7 +236,7 @@ async def test_without_the_model_nobody_is_asked() -> None:
     engine = ScriptedEngine(answers)
     async with engines(engine, loaded=False) as held:
         with pytest.raises(NotLoadedError):
-            await held.classify(job())
+            await held.classify(submission())
     assert engine.asked == 0
 
 
@@ -246,7 +246,7 @@ async def test_a_model_that_cannot_be_loaded_is_known_by_its_reason() -> None:
         assert held.errors == ["config.json: missing"]
         assert held.models == set()
         with pytest.raises(NotLoadedError):
-            await held.classify(job())
+            await held.classify(submission())
 
 
 async def test_a_load_that_one_engine_cannot_do_is_undone_in_the_others() -> None:
@@ -264,7 +264,7 @@ async def test_one_that_comes_back_is_given_its_models_again() -> None:
     replies = iter([dies, answers])
     engine = ScriptedEngine(lambda message: next(replies)(message))
     async with engines(engine) as held:
-        await held.classify(job())
+        await held.classify(submission())
     assert sum(isinstance(message, Load) for message in engine.heard) == 2
 
 
@@ -277,7 +277,7 @@ async def test_a_caller_that_gives_up_cancels_its_request() -> None:
 
     engine = ScriptedEngine(never)
     async with engines(engine) as held:
-        asking = asyncio.create_task(held.classify(job()))
+        asking = asyncio.create_task(held.classify(submission()))
         await waiting.wait()
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -292,13 +292,13 @@ async def test_a_caller_that_gives_up_cancels_its_request() -> None:
 async def test_an_engine_that_never_answers_is_not_waited_for_beyond_the_deadline() -> None:
     async with engines(ScriptedEngine(lambda _: b"")) as held:
         with pytest.raises(DeadlineError):
-            await held.classify(job(seconds=0.05))
+            await held.classify(submission(seconds=0.05))
 
 
 async def test_work_goes_to_the_engine_with_the_least_in_flight() -> None:
     first, second = ScriptedEngine(lambda _: b""), ScriptedEngine(lambda _: b"")
     async with engines(first, second) as held:
-        tasks = [asyncio.create_task(held.classify(job(items=n))) for n in (8, 1, 1, 1)]
+        tasks = [asyncio.create_task(held.classify(submission(items=n))) for n in (8, 1, 1, 1)]
         await until(lambda: first.asked + second.asked == 4, "arrival")
         assert sorted([first.asked, second.asked]) == [1, 3]
         for task in tasks:
@@ -310,7 +310,7 @@ async def test_engines_with_equally_much_in_flight_take_turns() -> None:
     scripted = [ScriptedEngine(answers) for _ in range(3)]
     async with engines(*scripted) as held:
         for _ in range(9):
-            await held.classify(job())
+            await held.classify(submission())
     assert [engine.asked for engine in scripted] == [3, 3, 3]
 
 
@@ -319,7 +319,7 @@ async def test_one_that_is_gone_does_not_break_the_turns_of_the_others() -> None
     async with engines(*scripted) as held:
         held.clients[1].models = {}
         for _ in range(8):
-            await held.classify(job())
+            await held.classify(submission())
     assert [engine.asked for engine in scripted] == [4, 0, 4]
 
 
@@ -336,5 +336,5 @@ async def test_the_first_requests_of_several_frontends_go_to_different_engines()
             for frontend in frontends:
                 for client in frontend.clients:
                     client.models = {KEY: ModelInfo(*KEY, 0.1, 100, "float32")}
-                await frontend.classify(job())
+                await frontend.classify(submission())
     assert [engine.asked for engine in scripted] == [2, 2, 1, 1]

@@ -144,7 +144,7 @@ async def test_texts_wait_in_the_bucket_of_the_step_that_f_o_predicted(model_sto
     assert not request.items.ran[:, 1:].any()
     assert sum(map(len, request.spans)) == len(texts)
     for span in request.spans:
-        for place in span.places:
+        for place in span.indices:
             assert span.bucket == (request.model, request.items.predicted[place])
     async with running(core):
         await until(lambda: isinstance(told[-1], Answer), "the answer")

@@ -99,7 +99,7 @@ async def test_it_says_what_an_item_took(model_store: Path) -> None:
 async def test_an_engine_whose_core_has_ended_is_to_be_replaced(model_store: Path) -> None:
     async with replica(model_store) as running:
         await running.stop()
-        with pytest.raises(RuntimeError, match="computes no more"):
+        with pytest.raises(RuntimeError, match="has stopped computing"):
             running.check_health()
 
 

@@ -39,7 +39,7 @@ def slow(fresh: Service, factor: float = 1e9) -> None:
     """Let an engine believe that its device is so much slower than it is."""
     for model in fresh.core.models.values():
         steps = tuple(StepCost(*(factor * x for x in astuple(step))) for step in model.costs.steps)
-        fresh.core.prices.know(model.key, replace(model.costs, steps=steps))
+        fresh.core.prices.set_table(model.key, replace(model.costs, steps=steps))
 
 
 class TestFullQueue:

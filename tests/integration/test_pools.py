@@ -18,7 +18,7 @@ from budgetformer.inference.texts import Texts
 from service.cluster.pools import through_pools
 from service.engine.core import EngineCore, EngineOptions
 from service.ipc.answers import Answers
-from service.ipc.engine_client import Job, answers_of, request_of
+from service.ipc.engine_client import Submission, answers_of, request_of
 from service.ipc.engine_messages import (
     Answer,
     Classify,
@@ -44,14 +44,14 @@ class Pools:
     cores: dict[int | None, EngineCore]
     asked: list[int | None]
 
-    async def ask(self, place: int, job: Job) -> Answers:
+    async def ask(self, place: int, submission: Submission) -> Answers:
         most, core = list(self.cores.items())[place]
         self.asked.append(most)
-        return answers_of(await asked(core, request_of(job)))
+        return answers_of(await asked(core, request_of(submission)))
 
-    async def answer(self, job: Job) -> Answers:
+    async def answer(self, submission: Submission) -> Answers:
         computes = [partial(_computes, most) for most in self.cores]
-        return await through_pools(self.ask, computes, job)
+        return await through_pools(self.ask, computes, submission)
 
 
 def _computes(most: int | None, step: int) -> bool:
@@ -76,11 +76,11 @@ async def asked(core: EngineCore, message: Classify | Load) -> ToFrontend:
         return await future
 
 
-def job(store: Path, model: str, quality: str = "best") -> Job:
+def submission(store: Path, model: str, quality: str = "best") -> Submission:
     served = open_model(store / model / str(MODELS[model]))
     texts = Texts.of(served.encoder.encode(TEXTS))
     deadline = asyncio.get_running_loop().time() + 60
-    return Job(model, MODELS[model], texts, quality, deadline, return_heads=True)
+    return Submission(model, MODELS[model], texts, quality, deadline, return_heads=True)
 
 
 @pytest.mark.parametrize("pools", [(0, None), (1, None)], ids=str)
@@ -88,7 +88,7 @@ def job(store: Path, model: str, quality: str = "best") -> Job:
 async def test_several_engines_answer_together_what_one_answers_alone(
     model_store: Path, model: str, pools: tuple[int | None, ...]
 ) -> None:
-    wanted = job(model_store, model)
+    wanted = submission(model_store, model)
     async with running(model_store, model, None) as alone:
         right = await alone.ask(0, wanted)
         (core,) = alone.cores.values()
@@ -105,7 +105,7 @@ async def test_several_engines_answer_together_what_one_answers_alone(
 async def test_texts_that_are_decided_go_straight_to_the_pool_of_their_step(
     model_store: Path, pools: tuple[int | None, ...]
 ) -> None:
-    wanted = job(model_store, CHAINED)
+    wanted = submission(model_store, CHAINED)
     async with running(model_store, CHAINED, None) as alone:
         right = await alone.ask(0, wanted)
     served = open_model(model_store / CHAINED / "1")
@@ -125,7 +125,7 @@ async def test_texts_that_are_decided_go_straight_to_the_pool_of_their_step(
 
 
 async def test_decisions_that_do_not_fit_the_items_are_refused(model_store: Path) -> None:
-    wanted = job(model_store, CHAINED)
+    wanted = submission(model_store, CHAINED)
     count = len(wanted.texts)
     steps = np.ones(count, "<i4").tobytes()
     good = Decisions(steps, bytes(4 * count), bytes(4 * 3 * count))
@@ -147,7 +147,7 @@ async def test_decisions_that_do_not_fit_the_items_are_refused(model_store: Path
 
 
 async def test_a_text_goes_from_pool_to_pool_along_the_chain(model_store: Path) -> None:
-    wanted = job(model_store, CHAINED)
+    wanted = submission(model_store, CHAINED)
     async with running(model_store, CHAINED, None) as alone:
         predicted = (await alone.ask(0, wanted)).predicted
         wanted = wanted.part(np.flatnonzero(predicted == 1).tolist())
@@ -186,7 +186,7 @@ def compare(answer: Answers, right: Answers, decision: int | None = None) -> Non
 @pytest.mark.parametrize("model", MODELS)
 async def test_what_was_given_back_was_paid_for(model_store: Path, model: str) -> None:
     async with running(model_store, model, 0) as small:
-        begun = await small.ask(0, job(model_store, model))
+        begun = await small.ask(0, submission(model_store, model))
     assert not begun.errors
     assert begun.predicted.tolist() == begun.next_step.tolist()
     assert (begun.macs > 0).all()
@@ -196,7 +196,9 @@ async def test_what_was_given_back_was_paid_for(model_store: Path, model: str) -
 async def test_steps_that_do_not_fit_the_items_are_refused(model_store: Path) -> None:
     async with running(model_store, TOPICS, None) as only:
         (core,) = only.cores.values()
-        message = msgspec.structs.replace(request_of(job(model_store, TOPICS)), steps=bytes(4))
+        message = msgspec.structs.replace(
+            request_of(submission(model_store, TOPICS)), steps=bytes(4)
+        )
         answer = await asked(core, message)
         assert isinstance(answer, Failed)
         assert "as many steps as texts" in answer.message

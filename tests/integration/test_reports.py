@@ -32,12 +32,12 @@ class LossyHub(Hub):
 
     loses = False
 
-    async def came(self, reader: asyncio.StreamReader, say: Say) -> None:
+    async def serve_frontend(self, reader: asyncio.StreamReader, say: Say) -> None:
         def say_some(message: Message) -> bool:
             lost = self.loses and isinstance(message, Acknowledged)
             return lost or say(message)
 
-        await super().came(reader, say_some)
+        await super().serve_frontend(reader, say_some)
 
     def counted(self) -> float:
         """Return the number of connections that were counted as malformed."""
@@ -75,7 +75,11 @@ def test_no_count_is_lost_or_doubled_where_connections_break(
 async def _count_once(actions: list[tuple[str, int]]) -> None:
     with tempfile.TemporaryDirectory(prefix="bf-") as folder:
         socket, hub = Path(folder) / "hub.sock", empty_hub(Path(folder))
-        async with listening(socket, hub.came), frontend(socket) as one, frontend(socket) as other:
+        async with (
+            listening(socket, hub.serve_frontend),
+            frontend(socket) as one,
+            frontend(socket) as other,
+        ):
             begun: list[asyncio.Task[None]] = []
             for action, index in actions:
                 to_hub = (one, other)[index]
@@ -113,7 +117,7 @@ async def test_a_hub_that_is_started_anew_counts_what_the_one_before_did_not_ack
         socket = Path(folder) / "hub.sock"
         before, after = empty_hub(Path(folder)), empty_hub(Path(folder))
         async with AsyncExitStack() as stack:
-            async with listening(socket, before.came):
+            async with listening(socket, before.serve_frontend):
                 to_hub = await stack.enter_async_context(frontend(socket))
                 for count in (3, 4):
                     for _ in range(count):
@@ -122,7 +126,7 @@ async def test_a_hub_that_is_started_anew_counts_what_the_one_before_did_not_ack
                     before.loses = True
                 assert before.counted() == 7
             to_hub.counts.texts_asked("one", 2)
-            await stack.enter_async_context(listening(socket, after.came))
+            await stack.enter_async_context(listening(socket, after.serve_frontend))
             await until(lambda: after.counted() > 0, "what was not acknowledged")
             await to_hub.show(SCRAPE)
         shown = Exposition(generate_latest(after.metrics.registry).decode())

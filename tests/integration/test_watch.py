@@ -22,7 +22,7 @@ BEAT = Heartbeat({"topics": 3}, {"topics": 0.5}, {"topics": 2.0}, {"topics": 4},
 @pytest.fixture
 def metrics() -> Metrics:
     metrics = Metrics()
-    metrics.know_engines(2)
+    metrics.register_engines(2)
     return metrics
 
 
@@ -86,7 +86,7 @@ def test_the_time_of_passes_is_the_time_that_a_device_is_busy(
 def test_clipped_states_are_counted_by_model_and_version(
     metrics: Metrics, watch: EngineWatch
 ) -> None:
-    metrics.know_model("topics", "2", range(3))
+    metrics.register_model("topics", "2", range(3))
     for clipped in (3, 4):
         watch(1, BatchRan("topics", 2, 1, 8, 80, 0.0, 0.25, checked=100, clipped=clipped))
     seen = shown(metrics)
@@ -144,11 +144,11 @@ def test_a_model_that_is_served_no_more_keeps_its_counters_and_is_described_no_m
 def test_a_model_that_is_gone_is_not_brought_back_by_what_engines_say(
     metrics: Metrics, watch: EngineWatch, catalog: Catalog
 ) -> None:
-    metrics.know_model("topics", "2", range(3))
+    metrics.register_model("topics", "2", range(3))
     watch(0, BEAT)
     catalog.withdraw("topics")
     metrics.forget_model("topics", "2")
-    metrics.forget_name("topics")
+    metrics.forget_model_name("topics")
     metrics.quality_level.remove("topics")
     watch.forget_model("topics")
     watch(0, BEAT)

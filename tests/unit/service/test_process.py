@@ -56,7 +56,7 @@ def test_large_blocks_are_apart_until_a_model_is_loaded(monkeypatch: pytest.Monk
     asked: list[tuple[int, int]] = []
     library = SimpleNamespace(mallopt=lambda name, value: asked.append((name, value)))
     monkeypatch.setattr(process.ctypes, "CDLL", lambda _: library)
-    with process.large_blocks_apart():
+    with process.mmap_large_blocks():
         assert asked == [(process.MMAP_THRESHOLD, process.LARGE_BYTES)]
     assert asked[1:] == [
         (process.MMAP_THRESHOLD, process.KEPT_BYTES),
@@ -66,7 +66,7 @@ def test_large_blocks_are_apart_until_a_model_is_loaded(monkeypatch: pytest.Monk
 
 def test_a_library_without_such_blocks_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process.ctypes, "CDLL", lambda _: SimpleNamespace())
-    with process.large_blocks_apart():
+    with process.mmap_large_blocks():
         pass
 
 

@@ -408,8 +408,8 @@ class TestGrpcPort:
         ("arguments", "problem"),
         [
             (["--grpc-port=0"], "grpc_port"),
-            (["--grpc-port=8000"], "another port than port"),
-            (["--grpc-port=9000", "--metrics-port=9000"], "another port than port and metrics"),
+            (["--grpc-port=8000"], "must differ from port"),
+            (["--grpc-port=9000", "--metrics-port=9000"], "must differ from port and metrics"),
             (["--grpc-port=8001", "--cluster"], "grpc_port does not apply"),
         ],
     )

@@ -138,8 +138,8 @@ class TestImport:
     @pytest.mark.parametrize(
         ("more", "message"),
         [
-            ((), "give --data (labelled texts) or --texts"),
-            (("--texts", "a.jsonl", "--data", "b.jsonl"), "give --data (labelled texts) or"),
+            ((), "give either --data (labelled texts) or --texts"),
+            (("--texts", "a.jsonl", "--data", "b.jsonl"), "give either --data (labelled texts) or"),
             (("--texts", "a.jsonl", "--effort", "days"), "'days' is not one of"),
         ],
     )

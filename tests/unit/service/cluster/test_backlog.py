@@ -14,7 +14,7 @@ def test_nothing_waits_where_nothing_was_said_or_sent() -> None:
 
 def test_an_engine_works_off_a_second_every_second() -> None:
     backlog = Backlog()
-    backlog.hear("a word", 3.0, now=10.0)
+    backlog.update("a word", 3.0, now=10.0)
     assert backlog.seconds(10.0) == 3
     assert backlog.seconds(11.5) == 1.5
     assert backlog.seconds(20.0) == 0
@@ -22,11 +22,11 @@ def test_an_engine_works_off_a_second_every_second() -> None:
 
 def test_what_was_sent_since_the_word_counts_until_the_next() -> None:
     backlog = Backlog()
-    backlog.hear(1, 1.0, now=0.0)
+    backlog.update(1, 1.0, now=0.0)
     backlog.send(2.0, now=0.0)
-    backlog.hear(1, 1.0, now=0.5)  # the same word again says nothing new
+    backlog.update(1, 1.0, now=0.5)  # the same word again says nothing new
     assert backlog.seconds(0.5) == 2.5
-    backlog.hear(2, 0.25, now=0.5)
+    backlog.update(2, 0.25, now=0.5)
     assert backlog.seconds(0.5) == 0.25
 
 

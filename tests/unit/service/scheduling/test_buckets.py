@@ -63,7 +63,7 @@ def items_of(spans: list[Span[int]]) -> list[Item]:
     return [
         Item(one.owner, place, price, one.bucket, one.urgency)
         for one in spans
-        for place, price in zip(one.places, one.prices, strict=True)
+        for place, price in zip(one.indices, one.prices, strict=True)
     ]
 
 
@@ -90,9 +90,9 @@ def arrivals(draw: st.DrawFn) -> list[Span[int]]:
         now = clock.tick(draw(st.sampled_from([0.0, 0.1, 3.0])))
         prices = draw(PRICES)
         patience = draw(st.floats(0.01, 20.0))
-        places = list(range(len(prices)))
+        indices = list(range(len(prices)))
         bucket = draw(st.sampled_from("abc"))
-        spans.append(Span(owner, places, prices, bucket, now, now + patience))
+        spans.append(Span(owner, indices, prices, bucket, now, now + patience))
     return spans
 
 
@@ -247,8 +247,8 @@ def test_of_a_span_that_was_cut_the_rest_waits_and_can_be_discarded() -> None:
     whole = Span(0, [5, 6, 7, 8], [0.1, 0.2, 0.3, 0.4], "a", 0.0, 100.0)
     buckets = filled([whole], batch_seconds=10.0, batch_items=1)
     (part,) = buckets.take()
-    assert (part.places, part.prices, part.seconds) == ([5], [0.1], 0.1)
-    assert (whole.places, whole.prices, whole.seconds) == ([6, 7, 8], [0.2, 0.3, 0.4], 0.9)
+    assert (part.indices, part.prices, part.seconds) == ([5], [0.1], 0.1)
+    assert (whole.indices, whole.prices, whole.seconds) == ([6, 7, 8], [0.2, 0.3, 0.4], 0.9)
     assert len(buckets) == 3
     assert not buckets.discard(part)
     assert buckets.discard(whole)
@@ -383,8 +383,8 @@ def test_count_and_price_are_those_of_what_waits_after_any_sequence(data: st.Dat
                 prices = data.draw(st.lists(st.floats(0, 1e4), min_size=1, max_size=9))
                 deadline, bucket = data.draw(st.floats(0, 1e3)), data.draw(st.sampled_from("abc"))
                 lane = data.draw(st.sampled_from(LANES))
-                places = list(range(len(prices)))
-                waiting.append(Span(owner, places, prices, bucket, 0.0, deadline, lane))
+                indices = list(range(len(prices)))
+                waiting.append(Span(owner, indices, prices, bucket, 0.0, deadline, lane))
                 buckets.add(waiting[-1])
             case "discard" if waiting:
                 buckets.discard(waiting.pop(data.draw(st.integers(0, len(waiting) - 1))))

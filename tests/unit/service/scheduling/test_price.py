@@ -25,7 +25,7 @@ TABLE = CostTable("news:1", "cpu", "float32", STEPS)
 
 def prices() -> Prices:
     made = Prices()
-    made.know(KEY, TABLE)
+    made.set_table(KEY, TABLE)
     return made
 
 
@@ -221,7 +221,7 @@ def test_layers_that_decide_for_themselves_are_priced_at_the_whole_ladder() -> N
 
 def test_models_are_priced_apart() -> None:
     made = prices()
-    made.know("other", TABLE)
+    made.set_table("other", TABLE)
     made.observe("other", 1, 10, 1, 1.0)
     assert made.constant(KEY, 1) == TABLE.constant(1)
     assert made.constant("other", 1) > TABLE.constant(1)

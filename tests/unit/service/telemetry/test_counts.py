@@ -189,10 +189,10 @@ class OneByOne:
 def known() -> Metrics:
     """Return metrics that know what the requests name."""
     metrics = Metrics()
-    metrics.know_routes(["/classify", "other"])
-    metrics.know_keys(KEYS[1:])
+    metrics.register_routes(["/classify", "other"])
+    metrics.register_keys(KEYS[1:])
     for name, version in VERSIONS:
-        metrics.know_model(name, str(version), range(4))
+        metrics.register_model(name, str(version), range(4))
     return metrics
 
 

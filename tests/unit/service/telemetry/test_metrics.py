@@ -72,9 +72,9 @@ def scrape(metrics: Metrics) -> Exposition:
 @pytest.fixture
 def metrics() -> Metrics:
     metrics = Metrics()
-    metrics.know_routes(["/classify", "other"])
-    metrics.know_engines(2)
-    metrics.know_model("topics", "1", [0, 1, 2])
+    metrics.register_routes(["/classify", "other"])
+    metrics.register_engines(2)
+    metrics.register_model("topics", "1", [0, 1, 2])
     return metrics
 
 
@@ -305,7 +305,7 @@ def test_roll_outs_do_not_make_the_exposition_grow(metrics: Metrics) -> None:
     before = series_of_models(metrics)
     for number in range(2, 1002):
         version = str(number)
-        metrics.know_model("topics", version, [0, 1, 2])
+        metrics.register_model("topics", version, [0, 1, 2])
         count_texts(counts, Spent(2, 5, 41, 300, 900), version=number, expected={0: 1.0})
         counts.request_ended("/classify", "ok", 0.1, served=("topics", number))
         counts.items_failed("topics", number, 1)
@@ -328,7 +328,7 @@ def test_a_version_that_is_served_again_counts_from_0(metrics: Metrics) -> None:
     counts.request_ended("/classify", "ok", 0.1, served=("topics", 1))
     metrics.add(counts.take())
     metrics.forget_model("topics", "1")
-    metrics.know_model("topics", "1", [0, 1, 2])
+    metrics.register_model("topics", "1", [0, 1, 2])
     shown = scrape(metrics)
     assert shown.total("model_requests_total") == 0
     assert shown.total("model_request_duration_seconds_count", model="topics", version=1) == 0
@@ -336,12 +336,12 @@ def test_a_version_that_is_served_again_counts_from_0(metrics: Metrics) -> None:
 
 def test_a_model_that_is_gone_leaves_no_series(metrics: Metrics) -> None:
     before = series_of_models(metrics)
-    metrics.know_model("tags", "1", [0, 1])
+    metrics.register_model("tags", "1", [0, 1])
     batch = metrics.batch("tags", 1)
     assert batch is not None
     batch.count(1, 41, 0.0)
     metrics.forget_model("tags", "1")
-    metrics.forget_name("tags")
+    metrics.forget_model_name("tags")
     assert metrics.batch("tags", 1) is None
     assert series_of_models(metrics) == before
 
@@ -364,7 +364,7 @@ def test_a_key_that_is_gone_has_no_series(metrics: Metrics) -> None:
     counts.request_ended("/classify", "ok", 0.1, caller="one")
     difference = counts.take()
     for names, texts in (([], {}), (["one", "two"], {"one": 2}), (["two"], {})):
-        metrics.know_keys(names)
+        metrics.register_keys(names)
         metrics.add(difference)
         assert scrape(metrics).by("key", "key_texts_total") == texts
         assert {s.labels["key"] for s in scrape(metrics).select("key_requests_total")} == set(names)

@@ -6,7 +6,7 @@ import pytest
 
 from service.telemetry.counts import Counts
 from service.telemetry.metrics import Metrics
-from service.telemetry.recent_traffic import SLOTS, Recent
+from service.telemetry.recent_traffic import SLOTS, RecentTraffic
 from tests.support.counted import Spent, count_texts
 
 HARD = Spent(budget=4, heads=8, tokens=9, macs=80, dense_macs=100)
@@ -16,9 +16,9 @@ EASY = Spent(budget=0, heads=0, tokens=5, macs=0, dense_macs=100)
 @pytest.fixture
 def metrics() -> Metrics:
     metrics = Metrics()
-    metrics.know_routes(["/classify", "/predict"])
+    metrics.register_routes(["/classify", "/predict"])
     for version in ("1", "2"):
-        metrics.know_model("topics", version, range(5))
+        metrics.register_model("topics", version, range(5))
     return metrics
 
 
@@ -30,7 +30,7 @@ def answer(metrics: Metrics, seconds: float, *items: Spent, version: str = "1") 
 
 
 def test_before_an_interval_has_passed_there_is_nothing_to_tell(metrics: Metrics) -> None:
-    recent = Recent(metrics)
+    recent = RecentTraffic(metrics)
     nothing = {"model": "topics", "slots": [], "window": None}
     assert recent.tell("topics") == nothing
     recent.sample(100.0)
@@ -38,7 +38,7 @@ def test_before_an_interval_has_passed_there_is_nothing_to_tell(metrics: Metrics
 
 
 def test_an_interval_tells_of_what_happened_in_it_over_all_versions(metrics: Metrics) -> None:
-    recent = Recent(metrics)
+    recent = RecentTraffic(metrics)
     answer(metrics, 0.004, HARD)
     recent.sample(100.0)
     answer(metrics, 0.004, HARD, EASY, EASY)
@@ -55,11 +55,11 @@ def test_an_interval_tells_of_what_happened_in_it_over_all_versions(metrics: Met
 
 
 def test_a_version_that_is_served_again_began_at_0(metrics: Metrics) -> None:
-    recent = Recent(metrics)
+    recent = RecentTraffic(metrics)
     answer(metrics, 0.004, HARD, HARD, HARD)
     recent.sample(100.0)
     metrics.forget_model("topics", "1")
-    metrics.know_model("topics", "1", range(5))
+    metrics.register_model("topics", "1", range(5))
     answer(metrics, 0.004, HARD, EASY)
     recent.sample(105.0)
     window = recent.tell("topics")["window"]
@@ -69,7 +69,7 @@ def test_a_version_that_is_served_again_began_at_0(metrics: Metrics) -> None:
 
 
 def test_times_are_quantiles_within_their_bucket(metrics: Metrics) -> None:
-    recent = Recent(metrics)
+    recent = RecentTraffic(metrics)
     recent.sample(0.0)
     for _ in range(98):
         answer(metrics, 0.0045, EASY)  # between 3 and 5 ms
@@ -85,7 +85,7 @@ def test_times_are_quantiles_within_their_bucket(metrics: Metrics) -> None:
 
 
 def test_an_idle_interval_has_no_times_and_no_shares(metrics: Metrics) -> None:
-    recent = Recent(metrics)
+    recent = RecentTraffic(metrics)
     for now in (0.0, 5.0):
         recent.sample(now)
     (slot,) = recent.tell("topics")["slots"]
@@ -94,7 +94,7 @@ def test_an_idle_interval_has_no_times_and_no_shares(metrics: Metrics) -> None:
 
 
 def test_only_the_last_minutes_are_remembered_and_summed(metrics: Metrics) -> None:
-    recent = Recent(metrics)
+    recent = RecentTraffic(metrics)
     for now in range(SLOTS + 30):
         answer(metrics, 0.004, EASY)
         recent.sample(float(now))
@@ -105,9 +105,9 @@ def test_only_the_last_minutes_are_remembered_and_summed(metrics: Metrics) -> No
 
 
 def test_a_model_that_came_later_counts_from_nothing(metrics: Metrics) -> None:
-    recent = Recent(metrics)
+    recent = RecentTraffic(metrics)
     recent.sample(0.0)
-    metrics.know_model("tags", "1", [4])
+    metrics.register_model("tags", "1", [4])
     counts = Counts()
     count_texts(counts, HARD, model="tags")
     metrics.add(counts.take())
@@ -117,7 +117,7 @@ def test_a_model_that_came_later_counts_from_nothing(metrics: Metrics) -> None:
 
 
 def test_requests_to_other_routes_are_left_out(metrics: Metrics) -> None:
-    recent = Recent(metrics)
+    recent = RecentTraffic(metrics)
     recent.sample(0.0)
     counts = Counts()
     counts.request_ended("/predict", "ok", 0.004)
@@ -127,7 +127,7 @@ def test_requests_to_other_routes_are_left_out(metrics: Metrics) -> None:
 
 
 def test_a_version_whose_series_were_removed_takes_nothing_away(metrics: Metrics) -> None:
-    recent = Recent(metrics)
+    recent = RecentTraffic(metrics)
     answer(metrics, 0.004, HARD, HARD)
     recent.sample(0.0)
     answer(metrics, 0.004, EASY, version="2")
