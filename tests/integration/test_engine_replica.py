@@ -81,7 +81,7 @@ async def test_what_is_not_in_the_store_is_said_to_be_missing(model_store: Path)
 
 async def test_only_requests_to_classify_come_through_ray(model_store: Path) -> None:
     async with replica(model_store) as running:
-        with pytest.raises(TypeError, match="classify"):
+        with pytest.raises(TypeError, match="only Classify messages"):
             await running.classify("x", 1, msgspec.msgpack.encode(Load(0, "/etc")))
 
 
