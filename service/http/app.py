@@ -51,7 +51,7 @@ from service.ipc.hub_client import HubLink
 from service.key_usage import KeyUsage
 from service.keys import ANONYMOUS, KeyRing
 from service.pipeline.answer_cache import AnswerCache
-from service.pipeline.catalog_follower import Follow
+from service.pipeline.catalog_follower import CatalogFollower
 from service.pipeline.served_models import Models
 from service.process import decode_settings
 from service.settings import Settings
@@ -114,7 +114,7 @@ def create_app(
     cache = None
     if settings.answer_cache_mib:
         cache = AnswerCache(settings.answer_cache_mib * 2**20, hub.counts.cache_holds)
-    follow = Follow(models, engines, hub, cache)
+    follow = CatalogFollower(models, engines, hub, cache)
     keys = KeyRing(
         settings.all_keys(),
         settings.keys_file,

@@ -226,7 +226,7 @@ async def _complete(
         _refuse_overlong(lookup.truncated, model, range(len(lookup.truncated)))
     if not lookup.misses:
         return lookup.complete(None), 0.0
-    missing, level = lookup.missing, lookup.asked.quality
+    missing, level = lookup.missing, lookup.options.quality
     found, seconds = await _compute(state, body, model, missing, level, deadline, lookup.misses)
     return lookup.complete(found), seconds
 

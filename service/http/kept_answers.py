@@ -9,7 +9,7 @@ from budgetformer.inference.texts import Texts
 from budgetformer.tokenization import Text
 from service.http.schemas import ClassifyRequest
 from service.http.state import State
-from service.pipeline.answer_cache import Asked, Lookup
+from service.pipeline.answer_cache import AnswerOptions, Lookup
 from service.pipeline.served_models import ServedModel
 
 
@@ -31,7 +31,8 @@ def look_up(
         return None
     level = state.engines.level if quality == "auto" else quality
     caller = request.state.caller.name if state.settings.answer_cache_per_key else ""
-    lookup = cache.look_up(model, Asked(level, body.heads, body.max_heads, caller), given)
+    options = AnswerOptions(level, body.heads, body.max_heads, caller)
+    lookup = cache.look_up(model, options, given)
     hits, misses = len(given) - len(lookup.misses), len(lookup.misses)
     state.hub.counts.looked_up(model.checkpoint.name, model.checkpoint.version, hits, misses)
     span = trace.get_current_span()

@@ -1,4 +1,4 @@
-"""From tokens to answers: budgets are decided, step 0 answers some texts, an engine the others."""
+"""Answer tokenized texts: decide budgets, then answer by step 0 or send texts to an engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from budgetformer.inference.policy import QualityName
 from budgetformer.model.tfidf import Array
 from service.ipc.answers import Answers
 from service.ipc.engine_client import Engines, Job
-from service.pipeline.decision import DecidedTexts, Deciding
+from service.pipeline.decision import DecidedTexts, DecisionBatcher
 from service.pipeline.served_models import ServedModel
 from service.scheduling.brownout import kept_above
 from service.telemetry.counts import Counts
@@ -26,24 +26,24 @@ class Answering:
     """Answer the texts of jobs.
 
     Attributes:
-        engines: that run passes.
-        tracer: of spans; None: nobody traces.
+        engines: engines of the server.
+        tracer: tracer for the span of the decision; None: tracing is off.
     """
 
     engines: Engines
     tracer: Tracer | None = None
-    _deciding: Deciding = field(default_factory=Deciding)
+    _deciding: DecisionBatcher = field(default_factory=DecisionBatcher)
 
     async def answer(self, job: Job, model: ServedModel, floor: QualityName) -> Answers:
         """Return the answers to a job's texts.
 
-        A model whose network reads embeddings to decide leaves that to the engine; so does a job
-        with a target, for which the engine's queue chooses the quality.
+        The engine decides the budgets if the network reads embeddings for that, or if the job has a
+        target time, for which the quality depends on the engine's queue.
 
         Args:
-            job: what to classify.
-            model: that is to answer.
-            floor: lowest level that overload may make of a job's quality `auto`.
+            job: texts and options.
+            model: model that answers.
+            floor: lowest level that overload may give to a job of quality `auto`.
 
         Raises:
             EngineDownError, NotLoadedError, RefusedError, DeadlineError, EngineFailedError: see
@@ -52,11 +52,11 @@ class Answering:
         if model.decider is None or job.target is not None:
             return await self.engines.classify(job)
         decided = await self._decide(job, model.checkpoint, model.decider, floor)
-        places, ran = decided.unanswered, None
-        if places:
-            asked = replace(job, quality=decided.quality, decided=decided.decided).part(places)
-            ran = await self.engines.classify(asked)
-        return decided.answer(job.return_heads, ran)
+        unanswered, engine_answers = decided.unanswered, None
+        if unanswered:
+            whole = replace(job, quality=decided.quality, decided=decided.decided)
+            engine_answers = await self.engines.classify(whole.part(unanswered))
+        return decided.answer(job.return_heads, engine_answers)
 
     async def _decide(
         self, job: Job, checkpoint: Checkpoint, decider: Decider, floor: QualityName
@@ -87,24 +87,23 @@ def count_answers(
     hits: Array | None = None,
     stages: Mapping[str, float] | None = None,
 ) -> None:
-    """Count what answers took; of texts that failed nothing is counted.
+    """Count the answered texts and their cost; failed texts are left out.
 
     Args:
-        counts: where.
-        checkpoint: that answered.
-        answers: to B texts.
-        lengths: tokens of each text, int32 [B].
-        truncated: texts that have more than the encoder reads.
-        heads, max_heads: as they were asked for.
-        hits: the texts for which nothing was computed, as a cache answered them, bool [B]; None:
-            nobody asked it.
-        stages: seconds of each stage; None: the texts are of no request that somebody waits for.
+        counts: counts of this process.
+        checkpoint: model that answered.
+        answers: answers to B texts.
+        lengths: number of tokens of each text, int32 [B].
+        truncated: number of texts that have more tokens than the encoder reads.
+        heads, max_heads: head limits of the request.
+        hits: whether the cache answered each text, so it cost nothing, bool [B]; None: no cache.
+        stages: seconds of each stage of the request; None: the texts are those of a job.
     """
     budgets, used, macs, dense = answers.step, answers.heads, answers.macs, answers.dense_macs
     if answers.errors or hits is not None:
-        whole = ~answers.failed
-        computed = whole if hits is None else whole & ~hits
-        budgets, lengths = budgets[whole], lengths[whole]
+        answered = ~answers.failed
+        computed = answered if hits is None else answered & ~hits
+        budgets, lengths = budgets[answered], lengths[answered]
         used, macs, dense = used[computed], macs[computed], dense[computed]
     quality = answers.quality if checkpoint.calibrated else None
     counts.classified(
