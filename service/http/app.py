@@ -45,7 +45,7 @@ from service.http.schemas import (
     TokenizeRequest,
 )
 from service.http.state import State
-from service.ipc.connection import Place
+from service.ipc.connection import Address
 from service.ipc.engine_client import Engines
 from service.ipc.hub_client import HubLink
 from service.key_usage import KeyUsage
@@ -80,7 +80,7 @@ class _Application(FastAPI):
 def create_app(
     settings: Settings,
     engines: Engines,
-    hub_place: Place,
+    hub_address: Address,
     tracer_provider: TracerProvider | None = None,
     shared: Path | None = None,
     labels: Sequence[str] = (),
@@ -91,7 +91,7 @@ def create_app(
     Args:
         settings: of the whole server.
         engines: that compute for it; the application starts and stops them.
-        hub_place: where its hub listens.
+        hub_address: where its hub listens.
         tracer_provider: where spans go; None: nobody traces.
         shared: folder through which the frontends of a server hold tables once; None: this one has
             its own.
@@ -105,7 +105,7 @@ def create_app(
     models = Models(settings.model_store, settings.default_model, shared)
     routes: list[str] = []
     hub = HubLink(
-        hub_place,
+        hub_address,
         lambda serving: follow(serving),
         routes,
         configure=lambda line: state.configure(decode_settings(line)),
@@ -120,7 +120,7 @@ def create_app(
         settings.keys_file,
         anonymous=settings.anonymous,
         usage=usage,
-        changed=lambda names: hub.know_keys([*names, ANONYMOUS]),
+        changed=lambda names: hub.send_keys([*names, ANONYMOUS]),
     )
     tracer = None if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
     state = State(settings, models, engines, hub, tracer, keys, cache)

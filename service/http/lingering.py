@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from service.ipc.coalesced_writes import OneWrite
+from service.ipc.coalesced_writes import CoalescedWriter
 
 LINGER_SECONDS = 2.0
 """How long a closed connection stays while its client neither sends nor closes."""
@@ -13,7 +13,7 @@ LINGER_BYTES = 128 * 2**20
 """Most bytes that are read and discarded after the last answer."""
 
 
-class LingeringTransport(OneWrite):
+class LingeringTransport(CoalescedWriter):
     """A transport with coalesced writes that, on `close`, reads and discards what the client sends.
 
     A socket that is closed while the client sends is reset, and the reset may destroy the answer
