@@ -1,4 +1,4 @@
-"""Which requests are looked up among the answers that a frontend keeps."""
+"""Look up requests in the answer cache."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def look_up(
     given: list[Text] | Texts,
     quality: str | float,
 ) -> Lookup | None:
-    """Look for kept answers to a request's texts; None: answers to such a request are not kept.
+    """Return the cached answers to the texts of a request; None: the request cannot use the cache.
 
-    That is one that gives tokens, one whose answers name heads, and one with a target, for which
-    the engine's queue chooses the level.
+    That is a request with tokens, with `return_heads`, or with `target_ms`, for which the engine
+    chooses the quality.
     """
     cache = state.cache
     if cache is None or isinstance(given, Texts) or body.return_heads or body.target_ms is not None:
