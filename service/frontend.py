@@ -2,8 +2,8 @@
 
 `python -m service.frontend RUN_DIR INDEX USAGE LISTENER [METRICS_LISTENER]`
 
-The last ones are descriptors: of the file in which frontends count what keys ask for, of the socket
-for callers, and of the one for probes and metrics.
+The last three are file descriptors: of the shared file for the usage of keys, of the listening
+socket for requests, and of the one for probes and metrics.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 KEEP_ALIVE_SECONDS = 75
-"""Longer than the minute after which load balancers let an idle connection go, so that a request
-never meets a connection that is just being closed."""
+"""Longer than the 60 s after which load balancers close an idle connection, so that a request is
+never sent to a connection that the server is closing."""
 SPARE_DESCRIPTORS = 256
-"""Open files of a frontend besides its connections."""
+"""Maximum number of open files of a frontend besides its connections."""
 
 
 class _SharedServer(uvicorn.Server):
-    """Uvicorn on a listening socket that other frontends accept connections from, too.
+    """Uvicorn on a listening socket that it shares with the other frontends.
 
     Args:
-        config: of uvicorn.
-        app: the application.
-        listener: the socket.
-        seconds: how long a TLS handshake may take.
+        config: configuration of uvicorn.
+        app: application.
+        listener: listening socket.
+        seconds: time limit of a TLS handshake.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class _SharedServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     def renew_certificates(self, settings: Settings) -> None:
-        """Read the certificates again, for connections that come from now on.
+        """Read the certificates again, for new connections.
 
         Raises:
-            OSError: they cannot be used; those before stay.
+            OSError: a file cannot be used; the old certificates stay in use.
         """
         if settings.tls_cert is not None:
             fresh = uvicorn.Config(self._app, log_config=None, **_tls(settings))
@@ -103,7 +103,7 @@ class _SharedServer(uvicorn.Server):
 
 
 class _SideServer(_SharedServer):
-    """Uvicorn on a second port: it leaves signals to the first."""
+    """Uvicorn on a second port, which leaves signals to the server on the first."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -111,9 +111,10 @@ class _SideServer(_SharedServer):
 
 
 class _DrainingServer(_SharedServer):
-    """Uvicorn, with the app told at the signal, before connections close, and spans kept.
+    """Uvicorn with a graceful shutdown.
 
-    Another server may stand beside it, and stays until it has drained. One of gRPC drains first.
+    At the signal, `admission.draining` is set. Then the gRPC server drains, then this server, then
+    the server on the second port stops. At last, spans and logs are flushed.
     """
 
     def __init__(
@@ -130,12 +131,12 @@ class _DrainingServer(_SharedServer):
         self._tracing = tracing
         self._side = side
         self._grpc = grpc
-        self._beside: asyncio.Task[None] | None = None
+        self._side_task: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._side is not None:
-            self._beside = asyncio.create_task(self._side.serve([]))
+            self._side_task = asyncio.create_task(self._side.serve([]))
         if self._grpc is not None:
             await self._grpc.start(self._app)
 
@@ -144,14 +145,14 @@ class _DrainingServer(_SharedServer):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._grpc is not None:  # before the application ends, as it does at the end of this
+        if self._grpc is not None:  # before uvicorn's shutdown, which ends the application
             self._acceptor.close()
             await self._grpc.stop()
         await super().shutdown(sockets)
-        if self._side is not None and self._beside is not None:
+        if self._side is not None and self._side_task is not None:
             self._side.should_exit = True
-            await self._beside
-        # Here, as uvicorn ends the process by the signal that it caught.
+            await self._side_task
+        # Here and not after `run`: uvicorn then raises the signal again, which ends the process.
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         await asyncio.to_thread(drain_logs)
@@ -185,7 +186,7 @@ def main() -> None:
         "log_config": None,
         "access_log": False,
         "server_header": False,
-        # What no trusted proxy said is not believed, whatever uvicorn takes for one by itself.
+        # Forwarded headers are ignored without `trusted_proxies`; uvicorn would trust 127.0.0.1.
         "proxy_headers": bool(settings.trusted_proxies),
         "forwarded_allow_ips": settings.trusted_proxies,
         "timeout_keep_alive": KEEP_ALIVE_SECONDS,
@@ -204,13 +205,13 @@ def main() -> None:
         app.state.shared.on_settings.append(grpc.renew_certificates)
     freeze_garbage_collector()
     collect_seldom()
-    server.run(sockets=[])  # the acceptors' connections are all that there are
+    server.run(sockets=[])  # the acceptors accept all connections
 
 
 def _grpc_server(settings: Settings) -> InferenceServer | None:
     if settings.grpc_port is None:
         return None
-    # Its C library would write a line of its own form for each handshake that fails.
+    # gRPC's C library would write a line that is not a log event for each failed handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from service.grpc.server import InferenceServer
 
@@ -218,24 +219,24 @@ def _grpc_server(settings: Settings) -> InferenceServer | None:
 
 
 def _tls(settings: Settings) -> dict[str, Any]:
-    """Return what uvicorn is told of certificates."""
+    """Return uvicorn's options for TLS."""
     if settings.tls_cert is None:
         return {}
-    shown = {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key}
+    options = {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key}
     if settings.tls_client_ca is None:
-        return shown
-    return shown | {"ssl_ca_certs": settings.tls_client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+        return options
+    return options | {"ssl_ca_certs": settings.tls_client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
 
 
 def _raise_descriptors(connections: int) -> None:
-    """Allow this process as many open files as its connections take, as far as it may."""
+    """Raise the limit of open files to what the connections need, up to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + SPARE_DESCRIPTORS
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    if most < wanted:
-        log.warning("open-file limit below connection limit", files=most, connections=connections)
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if limit < wanted:
+        log.warning("open-file limit below connection limit", files=limit, connections=connections)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from service.ipc.engine_client import (
     answers_of,
     request_of,
 )
-from service.ipc.engine_messages import TO_FRONT
+from service.ipc.engine_messages import TO_FRONTEND
 from service.settings import Pool, Settings
 from service.telemetry.logs import configure_logs
 from service.telemetry.traces import open_tracing
@@ -124,7 +124,7 @@ class PooledEngines(Engines):
                 log.error("replica failed", reason=type(error).__name__)
                 raise EngineFailedError("an engine failed") from error
             else:
-                return answers_of(TO_FRONT.decode(reply))
+                return answers_of(TO_FRONTEND.decode(reply))
             finally:
                 response.cancel()  # nothing waits for it after this attempt
         raise EngineDownError

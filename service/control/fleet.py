@@ -9,7 +9,7 @@ from pathlib import Path
 
 import structlog
 
-from service.ipc.connection import DisconnectedError, Streams, nowhere
+from service.ipc.connection import DisconnectedError, Streams, unreachable
 from service.ipc.engine_client import EngineClient, Engines, Event, ModelKey
 from service.ipc.engine_messages import Configure, Done, Failed, Hello, Load, Unload, Watch
 
@@ -76,7 +76,7 @@ class Fleet(Engines):
         """
         taken = {client.index for client in self.clients}
         index = next(i for i in itertools.count() if i not in taken)
-        client = EngineClient(index, nowhere, self._event)
+        client = EngineClient(index, unreachable, self._event)
         self.clients.append(client)
         try:
             await client.hold(streams)

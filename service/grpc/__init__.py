@@ -1,1 +1,1 @@
-"""KServe v2 over gRPC, beside HTTP: it may import `service.http`, which knows nothing of it."""
+"""KServe v2 over gRPC. This package imports `service.http`, never the other way round."""

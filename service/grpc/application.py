@@ -1,4 +1,4 @@
-"""One request to the application, as a server of HTTP would make it."""
+"""Call the ASGI application with one request, as an HTTP server does."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from starlette.types import ASGIApp, Message
 from service.grpc.calls import HttpRequest, HttpResponse
 
 _running: set[asyncio.Task[None]] = set()
-"""Keeps requests whose caller has gone until they have ended."""
+"""References to running requests, which go on for a moment after their caller has disconnected."""
 
 
 async def ask(
     app: ASGIApp, request: HttpRequest, label: str, metadata: Mapping[str, str], peer: str
 ) -> HttpResponse:
-    """Have the application serve a request.
+    """Return the application's response to a request.
 
-    When the caller is cancelled, the application is told that its client has gone.
+    If this call is cancelled, the application gets `http.disconnect`.
 
     Args:
-        app: the application.
-        request: to it.
-        label: what metrics and logs call it, in place of its route.
-        metadata: sent as headers beside those of the request.
-        peer: who asks, as gRPC writes it.
+        app: application.
+        request: request to answer.
+        label: name of the request in metrics and logs, in place of its route.
+        metadata: headers in addition to those of the request.
+        peer: address of the client, as gRPC writes it.
     """
     gone = asyncio.Event()
     sent = False

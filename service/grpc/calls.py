@@ -1,4 +1,4 @@
-"""Every call that is answered: the HTTP request that asks the same, and its answer as a message."""
+"""The supported calls: each one as an HTTP request, and the HTTP response as a message."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class HttpRequest:
     """A request to the application.
 
     Attributes:
-        method, path, body, headers: of it.
-        refusal: raised where a route reads the body; None: the body is `body`.
+        method, path, body, headers: parts of the HTTP request.
+        refusal: error that is raised when the route reads the body; None: no error.
     """
 
     method: str
@@ -37,21 +37,21 @@ class HttpRequest:
 
 @dataclass(frozen=True)
 class HttpResponse:
-    """The application's answer; names of headers are in lower case."""
+    """The application's response; header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
 
     def json(self) -> Any:
-        """Return the body, which is JSON."""
+        """Return the decoded JSON body."""
         return msgspec.json.decode(self.body)
 
 
 Ask = Callable[[Message, float | None], HttpRequest]
-"""Makes the request of a message and the seconds to its deadline, if it has one."""
+"""Converts a message, with the seconds to its deadline or None, to an HTTP request."""
 Answer = Callable[[HttpResponse, Message], dict[str, Any] | Message]
-"""Makes a response, or its fields, of the application's answer to a message."""
+"""Converts the HTTP response to a message to the gRPC response or its fields."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Call:
     """A method of a service.
 
     Attributes:
-        service, method: names.
-        ask: makes the HTTP request.
-        answer: makes the message.
-        statuses: of HTTP answers that are answers; all others are errors.
+        service, method: names in the .proto file.
+        ask: converts the request.
+        answer: converts the response.
+        statuses: HTTP statuses that `answer` converts; all others are errors.
     """
 
     service: str
@@ -73,11 +73,11 @@ class Call:
 
     @property
     def label(self) -> str:
-        """What metrics and logs call it."""
+        """The name of the call in metrics and logs."""
         return f"grpc {self.method}"
 
     def encode(self, response: HttpResponse, message: Message) -> bytes:
-        """Return the answer to a message, encoded."""
+        """Return the encoded gRPC response to a message."""
         answer = self.answer(response, message)
         if isinstance(answer, dict):
             _, kind = messages_of(self.service, self.method)
@@ -91,14 +91,14 @@ def _get(path: str) -> Ask:
 
 
 def _model(suffix: str = "") -> Ask:
-    """Ask something of the model that a message names by `name` and `version`."""
+    """Return a GET below the path of the model that a message names by `name` and `version`."""
     return lambda message, _seconds: HttpRequest(
         "GET", _path(message.name, message.version) + suffix
     )
 
 
 def _path(name: str, version: str) -> str:
-    """Return the path of a model; whatever the name holds, it is one segment."""
+    """Return the path of a model; slashes in names are escaped."""
     if not name:
         raise ApiError(400, "the call names no model", "model", "missing_field")
     path = f"/v2/models/{_segment(name)}"
@@ -118,13 +118,13 @@ def _index(message: Message, _seconds: float | None) -> HttpRequest:
     return _post("/v2/repository/index", {"ready": message.ready})
 
 
-def _change(what: str) -> Ask:
-    """Load or unload the model that a message names; routes see only names of its parameters."""
+def _change(action: str) -> Ask:
+    """Load or unload the model that a message names; values of parameters are left out."""
 
     def ask(message: Message, _seconds: float | None) -> HttpRequest:
         if not message.model_name:
             raise ApiError(400, "the call names no model", "model", "missing_field")
-        path = f"/v2/repository/models/{_segment(message.model_name)}/{what}"
+        path = f"/v2/repository/models/{_segment(message.model_name)}/{action}"
         return _post(path, {"parameters": dict.fromkeys(message.parameters)})
 
     return ask
@@ -132,11 +132,11 @@ def _change(what: str) -> Ask:
 
 def _infer(message: Message, seconds: float | None) -> HttpRequest:
     parameters = _parameters(message.parameters)
-    own = parameters.get("timeout", 0)
-    if seconds is not None and type(own) is int:
+    timeout = parameters.get("timeout", 0)
+    if seconds is not None and type(timeout) is int:
         # Whole milliseconds, rounded down: the deadline in the server is never after the client's.
         left = max(1, int(seconds * 1000)) * 1000
-        parameters["timeout"] = min(own, left) if own else left
+        parameters["timeout"] = min(timeout, left) if timeout else left
     blobs = _input_contents(message)
     head = {
         "id": message.id,
@@ -162,18 +162,18 @@ def _infer(message: Message, seconds: float | None) -> HttpRequest:
 
 
 def _parameters(given: Message) -> dict[str, Any]:
-    found = {}
+    parameters = {}
     for name, value in given.items():
         choice = value.WhichOneof("parameter_choice")
-        found[name] = None if choice is None else getattr(value, choice)
-    return found
+        parameters[name] = None if choice is None else getattr(value, choice)
+    return parameters
 
 
 def _input_contents(message: Message) -> list[bytes]:
-    """Return the binary form of every input's values.
+    """Return the values of each input in binary form.
 
     Raises:
-        ApiError: 422, the raw contents are not those of the inputs.
+        ApiError: 422, the raw contents do not match the inputs.
     """
     raw, inputs = message.raw_input_contents, message.inputs
     if not raw:
@@ -186,7 +186,7 @@ def _input_contents(message: Message) -> list[bytes]:
 
 
 def _inferred(response: HttpResponse, message: Message) -> Message:
-    """Write outputs as the inputs were given: raw, or typed."""
+    """Return the outputs in the form of the inputs, raw or typed."""
     length = int(response.headers[HEADER_LENGTH.lower()])
     head = msgspec.json.decode(response.body[:length])
     rest = memoryview(response.body)[length:]

@@ -1,8 +1,8 @@
-"""The protocol's messages, as `inference.proto` and `health.proto` define them.
+"""The protobuf messages of `inference.proto` and `health.proto`.
 
-`make proto` compiles both into `messages.binpb`. The classes are made of that at import, in a pool
-of descriptors of their own: Triton's client defines messages of the same names, and may be imported
-by the same process.
+`make proto` compiles both into `messages.binpb`, from which the classes are created at import. They
+have their own descriptor pool, because Triton's client, which the same process may import, defines
+messages of the same names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 from service.http.errors import ApiError
 
 Message: TypeAlias = Any
-"""A message; its fields are those of the .proto file."""
+"""A message with the fields of the .proto file."""
 
 INFERENCE, HEALTH = "inference.GRPCInferenceService", "grpc.health.v1.Health"
 
@@ -30,11 +30,10 @@ for _file in FileDescriptorSet.FromString(
     _POOL.AddSerializedFile(_file.SerializeToString())
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-"""Wire types; others begin and end groups, which no message here has."""
+"""Wire types; the others are those of groups, which no message here has."""
 _CONTINUED = 0x80
-"""The bit of every byte of a variable-length integer but the last."""
-_LONGEST = 10
-"""Bytes of the longest of them."""
+"""Bit that is set in every byte of a varint except the last."""
+_MAX_VARINT_BYTES = 10
 
 
 def messages_of(service: str, method: str) -> tuple[type[Message], type[Message]]:
@@ -43,47 +42,54 @@ def messages_of(service: str, method: str) -> tuple[type[Message], type[Message]
     return GetMessageClass(described.input_type), GetMessageClass(described.output_type)
 
 
-def decode(kind: type[Message], data: bytes, most: int) -> Message:
-    """Decode a message of at most so many values.
+def decode(kind: type[Message], data: bytes, max_values: int) -> Message:
+    """Decode a message.
 
-    A value takes up to a hundred bytes of memory, however short it is in the message: so they are
-    counted before they are made.
+    A decoded value takes up to 100 bytes of memory, even if it has one byte in the message, so the
+    values are counted first.
+
+    Args:
+        kind: class of the message.
+        data: encoded message.
+        max_values: maximum number of values.
 
     Raises:
-        ApiError: 400 not such a message, 413 too many values.
+        ApiError: 400 the message is invalid, 413 it has too many values.
     """
-    # A value takes a byte of its own where it is packed, and two elsewhere.
-    if len(data) > most and _count(memoryview(data), kind.DESCRIPTOR, most) > most:
-        message = f"the message holds more than {most} values"
+    # Each value has at least one byte, so a short message need not be counted.
+    too_long = len(data) > max_values
+    if too_long and _count(memoryview(data), kind.DESCRIPTOR, max_values) > max_values:
+        message = f"the message has more than {max_values} values"
         raise ApiError(413, message, code="too_many_items")
     try:
         return kind.FromString(data)
     except DecodeError:
-        raise ApiError(400, f"this is no {kind.DESCRIPTOR.name}", code="invalid_message") from None
+        message = f"the data is not a valid {kind.DESCRIPTOR.name}"
+        raise ApiError(400, message, code="invalid_message") from None
 
 
-def _count(data: memoryview, kind: Any, most: int) -> int:
-    """Count the values of a message, as far as it is one, and not far beyond `most`."""
-    count = place = 0
-    while place < len(data) and count <= most:
+def _count(data: memoryview, kind: Any, limit: int) -> int:
+    """Count the values of a message that may be invalid; stop soon after `limit`."""
+    count = position = 0
+    while position < len(data) and count <= limit:
         count += 1
-        tag, place = _varint(data, place)
+        tag, position = _varint(data, position)
         wire = tag & 7
         if wire == _VARINT:
-            _, place = _varint(data, place)
+            _, position = _varint(data, position)
         elif wire == _FIXED64:
-            place += 8
+            position += 8
         elif wire == _FIXED32:
-            place += 4
+            position += 4
         elif wire == _BYTES:
-            length, place = _varint(data, place)
+            length, position = _varint(data, position)
             field = kind.fields_by_number.get(tag >> 3)
-            part = data[place : place + length]
-            place += length
+            part = data[position : position + length]
+            position += length
             if field is None:
                 continue
             if field.message_type is not None:
-                count += _count(part, field.message_type, most - count)
+                count += _count(part, field.message_type, limit - count)
             elif field.is_packed:
                 count += _packed(part, field)
     return count
@@ -95,11 +101,11 @@ def _packed(data: memoryview, field: Any) -> int:
     return int(np.count_nonzero(np.frombuffer(data, np.uint8) < _CONTINUED))
 
 
-def _varint(data: memoryview, place: int) -> tuple[int, int]:
-    """Return an integer of variable length, and where it ends: where the data do, if it is none."""
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    """Return a varint and the position after it; the end of the data if it is not complete."""
     value = 0
-    for shift, byte in enumerate(data[place : place + _LONGEST]):
-        value |= (byte & ~_CONTINUED) << 7 * shift
+    for index, byte in enumerate(data[position : position + _MAX_VARINT_BYTES]):
+        value |= (byte & ~_CONTINUED) << 7 * index
         if byte < _CONTINUED:
-            return value, place + shift + 1
+            return value, position + index + 1
     return value, len(data)

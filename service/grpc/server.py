@@ -28,7 +28,7 @@ from service.settings import Settings
 IDLE_SECONDS = 75
 """How long a connection without calls stays open."""
 MAX_OPTION = 2**31 - 1
-"""Highest value of an option of gRPC's."""
+"""Highest integer that gRPC accepts as an option."""
 STATUSES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -44,39 +44,39 @@ STATUSES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-"""What each HTTP status of an error is in gRPC."""
-_FORWARDED = ("authorization", "x-api-key", "x-request-id", "traceparent", "tracestate")
-"""Metadata of a call that the application reads as headers."""
-_ANSWERED = ("x-request-id", "x-quality", "server-timing", "retry-after")
-"""Headers of the application's answers that a caller gets as trailing metadata."""
+"""The gRPC status for each HTTP status of an error."""
+_REQUEST_HEADERS = ("authorization", "x-api-key", "x-request-id", "traceparent", "tracestate")
+"""Metadata of a call that become headers of the request."""
+_RESPONSE_HEADERS = ("x-request-id", "x-quality", "server-timing", "retry-after")
+"""Headers of the response that become trailing metadata of the call."""
 
 
 class InferenceServer:
-    """Answer KServe's calls, and health checks, from the application of a frontend.
+    """Answer KServe's calls and health checks with the application of a frontend.
 
     Args:
-        settings: of the server; `grpc_port` is set.
+        settings: settings of the server, with `grpc_port` set.
     """
 
     labels = tuple(call.label for call in CALLS)
-    """By which the application counts the calls."""
+    """Names of the calls in metrics and logs."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     async def start(self, app: FastAPI) -> None:
-        """Begin to take connections.
+        """Begin to accept connections.
 
         Args:
-            app: answers what they ask.
+            app: application that answers the calls.
 
         Raises:
-            RuntimeError: the port cannot be had.
+            RuntimeError: the port cannot be bound.
         """
         settings = self._settings
         self._app = app
-        self._most_values = max_values(app.state.shared) + MAX_TOKEN_VALUES
-        # It takes the running event loop when it is made.
+        self._max_values = max_values(app.state.shared) + MAX_TOKEN_VALUES
+        # Created here and not in the constructor: it uses the event loop that runs now.
         options = {
             "grpc.so_reuseport": 1,
             "grpc.max_receive_message_length": settings.max_body_bytes,
@@ -90,7 +90,7 @@ class InferenceServer:
             maximum_concurrent_rpcs=settings.max_connections,
         )
         for service, calls in groupby(CALLS, lambda call: call.service):
-            # Of a stream of one message, the server says how long it may take to arrive.
+            # As a stream of one message, so that `_receive` can limit the time for the message.
             handlers = {
                 call.method: grpc.stream_unary_rpc_method_handler(partial(self._serve, call))
                 for call in calls
@@ -103,7 +103,7 @@ class InferenceServer:
             self._server.add_insecure_port(address)
         else:
             self.renew_certificates(settings)
-            # It asks for the certificates at each new connection.
+            # gRPC calls the lambda for each new connection.
             credentials = grpc.dynamic_ssl_server_credentials(
                 self._certificates,
                 lambda: self._certificates,
@@ -113,16 +113,16 @@ class InferenceServer:
         await self._server.start()
 
     def renew_certificates(self, settings: Settings) -> None:
-        """Read the certificates again, for connections that come from now on.
+        """Read the certificates again, for new connections.
 
         Raises:
-            OSError: they cannot be read; those before stay.
+            OSError: a file cannot be read; the old certificates stay in use.
         """
         if settings.tls_cert is not None:
             self._certificates = _certificates(settings)
 
     async def stop(self) -> None:
-        """Take no more calls, and end when those under way have, or their time to drain is over."""
+        """Accept no more calls, and wait for running calls, up to `drain_seconds`."""
         await self._server.stop(self._settings.drain_seconds)
 
     async def _serve(self, call: Call, messages: AsyncIterator[bytes], context: Any) -> bytes:
@@ -131,11 +131,15 @@ class InferenceServer:
             message = await self._receive(call, messages)
             request = call.ask(message, self._seconds(context))
         except ApiError as error:
-            # Refused where a body would be read: after the key is checked, and counted as all are.
+            # The application raises it on reading the body, so the key is checked before, and the
+            # call is counted.
             request = HttpRequest("POST", "/v2/models/-/infer", refusal=error)
-        given = {name: value for name, value in context.invocation_metadata() if name in _FORWARDED}
-        response = await ask(self._app, request, call.label, given, context.peer())
-        trailing = tuple((n, response.headers[n]) for n in _ANSWERED if n in response.headers)
+        metadata = {
+            name: v for name, v in context.invocation_metadata() if name in _REQUEST_HEADERS
+        }
+        response = await ask(self._app, request, call.label, metadata, context.peer())
+        headers = response.headers
+        trailing = tuple((name, headers[name]) for name in _RESPONSE_HEADERS if name in headers)
         if response.status not in call.statuses or request.refusal is not None:
             status = STATUSES.get(response.status, grpc.StatusCode.UNKNOWN)
             await context.abort(status, response.json()["error"], trailing)
@@ -153,16 +157,16 @@ class InferenceServer:
         except StopAsyncIteration:
             raise ApiError(400, "the call has no message", code="invalid_message") from None
         kind, _ = messages_of(call.service, call.method)
-        return decode(kind, data, self._most_values)
+        return decode(kind, data, self._max_values)
 
     def _seconds(self, context: Any) -> float | None:
-        """Return the seconds to a call's deadline, no more than a request may ask for."""
+        """Return the seconds to the deadline of a call, at most `max_timeout_ms`; None: none."""
         left: float | None = context.time_remaining()
         return None if left is None else min(left, self._settings.max_timeout_ms / 1000)
 
 
 def _certificates(settings: Settings) -> Any:
-    """Read the certificates as gRPC takes them.
+    """Read the certificates into gRPC's configuration.
 
     Raises:
         OSError: a file cannot be read.

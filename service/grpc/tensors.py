@@ -1,6 +1,6 @@
-"""Tensors in messages, beside the binary form of the HTTP protocol.
+"""Convert the typed contents of tensors to the binary form of the HTTP protocol, and back.
 
-Raw contents are that form. Typed contents are turned into it, and back.
+Raw contents have that form already.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _FIELDS = {
     "INT64": ("int64_contents", "<i8"),
     "FP32": ("fp32_contents", "<f4"),
 }
-"""Where a datatype's typed contents stand, and what NumPy calls its elements."""
+"""Field of the typed contents of a datatype, and the NumPy type of its elements."""
 _LENGTH = struct.Struct("<I")
 
 
 def pack(datatype: str, contents: Message) -> bytes:
-    """Return typed contents in binary form; nothing of a datatype that no input has."""
+    """Return typed contents in binary form; empty for a datatype that no input supports."""
     if datatype not in _FIELDS:
         return b""
     field, dtype = _FIELDS[datatype]
@@ -35,15 +35,15 @@ def pack(datatype: str, contents: Message) -> bytes:
 
 
 def unpack(datatype: str, data: memoryview, contents: Message) -> None:
-    """Write an output's values, which are in binary form, into typed contents."""
+    """Write values in binary form to the typed contents of an output."""
     field, dtype = _FIELDS[datatype]
     values = np.frombuffer(data, dtype).tolist() if dtype else _elements(data)
     getattr(contents, field).extend(values)
 
 
 def _elements(data: memoryview) -> Iterator[bytes]:
-    place = 0
-    while place < len(data):
-        (length,) = _LENGTH.unpack_from(data, place)
-        place += _LENGTH.size + length
-        yield bytes(data[place - length : place])
+    end = 0
+    while end < len(data):
+        (length,) = _LENGTH.unpack_from(data, end)
+        end += _LENGTH.size + length
+        yield bytes(data[end - length : end])

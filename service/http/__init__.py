@@ -1,1 +1,1 @@
-"""HTTP: one module per family of routes."""
+"""The HTTP server of a frontend, with one module per family of routes."""

@@ -1,4 +1,4 @@
-"""What a client reads, and how gladly: Accept and Accept-Encoding (RFC 9110, 12.5)."""
+"""Content negotiation by Accept and Accept-Encoding (RFC 9110, 12.5)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fastapi import Request
 
 ARROW = "application/vnd.apache.arrow.stream"
 JSON = ("application/json", "application/*", "*/*")
-"""Ranges that hold JSON, the most specific first, which is the one that counts."""
+"""Media ranges that include JSON, in order of precedence."""
 
 
 class Choice(NamedTuple):
-    """A media range or coding of an Accept header, in lower case, and its weight, 0 to 1."""
+    """A media range or coding in lower case, its parameters, and its weight (0 to 1)."""
 
     kind: str
     parameters: dict[str, str]
@@ -22,12 +22,12 @@ class Choice(NamedTuple):
 
 
 def accepted(request: Request) -> str:
-    """Return all Accept headers of a request as one."""
+    """Return all Accept headers of a request, joined."""
     return ",".join(request.headers.getlist("accept"))
 
 
 def choices(accept: str) -> Iterator[Choice]:
-    """Read an Accept header; any is an answer: a weight that is none counts as 0."""
+    """Parse an Accept header; an invalid weight counts as 0."""
     for choice in accept.lower().split(","):
         kind, *given = (part.strip() for part in choice.split(";"))
         parameters = {k.strip(): v.strip(' "') for k, _, v in (p.partition("=") for p in given)}
@@ -65,7 +65,7 @@ def prefers_arrow(accept: str) -> bool:
 
 
 def prefers_gzip(accept_encoding: str) -> bool:
-    """Return whether an Accept-Encoding header allows gzip, and rather than no coding at all."""
+    """Return whether an Accept-Encoding header allows gzip with at least the weight of identity."""
     weights: dict[str, float] = {}
     for kind, _, weight in choices(accept_encoding):
         weights[kind] = max(weights.get(kind, 0.0), weight)

@@ -1,4 +1,4 @@
-"""How connections are taken from a listening socket that several processes share."""
+"""Accept connections from a listening socket that several processes share."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ import structlog
 log = structlog.get_logger()
 
 ACCEPTS = 8
-"""Connections taken a turn of the event loop, at least: the others are left to other frontends."""
+"""Minimum batch of connections per turn of the event loop; others are left to other frontends."""
 ACCEPT_SECONDS = 0.001
-"""Who was left there may wait so long for each who was: under overload a turn lasts tenths of a
-second, and nobody can refuse those who are in the kernel's backlog."""
+"""Time per accepted connection that grows the next batch: if connections were left in the backlog
+for t seconds, the batch is t / ACCEPT_SECONDS. Under overload, a turn takes tenths of a second, and
+connections can be refused only after they are accepted."""
 PAUSE_SECONDS = 1.0
-"""How long none is taken after there was no room for one."""
-_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""Pause after a lack of file descriptors or memory."""
+_NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Acceptor:
-    """Take connections, several a turn: the event loop's own servers take one.
+    """Accept several connections per turn of the event loop; asyncio's servers accept one.
 
-    The frontends share one socket, which the supervisor holds, rather than have one each on the
-    same port (SO_REUSEPORT): the kernel would give a connection to one of them for good, and it
-    would wait there while that frontend hangs, restarts or is in a long turn, though others are
-    free. With one of two processes stopped, 52 of 100 new connections were answered that way, and
-    all 100 on one socket. Nor would the event loop take more than one a turn.
+    The frontends share one socket of the supervisor. With one socket each on the same port
+    (SO_REUSEPORT), the kernel would assign each connection to one frontend, where it would wait
+    while that frontend hangs, restarts or is busy, although others are idle. With one of two
+    processes stopped, 52 of 100 new connections were answered with SO_REUSEPORT, and all 100 with
+    one socket.
 
-    Never, not for a moment, may the socket wait: whether it does is shared with all processes that
-    hold it, and another frontend might be about to take a connection that this one has taken.
+    The socket must never be blocking, not even for a moment: the mode is shared by all processes
+    that hold the socket, and `accept` would block if another frontend has taken the connection.
 
     Args:
-        listener: the socket; it is closed in the end.
-        handshake_seconds: how long TLS may take to be agreed.
+        listener: listening socket, which `close` closes.
+        handshake_seconds: time limit of a TLS handshake.
     """
 
     def __init__(self, listener: socket.socket, handshake_seconds: float) -> None:
@@ -47,7 +48,7 @@ class Acceptor:
         self._handshake_seconds = handshake_seconds
         self._opening: set[asyncio.Task[None]] = set()
         self._left: float | None = None
-        """When some were left in the backlog, if some were."""
+        """Time at which connections were left in the backlog; None: the backlog was empty."""
         self._paused: asyncio.TimerHandle | None = None
 
     def start(
@@ -56,13 +57,13 @@ class Acceptor:
         tls: ssl.SSLContext | None = None,
         full: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Begin to take connections.
+        """Begin to accept connections.
 
         Args:
-            protocol: makes what reads a connection, as soon as it is accepted; told by
-                `connection_lost` alone when its TLS handshake fails.
-            tls: how they are encrypted; None: they are not.
-            full: says whether a connection is closed as soon as it is accepted.
+            protocol: creates the protocol of an accepted connection. If the TLS handshake fails,
+                only `connection_lost` is called.
+            tls: TLS context; None: connections are not encrypted.
+            full: returns whether an accepted connection is closed at once.
         """
         self._protocol = protocol
         self._full = full
@@ -72,11 +73,11 @@ class Acceptor:
         self._watch()
 
     def encrypt(self, tls: ssl.SSLContext) -> None:
-        """Agree with connections that come from now on by another context."""
+        """Use another TLS context for new connections."""
         self._tls["ssl"] = tls
 
     def close(self) -> None:
-        """Take no more of them, if that is not so already."""
+        """Close the listening socket; a second call does nothing."""
         if self._listener.fileno() < 0:
             return
         if self._paused is not None:
@@ -86,21 +87,21 @@ class Acceptor:
 
     def _watch(self) -> None:
         self._paused = self._left = None
-        asyncio.get_running_loop().add_reader(self._listener, self._take)
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
-    def _take(self) -> None:
+    def _accept(self) -> None:
         now = time.monotonic()
-        most = ACCEPTS
+        batch = ACCEPTS
         if self._left is not None:
-            most = max(ACCEPTS, int((now - self._left) / ACCEPT_SECONDS))
+            batch = max(ACCEPTS, int((now - self._left) / ACCEPT_SECONDS))
         self._left = None
         loop = asyncio.get_running_loop()
-        for _ in range(most):
+        for _ in range(batch):
             try:
                 connection, _ = self._listener.accept()
             except OSError as error:
-                # Else another frontend has taken it, or it is gone, as accept(2) says in many ways.
-                if error.errno in _NO_ROOM:
+                # Other errors mean that the connection was closed or another frontend has it.
+                if error.errno in _NO_RESOURCES:
                     self._pause(error)
                 return
             if self._full():
@@ -117,7 +118,7 @@ class Acceptor:
         try:
             await loop.connect_accepted_socket(lambda: protocol, connection, **self._tls)
         except OSError as error:
-            connection.close()  # gone, or it speaks no TLS
+            connection.close()  # the client has disconnected, or the TLS handshake failed
             protocol.connection_lost(error)
 
     def _pause(self, error: OSError) -> None:

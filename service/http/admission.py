@@ -1,7 +1,7 @@
-"""What a frontend admits, and until when it counts: connections, requests, bodies and texts.
+"""Admission of connections, requests, bodies and texts to a frontend.
 
-Every refusal is an `ApiError` of status 429 or 503. Engines admit texts to their queues by
-themselves (`service/scheduling/admission.py`).
+Every refusal is an `ApiError` with status 429 or 503. Engines have an admission of their own
+(`service/scheduling/admission.py`).
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from service.settings import Settings
 from service.telemetry.counts import Counts
 
 REFUSED_CONNECTIONS = 128
-"""Connections above the limit that are answered 503; further ones are closed at once."""
+"""Number of connections above the limit that get 503; further ones are closed at once."""
 MAX_BODIES = 16
-"""As many bodies of the largest size may be arriving at once."""
+"""Limit of the bytes of all bodies that are being received, in bodies of `max_body_bytes`."""
 _AFTER_WORK = (500, 504)
-"""Errors of requests that were admitted, and cost what others cost."""
+"""Statuses of errors after the work was done, so that the texts are charged to the key."""
 
 
 class Admission:
-    """Decide what is admitted to a frontend, and count it until it is released.
+    """Admit or refuse, and count what is admitted until it is released.
 
-    A connection is released by uvicorn, a request of a key by `end`, a body and texts at the end of
-    their block.
+    Uvicorn counts connections. `end` releases a request of a key. The contexts of `body` and
+    `texts` release what they count.
 
     Args:
-        settings: of the server.
-        engines: whose queues take the texts.
-        counts: where what is admitted and refused is counted.
+        settings: settings of the server.
+        engines: engines of the server, whose number limits the texts.
+        counts: counts of admissions and refusals.
     """
 
     def __init__(self, settings: Settings, engines: Engines, counts: Counts) -> None:
@@ -44,20 +44,20 @@ class Admission:
         """Whether the server is shutting down."""
         self.shedding = LoadShedding(settings.timeout_ms / 1000)
         self.body_bytes = 0
-        """Bytes of the bodies that are arriving."""
+        """Bytes of all bodies that are being received."""
         self._settings = settings
         self._engines = engines
         self._counts = counts
 
     def configure(self, settings: Settings) -> None:
-        """Go by other settings."""
+        """Apply new settings."""
         self._settings = settings
 
     def connection(self, count: int) -> None:
-        """Admit a connection, the `count`th of those open now.
+        """Admit a new connection if `count`, the number of open ones, is within the limit.
 
         Raises:
-            ApiError: 503, there are too many.
+            ApiError: 503, there are too many connections.
         """
         limit = self._settings.max_connections
         if count > limit:
@@ -65,18 +65,18 @@ class Admission:
             raise ApiError(503, message, code="too_many_connections", retry_after=1)
 
     def closes_at_once(self, count: int) -> bool:
-        """Say whether a connection is closed without an answer, beside `count` others."""
+        """Return whether a new connection is closed without an answer; `count` others are open."""
         full = count >= self._settings.max_connections + REFUSED_CONNECTIONS
         if full:
             self.connection_broken("too_many")
         return full
 
     def connection_broken(self, reason: str) -> None:
-        """Count a connection that ended before a request was there."""
+        """Count a connection that ended because of an error."""
         self._counts.connection_ended(reason)
 
     def seconds_until_read(self, size: int, now: float) -> int | None:
-        """Return after how many seconds a body of so many bytes may be read; None: now."""
+        """Return the `Retry-After` for a body of `size` bytes; None: the body is read now."""
         if self.shedding.sheds(size, now):
             return self.shedding.shed_seconds(size, now)
         return None
@@ -86,13 +86,13 @@ class Admission:
         self._counts.request_ended(route, "rejected", 0.0, refusal="queue_full")
 
     def request(self, caller: Caller, state: MutableMapping[str, Any]) -> None:
-        """Admit a request of a key, until `end` is told the request's state.
+        """Admit a request of a key, until `end` is called with the request's state.
 
         Raises:
-            ApiError: 429, the key has as many requests under way as it may.
+            ApiError: 429, the key has too many requests in progress.
         """
         if not caller.begin():
-            message = "this key has as many requests under way as it may; try again in 1 s"
+            message = "this key has too many requests in progress; try again in 1 s"
             raise ApiError(429, message, code="too_many_requests", retry_after=1)
         state["under_way"] = caller
 
@@ -103,21 +103,21 @@ class Admission:
 
     @contextmanager
     def body(self) -> Iterator[Callable[[int], int]]:
-        """Count a body that arrives: many callers may send large ones slowly.
+        """Count the bytes of a body while it is received, since many clients may send slowly.
 
-        Yields a function that is told the bytes of every part and returns those of all by now.
+        Yields a function to call with the size of each part; it returns the size so far.
 
         Raises:
-            ApiError: 429, by the function: there is no room.
+            ApiError: 429, by the function: all bodies together exceed the limit.
         """
-        size, most = 0, MAX_BODIES * self._settings.max_body_bytes
+        size, limit = 0, MAX_BODIES * self._settings.max_body_bytes
 
         def receive(count: int) -> int:
             nonlocal size
             size += count
             self.body_bytes += count
-            if count and self.body_bytes > most:
-                message = "the server receives all the bytes that it can; try again in 1 s"
+            if count and self.body_bytes > limit:
+                message = "too many request bodies are being received; try again in 1 s"
                 raise ApiError(429, message, code="queue_full", retry_after=1)
             return size
 
@@ -127,10 +127,10 @@ class Admission:
             self.body_bytes -= size
 
     def refuse_if_draining(self) -> None:
-        """Refuse what a server that is shutting down does not begin.
+        """Refuse new work while the server is shutting down.
 
         Raises:
-            ApiError: 503, it is.
+            ApiError: 503, the server is shutting down.
         """
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after=1)
@@ -139,29 +139,29 @@ class Admission:
     def texts(
         self, caller: Caller, model: str, count: int, size: int | None, seconds: float
     ) -> Iterator[None]:
-        """Hold texts, no more in all than the engines' queues take, and charge them to a key.
+        """Admit texts, up to the capacity of the engines' queues, and charge them to a key.
 
-        What engines would refuse is refused before it is tokenized: under overload that work alone
-        would make everybody late. A request that is refused costs its key nothing.
+        Texts that the engines would refuse are refused before tokenization, which alone would
+        delay all requests under overload. Refused texts are not charged.
 
         Args:
-            caller: who asks.
-            model: name of the model that reads them.
-            count: texts of the request.
-            size: bytes of its body as it travelled, if that is known.
-            seconds: to its deadline.
+            caller: key of the request.
+            model: name of the model.
+            count: number of texts.
+            size: size of the body in bytes, as sent; None: unknown.
+            seconds: seconds to the deadline.
 
         Raises:
-            ApiError: 429, there is no room, or the key has spent its rate.
+            ApiError: 429, the queues are full, or the key has reached its rate limit.
         """
         shedding, now = self.shedding, time.monotonic()
-        most = self._settings.max_queue_items * max(1, len(self._engines.alive))
-        if shedding.texts and shedding.texts + count > most:
+        capacity = self._settings.max_queue_items * max(1, len(self._engines.alive))
+        if shedding.texts and shedding.texts + count > capacity:
             shedding.learn_refusal(size, shedding.texts)
-            raise no_room(shedding.retry_after(shedding.texts + count - most, now))
+            raise queue_full(shedding.retry_after(shedding.texts + count - capacity, now))
         if wait := caller.take(count, now):
             retry = math.ceil(wait)
-            message = f"this key may not ask for so many texts yet; try again in {retry} s"
+            message = f"the rate limit of this key is reached; try again in {retry} s"
             raise ApiError(429, message, code="rate", retry_after=retry)
         self._counts.texts_asked(caller.name, count)
         shedding.enter(count, seconds, now)
@@ -170,7 +170,7 @@ class Admission:
             yield
             answered = True
         except RefusedError as error:
-            # A model's own share of the queue says nothing of other models.
+            # A refusal by the limit of one model does not mean that the queue is full for others.
             shared = model not in self._settings.queue_items()
             if shedding.is_late_deadline(seconds) if error.reason == "deadline" else shared:
                 shedding.learn_refusal(size, shedding.texts - count)
@@ -184,9 +184,9 @@ class Admission:
             shedding.leave(count, answered, time.monotonic())
 
 
-def no_room(seconds: int) -> ApiError:
-    """Return the error of a request for which there is room in so many seconds."""
-    message = f"the server holds all the texts that it can; try again in {seconds} s"
+def queue_full(seconds: int) -> ApiError:
+    """Return the error for a request that exceeds the capacity; it may be retried in `seconds`."""
+    message = f"the server has as many texts as it can queue; try again in {seconds} s"
     return ApiError(429, message, code="queue_full", retry_after=seconds)
 
 

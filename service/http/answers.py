@@ -1,4 +1,4 @@
-"""What came back for a request, before a route writes it in the shape that its clients read.
+"""The answers to a request, before a route writes them in the format of its API.
 
 Shapes: B texts, C labels.
 """
@@ -23,7 +23,7 @@ from service.pipeline.scores import Activation, activate, activation_of
 from service.pipeline.served_models import ServedModel
 
 
-class Scored(msgspec.Struct, frozen=True, gc=False):  # it cannot be part of a cycle
+class Scored(msgspec.Struct, frozen=True, gc=False):  # never part of a reference cycle
     """A label and its score."""
 
     label: str
@@ -35,13 +35,13 @@ class Answered:
     """A request and the answers to its texts.
 
     Attributes:
-        request_id: of the header X-Request-Id.
-        model: that answered.
-        body: the request.
-        quality: to be named in the answer.
-        lengths: tokens that the encoder may read of each text, int32 [B].
-        truncated: whether a text has more, bool [B].
-        answers: to the texts.
+        request_id: value of the header X-Request-Id.
+        model: model that answered.
+        body: body of the request.
+        quality: quality level or accuracy drop (percentage points) that the response names.
+        lengths: number of tokens of each text that the encoder may read, int32 [B].
+        truncated: whether a text has more tokens than that, bool [B].
+        answers: answers to the texts.
     """
 
     request_id: str
@@ -59,27 +59,27 @@ class Answered:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all texts."""
+        """Number of tokens of all texts."""
         return int(self.lengths.sum())
 
     @property
     def id(self) -> str:
-        """The id of an answer to POST /classify."""
+        """The id of the response to POST /classify."""
         return f"classify-{self.body.request_id or self.request_id}"
 
-    def failure(self, place: int) -> ApiError | None:
-        """Return why a text failed alone; None: it did not."""
-        reason = self.answers.errors.get(place)
+    def failure(self, index: int) -> ApiError | None:
+        """Return the error of a text; None: it did not fail."""
+        reason = self.answers.errors.get(index)
         if reason is None:
             return None
-        param = f"input[{place}]"
+        param = f"input[{index}]"
         return ApiError(500, f"{param}: {reason}", param, "item_failed")
 
     def report_failures(self, scope: MutableMapping[str, Any]) -> None:
-        """Note in a request's scope that some texts failed, where a shape has a place for that.
+        """Set the outcome of a request some of whose texts failed, for formats that can say so.
 
         Raises:
-            ApiError: 500, all of them did.
+            ApiError: 500, all texts failed.
         """
         errors = self.answers.errors
         if len(errors) == len(self.answers):
@@ -88,7 +88,7 @@ class Answered:
             scope["outcome"] = "partial"
 
     def refuse_failures(self) -> None:
-        """Refuse what a shape has no place for: the failure of some texts.
+        """Raise the error of the first failed text, for formats that cannot report it.
 
         Raises:
             ApiError: 500, a text failed.
@@ -100,50 +100,50 @@ class Answered:
 
     @property
     def activation(self) -> Activation:
-        """What makes scores of logits in the checkpoint's kind of problem."""
+        """The activation for the problem type of the checkpoint."""
         return activation_of(self.checkpoint)
 
     @cached_property
     def scores(self) -> Array:
-        """The scores of the checkpoint's kind of problem, float64 [B, C]."""
+        """The scores by `activation`, float64 [B, C]."""
         if len(self.answers) <= FEW_TEXTS:
             return np.array(self.score_rows)
         return activate(self.answers.logits, self.activation)
 
     @cached_property
     def score_rows(self) -> list[list[float]]:
-        """The same as plain numbers, to the last bit."""
+        """The same scores as Python floats, [B][C]."""
         if len(self.answers) > FEW_TEXTS:
             rows: list[list[float]] = self.scores.tolist()
             return rows
         return [_activate_one(row, self.activation) for row in self.answers.logits.tolist()]
 
-    def ranked(self, function: Activation | None, most: int | None = None) -> list[list[Scored]]:
-        """Name the scores of all texts by their labels, the best of each text first.
+    def ranked(self, function: Activation | None, top_k: int | None = None) -> list[list[Scored]]:
+        """Return the labels and scores of each text, highest score first.
 
         Args:
-            function: makes scores of logits; None: that of the checkpoint's kind of problem.
-            most: labels of each text; None: all.
+            function: activation; None: that of the checkpoint.
+            top_k: maximum number of labels per text; None: all.
         """
         labels = self.checkpoint.manifest.labels
         if len(self.answers) <= FEW_TEXTS:
             rows = self.score_rows
             if function is not None:
                 rows = [_activate_one(row, function) for row in self.answers.logits.tolist()]
-            return [_rank_one(row, labels, most) for row in rows]
+            return [_rank_one(row, labels, top_k) for row in rows]
         scores = self.scores if function is None else activate(self.answers.logits, function)
-        order = best_first(scores)[:, :most]
+        order = best_first(scores)[:, :top_k]
         names = np.array(labels, object)[order]
         values = np.take_along_axis(scores, order, -1)
         return [
-            list(map(Scored, own_names, own_values))
-            for own_names, own_values in zip(names.tolist(), values.tolist(), strict=True)
+            list(map(Scored, text_names, text_scores))
+            for text_names, text_scores in zip(names.tolist(), values.tolist(), strict=True)
         ]
 
 
-def _rank_one(scores: list[float], labels: Sequence[str], most: int | None) -> list[Scored]:
+def _rank_one(scores: list[float], labels: Sequence[str], top_k: int | None) -> list[Scored]:
     order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
-    return [Scored(labels[i], scores[i]) for i in order[:most]]
+    return [Scored(labels[i], scores[i]) for i in order[:top_k]]
 
 
 def _activate_one(logits: list[float], function: Activation) -> list[float]:
@@ -158,6 +158,6 @@ def _activate_one(logits: list[float], function: Activation) -> list[float]:
 
 
 def best_first(scores: Array) -> Array:
-    """Return the places of scores [B, C] in each row, highest score first."""
+    """Return the indices that sort each row of scores [B, C], highest score first."""
     order: Array = np.argsort(-scores, axis=-1, kind="stable")
     return order

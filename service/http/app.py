@@ -1,4 +1,4 @@
-"""The frontend's application: routes, state and life."""
+"""The application of a frontend: routes, middleware, state, start and stop."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ from service.http.schemas import (
     TokenizeRequest,
 )
 from service.http.state import State
-from service.ipc.connection import Place
+from service.ipc.connection import Address
 from service.ipc.engine_client import Engines
 from service.ipc.hub_client import HubLink
 from service.key_usage import KeyUsage
 from service.keys import ANONYMOUS, KeyRing
 from service.pipeline.answer_cache import AnswerCache
-from service.pipeline.catalog_follower import Follow
+from service.pipeline.catalog_follower import CatalogFollower
 from service.pipeline.served_models import Models
 from service.process import decode_settings
 from service.settings import Settings
 
 
 class _Application(FastAPI):
-    """FastAPI behind a proxy that puts a path before ours, whether it then strips it or not.
+    """FastAPI behind a proxy that adds a path prefix, whether it strips the prefix or not.
 
     Args:
-        prefix: that path, such as "/classifier".
-        options: of FastAPI.
+        prefix: prefix, such as "/classifier".
+        options: options of FastAPI.
     """
 
     def __init__(self, prefix: str, **options: Any) -> None:
@@ -70,7 +70,7 @@ class _Application(FastAPI):
         self.prefix = prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve, with the path as it would be without the proxy."""
+        """Serve a request by its path without the prefix."""
         if self.prefix and scope["type"] == "http":
             path = without_prefix(scope["path"], self.prefix)
             scope = {**scope, "path": path, "root_path": self.prefix}
@@ -80,7 +80,7 @@ class _Application(FastAPI):
 def create_app(
     settings: Settings,
     engines: Engines,
-    hub_place: Place,
+    hub_address: Address,
     tracer_provider: TracerProvider | None = None,
     shared: Path | None = None,
     labels: Sequence[str] = (),
@@ -89,23 +89,21 @@ def create_app(
     """Build the application of a frontend.
 
     Args:
-        settings: of the whole server.
-        engines: that compute for it; the application starts and stops them.
-        hub_place: where its hub listens.
-        tracer_provider: where spans go; None: nobody traces.
-        shared: folder through which the frontends of a server hold tables once; None: this one has
-            its own.
-        labels: by which requests are counted that do not come over HTTP.
-        usage: where the frontends of a server count what each key asks for; None: this one counts
-            alone.
+        settings: settings of the server.
+        engines: engines of the server; the application connects and disconnects.
+        hub_address: address of the hub.
+        tracer_provider: provider of tracers; None: tracing is off.
+        shared: folder for tables that the frontends of a server share; None: tables are not shared.
+        labels: names, in metrics, of requests that do not come over HTTP.
+        usage: usage of keys that the frontends of a server share; None: it is not shared.
 
     Raises:
-        KeysError: the keys are none.
+        KeysError: the keys are invalid.
     """
     models = Models(settings.model_store, settings.default_model, shared)
     routes: list[str] = []
     hub = HubLink(
-        hub_place,
+        hub_address,
         lambda serving: follow(serving),
         routes,
         configure=lambda line: state.configure(decode_settings(line)),
@@ -114,19 +112,19 @@ def create_app(
     cache = None
     if settings.answer_cache_mib:
         cache = AnswerCache(settings.answer_cache_mib * 2**20, hub.counts.cache_holds)
-    follow = Follow(models, engines, hub, cache)
+    follow = CatalogFollower(models, engines, hub, cache)
     keys = KeyRing(
         settings.all_keys(),
         settings.keys_file,
         anonymous=settings.anonymous,
         usage=usage,
-        changed=lambda names: hub.know_keys([*names, ANONYMOUS]),
+        changed=lambda names: hub.send_keys([*names, ANONYMOUS]),
     )
     tracer = None if tracer_provider is None else tracer_provider.get_tracer("budgetformer")
     state = State(settings, models, engines, hub, tracer, keys, cache)
 
     @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         state.start_threads()
         engines.start()
         await hub.start()
@@ -142,8 +140,8 @@ def create_app(
         title="BudgetFormer Serving",
         version=budgetformer.__version__,
         summary="Text classification that spends, on each text, only the heads that it needs.",
-        lifespan=life,
-        docs_url=None,  # its page would ask two other servers for its scripts
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's page loads scripts from other servers
         redoc_url=None,
         redirect_slashes=False,
         telemetry={
@@ -204,20 +202,20 @@ def create_app(
 
 
 def protocol_of(app: FastAPI, settings: Settings) -> Any:
-    """Return what is to read HTTP from each connection, for uvicorn."""
+    """Return the factory of protocols for uvicorn's option `http`."""
     prefixes = {"", settings.root_path}
 
-    def travelling(most: int) -> int:
-        # Chunks may be as small as the sizes and line ends between them.
-        return settings.max_header_bytes + 2 * most
+    def message_bytes(max_body: int) -> int:
+        # Small chunks are no larger than their sizes and line ends.
+        return settings.max_header_bytes + 2 * max_body
 
     limits = ConnectionLimits(
         settings.max_header_bytes,
-        travelling(settings.max_body_bytes),
+        message_bytes(settings.max_body_bytes),
         settings.receive_seconds,
         dict.fromkeys(
             ((prefix + job_routes.PATH).encode() for prefix in prefixes),
-            travelling(max(settings.max_job_bytes, settings.max_body_bytes)),
+            message_bytes(max(settings.max_job_bytes, settings.max_body_bytes)),
         ),
     )
     refusable = {
@@ -236,13 +234,13 @@ def protocol_of(app: FastAPI, settings: Settings) -> Any:
 
 
 def _operational(scope: MutableMapping[str, Any]) -> bool:
-    """Say whether a request is a probe or a scrape, which would drown the traces of the others."""
+    """Return whether a request is a probe or a scrape, which is not traced."""
     path = str(scope.get("path"))
     return path == "/metrics" or path.startswith(PROBES)
 
 
 def _document(app: FastAPI) -> None:
-    """Add what the routes see to themselves: keys, and the schemas of bodies."""
+    """Add to the OpenAPI document what FastAPI does not see: keys, and the schemas of bodies."""
     schema = app.openapi()
     document_keys(schema)
     for model in (

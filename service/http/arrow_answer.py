@@ -1,4 +1,4 @@
-"""The columns of an answer to POST /classify, as an Arrow stream.
+"""The response to POST /classify as columns, in an Arrow stream.
 
 Shapes: B texts, C labels.
 """
@@ -22,10 +22,10 @@ from service.ipc.answers import UNPREDICTED
 
 @cache
 def pyarrow() -> Any:
-    """Return the library.
+    """Import pyarrow.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: pyarrow is not installed.
     """
     import pyarrow
 
@@ -35,16 +35,16 @@ def pyarrow() -> Any:
 async def prepare(body: ClassifyRequest) -> None:
     """Check that a request can be answered with columns, and import pyarrow.
 
-    The import runs in a thread: other requests would wait for it.
+    The import runs in a thread, so that other requests do not wait.
 
     Raises:
-        ApiError: 422, a field asks for what no column holds; 406, pyarrow is not installed.
+        ApiError: 422, a field needs JSON; 406, pyarrow is not installed.
     """
-    for name, asked in (
+    for name, needs_json in (
         ("raw_scores", body.raw_scores is not None),
         ("return_heads", body.return_heads),
     ):
-        if asked:
+        if needs_json:
             message = f"an Arrow stream has no place for what {name} asks for; accept JSON"
             raise ApiError(422, message, name, "invalid_field")
     if pyarrow.cache_info().currsize:
@@ -57,7 +57,7 @@ async def prepare(body: ClassifyRequest) -> None:
 
 
 def arrow_response(request: Request, answered: Answered) -> Response:
-    """Write the answer of POST /classify as one record batch: a failed item is a row of nulls.
+    """Return the response to POST /classify as one record batch; a failed item is a row of nulls.
 
     Raises:
         ApiError: 500, every item failed.
@@ -97,10 +97,10 @@ def _columns(pa: Any, answered: Answered) -> dict[str, Any]:
         return pa.array(values.astype(np.float32).ravel())
 
     unknown = answers.predicted == UNPREDICTED
-    steps, bounds = answers.step_columns()
+    steps, offsets = answers.step_columns()
     best = scores.argmax(-1).astype(np.int32)
     probs = answers.logits if body.use_activation is False else scores
-    found = {
+    columns = {
         "index": pa.array(np.arange(count, dtype=np.int32)),
         "label": pa.DictionaryArray.from_arrays(best, pa.array(names, pa.string()), mask=failed),
         "score": column(scores.max(-1).astype(np.float32)),
@@ -108,7 +108,7 @@ def _columns(pa: Any, answered: Answered) -> dict[str, Any]:
         "budget": column(answers.step),
         "predicted": column(answers.predicted, unknown if failed is None else unknown | failed),
         "steps": pa.ListArray.from_arrays(
-            bounds.astype(np.int32), steps.astype(np.int32), mask=lists_failed
+            offsets.astype(np.int32), steps.astype(np.int32), mask=lists_failed
         ),
         "heads": column(answers.heads),
         "macs": column(answers.macs),
@@ -123,5 +123,5 @@ def _columns(pa: Any, answered: Answered) -> dict[str, Any]:
         labels = pa.array([names[i] for i in order[kept].tolist()], pa.string())
         entries = pa.StructArray.from_arrays([labels, floats(ranked[kept])], ["label", "score"])
         ends = np.concatenate([[0], np.cumsum(kept.sum(-1))]).astype(np.int32)
-        found["labels"] = pa.ListArray.from_arrays(ends, entries, mask=lists_failed)
-    return found | {"error": errors}
+        columns["labels"] = pa.ListArray.from_arrays(ends, entries, mask=lists_failed)
+    return columns | {"error": errors}

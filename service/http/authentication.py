@@ -1,4 +1,4 @@
-"""Who asks, and whether they may: what stands before every route but the open ones."""
+"""Authentication by keys and their scopes, as a dependency of routes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SCHEMES: dict[str, SecurityBase] = {
     "bearer": HTTPBearer(description=_TEXT),
     "header": APIKey.model_validate({"in": APIKeyIn.header, "name": HEADER, "description": _TEXT}),
 }
-"""The ways to give a key, as OpenAPI names them; routes that take one take either."""
+"""Security schemes of OpenAPI; every route with a key accepts both."""
 
 
 class _Needs(SecurityDependency):
-    """Lets those in whose key has a scope, as many as it may at once."""
+    """Admit requests whose key has a scope, within the key's limit of concurrent requests."""
 
     def __init__(self, scope: Scope) -> None:
         self.scheme_name = "bearer"
@@ -33,17 +33,17 @@ class _Needs(SecurityDependency):
         request.state.scope = self._scope
         caller = _caller(request, _key_of(request), self._scope)
         request.state.caller = caller
-        # `Observe` releases it.
+        # `Observe` releases the request.
         state_of(request).admission.request(caller, request.scope["state"])
 
 
 def needs(scope: Scope) -> Any:
-    """Return a dependency that lets those in whose key has a scope, as many as it may at once."""
+    """Return a dependency that admits requests whose key has a scope."""
     return Depends(_Needs(scope))
 
 
 def document_keys(schema: dict[str, Any]) -> None:
-    """Say in an OpenAPI document that a route which takes a key takes it in either way."""
+    """Add both security schemes to the OpenAPI document."""
     schemes = {
         name: scheme.model_dump(mode="json", by_alias=True, exclude_none=True)
         for name, scheme in SCHEMES.items()
@@ -56,7 +56,7 @@ def document_keys(schema: dict[str, Any]) -> None:
 
 
 def _key_of(request: Request) -> str | None:
-    """Return the key that a request brings; that of a Bearer token goes first."""
+    """Return the key of a request, preferably its Bearer token; None: it has none."""
     kind, _, token = request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer" and token.strip():
         return token.strip()

@@ -1,4 +1,4 @@
-"""Read a request's body: sizes first, then JSON, then fields."""
+"""Read and validate the body of a request: first its size, then JSON, then fields."""
 
 from __future__ import annotations
 
@@ -33,11 +33,17 @@ _UNION_NOISE = ("str", "TextPair", "list[", "literal[", "float", "constrained-")
 async def read_body(
     request: Request, schema: type[Body], max_bytes: int, default: Body | None = None
 ) -> Body:
-    """Read, parse and validate a JSON body; an empty one is `default`, if there is a default.
+    """Read, parse and validate a JSON body.
+
+    Args:
+        request: request.
+        schema: schema of the body.
+        max_bytes: maximum size.
+        default: value of an empty body; None: an empty body is invalid.
 
     Raises:
-        ApiError: 413 too many bytes (as soon as that is known), 415 another media type, 400 not
-            JSON, 422 a field is unknown or wrong.
+        ApiError: 413 the body is too large (raised early), 415 another media type, 400 not JSON,
+            422 a field is unknown or invalid.
     """
     body = await read_json(request, max_bytes)
     if default is not None and not body:
@@ -46,10 +52,10 @@ async def read_body(
 
 
 async def read_json(request: Request, max_bytes: int) -> bytes:
-    """Read a body that says that it is JSON.
+    """Read a body whose media type is JSON.
 
     Raises:
-        ApiError: 415 another media type, and as `read_bytes` does.
+        ApiError: 415 another media type, and as in `read_bytes`.
         ClientGoneError: the client closed its connection.
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
@@ -59,9 +65,9 @@ async def read_json(request: Request, max_bytes: int) -> bytes:
 
 
 def travelled(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
-    """Return how many bytes a body says that it has; None: it does not say, or is compressed.
+    """Return the declared size of a body in bytes; None: undeclared or compressed.
 
-    `headers` have lower-case names.
+    Names in `headers` are in lower case.
     """
     size = None
     for name, value in headers:
@@ -73,18 +79,18 @@ def travelled(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
 
 
 def describe_body(*schemas: type[BaseModel], required: bool = True) -> dict[str, Any]:
-    """Return what OpenAPI says of a route that reads its body, one of `schemas`, for itself."""
+    """Return the OpenAPI entry for a body, one of `schemas`, that the route itself reads."""
     references = [{"$ref": f"#/components/schemas/{schema.__name__}"} for schema in schemas]
     one = references[0] if len(references) == 1 else {"oneOf": references}
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": one}}}}
 
 
 async def read_bytes(request: Request, max_bytes: int) -> bytes:
-    """Read a body, which may be compressed; the limit holds for both of its sizes.
+    """Read a body and decompress it; the limit applies to both sizes.
 
     Raises:
-        ApiError: 413 too many bytes, 415 an unknown encoding, 400 not what its encoding says,
-            408 it took too long to arrive.
+        ApiError: 413 the body is too large, 415 unknown encoding, 400 invalid compressed data, 408
+            the body was not received in time.
         ClientGoneError: the client closed its connection.
     """
     encoding = request.headers.get("content-encoding", "identity").lower()
@@ -137,58 +143,58 @@ async def _read(request: Request, max_bytes: int) -> bytes:
 
 
 def max_values(state: State) -> int:
-    """Return how many JSON values a body may hold: enough for the items that a request may have."""
+    """Return the maximum number of JSON values of a body, which suffices for all valid requests."""
     return _VALUES + _VALUES_PER_ITEM * state.settings.max_batch_items
 
 
-def parse(body: bytes, schema: type[Body], most: int) -> Body:
-    """Parse and validate JSON of at most so many values.
+def parse(body: bytes, schema: type[Body], limit: int) -> Body:
+    """Parse and validate a JSON object of at most `limit` values.
 
     Raises:
-        ApiError: 400 not JSON, 413 too many values, 422 a field is unknown or wrong.
+        ApiError: 400 not JSON, 413 too many values, 422 a field is unknown or invalid.
     """
-    return validate(parse_object(body, most), schema)
+    return validate(parse_object(body, limit), schema)
 
 
-def parse_object(body: bytes, most: int) -> dict[str, Any]:
-    """Parse JSON that is an object of at most so many values.
+def parse_object(body: bytes, limit: int) -> dict[str, Any]:
+    """Parse a JSON object of at most `limit` values.
 
-    A value takes up to 250 bytes of memory, and a wrong one more for its error, however short it
-    is: so they are counted before they are made.
+    A parsed value takes up to 250 bytes of memory, and an invalid one more for its error, even if
+    it is short in JSON. So the values are counted first.
 
     Raises:
-        ApiError: 400 not JSON, 413 too many values, 422 no object.
+        ApiError: 400 not JSON, 413 too many values, 422 not an object.
     """
     body = body.removeprefix(codecs.BOM_UTF8)
-    end = _end_of(body, most) if len(body) > 2 * most else None
+    end = _end_of(body, limit) if len(body) > 2 * limit else None
     read = body[:end]
     try:
         value = from_json(read, allow_inf_nan=False, allow_partial=end is not None)
     except ValueError as error:
         raise explain(read, str(error)) from None
     if end is not None:
-        message = f"the body holds more than {most} JSON values"
+        message = f"the body holds more than {limit} JSON values"
         raise ApiError(413, message, code="too_many_items")
     if not isinstance(value, dict):
         raise ApiError(422, "the body must be a JSON object", code="invalid_field")
     return value
 
 
-def _end_of(text: bytes, most: int) -> int | None:
-    """Return where JSON text holds more than so many values; None: nowhere.
+def _end_of(text: bytes, limit: int) -> int | None:
+    """Return the position in JSON text after `limit` values; None: it has no more.
 
     Each value but the first follows one of `,[{`.
     """
-    tokens = islice(_STRING_OR_START.finditer(text), 3 * most)
+    tokens = islice(_STRING_OR_START.finditer(text), 3 * limit)
     starts = (token.end() for token in tokens if token.end() - token.start() == 1)
-    return next(islice(starts, most, None), None)
+    return next(islice(starts, limit, None), None)
 
 
 def validate(value: dict[str, Any], schema: type[Body]) -> Body:
-    """Check the fields of an object.
+    """Return an object as an instance of its schema.
 
     Raises:
-        ApiError: 422 a field is unknown or wrong.
+        ApiError: 422 a field is unknown or invalid.
     """
     try:
         return schema.model_validate(value)
@@ -200,8 +206,7 @@ def _field_error(
     error: ValidationError, schema: type[RequestBody], value: dict[str, Any]
 ) -> ApiError:
     details = error.errors(include_url=False, include_context=False, include_input=False)
-    # A union reports every branch that failed; what got furthest into the value is what the caller
-    # meant.
+    # A union reports an error per branch. The branch that the client meant got furthest.
     detail = max(details, key=lambda d: (d["type"] in _TELLING, len(_param(d["loc"]))))
     param = _param(detail["loc"])
     root = str(detail["loc"][0])
@@ -222,7 +227,7 @@ def _field_error(
 
 
 def _innermost(schema: type[BaseModel], names: list[str]) -> type[BaseModel]:
-    """Follow a location to the model that its last part was given to."""
+    """Return the schema of the innermost object of a location."""
     for name in names:
         if issubclass(schema, RequestBody):
             schema = schema.nested.get(name, schema)

@@ -1,4 +1,4 @@
-"""POST /classify."""
+"""POST /classify, and the way from a request to its answers for all classification routes."""
 
 from __future__ import annotations
 
@@ -60,11 +60,10 @@ ALSO_ARROW: dict[int | str, dict[str, Any]] = {
     200: {"content": {ARROW: {"schema": {"type": "string", "format": "binary"}}}},
     406: {"model": ErrorResponse},
 }
-"""What OpenAPI says of a route that answers as an Arrow stream where that is preferred."""
-
+"""OpenAPI entries of routes that can answer with an Arrow stream."""
 
 SHADOW_SECONDS = 30.0
-"""After which nobody needs what a candidate computes for comparison."""
+"""Time limit for a candidate to compute a request for comparison."""
 
 
 @router.post(
@@ -85,10 +84,10 @@ async def classify(request: Request) -> Response:
 
 
 async def respond_to_classify(request: Request, body: ClassifyRequest) -> Response:
-    """Answer in our own shape, which is vLLM's and more, or in Infinity's if its client asks.
+    """Classify, and answer in our format (a superset of vLLM's), Arrow or Infinity's format.
 
     Raises:
-        ApiError, ClientGoneError: as `respond` and `arrow_answer.prepare` do.
+        ApiError, ClientGoneError: as in `respond` and `arrow_answer.prepare`.
     """
     if prefers_arrow(accepted(request)):
         await arrow_answer.prepare(body)
@@ -106,17 +105,17 @@ async def respond(
     write: Callable[[Answered], Response],
     tokens: Texts | None = None,
 ) -> Response:
-    """Classify what a request asks for: the one way there, whatever shape a route speaks.
+    """Classify the texts of a request; all classification routes call this.
 
     Args:
-        request: that came.
-        body: what it asks for.
-        write: makes the response of what came back.
-        tokens: of its texts, which fit its model; None: the texts of `body` are tokenized.
+        request: request.
+        body: texts and options.
+        write: writes the response from the answers.
+        tokens: tokens of the texts, valid for the model; None: the texts of `body` are tokenized.
 
     Raises:
-        ApiError: see docs/api.md for all that can be wrong.
-        ClientGoneError: the client did not wait.
+        ApiError: see docs/api.md for all errors.
+        ClientGoneError: the client closed the connection.
     """
     state = state_of(request)
     state.admission.refuse_if_draining()
@@ -150,22 +149,22 @@ async def _respond(
     quality = _quality(state, body, model)
     lookup = look_up(request, state, body, model, given, quality)
     if lookup is None:
-        places = range(len(given))
-        found, seconds = await _compute(state, body, model, given, quality, deadline, places)
+        indices = range(len(given))
+        answered, seconds = await _compute(state, body, model, given, quality, deadline, indices)
     else:
-        found, seconds = await _complete(state, body, model, lookup, deadline)
-    answers = found.answers
+        answered, seconds = await _complete(state, body, model, lookup, deadline)
+    answers, lengths, truncated = answered.answers, answered.lengths, answered.truncated
     computed = time.monotonic()
     if answers.errors:
         checkpoint = model.checkpoint
         state.hub.counts.items_failed(checkpoint.name, checkpoint.version, len(answers.errors))
-    # A level that is not the usual one is named: overload lowered it, or a target chose it.
-    usual = body.target_ms is None and answers.quality == DEFAULT_QUALITY
-    shown = quality if usual else answers.quality
-    answered = Answered(
-        request.state.request_id, model, body, shown, found.lengths, found.truncated, answers
+    # The response names the level that overload or `target_ms` chose, and otherwise the quality of
+    # the request.
+    default = body.target_ms is None and answers.quality == DEFAULT_QUALITY
+    shown = quality if default else answers.quality
+    response = write(
+        Answered(request.state.request_id, model, body, shown, lengths, truncated, answers)
     )
-    response = write(answered)
     responded = time.monotonic()
     stages = {
         "tokenize": seconds,
@@ -175,7 +174,7 @@ async def _respond(
     }
     hits = None if lookup is None or lookup.outcome == "miss" else lookup.hits
     count_answers(
-        state.hub.counts, model.checkpoint, answers, found.lengths, int(found.truncated.sum()),
+        state.hub.counts, model.checkpoint, answers, lengths, int(truncated.sum()),
         heads=body.heads, max_heads=body.max_heads, hits=hits,
         stages=stages | {"respond": responded - computed},
     )  # fmt: skip
@@ -201,10 +200,10 @@ async def _compute_again(
     quality: str | float,
     model: ServedModel,
 ) -> Answers:
-    """Answer texts with another version, behind everything that somebody waits for.
+    """Return the answers of another version, computed in the bulk lane.
 
     Raises:
-        SkippedError: there is no room for it, or the version does not read these tokens.
+        SkippedError: there is no capacity, or the request has tokens instead of texts.
     """
     if isinstance(given, Texts):
         raise SkippedError("tokens may be those of another tokenizer")
@@ -223,14 +222,14 @@ async def _compute_again(
 async def _complete(
     state: State, body: ClassifyRequest, model: ServedModel, lookup: Lookup, deadline: float
 ) -> tuple[AnsweredTexts, float]:
-    """Answer the texts that have no answer in the cache, and return all; see `_compute`."""
+    """Compute the texts that are not cached, and return the answers to all; see `_compute`."""
     if not body.truncate:
         _refuse_overlong(lookup.truncated, model, range(len(lookup.truncated)))
     if not lookup.misses:
         return lookup.complete(None), 0.0
-    missing, level = lookup.missing, lookup.asked.quality
-    found, seconds = await _compute(state, body, model, missing, level, deadline, lookup.misses)
-    return lookup.complete(found), seconds
+    missing, level = lookup.missing, lookup.options.quality
+    computed, seconds = await _compute(state, body, model, missing, level, deadline, lookup.misses)
+    return lookup.complete(computed), seconds
 
 
 async def _compute(
@@ -240,30 +239,30 @@ async def _compute(
     given: list[Text] | Texts,
     quality: str | float,
     deadline: float,
-    places: Sequence[int],
+    indices: Sequence[int],
 ) -> tuple[AnsweredTexts, float]:
-    """Tokenize and answer texts, whose places in the request are given.
+    """Tokenize and answer texts; `indices` are their positions in the request.
 
-    Returns their answers, and the seconds until they were tokenized.
+    Returns the answers, and the duration of the tokenization in seconds.
     """
     started = time.monotonic()
     if isinstance(given, Texts):
         texts, truncated = given, np.zeros(len(given), bool)
     else:
-        texts, truncated = await _tokenize(state, model, given, deadline, places)
+        texts, truncated = await _tokenize(state, model, given, deadline, indices)
     if not body.truncate:
-        _refuse_overlong(truncated, model, places)
+        _refuse_overlong(truncated, model, indices)
     seconds = time.monotonic() - started
     answers = await _answer(state, body, model, texts, quality, deadline)
     return AnsweredTexts(texts.window.lengths, truncated, answers), seconds
 
 
 async def _tokenize(
-    state: State, model: ServedModel, texts: list[Text], deadline: float, places: Sequence[int]
+    state: State, model: ServedModel, texts: list[Text], deadline: float, indices: Sequence[int]
 ) -> tuple[Texts, Array]:
-    """Return the tokens of texts, and which texts have more than the encoder reads, bool [B]."""
+    """Return tokenized texts, and whether each has more tokens than the encoder reads, bool [B]."""
     with stage_span(state.tracer, "tokenize") as span:
-        tokenized = await state.tokenize(model, texts, deadline, places)
+        tokenized = await state.tokenize(model, texts, deadline, indices)
         if span.is_recording():
             span.set_attribute("budgetformer.items", len(tokenized))
             span.set_attribute("budgetformer.tokens", sum(map(len, tokenized)))
@@ -279,7 +278,7 @@ async def _answer(
     quality: str | float,
     deadline: float,
 ) -> Answers:
-    """Answer tokenized texts; what engines cannot do becomes an error of the API."""
+    """Return the answers to tokenized texts, and convert errors of engines to those of the API."""
     submission = Submission(
         model=model.checkpoint.name,
         version=model.checkpoint.version,
@@ -311,29 +310,29 @@ def _seconds(state: State, body: ClassifyRequest, model: str) -> float:
     """Return the seconds to a request's deadline.
 
     Raises:
-        ApiError: 422, it asks for a later one than the server accepts.
+        ApiError: 422, `timeout_ms` or `target_ms` is above the server's limit.
     """
-    most = state.settings.max_timeout_ms
+    limit = state.settings.max_timeout_ms
     for name in ("timeout_ms", "target_ms"):
-        if (getattr(body, name) or 0) > most:
-            message = f"{name} may be at most {most}, the server's max_timeout_ms"
+        if (getattr(body, name) or 0) > limit:
+            message = f"{name} may be at most {limit}, the server's max_timeout_ms"
             raise ApiError(422, message, name, "invalid_field")
     return (body.timeout_ms or state.settings.timeout_ms_of(model)) / 1000
 
 
 def check_count(state: State, count: int) -> None:
-    """Check that a request may hold so many items.
+    """Check the number of items of a request.
 
     Raises:
-        ApiError: 413, it may not.
+        ApiError: 413, there are too many items.
     """
-    most = state.settings.max_batch_items
-    if count > most:
-        raise ApiError(413, f"{count} items, at most {most} are taken", "input", "too_many_items")
+    limit = state.settings.max_batch_items
+    if count > limit:
+        raise ApiError(413, f"{count} items, at most {limit} are taken", "input", "too_many_items")
 
 
 def check_texts(state: State, given: Input) -> list[Text]:
-    """Return the texts of a request, after counting items and characters.
+    """Return the texts of a request, after a check of their number and lengths.
 
     Raises:
         ApiError: 413 too many items, 422 a text is too long.
@@ -361,26 +360,26 @@ def _quality(state: State, body: ClassifyRequest, model: ServedModel) -> str | f
     if body.target_ms is not None and body.quality not in (None, "auto"):
         message = "target_ms lets the server choose a quality, so none can be named beside it"
         raise ApiError(422, message, "target_ms", "invalid_field")
-    asked = body.quality if body.target_ms is None else "auto"
-    return quality_of(state, model.checkpoint, asked, heads=body.heads, max_heads=body.max_heads)
+    wanted = body.quality if body.target_ms is None else "auto"
+    return quality_of(state, model.checkpoint, wanted, heads=body.heads, max_heads=body.max_heads)
 
 
 def quality_of(
-    state: State, checkpoint: Checkpoint, asked: str | float | None, **heads: int | None
+    state: State, checkpoint: Checkpoint, wanted: str | float | None, **heads: int | None
 ) -> str | float:
-    """Return the quality that is asked for; None: that of requests which name none.
+    """Return the quality for a request, after a check that the checkpoint offers it.
 
     Args:
-        state: of the frontend.
-        checkpoint: that is to answer.
-        asked: level, points given up, or None.
-        heads: the fields `heads` and `max_heads`.
+        state: state of the frontend.
+        checkpoint: checkpoint that answers.
+        wanted: level or accuracy drop (percentage points); None: the default of the settings.
+        heads: fields `heads` and `max_heads`.
 
     Raises:
-        ApiError: 422, the checkpoint does not offer it.
+        ApiError: 422, the checkpoint does not offer the quality or the number of heads.
     """
-    quality = state.settings.quality_of(checkpoint.name) if asked is None else asked
-    if not checkpoint.calibrated and asked not in (None, "auto"):
+    quality = state.settings.quality_of(checkpoint.name) if wanted is None else wanted
+    if not checkpoint.calibrated and wanted not in (None, "auto"):
         message = f"{checkpoint.label} is not calibrated: it has no quality levels"
         raise ApiError(422, message, "quality", "no_such_quality")
     try:
@@ -397,35 +396,34 @@ def quality_of(
     return quality
 
 
-def _refuse_overlong(truncated: Array, model: ServedModel, places: Sequence[int]) -> None:
+def _refuse_overlong(truncated: Array, model: ServedModel, indices: Sequence[int]) -> None:
     if truncated.any():
-        index, most = places[int(truncated.argmax())], model.checkpoint.manifest.max_tokens
-        message = f"input[{index}] has more than {most} tokens, and truncate is false"
+        index, limit = indices[int(truncated.argmax())], model.checkpoint.manifest.max_tokens
+        message = f"input[{index}] has more than {limit} tokens, and truncate is false"
         raise ApiError(422, message, f"input[{index}]", "text_too_long")
 
 
 @asynccontextmanager
 async def while_client_waits(request: Request) -> AsyncIterator[None]:
-    """Cancel this block when the client goes away.
+    """Cancel the context when the client disconnects.
 
     Raises:
-        ClientGoneError: it went away.
+        ClientGoneError: the client has disconnected.
     """
-    waiting = asyncio.timeout(None)
-    leaving = asyncio.ensure_future(_wait_no_more(request, waiting))
+    timeout = asyncio.timeout(None)
+    watching = asyncio.ensure_future(_expire_on_disconnect(request, timeout))
     try:
-        async with waiting:
+        async with timeout:
             yield
     except TimeoutError:
-        if not waiting.expired():
+        if not timeout.expired():
             raise
         raise ClientGoneError from None
     finally:
-        leaving.cancel()
+        watching.cancel()
 
 
-async def _wait_no_more(request: Request, waiting: asyncio.Timeout) -> None:
-    """End what waits for an answer when the client goes."""
+async def _expire_on_disconnect(request: Request, timeout: asyncio.Timeout) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    waiting.reschedule(asyncio.get_running_loop().time())
+    timeout.reschedule(asyncio.get_running_loop().time())

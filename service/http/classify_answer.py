@@ -1,4 +1,4 @@
-"""The JSON of an answer to POST /classify."""
+"""The JSON response to POST /classify."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Failed(msgspec.Struct, frozen=True):
 
 
 def classify_response(request: Request, answered: Answered) -> Response:
-    """Write the answer of POST /classify: failed items stand among the others.
+    """Return the response to POST /classify, with failed items among the others.
 
     Raises:
         ApiError: 500, every item failed.
@@ -53,7 +53,7 @@ def classify_response(request: Request, answered: Answered) -> Response:
     total = answered.checkpoint.num_layers * answered.checkpoint.num_heads
     activated = body.use_activation is not False
     probs = answered.score_rows if activated else answers.logits.tolist()
-    classes, least = answers.logits.shape[1], body.threshold
+    classes, threshold = answers.logits.shape[1], body.threshold
     columns = zip(
         answered.lengths.tolist(),
         answered.truncated.tolist(),
@@ -83,7 +83,7 @@ def classify_response(request: Request, answered: Answered) -> Response:
             None if answers.chosen is None else answers.chosen[index],
         )
         best = ranked[0]
-        labels = ranked if least is None else [one for one in ranked if one.score >= least]
+        labels = ranked if threshold is None else [one for one in ranked if one.score >= threshold]
         data.append(
             _Item(
                 index, best.label, best.score, shown, classes, labels, heads, macs, dense,

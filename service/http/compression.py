@@ -1,4 +1,4 @@
-"""Compressed answers, for clients that ask for them with `Accept-Encoding`."""
+"""Compression of responses for clients that accept it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from service.http.accept import prefers_gzip
 from service.http.middleware import PROBES
 
 LEVEL = 1
-"""Of zlib: level 6 takes three times as long to save a fifth more."""
+"""Compression level of zlib: level 6 takes three times as long to save a fifth more."""
 MAX_LOOP_BYTES = 64 * 2**10
-"""Answers up to this size are compressed on the event loop, in a quarter of a millisecond."""
+"""Maximum size that is compressed on the event loop, which takes a quarter of a millisecond."""
 GZIP_FORMAT = 31
-"""Window bits that have zlib write a gzip header."""
+"""Window bits for which zlib writes the gzip format."""
 
 
 class Compress:
-    """Compress whole answers with gzip where the client prefers that.
+    """Compress responses with gzip if the client prefers it.
 
-    Streams, probes and answers that are encoded already stay as they are.
+    Streams, probes and responses with a Content-Encoding are not changed.
 
     Args:
-        app: what answers.
-        min_bytes: size of the smallest answer that is compressed.
-        threads: compress the answers above `MAX_LOOP_BYTES`.
+        app: application.
+        min_bytes: minimum size of a body to compress.
+        threads: executor for bodies above `MAX_LOOP_BYTES`.
     """
 
     def __init__(self, app: ASGIApp, min_bytes: int, threads: Executor) -> None:
@@ -46,7 +46,7 @@ class Compress:
         async def send_encoded(message: Message) -> None:
             nonlocal start
             if message["type"] == "http.response.start":
-                start = message  # until the size of the answer is known
+                start = message  # sent when the size of the body is known
                 return
             if start is not None:
                 message = await self._encode(scope, start, message)
@@ -57,7 +57,7 @@ class Compress:
         await self.app(scope, receive, send_encoded)
 
     async def _encode(self, scope: Scope, start: Message, message: Message) -> Message:
-        """Return the message of a body as it is to be sent, and change the headers to fit."""
+        """Return the body message to send, and update the headers in `start`."""
         headers = MutableHeaders(raw=start["headers"])
         body = message.get("body", b"")
         whole = not message.get("more_body") and "content-encoding" not in headers

@@ -1,4 +1,4 @@
-"""Connections, before there is a request: how many, how large a head, how slow."""
+"""HTTP connections: limits of their number, of the size of requests, and of their duration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from httptools import (
 )
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from service.http.admission import Admission, no_room
+from service.http.admission import Admission, queue_full
 from service.http.bodies import travelled
 from service.http.dialects import Dialects
 from service.http.errors import ApiError, ErrorSchema, error_response
@@ -29,21 +29,21 @@ from service.http.middleware import SECURITY_HEADERS, name_request
 from service.http.private import UvicornProtocol, disconnect
 
 READ_BYTES = 2**18
-"""About what one read of the event loop brings."""
+"""Approximate maximum number of bytes of one read of the event loop."""
 _HOST = re.compile(rb"(\[[0-9A-Za-z:.%]+\]|[\w.~!$&'()*+,;=%-]*)(:[0-9]*)?", re.ASCII)
 _OFFERS = (b"upgrade", b"http2-settings")
-"""Headers, and options of `Connection`, that offer another protocol."""
+"""Headers, and options of `Connection`, that request another protocol (Upgrade)."""
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What a connection may take.
+    """The limits of one connection.
 
     Attributes:
-        head_bytes: of a request's line and headers.
-        message_bytes: of a whole request, as it travels.
-        seconds: until the head of a request is there.
-        uploads: in place of `message_bytes`, by path.
+        head_bytes: maximum size of the request line and headers.
+        message_bytes: maximum size of a whole request, as sent.
+        seconds: time limit for the head of a request.
+        uploads: other values of `message_bytes`, by path.
     """
 
     head_bytes: int
@@ -52,23 +52,23 @@ class ConnectionLimits:
     uploads: Mapping[bytes, int] = field(default_factory=dict)
 
     def most_bytes(self, target: bytes) -> int:
-        """Return how many bytes a whole request to a target may have."""
+        """Return the maximum size of a request to this target."""
         return self.uploads.get(target.partition(b"?")[0], self.message_bytes)
 
 
 class GuardedProtocol(UvicornProtocol):
     """Uvicorn's HTTP protocol with limits, and with one rule for the end of every request.
 
-    The parser alone says where a request ends. After a request that is malformed or ambiguous, or
-    that says `Connection: close`, no byte is parsed: earlier requests are answered, then the
-    malformed one is, and the connection closes.
+    Only the parser decides where a request ends. After a malformed or ambiguous request, or one
+    with `Connection: close`, nothing more is parsed: earlier requests are answered, then the
+    malformed one, and the connection closes.
 
     Args:
-        limits: the limits.
-        admission: of connections, and of bodies before they are read.
-        dialects: make the answers to requests that do not reach the application.
-        refusable: routes whose requests may be refused unread, by target.
-        arguments: as uvicorn gives them.
+        limits: limits of the connection.
+        admission: admission of the frontend.
+        dialects: error responses for requests that do not reach the application.
+        refusable: routes, by target, whose requests may be refused before the body is read.
+        arguments: arguments of uvicorn's protocol.
     """
 
     def __init__(
@@ -81,15 +81,15 @@ class GuardedProtocol(UvicornProtocol):
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        # Uvicorn has the parser ignore what follows `Connection: close`; here it is an error, so
-        # that the connection lingers.
+        # Uvicorn's parser ignores data after `Connection: close`. Here it is an error, so that the
+        # connection lingers.
         self.parser.set_dangerous_leniencies(lenient_data_after_close=False)
         self._limits = limits
         self._admission = admission
         self._dialects = dialects
         self._refusable = refusable
         self._unread = False
-        """Whether the request that comes was refused, and its body is discarded."""
+        """Whether the current request was refused, so that its body is discarded."""
         self._stage: Literal["idle", "head", "body"] = "idle"
         self._timer: TimerHandle | None = None
         self._head_bytes = 0
@@ -98,19 +98,19 @@ class GuardedProtocol(UvicornProtocol):
         self._refusal: tuple[str, ApiError] | None = None
         self._begun: list[RequestResponseCycle] = []
         self._declined = b""
-        """The head of a request that offers another protocol, without the offer."""
+        """The head of a request for another protocol (Upgrade), without that part."""
         self._keep_alive = True
-        """Whether another request may follow the one that is read."""
+        """Whether another request may follow the current one."""
         self._stopped = False
-        """Whether what comes is discarded."""
+        """Whether received data is discarded."""
         self._last_answer = b""
-        """Written when all earlier requests are answered."""
-        # A connection whose TLS handshake is in progress counts, too.
+        """The response to write after those to all earlier requests."""
+        # Connections count towards the limit from the start of the TLS handshake.
         self.connections.add(self)
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        """Take a connection, if there is room for it."""
-        # Uvicorn writes an answer's head and its body one by one, each a packet of its own.
+        """Accept a connection, or refuse it above the limit."""
+        # Uvicorn writes the head and the body of a response separately, as two packets.
         self._stream = LingeringTransport(transport, self._sending, self._limits.seconds)
         super().connection_made(self._stream)  # type: ignore[arg-type]
         try:
@@ -121,7 +121,7 @@ class GuardedProtocol(UvicornProtocol):
         self._wait(self._limits.seconds, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection, and tell every request of it: uvicorn tells only the last."""
+        """Forget the connection, and disconnect all its requests; uvicorn disconnects the last."""
         if self.transport is None:  # its TLS handshake failed
             self.connections.discard(self)
             return
@@ -132,7 +132,7 @@ class GuardedProtocol(UvicornProtocol):
             disconnect(cycle)
 
     def shutdown(self) -> None:
-        """Close when the request that is served has its answer."""
+        """Close the connection after the response to the current request."""
         self._keep_alive = False
         if self.transport is None:
             self.connections.discard(self)
@@ -140,7 +140,7 @@ class GuardedProtocol(UvicornProtocol):
             super().shutdown()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, as long as it is not too much of it."""
+        """Parse received data within the limits."""
         if self._stream.lingering:
             self._stream.discard(len(data))
             return
@@ -159,7 +159,7 @@ class GuardedProtocol(UvicornProtocol):
             self._expect_more()
         most = self._most_bytes if self._stage == "body" else self._limits.head_bytes
         if self._message_bytes > most + READ_BYTES:
-            # What is being parsed and never ends: a header, a trailer, a chunk's extension.
+            # An endless header, trailer or chunk extension.
             self._refuse("head_too_large", self._too_large())
 
     def on_message_begin(self) -> None:
@@ -171,18 +171,18 @@ class GuardedProtocol(UvicornProtocol):
         self._head_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        """Take a part of the request's target."""
+        """Add a part of the request's target."""
         self._grow(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header. A trailer counts towards the limit and is then discarded."""
+        """Add a header. A trailer counts towards the limit and is discarded."""
         self._grow(len(name) + len(value) + len(b": \r\n"))
         if self._stage == "head":
             super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:
-        """Start to serve the request; its body is awaited by whoever reads it."""
+        """Start to serve the request, before its body is received."""
         size = self._body_size()
         self._most_bytes = self._limits.most_bytes(self.url)
         if self.parser.should_upgrade():
@@ -194,7 +194,7 @@ class GuardedProtocol(UvicornProtocol):
         self._keep_alive = self._keep_alive and not old and self.parser.should_keep_alive()
         if old:
             self.expect_100_continue = False
-        # An answer that comes before the body ends the connection, unless the rest is small.
+        # A response before the end of the body ends the connection, unless the body is small.
         small = size is not None and size <= READ_BYTES and not self.expect_100_continue
         if self.answered and self._refuse_unread(now, self._keep_alive and small):
             self._stage = "body"
@@ -206,18 +206,18 @@ class GuardedProtocol(UvicornProtocol):
         self._begun.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of the body, unless nobody wants it."""
+        """Add a part of the body, unless the request was refused."""
         if not self._unread:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Note that the request is here."""
+        """Complete the request, and close the connection or serve the next request."""
         if self._declined or self._stopped:
             return
         self._stop_waiting()
         self._stage = "idle"
         self._message_bytes = 0
-        # A trailer may have said `Connection: close`.
+        # A trailer may have contained `Connection: close`.
         self._keep_alive = self._keep_alive and self.parser.should_keep_alive()
         if self._unread:
             self._unread = False
@@ -226,14 +226,14 @@ class GuardedProtocol(UvicornProtocol):
             super().on_message_complete()
             if not self.answered:
                 return
-        # It was answered before it was here.
+        # The response was sent before the request was complete.
         if self._keep_alive:
             self.on_response_complete()
         else:
             self.transport.close()
 
     def on_response_complete(self) -> None:
-        """Serve the next request, wait for the rest of this one, or close."""
+        """Serve the next request, wait for the rest of the current one, or close."""
         self._begun = [cycle for cycle in self._begun if not cycle.response_complete]
         super().on_response_complete()
         if self.transport.is_closing():
@@ -253,10 +253,10 @@ class GuardedProtocol(UvicornProtocol):
                 try:
                     self.parser.feed_data(data)
                     return
-                except HttpParserUpgrade as offer:
-                    # The parser ends a request at an offer of another protocol, before its body.
-                    # It is parsed again without the offer.
-                    data = memoryview(data)[offer.args[0] :]
+                except HttpParserUpgrade as upgrade:
+                    # The parser ends a request with Upgrade before its body. Parse it again
+                    # without that header.
+                    data = memoryview(data)[upgrade.args[0] :]
                     head, self._declined = self._declined, b""
                     self.parser = HttpRequestParser(self)
                     self.parser.feed_data(head)
@@ -264,17 +264,18 @@ class GuardedProtocol(UvicornProtocol):
             if self._refusal is not None:
                 self._refuse(*self._refusal)
             elif self._stopped or (not self._keep_alive and self._stage == "idle"):
-                self._stopped = True  # this follows the last request
+                self._stopped = True  # the data follows the last request
             else:
-                unclear = isinstance(error, HttpParserCallbackError)
-                self._refuse("malformed", _malformed("invalid target" if unclear else str(error)))
+                in_callback = isinstance(error, HttpParserCallbackError)
+                reason = "invalid target" if in_callback else str(error)
+                self._refuse("malformed", _malformed(reason))
 
     def _body_size(self) -> int | None:
-        """Return how many bytes the body has by its head; None: it comes in chunks.
+        """Return the size of the body by the headers; None: it is chunked.
 
         Raises:
-            ValueError: readers of this head may disagree about where the request ends, or about
-                whom it is for; the refusal is noted.
+            ValueError: the head is ambiguous, so a proxy may disagree about the end of the request
+                or its host; `_refusal` has the error.
         """
         size: int | None = 0
         hosts = 0
@@ -300,7 +301,7 @@ class GuardedProtocol(UvicornProtocol):
         return size
 
     def _without_offer(self) -> bytes:
-        """Return the head of this request without what offers another protocol."""
+        """Return the head of this request without the headers of `_OFFERS`."""
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         for name, value in self.headers:
@@ -311,12 +312,12 @@ class GuardedProtocol(UvicornProtocol):
                 lines.append(name + b": " + value)
         return b"\r\n".join([*lines, b"\r\n"])
 
-    def _note_begun(self, came: float) -> None:
+    def _note_begun(self, received: float) -> None:
         now = time.monotonic()
-        self._admission.shedding.note_delay(now - came, now)
+        self._admission.shedding.note_delay(now - received, now)
 
     def _refuse_unread(self, now: float, keep_alive: bool) -> bool:
-        """Refuse a request for which there is no room; False: it is to be served."""
+        """Refuse a request under overload, before its body is read; False: it is served."""
         route = self._refusable.get(self.url)
         size = None if route is None else travelled(self.headers)
         if route is None or size is None:
@@ -325,7 +326,7 @@ class GuardedProtocol(UvicornProtocol):
         if seconds is None:
             return False
         headers, method = dict(self.headers), self.parser.get_method()
-        # A browser's page could not read an answer without what the application adds for it.
+        # A web page cannot read a response without the CORS headers that the application adds.
         if b"origin" in headers or method != b"POST":
             return False
         head, body = _refusal(self._dialects.schema("POST", route), seconds)
@@ -346,7 +347,7 @@ class GuardedProtocol(UvicornProtocol):
             raise self._refused(self._too_large(), "head_too_large")
 
     def _refused(self, error: ApiError, reason: str = "malformed") -> ValueError:
-        """Note the answer to a request that cannot be served; what is returned stops the parser."""
+        """Store the error of the current request; return the exception that stops the parser."""
         self._refusal = reason, error
         return ValueError(error.message)
 
@@ -360,10 +361,10 @@ class GuardedProtocol(UvicornProtocol):
         self._refuse("slow", ApiError(408, f"no complete request head arrived in {seconds:g} s"))
 
     def _refuse(self, reason: str, error: ApiError) -> None:
-        """Make an error the last answer, unless the request in question has one, and stop."""
+        """Stop parsing, with an error as the last response unless the request already has one."""
         self._admission.connection_broken(reason)
         self._stopped = True
-        # Between requests the target is that of the last one.
+        # Between requests, `url` is still that of the last one.
         target = b"" if self._stage == "idle" else self.url
         method = self.parser.get_method().decode() if target else ""
         path = target.partition(b"?")[0].decode("latin-1")
@@ -376,7 +377,7 @@ class GuardedProtocol(UvicornProtocol):
         self._finish()
 
     def _finish(self) -> None:
-        """Give the last answer and close, if all earlier requests have theirs."""
+        """Write the last response and close, after the responses to all earlier requests."""
         self._stop_waiting()
         if self._begun:
             return
@@ -385,7 +386,7 @@ class GuardedProtocol(UvicornProtocol):
         self.transport.close()
 
     def _expect_more(self) -> None:
-        """Limit the time for the rest of a head, or of a body that has its answer."""
+        """Limit the time for the rest of a head, or of a body whose response was sent."""
         if self._stage == "body":
             self._wait(LINGER_SECONDS, self.transport.close)
         else:
@@ -406,20 +407,20 @@ def _malformed(reason: str) -> ApiError:
 
 
 def _last_answer(response: Response) -> bytes:
-    """Write a response that ends the connection."""
+    """Encode a response that ends the connection."""
     head, body = _parts(response)
-    own = [b"x-request-id: ", name_request(b"").encode(), b"\r\nconnection: close\r\n\r\n"]
-    return b"".join([head, *own, body])
+    rest = [b"x-request-id: ", name_request(b"").encode(), b"\r\nconnection: close\r\n\r\n"]
+    return b"".join([head, *rest, body])
 
 
 @lru_cache(maxsize=256)
 def _refusal(schema: type[ErrorSchema], seconds: int) -> tuple[bytes, bytes]:
-    """Return the answer to a request for which there is no room, but for its id."""
-    return _parts(error_response(no_room(seconds), schema))
+    """Return the encoded `queue_full` response, without the id of the request."""
+    return _parts(error_response(queue_full(seconds), schema))
 
 
 def _parts(response: Response) -> tuple[bytes, bytes]:
-    """Return what begins an answer's head, lines ended, and its body."""
+    """Return the encoded head of a response, without the empty line at its end, and the body."""
     status = HTTPStatus(response.status_code)
     lines = [f"HTTP/1.1 {status.value} {status.phrase}".encode()]
     lines += [name + b": " + value for name, value in (*response.raw_headers, *SECURITY_HEADERS)]

@@ -1,4 +1,4 @@
-"""The routes that are asked most, served without what FastAPI does around them."""
+"""Serve the most frequent routes without FastAPI's routing and dependency injection."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _endpoints: set[Callable[..., Any]] = set()
 
 
 def direct(endpoint: Endpoint) -> Endpoint:
-    """Have the routes of an endpoint served directly; to stand below the decorators of routes."""
+    """Mark an endpoint as served directly; use it below the decorators of the routes."""
     _endpoints.add(endpoint)
     return endpoint
 
 
 @dataclass(frozen=True)
 class DirectRoute:
-    """What is done for a request of a route: its dependencies, then its endpoint."""
+    """A route and the calls that serve it: first its dependencies, then its endpoint."""
 
     declared: Route
     dependencies: list[Call]
@@ -39,41 +39,41 @@ def direct_routes(routes: Iterable[Route]) -> dict[tuple[str, str], DirectRoute]
     """Return the routes of `direct` endpoints, by method and path.
 
     Raises:
-        ValueError: FastAPI does more for one of them than its dependencies and its endpoint, or
-            serves its path by an earlier route.
+        ValueError: FastAPI does more for one of them than to call its dependencies and its
+            endpoint, or an earlier route serves its path.
     """
     routes = list(routes)
-    found = {}
+    by_path = {}
     for route in routes:
         if route.endpoint in _endpoints:
             for method in route.methods:
                 try:
-                    found[method, route.path] = _direct_route(route, method, routes)
+                    by_path[method, route.path] = _direct_route(route, method, routes)
                 except ValueError as error:
                     raise ValueError(f"{route.path} cannot be served directly: {error}") from None
-    return found
+    return by_path
 
 
 def _direct_route(route: Route, method: str, routes: list[Route]) -> DirectRoute:
     if "{" in route.path:
         raise ValueError("its path has parameters")
-    fitting = (one for one in routes if method in one.methods and one.path_regex.match(route.path))
-    if next(fitting) is not route:
+    matching = (one for one in routes if method in one.methods and one.path_regex.match(route.path))
+    if next(matching) is not route:
         raise ValueError("an earlier route answers this path")
     *dependencies, endpoint = calls_of(route)
     return DirectRoute(route, dependencies, endpoint)
 
 
 class Direct:
-    """Serve some routes past routing and dependency injection: a fifth of a frontend's work.
+    """Serve some routes without routing and dependency injection, a fifth of a frontend's time.
 
-    They are declared and documented as all others are, and `direct_routes` has made sure that
-    nothing is left out. `dependency_overrides`, which FastAPI has for tests, are not looked at.
+    The routes are declared and documented like all others, and `direct_routes` has checked that
+    FastAPI would do nothing else for them. FastAPI's `dependency_overrides` are ignored.
 
     Args:
-        app: serves all others.
-        routes: by method and path.
-        dialects: answer their errors.
+        app: application that serves all other routes.
+        routes: direct routes by method and path.
+        dialects: error responses.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Every error that a client can see, and the one function that makes a response of it."""
+"""Errors that clients see, and the function that converts them to responses."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ _MESSAGE_LENGTH, _SHOWN_LENGTH = 2000, 100
 
 
 def shorten(name: str) -> str:
-    """Return a name that a client sent, short enough for an error."""
+    """Return a name from a client, shortened for an error message."""
     return name if len(name) <= _SHOWN_LENGTH else f"{name[:_SHOWN_LENGTH]}..."
 
 
 CLIENT_GONE = 499
-"""What a request counts as whose client went away; never sent."""
+"""Status in metrics and logs if the client has disconnected; never sent."""
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection before the answer was there."""
+    """The client closed its connection before the response."""
 
 
 @dataclass
 class ApiError(Exception):
-    """An answer that is not the one asked for.
+    """An error response.
 
     Attributes:
         status: HTTP status.
-        message: what was wrong, where, and what to do; never the text of an input.
-        param: the field that is to blame.
-        code: a name for programs; by default the status's.
-        retry_after: seconds after which it is worth trying again.
+        message: what is wrong, where, and what to do; never the text of an input.
+        param: invalid field; None: not a single field.
+        code: error code; None: that of the status in `REASONS`.
+        retry_after: seconds for the header Retry-After; None: no header.
     """
 
     status: int
@@ -80,16 +80,16 @@ class ApiError(Exception):
 
 
 class ErrorSchema(BaseModel):
-    """The shape in which an API reports errors: a route writes errors as it documents them."""
+    """Base of the schemas of errors, one for each API."""
 
     @classmethod
     @abstractmethod
     def content(cls, error: ApiError) -> dict[str, Any]:
-        """Return an error in this shape, as plain data."""
+        """Return an error in this schema, as plain data."""
 
 
 def error_response(error: ApiError, schema: type[ErrorSchema]) -> Response:
-    """Return an error as a response: status, headers, and a body in the shape of `schema`."""
+    """Return the response for an error: status, headers, and a body in `schema`."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
@@ -97,15 +97,15 @@ def error_response(error: ApiError, schema: type[ErrorSchema]) -> Response:
 
 
 CLASSIFYING = (400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504)
-"""Statuses of errors that a route that classifies may answer."""
+"""Statuses of the errors of classification routes."""
 
 
 def errors_as(
     schema: type[ErrorSchema], statuses: Iterable[int] = ()
 ) -> dict[int | str, dict[str, Any]]:
-    """Return the `responses` of routes that report errors in the shape of `schema`.
+    """Return the argument `responses` of routes that report errors in `schema`.
 
-    OpenAPI names `statuses` one by one; `Dialects` reads the schema for everything else.
+    OpenAPI lists `statuses` one by one; `Dialects` uses the schema for all errors.
     """
     any_other: dict[int | str, Any] = {
         "default": {"model": schema, "description": "Why there is no answer"}

@@ -1,4 +1,4 @@
-"""Infinity's answer to POST /classify: for each text, its labels best first."""
+"""The response to POST /classify in Infinity's format: the labels of each text, best first."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from service.http.answers import Answered
 from service.http.responses import json_response
 
 NO_MODEL = "default/not-specified"
-"""What Infinity's client sends for a model when its user named none."""
+"""Model name that Infinity's client sends by default."""
 
 
 def infinity_response(answered: Answered) -> Response:
-    """Write the answer as Infinity does.
+    """Return the response in Infinity's format.
 
     Raises:
         ApiError: 500, an item failed.

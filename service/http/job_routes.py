@@ -1,4 +1,4 @@
-"""Jobs: files of texts that are classified in the background, behind all requests."""
+"""Routes of jobs: files of texts that are classified in the background, after all requests."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ KINDS: dict[str, Kind] = {
     "application/jsonl": "jsonl",
     "application/vnd.apache.parquet": "parquet",
 }
-"""Kinds of uploads by media type."""
+"""File format of uploads by media type."""
 MEDIA_TYPES: dict[Kind, str] = {
     "csv": "text/csv; charset=utf-8",
     "jsonl": "application/x-ndjson",
@@ -59,10 +59,10 @@ MEDIA_TYPES: dict[Kind, str] = {
 SUFFIXES: dict[str, Kind] = {
     ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
 }  # fmt: skip
-SLOWEST_BYTES = 100_000
-"""Bytes per second that an upload must have on average, after the first `receive_seconds`."""
-WRITE_BYTES, LOOK_BYTES = 2**20, 2**26
-"""Bytes of an upload that are written at once, and after which its room is looked at again."""
+MIN_BYTES_PER_SECOND = 100_000
+"""Minimum average rate of an upload, after the first `receive_seconds`."""
+WRITE_BYTES, CHECK_BYTES = 2**20, 2**26
+"""Bytes of an upload between writes to the disk, and between checks of `max_jobs_bytes`."""
 FULL_SECONDS = 60
 
 
@@ -70,22 +70,22 @@ class JobResponse(BaseModel):
     """A job.
 
     Attributes:
-        id: of the job.
-        status: queued, running, finished, failed, or cancelled by the request that is answered.
+        id: id of the job.
+        status: queued, running, finished, failed, or cancelled (by this request).
         model: `name:version`, chosen when the job was accepted.
-        quality: level or points given up; null for a model without levels.
-        heads: heads per layer, in place of f_o.
-        input, format: kinds of the input and of the result.
+        quality: quality level or accuracy drop (percentage points); null: the model has no levels.
+        heads: fixed number of heads per layer; null: f_o decides.
+        input, format: file formats of the input and of the result.
         source: URL of the input; null: it was uploaded.
-        created, started, ended: seconds since 1970.
-        rows, failed_rows: that are answered, and those of them that failed alone.
+        created, started, ended: times in seconds since 1970.
+        rows, failed_rows: number of answered rows, and of those that failed.
         read_share: share of the input that was read, 0..1.
-        rows_per_second, seconds_left: rate since the job began or went on, and the time left at it.
-        labels: rows by label.
-        mean_heads: heads computed for a row, summed over layers.
-        macs_share: multiply-adds spent, as a share of the dense network's.
-        waiting_for: what keeps the job from going on now.
-        error: why it failed.
+        rows_per_second, seconds_left: rate since the last start, and remaining time at this rate.
+        labels: number of rows by label.
+        mean_heads: mean number of computed heads per row, summed over layers.
+        macs_share: computed multiply-adds as a share of the dense network's.
+        waiting_for: reason why the job cannot continue now; null: it can.
+        error: reason why the job failed; null: it did not.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -150,10 +150,10 @@ _BODY: dict[str, Any] = {
     openapi_extra=_BODY,
 )
 async def submit(request: Request) -> Response:
-    """Accept a file of texts, which is the body, or its URL in a JSON body.
+    """Accept a file of texts as the body, or its URL in a JSON body.
 
-    A file is CSV, JSONL or Parquet with a column `text` and perhaps `text_pair`; its options are
-    query parameters. The answer comes once the file is stored, and names the job.
+    A file is CSV, JSONL or Parquet with a column `text` and optionally `text_pair`; its options are
+    query parameters. The answer is sent when the file is stored.
     """
     state = state_of(request)
     if state.settings.cluster:
@@ -192,7 +192,7 @@ async def list_jobs(request: Request) -> Response:
 
 @router.get(PATH + "/{job}", summary="One job", response_model=JobResponse)
 async def show_job(request: Request, job: str) -> Response:
-    """Show how far a job is."""
+    """Return the state and progress of a job."""
     found = await _find(request, job)
     return json_response(_shown(found, await asyncio.to_thread(found.progress)))
 
@@ -204,7 +204,7 @@ async def show_job(request: Request, job: str) -> Response:
     responses=errors_as(ErrorResponse, (409,)),
 )
 async def job_result(request: Request, job: str) -> Response:
-    """Send the file with the answers, in the order of the input; 409 until it is there."""
+    """Return the file with the answers, in the order of the input; 409 until it is complete."""
     found = await _find(request, job)
     progress = await asyncio.to_thread(found.progress)
     if progress.status != "finished":
@@ -219,7 +219,7 @@ async def job_result(request: Request, job: str) -> Response:
 
 @router.delete(PATH + "/{job}", summary="Cancel or remove a job", response_model=JobResponse)
 async def remove_job(request: Request, job: str) -> Response:
-    """Remove a job with all of its files; one that has not ended is thereby cancelled."""
+    """Remove a job and its files; a job that has not ended is cancelled."""
     state = state_of(request)
     found = await _find(request, job)
     progress = await asyncio.to_thread(found.progress)
@@ -245,13 +245,13 @@ def _kind(request: Request) -> Kind:
 
 
 def _query(request: Request) -> dict[str, Any]:
-    """Return the query parameters, those that look like numbers as numbers."""
+    """Return the query parameters, with `heads` and `quality` as numbers if they are numbers."""
     given: dict[str, Any] = dict(request.query_params)
     for name, number in (("heads", int), ("quality", float)):
         try:
             given[name] = number(given[name])
         except (KeyError, ValueError):
-            continue  # not given, a level, or wrong, which validation says
+            continue  # missing, a quality level, or invalid, which `validate` reports
     return given
 
 
@@ -268,10 +268,11 @@ def _check_source(state: State, url: str) -> None:
 def _describe(
     request: Request, state: State, options: JobOptions, kind: Kind, source: str | None
 ) -> JobDescription:
-    """Return the description of a job that can be accepted.
+    """Return the description of a new job, after a check of its options.
 
     Raises:
-        ApiError: 404 and 422, the model or its budget is none; 415, a package is missing.
+        ApiError: 404, the model is unknown; 422, it does not offer the quality or heads; 415,
+            pyarrow is missing.
     """
     checkpoint = state.model(options.model).checkpoint
     quality = quality_of(state, checkpoint, options.quality, heads=options.heads)
@@ -279,7 +280,7 @@ def _describe(
     if "parquet" in (kind, result) and find_spec("pyarrow") is None:
         message = "this server has no Parquet: it needs pyarrow ('budgetformer-serving[parquet]')"
         raise ApiError(415, message, code="unsupported_media_type")
-    # Nobody waits for a job, so overload lowers no level of its.
+    # A job has no deadline, so overload does not lower its quality.
     level = DEFAULT_QUALITY if quality == "auto" else quality
     return JobDescription(
         id=new_id(),
@@ -294,30 +295,30 @@ def _describe(
     )
 
 
-def _declared(request: Request, most: int) -> int:
-    """Return the size of the body as its head says, 0 if it does not.
+def _declared(request: Request, limit: int) -> int:
+    """Return the Content-Length of the body; 0: it has none.
 
     Raises:
-        ApiError: 413, it is too large.
+        ApiError: 413, the body is too large.
     """
     declared = request.headers.get("content-length", "")
     size = int(declared) if declared.isdecimal() else 0
-    if size > most:
-        raise _too_large(most)
+    if size > limit:
+        raise _too_large(limit)
     return size
 
 
-def _too_large(most: int) -> ApiError:
-    message = f"the file is larger than {most} bytes (the setting max_job_bytes)"
+def _too_large(limit: int) -> ApiError:
+    message = f"the file is larger than {limit} bytes (the setting max_job_bytes)"
     return ApiError(413, message, code="body_too_large")
 
 
 @asynccontextmanager
 async def _storing(state: State, description: JobDescription, size: int) -> AsyncIterator[Upload]:
-    """Hold an upload, which is gone afterwards unless it was accepted.
+    """Open an upload, which is removed when the context closes, unless it was accepted.
 
     Raises:
-        ApiError: 429, there is no room; 503, the folder cannot be written.
+        ApiError: 429, the limit of jobs is reached; 503, the folder cannot be written.
     """
     settings = state.settings
     with _reported(state):
@@ -331,23 +332,23 @@ async def _storing(state: State, description: JobDescription, size: int) -> Asyn
 
 
 async def _receive(request: Request, state: State, upload: Upload) -> None:
-    """Write the body to the disk as it comes.
+    """Write the body to the disk while it is received.
 
     Raises:
-        ApiError: 400 it is empty, 408 it comes too slowly, 413 it is too large.
-        StoreFullError, OSError: there is no room for it.
+        ApiError: 400 the body is empty, 408 it is sent too slowly, 413 it is too large.
+        StoreFullError, OSError: the limit of the store is reached, or the disk is full.
         ClientGoneError: the client closed its connection.
     """
     settings, loop = state.settings, asyncio.get_running_loop()
-    started, size, looked = loop.time(), 0, 0
+    started, size, checked = loop.time(), 0, 0
     held, more = bytearray(), True
     while more:
-        until = started + settings.receive_seconds + size / SLOWEST_BYTES
+        until = started + settings.receive_seconds + size / MIN_BYTES_PER_SECOND
         try:
             async with asyncio.timeout_at(until):
                 part = await request.receive()
         except TimeoutError:
-            message = f"the file arrives at less than {SLOWEST_BYTES} bytes per second"
+            message = f"the file arrives at less than {MIN_BYTES_PER_SECOND} bytes per second"
             raise ApiError(408, message, code="request_timeout") from None
         if part["type"] == "http.disconnect":
             raise ClientGoneError
@@ -359,19 +360,19 @@ async def _receive(request: Request, state: State, upload: Upload) -> None:
         if len(held) >= WRITE_BYTES or not more:
             await asyncio.to_thread(upload.write, bytes(held))
             held.clear()
-        if size - looked >= LOOK_BYTES:
-            looked = size
+        if size - checked >= CHECK_BYTES:
+            checked = size
             await asyncio.to_thread(state.jobs.check_bytes, settings.max_jobs_bytes)
     if not size:
-        raise ApiError(400, "the body is empty; it is to be the file", code="invalid_shape")
+        raise ApiError(400, "the body is empty; send the file as the body", code="invalid_shape")
 
 
 @contextmanager
 def _reported(state: State) -> Iterator[None]:
-    """Turn errors of the store into errors of the API, and show in `/health` what fails.
+    """Convert errors of the store to errors of the API, and report them to `/health`.
 
     Raises:
-        ApiError: 429, there is no room; 503, the folder cannot be written.
+        ApiError: 429, the limit of jobs is reached; 503, the folder cannot be written.
     """
     try:
         yield
@@ -389,7 +390,7 @@ async def _find(request: Request, job_id: str) -> StoredJob:
     """Return a job of the caller.
 
     Raises:
-        ApiError: 404, there is none with this id, or it is somebody else's.
+        ApiError: 404, there is no job with this id, or it belongs to another key.
     """
     job = await asyncio.to_thread(state_of(request).jobs.get, job_id)
     if job is None or not _may_see(request, job):
@@ -403,7 +404,7 @@ def _may_see(request: Request, job: StoredJob) -> bool:
 
 
 def _shown(job: StoredJob, progress: JobProgress) -> dict[str, Any]:
-    """Return a job as `JobResponse` describes it."""
+    """Return a job as plain data of `JobResponse`."""
     described = job.description
     source = described.source and without_query(described.source)
     shown = {

@@ -1,4 +1,4 @@
-"""Say why a body is not JSON, once it is known that it is not."""
+"""Explain why a body is not valid JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def explain(body: bytes, reason: str) -> ApiError:
     if encoding != "utf-8":
         return _error(f"it is {encoding.upper()}, and JSON is sent as UTF-8")
     try:
-        # Python's parser takes what is no Unicode, so that it can be found.
+        # Python's parser accepts strings that are not Unicode, so that they can be located.
         value = json.loads(body.decode(errors="surrogateescape"), parse_constant=_refuse)
         strings = list(_strings(value))
     except _ConstantError as error:
@@ -44,7 +44,7 @@ def _error(reason: str, param: str | None = None) -> ApiError:
 
 
 class _ConstantError(Exception):
-    """NaN or an infinity, which Python's parser takes."""
+    """NaN or an infinity, which Python's parser accepts."""
 
 
 def _refuse(name: str) -> NoReturn:
@@ -52,7 +52,7 @@ def _refuse(name: str) -> NoReturn:
 
 
 def _strings(value: Any, place: str = "") -> Iterator[tuple[str | None, str]]:
-    """Yield every string with its place; names have none, since they may hold anything."""
+    """Yield every string with its path; names of fields have the path None: they may hold texts."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Which requests are looked up among the answers that a frontend keeps."""
+"""Look up requests in the answer cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from budgetformer.inference.texts import Texts
 from budgetformer.tokenization import Text
 from service.http.schemas import ClassifyRequest
 from service.http.state import State
-from service.pipeline.answer_cache import Asked, Lookup
+from service.pipeline.answer_cache import AnswerOptions, Lookup
 from service.pipeline.served_models import ServedModel
 
 
@@ -21,17 +21,18 @@ def look_up(
     given: list[Text] | Texts,
     quality: str | float,
 ) -> Lookup | None:
-    """Look for kept answers to a request's texts; None: answers to such a request are not kept.
+    """Return the cached answers to the texts of a request; None: the request cannot use the cache.
 
-    That is one that gives tokens, one whose answers name heads, and one with a target, for which
-    the engine's queue chooses the level.
+    That is a request with tokens, with `return_heads`, or with `target_ms`, for which the engine
+    chooses the quality.
     """
     cache = state.cache
     if cache is None or isinstance(given, Texts) or body.return_heads or body.target_ms is not None:
         return None
     level = state.engines.level if quality == "auto" else quality
     caller = request.state.caller.name if state.settings.answer_cache_per_key else ""
-    lookup = cache.look_up(model, Asked(level, body.heads, body.max_heads, caller), given)
+    options = AnswerOptions(level, body.heads, body.max_heads, caller)
+    lookup = cache.look_up(model, options, given)
     hits, misses = len(given) - len(lookup.misses), len(lookup.misses)
     state.hub.counts.looked_up(model.checkpoint.name, model.checkpoint.version, hits, misses)
     span = trace.get_current_span()

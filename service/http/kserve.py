@@ -38,7 +38,7 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository"]
 PLATFORM = "budgetformer"
 MAX_TOKEN_VALUES = 2**16
-"""JSON values that a request may hold beyond those of a request of texts: its token ids."""
+"""Additional number of JSON values that a request may have for its token ids."""
 _TYPES = {
     "BYTES": "TYPE_STRING", "BOOL": "TYPE_BOOL", "FP32": "TYPE_FP32", "INT32": "TYPE_INT32",
     "INT64": "TYPE_INT64",
@@ -56,7 +56,13 @@ _ADMINS: dict[str, Any] = {"dependencies": [needs("admin")]}
 
 @dataclass(frozen=True)
 class Output:
-    """One output: for each text one value, or as many as `columns` says of a model."""
+    """An output tensor.
+
+    Attributes:
+        name, datatype: as in the protocol.
+        values: returns the values of the texts.
+        columns: returns the number of values per text for a model; None: one value.
+    """
 
     name: str
     datatype: str
@@ -64,12 +70,12 @@ class Output:
     columns: Callable[[Checkpoint], int] | None = None
 
     def width(self, checkpoint: Checkpoint) -> int:
-        """Return the values of a text."""
+        """Return the number of values per text."""
         return 1 if self.columns is None else self.columns(checkpoint)
 
 
 def _width(name: str) -> int:
-    """Return how many values an input has for each item; -1: as many as there are tokens."""
+    """Return the number of values per item of an input; -1: one per token."""
     return -1 if name in TOKENS else 1
 
 
@@ -103,7 +109,7 @@ OUTPUTS = {
 
 @router.get("", summary="Name, version and extensions of the server", **_CALLERS)
 async def server_metadata() -> Response:
-    """Say what this server is and which extensions of the protocol it knows."""
+    """Return the name of the server and the extensions of the protocol that it supports."""
     content = {
         "name": "budgetformer-serving",
         "version": budgetformer.__version__,
@@ -146,7 +152,7 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
 )
 @router.get("/models/{name}", summary="Inputs and outputs of a model", **_CALLERS)
 async def model_metadata(request: Request, name: str, version: str | None = None) -> Response:
-    """Describe the tensors: texts or tokens in; labels, scores and what they cost out."""
+    """Describe the tensors: inputs are texts or tokens; outputs are labels, scores and costs."""
     checkpoint = state_of(request).model(_spec(name, version)).checkpoint
     content = {
         "name": checkpoint.name,
@@ -204,20 +210,20 @@ _INFER: dict[str, Any] = _CALLERS | {
 @router.post("/models/{name}/versions/{version}/infer", summary="Classify with it", **_INFER)
 @router.post("/models/{name}/infer", summary="Classify with a model", **_INFER)
 async def infer(request: Request, name: str, version: str | None = None) -> Response:
-    """Classify texts, or the tokens of texts; tensors may be JSON or binary, either way.
+    """Classify texts or tokens; inputs and outputs may be JSON or binary.
 
-    The inputs are `text`, perhaps with `text_pair`; or `input_ids`, perhaps with `attention_mask`
+    The inputs are `text` and optionally `text_pair`; or `input_ids` and optionally `attention_mask`
     and `token_type_ids`.
     """
     state = state_of(request)
     body = await read_bytes(request, state.settings.max_body_bytes)
     text, binary = split_body(body, request.headers.get(HEADER_LENGTH))
-    asked = parse(text, InferRequest, max_values(state) + MAX_TOKEN_VALUES)
-    parameters = validate(asked.parameters, InferParameters)
+    infer_body = parse(text, InferRequest, max_values(state) + MAX_TOKEN_VALUES)
+    parameters = validate(infer_body.parameters, InferParameters)
     checkpoint = state.model(_spec(name, version), request.state.request_id).checkpoint
-    inputs = read_inputs(asked.inputs, binary, checkpoint)
-    wanted = _outputs(asked.outputs or [InferOutput(name=name) for name in OUTPUTS])
-    classify = ClassifyRequest.model_construct(
+    inputs = read_inputs(infer_body.inputs, binary, checkpoint)
+    outputs = _outputs(infer_body.outputs or [InferOutput(name=name) for name in OUTPUTS])
+    classify_body = ClassifyRequest.model_construct(
         input=inputs.texts,
         model=_spec(name, version),
         quality=parameters.quality,
@@ -228,35 +234,35 @@ async def infer(request: Request, name: str, version: str | None = None) -> Resp
     )
 
     def write(answered: Answered) -> Response:
-        head = {"id": asked.id} if asked.id else {}
-        return infer_response(answered, head, wanted, inputs.shape, parameters.binary_data_output)
+        head = {"id": infer_body.id} if infer_body.id else {}
+        return infer_response(answered, head, outputs, inputs.shape, parameters.binary_data_output)
 
-    return await respond(request, classify, write, inputs.tokens)
+    return await respond(request, classify_body, write, inputs.tokens)
 
 
 def infer_response(
     answered: Answered,
     head: dict[str, Any],
-    wanted: list[tuple[Output, InferOutput]],
+    outputs: list[tuple[Output, InferOutput]],
     shape: list[int],
     binary: bool,
 ) -> Response:
-    """Write an answer as the protocol does.
+    """Return the response in the format of the protocol.
 
     Args:
-        answered: what came back.
-        head: what comes first in the JSON.
-        wanted: the outputs.
-        shape: of those with one value for each item.
-        binary: whether they are binary where they do not say it themselves.
+        answered: answers to the request.
+        head: first entries of the JSON.
+        outputs: outputs to return, as requested.
+        shape: shape of the outputs with one value per item.
+        binary: whether outputs are binary by default.
 
     Raises:
         ApiError: 500, an item failed.
     """
     answered.refuse_failures()
     tensors = [
-        (_tensor(answered, output, asked_for.top_classes, shape), asked_for.binary(default=binary))
-        for output, asked_for in wanted
+        (_tensor(answered, output, requested.top_classes, shape), requested.binary(default=binary))
+        for output, requested in outputs
     ]
     checkpoint = answered.checkpoint
     head = head | {"model_name": checkpoint.name, "model_version": str(checkpoint.version)}
@@ -267,17 +273,17 @@ def infer_response(
     return Response(content, headers=headers, media_type="application/octet-stream")
 
 
-def _outputs(asked: list[InferOutput]) -> list[tuple[Output, InferOutput]]:
-    wanted = []
-    for one in asked:
+def _outputs(requested: list[InferOutput]) -> list[tuple[Output, InferOutput]]:
+    outputs = []
+    for one in requested:
         if one.name not in OUTPUTS:
             message = f"unexpected output {shorten(one.name)!r}; there are {', '.join(OUTPUTS)}"
             raise ApiError(422, message, "outputs", "invalid_field")
         if one.top_classes and one.name != "probs":
             message = f"output {one.name!r} cannot be ranked by class; 'probs' can"
             raise ApiError(422, message, "outputs", "invalid_field")
-        wanted.append((OUTPUTS[one.name], one))
-    return wanted
+        outputs.append((OUTPUTS[one.name], one))
+    return outputs
 
 
 def _tensor(answered: Answered, output: Output, top: int, shape: list[int]) -> Tensor:
@@ -291,12 +297,12 @@ def _tensor(answered: Answered, output: Output, top: int, shape: list[int]) -> T
 
 
 def _ranked(answered: Answered, order: Array) -> list[str]:
-    """Name classes as Triton's classification extension does, score:index:label."""
+    """Return classes as in Triton's classification extension, score:index:label."""
     names, scores = answered.checkpoint.manifest.labels, answered.scores
     return [
-        f"{scores[place, i]:f}:{i}:{names[i]}"
-        for place, row in enumerate(order.tolist())
-        for i in row
+        f"{scores[row, i]:f}:{i}:{names[i]}"
+        for row, indices in enumerate(order.tolist())
+        for i in indices
     ]
 
 
@@ -334,7 +340,7 @@ def _index_row(state: State, name: str, version: int) -> dict[str, str]:
     openapi_extra=describe_body(RepositoryRequest, required=False),
 )
 async def repository_load(request: Request, name: str) -> Response:
-    """Do what `/models/{name}/load` does."""
+    """Load a model as `/models/{name}/load` does."""
     body = await read_body(request, RepositoryRequest, MAX_LOAD_BYTES, RepositoryRequest())
     if body.parameters:
         message = "a checkpoint is its own configuration: load takes no parameters"
@@ -350,7 +356,7 @@ async def repository_load(request: Request, name: str) -> Response:
     openapi_extra=describe_body(RepositoryRequest, required=False),
 )
 async def repository_unload(request: Request, name: str) -> Response:
-    """Do what `/models/{name}/unload` does."""
+    """Unload a model as `/models/{name}/unload` does."""
     await read_body(request, RepositoryRequest, MAX_LOAD_BYTES, RepositoryRequest())
     await unload(request, name)
     return json_response({})

@@ -1,6 +1,6 @@
-"""The inputs of POST /v2/models/{name}/infer: texts, or their tokens.
+"""The inputs of POST /v2/models/{name}/infer: texts or tokens.
 
-Shapes: B items, T tokens of the longest.
+Shapes: B items, T tokens of the longest item.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INPUTS = {
     MASK: ("INT64", "INT32"),
     TYPES: ("INT64", "INT32"),
 }
-"""The datatypes of each input; where there are two, the first is the one that is described."""
+"""Datatypes of each input; the model's metadata names the first one."""
 TOKENS = (IDS, MASK, TYPES)
 
 
@@ -36,9 +36,9 @@ class Inputs:
     """The items of a request.
 
     Attributes:
-        texts: that are to be tokenized; none where tokens are given.
-        tokens: of the items; None where texts are given.
-        shape: of an output with one value for each item.
+        texts: texts to tokenize; empty if the request has tokens.
+        tokens: tokens of the items; None: the request has texts.
+        shape: shape of an output with one value per item.
     """
 
     texts: list[str | TextPair]
@@ -50,12 +50,12 @@ def read_inputs(given: Sequence[InferInput], binary: memoryview, checkpoint: Che
     """Return the items of a request to a model.
 
     Args:
-        given: the tensors.
-        binary: what follows the JSON: the values of those that say so, in their order.
-        checkpoint: of the model.
+        given: input tensors.
+        binary: data after the JSON: the values of tensors in binary form, in their order.
+        checkpoint: checkpoint of the model.
 
     Raises:
-        ApiError: 422, a tensor is unknown, missing or wrong, or does not fit the others or the
+        ApiError: 422, a tensor is unknown, missing or invalid, or does not match the others or the
             model; 400, a text is not UTF-8.
     """
     tensors = _named(given)
@@ -122,19 +122,19 @@ def _items(texts: list[str], pairs: list[str] | None) -> list[str | TextPair]:
 
 
 def _tokens(ids: Array, mask: Array | None, types: Array | None, checkpoint: Checkpoint) -> Texts:
-    """Return the tokens that a mask keeps of ids [B, T], once every value is known to fit."""
+    """Return the tokens of ids [B, T] that the mask keeps, after a check of all values."""
     width = ids.shape[1]
-    most, architecture = checkpoint.manifest.max_tokens, checkpoint.architecture
-    if width > most:
-        message = f"{IDS!r} has rows of {width}, the model reads {most} tokens: ids are never cut"
+    limit, architecture = checkpoint.manifest.max_tokens, checkpoint.architecture
+    if width > limit:
+        message = f"{IDS!r} has rows of {width}, the model reads {limit} tokens: ids are never cut"
         raise ApiError(422, message, IDS, "text_too_long")
-    for name, values, limit in (
+    for name, values, upper in (
         (IDS, ids, architecture.vocab_size),
         (MASK, mask, 2),
         (TYPES, types, architecture.type_vocab_size),
     ):
         if values is not None:
-            _check(name, values, ids.shape, limit)
+            _check(name, values, ids.shape, upper)
     kept = np.ones(ids.shape, bool) if mask is None else mask.astype(bool)
     lengths = kept.sum(-1, dtype=np.int32)
     gaps = (kept[:, 1:] & ~kept[:, :-1]).any(-1)
@@ -152,13 +152,13 @@ def _tokens(ids: Array, mask: Array | None, types: Array | None, checkpoint: Che
     return Texts(columns, columns)
 
 
-def _check(name: str, values: Array, shape: tuple[int, ...], limit: int) -> None:
-    """Check that a tensor has the shape of the ids, and values of 0 and more below a limit."""
+def _check(name: str, values: Array, shape: tuple[int, ...], upper: int) -> None:
+    """Check that a tensor has the shape of the ids, and values from 0 to `upper` - 1."""
     if values.shape != shape:
         message = f"{IDS!r} has the shape {list(shape)}, {name!r} has {list(values.shape)}"
         raise ApiError(422, message, name, "invalid_shape")
-    wrong = (values < 0) | (values >= limit)
+    wrong = (values < 0) | (values >= upper)
     if wrong.any():
         row, column = divmod(int(wrong.argmax()), shape[1])
         place = f"{name}[{row}][{column}]"
-        raise ApiError(422, f"{place} is not in 0..{limit - 1}", place, "invalid_field")
+        raise ApiError(422, f"{place} is not in 0..{upper - 1}", place, "invalid_field")

@@ -1,29 +1,29 @@
-"""Close a connection so that its client can read the answer, even while it is still sending."""
+"""Close a connection so that its client can read the response, even while it is still sending."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
-from service.ipc.coalesced_writes import OneWrite
+from service.ipc.coalesced_writes import CoalescedWriter
 
 LINGER_SECONDS = 2.0
-"""How long a closed connection stays while its client neither sends nor closes."""
+"""Time after `close` in which the client may neither send nor close."""
 LINGER_BYTES = 128 * 2**20
-"""Most bytes that are read and discarded after the last answer."""
+"""Maximum number of bytes that are read and discarded after the last response."""
 
 
-class LingeringTransport(OneWrite):
+class LingeringTransport(CoalescedWriter):
     """A transport with coalesced writes that, on `close`, reads and discards what the client sends.
 
-    A socket that is closed while the client sends is reset, and the reset may destroy the answer
-    before the client has read it. So `close` sends what is held, ends the writing side (TLS has no
-    such thing), discards what still comes, and closes when the client does or at a limit.
+    If a socket is closed while the client sends, the kernel resets the connection, and the client
+    may lose the response. So `close` sends the data that is held, shuts down the writing side
+    (except with TLS), discards received data, and closes when the client does or at a limit.
 
     Args:
-        transport: the connection.
-        sending: says whether the client may still be sending; if not, `close` closes at once.
-        seconds: most seconds that the client may go on sending.
+        transport: transport of the connection.
+        sending: returns whether the client may still be sending; if not, `close` closes at once.
+        seconds: time limit for the client to go on sending.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class LingeringTransport(OneWrite):
         self._until = 0.0
         self._left = LINGER_BYTES
         self.lingering = False
-        """Whether nothing more is written, and what comes is discarded."""
+        """Whether `close` was called, so that received data is discarded."""
 
     def close(self) -> None:
-        """Send what is held and close, as soon as the client has stopped sending."""
+        """Send the data that is held, and close when the client has stopped sending."""
         if self.is_closing():
             return
         if not self._sending():
@@ -58,7 +58,7 @@ class LingeringTransport(OneWrite):
         self.discard(0)
 
     def discard(self, size: int) -> None:
-        """Count bytes that came after `close`, and break off at the limit of bytes."""
+        """Count bytes that were received after `close`, and abort above the limit."""
         self._left -= size
         if self._left <= 0:
             self._transport.abort()
@@ -67,7 +67,7 @@ class LingeringTransport(OneWrite):
             self._wait(left, self._end)
 
     def forget(self) -> None:
-        """Stop waiting: the connection is lost."""
+        """Cancel the timer of a lost connection."""
         if self._timer is not None:
             self._timer.cancel()
 

@@ -1,7 +1,6 @@
-"""Around every request.
+"""Middleware of all requests: id, trace, metrics, log line, security headers, unexpected errors.
 
-Its id and trace, its outcome, its duration, its line in the log, what its answer tells browsers.
-Plain ASGI, so that nothing is buffered.
+It is plain ASGI, which does not buffer responses.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from service.telemetry.counts import DENIALS, REASONS
 
 log = structlog.get_logger()
 
-_SOUND_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_VALID_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 OTHER = "other"
 PROBES = ("/health", "/v2/health", "/ping")
-"""How the paths of probes begin, whose errors are answers."""
+"""Prefixes of the paths of probes, whose 503 is an answer and not logged as an error."""
 _REFUSALS = {
     "body_too_large": "too_large",
     "too_many_items": "too_large",
@@ -41,24 +40,24 @@ _HSTS = (b"strict-transport-security", b"max-age=31536000")
 
 
 _ADDED = ("route", "outcome", "refusal")
-"""What the application adds to the scope of a request, for `Observe`."""
+"""Entries that the application adds to the scope of a request for `Observe`."""
 _W3C = TraceContextTextMapPropagator()
 
 
 def name_request(given: bytes) -> str:
-    """Return the id of a request: what its caller gave, if that is sound, or a new one."""
+    """Return the id of a request: that of the client if it is valid, or a new one."""
     text = given.decode("latin-1")
-    # Unique is enough; nobody has to be kept from guessing it.
-    return text if _SOUND_ID.fullmatch(text) else f"{random.getrandbits(128):032x}"
+    # Ids are unique but not secret, so `random` is sufficient.
+    return text if _VALID_ID.fullmatch(text) else f"{random.getrandbits(128):032x}"
 
 
 class Observe:
-    """Name, time, count and log every request.
+    """Give every request an id, measure, count and log it, and answer unexpected errors.
 
     Args:
-        app: what serves it.
-        state: of the frontend: its hub client counts requests, its admission is told of their end.
-        dialects: answer unexpected errors.
+        app: application.
+        state: state of the frontend.
+        dialects: error responses.
     """
 
     def __init__(self, app: ASGIApp, state: State, dialects: Dialects) -> None:
@@ -99,10 +98,10 @@ class Observe:
             await self.app(scope, receive, send_named)
         except ClientGoneError:
             status = CLIENT_GONE
-        except Exception as error:  # the last stop: whatever it is, the client gets its answer
+        except Exception as error:  # the client always gets a response
             log.error("unexpected error", exc_info=error)
             if begun:
-                # A fresh one: whoever logs it next would write what the first one says.
+                # A new exception, because the message of the first may hold a text.
                 raise ConnectionAbortedError("the answer was cut off") from None
             told = ApiError(500, "something went wrong in the server; its log says what")
             response = self.dialects.response(scope["method"], scope["path"], told)
@@ -143,10 +142,10 @@ class Observe:
 
 
 class Head:
-    """Answer HEAD as GET, without the body.
+    """Answer HEAD like GET, without the body.
 
     Args:
-        app: what serves GET.
+        app: application.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -163,19 +162,19 @@ class Head:
                 message = {**message, "body": b""}
             await send(message)
 
-        # The server reads the method of its own scope, so that one stays.
-        asked = {**scope, "method": "GET"}
-        await self.app(asked, receive, send_head)
-        scope.update({name: asked[name] for name in _ADDED if name in asked})
+        # Uvicorn reads the method from its scope, so it must not change there.
+        get_scope = {**scope, "method": "GET"}
+        await self.app(get_scope, receive, send_head)
+        scope.update({name: get_scope[name] for name in _ADDED if name in get_scope})
 
 
 class OperationsPort:
-    """Keep to a port of its own what only operators need: the metrics there alone, probes too.
+    """Serve metrics only on a second port, and nothing else there except probes.
 
     Args:
-        app: what serves it.
-        port: the port of probes and metrics.
-        dialects: answer who came to the wrong port.
+        app: application.
+        port: second port.
+        dialects: error responses.
     """
 
     def __init__(self, app: ASGIApp, port: int, dialects: Dialects) -> None:
@@ -184,12 +183,12 @@ class OperationsPort:
         self.dialects = dialects
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, unless it came to the wrong port."""
+        """Serve one request, or answer 404 on the wrong port."""
         if scope["type"] == "http":
             path = scope["path"]
-            here = (scope.get("server") or ("", None))[1] == self.port
-            fits = path == "/metrics" or path.startswith(PROBES) if here else path != "/metrics"
-            if not fits:
+            second = (scope.get("server") or ("", None))[1] == self.port
+            served = path == "/metrics" or path.startswith(PROBES) if second else path != "/metrics"
+            if not served:
                 error = ApiError(404, f"there is no route {path} on this port")
                 response = self.dialects.response(scope["method"], path, error)
                 await response(scope, receive, send)
@@ -198,13 +197,13 @@ class OperationsPort:
 
 
 def _traceparent(scope: Scope, headers: dict[bytes, bytes]) -> str:
-    """Return the place of a request in its trace: the span around it, else what the caller says."""
+    """Return the W3C trace context of the current span, or else of the client; empty: none."""
     span = trace.get_current_span()
     context = span.get_span_context()
     if context.is_valid:
         if "label" in scope:
             span.set_attribute("budgetformer.call", scope["label"])
-        if scope["query_string"]:  # no route reads it, so it may hold anything, a text too
+        if scope["query_string"]:  # it may hold a text
             span.set_attribute("url.query", "REDACTED")
     elif b"traceparent" in headers:
         carrier = {"traceparent": headers[b"traceparent"].decode("latin-1")}

@@ -1,4 +1,4 @@
-"""What is served, and (with the scope `admin`) loading and unloading; tokens."""
+"""Routes of models: list, describe, load, unload, tokenize."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CHANGE_STATUS = {
 
 
 class LoadRequest(RequestBody):
-    """Which version to load; the highest by default."""
+    """Body of a load: the version, by default the highest."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": 1}]})
 
@@ -52,7 +52,7 @@ class LoadRequest(RequestBody):
 
 @router.get("/v1/models", summary="Models that are served", dependencies=[needs("classify")])
 async def list_models(request: Request) -> Response:
-    """List the served models, as OpenAI's API does; requests that name none get the `default`.
+    """List the served models, as OpenAI's API does; `default` is used for requests without a model.
 
     `candidate` is the version that is being rolled out beside `version`, or null.
     """
@@ -96,9 +96,9 @@ async def show_model(request: Request, name: str) -> Response:
     openapi_extra=describe_body(LoadRequest, required=False),
 )
 async def load_model(request: Request, name: str) -> Response:
-    """Verify, load and warm a version in every engine, then serve it.
+    """Verify, load and warm up a version in every engine, then serve it.
 
-    A failure leaves all as it was.
+    If an engine fails, nothing changes.
     """
     body = await read_body(request, LoadRequest, MAX_LOAD_BYTES, default=LoadRequest())
     label = await load(request, name, body.version)
@@ -106,26 +106,26 @@ async def load_model(request: Request, name: str) -> Response:
 
 
 async def load(request: Request, name: str, version: int | None) -> str:
-    """Load a version (None: the highest) and serve it; what was served before is freed.
+    """Load a version (None: the highest) and serve it; the version before is freed.
 
     Returns:
         The version that is served now, as `name:version`.
 
     Raises:
-        ApiError: 404 the store has none, 422 it is broken, 503 no engine is running or too many
-            changes wait, 504 it takes too long.
+        ApiError: 404 the store has no such version, 422 it is damaged, 503 no engine is running or
+            too many changes wait, 504 the load takes too long.
     """
     return await _change(request, ChangeModel(0, "load", name, version))
 
 
 async def unload(request: Request, name: str) -> str:
-    """Take a model out of service, and free it once what it has begun is finished.
+    """Stop serving a model, and free it after its requests in progress.
 
     Returns:
         The version that was served, as `name:version`.
 
     Raises:
-        ApiError: 404 it is not served.
+        ApiError: 404 the model is not served.
     """
     return await _change(request, ChangeModel(0, "unload", name))
 
@@ -137,10 +137,10 @@ async def _change(request: Request, wanted: ChangeModel) -> str:
 
 
 async def ask_for_change(request: Request, wanted: ChangeModel | ChangeRollOut) -> FromHub:
-    """Have the hub change what is served, and return its answer.
+    """Have the hub make a change of the served models, and return its answer.
 
     Raises:
-        ApiError: it was not changed, see `CHANGE_STATUS`.
+        ApiError: the change failed, see `CHANGE_STATUS`.
     """
     answer = await from_hub(state_of(request).hub.change(wanted))
     if isinstance(answer, ChangeFailed):
@@ -152,7 +152,7 @@ async def ask_for_change(request: Request, wanted: ChangeModel | ChangeRollOut) 
 
 @router.post("/models/{name}/unload", summary="Stop serving a model", dependencies=[needs("admin")])
 async def unload_model(request: Request, name: str) -> Response:
-    """Take a model out of service; what it has begun is finished, then its memory is freed."""
+    """Stop serving a model; requests in progress are answered, then its memory is freed."""
     label = await unload(request, name)
     return json_response({"model": label, "status": "unloaded"})
 
@@ -165,7 +165,7 @@ async def unload_model(request: Request, name: str) -> Response:
     openapi_extra=describe_body(TokenizeRequest),
 )
 async def tokenize(request: Request) -> Response:
-    """Answer with the tokens that a model's encoder would read, and their number."""
+    """Return the tokens that a model's encoder would read, and their number."""
     state = state_of(request)
     body = await read_body(request, TokenizeRequest, state.settings.max_body_bytes)
     texts = check_texts(state, body.input)
@@ -193,7 +193,7 @@ async def tokenize(request: Request) -> Response:
 
 
 def _candidate(candidate: Candidate | None) -> dict[str, Any] | None:
-    """Describe the version that is being rolled out; null: there is none."""
+    """Return the version that is being rolled out as JSON; None: there is none."""
     if candidate is None:
         return None
     version = candidate.model.checkpoint.version

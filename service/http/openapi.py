@@ -12,7 +12,7 @@ from service.settings import Settings
 
 
 def document() -> str:
-    """Return the document as the routes make it, whatever is served."""
+    """Return the OpenAPI document, which does not depend on the served models."""
     app = create_app(Settings.model_construct(), Engines([]), Path("hub"))
     return json.dumps(app.openapi(), indent=1, ensure_ascii=False) + "\n"
 

@@ -1,4 +1,4 @@
-"""GET / and /docs: the playground and the API's documentation, of files that this server has."""
+"""GET / and /docs: the playground and the API documentation, from files of this package."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ POLICY = (
 )
 STRICT = POLICY + "style-src 'self'; require-trusted-types-for 'script'"
 SWAGGER = POLICY + "style-src 'self' 'unsafe-inline'"
-"""Swagger UI writes styles and HTML of its own."""
+"""Content security policy for Swagger UI, which writes inline styles and HTML."""
 HEADERS = {"Cross-Origin-Opener-Policy": "same-origin", "Cache-Control": "no-cache"}
 DOCS_ROUTE, FILE_ROUTE, RECENT_ROUTE = "/docs", "/playground/{name}", "/playground/recent"
 UNLISTED = (DOCS_ROUTE, FILE_ROUTE, RECENT_ROUTE)
-"""Routes of the pages, which the API's documentation leaves out."""
+"""Routes of the pages, which the API documentation omits."""
 ROOT = b"{root}"
-"""Stands in pages before each link to this server."""
+"""Placeholder in pages before each link to this server."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class _File:
     tag: str
 
     def response(self, request: Request, policy: str = STRICT) -> Response:
-        """Return the file, or 304 to a browser that has it."""
+        """Return the file, or 304 if the browser has it."""
         headers = HEADERS | {"Content-Security-Policy": policy, "ETag": self.tag}
         if request.headers.get("if-none-match") == self.tag:
             return Response(status_code=304, headers=headers)
@@ -63,15 +63,15 @@ _NAMES = {
 
 @cache
 def _file(name: str, root: str = "") -> _File:
-    """Read a file when it is first asked for: Swagger UI has two megabytes.
+    """Read a file at its first request, because Swagger UI has two megabytes.
 
-    Links are relative, but where a proxy is known to put a path before ours they begin with it: a
-    page that is asked for without the slash at its end would miss what it links to.
+    Links in pages are relative; with a path prefix they begin with it, so that they also work if
+    the page is requested without the slash at the end of the prefix.
     """
     content = _PAGE.joinpath(name).read_bytes()
     if name.endswith(".html"):
         content = content.replace(ROOT, f"{root}/".encode() if root else b"")
-    # Weak, as the bytes that are sent may be compressed.
+    # A weak tag, because the response may be compressed.
     return _File(content, _NAMES[name], f'W/"{hashlib.sha256(content).hexdigest()[:16]}"')
 
 

@@ -1,4 +1,4 @@
-"""What we use of FastAPI and uvicorn without their documenting it, in one place; each has a test.
+"""All uses of undocumented features of FastAPI and uvicorn; each has a test.
 
 Of uvicorn's protocol, `connections.py` also reads `transport`, `parser`, `headers`, `url`, `cycle`,
 `loop`, `connections` and `expect_100_continue`, and overrides the parser's callbacks,
@@ -22,11 +22,11 @@ from fastapi.routing import APIRoute, iter_route_contexts
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 Call = Callable[[Request], Awaitable[Any]]
-"""A dependency or an endpoint that takes the request alone."""
+"""A dependency or an endpoint whose only parameter is the request."""
 
 
 class Route(Protocol):
-    """What we read of a route; but for `original_route`, with what its routers add."""
+    """The attributes of a route that we use, including those that its routers add."""
 
     original_route: APIRoute
     path: str
@@ -39,23 +39,23 @@ class Route(Protocol):
 
 
 def api_routes(app: FastAPI) -> list[Route]:
-    """Return the routes of an application in the order in which it tries them."""
+    """Return the routes of an application in the order of matching."""
     contexts = iter_route_contexts(app.routes)
     return [cast("Route", one) for one in contexts if isinstance(one.original_route, APIRoute)]
 
 
 def calls_of(route: Route) -> list[Call]:
-    """Return all that FastAPI awaits for a request of this route, in order; the endpoint is last.
+    """Return the dependencies of a route in the order of their calls, then its endpoint.
 
     Raises:
-        ValueError: FastAPI does more for this route than to await these with the request alone.
+        ValueError: FastAPI does more for this route than to await these calls with the request.
     """
     if route.max_body_size is not None:
         raise ValueError("FastAPI limits its bodies")
     calls: list[Call] = []
     for node in (*route.dependant.dependencies, replace(route.dependant, dependencies=[])):
         call: Any = node.call
-        # Any other attribute asks FastAPI for more: a parameter, a scope, a thread, a limit.
+        # Any other attribute means that FastAPI does more: a parameter, a scope, a thread.
         given = replace(node, scope=None, own_oauth_scopes=node.own_oauth_scopes or None)
         plain = Dependant(call=call, path=node.path, request_param_name=node.request_param_name)
         awaited = inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
@@ -73,19 +73,19 @@ def calls_of(route: Route) -> list[Call]:
 
 
 def new_protocol(server: uvicorn.Server) -> asyncio.Protocol:
-    """Return what reads a new connection of a server that has started."""
+    """Return the protocol for a new connection of a started server."""
     return server.config.http_protocol_class(  # type: ignore[call-arg]
         config=server.config, server_state=server.server_state, app_state=server.lifespan.state
     )
 
 
 def open_connections(server: uvicorn.Server) -> int:
-    """Return how many connections a server has, TLS handshakes in progress included."""
+    """Return the number of connections of a server, including TLS handshakes in progress."""
     return len(server.server_state.connections)
 
 
 class UvicornProtocol(HttpToolsProtocol):
-    """Uvicorn's HTTP protocol, with names for what it does not document."""
+    """Uvicorn's HTTP protocol, with names for its undocumented attributes."""
 
     @property
     def answered(self) -> bool:
@@ -94,21 +94,21 @@ class UvicornProtocol(HttpToolsProtocol):
 
     @property
     def expects_request(self) -> bool:
-        """Whether the time runs in which an idle connection is kept."""
+        """Whether the connection is idle, so that the keep-alive timer runs."""
         return self.timeout_keep_alive_task is not None
 
     def stop_keep_alive_timer(self) -> None:
-        """Keep an idle connection from being closed."""
+        """Cancel the timer that closes an idle connection."""
         if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
             self.timeout_keep_alive_task = None
 
     def keep_alive_after_answer(self, keep_alive: bool) -> None:
-        """Say whether the connection stays open after the answer to the request that was read."""
+        """Set whether the connection stays open after the response to the last request."""
         self.cycle.keep_alive = keep_alive
 
     def drop_last_request(self) -> RequestResponseCycle:
-        """Keep the application from answering the request that was read last; return it."""
+        """Discard the last request, so that the application cannot answer it, and return it."""
         disconnect(self.cycle)
         if self.pipeline:
             self.pipeline.popleft()
@@ -116,6 +116,6 @@ class UvicornProtocol(HttpToolsProtocol):
 
 
 def disconnect(request: RequestResponseCycle) -> None:
-    """Tell the application that the client of a request has gone."""
+    """Notify the application that the client of a request has disconnected."""
     request.disconnected = True
     request.message_event.set()

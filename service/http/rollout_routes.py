@@ -1,4 +1,4 @@
-"""Two versions of a model side by side (with the scope `admin`)."""
+"""Routes of roll-outs: serve two versions of a model side by side (scope `admin`)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class RollOutRequest(RequestBody):
-    """Which version to roll out, and how; what is not given stays as it is, or as the settings say.
+    """Body of a roll-out; omitted fields keep their value, or have that of the settings.
 
     Attributes:
-        version: by default the one that is being rolled out, or the highest.
-        weight: share of the requests that it answers.
-        shadow: share of the other requests that it computes too, without its answers being
-            returned.
-        min_agreement: share of shadow texts with the same label, below which it stops.
-        max_error_rate: share of failed requests above the served version's, beyond which it stops.
-        max_latency_ratio: of its latency to the served version's, beyond which it stops.
+        version: candidate; by default the one that is being rolled out, or the highest version.
+        weight: share of the requests that the candidate answers.
+        shadow: share of the other requests that the candidate also computes, for comparison.
+        min_agreement: share of shadow texts with the same label, below which the roll-out stops.
+        max_error_rate: excess of the candidate's error rate over the served version's, above which
+            the roll-out stops.
+        max_latency_ratio: ratio of the candidate's latency to the served version's, above which the
+            roll-out stops.
     """
 
     model_config = ConfigDict(
@@ -55,9 +56,9 @@ class RollOutRequest(RequestBody):
     openapi_extra=describe_body(RollOutRequest, required=False),
 )
 async def begin(request: Request, name: str) -> Response:
-    """Load a version, serve it beside the other one, and measure both; or change what is running.
+    """Load a version, serve it beside the current one, and compare both; or change a roll-out.
 
-    It stops by itself beyond its bounds. The answer is the report of the roll-out.
+    The roll-out stops by itself when it exceeds a bound. The answer is its report.
     """
     body = await read_body(request, RollOutRequest, MAX_LOAD_BYTES, default=RollOutRequest())
     given = body.model_dump(exclude={"version"}, exclude_unset=True)
@@ -66,19 +67,19 @@ async def begin(request: Request, name: str) -> Response:
 
 @router.get("/models/{name}/rollout", summary="What a roll-out has measured")
 async def show(request: Request, name: str) -> Response:
-    """Show the last roll-out of a model: versions, bounds, figures of both, why it ended."""
+    """Return the report of the last roll-out: versions, bounds, measurements, reason of its end."""
     return await _shown(request, ChangeRollOut(0, "show", name))
 
 
 @router.post("/models/{name}/promote", summary="Serve the new version alone")
 async def promote(request: Request, name: str) -> Response:
-    """End a roll-out with the new version served; requests on their way are answered first."""
+    """End a roll-out and serve the candidate alone; requests in progress are answered first."""
     return await _shown(request, ChangeRollOut(0, "promote", name))
 
 
 @router.post("/models/{name}/rollback", summary="Go back to the version before")
 async def roll_back(request: Request, name: str) -> Response:
-    """End a roll-out with the new version gone; after a promotion, load the version before it."""
+    """End a roll-out without the candidate; after a promotion, load the version before it."""
     return await _shown(request, ChangeRollOut(0, "rollback", name))
 
 

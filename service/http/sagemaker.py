@@ -1,4 +1,4 @@
-"""GET /ping and POST /invocations: what SageMaker asks of a container."""
+"""GET /ping and POST /invocations: the API of a SageMaker container."""
 
 from __future__ import annotations
 

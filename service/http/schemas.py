@@ -1,4 +1,4 @@
-"""What clients send and get, as the API documentation shows it."""
+"""Schemas of requests and responses, from which the API documentation is generated."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class RequestBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     hints: ClassVar[dict[str, str]] = {}
-    """What fields must be, where the message that follows from the schema would not say it well."""
+    """Messages by field that replace those of the schema."""
     nested: ClassVar[dict[str, type[BaseModel]]] = {}
-    """Which model the objects in a field are of."""
+    """Schema by field whose objects are validated with it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -52,7 +52,7 @@ class RequestBody(BaseModel):
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON schema of a field that may be null, too."""
+    """Return the JSON schema of a field that may also be null."""
     if any(one.get("type") == "null" for one in schema.get("anyOf", ())):
         return schema
     about = ("title", "description", "default")
@@ -62,7 +62,7 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 class TextPair(RequestBody):
-    """A text, and for pair models the second one."""
+    """A text, and the second text for models of pairs."""
 
     text: str
     text_pair: str | None = None
@@ -75,7 +75,7 @@ Quality = Literal["auto", "fast", "balanced", "best"] | Points
 Milliseconds = Annotated[int, Field(ge=1, le=2**53)]
 Size = Annotated[int, Field(ge=0, le=2**53)]
 Zero = Annotated[int, Field(ge=0, le=0)]
-"""Not Literal[0], which takes False for it."""
+"""Not Literal[0], which accepts False."""
 
 
 def _yes(value: bool) -> bool:
@@ -85,14 +85,14 @@ def _yes(value: bool) -> bool:
 
 
 Yes = Annotated[bool, AfterValidator(_yes), Field(json_schema_extra={"const": True})]
-"""Not Literal[True], which takes 1 for it."""
+"""Not Literal[True], which accepts 1."""
 
 _QUALITY_HINT = "must be 'auto', 'fast', 'balanced', 'best' or a number 0..100"
 _INPUT_HINT = 'must be a string, {"text": ..., "text_pair": ...}, or a list of these'
 
 
 class ClassifyRequest(RequestBody):
-    """What to classify, and how much it may cost."""
+    """Texts to classify, and limits of their cost."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"input": [_EXAMPLE_TEXT], "quality": "balanced"}]},
@@ -106,41 +106,41 @@ class ClassifyRequest(RequestBody):
     model: str | None = None
     """`name` or `name:version`; by default the server's default model."""
     top_k: Annotated[int, Field(ge=1)] | None = None
-    """Keep only the best k labels in `labels`."""
+    """Return only the best k labels in `labels`."""
     threshold: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Drop labels scored below it from `labels`."""
+    """Omit labels with a lower score from `labels`."""
     use_activation: bool | None = True
-    """False puts raw logits into `probs`."""
+    """False: `probs` has raw logits."""
     truncate: bool = True
-    """False refuses a text over the model's length."""
+    """False: a text that exceeds the model's length is an error."""
     quality: Quality | None = None
-    """Quality level, or the accuracy points that may be given up against the full budget."""
+    """Quality level, or the acceptable accuracy drop (percentage points) against full budget."""
     target_ms: Annotated[int, Field(ge=1)] | None = None
-    """Milliseconds that the answer should take: the best quality that the load allows in them."""
+    """Target time in milliseconds; the server chooses the best quality that meets it."""
     max_heads: Annotated[int, Field(ge=0)] | None = None
-    """Most heads per layer that f_o may choose."""
+    """Maximum number of heads per layer that f_o may choose."""
     heads: Annotated[int, Field(ge=0)] | None = None
-    """Heads per layer, in place of f_o."""
+    """Fixed number of heads per layer, instead of the decision of f_o."""
     timeout_ms: Milliseconds | None = None
-    """Milliseconds after which the answer is worthless."""
+    """Deadline in milliseconds."""
     return_heads: bool = False
-    """Name the heads that the last step computed, by layer; `steps` names what ran before it."""
+    """Return the heads that the last step computed, by layer."""
     raw_scores: bool | None = None
-    """Sent by Infinity's clients: if given, the answer has Infinity's shape; true: raw logits."""
+    """Sent by Infinity's clients: the answer has Infinity's format; true: raw logits."""
     user: str | None = None
-    """Sent by OpenAI's and vLLM's clients; nothing depends on it."""
+    """Sent by OpenAI's and vLLM's clients; ignored."""
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
-    """vLLM's way to name a request: the `id` of the answer is made of it."""
+    """Sent by vLLM's clients; the `id` of the answer contains it."""
     priority: Zero = 0
-    """Sent by vLLM's clients; there is one priority."""
+    """Sent by vLLM's clients; all requests have the same priority."""
     add_special_tokens: Yes = True
-    """Sent by vLLM's clients; the model cannot do without its special tokens."""
+    """Sent by vLLM's clients; the model needs its special tokens."""
     truncate_prompt_tokens: Literal[-1] | None = None
-    """Sent by vLLM's clients; -1 cuts at the model's length, as `truncate` does."""
+    """Sent by vLLM's clients; -1 truncates to the model's length, as `truncate` does."""
 
 
 class JobOptions(RequestBody):
-    """How a file is classified, and the kind of its result."""
+    """Options of a job."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
     hints = {"quality": _QUALITY_HINT, "format": "must be 'csv', 'jsonl' or 'parquet'"}
@@ -148,15 +148,15 @@ class JobOptions(RequestBody):
     model: str | None = None
     """`name` or `name:version`; by default the server's default model."""
     quality: Quality | None = None
-    """Quality level, or the accuracy points that may be given up against the full budget."""
+    """Quality level, or the acceptable accuracy drop (percentage points) against full budget."""
     heads: Annotated[int, Field(ge=0)] | None = None
-    """Heads per layer, in place of f_o."""
+    """Fixed number of heads per layer, instead of the decision of f_o."""
     format: Literal["csv", "jsonl", "parquet"] | None = None
-    """Kind of the result; by default that of the input."""
+    """File format of the result; by default that of the input."""
 
 
 class JobRequest(JobOptions):
-    """A file elsewhere, and how to classify it."""
+    """URL of a file to classify, and the options of the job."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"source": "s3://bucket/texts/day.parquet"}]},
@@ -168,24 +168,24 @@ class JobRequest(JobOptions):
 
 
 Sequence = str | TextPair | list[str]
-"""For TEI, a text; or a list of a text and maybe its pair."""
+"""An item of TEI: a text, or a list of a text and optionally its pair."""
 
 
 class PipelineParameters(RequestBody):
-    """What Hugging Face's clients can ask of a text classification."""
+    """Parameters of Hugging Face's clients for text classification."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     top_k: Annotated[int, Field(ge=1)] | None = None
-    """Keep only the best k labels."""
+    """Return only the best k labels."""
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
-    """What makes scores of logits; by default what the model was trained with."""
+    """Activation for the scores; by default that of the model."""
     truncation: bool | None = None
-    """False refuses a text over the model's length."""
+    """False: a text that exceeds the model's length is an error."""
 
 
 class PredictRequest(RequestBody):
-    """What to classify, as TEI and Hugging Face's clients say it."""
+    """Texts to classify, as TEI and Hugging Face's clients send them."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"inputs": _EXAMPLE_TEXT}]},
@@ -203,15 +203,15 @@ class PredictRequest(RequestBody):
     With `parameters`, a list of strings is a batch.
     """
     truncate: bool | None = None
-    """False refuses a text over the model's length."""
+    """False: a text that exceeds the model's length is an error."""
     truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
-    """The end that is cut off; it must be the one that the model was trained with."""
+    """Side that is truncated; it must be that of the model's training."""
     raw_scores: bool | None = None
-    """True: raw logits as scores."""
+    """True: scores are raw logits."""
     parameters: PipelineParameters | None = None
-    """Sent by Hugging Face's clients: if given, even by {}, the answer is a list of lists."""
+    """Sent by Hugging Face's clients; if given, even as {}, the answer is a list of lists."""
     options: dict[str, Any] | None = None
-    """Sent by older clients of Hugging Face; nothing depends on it."""
+    """Sent by older clients of Hugging Face; ignored."""
     model: str | None = None
     """`name` or `name:version`; by default the server's default model."""
     quality: Quality | None = None
@@ -221,14 +221,14 @@ class PredictRequest(RequestBody):
 
 
 class PredictError(ErrorSchema):
-    """TEI's shape of an error."""
+    """An error in TEI's format."""
 
     error: str
     error_type: str
 
     @classmethod
     def content(cls, error: ApiError) -> dict[str, Any]:
-        """Write an error as TEI does."""
+        """Return an error in TEI's format."""
         special = {429: "overloaded", 503: "unhealthy"}
         usual = "validation" if error.status < 500 else "backend"
         return {"error": error.message, "error_type": special.get(error.status, usual)}
@@ -242,21 +242,21 @@ class LabelScore(BaseModel):
 
 
 class Heads(BaseModel):
-    """Heads computed for an item, of all the network has, and the ladder steps that it ran."""
+    """Number of heads that were computed for an item, and its ladder steps."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     used: int
-    """Summed over layers and steps."""
+    """Computed heads, summed over layers and steps."""
     total: int
     budget: Annotated[int, Field(examples=[8])]
-    """The ladder step that answered."""
+    """Ladder step that gave the answer."""
     predicted: Annotated[int | None, Field(examples=[2])]
-    """The step that f_o expected to answer; null where every layer decides for itself."""
+    """Step that f_o predicted; null if the layers decide for themselves."""
     steps: Annotated[list[int], Field(examples=[[0, 2, 8]])]
-    """All steps that ran, in order; the last one answered."""
+    """All steps that were run, in order; the last one gave the answer."""
     per_layer: list[list[int]] | None = None
-    """With `return_heads`: the heads that the last step computed."""
+    """Heads that the last step computed, by layer; only with `return_heads`."""
 
 
 class Classification(BaseModel):
@@ -277,7 +277,7 @@ class Classification(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What was wrong."""
+    """An error."""
 
     message: str
     type: str
@@ -286,18 +286,18 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(ErrorSchema):
-    """Every answer that is no success."""
+    """An error response."""
 
     error: ErrorBody
 
     @classmethod
     def content(cls, error: ApiError) -> dict[str, Any]:
-        """Write an error in our own shape."""
+        """Return an error in our format."""
         return {"error": error.body()}
 
 
 class FailedItem(BaseModel):
-    """An item that failed alone."""
+    """An item that failed; the others are answered."""
 
     index: int
     error: ErrorBody
@@ -324,14 +324,14 @@ class ClassifyResponse(BaseModel):
 
 
 class InfinityUsage(BaseModel):
-    """Sums over the request, as Infinity gives them."""
+    """Sums over the request, in Infinity's format."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class InfinityResponse(BaseModel):
-    """The answer that Infinity's clients read: for each text, its labels best first."""
+    """The answer in Infinity's format: the labels of each text, best first."""
 
     id: str
     object: Literal["classify"]
@@ -342,7 +342,7 @@ class InfinityResponse(BaseModel):
 
 
 class TokenizeRequest(RequestBody):
-    """What to tokenize."""
+    """Texts to tokenize."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": _EXAMPLE_TEXT}]})
 
@@ -351,7 +351,7 @@ class TokenizeRequest(RequestBody):
 
 
 class TokenizedText(BaseModel):
-    """Tokens of one text, special ones included."""
+    """Tokens of a text, including special tokens."""
 
     index: int
     tokens: list[str]
@@ -368,16 +368,16 @@ class TokenizeResponse(BaseModel):
 
 
 class Parameters(RequestBody):
-    """Base of parameters in the Open Inference Protocol: unknown ones are for other servers."""
+    """Base of parameters in the Open Inference Protocol; unknown parameters are ignored."""
 
     model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
 
 class TensorParameters(Parameters):
-    """How a tensor's values are sent."""
+    """Parameters of an input tensor."""
 
     binary_data_size: Size | None = None
-    """Bytes of this tensor after the JSON, in place of `data`."""
+    """Size in bytes of the values after the JSON, instead of `data`."""
 
 
 class InferInput(RequestBody):
@@ -397,16 +397,16 @@ class InferInput(RequestBody):
 
 
 class OutputParameters(Parameters):
-    """How a tensor's values are to be answered."""
+    """Parameters of an output tensor."""
 
     binary_data: bool | None = None
-    """Whether they come as binary data after the JSON."""
+    """Whether the values are returned as binary data after the JSON."""
     classification: Annotated[int, Field(ge=0)] = 0
-    """For `probs`: so many best classes, each as the string score:index:label."""
+    """For `probs`: number of best classes to return, as strings score:index:label."""
 
 
 class InferOutput(RequestBody):
-    """A tensor that is wanted."""
+    """An output tensor to return."""
 
     nested = {"parameters": OutputParameters}
 
@@ -415,16 +415,16 @@ class InferOutput(RequestBody):
 
     @property
     def top_classes(self) -> int:
-        """How many classes are to be named; 0: the tensor itself is wanted."""
+        """Number of best classes to return; 0: the tensor itself is returned."""
         return self.parameters.classification
 
     def binary(self, default: bool) -> bool:
-        """Say whether the values are to be binary."""
+        """Return whether the values are returned as binary data."""
         return default if self.parameters.binary_data is None else self.parameters.binary_data
 
 
 class InferParameters(Parameters):
-    """What a request to infer may ask for beside its tensors."""
+    """Parameters of an inference request."""
 
     hints = {"quality": _QUALITY_HINT}
 
@@ -437,15 +437,15 @@ class InferParameters(Parameters):
     truncate: bool = True
     """As for POST /classify."""
     timeout: Size = 0
-    """Microseconds after which the answer is worthless; 0: the server's own."""
+    """Deadline in microseconds; 0: that of the server's settings."""
     priority: Zero = 0
-    """There is one priority."""
+    """Accepted for Triton's clients; all requests have the same priority."""
     binary_data_output: bool = False
-    """Whether outputs come as binary data where they do not say it themselves."""
+    """Whether outputs are binary data by default."""
 
 
 class InferRequest(RequestBody):
-    """What to classify, as tensors."""
+    """Texts or tokens to classify, as tensors."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -474,18 +474,18 @@ class InferRequest(RequestBody):
 
 
 class InferError(ErrorSchema):
-    """The protocol's shape of an error."""
+    """An error in the protocol's format."""
 
     error: str
 
     @classmethod
     def content(cls, error: ApiError) -> dict[str, Any]:
-        """Write an error as the protocol does."""
+        """Return an error in the protocol's format."""
         return {"error": error.message}
 
 
 class IndexRequest(RequestBody):
-    """Which entries of the repository to list."""
+    """Body of a listing of the repository."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"ready": True}]})
 
@@ -493,7 +493,7 @@ class IndexRequest(RequestBody):
 
 
 class RepositoryRequest(RequestBody):
-    """What Triton's clients send to load and unload."""
+    """Body of a load or unload by Triton's clients."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"parameters": {}}]})
 

@@ -1,4 +1,4 @@
-"""Changing the settings of a running server, with the scope `admin`."""
+"""Route that reloads the settings of a running server (scope `admin`)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ STATUS = {"invalid_settings": 422, "not_supported": 501}
 
 
 class ReloadResponse(BaseModel):
-    """What a reload has changed.
+    """The result of a reload.
 
     Attributes:
-        changed: settings that changed.
-        needs_restart: settings that differ now and stay as they were until the server is restarted.
-        waiting_for: processes that have not taken the change over yet, and will when they can.
+        changed: settings that have changed.
+        needs_restart: settings that differ, but are applied only after a restart.
+        waiting_for: processes that have not applied the change yet; they apply it when they can.
     """
 
     model_config = ConfigDict(
@@ -48,9 +48,9 @@ class ReloadResponse(BaseModel):
 async def reload_settings(request: Request) -> Response:
     """Read the settings file and the certificates again, as SIGHUP does.
 
-    Flags and environment variables still win over the file. The answer comes when every process
-    goes by the new settings, or after 5 s names those that do not yet. If the file is invalid,
-    nothing changes.
+    Flags and environment variables take precedence over the file. The answer is sent when every
+    process has applied the new settings, or after 5 s with the names of those that have not. If the
+    file is invalid, nothing changes.
     """
     answer = await from_hub(state_of(request).hub.change(ReloadSettings(0)))
     if isinstance(answer, SettingsRefused):

@@ -1,4 +1,4 @@
-"""What the routes share: settings, models, engines, the hub."""
+"""State that all routes of a frontend share: settings, models, engines, the hub."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from service.settings import Settings
 Answer = TypeVar("Answer")
 
 SHORT_CHARACTERS = 2000
-"""Tokenized sooner than a thread wakes up."""
+"""Up to this length, tokenization takes less time than to wake a thread."""
 THREADS = 2
 
 
 @dataclass
 class State:
-    """The frontend's own state, one per app."""
+    """The state of a frontend, one per application."""
 
     settings: Settings
     models: Models
@@ -46,7 +46,7 @@ class State:
     tracer: Tracer | None
     keys: KeyRing
     cache: AnswerCache | None = None
-    """Answers that this frontend keeps; None: it keeps none."""
+    """Answer cache; None: it is off."""
     tokenizing: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
     )
@@ -56,16 +56,17 @@ class State:
     jobs: JobStore = field(init=False)
     shadows: Shadows = field(init=False)
     on_settings: list[Callable[[Settings], None]] = field(default_factory=list)
-    """Told of settings before they are in force; each raises if it cannot go by them."""
+    """Called with new settings before they are in force; each raises if it cannot apply them."""
 
     def configure(self, settings: Settings) -> None:
-        """Go by settings of which only those that may change differ from the ones in force.
+        """Apply new settings, which differ only in settings that need no restart.
 
         Raises:
-            KeysError: a key is none; so may what `on_settings` raises.
+            KeysError: a key is invalid.
+            Exception: as in `on_settings`.
         """
-        for follow in self.on_settings:
-            follow(settings)
+        for apply in self.on_settings:
+            apply(settings)
         self.keys.configure(settings.all_keys(), anonymous=settings.anonymous)
         self.admission.configure(settings)
         self.settings = settings
@@ -77,28 +78,28 @@ class State:
         self.shadows = Shadows(self.hub.counts)
 
     def start_threads(self) -> None:
-        """Start the threads now: later, when one is needed, there may be no room for it."""
-        together = threading.Barrier(THREADS)
+        """Start the threads now, because later the process may reach a limit of threads."""
+        barrier = threading.Barrier(THREADS)
         for _ in range(THREADS):
-            self.tokenizing.submit(together.wait)
+            self.tokenizing.submit(barrier.wait)
 
     async def tokenize(
         self,
         model: ServedModel,
         texts: list[Text],
         deadline: float,
-        places: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
     ) -> list[Tokens]:
         """Tokenize texts and pairs, in threads unless they are short.
 
-        Each step takes its turn among those of other requests. At the deadline, or when the caller
-        is cancelled, no further step begins.
+        Long requests are tokenized in steps, which alternate with those of other requests. After
+        the deadline or a cancellation, no further step begins.
 
         Args:
-            model: whose tokenizer reads them.
-            texts: of one request.
-            deadline: on the monotonic clock.
-            places: of the texts in the request; None: it has no others.
+            model: model whose tokenizer is used.
+            texts: texts of one request.
+            deadline: deadline on the monotonic clock.
+            indices: positions of the texts in the request, for errors; None: 0, 1, 2, ...
 
         Raises:
             ApiError: 504, the deadline passed; 500, the tokenizer fails at a text, which is named.
@@ -108,24 +109,24 @@ class State:
                 return model.encoder.encode(texts)
             loop = asyncio.get_running_loop()
             steps = model.encoder.steps(texts)
-            found: list[Tokens] = []
+            tokenized: list[Tokens] = []
             async with asyncio.timeout(deadline - time.monotonic()):
-                while len(found) < len(texts):
-                    found += await loop.run_in_executor(self.tokenizing, next, steps)
-            return found
+                while len(tokenized) < len(texts):
+                    tokenized += await loop.run_in_executor(self.tokenizing, next, steps)
+            return tokenized
         except TimeoutError:
             raise too_late() from None
         except TokenizerError as error:
-            at = error.place or 0
-            place = f"input[{at if places is None else places[at]}]"
-            message = f"{place}: the tokenizer of {model.checkpoint.label} fails at it"
-            raise ApiError(500, message, place, "item_failed") from None
+            index = error.place or 0
+            param = f"input[{index if indices is None else indices[index]}]"
+            message = f"{param}: the tokenizer of {model.checkpoint.label} fails at it"
+            raise ApiError(500, message, param, "item_failed") from None
 
     def model(self, spec: str | None, request_id: str | None = None) -> ServedModel:
         """Return the model that a request names; see `Models.get`.
 
         Raises:
-            ApiError: 404 unknown; 503 none is served at all.
+            ApiError: 404, the model is unknown; 503, no model is served.
         """
         if spec is None and self.models.default is None:
             raise ApiError(503, "no model is served", code="no_model", retry_after=5)
@@ -133,7 +134,7 @@ class State:
             model = self.models.get(spec, request_id)
             if request_id is None or model is self.models.served.get(model.checkpoint.name):
                 return model
-            # After a restart engines may have the candidate later than the served version.
+            # After a restart, engines may load the candidate later than the served version.
             loaded = (model.checkpoint.name, model.checkpoint.version) in self.engines.models
             return model if loaded else self.models.get(spec)
         except UnknownModelError as error:
@@ -145,14 +146,14 @@ def too_late() -> ApiError:
     return ApiError(504, "the deadline passed before the answer was there", "timeout_ms")
 
 
-async def from_hub(asking: Awaitable[Answer]) -> Answer:
+async def from_hub(answer: Awaitable[Answer]) -> Answer:
     """Return the hub's answer.
 
     Raises:
-        ApiError: 503, it is not there or does not answer; 500, it failed at the question.
+        ApiError: 503, the hub does not answer; 500, the hub failed to answer.
     """
     try:
-        return await asking
+        return await answer
     except DisconnectedError:
         message = "the server's hub does not answer"
         raise ApiError(503, message, code="hub_down", retry_after=1) from None

@@ -1,4 +1,4 @@
-"""POST / and POST /predict: what Text Embeddings Inference and Hugging Face's clients speak."""
+"""POST / and POST /predict: the API of Text Embeddings Inference and of Hugging Face's clients."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ async def predict(request: Request) -> Response:
 
 
 async def respond_to_predict(request: Request, body: PredictRequest) -> Response:
-    """Classify what a request to predict asks for.
+    """Classify, and answer in the format of Text Embeddings Inference.
 
     Raises:
-        ApiError: as `respond` does, and 422 for a shape of `inputs` or a direction that is none.
+        ApiError: as in `respond`, and 422 for invalid `inputs` or `truncation_direction`.
     """
     given, batched = _items(body)
     _check_direction(body, request)
     parameters = body.parameters or PipelineParameters()
     activation = "none" if body.raw_scores else parameters.function_to_apply
-    asked = ClassifyRequest.model_construct(
+    classify_body = ClassifyRequest.model_construct(
         input=given,
         model=body.model,
         truncate=False not in (body.truncate, parameters.truncation),
@@ -73,11 +73,11 @@ async def respond_to_predict(request: Request, body: PredictRequest) -> Response
         rows = answered.ranked(activation, parameters.top_k)
         return json_response(rows if batched or body.parameters is not None else rows[0])
 
-    return await respond(request, asked, write)
+    return await respond(request, classify_body, write)
 
 
 def _items(body: PredictRequest) -> tuple[list[str | TextPair], bool]:
-    """Return the items, and whether they are a batch."""
+    """Return the items of a request, and whether they are a batch."""
     inputs = body.inputs
     if not isinstance(inputs, list):
         return [inputs], False

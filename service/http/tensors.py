@@ -1,7 +1,6 @@
-"""Tensors of the Open Inference Protocol: JSON, or Triton's binary extension to it.
+"""Tensors of the Open Inference Protocol, in JSON or in Triton's binary extension.
 
-Binary numbers are little-endian; an element of a BYTES tensor is a uint32 length and that many
-bytes.
+Binary numbers are little-endian. An element of a BYTES tensor is its length (uint32) and its bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _LENGTH = struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named tensor: its values in row-major order, a list of texts if it is a BYTES tensor."""
+    """A named tensor; `values` are in row-major order, strings for the datatype BYTES."""
 
     name: str
     datatype: str
@@ -33,7 +32,7 @@ class Tensor:
     values: Array | Sequence[str]
 
     def described(self) -> dict[str, Any]:
-        """Return what stands in the JSON of both forms."""
+        """Return the JSON entries that both forms have."""
         return {"name": self.name, "datatype": self.datatype, "shape": self.shape}
 
     def binary(self) -> bytes:
@@ -46,8 +45,8 @@ class Tensor:
     def data(self) -> list[Any]:
         """Return the values in the JSON form."""
         if isinstance(self.values, np.ndarray):
-            found: list[Any] = self.values.ravel().tolist()
-            return found
+            numbers: list[Any] = self.values.ravel().tolist()
+            return numbers
         return list(self.values)
 
 
@@ -55,7 +54,7 @@ def split_body(body: bytes, header_length: str | None) -> tuple[bytes, memoryvie
     """Split a body into its JSON and the binary data after it.
 
     Raises:
-        ApiError: 400, the header's length is none of this body.
+        ApiError: 400, the value of the header is not a length within this body.
     """
     if header_length is None:
         return body, memoryview(b"")
@@ -72,7 +71,7 @@ def read_texts(
     """Return the texts of a BYTES tensor of shape [B] or [B, 1].
 
     Raises:
-        ApiError: 422, the shape is another, or the data do not fit it or are no text.
+        ApiError: 422, the shape is invalid, or the data do not match it or are not texts.
     """
     if not shape or prod(shape) != shape[0] or shape[0] < 1:
         message = f"input {name!r} must have the shape [items, 1] or [items], at least one item"
@@ -97,7 +96,7 @@ def read_integers(
     """Return an INT32 or INT64 tensor of shape [B, T], both at least 1.
 
     Raises:
-        ApiError: 422, the shape is another, or the data do not fit it or are no integers.
+        ApiError: 422, the shape is invalid, or the data do not match it or are not integers.
     """
     if len(shape) != 2 or 0 in shape:
         message = f"input {name!r} must have the shape [items, tokens], at least one of both"
@@ -118,7 +117,7 @@ def read_integers(
 
 
 def _integers(name: str, data: list[Any]) -> Array:
-    """Return integers, or rows of them, that came as JSON, as int64."""
+    """Return integers from JSON, or rows of integers, as int64."""
     kind: Any = list[list[int]] if data and isinstance(data[0], list) else list[int]
     try:
         return np.array(msgspec.convert(data, kind), np.int64)
@@ -142,14 +141,14 @@ def _flat(data: list[Any] | None) -> list[Any]:
 
 def _unpack(name: str, data: memoryview) -> list[str]:
     texts = []
-    place = 0
+    end = 0
     try:
-        while place < len(data):
-            (length,) = _LENGTH.unpack_from(data, place)
-            place += _LENGTH.size + length
-            if place > len(data):
+        while end < len(data):
+            (length,) = _LENGTH.unpack_from(data, end)
+            end += _LENGTH.size + length
+            if end > len(data):
                 raise struct.error
-            texts.append(str(data[place - length : place], "utf-8"))
+            texts.append(str(data[end - length : end], "utf-8"))
     except struct.error:
         message = f"the binary data of input {name!r} end within an element"
         raise ApiError(422, message, name, "invalid_field") from None
@@ -162,7 +161,14 @@ def _unpack(name: str, data: memoryview) -> list[str]:
 def write_body(
     head: dict[str, Any], outputs: Sequence[tuple[Tensor, bool]]
 ) -> tuple[bytes, int | None]:
-    """Write an answer of tensors, each in binary form or not; the length of its JSON, if any is."""
+    """Encode a response of tensors.
+
+    Args:
+        head: JSON of the response without its outputs.
+        outputs: tensors, and whether each has the binary form.
+
+    Returns the body, and the length of its JSON part if a tensor has the binary form, else None.
+    """
     described = []
     blobs = []
     for tensor, as_binary in outputs:

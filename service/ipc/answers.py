@@ -15,9 +15,9 @@ import numpy as np
 from budgetformer.model.tfidf import Array
 
 FEW_TEXTS = 4
-"""Up to so many texts are answered sooner with plain numbers than with calls of array functions."""
+"""Maximum number of texts for which plain Python is faster than array functions."""
 UNPREDICTED = -1
-"""The prediction where the layers of a network decide for themselves."""
+"""Value of `predicted` for networks whose layers decide for themselves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,17 +26,17 @@ class Answers:
 
     Attributes:
         logits: float32 [B, C].
-        step: ladder step that answered, int32 [B].
-        predicted: step that f_o expected to answer, int32 [B]; or `UNPREDICTED`.
-        ran: whether each step was run, step 0 included, bool [B, S + 1].
-        heads: heads computed, over all layers and steps, int32 [B].
-        macs, dense_macs: multiply-adds spent, and those of the dense network, int64 [B].
-        next_step: int32 [B]; above 0: the text has no answer yet, as it needs this step, which its
-            engine does not compute.
-        chosen: heads of each layer in the last pass by text, [B][L]; None: nobody asked for them.
-        errors: by place, why a text failed alone; its other columns mean nothing.
-        budget_seconds, queue_seconds, compute_seconds: of the stages, the slowest text's.
-        quality: what decided the budgets: a level, or the points given up.
+        step: ladder step that gave the answer, int32 [B].
+        predicted: step that f_o predicted, int32 [B], or `UNPREDICTED`.
+        ran: whether each step was run, including step 0, bool [B, S + 1].
+        heads: number of computed heads, over all layers and steps, int32 [B].
+        macs, dense_macs: multiply-adds of the text, and those of the dense network, int64 [B].
+        next_step: int32 [B]; above 0: the text has no answer yet, because it needs this step, which
+            the engine does not compute.
+        chosen: indices of the heads of each layer in the last pass, [B][L][heads]; None: not asked.
+        errors: reason by index of each text that failed; its columns are meaningless.
+        budget_seconds, queue_seconds, compute_seconds: duration of each stage, of the slowest text.
+        quality: quality level or accuracy drop (percentage points) that decided the budgets.
     """
 
     logits: Array
@@ -65,10 +65,7 @@ class Answers:
         return failed
 
     def step_columns(self) -> tuple[Array, Array]:
-        """Return the steps that all texts have run, one text after another, and their bounds.
-
-        The bounds are the place of each text's first step, and behind them the end: [B + 1].
-        """
+        """Return the steps that all texts have run, concatenated, and text offsets, [B + 1]."""
         ends = np.cumsum(self.ran.sum(-1))
         return np.nonzero(self.ran)[1], np.concatenate([[0], ends])
 
@@ -76,12 +73,12 @@ class Answers:
         """Return the steps that each text has run, in order."""
         if len(self) <= FEW_TEXTS:
             return [[step for step, ran in enumerate(row) if ran] for row in self.ran.tolist()]
-        steps, bounds = (column.tolist() for column in self.step_columns())
-        return [steps[begin:end] for begin, end in pairwise(bounds)]
+        steps, offsets = (column.tolist() for column in self.step_columns())
+        return [steps[begin:end] for begin, end in pairwise(offsets)]
 
     @classmethod
     def none(cls, like: Answers, count: int) -> Answers:
-        """Return the columns of texts of which nothing was computed, shaped as others are."""
+        """Return zeros for `count` texts that are not computed yet, with the columns of `like`."""
         columns: dict[str, Any] = {}
         for name in COLUMNS:
             column = getattr(like, name)
@@ -89,31 +86,35 @@ class Answers:
         return replace(like, **columns, chosen=like.chosen and [[]] * count, errors={})
 
     def with_later(self, places: list[int], later: Answers) -> Answers:
-        """Return these answers with what was computed later of the texts at some places.
+        """Return these answers, updated by a later pass over some of the texts.
 
-        What both ran and spent counts, and stages add up. The prediction stays the earlier one.
+        Costs, steps and durations add up. The prediction stays the earlier one.
+
+        Args:
+            places: indices of the texts of the later pass.
+            later: answers of the later pass.
         """
         columns: dict[str, Any] = {name: getattr(self, name).copy() for name in COLUMNS}
-        found = replace(
+        merged = replace(
             self,
             **columns,
             chosen=self.chosen and list(self.chosen),
-            errors={**self.errors, **{places[at]: error for at, error in later.errors.items()}},
+            errors={**self.errors, **{places[row]: error for row, error in later.errors.items()}},
             budget_seconds=self.budget_seconds + later.budget_seconds,
             queue_seconds=self.queue_seconds + later.queue_seconds,
             compute_seconds=self.compute_seconds + later.compute_seconds,
             quality=later.quality,
         )
         for name in ("logits", "step", "dense_macs", "next_step"):
-            getattr(found, name)[places] = getattr(later, name)
+            getattr(merged, name)[places] = getattr(later, name)
         for name in ("heads", "macs"):
-            getattr(found, name)[places] += getattr(later, name)
-        found.ran[places] |= later.ran
-        if found.chosen is not None and later.chosen is not None:
+            getattr(merged, name)[places] += getattr(later, name)
+        merged.ran[places] |= later.ran
+        if merged.chosen is not None and later.chosen is not None:
             for place, heads in zip(places, later.chosen, strict=True):
-                found.chosen[place] = heads
-        return found
+                merged.chosen[place] = heads
+        return merged
 
 
 COLUMNS = [column.name for column in fields(Answers)][:8]
-"""The attributes that are arrays."""
+"""Names of the attributes that are arrays."""

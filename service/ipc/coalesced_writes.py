@@ -1,4 +1,4 @@
-"""Fewer writes: each is a call to the kernel, and wakes a reader who may want the same core."""
+"""Coalesced writes: each write is a system call, and wakes a reader that may need the same core."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 from typing import Any
 
 
-class OneWrite:
-    """A stream on which all that is written in one turn of the event loop leaves together.
+class CoalescedWriter:
+    """Wrap a stream, and send all data of one turn of the event loop in one write.
 
-    In everything else it is the stream that it is given.
+    Other attributes are those of the stream.
 
     Args:
-        stream: a transport, or a stream's writer.
+        stream: transport or stream writer.
     """
 
     def __init__(self, stream: asyncio.Transport | asyncio.StreamWriter) -> None:
@@ -27,24 +27,24 @@ class OneWrite:
 
     @property
     def unsent(self) -> int:
-        """Bytes that this process still holds, because the other side has not read them."""
+        """Bytes that this process still buffers, because the peer has not read them."""
         buffered: int = self._transport.get_write_buffer_size()
         return self._held_bytes + buffered
 
     def write(self, data: bytes) -> None:
-        """Write before the next turn."""
+        """Write before the next turn of the event loop."""
         if not self._held:
             asyncio.get_running_loop().call_soon(self._send)
         self._held.append(data)
         self._held_bytes += len(data)
 
     def write_now(self, data: bytes) -> None:
-        """Write, after what is held."""
+        """Write at once, after the data that is held."""
         self._held.append(data)
         self._send()
 
     def close(self) -> None:
-        """Write what is held, and close."""
+        """Write the data that is held, and close."""
         self._send()
         self._stream.close()
 

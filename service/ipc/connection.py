@@ -15,7 +15,7 @@ import structlog
 
 from service.background import LONGEST_BACKOFF
 from service.ipc import frames
-from service.ipc.coalesced_writes import OneWrite
+from service.ipc.coalesced_writes import CoalescedWriter
 from service.ipc.frames import Decoder, FrameError, Message
 
 log = structlog.get_logger()
@@ -23,16 +23,16 @@ log = structlog.get_logger()
 RECONNECT_SECONDS = 0.05
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-Place = Path | Callable[[], Awaitable[Streams]]
-"""Where somebody listens: a local socket, or what opens streams to them."""
+Address = Path | Callable[[], Awaitable[Streams]]
+"""Path of a local socket, or a function that opens streams to the peer."""
 
 
 class DisconnectedError(Exception):
-    """The other side is not there, or went away while its answer was awaited."""
+    """There is no connection to the peer, or it broke before the answer."""
 
 
-async def nowhere() -> Streams:
-    """Be the place of one who cannot be connected to.
+async def unreachable() -> Streams:
+    """Refuse to connect: the address of a peer that connects itself, or of a remote one.
 
     Raises:
         ConnectionRefusedError: always.
@@ -41,24 +41,24 @@ async def nowhere() -> Streams:
 
 
 MAX_REPORT_BYTES = 4 * 2**20
-"""Unsent bytes of a connection above which droppable messages are left out."""
+"""Unsent bytes of a connection above which droppable messages are not sent."""
 MAX_UNSENT_BYTES = frames.MAX_FRAME_BYTES
-"""Unsent bytes above which a connection is closed: its other side does not read."""
+"""Unsent bytes above which a connection is closed, because the peer does not read."""
 
 Say = Callable[[Message], bool]
 """Sends a message to a peer; False: it was not sent."""
 
 
 class Outlet:
-    """Send messages to one peer, and hold a bounded number of bytes that it has not read.
+    """Send messages to one peer, with a bounded buffer for unread bytes.
 
     Args:
-        writer: of the stream.
-        peer: name of the other side, for the log.
+        writer: writer of the stream.
+        peer: name of the peer, for the log.
     """
 
     def __init__(self, writer: asyncio.StreamWriter, peer: str) -> None:
-        self._writer = OneWrite(writer)
+        self._writer = CoalescedWriter(writer)
         self._peer = peer
 
     @property
@@ -68,7 +68,7 @@ class Outlet:
 
     @property
     def unsent(self) -> int:
-        """Bytes that wait because the peer has not read what was sent before."""
+        """Bytes that wait because the peer has not read earlier ones."""
         return self._writer.unsent
 
     def say(self, message: Message) -> bool:
@@ -86,11 +86,11 @@ class Outlet:
         return True
 
     def close(self) -> None:
-        """Send what waits, and close."""
+        """Send the waiting bytes, and close."""
         self._writer.close()
 
     def abort(self) -> None:
-        """Close at once, without what waits."""
+        """Close at once; waiting bytes are lost."""
         self._writer.transport.abort()
 
 
@@ -101,57 +101,57 @@ async def handle_each(
     failed: Callable[[Any, str], None],
     peer: str,
 ) -> None:
-    """Hand every message to `handle` until the stream ends.
+    """Call `handle` with every message until the stream ends.
 
-    An error in handling a message concerns that message alone: it is logged, once for each kind
-    of message and error, and the next message is read.
+    If `handle` raises an error, the error is logged, once per type of message and of error, and the
+    next message is read.
 
     Args:
-        reader: of the stream.
-        messages: decodes them.
-        handle: acts on one message.
-        failed: is told of a message that could not be handled, and why, to answer it.
-        peer: name of the other side, for the log.
+        reader: reader of the stream.
+        messages: decoder of the messages.
+        handle: handles one message.
+        failed: called with a message that could not be handled and the reason, to answer it.
+        peer: name of the peer, for the log.
 
     Raises:
-        FrameError: something came that is not a message.
+        FrameError: the peer sent bytes that are not a message.
     """
     logged: set[tuple[str, type[Exception]]] = set()
     while (message := await frames.read(reader, messages)) is not None:
         try:
             handle(message)
-        except Exception as error:  # whatever it is, the messages after this one are handled
+        except Exception as error:  # it must not stop the messages that follow
             kind = type(message).__name__
             if (kind, type(error)) not in logged:
                 logged.add((kind, type(error)))
                 log.error("message handling failed", message=kind, peer=peer, exc_info=error)
-            failed(message, f"{kind} failed: {type(error).__name__}; the server's log says more")
+            failed(message, f"{kind} failed: {type(error).__name__}; see the server's log")
 
 
 @asynccontextmanager
 async def listening(
-    socket: Path, came: Callable[[asyncio.StreamReader, Say], Awaitable[None]]
+    socket: Path, serve: Callable[[asyncio.StreamReader, Say], Awaitable[None]]
 ) -> AsyncIterator[None]:
-    """Listen on a local socket, which only this user may reach, for as long as this block.
+    """Listen on a local socket, with access for this user only, while the context is open.
 
     Args:
-        socket: where.
-        came: serves one connection; it is cancelled when the block ends.
+        socket: path of the socket.
+        serve: serves one connection; it is cancelled when the context closes.
     """
     serving: set[asyncio.Task[None]] = set()
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         serving.add(task)
         try:
-            await attend((reader, writer), came, socket.name)
+            await attend((reader, writer), serve, socket.name)
         except asyncio.CancelledError:
-            return  # nobody awaits a connection's task, and its end is no news
+            return  # asyncio would log the cancellation as an error
         finally:
             serving.discard(task)
 
-    async with await asyncio.start_unix_server(serve, socket):
+    async with await asyncio.start_unix_server(accept, socket):
         socket.chmod(0o600)
         try:
             yield
@@ -162,15 +162,18 @@ async def listening(
 
 
 async def attend(
-    streams: Streams, came: Callable[[asyncio.StreamReader, Say], Awaitable[None]], name: str
+    streams: Streams, serve: Callable[[asyncio.StreamReader, Say], Awaitable[None]], name: str
 ) -> None:
-    """Serve one connection until its end; `name` says in the log where it came.
+    """Serve one connection until it ends; errors are logged, and end only this connection.
 
-    An error ends this connection alone.
+    Args:
+        streams: streams of the connection.
+        serve: serves the connection.
+        name: name of the socket, for the log.
     """
     outlet = Outlet(streams[1], name)
     try:
-        await came(streams[0], outlet.say)
+        await serve(streams[0], outlet.say)
     except FrameError as error:
         log.error("connection closed: bad frame", at=name, reason=str(error))
     except Exception as error:
@@ -180,18 +183,21 @@ async def attend(
 
 
 class Connection:
-    """Keep connected to somebody who listens, again whenever the connection breaks.
+    """Keep a connection to a listening peer, and restore it when it breaks.
 
     Args:
-        name: of the other side, for the log.
-        place: where it listens.
-        decoder: of what it says.
+        name: name of the peer, for the log.
+        address: address of the peer.
+        decoder: decoder of its messages.
+
+    Attributes:
+        heard: time of the last message, on the monotonic clock; 0: none yet.
     """
 
-    def __init__(self, name: str, place: Place, decoder: Decoder) -> None:
+    def __init__(self, name: str, address: Address, decoder: Decoder) -> None:
         self.heard = 0.0
         self._name = name
-        self._place = place
+        self._address = address
         self._decoder = decoder
         self._outlet: Outlet | None = None
         self._backoff = RECONNECT_SECONDS
@@ -200,34 +206,34 @@ class Connection:
         self._numbers = itertools.count()
 
     async def stay_connected(self) -> None:
-        """Connect, listen, and connect again, until cancelled.
+        """Connect, handle messages, and connect again, until cancelled.
 
-        A peer that sends something other than expected is asked again with backoff.
+        After an unexpected message, the next attempt follows with backoff.
         """
         while True:
             try:
                 streams = await self._open()
             except OSError:
-                # Another process will listen here, which may be understood.
+                # Nothing listens, so the process that listens next is a new one: no backoff.
                 self._backoff = RECONNECT_SECONDS
                 await asyncio.sleep(RECONNECT_SECONDS)
                 continue
             try:
                 await self.hold(streams)
-            except Exception as error:  # whatever it is, the connection is made anew
+            except Exception as error:  # it must not stop the next attempt
                 log.error("connection lost: unexpected error", peer=self._name, exc_info=error)
             await asyncio.sleep(self._backoff)
 
     async def hold(self, streams: Streams) -> None:
-        """Speak over these streams until they end."""
+        """Use these streams as the connection until they end."""
         outlet = self._outlet = Outlet(streams[1], self._name)
         try:
-            self._came()
-            await handle_each(streams[0], self._decoder, self._hear, self._not_handled, self._name)
+            self._on_connect()
+            await handle_each(streams[0], self._decoder, self._receive, self._failed, self._name)
         except FrameError as error:
             self._refuse(f"bad frame: {error}")
         finally:
-            self._lose(outlet)
+            self._disconnected(outlet)
 
     @property
     def connected(self) -> bool:
@@ -236,23 +242,23 @@ class Connection:
 
     @property
     def unsent(self) -> int:
-        """Bytes that the other side has not read yet."""
+        """Bytes that the peer has not read yet."""
         return 0 if self._outlet is None else self._outlet.unsent
 
     def say(self, message: Message) -> bool:
-        """Send a message that is not answered; False: it was not sent, see `Outlet.say`."""
+        """Send a message that has no answer; False: it was not sent, see `Outlet.say`."""
         return self._outlet is not None and self._outlet.say(message)
 
     def close(self) -> None:
-        """Break the connection; it is made anew."""
+        """Break the connection; `stay_connected` connects again."""
         if self._outlet is not None:
             self._outlet.abort()
 
     async def ask(self, message: Message, timeout: float | None = None) -> Any:
-        """Send a message that has an `id`, and await the one that comes back with it.
+        """Send a message with a new `id`, and return the answer, which has the same `id`.
 
         Raises:
-            DisconnectedError: the other side is not there, does not read, or goes away meanwhile.
+            DisconnectedError: there is no connection, it breaks, or the peer does not read.
             TimeoutError: no answer within `timeout` seconds.
         """
         number = next(self._numbers)
@@ -266,56 +272,56 @@ class Connection:
         except DisconnectedError:
             raise
         except BaseException:
-            self._given_up(number)
+            self._on_abandoned(number)
             raise
         finally:
             self._pending.pop(number, None)
 
     async def _open(self) -> Streams:
-        if isinstance(self._place, Path):
-            return await asyncio.open_unix_connection(self._place)
-        return await self._place()
+        if isinstance(self._address, Path):
+            return await asyncio.open_unix_connection(self._address)
+        return await self._address()
 
-    def _came(self) -> None:
-        """Act when the connection was made."""
+    def _on_connect(self) -> None:
+        """Act on a new connection."""
 
-    def _take(self, message: Any) -> None:
-        """Act on a message; by default it is the answer to a question."""
+    def _on_message(self, message: Any) -> None:
+        """Act on a message; by default, it is the answer to an `ask`."""
         future = self._pending.get(message.id)
         if future is not None and not future.done():
             future.set_result(message)
 
-    def _given_up(self, number: int) -> None:
-        """Act when nobody waits for an answer any more."""
+    def _on_abandoned(self, number: int) -> None:
+        """Act when an `ask` ends without its answer, but with the connection."""
 
-    def _lost(self) -> None:
-        """Act when the connection broke."""
+    def _on_disconnect(self) -> None:
+        """Act when the connection has ended."""
 
     def _refuse(self, reason: str) -> None:
-        """Close a connection whose peer is not understood; each new reason is logged."""
+        """Close the connection because of an unexpected message; each new reason is logged."""
         if reason != self._refusal:
             log.error("connection closed: peer not understood", peer=self._name, reason=reason)
         self._refusal = reason
         self._backoff = min(2 * self._backoff, LONGEST_BACKOFF)
         self.close()
 
-    def _hear(self, message: Any) -> None:
+    def _receive(self, message: Any) -> None:
         self.heard = time.monotonic()
-        self._take(message)
-        if self.connected:  # the message was not a reason to refuse the peer
+        self._on_message(message)
+        if self.connected:  # the peer was not refused because of this message
             self._refusal, self._backoff = "", RECONNECT_SECONDS
 
-    def _not_handled(self, message: Any, reason: str) -> None:
-        """Fail the question whose answer could not be handled."""
+    def _failed(self, message: Any, reason: str) -> None:
+        """Fail the `ask` whose answer could not be handled."""
         future = self._pending.get(getattr(message, "id", -1))
         if future is not None and not future.done():
             log.error("answer lost", peer=self._name, reason=reason)
             future.set_exception(DisconnectedError())
 
-    def _lose(self, outlet: Outlet) -> None:
+    def _disconnected(self, outlet: Outlet) -> None:
         self._outlet = None
         outlet.close()
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(DisconnectedError())
-        self._lost()
+        self._on_disconnect()

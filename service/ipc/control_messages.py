@@ -1,4 +1,4 @@
-"""What frontends say to the hub, and it to them; see `service.ipc.frames` for the form."""
+"""Messages between frontends and the hub; `service.ipc.frames` defines their encoding."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from service.telemetry.counts import Difference
 
 
 class ServedVersion(msgspec.Struct, frozen=True, array_like=True):
-    """A model version that is served, and its folder.
+    """A served model version, and its folder.
 
     Attributes:
-        candidate: it is being rolled out beside the version that is served.
-        weight: share of the requests that it answers as a candidate.
-        shadow: share of the other requests that it computes too.
+        candidate: whether it is being rolled out beside the served version.
+        weight: share of the requests that a candidate answers.
+        shadow: share of the other requests that a candidate also computes.
     """
 
     name: str
@@ -28,11 +28,14 @@ class ServedVersion(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Serving(Message, frozen=True):
-    """What is served from now on; it replaces what the hub said before.
+    """The model catalog from now on, and the state of the server.
 
-    `loading` names what may come next, as `name:version`; `errors` are checkpoints that are left
-    out and other problems, each a line for people; `crash_loops` says of processes that do not
-    stay up, by their name, why.
+    Attributes:
+        generation: number of the catalog, which rises with each change.
+        models: versions to serve.
+        loading: versions that are being loaded, as `name:version`.
+        errors: skipped checkpoints and other problems, one line each.
+        crash_loops: reason by name of each process that keeps ending.
     """
 
     generation: int
@@ -43,12 +46,12 @@ class Serving(Message, frozen=True):
 
 
 class Alive(Message, frozen=True):
-    """The hub handles messages; it says so once a second, and to each new frontend.
+    """Heartbeat of the hub, sent once a second and to each new frontend.
 
     Attributes:
-        frontends: how many are connected to it.
-        tasks: those of the supervisor and the hub, by name: why each one fails, "" if it runs.
-        equipped: every engine has loaded, or failed to load, all models; it stays true.
+        frontends: number of connected frontends.
+        tasks: error by name of each task of the supervisor and the hub; "": the task runs.
+        equipped: whether every engine has loaded, or failed to load, all models; it stays true.
     """
 
     droppable: ClassVar[bool] = True
@@ -64,9 +67,9 @@ class Here(Message, frozen=True):
     The process that runs jobs is a frontend without routes.
 
     Attributes:
-        frontend: tells it from all others, also when its connection is made anew.
-        pid: its process.
-        routes, keys: that it counts requests by; all that there are.
+        frontend: unique id of the frontend, the same for each of its connections.
+        pid: process id.
+        routes, keys: all routes and names of keys, which are label values of its counts.
     """
 
     frontend: str
@@ -76,13 +79,13 @@ class Here(Message, frozen=True):
 
 
 class Swapped(Message, frozen=True):
-    """New requests meet the models of this generation."""
+    """New requests use the models of this generation."""
 
     generation: int
 
 
 class Drained(Message, frozen=True):
-    """No request is on its way any more that met the models before this generation."""
+    """No request uses models that this generation retired any more."""
 
     generation: int
 
@@ -97,9 +100,11 @@ class ChangeModel(Message, frozen=True):
 
 
 class ChangeRollOut(Message, frozen=True):
-    """Begin or change a roll-out, end it, or show the last one; the answer is `Shown`, as JSON.
+    """Begin, change, end or show a roll-out; the answer is `Shown`, as JSON.
 
-    `version` None: that of the running roll-out, or the highest. `given`: see `Versions.roll_out`.
+    Attributes:
+        version: candidate; None: that of the running roll-out, or the highest version.
+        given: settings of the roll-out, see `Versions.roll_out`.
     """
 
     id: int
@@ -110,7 +115,7 @@ class ChangeRollOut(Message, frozen=True):
 
 
 class Changed(Message, frozen=True):
-    """A change was made in every frontend and engine: of this model version."""
+    """A change was made in every frontend and engine; `label` names the model version."""
 
     id: int
     label: str
@@ -123,7 +128,7 @@ ChangeFailure: TypeAlias = Literal[
 
 
 class ChangeFailed(Message, frozen=True):
-    """A change was not made, and everything is as it was."""
+    """A change failed, and nothing has changed."""
 
     id: int
     reason: ChangeFailure
@@ -131,20 +136,20 @@ class ChangeFailed(Message, frozen=True):
 
 
 class NewSettings(Message, frozen=True):
-    """The settings of the whole server from now on, as `encode_settings` writes them."""
+    """The settings of the server from now on, encoded by `encode_settings`."""
 
     generation: int
     settings: bytes
 
 
 class SettingsTaken(Message, frozen=True):
-    """This frontend goes by the settings of this generation."""
+    """This frontend has applied the settings of this generation."""
 
     generation: int
 
 
 class ReloadSettings(Message, frozen=True):
-    """Read the settings again, and have all processes take over those that may change."""
+    """Read the settings again, and apply in all processes those that need no restart."""
 
     id: int
 
@@ -153,9 +158,9 @@ class SettingsReloaded(Message, frozen=True):
     """The settings were read again.
 
     Attributes:
-        changed: names of settings that changed.
-        needs_restart: names of settings that differ and stay as they were.
-        waiting_for: processes that have not taken the change over yet.
+        changed: names of the settings that have changed.
+        needs_restart: names of the settings that differ, but need a restart.
+        waiting_for: names of the processes that have not applied the change yet.
     """
 
     id: int
@@ -165,7 +170,7 @@ class SettingsReloaded(Message, frozen=True):
 
 
 class SettingsRefused(Message, frozen=True):
-    """The settings as they are now are invalid, so nothing changed; or they cannot be reloaded."""
+    """Nothing has changed: the settings are invalid, or this server cannot reload settings."""
 
     id: int
     reason: Literal["invalid_settings", "not_supported"]
@@ -173,21 +178,21 @@ class SettingsRefused(Message, frozen=True):
 
 
 class Scrape(Message, frozen=True):
-    """Show the metrics, as OpenMetrics or as Prometheus text."""
+    """Return the metrics, as OpenMetrics or as Prometheus text."""
 
     id: int
     openmetrics: bool
 
 
 class TellRecent(Message, frozen=True):
-    """Show what a model's texts took in the last minutes, as JSON."""
+    """Return the recent traffic of a model, as JSON; see `service.telemetry.recent`."""
 
     id: int
     model: str
 
 
 class Shown(Message, frozen=True):
-    """What was to be shown."""
+    """The answer to `Scrape`, `TellRecent` or `ChangeRollOut`."""
 
     id: int
     content: bytes
@@ -195,24 +200,27 @@ class Shown(Message, frozen=True):
 
 
 class NotShown(Message, frozen=True):
-    """The hub failed at a question; its log says more."""
+    """The hub failed to answer; its log has the reason."""
 
     id: int
     message: str
 
 
 class Trouble(Message, frozen=True):
-    """A part of the server, such as the folder of jobs, fails (no reason: it does no more)."""
+    """A part of the server, such as the folder for jobs, fails; `reason` None: it has recovered."""
 
     source: str
     reason: str | None
 
 
 class Report(Message, frozen=True):
-    """What a frontend counted since its report before; sent again until it is acknowledged.
+    """The counts of a frontend since its last report, sent again until acknowledged.
 
-    `number` rises from report to report, so the hub counts none twice. `cache_bytes` is the size of
-    the answers that it keeps, `ready` whether it can classify.
+    Attributes:
+        number: number that rises with each report, so that the hub counts none twice.
+        difference: counts since the last report.
+        cache_bytes: size of the answer cache.
+        ready: whether the frontend can classify.
     """
 
     number: int
@@ -222,7 +230,7 @@ class Report(Message, frozen=True):
 
 
 class Acknowledged(Message, frozen=True):
-    """The hub has counted the report of this number, and those before it."""
+    """The hub has counted the report with this number, and all before it."""
 
     number: int
 

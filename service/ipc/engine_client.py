@@ -1,4 +1,4 @@
-"""What a frontend holds of the engines: one connection each, requests in flight, health."""
+"""Client of the engines: connections, choice of an engine, requests in flight, health."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from service.ipc import engine_messages as protocol
 from service.ipc.answers import Answers
 from service.ipc.connection import (
     RECONNECT_SECONDS,
+    Address,
     Connection,
     DisconnectedError,
-    Place,
-    nowhere,
+    unreachable,
 )
 from service.ipc.engine_messages import (
     Answer,
@@ -49,9 +49,9 @@ from service.telemetry.context import current_request
 log = structlog.get_logger()
 
 HEARTBEAT_LIMIT = 5.0
-"""Seconds without a word after which an engine does not count as alive."""
+"""Seconds without a message after which an engine counts as hung."""
 GRACE_SECONDS = 1.0
-"""How long past its deadline an answer is awaited, for an engine that cannot say so itself."""
+"""Time past the deadline in which the engine itself can report that the deadline passed."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,19 @@ ModelKey = tuple[str, int]
 
 
 class EngineDownError(Exception):
-    """No engine could answer: none is there, or those that were died with the request twice."""
+    """No engine is alive, or two attempts ended with a lost connection."""
 
 
 class NotLoadedError(Exception):
-    """Engines are there, but none has the model."""
+    """Engines are alive, but none has the model."""
 
 
 class DeadlineError(Exception):
-    """The deadline passed before the answer was there."""
+    """The deadline passed before the answer."""
 
 
 class EngineFailedError(Exception):
-    """The engine says that it cannot do what was asked."""
+    """The engine failed to handle the request."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Submission:
-    """Texts to classify by an engine; `deadline` on the monotonic clock, the rest as `Classify`."""
+    """Texts to classify, with options as in `Classify`; `deadline` is on the monotonic clock."""
 
     model: str
     version: int
@@ -106,13 +106,13 @@ class Submission:
     bulk: bool = False
 
     def part(self, places: list[int]) -> Submission:
-        """Return a submission of the texts at some places only."""
+        """Return the submission for the texts with these indices."""
         decided = self.decided and self.decided.part(np.array(places))
         return replace(self, texts=self.texts.take(places), decided=decided)
 
 
 def request_of(submission: Submission) -> Classify:
-    """Return the message that sends a submission to an engine.
+    """Return the message for a submission.
 
     Raises:
         DeadlineError: the deadline has passed.
@@ -132,10 +132,10 @@ def request_of(submission: Submission) -> Classify:
 
 
 def answers_of(reply: protocol.ToFrontend) -> Answers:
-    """Return what an engine answers to a `Classify`.
+    """Return the answers in the reply to a `Classify`.
 
     Raises:
-        RefusedError, DeadlineError, EngineFailedError: see there.
+        RefusedError, DeadlineError, EngineFailedError: the reply is not an `Answer`.
     """
     match reply:
         case Answer():
@@ -153,20 +153,31 @@ def answers_of(reply: protocol.ToFrontend) -> Answers:
         case Failed(message=text):
             raise EngineFailedError(text)
         case _:
-            raise EngineFailedError("an engine gave an answer that does not fit")
+            raise EngineFailedError(f"unexpected reply of an engine: {type(reply).__name__}")
 
 
 class EngineClient(Connection):
-    """The connection to one engine."""
+    """The connection to one engine.
 
-    def __init__(self, index: int, place: Place, observe: Callable[[int, Event], None]) -> None:
-        super().__init__(f"engine-{index}", place, protocol.TO_FRONT)
+    Args:
+        index: index of the engine.
+        address: address of the engine.
+        observe: called with the index and each event.
+
+    Attributes:
+        hello: first message of the engine; None: it is not connected.
+        models: models that the engine serves.
+        items_in_flight: number of texts that the engine has not answered yet.
+    """
+
+    def __init__(self, index: int, address: Address, observe: Callable[[int, Event], None]) -> None:
+        super().__init__(f"engine-{index}", address, protocol.TO_FRONTEND)
         self.index = index
         self.hello: Hello | None = None
         self.models: dict[ModelKey, ModelInfo] = {}
         self.items_in_flight = 0
         self.level = DEFAULT_QUALITY
-        """Quality level in force for requests that leave it open."""
+        """Quality level in force for requests of quality `auto`."""
         self._observe = observe
 
     @classmethod
@@ -179,29 +190,29 @@ class EngineClient(Connection):
         items: int,
         level: QualityName,
     ) -> EngineClient:
-        """Return an engine as another process has seen it; it is not connected to."""
-        client = cls(index, nowhere, lambda *_: None)
+        """Return the state of an engine that another process is connected to."""
+        client = cls(index, unreachable, lambda *_: None)
         client.level = level
         client.hello, client.heard, client.items_in_flight = hello, heard, items
-        client._know(models)
+        client._set_models(models)
         return client
 
     @property
     def alive(self) -> bool:
-        """Whether the engine has said hello and was heard of lately."""
+        """Whether the engine is connected and not hung."""
         return self.hello is not None and time.monotonic() - self.heard < HEARTBEAT_LIMIT
 
-    def _take(self, message: protocol.ToFrontend) -> None:
+    def _on_message(self, message: protocol.ToFrontend) -> None:
         match message:
             case Hello():
                 if message.protocol != protocol.PROTOCOL:
                     self._refuse(f"protocol {message.protocol} instead of {protocol.PROTOCOL}")
                     return
                 self.hello = message
-                self._know(message.models)
+                self._set_models(message.models)
                 self._observe(self.index, message)
             case Models():
-                self._know(message.models)
+                self._set_models(message.models)
                 self._observe(self.index, message)
             case Heartbeat():
                 self.level = message.quality
@@ -211,20 +222,20 @@ class EngineClient(Connection):
             case BatchRan():
                 self._observe(self.index, message)
             case _:
-                super()._take(message)
+                super()._on_message(message)
 
     def drop(self) -> None:
-        """Give up an engine that hangs: what it was asked is asked of another."""
+        """Disconnect an engine that hangs, so that its requests go to another one."""
         log.warning("unresponsive engine disconnected", engine=self.index)
         self.close()
 
-    def _know(self, models: list[ModelInfo]) -> None:
+    def _set_models(self, models: list[ModelInfo]) -> None:
         self.models = {(model.name, model.version): model for model in models}
 
-    def _given_up(self, number: int) -> None:
+    def _on_abandoned(self, number: int) -> None:
         self.say(Cancel(number))
 
-    def _lost(self) -> None:
+    def _on_disconnect(self) -> None:
         self.hello = None
         self.models = {}
         self._observe(self.index, Lost())
@@ -234,11 +245,10 @@ class Engines:
     """All engines of this server.
 
     Args:
-        sockets: where each one listens.
-        observe: is called with the engine's index for hellos, changed models, heartbeats, batches
-            and broken connections.
-        first: index of the engine that gets the first request. Frontends that start with different
-            engines do not all send theirs to the same one while they hold nothing.
+        sockets: socket of each engine.
+        observe: called with the engine's index and each event.
+        first: index of the engine that gets the first request. With a different one in each
+            frontend, idle frontends do not all send to the same engine.
     """
 
     def __init__(
@@ -255,37 +265,37 @@ class Engines:
         """Begin to connect."""
         for client in self.clients:
             self._background.start(client.stay_connected())
-        self._background.start(on_silence(self._last_words, HEARTBEAT_LIMIT, EngineClient.drop))
+        self._background.start(on_silence(self._last_heard, HEARTBEAT_LIMIT, EngineClient.drop))
 
     async def stop(self) -> None:
-        """Let the connections go."""
+        """Close the connections."""
         await self._background.stop()
 
-    def _last_words(self) -> dict[EngineClient, float]:
+    def _last_heard(self) -> dict[EngineClient, float]:
         return {client: client.heard for client in self.clients if client.hello is not None}
 
     @property
     def alive(self) -> list[EngineClient]:
-        """The engines that were heard of lately."""
+        """The engines that are connected and not hung."""
         return [client for client in self.clients if client.alive]
 
     @property
     def models(self) -> set[ModelKey]:
-        """Every model that some live engine serves."""
+        """Every model that a live engine serves."""
         return {key for client in self.alive for key in client.models}
 
     @property
     def level(self) -> QualityName:
-        """Quality level for requests that leave it open: the lowest in force in a live engine."""
+        """Quality level for requests of quality `auto`: the lowest in force in a live engine."""
         levels = {client.level for client in self.alive}
         return next((name for name in QUALITY_NAMES if name in levels), DEFAULT_QUALITY)
 
     async def classify(self, submission: Submission) -> Answers:
-        """Classify on the engine with the least in flight; if it dies, on another.
+        """Return the answers of the engine with the fewest texts in flight; retry once if it dies.
 
         Raises:
-            EngineDownError, NotLoadedError, RefusedError, DeadlineError, EngineFailedError: see
-                there.
+            EngineDownError, NotLoadedError, RefusedError, DeadlineError, EngineFailedError: there
+                is no answer; the class says why.
         """
         for attempt in (1, 2):
             client = await self._choose(submission, wait=attempt == 2)
@@ -306,9 +316,9 @@ class Engines:
         raise EngineDownError
 
     async def _choose(self, submission: Submission, wait: bool) -> EngineClient:
-        """Return the engine with the least in flight of those that have the model.
+        """Return the engine with the fewest texts in flight among those that have the model.
 
-        Engines with equally many items take turns. `wait` lets a restart finish first.
+        Engines with equally many texts take turns. `wait` waits for an engine to restart.
         """
         while True:
             alive = self.alive

@@ -1,6 +1,7 @@
-"""What frontends and the hub say to an engine, and it to them; see `service.ipc.frames`.
+"""Messages of frontends and the hub to an engine, and of an engine to them.
 
-Numbers of many texts travel as columns: the raw bytes of a little-endian array.
+`service.ipc.frames` defines the encoding. Values per text or token are sent as columns: the raw
+bytes of little-endian arrays.
 
 Shapes: B texts, N tokens, C labels, S steps.
 """
@@ -23,7 +24,7 @@ PROTOCOL = 9
 
 
 class SentTokens(msgspec.Struct, frozen=True, array_like=True):
-    """`TokenColumns`: ids and lengths, int32; no `types` means type 0 throughout."""
+    """Encoded `TokenColumns`: int32 columns; `types` empty: every token has type 0."""
 
     ids: bytes
     lengths: bytes
@@ -39,27 +40,32 @@ class SentTokens(msgspec.Struct, frozen=True, array_like=True):
         """Decode token columns.
 
         Raises:
-            FrameError: the columns do not fit together.
+            FrameError: the lengths of the columns do not match.
         """
         ids, lengths = unpack(self.ids, "<i4"), unpack(self.lengths, "<i4")
         types = unpack(self.types, "<i4") if self.types else None
         columns = TokenColumns(ids, lengths, types)
         if min(columns.counts, default=0) < 0 or sum(columns.counts) != len(ids):
-            raise FrameError("the lengths of texts do not add up to their tokens")
+            raise FrameError("the lengths of the texts do not add up to the number of tokens")
         if types is not None and len(types) != len(ids):
-            raise FrameError("there must be as many token types as tokens")
+            raise FrameError("there must be one token type per token")
         return columns
 
 
 class SentTexts(msgspec.Struct, frozen=True, array_like=True):
-    """`Texts`: what the encoder reads, and what step 0 does; None: the same."""
+    """Encoded `Texts`; `full_text` None: the same as `window`."""
 
     window: SentTokens
     full_text: SentTokens | None = None
 
     @classmethod
     def of(cls, texts: Texts, step0_reads: bool = True) -> SentTexts:
-        """Encode texts; what step 0 reads is left out if nobody has to decide any more."""
+        """Encode texts.
+
+        Args:
+            texts: texts.
+            step0_reads: whether the engine decides; if it does not, full texts are left out.
+        """
         window = SentTokens.of(texts.window)
         if texts.full_text is texts.window or not step0_reads:
             return cls(window)
@@ -69,20 +75,22 @@ class SentTexts(msgspec.Struct, frozen=True, array_like=True):
         """Decode texts.
 
         Raises:
-            FrameError: the columns do not fit together.
+            FrameError: the lengths of the columns do not match.
         """
         window = self.window.read()
         full_text = window if self.full_text is None else self.full_text.read()
         if len(full_text) != len(window):
-            raise FrameError("step 0 must read as many texts as the encoder")
+            raise FrameError("there must be one full text per truncated text")
         return Texts(window, full_text)
 
 
 class Decisions(msgspec.Struct, frozen=True, array_like=True):
-    """What a frontend has decided of texts: the step that each runs first, 1 or more, int32.
+    """Encoded `Decided`: the decision of a frontend about B texts.
 
-    `s` holds f_o's verdicts, float32; `exit_logits` step 0's logits, float32 [B, C], and is empty
-    for a network without a step 0.
+    Attributes:
+        steps: ladder step that each text runs first, at least 1, int32 [B].
+        s: output of f_o, float32 [B].
+        exit_logits: logits of step 0, float32 [B, C]; empty: the network has no step 0.
     """
 
     steps: bytes
@@ -91,7 +99,7 @@ class Decisions(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, decided: Decided) -> Decisions:
-        """Encode what was decided of texts of which step 0 answers none."""
+        """Encode the decision about texts none of which step 0 answers."""
         logits = decided.exit_logits
         return cls(
             pack(decided.steps, "<i4"),
@@ -103,30 +111,35 @@ class Decisions(msgspec.Struct, frozen=True, array_like=True):
         """Decode decisions.
 
         Args:
-            texts: how many there are.
-            classes: labels C of step 0; 0: there is none.
+            texts: number of texts, B.
+            classes: number of labels of step 0, C; 0: the network has no step 0.
 
         Raises:
-            FrameError: they are not as many numbers as the texts of this network have.
+            FrameError: the lengths of the columns do not match B and C, or a step is below 1.
         """
         steps, s = unpack(self.steps, "<i4"), unpack(self.s, "<f4")
         logits = unpack(self.exit_logits, "<f4")
         if not len(steps) == len(s) == texts or len(logits) != texts * classes:
-            raise FrameError("there must be as many decisions as texts")
+            raise FrameError("there must be one decision per text")
         if min(steps.tolist(), default=1) < 1:
-            raise FrameError("step 0 needs no engine")
+            raise FrameError("texts that step 0 answers must not be sent to an engine")
         asked = np.zeros(texts, bool)
         return Decided(steps, asked, s, logits.reshape(texts, classes) if classes else None)
 
 
 class Classify(Message, frozen=True):
-    """Classify texts with one model; `remaining` seconds until the answer is worthless.
+    """Classify B texts with one model; the answer is `Answer`, `Refused`, `Expired` or `Failed`.
 
-    A quality of "auto" leaves the level to the engine; so does `target`, the seconds that the
-    answer should take. `request_id` and the W3C `traceparent` name the request in logs and traces.
-    `decisions` are the frontend's; None: the engine decides. `steps` are the ladder steps, int32,
-    at which texts begin that another engine decided and began; empty: there is none. `bulk` texts
-    wait in the bulk lane, however few they are.
+    Attributes:
+        quality: quality level, or accuracy drop (percentage points); "auto": the engine chooses.
+        remaining: seconds until the deadline.
+        heads, max_heads: fixed and highest number of heads per layer; None: no limit.
+        return_heads: whether the answers name the computed heads.
+        target: seconds that the answer should take, by which the engine chooses the quality.
+        request_id, traceparent: identity of the request in logs and traces (W3C).
+        steps: first step of each text that another engine has begun, int32 [B]; empty: no text.
+        decisions: decisions of the frontend; None: the engine decides.
+        bulk: whether the texts wait in the bulk lane, regardless of their number.
     """
 
     id: int
@@ -147,20 +160,20 @@ class Classify(Message, frozen=True):
 
 
 class Cancel(Message, frozen=True):
-    """Nobody waits for the answer to a `Classify` or a `Load` any more."""
+    """Cancel a `Classify` or a `Load`: its answer is not needed any more."""
 
     id: int
 
 
 class Load(Message, frozen=True):
-    """Load, verify and warm the checkpoint folder `path`, then serve it beside what was."""
+    """Load, verify and warm up the checkpoint folder `path`, then serve it beside the others."""
 
     id: int
     path: str
 
 
 class Unload(Message, frozen=True):
-    """Stop serving a model version and free it, once nothing waits for it."""
+    """Stop serving a model version, and free it when no text waits for it."""
 
     id: int
     model: str
@@ -168,10 +181,13 @@ class Unload(Message, frozen=True):
 
 
 class Configure(Message, frozen=True):
-    """Go by these settings from now on: the server's, and what some models have of their own.
+    """Apply these settings, those of the server and those of single models.
 
-    `queue_items` is the most texts of a model that wait, for those that have a limit. Warm-up steps
-    count when a model is loaded next.
+    Attributes:
+        quality_floor: lowest level that overload may give to requests of quality `auto`.
+        model_floors: the same by model, for models that set it.
+        queue_items: maximum number of waiting texts by model, for models that set it.
+        warm_up_steps: ladder steps by model that later loads warm up.
     """
 
     id: int
@@ -193,11 +209,11 @@ class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Watch(Message, frozen=True):
-    """Whoever sends this is told of every batch from now on."""
+    """Send a `BatchRan` to this peer after every batch from now on."""
 
 
 class Hello(Message, frozen=True):
-    """First message of an engine; one that has just begun has no model yet."""
+    """First message of an engine; a new engine has no models yet."""
 
     protocol: int
     pid: int
@@ -207,15 +223,16 @@ class Hello(Message, frozen=True):
 
 
 class Models(Message, frozen=True):
-    """The models of an engine have changed to these."""
+    """The models of an engine have changed; `models` are all of them."""
 
     models: list[ModelInfo]
 
 
 class Heartbeat(Message, frozen=True):
-    """An engine lives; the state of its queue, by model where it differs.
+    """An engine is alive, and this is the state of its queue, by model.
 
-    `quality` is the level in force for requests that leave it to the engine.
+    Attributes:
+        quality: quality level in force for requests of quality `auto`.
     """
 
     droppable: ClassVar[bool] = True
@@ -229,13 +246,13 @@ class Heartbeat(Message, frozen=True):
 
 
 class LevelChanged(Message, frozen=True):
-    """The quality level in force, as in `Heartbeat`, has changed to this one."""
+    """The quality level in force, as in `Heartbeat`, has changed."""
 
     quality: QualityName
 
 
 class SentAnswers(msgspec.Struct, frozen=True, array_like=True):
-    """The columns of `Answers`."""
+    """Encoded `Answers`; `next_step` empty: every text has its answer."""
 
     logits: bytes
     step: bytes
@@ -269,7 +286,7 @@ class SentAnswers(msgspec.Struct, frozen=True, array_like=True):
         """Decode answers.
 
         Raises:
-            FrameError: the columns do not fit together.
+            FrameError: the lengths of the columns do not match.
         """
         step = unpack(self.step, "<i4")
         count = len(step)
@@ -285,7 +302,7 @@ class SentAnswers(msgspec.Struct, frozen=True, array_like=True):
         rows = [len(logits), len(ran)]
         chosen = count if self.chosen is None else len(self.chosen)
         if {chosen, *map(len, single)} != {count} or (count and any(n % count for n in rows)):
-            raise FrameError("the columns of an answer are not of one length")
+            raise FrameError("the columns of an answer differ in length")
         step, predicted, heads, macs, dense_macs, next_step = single
         return Answers(
             logits.reshape(count, -1) if count else logits.reshape(0, 0),
@@ -302,10 +319,7 @@ class SentAnswers(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Answer(Message, frozen=True):
-    """The answers of a request, and the seconds of its stages (the slowest text's).
-
-    `quality` is what decided the budgets: a level, or the points given up.
-    """
+    """The answers of a request; the other attributes are those of `Answers`."""
 
     id: int
     answers: SentAnswers
@@ -330,24 +344,25 @@ class Expired(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """A message could not be handled: a load did not succeed, a request named an unknown model."""
+    """A message could not be handled: a load failed, or a request named an unknown model."""
 
     id: int
     message: str
 
 
 class Done(Message, frozen=True):
-    """A load or unload succeeded, or settings are in force."""
+    """A load or unload succeeded, or settings were applied."""
 
     id: int
 
 
 class BatchRan(Message, frozen=True):
-    """One batch ran; only those who watch are told.
+    """A batch ran; it is sent to peers that have sent `Watch`.
 
-    `checked` and `clipped` count the int8 states that were looked at since the last batch of the
-    model, and those outside their calibrated range. `dropped` counts batches before it that were
-    not told, because the receiver did not read.
+    Attributes:
+        checked, clipped: number of int8 states that were checked since the last batch of the model,
+            and of those outside their calibrated range.
+        dropped: number of earlier batches that were not reported because the peer did not read.
     """
 
     droppable: ClassVar[bool] = True
@@ -379,21 +394,21 @@ ToFrontend: TypeAlias = (
 )
 
 TO_ENGINE = decoder(ToEngine)
-TO_FRONT = decoder(ToFrontend)
+TO_FRONTEND = decoder(ToFrontend)
 
 
 def pack(column: Array, dtype: str) -> bytes:
-    """Encode a column as little-endian numbers of one kind."""
+    """Encode a column as an array of this type, which is little-endian."""
     return column.astype(dtype, copy=False).tobytes()
 
 
 def unpack(data: bytes, dtype: str) -> Array:
-    """Decode a column, which cannot be written to.
+    """Decode a column of this type into an array, which may be read-only.
 
     Raises:
-        FrameError: the bytes are not whole numbers of this kind.
+        FrameError: the number of bytes is not a multiple of the item size.
     """
-    kind = np.dtype(dtype)
-    if len(data) % kind.itemsize:
-        raise FrameError(f"{len(data)} bytes are not whole numbers of {kind.itemsize} bytes")
-    return np.frombuffer(data, kind).astype(kind.newbyteorder("="), copy=False)
+    item = np.dtype(dtype)
+    if len(data) % item.itemsize:
+        raise FrameError(f"column of {len(data)} bytes, expected a multiple of {item.itemsize}")
+    return np.frombuffer(data, item).astype(item.newbyteorder("="), copy=False)

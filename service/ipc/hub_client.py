@@ -1,4 +1,4 @@
-"""What a frontend holds of the hub: one connection."""
+"""Client of the hub: the model catalog, settings, questions, and reports of counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from uuid import uuid4
 import structlog
 
 from service.background import Background
-from service.ipc.connection import Connection, DisconnectedError, Place
+from service.ipc.connection import Address, Connection, DisconnectedError
 from service.ipc.control_messages import (
     FROM_HUB,
     Acknowledged,
@@ -36,32 +36,32 @@ from service.ipc.frames import Message
 from service.telemetry.counts import Counts
 
 REPORT_SECONDS = 0.25
-"""Time between reports: short beside the seconds between scrapes, and all that a frontend that is
-killed takes with it; long enough that a report costs little beside the requests that it counts."""
+"""Time between reports. A killed frontend loses the counts of this time; it is much shorter than
+the time between scrapes, and long enough that reports cost little beside the counted requests."""
 MAX_UNACKNOWLEDGED = 4
-"""Reports sent and not acknowledged; beyond, what is counted is added to the next one."""
+"""Maximum number of unacknowledged reports; beyond it, counts are added to the next report."""
 SHOW_SECONDS = 8.0
-"""Time for an answer to a scrape, below the 10 s for which Prometheus waits."""
+"""Time limit for the answer to a scrape, below the default scrape timeout of Prometheus, 10 s."""
 SILENCE_LIMIT = 5.0
-"""Seconds without a word after which the hub is not waited for."""
-LOOK_SECONDS = 0.25
+"""Seconds without a message after which questions to the hub fail."""
+POLL_SECONDS = 0.25
 RETRY_SECONDS = 1.0
 NOTHING = Serving(-1, [], [], [], {})
-"""What is served before the hub has said what."""
+"""The catalog before the first one of the hub."""
 
 log = structlog.get_logger()
 
 
 class HubError(Exception):
-    """The hub failed at what it was asked."""
+    """The hub failed to answer a question."""
 
 
 class Reports:
     """Reports of counts, each kept until the hub acknowledges it.
 
     Attributes:
-        counts: what the next report will hold.
-        unacknowledged: reports to be sent again over a new connection, oldest first.
+        counts: counts for the next report.
+        unacknowledged: reports to send again over a new connection, oldest first.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Reports:
         self._numbers = itertools.count()
 
     def next(self, ready: bool) -> Report | None:
-        """Return the next report to send; None: too many are not acknowledged."""
+        """Return the next report to send; None: too many reports are unacknowledged."""
         if len(self.unacknowledged) >= MAX_UNACKNOWLEDGED:
             return None
         report = Report(next(self._numbers), self.counts.take(), self.counts.cache_bytes, ready)
@@ -87,31 +87,32 @@ class HubLink(Connection):
     """The connection to the hub.
 
     Args:
-        place: where it listens.
-        serve: is told what is to be served, again until it succeeds; of changes that come while it
-            is at work it is told the last.
-        routes: that requests are counted by.
-        configure: takes over settings, as `encode_settings` writes them, or raises.
-        ready: whether this frontend can classify.
+        address: address of the hub.
+        serve: applies a model catalog; it is called again after an error. Of several catalogs that
+            arrive while it runs, it gets the last.
+        routes: all routes, which are label values of the counts.
+        configure: applies settings, encoded by `encode_settings`, or raises.
+        ready: returns whether this frontend can classify.
 
     Attributes:
-        counts: everything that the hub is to count for this frontend.
+        serving: catalog that `serve` has applied last.
+        counts: counts of this frontend, which are reported to the hub.
     """
 
     def __init__(
         self,
-        place: Place,
+        address: Address,
         serve: Callable[[Serving], Awaitable[None]],
         routes: list[str],
         configure: Callable[[bytes], None] = lambda _: None,
         ready: Callable[[], bool] = lambda: False,
     ) -> None:
-        super().__init__("hub", place, FROM_HUB)
+        super().__init__("hub", address, FROM_HUB)
         self.serving = NOTHING
         self.alive: Alive | None = None
-        """The hub's last word of the server's parts; None: it has said none yet."""
+        """The last heartbeat of the hub; None: there was none yet."""
         self.silent_seconds = 0.0
-        """Seconds since the hub was last heard."""
+        """Seconds since the last message of the hub."""
         self._serve = serve
         self._routes = routes
         self._configure = configure
@@ -126,32 +127,33 @@ class HubLink(Connection):
         self._background = Background()
 
     async def start(self) -> None:
-        """Connect, and return when the first word of what is to be served was heeded."""
+        """Connect, and return when the first catalog was applied."""
         for work in (
-            self.stay_connected(), self._follow(), self._report(), self._measure_silence(),
+            self.stay_connected(), self._apply_catalogs(), self._report(), self._measure_silence(),
         ):  # fmt: skip
             self._background.start(work)
         await self._first.wait()
 
     async def stop(self) -> None:
-        """Tell what is left to tell, and let the connection go."""
+        """Send the last report, and close the connection."""
         self._flush()
         await self._background.stop()
 
-    def know_keys(self, names: list[str]) -> None:
-        """Tell the hub the names of all keys."""
+    def send_keys(self, names: list[str]) -> None:
+        """Send the names of all keys to the hub."""
         self._keys = names
         self._introduce()
 
     async def show(self, question: Scrape | TellRecent) -> Shown:
-        """Ask for something to show.
+        """Return the metrics or the recent traffic from the hub.
 
-        What this frontend has counted by now is in it, unless the hub is behind with its reports.
+        The answer includes the counts of this frontend up to now, unless reports are still
+        unacknowledged.
 
         Raises:
-            DisconnectedError: the hub is not there, silent for `SILENCE_LIMIT`, or takes longer
-                than `SHOW_SECONDS`.
-            HubError: it failed at the question.
+            DisconnectedError: there is no connection to the hub, or it is silent for
+                `SILENCE_LIMIT`, or takes longer than `SHOW_SECONDS`.
+            HubError: the hub failed to answer.
         """
         self._flush()
         answer = await self._ask(question, SHOW_SECONDS)
@@ -159,12 +161,12 @@ class HubLink(Connection):
         return answer
 
     async def change(self, wanted: ChangeModel | ChangeRollOut | ReloadSettings) -> FromHub:
-        """Ask for a change of the server; it is made everywhere when the answer comes.
+        """Ask for a change of the server, and return the answer when all processes have made it.
 
         Raises:
-            DisconnectedError: the hub is not there, or silent for `SILENCE_LIMIT`; the change may
-                still be made.
-            HubError: it failed at the question.
+            DisconnectedError: there is no connection to the hub, or it is silent for
+                `SILENCE_LIMIT`; the change may still be made.
+            HubError: the hub failed to answer.
         """
         return await self._ask(wanted)
 
@@ -174,7 +176,7 @@ class HubLink(Connection):
             while not asking.done():
                 if self.silent_seconds > SILENCE_LIMIT:
                     raise DisconnectedError
-                await asyncio.wait({asking}, timeout=LOOK_SECONDS)
+                await asyncio.wait({asking}, timeout=POLL_SECONDS)
             answer: FromHub = asking.result()
         except TimeoutError:
             raise DisconnectedError from None
@@ -184,7 +186,7 @@ class HubLink(Connection):
             raise HubError(answer.message)
         return answer
 
-    def _came(self) -> None:
+    def _on_connect(self) -> None:
         self._introduce()
         for report in self._reports.unacknowledged:
             self.say(report)
@@ -192,14 +194,14 @@ class HubLink(Connection):
     def _introduce(self) -> None:
         self.say(Here(self._frontend, os.getpid(), self._routes, self._keys))
 
-    def _take(self, message: FromHub) -> None:
+    def _on_message(self, message: FromHub) -> None:
         if isinstance(message, Serving):
             self._next = message
             self._changed.set()
         elif isinstance(message, NewSettings):
             try:
                 self._configure(message.settings)
-            except Exception as error:  # whatever it is, this frontend goes on as it is
+            except Exception as error:  # the frontend keeps its settings
                 log.error("settings not applied", exc_info=error)
             else:
                 self.say(SettingsTaken(message.generation))
@@ -208,16 +210,16 @@ class HubLink(Connection):
         elif isinstance(message, Alive):
             self.alive = message
         else:
-            super()._take(message)
+            super()._on_message(message)
 
-    async def _follow(self) -> None:
+    async def _apply_catalogs(self) -> None:
         while True:
             await self._changed.wait()
             self._changed.clear()
             serving = self._next
             try:
                 await self._serve(serving)
-            except Exception as error:  # whatever it is, it is tried again
+            except Exception as error:  # tried again
                 log.error("model catalog not applied", retry_in=RETRY_SECONDS, exc_info=error)
                 self._changed.set()
                 await asyncio.sleep(RETRY_SECONDS)
@@ -226,17 +228,17 @@ class HubLink(Connection):
             self._first.set()
 
     async def _measure_silence(self) -> None:
-        """Measure the silence, without time in which this process itself was stopped."""
+        """Measure the silence of the hub, without time in which this process itself was stopped."""
         heard, before = self.heard, time.monotonic()
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
             now = time.monotonic()
-            passed = min(now - before, 2 * LOOK_SECONDS)
+            passed = min(now - before, 2 * POLL_SECONDS)
             self.silent_seconds = 0.0 if self.heard > heard else self.silent_seconds + passed
             heard, before = self.heard, now
 
     async def _report(self) -> None:
-        """Report at even intervals, if only that this frontend is there."""
+        """Send reports at even intervals; one without counts is the heartbeat of this frontend."""
         while True:
             await asyncio.sleep(REPORT_SECONDS)
             self._flush()

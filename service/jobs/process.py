@@ -12,7 +12,7 @@ from service.job_store import JobStore
 from service.jobs.answering import ChunkAnswering
 from service.jobs.runner import Runner
 from service.pipeline.answering import Answering
-from service.pipeline.catalog_follower import Follow
+from service.pipeline.catalog_follower import CatalogFollower
 from service.pipeline.served_models import Models
 from service.process import decode_settings, engine_socket, hub_socket
 from service.settings import Settings
@@ -39,7 +39,7 @@ class JobProcess:
         self._hub = HubLink(
             hub_socket(run_dir), lambda serving: self._follow(serving), [], self._configure
         )
-        self._follow = Follow(self.models, self._engines, self._hub)
+        self._follow = CatalogFollower(self.models, self._engines, self._hub)
         answering = ChunkAnswering(
             self.models, self._hub, Answering(self._engines), lambda: self.settings
         )

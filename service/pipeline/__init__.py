@@ -1,1 +1,1 @@
-"""What a frontend does with the texts of a request, from tokens to answers."""
+"""The work of a frontend on the texts of a request, from tokens to answers."""

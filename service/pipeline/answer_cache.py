@@ -1,6 +1,6 @@
-"""Answers that a frontend keeps of texts that it was asked before.
+"""A frontend's cache of answers, so that repeated texts are not computed again.
 
-Shapes: B texts, of which M have no answer yet; C labels, S steps.
+Shapes: B texts, of which M are not in the cache; C labels, S steps.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from service.pipeline.served_models import ServedModel
 
 KEY_BYTES = 16
 ENTRY_BYTES = 300
-"""What an answer takes beside its columns: its key, and its place in the dictionary."""
+"""Estimated memory of a cached answer beside its columns: its key and its dictionary entry."""
 
 
 @dataclass(frozen=True)
 class AnsweredTexts:
-    """The texts of a request, and their answers.
+    """The answers to the texts of a request, and the sizes of the texts.
 
     Attributes:
-        lengths: tokens that the encoder may read of each text, int32 [B].
-        truncated: whether a text has more, bool [B].
-        answers: to the texts.
+        lengths: number of tokens of each text that the encoder may read, int32 [B].
+        truncated: whether a text has more tokens than that, bool [B].
+        answers: answers to the texts.
     """
 
     lengths: Array
@@ -42,13 +42,13 @@ class AnsweredTexts:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the answer to a text depends on, beside the model and the text.
+class AnswerOptions:
+    """The options that an answer depends on, beside the model and the text.
 
     Attributes:
-        quality: level, or points given up; never "auto", but the level in force for it.
-        heads, max_heads: of the request.
-        caller: name of the key that answers are kept for; empty: for all.
+        quality: quality level or accuracy drop (percentage points); for "auto", the level in force.
+        heads, max_heads: head limits of the request.
+        caller: name of the key that may reuse the answer; empty: every caller may.
     """
 
     quality: str | float
@@ -58,18 +58,18 @@ class Asked:
 
 
 class AnswerCache:
-    """Keep answers in memory, and drop those that were used longest ago when they are too many.
+    """Keep answers in memory, and drop the least recently used ones above a limit.
 
-    Texts are known by hashes under a random key, so that nobody can make two texts with one hash.
+    Texts are identified by keyed hashes. The key is random, so nobody can construct a collision.
 
     Args:
-        max_bytes: that the answers may take, their keys and places included.
-        changed: told the bytes that they take, whenever that has changed.
+        max_bytes: limit of the memory for answers, keys and dictionary entries.
+        changed: called with the bytes in use whenever they change.
     """
 
     def __init__(self, max_bytes: int, changed: Callable[[int], None] = lambda _: None) -> None:
         self.bytes = 0
-        """Bytes that the answers take."""
+        """Memory in use."""
         self._max_bytes = max_bytes
         self._changed = changed
         self._secret = secrets.token_bytes(blake2b.MAX_KEY_SIZE)
@@ -78,23 +78,23 @@ class AnswerCache:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def look_up(self, model: ServedModel, asked: Asked, texts: Sequence[Text]) -> Lookup:
-        """Return the answers to B texts that are kept, and which texts have none."""
-        hashed = blake2b(key=self._secret, digest_size=KEY_BYTES)
-        hashed.update(msgspec.msgpack.encode(asked))
+    def look_up(self, model: ServedModel, options: AnswerOptions, texts: Sequence[Text]) -> Lookup:
+        """Return the cached answers to B texts, and the texts that have none."""
+        options_hash = blake2b(key=self._secret, digest_size=KEY_BYTES)
+        options_hash.update(msgspec.msgpack.encode(options))
         keys = []
         for text in texts:
-            own = hashed.copy()
-            own.update(msgspec.msgpack.encode(text))
-            keys.append((model, own.digest()))
-        found = [self._rows.get(key) for key in keys]
-        for key, row in zip(keys, found, strict=True):
+            text_hash = options_hash.copy()
+            text_hash.update(msgspec.msgpack.encode(text))
+            keys.append((model, text_hash.digest()))
+        rows = [self._rows.get(key) for key in keys]
+        for key, row in zip(keys, rows, strict=True):
             if row is not None:
                 self._rows.move_to_end(key)
-        return Lookup(self, asked, keys, found, texts)
+        return Lookup(self, options, keys, rows, texts)
 
     def keep(self, key: tuple[ServedModel, bytes], row: bytes) -> None:
-        """Keep the columns of one answer; of one that is larger than all may be, nothing."""
+        """Cache the columns of one answer, unless it exceeds the limit alone."""
         size = len(row) + ENTRY_BYTES
         if key in self._rows:
             self._drop(key)
@@ -106,7 +106,7 @@ class AnswerCache:
         self._changed(self.bytes)
 
     def forget(self, model: ServedModel) -> None:
-        """Drop the answers of a model version, once no request uses it."""
+        """Drop the answers of a model version that no request uses any more."""
         for key in [key for key in self._rows if key[0] is model]:
             self._drop(key)
         self._changed(self.bytes)
@@ -116,53 +116,53 @@ class AnswerCache:
 
 
 class Lookup:
-    """What the cache knew of the texts of one request.
+    """The cached answers to the texts of one request, and the texts that have none.
 
     Args:
-        cache: that was asked.
-        asked: what the answers depend on.
-        keys: of the texts in the cache, [B].
-        found: the columns of their answers; None: they are not kept.
-        texts: of the request.
+        cache: cache that was searched.
+        options: options that the answers depend on.
+        keys: cache keys of the texts, [B].
+        cached: columns of each answer, [B]; None: it is not cached.
+        texts: texts of the request, [B].
 
     Attributes:
-        asked: as given.
-        misses: the places of the texts without an answer, [M].
-        missing: those texts.
+        options: as given.
+        misses: indices of the texts that are not cached, [M].
+        missing: those texts, [M].
     """
 
     def __init__(
         self,
         cache: AnswerCache,
-        asked: Asked,
+        options: AnswerOptions,
         keys: list[tuple[ServedModel, bytes]],
-        found: list[bytes | None],
+        cached: list[bytes | None],
         texts: Sequence[Text],
     ) -> None:
-        self.asked = asked
-        self.misses = [place for place, row in enumerate(found) if row is None]
-        self.missing = [texts[place] for place in self.misses]
-        self._cache, self._keys, self._found = cache, keys, found
+        self.options = options
+        self.misses = [index for index, row in enumerate(cached) if row is None]
+        self.missing = [texts[index] for index in self.misses]
+        self._cache, self._keys, self._cached = cache, keys, cached
 
     @property
     def outcome(self) -> str:
-        """`hit` if all texts have an answer, `miss` if none has, else `partial`."""
+        """`hit` if all texts are cached, `miss` if none is, else `partial`."""
         if not self.misses:
             return "hit"
         return "partial" if len(self.misses) < len(self._keys) else "miss"
 
     @cached_property
     def hits(self) -> Array:
-        """Whether each text has an answer, bool [B]."""
-        found: Array = np.array([row is not None for row in self._found])
-        return found
+        """Whether each text is cached, bool [B]."""
+        hits: Array = np.array([row is not None for row in self._cached])
+        return hits
 
     @cached_property
     def _rows(self) -> Any:
-        """The columns of all B texts; 0 where there is no answer yet."""
+        """The columns of all B texts; 0 where no answer is cached."""
         rows: Any = np.zeros(len(self._keys), self._row_type)
-        kept = b"".join(row for row in self._found if row is not None)
-        rows[self.hits] = np.frombuffer(kept, rows.dtype)
+        cached = b"".join(row for row in self._cached if row is not None)
+        rows[self.hits] = np.frombuffer(cached, rows.dtype)
         return rows
 
     @property
@@ -172,24 +172,24 @@ class Lookup:
 
     @property
     def truncated(self) -> Array:
-        """Whether each text with an answer has more tokens than the encoder reads, bool [B]."""
+        """Whether each cached text has more tokens than the encoder reads, bool [B]."""
         return np.ascontiguousarray(self._rows["truncated"])
 
     def complete(self, computed: AnsweredTexts | None) -> AnsweredTexts:
-        """Return the answers to all B texts, and keep those that are new.
+        """Return the answers to all B texts, and cache the new ones.
 
         Args:
-            computed: the answers to the `misses`; None: there are none.
+            computed: answers to the `misses`; None: there were no misses.
         """
         if computed is None:
-            return self._whole(quality=self.asked.quality)
+            return self._all_answers(quality=self.options.quality)
         new = self._keep(computed)
         if len(self.misses) == len(self._keys):
             return computed
         self._rows[self.misses] = new
         answers = computed.answers
-        return self._whole(
-            errors={self.misses[at]: error for at, error in answers.errors.items()},
+        return self._all_answers(
+            errors={self.misses[index]: error for index, error in answers.errors.items()},
             budget_seconds=answers.budget_seconds,
             queue_seconds=answers.queue_seconds,
             compute_seconds=answers.compute_seconds,
@@ -197,29 +197,29 @@ class Lookup:
         )
 
     def _keep(self, computed: AnsweredTexts) -> Any:
-        """Keep the answers to the M misses that did not fail, and return the columns of all M."""
+        """Cache the answers to the M misses that did not fail, and return the columns of all M."""
         answers = computed.answers
         new: Any = np.zeros(len(self.misses), self._row_type)
         new["lengths"], new["truncated"] = computed.lengths, computed.truncated
         for name in COLUMNS:
             new[name] = getattr(answers, name)
-        # An engine may have answered at another level than the one in force a moment before.
-        if answers.quality == self.asked.quality:
-            for at, place in enumerate(self.misses):
-                if at not in answers.errors:
-                    self._cache.keep(self._keys[place], new[at].tobytes())
+        # The level in force may have changed between the lookup and the engine's answer.
+        if answers.quality == self.options.quality:
+            for row, index in enumerate(self.misses):
+                if row not in answers.errors:
+                    self._cache.keep(self._keys[index], new[row].tobytes())
         return new
 
-    def _whole(self, **more: Any) -> AnsweredTexts:
+    def _all_answers(self, **attributes: Any) -> AnsweredTexts:
         columns: dict[str, Any] = {name: np.ascontiguousarray(self._rows[name]) for name in COLUMNS}
         lengths = np.ascontiguousarray(self._rows["lengths"])
-        return AnsweredTexts(lengths, self.truncated, Answers(**columns, **more))
+        return AnsweredTexts(lengths, self.truncated, Answers(**columns, **attributes))
 
 
 @cache
 def _row_type(labels: int, steps: int) -> np.dtype[Any]:
-    """Return the columns of one text as they are kept: those of `Answers`, and of its tokens."""
-    own = {
+    """Return the type of a cached row: the columns of `Answers`, and the size of the text."""
+    types = {
         "logits": (np.float32, labels),
         "ran": (np.bool_, steps + 1),
         "macs": (np.int64, ()),
@@ -227,4 +227,4 @@ def _row_type(labels: int, steps: int) -> np.dtype[Any]:
         "truncated": (np.bool_, ()),
     }
     names = (*COLUMNS, "lengths", "truncated")
-    return np.dtype([(name, *own.get(name, (np.int32, ()))) for name in names])
+    return np.dtype([(name, *types.get(name, (np.int32, ()))) for name in names])

@@ -1,4 +1,4 @@
-"""From tokens to answers: budgets are decided, step 0 answers some texts, an engine the others."""
+"""Answer tokenized texts: decide budgets, then answer by step 0 or send texts to an engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from budgetformer.inference.policy import QualityName
 from budgetformer.model.tfidf import Array
 from service.ipc.answers import Answers
 from service.ipc.engine_client import Engines, Submission
-from service.pipeline.decision import DecidedTexts, Deciding
+from service.pipeline.decision import DecidedTexts, DecisionBatcher
 from service.pipeline.served_models import ServedModel
 from service.scheduling.brownout import kept_above
 from service.telemetry.counts import Counts
@@ -23,29 +23,29 @@ from service.telemetry.stages import stage_span
 
 @dataclass(frozen=True)
 class Answering:
-    """Answer the texts of jobs.
+    """Answer submissions.
 
     Attributes:
-        engines: that run passes.
-        tracer: of spans; None: nobody traces.
+        engines: engines of the server.
+        tracer: tracer for the span of the decision; None: tracing is off.
     """
 
     engines: Engines
     tracer: Tracer | None = None
-    _deciding: Deciding = field(default_factory=Deciding)
+    _deciding: DecisionBatcher = field(default_factory=DecisionBatcher)
 
     async def answer(
         self, submission: Submission, model: ServedModel, floor: QualityName
     ) -> Answers:
         """Return the answers to the texts of a submission.
 
-        A model whose network reads embeddings to decide leaves that to the engine; so does a
-        submission with a target, for which the engine's queue chooses the quality.
+        The engine decides the budgets if the network reads embeddings for that, or if the submission
+        has a target time, for which the quality depends on the engine's queue.
 
         Args:
-            submission: texts to classify.
-            model: that is to answer.
-            floor: lowest level that overload may make of the quality `auto`.
+            submission: texts and options.
+            model: model that answers.
+            floor: lowest level that overload may give to a submission of quality `auto`.
 
         Raises:
             EngineDownError, NotLoadedError, RefusedError, DeadlineError, EngineFailedError: see
@@ -54,13 +54,11 @@ class Answering:
         if model.decider is None or submission.target is not None:
             return await self.engines.classify(submission)
         decided = await self._decide(submission, model.checkpoint, model.decider, floor)
-        places, ran = decided.unanswered, None
-        if places:
-            asked = replace(submission, quality=decided.quality, decided=decided.decided).part(
-                places
-            )
-            ran = await self.engines.classify(asked)
-        return decided.answer(submission.return_heads, ran)
+        unanswered, engine_answers = decided.unanswered, None
+        if unanswered:
+            whole = replace(submission, quality=decided.quality, decided=decided.decided)
+            engine_answers = await self.engines.classify(whole.part(unanswered))
+        return decided.answer(submission.return_heads, engine_answers)
 
     async def _decide(
         self, submission: Submission, checkpoint: Checkpoint, decider: Decider, floor: QualityName
@@ -95,24 +93,23 @@ def count_answers(
     hits: Array | None = None,
     stages: Mapping[str, float] | None = None,
 ) -> None:
-    """Count what answers took; of texts that failed nothing is counted.
+    """Count the answered texts and their cost; failed texts are left out.
 
     Args:
-        counts: where.
-        checkpoint: that answered.
-        answers: to B texts.
-        lengths: tokens of each text, int32 [B].
-        truncated: texts that have more than the encoder reads.
-        heads, max_heads: as they were asked for.
-        hits: the texts for which nothing was computed, as a cache answered them, bool [B]; None:
-            nobody asked it.
-        stages: seconds of each stage; None: the texts are of no request that somebody waits for.
+        counts: counts of this process.
+        checkpoint: model that answered.
+        answers: answers to B texts.
+        lengths: number of tokens of each text, int32 [B].
+        truncated: number of texts that have more tokens than the encoder reads.
+        heads, max_heads: head limits of the request.
+        hits: whether the cache answered each text, so it cost nothing, bool [B]; None: no cache.
+        stages: seconds of each stage of the request; None: the texts are those of a job.
     """
     budgets, used, macs, dense = answers.step, answers.heads, answers.macs, answers.dense_macs
     if answers.errors or hits is not None:
-        whole = ~answers.failed
-        computed = whole if hits is None else whole & ~hits
-        budgets, lengths = budgets[whole], lengths[whole]
+        answered = ~answers.failed
+        computed = answered if hits is None else answered & ~hits
+        budgets, lengths = budgets[answered], lengths[answered]
         used, macs, dense = used[computed], macs[computed], dense[computed]
     quality = answers.quality if checkpoint.calibrated else None
     counts.classified(

@@ -1,4 +1,4 @@
-"""A frontend follows the hub: it serves what is to be served, and says when it does."""
+"""The model catalog in a frontend: apply each version that the hub sends, and confirm it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from service.pipeline.answer_cache import AnswerCache
 from service.pipeline.served_models import Models, ServedModel
 
 ENGINE_PATIENCE = 5.0
-"""Seconds for the engines' own word of a model that the hub says they have."""
+"""Seconds to wait until engines report a model that the hub says they have loaded."""
 POLL_SECONDS = 0.005
 
 
-class Follow:
-    """Take what the hub says of what is served.
+class CatalogFollower:
+    """Apply the model catalog of the hub in this frontend.
 
     Args:
-        models: of this frontend.
-        engines: that compute them.
-        hub: is told how far this frontend is.
-        cache: holds answers of models, until they are retired; None: there is none.
+        models: models of this frontend, which are changed.
+        engines: engines of the server.
+        hub: connection over which `Swapped` and `Drained` are sent.
+        cache: answer cache, from which answers of retired models are dropped; None: no cache.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Follow:
         self._background = Background()
 
     async def __call__(self, serving: Serving) -> None:
-        """Serve it from now on."""
+        """Serve the models of this catalog from now on."""
         before = self._hub.serving
         if not self._begun:
             self._begun = True
@@ -51,17 +51,16 @@ class Follow:
         self._draining.put_nowait((serving.generation, retired))
 
     async def stop(self) -> None:
-        """Follow no longer."""
+        """Stop waiting for requests of retired models."""
         await self._background.stop()
 
     async def _until_loaded(self, models: list[ServedVersion]) -> None:
-        """Wait for the engines' word: it may come later than the hub's."""
-        patience = time.monotonic() + ENGINE_PATIENCE
-        served = self._models.all()
-        known = {(model.checkpoint.name, model.checkpoint.version) for model in served}
-        wanted = {(model.name, model.version) for model in models} - known
-        while self._engines.alive and time.monotonic() < patience:
-            if wanted <= self._engines.models:
+        """Wait until engines report the new models: the hub's message may be received first."""
+        give_up = time.monotonic() + ENGINE_PATIENCE
+        served = {(one.checkpoint.name, one.checkpoint.version) for one in self._models.all()}
+        new = {(model.name, model.version) for model in models} - served
+        while self._engines.alive and time.monotonic() < give_up:
+            if new <= self._engines.models:
                 return
             await asyncio.sleep(POLL_SECONDS)
 

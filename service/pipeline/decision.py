@@ -1,6 +1,6 @@
-"""Decide the budgets of a request's texts in the frontend, and answer those that step 0 answers.
+"""Decide the budgets of texts in the frontend, and answer the texts for which step 0 is enough.
 
-The other texts go to an engine, which only runs passes for them.
+An engine computes the other texts, with the budgets that were decided here.
 """
 
 from __future__ import annotations
@@ -16,71 +16,75 @@ from budgetformer.inference.texts import Texts, TokenColumns
 from service.ipc.answers import Answers
 
 FEW_TEXTS = 16
-"""A request of as many texts is decided by itself: more at once would hardly be faster."""
+"""Number of texts from which a request is decided alone: larger batches are hardly faster."""
 
 
-class Deciding:
-    """Decide the texts of all requests that come in one turn of the event loop at once.
+class DecisionBatcher:
+    """Decide the texts of all requests of one turn of the event loop together.
 
-    Most of what it takes to decide one text, it takes to decide many.
+    Most of the time of a decision does not depend on the number of texts.
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[tuple[int, int], _Waiting] = {}
+        self._waiting: dict[tuple[int, int], _Batch] = {}
 
     async def decide(self, decider: Decider, rule: BudgetRule, texts: TokenColumns) -> Decided:
-        """Return what is decided of the texts of one request, by all that step 0 reads of them."""
+        """Return the decision about the texts of one request.
+
+        Args:
+            decider: decider of the model.
+            rule: rule for the budgets.
+            texts: full texts, as step 0 reads them.
+        """
         if len(texts) >= FEW_TEXTS:
             return decider.decide(texts, rule)
         loop = asyncio.get_running_loop()
         if not self._waiting:
             loop.call_soon(self._decide_all)
         key = id(decider), id(rule)
-        waiting = self._waiting.setdefault(key, _Waiting(decider, rule, [], []))
-        asking: asyncio.Future[Decided] = loop.create_future()
-        waiting.asking.append((len(texts), asking))
-        waiting.texts.append(texts)
-        return await asking
+        batch = self._waiting.setdefault(key, _Batch(decider, rule, []))
+        future: asyncio.Future[Decided] = loop.create_future()
+        batch.requests.append((texts, future))
+        return await future
 
     def _decide_all(self) -> None:
-        groups, self._waiting = self._waiting, {}
-        for group in groups.values():
+        batches, self._waiting = self._waiting, {}
+        for batch in batches.values():
             try:
-                texts = TokenColumns.join(group.texts)
-                decided = group.decider.decide(texts, group.rule)
-            except Exception as error:  # whatever it is, nobody may wait for ever
-                for _, asking in group.asking:
-                    if not asking.done():
-                        asking.set_exception(error)
+                columns = TokenColumns.join([texts for texts, _ in batch.requests])
+                decided = batch.decider.decide(columns, batch.rule)
+            except Exception as error:  # no request may wait forever
+                for _, future in batch.requests:
+                    if not future.done():
+                        future.set_exception(error)
                 continue
             begin = 0
-            for count, asking in group.asking:
-                if not asking.done():
-                    asking.set_result(decided.part(slice(begin, begin + count)))
-                begin += count
+            for texts, future in batch.requests:
+                if not future.done():
+                    future.set_result(decided.part(slice(begin, begin + len(texts))))
+                begin += len(texts)
 
 
 @dataclass(frozen=True)
-class _Waiting:
-    """Texts for one decider and one rule, and who waits for how many of them."""
+class _Batch:
+    """The texts of the requests that wait for one decider and one rule."""
 
     decider: Decider
     rule: BudgetRule
-    texts: list[TokenColumns]
-    asking: list[tuple[int, asyncio.Future[Decided]]]
+    requests: list[tuple[TokenColumns, asyncio.Future[Decided]]]
 
 
 @dataclass(frozen=True)
 class DecidedTexts:
-    """The texts of a request, after their budgets were decided.
+    """The texts of a request and the decision about them.
 
     Attributes:
-        texts: their tokens.
-        decided: what was decided of them.
-        decider: of the model.
-        rule: by which it was decided.
-        quality: level, or points given up, for which it was decided.
-        seconds: that the decision took.
+        texts: B texts.
+        decided: decision about the texts.
+        decider: decider of the model.
+        rule: rule of the decision.
+        quality: quality level or accuracy drop (percentage points) of the decision.
+        seconds: duration of the decision.
     """
 
     texts: Texts
@@ -92,33 +96,33 @@ class DecidedTexts:
 
     @property
     def unanswered(self) -> list[int]:
-        """The places of the texts that step 0 does not answer."""
-        places: list[int] = np.flatnonzero(self.decided.steps).tolist()
-        return places
+        """The indices of the texts that step 0 does not answer."""
+        indices: list[int] = np.flatnonzero(self.decided.steps).tolist()
+        return indices
 
     def answer(self, return_heads: bool, engine: Answers | None) -> Answers:
-        """Put the answers of step 0 and those of an engine together, in the order of the texts.
+        """Merge the answers of step 0 and those of an engine, in the order of the texts.
 
         Args:
-            return_heads: name the heads that were computed.
-            engine: the answers to the `unanswered` texts; None: there were none.
+            return_heads: whether the answers name the computed heads.
+            engine: answers to the `unanswered` texts; None: there were none.
         """
         decided, sizes, count = self.decided, self.decider.sizes, len(self.texts)
         macs = [self.decider.macs(tokens) for tokens in self.texts.window.lengths.tolist()]
-        spent, dense = (np.array([own[at] for own in macs], np.int64) for at in (0, 1))
+        spent, dense = np.array(macs, np.int64).reshape(count, 2).T.copy()
         logits = decided.exit_logits
-        none = np.zeros(count, np.int32)
+        zeros = np.zeros(count, np.int32)
         ran = np.zeros((count, self.rule.num_steps + 1), bool)
         ran[:, 0] = decided.asked
         answers = Answers(
             logits=np.zeros((count, sizes.classes), np.float32) if logits is None else logits,
-            step=none,
+            step=zeros,
             predicted=decided.steps,
             ran=ran,
-            heads=none,
+            heads=zeros,
             macs=spent,
             dense_macs=dense,
-            next_step=none,
+            next_step=zeros,
             chosen=[[[] for _ in range(sizes.layers)]] * count if return_heads else None,
             budget_seconds=self.seconds,
             quality=self.quality,

@@ -1,4 +1,7 @@
-"""Scores of logits; shapes: B texts, C labels."""
+"""Scores from logits.
+
+Shapes: B texts, C labels.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ Activation = Literal["softmax", "sigmoid", "none"]
 
 
 def activation_of(checkpoint: Checkpoint) -> Activation:
-    """Return what makes scores of logits in a checkpoint's kind of problem."""
+    """Return the activation for the problem type of a checkpoint."""
     return "sigmoid" if checkpoint.multi_label else "softmax"
 
 

@@ -1,4 +1,4 @@
-"""The models as a frontend knows them: checkpoints, tokenizers, and who uses them."""
+"""The served models of a frontend: checkpoints, tokenizers, deciders, and requests in flight."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ log = structlog.get_logger()
 
 
 class UnknownModelError(Exception):
-    """No such model is served, or it is in another version."""
+    """The requested model or version is not served."""
 
 
 @dataclass(eq=False)
 class ServedModel:
-    """A checkpoint, its tokenizer, which cuts texts to the model's length, and its decider.
+    """A served version, and the number of requests that use it.
 
-    `decider` None: budgets are decided by the engine, as its network reads embeddings for that.
+    Engines keep the version until the last request that uses it has ended.
 
-    It counts who uses it, so that it is not taken from the engines before the last is done.
+    Attributes:
+        checkpoint: description of the checkpoint.
+        encoder: tokenizer, which truncates texts to the length of the model.
+        decider: decides budgets; None: the engine does, as the network reads embeddings for that.
     """
 
     checkpoint: Checkpoint
@@ -43,7 +46,7 @@ class ServedModel:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Count a request that is on its way."""
+        """Count a request as in flight while the context is open."""
         self._users += 1
         self._idle.clear()
         try:
@@ -54,26 +57,25 @@ class ServedModel:
                 self._idle.set()
 
     async def until_idle(self) -> None:
-        """Wait for the requests on their way."""
+        """Wait until no request uses this version."""
         if self._users:
             await self._idle.wait()
 
 
 def open_model(path: Path, shared: Path | None = None) -> ServedModel:
-    """Load what the frontend needs of a checkpoint folder.
+    """Load the parts of a checkpoint that a frontend needs.
 
     Args:
-        path: the folder.
+        path: folder of the checkpoint.
         shared: see `load_decider`.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the checkpoint is damaged.
     """
     checkpoint = read_checkpoint(path)
-    encoder, decider = load_encoder(checkpoint), load_decider(checkpoint, shared)
-    served = ServedModel(checkpoint, encoder, decider)
+    model = ServedModel(checkpoint, load_encoder(checkpoint), load_decider(checkpoint, shared))
     return_memory()
-    return served
+    return model
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Candidate:
     """A version that is being rolled out beside the served one.
 
     Attributes:
-        model: the version.
+        model: candidate version.
         weight: share of the requests that it answers.
         shadow: share of the other requests that it computes too.
     """
@@ -91,16 +93,16 @@ class Candidate:
     shadow: float
 
     def answers(self, request_id: str) -> bool:
-        """Say whether it answers a request: the same one always, in every frontend."""
-        return _place(request_id) < self.weight
+        """Return whether the candidate answers a request; every frontend returns the same."""
+        return _unit_hash(request_id) < self.weight
 
     def shadows(self, request_id: str) -> bool:
-        """Say whether it also computes a request that it does not answer."""
-        return _place(request_id) >= 1 - self.shadow * (1 - self.weight)
+        """Return whether the candidate also computes a request that it does not answer."""
+        return _unit_hash(request_id) >= 1 - self.shadow * (1 - self.weight)
 
 
-def _place(request_id: str) -> float:
-    """Return a number in [0, 1) that every frontend derives from the id."""
+def _unit_hash(request_id: str) -> float:
+    """Return a hash in [0, 1), the same one in every process."""
     return zlib.crc32(request_id.encode()) / 2**32
 
 
@@ -109,9 +111,9 @@ class Models:
 
     Args:
         store: folder of checkpoints.
-        default: model of requests that name none, `name` or `name:version`; None: the first by
+        default: model for requests that name none, as `name` or `name:version`; None: the first by
             name.
-        shared: folder through which the frontends of a server hold tables once.
+        shared: folder for tables that the frontends of a server share; see `load_decider`.
     """
 
     def __init__(self, store: Path, default: str | None, shared: Path | None = None) -> None:
@@ -123,69 +125,70 @@ class Models:
 
     @property
     def default(self) -> str | None:
-        """Name of the default model; None when nothing is served."""
+        """Name of the default model; None: no model is served."""
         return self._default or next(iter(sorted(self.served)), None)
 
     def get(self, spec: str | None, request_id: str | None = None) -> ServedModel:
-        """Return the model for `name`, `name:version`, or None, the default.
+        """Return the model that a request names.
 
         Args:
-            spec: what a request names; with a version it may be that of a candidate.
-            request_id: of a request that a candidate may answer in place of the served version;
-                None: it may not.
+            spec: `name`, or `name:version`, which may be a candidate; None: the default model.
+            request_id: id of a request that a candidate may answer instead of the served version;
+                None: no candidate may.
 
         Raises:
-            UnknownModelError: there is none.
+            UnknownModelError: the model or the version is not served.
         """
         name, _, version = (spec or self.default or "").partition(":")
         model = self.served.get(name)
         if model is None:
-            known = ", ".join(sorted(self.served)) or "none"
-            raise UnknownModelError(f"no model {name[:100]!r} is served (there are: {known})")
+            names = ", ".join(sorted(self.served)) or "none"
+            raise UnknownModelError(f"no model {name[:100]!r} is served (served models: {names})")
         candidate = self.candidates.get(name)
         if not version:
             if candidate is not None and request_id is not None and candidate.answers(request_id):
                 return candidate.model
             return model
-        choice = [model] if candidate is None else [model, candidate.model]
-        for one in choice:
-            if version == str(one.checkpoint.version):
-                return one
-        served = " and ".join(str(one.checkpoint.version) for one in choice)
-        raise UnknownModelError(f"{name} is served in version {served}, not {version[:100]}")
+        versions = {str(model.checkpoint.version): model}
+        if candidate is not None:
+            versions[str(candidate.model.checkpoint.version)] = candidate.model
+        if version not in versions:
+            served = " and ".join(versions)
+            raise UnknownModelError(f"{name} is served in version {served}, not {version[:100]}")
+        return versions[version]
 
     def shadow_of(self, model: ServedModel, request_id: str) -> ServedModel | None:
-        """Return the candidate that also computes a request that this model answered, if any."""
+        """Return the candidate that also computes a request that `model` answers; None: none."""
         candidate = self.candidates.get(model.checkpoint.name)
         if candidate is None or candidate.model is model or not candidate.shadows(request_id):
             return None
         return candidate.model
 
     async def serve(self, versions: list[ServedVersion]) -> list[ServedModel]:
-        """Serve exactly these from now on, and return those that are served no more."""
+        """Serve exactly these versions from now on, and return the models that this retires."""
         before = self.all()
-        known = {(one.checkpoint.name, one.checkpoint.version): one for one in before}
+        loaded = {(model.checkpoint.name, model.checkpoint.version): model for model in before}
         served: dict[str, ServedModel] = {}
         candidates: dict[str, Candidate] = {}
-        for wanted in versions:
-            model = known.get((wanted.name, wanted.version))
+        for version in versions:
+            model = loaded.get((version.name, version.version))
             if model is None:
                 try:
-                    model = await asyncio.to_thread(open_model, Path(wanted.path), self._shared)
-                except CheckpointError as error:  # the hub has read it a moment ago
+                    model = await asyncio.to_thread(open_model, Path(version.path), self._shared)
+                except CheckpointError as error:  # changed since the hub has read it
                     log.error("checkpoint skipped", reason=str(error))
                     continue
-            if wanted.candidate:
-                candidates[wanted.name] = Candidate(model, wanted.weight, wanted.shadow)
+            if version.candidate:
+                candidates[version.name] = Candidate(model, version.weight, version.shadow)
             else:
-                served[wanted.name] = model
+                served[version.name] = model
         self.served, self.candidates = served, candidates
         kept = {id(model) for model in self.all()}
         return [model for model in before if id(model) not in kept]
 
     def all(self) -> list[ServedModel]:
-        """Return every version that is served, candidates too."""
-        return [*self.served.values(), *(one.model for one in self.candidates.values())]
+        """Return every served version, including candidates."""
+        return [*self.served.values(), *(each.model for each in self.candidates.values())]
 
     def versions(self, name: str) -> list[int]:
         """Return the versions of a model in the store."""
@@ -193,7 +196,7 @@ class Models:
         return [checkpoint.version for checkpoint in checkpoints]
 
     def stored(self) -> list[tuple[str, int]]:
-        """Return the name and version of every sound checkpoint in the store."""
+        """Return the name and version of every readable checkpoint in the store."""
         return [
             (name, checkpoint.version)
             for name, versions in sorted(read_store(self.store).checkpoints.items())

@@ -1,4 +1,4 @@
-"""Compute requests with a candidate, too, after they were answered, and compare."""
+"""Shadow requests: have a candidate compute requests that were answered, and compare."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from service.pipeline.served_models import ServedModel
 from service.telemetry.counts import Counts, Spent
 
 MAX_TEXTS = 512
-"""Texts that a frontend has candidates compute at a time; more are skipped, and counted."""
+"""Maximum number of texts that candidates compute at a time; others are skipped and counted."""
 
 log = structlog.get_logger()
 
 
 class SkippedError(Exception):
-    """The server had no room for texts that nobody waits for: it is not the candidate's fault."""
+    """The server has no capacity for shadow texts; this does not count against the candidate."""
 
 
 @dataclass(frozen=True)
 class AnsweredRequest:
-    """What the served version answered to a request.
+    """The answers of the served version to a request.
 
     Attributes:
-        checkpoint: of the version.
-        answers: to its texts.
-        computed: whether all of them were computed for this request, and none kept.
+        checkpoint: checkpoint of the served version.
+        answers: answers to the texts of the request.
+        computed: whether all answers were computed for this request, and none came from the cache.
     """
 
     checkpoint: Checkpoint
@@ -44,7 +44,7 @@ class Shadows:
     """Have candidates compute requests in the background.
 
     Args:
-        counts: what comes out is counted there.
+        counts: counts to which the results of the comparisons are added.
     """
 
     def __init__(self, counts: Counts) -> None:
@@ -58,12 +58,13 @@ class Shadows:
         answered: AnsweredRequest,
         compute: Callable[[ServedModel], Awaitable[Answers]],
     ) -> None:
-        """Have a candidate compute what was answered.
+        """Start the comparison of a candidate with the answers to a request.
 
         Args:
-            candidate: the version.
-            answered: the answers that it is compared with.
-            compute: answers the texts of the request; it raises `SkippedError` if there is no room.
+            candidate: version to compare.
+            answered: answers of the served version.
+            compute: computes the texts of the request with a version; it raises `SkippedError` if
+                there is no capacity.
         """
         count = len(answered.answers)
         if self._texts + count > MAX_TEXTS:
@@ -73,7 +74,7 @@ class Shadows:
         self._background.start(self._compare(candidate, answered, compute))
 
     async def stop(self) -> None:
-        """Compute nothing more."""
+        """Cancel the comparisons that still run."""
         await self._background.stop()
 
     async def _compare(
@@ -89,17 +90,19 @@ class Shadows:
         except SkippedError:
             self._count(candidate, {"skipped": count})
             return
-        except Exception as error:  # whatever it is, the candidate has no answer
+        except Exception as error:  # each counts as a failure of the candidate
             log.debug("candidate failed", model=candidate.checkpoint.label, exc_info=error)
             self._count(candidate, {"failed": count})
             return
         finally:
             self._texts -= count
-        mine, theirs = labels(candidate.checkpoint, answers), labels(answered.checkpoint, served)
+        pairs = zip(
+            labels(candidate.checkpoint, answers), labels(answered.checkpoint, served), strict=True
+        )
         outcomes = Counter(
-            "failed" if at in answers.errors else "agreed" if own == other else "differed"
-            for at, (own, other) in enumerate(zip(mine, theirs, strict=True))
-            if at not in served.errors
+            "failed" if index in answers.errors else "agreed" if label == expected else "differed"
+            for index, (label, expected) in enumerate(pairs)
+            if index not in served.errors
         )
         spent = {"served": _spent(served), "candidate": _spent(answers)}
         self._count(candidate, outcomes, spent if answered.computed else {})
@@ -115,9 +118,9 @@ class Shadows:
 
 
 def labels(checkpoint: Checkpoint, answers: Answers) -> list[Hashable]:
-    """Return what each text was labelled: its best label, or all that hold where several may."""
+    """Return the label of each text; for a multi-label model, the set of its labels."""
     names = checkpoint.manifest.labels
-    if checkpoint.manifest.problem_type == "multi_label_classification":
+    if checkpoint.multi_label:
         return [
             frozenset(name for name, logit in zip(names, row, strict=True) if logit > 0)
             for row in answers.logits.tolist()

@@ -326,7 +326,7 @@ async def test_one_that_is_gone_does_not_break_the_turns_of_the_others() -> None
 async def test_the_first_requests_of_several_frontends_go_to_different_engines() -> None:
     scripted = [ScriptedEngine(answers) for _ in range(4)]
     async with engines(*scripted) as held:
-        sockets = [client._place for client in held.clients if isinstance(client._place, Path)]
+        sockets = [client._address for client in held.clients if isinstance(client._address, Path)]
         frontends = [Engines(sockets, first=index) for index in range(6)]
         async with AsyncExitStack() as stack:
             for frontend in frontends:

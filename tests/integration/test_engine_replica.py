@@ -12,7 +12,7 @@ import pytest
 
 from service.cluster.engine import EngineReplica
 from service.ipc.engine_messages import (
-    TO_FRONT,
+    TO_FRONTEND,
     Answer,
     Classify,
     Failed,
@@ -56,7 +56,7 @@ def frame(store: Path, key: tuple[str, int]) -> bytes:
 
 async def ask(running: EngineReplica, store: Path, key: tuple[str, int]) -> Any:
     told = await running.classify(f"{key[0]}:{key[1]}", 1, frame(store, key))
-    return TO_FRONT.decode(told)
+    return TO_FRONTEND.decode(told)
 
 
 async def test_models_take_turns_where_not_all_have_room(model_store: Path) -> None:
@@ -76,7 +76,7 @@ async def test_where_there_is_room_every_model_stays(model_store: Path) -> None:
 async def test_what_is_not_in_the_store_is_said_to_be_missing(model_store: Path) -> None:
     async with replica(model_store) as running:
         told = await running.classify("topics:9", 1, _renamed(frame(model_store, TOPICS)))
-        assert isinstance(TO_FRONT.decode(told), Failed)
+        assert isinstance(TO_FRONTEND.decode(told), Failed)
 
 
 async def test_only_requests_to_classify_come_through_ray(model_store: Path) -> None:

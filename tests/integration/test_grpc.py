@@ -371,7 +371,7 @@ class TestErrors:
     @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.method)
     async def test_what_is_no_message(self, caller: Calling, call: Any) -> None:
         method = f"/{call.service}/{call.method}"
-        await refused(caller.send(method, b"\x0a\xff\xff"), "INVALID_ARGUMENT", "this is no ")
+        await refused(caller.send(method, b"\x0a\xff\xff"), "INVALID_ARGUMENT", "is not a valid ")
 
     async def test_more_than_one_message_or_none(self, caller: Calling) -> None:
         message = question(inputs=[typed_texts(TEXTS)]).SerializeToString()
@@ -401,7 +401,7 @@ class TestErrors:
     )
     async def test_a_message_of_too_many_values(self, caller: Calling, message: Any) -> None:
         asking = answered(caller, message)
-        await refused(asking, "RESOURCE_EXHAUSTED", "the message holds more than")
+        await refused(asking, "RESOURCE_EXHAUSTED", "the message has more than")
 
     async def test_metadata_that_is_too_large(self, caller: Calling) -> None:
         asking = caller.triton.is_server_live(headers={"x-long": "a" * 40_000})
@@ -459,7 +459,7 @@ class TestTheWayOfARequest:
             few = {"x-api-key": "few-secret"}
             await triton.infer(TOPICS, given, headers=few)
             asking = triton.infer(TOPICS, given, headers=few)
-            metadata = await refused(asking, "RESOURCE_EXHAUSTED", "so many texts")
+            metadata = await refused(asking, "RESOURCE_EXHAUSTED", "rate limit of this key")
             assert int(metadata["retry-after"]) >= 1
             assert await triton.is_server_ready()
             assert await health(caller) == health_pb2.HealthCheckResponse.SERVING
@@ -470,7 +470,7 @@ class TestTheWayOfARequest:
                 first = asyncio.ensure_future(escalating(caller, TEXTS))
                 await until(lambda: texts_held(running) == len(TEXTS), "texts")
                 metadata = await refused(
-                    escalating(caller, TEXTS), "RESOURCE_EXHAUSTED", "all the texts that it can"
+                    escalating(caller, TEXTS), "RESOURCE_EXHAUSTED", "as many texts as it can queue"
                 )
                 assert int(metadata["retry-after"]) >= 1
             assert len((await first).as_numpy("label")) == len(TEXTS)

@@ -56,7 +56,7 @@ async def frontend(socket: Path) -> AsyncIterator[HubLink]:
         return
 
     to_hub = HubLink(socket, serve, ["/classify"])
-    to_hub.know_keys(["one"])
+    to_hub.send_keys(["one"])
     await to_hub.start()
     yield to_hub
     await to_hub.stop()

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from service.ipc.coalesced_writes import OneWrite
+from service.ipc.coalesced_writes import CoalescedWriter
 
 
 class Stream:
@@ -35,8 +35,8 @@ def stream() -> Stream:
     return Stream()
 
 
-def together(stream: Stream) -> OneWrite:
-    return OneWrite(cast(Any, stream))
+def together(stream: Stream) -> CoalescedWriter:
+    return CoalescedWriter(cast(Any, stream))
 
 
 async def test_one_turn_is_one_write(stream: Stream) -> None:

@@ -24,7 +24,7 @@ from service.ipc.control_messages import (
 )
 from service.ipc.engine_messages import (
     TO_ENGINE,
-    TO_FRONT,
+    TO_FRONTEND,
     Cancel,
     Done,
     Expired,
@@ -46,17 +46,17 @@ class Client(Connection):
     """Counts what it cannot handle."""
 
     def __init__(self, place: Path) -> None:
-        super().__init__("server", place, TO_FRONT)
+        super().__init__("server", place, TO_FRONTEND)
         self.made = self.expired = 0
 
-    def _came(self) -> None:
+    def _on_connect(self) -> None:
         self.made += 1
 
-    def _take(self, message: Any) -> None:
+    def _on_message(self, message: Any) -> None:
         if isinstance(message, Expired):
             self.expired += 1
             raise ERRORS[message.id % len(ERRORS)]
-        super()._take(message)
+        super()._on_message(message)
 
 
 @asynccontextmanager
@@ -120,7 +120,7 @@ async def test_a_bad_frame_ends_its_connection_alone() -> None:
         )
 
     async with connected(came) as client:
-        other = Client(client._place)  # type: ignore[arg-type]
+        other = Client(client._address)  # type: ignore[arg-type]
         tasks = Background()
         tasks.start(other.stay_connected())
         await until(lambda: other.connected, "the other connection")
@@ -191,7 +191,7 @@ async def test_a_stalled_hub_is_not_waited_for_and_nothing_counted_is_lost(
     monkeypatch.setattr(link, "SILENCE_LIMIT", 1.5)
     hub = StalledHub()
     async with linked(hub) as to_hub:
-        to_hub.know_keys(["one"])
+        to_hub.send_keys(["one"])
         hub.reads.set()
         assert (await to_hub.show(Scrape(0, False))).content == b"series"
         hub.reads.clear()

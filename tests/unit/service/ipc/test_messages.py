@@ -91,7 +91,7 @@ TO_ENGINE = {
     Watch: st.builds(Watch),
 }
 levels = st.sampled_from(QUALITY_NAMES)
-TO_FRONT = {
+TO_FRONTEND = {
     Hello: st.builds(Hello, numbers, numbers, words, words, st.lists(model_info, max_size=2)),
     Models: st.builds(Models, st.lists(model_info, max_size=2)),
     Heartbeat: st.builds(
@@ -214,7 +214,7 @@ def read_all(data: bytes, messages: Decoder, chunk: int = 2**16) -> list[object]
 
 PAIRS = [
     (protocol.ToEngine, TO_ENGINE, protocol.TO_ENGINE),
-    (protocol.ToFrontend, TO_FRONT, protocol.TO_FRONT),
+    (protocol.ToFrontend, TO_FRONTEND, protocol.TO_FRONTEND),
     (hub.ToHub, TO_HUB, hub.TO_HUB),
     (hub.FromHub, FROM_HUB, hub.FROM_HUB),
 ]
@@ -278,7 +278,7 @@ def test_a_stream_that_breaks_off_reads_as_its_end(kept: int) -> None:
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("messages", [protocol.TO_ENGINE, protocol.TO_FRONT])
+@pytest.mark.parametrize("messages", [protocol.TO_ENGINE, protocol.TO_FRONTEND])
 def test_a_frame_that_is_no_message_is_an_error(body: bytes, messages: Decoder) -> None:
     with pytest.raises(FrameError):
         read_all(struct.pack("<I", len(body)) + body, messages)
@@ -288,7 +288,7 @@ def test_a_message_of_the_other_direction_is_an_error() -> None:
     with pytest.raises(FrameError):
         read_all(frame(Expired(1)), protocol.TO_ENGINE)
     with pytest.raises(FrameError):
-        read_all(frame(Cancel(1)), protocol.TO_FRONT)
+        read_all(frame(Cancel(1)), protocol.TO_FRONTEND)
 
 
 @pytest.mark.parametrize("length", [frames.MAX_FRAME_BYTES + 1, 2**32 - 1])
@@ -301,7 +301,7 @@ def test_a_length_beyond_reason_is_an_error_before_anything_is_read(length: int)
 @given(st.binary(max_size=64))
 def test_noise_is_an_error_or_the_end_and_never_anything_else(noise: bytes) -> None:
     try:
-        read_all(struct.pack("<I", len(noise)) + noise, protocol.TO_FRONT)
+        read_all(struct.pack("<I", len(noise)) + noise, protocol.TO_FRONTEND)
     except FrameError:
         return
 
@@ -359,7 +359,7 @@ def test_columns_of_tokens_that_do_not_fit_together_are_an_error(bad: dict[str, 
 
 
 def test_step_0_reads_as_many_texts_as_the_encoder() -> None:
-    with pytest.raises(FrameError, match="as many texts"):
+    with pytest.raises(FrameError, match="one full text per"):
         SentTexts(GOOD, SentTokens.of(TokenColumns.of([[1]]))).read()
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from budgetformer.tokenization import Text
 from service.ipc.answers import COLUMNS, Answers
-from service.pipeline.answer_cache import AnswerCache, AnsweredTexts, Asked, Lookup
+from service.pipeline.answer_cache import AnswerCache, AnsweredTexts, AnswerOptions, Lookup
 from service.pipeline.served_models import ServedModel, open_model
 from tests.support.stores import TOPICS
 
-BALANCED = Asked("balanced")
+BALANCED = AnswerOptions("balanced")
 PLENTY = 2**20
 
 
@@ -48,11 +48,15 @@ def computed(model: ServedModel, count: int, seed: int, **more: Any) -> Answered
 
 
 def fill(
-    cache: AnswerCache, model: ServedModel, *texts: Text, asked: Asked = BALANCED, seed: int = 0
+    cache: AnswerCache,
+    model: ServedModel,
+    *texts: Text,
+    options: AnswerOptions = BALANCED,
+    seed: int = 0,
 ) -> AnsweredTexts:
     """Have answers to texts computed and kept."""
-    lookup = cache.look_up(model, asked, texts)
-    new = computed(model, len(lookup.misses), seed, quality=asked.quality)
+    lookup = cache.look_up(model, options, texts)
+    new = computed(model, len(lookup.misses), seed, quality=options.quality)
     return lookup.complete(new)
 
 
@@ -61,8 +65,10 @@ def columns(found: AnsweredTexts) -> dict[str, np.ndarray[Any, Any]]:
     return own | {name: getattr(found.answers, name) for name in COLUMNS}
 
 
-def kept(cache: AnswerCache, model: ServedModel, *texts: Text, asked: Asked = BALANCED) -> Lookup:
-    return cache.look_up(model, asked, texts)
+def kept(
+    cache: AnswerCache, model: ServedModel, *texts: Text, options: AnswerOptions = BALANCED
+) -> Lookup:
+    return cache.look_up(model, options, texts)
 
 
 def test_kept_answers_are_those_that_were_computed(model: ServedModel) -> None:
@@ -116,21 +122,23 @@ def test_answers_at_another_level_than_asked_are_not_kept(model: ServedModel) ->
 @pytest.mark.parametrize(
     "other",
     [
-        Asked("fast"),
-        Asked("best"),
-        Asked(1.5),
-        Asked("balanced", heads=2),
-        Asked("balanced", max_heads=2),
-        Asked("balanced", caller="web"),
+        AnswerOptions("fast"),
+        AnswerOptions("best"),
+        AnswerOptions(1.5),
+        AnswerOptions("balanced", heads=2),
+        AnswerOptions("balanced", max_heads=2),
+        AnswerOptions("balanced", caller="web"),
     ],
     ids=str,
 )
-def test_an_answer_stands_only_for_what_it_was_asked_for(model: ServedModel, other: Asked) -> None:
+def test_an_answer_stands_only_for_what_it_was_asked_for(
+    model: ServedModel, other: AnswerOptions
+) -> None:
     cache = AnswerCache(PLENTY)
     fill(cache, model, "a")
-    assert kept(cache, model, "a", asked=other).outcome == "miss"
-    fill(cache, model, "a", asked=other, seed=1)
-    assert kept(cache, model, "a", asked=other).outcome == "hit"
+    assert kept(cache, model, "a", options=other).outcome == "miss"
+    fill(cache, model, "a", options=other, seed=1)
+    assert kept(cache, model, "a", options=other).outcome == "hit"
     assert kept(cache, model, "a").outcome == "hit"
     assert len(cache) == 2
 

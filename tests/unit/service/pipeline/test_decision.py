@@ -12,7 +12,7 @@ from budgetformer.cost.macs import Sizes
 from budgetformer.inference.decider import Decided, Decider
 from budgetformer.inference.policy import BudgetRule
 from budgetformer.inference.texts import Texts, TokenColumns
-from service.pipeline.decision import FEW_TEXTS, DecidedTexts, Deciding
+from service.pipeline.decision import FEW_TEXTS, DecidedTexts, DecisionBatcher
 from tests.support.columns import answers_to, rows
 from tests.support.networks import small_config
 
@@ -44,7 +44,7 @@ def noting() -> Noting:
 
 
 async def test_requests_of_one_turn_are_decided_together() -> None:
-    decider, deciding = noting(), Deciding()
+    decider, deciding = noting(), DecisionBatcher()
     asked = [texts(1), texts(2, 3), texts(4)]
     found = await asyncio.gather(*(deciding.decide(decider, RULE, some) for some in asked))
     assert decider.calls == [[1, 2, 3, 4]]
@@ -55,7 +55,7 @@ async def test_requests_of_one_turn_are_decided_together() -> None:
 
 
 async def test_each_rule_and_decider_has_its_own_decision() -> None:
-    first, second, deciding = noting(), noting(), Deciding()
+    first, second, deciding = noting(), noting(), DecisionBatcher()
     await asyncio.gather(
         deciding.decide(first, RULE, texts(1)),
         deciding.decide(first, OTHER, texts(2)),
@@ -67,7 +67,7 @@ async def test_each_rule_and_decider_has_its_own_decision() -> None:
 
 
 async def test_many_texts_do_not_wait_for_others() -> None:
-    decider, deciding = noting(), Deciding()
+    decider, deciding = noting(), DecisionBatcher()
     few = asyncio.create_task(deciding.decide(decider, RULE, texts(1)))
     await asyncio.sleep(0)
     await deciding.decide(decider, RULE, texts(*[2] * FEW_TEXTS))
@@ -76,7 +76,7 @@ async def test_many_texts_do_not_wait_for_others() -> None:
 
 
 async def test_whoever_is_cancelled_leaves_the_others_their_answers() -> None:
-    decider, deciding = noting(), Deciding()
+    decider, deciding = noting(), DecisionBatcher()
     tasks = [asyncio.create_task(deciding.decide(decider, RULE, texts(n))) for n in (1, 2, 3)]
     await asyncio.sleep(0)
     tasks[1].cancel()
@@ -86,7 +86,7 @@ async def test_whoever_is_cancelled_leaves_the_others_their_answers() -> None:
 
 
 async def test_an_error_reaches_everyone_who_waits_and_nobody_later() -> None:
-    decider, deciding = noting(), Deciding()
+    decider, deciding = noting(), DecisionBatcher()
     asked = [deciding.decide(decider, RULE, texts(n)) for n in (1, 13)]
     found = await asyncio.gather(*asked, return_exceptions=True)
     assert [str(one) for one in found] == ["an unlucky text"] * 2
