@@ -39,8 +39,8 @@ class Answering:
     ) -> Answers:
         """Return the answers to the texts of a submission.
 
-        The engine decides the budgets if the network reads embeddings for that, or if the submission
-        has a target time, for which the quality depends on the engine's queue.
+        The engine decides the budgets if the network reads embeddings for that, or if the
+        submission has a target time, for which the quality depends on the queue of the engine.
 
         Args:
             submission: texts and options.
