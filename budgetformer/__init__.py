@@ -25,6 +25,7 @@ __all__ = [*_MODULES, "__version__"]
 
 
 def _register(auto: ModuleType) -> None:
+    """Register our classes with Transformers' Auto classes, by importing our module."""
     import_module(f"budgetformer.model.{auto.__name__.rpartition('.')[2].removesuffix('_auto')}")
 
 

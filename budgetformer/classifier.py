@@ -27,15 +27,15 @@ class Prediction:
     """The answer for one text, and its cost.
 
     Attributes:
-        label, score: the best label and its probability.
+        label, score: most probable label and its probability.
         probs: probabilities [C] in label order.
-        budget: the ladder step that answered.
-        predicted: the step that f_o expected to answer; None if the layers decide the budgets.
-        steps: all steps that ran, in order.
+        budget: ladder step that answered.
+        predicted: step that f_o predicted to answer; None if the layers decide the budgets.
+        steps: steps that ran, in order.
         heads: heads computed, summed over layers and steps.
         macs, dense_macs: multiply-adds executed, and those of the dense network.
-        tokens: tokens that the encoder reads.
-        truncated: whether the text was longer than that.
+        tokens: number of tokens that the encoder read.
+        truncated: whether the text has more tokens.
     """
 
     label: str
@@ -52,7 +52,7 @@ class Prediction:
 
 
 class Classifier:
-    """A checkpoint, ready to classify."""
+    """A loaded checkpoint that classifies texts in this process."""
 
     def __init__(
         self, path: Path | str, device: str = "cpu", precision: Precision = "auto"
@@ -61,8 +61,8 @@ class Classifier:
 
         Args:
             path: folder `<name>/<version>`, or `<name>` for the highest version.
-            device: such as "cpu" or "cuda".
-            precision: of the matrix products; "auto" chooses as the server does.
+            device: torch device, such as "cpu" or "cuda".
+            precision: precision of the matrix products; "auto" chooses as the server does.
 
         Raises:
             CheckpointError: there is no checkpoint, or it is damaged.
@@ -92,25 +92,25 @@ class Classifier:
         items = cascade.answer(self.network, tokens, rule, partial(_batches, tokens.window.lengths))
         probs = probabilities(torch.from_numpy(items.logits), self.checkpoint.manifest.problem_type)
         return [
-            self._prediction(items, place, own, text)
-            for place, (own, text) in enumerate(zip(probs.tolist(), encoded, strict=True))
+            self._prediction(items, index, *of_text)
+            for index, of_text in enumerate(zip(probs.tolist(), encoded, strict=True))
         ]
 
     def _prediction(
-        self, items: Items, place: int, probs: list[float], tokens: Tokens
+        self, items: Items, index: int, probs: list[float], tokens: Tokens
     ) -> Prediction:
         best = max(range(len(probs)), key=probs.__getitem__)
-        predicted = int(items.predicted[place])
+        predicted = int(items.predicted[index])
         return Prediction(
             label=self.checkpoint.manifest.labels[best],
             score=probs[best],
             probs=probs,
-            budget=int(items.step[place]),
+            budget=int(items.step[index]),
             predicted=None if predicted == cascade.LAYERWISE else predicted,
-            steps=items.steps(place),
-            heads=int(items.total_heads[place]),
-            macs=int(items.macs[place]),
-            dense_macs=int(items.dense_macs[place]),
+            steps=items.steps(index),
+            heads=int(items.total_heads[index]),
+            macs=int(items.macs[index]),
+            dense_macs=int(items.dense_macs[index]),
             tokens=len(tokens),
             truncated=tokens.truncated,
         )
@@ -123,15 +123,15 @@ def _version_folder(path: Path) -> Path:
     return max(versions, key=lambda p: int(p.name), default=path)
 
 
-def _batches(lengths: Array, places: list[int]) -> Iterator[list[int]]:
-    """Group texts of like length into batches of at most `MAX_BATCH_TOKENS` tokens."""
+def _batches(lengths: Array, texts: list[int]) -> Iterator[list[int]]:
+    """Group the indices of texts of similar length, at most `MAX_BATCH_TOKENS` per batch."""
     batch: list[int] = []
     tokens = 0
-    for place in sorted(places, key=lengths.__getitem__):
-        if batch and tokens + lengths[place] > MAX_BATCH_TOKENS:
+    for text in sorted(texts, key=lengths.__getitem__):
+        if batch and tokens + lengths[text] > MAX_BATCH_TOKENS:
             yield sorted(batch)
             batch, tokens = [], 0
-        batch.append(place)
-        tokens += int(lengths[place])
+        batch.append(text)
+        tokens += int(lengths[text])
     if batch:
         yield sorted(batch)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
-"""File with this process's control groups, one line per hierarchy."""
+"""File that lists this process's control groups, one line per hierarchy."""
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use, at least 1.
+    """Return the number of cores that this process may use, at least 1.
 
-    A quota (`docker --cpus`, a CPU limit of Kubernetes, systemd's CPUQuota) is rounded down: one
-    more engine would be throttled in every period, and the frontend needs the remainder.
+    A quota (`docker --cpus`, a CPU limit of Kubernetes, systemd's CPUQuota) is rounded down: with
+    one engine more, the kernel would throttle all of them; the frontend uses the remainder.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota = cpu_quota()
@@ -55,13 +55,13 @@ def cgroups(controller: str) -> Iterator[Path]:
         roots = [CGROUPS / controllers, CGROUPS / controller] if controllers else [CGROUPS]
         root = next(filter(Path.is_dir, roots), None)
         if root is not None:
-            own = root / path.lstrip("/")
-            above = [folder for folder in own.parents if folder.is_relative_to(root)]
-            yield from reversed([own, *above])
+            innermost = root / path.lstrip("/")
+            parents = [folder for folder in innermost.parents if folder.is_relative_to(root)]
+            yield from reversed([innermost, *parents])
 
 
 def _quota(folder: Path) -> float | None:
-    """Return one group's quota in cores; None if it has none or its files cannot be read."""
+    """Return the quota of a control group in cores; None: it has none or cannot be read."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()

@@ -30,7 +30,7 @@ class PolicyError(BudgetFormerError, ValueError):
 
 
 class TokenizerError(BudgetFormerError):
-    """A tokenizer cannot be read, or fails on a text with the index `place`."""
+    """A tokenizer cannot be read, or fails on the text with index `place`."""
 
     def __init__(self, message: str, place: int | None = None) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class WorkerError(BudgetFormerError):
 
 
 def readable(message: object) -> str:
-    r"""Return a message as valid UTF-8; bytes of file names that are not become `\udcff` etc."""
+    r"""Return a message as valid UTF-8; invalid bytes of file names are escaped, as `\udcff`."""
     return str(message).encode("utf-8", "backslashreplace").decode()
 
 

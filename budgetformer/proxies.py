@@ -1,4 +1,4 @@
-"""Find proxy variables such as HTTP_PROXY, and URLs of this host, which no proxy can reach."""
+"""Recognise proxy variables such as HTTP_PROXY, and URLs of this host, which need no proxy."""
 
 from __future__ import annotations
 

@@ -14,21 +14,21 @@ def python_command(*arguments: str) -> list[str]:
     `json.py` or `torch` folder would replace the installed module.
 
     Args:
-        arguments: as for `python`, such as `-m` and a module.
+        arguments: arguments of `python`, such as `-m` and a module.
     """
     return [sys.executable, "-P", *arguments]
 
 
 def shadowing_files(folder: Path) -> list[str]:
-    """Return the files in a folder that would shadow modules imported here.
+    """Return the files in a folder that would shadow modules imported by this process.
 
-    They do in a process whose `sys.path` begins with that folder.
+    They shadow them in a process whose `sys.path` begins with that folder.
     """
-    found = []
+    shadowing = []
     for name in sorted({name.partition(".")[0] for name in sys.modules}):
         spec = PathFinder.find_spec(name, [str(folder)])
-        own = getattr(sys.modules.get(name), "__file__", None)
+        imported = getattr(sys.modules.get(name), "__file__", None)
         # A folder without `__init__.py` has no origin, and shadows nothing.
-        if spec is not None and spec.origin and own and not Path(spec.origin).samefile(own):
-            found.append(spec.origin)
-    return found
+        if spec and spec.origin and imported and not Path(spec.origin).samefile(imported):
+            shadowing.append(spec.origin)
+    return shadowing

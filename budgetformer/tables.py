@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from budgetformer.errors import DataError, one_line
 
 Row = tuple[str, str | None]
-"""A text, and its pair if the rows are pairs."""
+"""A text, and the second text of its pair, if any."""
 
 MAX_ROW_BYTES = 16 * 2**20
 PARQUET_ROWS = 4096
@@ -36,15 +36,15 @@ _KINDS_OF_VALUES = {
 
 
 def kind_of(value: object) -> str:
-    """Name the type of a cell, as in "an integer"."""
+    """Return the type of a cell in words, such as "an integer"."""
     return _KINDS_OF_VALUES.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def check_string(value: object, column: str) -> str:
-    """Return a cell that must be a string.
+    """Check that a cell is a string, and return it.
 
     Raises:
-        ValueError: it is of another type, or no valid Unicode.
+        ValueError: the cell has another type, or is not valid Unicode.
     """
     if not isinstance(value, str):
         raise ValueError(f"column {column!r} holds {kind_of(value)}, not a string")
@@ -59,8 +59,11 @@ def check_string(value: object, column: str) -> str:
 class TableFile(ABC):
     """A file of rows with a column `text` and perhaps `text_pair`.
 
-    `position` of `size` says how much has been read, in units of the file. Errors count rows from
-    1, without the header of a CSV file.
+    Error messages count rows from 1, without the header of a CSV file.
+
+    Attributes:
+        path: path of the file.
+        size: size of the file, in bytes or rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,10 +74,10 @@ class TableFile(ABC):
     @property
     @abstractmethod
     def position(self) -> int:
-        """How much of `size` has been read."""
+        """The part of `size` that has been read."""
 
     def label_names(self) -> list[str] | None:
-        """Return the class names that the file itself stores for its class ids, if any."""
+        """Return the class names in the metadata of the file, if any."""
         return None
 
     def __iter__(self) -> Iterator[Row]:
@@ -82,10 +85,10 @@ class TableFile(ABC):
         return self.rows()
 
     def rows(self, *others: str) -> Iterator[Any]:
-        """Yield text, pair and the cells of other columns of each row.
+        """Yield text, pair and the cells of the columns `others` of each row.
 
-        A text is always a string; other cells are as the file has them (in CSV always strings).
-        The first row decides whether the rows are pairs.
+        Texts are strings; other cells have the types of the file (in CSV always strings). If the
+        first row has a pair, all rows must have one, otherwise none.
 
         Raises:
             DataError: the file or one of its rows cannot be read.
@@ -109,24 +112,24 @@ class TableFile(ABC):
             raise self.error("nested too deeply") from error
 
     def error(self, problem: object) -> DataError:
-        """Return an error that names the row that was read last."""
+        """Return an error whose message names the file and the row that was read last."""
         if isinstance(problem, OSError):
             problem = problem.strerror or problem
         return DataError(f"{self.path}, {self._where()}: {one_line(problem)}")
 
     @abstractmethod
     def _read(self, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
-        """Yield the cells of each row unchecked, None for null; keep `_row` at the row's number."""
+        """Yield the cells of each row unchecked, None for null; set `_row` to the row's number."""
 
     def _where(self) -> str:
         return f"row {self._row}"
 
-    def _check_columns(self, names: Sequence[str], wanted: Sequence[str]) -> None:
-        """Refuse repeated names, and the lack of a wanted column other than `text_pair`."""
-        twice = [name for name, count in Counter(names).items() if name and count > 1]
-        if twice:
-            raise DataError(f"{self.path}: more than one column {twice[0]!r}")
-        for name in wanted:
+    def _check_columns(self, names: Sequence[str], required: Sequence[str]) -> None:
+        """Check that no column is repeated, and none but `text_pair` is missing."""
+        repeated = [name for name, count in Counter(names).items() if name and count > 1]
+        if repeated:
+            raise DataError(f"{self.path}: more than one column {repeated[0]!r}")
+        for name in required:
             if name not in names and name != PAIR:
                 raise DataError(f"{self.path}: {_missing(name, names)}")
 
@@ -136,9 +139,10 @@ def _missing(column: str, names: Iterable[str]) -> str:
 
 
 class _Lines:
-    """Lines of UTF-8 that end in a line feed, a carriage return or both.
+    """The lines of a UTF-8 file, which end in a line feed, a carriage return or both.
 
-    `number` counts the lines that were yielded, `offset` their bytes.
+    Attributes:
+        number, offset: number of lines that were yielded, and of their bytes.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -147,10 +151,10 @@ class _Lines:
         self.offset = 0
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the lines with their ends, without a byte order mark.
+        """Yield the lines with their line ends, without a byte order mark.
 
         Raises:
-            ValueError: a line is not UTF-8, or too long to be held in memory.
+            ValueError: a line is not UTF-8, or longer than `MAX_ROW_BYTES`.
         """
         for line in self._split():
             if self.offset == 0 and line.startswith(_WIDE):
@@ -158,9 +162,9 @@ class _Lines:
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
-                place = self.offset + error.start
+                offset = self.offset + error.start
                 raise ValueError(
-                    f"byte 0x{line[error.start]:02x} at offset {place} is not UTF-8"
+                    f"byte 0x{line[error.start]:02x} at offset {offset} is not UTF-8"
                 ) from error
             self.number += 1
             first = self.offset == 0
@@ -173,7 +177,7 @@ class _Lines:
             *whole, rest = (rest + chunk).splitlines(keepends=True)
             for line in whole:
                 yield _bounded(line)
-            _bounded(rest)  # its end may be in the next chunk, or the second half of its end
+            _bounded(rest)  # its line end, or the second half of it, may be in the next chunk
         if rest:
             yield rest
 
@@ -188,7 +192,7 @@ class _TextFile(TableFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._lines: _Lines | None = None
-        self._line = 1  # the first line of the row that is read
+        self._line = 1  # first line of the row that is being read
         try:
             self.size = path.stat().st_size
         except OSError as error:
@@ -209,7 +213,7 @@ class _TextFile(TableFile):
 
     @abstractmethod
     def _parse(self, lines: _Lines, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
-        """Yield the cells of each row; keep `_row` and `_line` at the row that is read."""
+        """Yield the cells of each row; set `_row` and `_line` to the row that is being read."""
 
 
 class _JsonLines(_TextFile):
@@ -217,31 +221,31 @@ class _JsonLines(_TextFile):
         self._row = 1
         for line in lines:
             if line.strip(_JSON_SPACE):
-                found = _object(line)
+                cells = _object(line)
                 for name in columns:
-                    if name not in found and name != PAIR:
-                        raise ValueError(_missing(name, found))
-                yield [found.get(name) for name in columns]
+                    if name not in cells and name != PAIR:
+                        raise ValueError(_missing(name, cells))
+                yield [cells.get(name) for name in columns]
                 self._row += 1
             self._line = lines.number + 1
 
 
 def _object(line: str) -> dict[str, Any]:
     try:
-        found = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{kind_of(found)}, but each line must be a JSON object")
-    return found
+    if not isinstance(value, dict):
+        raise ValueError(f"{kind_of(value)}, but each line must be a JSON object")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the key {name!r} occurs more than once")
-    return found
+    return values
 
 
 def _no_constant(name: str) -> None:
@@ -252,18 +256,18 @@ class _Csv(_TextFile):
     def _parse(self, lines: _Lines, columns: Sequence[str]) -> Iterator[Sequence[Any]]:
         csv.field_size_limit(MAX_ROW_BYTES)
         header: list[str] | None = None
-        places: list[int | None] = []
+        indices: list[int | None] = []
         for cells in csv.reader(lines, strict=True):
             if header is None and cells:
                 header = cells
                 self._check_columns(header, columns)
-                places = [header.index(name) if name in header else None for name in columns]
+                indices = [header.index(name) if name in header else None for name in columns]
                 self._row = 1
             elif header is not None and cells:
                 if len(cells) != len(header):
                     fields = f"{len(cells)} field{'s' * (len(cells) != 1)}"
                     raise ValueError(f"{fields}, the header has {len(header)}")
-                yield [None if place is None else cells[place] for place in places]
+                yield [None if index is None else cells[index] for index in indices]
                 self._row += 1
             self._line = lines.number + 1
         if header is None:
@@ -292,7 +296,7 @@ class _Parquet(TableFile):
         return min(max(self._row - 1, 0), self.size)
 
     def label_names(self) -> list[str] | None:
-        """Return the names of the class ids, which the library `datasets` keeps in the schema."""
+        """Return the class names that the library `datasets` stores in the schema, if any."""
         try:
             stored = json.loads((self._schema.metadata or {})[b"huggingface"])
             names = stored["info"]["features"]["label"]["names"]
@@ -313,8 +317,8 @@ class _Parquet(TableFile):
             with pyarrow.parquet.ParquetFile(self.path, buffer_size=READ_BYTES) as file:
                 for batch in file.iter_batches(PARQUET_ROWS, columns=present):
                     cells = dict(zip(batch.schema.names, map(_values, batch.columns), strict=True))
-                    nothing = [None] * batch.num_rows
-                    for row in zip(*(cells.get(name, nothing) for name in columns), strict=True):
+                    nulls = [None] * batch.num_rows
+                    for row in zip(*(cells.get(name, nulls) for name in columns), strict=True):
                         yield row
                         self._row += 1
         except pa.ArrowException as error:
@@ -334,12 +338,12 @@ class _Parquet(TableFile):
 
 
 def _values(column: Any) -> Iterable[Any]:
-    """Return the cells of a column; one that is not UTF-8 fails when its row is reached."""
+    """Return the cells of a column; a cell that is not UTF-8 fails when its row is reached."""
     try:
-        found: list[Any] = column.to_pylist()
+        cells: list[Any] = column.to_pylist()
     except UnicodeDecodeError:
         return (cell.as_py() for cell in column)
-    return found
+    return cells
 
 
 _FORMATS: dict[str, type[TableFile]] = {
@@ -354,7 +358,7 @@ def open_table(path: Path) -> TableFile:
     """Open a .csv, .jsonl or .parquet file.
 
     Raises:
-        DataError: it is missing, broken or of another kind.
+        DataError: the file is missing, damaged or of another type.
     """
     if path.is_dir():
         raise DataError(f"{path}: a folder; name a .parquet, .csv or .jsonl file in it")
@@ -365,19 +369,19 @@ def open_table(path: Path) -> TableFile:
 
 
 def find_table(folder: Path, stem: str) -> Path | None:
-    """Return the table of this name in a folder, such as `train.csv` for `train`, if there is one.
+    """Return the table with a name in a folder, such as `train.csv` for `train`, if there is one.
 
     Raises:
-        DataError: the folder has several, so that the choice would be a guess.
+        DataError: the folder has several tables with this name.
     """
-    found = [
+    tables = [
         path
         for path in sorted(folder.glob(f"{stem}.*"))
         if path.stem == stem and path.suffix.lower() in _FORMATS
     ]
-    if len(found) > 1:
-        raise DataError(f"{folder}: both {found[0].name} and {found[1].name}; keep one of them")
-    return found[0] if found else None
+    if len(tables) > 1:
+        raise DataError(f"{folder}: both {tables[0].name} and {tables[1].name}; keep one of them")
+    return tables[0] if tables else None
 
 
 def read_texts(path: Path) -> tuple[list[str], list[str] | None]:

@@ -23,11 +23,11 @@ Text: TypeAlias = str | tuple[str, str]
 Side: TypeAlias = Literal["right", "left"]
 
 STEP_CHARACTERS = 2**16
-"""Characters per step, about 0.1 s of work; a text that cannot be split is one step."""
+"""Maximum characters per step, about 0.1 s of work; a text that cannot be split is one step."""
 _CHARACTERS_PER_TOKEN = 6
-"""More than texts have on average, so that the first part of a text usually suffices."""
+"""Above the average of texts, so that the first part of a text usually suffices."""
 _FEW_CHARACTERS_PER_TOKEN = 2
-"""Fewer than texts have on average: shorter texts hardly ever need truncation."""
+"""Below the average of texts, so that shorter texts hardly ever need truncation."""
 _BEFORE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 _BEFORE_SPACE_OR_IDEOGRAPH = re.compile(
     rf"{_BEFORE_SPACE.pattern}|(?<=[\u4e00-\u9fff])(?=[\u4e00-\u9fff])"
@@ -53,9 +53,10 @@ class Tokens:
     """The tokens of a text or pair, including special tokens.
 
     Attributes:
-        ids, type_ids: the encoder's window; `type_ids` None means all 0.
+        ids, type_ids: tokens in the encoder's window, and their types; None: all types are 0.
         truncated: whether the text is longer than the window.
-        full_ids, full_type_ids: the full text, which step 0 reads; None if it fits the window.
+        full_ids, full_type_ids: tokens of the full text, which step 0 reads; None if the text fits
+            into the window.
     """
 
     ids: list[int]
@@ -69,18 +70,18 @@ class Tokens:
 
 
 class TextEncoder:
-    """Tokenize texts and pairs, with the same truncation as the tokenizer's but in bounded memory.
+    """A tokenizer with its usual truncation, but in memory that is linear in the text.
 
-    The tokenizer's truncation keeps all overflowing tokens, and for a pair every combination of
+    The tokenizer's own truncation keeps all overflowing tokens, and for a pair every combination of
     overflowing parts, so its memory grows with the square of the length. This class reads a text in
     parts, starting at the end that is kept, until it has enough tokens. That requires a tokenizer
     whose words are tokenized independently; for others, it reads the full text.
 
     Args:
-        tokenizer: now owned by this object, which turns its truncation and padding off.
+        tokenizer: tokenizer that only this object uses; its truncation and padding are turned off.
         max_tokens: length of the encoder's window, including special tokens.
-        side: the end that is cut off.
-        whole_tokens: maximum length of `Tokens.full_ids`; at most `max_tokens` means none.
+        side: end of a text that is cut off.
+        whole_tokens: maximum length of `Tokens.full_ids`; up to `max_tokens`: no full texts.
     """
 
     def __init__(
@@ -107,78 +108,79 @@ class TextEncoder:
         """Tokenize texts and pairs.
 
         Raises:
-            TokenizerError: the tokenizer fails on a text; the message has only its index.
+            TokenizerError: the tokenizer fails on a text; the message has its index, not the text.
         """
         return [tokens for finished in self.steps(texts) for tokens in finished]
 
     def steps(self, texts: Sequence[Text]) -> Iterator[list[Tokens]]:
-        """Tokenize in steps of bounded work, and yield the texts that each step completes.
+        """Tokenize in steps of bounded work, and yield the tokens of the texts that each completes.
 
         Raises:
             TokenizerError: as `encode` does.
         """
         group: list[Text] = []
         size = begin = 0
-        for place, text in enumerate(texts):
+        for index, text in enumerate(texts):
             first = min(characters(text), 2 * self._first)
             if group and size + first > STEP_CHARACTERS:
                 yield from self._read(begin, group)
-                group, size, begin = [], 0, place
+                group, size, begin = [], 0, index
             group.append(text)
             size += first
         yield from self._read(begin, group)
 
     def words(self, ids: Sequence[int]) -> list[str]:
-        """Return the vocabulary entry of each token."""
+        """Return the vocabulary entry of each token id."""
         return [self.tokenizer.id_to_token(token) or "" for token in ids]
 
     def _read(self, begin: int, texts: list[Text]) -> Iterator[list[Tokens]]:
-        """Tokenize a group of texts whose first has index `begin`."""
-        found = self._at_once(texts)
-        items = [self._item(begin + at, text) for at, text in enumerate(texts) if found[at] is None]
-        cut: list[Tokens] = []
+        """Tokenize a group of texts, of which the first has index `begin`."""
+        complete = self._at_once(texts)
+        items = [self._item(begin + i, text) for i, text in enumerate(texts) if complete[i] is None]
+        truncated: list[Tokens] = []
         if items:
             yield []
-            for cut in self._finish(items):
-                if not cut:
+            for truncated in self._finish(items):
+                if not truncated:
                     yield []
-        rest = iter(cut)
-        yield [next(rest) if tokens is None else tokens for tokens in found]
+        rest = iter(truncated)
+        yield [next(rest) if tokens is None else tokens for tokens in complete]
 
     def _at_once(self, texts: list[Text]) -> Sequence[Tokens | None]:
-        """Tokenize texts in one call if all are short; return None for those to truncate."""
+        """Tokenize texts in one call if all are short; return None for texts to truncate."""
         none = [None] * len(texts)
         if any(characters(text) > self._short for text in texts):
             return none
         try:
-            found = self._encode(texts, special=True)
-        except TokenizerError:  # tokenizing one by one finds the text at fault
+            encodings = self._encode(texts, special=True)
+        except TokenizerError:  # tokenizing the texts one by one finds the one that fails
             return none
-        most = self._max_tokens
         single, pair = self._templates
         typed = [(single if isinstance(text, str) else pair).typed for text in texts]
         return [
-            Tokens(e.ids, e.type_ids if own else None, False) if len(e) <= most else None
-            for e, own in zip(found, typed, strict=True)
+            Tokens(e.ids, e.type_ids if has_types else None, False)
+            if len(e) <= self._max_tokens
+            else None
+            for e, has_types in zip(encodings, typed, strict=True)
         ]
 
-    def _item(self, place: int, text: Text) -> _Item:
+    def _item(self, index: int, text: Text) -> _Item:
         sequences = (text,) if isinstance(text, str) else text
         template = self._templates[len(sequences) - 1]
         room, full_room = (
             max(0, tokens - template.special) for tokens in (self._max_tokens, self._full_tokens)
         )
         parts = [
-            _Reading(place, sequence, self._side, full_room, self._first) for sequence in sequences
+            _Reading(index, sequence, self._side, full_room, self._first) for sequence in sequences
         ]
         return _Item(template, room, full_room, parts)
 
     def _finish(self, items: list[_Item]) -> Iterator[list[Tokens]]:
         """Read as much of a group of texts as needed; only the last step completes texts."""
-        while wanted := [reading for item in items for reading in item.wanted()]:
+        while unfinished := [reading for item in items for reading in item.unfinished()]:
             batch: list[tuple[_Reading, str]] = []
             size = 0
-            for reading in wanted:
+            for reading in unfinished:
                 part = reading.next_part(self._split)
                 if batch and size + len(part) > STEP_CHARACTERS:
                     self._tokenize(batch)
@@ -192,17 +194,17 @@ class TextEncoder:
 
     def _tokenize(self, batch: list[tuple[_Reading, str]]) -> None:
         try:
-            found = self._encode([part for _, part in batch])
+            encodings = self._encode([part for _, part in batch])
         except TokenizerError:
-            found = [self._encode_one(reading.place, part) for reading, part in batch]
-        for (reading, _), encoding in zip(batch, found, strict=True):
+            encodings = [self._encode_one(reading.index, part) for reading, part in batch]
+        for (reading, _), encoding in zip(batch, encodings, strict=True):
             reading.add(encoding)
 
-    def _encode_one(self, place: int, part: str) -> Encoding:
+    def _encode_one(self, index: int, part: str) -> Encoding:
         try:
             return self._encode([part])[0]
-        except TokenizerError:  # whose message may quote the text
-            raise TokenizerError(f"the tokenizer failed on text {place}", place) from None
+        except TokenizerError:  # the message may quote the text
+            raise TokenizerError(f"the tokenizer failed on text {index}", index) from None
 
     def _encode(self, texts: Sequence[Text], special: bool = False) -> list[Encoding]:
         with tokenizer_errors():
@@ -215,9 +217,10 @@ def characters(text: Text) -> int:
 
 
 def _split_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Return a pattern of the points where splitting a text does not change its tokens.
+    """Return a pattern that matches where a text can be split without changing its tokens.
 
-    That is before a single space, and between two ideographs if each is a word. None: nowhere.
+    That is before a single space, and between two ideographs if each is a word. None: a text cannot
+    be split.
     """
     words, normalizer = tokenizer.pre_tokenizer, tokenizer.normalizer
     added = tokenizer.get_added_tokens_decoder().values()
@@ -260,7 +263,12 @@ class _Template:
 class _Reading:
     """A text that is read in parts, starting at the end that is kept.
 
-    `count` is the number of tokens found so far; `ids` holds those that truncation may keep.
+    Attributes:
+        index: index of the text or pair.
+        text: the text.
+        count: number of tokens read so far.
+        ids: token ids read so far that truncation may keep.
+        more: whether a part of the text has not been read.
     """
 
     __slots__ = (
@@ -271,13 +279,13 @@ class _Reading:
         "_window",
         "count",
         "ids",
+        "index",
         "more",
-        "place",
         "text",
     )
 
-    def __init__(self, place: int, text: str, side: Side, room: int, window: int) -> None:
-        self.place = place
+    def __init__(self, index: int, text: str, side: Side, room: int, window: int) -> None:
+        self.index = index
         self.text = text
         self.ids: list[int] = []
         self.count = 0
@@ -317,7 +325,7 @@ class _Reading:
                 self.ids = encoding.ids[-missing:] + self.ids
 
     def kept(self, count: int) -> list[int]:
-        """Return the ids of the first or last `count` tokens, by the kept end."""
+        """Return the ids of the `count` tokens at the end that is kept."""
         return self.ids[:count] if self._side == "right" else self.ids[len(self.ids) - count :]
 
 
@@ -325,8 +333,11 @@ class _Reading:
 class _Item:
     """A text or pair that is being read.
 
-    `room` of its tokens fit into the encoder's window, and `full_room` into step 0's input, special
-    tokens not counted.
+    Attributes:
+        template: positions of the special tokens.
+        room, full_room: maximum tokens in the encoder's window and in step 0's input, without
+            special tokens.
+        parts: the text, or both texts of the pair.
     """
 
     template: _Template
@@ -334,13 +345,13 @@ class _Item:
     full_room: int
     parts: list[_Reading]
 
-    def wanted(self) -> list[_Reading]:
+    def unfinished(self) -> list[_Reading]:
         """Return the texts that must be read further."""
-        wanted = [part for part in self.parts if part.more and part.count <= self.full_room]
-        if wanted or len(self.parts) == 1:
-            return wanted
-        # The longer text gets the larger half of an odd room, so both must be counted until it is
-        # known which one is longer.
+        unfinished = [part for part in self.parts if part.more and part.count <= self.full_room]
+        if unfinished or len(self.parts) == 1:
+            return unfinished
+        # The longer text gets the larger half of an odd room, so tokens must be counted until it is
+        # clear which text is longer.
         first, second = self.parts
         shorter = first if first.count <= second.count else second
         halved = any(room % 2 and shorter.count > room // 2 for room in (self.room, self.full_room))
@@ -363,7 +374,7 @@ class _Item:
 
     @staticmethod
     def _shares(counts: list[int], room: int) -> list[int]:
-        """Return how many tokens of each text to keep; the longer text is cut first."""
+        """Return the number of tokens to keep of each text; the longer text is cut first."""
         if sum(counts) <= room:
             return counts
         if len(counts) == 1:

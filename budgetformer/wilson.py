@@ -1,4 +1,4 @@
-"""The confidence interval of a share."""
+"""The confidence interval of an observed share."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 
 
 def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's interval of a share that was observed on so many items; by default 95 %.
+    """Return Wilson's confidence interval of an observed share, by default at 95 %.
 
     Args:
-        share: observed, in [0, 1].
-        count: of the items, at least 1.
-        z: half the width of the interval, in standard deviations.
+        share: observed share, 0..1.
+        count: number of observed items, at least 1.
+        z: quantile of the normal distribution for the confidence level.
     """
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = (
@@ -19,5 +19,5 @@ def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
         * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
         / (1 + z * z / count)
     )
-    # Rounding may not put the share itself outside of its interval.
+    # Rounding must not exclude the share itself.
     return min(max(0.0, middle - half), share), max(min(1.0, middle + half), share)

@@ -1,7 +1,7 @@
 """Add budgets to a classifier by distillation on texts without labels.
 
-Step 0 and f_o learn the classifier's answers; with effort "hours", so does every step of the
-ladder. Levels are calibrated for agreement with the classifier, on held-out texts.
+Step 0 and f_o are trained on the classifier's answers; with the recipe "hours", so is every step
+of the ladder. Levels are calibrated for agreement with the classifier, on held-out texts.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from budgetformer.training.pipeline import (
     MIN_ROWS,
     Log,
     check_output,
-    clear,
     find_device,
     find_policy,
+    remove_state,
 )
 from budgetformer.training.processes import join_processes
 from budgetformer.training.recipe import Recipe
@@ -49,7 +49,7 @@ from budgetformer.training.step0 import fit_step0
 from budgetformer.training.trainer import Trainer, progress_bar, split_rows
 
 MAX_HELD_OUT = 5000
-"""Maximum texts for calibration; more hardly narrow the intervals."""
+"""Maximum number of texts for calibration; more hardly narrow the intervals."""
 BATCH = 32
 
 
@@ -66,19 +66,19 @@ def add_budgets(
     micro_batch: int | None = None,
     core_hour_price: float = CORE_HOUR_PRICE,
 ) -> bool:
-    """Write a checkpoint with budgets, made from a classifier and texts.
+    """Write a checkpoint with budgets, distilled from a classifier on texts.
 
     Args:
         classifier: folder of a classifier of a supported family, with its tokenizer.
-        texts: a file with texts similar to production traffic. A column `label` is optional, and
+        texts: file with texts similar to production traffic. A column `label` is optional, and
             only used to report the accuracy of the levels.
         output: folder to write; ends with the model's name and version.
-        recipe: `Recipe.read("minutes")` or `("hours")`, or another without dense epochs.
-        work_dir: for the state of the run, from which a second call resumes.
+        recipe: `Recipe.read("minutes")` or `Recipe.read("hours")`, or another without dense epochs.
+        work_dir: folder for the state of the run, from which a second call resumes.
         threads: number of torch threads; None: torch's default.
-        log: called with one line per event.
+        log: function that is called with one line per event.
         device, micro_batch: see `budgetformer.training.pipeline.train_checkpoint`.
-        core_hour_price: price of one core for an hour, for the table of costs.
+        core_hour_price: price of one core for an hour, for the prices in the model card.
 
     Returns:
         Whether this process wrote the checkpoint.
@@ -92,12 +92,12 @@ def add_budgets(
     _check_recipe(recipe)
     if threads is not None:
         torch.set_num_threads(threads)
-    processes, where = join_processes(find_device(device))
+    processes, training_device = join_processes(find_device(device))
     log = processes.log_of_main(log)
     source = read_classifier(classifier)
     labelled = has_labels(texts)
     examples = _read(texts, source.label_names, source.problem_type, labelled)
-    if recipe.max_train_rows < len(examples) and recipe.max_train_rows:
+    if 0 < recipe.max_train_rows < len(examples):
         rows = drawn_rows(len(examples), recipe.max_train_rows, recipe.seed)
         log(f"{len(rows)} of {len(examples)} texts, drawn at random")
         examples = examples.subset(rows)
@@ -134,15 +134,17 @@ def add_budgets(
     log(f"{len(tokens.ids)} texts of {tokens.lengths.mean():.1f} tokens on average")
     original = full_logits(load_pass(model, "float32"), tokens)
     answers = answers_of(original, model.config.problem_type).numpy()
-    kept, held = split_rows(len(tokens.ids), recipe.hold_out, recipe.seed)
-    held = held[:: -(-len(held) // MAX_HELD_OUT)]
-    taught = replace(examples.subset(kept), labels=answers[kept], names=source.label_names)
-    seen = tokens.subset(kept)
-    model.exit_head, out_of_fold = fit_step0(model.config, seen, taught, recipe)
+    train_rows, held_out = split_rows(len(tokens.ids), recipe.hold_out, recipe.seed)
+    held_out = held_out[:: -(-len(held_out) // MAX_HELD_OUT)]
+    answered = replace(
+        examples.subset(train_rows), labels=answers[train_rows], names=source.label_names
+    )
+    seen = tokens.subset(train_rows)
+    model.exit_head, out_of_fold = fit_step0(model.config, seen, answered, recipe)
     trainer = Trainer(
-        *(model, seen, taught, recipe, work_dir, log, conversion.origin, out_of_fold),
-        teacher=original[kept],
-        device=where,
+        *(model, seen, answered, recipe, work_dir, log, conversion.origin, out_of_fold),
+        teacher=original[train_rows],
+        device=training_device,
         micro_batch=micro_batch,
         processes=processes,
     )
@@ -150,21 +152,20 @@ def add_budgets(
     if not processes.is_main:
         return False
     log("fitting f_o, calibrating budgets")
-    trained = recipe.budget_epochs > 0
-    dtype = torch.float16 if trained else smallest_dtype(source.weights)
+    dtype = torch.float16 if recipe.budget_epochs else smallest_dtype(source.weights)
     with torch.no_grad():  # calibrate with the weights as they will be stored
         for weight in model.parameters():
             weight.copy_(weight.to(dtype).float())
-    unseen = tokens.subset(held)
+    unseen = tokens.subset(held_out)
     ranges = ranges_of_states(model, unseen)
     network = load_pass(model, "auto", ranges)
-    found = find_policy(
+    calibration = find_policy(
         network,
         unseen,
-        torch.from_numpy(examples.labels[held]) if labelled else None,
+        torch.from_numpy(examples.labels[held_out]) if labelled else None,
         recipe.level_costs,
         f_o_seed=recipe.seed,
-        original=original[held],
+        original=original[held_out],
     )
     with staged(output, replace=True) as folder:
         write_network(model, tokenizer.tokenizer, folder, max_tokens, tokenizer.side, dtype)
@@ -179,8 +180,8 @@ def add_budgets(
             seed=recipe.seed,
             recipe=recipe.as_dict(),
             metrics={
-                "train_rows": float(len(kept)),
-                "calibration_rows": float(len(held)),
+                "train_rows": float(len(train_rows)),
+                "calibration_rows": float(len(held_out)),
                 "conversion_difference": conversion.difference or 0.0,
             },
             ranges=ranges,
@@ -190,26 +191,21 @@ def add_budgets(
                 data=recipe.data_name or texts.name,
                 data_terms=recipe.data_terms,
             ),
-            **found.of_manifest(),
+            **calibration.manifest_fields(),
         )
         write_manifest(folder, manifest)
         log("measuring time per text")
-        manifest = manifest.model_copy(
-            update={
-                "timing": measure_levels(
-                    read_checkpoint(folder), examples.subset(held), core_hour_price
-                )
-            }
-        )
+        timing = measure_levels(read_checkpoint(folder), examples.subset(held_out), core_hour_price)
+        manifest = manifest.model_copy(update={"timing": timing})
         write_manifest(folder, manifest)
         write_card(folder, manifest, [])
-    clear(work_dir)
+    remove_state(work_dir)
     log(f"wrote {output}")
     return True
 
 
 def full_logits(network: PackedPass, tokens: TokenizedTexts) -> Tensor:
-    """Return the full network's logits [N, C] of N texts, not combined with step 0's."""
+    """Return the full network's logits [N, C] of N texts, before fusion with step 0's."""
     count, last = len(tokens.ids), network.config.num_steps
     logits = torch.zeros(count, network.config.num_classes)
     order = np.argsort(tokens.lengths, kind="stable")
@@ -230,19 +226,19 @@ def _read(path: Path, names: list[str], problem_type: str, labelled: bool) -> Ex
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    """Check that a recipe keeps the full budget equal to the classifier.
+    """Check that the full budget of a recipe equals the classifier.
 
     Raises:
         DataError: it does not.
     """
-    wanted = {
+    required = {
         "dense_epochs": 0,
         "head_selection": "ranked",
         "budget_scope": "input",
         "embedding_exit": True,
         "gating": "hard",
     }
-    for key, value in wanted.items():
+    for key, value in required.items():
         if getattr(recipe, key) != value:
             raise DataError(
                 f"recipe key {key} must be {value!r} with --texts, not {getattr(recipe, key)!r}"

@@ -35,15 +35,20 @@ def recalibrate(
     """Write a new version of a checkpoint with quality levels calibrated on other texts.
 
     The weights are unchanged; the budget rules, their figures and the state ranges are new. Levels
-    are timed again if the checkpoint states times.
+    are timed again if the manifest of the checkpoint has times.
 
     Args:
-        checkpoint: the checkpoint to calibrate.
-        data: texts not used in training, ideally production traffic; with labels for `accuracy`.
+        checkpoint: checkpoint to calibrate.
+        data: file with texts not used in training, ideally production traffic; with labels if
+            `measure` is "accuracy".
         output: folder to write, `<store>/<name>/<version>`; it must not exist.
-        log: called with one line per event.
+        log: function that is called with one line per event.
         measure: measure of the levels: accuracy, or agreement with the full network.
-        costs: measured seconds of this checkpoint's steps, used instead of multiply-adds.
+        costs: measured seconds of this checkpoint's steps, used instead of multiply-adds; None:
+            multiply-adds.
+
+    Returns:
+        The manifest of the new version.
 
     Raises:
         DataError: the data is invalid, or the output is not a version folder.
@@ -77,7 +82,7 @@ def recalibrate(
     network = load_pass(model, "auto", ranges)
     level_costs = checkpoint.manifest.recipe.get("level_costs", Recipe.level_costs)
     labels = None if measure == "agreement" else torch.from_numpy(examples.labels)
-    found = find_policy(network, tokens, labels, level_costs, costs)
+    calibration = find_policy(network, tokens, labels, level_costs, costs)
     with staged(output) as folder:
         write_network(
             model,
@@ -97,14 +102,14 @@ def recalibrate(
                 "timing": None,
                 "metrics": checkpoint.manifest.metrics | {"calibration_rows": float(len(examples))},
             }
-            | found.of_manifest()
+            | calibration.manifest_fields()
         )
         write_manifest(folder, manifest)
         timing = checkpoint.manifest.timing
         if timing is not None:
             log("measuring time per text")
-            again = measure_levels(read_checkpoint(folder), examples, timing.core_hour_price)
-            manifest = manifest.model_copy(update={"timing": again})
+            timing = measure_levels(read_checkpoint(folder), examples, timing.core_hour_price)
+            manifest = manifest.model_copy(update={"timing": timing})
             write_manifest(folder, manifest)
         write_card(folder, manifest, [])
     log(f"wrote {output}")

@@ -25,9 +25,9 @@ def load_decider(checkpoint: Checkpoint, shared: Path | None = None) -> Decider 
     """Load step 0 and f_o of a checkpoint; None if its network decides from embeddings.
 
     Args:
-        checkpoint: its files need not have been verified.
-        shared: folder through which processes share the tables in memory; None, or if memory
-            cannot be shared here: this process has its own copy.
+        checkpoint: checkpoint, whose files need not have been verified.
+        shared: folder through which processes share the tables in memory; None: this process loads
+            its own copy, as it does if memory cannot be shared here.
 
     Raises:
         CheckpointError: the weights file differs from the manifest, or lacks a tensor.
@@ -39,27 +39,26 @@ def load_decider(checkpoint: Checkpoint, shared: Path | None = None) -> Decider 
     if not architecture.decides_from_step0 or architecture.budget_scope == "layer":
         return None
     name = f"{checkpoint.manifest.files[WEIGHTS].sha256}-step0"
-    file = None if shared is None else SharedFile(shared / name)
+    shared_file = None if shared is None else SharedFile(shared / name)
     try:
-        tensors = _read(checkpoint) if file is None else _map(checkpoint, file)
+        tensors = _read(checkpoint) if shared_file is None else _map(checkpoint, shared_file)
         decider = Decider(sizes, StepZero.of(architecture, tensors))
     except (KeyError, ValueError, TypeError) as error:
         path = checkpoint.path / WEIGHTS
         raise CheckpointError(f"{path}: cannot read step 0: {error}") from error
-    if file is not None:
-        weakref.finalize(decider, file.forget)
+    if shared_file is not None:
+        weakref.finalize(decider, shared_file.forget)
     return decider
 
 
 def _read(checkpoint: Checkpoint) -> dict[str, Array]:
-    """Read the tensors of step 0 and f_o, floats as float32."""
-    # One read that is compared with the manifest, because the file may change meanwhile.
-    found = _tensors(np.frombuffer(checkpoint.read(WEIGHTS), np.uint8))
-    return {name: array.copy() for name, array in found.items()}
+    """Return the tensors of step 0 and f_o, 16-bit floats as float32."""
+    tensors = _tensors(np.frombuffer(checkpoint.read(WEIGHTS), np.uint8))
+    return {name: array.copy() for name, array in tensors.items()}
 
 
 def _map(checkpoint: Checkpoint, file: SharedFile) -> dict[str, Array]:
-    """Map the same tensors from a shared file, which the first process creates."""
+    """Return the same tensors, mapped from a shared file that the first process creates."""
     try:
         with file.opened(lambda writer: writer.write(save(_read(checkpoint)))) as descriptor:
             content = np.frombuffer(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ), np.uint8)
@@ -76,7 +75,7 @@ def _tensors(content: Array) -> dict[str, Array]:
     """
     begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
     entries = json.loads(content[8:begin].tobytes())
-    found = {}
+    tensors = {}
     for name, entry in entries.items():
         if name.startswith(STEP0_TENSORS):
             start, stop = entry["data_offsets"]
@@ -85,5 +84,5 @@ def _tensors(content: Array) -> dict[str, Array]:
                 array = (array.astype(np.uint32) << 16).view(np.float32)
             elif entry["dtype"] == "F16":
                 array = array.astype(np.float32)
-            found[name] = array.reshape(entry["shape"])
-    return found
+            tensors[name] = array.reshape(entry["shape"])
+    return tensors

@@ -27,7 +27,12 @@ _without_init_lock = threading.Lock()
 def load_network(
     checkpoint: Checkpoint, device: str = "cpu", precision: Precision = "float32"
 ) -> PackedPass:
-    """Load a checkpoint's weights and return its compact pass, in a precision of `load_pass`.
+    """Load a checkpoint and return its compact pass.
+
+    Args:
+        checkpoint: checkpoint to load; its files are verified.
+        device: torch device, such as "cpu" or "cuda".
+        precision: precision of the matrix products, see `load_pass`.
 
     Raises:
         CheckpointError: a file is damaged; a weight is missing, unexpected or of another shape; or
@@ -43,23 +48,23 @@ def load_network(
     except SafetensorError as error:
         raise CheckpointError(f"{path}: {one_line(error)}") from error
     del content
-    _check(path.as_posix(), network, weights)
-    kept = {name: w if _keeps_dtype(name, w) else w.float() for name, w in weights.items()}
-    network.load_state_dict(kept, assign=True)
+    _check_weights(path.as_posix(), network, weights)
+    state = {name: w if _keeps_dtype(name, w) else w.float() for name, w in weights.items()}
+    network.load_state_dict(state, assign=True)
     network.encoder.embeddings.states_dtype = torch.float32
     network.to(torch.device(device))
     try:
-        loaded = load_pass(network, precision, checkpoint.manifest.ranges)
+        compact = load_pass(network, precision, checkpoint.manifest.ranges)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    loaded.free_model_weights()
-    return loaded
+    compact.free_model_weights()
+    return compact
 
 
 def _keeps_dtype(name: str, weight: Tensor) -> bool:
-    """Return whether a weight keeps its 16-bit type, to save memory.
+    """Return whether a weight keeps its data type, such as float16, to save memory.
 
-    Tables do, because a text reads few of their rows, and so do matrices that passes pack.
+    Embedding tables do, because a text reads few of their rows, and matrices that are packed later.
     """
     if not weight.is_floating_point():
         return True
@@ -86,14 +91,14 @@ def _assemble(checkpoint: Checkpoint) -> SequenceClassifier:
 def _without_init() -> Iterator[None]:
     """Skip the initialisation of modules that this thread creates in this block.
 
-    Memory that is never written to is not allocated. The "meta" device would do the same, but it
-    imports SymPy. Other threads initialise their modules as usual.
+    The memory of the weights is not allocated, because it is never written. The "meta" device would
+    do the same, but it imports SymPy. Other threads initialise their modules as usual.
     """
     kinds: list[Any] = [nn.Linear, nn.Embedding, nn.LayerNorm]
-    here = threading.get_ident()
+    this_thread = threading.get_ident()
 
     def in_other_threads(init: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-        return lambda module: None if threading.get_ident() == here else init(module)
+        return lambda module: None if threading.get_ident() == this_thread else init(module)
 
     with _without_init_lock:
         inits = [kind.reset_parameters for kind in kinds]
@@ -106,17 +111,18 @@ def _without_init() -> Iterator[None]:
                 kind.reset_parameters = init
 
 
-def _check(label: str, network: nn.Module, weights: dict[str, Tensor]) -> None:
-    wanted = {name: weight.shape for name, weight in network.state_dict().items()}
-    found = {name: weight.shape for name, weight in weights.items()}
+def _check_weights(label: str, network: nn.Module, weights: dict[str, Tensor]) -> None:
+    expected = {name: weight.shape for name, weight in network.state_dict().items()}
+    actual = {name: weight.shape for name, weight in weights.items()}
+    common = expected.keys() & actual.keys()
     problems = {
-        "mismatched": [n for n in wanted.keys() & found.keys() if wanted[n] != found[n]],
-        "missing": list(wanted.keys() - found.keys()),
-        "unexpected": list(found.keys() - wanted.keys()),
+        "mismatched": [name for name in common if expected[name] != actual[name]],
+        "missing": list(expected.keys() - actual.keys()),
+        "unexpected": list(actual.keys() - expected.keys()),
     }
     for kind, names in problems.items():
         if names:
-            named = one_line(", ".join(sorted(names)[:3]))
-            raise CheckpointError(f"{label}: {kind}: {named}")
+            first = one_line(", ".join(sorted(names)[:3]))
+            raise CheckpointError(f"{label}: {kind}: {first}")
     if not all(bool(weight.isfinite().all()) for weight in weights.values()):
         raise CheckpointError(f"{label}: a weight is not a finite number")

@@ -1,4 +1,4 @@
-"""The schema of `manifest.json`, and how it is written, without torch or Transformers."""
+"""The schema of `manifest.json`; importing it loads neither torch nor Transformers."""
 
 from __future__ import annotations
 
@@ -22,15 +22,13 @@ CONFIG, WEIGHTS, TOKENIZER, MANIFEST, CARD = (
 LOADED = (CONFIG, WEIGHTS, TOKENIZER)
 """Files that are required to load a network."""
 FULL = "full budget"
-"""Stands for all heads for every text, in place of a quality level's name."""
+"""Name of the results with all heads for every text, beside those of quality levels."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""Pattern of model names; a name cannot contain a path."""
+"""Pattern of model names; it excludes paths."""
 MAX_VERSION = 2**63 - 1
 """Largest version that the messages between processes can encode."""
 MAX_READ_BYTES = 64 * 2**20
 """Maximum size of a manifest or a configuration."""
-
-
 CORE_HOUR_PRICE = 0.05
 """Approximate price of renting one core for an hour, in dollars."""
 
@@ -68,7 +66,7 @@ class FixedStep(_Data):
 
 
 class Evaluation(_Data):
-    """Accuracy on one data set: rows, accuracy and its 95 % interval."""
+    """Accuracy on one data set, with its 95 % interval (low, high)."""
 
     data: str
     rows: int
@@ -81,9 +79,9 @@ class Timing(_Data):
     """Time per text on the machine that made a checkpoint, in batches, tokenization included.
 
     Attributes:
-        processor, threads, precision: hardware, torch threads and precision of the measurement.
+        processor, threads, precision: processor, torch threads and precision of the measurement.
         texts: number of timed texts.
-        milliseconds: per text, by quality level and for `FULL`.
+        milliseconds: milliseconds per text by quality level, and for `FULL`.
         core_hour_price: price of one core for an hour, in any currency.
     """
 
@@ -107,19 +105,19 @@ class Manifest(_Data):
         name: model name.
         version: integer; the highest is served.
         created: date, ISO 8601.
-        files: every other file of the folder that is needed to serve, by name.
+        files: entry of every other file that is needed to serve, by file name.
         max_tokens: longest input of the encoder, including special tokens; longer ones are
             truncated.
-        exit_tokens: likewise for step 0; None: `max_tokens`.
+        exit_tokens: longest input of step 0; None: `max_tokens`.
         truncation_side: the end at which longer inputs are truncated.
         labels: label names in class order.
         problem_type: `single_label_classification` or `multi_label_classification`.
         seed, recipe: settings of the training run.
         metrics: figures of the run (rows, epochs, accuracies).
-        frontier: fixed steps, for comparison.
-        policy: the calibrated chain and its levels.
+        frontier: results of fixed steps, for comparison.
+        policy: calibrated chain and its levels.
         operating_points: calibrated rules of older checkpoints, in order of rising cost; empty if
-            there is a policy. `levels` has the results of either.
+            there is a policy. `levels` has the results in both cases.
         timing: measured time of the levels, if any.
         ranges: state ranges of each layer on the calibration data, for int8; may be empty.
         provenance: origin and terms of weights and data.
@@ -147,7 +145,7 @@ class Manifest(_Data):
 
     @property
     def levels(self) -> tuple[Level, ...]:
-        """The figures of every calibrated level, in order of rising cost; some have a name."""
+        """Every calibrated level, with or without a name, in order of rising cost."""
         if self.policy is not None:
             return self.policy.levels
         return tuple(point.level for point in self.operating_points)
@@ -159,7 +157,7 @@ class Manifest(_Data):
 
     @property
     def measure(self) -> Measure:
-        """The measure of the levels' `points_lost`."""
+        """Measure for which the levels are calibrated."""
         return "accuracy" if self.policy is None else self.policy.measure
 
     @property
@@ -170,21 +168,18 @@ class Manifest(_Data):
 
 def file_entries(path: Path) -> dict[str, FileEntry]:
     """Return size and digest of every file of a checkpoint folder that is needed to serve."""
-    kept = sorted(
-        p for p in path.iterdir() if p.is_file() and p.suffix in {".json", ".safetensors"}
-    )
     return {
-        p.name: FileEntry(sha256=digest_of(p), bytes=p.stat().st_size)
-        for p in kept
-        if p.name != MANIFEST
+        file.name: FileEntry(sha256=digest_of(file), bytes=file.stat().st_size)
+        for file in sorted(path.iterdir())
+        if file.is_file() and file.suffix in {".json", ".safetensors"} and file.name != MANIFEST
     }
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write `manifest.json` atomically."""
-    part = path / f"{MANIFEST}.part"
-    part.write_text(manifest.model_dump_json(indent=1) + "\n")
-    part.replace(path / MANIFEST)
+    partial = path / f"{MANIFEST}.part"
+    partial.write_text(manifest.model_dump_json(indent=1) + "\n")
+    partial.replace(path / MANIFEST)
 
 
 def digest_of(path: Path) -> str:

@@ -25,7 +25,7 @@ def staged(target: Path, replace: bool = False) -> Iterator[Path]:
     If the block fails or is interrupted (Ctrl-C, SIGTERM), `target` stays as it was.
 
     Args:
-        target: `<store>/<name>/<version>`.
+        target: folder to create, `<store>/<name>/<version>`.
         replace: whether an existing checkpoint is replaced.
 
     Raises:
@@ -35,7 +35,7 @@ def staged(target: Path, replace: bool = False) -> Iterator[Path]:
         folder = scratch / "checkpoint"
         folder.mkdir()
         yield folder
-        place(folder, target, replace)
+        move_into_place(folder, target, replace)
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def place(folder: Path, target: Path, replace: bool = False) -> None:
+def move_into_place(folder: Path, target: Path, replace: bool = False) -> None:
     """Flush a complete folder to the disk and rename it to `target`.
 
     Raises:
@@ -72,13 +72,13 @@ def place(folder: Path, target: Path, replace: bool = False) -> None:
         folder.rename(target)
         return
     check_replaceable(target, replace)
-    earlier = folder.with_name("earlier")
+    previous = folder.with_name("previous")
     try:
-        target.rename(earlier)
+        target.rename(previous)
         folder.rename(target)
     except BaseException:
         if not target.exists():
-            earlier.rename(target)
+            previous.rename(target)
         raise
 
 
@@ -86,7 +86,7 @@ def check_replaceable(target: Path, replace: bool) -> None:
     """Check that a target does not exist, or is a checkpoint that may be replaced.
 
     Raises:
-        CheckpointError: it exists and must not be replaced.
+        CheckpointError: the target exists and must not be replaced.
     """
     if target.exists() and not (replace and (target / MANIFEST).is_file()):
         raise CheckpointError(f"{target}: exists; choose another version (--version or --out)")
@@ -94,7 +94,7 @@ def check_replaceable(target: Path, replace: bool) -> None:
 
 @contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
-    """Convert errors of writing to the disk in this block to `CheckpointError`."""
+    """Convert errors of disk writes in this block to `CheckpointError`."""
     try:
         yield
     except OSError as error:
@@ -105,9 +105,9 @@ def disk_errors(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Let SIGTERM raise `SystemExit` in this block, so that clean-up runs."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    """Raise `SystemExit` on SIGTERM in this block, so that clean-up runs."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
 

@@ -1,7 +1,7 @@
 """Read and verify checkpoint folders and model stores, without torch or Transformers.
 
-`model_store/<name>/<version>/` has `config.json`, `model.safetensors`, `tokenizer.json` (and its
-config), `manifest.json` and `README.md`. The highest version is served.
+A checkpoint folder `<store>/<name>/<version>/` has `config.json`, `model.safetensors`,
+`tokenizer.json` (and its config), `manifest.json` and `README.md`. The highest version is served.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class _Shape(BaseModel):
 
 def _first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(map(str, first["loc"])) or "the file"
-    return f"{place.encode('unicode_escape').decode()}: {first['msg']}"
+    key = ".".join(map(str, first["loc"])) or "the file"
+    return f"{key.encode('unicode_escape').decode()}: {first['msg']}"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder, its manifest and its configuration."""
+    """A checkpoint: its folder, its manifest and its configuration (`config.json`)."""
 
     path: Path
     manifest: Manifest
@@ -69,12 +69,12 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Model name."""
+        """Name of the model."""
         return self.manifest.name
 
     @property
     def version(self) -> int:
-        """Version number."""
+        """Version of the model."""
         return self.manifest.version
 
     @property
@@ -94,22 +94,22 @@ class Checkpoint:
 
     @property
     def num_layers(self) -> int:
-        """Encoder layers L."""
+        """Number of encoder layers L."""
         return int(self.config["num_hidden_layers"])
 
     @property
     def num_heads(self) -> int:
-        """Heads per layer H."""
+        """Number of heads per layer H."""
         return int(self.config["num_attention_heads"])
 
     @property
     def has_exit(self) -> bool:
-        """Whether step 0 exists."""
+        """Whether the network has a step 0."""
         return bool(self.config["embedding_exit"])
 
     @property
     def calibrated(self) -> bool:
-        """Whether it has quality levels; otherwise requests can only use f_o's ceil(s * S)."""
+        """Whether there are quality levels; if not, f_o alone sets budgets: ceil(s * S)."""
         return bool(self.manifest.policy or self.manifest.operating_points)
 
     @property
@@ -119,7 +119,7 @@ class Checkpoint:
 
     @property
     def budgets(self) -> list[int]:
-        """Every ladder step that can answer."""
+        """All ladder steps, including step 0 if the network has it."""
         return list(range(0 if self.has_exit else 1, len(self.ladder) + 1))
 
     def rule(
@@ -128,16 +128,16 @@ class Checkpoint:
         heads: int | None = None,
         max_heads: int | None = None,
     ) -> BudgetRule:
-        """Return the rule for one request's budgets.
+        """Return the rule by which the budgets of a request are decided.
 
         Args:
-            quality: a level's name, or the accepted accuracy drop in points of the manifest's
-                measure; None: f_o's ceil(s * S).
-            heads: heads per layer; overrides f_o.
-            max_heads: maximum heads per layer.
+            quality: name of a level, or accepted drop of the manifest's measure in percentage
+                points; None: step ceil(s * S) of f_o.
+            heads: heads per layer of all texts; None: f_o decides.
+            max_heads: maximum heads per layer; None: no limit.
 
         Raises:
-            PolicyError: there is no such level, or no step with so few heads.
+            PolicyError: there is no such level, or every step has more heads.
         """
         return self._rules(quality, heads, max_heads)
 
@@ -181,7 +181,7 @@ class Checkpoint:
         """Compare every file except `but` with the manifest.
 
         Raises:
-            CheckpointError: a file is missing or differs.
+            CheckpointError: a file is missing or differs from the manifest.
         """
         for name in LOADED:
             if name not in self.manifest.files:
@@ -202,7 +202,7 @@ class Checkpoint:
         Unlike reading a file after `verify`, this is safe if the file changes meanwhile.
 
         Raises:
-            CheckpointError: the file is missing or differs.
+            CheckpointError: the file is missing or differs from the manifest.
         """
         entry = self.manifest.files.get(name)
         if entry is None:
@@ -215,7 +215,7 @@ class Checkpoint:
         return content
 
     def _checked_size(self, name: str) -> Path:
-        path, entry = _own_file(self.path, name), self.manifest.files[name]
+        path, entry = _checked_path(self.path, name), self.manifest.files[name]
         size = path.stat().st_size
         if size != entry.bytes:
             raise CheckpointError(f"{path}: has {size} bytes, but the manifest says {entry.bytes}")
@@ -224,7 +224,7 @@ class Checkpoint:
 
 @contextmanager
 def _as_checkpoint_errors(path: Path) -> Iterator[None]:
-    """Convert errors of reading a file in this block to `CheckpointError`."""
+    """Convert errors of file reads in this block to `CheckpointError`."""
     try:
         yield
     except OSError as error:
@@ -236,11 +236,11 @@ def _compare(path: Path, digest: str, entry: FileEntry) -> None:
         raise CheckpointError(f"{path}: sha256 differs from the manifest")
 
 
-def _own_file(folder: Path, name: str) -> Path:
+def _checked_path(folder: Path, name: str) -> Path:
     """Return the path of a file inside a folder.
 
     Raises:
-        CheckpointError: it is missing, not a file, or a link to a file outside the folder.
+        CheckpointError: the file is missing, not a file, or a link to a file outside the folder.
     """
     path = folder / name
     try:
@@ -253,8 +253,8 @@ def _own_file(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_own(folder: Path, name: str) -> bytes:
-    with _own_file(folder, name).open("rb") as file:
+def _read_limited(folder: Path, name: str) -> bytes:
+    with _checked_path(folder, name).open("rb") as file:
         content = file.read(MAX_READ_BYTES + 1)
     if len(content) > MAX_READ_BYTES:
         raise CheckpointError(f"{folder / name}: larger than {MAX_READ_BYTES} bytes")
@@ -265,10 +265,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read manifest and configuration of a checkpoint folder; `Checkpoint.verify` checks the files.
 
     Raises:
-        CheckpointError: either is missing or invalid, or they contradict each other.
+        CheckpointError: one of them is missing or invalid, or they contradict each other.
     """
     try:
-        manifest = Manifest.model_validate_json(_read_own(path, MANIFEST))
+        manifest = Manifest.model_validate_json(_read_limited(path, MANIFEST))
     except OSError as error:
         raise CheckpointError(f"{path / MANIFEST}: {error.strerror or error}") from error
     except ValidationError as error:
@@ -278,7 +278,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path / MANIFEST}: format {manifest.format} is not supported, only {FORMAT}"
         )
     try:
-        config = json.loads(_read_own(path, CONFIG))
+        config = json.loads(_read_limited(path, CONFIG))
     except OSError as error:
         raise CheckpointError(f"{path / CONFIG}: {error.strerror or error}") from error
     except ValueError as error:
@@ -326,10 +326,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _check_chain(chain: Sequence[int], architecture: Architecture) -> None:
-    """Check that this network can run a chain, at no more than the cost of its full step.
+    """Check that a network can run a chain, at no more than the cost of its full step.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the network cannot run it, or it costs more.
     """
     if chain[-1] > architecture.num_steps:
         raise ValueError(f"step {chain[-1]} is not on the ladder of {architecture.num_steps}")
@@ -344,7 +344,7 @@ def _check_chain(chain: Sequence[int], architecture: Architecture) -> None:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Load a checkpoint's tokenizer; it truncates to the model's length and does not pad.
+    """Return a checkpoint's tokenizer, which truncates to `max_tokens` and does not pad.
 
     Raises:
         CheckpointError: the file differs from the manifest, or is not a tokenizer.
@@ -362,7 +362,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def load_encoder(checkpoint: Checkpoint) -> TextEncoder:
-    """Load a checkpoint's tokenizer as a `TextEncoder` with the checkpoint's lengths.
+    """Return a checkpoint's tokenizer as a `TextEncoder` with the checkpoint's lengths.
 
     Raises:
         CheckpointError: see `load_tokenizer`.
@@ -378,7 +378,12 @@ def load_encoder(checkpoint: Checkpoint) -> TextEncoder:
 
 @dataclass(frozen=True)
 class Store:
-    """A model store: valid checkpoints by name (versions rising), and errors of the others."""
+    """A model store.
+
+    Attributes:
+        checkpoints: valid checkpoints by model name, versions rising.
+        errors: messages about the invalid checkpoints.
+    """
 
     checkpoints: dict[str, list[Checkpoint]]
     errors: list[str]
@@ -387,15 +392,15 @@ class Store:
         """Return the highest version of `name`.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: the store has no such model.
         """
         return self.find(name)
 
     def find(self, spec: str) -> Checkpoint:
-        """Return the model for `name` (its highest version) or `name:version`.
+        """Return the checkpoint for `name` (its highest version) or `name:version`.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: the store has no such model.
         """
         name, _, version = spec.partition(":")
         for checkpoint in reversed(self.checkpoints.get(name, [])):
@@ -405,7 +410,7 @@ class Store:
 
 
 def next_version(folder: Path) -> int:
-    """Return the version after the highest in a model's folder, 1 if there is none."""
+    """Return the highest version in a model's folder plus 1; 1 if there is none."""
     return max((int(p.name) for p in folder.glob("*") if p.name.isdecimal()), default=0) + 1
 
 
@@ -417,7 +422,7 @@ def read_store(path: Path) -> Store:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
-    found: dict[str, list[Checkpoint]] = {}
+    checkpoints: dict[str, list[Checkpoint]] = {}
     errors = []
     for folder in sorted(p for p in path.glob("*/*") if p.is_dir() and p.name.isdecimal()):
         try:
@@ -429,7 +434,7 @@ def read_store(path: Path) -> Store:
         except CheckpointError as error:
             errors.append(str(error))
         else:
-            found.setdefault(checkpoint.name, []).append(checkpoint)
-    for versions in found.values():
+            checkpoints.setdefault(checkpoint.name, []).append(checkpoint)
+    for versions in checkpoints.values():
         versions.sort(key=lambda c: c.version)
-    return Store(found, errors)
+    return Store(checkpoints, errors)

@@ -30,15 +30,15 @@ def write_network(
     truncation_side: Literal["right", "left"],
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write weights, configuration and tokenizer.
+    """Write weights, configuration and tokenizer to a checkpoint folder.
 
     Args:
-        model: in float32; its weights are rounded to `dtype`.
-        tokenizer: written without padding and truncation.
-        folder: the checkpoint folder.
+        model: network in float32; its weights are rounded to `dtype`.
+        tokenizer: tokenizer, written without padding and truncation.
+        folder: checkpoint folder.
         max_tokens: longest input of the encoder.
         truncation_side: the end at which longer inputs are truncated.
-        dtype: of the weights in the file.
+        dtype: data type of the weights in the file.
     """
     with silence_transformers():
         nn.Module.to(model, dtype)
@@ -53,9 +53,9 @@ def write_network(
         "truncation_side": truncation_side,
     }
     for name, spellings in _SPECIAL_TOKENS.items():
-        known = [token for token in spellings if tokenizer.token_to_id(token) is not None]
-        if known:
-            settings[name] = known[0]
+        present = [token for token in spellings if tokenizer.token_to_id(token) is not None]
+        if present:
+            settings[name] = present[0]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     for path in folder.iterdir():
         path.chmod(0o644)  # the server may run as another user
@@ -66,8 +66,8 @@ def describe(folder: Path, target: Path, **fields: Any) -> Manifest:
     """Return a manifest, dated today, for a folder with a written network.
 
     Args:
-        folder: the folder.
-        target: its future path, which ends with name and version.
+        folder: folder with the written network.
+        target: path of the folder in its store, which ends with name and version.
         fields: the other fields of the manifest.
     """
     return Manifest(
@@ -80,7 +80,7 @@ def describe(folder: Path, target: Path, **fields: Any) -> Manifest:
 
 
 def _write_labels(path: Path, names: dict[int, str]) -> None:
-    """Add the label names if Transformers left them out, as it does with two default names."""
+    """Add the label names, which Transformers omits for two labels with its default names."""
     config = json.loads(path.read_text())
     if "id2label" not in config:
         config["id2label"] = {str(i): name for i, name in names.items()}
@@ -89,7 +89,7 @@ def _write_labels(path: Path, names: dict[int, str]) -> None:
 
 
 def smallest_dtype(weights: dict[str, Tensor]) -> torch.dtype:
-    """Return the smallest type that represents these float32 weights exactly."""
+    """Return the smallest data type that represents float32 weights exactly."""
     for dtype in (torch.float16, torch.bfloat16):
         if all(torch.equal(weight.to(dtype).float(), weight) for weight in weights.values()):
             return dtype

@@ -10,10 +10,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class MacCounter(TorchFunctionMode):
-    """Count the multiply-adds that torch functions execute inside a `with` block.
+    """A counter of the multiply-adds that torch functions execute inside a `with` block.
 
     It counts from the shapes of linear maps, matrix products and attention, without knowledge of
-    budgets, so it checks the formulas independently.
+    budgets, and so checks the formulas independently.
     """
 
     def __init__(self) -> None:

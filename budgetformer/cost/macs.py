@@ -17,7 +17,7 @@ from budgetformer.model.distances import count_score_rows, multiplied_pairs
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of a configuration that determine costs; faster to read than a configuration."""
+    """The sizes of a configuration that determine costs; faster to read than a configuration."""
 
     width: int
     head_size: int
@@ -44,7 +44,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Architecture | Sizes) -> Sizes:
-        """Return the sizes of a configuration."""
+        """Return the sizes of a configuration, or the sizes themselves."""
         if isinstance(config, Sizes):
             return config
         scores_distances = config.relative_positions == "disentangled"
@@ -76,6 +76,7 @@ class Sizes:
 
 
 Costed = Architecture | Sizes
+"""A network, given by its architecture or its sizes."""
 
 
 def layer_macs(config: Costed, heads: int, tokens: int, layer: int = 0) -> int:
@@ -83,14 +84,14 @@ def layer_macs(config: Costed, heads: int, tokens: int, layer: int = 0) -> int:
     if heads == 0:
         return 0
     sizes = Sizes.of(config)
-    kept = heads * sizes.head_size
+    head_width = heads * sizes.head_size
     per_head = sizes.neurons_per_head
     neurons = sizes.neurons if per_head is None else heads * per_head
-    projections = 4 * tokens * sizes.width * kept
-    attention = 2 * kept * multiplied_pairs(tokens, sizes.windows[layer])
+    projections = 4 * tokens * sizes.width * head_width
+    attention = 2 * head_width * multiplied_pairs(tokens, sizes.windows[layer])
     if sizes.distance_terms:
         rows = count_score_rows(tokens, sizes.distances, sizes.max_distance, sizes.buckets)
-        attention += sizes.distance_terms * tokens * rows * kept
+        attention += sizes.distance_terms * tokens * rows * head_width
     net = (1 + sizes.maps_up) * tokens * sizes.width * neurons
     return projections + attention + net
 
@@ -105,9 +106,9 @@ def layer_weights(config: Costed, heads: int) -> int:
 
 
 def decision_macs(config: Costed, tokens: int = 0) -> int:
-    """Count the MACs of f_o, g_d and step 0 for one item, in every layer with scope "layer".
+    """Count the MACs of f_o, g_d and step 0 for one item, over all layers that decide.
 
-    `tokens` matters only if f_o or g_d reads embeddings that a linear map projects.
+    `tokens` matters only if f_o or g_d reads embeddings that are projected by a linear map.
     """
     sizes = Sizes.of(config)
     if sizes.one_budget:
@@ -125,13 +126,13 @@ def embedding_macs(config: Costed, tokens: int) -> int:
 
 
 def scorer_macs(config: Costed) -> int:
-    """Count the MACs of g_d over all layers; 0 if heads are ranked once for all inputs."""
+    """Count the MACs of g_d over all layers; 0 if all inputs use the same ranking of heads."""
     sizes = Sizes.of(config)
     return sizes.width * sizes.layers * sizes.heads if sizes.picks_heads else 0
 
 
 def encoder_macs(config: Costed, heads: Sequence[int], tokens: int) -> int:
-    """Count the MACs of encoder and classifier for one item with `heads` per layer."""
+    """Count the MACs of encoder and classifier for one item, given the heads of each layer."""
     sizes = Sizes.of(config)
     layers = sum(layer_macs(sizes, k, tokens, i) for i, k in enumerate(heads))
     head = sizes.width**2 if sizes.dense_head else 0
@@ -139,7 +140,7 @@ def encoder_macs(config: Costed, heads: Sequence[int], tokens: int) -> int:
 
 
 def step_macs(config: Architecture, steps: Sequence[int], tokens: int) -> int:
-    """Count the MACs of one item that is decided and run at each of `steps`.
+    """Count the MACs of the decision and of all `steps` that one item runs.
 
     An escalated item runs several steps; step 0 is part of the decision.
     """
@@ -154,10 +155,10 @@ def dense_macs(config: Costed, tokens: int) -> int:
 
 
 class MacCounts:
-    """Cached multiply-adds of one network's passes.
+    """Cached multiply-adds of the passes of one network.
 
     Args:
-        sizes: the network's sizes.
+        sizes: sizes of the network.
         plans: heads per layer of each step, step 0 first.
     """
 
@@ -169,13 +170,13 @@ class MacCounts:
             return dense_macs(sizes, tokens)
 
         self.step = lru_cache(maxsize=16384)(of_step)
-        """MACs of one item at a step, by step and tokens."""
+        """MACs of one item at a step, given step and tokens."""
         self.dense = lru_cache(maxsize=4096)(of_dense)
-        """MACs of one item in the dense network, by tokens."""
+        """MACs of one item in the dense network, given its tokens."""
 
 
 def fits_in_full_pass(config: Architecture, steps: Sequence[int]) -> bool:
-    """Return whether all of `steps` together cost at most one full pass, for any text length."""
+    """Return whether `steps` together cost at most one full pass, for texts of any length."""
     sizes = Sizes.of(config)
     full = config.heads_per_layer(config.num_steps)
     plans = [config.heads_per_layer(step) for step in steps if step > 0]
@@ -187,9 +188,9 @@ def fits_in_full_pass(config: Architecture, steps: Sequence[int]) -> bool:
             spent += (len(plans) - 1) * embedding_macs(sizes, tokens)
         return sum(layer_macs(sizes, full[i], tokens, i) for i in layers) - spent
 
-    # `remaining` is a quadratic in the tokens for layers with the same window, until their
-    # attention becomes local and rises less. It stays at or above 0 if it starts there, rises at
-    # first and is convex.
+    # For layers with the same window, `remaining` is quadratic in the tokens until their attention
+    # becomes local and rises less. If it is at least 0 for one token, rises at first and is convex,
+    # it is at least 0 for any length.
     by_window: dict[int | None, list[int]] = {}
     for i, window in enumerate(sizes.windows):
         by_window.setdefault(window, []).append(i)

@@ -16,7 +16,7 @@ from budgetformer.errors import DataError
 
 FORMAT = 1
 SERVER_FILE = "server.json"
-"""File beside the tables of a folder, with the costs of requests outside passes."""
+"""File in a folder of tables, with the costs of requests outside passes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CostTable:
     """Seconds by ladder step on one device.
 
     Attributes:
-        model: `name:version`.
+        model: `name:version` of the model.
         device, dtype: device and precision of the measurement; "" for an estimate.
         steps: costs of steps 0..S; step 0 is the decision, which every item needs.
     """
@@ -62,7 +62,7 @@ class CostTable:
         return self.steps[step].seconds(tokens, items)
 
     def share(self, step: int, tokens: int, items: int = 1) -> float:
-        """Return the seconds that items with this total of tokens add to a batch at a step."""
+        """Return the seconds that items, with `tokens` in total, add to a batch at a step."""
         return self.steps[step].token * tokens + self.steps[step].item * items
 
     def constant(self, step: int) -> float:
@@ -75,16 +75,16 @@ class CostTable:
 
 
 def fit_table(model: str, device: str, dtype: str, measured: Sequence[Measurement]) -> CostTable:
-    """Return the table of costs fitted to timed batches; see `fit_costs`.
+    """Fit a cost table to timed batches; see `fit_costs`.
 
     Raises:
         ValueError: a step from 0 to the highest one has fewer than three batches.
     """
     last = max((m.step for m in measured), default=0)
     by_step = [[m for m in measured if m.step == step] for step in range(last + 1)]
-    if any(len(own) < 3 for own in by_step):
+    if any(len(of_step) < 3 for of_step in by_step):
         raise ValueError("each step needs at least three timed batches")
-    return CostTable(model, device, dtype, tuple(_fit(own) for own in by_step))
+    return CostTable(model, device, dtype, tuple(_fit(of_step) for of_step in by_step))
 
 
 def _fit(measured: Sequence[Measurement]) -> StepCost:
@@ -93,39 +93,39 @@ def _fit(measured: Sequence[Measurement]) -> StepCost:
 
 
 def fit_costs(sizes: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Return the cost per unit of each column of `sizes`, not negative.
+    """Return the seconds per unit of each column of `sizes`, none negative.
 
     The fit minimises the squared relative errors.
 
     Args:
-        sizes: one row per timed batch.
-        seconds: time of each batch, above 0.
+        sizes: sizes of each timed batch, such as [1, tokens, items].
+        seconds: seconds of each batch, above 0.
     """
     import numpy as np  # here, to save its memory in processes that only read tables
 
-    taken = np.array(seconds)
-    relative = np.array(sizes) / taken[:, None]
+    measured = np.array(seconds)
+    relative = np.array(sizes) / measured[:, None]
     columns = list(range(relative.shape[1]))
     while True:
-        found = np.linalg.lstsq(relative[:, columns], np.ones(len(taken)), rcond=None)[0]
-        if (found >= 0).all() or len(columns) == 1:
+        fitted = np.linalg.lstsq(relative[:, columns], np.ones(len(measured)), rcond=None)[0]
+        if (fitted >= 0).all() or len(columns) == 1:
             break
         # Drop the most negative term, and fit the others again.
-        del columns[int(found.argmin())]
+        del columns[int(fitted.argmin())]
     costs = np.zeros(relative.shape[1])
-    costs[columns] = np.maximum(found, 0.0)
+    costs[columns] = np.maximum(fitted, 0.0)
     return [float(cost) for cost in costs]
 
 
 def guess_table(
     model: str, token_macs: Sequence[float], seconds_per_mac: float, constant: float
 ) -> CostTable:
-    """Return an estimated table for a device without measurements, from multiply-adds only.
+    """Estimate a cost table for a device without measurements, from multiply-adds only.
 
     Args:
-        model: `name:version`.
+        model: `name:version` of the model.
         token_macs: multiply-adds per token at steps 0..S.
-        seconds_per_mac: the device's speed.
+        seconds_per_mac: seconds per multiply-add on the device.
         constant: constant seconds per batch.
     """
     steps = tuple(StepCost(constant, macs * seconds_per_mac, 0.0) for macs in token_macs)

@@ -1,7 +1,7 @@
 """Train the baselines of reports: dense networks of several sizes, and early exits.
 
 `python -m budgetformer.experiments.baselines --data FOLDER --start ENCODER --recipe RECIPE --out
-FOLDER` trains them on the texts, and with the recipe, of a checkpoint.
+FOLDER` trains them with the data and the recipe of a checkpoint.
 
 The dense network is the starting encoder, fine-tuned for as many epochs as the checkpoint. An early
 exit is a linear classifier on the mean token state after a layer, fitted on the training texts with
@@ -51,9 +51,13 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Baseline:
-    """A dense network, early exits after its first L - 1 layers, and smaller networks.
+    """The baselines of a checkpoint.
 
-    weight [L-1, C, D] and bias [L-1, C] are the exits'; smaller networks have one ladder step.
+    Attributes:
+        model: dense network.
+        weight, bias: weights [L-1, C, D] and biases [L-1, C] of the early exits after its first
+            L - 1 layers.
+        smaller: smaller dense networks, with one ladder step each.
     """
 
     model: BudgetFormerForSequenceClassification
@@ -62,13 +66,13 @@ class Baseline:
     smaller: tuple[BudgetFormerForSequenceClassification, ...] = ()
 
     def layer_logits(self, tokens: TokenizedTexts) -> Tensor:
-        """Return the logits after each layer, [L, N, C]; the last are the network's."""
-        states, logits = _layer_states(self.model, tokens, "dense twin")
+        """Return the logits after each layer [L, N, C]; the last are the dense network's."""
+        states, logits = _layer_states(self.model, tokens, "dense network")
         early = torch.einsum("lnd,lcd->lnc", states[:-1], self.weight) + self.bias[:, None]
         return torch.cat([early, logits[None]])
 
     def smaller_logits(self, tokens: TokenizedTexts) -> list[Tensor]:
-        """Return the logits of each smaller network, [N, C]."""
+        """Return the logits [N, C] of each smaller network."""
         return [_layer_states(model, tokens, "smaller network")[1] for model in self.smaller]
 
 
@@ -88,25 +92,29 @@ def train_baselines(
 ) -> None:
     """Train a dense network and smaller ones from a starting encoder, and write them to `folder`.
 
-    The checkpoint's network is no fair baseline: it is trained to correct step 0, and inaccurate
-    without it. An interrupted run resumes when it is started again.
+    The network of the checkpoint is no fair baseline, because it is trained to correct step 0. An
+    interrupted run resumes when it is started again.
 
     Args:
-        model: the starting encoder, without a step 0; it is trained.
-        tokens, examples: the training texts of the checkpoint.
-        recipe: the checkpoint's.
-        work_dir: for the states of the runs; the caller removes it.
-        folder: the output, for `read_baseline`.
-        log: called with one line per event.
-        origin: identifies the starting weights.
+        model: starting encoder, without a step 0; it is trained in place.
+        tokens, examples: training texts of the checkpoint.
+        recipe: recipe of the checkpoint.
+        work_dir: folder for the states of the runs; the caller removes it.
+        folder: folder to write, which `read_baseline` reads.
+        log: function that is called with one line per event.
+        origin: identifier of the starting weights.
         device, micro_batch, processes: see `Trainer`.
     """
-    on: dict[str, Any] = {"device": device, "micro_batch": micro_batch, "processes": processes}
+    hardware: dict[str, Any] = {
+        "device": device,
+        "micro_batch": micro_batch,
+        "processes": processes,
+    }
     epochs = recipe.dense_epochs + recipe.budget_epochs
     dense_recipe = replace(recipe, dense_epochs=epochs, budget_epochs=0, ladder="uniform")
     log("training the dense baseline")
-    dense = Trainer(model, tokens, examples, dense_recipe, work_dir, log, origin, **on)
-    dense.train(lambda: _write(model, tokens, examples, folder, recipe.seed, log))
+    dense = Trainer(model, tokens, examples, dense_recipe, work_dir, log, origin, **hardware)
+    dense.train(lambda: _write_dense(model, tokens, examples, folder, recipe.seed, log))
     teacher = dense.predict(tokens, model.config.num_steps, "teacher")
     for layers, heads in sizes_of_smaller(model):
         name = f"{layers}x{heads}"
@@ -118,7 +126,7 @@ def train_baselines(
         trainer = Trainer(
             *(small, tokens, examples, dense_recipe, work_dir / name, log, origin),
             teacher=teacher,
-            **on,
+            **hardware,
         )
         trainer.train()
         if processes.is_main:
@@ -142,13 +150,13 @@ def keep_layers(
     small = BudgetFormerForSequenceClassification(config)
     layers = list(model.encoder.encoder_layers)
     kept = nn.ModuleList(layers[i * len(layers) // count] for i in range(count))
-    own = {f"encoder.layers.{name}": weight for name, weight in kept.state_dict().items()}
-    shared = {k: v for k, v in model.state_dict().items() if not k.startswith("encoder.layers.")}
-    small.load_state_dict(shared | own)
+    in_layers = {f"encoder.layers.{name}": weight for name, weight in kept.state_dict().items()}
+    others = {k: v for k, v in model.state_dict().items() if not k.startswith("encoder.layers.")}
+    small.load_state_dict(others | in_layers)
     return small
 
 
-def _write(
+def _write_dense(
     model: BudgetFormerForSequenceClassification,
     tokens: TokenizedTexts,
     examples: Examples,
@@ -161,10 +169,10 @@ def _write(
     rows = drawn_rows(len(examples), EXIT_ROWS, seed)
     states, _ = _layer_states(model, tokens.subset(rows), "early exits")
     labels = torch.from_numpy(examples.labels[rows])
-    fitted = [_fit(model, layer, labels) for layer in states[:-1]]
+    exits = [_fit_exit(model, layer, labels) for layer in states[:-1]]
     weights = {
-        "weight": torch.stack([weight for weight, _ in fitted]),
-        "bias": torch.stack([bias for _, bias in fitted]),
+        "weight": torch.stack([weight for weight, _ in exits]),
+        "bias": torch.stack([bias for _, bias in exits]),
     }
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
@@ -175,7 +183,7 @@ def read_baseline(folder: Path) -> Baseline:
     """Read the baselines that `train_baselines` wrote.
 
     Raises:
-        DataError: the folder has no such network.
+        DataError: the folder has no such baselines.
     """
     try:
         exits = load_file(folder / EXITS)
@@ -190,15 +198,15 @@ def read_baseline(folder: Path) -> Baseline:
 
 
 @contextmanager
-def _tapped(model: BudgetFormerForSequenceClassification) -> Iterator[list[Tensor]]:
+def _recorded_states(model: BudgetFormerForSequenceClassification) -> Iterator[list[Tensor]]:
     """Yield a list that collects the states [B, T, D] after each layer of forward passes."""
-    taken: list[Tensor] = []
+    recorded: list[Tensor] = []
     hooks = [
-        layer.register_forward_hook(lambda _, __, states: taken.append(states))
+        layer.register_forward_hook(lambda _, __, states: recorded.append(states))
         for layer in model.encoder.encoder_layers
     ]
     try:
-        yield taken
+        yield recorded
     finally:
         for hook in hooks:
             hook.remove()
@@ -215,32 +223,32 @@ def _layer_states(
     count = len(tokens.ids)
     states = torch.zeros(config.num_hidden_layers, count, config.hidden_size)
     logits = torch.zeros(count, config.num_classes)
-    with progress_bar() as bar, _tapped(model) as taken:
+    with progress_bar() as bar, _recorded_states(model) as recorded:
         task = bar.add_task(title, total=count, note="")
         for batch in tokens.batches(BATCH):
-            taken.clear()
+            recorded.clear()
             encoded = model.encoder(**inputs(batch), steps=config.num_steps)
             logits[batch.rows] = model.classify(encoded.pooled)
-            for index, layer in enumerate(taken):
+            for index, layer in enumerate(recorded):
                 states[index, batch.rows] = masked_mean(layer, batch.attention_mask)
             bar.advance(task, len(batch.rows))
     model.train(training)
     return states, logits
 
 
-def _fit(
+def _fit_exit(
     model: BudgetFormerForSequenceClassification, states: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fit a linear classifier on states [N, D]: weight [C, D], bias [C]."""
+    """Return the weight [C, D] and bias [C] of a linear classifier, fitted on states [N, D]."""
     mean, scale = states.mean(0), states.std(0) + 1e-6
-    inputs_ = (states - mean) / scale
+    standardised = (states - mean) / scale
     weight = torch.zeros(model.config.num_classes, states.shape[1], requires_grad=True)
     bias = torch.zeros(model.config.num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = model.loss(inputs_ @ weight.T + bias, labels)
+        value = model.loss(standardised @ weight.T + bias, labels)
         value = value + EXIT_PENALTY * weight.square().sum()
         value.backward()
         return value
@@ -252,7 +260,7 @@ def _fit(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train the baselines of a checkpoint; an interrupted run resumes."""
+    """Train the baselines of a checkpoint; an interrupted run resumes. Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="training file, or its folder")
     parser.add_argument("--start", help="folder of an encoder, or `minilm-l6`; none: from scratch")
@@ -261,20 +269,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="threads; all cores unless given")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--micro-batch", type=int, help="items per pass, to save memory")
-    chosen = parser.parse_args(arguments)
-    if chosen.threads is not None:
-        torch.set_num_threads(chosen.threads)
-    recipe = replace(Recipe.read(chosen.recipe), embedding_exit=False)
-    work_dir = chosen.out.parent / f".{chosen.out.name}.work"
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    recipe = replace(Recipe.read(options.recipe), embedding_exit=False)
+    work_dir = options.out.parent / f".{options.out.name}.work"
     try:
-        processes, device = join_processes(find_device(chosen.device))
+        processes, device = join_processes(find_device(options.device))
         log = processes.log_of_main(terminal.log)
-        run = prepare(chosen.data, chosen.start, recipe, work_dir, processes, log)
+        run = prepare(options.data, options.start, recipe, work_dir, processes, log)
         train_baselines(
-            *(run.conversion.model, run.tokens, run.seen, recipe, work_dir, chosen.out, log),
+            *(run.conversion.model, run.tokens, run.seen, recipe, work_dir, options.out, log),
             run.conversion.origin,
             device=device,
-            micro_batch=chosen.micro_batch,
+            micro_batch=options.micro_batch,
             processes=processes,
         )
     except BudgetFormerError as error:

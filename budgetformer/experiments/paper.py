@@ -25,7 +25,7 @@ from budgetformer.model.architecture import Architecture
 from budgetformer.model.budget import Gating
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts, read_examples
-from budgetformer.training.pipeline import build_model, find_data, find_start, kept_tokenizer
+from budgetformer.training.pipeline import build_model, find_data, find_start, saved_tokenizer
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import Log, Trainer, inputs
 from budgetformer.wilson import interval
@@ -64,15 +64,16 @@ class Outcome:
     """The results of one trained network on N test texts.
 
     Attributes:
-        recipe: its recipe, as plain values.
-        right: 1 if its answer at its own budget (the plain network: all heads) is right, [N].
-        s: f_o's outputs, [N][layers]; empty for the plain network.
-        heads: heads computed, [N][layers].
-        forced: accuracy by number of heads in every layer.
+        recipe: recipe of the network, as plain values.
+        right: 1 if the answer at the budget of f_o (the plain network: all heads) is right, else 0
+            [N].
+        s: outputs of f_o [N][layers]; empty for the plain network.
+        heads: heads computed [N][layers].
+        forced: accuracy by forced number of heads in every layer.
         saved_attention: share of the dense multiply-adds that is saved if only the attention of
             unselected heads is skipped, as the paper counts.
-        saved_compact: share that a compact pass saves, which also skips their projections, minus
-            the cost of f_o and g_d.
+        saved_compact: share that a compact pass saves, which also skips the projections of
+            unselected heads, minus the cost of f_o and g_d.
     """
 
     recipe: dict[str, Any]
@@ -86,7 +87,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set, tokenized once for all variants."""
+    """A data set, tokenized once for all variants."""
 
     name: str
     train: Examples
@@ -97,7 +98,7 @@ class DataSet:
 
     @classmethod
     def read(cls, folder: Path, recipe: Recipe, work_dir: Path) -> DataSet:
-        """Read a folder with training and test file; the tokenizer is kept in `work_dir`.
+        """Read a folder with a training and a test file; the tokenizer is saved in `work_dir`.
 
         Raises:
             DataError: a file is missing, or the labels are not one per text.
@@ -111,14 +112,14 @@ class DataSet:
         if recipe.max_train_rows:
             train = train.sample(recipe.max_train_rows, recipe.seed)
         test = read_examples(test_file, train.names)
-        tokenizer = kept_tokenizer(train, recipe.vocab_size, work_dir)
-        cut = (recipe.max_length, recipe.truncation_side)
+        tokenizer = saved_tokenizer(train, recipe.vocab_size, work_dir)
+        window = (recipe.max_length, recipe.truncation_side)
         return cls(
             name=folder.name,
             train=train,
-            tokens=TokenizedTexts(tokenizer, train.texts, train.pairs, *cut),
+            tokens=TokenizedTexts(tokenizer, train.texts, train.pairs, *window),
             test=test,
-            test_tokens=TokenizedTexts(tokenizer, test.texts, test.pairs, *cut),
+            test_tokens=TokenizedTexts(tokenizer, test.texts, test.pairs, *window),
             vocab_size=tokenizer.get_vocab_size(),
         )
 
@@ -132,7 +133,7 @@ def variant_recipe(base: Recipe, name: str) -> Recipe:
 
 
 def run_variant(data: DataSet, recipe: Recipe, work_dir: Path, log: Log) -> Outcome:
-    """Train one network and score it; an interrupted training resumes from `work_dir`."""
+    """Train and score one network; an interrupted run resumes from `work_dir`."""
     torch.manual_seed(recipe.seed)
     model = build_model(find_start(None), data.train, recipe, data.vocab_size)
     Trainer(model, data.tokens, data.train, recipe, work_dir, log).train()
@@ -142,7 +143,7 @@ def run_variant(data: DataSet, recipe: Recipe, work_dir: Path, log: Log) -> Outc
 
 
 def score(model: BudgetFormerForSequenceClassification, data: DataSet, recipe: Recipe) -> Outcome:
-    """Score a network on the test texts, at its own budget and at forced ones."""
+    """Score a network on the test texts, at the budgets of f_o and at forced budgets."""
     model.eval()
     model.set_gating(Gating(random_heads=recipe.random_heads))
     torch.manual_seed(recipe.seed)  # random heads are drawn in evaluation too
@@ -168,7 +169,7 @@ def score(model: BudgetFormerForSequenceClassification, data: DataSet, recipe: R
 def saved_shares(
     config: Architecture, heads: np.ndarray, lengths: np.ndarray
 ) -> tuple[float, float]:
-    """Return the shares of multiply-adds that heads [N, L] save: in attention only, and compact."""
+    """Return `saved_attention` and `saved_compact` (see `Outcome`) of selected heads [N, L]."""
     dense = sum(dense_macs(config, int(n)) for n in lengths)
     compact = sum(
         encoder_macs(config, plan, int(n)) + decision_macs(config)
@@ -183,7 +184,7 @@ def saved_shares(
 def _answers(
     model: BudgetFormerForSequenceClassification, data: DataSet, step: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return right [N], s [N, layers or 1] and heads [N, layers]."""
+    """Return right [N], s [N, layers or 1] and heads [N, layers]; step None: f_o's budgets."""
     count = len(data.test)
     right = np.zeros(count, dtype=np.int64)
     heads = np.zeros((count, model.config.num_hidden_layers), dtype=np.int64)
@@ -197,20 +198,21 @@ def _answers(
     return right, s, heads
 
 
-def ranking(score: np.ndarray, positive: np.ndarray) -> float:
-    """Return the AUC: the chance that a positive row scores above a negative; ties count 0.5."""
-    values, place, counts = np.unique(score, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    ones = int(positive.sum())
-    zeros = len(positive) - ones
-    if not ones or not zeros:
+def auc(score: np.ndarray, positive: np.ndarray) -> float:
+    """Return the area under the ROC curve of scores [N]; 0.5 if all rows have the same class."""
+    values, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    if not positives or not negatives:
         return 0.5
-    return float((ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
+    rank_sum = ranks[positive].sum() - positives * (positives + 1) / 2
+    return float(rank_sum / (positives * negatives))
 
 
-def explained(values: np.ndarray, groups: np.ndarray) -> float:
+def explained_variance(values: np.ndarray, groups: np.ndarray) -> float:
     """Return the share of the variance of values [N] that lies between groups [N]."""
-    if values.min() == values.max():  # its computed variance may still be a rounding error
+    if values.min() == values.max():  # rounding may give a variance above 0
         return 0.0
     means = np.zeros(len(values))
     for group in np.unique(groups):
@@ -221,7 +223,7 @@ def explained(values: np.ndarray, groups: np.ndarray) -> float:
 def study(
     folder: Path, base: Recipe, work_dir: Path, log: Log
 ) -> tuple[DataSet, dict[str, Outcome]]:
-    """Run every variant on one data set, except those whose results are in `work_dir`."""
+    """Run the variants on one data set whose results are not in `work_dir`; return all results."""
     folder = folder.resolve()
     results = work_dir / folder.name
     data = DataSet.read(folder, base, results)
@@ -308,8 +310,8 @@ def _second_row(name: str, outcome: Outcome, failed: np.ndarray, labels: np.ndar
         cells += [
             f"{s[failed].mean():.4f}",
             f"{s[~failed].mean():.4f}",
-            f"{ranking(s, failed):.3f}",
-            f"{explained(s, labels):.1%}",
+            f"{auc(s, failed):.3f}",
+            f"{explained_variance(s, labels):.1%}",
         ]
     else:
         cells += [""] * 4
@@ -319,9 +321,13 @@ def _second_row(name: str, outcome: Outcome, failed: np.ndarray, labels: np.ndar
 def main(arguments: list[str] | None = None) -> None:
     """Run the study and print, or write, its tables."""
     parser = argparse.ArgumentParser(description="Study the paper's own recipe.")
-    parser.add_argument("--data", nargs="+", type=Path, required=True, help="train and test files")
+    parser.add_argument(
+        "--data", nargs="+", type=Path, required=True, help="folders with train and test files"
+    )
     parser.add_argument("--recipe", default="paper-small", help="TOML file or packaged recipe")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/paper"), help="results so far")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("runs/paper"), help="folder of finished results"
+    )
     parser.add_argument("--out", type=Path, help="write the tables here instead of printing them")
     parser.add_argument("--threads", type=int, help="number of torch threads")
     options = parser.parse_args(arguments)

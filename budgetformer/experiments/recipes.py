@@ -2,7 +2,8 @@
 
 `python -m budgetformer.experiments.recipes STUDY.toml --data FOLDER --start ENCODER --out FOLDER`
 trains a checkpoint with each variant and compares their answers at equal mean multiply-adds. An
-interrupted study resumes. A study holds the keys of a recipe, and tables of keys that differ:
+interrupted study resumes. A study file has the keys of a recipe, and one table per variant with the
+keys that differ:
 
     budget_epochs = 3
     [variants."random steps only"]
@@ -31,7 +32,7 @@ from budgetformer.checkpoint.loading import load_network
 from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.errors import BudgetFormerError, DataError
 from budgetformer.experiments import terminal
-from budgetformer.experiments.report import paired
+from budgetformer.experiments.report import paired_gain
 from budgetformer.experiments.sizes import Frontier
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
 from budgetformer.training.pages import markdown_table
@@ -49,9 +50,9 @@ class Variant:
     """One training idea.
 
     Attributes:
-        name: of the idea.
-        recipe: settings of its run.
-        teacher: checkpoint whose answers teach; None: the network teaches itself.
+        name: name of the idea.
+        recipe: recipe of the variant.
+        teacher: folder of the checkpoint that teaches; None: the network teaches itself.
     """
 
     name: str
@@ -61,15 +62,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class Result:
-    """A trained variant against the recipe itself, on N test texts.
+    """A trained variant compared with the recipe itself, on N test texts.
 
     Attributes:
-        name: of the idea.
+        name: name of the idea.
         minutes: training time.
         step0, full: accuracy of step 0 and of all heads.
         accuracies: accuracy at each of `COSTS`; None: its chain cannot run that cheaply.
-        gains: points over the recipe itself at each of `COSTS` and with all heads, each with its
-            paired 95 % interval; None: one of the two cannot run that cheaply.
+        gains: percentage points gained over the recipe itself at each of `COSTS` and with all
+            heads, each with its paired 95 % interval; None: one of the two cannot run that cheaply.
     """
 
     name: str
@@ -91,16 +92,16 @@ def read_study(path: Path) -> list[Variant]:
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"{path}: {error}") from error
     tables = {BASE: {}} | values.pop("variants", {})
-    found = []
-    for name, changed in tables.items():
-        keys: dict[str, Any] = values | changed
+    variants = []
+    for name, changes in tables.items():
+        keys: dict[str, Any] = values | changes
         teacher = keys.pop("teacher", None)
-        found.append(Variant(name, Recipe.read(None, **keys), teacher and Path(teacher)))
-    return found
+        variants.append(Variant(name, Recipe.read(None, **keys), teacher and Path(teacher)))
+    return variants
 
 
-def answers_of(teacher: Path) -> Callable[[Examples], Tensor]:
-    """Return a function from texts to a checkpoint's logits with all heads, [N, C]."""
+def teacher_logits(teacher: Path) -> Callable[[Examples], Tensor]:
+    """Return a function from N texts to a checkpoint's logits with all heads [N, C]."""
     checkpoint = read_checkpoint(teacher)
     network = load_network(checkpoint)
     return lambda examples: full_logits(network, TokenizedTexts.of(checkpoint, examples))
@@ -112,20 +113,20 @@ def compare(
     """Compare variants with the first one at equal mean cost."""
     base, results = frontiers[0], []
     costs = [share * base.dense for share in COSTS]
-    for name, taken, own in zip(names, seconds, frontiers, strict=True):
-        at = [own.within(cost) for cost in costs]
+    for name, duration, frontier in zip(names, seconds, frontiers, strict=True):
+        at_costs = [frontier.within(cost) for cost in costs]
         pairs = [
-            *zip(at, [base.within(cost) for cost in costs], strict=True),
-            (own.full, base.full),
+            *zip(at_costs, [base.within(cost) for cost in costs], strict=True),
+            (frontier.full, base.full),
         ]
         results.append(
             Result(
                 name,
-                taken / 60,
-                float(own.right[0].mean()),
-                float(own.full.mean()),
-                [None if right is None else float(right.mean()) for right in at],
-                [None if a is None or b is None else paired(a, b) for a, b in pairs],
+                duration / 60,
+                float(frontier.right[0].mean()),
+                float(frontier.full.mean()),
+                [None if right is None else float(right.mean()) for right in at_costs],
+                [None if a is None or b is None else paired_gain(a, b) for a, b in pairs],
             )
         )
     return results
@@ -133,18 +134,16 @@ def compare(
 
 def page(results: Sequence[Result], source: str, count: int) -> str:
     """Return the comparison as Markdown."""
-    head = ["idea", "minutes", "step 0", *(f"{cost:.0%}" for cost in COSTS), "all heads"]
+    headings = ["idea", "minutes", "step 0", *(f"{cost:.0%}" for cost in COSTS), "all heads"]
     rows, gains = [], []
-    for one in results:
-        reached = ["" if value is None else f"{value:.4f}" for value in one.accuracies]
-        rows.append(
-            [one.name, f"{one.minutes:.0f}", f"{one.step0:.4f}", *reached, f"{one.full:.4f}"]
-        )
-        if one.name != BASE:
+    for r in results:
+        accuracies = ["" if value is None else f"{value:.4f}" for value in r.accuracies]
+        rows.append([r.name, f"{r.minutes:.0f}", f"{r.step0:.4f}", *accuracies, f"{r.full:.4f}"])
+        if r.name != BASE:
             cells = [
-                "" if g is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*g) for g in one.gains
+                "" if g is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*g) for g in r.gains
             ]
-            gains.append([one.name, *cells])
+            gains.append([r.name, *cells])
     return "\n".join(
         [
             f"# Training ideas on {source}",
@@ -152,18 +151,18 @@ def page(results: Sequence[Result], source: str, count: int) -> str:
             f"Accuracy on {count} test texts at equal mean multiply-adds, as shares of the dense "
             "network's. Each variant goes along its own chain; the threshold sets the mean cost.",
             "",
-            markdown_table(head, rows),
+            markdown_table(headings, rows),
             "",
             "Points gained over the recipe itself, with paired 95 % intervals:",
             "",
-            markdown_table(["idea", *head[3:]], gains),
+            markdown_table(["idea", *headings[3:]], gains),
             "",
         ]
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what is not trained yet, and write the comparison to a folder."""
+    """Train the variants without a checkpoint, and write the comparison to a folder."""
     parser = argparse.ArgumentParser(prog="python -m budgetformer.experiments.recipes")
     parser.add_argument("study", type=Path, help="TOML file: a recipe and its variants")
     parser.add_argument("--data", type=Path, required=True, help="folder with train and test files")
@@ -182,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace) -> str:
-    """Run a study; return its page.
+    """Run a study and return its page.
 
     Raises:
         DataError: the study or the data is invalid.
@@ -202,18 +201,18 @@ def _run(given: argparse.Namespace) -> str:
     text = page(results, given.data.name, len(frontiers[0].full))
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "README.md").write_text(text)
-    figures = json.dumps([asdict(one) for one in results], indent=1)
+    figures = json.dumps([asdict(result) for result in results], indent=1)
     (given.out / "recipes.json").write_text(figures + "\n")
     return text
 
 
 def _train(variant: Variant, output: Path, given: argparse.Namespace) -> float:
-    """Train a variant unless its checkpoint exists; return the seconds of all its runs."""
+    """Train a variant unless its checkpoint exists; return the seconds over all attempts."""
     record = output.parent / SECONDS
-    before: float = json.loads(record.read_text()) if record.is_file() else 0.0
+    earlier: float = json.loads(record.read_text()) if record.is_file() else 0.0
     if output.is_dir():
-        return before
-    began = time.monotonic()
+        return earlier
+    begin = time.monotonic()
     try:
         train_checkpoint(
             data=given.data,
@@ -223,12 +222,12 @@ def _train(variant: Variant, output: Path, given: argparse.Namespace) -> float:
             work_dir=output.parent / ".work",
             threads=given.threads,
             log=lambda line: terminal.log(f"{variant.name}: {line}"),
-            teacher=None if variant.teacher is None else answers_of(variant.teacher),
+            teacher=None if variant.teacher is None else teacher_logits(variant.teacher),
         )
     finally:
         output.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(before + time.monotonic() - began))
-    return before + time.monotonic() - began
+        record.write_text(json.dumps(earlier + time.monotonic() - begin))
+    return earlier + time.monotonic() - begin
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule, EntryBand, Measure
 from budgetformer.model.answers import confidence, probabilities
 from budgetformer.model.architecture import MULTI_LABEL
-from budgetformer.training.calibration import Table, answer_all, run_every_step
+from budgetformer.training.calibration import AnswerTable, answer_all, run_every_step
 from budgetformer.training.chains import Route
 from budgetformer.training.data import Examples, TokenizedTexts, even_rows
 from budgetformer.training.exits import wrong
@@ -45,11 +45,18 @@ TIMED_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Way:
-    """The accuracy and cost of one way to answer N texts.
+class MethodResult:
+    """The accuracy and cost of one method (level, fixed step or baseline) on N texts.
 
-    macs_share: multiply-adds as a share of the dense network's; budgets: share of the texts that
-    ended at each step; milliseconds: per text, by batch size.
+    Attributes:
+        name: name of the method.
+        rows: number of texts.
+        accuracy, low, high: accuracy and its 95 % interval.
+        macro_f1, ece: see `macro_f1` and `calibration_error`.
+        macs_share: multiply-adds as a share of the dense network's.
+        mean_heads: mean heads per text, summed over layers and steps.
+        budgets: share of the texts that ended at each step.
+        milliseconds: milliseconds per text, by batch size.
     """
 
     name: str
@@ -67,9 +74,13 @@ class Way:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The budget per text against one baseline at equal mean cost.
+    """A level compared with one baseline at equal mean cost.
 
-    gain: in accuracy points (of 100), with its paired 95 % interval.
+    Attributes:
+        baseline, level: names of both; the level's name may be empty.
+        macs_share: mean cost of both, as a share of the dense network's.
+        accuracy, rival_accuracy: accuracy of the level and of the baseline.
+        gain, low, high: accuracy gained, in percentage points, and its paired 95 % interval.
     """
 
     baseline: str
@@ -84,7 +95,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """Mean cost of a level on texts that the dense network answers wrong, and right.
+    """Mean cost of a level on texts that the dense network classifies wrong, and right.
 
     Multiply-adds are shares of the dense network's on the same text.
     """
@@ -97,7 +108,7 @@ class Difficulty:
 
     @property
     def ratio(self) -> float:
-        """Multiply-adds on texts answered wrong, relative to those answered right."""
+        """Multiply-adds on texts classified wrong, relative to those classified right."""
         return self.macs_if_wrong / self.macs_if_right
 
 
@@ -118,7 +129,7 @@ class Report:
     rows: int
     measure: Measure
     chain: list[int]
-    ways: list[Way]
+    ways: list[MethodResult]
     routing: list[Routing]
     lengths: list[Routing]
     comparisons: list[Comparison]
@@ -128,15 +139,19 @@ class Report:
     heads_by_class: dict[str, dict[str, float]]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return the report as plain values."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The answers of one way to answer N texts.
+    """The answers of one method to N texts.
 
-    logits [N, C], right [N], macs [N], heads [N]; step: the step that answered [N], if any.
+    Attributes:
+        logits: logits [N, C].
+        right: whether each answer is right [N].
+        macs, heads: multiply-adds and heads computed [N].
+        step: step that answered [N]; None: the method has no steps.
     """
 
     logits: Tensor
@@ -152,13 +167,13 @@ def report_checkpoint(
     """Measure a checkpoint on labelled texts that neither training nor calibration saw.
 
     Args:
-        checkpoint: must have scope "input".
-        examples: the texts; each is run at every ladder step, which takes many passes.
-        baseline: the dense baseline of the checkpoint; None: its own full budget.
-        timed: also measure milliseconds per text on this machine.
+        checkpoint: checkpoint with scope "input".
+        examples: labelled texts; each is run at every ladder step, which takes many passes.
+        baseline: dense baseline of the checkpoint; None: the checkpoint at the full budget.
+        timed: whether to measure milliseconds per text on this machine.
 
     Raises:
-        DataError: there is no text, or the checkpoint has scope "layer".
+        DataError: there are no texts, or the checkpoint has scope "layer".
     """
     if not len(examples):
         raise DataError("a report requires at least one text")
@@ -184,8 +199,7 @@ class _Bench:
         self.network, self.tokens, self.examples = network, tokens, examples
         self.config = network.config
         self.labels = torch.from_numpy(examples.labels)
-        self.runs = run_every_step(network, tokens)
-        self.table = Table(self.config, self.runs)
+        self.table = AnswerTable(self.config, run_every_step(network, tokens))
         self.right = self.table.right(self.labels)
         self.full = self._step(self.config.num_steps)
         self.baseline = baseline
@@ -198,7 +212,7 @@ class _Bench:
         manifest = checkpoint.manifest
         first = 0 if self.config.embedding_exit else 1
         steps = {f"step {i}": self._step(i) for i in range(first, self.config.num_steps + 1)}
-        ours = [(rule, self._answers(rule)) for rule in checkpoint.level_rules]
+        levels = [(rule, self._answers(rule)) for rule in checkpoint.level_rules]
         named = {name: self._answers(checkpoint.rule(name)) for name in manifest.named_levels}
         oracle = self._oracle(first)
         dense = self.smaller | {"dense": self.dense} if self.baseline else {}
@@ -217,7 +231,11 @@ class _Bench:
             if self.config.embedding_exit:
                 baselines["step 0, then smaller dense"] = self._best(list(self._step0_then(sizes)))
         curves = [
-            Curve("budget per text", [self._share(o) for _, o in ours], [_mean(o) for _, o in ours])
+            Curve(
+                "budget per text",
+                [self._share(o) for _, o in levels],
+                [_mean(o) for _, o in levels],
+            )
         ]
         for name, best in baselines.items():
             curves.append(Curve(name, [self._share(o) for o in best], [_mean(o) for o in best]))
@@ -230,8 +248,8 @@ class _Bench:
             chain=list(manifest.policy.chain if manifest.policy else ()),
             routing=compare_routing(self.table, self.labels),
             lengths=compare_lengths(self.table, self.labels),
-            ways=[self._way(name, o, times.get(name, {})) for name, o in outcomes.items()],
-            comparisons=list(self._compare(ours, baselines, manifest.measure)),
+            ways=[self._result(name, o, times.get(name, {})) for name, o in outcomes.items()],
+            comparisons=list(self._compare(levels, baselines, manifest.measure)),
             difficulty=difficulty,
             curves=curves,
             heads_by_confidence={n: self._by_confidence(o) for n, o in named.items()},
@@ -239,27 +257,27 @@ class _Bench:
         )
 
     def time(self, checkpoint: Checkpoint) -> dict[str, dict[int, float]]:
-        """Time each level and each fixed step per text, interleaved, in the packed pass.
+        """Return the median milliseconds per text of each level and fixed step, by batch size.
 
-        The dense network is timed as our own full step; medians of a few rounds, in milliseconds.
+        The dense network is timed as the full step of this checkpoint.
         """
         last = self.config.num_steps
         rules = {name: checkpoint.rule(name) for name in checkpoint.manifest.named_levels}
         for step in range(1, last + 1):
             rules[f"step {step}"] = BudgetRule(num_steps=last, fixed=step)
-        found: dict[str, dict[int, float]] = {name: {} for name in rules}
+        times: dict[str, dict[int, float]] = {name: {} for name in rules}
         for batch, count in TIMED_BATCHES.items():
-            some = self.tokens.subset(even_rows(len(self.tokens.ids), count))
-            taken: dict[str, list[float]] = {name: [] for name in rules}
-            for _ in range(TIMED_ROUNDS):
+            sample = self.tokens.subset(even_rows(len(self.tokens.ids), count))
+            measured: dict[str, list[float]] = {name: [] for name in rules}
+            for _ in range(TIMED_ROUNDS):  # interleaved, so that all rules meet the same noise
                 for name, rule in rules.items():
-                    begun = time.perf_counter()
-                    answer_all(self.network, some, rule, batch)
-                    taken[name].append(time.perf_counter() - begun)
-            for name, seconds in taken.items():
-                found[name][batch] = 1000 * statistics.median(seconds) / len(some.ids)
-        found["dense"] = found[f"step {last}"]
-        return found
+                    begin = time.perf_counter()
+                    answer_all(self.network, sample, rule, batch)
+                    measured[name].append(time.perf_counter() - begin)
+            for name, seconds in measured.items():
+                times[name][batch] = 1000 * statistics.median(seconds) / len(sample.ids)
+        times["dense"] = times[f"step {last}"]
+        return times
 
     def _outcome(self, logits: Tensor, macs: np.ndarray, heads: np.ndarray) -> _Outcome:
         right = 1 - wrong(logits, self.labels, self.config.problem_type).numpy()
@@ -270,8 +288,8 @@ class _Bench:
         return _Outcome(logits, self.right[step, self.table.rows], macs, heads, step)
 
     def _answers(self, rule: BudgetRule) -> _Outcome:
-        found = self.table.answer(rule)
-        return self._at(found.step, found.macs, found.heads)
+        answers = self.table.answer(rule)
+        return self._at(answers.step, answers.macs, answers.heads)
 
     def _step(self, step: int) -> _Outcome:
         return self._answers(BudgetRule(num_steps=self.config.num_steps, fixed=step))
@@ -284,62 +302,62 @@ class _Bench:
         return self._at(step, macs, self.table.heads[step].astype(np.float64))
 
     def _cascades(self) -> list[_Outcome]:
-        """Return cascades of a small step and, for uncertain texts, the last step."""
+        """Return cascades of a small step and, for uncertain answers, the last step."""
         last = self.config.num_steps
         routes = [Route((low, last), (EntryBand(upto=1, step=low),)) for low in range(1, last)]
-        taken = [self.table.take(route, below) for route in routes for below in THRESHOLDS]
-        return [self._at(found.step, found.macs, found.heads) for found in taken]
+        answers = [self.table.answer_on(route, t) for route in routes for t in THRESHOLDS]
+        return [self._at(a.step, a.macs, a.heads) for a in answers]
 
     def _early_exits(self) -> Iterator[_Outcome]:
-        """Yield early exits from the dense network after the first confident layer."""
+        """Yield the outcome of exits from the dense network after the first confident layer."""
         assert self.layers is not None
         count = len(self.layers)
         confidences = torch.stack(
             [confidence(x, self.config.problem_type) for x in self.layers]
         ).numpy()
         heads = self.config.num_attention_heads
-        layer = np.array([layer_macs(self.config, heads, int(n)) for n in self.tokens.lengths])
-        head = self.config.hidden_size * self.config.num_classes
-        for below in THRESHOLDS:
-            leaves = confidences >= below
-            leaves[-1] = True
-            at = leaves.argmax(0)
-            logits = self.layers[torch.from_numpy(at), torch.arange(len(at))]
-            macs = ((at + 1) * (layer + head)).astype(np.float64)
-            yield self._outcome(logits, macs, (at + 1) * (self.table.heads[-1] / count))
+        of_layer = np.array([layer_macs(self.config, heads, int(n)) for n in self.tokens.lengths])
+        of_exit = self.config.hidden_size * self.config.num_classes
+        for threshold in THRESHOLDS:
+            exits = confidences >= threshold
+            exits[-1] = True
+            layer = exits.argmax(0)
+            logits = self.layers[torch.from_numpy(layer), torch.arange(len(layer))]
+            macs = ((layer + 1) * (of_layer + of_exit)).astype(np.float64)
+            yield self._outcome(logits, macs, (layer + 1) * (self.table.heads[-1] / count))
 
     def _smaller(self, baseline: Baseline) -> dict[str, _Outcome]:
-        """Return the outcome of each smaller dense network on all texts."""
-        found = {}
+        """Return the outcome of each smaller dense network."""
+        outcomes = {}
         answers = baseline.smaller_logits(self.tokens)
         for model, logits in zip(baseline.smaller, answers, strict=True):
             config, (plan,) = model.config, model.config.ladder
             macs = [encoder_macs(config, plan, int(n)) for n in self.tokens.lengths]
             heads = np.full(len(macs), sum(plan))
             name = f"dense, {len(plan)} of {self.config.num_hidden_layers} layers, {plan[0]} heads"
-            found[name] = self._outcome(logits, np.array(macs, dtype=np.float64), heads)
-        return found
+            outcomes[name] = self._outcome(logits, np.array(macs, dtype=np.float64), heads)
+        return outcomes
 
     def _step0_then(self, dense: Sequence[_Outcome]) -> Iterator[_Outcome]:
-        """Yield cascades of step 0, a linear classifier, and a dense network for uncertain texts.
+        """Yield cascades of step 0 and, for uncertain answers, a dense network.
 
         Their logits are not combined, as with two independent models.
         """
         for network in dense:
-            for below in (0.0, *THRESHOLDS):
-                goes_on = self.table.confidence[0] < below
-                rows = torch.from_numpy(goes_on)[:, None]
+            for threshold in (0.0, *THRESHOLDS):
+                uncertain = self.table.confidence[0] < threshold
+                rows = torch.from_numpy(uncertain)[:, None]
                 logits = torch.where(rows, network.logits, self.table.logits[0])
-                macs, heads = (np.where(goes_on, x, 0) for x in (network.macs, network.heads))
+                macs, heads = (np.where(uncertain, x, 0) for x in (network.macs, network.heads))
                 yield self._outcome(logits, macs, heads)
 
     def _compare(
         self,
-        ours: Sequence[tuple[BudgetRule, _Outcome]],
+        outcomes: Sequence[tuple[BudgetRule, _Outcome]],
         baselines: dict[str, list[_Outcome]],
         measure: Measure,
     ) -> Iterator[Comparison]:
-        levels = [(rule.level, outcome) for rule, outcome in ours if rule.level is not None]
+        levels = [(rule.level, outcome) for rule, outcome in outcomes if rule.level is not None]
         chosen = [
             max(affordable, key=lambda pair: pair[0].reached(measure)[0])
             for cost in EQUAL_COSTS
@@ -352,14 +370,14 @@ class _Bench:
                 baseline = self._at_cost(best, cost)
                 if baseline is None:
                     continue
-                gain, low, high = paired(outcome.right, baseline)
+                gain, low, high = paired_gain(outcome.right, baseline)
                 accuracy = float(baseline.mean())
                 yield Comparison(
                     name, level.name or "", cost, _mean(outcome), accuracy, gain, low, high
                 )
 
     def _best(self, family: Sequence[_Outcome]) -> list[_Outcome]:
-        """Return the outcomes on the upper hull of accuracy against cost, by rising cost."""
+        """Return the outcomes on the upper hull of accuracy over cost, by rising cost."""
         return [family[i] for i in _hull([(self._share(o), _mean(o)) for o in family])]
 
     def _at_cost(self, best: Sequence[_Outcome], cost: float) -> np.ndarray | None:
@@ -380,9 +398,9 @@ class _Bench:
     def _share(self, outcome: _Outcome) -> float:
         return float(outcome.macs.sum() / self.table.dense.sum())
 
-    def _way(self, name: str, outcome: _Outcome, milliseconds: dict[int, float]) -> Way:
+    def _result(self, name: str, outcome: _Outcome, milliseconds: dict[int, float]) -> MethodResult:
         low, high = interval(_mean(outcome), len(outcome.right))
-        return Way(
+        return MethodResult(
             name=name,
             rows=len(outcome.right),
             accuracy=_mean(outcome),
@@ -399,7 +417,6 @@ class _Bench:
     def _difficulty(self, name: str, outcome: _Outcome) -> Difficulty:
         right = self.dense.right
         share = outcome.macs / self.table.dense
-
         return Difficulty(
             name,
             float(outcome.heads[~right].mean()),
@@ -409,33 +426,33 @@ class _Bench:
         )
 
     def _by_confidence(self, outcome: _Outcome) -> list[float]:
-        """Return the mean heads per tenth of the texts, by rising confidence when dense."""
+        """Return the mean heads per tenth of the texts, by rising confidence if dense."""
         parts = min(10, len(self.examples))
         order = confidence(self.dense.logits, self.config.problem_type).argsort().numpy()
         return [float(outcome.heads[part].mean()) for part in np.array_split(order, parts)]
 
     def _by_class(self, outcome: _Outcome) -> dict[str, float]:
         labels = self.examples.labels
-        found = {}
+        heads = {}
         for number, name in enumerate(self.examples.names):
             rows = labels[:, number] == 1 if labels.ndim == 2 else labels == number
             if rows.any():
-                found[name] = float(outcome.heads[rows].mean())
-        return found
+                heads[name] = float(outcome.heads[rows].mean())
+        return heads
 
 
 def macro_f1(logits: Tensor, labels: Tensor, problem_type: str | None) -> float:
-    """Return the F1 score averaged over the classes that occur in labels or answers."""
+    """Return the mean F1 score of the classes that occur in labels or answers."""
     if problem_type == MULTI_LABEL:
-        said, true = logits > 0, labels > 0
+        predicted, true = logits > 0, labels > 0
     else:
         classes = logits.shape[-1]
-        said = torch.nn.functional.one_hot(logits.argmax(-1), classes) > 0
+        predicted = torch.nn.functional.one_hot(logits.argmax(-1), classes) > 0
         true = torch.nn.functional.one_hot(labels, classes) > 0
-    both = (said & true).sum(0).double()
-    either = said.sum(0).double() + true.sum(0).double()
-    occurs = either > 0
-    return float((2 * both[occurs] / either[occurs]).mean())
+    correct = (predicted & true).sum(0).double()
+    total = predicted.sum(0).double() + true.sum(0).double()
+    occurs = total > 0
+    return float((2 * correct[occurs] / total[occurs]).mean())
 
 
 def calibration_error(logits: Tensor, right: np.ndarray, problem_type: str | None) -> float:
@@ -465,15 +482,15 @@ def _mean(outcome: _Outcome) -> float:
 
 
 def _hull(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the points (cost, accuracy) on the rising upper hull, by rising cost."""
-    kept: list[int] = []
+    """Return the indices of the points (cost, accuracy) on the rising upper hull, by cost."""
+    hull: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if kept and points[i][1] <= points[kept[-1]][1]:
+        if hull and points[i][1] <= points[hull[-1]][1]:
             continue
-        while len(kept) > 1 and _slope(points, kept[-2], i) >= _slope(points, kept[-2], kept[-1]):
-            kept.pop()
-        kept.append(i)
-    return kept
+        while len(hull) > 1 and _slope(points, hull[-2], i) >= _slope(points, hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(i)
+    return hull
 
 
 def _slope(points: Sequence[tuple[float, float]], a: int, b: int) -> float:
@@ -481,9 +498,16 @@ def _slope(points: Sequence[tuple[float, float]], a: int, b: int) -> float:
     return (points[b][1] - points[a][1]) / run if run else float("inf")
 
 
-def paired(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
-    """Return the difference of two accuracies in points, with its paired 95 % interval."""
-    difference = ours.astype(float) - theirs.astype(float)
+def paired_gain(right: np.ndarray, baseline: np.ndarray) -> tuple[float, float, float]:
+    """Return the accuracy gained over a baseline and its paired 95 % interval (lower, upper end).
+
+    All are in percentage points.
+
+    Args:
+        right: whether each answer is right, or its expected correctness [N].
+        baseline: the same for the baseline's answers to the same texts [N].
+    """
+    difference = right.astype(float) - baseline.astype(float)
     half = 1.96 * float(difference.std()) / float(np.sqrt(len(difference)))
     gain = float(difference.mean())
     return 100 * gain, 100 * (gain - half), 100 * (gain + half)

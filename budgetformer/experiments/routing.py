@@ -1,4 +1,7 @@
-"""Compare ways to choose a text's links, and chains of different lengths, by look-up."""
+"""Compare routing signals, and chains of different lengths, by look-up in a table of answers.
+
+A routing signal decides at which links (steps) of a chain a text starts.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,24 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from budgetformer.training.calibration import FOLDS, Table
+from budgetformer.training.calibration import FOLDS, AnswerTable
 from budgetformer.training.chains import Chain, Curve, Goal, Steps, chains, search
 
 COSTS = (0.02, 0.04, 0.06, 0.08, 0.1, 0.14, 0.2, 0.3)
-"""Mean multiply-adds, as shares of the dense network's, at which routes are compared."""
+"""Limits on the mean multiply-adds of a route, as shares of the dense network's."""
 AT = (0.06, 0.14)
-"""The costs for which reports show the accuracy."""
+"""The limits of `COSTS` that reports show."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The result of one way to choose a text's links, or the chain of all texts.
+    """The result of one routing signal, or of one length of the chain.
 
     Attributes:
-        way: its name.
+        way: name of the signal, or the length.
         accuracy, cost: accuracy and actual cost for each cost limit of `AT`.
-        equal_cost: cost at which its value equals that of the first way at the last of `AT`.
+        equal_cost: cost at which the answers are as good as those of the first signal or length at
+            the last limit of `AT`.
     """
 
     way: str
@@ -32,20 +36,20 @@ class Routing:
     equal_cost: float
 
 
-def compare_routing(table: Table, labels: Tensor) -> list[Routing]:
-    """Compare ways to choose links, each with its best chain, cross-fitted on N texts.
+def compare_routing(table: AnswerTable, labels: Tensor) -> list[Routing]:
+    """Compare routing signals, each with its best chain, cross-fitted on N texts.
 
-    The fusion weights are the table's, fitted on other texts. With "link by link", every text that
-    step 0 does not answer starts at the same link.
+    The fusion weights are the table's, fitted on other texts. With "link by link", all texts that
+    step 0 does not answer start at the same link.
     """
-    none, options = np.zeros_like(table.s), chains(table.config)
-    ways = {"link by link": (none, options), "f_o": (table.s, options)}
+    constant, options = np.zeros_like(table.s), chains(table.config)
+    ways = {"link by link": (constant, options), "f_o": (table.s, options)}
     if table.config.embedding_exit:
         ways["step 0's confidence"] = (1 - table.confidence[0], options)
     return _compare(table, labels, ways)
 
 
-def compare_lengths(table: Table, labels: Tensor) -> list[Routing]:
+def compare_lengths(table: AnswerTable, labels: Tensor) -> list[Routing]:
     """Compare the best chains of 2, 3, ... steps (step 0 counts), as `compare_routing` does."""
     by_length: dict[int, list[Chain]] = {}
     for chain in chains(table.config):
@@ -55,9 +59,9 @@ def compare_lengths(table: Table, labels: Tensor) -> list[Routing]:
 
 
 def _compare(
-    table: Table, labels: Tensor, ways: dict[str, tuple[np.ndarray, list[Chain]]]
+    table: AnswerTable, labels: Tensor, ways: dict[str, tuple[np.ndarray, list[Chain]]]
 ) -> list[Routing]:
-    """Compare ways, each given as a signal [N] for the bands and the chains to choose from."""
+    """Compare ways, each given as a signal [N] for the bands, and chains to choose from."""
     right = table.right(labels)
     value = table.probability_right()
     costs = table.macs / table.dense.mean()
@@ -67,11 +71,11 @@ def _compare(
         way: _curves(replace(steps, s=signal), right, options)
         for way, (signal, options) in ways.items()
     }
-    places = [COSTS.index(cost) for cost in AT]
-    wanted = float(next(iter(curves.values()))[0][places[-1]])
+    shown = [COSTS.index(cost) for cost in AT]
+    reference = float(next(iter(curves.values()))[0][shown[-1]])
     return [
         Routing(
-            way, accuracy[places].tolist(), cost[places].tolist(), _cost_of(wanted, value, cost)
+            way, accuracy[shown].tolist(), cost[shown].tolist(), _cost_of(reference, value, cost)
         )
         for way, (value, cost, accuracy) in curves.items()
     ]
@@ -86,17 +90,17 @@ def _curves(
     totals = np.zeros((3, len(COSTS)))
     for fold in range(folds.max() + 1):
         seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        chosen = Curve.of(search(steps.subset(seen), options, goals), steps.subset(seen))
+        curve = Curve.of(search(steps.subset(seen), options, goals), steps.subset(seen))
         rest = steps.subset(unseen)
-        for place, goal in enumerate(goals):
-            threshold = chosen.threshold(goal)
-            value, cost = chosen.route.value_and_cost(rest, threshold)
-            ends = chosen.route.walk(rest.confidence, rest.s, threshold).ends
-            totals[:, place] += value.sum(), cost.sum(), right[ends, unseen].sum()
+        for index, goal in enumerate(goals):
+            threshold = curve.threshold(goal)
+            value, cost = curve.route.value_and_cost(rest, threshold)
+            ends = curve.route.walk(rest.confidence, rest.s, threshold).ends
+            totals[:, index] += value.sum(), cost.sum(), right[ends, unseen].sum()
     value, cost, accuracy = totals / len(steps)
     return value, cost, accuracy
 
 
-def _cost_of(wanted: float, value: np.ndarray, cost: np.ndarray) -> float:
-    """Return the lowest cost at which a rising curve reaches a value, by interpolation."""
-    return float(np.interp(wanted, np.maximum.accumulate(value), cost))
+def _cost_of(target: float, value: np.ndarray, cost: np.ndarray) -> float:
+    """Return the lowest cost at which the value reaches a target, by interpolation."""
+    return float(np.interp(target, np.maximum.accumulate(value), cost))

@@ -20,8 +20,8 @@ import torch
 from budgetformer.checkpoint.loading import load_network
 from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.errors import DataError
-from budgetformer.experiments.report import paired
-from budgetformer.training.calibration import Table, run_every_step
+from budgetformer.experiments.report import paired_gain
+from budgetformer.training.calibration import AnswerTable, run_every_step
 from budgetformer.training.chains import Route
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
 from budgetformer.training.pages import draw, markdown_table
@@ -40,9 +40,9 @@ class Frontier:
 
     Attributes:
         name: label of the checkpoint.
-        macs: mean multiply-adds at each threshold, rising, [P].
-        right: whether each text's answer is right at each threshold, [P, N].
-        full: whether it is right with all heads, [N].
+        macs: mean multiply-adds at each threshold, rising [P].
+        right: whether each text's answer is right at each threshold [P, N].
+        full: whether each text's answer is right with all heads [N].
         dense: mean multiply-adds of the dense network.
     """
 
@@ -54,7 +54,7 @@ class Frontier:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, examples: Examples) -> Frontier:
-        """Run texts at every step of a checkpoint, and return the frontier.
+        """Run texts at every step of a checkpoint, and return its frontier.
 
         Raises:
             DataError: the checkpoint has no policy.
@@ -63,14 +63,14 @@ class Frontier:
         if policy is None:
             raise DataError(f"{checkpoint.label} has no policy; calibrate it first")
         network = load_network(checkpoint)
-        runs = run_every_step(network, TokenizedTexts.of(checkpoint, examples))
-        table = Table(network.config, runs)
+        tokens = TokenizedTexts.of(checkpoint, examples)
+        table = AnswerTable(network.config, run_every_step(network, tokens))
         right = table.right(torch.from_numpy(examples.labels))
         route = Route(policy.chain, policy.entry, policy.exit_margin)
         thresholds = np.quantile(
             table.confidence[list(policy.chain)], np.linspace(0, 1, THRESHOLDS)
         )
-        points = [table.take(route, float(t)) for t in [*np.unique(thresholds), 1.0]]
+        points = [table.answer_on(route, float(t)) for t in [*np.unique(thresholds), 1.0]]
         return cls(
             checkpoint.label,
             np.array([float(point.macs.mean()) for point in points]),
@@ -94,8 +94,7 @@ class Comparison:
         small: accuracy of the small network.
         large: accuracy of the large network.
         gain: accuracy of the large network minus that of the small one, in points.
-        low: lower end of the gain's paired 95 % interval.
-        high: upper end of this interval.
+        low, high: paired 95 % interval of the gain.
     """
 
     cost: float
@@ -115,7 +114,7 @@ def compare(small: Frontier, large: Frontier) -> list[Comparison]:
         assert of_small is not None
         assert of_large is not None
         accuracies = float(of_small.mean()), float(of_large.mean())
-        comparisons.append(Comparison(float(cost), *accuracies, *paired(of_large, of_small)))
+        comparisons.append(Comparison(float(cost), *accuracies, *paired_gain(of_large, of_small)))
     return comparisons
 
 

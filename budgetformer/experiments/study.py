@@ -1,7 +1,7 @@
-"""Compare ways to decide a budget on one network: `python -m budgetformer.experiments.study`.
+"""Compare ways to decide budgets on one network: `python -m budgetformer.experiments.study`.
 
-Every way uses the same network, learns and chooses thresholds on the same held-out texts, and is
-scored on the same test texts at the same limits on mean cost. So the table isolates the decision.
+All ways use the same network, are fitted on the same held-out texts, and are scored on the same
+test texts at the same limits on mean cost. So only the decision differs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from budgetformer.model.answers import confidence
 from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification, load_model
 from budgetformer.model.step0 import exit_evidence
-from budgetformer.training.calibration import Table, run_every_step
+from budgetformer.training.calibration import AnswerTable, run_every_step
 from budgetformer.training.chains import CANDIDATES, Goal, Route, Steps, chains, search
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
 from budgetformer.training.evaluation import read_test
@@ -36,7 +36,7 @@ from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import inputs, progress_bar, split_rows
 
 CAPS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
-"""Mean multiply-adds, as shares of the dense network's, at which ways are compared."""
+"""Limits on the mean multiply-adds, as shares of the dense network's."""
 FOLDS = 2
 EPOCHS = 12
 HIDDEN = 64
@@ -45,25 +45,35 @@ PROBE_STEP = 1
 
 @dataclass(frozen=True)
 class Choice:
-    """The result of one setting for N texts: whether each is right, and its multiply-adds."""
+    """The result of one setting for N texts.
+
+    Attributes:
+        right: whether each answer is right [N].
+        macs: multiply-adds of each text [N].
+    """
 
     right: np.ndarray
     macs: np.ndarray
 
 
-Setting = Callable[["Side"], Choice]
-"""A setting (thresholds and steps, chosen on the held-out texts), which can run on either side."""
+Setting = Callable[["TextSet"], Choice]
+"""Function that applies thresholds and steps, chosen on the held-out texts, to a set of texts."""
 
 
 @dataclass(frozen=True)
-class Side:
-    """The data of one set of texts (held-out or test).
+class TextSet:
+    """N texts (held-out or test), and the data on which decisions are based.
 
-    right [S+1, N]: whether each step is right; features [N, F]: f_o's inputs; probe [N, D]: mean
-    states half-way through a small step; signals [N] each: predictions of small networks.
+    Attributes:
+        table: answers of every step.
+        right: whether each step's answer is right [S+1, N].
+        features: inputs of f_o [N, F].
+        probe: mean token states half-way through a small step [N, D].
+        labels: class ids [N].
+        signals: predictions of small networks by name, [N] each; "losses" [N, S+1].
     """
 
-    table: Table
+    table: AnswerTable
     right: np.ndarray
     features: Tensor
     probe: Tensor
@@ -72,38 +82,38 @@ class Side:
 
 
 def study(checkpoint: Checkpoint, held: Examples, test: Examples) -> dict[str, list[float]]:
-    """Return each way's test accuracy at every cap of `CAPS`.
+    """Return the test accuracy of each way at every limit of `CAPS`.
 
     Args:
-        checkpoint: with ranked heads, scope "input" and a step 0.
-        held: texts not used in training, to fit decisions and thresholds.
-        test: texts used in neither.
+        checkpoint: checkpoint with ranked heads, scope "input" and a step 0.
+        held: texts not used in training, on which decisions and thresholds are fitted.
+        test: texts used for neither.
     """
     checkpoint.verify()
     model = load_model(checkpoint.path)
-    sides = [_side(model, checkpoint, examples) for examples in (held, test)]
-    _predict_signals(*sides)
-    return {name: _at_caps(list(settings), *sides) for name, settings in _ways(sides[0]).items()}
+    sets = [_text_set(model, checkpoint, examples) for examples in (held, test)]
+    _predict_signals(*sets)
+    return {name: _at_caps(list(settings), *sets) for name, settings in _ways(sets[0]).items()}
 
 
-def _side(
+def _text_set(
     model: BudgetFormerForSequenceClassification, checkpoint: Checkpoint, examples: Examples
-) -> Side:
+) -> TextSet:
     network = load_pass(model, "auto")
     tokens = TokenizedTexts.of(checkpoint, examples)
     labels = torch.from_numpy(examples.labels)
-    runs = run_every_step(network, tokens)
-    table = Table(network.config, runs)
+    outputs = run_every_step(network, tokens)
+    table = AnswerTable(network.config, outputs)
     pooled = pooled_states(model, tokens, "pooled states")[0]
-    evidence = exit_evidence(runs.logits[0], network.config.problem_type)
+    evidence = exit_evidence(outputs.logits[0], network.config.problem_type)
     features = torch.cat([pooled, evidence], dim=1)
     probe, right = _probe_states(model, tokens), table.right(labels)
-    return Side(table, right, features, probe, labels, {"f_o": table.s})
+    return TextSet(table, right, features, probe, labels, {"f_o": table.s})
 
 
 @torch.no_grad()
 def _probe_states(model: BudgetFormerForSequenceClassification, tokens: TokenizedTexts) -> Tensor:
-    """Return mean token states after the first half of the layers at a small step, [N, D]."""
+    """Return mean token states after the first half of the layers at a small step [N, D]."""
     states = torch.zeros(len(tokens.ids), model.config.hidden_size)
     with progress_bar() as bar:
         task = bar.add_task("probe", total=len(tokens.ids), note="")
@@ -115,8 +125,8 @@ def _probe_states(model: BudgetFormerForSequenceClassification, tokens: Tokenize
     return states
 
 
-def _predict_signals(held: Side, test: Side) -> None:
-    """Fit small networks on the held-out texts, and store their predictions for both sides.
+def _predict_signals(held: TextSet, test: TextSet) -> None:
+    """Fit small networks on the held-out texts, and store their predictions for both sets.
 
     Predictions for held-out texts are out-of-fold.
     """
@@ -125,32 +135,36 @@ def _predict_signals(held: Side, test: Side) -> None:
     losses = torch.stack([F.cross_entropy(x, held.labels, reduction="none") for x in table.logits])
     right = torch.from_numpy(held.right).float()
     targets = {
-        "teacher agreement": (held.features, test.features, (table.logits[0].argmax(-1) != full)),
+        "teacher agreement": (held.features, test.features, table.logits[0].argmax(-1) != full),
         "losses": (held.features, test.features, losses.T),
         "smallest right step": (held.features, test.features, _smallest_right(right) / len(right)),
         "probe": (held.probe, test.probe, 1 - right[PROBE_STEP]),
     }
-    for name, (mine, theirs, target) in targets.items():
-        goal = target.float()
-        folds = np.random.default_rng(0).permutation(len(mine)) % FOLDS
-        said = torch.zeros(goal.shape)
+    for name, (features, test_features, target) in targets.items():
+        target = target.float()
+        folds = np.random.default_rng(0).permutation(len(features)) % FOLDS
+        predicted = torch.zeros(target.shape)
         for fold in range(FOLDS):
             seen, unseen = torch.from_numpy(folds != fold), torch.from_numpy(folds == fold)
-            said[unseen] = _fit(mine[seen], goal[seen])(mine[unseen])
-        held.signals[name] = said.numpy()
-        test.signals[name] = _fit(mine, goal)(theirs).numpy()
-    for side in (held, test):
-        confidences = confidence(side.table.logits[0], side.table.config.problem_type)
-        side.signals["step 0's confidence"] = (1 - confidences).numpy()
+            predicted[unseen] = _fit(features[seen], target[seen])(features[unseen])
+        held.signals[name] = predicted.numpy()
+        test.signals[name] = _fit(features, target)(test_features).numpy()
+    for texts in (held, test):
+        confidences = confidence(texts.table.logits[0], texts.table.config.problem_type)
+        texts.signals["step 0's confidence"] = (1 - confidences).numpy()
 
 
 def _smallest_right(right: Tensor) -> Tensor:
-    """Return the smallest step that is right, [N]; 0 if none is."""
+    """Return the smallest step whose answer is right [N]; 0 if none is."""
     return torch.where(right.any(0), right.argmax(0), 0)
 
 
 def _fit(features: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
-    """Fit a network like f_o to targets in [0, 1] [N], or to positive losses [N, K]."""
+    """Fit a network like f_o to targets [N] in 0..1, or to positive losses [N, K].
+
+    Returns:
+        The function that predicts targets from features.
+    """
     torch.manual_seed(0)
     mean, scale = features.mean(0), features.std(0) + 1e-6
     several = target.ndim == 2
@@ -158,30 +172,26 @@ def _fit(features: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
     net = nn.Sequential(nn.Linear(features.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, size))
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
 
-    def read(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         raw: Tensor = net((x - mean) / scale)
         return F.softplus(raw) if several else raw.squeeze(-1).sigmoid()
 
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(features)).split(128):
-            said = read(features[rows])
-            loss = (
-                F.smooth_l1_loss(said, target[rows])
-                if several
-                else F.binary_cross_entropy(said, target[rows])
-            )
+            criterion = F.smooth_l1_loss if several else F.binary_cross_entropy
+            loss = criterion(forward(features[rows]), target[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
     @torch.no_grad()
     def predict(x: Tensor) -> Tensor:
-        return read(x)
+        return forward(x)
 
     return predict
 
 
-def _ways(held: Side) -> dict[str, Iterator[Setting]]:
+def _ways(held: TextSet) -> dict[str, Iterator[Setting]]:
     ways: dict[str, Iterator[Setting]] = {
         "fixed step, step 0 among them": _fixed(held, 0),
         "fixed step >= 1": _fixed(held, 1),
@@ -197,20 +207,20 @@ def _ways(held: Side) -> dict[str, Iterator[Setting]]:
     return ways
 
 
-def _fixed(held: Side, first: int) -> Iterator[Setting]:
+def _fixed(held: TextSet, first: int) -> Iterator[Setting]:
     for step in range(first, held.table.config.num_steps + 1):
         yield _rule(Route((), (EntryBand(upto=1, step=step),)), 0.0, "f_o")
 
 
-def _cascades(held: Side) -> Iterator[Setting]:
+def _cascades(held: TextSet) -> Iterator[Setting]:
     last = held.table.config.num_steps
     for low in range(1, last):
         for below in np.linspace(0.4, 0.99, 30):
             yield _rule(Route((last,), (EntryBand(upto=1, step=low),)), below, "f_o")
 
 
-def _banded(held: Side, signal: str, escalate: bool) -> Iterator[Setting]:
-    """Yield settings whose first step is chosen by bands over a signal, with optional escalation.
+def _banded(held: TextSet, signal: str, escalate: bool) -> Iterator[Setting]:
+    """Yield settings that choose the first step by bands over a signal, and perhaps escalate.
 
     The bounds of the bands are quantiles of the signal.
     """
@@ -224,7 +234,7 @@ def _banded(held: Side, signal: str, escalate: bool) -> Iterator[Setting]:
                     yield _rule(Route((step,), bands), below, signal)
 
 
-def _bands(held: Side, signal: np.ndarray) -> Iterator[tuple[EntryBand, ...]]:
+def _bands(held: TextSet, signal: np.ndarray) -> Iterator[tuple[EntryBand, ...]]:
     def quantile(share: float) -> float:
         return round(float(np.quantile(signal, min(share, 1.0))), 5)
 
@@ -241,8 +251,8 @@ def _bands(held: Side, signal: np.ndarray) -> Iterator[tuple[EntryBand, ...]]:
     yield (EntryBand(upto=1, step=0),)
 
 
-def _chained(held: Side, signal: str) -> Iterator[Setting]:
-    """Yield chains found as in calibration, with bands over another signal."""
+def _chained(held: TextSet, signal: str) -> Iterator[Setting]:
+    """Yield chains that are searched as in calibration, with bands over any signal."""
     table = held.table
     value = table.probability_right()
     cost = table.macs / table.dense.mean()
@@ -255,22 +265,22 @@ def _chained(held: Side, signal: str) -> Iterator[Setting]:
 
 
 def _rule(route: Route, threshold: float, signal: str) -> Setting:
-    def apply(side: Side) -> Choice:
-        answers = side.table.take(route, threshold, side.signals[signal])
-        return Choice(side.right[answers.step, side.table.rows], answers.macs)
+    def apply(texts: TextSet) -> Choice:
+        answers = texts.table.answer_on(route, threshold, texts.signals[signal])
+        return Choice(texts.right[answers.step, texts.table.rows], answers.macs)
 
     return apply
 
 
 def _regressed() -> Iterator[Setting]:
-    """Yield settings that minimise the predicted loss plus a price times the cost."""
+    """Yield settings that choose the step with the lowest predicted loss plus price * cost."""
 
     def setting(price: float) -> Setting:
-        def apply(side: Side) -> Choice:
-            table = side.table
+        def apply(texts: TextSet) -> Choice:
+            table = texts.table
             cost = table.macs / table.dense
-            step = (side.signals["losses"].T + price * cost).argmin(0)
-            return Choice(side.right[step, table.rows], table.macs[step, table.rows])
+            step = (texts.signals["losses"].T + price * cost).argmin(0)
+            return Choice(texts.right[step, table.rows], table.macs[step, table.rows])
 
         return apply
 
@@ -278,46 +288,47 @@ def _regressed() -> Iterator[Setting]:
         yield setting(float(price))
 
 
-def _probed(held: Side) -> Iterator[Setting]:
-    """Yield settings that exit at step 0 by f_o, or probe half of a small step to choose a step."""
+def _probed(held: TextSet) -> Iterator[Setting]:
+    """Yield settings in which f_o decides on step 0, and a probe in step 1 on a larger step."""
     config = held.table.config
     half = config.num_hidden_layers // 2
     plan = config.heads_per_layer(PROBE_STEP)
-    begun = [heads if i < half else 0 for i, heads in enumerate(plan)]
+    probe_plan = [heads if i < half else 0 for i, heads in enumerate(plan)]
 
-    def setting(leave: float, stay: float, high: int) -> Setting:
-        def apply(side: Side) -> Choice:
-            table = side.table
-            gone, safe = side.signals["f_o"] <= leave, side.signals["probe"] <= stay
-            step = np.where(gone, 0, np.where(safe, PROBE_STEP, high))
-            lost = np.array([encoder_macs(config, begun, int(n)) for n in table.lengths])
-            macs = table.macs[step, table.rows] + np.where(~gone & ~safe, lost, 0)
-            return Choice(side.right[step, table.rows], macs)
+    def setting(exit_below: float, stay_below: float, high: int) -> Setting:
+        def apply(texts: TextSet) -> Choice:
+            table = texts.table
+            exits = texts.signals["f_o"] <= exit_below
+            stays = texts.signals["probe"] <= stay_below
+            step = np.where(exits, 0, np.where(stays, PROBE_STEP, high))
+            wasted = np.array([encoder_macs(config, probe_plan, int(n)) for n in table.lengths])
+            macs = table.macs[step, table.rows] + np.where(~exits & ~stays, wasted, 0)
+            return Choice(texts.right[step, table.rows], macs)
 
         return apply
 
-    for leave in np.quantile(held.signals["f_o"], np.linspace(0, 0.9, 19)):
-        for stay in np.quantile(held.signals["probe"], (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)):
+    for exit_below in np.quantile(held.signals["f_o"], np.linspace(0, 0.9, 19)):
+        for stay_below in np.quantile(held.signals["probe"], (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)):
             for high in sorted({config.num_steps // 3, config.num_steps // 2, config.num_steps}):
-                yield setting(float(leave), float(stay), high)
+                yield setting(float(exit_below), float(stay_below), high)
 
 
-def _at_caps(settings: Sequence[Setting], held: Side, test: Side) -> list[float]:
-    """Return the test accuracy, at each cap, of the best setting on the held-out texts."""
+def _at_caps(settings: Sequence[Setting], held: TextSet, test: TextSet) -> list[float]:
+    """Return the test accuracy, at each limit, of the best setting on the held-out texts."""
     tried: list[tuple[float, float, int]] = []
-    for place, setting in enumerate(settings):
+    for index, setting in enumerate(settings):
         choice = setting(held)
         cost = float(choice.macs.sum() / held.table.dense.sum())
-        tried.append((float(choice.right.mean()), -cost, place))
-    found = []
+        tried.append((float(choice.right.mean()), -cost, index))
+    accuracies = []
     for cap in CAPS:
         affordable = [entry for entry in tried if -entry[1] <= cap]
         if affordable:
             best = settings[max(affordable)[2]]
-            found.append(float(best(test).right.mean()))
+            accuracies.append(float(best(test).right.mean()))
         else:
-            found.append(float("nan"))
-    return found
+            accuracies.append(float("nan"))
+    return accuracies
 
 
 def main() -> None:

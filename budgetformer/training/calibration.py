@@ -1,10 +1,11 @@
-"""Calibrate a policy for budgets, and measure its accuracy and cost, on held-out texts.
+"""Calibrate a budget policy, and measure its accuracy and cost, on held-out texts.
 
 Every held-out text is run once at every ladder step; any rule can then be evaluated by look-up. The
 accuracy of a level is cross-fitted: the texts are split into folds, and for each fold the fusion
 weights, f_o's bands and the thresholds come from the other folds. The shipped policy is chosen in
-the same way on all texts; only the chain, one of a few dozen, is chosen once. The cost of a level
-depends on no label and hardly on the texts that chose it, so it is measured with the shipped rule.
+the same way on all texts. The chain, one of a few dozen, is chosen once, on all texts. The cost of
+a level depends on no label, and hardly on the texts on which the rule was chosen, so it is measured
+with the shipped rule.
 """
 
 from __future__ import annotations
@@ -61,47 +62,50 @@ BATCH = 32
 RANGE_TEXTS = 256
 """Number of texts, evenly chosen, on which state ranges are measured."""
 UNNAMED_LEVELS = 17
-"""Maximum levels without a name, between which accuracy drops are interpolated."""
+"""Maximum number of levels without a name, for requests that state an accuracy drop."""
 AGREEMENT = {"fast": 0.97, "balanced": 0.99}
-"""Agreement with the full network at the levels of a policy for agreement."""
+"""Minimum agreement with the full network, by level, if levels are calibrated for agreement."""
 SEARCHED_AGREEMENT = (0.95, 0.97, 0.99)
 """Agreements at which chains are compared."""
 TYPICAL_BATCH = 8
 """Batch size that is assumed when costs are measured seconds."""
 TIGHTENING, MAX_TRIES = 0.995, 6
-"""Factor by which a goal is tightened if unseen texts miss it, and how often at most."""
+"""Factor by which a goal is tightened if unseen texts miss it, and maximum number of tries."""
 
 
 @dataclass(frozen=True)
-class Runs:
+class StepOutputs:
     """The outputs of every step for N texts.
 
-    logits [S+1, N, C]: the encoder's at each step, before fusion (row 0: step 0's); s [N]; lengths
-    [N] in tokens.
+    Attributes:
+        logits: logits before fusion [S+1, N, C]: those of step 0 in row 0, then the encoder's at
+            each step.
+        s: f_o's output [N].
+        lengths: tokens of each text [N].
     """
 
     logits: Tensor
     s: Tensor
     lengths: np.ndarray
 
-    def subset(self, rows: np.ndarray) -> Runs:
-        """Return the given texts."""
-        return Runs(self.logits[:, rows], self.s[rows], self.lengths[rows])
+    def subset(self, rows: np.ndarray) -> StepOutputs:
+        """Return the outputs for the texts in `rows`."""
+        return StepOutputs(self.logits[:, rows], self.s[rows], self.lengths[rows])
 
 
 @torch.inference_mode()
 def ranges_of_states(model: SequenceClassifier, tokens: TokenizedTexts) -> tuple[LayerRanges, ...]:
     """Return the state ranges of each layer, measured on a sample of the texts."""
     count = len(tokens.ids)
-    chosen = np.unique(np.linspace(0, count - 1, min(count, RANGE_TEXTS)).astype(int))
-    batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
+    sample = np.unique(np.linspace(0, count - 1, min(count, RANGE_TEXTS)).astype(int))
+    batches = [sample[start : start + BATCH] for start in range(0, len(sample), BATCH)]
     windows = (tokens.columns(rows).window for rows in batches)
     return measure_ranges(model, map(PackedTokens.of, windows))
 
 
 @torch.inference_mode()
-def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
-    """Run N texts at every step of the ladder (scope "input")."""
+def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> StepOutputs:
+    """Return the outputs of N texts at every step of the ladder (scope "input")."""
     config = network.config
     count = len(tokens.ids)
     logits = torch.zeros(config.num_steps + 1, count, config.num_classes)
@@ -124,15 +128,17 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> Runs:
                 )
                 logits[step, rows] = result.logits
             bar.advance(task, len(rows))
-    return Runs(logits, s, tokens.lengths)
+    return StepOutputs(logits, s, tokens.lengths)
 
 
 @dataclass(frozen=True)
 class Answers:
     """The result of a rule for N texts.
 
-    step, macs, heads [N] each: the step that answered, and the multiply-adds and heads spent in
-    all; ran [S+1, N]: the steps that ran.
+    Attributes:
+        step: step that answered [N].
+        macs, heads: multiply-adds and heads computed, over all steps that ran [N].
+        ran: whether each step ran [S+1, N].
     """
 
     step: np.ndarray
@@ -142,29 +148,29 @@ class Answers:
 
 
 def answers_of(logits: Tensor, problem_type: str | None) -> Tensor:
-    """Return the class ids [N] that logits [N, C] choose, or 0/1 rows [N, C] when multi-label."""
+    """Return the predicted class ids [N] of logits [N, C]; when multi-label, 0/1 rows [N, C]."""
     return (logits > 0).long() if problem_type == MULTI_LABEL else logits.argmax(-1)
 
 
-class Table:
+class AnswerTable:
     """The answers of every step to N texts, with confidence and cost, [S+1, N] each.
 
     Args:
-        config: the network's.
-        runs: the network's outputs.
-        fusion: weights of each step 1..S; None: those of the configuration.
+        config: configuration of the network.
+        outputs: outputs of the network.
+        fusion: fusion weights of each step 1..S; None: those of the configuration.
     """
 
     def __init__(
-        self, config: Architecture, runs: Runs, fusion: Sequence[StepFusion] | None = None
+        self, config: Architecture, outputs: StepOutputs, fusion: Sequence[StepFusion] | None = None
     ) -> None:
-        self.config, self.runs, self.lengths = config, runs, runs.lengths
+        self.config, self.lengths = config, outputs.lengths
         weights = fusion or list(zip(config.encoder_weights, config.exit_weights, strict=True))
-        own, exits = torch.tensor(weights).T[..., None, None]
-        fused = fuse(runs.logits[1:], runs.logits[0], own, exits)
-        self.logits = torch.cat([runs.logits[:1], fused])
+        encoder_weights, exit_weights = torch.tensor(weights).T[..., None, None]
+        fused = fuse(outputs.logits[1:], outputs.logits[0], encoder_weights, exit_weights)
+        self.logits = torch.cat([outputs.logits[:1], fused])
         self.confidence = confidence(self.logits, config.problem_type).numpy()
-        self.s = runs.s.numpy()
+        self.s = outputs.s.numpy()
         self.rows = np.arange(len(self.s))
         self.decision = np.array([decision_macs(config, int(n)) for n in self.lengths])
         plans = [[0] * config.num_hidden_layers, *config.ladder]
@@ -188,30 +194,37 @@ class Table:
 
     def right(self, labels: Tensor) -> np.ndarray:
         """Return whether each step's answer equals the labels [N] or [N, C]: [S+1, N]."""
-        marks = [wrong(step, labels, self.config.problem_type) for step in self.logits]
-        return np.asarray(torch.stack(marks) == 0)
+        errors = [wrong(step, labels, self.config.problem_type) for step in self.logits]
+        return np.asarray(torch.stack(errors) == 0)
 
     def agrees(self, full: Tensor) -> np.ndarray:
         """Return whether each step's answer equals that of the full logits [N, C]: [S+1, N]."""
         return self.right(answers_of(full, self.config.problem_type))
 
     def probability_right(self) -> np.ndarray:
-        """Return the probability of each step's answer according to the full step: [S+1, N]."""
+        """Return the probability that the full step gives to each step's answer, [S+1, N]."""
         full = probabilities(self.logits[-1], self.config.problem_type)
         if self.config.problem_type == MULTI_LABEL:
             return torch.where(self.logits > 0, full, 1 - full).prod(-1).numpy()
         return full.gather(-1, self.logits.argmax(-1).T).T.numpy()
 
     def answer(self, rule: BudgetRule, signal: np.ndarray | None = None) -> Answers:
-        """Return the result of a rule, whose bands are over `signal` [N]; None: over f_o's s."""
+        """Return the result of a rule.
+
+        Args:
+            rule: the rule.
+            signal: values [N] to which the rule's bands apply; None: f_o's s.
+        """
         if rule.fixed is not None:
             route, threshold = Route((), (EntryBand(upto=1, step=rule.fixed),)), 0.0
         else:
             route = Route(rule.chain, rule.entry, rule.exit_margin)
             threshold = 0.0 if rule.level is None else rule.level.threshold
-        return self.take(route, threshold, signal)
+        return self.answer_on(route, threshold, signal)
 
-    def take(self, route: Route, threshold: float, signal: np.ndarray | None = None) -> Answers:
+    def answer_on(
+        self, route: Route, threshold: float, signal: np.ndarray | None = None
+    ) -> Answers:
         """Return the result of a route at a threshold; see `answer`."""
         s = self.s if signal is None else signal
         walk = route.walk(self.confidence, s, threshold)
@@ -219,7 +232,7 @@ class Table:
         return Answers(walk.ends, macs, self.heads @ walk.ran, walk.ran)
 
     def fixed_steps(self, right: np.ndarray, measure: Measure) -> list[FixedStep]:
-        """Return the score of each step if all texts run it."""
+        """Return the accuracy or agreement of each step, and its cost, if all texts run it."""
         first = 0 if self.config.embedding_exit else 1
         return [
             FixedStep.model_validate(
@@ -234,14 +247,14 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Found:
+class CalibrationResult:
     """The result of a calibration.
 
     Attributes:
-        fusion: weights of each step 1..S.
-        fixed: scores of each step if all texts run it, for comparison.
-        policy: the policy; None if the layers decide the budgets, with `points` as levels.
-        points: see `layerwise_points`.
+        fusion: fusion weights of each step 1..S.
+        fixed: results of each step if all texts run it, for comparison.
+        policy: calibrated policy; None if the layers decide the budgets.
+        points: levels if the layers decide the budgets, see `layerwise_points`; otherwise empty.
     """
 
     fusion: list[StepFusion]
@@ -256,7 +269,7 @@ class Found:
         assert accuracy is not None
         return accuracy
 
-    def of_manifest(self) -> dict[str, Any]:
+    def manifest_fields(self) -> dict[str, Any]:
         """Return the manifest fields that calibration sets."""
         return {
             "frontier": tuple(self.fixed),
@@ -267,13 +280,13 @@ class Found:
 
 def calibrate(
     config: Architecture,
-    runs: Runs,
+    outputs: StepOutputs,
     labels: Tensor | None,
     level_costs: Sequence[float],
     costs: CostTable | None = None,
     original: Tensor | None = None,
-) -> Found:
-    """Return the calibrated policy of a network.
+) -> CalibrationResult:
+    """Calibrate the policy of a network.
 
     With labels, levels maximise accuracy: `fast` and `balanced` at a mean cost of at most
     `level_costs` of the full step, `best` at any cost. Without labels, levels are calibrated for
@@ -281,57 +294,60 @@ def calibrate(
     `AGREEMENT` at the lowest cost, `best` has the highest agreement.
 
     Args:
-        config: the network's. Without labels and original, its fusion weights of the last step
-            define the full answers.
-        runs: the network's outputs for N held-out texts at every step.
-        labels: [N], or [N, C] when multi-label; None: calibrate for agreement.
+        config: configuration of the network. Without labels and `original`, its fusion weights of
+            the last step define the full answers.
+        outputs: outputs of the network for N held-out texts at every step.
+        labels: class ids [N], or 0/1 rows [N, C] when multi-label; None: calibrate for agreement.
         level_costs: maximum mean costs of `fast` and `balanced`.
-        costs: measured seconds, used in the search instead of multiply-adds.
+        costs: measured seconds, used in the search instead of multiply-adds; None: multiply-adds.
         original: logits [N, C] of the classifier that the network was made from; calibrate for
             agreement with it. Labels are then only used to report accuracy.
     """
-    return _Calibration(config, runs, labels, costs, original).find(level_costs)
+    return _Calibration(config, outputs, labels, costs, original).find(level_costs)
 
 
 @dataclass(frozen=True)
-class _Side:
-    """A subset of the texts with their answers under one fit of the fusion.
+class _Subset:
+    """A subset of the texts, answered with one set of fusion weights.
 
-    `right` [S+1, N] is by the policy's measure; `agrees` [S+1, N] with the full network or the
-    original.
+    Attributes:
+        rows: indices of the texts.
+        table, steps: answers of every step.
+        right: whether each answer is right by the policy's measure [S+1, N].
+        agrees: whether each answer equals that of the full network or the original [S+1, N].
     """
 
     rows: np.ndarray
-    table: Table
+    table: AnswerTable
     steps: Steps
     right: np.ndarray
     agrees: np.ndarray
 
 
 class _Calibration:
-    """The folds of one calibration.
+    """A calibration in progress: its texts, goals and folds.
 
-    In the search for accuracy, the value of an answer is its probability according to the full
-    step, that is its expected correctness. Labels of a few thousand texts are so noisy that the
-    search would pick the luckiest of many chains; they only calibrate the probabilities and measure
-    the levels. In the search for agreement, the value is the agreement, which has no such noise.
+    In the search for accuracy, the value of an answer is the probability that the full step gives
+    to it, which estimates whether it is correct. With the labels of a few thousand texts as values,
+    the search would pick a chain that is best by chance; so labels only calibrate the probabilities
+    and measure the levels. In the search for agreement, the value is the agreement.
     """
 
     def __init__(
         self,
         config: Architecture,
-        runs: Runs,
+        outputs: StepOutputs,
         labels: Tensor | None,
         costs: CostTable | None,
         original: Tensor | None,
     ) -> None:
-        self.config, self.runs, self.labels, self.costs = config, runs, labels, costs
+        self.config, self.outputs, self.labels, self.costs = config, outputs, labels, costs
         self.original = original
         for_agreement = labels is None or original is not None
         self.measure: Measure = "agreement" if for_agreement else "accuracy"
-        self.count = len(runs.s)
+        self.count = len(outputs.s)
 
-    def find(self, level_costs: Sequence[float]) -> Found:
+    def find(self, level_costs: Sequence[float]) -> CalibrationResult:
         """Return the calibrated policy; see `calibrate`."""
         fast, balanced = level_costs
         if self.measure == "agreement":
@@ -343,33 +359,32 @@ class _Calibration:
             searched = [Goal(cost=cost) for cost in costs]
         fusion = self._fuse(np.arange(self.count))
         folds = np.random.default_rng(0).permutation(self.count) % min(FOLDS, self.count)
-        options = chains(self.config)
-        self.all_texts = self._side(np.arange(self.count), fusion)
-        self.unseen: list[_Side] = []
-        choices = [self._choose(self.all_texts, options, [*searched, Goal()])]
+        self.all_texts = self._subset(np.arange(self.count), fusion)
+        self.unseen: list[_Subset] = []
+        goals = [*searched, Goal()]
+        shipped = self._choose(self.all_texts, chains(self.config), goals)
+        route, curves = shipped.route, [shipped]
         for fold in range(folds.max() + 1):
             seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
             weights = self._fuse(seen, fusion)
-            self.unseen.append(self._side(unseen, weights))
-            chosen = self._side(seen, weights)
-            route = choices[0].route
-            own = self._choose(chosen, [route.chain], [*searched, Goal()], [route.exit_margin])
-            choices.append(own)
-        return Found(
+            self.unseen.append(self._subset(unseen, weights))
+            others = self._subset(seen, weights)
+            curves.append(self._choose(others, [route.chain], goals, [route.exit_margin]))
+        return CalibrationResult(
             fusion,
             self.all_texts.table.fixed_steps(self.all_texts.right, self.measure),
             Policy(
                 measure=self.measure,
-                chain=choices[0].route.chain,
-                entry=choices[0].route.entry,
-                exit_margin=choices[0].route.exit_margin,
-                levels=tuple(self._levels(choices, named)),
+                chain=route.chain,
+                entry=route.entry,
+                exit_margin=route.exit_margin,
+                levels=tuple(self._levels(curves, named)),
             ),
         )
 
     def _fuse(self, rows: np.ndarray, start: list[StepFusion] | None = None) -> list[StepFusion]:
         kind, has_step_0 = self.config.problem_type, self.config.embedding_exit
-        logits = self.runs.logits[:, rows]
+        logits = self.outputs.logits[:, rows]
         if self.original is not None:
             truth = probabilities(self.original[rows], kind)
             return fit_fusion(logits, truth, kind, has_step_0, start)
@@ -380,8 +395,8 @@ class _Calibration:
         truth = probabilities(fuse(logits[-1], logits[0], *last), kind)
         return [*fit_fusion(logits[:-1], truth, kind, has_step_0, start), last]
 
-    def _side(self, rows: np.ndarray, fusion: list[StepFusion]) -> _Side:
-        table = Table(self.config, self.runs.subset(rows), fusion)
+    def _subset(self, rows: np.ndarray, fusion: list[StepFusion]) -> _Subset:
+        table = AnswerTable(self.config, self.outputs.subset(rows), fusion)
         agrees = table.agrees(table.logits[-1] if self.original is None else self.original[rows])
         if self.measure == "agreement" or self.labels is None:
             value = right = agrees
@@ -389,9 +404,9 @@ class _Calibration:
             right, value = table.right(self.labels[rows]), table.probability_right()
         cost = self._costs(table)
         steps = Steps(table.confidence, value.astype(np.float32), cost, table.s)
-        return _Side(rows, table, steps, right, agrees)
+        return _Subset(rows, table, steps, right, agrees)
 
-    def _costs(self, table: Table) -> np.ndarray:
+    def _costs(self, table: AnswerTable) -> np.ndarray:
         """Return the costs of steps [S+1, N], as shares of the full step's mean cost."""
         if self.costs is None:
             costs, full = table.macs.copy(), table.dense
@@ -409,78 +424,80 @@ class _Calibration:
 
     def _choose(
         self,
-        side: _Side,
+        subset: _Subset,
         options: Sequence[Chain],
         goals: Sequence[Goal],
         margins: Sequence[float] = EXIT_MARGINS,
     ) -> Curve:
-        route = search(side.steps, options, goals, margins)
-        full = float(side.right[-1].mean())
+        route = search(subset.steps, options, goals, margins)
+        full = float(subset.right[-1].mean())
         # Gains below a tenth of the accuracy's standard error do not justify a higher cost.
-        grain = 0.1 * math.sqrt(full * (1 - full) / len(side.rows))
-        return Curve.of(route, side.steps, grain)
+        tolerance = 0.1 * math.sqrt(full * (1 - full) / len(subset.rows))
+        return Curve.of(route, subset.steps, tolerance)
 
-    def _levels(self, choices: Sequence[Curve], named: dict[str, Goal]) -> list[Level]:
+    def _levels(self, curves: Sequence[Curve], named: dict[str, Goal]) -> list[Level]:
+        """Return the levels by rising threshold; `curves` are the shipped one, then the folds'."""
         levels: list[Level] = []
-        lowest = np.zeros(len(choices))
+        previous = np.zeros(len(curves))
         for name in QUALITY_NAMES:
-            own = np.maximum(lowest, self._reach(named.get(name, Goal()), choices))
-            if (
-                own[0] > lowest[0]
-            ):  # levels with the same threshold must have the same rule and figures
-                lowest = own
-            levels.append(self._level(name, choices, lowest))
-        taken = {level.threshold for level in levels}
-        most = float(choices[0].cost.max())
-        for place in range(UNNAMED_LEVELS):
-            goal = Goal(cost=most * (place / (UNNAMED_LEVELS - 1)) ** 2)
-            own = np.array([choice.threshold(goal) for choice in choices])
-            if own[0] not in taken:
-                taken.add(float(own[0]))
-                levels.append(self._level(None, choices, own))
+            thresholds = np.maximum(previous, self._thresholds(named.get(name, Goal()), curves))
+            # Levels with the same shipped threshold must have the same rule and figures.
+            if thresholds[0] > previous[0]:
+                previous = thresholds
+            levels.append(self._level(name, curves, previous))
+        used = {level.threshold for level in levels}
+        max_cost = float(curves[0].cost.max())
+        for number in range(UNNAMED_LEVELS):
+            goal = Goal(cost=max_cost * (number / (UNNAMED_LEVELS - 1)) ** 2)
+            thresholds = np.array([curve.threshold(goal) for curve in curves])
+            if thresholds[0] not in used:
+                used.add(float(thresholds[0]))
+                levels.append(self._level(None, curves, thresholds))
         return sorted(levels, key=lambda level: level.threshold)
 
-    def _reach(self, goal: Goal, choices: Sequence[Curve]) -> np.ndarray:
-        """Return each choice's threshold for a goal, tightened until unseen texts reach it too."""
-        wanted = goal
+    def _thresholds(self, goal: Goal, curves: Sequence[Curve]) -> np.ndarray:
+        """Return each curve's threshold for a goal, tightened until unseen texts reach it too."""
+        tightened = goal
         for _ in range(MAX_TRIES):
-            thresholds = np.array([choice.threshold(wanted) for choice in choices])
-            value, cost = self._mean_worth(choices, thresholds)
+            thresholds = np.array([curve.threshold(tightened) for curve in curves])
+            value, cost = self._value_and_cost(curves, thresholds)
             if goal.value is None and cost > goal.cost:
-                wanted = Goal(cost=wanted.cost * TIGHTENING * goal.cost / cost)
-            elif goal.value is not None and wanted.value is not None and value < goal.value:
-                wanted = Goal(value=wanted.value + (goal.value - value) / TIGHTENING)
+                tightened = Goal(cost=tightened.cost * TIGHTENING * goal.cost / cost)
+            elif goal.value is not None and tightened.value is not None and value < goal.value:
+                tightened = Goal(value=tightened.value + (goal.value - value) / TIGHTENING)
             else:
                 break
         return thresholds
 
-    def _mean_worth(self, choices: Sequence[Curve], thresholds: np.ndarray) -> tuple[float, float]:
-        """Return the mean value of the folds' rules, and the mean cost of the shipped one."""
+    def _value_and_cost(
+        self, curves: Sequence[Curve], thresholds: np.ndarray
+    ) -> tuple[float, float]:
+        """Return the mean value of the folds' rules, and the mean cost of the shipped rule."""
         value = cost = 0.0
-        for side, choice, threshold in zip(self.unseen, choices[1:], thresholds[1:], strict=True):
-            value += float(choice.route.value_and_cost(side.steps, threshold)[0].sum()) / self.count
-            spent = choices[0].route.value_and_cost(side.steps, thresholds[0])[1]
+        for fold, curve, threshold in zip(self.unseen, curves[1:], thresholds[1:], strict=True):
+            value += float(curve.route.value_and_cost(fold.steps, threshold)[0].sum()) / self.count
+            spent = curves[0].route.value_and_cost(fold.steps, thresholds[0])[1]
             cost += float(spent.sum()) / self.count
         return value, cost
 
     def _level(
-        self, name: QualityName | None, choices: Sequence[Curve], thresholds: np.ndarray
+        self, name: QualityName | None, curves: Sequence[Curve], thresholds: np.ndarray
     ) -> Level:
         """Return a level with the accuracy of each fold's rule and the cost of the shipped rule."""
         measured, full, agrees, right = (np.zeros(self.count, dtype=bool) for _ in range(4))
         macs, dense, heads = (np.zeros(self.count) for _ in range(3))
         ends, runs = (np.zeros(self.config.num_steps + 1) for _ in range(2))
-        for side, choice, threshold in zip(self.unseen, choices[1:], thresholds[1:], strict=True):
-            found = side.table.take(choice.route, threshold)
-            measured[side.rows] = side.right[found.step, side.table.rows]
-            full[side.rows] = side.right[-1]
-            agrees[side.rows] = side.agrees[found.step, side.table.rows]
+        for fold, curve, threshold in zip(self.unseen, curves[1:], thresholds[1:], strict=True):
+            table, rows = fold.table, fold.rows
+            step = table.answer_on(curve.route, threshold).step
+            measured[rows] = fold.right[step, table.rows]
+            full[rows] = fold.right[-1]
+            agrees[rows] = fold.agrees[step, table.rows]
             if self.labels is not None:
-                by_labels = side.table.right(self.labels[side.rows])
-                right[side.rows] = by_labels[found.step, side.table.rows]
-            shipped = side.table.take(choices[0].route, thresholds[0])
-            macs[side.rows], dense[side.rows] = shipped.macs, side.table.dense
-            heads[side.rows] = shipped.heads
+                right[rows] = table.right(self.labels[rows])[step, table.rows]
+            shipped = table.answer_on(curves[0].route, thresholds[0])
+            macs[rows], dense[rows] = shipped.macs, table.dense
+            heads[rows] = shipped.heads
             ends += np.bincount(shipped.step, minlength=len(ends))
             runs += shipped.ran.sum(1)
         accuracy, agreement = float(right.mean()), float(agrees.mean())
@@ -506,7 +523,7 @@ class _Calibration:
 def answer_all(
     network: PackedPass, tokens: TokenizedTexts, rule: BudgetRule, batch: int = BATCH
 ) -> Items:
-    """Answer N texts under one rule, with up to `batch` texts at the same step per pass."""
+    """Answer N texts under one rule, in passes of up to `batch` texts at the same step."""
 
     def batches(places: list[int]) -> Iterator[list[int]]:
         return (places[start : start + batch] for start in range(0, len(places), batch))

@@ -23,7 +23,7 @@ def write_card(folder: Path, manifest: Manifest, test: list[Row]) -> None:
     Args:
         folder: folder of the checkpoint.
         manifest: manifest of the checkpoint.
-        test: accuracy and cost on test texts by quality; empty if there are none.
+        test: results of each quality level on test texts; empty: the data has none.
     """
     draw([folder / PLOT], partial(_plot, manifest=manifest), size=(7, 4.2))
     (folder / CARD).write_text(_text(manifest, test))
@@ -35,16 +35,16 @@ def _text(manifest: Manifest, test: list[Row]) -> str:
     levels = markdown_table(
         ["quality", "threshold", measure, "95 %", f"drop of {measure}, points", "multiply-adds"]
         + ["mean heads"],
-        [_level(level, measure) for level in manifest.named_levels.values()],
+        [_level_cells(level, measure) for level in manifest.named_levels.values()],
     )
     steps = markdown_table(
         ["step", measure, "multiply-adds"],
         [
-            [str(s.step), f"{_share(s, measure):.4f}", f"{s.macs_share:.1%}"]
+            [str(s.step), f"{_step_result(s, measure):.4f}", f"{s.macs_share:.1%}"]
             for s in manifest.frontier
         ],
     )
-    report = _tested(test) if test else ""
+    report = _test_section(test) if test else ""
     recipe = "\n".join(f"{key} = {value!r}" for key, value in manifest.recipe.items())
     return f"""# {manifest.name}, version {manifest.version}
 
@@ -53,18 +53,18 @@ For each text, it computes only the attention heads and feed-forward neurons tha
 
 - Starting weights: {origin.starting_weights} ({origin.starting_weights_license})
 - Data: {origin.data}. Terms: {origin.data_terms}
-- Longest input: {_longest(manifest)}
+- Longest input: {_longest_input(manifest)}
 - Precision: stored in float16; served in {_precision(manifest)}
 - Created: {manifest.created}, seed {manifest.seed}
 
 {report}## Quality levels
-{_explained(manifest)}
+{_levels_intro(manifest)}
 
 {levels}
 
 ![Accuracy against cost]({PLOT})
 
-{_costs(manifest)}## Fixed steps, for comparison
+{_cost_section(manifest)}## Fixed steps, for comparison
 Every text ends at the same step. Multiply-adds are shares of the dense network's.
 
 {steps}
@@ -80,7 +80,7 @@ data above, and may differ for other kinds of texts.
 """
 
 
-def _tested(test: list[Row]) -> str:
+def _test_section(test: list[Row]) -> str:
     table = markdown_table(
         ["quality", "accuracy", "95 %", "mean heads", "multiply-adds"]
         + ["share of texts that end at each step"],
@@ -105,7 +105,7 @@ shares of the dense network's.
 """
 
 
-def _level(level: Level, measure: Measure) -> list[str]:
+def _level_cells(level: Level, measure: Measure) -> list[str]:
     reached, (low, high) = level.reached(measure)
     return [
         str(level.name),
@@ -118,15 +118,15 @@ def _level(level: Level, measure: Measure) -> list[str]:
     ]
 
 
-def _explained(manifest: Manifest) -> str:
-    """Return the explanation of the table of levels."""
+def _levels_intro(manifest: Manifest) -> str:
+    """Return the text before the table of quality levels."""
     rows = f"{manifest.metrics.get('calibration_rows', 0):.0f} held-out texts"
     if manifest.policy is None:
         return (
             f"The levels were calibrated for accuracy on {rows}. Drops are relative to the full "
             "budget. Multiply-adds are shares of the dense network's."
         )
-    meaning = {
+    definition = {
         "accuracy": "the share of correct answers",
         "agreement": "the share of answers that equal those of the full network, because the texts "
         "had no labels",
@@ -141,7 +141,7 @@ def _explained(manifest: Manifest) -> str:
     )
     margin = manifest.policy.exit_margin
     exits = f" Step 0's confidence must exceed it by {margin:g}." if margin else ""
-    return f"""Calibrated for {manifest.measure} on {rows}: {meaning}.
+    return f"""Calibrated for {manifest.measure} on {rows}: {definition}.
 A text runs the steps {", ".join(map(str, manifest.policy.chain))}, one after the other, until the
 confidence of an answer reaches the threshold of the level.{exits} *f_o* may skip steps.
 The figures are cross-fitted: no text is scored with a rule that was chosen on it. Drops are
@@ -152,8 +152,8 @@ texts that end at each step:
 """
 
 
-def _costs(manifest: Manifest) -> str:
-    """Return the section on measured time and price; empty if they were not measured."""
+def _cost_section(manifest: Manifest) -> str:
+    """Return the section on time and price; empty if the time was not measured."""
     timing = manifest.timing
     if timing is None:
         return ""
@@ -174,7 +174,7 @@ hour.
 """
 
 
-def _share(step: FixedStep, measure: Measure) -> float:
+def _step_result(step: FixedStep, measure: Measure) -> float:
     share = step.accuracy if measure == "accuracy" else step.agreement
     return 0.0 if share is None else share
 
@@ -183,7 +183,7 @@ def _plot(axes: Axes, manifest: Manifest) -> None:
     levels, steps, measure = manifest.levels, manifest.frontier, manifest.measure
     axes.plot(
         [100 * s.macs_share for s in steps],
-        [_share(s, measure) for s in steps],
+        [_step_result(s, measure) for s in steps],
         "s--",
         color="#999",
         label="fixed step",
@@ -208,7 +208,7 @@ def _plot(axes: Axes, manifest: Manifest) -> None:
 
 
 def _precision(manifest: Manifest) -> str:
-    """Describe which precision `--dtype auto` selects, as `choose_precision` does."""
+    """Return which precision `choose_precision` selects for `--dtype auto`, in words."""
     rule = (
         "float32 if the encoder has fewer than a million weights; otherwise in bfloat16 on GPUs "
         "that support it and on processors with AMX"
@@ -218,7 +218,6 @@ def _precision(manifest: Manifest) -> str:
     return f"{rule}, in int8 on other processors with AVX2, else in float32"
 
 
-def _longest(manifest: Manifest) -> str:
-    encoder = f"{manifest.max_tokens} tokens"
-    more = manifest.exit_tokens
-    return encoder if more is None else f"{encoder} for the encoder, {more} for step 0"
+def _longest_input(manifest: Manifest) -> str:
+    encoder, step0 = f"{manifest.max_tokens} tokens", manifest.exit_tokens
+    return encoder if step0 is None else f"{encoder} for the encoder, {step0} for step 0"

@@ -1,7 +1,7 @@
-"""Search for the best chain of steps, f_o's bands over it, and confidence thresholds.
+"""Search for the best chain of steps, its bands over f_o's s, and confidence thresholds.
 
 Every text has been run at every step, so the cost and the value of a chain at a threshold are array
-arithmetic. Chains with the same last links share those results, which are computed once.
+arithmetic. Chains with the same last links share the sums over those links.
 """
 
 from __future__ import annotations
@@ -19,29 +19,31 @@ from budgetformer.inference.policy import EntryBand, threshold_at
 from budgetformer.model.architecture import Architecture
 
 EXIT_MARGINS = (0.0, 0.1, 0.2, 0.4, 1.0)
-"""Tried exit margins; with the last one, step 0 never answers."""
+"""Exit margins that are tried; with the last one, step 0 never answers."""
 MAX_LINKS = 4
-"""Maximum links of a chain, step 0 not counted."""
+"""Maximum number of links (steps) of a chain, without step 0."""
 THRESHOLDS = 48
 """Number of thresholds at which chains are compared."""
 BINS = 24
-"""Number of parts of the range of s, at whose bounds bands may begin."""
+"""Number of bins of s; bands begin at their bounds."""
 MIN_LINK_SHARE = 0.02
-"""Share of the texts that a link must answer to count as in use."""
+"""Minimum share of the texts that a link answers if it is in use."""
 NOISE = 0.5
-"""Two chains are different if their means differ by more than this many standard errors."""
+"""Standard errors by which the mean scores of two chains must differ to count as different."""
 CANDIDATES = 500
 """Number of candidate thresholds for a level."""
 CHUNK = 4096
-"""Texts summed at a time, to bound memory."""
+"""Number of texts summed at a time, to bound memory."""
 
 Chain = tuple[int, ...]
+"""Ladder steps that a text runs until one of its answers is confident enough, rising."""
 
 
 def chains(config: Architecture) -> list[Chain]:
-    """Return every chain of a network whose links together cost at most one full step.
+    """Return every chain of a network whose steps together cost at most one full step.
 
-    They begin with step 0 if there is one. Of steps with the same heads, only the first is used.
+    Chains begin with step 0 if the network has it. Of steps with the same heads, only the first is
+    used.
     """
     first = (0,) if config.embedding_exit else ()
     steps = [
@@ -62,10 +64,10 @@ class Goal:
     """The goal for which a threshold is chosen.
 
     Attributes:
-        cost: maximise the mean value at a mean cost of at most this; if every threshold costs more,
-            minimise the cost.
-        value: instead, minimise the mean cost at a mean value of at least this; if no threshold
-            reaches it, maximise the value.
+        cost: maximum mean cost, at which the mean value is maximised; if every threshold costs
+            more, the cost is minimised.
+        value: minimum mean value, at which the mean cost is minimised; if no threshold reaches it,
+            the value is maximised. None: the goal is `cost`.
     """
 
     cost: float = math.inf
@@ -87,9 +89,9 @@ class Steps:
     """The answers of every step to N texts, [S+1, N] each (row 0 is step 0).
 
     Attributes:
-        confidence: of the answer.
-        value: of the answer, 0..1.
-        cost: of running the step; row 0 is the decision, which every text needs.
+        confidence: confidence of the answer.
+        value: value of the answer, 0..1: its expected correctness or its agreement.
+        cost: cost of running the step; row 0 is the decision, which every text needs.
         s: f_o's output [N].
     """
 
@@ -102,7 +104,7 @@ class Steps:
         return len(self.s)
 
     def subset(self, rows: np.ndarray) -> Steps:
-        """Return the given texts."""
+        """Return the answers to the texts in `rows`."""
         return Steps(
             self.confidence[:, rows], self.value[:, rows], self.cost[:, rows], self.s[rows]
         )
@@ -122,7 +124,12 @@ class Steps:
 
 @dataclass(frozen=True)
 class Walk:
-    """The paths of N texts under a rule: the last step `ends` [N], the steps `ran` [S+1, N]."""
+    """The paths of N texts along a route.
+
+    Attributes:
+        ends: last step that ran, whose answer is returned [N].
+        ran: whether each step ran [S+1, N].
+    """
 
     ends: np.ndarray
     ran: np.ndarray
@@ -130,7 +137,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class Route:
-    """Chain, bands over s and exit margin of a `BudgetRule`, without its threshold."""
+    """A `BudgetRule` without its threshold: chain, bands over s and exit margin."""
 
     chain: Chain
     entry: tuple[EntryBand, ...]
@@ -167,33 +174,38 @@ class Route:
 
 @dataclass(frozen=True)
 class Curve:
-    """A route with its mean value and cost at each threshold on the texts that chose it, [Q] each.
+    """The mean value and cost of a route at Q thresholds, on the texts on which it was chosen.
 
-    Differences in value up to `grain` do not justify a higher cost.
+    Attributes:
+        route: the route.
+        thresholds: thresholds, rising [Q].
+        value, cost: mean value and mean cost at each threshold [Q].
+        tolerance: difference in value that does not justify a higher cost.
     """
 
     route: Route
     thresholds: np.ndarray
     value: np.ndarray
     cost: np.ndarray
-    grain: float
+    tolerance: float
 
     @classmethod
-    def of(cls, route: Route, steps: Steps, grain: float = 0.0) -> Curve:
+    def of(cls, route: Route, steps: Steps, tolerance: float = 0.0) -> Curve:
         """Evaluate a route at thresholds at even quantiles of its confidences."""
         used = steps.confidence[list(route.chain)]
         spread = np.quantile(used, np.linspace(0, 1, CANDIDATES)).round(5)
         thresholds = np.unique([0.0, *spread, 1.0])
         value_and_cost = [route.value_and_cost(steps, threshold) for threshold in thresholds]
         value, cost = (
-            np.array([part.mean() for part in own]) for own in zip(*value_and_cost, strict=True)
+            np.array([of_texts.mean() for of_texts in at_thresholds])
+            for at_thresholds in zip(*value_and_cost, strict=True)
         )
-        return cls(route, thresholds, value, cost, grain)
+        return cls(route, thresholds, value, cost, tolerance)
 
     def threshold(self, goal: Goal) -> float:
-        """Return the lowest threshold whose score for a goal is within `grain` of the best."""
+        """Return the lowest threshold whose score for a goal is, within the tolerance, the best."""
         score = goal.score(self.value, self.cost)
-        return float(self.thresholds[np.argmax(score >= score.max() - self.grain)])
+        return float(self.thresholds[np.argmax(score >= score.max() - self.tolerance)])
 
 
 def search(
@@ -204,46 +216,50 @@ def search(
 ) -> Route:
     """Return the chain, bands and exit margin with the best mean score over some goals.
 
-    Each route is scored at its best threshold for each goal. Routes whose paired difference is
-    within noise count as equal; among them, the one with the most links in use wins, then the best.
+    Each route is scored at its best threshold for each goal. Routes whose paired difference to the
+    best is within noise count as equal; of these, the route with the most links in use is returned,
+    and among those the one with the best score.
 
     Args:
         steps: answers to the texts on which the route is chosen.
         options: chains to try.
-        goals: goals to score.
+        goals: goals for which routes are scored.
         margins: exit margins to try with chains that have step 0 and another step.
     """
-    found = []
+    routes: list[tuple[Route, list[float], float]] = []
     for margin in margins:
         tried = [option for option in options if not margin or (not option[0] and len(option) > 1)]
         if tried:
-            own = _Search(steps.with_exit_margin(margin), tried).best(goals)
-            found += [(replace(route, exit_margin=margin), at, score) for route, at, score in own]
-    judged = [_judge(route, steps, thresholds, goals) for route, thresholds, _ in found]
-    scores = np.array([score for _, _, score in found])
+            best = _Search(steps.with_exit_margin(margin), tried).best(goals)
+            routes += [(replace(route, exit_margin=margin), at, score) for route, at, score in best]
+    by_text, links_in_use = zip(
+        *(_score_texts(route, steps, thresholds, goals) for route, thresholds, _ in routes),
+        strict=True,
+    )
+    scores = np.array([score for _, _, score in routes])
     top = int(scores.argmax())
-    behind = judged[top][0] - np.stack([texts for texts, _ in judged])
+    behind = by_text[top] - np.stack(by_text)
     noise = NOISE * behind.std(1) / np.sqrt(len(steps))
     equal = np.flatnonzero(scores >= scores[top] - noise)
-    return found[max(equal, key=lambda i: (judged[i][1], scores[i]))][0]
+    return routes[max(equal, key=lambda i: (links_in_use[i], scores[i]))][0]
 
 
-def _judge(
+def _score_texts(
     route: Route, steps: Steps, thresholds: Sequence[float], goals: Sequence[Goal]
 ) -> tuple[np.ndarray, int]:
-    """Return each text's mean contribution to the scores [N], and how many steps are in use."""
-    texts = np.zeros(len(steps))
+    """Return each text's mean contribution to the scores [N], and the number of steps in use."""
+    by_text = np.zeros(len(steps))
     shares = np.zeros(len(steps.confidence))
     for threshold, goal in zip(thresholds, goals, strict=True):
         walk = route.walk(steps.confidence, steps.s, threshold)
-        texts += goal.per_text(*route.value_and_cost(steps, threshold)) / len(goals)
+        by_text += goal.per_text(*route.value_and_cost(steps, threshold)) / len(goals)
         counts = np.bincount(walk.ends, minlength=len(shares))
         shares = np.maximum(shares, counts / len(steps))
-    return texts, int((shares >= MIN_LINK_SHARE).sum())
+    return by_text, int((shares >= MIN_LINK_SHARE).sum())
 
 
 class _Search:
-    """Sums of value and cost per bin of s and threshold, for every tail of a chain."""
+    """Sums of value and cost by threshold and bin of s, for the last links of every chain."""
 
     def __init__(self, steps: Steps, options: Sequence[Chain]) -> None:
         self.count, self.thresholds, self.options = len(steps), steps.thresholds, options
@@ -252,62 +268,66 @@ class _Search:
         bins = np.searchsorted(self.bounds, steps.s)
         order = np.argsort(bins, kind="stable")
         endings = {
-            (option[place:], option[0] == 0)
+            (option[start:], option[0] == 0)
             for option in options
-            for place in range(int(option[0] == 0), len(option))
+            for start in range(int(option[0] == 0), len(option))
         }
         shape = (2, len(self.thresholds), len(self.bounds))
         self.sums = {ending: np.zeros(shape) for ending in endings}
-        self.stopped = np.zeros(shape[:2])
+        self.answered_at_0 = np.zeros(shape[:2])
         for begin in range(0, self.count, CHUNK):
             rows = order[begin : begin + CHUNK]
             part = steps.subset(rows)
             present, starts = np.unique(bins[rows], return_index=True)
-            goes_on = part.confidence[0] < self.thresholds[:, None]
-            self.stopped[0] += np.where(goes_on, 0, part.value[0]).sum(1)
-            known: dict[Chain, np.ndarray] = {}
+            passes_0 = part.confidence[0] < self.thresholds[:, None]
+            self.answered_at_0[0] += np.where(passes_0, 0, part.value[0]).sum(1)
+            cache: dict[Chain, np.ndarray] = {}
             for (links, after_0), sums in self.sums.items():
-                both = self._from(links, part, known)
-                both = np.where(goes_on, both, 0) if after_0 else both
-                sums[..., present] += np.add.reduceat(both, starts, axis=-1)
+                value_and_cost = self._value_and_cost(links, part, cache)
+                if after_0:
+                    value_and_cost = np.where(passes_0, value_and_cost, 0)
+                sums[..., present] += np.add.reduceat(value_and_cost, starts, axis=-1)
 
     def best(self, goals: Sequence[Goal]) -> list[tuple[Route, list[float], float]]:
         """Return each chain's best route, its threshold for each goal, and its mean score."""
-        found = []
+        routes = []
         for option in self.options:
-            cuts, (value, cost) = self._totals(option)
+            splits, (value, cost) = self._totals(option)
             scores = np.stack([goal.score(value, cost) for goal in goals])
             mean = scores.max(-1).mean(0)
-            at = int(mean.argmax())
-            thresholds = self.thresholds[scores[:, at].argmax(-1)].tolist()
-            found.append((self._route(option, cuts[at]), thresholds, float(mean[at])))
-        return found
+            best = int(mean.argmax())
+            thresholds = self.thresholds[scores[:, best].argmax(-1)].tolist()
+            routes.append((self._route(option, splits[best]), thresholds, float(mean[best])))
+        return routes
 
     @staticmethod
     def _bounds(steps: Steps) -> np.ndarray:
-        """Return the upper bounds of the bins of s, with equally many texts past step 0 in each."""
+        """Return the upper bounds of bins of s that hold equal numbers of texts past step 0."""
         order = np.argsort(steps.s, kind="stable")
         weight = (steps.confidence[0] < steps.thresholds[:, None]).mean(0)[order].cumsum()
         ends = np.searchsorted(weight, weight[-1] * np.arange(1, BINS) / BINS)
         inner = np.unique(steps.s[order][ends.clip(max=len(order) - 1)])
         return np.append(inner[inner < 1], 1.0)
 
-    def _from(self, links: Chain, part: Steps, known: dict[Chain, np.ndarray]) -> np.ndarray:
+    def _value_and_cost(
+        self, links: Chain, part: Steps, cache: dict[Chain, np.ndarray]
+    ) -> np.ndarray:
         """Return value and cost [2, Q, N] of texts that start at the first of these links."""
-        if links not in known:
+        if links not in cache:
             step = links[0]
-            own = np.stack([part.value[step], part.cost[step]])[:, None]
+            of_step = np.stack([part.value[step], part.cost[step]])[:, None]
             if len(links) == 1:
-                known[links] = np.repeat(own, len(self.thresholds), axis=1)
+                cache[links] = np.repeat(of_step, len(self.thresholds), axis=1)
             else:
-                later = self._from(links[1:], part, known)
-                stands = part.confidence[step] >= self.thresholds[:, None]
-                value = np.where(stands, own[0], later[0])
-                known[links] = np.stack([value, own[1] + np.where(stands, 0, later[1])])
-        return known[links]
+                later = self._value_and_cost(links[1:], part, cache)
+                is_final = part.confidence[step] >= self.thresholds[:, None]
+                value = np.where(is_final, of_step[0], later[0])
+                cost = of_step[1] + np.where(is_final, 0, later[1])
+                cache[links] = np.stack([value, cost])
+        return cache[links]
 
     def _totals(self, option: Chain) -> tuple[list[tuple[int, ...]], np.ndarray]:
-        """Return every split of s into bands, with mean value and cost [2, splits, Q]."""
+        """Return every split of the bins into bands, and mean value and cost [2, splits, Q]."""
         after_0 = option[0] == 0
         links = option[1:] if after_0 else option
         if links:
@@ -315,15 +335,15 @@ class _Search:
             cuts = list(combinations_with_replacement(range(bins + 1), len(links) - 1))
             ends = np.array([(0, *cut, bins) for cut in cuts])
             totals = np.zeros((2, len(cuts), len(self.thresholds)))
-            totals += self.stopped[:, None] if after_0 else 0
-            for place in range(len(links)):
-                sums = self.sums[links[place:], after_0].cumsum(-1)
+            totals += self.answered_at_0[:, None] if after_0 else 0
+            for i in range(len(links)):
+                sums = self.sums[links[i:], after_0].cumsum(-1)
                 prefix = np.pad(sums, ((0, 0), (0, 0), (1, 0)))
-                own = prefix[..., ends[:, place + 1]] - prefix[..., ends[:, place]]
-                totals += own.swapaxes(1, 2)
-        else:  # only step 0, whose answers are all final, as at threshold 0
+                of_band = prefix[..., ends[:, i + 1]] - prefix[..., ends[:, i]]
+                totals += of_band.swapaxes(1, 2)
+        else:  # only step 0: all its answers are final, as at threshold 0
             cuts, totals = [()], np.zeros((2, 1, len(self.thresholds)))
-            totals[0] = self.stopped[0, 0]
+            totals[0] = self.answered_at_0[0, 0]
         return cuts, totals / self.count + np.array([0.0, self.base])[:, None, None]
 
     def _route(self, option: Chain, cuts: Sequence[int]) -> Route:

@@ -22,7 +22,14 @@ from budgetformer.training.labels import LabelColumn, stored_names
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts; `labels` are class ids [N], 0/1 rows [N, C] when multi-label, or empty."""
+    """N texts or text pairs, with or without labels.
+
+    Attributes:
+        texts: texts, or first texts of the pairs.
+        pairs: second texts of the pairs; None: single texts.
+        labels: class ids [N], or 0/1 rows [N, C] when multi-label; empty without labels.
+        names: class names in the order of class ids; empty without labels.
+    """
 
     texts: list[str]
     pairs: list[str] | None
@@ -38,7 +45,7 @@ class Examples:
         return self.labels.ndim == 2
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> Examples:
-        """Return the given rows."""
+        """Return the examples in `rows`."""
         return Examples(
             [self.texts[i] for i in rows],
             None if self.pairs is None else [self.pairs[i] for i in rows],
@@ -47,7 +54,7 @@ class Examples:
         )
 
     def sample(self, count: int, seed: int) -> Examples:
-        """Return at most `count` random rows, in their order."""
+        """Return at most `count` random rows, in their original order."""
         return self if count >= len(self) else self.subset(drawn_rows(len(self), count, seed))
 
     def evenly(self, count: int | None) -> Examples:
@@ -58,12 +65,12 @@ class Examples:
 
 
 def drawn_rows(total: int, count: int, seed: int) -> np.ndarray:
-    """Return at most `count` random rows of 0..total-1, rising."""
+    """Return at most `count` random row numbers of 0..total-1, rising."""
     return np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
 
 def even_rows(total: int, count: int) -> np.ndarray:
-    """Return at most `count` evenly spaced rows of 0..total-1."""
+    """Return at most `count` evenly spaced row numbers of 0..total-1."""
     return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
@@ -82,9 +89,10 @@ def read_examples(
 
     Args:
         path: a CSV, JSONL or Parquet file.
-        names: class names of a model; other labels are an error.
+        names: class names of a model, the only valid labels; None: see above.
         multi_label: whether rows may have several labels; None: the first row decides.
-        encoder_names: class names for class ids without names, if the counts match.
+        encoder_names: class names of the encoder, used for class ids without names if the counts
+            match.
 
     Raises:
         DataError: the file cannot be read, has no rows, or a row has no text or an unknown label.
@@ -104,8 +112,8 @@ def read_examples(
             pairs.append(pair)
     if not texts:
         raise DataError(f"{path}: no rows")
-    found, labels = column.encode(names, stored, encoder_names)
-    return Examples(texts, pairs or None, labels, found)
+    class_names, labels = column.encode(names, stored, encoder_names)
+    return Examples(texts, pairs or None, labels, class_names)
 
 
 def read_texts(path: Path) -> Examples:
@@ -154,7 +162,7 @@ class TokenBatch:
         )
 
     def to(self, device: torch.device) -> TokenBatch:
-        """Return the same batch with its tokens on `device`."""
+        """Return the batch with its tokens on `device`."""
         if self.input_ids.device == device:
             return self
         return TokenBatch(
@@ -166,10 +174,12 @@ class TokenBatch:
 
 
 class TokenizedTexts:
-    """The tokens of a data set, in batches of texts of similar length.
+    """The tokens of N texts or pairs.
 
-    `ids` and `types` are the windows, which the encoder reads; `full_ids` and `full_types` are the
-    full texts, which step 0 reads.
+    Attributes:
+        ids, types: token ids and token type ids of the window, which the encoder reads.
+        full_ids, full_types: those of the full text, which step 0 reads.
+        lengths: tokens of each window [N].
     """
 
     def __init__(
@@ -210,36 +220,38 @@ class TokenizedTexts:
         )
 
     def subset(self, rows: np.ndarray) -> TokenizedTexts:
-        """Return the given texts."""
-        chosen = copy.copy(self)
+        """Return the tokens of the texts in `rows`."""
+        subset = copy.copy(self)
         for name in ("ids", "types", "full_ids", "full_types"):
-            setattr(chosen, name, [getattr(self, name)[row] for row in rows])
-        chosen.lengths = self.lengths[rows]
-        return chosen
+            setattr(subset, name, [getattr(self, name)[row] for row in rows])
+        subset.lengths = self.lengths[rows]
+        return subset
 
     def columns(self, rows: np.ndarray | Sequence[int]) -> Texts:
-        """Return the given texts as columns."""
+        """Return the tokens of the texts in `rows`, concatenated without padding."""
         window = _columns(self.ids, self.types, rows)
         if all(self.full_ids[row] is self.ids[row] for row in rows):
             return Texts(window, window)
         return Texts(window, _columns(self.full_ids, self.full_types, rows))
 
     def batch(self, rows: np.ndarray) -> TokenBatch:
-        """Pad the given rows to their longest."""
+        """Return the texts in `rows`, padded to the longest of them."""
         longest = max(int(self.lengths[rows].max()), 1)
         ids = np.zeros((len(rows), longest), dtype=np.int64)
         types, mask = np.zeros_like(ids), np.zeros_like(ids)
-        for place, row in enumerate(rows):
+        for item, row in enumerate(rows):
             length = self.lengths[row]
-            ids[place, :length] = self.ids[row]
-            types[place, :length] = self.types[row]
-            mask[place, :length] = 1
+            ids[item, :length] = self.ids[row]
+            types[item, :length] = self.types[row]
+            mask[item, :length] = 1
         return TokenBatch(rows, *(torch.from_numpy(a) for a in (ids, types, mask)))
 
     def batches(self, batch_size: int, seed: int | None = None) -> Iterator[TokenBatch]:
-        """Yield every row once, in batches of similar lengths.
+        """Yield every text once, in batches of texts of similar length.
 
-        With a `seed`, rows and batches are shuffled; None: in order of length.
+        Args:
+            batch_size: texts per batch.
+            seed: seed of the order of texts and batches; None: order of length.
         """
         order = np.argsort(self.lengths, kind="stable")
         if seed is not None:
@@ -262,10 +274,12 @@ def _types(ids: list[int], types: list[int] | None) -> np.ndarray:
 def _columns(
     ids: list[np.ndarray], types: list[np.ndarray], rows: np.ndarray | Sequence[int]
 ) -> TokenColumns:
-    none = [np.empty(0, np.int64)]
-    column, kinds = (np.concatenate([*none, *(own[row] for row in rows)]) for own in (ids, types))
+    empty = np.empty(0, np.int64)
+    all_ids, all_types = (
+        np.concatenate([empty, *(by_text[row] for row in rows)]) for by_text in (ids, types)
+    )
     return TokenColumns(
-        column.astype(np.int32),
+        all_ids.astype(np.int32),
         np.fromiter((len(ids[row]) for row in rows), np.int32, len(rows)),
-        kinds.astype(np.int32) if kinds.any() else None,
+        all_types.astype(np.int32) if all_types.any() else None,
     )

@@ -26,8 +26,15 @@ HTTP_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The answer for one text: label indices, ladder step, heads, multiply-adds."""
+class Answer:
+    """The answer for one text, and its cost.
+
+    Attributes:
+        labels: indices of the predicted labels; exactly one unless multi-label.
+        budget: ladder step that answered.
+        heads: heads computed, summed over layers and steps.
+        macs, dense_macs: multiply-adds executed, and those of the dense network.
+    """
 
     labels: tuple[int, ...]
     budget: int
@@ -36,17 +43,26 @@ class Verdict:
     dense_macs: int
 
 
-Ask = Callable[[Examples, str | None], list[Verdict]]
-"""Answers all texts at a quality level; None: at the full budget."""
+AnswerFunction = Callable[[Examples, str | None], list[Answer]]
+"""Function that answers all texts at a quality level; None: at the full budget."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report; shares are 0..1.
+    """The results of one quality level; shares are 0..1.
 
-    `accuracy` and its interval are None if the texts have no labels. `budgets` is the share of
-    texts that ended at each step, and `agreement` the share of answers equal to the full budget's.
-    `cheaper` counts texts with fewer multiply-adds than at the previous level; policies ensure 0.
+    Attributes:
+        quality: name of the level, or `FULL`.
+        rows: number of texts.
+        accuracy: share of correct answers; None if the texts have no labels.
+        low, high: 95 % interval of the accuracy; None if the texts have no labels.
+        mean_heads: mean heads per text, summed over layers and steps.
+        macs_share: multiply-adds as a share of the dense network's.
+        mean_macs: mean multiply-adds per text.
+        budgets: share of the texts that ended at each step.
+        agreement: share of the answers that equal those at the full budget.
+        cheaper: number of texts with fewer multiply-adds than at the previous level; policies
+            ensure 0.
     """
 
     quality: str
@@ -62,11 +78,11 @@ class Row:
     cheaper: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return the fields as plain values."""
         return asdict(self)
 
     def cells(self) -> tuple[str, ...]:
-        """Return the cells of the line in a table."""
+        """Return the cells of a table row."""
         return (
             self.quality,
             "" if self.accuracy is None else f"{self.accuracy:.4f}",
@@ -79,12 +95,12 @@ class Row:
 
 
 def read_test(checkpoint: Checkpoint, data: Path, limit: int | None = None) -> Examples:
-    """Read texts with a checkpoint's labels, or without if the file has no column `label`.
+    """Read test texts, with labels if the file has a column `label`.
 
     Args:
-        checkpoint: defines the labels.
+        checkpoint: checkpoint that defines the labels.
         data: a file, or a folder with `test.*`.
-        limit: maximum rows, evenly chosen.
+        limit: maximum number of rows, evenly spaced; None: all.
 
     Raises:
         DataError: the file has no rows, or a label that the checkpoint does not have.
@@ -99,51 +115,50 @@ def read_test(checkpoint: Checkpoint, data: Path, limit: int | None = None) -> E
 
 
 def evaluate_checkpoint(
-    checkpoint: Checkpoint, examples: Examples, ask: Ask | None = None
+    checkpoint: Checkpoint, examples: Examples, answer: AnswerFunction | None = None
 ) -> list[Row]:
     """Score every quality level, then the full budget, on texts with or without labels.
 
     Args:
-        checkpoint: defines the levels and labels.
-        examples: the texts.
-        ask: answers texts; None: the checkpoint, in this process.
+        checkpoint: checkpoint that defines the levels and labels.
+        examples: texts to answer.
+        answer: function that answers the texts; None: run the checkpoint in this process.
     """
-    answer = ask or in_process(Classifier(checkpoint.path))
-    names = [name for name in QUALITY_NAMES if name in checkpoint.manifest.named_levels]
-    found = [(name or FULL, answer(examples, name)) for name in [*names, None]]
-    full = found[-1][1]
-    before = [found[0][1], *(verdicts for _, verdicts in found)]
+    answer = answer or in_process(Classifier(checkpoint.path))
+    levels = [name for name in QUALITY_NAMES if name in checkpoint.manifest.named_levels]
+    answers = [answer(examples, level) for level in [*levels, None]]
+    lower = [answers[0], *answers[:-1]]
     return [
-        _row(name, verdicts, lower, full, examples)
-        for (name, verdicts), lower in zip(found, before, strict=False)
+        _row(name, of_level, below, answers[-1], examples)
+        for name, of_level, below in zip([*levels, FULL], answers, lower, strict=True)
     ]
 
 
-def in_process(classifier: Classifier) -> Ask:
+def in_process(classifier: Classifier) -> AnswerFunction:
     """Return a function that answers with a classifier in this process."""
-    many = classifier.checkpoint.multi_label
+    multi_label = classifier.checkpoint.multi_label
 
-    def ask(examples: Examples, level: str | None) -> list[Verdict]:
+    def answer(examples: Examples, level: str | None) -> list[Answer]:
         heads = classifier.checkpoint.num_heads if level is None else None
         predictions = classifier(examples.texts, examples.pairs, level, heads)
         return [
-            Verdict(_chosen(p.probs, many), p.budget, p.heads, p.macs, p.dense_macs)
+            Answer(_predicted(p.probs, multi_label), p.budget, p.heads, p.macs, p.dense_macs)
             for p in predictions
         ]
 
-    return ask
+    return answer
 
 
-def through_http(url: str, checkpoint: Checkpoint) -> Ask:
+def through_http(url: str, checkpoint: Checkpoint) -> AnswerFunction:
     """Return a function that answers with `POST /classify` of the server at `url`.
 
-    The function raises `BudgetFormerError` if the server cannot be reached or answers an error.
+    The function raises `BudgetFormerError` if the server cannot be reached or returns an error.
     """
-    many = checkpoint.multi_label
+    multi_label = checkpoint.multi_label
 
-    def ask(examples: Examples, level: str | None) -> list[Verdict]:
-        extra: dict[str, Any] = {"quality": level} if level else {"heads": checkpoint.num_heads}
-        verdicts: list[Verdict] = []
+    def answer(examples: Examples, level: str | None) -> list[Answer]:
+        budget: dict[str, Any] = {"quality": level} if level else {"heads": checkpoint.num_heads}
+        answers: list[Answer] = []
         for start in range(0, len(examples), HTTP_BATCH):
             rows = slice(start, start + HTTP_BATCH)
             items: list[Any] = examples.texts[rows]
@@ -152,30 +167,30 @@ def through_http(url: str, checkpoint: Checkpoint) -> Ask:
                     {"text": a, "text_pair": b}
                     for a, b in zip(examples.texts[rows], examples.pairs[rows], strict=True)
                 ]
-            body = {"input": items, "model": checkpoint.label, "timeout_ms": 120_000, **extra}
+            body = {"input": items, "model": checkpoint.label, "timeout_ms": 120_000, **budget}
             for item in _post(f"{url.rstrip('/')}/classify", body)["data"]:
                 if "error" in item:
                     raise BudgetFormerError(f"{url}: item {start + item['index']}: {item['error']}")
-                used = item["heads"]
-                verdicts.append(
-                    Verdict(
-                        _chosen(item["probs"], many),
-                        used["budget"],
-                        used["used"],
+                heads = item["heads"]
+                answers.append(
+                    Answer(
+                        _predicted(item["probs"], multi_label),
+                        heads["budget"],
+                        heads["used"],
                         item["macs"],
                         item["dense_macs"],
                     )
                 )
-        return verdicts
+        return answers
 
-    return ask
+    return answer
 
 
 def _post(url: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    # Proxy variables apply, unless the server is on this host.
+    # A proxy cannot reach a server on this host.
     proxies = urllib.request.ProxyHandler({} if is_loopback(url) else None)
     try:
         with urllib.request.build_opener(proxies).open(request, timeout=180) as response:
@@ -184,40 +199,41 @@ def _post(url: str, body: dict[str, Any]) -> Any:
         raise BudgetFormerError(f"{url}: {error}") from error
 
 
-def _chosen(probs: Sequence[float], many: bool) -> tuple[int, ...]:
-    if many:
+def _predicted(probs: Sequence[float], multi_label: bool) -> tuple[int, ...]:
+    if multi_label:
         return tuple(i for i, p in enumerate(probs) if p > 0.5)
     return (max(range(len(probs)), key=probs.__getitem__),)
 
 
 def _row(
     quality: str,
-    verdicts: list[Verdict],
-    lower: list[Verdict],
-    full: list[Verdict],
+    answers: list[Answer],
+    lower: list[Answer],
+    full: list[Answer],
     examples: Examples,
 ) -> Row:
-    count = len(verdicts)
+    """Return the results of a level, compared with the next lower level and the full budget."""
+    count = len(answers)
     accuracy = low = high = None
     if len(examples.labels):
         if examples.multi_label:
             truth = [tuple(np.flatnonzero(row).tolist()) for row in examples.labels]
         else:
             truth = [(int(label),) for label in examples.labels]
-        accuracy = sum(v.labels == right for v, right in zip(verdicts, truth, strict=True)) / count
+        accuracy = sum(a.labels == right for a, right in zip(answers, truth, strict=True)) / count
         low, high = interval(accuracy, count)
-    macs = sum(v.macs for v in verdicts)
-    budgets = Counter(v.budget for v in verdicts)
+    macs = sum(a.macs for a in answers)
+    budgets = Counter(a.budget for a in answers)
     return Row(
         quality=quality,
         rows=count,
         accuracy=accuracy,
         low=low,
         high=high,
-        mean_heads=sum(v.heads for v in verdicts) / count,
-        macs_share=macs / sum(v.dense_macs for v in verdicts),
+        mean_heads=sum(a.heads for a in answers) / count,
+        macs_share=macs / sum(a.dense_macs for a in answers),
         mean_macs=macs / count,
         budgets={step: budgets[step] / count for step in sorted(budgets)},
-        agreement=sum(v.labels == f.labels for v, f in zip(verdicts, full, strict=True)) / count,
-        cheaper=sum(v.macs < less.macs for v, less in zip(verdicts, lower, strict=True)),
+        agreement=sum(a.labels == f.labels for a, f in zip(answers, full, strict=True)) / count,
+        cheaper=sum(a.macs < b.macs for a, b in zip(answers, lower, strict=True)),
     )

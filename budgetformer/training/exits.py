@@ -16,7 +16,7 @@ from budgetformer.training.trainer import inputs, progress_bar
 BATCH = 256
 CONTROLLER_EPOCHS = 8
 REFERENCE_THRESHOLDS = (0.8, 0.9, 0.95)
-"""Thresholds from which f_o's targets are computed: about those of the quality levels."""
+"""Thresholds for f_o's targets, similar to those of the quality levels."""
 FOLDS = 5
 SHARE_UPDATES = 200
 
@@ -32,15 +32,17 @@ def wrong(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
 def pooled_states(
     model: BudgetFormerForSequenceClassification, tokens: TokenizedTexts, title: str
 ) -> list[Tensor]:
-    """Return the pooled states [N, D] that each decision of the network reads, one per decision.
+    """Return the pooled states [N, D] that each budget decision of the network reads.
 
-    With scope "input" this runs only the embeddings; with scope "layer", a pass at the full budget.
+    With scope "input" this runs only the embeddings, with scope "layer" the full network.
     """
     decisions = [m for m in model.modules() if isinstance(m, BudgetDecision)]
     states = [torch.zeros(len(tokens.ids), model.config.hidden_size) for _ in decisions]
-    seen: dict[int, Tensor] = {}
+    pooled_by_decision: dict[int, Tensor] = {}
     hooks = [
-        decision.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0]))
+        decision.register_forward_pre_hook(
+            lambda _, args, i=i: pooled_by_decision.__setitem__(i, args[0])
+        )
         for i, decision in enumerate(decisions)
     ]
     model.eval()
@@ -53,7 +55,7 @@ def pooled_states(
             task = bar.add_task(title, total=len(tokens.ids), note="")
             for batch in tokens.batches(64):
                 model(**inputs(batch), steps=model.config.num_steps)
-                for i, pooled in seen.items():
+                for i, pooled in pooled_by_decision.items():
                     states[i][batch.rows] = pooled
                 bar.advance(task, len(batch.rows))
     finally:
@@ -69,72 +71,74 @@ def fit_controllers(
     """Train every f_o to predict the probability that the cheapest step is wrong.
 
     Args:
-        model: the network with the decisions.
-        states: each decision's inputs, [N, E].
-        target: 1 where the cheapest step's answer was wrong, [N].
-        seed: of the order of the texts.
+        model: network with the budget decisions.
+        states: inputs of each decision [N, E].
+        target: 1 where the cheapest step's answer is wrong, else 0 [N].
+        seed: seed of the order of the texts.
     """
     decisions = [m for m in model.modules() if isinstance(m, BudgetDecision)]
-    for decision, read in zip(decisions, states, strict=True):
+    for decision, pooled in zip(decisions, states, strict=True):
         torch.manual_seed(seed)
         optimizer = torch.optim.AdamW(decision.controller.parameters(), 1e-3, weight_decay=0.01)
         for _ in range(CONTROLLER_EPOCHS):
-            for rows in torch.randperm(len(read)).split(BATCH):
-                loss = F.binary_cross_entropy(decision.controller(read[rows]), target[rows])
+            for rows in torch.randperm(len(pooled)).split(BATCH):
+                loss = F.binary_cross_entropy(decision.controller(pooled[rows]), target[rows])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
 
 
-def fit_controller(model: SequenceClassifier, read: Tensor, confident: Tensor, seed: int) -> Tensor:
+def fit_controller(
+    model: SequenceClassifier, features: Tensor, confidence: Tensor, seed: int
+) -> Tensor:
     """Train an f_o that reads only step 0's answer to predict the first confident step of a text.
 
     The target of s is the mean over `REFERENCE_THRESHOLDS` of k / S, where k is the text's first
     step with a confidence above the threshold, or S if there is none.
 
     Args:
-        model: the network with the f_o, which is trained on all texts.
-        read: f_o's inputs [N, E] (`budgetformer.model.tfidf.evidence`).
-        confident: confidence of each step's served answer [S+1, N], on held-out texts.
-        seed: of folds and initial weights.
+        model: network whose f_o is trained, on all texts.
+        features: inputs of f_o [N, E] (`budgetformer.model.tfidf.evidence`).
+        confidence: confidence of each step's served answer [S+1, N], on held-out texts.
+        seed: seed of the folds and the initial weights.
 
     Returns:
         Out-of-fold s [N], for calibration.
     """
     decision = model.encoder.decision
     assert decision is not None
-    steps = len(confident) - 1
-    target = torch.zeros(len(read))
+    steps = len(confidence) - 1
+    target = torch.zeros(len(features))
     for threshold in REFERENCE_THRESHOLDS:
-        reached = confident[1:] >= threshold
-        first = torch.where(reached.any(0), reached.int().argmax(0) + 1, steps)
+        confident = confidence[1:] >= threshold
+        first = torch.where(confident.any(0), confident.int().argmax(0) + 1, steps)
         target += first / (steps * len(REFERENCE_THRESHOLDS))
-    folds = torch.randperm(len(read), generator=torch.Generator().manual_seed(seed)) % FOLDS
-    s = torch.zeros(len(read))
+    folds = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)) % FOLDS
+    s = torch.zeros(len(features))
     with torch.enable_grad():
         for fold in range(FOLDS):
-            held = folds == fold
-            _fit_share(decision.controller, read[~held], target[~held], seed)
-            s[held] = decision.controller(read[held]).detach()
-        _fit_share(decision.controller, read, target, seed)
+            unseen = folds == fold
+            _fit_share(decision.controller, features[~unseen], target[~unseen], seed)
+            s[unseen] = decision.controller(features[unseen]).detach()
+        _fit_share(decision.controller, features, target, seed)
     with torch.no_grad():  # round to float16, as checkpoints do
         for weight in decision.controller.parameters():
             weight.copy_(weight.half())
     return s
 
 
-def _fit_share(controller: BudgetController, read: Tensor, target: Tensor, seed: int) -> None:
-    """Fit a reinitialised f_o to shares [N], on standardised inputs [N, E]."""
-    mean, spread = read.mean(0), read.std(0).clamp(min=1e-3)
+def _fit_share(controller: BudgetController, features: Tensor, target: Tensor, seed: int) -> None:
+    """Fit f_o from new initial weights to shares of the ladder [N]; it reads features [N, E]."""
+    mean, scale = features.mean(0), features.std(0).clamp(min=1e-3)
     torch.manual_seed(seed)
     for layer in (controller.hidden, controller.out):
         layer.reset_parameters()
     optimizer = torch.optim.AdamW(controller.parameters(), 1e-2, weight_decay=0.01)
     for _ in range(SHARE_UPDATES):
-        loss = F.binary_cross_entropy(controller((read - mean) / spread), target)
+        loss = F.binary_cross_entropy(controller((features - mean) / scale), target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
     with torch.no_grad():  # fold the standardisation into the weights
-        controller.hidden.weight.div_(spread)
+        controller.hidden.weight.div_(scale)
         controller.hidden.bias.sub_(controller.hidden.weight @ mean)

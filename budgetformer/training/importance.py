@@ -13,7 +13,10 @@ from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 
 
 class _UnitImportance:
-    """First-order importance of a linear map's inputs: |sum over tokens of value * gradient|."""
+    """The first-order importance of groups of inputs of a linear map, summed over texts.
+
+    For one text, it is |sum over tokens and inputs of value * gradient|.
+    """
 
     def __init__(self, linear: nn.Linear, group: int) -> None:
         self.group = group
@@ -47,12 +50,12 @@ def order_by_importance(
     change in the loss if a head or neuron is removed (Michel et al., 2019).
 
     Args:
-        model: any BudgetFormer.
+        model: network whose weights are permuted, in place.
         batches: arguments of `forward`, including labels.
 
     Returns:
-        The importance of every head [L, H], including its neurons if they are coupled; falling
-        within each layer.
+        The importance of every head [L, H], descending within each layer; it includes the head's
+        neurons if budgets apply to neurons too.
     """
     meters: list[tuple[EncoderLayer, _UnitImportance, _UnitImportance]] = []
     for layer in model.encoder.encoder_layers:
@@ -70,31 +73,31 @@ def order_by_importance(
     model.zero_grad()
     model.train(training)
     size = model.config.head_size
-    units: list[Tensor] = []
+    importance: list[Tensor] = []
     for index, (layer, head_meter, neuron_meter) in enumerate(meters):
-        units_of_layer, order = head_meter.close().sort(descending=True, stable=True)
-        neurons, neuron_order = neuron_meter.close().sort(descending=True, stable=True)
+        of_heads, order = head_meter.close().sort(descending=True, stable=True)
+        of_neurons, neuron_order = neuron_meter.close().sort(descending=True, stable=True)
         if model.config.budget_ffn:
-            units_of_layer = units_of_layer + neurons.unflatten(0, (len(order), -1)).sum(1)
-        units.append(units_of_layer)
-        shared = model.encoder.decision
-        if shared is not None and shared.scorer is not None:
-            _permute_scores(shared.scorer, index * len(order), order)
+            of_heads = of_heads + of_neurons.unflatten(0, (len(order), -1)).sum(1)
+        importance.append(of_heads)
+        decision = model.encoder.decision
+        if decision is not None and decision.scorer is not None:
+            _permute_scores(decision.scorer, index * len(order), order)
         if layer.decision is not None and layer.decision.scorer is not None:
             _permute_scores(layer.decision.scorer, 0, order)
         rows = (order[:, None] * size + torch.arange(size)).flatten()
         _permute(layer, rows, neuron_order)
-    return torch.stack(units)
+    return torch.stack(importance)
 
 
-def ladder_by_importance(units: Tensor) -> list[list[int]]:
+def ladder_by_importance(importance: Tensor) -> list[list[int]]:
     """Return a ladder of H steps, of which step k keeps the k * L most important heads.
 
     Args:
-        units: importance of the heads [L, H], falling within each layer.
+        importance: importance of the heads [L, H], descending within each layer.
     """
-    layers, heads = units.shape
-    order = units.flatten().argsort(descending=True, stable=True) // heads
+    layers, heads = importance.shape
+    order = importance.flatten().argsort(descending=True, stable=True) // heads
     return [
         order[: step * layers].bincount(minlength=layers).tolist() for step in range(1, heads + 1)
     ]
@@ -110,9 +113,9 @@ def _permute_scores(scorer: HeadScorer, start: int, order: Tensor) -> None:
 @torch.no_grad()
 def _permute(layer: EncoderLayer, heads: Tensor, neurons: Tensor) -> None:
     attention, net = layer.attention, layer.feed_forward
-    of_heads = [attention.query, attention.key, attention.value]
-    of_heads += [m for m in (attention.position_key, attention.position_query) if m is not None]
-    for linear in of_heads:
+    projections = [attention.query, attention.key, attention.value]
+    projections += [m for m in (attention.position_key, attention.position_query) if m is not None]
+    for linear in projections:
         linear.weight.copy_(linear.weight[heads].clone())
         linear.bias.copy_(linear.bias[heads].clone())
     if attention.distance_bias is not None:

@@ -12,9 +12,9 @@ from budgetformer.model.architecture import MULTI_LABEL
 def distillation_loss(
     logits: Tensor, teacher: Tensor, temperature: float, problem_type: str | None
 ) -> Tensor:
-    """Return the distillation loss [B] of logits [B, C] against a teacher's, with a temperature.
+    """Return the distillation loss [B] of logits [B, C] against a teacher's logits.
 
-    The temperature does not change the scale of the gradient (Hinton et al., 2015).
+    The factor temperature^2 keeps the scale of the gradient (Hinton et al., 2015).
     """
     if problem_type == MULTI_LABEL:
         target = (teacher / temperature).sigmoid()
@@ -34,9 +34,9 @@ def label_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tens
 
 
 def random_steps(count: int, num_steps: int, bias: float, full_share: float = 0.0) -> Tensor:
-    """Draw `count` ladder steps ceil(S * u^bias) with u uniform; a share of them is the full step.
+    """Draw `count` random ladder steps ceil(S * u^bias), with u uniform in 0..1.
 
-    A bias above 1 favours small steps.
+    A bias above 1 favours small steps. A share `full_share` of the steps becomes the full step.
     """
     steps = (torch.rand(count) ** bias * num_steps).ceil().long().clamp(1, num_steps)
     if full_share:
@@ -45,7 +45,7 @@ def random_steps(count: int, num_steps: int, bias: float, full_share: float = 0.
 
 
 def budget_penalty(budget: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Return the mean hinge loss of budgets s outside [s_min, s_max] (paper, regularisers)."""
+    """Return the mean hinge loss of budgets s outside their bounds (paper, regularisers)."""
     low, high = bounds
     return (F.relu(low - budget) + F.relu(budget - high)).mean()
 

@@ -10,22 +10,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table with the column headings `heads`."""
-    lines = [heads, ["---"] * len(heads), *rows]
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(
     paths: Sequence[Path], fill: Callable[[Axes], None], size: tuple[float, float] = (7.5, 4.5)
 ) -> None:
-    """Draw a plot, and write it to every path in the format of the path's suffix.
+    """Draw a plot and write it to every path, in the format of the path's suffix.
 
-    The files are reproducible.
+    The same plot always gives the same bytes.
 
     Args:
         paths: files to write.
-        fill: draws into the axes.
+        fill: function that draws into the axes.
         size: width and height in inches.
     """
     import matplotlib

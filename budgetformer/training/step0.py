@@ -22,11 +22,11 @@ from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import progress_bar
 
 CHOICE_ROWS = 20_000
-"""Rows on which the regularisation and the weighting are chosen; more make no difference."""
+"""Maximum rows on which the hyperparameters are chosen; more make no difference."""
 REGULARISATION = (0.25, 0.5, 1.0, 2.0)
 """Values of C that are tried."""
 REPEATS = (0.0, 1.0)
-"""Tried weights of counts: a feature's frequency is 1, or 1 + log(count)."""
+"""Values of r that are tried: the frequency of a feature is 1 + r * log(count)."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class LinearModel:
 def fit_step0(
     config: Architecture, tokens: TokenizedTexts, examples: Examples, recipe: Recipe
 ) -> tuple[TfidfHead, Tensor]:
-    """Return a step 0 fitted on N texts, and its out-of-fold logits [N, C].
+    """Fit step 0 on N texts, and return it with its out-of-fold logits [N, C].
 
     Out-of-fold logits come from models that never saw the text, so they are as accurate and as
-    confident as on new texts. The encoder learns from them.
+    confident as on new texts. The encoder is trained with them.
     """
     count, labels = len(examples), torch.from_numpy(examples.labels)
     folds = np.random.default_rng(recipe.seed).permutation(count) % recipe.exit_folds
-    found = step0.features(
+    features = step0.features(
         np.concatenate(tokens.full_ids),
         np.concatenate(tokens.full_types),
         [len(ids) for ids in tokens.full_ids],
@@ -60,44 +60,44 @@ def fit_step0(
         config.exit_buckets,
     )
     size = config.vocab_size + config.exit_buckets
-    frequency = np.bincount(found.row, minlength=size)
+    frequency = np.bincount(features.row, minlength=size)
     idf = (np.log((1 + count) / (1 + frequency)) + 1) / step0.IDF_UNIT
     idf = idf.round().clip(1, 255).astype(np.uint8)
     shape = (count, size)
-    columns = _columns(examples, config)
-    chosen = np.sort(np.random.default_rng(recipe.seed).permutation(count)[:CHOICE_ROWS])
+    targets = _targets(examples, config)
+    sample = np.sort(np.random.default_rng(recipe.seed).permutation(count)[:CHOICE_ROWS])
     with progress_bar() as bar:
         combinations = list(product(REPEATS, REGULARISATION))
         total = len(combinations) + recipe.exit_folds + 1
         task = bar.add_task("step 0", total=total, note="")
 
         def matrix_of(repeats: float) -> sp.csr_matrix:
-            values = step0.tfidf(found, idf, repeats).astype(np.float64)
-            return sp.csr_matrix((values, (found.owner, found.row)), shape=shape)
+            values = step0.tfidf(features, idf, repeats).astype(np.float64)
+            return sp.csr_matrix((values, (features.owner, features.row)), shape=shape)
 
         matrices = {repeats: matrix_of(repeats) for repeats in REPEATS}
         best, fewest = combinations[0], np.inf
-        rows, held = chosen[folds[chosen] != 0], chosen[folds[chosen] == 0]
+        rows, held_out = sample[folds[sample] != 0], sample[folds[sample] == 0]
         for repeats, c in combinations:
-            if len(held) and len(rows):
-                model = _fit(matrices[repeats][rows], columns[rows], c, recipe.seed)
-                logits = _logits(model.scores(matrices[repeats][held]), config)
-                errors = float(wrong(logits, labels[held], config.problem_type).sum())
+            if len(held_out) and len(rows):
+                model = _fit(matrices[repeats][rows], targets[rows], c, recipe.seed)
+                logits = _logits(model.scores(matrices[repeats][held_out]), config)
+                errors = float(wrong(logits, labels[held_out], config.problem_type).sum())
                 if errors < fewest:
                     best, fewest = (repeats, c), errors
             bar.advance(task)
         repeats, c = best
         matrix = matrices[repeats]
-        unseen = np.zeros((count, columns.shape[1]))
+        scores = np.zeros((count, targets.shape[1]))
         for fold in range(recipe.exit_folds):
-            held = folds == fold
-            if held.any() and not held.all():
-                model = _fit(matrix[~held], columns[~held], c, recipe.seed)
-                unseen[held] = model.scores(matrix[held])
+            unseen = folds == fold
+            if unseen.any() and not unseen.all():
+                model = _fit(matrix[~unseen], targets[~unseen], c, recipe.seed)
+                scores[unseen] = model.scores(matrix[unseen])
             bar.advance(task)
-        model = _fit(matrix, columns, c, recipe.seed)
+        model = _fit(matrix, targets, c, recipe.seed)
         bar.advance(task)
-    logits = _logits(unseen, config)
+    logits = _logits(scores, config)
     scale = _fit_scale(logits, labels, config)
     head = TfidfHead(config)
     coefficients, intercept = (
@@ -107,8 +107,8 @@ def fit_step0(
     return head, (logits * scale).float()
 
 
-def _columns(examples: Examples, config: Architecture) -> np.ndarray:
-    """Return the 0/1 targets [N, K] of the table's columns."""
+def _targets(examples: Examples, config: Architecture) -> np.ndarray:
+    """Return the 0/1 targets [N, K] of the K columns of step 0's table (one for two classes)."""
     if examples.multi_label:
         return examples.labels
     first = 1 if config.num_classes == 2 else 0
@@ -116,29 +116,29 @@ def _columns(examples: Examples, config: Architecture) -> np.ndarray:
     return (examples.labels[:, None] == classes).astype(np.int8)  # type: ignore[no-any-return]
 
 
-def _fit(matrix: sp.csr_matrix, columns: np.ndarray, c: float, seed: int) -> LinearModel:
-    """Fit one model per column; for a column with a single value, predict that value."""
-    coefficients = np.zeros((columns.shape[1], matrix.shape[1]))
-    intercept = np.zeros(columns.shape[1])
-    for place, target in enumerate(columns.T):
+def _fit(matrix: sp.csr_matrix, targets: np.ndarray, c: float, seed: int) -> LinearModel:
+    """Fit one model per target; a target with a single value is predicted as that value."""
+    coefficients = np.zeros((targets.shape[1], matrix.shape[1]))
+    intercept = np.zeros(targets.shape[1])
+    for column, target in enumerate(targets.T):
         if target.min() == target.max():
-            intercept[place] = 1.0 if target[0] else -1.0
+            intercept[column] = 1.0 if target[0] else -1.0
             continue
         fitted = LinearSVC(C=c, random_state=seed).fit(matrix, target)
-        coefficients[place], intercept[place] = fitted.coef_[0], fitted.intercept_[0]
+        coefficients[column], intercept[column] = fitted.coef_[0], fitted.intercept_[0]
     return LinearModel(coefficients, intercept)
 
 
 def _logits(scores: np.ndarray, config: Architecture) -> Tensor:
     """Turn scores [N, K] into logits [N, C], as `TfidfHead` does."""
-    found = torch.from_numpy(scores)
-    return torch.cat([-found, found], -1) if found.shape[1] < config.num_classes else found
+    logits = torch.from_numpy(scores)
+    return torch.cat([-logits, logits], -1) if logits.shape[1] < config.num_classes else logits
 
 
 def _fit_scale(logits: Tensor, labels: Tensor, config: Architecture) -> float:
     """Return the factor that calibrates the confidence of out-of-fold logits [N, C].
 
-    Label smoothing by one text avoids certainty when all of a few texts are correct.
+    Label smoothing, by the weight of one text, avoids an infinite factor if all texts are correct.
     """
     smoothing = 1 / (len(labels) + 1)
 

@@ -1,4 +1,4 @@
-"""The training loop: first with all heads, then at all budgets; resumable and deterministic."""
+"""The training loop, resumable and deterministic: first with all heads, then at all budgets."""
 
 from __future__ import annotations
 
@@ -58,7 +58,14 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Stage:
-    """A number of epochs with one loss; `teacher` [N, C] are the logits to distil, if any."""
+    """Consecutive epochs with the same loss.
+
+    Attributes:
+        name: name of the stage, "dense" or "budget".
+        epochs: number of epochs.
+        loss: function from a batch and `teacher` to the loss.
+        teacher: logits [N, C] to distil; None: learn from the labels only.
+    """
 
     name: str
     epochs: int
@@ -93,26 +100,26 @@ def inputs(batch: TokenBatch) -> dict[str, Tensor]:
 class Trainer:
     """Train one network on one data set.
 
-    The state of a run is saved in `work_dir/state.pt`. A run that finds one resumes there, and ends
-    with exactly the weights of an uninterrupted run.
+    The state of a run is saved in `work_dir/state.pt`. If the file exists, the run resumes from it,
+    and ends with exactly the weights of an uninterrupted run.
 
     Args:
-        model: the network to train.
-        tokens, examples: the data set.
+        model: network to train.
+        tokens, examples: texts of the data set and their tokens.
         recipe: settings of the run.
-        work_dir: folder of the state.
-        log: called with one line per event.
-        origin: identifies the starting weights; empty: random ones.
+        work_dir: folder for the state.
+        log: function that is called with one line per event.
+        origin: identifier of the starting weights; empty: random weights.
         step0: step 0's out-of-fold logits of the texts [N, C]; None: no step 0.
         teacher: logits [N, C] to distil from the first epoch; None: the network is its own teacher
             after the dense epochs.
-        device: of the training; a run may resume on another device.
+        device: device of the training; a run may resume on another device.
         micro_batch: items per pass, over which gradients are summed; None: the full batch.
-        processes: the training processes.
+        processes: training processes.
 
     Raises:
-        TrainingError: `train` raises it if the state belongs to a run with another recipe, data or
-            start, or the loss is not a number.
+        TrainingError: in `train`, the state belongs to a run with another recipe, data or starting
+            weights, or the loss is not a number.
     """
 
     def __init__(
@@ -131,10 +138,10 @@ class Trainer:
         processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self.device, self.micro_batch, self.processes = device, micro_batch, processes
-        self.teacher = self._here(teacher)
-        self.step0 = self._here(None if step0 is None else recipe.exit_share * step0)
+        self.teacher = self._on_device(teacher)
+        self.step0 = self._on_device(None if step0 is None else recipe.exit_share * step0)
         weights = _reach_weights(step0, recipe.reach_weight, model.config.problem_type)
-        self.weights = self._here(weights)
+        self.weights = self._on_device(weights)
         self.model, self.tokens, self.recipe, self.log = model, tokens, recipe, log
         self._move(device)
         self.labels = torch.from_numpy(examples.labels).to(device)
@@ -145,10 +152,13 @@ class Trainer:
         self.steps_per_epoch = -(-len(examples) // recipe.batch_size)
 
     def train(self, keep_dense: Callable[[], None] | None = None) -> None:
-        """Run the stages of the recipe: dense, ordering by importance, budgets.
+        """Run the stages of the recipe: dense epochs, ordering by importance, budget epochs.
 
-        `keep_dense` is called after the dense epochs, before the network is changed further. At
-        that point and at the end, the network is on the CPU.
+        At the end, the network is on the CPU.
+
+        Args:
+            keep_dense: function that is called after the dense epochs, while the network is on the
+                CPU.
         """
         resume = self._read_state()
         done = resume.get("done", [])
@@ -161,14 +171,14 @@ class Trainer:
                 self._move(self.device)
             if self.model.config.head_selection == "ranked" or self.model.config.budget_ffn:
                 self.log("ordering heads and neurons by importance")
-                units = order_by_importance(self.model, self.labelled_batches())
+                importance = order_by_importance(self.model, self.labelled_batches())
                 if self.recipe.ladder == "importance":
-                    self.model.config.ladder = ladder_by_importance(units)
+                    self.model.config.ladder = ladder_by_importance(importance)
             done = [*done, "dense"]
             self._save_state({"done": done})
             resume = {}
         if "budget" not in done:
-            teacher = self._here(resume.get("teacher", self.teacher))
+            teacher = self._on_device(resume.get("teacher", self.teacher))
             if teacher is None and self.recipe.distillation and self.recipe.budget_epochs:
                 last = self.model.config.num_steps
                 teacher = self.predict(self.tokens, last, "teacher").to(self.device)
@@ -198,7 +208,7 @@ class Trainer:
         return result
 
     def labelled_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Yield arguments of `forward`, including labels, to measure importance."""
+        """Yield arguments of `forward`, including labels, for the measurement of importance."""
         batches = self.tokens.batches(self.recipe.batch_size, self.recipe.seed)
         for batch in islice(batches, IMPORTANCE_BATCHES):
             yield inputs(batch.to(self.device)) | {"labels": self.labels[batch.rows]}
@@ -224,7 +234,7 @@ class Trainer:
         return loss + recipe.budget_weight * budget_penalty(output.budget, (low, high))
 
     def _sliced_loss(self, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
-        """Return the loss of a batch at a few steps, computing only the heads of each.
+        """Return the loss of a batch at a few ladder steps, computing only the heads of each step.
 
         With `sandwich`, the full batch runs at the smallest, a random and the full step; otherwise
         each half of the batch runs at a random step.
@@ -249,7 +259,7 @@ class Trainer:
         return logits if self.step0 is None else logits + self.step0[batch.rows]
 
     def _mean(self, losses: Tensor, batch: TokenBatch) -> Tensor:
-        """Average the losses of a batch's texts [B], weighted by their chance to pass step 0."""
+        """Average the losses [B] of a batch, weighted by each text's chance to get past step 0."""
         return (losses if self.weights is None else losses * self.weights[batch.rows]).mean()
 
     def _random_steps(self, count: int) -> Tensor:
@@ -257,17 +267,18 @@ class Trainer:
         return random_steps(count, last, recipe.small_step_bias, recipe.full_step_share)
 
     def _taught_loss(self, logits: Tensor, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
+        """Return the mean loss of a batch against its labels and, if given, the teacher."""
         recipe, kind = self.recipe, self.model.config.problem_type
         losses = label_loss(logits, self.labels[batch.rows], kind)
         if teacher is not None:
-            taught = distillation_loss(
+            distilled = distillation_loss(
                 logits, teacher[batch.rows], recipe.distillation_temperature, kind
             )
-            losses = torch.lerp(losses, taught, recipe.distillation)
+            losses = torch.lerp(losses, distilled, recipe.distillation)
         return self._mean(losses, batch)
 
     def _logits(self, batch: TokenBatch, step: int) -> Tensor:
-        """Return the encoder's logits at one ladder step, computing only its heads if possible."""
+        """Return the encoder's logits at a ladder step, computing only its heads if possible."""
         with self._autocast():
             if self._sliceable:
                 return self.model.logits_at(step, **inputs(batch)).float()
@@ -278,14 +289,14 @@ class Trainer:
     def _move(self, device: torch.device) -> None:
         nn.Module.to(self.model, device)
 
-    def _here(self, values: Tensor | None) -> Tensor | None:
+    def _on_device(self, values: Tensor | None) -> Tensor | None:
         return None if values is None else values.to(self.device)
 
     def _backward(self, stage: Stage, batch: TokenBatch, seed: int) -> float:
-        """Accumulate the gradients of a batch, part by part, and return its loss."""
+        """Accumulate the gradients of a batch over micro-batches, and return its loss."""
         total, rows = 0.0, len(batch.rows)
-        own, factor = self.processes.part_of(batch)
-        for part in own.split(-(-len(own.rows) // (self.micro_batch or rows))):
+        local, factor = self.processes.local_batch(batch)
+        for part in local.split(-(-len(local.rows) // (self.micro_batch or rows))):
             # Seeded per step, so that a resumed run draws the same noise as an uninterrupted one,
             # and all parts of a batch get the same random steps.
             torch.manual_seed(seed)
@@ -293,7 +304,7 @@ class Trainer:
             loss = stage.loss(part.to(self.device), stage.teacher) * share
             loss.backward()
             total += loss.item()
-        return self.processes.add_up(self.model, total)
+        return self.processes.sum_gradients(self.model, total)
 
     @property
     def _sliceable(self) -> bool:
@@ -310,7 +321,7 @@ class Trainer:
     def _gating(self, stage: Stage, progress: float) -> Gating:
         """Return the gating, annealed from exploration to exploitation (paper) with `progress`."""
         if stage.name == "dense":
-            return Gating()  # all heads are on: nothing to explore
+            return Gating()  # all heads are used: nothing to explore
         first, last = self.recipe.temperature
         temperature = first + (last - first) * progress
         noise = self.recipe.noise * (1 - progress)
@@ -322,7 +333,7 @@ class Trainer:
         return nullcontext()
 
     def _run(self, stage: Stage, resume: dict[str, Any], done: list[str]) -> None:
-        self.processes.agree(self.model)
+        self.processes.broadcast_weights(self.model)
         optimizer = self._optimizer()
         total = stage.epochs * self.steps_per_epoch
         warmup = max(1, int(total * self.recipe.warmup))
@@ -338,8 +349,8 @@ class Trainer:
             for step, batch in self._schedule(start, total):
                 self.model.train()
                 self.model.set_gating(self._gating(stage, step / total))
-                # Of the model, not the optimiser: f_o and step 0 also get gradients, which would
-                # accumulate and count in clipping.
+                # Not `optimizer.zero_grad`: f_o and step 0, which it does not train, get gradients
+                # too. These would accumulate, and count when gradients are clipped.
                 self.model.zero_grad(set_to_none=True)
                 value = self._backward(stage, batch, self.recipe.seed * 1_000_003 + step)
                 if not math.isfinite(value):
@@ -398,11 +409,11 @@ class Trainer:
     def _save_state(self, state: dict[str, Any]) -> None:
         if not self.processes.is_main:
             return
-        part = self.state_path.with_suffix(".part")
+        partial = self.state_path.with_suffix(".part")
         weights = {"model": self.model.state_dict(), "ladder": self.model.config.ladder}
         try:
-            torch.save(state | weights | {"run": self.run}, part)
-            part.replace(self.state_path)
+            torch.save(state | weights | {"run": self.run}, partial)
+            partial.replace(self.state_path)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
             raise TrainingError(
                 f"{self.state_path}: cannot be written: {one_line(error)}"
@@ -428,7 +439,7 @@ class Trainer:
 
 
 def _reach_weights(step0: Tensor | None, share: float, problem_type: str | None) -> Tensor | None:
-    """Return text weights [N] by the chance to get past step 0, with mean 1; None if equal."""
+    """Return a loss weight per text [N], by its chance to get past step 0; None: equal weights."""
     if step0 is None or not share:
         return None
     uncertain = 1 - confidence(step0, problem_type)
@@ -442,21 +453,21 @@ def _run_digest(
     examples: Examples,
     recipe: Recipe,
 ) -> str:
-    """Return a digest of everything that determines a run's weights."""
-    plain = [
+    """Return a SHA-256 of everything that determines a run's weights."""
+    settings = [
         {name: getattr(config, name) for name in FIELDS},
         origin,
         recipe.as_dict(),
         examples.names,
     ]
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for row in (examples.labels, tokens.lengths, *tokens.ids, *tokens.types):
         digest.update(np.ascontiguousarray(row).data)
     return digest.hexdigest()
 
 
 def split_rows(count: int, hold_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split row numbers into (training, held out), shuffled by `seed`."""
+    """Split row numbers 0..count-1 at random into (training, held out), each rising."""
     order = np.random.default_rng(seed).permutation(count)
     kept = count - int(count * hold_out)
     return np.sort(order[:kept]), np.sort(order[kept:])

@@ -1,4 +1,4 @@
-"""What the dashboards show: rows of panels, each with its question and its query."""
+"""The panels of each dashboard, by row: title, description, unit and query."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ STEP_0 = share(
 
 
 def _drift() -> str:
-    """Compare the steps that texts got with those that calibration gave, over half an hour."""
+    """Return half the sum of |share - calibrated share| over steps, of the last half hour."""
     by, over = "model, version, budget", "30m"
     answered, expected = (
         rate(f"{name}_total", by, VERSION, over) for name in ("items", "items_expected")
     )
-    apart = f"0.5 * sum by (model, version) (abs({answered} - {expected}))"
-    return share(apart, rate("items_total", "model, version", VERSION, over))
+    moved = f"0.5 * sum by (model, version) (abs({answered} - {expected}))"
+    return share(moved, rate("items_total", "model, version", VERSION, over))
 
 
 def service() -> Rows:
@@ -56,10 +56,10 @@ def service() -> Rows:
     failed = share(rate("requests_total", where=FAILED), rate("requests_total", where=SERVING))
     return {
         "Overview": [
-            stat("Requests", "Finished per second.", "reqps", rate("requests_total")),
+            stat("Requests", "Finished requests per second.", "reqps", rate("requests_total")),
             stat(
                 "Failed",
-                "Share of the requests that end in an error of the service or past their deadline.",
+                "Share of the requests that fail by a server error or a timeout.",
                 "percentunit",
                 f"{failed} or vector(0)",
                 2,
@@ -67,7 +67,7 @@ def service() -> Rows:
             ),
             stat(
                 "Latency p99",
-                "Of whole requests.",
+                "99th percentile of the duration of requests.",
                 "s",
                 quantile(0.99, LATENCY, SERVING),
                 2,
@@ -75,7 +75,7 @@ def service() -> Rows:
             ),
             stat(
                 "Saturation",
-                "Share of the time that the busiest engine's device computes.",
+                "Share of the time in which the device of the busiest engine computes.",
                 "percentunit",
                 f"max({BUSY})",
                 0,
@@ -83,7 +83,7 @@ def service() -> Rows:
             ),
             stat(
                 "Error budget burn",
-                "1: the failures of the last hour, kept up, use exactly what the objective allows.",
+                "Failure rate of the last hour, divided by the rate that the objective allows.",
                 "short",
                 "max(budgetformer:slo_errors:ratio1h) / 0.001 or vector(0)",
                 1,
@@ -91,7 +91,7 @@ def service() -> Rows:
             ),
             stat(
                 "Alerts",
-                "Firing now; the runbooks say what to do.",
+                "Alerts that fire now; see the runbooks.",
                 "short",
                 'count(ALERTS{alertname=~"BudgetFormer.*", alertstate="firing"}) or vector(0)',
                 0,
@@ -101,14 +101,14 @@ def service() -> Rows:
         "Requests": [
             chart(
                 "Requests by outcome",
-                "Finished per second.",
+                "Finished requests per second.",
                 "reqps",
                 {"{{outcome}}": rate("requests_total", "outcome")},
                 stacked=True,
             ),
             chart(
                 "Errors",
-                "Share of the requests that classify, by how they failed.",
+                "Share of the classification requests that failed, by outcome.",
                 "percentunit",
                 {
                     outcome: share(
@@ -119,18 +119,20 @@ def service() -> Rows:
                 },
             ),
             chart(
-                "Refused, by reason",
-                "Requests per second that were turned away.",
+                "Rejected, by reason",
+                "Rejected requests per second.",
                 "reqps",
                 {"{{reason}}": rate("rejected_total", "reason")},
                 stacked=True,
             ),
         ],
         "Latency": [
-            chart("Latency", "Of whole requests.", "s", latency, exemplars=True),
+            chart(
+                "Latency", "Percentiles of the duration of requests.", "s", latency, exemplars=True
+            ),
             heat_map(
                 "Latency, all requests",
-                "How many requests took how long; a dot leads to the trace of one.",
+                "Number of requests by duration; a dot links to the trace of a request.",
                 "s",
                 LATENCY,
                 SERVING,
@@ -138,7 +140,7 @@ def service() -> Rows:
             ),
             chart(
                 "Stages",
-                "Where a request spends its time: the mean of each stage, stacked.",
+                "Mean time that requests spend in each stage, stacked.",
                 "s",
                 {"{{stage}}": mean("stage_duration_seconds", "stage")},
                 stacked=True,
@@ -147,7 +149,7 @@ def service() -> Rows:
         "Load": [
             chart(
                 "Queue",
-                "The longest wait at this moment, and the device time of all that waits.",
+                "Age of the oldest waiting item, and estimated device time of all.",
                 "s",
                 {
                     "oldest, {{model}}": gauge(
@@ -158,7 +160,7 @@ def service() -> Rows:
             ),
             chart(
                 "Items",
-                "Texts that wait for an engine, and texts without an answer yet.",
+                "Texts that wait for an engine, and texts that are not answered yet.",
                 "short",
                 {
                     "waiting, {{model}}": gauge("queue_items", "model", MODEL),
@@ -167,48 +169,47 @@ def service() -> Rows:
             ),
             chart(
                 "Saturation",
-                "Share of the time that each engine's device computes.",
+                "Share of the time in which the device of each engine computes.",
                 "percentunit",
                 {"engine {{engine}}": BUSY},
             ),
             chart(
                 "Quality level",
-                "1 fast, 2 balanced, 3 best. Overload lowers it before anything is refused.",
+                "1 fast, 2 balanced, 3 best. Overload lowers it before requests are rejected.",
                 "short",
                 {
-                    "in force, {{model}}": gauge("quality_level", "model", MODEL, fold="min"),
+                    "current, {{model}}": gauge("quality_level", "model", MODEL, fold="min"),
                     "configured, {{model}}": gauge(
                         "quality_level_configured", "model", MODEL, fold="max"
                     ),
                 },
             ),
             chart(
-                "Given up",
-                "Requests per second whose client left, and whose deadline passed.",
+                "Cancelled and late requests",
+                "Requests per second whose client disconnected, or whose deadline passed.",
                 "reqps",
                 {"cancelled": rate("cancelled_total"), "deadline": rate("deadline_exceeded_total")},
             ),
             chart(
                 "Texts",
-                "Answered per second.",
+                "Answered texts per second.",
                 "short",
                 {"{{model}}": rate("items_total", "model", VERSION)},
                 stacked=True,
             ),
             chart(
-                "Answers kept",
-                "Texts per second that were looked for among the answers that frontends keep, and "
-                "those that were found.",
+                "Answer cache",
+                "Texts per second that were found, or not, in the caches of the frontends.",
                 "short",
                 {
-                    "found": rate("cache_hits_total", where=VERSION),
-                    "not found": rate("cache_misses_total", where=VERSION),
+                    "hits": rate("cache_hits_total", where=VERSION),
+                    "misses": rate("cache_misses_total", where=VERSION),
                 },
                 stacked=True,
             ),
             chart(
-                "Memory of answers kept",
-                "Of all frontends together.",
+                "Memory of the answer cache",
+                "Sum over all frontends.",
                 "bytes",
                 {"answers": "sum(budgetformer_cache_bytes)"},
             ),
@@ -216,39 +217,41 @@ def service() -> Rows:
         "Jobs": [
             chart(
                 "Jobs",
-                "Files that are classified in the background, by status; those that have ended are "
-                "kept for a while.",
+                "Background jobs that classify files, by status; finished jobs count for a while.",
                 "short",
                 {"{{status}}": gauge("jobs", "status")},
                 stacked=True,
             ),
             chart(
-                "Rows of jobs", "Answered per second.", "short", {"rows": rate("job_rows_total")}
+                "Rows of jobs",
+                "Classified rows per second.",
+                "short",
+                {"rows": rate("job_rows_total")},
             ),
         ],
         "Access": [
             chart(
                 "Requests by key",
-                "Finished per second, by the name of the caller's key.",
+                "Finished requests per second, by name of the API key.",
                 "reqps",
                 {"{{key}}": f"{rate('key_requests_total', 'key')} or vector(0)"},
                 stacked=True,
             ),
             chart(
                 "Texts by key",
-                "Asked for per second, by the name of the caller's key.",
+                "Requested texts per second, by name of the API key.",
                 "short",
                 {"{{key}}": f"{rate('key_texts_total', 'key')} or vector(0)"},
                 stacked=True,
             ),
             chart(
-                "Turned away",
-                "Requests per second without a key that is good for them, requests beyond a key's "
-                "rate, and connections that ended before there was a request.",
+                "Denied",
+                "Requests per second without a valid key or beyond the rate of their key, and "
+                "connections per second that ended before a request.",
                 "reqps",
                 {
                     "{{reason}}": rate("denied_total", "reason"),
-                    "beyond the rate": rate("rejected_total", where='reason="rate"'),
+                    "rate limit": rate("rejected_total", where='reason="rate"'),
                     "broken, {{reason}}": rate("broken_connections_total", "reason"),
                 },
                 stacked=True,
@@ -261,23 +264,23 @@ def budgets() -> Rows:
     by_step = rate("items_total", "budget", VERSION)
     of_step = f"{by_step} / on () group_left () ({rate('items_total', where=VERSION)} > 0)"
     return {
-        "What budgets save": [
+        "Savings": [
             stat(
                 "Compute saved",
-                "Multiply-adds not spent, against the dense network.",
+                "Share of the dense network's multiply-adds that are saved.",
                 "percentunit",
                 f"1 - {rate('macs_total', where=VERSION)}"
                 f" / ({rate('dense_macs_total', where=VERSION)} > 0) or vector(0)",
             ),
             stat(
                 "Heads per text",
-                "Mean number of heads that were computed, summed over layers.",
+                "Mean number of heads computed per text, summed over layers.",
                 "short",
                 mean("request_heads", where=VERSION),
             ),
             stat(
                 "Heads of the dense network",
-                "Mean over what was answered.",
+                "Mean number of heads per text without budgets, summed over layers.",
                 "short",
                 share(
                     rate("heads_total", where=VERSION),
@@ -286,7 +289,7 @@ def budgets() -> Rows:
             ),
             stat(
                 "Answered at step 0",
-                "Share of the texts that no head was computed for.",
+                "Share of the texts that were answered without attention heads.",
                 "percentunit",
                 share(
                     rate("items_total", where=f'{VERSION}, budget="0"'),
@@ -302,25 +305,27 @@ def budgets() -> Rows:
                 1,
                 (0.1, 0.15),
             ),
-            stat("Texts", "Answered per second.", "short", rate("items_total", where=VERSION)),
+            stat(
+                "Texts", "Answered texts per second.", "short", rate("items_total", where=VERSION)
+            ),
         ],
         "Heads": [
             heat_map(
                 "Heads per text",
-                "How many texts took how many heads, summed over layers.",
+                "Number of texts by heads computed, summed over layers.",
                 "short",
                 "request_heads",
                 VERSION,
             ),
             chart(
                 "Heads per text, mean",
-                "Summed over layers.",
+                "Mean number of heads computed per text, summed over layers.",
                 "short",
                 {"{{model}}": mean("request_heads", "model", VERSION)},
             ),
             chart(
                 "Compute spent",
-                "Multiply-adds executed, as a share of the dense network's.",
+                "Executed multiply-adds, as a share of the dense network's.",
                 "percentunit",
                 {"{{model}}": SAVED},
             ),
@@ -328,27 +333,27 @@ def budgets() -> Rows:
         "Steps": [
             chart(
                 "Texts by step",
-                "Per second, by the ladder step that answered them.",
+                "Answered texts per second, by ladder step.",
                 "short",
                 {"step {{budget}}": by_step},
                 stacked=True,
             ),
             chart(
                 "Distribution over steps",
-                "Share of the texts that each ladder step answered.",
+                "Share of the texts answered at each ladder step.",
                 "percentunit",
                 {"step {{budget}}": f"{of_step} or 0 * {by_step}"},
                 stacked=True,
             ),
             chart(
                 "Answered at step 0",
-                "Share of the texts that no head was computed for.",
+                "Share of the texts that were answered without attention heads.",
                 "percentunit",
                 {"{{model}}": STEP_0},
             ),
             bars(
                 "Steps answered, in this range",
-                "Texts by the ladder step that answered them.",
+                "Number of texts answered at each ladder step.",
                 "short",
                 {
                     "step {{budget}}": f"sum by (budget) (increase("
@@ -357,7 +362,7 @@ def budgets() -> Rows:
             ),
             bars(
                 "Steps as calibrated, in this range",
-                "Where calibration would have answered the same number of texts.",
+                "Number of texts that calibration predicts for each ladder step.",
                 "short",
                 {
                     "step {{budget}}": f"sum by (budget) (increase("
@@ -375,26 +380,25 @@ def budgets() -> Rows:
         "Batches and texts": [
             chart(
                 "Texts per batch",
-                "Mean, by ladder step.",
+                "Mean number of texts per batch, by ladder step.",
                 "short",
                 {"step {{budget}}, {{model}}": mean("batch_items", "model, budget", MODEL)},
             ),
             chart(
                 "Tokens per batch",
-                "Mean, by ladder step.",
+                "Mean number of tokens per batch, by ladder step.",
                 "short",
                 {"step {{budget}}, {{model}}": mean("batch_tokens", "model, budget", MODEL)},
             ),
             chart(
                 "Padding",
-                "Mean share of a batch that is padding. Passes over packed tokens have none, "
-                "whatever the budget.",
+                "Mean share of a batch that is padding; 0 for passes over packed tokens.",
                 "percentunit",
                 {"{{model}}": mean("batch_padding_ratio", "model", MODEL)},
             ),
             chart(
                 "Batches",
-                "Computed per second, by ladder step.",
+                "Batches per second, by ladder step.",
                 "short",
                 {"step {{budget}}, {{model}}": rate("batches_total", "model, budget", MODEL)},
                 stacked=True,
@@ -402,7 +406,7 @@ def budgets() -> Rows:
             chart(
                 "Clipped int8 inputs",
                 "Share of the inputs of int8 products outside their calibrated range. "
-                "When it rises, recalibrate on current texts.",
+                "If it rises, recalibrate on current texts.",
                 "percentunit",
                 {
                     "{{model}}:{{version}}": share(
@@ -413,13 +417,13 @@ def budgets() -> Rows:
             ),
             chart(
                 "Tokens per text",
-                "Mean length.",
+                "Mean number of tokens per text.",
                 "short",
                 {"{{model}}": mean("item_tokens", "model", VERSION)},
             ),
             chart(
                 "Truncated",
-                "Texts per second that were longer than the model reads.",
+                "Texts per second that were longer than the window of the model.",
                 "short",
                 {"truncated": rate("truncated_total")},
             ),
@@ -438,14 +442,14 @@ def engines() -> Rows:
         "Overview": [
             stat(
                 "Engines alive",
-                "Heard of within five seconds.",
+                "Engines with a heartbeat in the last five seconds.",
                 "short",
                 f"count({age} < {ENGINE_SILENT}) or vector(0)",
                 0,
             ),
             stat(
                 "Longest silence",
-                "Of any engine; the supervisor replaces dead ones within seconds.",
+                "Longest time since the last heartbeat of an engine; dead engines are replaced.",
                 "s",
                 f"max({age})",
                 1,
@@ -453,23 +457,30 @@ def engines() -> Rows:
             ),
             stat(
                 "Engine restarts",
-                "Since yesterday.",
+                "Restarts in the last 24 hours.",
                 "short",
                 restarts.format("1d"),
                 0,
                 (1, 3),
             ),
-            stat("Frontend restarts", "Since yesterday.", "short", starts.format("1d"), 0, (1, 3)),
+            stat(
+                "Frontend restarts",
+                "Restarts in the last 24 hours.",
+                "short",
+                starts.format("1d"),
+                0,
+                (1, 3),
+            ),
             stat(
                 "Models",
-                "Served now.",
+                "Number of served models.",
                 "short",
                 "count(count by (model) (budgetformer_model_info)) or vector(0)",
                 0,
             ),
             stat(
                 "Memory",
-                "Of all processes together, in which pages that they share count for each.",
+                "Resident memory of all processes; shared pages count once per process.",
                 "bytes",
                 "sum(budgetformer_process_resident_memory_bytes)",
             ),
@@ -477,19 +488,19 @@ def engines() -> Rows:
         "Engines": [
             chart(
                 "Heartbeat age",
-                "Time since each engine was last heard of.",
+                "Time since the last heartbeat of each engine.",
                 "s",
                 {"engine {{engine}}": gauge("engine_heartbeat_age_seconds", "engine", fold="max")},
             ),
             chart(
                 "Restarts",
-                "Processes that were replaced, in five minutes.",
+                "Processes that were replaced in the last five minutes.",
                 "short",
-                {"engines": restarts.format("5m"), "fronts": starts.format("5m")},
+                {"engines": restarts.format("5m"), "frontends": starts.format("5m")},
             ),
             chart(
                 "Memory",
-                "Of each engine, each frontend and the supervisor.",
+                "Memory of each engine, each frontend and the supervisor.",
                 "bytes",
                 {
                     "engine {{engine}}": gauge("device_memory_bytes", "engine", fold="max"),
@@ -498,19 +509,19 @@ def engines() -> Rows:
             ),
             chart(
                 "Batches",
-                "Computed per second.",
+                "Batches per second.",
                 "short",
                 {"{{model}}": rate("batches_total", "model", MODEL)},
             ),
             chart(
                 "Processor time",
-                "Cores that each process uses.",
+                "Processor cores in use by each process.",
                 "short",
                 {"{{process}}": rate("process_cpu_seconds_total", "process")},
             ),
             chart(
                 "Open files",
-                "Connections and files that frontends and supervisor hold, and how many each may.",
+                "Open files and connections of frontends and supervisor, and their limit.",
                 "short",
                 {
                     "{{process}}": gauge("process_open_fds", "process", own, "max"),
@@ -521,31 +532,31 @@ def engines() -> Rows:
         "Models": [
             table(
                 "Versions served",
-                "Sizes, device and precision of each.",
+                "Sizes, device and precision of each version.",
                 f"budgetformer_model_info{{{VERSION}}}",
                 ("instance", "job"),
             ),
             table(
                 "Program",
-                "Its version, commit and torch.",
+                "Version, commit and torch version of the server.",
                 "budgetformer_build_info",
                 ("job",),
             ),
             chart(
                 "Loads",
-                "Time that the last load of each version took, warm-up included.",
+                "Duration of the last load of each version, including warm-up.",
                 "s",
                 {"{{model}}:{{version}}": gauge("model_load_seconds", "model, version", VERSION)},
             ),
             chart(
                 "Weights",
-                "Memory of each version's weights; engines share the pages that they map.",
+                "Memory of the weights of each version; engines share mapped pages.",
                 "bytes",
                 {"{{model}}:{{version}}": gauge("model_memory_bytes", "model, version", VERSION)},
             ),
             chart(
                 "Texts by version",
-                "Answered per second.",
+                "Answered texts per second.",
                 "short",
                 {"{{model}}:{{version}}": rate("items_total", "model, version", VERSION)},
                 stacked=True,
@@ -555,13 +566,13 @@ def engines() -> Rows:
 
 
 def _burn(objective: str, allowed: float) -> str:
-    """Divide the share of the last hour's requests that missed an objective by what it allows."""
+    """Return the share of requests that missed an objective, divided by the allowed share."""
     missed = f"max by (model) (budgetformer:model_slo_{objective}:ratio1h{{{MODEL}}})"
     return f"{missed} / {allowed} or 0 * {rate('model_requests_total', 'model', VERSION)}"
 
 
 def _or_zero(query: str) -> str:
-    """Show 0 while there is no roll-out."""
+    """Return a query that is 0 without data, as when there is no roll-out."""
     return f"{query} or vector(0)"
 
 
@@ -571,19 +582,19 @@ def _running(gauge: str) -> str:
 
 def models() -> Rows:
     by, legend = "model, version", "{{model}}:{{version}}"
-    steps = "Texts per second, by the ladder step that answered them."
+    steps = "Answered texts per second, by ladder step."
     return {
         "Models": [
             chart(
                 "Requests by model",
-                "Finished per second.",
+                "Finished requests per second.",
                 "reqps",
                 {"{{model}}": rate("model_requests_total", "model", VERSION)},
                 stacked=True,
             ),
             chart(
                 "Errors by model",
-                "Share of the requests that end in an error of the service or past their deadline.",
+                "Share of the requests that fail by a server error or a timeout.",
                 "percentunit",
                 {
                     "{{model}}": share(
@@ -594,25 +605,25 @@ def models() -> Rows:
             ),
             chart(
                 "Latency p99 by model",
-                "Of whole requests.",
+                "99th percentile of the duration of requests.",
                 "s",
                 {"{{model}}": quantile(0.99, OF_MODEL, VERSION, "model")},
             ),
             chart(
                 "Failed texts",
-                "Texts per second that a model failed to answer.",
+                "Texts per second that a model failed to classify.",
                 "short",
                 {"{{model}}": rate("model_items_failed_total", "model", VERSION)},
             ),
             chart(
                 "Error budget burn by model",
-                "1: the failures of the last hour, kept up, use exactly what the objective allows.",
+                "Failure rate of the last hour, divided by the rate that the objective allows.",
                 "short",
                 {"{{model}}": _burn("errors", 0.001)},
             ),
             chart(
                 "Latency budget burn by model",
-                "1: as many requests of the last hour were slow as the objective allows.",
+                "Share of slow requests in the last hour, divided by the share that is allowed.",
                 "short",
                 {"{{model}}": _burn("slow", 0.01)},
             ),
@@ -620,7 +631,7 @@ def models() -> Rows:
         "Roll-outs": [
             chart(
                 "Candidates",
-                "Share of requests that a candidate answers, and of others that it computes too.",
+                "Share of the requests that a candidate answers, and share that it shadows.",
                 "percentunit",
                 {
                     "{{model}}:{{version}} answers": _running("rollout_weight"),
@@ -629,7 +640,7 @@ def models() -> Rows:
             ),
             chart(
                 "Shadow texts",
-                "Texts per second that a candidate computed beside the served version, by outcome.",
+                "Texts per second that a candidate also classified, by outcome.",
                 "short",
                 {
                     "{{model}}:{{version}} {{outcome}}": _or_zero(
@@ -640,7 +651,7 @@ def models() -> Rows:
             ),
             chart(
                 "Agreement of shadow texts",
-                "Share of the texts to which both versions give the same label.",
+                "Share of the shadow texts with the same label from both versions.",
                 "percentunit",
                 {
                     legend: _or_zero(
@@ -655,41 +666,41 @@ def models() -> Rows:
             ),
             chart(
                 "Cost of shadow texts",
-                "The candidate's, divided by the served version's.",
+                "Cost of the candidate, divided by the cost of the served version.",
                 "short",
                 {
-                    f"{legend} {what}": _or_zero(
+                    f"{legend} {cost}": _or_zero(
                         share(
                             rate(f"shadow_{metric}_total", by, f'{VERSION}, side="candidate"'),
                             rate(f"shadow_{metric}_total", by, f'{VERSION}, side="served"'),
                         )
                     )
-                    for what, metric in (("multiply-adds", "macs"), ("time", "seconds"))
+                    for cost, metric in (("multiply-adds", "macs"), ("time", "seconds"))
                 },
             ),
         ],
         "Two versions compared": [
             chart(
                 "Requests of each version",
-                "Finished per second.",
+                "Finished requests per second.",
                 "reqps",
                 {legend: rate("model_requests_total", by, COMPARED)},
             ),
             chart(
                 "Latency p50 of each version",
-                "Of whole requests.",
+                "Median duration of requests.",
                 "s",
                 {legend: quantile(0.5, OF_MODEL, COMPARED, by)},
             ),
             chart(
                 "Latency p99 of each version",
-                "Of whole requests.",
+                "99th percentile of the duration of requests.",
                 "s",
                 {legend: quantile(0.99, OF_MODEL, COMPARED, by)},
             ),
             chart(
                 "Errors of each version",
-                "Share of the requests that end in an error of the service or past their deadline.",
+                "Share of the requests that fail by a server error or a timeout.",
                 "percentunit",
                 {
                     legend: share(
@@ -700,13 +711,13 @@ def models() -> Rows:
             ),
             chart(
                 "Heads per text of each version",
-                "Mean, summed over layers.",
+                "Mean number of heads computed per text, summed over layers.",
                 "short",
                 {legend: mean("request_heads", by, COMPARED)},
             ),
             chart(
                 "Multiply-adds per text of each version",
-                "Mean of what was executed.",
+                "Mean number of multiply-adds executed per text.",
                 "short",
                 {
                     legend: share(
@@ -734,7 +745,7 @@ def models() -> Rows:
 
 
 def runbooks(markdown: str) -> list[Panel]:
-    """Make a panel of each section of the runbooks."""
+    """Return one text panel per section of the runbooks."""
     _, *sections = re.split(r"^## ", markdown, flags=re.MULTILINE)
     return [
         text(title, body.strip())

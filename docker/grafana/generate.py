@@ -1,7 +1,7 @@
 """Write the Grafana dashboards: `python docker/grafana/generate.py`.
 
-The queries live in panels.py and boards.py, each once; `dashboards/*.json` is only what Grafana
-reads. The runbooks are those of docs/runbooks.md.
+The panels and their queries are in boards.py and panels.py; Grafana reads the generated
+`dashboards/*.json`. The runbooks come from docs/runbooks.md.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ TAG = "budgetformer"
 
 
 def variable(name: str, label: str, query: str) -> QueryVariable:
-    made = QueryVariable(name).label(label).datasource(DATASOURCE).query(query)
-    made.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED).sort(VariableSort.ALPHABETICAL_ASC)
-    made.multi(True).include_all(True).all_value(".*")
-    return made.current(VariableOption(selected=True, text="All", value="$__all"))
+    """Return a dashboard variable with several values, by default all."""
+    selector = QueryVariable(name).label(label).datasource(DATASOURCE).query(query)
+    selector.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED).sort(VariableSort.ALPHABETICAL_ASC)
+    selector.multi(True).include_all(True).all_value(".*")
+    return selector.current(VariableOption(selected=True, text="All", value="$__all"))
 
 
 def one_version(name: str, label: str, order: VariableSort) -> QueryVariable:
-    """Let one version be chosen among those that have metrics in the range, retired ones too."""
+    """Return a variable for one of the versions with metrics in the time range, even if retired."""
     query = 'label_values(budgetformer_model_requests_total{model=~"$model"}, version)'
-    made = QueryVariable(name).label(label).datasource(DATASOURCE).query(query)
-    return made.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED).sort(order)
+    selector = QueryVariable(name).label(label).datasource(DATASOURCE).query(query)
+    return selector.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED).sort(order)
 
 
 def annotation(name: str, color: str, query: str) -> AnnotationQuery:
@@ -59,6 +60,7 @@ def annotation(name: str, color: str, query: str) -> AnnotationQuery:
 
 
 def empty(name: str, title: str, description: str) -> Dashboard:
+    """Return a dashboard with links to the others, without panels."""
     dashboard = Dashboard(f"BudgetFormer: {title}").uid(f"budgetformer-{name}").tags([TAG])
     dashboard.description(description).readonly().timezone("browser")
     dashboard.link(
@@ -73,7 +75,7 @@ def empty(name: str, title: str, description: str) -> Dashboard:
         .type(DashboardLinkType.LINK)
         .url("/d/budgetformer-runbooks")
         .icon("doc")
-        .tooltip("What each alert means, where to look, what to do")
+        .tooltip("The meaning of each alert, and what to do")
     )
 
 
@@ -98,38 +100,38 @@ def board(name: str, title: str, description: str, rows: Rows) -> Dashboard:
 
 
 def compare_versions(dashboard: Dashboard) -> Dashboard:
-    """Let two versions be chosen: at first the lowest and the highest."""
+    """Add variables for the two versions to compare, by default the lowest and the highest."""
     dashboard.with_variable(one_version("first", "Compare", VariableSort.NUMERICAL_ASC))
     return dashboard.with_variable(one_version("second", "With", VariableSort.NUMERICAL_DESC))
 
 
 def build() -> dict[str, Dashboard]:
-    """Return the dashboards by the name of their file."""
-    texts = empty("runbooks", "Runbooks", "What each alert means, where to look, what to do.")
+    """Return the dashboards by file name."""
+    texts = empty("runbooks", "Runbooks", "The meaning of each alert, and what to do.")
     for panel in runbooks(RUNBOOKS.read_text(encoding="utf-8")):
         texts.with_panel(panel)
     return {
         "service": board(
             "service",
             "Service",
-            "How healthy, how fast, and what is about to break.",
+            "Errors, latency, load and limits of the service.",
             service(),
         ),
         "budgets": board(
-            "budgets", "Budgets", "What the texts cost, and what their budgets save.", budgets()
+            "budgets", "Budgets", "Compute that texts take and that budgets save.", budgets()
         ),
         "engines": board(
-            "engines", "Engine and models", "What computes, and what is served.", engines()
+            "engines", "Engine and models", "Engine processes and served models.", engines()
         ),
         "models": compare_versions(
-            board("models", "Models", "Each model by itself, and two versions of it.", models())
+            board("models", "Models", "Each model, and a comparison of two versions.", models())
         ),
         "runbooks": texts,
     }
 
 
 def render() -> dict[Path, str]:
-    """Return the text of every file."""
+    """Return the content of every dashboard file."""
     files = {}
     for name, builder in build().items():
         dashboard = builder.build()

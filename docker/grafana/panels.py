@@ -1,7 +1,7 @@
-"""The queries that panels are made of, and the kinds of panel, each with its looks in one place.
+"""Builders of the PromQL queries and of the panels of all dashboards.
 
-An idle service shows 0 rather than "No data": every series that is known reads 0 from the start, a
-rate of it is 0 by itself, and what divides by one falls back to 0 under the same labels.
+Panels of an idle service show 0 instead of "No data": the service exports every series from the
+start, so that rates are 0, and divisions by a rate of 0 fall back to 0 with the same labels.
 """
 
 from __future__ import annotations
@@ -50,31 +50,33 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from grafana_foundation_sdk.models.text import TextMode
 
 DATASOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
-"""What a dashboard's variable names: every Grafana gives its data sources ids of its own."""
+"""The data source that the dashboard variable selects, because ids differ between Grafanas."""
 WINDOW = "$__rate_interval"
 MODEL = 'model=~"$model"'
 VERSION = f'{MODEL}, version=~"$version"'
 FIRST, SECOND = (f'{MODEL}, version=~"${name}"' for name in ("first", "second"))
 COMPARED = f'{MODEL}, version=~"$first|$second"'
-"""The versions that a dashboard compares."""
+"""Selects the two versions that a dashboard compares."""
 SERVING = 'route=~"/classify|/predict|/|/v2/models/.+/infer|/invocations|grpc ModelInfer"'
+"""Selects requests that classify."""
 
 Queries: TypeAlias = dict[str, str]
-"""Legend to PromQL."""
+"""PromQL expressions by legend."""
 Panel: TypeAlias = BarGauge | Heatmap | Stat | Table | Text | Timeseries
-Asking = TypeVar("Asking", BarGauge, Heatmap, Stat, Table, Timeseries)
+QueryPanel = TypeVar("QueryPanel", BarGauge, Heatmap, Stat, Table, Timeseries)
 Levels: TypeAlias = tuple[float, float]
-"""From where on a value is worth a look, and from where on it is bad."""
+"""Values from which a panel is orange and red."""
 
 
 def rate(metric: str, by: str = "", where: str = "", over: str = WINDOW) -> str:
+    """Return the summed rate of a counter, by some labels and for some series."""
     grouped = f"sum by ({by})" if by else "sum"
     selected = f"{{{where}}}" if where else ""
     return f"{grouped} (rate(budgetformer_{metric}{selected}[{over}]))"
 
 
 def share(part: str, whole: str) -> str:
-    """Divide two rates of the same labels; 0 where nothing happens."""
+    """Return the quotient of two rates with the same labels; 0 where `whole` is 0."""
     return f"{part} / ({whole} > 0) or 0 * {whole}"
 
 
@@ -107,7 +109,7 @@ def stat(
     panel.reduce_options(ReduceDataOptions().calcs(["lastNotNull"]))
     if levels is not None:
         panel.thresholds(_thresholds(levels))
-    return _asking(panel, {"": query})
+    return _with_queries(panel, {"": query})
 
 
 def chart(
@@ -130,13 +132,13 @@ def chart(
     )
     if stacked:
         panel.stacking(StackingConfig().mode(StackingMode.NORMAL).group("all"))
-    return _asking(panel, queries, exemplars=exemplars)
+    return _with_queries(panel, queries, exemplars=exemplars)
 
 
 def heat_map(
     title: str, description: str, unit: str, histogram: str, where: str = "", *, log: bool = False
 ) -> Heatmap:
-    """Show a histogram's buckets over time, with dots where exemplars lead to traces."""
+    """Return a panel of a histogram's buckets over time, with exemplars that link to traces."""
     selected = f"{{{where}}}" if where else ""
     query = f"sum by (le) (increase(budgetformer_{histogram}_bucket{selected}[{WINDOW}]))"
     axis = YAxisConfig().unit(unit)
@@ -145,24 +147,24 @@ def heat_map(
     panel = Heatmap().title(title).description(description).span(8).height(8).calculate(False)
     panel.y_axis(axis).rows_frame(RowsHeatmapOptions().layout(HeatmapCellLayout.LE))
     panel.color(HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Viridis").steps(64))
-    return _asking(panel, {"{{le}}": query}, form=PromQueryFormat.HEATMAP, exemplars=True)
+    return _with_queries(panel, {"{{le}}": query}, form=PromQueryFormat.HEATMAP, exemplars=True)
 
 
 def bars(title: str, description: str, unit: str, queries: Queries) -> BarGauge:
     panel = BarGauge().title(title).description(description).unit(unit).min(0).span(8).height(8)
     panel.orientation(VizOrientation.HORIZONTAL)
     panel.reduce_options(ReduceDataOptions().calcs(["lastNotNull"]))
-    return _asking(panel, queries, instant=True)
+    return _with_queries(panel, queries, instant=True)
 
 
 def table(title: str, description: str, query: str, hidden: tuple[str, ...]) -> Table:
-    """List the labels of some series; `hidden` names those that tell nothing."""
-    without = dict.fromkeys(("Time", "Value", "__name__", *hidden), True)
+    """Return a table of the labels of some series, without the labels in `hidden`."""
+    excluded = dict.fromkeys(("Time", "Value", "__name__", *hidden), True)
     panel = Table().title(title).description(description).span(12).height(8)
     panel.with_transformation(
-        DataTransformerConfig(id_val="organize", options={"excludeByName": without})
+        DataTransformerConfig(id_val="organize", options={"excludeByName": excluded})
     )
-    return _asking(panel, {"": query}, form=PromQueryFormat.TABLE, instant=True)
+    return _with_queries(panel, {"": query}, form=PromQueryFormat.TABLE, instant=True)
 
 
 def text(title: str, markdown: str) -> Text:
@@ -175,14 +177,14 @@ def _thresholds(levels: Levels) -> ThresholdsConfig:
     return ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
 
 
-def _asking(
-    panel: Asking,
+def _with_queries(
+    panel: QueryPanel,
     queries: Queries,
     *,
     form: PromQueryFormat = PromQueryFormat.TIME_SERIES,
     exemplars: bool = False,
     instant: bool = False,
-) -> Asking:
+) -> QueryPanel:
     for number, (legend, expression) in enumerate(queries.items()):
         query = Dataquery().ref_id(chr(ord("A") + number)).expr(expression).legend_format(legend)
         query.datasource(DATASOURCE).format(form)

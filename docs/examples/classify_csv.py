@@ -1,7 +1,7 @@
 """Classify a CSV with the library: `python classify_csv.py texts.csv answers.csv [MODEL_FOLDER]`.
 
-Keeps all columns and adds `label`, `score` and `heads`. (`budgetformer classify` does the like for
-files that do not fit into memory, on all cores.)
+Keeps all columns and adds `label`, `score` and `heads`. (`budgetformer classify` does the same on
+all cores, also for files that do not fit into memory.)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Convert a fine-tuned BERT and calibrate it on other texts: `python convert.py FOLDER`.
 
-The texts are made from templates, so that nothing has to be fetched; bring your own in their place.
+The texts are made from templates, so that nothing is downloaded; replace them by your own.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ learning_rate = 5e-4
 
 def make_texts(path: Path, count: int, seed: int) -> list[dict[str, str]]:
     """Write labelled texts, one JSON object per line."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        label = chance.choice(list(CLASSES))
-        thing, said = chance.choice(THINGS), chance.choice(CLASSES[label])
+        label = rng.choice(list(CLASSES))
+        thing, statement = rng.choice(THINGS), rng.choice(CLASSES[label])
         rows.append(
-            {"text": f"The {thing}: {said}, order {chance.randrange(999)}.", "label": label}
+            {"text": f"The {thing}: {statement}, order {rng.randrange(999)}.", "label": label}
         )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
 def fine_tune(rows: list[dict[str, str]], folder: Path) -> None:
-    """Stand in for your own encoder: a small BERT, fine-tuned in plain Transformers."""
+    """Fine-tune a small BERT in plain Transformers, in place of your own encoder."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -84,7 +84,7 @@ def fine_tune(rows: list[dict[str, str]], folder: Path) -> None:
 
 
 def budgetformer(*arguments: str | Path) -> None:
-    """Run a command, as a shell would."""
+    """Run a `budgetformer` command, and print it first."""
     print("$ budgetformer", *arguments, flush=True)
     subprocess.run([sys.executable, "-m", "service.cli", *map(str, arguments)], check=True)
 
@@ -97,14 +97,14 @@ def main(folder: str) -> None:
     make_texts(root / "mine.jsonl", 400, seed=3)
     fine_tune(rows, root / "encoder")
     (root / "recipe.toml").write_text(RECIPE)
-    made, store = root / "store" / "orders" / "1", root / "store"
+    imported, recalibrated = (root / "store" / "orders" / version for version in ("1", "2"))
     budgetformer(
-        "import", root / "encoder", "--data", root / "texts", "--out", made,
+        "import", root / "encoder", "--data", root / "texts", "--out", imported,
         "--recipe", root / "recipe.toml", "--threads", "1",
     )  # fmt: skip
-    anew = store / "orders" / "2"
-    budgetformer("calibrate", "--data", root / "mine.jsonl", "--model", made, "--out", anew)
-    budgetformer("evaluate", "--data", root / "texts" / "test.jsonl", "--model", anew)
+    mine, test = root / "mine.jsonl", root / "texts" / "test.jsonl"
+    budgetformer("calibrate", "--data", mine, "--model", imported, "--out", recalibrated)
+    budgetformer("evaluate", "--data", test, "--model", recalibrated)
 
 
 if __name__ == "__main__":

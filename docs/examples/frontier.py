@@ -1,8 +1,8 @@
-"""Plot what the levels of a checkpoint reach against their cost.
+"""Plot the accuracy (or agreement) of a checkpoint's levels against their cost.
 
 `python frontier.py MODEL_FOLDER PICTURE`.
 
-Everything is in its manifest: no text is classified. Needs matplotlib.
+All figures come from the manifest; no text is classified. Requires matplotlib.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def main(model: str, picture: str) -> None:
     )
     for level, reached in levels:
         if level.name:
-            place = (100 * level.macs_share, 100 * reached)
-            axes.annotate(level.name, place, (0, 8), textcoords="offset points", ha="center")
+            point = (100 * level.macs_share, 100 * reached)
+            axes.annotate(level.name, point, (0, 8), textcoords="offset points", ha="center")
     axes.set(xlabel="% of the dense network's multiply-adds", ylabel=f"{manifest.measure}, %")
     axes.set_title(f"{checkpoint.label} on its calibration texts")
     axes.legend()

@@ -1,8 +1,8 @@
 """Print the accuracy of step 0 alone against the size of its table.
 
-`python step0_sizes.py DATA_FOLDER [TOKENS]`: the folder has train and test files as `budgetformer
-train` reads them; step 0 reads at most TOKENS of a text. A tenth of the training texts is left out,
-as in training.
+`python step0_sizes.py DATA_FOLDER [TOKENS]`: the folder has train and test files as for
+`budgetformer train`; step 0 reads at most TOKENS tokens of a text. As in training, a tenth of the
+training texts is held out.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SIZES = (0, 2**17, 2**19, 2**20, 2**21)
 def main(data: str, tokens: int = 4096) -> None:
     train_file, test_file = find_data(Path(data))
     assert test_file is not None
-    everything = read_examples(train_file)
-    test = read_examples(test_file, everything.names, multi_label=everything.multi_label)
+    examples = read_examples(train_file)
+    test = read_examples(test_file, examples.names, multi_label=examples.multi_label)
     recipe = Recipe()
-    kept, _ = split_rows(len(everything), recipe.hold_out, recipe.seed)
-    train = everything.subset(kept)
+    kept, _ = split_rows(len(examples), recipe.hold_out, recipe.seed)
+    train = examples.subset(kept)
     folder = find_start("minilm-l6").folder
     assert folder is not None
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -51,13 +51,16 @@ def main(data: str, tokens: int = 4096) -> None:
             exit_buckets=size // (1 if len(train.names) == 2 else len(train.names)),
         )
         head, out_of_fold = fit_step0(config, seen, train, recipe)
-        found = []
+        test_logits = []
         for ids, types in zip(unseen.ids, unseen.types, strict=True):
-            own = torch.from_numpy(ids)[None]
-            found.append(head(own, torch.ones_like(own), torch.from_numpy(types)[None]))
+            input_ids, type_ids = torch.from_numpy(ids)[None], torch.from_numpy(types)[None]
+            test_logits.append(head(input_ids, torch.ones_like(input_ids), type_ids))
         errors = (
             wrong(logits, torch.from_numpy(labels), config.problem_type).mean()
-            for logits, labels in ((out_of_fold, train.labels), (torch.cat(found), test.labels))
+            for logits, labels in (
+                (out_of_fold, train.labels),
+                (torch.cat(test_logits), test.labels),
+            )
         )
         megabytes = (head.table.nbytes + head.idf.nbytes) / 1e6
         print(f"| {size:,} | {megabytes:.2f} |", " | ".join(f"{1 - e:.4f}" for e in errors), "|")

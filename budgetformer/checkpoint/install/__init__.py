@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from budgetformer.checkpoint.install.sources import MAX_BYTES, Source, Tell, open_source
 from budgetformer.checkpoint.manifest import CARD, MANIFEST, Manifest, write_manifest
-from budgetformer.checkpoint.staging import disk_errors, place, scratch_folder
+from budgetformer.checkpoint.staging import disk_errors, move_into_place, scratch_folder
 from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, next_version, read_checkpoint
 from budgetformer.errors import CheckpointError
 
@@ -27,19 +27,18 @@ def install(
     tell: Tell | None = None,
     try_out: bool = True,
 ) -> Checkpoint:
-    """Install the checkpoint in `source` and return it.
+    """Install the checkpoint in `source` into a model store and return it.
 
     Only files that the manifest lists are read, up to the sizes that it states. The folder appears
-    in the store after its network was loaded once.
+    in the store after all checks.
 
     Args:
-        source: a folder, a tar or zip file, an http(s) URL of such a file, or any URL that fsspec
-            supports.
-        model_store: the store; created if it does not exist.
-        version: the version in the store; by default the manifest's, or the next one if the store
-            has that or a higher one.
-        try_out: load the network as serving does; otherwise only check the hashes.
-        tell: called with bytes fetched and total bytes (None: unknown).
+        source: folder, tar or zip file, http(s) URL of such a file, or URL that fsspec supports.
+        model_store: folder of the store; created if it does not exist.
+        version: version in the store; None: the version in the manifest, or the next free one if
+            the store has that version or a higher one.
+        tell: function that is called with the bytes fetched and the total (None: unknown).
+        try_out: whether to load the network as serving does, or only to check the hashes.
 
     Raises:
         CheckpointError: the checkpoint cannot be fetched, is damaged or unsafe, or the version
@@ -49,13 +48,13 @@ def install(
         folder = staging / "checkpoint"
         folder.mkdir()
         with ExitStack() as stack:
-            opened = stack.enter_context(open_source(source, staging, tell or (lambda *_: None)))
-            manifest = _copy(opened, folder)
+            files = stack.enter_context(open_source(source, staging, tell or (lambda *_: None)))
+            manifest = _copy(files, folder)
         number = version or max(manifest.version, next_version(model_store / manifest.name))
         write_manifest(folder, manifest.model_copy(update={"version": number}))
         _try_out(folder, source, try_out)
         target = model_store / manifest.name / str(number)
-        place(folder, target)
+        move_into_place(folder, target)
         return read_checkpoint(target)
 
 
@@ -75,8 +74,8 @@ def _copy(source: Source, folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise CheckpointError(f"{source.label}: {MANIFEST}: {place}: {first['msg']}") from error
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise CheckpointError(f"{source.label}: {MANIFEST}: {key}: {first['msg']}") from error
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
     for name in sizes:
         if name in {"", ".", "..", MANIFEST} or Path(name).name != name:
@@ -95,21 +94,21 @@ def _copy(source: Source, folder: Path) -> Manifest:
     return manifest
 
 
-def _copy_file(source: Source, name: str, target: Path, most: int) -> None:
+def _copy_file(source: Source, name: str, target: Path, max_bytes: int) -> None:
     with source.open(name) as file, target.open("xb") as written:
         while part := file.read(COPY_BYTES):
-            if written.tell() + len(part) > most:
-                raise CheckpointError(f"{source.label}: {name} is larger than {most} bytes")
+            if written.tell() + len(part) > max_bytes:
+                raise CheckpointError(f"{source.label}: {name} is larger than {max_bytes} bytes")
             written.write(part)
 
 
-def _try_out(folder: Path, label: str, network: bool) -> None:
-    """Check every file that serving reads, and load the network if `network` is true."""
+def _try_out(folder: Path, label: str, load: bool) -> None:
+    """Check every file that serving reads, and load the network if `load` is true."""
     try:
         checkpoint = read_checkpoint(folder)
         checkpoint.verify()
         load_tokenizer(checkpoint)
-        if network:
+        if load:
             from budgetformer.checkpoint.loading import load_network
 
             load_network(checkpoint)

@@ -19,18 +19,19 @@ TIMEOUT_SECONDS = 30.0
 PART_BYTES = 2**20
 
 Tell = Callable[[int, int | None], None]
+"""Function that is called with the bytes fetched so far and the total (None: unknown)."""
 
 
 class Source(Protocol):
-    """A set of files by name, with `/` between folders."""
+    """The files of a checkpoint, by path with `/` between folders; `label` names it in messages."""
 
     label: str
 
     def names(self) -> list[str]:
-        """Return the names of all files, in the order that is cheapest to read."""
+        """Return the paths of all files, in the order that is fastest to read."""
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file to read."""
+        """Open a file for reading."""
 
 
 class _Folder:
@@ -45,14 +46,14 @@ class _Folder:
 
 
 class _Remote:
-    """A folder on a file system of fsspec."""
+    """A folder on a remote file system that fsspec supports."""
 
     def __init__(self, url: str, system: Any, path: str) -> None:
         self.label, self._system = url, system
         self._paths = {
-            str(found["name"]).rpartition("/")[2]: found["name"]
-            for found in system.ls(path, detail=True)
-            if found["type"] == "file"
+            str(entry["name"]).rpartition("/")[2]: entry["name"]
+            for entry in system.ls(path, detail=True)
+            if entry["type"] == "file"
         }
 
     def names(self) -> list[str]:
@@ -103,11 +104,12 @@ class _Zip:
         return cast("BinaryIO", self._archive.open(self._members[name]))
 
 
-def _check_name(label: str, name: str, place: int) -> None:
+def _check_name(label: str, name: str, count: int) -> None:
+    """Check the name of a file in an archive, of which `count` files have been listed before."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts:
         raise CheckpointError(f"{label}: {name!r} leaves the archive")
-    if place >= MAX_MEMBERS:
+    if count >= MAX_MEMBERS:
         raise CheckpointError(f"{label}: has more than {MAX_MEMBERS} files")
 
 
@@ -116,7 +118,7 @@ def open_source(source: str, staging: Path, tell: Tell) -> Iterator[Source]:
     """Open a folder, an archive or a URL; an archive at a URL is downloaded to `staging`.
 
     Raises:
-        CheckpointError: it does not exist, cannot be fetched or read, or is unsafe.
+        CheckpointError: the source does not exist, cannot be fetched or read, or is unsafe.
     """
     fetched = staging / "fetched"
     try:
@@ -134,8 +136,8 @@ def open_source(source: str, staging: Path, tell: Tell) -> Iterator[Source]:
             raise CheckpointError(f"{source}: no such file or folder")
         else:
             fetched = Path(source)
-        with _archive(source, fetched) as opened:
-            yield opened
+        with _archive(source, fetched) as archive:
+            yield archive
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise CheckpointError(f"{source}: damaged archive: {error}") from error
 
@@ -152,25 +154,27 @@ def _archive(label: str, path: Path) -> Iterator[Source]:
         raise CheckpointError(f"{label}: neither a tar nor a zip file")
 
 
-def download(url: str, target: Path, tell: Tell, most: int) -> None:
-    """Fetch the file at a URL into `target`; a redirect is not followed.
+def download(url: str, target: Path, tell: Tell, max_bytes: int) -> None:
+    """Download the file at a URL to `target`, without following redirects.
 
     Args:
-        url: of HTTP, or of a scheme of fsspec.
-        target: to write.
-        tell: hears how many bytes are there, of how many.
-        most: bytes of the file.
+        url: http(s) URL, or any URL that fsspec supports.
+        target: file to write.
+        tell: function that is called with the bytes fetched and the total (None: unknown).
+        max_bytes: maximum size of the file.
 
     Raises:
-        CheckpointError: it is not there, cannot be fetched, or is larger than `most` bytes.
+        CheckpointError: the file does not exist, cannot be fetched, or is too large.
     """
     if url.startswith(("http://", "https://")):
-        _download(url, target, tell, most, follow_redirects=False)
-    elif _fetch(url, target, tell, most) is not None:
+        _download(url, target, tell, max_bytes, follow_redirects=False)
+    elif _fetch(url, target, tell, max_bytes) is not None:
         raise CheckpointError(f"{url}: a folder, not a file")
 
 
-def _download(url: str, target: Path, tell: Tell, most: int, *, follow_redirects: bool) -> None:
+def _download(
+    url: str, target: Path, tell: Tell, max_bytes: int, *, follow_redirects: bool
+) -> None:
     try:
         import httpx
     except ImportError as error:
@@ -187,12 +191,12 @@ def _download(url: str, target: Path, tell: Tell, most: int, *, follow_redirects
             length = response.headers.get("content-length")
             total = int(length) if length and length.isdecimal() else None
             for part in response.iter_raw(PART_BYTES):
-                _keep(url, file, part, tell, total, most)
+                _keep(url, file, part, tell, total, max_bytes)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise CheckpointError(f"{url}: {error or type(error).__name__}") from error
 
 
-def _fetch(url: str, target: Path, tell: Tell, most: int) -> Source | None:
+def _fetch(url: str, target: Path, tell: Tell, max_bytes: int) -> Source | None:
     """Return the folder at a URL, or download the file there and return None."""
     try:
         import fsspec
@@ -205,7 +209,7 @@ def _fetch(url: str, target: Path, tell: Tell, most: int) -> Source | None:
         total = system.size(path)
         with system.open(path, "rb") as file, target.open("wb") as written:
             while part := file.read(PART_BYTES):
-                _keep(url, written, part, tell, total, most)
+                _keep(url, written, part, tell, total, max_bytes)
     except FileNotFoundError as error:
         raise CheckpointError(f"{url}: no such file or folder") from error
     except (OSError, ValueError, ImportError) as error:
@@ -213,10 +217,12 @@ def _fetch(url: str, target: Path, tell: Tell, most: int) -> Source | None:
     return None
 
 
-def _keep(url: str, file: BinaryIO, part: bytes, tell: Tell, total: int | None, most: int) -> None:
+def _keep(
+    url: str, file: BinaryIO, part: bytes, tell: Tell, total: int | None, max_bytes: int
+) -> None:
     file.write(part)
-    if file.tell() > most:
-        raise CheckpointError(f"{url}: larger than {most} bytes")
+    if file.tell() > max_bytes:
+        raise CheckpointError(f"{url}: larger than {max_bytes} bytes")
     tell(file.tell(), total)
 
 

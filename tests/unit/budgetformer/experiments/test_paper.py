@@ -73,31 +73,33 @@ class TestVariants:
 class TestRanking:
     def test_perfect_reversed_and_blind(self) -> None:
         positive = np.array([False, False, True, True])
-        assert paper.ranking(np.array([0.1, 0.2, 0.3, 0.4]), positive) == 1
-        assert paper.ranking(np.array([0.4, 0.3, 0.2, 0.1]), positive) == 0
-        assert paper.ranking(np.ones(4), positive) == 0.5
+        assert paper.auc(np.array([0.1, 0.2, 0.3, 0.4]), positive) == 1
+        assert paper.auc(np.array([0.4, 0.3, 0.2, 0.1]), positive) == 0
+        assert paper.auc(np.ones(4), positive) == 0.5
 
     def test_counts_pairs(self) -> None:
         positive = np.array([True, False, True, False, False])
         # of six pairs the positive one is higher in three, and equal in one
-        assert paper.ranking(np.array([2, 1, 3, 3, 4]), positive) == pytest.approx(2.5 / 6)
+        assert paper.auc(np.array([2, 1, 3, 3, 4]), positive) == pytest.approx(2.5 / 6)
 
     def test_one_kind_only(self) -> None:
-        assert paper.ranking(np.array([1.0, 2.0]), np.array([True, True])) == 0.5
+        assert paper.auc(np.array([1.0, 2.0]), np.array([True, True])) == 0.5
 
 
 class TestExplained:
     GROUPS = np.array([0, 0, 1, 1])
 
     def test_all_nothing_and_half(self) -> None:
-        assert paper.explained(np.array([1.0, 1.0, 3.0, 3.0]), self.GROUPS) == 1
-        assert paper.explained(np.array([1.0, 3.0, 1.0, 3.0]), self.GROUPS) == 0
-        assert paper.explained(np.array([0.0, 2.0, 2.0, 4.0]), self.GROUPS) == pytest.approx(0.5)
+        assert paper.explained_variance(np.array([1.0, 1.0, 3.0, 3.0]), self.GROUPS) == 1
+        assert paper.explained_variance(np.array([1.0, 3.0, 1.0, 3.0]), self.GROUPS) == 0
+        assert paper.explained_variance(
+            np.array([0.0, 2.0, 2.0, 4.0]), self.GROUPS
+        ) == pytest.approx(0.5)
 
     @pytest.mark.parametrize("value", [1.0, 0.1])
     def test_a_constant_has_nothing_to_explain(self, value: float) -> None:
         values, groups = np.full(1001, value), np.arange(1001) % 7
-        assert paper.explained(values, groups) == 0
+        assert paper.explained_variance(values, groups) == 0
 
 
 class TestSavedShares:

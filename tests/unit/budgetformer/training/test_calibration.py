@@ -13,14 +13,14 @@ from budgetformer.cost.table import CostTable, StepCost
 from budgetformer.inference.policy import Policy
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.training import calibration
-from budgetformer.training.calibration import Found, Runs, Table, calibrate
+from budgetformer.training.calibration import AnswerTable, CalibrationResult, StepOutputs, calibrate
 from budgetformer.training.chains import Route
 from tests.support.networks import small_config
 
 LEVEL_COSTS = (0.15, 0.4)
 
 
-def made_up(count: int, seed: int, classes: int = 5) -> tuple[Runs, torch.Tensor]:
+def made_up(count: int, seed: int, classes: int = 5) -> tuple[StepOutputs, torch.Tensor]:
     """Return answers of 8 steps, of which larger ones know more, to texts that are harder or not.
 
     f_o's s says how hard a text is.
@@ -35,7 +35,7 @@ def made_up(count: int, seed: int, classes: int = 5) -> tuple[Runs, torch.Tensor
         logits[step] = 0.6 * shared + own
         know = 6 * easy + (0.5 + 0.6 * step**0.5)
         logits[step, torch.arange(count), labels] += know - 1
-    return Runs(logits, 1 - easy, np.full(count, 12)), labels
+    return StepOutputs(logits, 1 - easy, np.full(count, 12)), labels
 
 
 def network() -> BudgetFormerConfig:
@@ -45,38 +45,38 @@ def network() -> BudgetFormerConfig:
 
 
 @pytest.fixture(scope="module")
-def held() -> tuple[Runs, torch.Tensor]:
+def held() -> tuple[StepOutputs, torch.Tensor]:
     return made_up(1500, 0)
 
 
 @pytest.fixture(scope="module")
-def found(held: tuple[Runs, torch.Tensor]) -> Found:
+def found(held: tuple[StepOutputs, torch.Tensor]) -> CalibrationResult:
     return calibrate(network(), *held, LEVEL_COSTS)
 
 
 @pytest.fixture(scope="module")
-def agreed(held: tuple[Runs, torch.Tensor]) -> Found:
+def agreed(held: tuple[StepOutputs, torch.Tensor]) -> CalibrationResult:
     return calibrate(network(), held[0], None, LEVEL_COSTS)
 
 
-def policy_of(found: Found) -> Policy:
+def policy_of(found: CalibrationResult) -> Policy:
     assert found.policy is not None
     return found.policy
 
 
 class TestAccuracy:
-    def test_its_chain_may_not_cost_more_than_the_full_step(self, found: Found) -> None:
+    def test_its_chain_may_not_cost_more_than_the_full_step(self, found: CalibrationResult) -> None:
         policy = policy_of(found)
         assert policy.chain[0] == 0
         assert fits_in_full_pass(network(), policy.chain)
 
-    def test_levels_keep_to_their_costs(self, found: Found) -> None:
+    def test_levels_keep_to_their_costs(self, found: CalibrationResult) -> None:
         levels = {level.name: level for level in policy_of(found).levels if level.name}
         assert list(levels) == ["fast", "balanced", "best"]
         for name, most in zip(("fast", "balanced"), LEVEL_COSTS, strict=True):
             assert levels[name].macs_share <= most
 
-    def test_many_levels_without_a_name_lie_between(self, found: Found) -> None:
+    def test_many_levels_without_a_name_lie_between(self, found: CalibrationResult) -> None:
         policy = policy_of(found)
         unnamed = [level for level in policy.levels if not level.name]
         assert 8 <= len(unnamed) <= calibration.UNNAMED_LEVELS
@@ -85,13 +85,13 @@ class TestAccuracy:
         thresholds = [policy.level(float(number)).threshold for number in numbers]
         assert thresholds == sorted(thresholds, reverse=True)
 
-    def test_figures_hold_on_other_texts(self, found: Found) -> None:
+    def test_figures_hold_on_other_texts(self, found: CalibrationResult) -> None:
         runs, labels = made_up(6000, 1)
         policy = policy_of(found)
-        table = Table(network(), runs, found.fusion)
+        table = AnswerTable(network(), runs, found.fusion)
         right = table.right(labels)
         for level in policy.levels:
-            answers = table.take(
+            answers = table.answer_on(
                 Route(policy.chain, policy.entry, policy.exit_margin), level.threshold
             )
             accuracy = right[answers.step, table.rows].mean()
@@ -102,7 +102,7 @@ class TestAccuracy:
             least, most = level.macs_interval or (0.0, 1.0)
             assert abs(share - level.macs_share) <= most - least
 
-    def test_shares_of_steps_are_those_of_the_shipped_rule(self, found: Found) -> None:
+    def test_shares_of_steps_are_those_of_the_shipped_rule(self, found: CalibrationResult) -> None:
         policy = policy_of(found)
         for level in policy.levels:
             assert set(level.budgets) <= set(policy.chain)
@@ -111,17 +111,17 @@ class TestAccuracy:
             for step, share in level.budgets.items():
                 assert step == 0 or share <= level.runs[step] + 1e-9
 
-    def test_cost_rises_with_the_level_for_every_text(self, found: Found) -> None:
+    def test_cost_rises_with_the_level_for_every_text(self, found: CalibrationResult) -> None:
         runs, _ = made_up(2000, 2)
         policy = policy_of(found)
-        table = Table(network(), runs, found.fusion)
+        table = AnswerTable(network(), runs, found.fusion)
         route = Route(policy.chain, policy.entry, policy.exit_margin)
-        spent = [table.take(route, level.threshold).macs for level in policy.levels]
+        spent = [table.answer_on(route, level.threshold).macs for level in policy.levels]
         assert all((more >= less).all() for less, more in pairwise(spent))
         assert (spent[-1] <= table.macs[-1] + table.decision).all()
 
     def test_texts_that_a_fold_holds_do_not_choose_for_it(
-        self, held: tuple[Runs, torch.Tensor]
+        self, held: tuple[StepOutputs, torch.Tensor]
     ) -> None:
         """Labels have no relation to the answers: scored on itself, a rule would look better."""
         runs, labels = held
@@ -132,7 +132,7 @@ class TestAccuracy:
             assert level.interval[0] <= 0.2 + 0.02
 
     def test_seconds_can_take_the_place_of_multiply_adds(
-        self, held: tuple[Runs, torch.Tensor]
+        self, held: tuple[StepOutputs, torch.Tensor]
     ) -> None:
         """Where every pass takes as long, small steps are of no use."""
         flat = StepCost(0.0, 0.0, 1e-3)
@@ -143,7 +143,7 @@ class TestAccuracy:
 
 
 class TestAgreement:
-    def test_no_label_is_needed_and_none_is_claimed(self, agreed: Found) -> None:
+    def test_no_label_is_needed_and_none_is_claimed(self, agreed: CalibrationResult) -> None:
         policy = policy_of(agreed)
         assert policy.measure == "agreement"
         for level in policy.levels:
@@ -152,18 +152,20 @@ class TestAgreement:
         assert agreed.fixed[-1].agreement == 1.0
         assert agreed.fixed[0].accuracy is None
 
-    def test_the_full_steps_weights_stay(self, agreed: Found) -> None:
+    def test_the_full_steps_weights_stay(self, agreed: CalibrationResult) -> None:
         config = network()
         assert agreed.fusion[-1] == (config.encoder_weights[-1], config.exit_weights[-1])
 
-    def test_levels_agree_as_often_as_they_must_on_other_texts(self, agreed: Found) -> None:
+    def test_levels_agree_as_often_as_they_must_on_other_texts(
+        self, agreed: CalibrationResult
+    ) -> None:
         runs, _ = made_up(6000, 4)
         policy = policy_of(agreed)
-        table = Table(network(), runs, agreed.fusion)
+        table = AnswerTable(network(), runs, agreed.fusion)
         agrees = table.agrees(table.logits[-1])
         for name, least in calibration.AGREEMENT.items():
             level = policy.level(name)
-            answers = table.take(
+            answers = table.answer_on(
                 Route(policy.chain, policy.entry, policy.exit_margin), level.threshold
             )
             assert agrees[answers.step, table.rows].mean() >= least - 0.01

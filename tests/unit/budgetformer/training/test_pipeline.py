@@ -15,8 +15,8 @@ from budgetformer.model.modeling import BudgetFormerForSequenceClassification, l
 from budgetformer.training.pipeline import (
     build_model,
     find_start,
-    kept_tokenizer,
     label_names_of,
+    saved_tokenizer,
     train_checkpoint,
 )
 from budgetformer.training.recipe import Recipe
@@ -81,8 +81,8 @@ def test_no_checkpoint_draws_heads_at_random(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_reads_its_own_tokenizer(tmp_path: Path) -> None:
-    first = kept_tokenizer(topic_examples(), 150, tmp_path / "work")
-    again = kept_tokenizer(topic_examples(), 150, tmp_path / "work")
+    first = saved_tokenizer(topic_examples(), 150, tmp_path / "work")
+    again = saved_tokenizer(topic_examples(), 150, tmp_path / "work")
     assert again.get_vocab() == first.get_vocab()
     kept = Tokenizer.from_file(str(tmp_path / "work" / "tokenizer.json"))
     assert kept.encode("The crew painted a tug.").ids == first.encode("The crew painted a tug.").ids
