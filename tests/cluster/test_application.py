@@ -30,11 +30,11 @@ def test_a_pool_that_may_grow_is_scaled_by_our_policy() -> None:
 
 
 def test_no_secret_travels_and_access_stays_what_it_was(tmp_path: Path) -> None:
-    from service.cluster.application import _travelling
+    from service.cluster.application import _without_secrets
 
     settings = Settings(model_store=tmp_path, admin_key="open-sesame")
-    travelled = _travelling(settings)
-    assert "open-sesame" not in json.dumps(travelled)
-    there = Settings(**travelled)
+    sent = _without_secrets(settings)
+    assert "open-sesame" not in json.dumps(sent)
+    there = Settings(**sent)
     assert there.anonymous
     assert there.all_keys() == settings.all_keys()

@@ -66,7 +66,7 @@ def agree(ours: Any, theirs: Any) -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
     try:
-        message = messages.decode(INFER, data, most=20)
+        message = messages.decode(INFER, data, max_values=20)
     except ApiError:
         return
     assert message == INFER.FromString(data)
@@ -87,12 +87,12 @@ def test_values_are_counted_before_they_are_made(count: int, data: st.DataObject
         )
     )
     encoded = INFER(**made).SerializeToString()
-    assert messages.decode(INFER, encoded, most=len(encoded)).ByteSize() == len(encoded)
-    assert messages.decode(INFER, encoded, most=5 * count + 3).ByteSize() == len(encoded)
+    assert messages.decode(INFER, encoded, max_values=len(encoded)).ByteSize() == len(encoded)
+    assert messages.decode(INFER, encoded, max_values=5 * count + 3).ByteSize() == len(encoded)
     with pytest.raises(ApiError, match="more than"):
-        messages.decode(INFER, encoded, most=count - 1)
+        messages.decode(INFER, encoded, max_values=count - 1)
 
 
 def test_a_number_without_an_end_is_refused_at_once() -> None:
     with pytest.raises(ApiError, match="no ModelInferRequest"):
-        messages.decode(INFER, b"\xff" * 10**7, most=20)
+        messages.decode(INFER, b"\xff" * 10**7, max_values=20)
