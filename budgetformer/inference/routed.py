@@ -220,8 +220,8 @@ class RoutedBackend(PlainSums):
             if not head_set:
                 continue
             num_heads = len(head_set)
-            count = num_heads * offsets.tokens
-            part = projected[start : start + count].view(offsets.tokens, num_heads * width)
+            count = num_heads * offsets.num_tokens
+            part = projected[start : start + count].view(offsets.num_tokens, num_heads * width)
             positions = weights.positions
             if positions is not None and positions.tables:
                 positions = positions.of_heads(torch.tensor(head_set, device=projected.device))
