@@ -92,7 +92,9 @@ def test_attention_in_half_precision() -> None:
     # float16: the interpreter multiplies the bits of bfloat16, not its values.
     actual = gpu.attend(projected.half(), offsets, heads_of(2))
     assert actual.dtype == torch.float16
-    assert_close(actual[: offsets.num_tokens].float(), expected[: offsets.num_tokens], tolerance=0.005)
+    assert_close(
+        actual[: offsets.num_tokens].float(), expected[: offsets.num_tokens], tolerance=0.005
+    )
 
 
 def test_attention_of_one_item_reads_no_other() -> None:
