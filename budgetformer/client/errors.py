@@ -14,7 +14,10 @@ class InputError(ClientError, ValueError):
 
 
 class UnreachableError(ClientError):
-    """The server cannot be reached: connecting failed or the connection broke, also after retries."""
+    """The server could not be reached.
+
+    Connecting failed or the connection broke, also after retries.
+    """
 
 
 class DeadlineExceededError(ClientError):
