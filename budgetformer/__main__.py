@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run the command line of the package `service` that is installed in the same folder.
+    """Run the command line of the `service` package installed next to this one.
 
-    Since `service` is a common name, first check that no other package shadows ours.
+    The name `service` is common, so this function first checks that no other package shadows it.
     """
     expected = Path(__file__).resolve().parents[1] / "service"
     found = find_spec("service")

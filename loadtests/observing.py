@@ -77,8 +77,8 @@ def count(counts: Counts, texts: int = 1, traceparent: str = "") -> None:
         counts.request_ended("/classify", "ok", 5e-3)
 
 
-def report(counts: Counts, metrics: Metrics) -> None:
-    """Add the counts of one model and route to the registry, as happens four times a second."""
+def send_report(counts: Counts, metrics: Metrics) -> None:
+    """Count a request, and add the counts to the registry as the hub does 4 times a second."""
     count(counts)
     received = TO_HUB.decode(msgspec.msgpack.encode(Report(0, counts.take())))
     metrics.add(received.difference)
@@ -103,7 +103,7 @@ def app(tracing: Tracing | None) -> FastAPI:
     return application
 
 
-def http(application: Any) -> Callable[[], None]:
+def request_sender(application: Any) -> Callable[[], None]:
     """Return a function that sends one request through an application, without a socket."""
     scope = {
         "type": "http", "method": "GET", "path": "/", "raw_path": b"/", "query_string": b"",
@@ -121,7 +121,7 @@ def http(application: Any) -> Callable[[], None]:
     return lambda: loop.run_until_complete(application(dict(scope), receive, send))
 
 
-def stage(tracer: Tracer) -> None:
+def trace_tokenization(tracer: Tracer) -> None:
     """Run the frontend's instrumentation of tokenization."""
     with tracer.start_as_current_span(
         "tokenize", record_exception=False, set_status_on_exception=False
@@ -131,15 +131,15 @@ def stage(tracer: Tracer) -> None:
 
 
 def costs() -> dict[str, float]:
-    """Return microseconds by part."""
+    """Return the processor time of each part in microseconds, by the part's description."""
     metrics = metrics_of_two_models()
     frontend = Tracing(DroppingExporter(), "frontend")
     engine = Tracing(DroppingExporter(), "engine-0", follow=True)
     spans = engine.pass_spans()
     now = time.monotonic()
-    rider = PassItem(RequestContext("r", TRACEPARENT), now, 2)
+    pass_item = PassItem(RequestContext("r", TRACEPARENT), now, 2)
     decided, computed = (
-        PassRun(stage, "ag_news:1", 2, 41, [rider], now, now) for stage in ("budget", "compute")
+        PassRun(stage, "ag_news:1", 2, 41, [pass_item], now, now) for stage in ("budget", "compute")
     )
     tracer, no_tracer = frontend.provider.get_tracer("budgetformer"), NoOpTracer()
     counts = Counts()
@@ -147,17 +147,20 @@ def costs() -> dict[str, float]:
     observed = Observe(app(None), counts, log_share=0.01)
     logged = Observe(app(None), counts, log_share=1.0)
     recent = RecentTraffic(metrics)
-    floor = microseconds(http(bare))
+    bare_cost = microseconds(request_sender(bare))
     return {
         "metrics of a request": microseconds(lambda: count(counts)),
         "metrics of a request, with exemplars": microseconds(lambda: count(counts, 1, TRACEPARENT)),
         "metrics of a request of 64 texts": microseconds(lambda: count(counts, 64)),
-        "report of counts to the registry": microseconds(lambda: report(counts, metrics)),
-        "middleware (id, context, count, 1 % logged)": microseconds(http(observed)) - floor,
-        "middleware, every request logged": microseconds(http(logged)) - floor,
-        "tracing off: instrumentation of a stage": microseconds(lambda: stage(no_tracer)),
-        "tracing on: HTTP span": microseconds(http(traced)) - floor,
-        "tracing on: span of a stage": microseconds(lambda: stage(tracer)),
+        "report of counts to the registry": microseconds(lambda: send_report(counts, metrics)),
+        "middleware (id, context, count, 1 % logged)": microseconds(request_sender(observed))
+        - bare_cost,
+        "middleware, every request logged": microseconds(request_sender(logged)) - bare_cost,
+        "tracing off: instrumentation of a stage": microseconds(
+            lambda: trace_tokenization(no_tracer)
+        ),
+        "tracing on: HTTP span": microseconds(request_sender(traced)) - bare_cost,
+        "tracing on: span of a stage": microseconds(lambda: trace_tokenization(tracer)),
         "tracing on: engine, both passes of one text": microseconds(
             lambda: (spans.ran(decided), spans.ran(computed))
         ),

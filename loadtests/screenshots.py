@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[1] / "docs" / "images"
 PHASE_SECONDS = 45.0
 
 
-def load(url: str, seconds: float) -> None:
+def send_load(url: str, seconds: float) -> None:
     """Send requests of every quality level, alternately at a high and a low rate."""
     end = time.monotonic() + seconds
     with httpx.Client(base_url=url, timeout=30) as client:
@@ -32,8 +32,8 @@ def load(url: str, seconds: float) -> None:
             time.sleep(random.expovariate(40 if busy else 8))
 
 
-def take(browser: Browser, url: str, scheme: str) -> None:
-    """Take one screenshot of an answer, and one of a comparison."""
+def save_screenshots(browser: Browser, url: str, scheme: str) -> None:
+    """Save one screenshot of an answer and one of a comparison, in a color scheme."""
     context = browser.new_context(
         viewport={"width": 1240, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
     )  # type: ignore[arg-type]
@@ -41,7 +41,8 @@ def take(browser: Browser, url: str, scheme: str) -> None:
     page.goto(url)
     expect(page.locator("#ticks span")).not_to_have_count(0)
     page.wait_for_load_state("networkidle")
-    # The first answer was slow, because the browser was still starting.
+    # Classify again: the page's first answer, for its example, was slow because the browser was
+    # still starting.
     page.get_by_role("button", name="Classify").click()
     answered = page.locator("#columns .says:not(:empty)")
     expect(answered).to_have_count(page.locator("#ticks span").count())
@@ -56,14 +57,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--chromium", required=True, help="path of the browser")
-    parser.add_argument("--seconds", type=float, default=600.0, help="seconds of load before")
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="seconds of load before the screenshots"
+    )
     given = parser.parse_args()
-    load(given.url, given.seconds)
+    send_load(given.url, given.seconds)
     FOLDER.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=given.chromium)
         for scheme in ("light", "dark"):
-            take(browser, given.url, scheme)
+            save_screenshots(browser, given.url, scheme)
         browser.close()
 
 

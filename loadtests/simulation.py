@@ -42,7 +42,7 @@ from service.simulation.costs import read_costs
 from service.simulation.engine import SimModel
 from service.simulation.fleet import Fleet, requests, run
 from service.simulation.plan import Goals, most_rate
-from service.simulation.texts import measured_texts
+from service.simulation.texts import measure_texts
 from service.simulation.traffic import Traffic, bursts, steady
 
 COMMAND = (sys.executable, "-m", "service.cli")
@@ -334,7 +334,7 @@ def main() -> None:
         tune(costs, arguments.model, SERVER_CORE)
     texts, _ = read_texts(arguments.data)
     texts = texts[:: math.ceil(len(texts) / MAX_TEXTS)]
-    population = measured_texts(checkpoint, texts)
+    population = measure_texts(checkpoint, texts)
     results: list[dict[str, Any]] = []
     with serving(arguments.port, arguments.model, costs, arguments.out / "server.log") as url:
         if arguments.costs is None:

@@ -1,8 +1,8 @@
-"""The errors of the client."""
+"""Exceptions that the client raises."""
 
 from __future__ import annotations
 
-from budgetformer.errors import BudgetFormerError
+from budgetformer.errors import BudgetFormerError, readable
 
 
 class ClientError(BudgetFormerError):
@@ -14,7 +14,10 @@ class InputError(ClientError, ValueError):
 
 
 class UnreachableError(ClientError):
-    """No connection could be opened, or it broke, and retries did not help."""
+    """The server could not be reached.
+
+    Connecting failed or the connection broke, also after retries.
+    """
 
 
 class DeadlineExceededError(ClientError):
@@ -22,7 +25,7 @@ class DeadlineExceededError(ClientError):
 
 
 class ItemFailedError(ClientError):
-    """One text failed, in a call whose result format cannot represent that."""
+    """One item failed, and the call's result format has no place for the error of a single item."""
 
 
 class ServerError(ClientError):
@@ -34,7 +37,7 @@ class ServerError(ClientError):
             list.
         code: error code, for programs.
         param: name of the invalid field.
-        request_id: id of the request in the server's log.
+        request_id: id of the request in the server's log; None if the server sent none.
     """
 
     def __init__(
@@ -45,19 +48,24 @@ class ServerError(ClientError):
         param: str | None = None,
         request_id: str | None = None,
     ) -> None:
-        super().__init__(f"{message} (status {status}, request {request_id})")
+        super().__init__(status, message, code, param, request_id)  # pickle calls with these
         self.status = status
         self.message = message
         self.code = code
         self.param = param
         self.request_id = request_id
 
+    def __str__(self) -> str:
+        request = "" if self.request_id is None else f", request {self.request_id}"
+        return readable(f"{self.message} (status {self.status}{request})")
+
 
 class OverloadedError(ServerError):
     """The service is overloaded or has no engine (429, 503), and retries did not help.
 
     Attributes:
-        retry_after: seconds of the server's Retry-After; None: it sent none.
+        retry_after: seconds to wait, from the Retry-After header; None if the server sent no such
+            header.
     """
 
     retry_after: float | None = None

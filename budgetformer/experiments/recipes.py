@@ -67,8 +67,8 @@ class Result:
     Attributes:
         name: name of the idea.
         minutes: training time.
-        step0, full: accuracy of step 0 and of all heads.
-        accuracies: accuracy at each of `COSTS`; None: its chain cannot run that cheaply.
+        step0, full: accuracy of step 0 and of all heads, 0..1.
+        accuracies: accuracy (0..1) at each of `COSTS`; None: its chain cannot run that cheaply.
         gains: percentage points gained over the recipe itself at each of `COSTS` and with all
             heads, each with its paired 95 % interval; None: one of the two cannot run that cheaply.
     """
@@ -112,20 +112,20 @@ def compare(
 ) -> list[Result]:
     """Compare variants with the first one at equal mean cost."""
     base, results = frontiers[0], []
-    costs = [share * base.dense for share in COSTS]
+    costs = [share * base.dense_macs for share in COSTS]
     for name, duration, frontier in zip(names, seconds, frontiers, strict=True):
-        at_costs = [frontier.within(cost) for cost in costs]
+        at_costs = [frontier.correct_within(cost) for cost in costs]
         pairs = [
-            *zip(at_costs, [base.within(cost) for cost in costs], strict=True),
-            (frontier.full, base.full),
+            *zip(at_costs, [base.correct_within(cost) for cost in costs], strict=True),
+            (frontier.correct_with_all_heads, base.correct_with_all_heads),
         ]
         results.append(
             Result(
                 name,
                 duration / 60,
-                float(frontier.right[0].mean()),
-                float(frontier.full.mean()),
-                [None if right is None else float(right.mean()) for right in at_costs],
+                float(frontier.correct[0].mean()),
+                float(frontier.correct_with_all_heads.mean()),
+                [None if correct is None else float(correct.mean()) for correct in at_costs],
                 [None if a is None or b is None else paired_gain(a, b) for a, b in pairs],
             )
         )
@@ -198,7 +198,7 @@ def _run(given: argparse.Namespace) -> str:
         examples = read_examples(test_file, list(checkpoint.manifest.labels))
         frontiers.append(Frontier.of(checkpoint, examples))
     results = compare(frontiers, seconds, [variant.name for variant in variants])
-    text = page(results, given.data.name, len(frontiers[0].full))
+    text = page(results, given.data.name, len(frontiers[0].correct_with_all_heads))
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "README.md").write_text(text)
     figures = json.dumps([asdict(result) for result in results], indent=1)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BatchOffsets:
-    """Offsets of B items, one after another in N rows; rows after the last item are padding.
+    """Offsets of B items with T tokens in all, which fill the first T rows of a packed batch.
+
+    Any rows after them are padding.
 
     Attributes:
         lengths: number of tokens of each item.
@@ -24,18 +26,18 @@ class BatchOffsets:
     device: torch.device
 
     @property
-    def items(self) -> int:
+    def num_items(self) -> int:
         """Number of items B."""
         return len(self.lengths)
 
     @property
-    def tokens(self) -> int:
-        """Number of rows that belong to items."""
+    def num_tokens(self) -> int:
+        """Number of tokens T of all items."""
         return sum(self.lengths)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest item."""
+        """Number of tokens of the longest item."""
         return max(self.lengths, default=0)
 
     @property
@@ -45,13 +47,13 @@ class BatchOffsets:
 
     @cached_property
     def owner(self) -> Tensor:
-        """Item of each token, [N]."""
+        """Item of each token, [T]."""
         lengths = torch.tensor(self.lengths, dtype=torch.long)
-        return torch.arange(self.items).repeat_interleave(lengths).to(self.device)
+        return torch.arange(self.num_items).repeat_interleave(lengths).to(self.device)
 
     @cached_property
     def positions(self) -> Tensor:
-        """Position of each token within its item, [N]."""
+        """Position of each token within its item, [T]."""
         positions = torch.arange(self.longest)
         if len(self.lengths) > 1:
             positions = torch.cat([positions[:length] for length in self.lengths])
@@ -60,21 +62,20 @@ class BatchOffsets:
     @cached_property
     def starts(self) -> Tensor:
         """First row of each item, then the end of the last: [B + 1], int32."""
-        bounds = [0, *accumulate(self.lengths)]
-        return torch.tensor(bounds, dtype=torch.int32).to(self.device)
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(self.device)
 
     @cached_property
     def ends(self) -> Tensor:
-        """End row (exclusive) of each token's item, [N]."""
+        """End row (exclusive) of each token's item, [T], int32."""
         lengths = torch.tensor(self.lengths, dtype=torch.long)
         ends = torch.tensor([*accumulate(self.lengths)], dtype=torch.int32)
         return ends.repeat_interleave(lengths).to(self.device)
 
     @cached_property
-    def counts(self) -> Tensor:
-        """Tokens of each item, at least 1 as a divisor, [B, 1] in float32."""
-        counts = [[max(length, 1.0)] for length in self.lengths]
-        return torch.tensor(counts, device=self.device).view(-1, 1)
+    def divisors(self) -> Tensor:
+        """Number of tokens of each item, at least 1 so that it can divide, [B, 1], float32."""
+        lengths = torch.tensor(self.lengths, dtype=torch.float32)
+        return lengths.clamp(min=1).unsqueeze(-1).to(self.device)
 
     @property
     def empty(self) -> Tensor:
@@ -90,55 +91,59 @@ class BatchOffsets:
 class StagedOffsets(BatchOffsets):
     """Offsets stored on the device: up to B items in N rows; unused items are empty.
 
-    The host never reads them, so a recorded pass can run with other items each time.
+    The host never reads them, so a CUDA graph that was recorded once can run with other items each
+    time.
 
     Attributes:
-        bounds: see `starts`.
-        places: see `positions`.
-        last: see `ends`; for padding rows, the first padding row.
+        item_starts: first row of each item, then the end of the last item: [B + 1], int32.
+        row_positions: position of each row within its item, [N], int32; arbitrary for padding rows.
+        row_ends: end row (exclusive) of each row's item, [N], int32; for padding rows, the first
+            padding row.
     """
 
-    bounds: Tensor
-    places: Tensor
-    last: Tensor
+    item_starts: Tensor
+    row_positions: Tensor
+    row_ends: Tensor
 
     @classmethod
-    def of(cls, bounds: Tensor, places: Tensor, last: Tensor) -> StagedOffsets:
-        """Return offsets that read int32 tensors [B + 1], [N] and [N], whose content may change."""
-        return cls((), bounds.device, bounds, places, last)
+    def from_tensors(
+        cls, item_starts: Tensor, row_positions: Tensor, row_ends: Tensor
+    ) -> StagedOffsets:
+        """Return offsets that read device tensors, whose content may change between passes."""
+        return cls((), item_starts.device, item_starts, row_positions, row_ends)
 
     @property
-    def items(self) -> int:
+    def num_items(self) -> int:
         """Maximum number of items B."""
-        return len(self.bounds) - 1
+        return len(self.item_starts) - 1
 
     @property
-    def tokens(self) -> int:
-        """N, as any row may belong to an item."""
-        return len(self.places)
+    def num_tokens(self) -> int:
+        """Number of rows N, since any row may belong to an item."""
+        return len(self.row_positions)
 
     @property
     def positions(self) -> Tensor:
-        """Position of each row within its item, [N]; arbitrary for padding rows."""
-        return self.places
+        """See `row_positions`."""
+        return self.row_positions
 
     @cached_property
     def owner(self) -> Tensor:
         """Item of each row, [N]; B for padding rows."""
-        rows = torch.arange(self.tokens, dtype=torch.int32, device=self.device)
-        return torch.searchsorted(self.bounds[1:], rows, right=True)
+        rows = torch.arange(self.num_tokens, dtype=torch.int32, device=self.device)
+        return torch.searchsorted(self.item_starts[1:], rows, right=True)
 
     @property
-    def counts(self) -> Tensor:
-        """Tokens of each item, at least 1 as a divisor, [B, 1] in float32."""
-        return self.bounds.diff().clamp(min=1).float().unsqueeze(-1)
+    def divisors(self) -> Tensor:
+        """Number of tokens of each item, at least 1 so that it can divide, [B, 1], float32."""
+        return self.item_starts.diff().clamp(min=1).float().unsqueeze(-1)
 
     @property
     def starts(self) -> Tensor:
-        """First row of each item, then the end of the last: [B + 1], int32."""
-        return self.bounds
+        """See `item_starts`."""
+        return self.item_starts
 
     @property
     def ends(self) -> Tensor:
-        """End row (exclusive) of each row's item, [N]; for padding rows, the first padding row."""
-        return self.last
+        """See `row_ends`."""
+        return self.row_ends

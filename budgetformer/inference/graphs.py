@@ -328,7 +328,7 @@ class GraphedPass(PackedPass):
             Logits [B, C]; for `DECISION`, the attributes of `BudgetPrediction`.
         """
         ids, kinds, places, ends, starts, exits = inputs.split(size.parts)
-        offsets = StagedOffsets.of(starts, places, ends)
+        offsets = StagedOffsets.from_tensors(starts, places, ends)
         if step == DECISION:
             decision = self._decide(PackedTokens(ids, kinds, ()), offsets)
             return [decision.budget, decision.exit_logits, decision.ranking]

@@ -566,7 +566,7 @@ class PackedPass:
         offsets: BatchOffsets,
         sets: Sequence[HeadSet],
     ) -> Tensor:
-        if not offsets.tokens:
+        if not offsets.num_tokens:
             return states
         groups: dict[HeadSet, list[int]] = {}
         for item, head_set in enumerate(sets):
@@ -574,7 +574,7 @@ class PackedPass:
         if len(groups) == 1:
             (head_set,) = groups
             return self._run_set(index, states, offsets, head_set)
-        spare_rows = len(states) - offsets.tokens
+        spare_rows = len(states) - offsets.num_tokens
         if len(groups) > MAX_SETS:
             positions = self._slices.layers[index].positions
             interchangeable = positions is None or not positions.tables
@@ -593,7 +593,7 @@ class PackedPass:
         self, index: int, states: Tensor, offsets: BatchOffsets, head_set: HeadSet
     ) -> Tensor:
         """Run one layer for items that all keep the same heads."""
-        if not head_set or not offsets.tokens:
+        if not head_set or not offsets.num_tokens:
             return states  # a layer without heads is skipped, including its feed-forward net
         kept = self._slices.get(index, head_set)
         return run_layer(states, kept, PackedBackend(self.kernels, offsets))

@@ -167,14 +167,14 @@ class RoutedWeights:
     def up(self, states: Tensor) -> Any:
         """Map states [N', D] to neurons; if heads own them, to a list with one tensor per head."""
         if self.spec.neurons_per_head is None:
-            return self._weights.uncoupled_net[0](states)
+            return self._weights.shared_feed_forward[0](states)
         read = states.to(self._dtype)
         return [kept.up(read.index_select(0, pairs.rows)) for pairs, kept in self._by_head]
 
     def down(self, neurons: Any) -> Tensor:
         """Map neurons to states [N', D]."""
         if self.spec.neurons_per_head is None:
-            return self._weights.uncoupled_net[1](neurons)
+            return self._weights.shared_feed_forward[1](neurons)
         added = self._down_bias.float().repeat(self.routing.rows, 1)
         for (pairs, kept), of_head in zip(self._by_head, neurons, strict=True):
             added.index_add_(0, pairs.rows, kept.down(of_head).float())
@@ -220,8 +220,8 @@ class RoutedBackend(PlainSums):
             if not head_set:
                 continue
             num_heads = len(head_set)
-            count = num_heads * offsets.tokens
-            part = projected[start : start + count].view(offsets.tokens, num_heads * width)
+            count = num_heads * offsets.num_tokens
+            part = projected[start : start + count].view(offsets.num_tokens, num_heads * width)
             positions = weights.positions
             if positions is not None and positions.tables:
                 positions = positions.of_heads(torch.tensor(head_set, device=projected.device))

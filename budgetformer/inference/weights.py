@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,7 +23,7 @@ from budgetformer.model.layer import EncoderLayer, LayerSpec
 from budgetformer.model.positions import Positions
 
 HeadSet = tuple[int, ...]
-Row = tuple[Tensor, Tensor]
+WeightAndBias = tuple[Tensor, Tensor]
 """Weight and bias of a linear map."""
 
 CACHE_BYTES = 256 * 2**20
@@ -71,8 +71,8 @@ class Slice:
 class LayerMatrices:
     """One layer's weights for all heads, from which slices are taken.
 
-    Queries, keys and values are interleaved by head, [H * 3 * D/H, D], so that the first heads of a
-    ranked layer are its first rows.
+    Queries, keys and values are interleaved by head, [H * 3 * D/H, D]: once heads are ordered by
+    rank, the first k heads are the first rows of the matrix.
 
     Args:
         layer: layer whose weights are sliced.
@@ -105,7 +105,7 @@ class LayerMatrices:
         if net.gate is not None:
             self._up = self._gated(self._read(net.gate), self._up)
         self._sizes = sizes
-        self._activation: Linear = net.activation
+        self._activation: Callable[[Tensor], Tensor] = net.activation
         self._pack_linear = pack_linear
 
     @property
@@ -116,27 +116,37 @@ class LayerMatrices:
 
     @property
     def biases(self) -> tuple[Tensor, Tensor]:
-        """Biases of `output` and `down`, [D] each; slices without bias leave them to the caller."""
+        """Biases of `output` and `down`, [D] each.
+
+        A caller that takes slices with `with_bias=False` adds them itself. A feed-forward net that
+        all slices share always includes its biases.
+        """
         return self._output[1], self._down[1]
 
     def slice_heads(self, head_set: HeadSet, with_bias: bool = True) -> Slice:
-        """Pack the rows and columns of a head set; in float32, the first heads are not copied."""
+        """Pack the rows and columns of a head set; in float32, the first heads are not copied.
+
+        Args:
+            head_set: indices of the heads.
+            with_bias: whether `output`, and `down` if neurons belong to heads, add their biases. A
+                caller that sums the results of several slices passes False, and adds `biases` once.
+        """
         sizes = self._sizes
         columns = self._index(head_set, sizes.head_size)
         fused = self._index(head_set, sizes.head_size * 3)
         qkv = Weights("qkv", self._qkv[0][fused], self._qkv[1][fused])
         output_bias, down_bias = self.biases if with_bias else (None, None)
         output = Weights("output", self._output[0], output_bias, columns)
-        packed = [qkv, output]
+        unpacked = [qkv, output]
         if sizes.neurons_per_head is None:
-            up, down = self.uncoupled_net
+            up, down = self.shared_feed_forward
         else:
             neurons = self._index(head_set, sizes.neurons_per_head)
             rows = self._index(head_set, sizes.neurons_per_head * self._rows_per_neuron)
-            packed.append(Weights("up", self._up[0][rows], self._up[1][rows]))
-            packed.append(Weights("down", self._down[0], down_bias, neurons))
-            up, down = self._pack_up(packed[2]), self._pack_linear(packed[3])
-        copied = packed
+            unpacked.append(Weights("up", self._up[0][rows], self._up[1][rows]))
+            unpacked.append(Weights("down", self._down[0], down_bias, neurons))
+            up, down = self._pack_up(unpacked[2]), self._pack_linear(unpacked[3])
+        copied = unpacked
         if self._dtype == torch.float32 and isinstance(columns, slice):
             copied = []  # views
         positions = self.positions
@@ -156,14 +166,14 @@ class LayerMatrices:
         )
 
     @cached_property
-    def uncoupled_net(self) -> tuple[Linear, Linear]:
-        """The feed-forward net if it is not coupled to heads: the same in every slice."""
+    def shared_feed_forward(self) -> tuple[Linear, Linear]:
+        """Both maps of a feed-forward net whose neurons do not belong to heads, for all slices."""
         up, down = Weights("up", *self._up), Weights("down", *self._down)
         return self._pack_up(up), self._pack_linear(down)
 
     def forget(self) -> None:
-        """Drop the feed-forward net that all slices share."""
-        self.__dict__.pop("uncoupled_net", None)
+        """Drop `shared_feed_forward`; it is packed again on demand."""
+        self.__dict__.pop("shared_feed_forward", None)
 
     def _pack_up(self, weights: Weights) -> Linear:
         """Pack the first map of the feed-forward net, with activation and gate."""
@@ -188,7 +198,7 @@ class LayerMatrices:
         """Rows of the feed-forward net's first map per neuron."""
         return 2 if self.spec.gated else 1
 
-    def _gated(self, gate: Row, up: Row) -> Row:
+    def _gated(self, gate: WeightAndBias, up: WeightAndBias) -> WeightAndBias:
         """Interleave gate and up by head: a head's gate rows, then its up rows."""
         neurons = self.spec.neurons_per_head or len(up[0])
         weight, bias = (
@@ -197,12 +207,20 @@ class LayerMatrices:
         )
         return weight.flatten(0, 2), bias.flatten()
 
-    def _read(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Return weight and bias; only float32 passes, whose slices may be views, convert here."""
+    def _read(self, linear: nn.Linear) -> WeightAndBias:
+        """Return weight and bias.
+
+        Slices in float32 may be views, so the weight is converted to float32 here. For other types
+        it is converted when a slice is packed.
+        """
         weight = linear.weight.detach()
         return weight.float() if self._dtype == torch.float32 else weight, linear.bias.detach()
 
     def _index(self, head_set: HeadSet, size: int) -> slice | Tensor:
+        """Return the index of the rows or columns of a head set, `size` for each head.
+
+        A slice for the first heads, which gives views; otherwise a tensor, which gives copies.
+        """
         if head_set == tuple(range(len(head_set))):
             return slice(0, len(head_set) * size)
         starts = torch.tensor(head_set, device=self._qkv[0].device).unsqueeze(1) * size
@@ -253,7 +271,13 @@ class SliceCache:
             layer.forget()
 
     def get(self, layer: int, head_set: HeadSet, with_bias: bool = True) -> Slice:
-        """Return a layer's slice for a head set, packing it on first use."""
+        """Return a layer's slice for a head set, packing it on first use.
+
+        Args:
+            layer: index of the layer.
+            head_set: indices of the heads.
+            with_bias: see `LayerMatrices.slice_heads`.
+        """
         key = (layer, head_set, with_bias)
         packed = self._slices.get(key)
         if packed is not None:

@@ -25,21 +25,25 @@ def make_key(
         typer.Option(help="Scope: classify, jobs or admin; may be repeated. Default: classify."),
     ] = None,
     texts_per_second: Annotated[
-        float | None, typer.Option(help="Highest mean rate of texts. Default: no limit.")
+        float | None,
+        typer.Option(help="Maximum average number of texts per second. Default: no limit."),
     ] = None,
     burst: Annotated[
-        int | None, typer.Option(help="Most texts at once. Default: the texts of one second.")
+        int | None, typer.Option(help="Maximum texts in a burst. Default: one second's worth.")
     ] = None,
     max_requests: Annotated[
-        int | None, typer.Option(help="Most requests in flight. Default: no limit.")
+        int | None, typer.Option(help="Maximum number of concurrent requests. Default: no limit.")
     ] = None,
 ) -> None:
-    """Create a key: print the key once, to stderr, and its line for the key file to stdout."""
+    """Create an API key.
+
+    Prints its secret to stderr, this once only, and its key-file line to stdout.
+    """
     limits = {
         "texts_per_second": texts_per_second, "burst": burst, "max_requests": max_requests,
     }  # fmt: skip
-    secret, key = new_key(scope or ["classify"], **limits)
-    check_keys({name: key})
-    typer.echo(key_line(name, key))
-    err.print("The key, shown only once:", style="dim")
+    secret, key_record = new_key(scope or ["classify"], **limits)
+    check_keys({name: key_record})
+    typer.echo(key_line(name, key_record))
+    err.print("The secret of the key, shown only once:", style="dim")
     typer.echo(secret, err=True)

@@ -197,24 +197,24 @@ def _texts(
     hard_share: float | None,
     seed: int,
 ) -> Population:
-    from service.simulation.texts import made_up_texts, measured_texts
+    from service.simulation.texts import generate_texts, measure_texts
 
     if data is not None:
         from budgetformer.tables import read_texts
 
         rows, pairs = read_texts(data)
         inputs = rows if pairs is None else list(zip(rows, pairs, strict=True))
-        population = measured_texts(checkpoint, inputs[:: math.ceil(len(inputs) / MAX_TEXTS)])
+        population = measure_texts(checkpoint, inputs[:: math.ceil(len(inputs) / MAX_TEXTS)])
     else:
         rules = {level: checkpoint.rule(level) for level in QUALITY_NAMES}
         manifest = checkpoint.manifest
-        population = made_up_texts(
+        population = generate_texts(
             rules,
             mean_tokens,
             manifest.max_tokens,
             tail,
             seed=seed,
-            whole_tokens=manifest.whole_tokens,
+            max_step_0_tokens=manifest.whole_tokens,
         )
     return population if hard_share is None else population.with_hard_share(hard_share)
 

@@ -32,18 +32,20 @@ from service.settings import Pool, Settings, SettingsError
 log = structlog.get_logger()
 
 NAME = "budgetformer"
-UNBOUNDED = 100_000
-"""Limit of requests in a replica. Engines and frontends have their own limits, and answer 429."""
+MAX_ONGOING_REQUESTS = 100_000
+"""Ray's request limit per replica, too high to matter: engines and frontends apply their own and
+answer 429."""
 STATS_SECONDS = 0.5
-"""Interval at which replicas report their load to routers."""
+"""Interval at which replicas report their load to the routers, in seconds."""
 LOOK_BACK_SECONDS = 12.0
-"""Age up to which reports count for scaling; Ray collects them every ten seconds."""
-HUB_SECONDS = 1.0
-"""Time for the hub to end; its streams never end by themselves."""
+"""Maximum age of the reports that count for scaling; Ray collects them every ten seconds."""
+HUB_SHUTDOWN_SECONDS = 1.0
+"""Time after which the hub is stopped; its streams never end by themselves."""
 QUIET = LoggingConfig(enable_access_log=False)
 """Ray's access log is off, since the server writes its own."""
-HEAD = {"node:__internal_head__": 0.001}
-"""Ray's resource name of the head node. The cluster depends on it anyway, so the hub runs there."""
+ON_HEAD_NODE = {"node:__internal_head__": 0.001}
+"""Resource request that only Ray's head node can meet. The hub runs there, because the cluster
+depends on that node anyway."""
 
 
 def application(settings: dict[str, Any]) -> Application:
@@ -63,11 +65,11 @@ def build(settings: Settings) -> Application:
     settings.check_access()
     values = _without_secrets(settings)
     drain = settings.drain_seconds
-    common = {"max_ongoing_requests": UNBOUNDED, "logging_config": QUIET}
+    common = {"max_ongoing_requests": MAX_ONGOING_REQUESTS, "logging_config": QUIET}
     hub = serve.deployment(HubReplica).options(
         name="hub",
-        ray_actor_options={"num_cpus": 0, "resources": HEAD},
-        graceful_shutdown_timeout_s=HUB_SECONDS,
+        ray_actor_options={"num_cpus": 0, "resources": ON_HEAD_NODE},
+        graceful_shutdown_timeout_s=HUB_SHUTDOWN_SECONDS,
         **common,
     ).bind(values)  # fmt: skip
     engines = [
@@ -80,7 +82,7 @@ def build(settings: Settings) -> Application:
                 request_router_class="service.cluster.router:BudgetRouter",
                 request_routing_stats_period_s=STATS_SECONDS,
             ),
-            **_size(pool),
+            **_replica_options(pool),
             **common,
         ).bind(values, pool.model_dump(), name, hub)
         for name, pool in settings.ordered_pools().items()
@@ -99,13 +101,15 @@ def build(settings: Settings) -> Application:
 def _without_secrets(settings: Settings) -> dict[str, Any]:
     """Return the settings for the replicas, with hashes of keys instead of the admin key."""
     keys = {name: key.model_dump(mode="json") for name, key in settings.all_keys().items()}
-    # `anonymous` is evaluated here: the admin key among `keys` would turn it off in the replicas.
+    # Evaluate `anonymous` now: replicas see the admin key in `keys`, and would conclude that
+    # anonymous access is off.
     access = {"keys": keys, "allow_anonymous": settings.anonymous}
     no_admin_key = {"admin_key": None, "admin_key_file": None}
     return settings.model_dump(mode="json") | access | no_admin_key
 
 
-def _size(pool: Pool) -> dict[str, Any]:
+def _replica_options(pool: Pool) -> dict[str, Any]:
+    """Return a deployment's options for a fixed number of replicas, or for autoscaling."""
     if pool.max_replicas is None or pool.max_replicas == pool.replicas:
         return {"num_replicas": pool.replicas}
     policy = AutoscalingPolicy(
@@ -139,7 +143,8 @@ def run(settings: Settings) -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init(namespace="serve", log_to_driver=False)
     else:
-        # Ray only counts cores: it gets as many as all replicas request, whatever the host has.
+        # Ray does not reserve cores, it only counts them, so declare as many as all replicas
+        # request, whatever the host has.
         pools = settings.ordered_pools().values()
         cpus = sum((pool.max_replicas or pool.replicas) * pool.cpus for pool in pools)
         for name, value in RAY.items():

@@ -22,7 +22,7 @@ from budgetformer.inference.policy import QualityName
 from service.settings import Settings
 from service.simulation.costs import LEAST, Asked, EngineCost, ServerCosts, fit_server
 from service.simulation.engine import SimEngine, SimModel, SimRequest
-from service.simulation.texts import Text, measured_texts
+from service.simulation.texts import Text, measure_texts
 
 FORMS: tuple[tuple[QualityName, int], ...] = (
     ("fast", 1), ("balanced", 1), ("best", 1), ("best", 4), ("balanced", 16), ("balanced", 64),
@@ -61,9 +61,9 @@ def calibrate(
     if len(texts) < 2:
         raise DataError("at least two texts are required")
     chosen = texts[:: math.ceil(len(texts) / MAX_TEXTS)]
-    samples = zip(chosen, measured_texts(checkpoint, chosen).texts, strict=True)
+    samples = zip(chosen, measure_texts(checkpoint, chosen).texts, strict=True)
     ordered = [Sample(*sample) for sample in samples]
-    ordered.sort(key=lambda sample: sample.text.exit_tokens)
+    ordered.sort(key=lambda sample: sample.text.step_0_tokens)
     halves = ordered[: len(ordered) // 2], ordered[len(ordered) // 2 :]
     connection = _connection(url)
     try:
@@ -153,7 +153,9 @@ class _MeasuringClient:
         passes = statistics.fmean(seconds for _, seconds in ran)
         form = Asked(
             texts=count,
-            tokens=statistics.fmean(sum(text.exit_tokens for text in texts) for texts in requests),
+            tokens=statistics.fmean(
+                sum(text.step_0_tokens for text in texts) for texts in requests
+            ),
             runs=statistics.fmean(runs for runs, _ in ran),
             frontend=frontend,
             engine=engine - passes,
@@ -171,7 +173,7 @@ class _MeasuringClient:
                 while time.perf_counter() - began < self._seconds:
                     sample = next(drawn)
                     self._request([sample], "fast", connection)
-                    tokens.append(sample.text.exit_tokens)
+                    tokens.append(sample.text.step_0_tokens)
             return tokens
 
         with ThreadPoolExecutor(CALLERS) as threads:

@@ -72,7 +72,7 @@ class SimRequest:
         self.arrived = arrived
         self.deadline = deadline
         self.texts = texts
-        self.tokens = sum([text.exit_tokens for text in texts])
+        self.tokens = sum([text.step_0_tokens for text in texts])
         self.lane: Lane = lane_of(len(texts))
         self.level: QualityName = DEFAULT_QUALITY
         self.open = 0

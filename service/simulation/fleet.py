@@ -152,18 +152,18 @@ class Summary:
 
 
 def requests(
-    population: Population, traffic: Traffic, draw: np.random.Generator
+    population: Population, traffic: Traffic, generator: np.random.Generator
 ) -> Iterator[tuple[float, list[int]]]:
     """Draw requests: the arrival of each, and the indices of its texts in the population."""
-    times, sizes = traffic.draw(draw)
-    drawn = iter(population.draw(int(sizes.sum()), draw).tolist())
+    times, sizes = traffic.draw(generator)
+    drawn = iter(population.draw(int(sizes.sum()), generator).tolist())
     for at, size in zip(times.tolist(), sizes.tolist(), strict=True):
         yield at, list(islice(drawn, size))
 
 
 def run(fleet: Fleet, traffic: Traffic, seed: int = 0) -> Run:
     """Simulate a fleet until the last answer; the same seed gives the same run."""
-    draw = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     sampled = traffic.times(fleet.sample / fleet.servers)
     texts = fleet.population.texts
     records = Records()
@@ -171,8 +171,8 @@ def run(fleet: Fleet, traffic: Traffic, seed: int = 0) -> Run:
         SimServer(fleet.model, fleet.settings, fleet.cores, fleet.costs, records)
         for _ in range(fleet.sample)
     ]
-    choose = _router(fleet.router, servers, draw)
-    for number, (at, indices) in enumerate(requests(fleet.population, sampled, draw)):
+    choose = _router(fleet.router, servers, generator)
+    for number, (at, indices) in enumerate(requests(fleet.population, sampled, generator)):
         server = choose(number, at)
         server.advance(at)
         server.offer([texts[index] for index in indices])
@@ -191,13 +191,13 @@ def run(fleet: Fleet, traffic: Traffic, seed: int = 0) -> Run:
 
 
 def _router(
-    router: Router, servers: Sequence[SimServer], draw: np.random.Generator
+    router: Router, servers: Sequence[SimServer], generator: np.random.Generator
 ) -> Callable[[int, float], SimServer]:
     """Return a function that chooses a server, given the number and arrival of a request."""
     count = len(servers)
     if router == "turns" or count == 1:
         return lambda number, _: servers[number % count]
-    choices = _forever(lambda: draw.integers(count, size=CHOICES).tolist())
+    choices = _forever(lambda: generator.integers(count, size=CHOICES).tolist())
     if router == "random":
         return lambda *_: servers[next(choices)]
 

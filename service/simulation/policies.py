@@ -18,7 +18,7 @@ from budgetformer.cost.table import CostTable, read_tables
 from budgetformer.inference.policy import QUALITY_NAMES, BudgetRule
 from service.scheduling.buckets import Buckets, Lane, Span, lane_of
 from service.simulation.device import Scheduler, SimDevice, SimItem, SimRequest
-from service.simulation.texts import steps_of
+from service.simulation.texts import paths_with_shares
 
 BATCH_SECONDS, BATCH_ITEMS = 0.05, 256
 SECONDS = 60.0
@@ -87,7 +87,7 @@ class Mix:
     @classmethod
     def of(cls, rules: Sequence[BudgetRule]) -> Mix:
         """Return the mix of calibrated rules with equally many requests each."""
-        return cls([path for rule in rules for path in steps_of(rule)])
+        return cls([path for rule in rules for path in paths_with_shares(rule)])
 
     def item(self, draw: random.Random) -> SimItem:
         """Draw a text."""

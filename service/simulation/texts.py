@@ -19,7 +19,7 @@ Steps = tuple[int, ...]
 """Ladder steps that a text runs in this order; empty: step 0 answers it."""
 
 BATCH_TEXTS = 32
-"""Texts in a pass while they are measured."""
+"""Number of texts in a pass of `measure_texts`."""
 MIN_SHARE = 1e-9
 """Smaller shares of the texts are rounding errors."""
 
@@ -30,28 +30,23 @@ class Text:
 
     Attributes:
         tokens: number of tokens that the encoder reads.
-        steps: its steps at each quality level.
-        whole: number of tokens that step 0 reads; None: `tokens`.
+        steps: steps that the text runs at each quality level.
+        step_0_tokens: number of tokens that the frontend tokenizes and step 0 reads.
     """
 
     tokens: int
     steps: Mapping[QualityName, Steps]
-    whole: int | None = None
-
-    @property
-    def exit_tokens(self) -> int:
-        """Number of tokens that step 0 reads and the frontend tokenizes."""
-        return self.tokens if self.whole is None else self.whole
+    step_0_tokens: int
 
     def step_after(self, step: int, level: QualityName) -> int | None:
-        """Return the step that follows one of its steps at a level; None: it was the last."""
+        """Return the text's next step after `step` at a level; None if `step` is its last."""
         steps = self.steps[level]
         following = steps.index(step) + 1
         return steps[following] if following < len(steps) else None
 
     @property
     def hard(self) -> bool:
-        """Whether it enters the encoder at the normal level."""
+        """Whether the text runs a step of the encoder at the level `balanced`."""
         return bool(self.steps["balanced"])
 
 
@@ -69,7 +64,7 @@ class Population:
 
     @property
     def hard_share(self) -> float:
-        """Share of the drawn texts that enter the encoder at the normal level."""
+        """Share of the drawn texts that are hard, 0..1."""
         return float(np.average([text.hard for text in self.texts], weights=self.weights))
 
     @property
@@ -78,10 +73,10 @@ class Population:
         return float(np.average([text.tokens for text in self.texts], weights=self.weights))
 
     def with_hard_share(self, share: float) -> Population:
-        """Return the same texts with weights so that this share of them enters the encoder.
+        """Return the same texts, weighted so that this share of the drawn ones is hard.
 
         Raises:
-            DataError: all texts enter the encoder, or none does.
+            DataError: all texts are hard, or none is.
         """
         hard = np.array([text.hard for text in self.texts])
         if hard.all() or not hard.any():
@@ -89,14 +84,14 @@ class Population:
         weights = np.where(hard, share / hard.sum(), (1 - share) / (~hard).sum())
         return replace(self, weights=weights)
 
-    def draw(self, count: int, seed: np.random.Generator) -> np.ndarray:
+    def draw(self, count: int, generator: np.random.Generator) -> np.ndarray:
         """Draw indices of `texts`."""
         if self.weights is None:
-            return seed.integers(len(self.texts), size=count)
-        return seed.choice(len(self.texts), size=count, p=self.weights)
+            return generator.integers(len(self.texts), size=count)
+        return generator.choice(len(self.texts), size=count, p=self.weights)
 
 
-def measured_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]]) -> Population:
+def measure_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]]) -> Population:
     """Run texts through the network at every level, and return their tokens and steps.
 
     Raises:
@@ -119,7 +114,7 @@ def measured_texts(checkpoint: Checkpoint, texts: Sequence[str | tuple[str, str]
             Text(
                 len(encoding),
                 {level: _steps(rows[index]) for level, rows in ran.items()},
-                None if encoding.full_ids is None else len(encoding.full_ids),
+                len(encoding if encoding.full_ids is None else encoding.full_ids),
             )
             for index, encoding in enumerate(encodings)
         ]
@@ -136,52 +131,58 @@ def _steps(ran: np.ndarray) -> Steps:
     return tuple((np.flatnonzero(ran) + 1).tolist())
 
 
-def made_up_texts(
+def generate_texts(
     rules: Mapping[QualityName, BudgetRule],
     mean_tokens: float,
-    most_tokens: int,
+    max_tokens: int,
     tail: float | None = None,
     count: int = 4096,
     seed: int = 0,
-    whole_tokens: int = 0,
+    max_step_0_tokens: int = 0,
 ) -> Population:
     """Generate texts whose steps at each level have the shares of calibration.
 
-    A text that is hard at one level is hard at the others too. Length and difficulty are
-    independent.
+    Texts have the same order of difficulty at every level. Length and difficulty are independent.
 
     Args:
         rules: budget rule of each level.
-        mean_tokens: mean tokens of a text, before it is cut to `most_tokens`.
-        most_tokens: most tokens that the encoder reads.
+        mean_tokens: mean number of tokens of a text, before it is truncated.
+        max_tokens: maximum number of tokens that the encoder reads.
         tail: index of a Pareto tail of the lengths, above 1; the nearer to 1, the heavier the tail.
             None: lengths are log-normal with a standard deviation of 0.5 of the logarithm.
         count: number of texts.
         seed: random seed.
-        whole_tokens: most tokens that step 0 reads, at least `most_tokens`.
+        max_step_0_tokens: maximum number of tokens that step 0 reads, if above `max_tokens`.
     """
-    draw = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     if tail is None:
-        lengths = draw.lognormal(-0.125, 0.5, count) * mean_tokens
+        # The mean of exp(normal(-0.125, 0.5)) is 1, because -0.125 = -0.5**2 / 2.
+        lengths = generator.lognormal(-0.125, 0.5, count) * mean_tokens
     else:
-        lengths = (1 + draw.pareto(tail, count)) * mean_tokens * (tail - 1) / tail
-    wholes = np.clip(np.rint(lengths), 3, max(most_tokens, whole_tokens)).astype(int)
-    paths = {level: steps_of(rule) for level, rule in rules.items()}
+        lengths = (1 + generator.pareto(tail, count)) * mean_tokens * (tail - 1) / tail
+    longest = max(max_tokens, max_step_0_tokens)
+    step_0_tokens = np.clip(np.rint(lengths), 3, longest).astype(int)
+    paths = {level: paths_with_shares(rule) for level, rule in rules.items()}
     # Evenly spaced instead of random, so that the shares are exactly those of calibration.
-    difficulties = draw.permutation((np.arange(count) + 0.5) / count)
+    difficulties = generator.permutation((np.arange(count) + 0.5) / count)
     return Population(
         [
-            Text(min(n, most_tokens), {level: _at(at, path) for level, path in paths.items()}, n)
-            for n, at in zip(wholes.tolist(), difficulties, strict=True)
+            Text(
+                min(tokens, max_tokens),
+                {level: _path_at(difficulty, path) for level, path in paths.items()},
+                tokens,
+            )
+            for tokens, difficulty in zip(step_0_tokens.tolist(), difficulties, strict=True)
         ]
     )
 
 
-def steps_of(rule: BudgetRule) -> list[tuple[float, Steps]]:
-    """Return the paths of steps under a rule with their shares of the texts, the easiest first.
+def paths_with_shares(rule: BudgetRule) -> list[tuple[float, Steps]]:
+    """Return each path through the ladder under a rule, with the share of the texts that take it.
 
-    The shares of each step are those that the scheduler expects. Whether a text continues after a
-    step does not depend on the steps before.
+    Paths of easier texts come first. The share of the texts that run a step is the one that the
+    scheduler expects. Assumes that whether a text continues after a step does not depend on the
+    steps before it.
     """
     outlook = Outlook.of(rule)
     ended: list[tuple[float, Steps]] = []
@@ -198,7 +199,7 @@ def steps_of(rule: BudgetRule) -> list[tuple[float, Steps]]:
     return [(share, steps) for share, steps in paths if share > MIN_SHARE]
 
 
-def _at(difficulty: float, paths: Sequence[tuple[float, Steps]]) -> Steps:
+def _path_at(difficulty: float, paths: Sequence[tuple[float, Steps]]) -> Steps:
     """Return the path of a text whose difficulty is a quantile, 0..1."""
     bounds = accumulate(share for share, _ in paths)
     return next(

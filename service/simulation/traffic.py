@@ -67,13 +67,13 @@ class Traffic:
         kept = tuple((share, size) for share, size in sizes if share)
         return replace(self, rates=texts * requests, sizes=kept)
 
-    def draw(self, seed: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw the sorted arrival times of requests, and the number of texts of each."""
-        counts = seed.poisson(self.rates * self.slot)
+        counts = generator.poisson(self.rates * self.slot)
         begin = np.repeat(np.arange(len(self.rates)) * self.slot, counts)
-        times = np.sort(begin + seed.random(len(begin)) * self.slot)
+        times = np.sort(begin + generator.random(len(begin)) * self.slot)
         shares = [share for share, _ in self.sizes]
-        sizes = seed.choice([texts for _, texts in self.sizes], size=len(times), p=shares)
+        sizes = generator.choice([texts for _, texts in self.sizes], size=len(times), p=shares)
         return times, sizes
 
 

@@ -12,7 +12,7 @@ from service.ipc.engine_messages import BatchRan, ToFrontend
 from service.settings import Settings
 from service.simulation.costs import EngineCost
 from service.simulation.engine import SimEngine, SimModel, SimRequest
-from service.simulation.texts import measured_texts
+from service.simulation.texts import measure_texts
 from tests.support.serving import Service, held, service
 from tests.support.stores import CHAINED, LABELS, TOPICS, sentences
 from tests.support.waiting import until
@@ -31,7 +31,7 @@ async def compare(fresh: Service) -> None:
     (model,) = core.models.values()
     words = [sentence for label in LABELS for sentence in sentences(label)[:9]]
     texts = dict(
-        zip(words, measured_texts(read_checkpoint(model.checkpoint.path), words).texts, strict=True)
+        zip(words, measure_texts(read_checkpoint(model.checkpoint.path), words).texts, strict=True)
     )
     # The first text holds the device; behind it come single texts, and a large request.
     hard = [word for word in words if texts[word].steps["best"]]

@@ -31,7 +31,7 @@ def model(*steps: StepCost) -> SimModel:
 def text(*steps: int, tokens: int = 100, fast: Sequence[int] | None = None) -> Text:
     """Return a text that runs these steps, at `fast` perhaps others."""
     levels = dict.fromkeys(QUALITY_NAMES, tuple(steps))
-    return Text(tokens, levels if fast is None else levels | {"fast": tuple(fast)})
+    return Text(tokens, levels if fast is None else levels | {"fast": tuple(fast)}, tokens)
 
 
 def settings(**chosen: Any) -> Settings:

@@ -19,10 +19,10 @@ BAGGED_ROWS, BAGGED_COLUMNS, BAGGED_WARPS = 32, 64, 4
 def bag(ids: Tensor, offsets: BatchOffsets, exit_head: ExitHead) -> Tensor:
     """Compute `plain.bag`; the order of an item's sum does not depend on its batch."""
     width = exit_head.weight.embedding_dim
-    result = torch.empty(offsets.items, width, dtype=exit_head.bias.dtype, device=ids.device)
+    result = torch.empty(offsets.num_items, width, dtype=exit_head.bias.dtype, device=ids.device)
     columns = min(tile_side(width), BAGGED_COLUMNS)
-    if offsets.items:
-        _bag[(offsets.items, triton.cdiv(width, columns))](
+    if offsets.num_items:
+        _bag[(offsets.num_items, triton.cdiv(width, columns))](
             ids,
             offsets.starts,
             exit_head.weight.weight,

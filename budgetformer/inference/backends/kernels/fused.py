@@ -79,7 +79,7 @@ def map_norm_map(
             second.bias,
             mapped,
             offsets.starts,
-            offsets.items,
+            offsets.num_items,
             tokens,
             inputs.shape[1],
             first.weight.stride(0),

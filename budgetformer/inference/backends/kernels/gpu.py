@@ -139,14 +139,14 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) ->
         max_distance = positions.max_distance
         biases = positions.by_distance(max_distance + 1).contiguous()
     contexts = projected.new_empty(tokens, num_heads * size)
-    if offsets.tokens:
-        _attend[(triton.cdiv(offsets.tokens, ROWS), num_heads)](
+    if offsets.num_tokens:
+        _attend[(triton.cdiv(offsets.num_tokens, ROWS), num_heads)](
             projected,
             contexts,
             offsets.positions,
             offsets.ends,
             biases,
-            offsets.tokens,
+            offsets.num_tokens,
             math.log2(math.e) / math.sqrt(size),
             num_heads,
             size,
@@ -279,8 +279,8 @@ def _add_norm(
 def mean(states: Tensor, offsets: BatchOffsets) -> Tensor:
     """Compute `plain.mean`; the order of an item's sum does not depend on its batch."""
     width = states.shape[-1]
-    result = states.new_empty(offsets.items, width, dtype=torch.float32)
-    grid = (offsets.items, triton.cdiv(width, POOLED_COLUMNS))
+    result = states.new_empty(offsets.num_items, width, dtype=torch.float32)
+    grid = (offsets.num_items, triton.cdiv(width, POOLED_COLUMNS))
     if math.prod(grid):
         _mean[grid](
             states,
@@ -318,9 +318,9 @@ def _averaged(states, starts, item, column, width, ROWS: tl.constexpr, COLUMNS: 
 def classify(states: Tensor, offsets: BatchOffsets, classifier: nn.Linear) -> Tensor:
     """Compute `plain.classify`; the order of an item's sum does not depend on its batch."""
     width, labels = classifier.in_features, classifier.out_features
-    result = states.new_empty(offsets.items, labels, dtype=torch.float32)
-    if offsets.items:
-        _classify[(offsets.items,)](
+    result = states.new_empty(offsets.num_items, labels, dtype=torch.float32)
+    if offsets.num_items:
+        _classify[(offsets.num_items,)](
             states,
             offsets.starts,
             classifier.weight,

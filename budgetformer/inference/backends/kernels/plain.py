@@ -28,20 +28,20 @@ def bag(ids: Tensor, offsets: BatchOffsets, exit_head: ExitHead) -> Tensor:
     Returns:
         Bags [B, R], the input of `ExitHead.logits`.
     """
-    rows, counts = ids.long(), offsets.counts
+    rows, counts = ids.long(), offsets.divisors
     owner = None if offsets.single_item else offsets.owner
     if exit_head.buckets and len(rows):
         rows = torch.cat([rows, exit_head.neighbours(rows)])
         counts = 2 * counts - 1
         if owner is not None:
             together = owner[:-1] == owner[1:]
-            owner = torch.cat([owner, torch.where(together, owner[:-1], offsets.items)])
+            owner = torch.cat([owner, torch.where(together, owner[:-1], offsets.num_items)])
     added = F.embedding(rows, exit_head.weight.weight).to(exit_head.bias.dtype)
     if owner is None:
         total = added.sum(0, keepdim=True)
     else:
         # One more row for pairs across items and padding rows, which belong to no item.
-        total = added.new_zeros(offsets.items + 1, added.shape[1])
+        total = added.new_zeros(offsets.num_items + 1, added.shape[1])
         total = total.index_add_(0, owner, added)[:-1]
     return total / counts.sqrt()
 
@@ -93,9 +93,9 @@ def attend(projected: Tensor, offsets: BatchOffsets, weights: AttentionHeads) ->
         query, key, value = item.unbind(0)
         return attend_padded(query, key, value, positions, window).transpose(1, 2)
 
-    if offsets.single_item and offsets.tokens == tokens > 0:
+    if offsets.single_item and offsets.num_tokens == tokens > 0:
         return attend_one(per_head).reshape(tokens, num_heads * size)
-    *items, spare = per_head.split([*offsets.lengths, tokens - offsets.tokens], dim=3)
+    *items, spare = per_head.split([*offsets.lengths, tokens - offsets.num_tokens], dim=3)
     contexts = [attend_one(item) for item in items if item.shape[3]]
     if spare.shape[3] or not contexts:
         contexts.append(torch.zeros_like(spare[0]).transpose(1, 2))
@@ -151,11 +151,11 @@ def map_norm_map(
 
 def mean(states: Tensor, offsets: BatchOffsets) -> Tensor:
     """Return the mean state of each item, [B, D] in float32; zeros for items without tokens."""
-    states = states[: offsets.tokens].float()
+    states = states[: offsets.num_tokens].float()
     if offsets.single_item:
-        return states.sum(0, keepdim=True) / max(offsets.tokens, 1)
-    total = states.new_zeros(offsets.items, states.shape[-1])
-    return total.index_add_(0, offsets.owner, states) / offsets.counts
+        return states.sum(0, keepdim=True) / max(offsets.num_tokens, 1)
+    total = states.new_zeros(offsets.num_items, states.shape[-1])
+    return total.index_add_(0, offsets.owner, states) / offsets.divisors
 
 
 def classify(states: Tensor, offsets: BatchOffsets, classifier: nn.Linear) -> Tensor:

@@ -50,8 +50,8 @@ def test_embedding(lengths: Sequence[int], position: str, dtype: torch.dtype) ->
     by.states_dtype = torch.float32
     by.norm.float()
     offsets = BatchOffsets(tuple(lengths), CPU)
-    ids = torch.arange(offsets.tokens) % config.vocab_size
-    kinds = torch.arange(offsets.tokens) % 2
+    ids = torch.arange(offsets.num_tokens) % config.vocab_size
+    kinds = torch.arange(offsets.num_tokens) % 2
     expected = plain.embed(ids, kinds, offsets, by, torch.float32)
     assert_close(gpu.embed(ids.int(), kinds.int(), offsets, by, torch.float32), expected)
     assert gpu.embed(ids, kinds, offsets, by, torch.bfloat16).dtype == torch.bfloat16
@@ -62,8 +62,8 @@ def test_embedding(lengths: Sequence[int], position: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("spare", [0, 3])
 def test_attention(lengths: Sequence[int], heads: int, size: int, spare: int) -> None:
     offsets = BatchOffsets(tuple(lengths), CPU)
-    projected = random(offsets.tokens + spare, heads * 3 * size)
-    used = offsets.tokens
+    projected = random(offsets.num_tokens + spare, heads * 3 * size)
+    used = offsets.num_tokens
     expected = plain.attend(projected, offsets, heads_of(heads))[:used]
     assert_close(gpu.attend(projected, offsets, heads_of(heads))[:used], expected)
 
@@ -80,7 +80,7 @@ def test_attention_with_positions(positions: str, window: int | None) -> None:
         "bias": DistanceBias(random(16, 2), 40),
     }
     read = heads_of(2, known[positions], window)
-    projected = random(offsets.tokens, 2 * 3 * 8)
+    projected = random(offsets.num_tokens, 2 * 3 * 8)
     expected = plain.attend(projected, offsets, read)
     assert_close(gpu.attend(projected, offsets, read), expected)
 
@@ -92,7 +92,9 @@ def test_attention_in_half_precision() -> None:
     # float16: the interpreter multiplies the bits of bfloat16, not its values.
     actual = gpu.attend(projected.half(), offsets, heads_of(2))
     assert actual.dtype == torch.float16
-    assert_close(actual[: offsets.tokens].float(), expected[: offsets.tokens], tolerance=0.005)
+    assert_close(
+        actual[: offsets.num_tokens].float(), expected[: offsets.num_tokens], tolerance=0.005
+    )
 
 
 def test_attention_of_one_item_reads_no_other() -> None:
@@ -152,7 +154,7 @@ def test_bag(lengths: Sequence[int], labels: int, rank: int, buckets: int) -> No
     )
     head, offsets = ExitHead(config).requires_grad_(False), BatchOffsets(tuple(lengths), CPU)
     nn.init.normal_(head.weight.weight)
-    ids = torch.randint(config.vocab_size, (offsets.tokens,), generator=torch.Generator())
+    ids = torch.randint(config.vocab_size, (offsets.num_tokens,), generator=torch.Generator())
     spare = torch.zeros(3, dtype=torch.int32)
     actual = gpu.bag(torch.cat([ids.int(), spare]), offsets, head)
     assert_close(actual, plain.bag(ids, offsets, head))
@@ -178,7 +180,7 @@ def test_exit_evidence(problem: str, labels: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mean(lengths: Sequence[int], width: int, dtype: torch.dtype) -> None:
     offsets = BatchOffsets(tuple(lengths), CPU)
-    states = random(offsets.tokens + 2, width, dtype=dtype)
+    states = random(offsets.num_tokens + 2, width, dtype=dtype)
     assert_close(gpu.mean(states, offsets), plain.mean(states, offsets))
     assert gpu.mean(states, offsets).dtype == torch.float32
 
@@ -207,7 +209,7 @@ def test_nothing_to_do() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_classify(lengths: Sequence[int], width: int, labels: int, dtype: torch.dtype) -> None:
     offsets = BatchOffsets(tuple(lengths), CPU)
-    states = random(offsets.tokens + 2, width, dtype=dtype)
+    states = random(offsets.num_tokens + 2, width, dtype=dtype)
     by = linear(width, labels, gelu=False)
     module = nn.Linear(width, labels).requires_grad_(False)
     module.weight.copy_(by.weight)

@@ -36,7 +36,7 @@ def test_frontend_and_decision_take_the_whole_of_a_long_text() -> None:
     decision, *steps = StepCost(0, 0.001, 0), made.table.steps[1]
     made = replace(made, table=replace(made.table, steps=(decision, *steps)))
     running, records = server(made, ServerCosts(ProcessCost(token=0.002)))
-    running.offer([replace(text(1), whole=1000)])
+    running.offer([replace(text(1), step_0_tokens=1000)])
     running.advance(END)
     assert records.latency[0] == pytest.approx(2.0 + 1.0 + (2.0 + 1.0))
 

@@ -10,7 +10,7 @@ from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import DataError
 from budgetformer.inference.policy import QUALITY_NAMES
-from service.simulation.texts import Population, made_up_texts, measured_texts, steps_of
+from service.simulation.texts import Population, generate_texts, measure_texts, paths_with_shares
 from tests.support.simulated import text
 from tests.support.stores import CHAIN, CHAINED, LABELS, MAX_TOKENS, TOPICS, sentences
 
@@ -23,7 +23,7 @@ def topics(model_store: Path) -> Checkpoint:
 @pytest.mark.parametrize("name", [f"{TOPICS}/2", f"{CHAINED}/1"])
 def test_measured_texts_need_what_the_classifier_spends(model_store: Path, name: str) -> None:
     words = [sentence for label in LABELS for sentence in sentences(label)[:12]]
-    found = measured_texts(read_checkpoint(model_store / name), words).texts
+    found = measure_texts(read_checkpoint(model_store / name), words).texts
     classifier = Classifier(model_store / name, precision="float32")
     for level in QUALITY_NAMES:
         answers = classifier(words, quality=level)
@@ -33,15 +33,15 @@ def test_measured_texts_need_what_the_classifier_spends(model_store: Path, name:
 
 def test_no_text_cannot_be_measured(topics: Checkpoint) -> None:
     with pytest.raises(DataError, match="no texts"):
-        measured_texts(topics, [])
+        measure_texts(topics, [])
 
 
 def test_made_up_texts_need_what_calibration_saw(topics: Checkpoint) -> None:
     rules = {level: topics.rule(level) for level in QUALITY_NAMES}
-    found = made_up_texts(rules, 20.0, 512, seed=1)
+    found = generate_texts(rules, 20.0, 512, seed=1)
     for level, rule in rules.items():
         counts = Counter(t.steps[level] for t in found.texts)
-        for share, steps in steps_of(rule):
+        for share, steps in paths_with_shares(rule):
             assert counts[steps] / len(found.texts) == pytest.approx(share, abs=0.001)
     assert found.mean_tokens == pytest.approx(20.0, rel=0.03)
 
@@ -49,22 +49,22 @@ def test_made_up_texts_need_what_calibration_saw(topics: Checkpoint) -> None:
 def test_a_heavy_tail_has_the_mean_and_is_longer(topics: Checkpoint) -> None:
     rules = {level: topics.rule(level) for level in QUALITY_NAMES}
     plain, heavy = (
-        [t.tokens for t in made_up_texts(rules, 50.0, 5000, tail).texts] for tail in (None, 2.0)
+        [t.tokens for t in generate_texts(rules, 50.0, 5000, tail).texts] for tail in (None, 2.0)
     )
     assert np.mean(heavy) == pytest.approx(50.0, rel=0.15)
     assert np.quantile(heavy, 0.999) > 3 * np.quantile(plain, 0.999)
-    assert max(t.tokens for t in made_up_texts(rules, 50.0, 64, 2.0).texts) == 64
+    assert max(t.tokens for t in generate_texts(rules, 50.0, 64, 2.0).texts) == 64
 
 
 def test_step_0_reads_more_of_the_long_ones(topics: Checkpoint) -> None:
     rules = {level: topics.rule(level) for level in QUALITY_NAMES}
-    found = made_up_texts(rules, 50.0, 64, 2.0, whole_tokens=200).texts
+    found = generate_texts(rules, 50.0, 64, 2.0, max_step_0_tokens=200).texts
     assert max(t.tokens for t in found) == 64
-    assert max(t.exit_tokens for t in found) == 200
-    assert all(t.tokens == min(t.exit_tokens, 64) for t in found)
-    (long, short) = measured_texts(topics, ["The otter slept. " * 20, "The otter slept."]).texts
-    assert long.tokens == MAX_TOKENS < long.exit_tokens
-    assert short.tokens == short.exit_tokens
+    assert max(t.step_0_tokens for t in found) == 200
+    assert all(t.tokens == min(t.step_0_tokens, 64) for t in found)
+    (long, short) = measure_texts(topics, ["The otter slept. " * 20, "The otter slept."]).texts
+    assert long.tokens == MAX_TOKENS < long.step_0_tokens
+    assert short.tokens == short.step_0_tokens
 
 
 def test_the_mix_of_hard_and_easy_texts_can_be_chosen() -> None:
@@ -81,7 +81,7 @@ def test_ways_through_a_chain_are_as_frequent_as_calibration_saw(
     model_store: Path, quality: str | float
 ) -> None:
     rule = read_checkpoint(model_store / CHAINED / "1").rule(quality)
-    ways = steps_of(rule)
+    ways = paths_with_shares(rule)
     assert sum(share for share, _ in ways) == pytest.approx(1)
     ends, runs = defaultdict[int, float](float), defaultdict[int, float](float)
     for share, steps in ways:
@@ -95,5 +95,5 @@ def test_ways_through_a_chain_are_as_frequent_as_calibration_saw(
 
 def test_made_up_texts_run_whole_chains(model_store: Path) -> None:
     chained = read_checkpoint(model_store / CHAINED / "1")
-    found = made_up_texts({level: chained.rule(level) for level in QUALITY_NAMES}, 20.0, 512)
+    found = generate_texts({level: chained.rule(level) for level in QUALITY_NAMES}, 20.0, 512)
     assert {text.steps["best"] for text in found.texts} == {(1,), (2,), (1, 2)}
