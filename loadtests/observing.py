@@ -21,8 +21,12 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import NoOpTracer, Tracer
 from prometheus_client import generate_latest
 
+from service.http.app import create_app
 from service.http.middleware import Observe
 from service.ipc.control_messages import TO_HUB, Report
+from service.ipc.engine_client import Engines
+from service.process import hub_socket
+from service.settings import Settings
 from service.telemetry.context import RequestContext, serving
 from service.telemetry.counts import Counts
 from service.telemetry.metrics import Metrics
@@ -103,6 +107,13 @@ def app(tracing: Tracing | None) -> FastAPI:
     return application
 
 
+def observing(log_share: float) -> Observe:
+    """Return an application that is measured, counted and logged as in a frontend."""
+    settings = Settings(access_log=log_share)
+    state = create_app(settings, Engines([]), hub_socket(Path())).state
+    return Observe(app(None), state.shared, state.dialects)
+
+
 def request_sender(application: Any) -> Callable[[], None]:
     """Return a function that sends one request through an application, without a socket."""
     scope = {
@@ -144,8 +155,7 @@ def costs() -> dict[str, float]:
     tracer, no_tracer = frontend.provider.get_tracer("budgetformer"), NoOpTracer()
     counts = Counts()
     bare, traced = app(None), app(frontend)
-    observed = Observe(app(None), counts, log_share=0.01)
-    logged = Observe(app(None), counts, log_share=1.0)
+    observed, logged = observing(log_share=0.01), observing(log_share=1.0)
     recent = RecentTraffic(metrics)
     bare_cost = microseconds(request_sender(bare))
     return {
