@@ -16,11 +16,11 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 def test_a_pool_that_may_grow_is_scaled_by_our_policy() -> None:
-    from service.cluster.application import _size
+    from service.cluster.application import _replica_options
 
-    assert _size(Pool(replicas=2)) == {"num_replicas": 2}
+    assert _replica_options(Pool(replicas=2)) == {"num_replicas": 2}
     pool = Pool(replicas=1, max_replicas=3, target_seconds=0.5, up_seconds=7, down_seconds=70)
-    config = _size(pool)["autoscaling_config"]
+    config = _replica_options(pool)["autoscaling_config"]
     assert (config.min_replicas, config.max_replicas) == (1, 3)
     assert (config.upscale_delay_s, config.downscale_delay_s) == (7, 70)
     # Ray makes the policy from its name and its arguments, as here.

@@ -80,7 +80,7 @@ async def test_what_differs_is_in_force_everywhere_when_the_answer_comes(
 async def test_a_model_may_have_settings_of_its_own(running: Changeable) -> None:
     own = {
         TOPICS: ModelSettings(
-            quality="fast", quality_floor="balanced", queue_items=3, timeout_ms=1
+            quality="fast", quality_floor="balanced", queue_items=3, timeout_ms=200
         ),
         "absent": ModelSettings(quality="best"),
     }
