@@ -107,7 +107,7 @@ def app(tracing: Tracing | None) -> FastAPI:
     return application
 
 
-def observing(log_share: float) -> Observe:
+def observed_app(log_share: float) -> Observe:
     """Return an application that is measured, counted and logged as in a frontend."""
     settings = Settings(access_log=log_share)
     state = create_app(settings, Engines([]), hub_socket(Path())).state
@@ -155,7 +155,7 @@ def costs() -> dict[str, float]:
     tracer, no_tracer = frontend.provider.get_tracer("budgetformer"), NoOpTracer()
     counts = Counts()
     bare, traced = app(None), app(frontend)
-    observed, logged = observing(log_share=0.01), observing(log_share=1.0)
+    observed, logged = observed_app(log_share=0.01), observed_app(log_share=1.0)
     recent = RecentTraffic(metrics)
     bare_cost = microseconds(request_sender(bare))
     return {

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from budgetformer.adoption.costs import measure_levels
+from budgetformer.adoption.costs import add_timing
 from budgetformer.checkpoint.manifest import CORE_HOUR_PRICE, Provenance, write_manifest
 from budgetformer.checkpoint.staging import check_replaceable, staged
-from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.checkpoint.writing import describe, smallest_dtype, write_network
 from budgetformer.errors import DataError
 from budgetformer.families.conversion import convert_classifier, read_classifier
@@ -194,10 +193,7 @@ def add_budgets(
             **calibration.manifest_fields(),
         )
         write_manifest(folder, manifest)
-        log("measuring time per text")
-        timing = measure_levels(read_checkpoint(folder), examples.subset(held_out), core_hour_price)
-        manifest = manifest.model_copy(update={"timing": timing})
-        write_manifest(folder, manifest)
+        manifest = add_timing(folder, examples.subset(held_out), core_hour_price, log)
         write_card(folder, manifest, [])
     remove_state(work_dir)
     log(f"wrote {output}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from budgetformer.checkpoint.manifest import FULL, Timing
-from budgetformer.checkpoint.store import Checkpoint
+from budgetformer.checkpoint.manifest import FULL, Manifest, Timing, write_manifest
+from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.cost.processor import processor_name
 from budgetformer.training.data import Examples
@@ -49,3 +51,24 @@ def measure_levels(checkpoint: Checkpoint, examples: Examples, core_hour_price: 
         },
         core_hour_price=core_hour_price,
     )
+
+
+def add_timing(
+    folder: Path, examples: Examples, core_hour_price: float, log: Callable[[str], None]
+) -> Manifest:
+    """Measure the quality levels of the checkpoint in a folder, and write them to its manifest.
+
+    Args:
+        folder: checkpoint folder.
+        examples, core_hour_price: see `measure_levels`.
+        log: function that is called with one line per event.
+
+    Returns:
+        The manifest with the times.
+    """
+    log("measuring time per text")
+    checkpoint = read_checkpoint(folder)
+    timing = measure_levels(checkpoint, examples, core_hour_price)
+    manifest = checkpoint.manifest.model_copy(update={"timing": timing})
+    write_manifest(folder, manifest)
+    return manifest

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from budgetformer.adoption.costs import measure_levels
+from budgetformer.adoption.costs import add_timing
 from budgetformer.checkpoint.manifest import Manifest, file_entries, write_manifest
 from budgetformer.checkpoint.staging import check_replaceable, staged
-from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint
+from budgetformer.checkpoint.store import Checkpoint, load_tokenizer
 from budgetformer.checkpoint.writing import smallest_dtype, write_network
 from budgetformer.cost.table import CostTable
 from budgetformer.errors import DataError
@@ -99,7 +99,7 @@ def recalibrate(
                 "created": today(),
                 "files": file_entries(folder),
                 "ranges": ranges,
-                "timing": None,
+                "timing": None,  # of the old levels
                 "metrics": checkpoint.manifest.metrics | {"calibration_rows": float(len(examples))},
             }
             | calibration.manifest_fields()
@@ -107,10 +107,7 @@ def recalibrate(
         write_manifest(folder, manifest)
         timing = checkpoint.manifest.timing
         if timing is not None:
-            log("measuring time per text")
-            timing = measure_levels(read_checkpoint(folder), examples, timing.core_hour_price)
-            manifest = manifest.model_copy(update={"timing": timing})
-            write_manifest(folder, manifest)
+            manifest = add_timing(folder, examples, timing.core_hour_price, log)
         write_card(folder, manifest, [])
     log(f"wrote {output}")
     return manifest

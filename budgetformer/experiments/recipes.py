@@ -1,9 +1,10 @@
-"""Compare training ideas on one data set: variants of a recipe, at equal training time.
+"""Compare training ideas on one data set: variants of a recipe.
 
-`python -m budgetformer.experiments.recipes STUDY.toml --data FOLDER --start ENCODER --out FOLDER`
-trains a checkpoint with each variant and compares their answers at equal mean multiply-adds. An
-interrupted study resumes. A study file has the keys of a recipe, and one table per variant with the
-keys that differ:
+`python -m budgetformer.experiments.recipes STUDY.toml --data FOLDER --start ENCODER --store FOLDER
+--out FOLDER` trains a checkpoint with each variant and compares their answers at equal mean
+multiply-adds. The report states how long each variant took; epochs in the study can make these
+times equal. An interrupted study resumes. A study file has the keys of a recipe, and one table per
+variant with the keys that differ:
 
     budget_epochs = 3
     [variants."random steps only"]
@@ -66,7 +67,7 @@ class Result:
 
     Attributes:
         name: name of the idea.
-        minutes: training time.
+        minutes: time of training and calibration.
         step0, full: accuracy of step 0 and of all heads, 0..1.
         accuracies: accuracy (0..1) at each of `COSTS`; None: its chain cannot run that cheaply.
         gains: percentage points gained over the recipe itself at each of `COSTS` and with all
@@ -91,12 +92,17 @@ def read_study(path: Path) -> list[Variant]:
         values = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"{path}: {error}") from error
-    tables = {BASE: {}} | values.pop("variants", {})
+    tables: dict[str, dict[str, Any]] = values.pop("variants", {})
+    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
+        raise DataError(f'{path}: variants must be tables, such as [variants."no teacher"]')
     variants = []
-    for name, changes in tables.items():
-        keys: dict[str, Any] = values | changes
-        teacher = keys.pop("teacher", None)
-        variants.append(Variant(name, Recipe.read(None, **keys), teacher and Path(teacher)))
+    for name, changes in [(BASE, {}), *tables.items()]:
+        keys = values | changes
+        teacher = keys.pop("teacher", "")
+        if not isinstance(teacher, str):
+            raise DataError(f"{path}: teacher must be a folder, not {teacher!r}")
+        recipe = Recipe.read(None, **keys)
+        variants.append(Variant(name, recipe, Path(teacher) if teacher else None))
     return variants
 
 
@@ -207,11 +213,17 @@ def _run(given: argparse.Namespace) -> str:
 
 
 def _train(variant: Variant, output: Path, given: argparse.Namespace) -> float:
-    """Train a variant unless its checkpoint exists; return the seconds over all attempts."""
+    """Train a variant unless its checkpoint exists; return the seconds over all attempts.
+
+    Raises:
+        DataError: the checkpoint exists, but was trained with another recipe.
+    """
     record = output.parent / SECONDS
-    earlier: float = json.loads(record.read_text()) if record.is_file() else 0.0
+    seconds: float = json.loads(record.read_text()) if record.is_file() else 0.0
     if output.is_dir():
-        return earlier
+        if Recipe.read(None, **read_checkpoint(output).manifest.recipe) != variant.recipe:
+            raise DataError(f"{output}: trained with another recipe; choose another --store")
+        return seconds
     begin = time.monotonic()
     try:
         train_checkpoint(
@@ -226,8 +238,9 @@ def _train(variant: Variant, output: Path, given: argparse.Namespace) -> float:
         )
     finally:
         output.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(earlier + time.monotonic() - begin))
-    return earlier + time.monotonic() - begin
+        seconds += time.monotonic() - begin
+        record.write_text(json.dumps(seconds))
+    return seconds
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the commands of this package write while they run."""
+"""Progress messages of the commands in this package."""
 
 from __future__ import annotations
 

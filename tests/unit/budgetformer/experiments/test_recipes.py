@@ -41,7 +41,9 @@ def test_variants_change_keys_of_the_recipe(study: Path) -> None:
     assert taught.teacher is not None
 
 
-@pytest.mark.parametrize("text", ["sandwich = 1", "[variants.a]\nsandwitch = true", "= 1"])
+@pytest.mark.parametrize(
+    "text", ["sandwich = 1", "[variants.a]\nsandwitch = true", "= 1", "variants = 1", "teacher = 1"]
+)
 def test_a_study_that_is_wrong_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "study.toml"
     path.write_text(text)
@@ -71,6 +73,9 @@ def test_every_variant_is_trained_once_and_compared(study: Path, tmp_path: Path)
     assert main(arguments) == 0
     again = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("store/*/1/manifest.json"))]
     assert (again, len(made)) == (made, 3)
+
+    study.write_text(study.read_text().replace("sandwich = false", "distillation = 0.0"))
+    assert main(arguments) == 1  # the second checkpoint is of another recipe
 
 
 def test_data_without_a_test_file(study: Path, tmp_path: Path) -> None:
