@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from budgetformer.checkpoint.loading import load_network
+from budgetformer.checkpoint.manifest import Manifest
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.cost.macs import encoder_macs, layer_macs
 from budgetformer.errors import DataError
 from budgetformer.experiments.baselines import Baseline
 from budgetformer.experiments.routing import Routing, compare_lengths, compare_routing
 from budgetformer.inference.packed import PackedPass
-from budgetformer.inference.policy import BudgetRule, EntryBand, Measure
+from budgetformer.inference.policy import BudgetRule, EntryBand, Interval, Measure
 from budgetformer.model.answers import confidence, probabilities
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.training.calibration import AnswerTable, answer_all, run_every_step
@@ -73,13 +74,35 @@ class MethodResult:
 
 
 @dataclass(frozen=True)
+class StatedLevel:
+    """What the calibration states about a level, and the same measured on N other texts.
+
+    Attributes:
+        name: name of the level.
+        share, interval: stated accuracy or agreement (the report's measure), 95 % interval.
+        measured: the same, measured.
+        macs_share, macs_interval: stated mean multiply-adds as a share of the dense network's, and
+            their 95 % interval.
+        measured_macs: the same, measured.
+    """
+
+    name: str
+    share: float
+    interval: Interval
+    measured: float
+    macs_share: float
+    macs_interval: Interval
+    measured_macs: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A level compared with one baseline at equal mean cost.
 
     Attributes:
         baseline, level: names of both; the level's name may be empty.
         macs_share: mean cost of both, as a share of the dense network's.
-        accuracy, rival_accuracy: accuracy of the level and of the baseline.
+        accuracy, baseline_accuracy: accuracy of the level and of the baseline.
         gain, low, high: accuracy gained, in percentage points, and its paired 95 % interval.
     """
 
@@ -87,7 +110,7 @@ class Comparison:
     level: str
     macs_share: float
     accuracy: float
-    rival_accuracy: float
+    baseline_accuracy: float
     gain: float
     low: float
     high: float
@@ -130,6 +153,7 @@ class Report:
     measure: Measure
     chain: list[int]
     ways: list[MethodResult]
+    stated: list[StatedLevel]
     routing: list[Routing]
     lengths: list[Routing]
     comparisons: list[Comparison]
@@ -249,6 +273,7 @@ class _Bench:
             routing=compare_routing(self.table, self.labels),
             lengths=compare_lengths(self.table, self.labels),
             ways=[self._result(name, o, times.get(name, {})) for name, o in outcomes.items()],
+            stated=list(self._stated(manifest, named)),
             comparisons=list(self._compare(levels, baselines, manifest.measure)),
             difficulty=difficulty,
             curves=curves,
@@ -413,6 +438,19 @@ class _Bench:
             budgets=_shares(outcome.step),
             milliseconds=milliseconds,
         )
+
+    def _stated(self, manifest: Manifest, named: Mapping[str, _Outcome]) -> Iterator[StatedLevel]:
+        """Compare the levels that state intervals, which those of older checkpoints lack."""
+        measure = manifest.measure
+        right = self.right if measure == "accuracy" else self.table.agrees(self.full.logits)
+        for name, level in manifest.named_levels.items():
+            share, interval = level.reached(measure)
+            if level.macs_interval is not None:
+                measured = float(right[named[name].step, self.table.rows].mean())
+                macs = self._share(named[name])
+                yield StatedLevel(
+                    name, share, interval, measured, level.macs_share, level.macs_interval, macs
+                )
 
     def _difficulty(self, name: str, outcome: _Outcome) -> Difficulty:
         right = self.dense.right

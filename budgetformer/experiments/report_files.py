@@ -54,6 +54,16 @@ def report_text(report: Report) -> str:
         for way in report.ways
         if way.name in report.heads_by_class
     ]
+    stated = [
+        [
+            level.name,
+            "{:.4f} ({:.4f} to {:.4f})".format(level.share, *level.interval),
+            f"{level.measured:.4f}",
+            "{:.1%} ({:.1%} to {:.1%})".format(level.macs_share, *level.macs_interval),
+            f"{level.measured_macs:.1%}",
+        ]
+        for level in report.stated
+    ]
     routing, lengths = _routing(report.routing), _routing(report.lengths)
     baselines = [
         [
@@ -61,7 +71,7 @@ def report_text(report: Report) -> str:
             f"{c.macs_share:.1%}",
             f"{c.accuracy:.4f}",
             c.baseline,
-            f"{c.rival_accuracy:.4f}",
+            f"{c.baseline_accuracy:.4f}",
             f"{c.gain:+.2f}",
             f"{c.low:+.2f} to {c.high:+.2f}",
         ]
@@ -98,6 +108,18 @@ oracle gives each text the smallest step whose answer is right.
 {chain}The levels were calibrated for {report.measure}. Share of the texts that end at each step:
 
 {markdown_table(["level", "steps"], final_steps)}
+
+## Stated and measured
+What the calibration states for texts like its own, with 95 % intervals, and the same on these
+texts.
+
+{
+        markdown_table(
+            ["level", f"stated {report.measure}", "measured"]
+            + ["stated multiply-adds", "measured multiply-adds"],
+            stated,
+        )
+    }
 
 ## Gain from f_o's choice of steps
 The rows choose the steps of texts that step 0 does not answer. Each has its best chain, chosen and

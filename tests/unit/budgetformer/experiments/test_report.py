@@ -23,7 +23,14 @@ from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.modeling import load_model
 from budgetformer.training.data import Examples, TokenizedTexts
 from budgetformer.training.evaluation import evaluate_checkpoint
-from tests.support.stores import TAGS, TOPICS, labelled_examples, labelled_sentences, model_store
+from tests.support.stores import (
+    CHAINED,
+    TAGS,
+    TOPICS,
+    labelled_examples,
+    labelled_sentences,
+    model_store,
+)
 
 __all__ = ["model_store"]
 
@@ -62,6 +69,22 @@ class TestReport:
         text = report_text(report)
         assert "Share of the texts that end at each step" in text
         assert "Gain from f_o's choice of steps" in text
+
+    def test_it_compares_what_calibration_stated_with_what_it_measures(
+        self, model_store: Path
+    ) -> None:
+        checkpoint = read_checkpoint(model_store / CHAINED / "1")
+        examples = labelled_examples(list(checkpoint.manifest.labels))
+        report = report_checkpoint(checkpoint, examples, None, timed=False)
+        rows = {row.quality: row for row in evaluate_checkpoint(checkpoint, examples)}
+        assert [level.name for level in report.stated] == ["fast", "balanced", "best"]
+        for level in report.stated:
+            stated = checkpoint.manifest.named_levels[level.name]
+            assert (level.share, level.interval) == (stated.agreement, stated.agreement_interval)
+            assert level.measured == pytest.approx(rows[level.name].agreement)
+            assert level.measured_macs == pytest.approx(rows[level.name].macs_share, rel=1e-6)
+            line = f"| {level.name} | {level.share:.4f} ("
+            assert line in report_text(report)
 
     def test_nothing_beats_the_oracle(self, report: Report) -> None:
         ways = {way.name: way for way in report.ways}
