@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -34,7 +34,7 @@ import torch
 
 from budgetformer.checkpoint.store import read_store
 from budgetformer.cost.table import read_tables
-from budgetformer.inference.policy import QUALITY_NAMES
+from budgetformer.inference.policy import QUALITY_NAMES, QualityName
 from budgetformer.tables import read_texts
 from budgetformer.training.pages import draw, markdown_table
 from service.settings import Settings
@@ -45,6 +45,8 @@ from service.simulation.plan import Goals, most_rate
 from service.simulation.texts import measure_texts
 from service.simulation.traffic import Traffic, bursts, steady
 
+Quality = Literal["auto"] | QualityName
+QUALITIES: tuple[Quality, ...] = ("auto", *QUALITY_NAMES)
 COMMAND = (sys.executable, "-m", "service.cli")
 SERVER_CORE, CLIENT_CORE = 0, 1
 MAX_TEXTS = 4000
@@ -64,7 +66,7 @@ class Phase:
     """
 
     load: float
-    quality: str
+    quality: Quality
     form: str = "steady"
     texts: int = 1
 
@@ -344,7 +346,7 @@ def main() -> None:
             quality: Fleet(
                 model, population, Settings(quality=quality, engines=1), 1, read_costs(costs)
             )
-            for quality in ("auto", *QUALITY_NAMES)
+            for quality in QUALITIES
         }
         capacity = most_rate(
             fleets["balanced"], steady(1.0, arguments.seconds), Goals(CAPACITY_P99)
