@@ -34,7 +34,7 @@ from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.data import Examples, TokenizedTexts, drawn_rows
 from budgetformer.training.importance import order_by_importance
-from budgetformer.training.pipeline import find_device, prepare
+from budgetformer.training.pipeline import find_data, find_device, prepare
 from budgetformer.training.processes import SINGLE_PROCESS, Processes, join_processes
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import CPU, Log, Trainer, inputs, progress_bar
@@ -277,7 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         processes, device = join_processes(find_device(options.device))
         log = processes.log_of_main(terminal.log)
-        run = prepare(options.data, options.start, recipe, work_dir, processes, log)
+        train_file, _ = find_data(options.data)
+        run = prepare(train_file, options.start, recipe, work_dir, processes, log)
         train_baselines(
             *(run.conversion.model, run.tokens, run.seen, recipe, work_dir, options.out, log),
             run.conversion.origin,
