@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from budgetformer.adoption.as_is import add_classifier
-from budgetformer.bench.baselines import quantize
+from budgetformer.bench.dense_twin import quantize
 from budgetformer.classifier import Classifier
 from budgetformer.cost.processor import processor_name
 from budgetformer.training.data import read_texts

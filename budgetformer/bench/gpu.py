@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from budgetformer.bench.agreement import Agreement, compare_labels
-from budgetformer.bench.baselines import bfloat16_twin, padded
+from budgetformer.bench.dense_twin import bfloat16_twin, padded
 from budgetformer.bench.passes import small_step
 from budgetformer.bench.timing import TokenIds, random_texts, token_ids
 from budgetformer.checkpoint.store import Checkpoint

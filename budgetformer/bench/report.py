@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from budgetformer.bench.baselines import DENSE, baseline_contenders
+from budgetformer.bench.dense_twin import DENSE, baseline_contenders
 from budgetformer.bench.passes import (
     level_contenders,
     picking_contender,
