@@ -9,18 +9,17 @@ number of threads. Agreement is with the pipeline's labels.
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -31,9 +30,9 @@ from budgetformer.cost.processor import processor_name
 from budgetformer.training.data import read_texts
 from budgetformer.training.pages import markdown_table
 from budgetformer.wilson import interval
-from loadtests.servers import free_port
+from loadtests.servers import Server
 
-BATCH, ROUNDS, WAIT_SECONDS = 32, 3, 120.0
+BATCH, ROUNDS = 32, 3
 LOAD = """
 import sys
 from transformers import pipeline
@@ -46,27 +45,12 @@ Answer = Callable[[list[str]], list[str]]
 
 def seconds_to_serve(folder: Path, store: Path, text: str) -> float:
     """Return the seconds from `serve --model` to the first answer."""
-    port = free_port()
-    command = [sys.executable, "-m", "budgetformer", "serve", "--model", str(folder)]
-    command += ["--model-store", str(store), "--port", str(port)]
+    command = [sys.executable, "-m", "budgetformer", "serve", "--port={port}"]
+    command += [f"--model={folder}", f"--model-store={store}"]
     began = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            while time.perf_counter() - began < WAIT_SECONDS:
-                request = urllib.request.Request(
-                    f"http://127.0.0.1:{port}/classify",
-                    json.dumps({"input": text}).encode(),
-                    {"Content-Type": "application/json"},
-                )
-                try:
-                    with urllib.request.urlopen(request, timeout=10) as response:
-                        json.load(response)
-                    return time.perf_counter() - began
-                except (urllib.error.URLError, OSError):
-                    time.sleep(0.02)
-            raise SystemExit(f"no answer within {WAIT_SECONDS:g} s")
-        finally:
-            server.terminate()
+    with Server(command, sorted(os.sched_getaffinity(0))) as server:
+        httpx.post(f"{server.url}/classify", json={"input": text}, timeout=10).raise_for_status()
+        return time.perf_counter() - began
 
 
 def seconds_of_pipeline(folder: Path, text: str) -> float:
