@@ -566,4 +566,4 @@ def _fit_controllers(
     rule = BudgetRule(num_steps=config.num_steps, fixed=1)
     cheapest = torch.from_numpy(answer_all(PackedPass(model), tokens, rule).logits)
     target = wrong(cheapest, labels, config.problem_type)
-    fit_controllers(model, pooled_states(model, tokens, "pooled states"), target, seed)
+    fit_controllers(model, pooled_states(model, tokens), target, seed)
