@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from budgetformer.adoption.as_is import add_classifier
-from budgetformer.bench.dense_twin import quantize
+from budgetformer.bench.dense_twin import export_onnx, onnx_session
 from budgetformer.classifier import Classifier
 from budgetformer.cost.processor import processor_name
 from budgetformer.training.data import read_texts
@@ -73,18 +73,12 @@ def of_pipeline(folder: Path, max_tokens: int) -> Answer:
 
 def of_onnx(folder: Path, scratch: Path, max_tokens: int, threads: int) -> Answer:
     """Return a function that classifies in ONNX Runtime, with the weights in int8."""
-    import onnxruntime
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
     inputs = list(tokenizer(["a", "b"], return_tensors="pt"))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        quantize(model, inputs, scratch), options, providers=["CPUExecutionProvider"]
-    )
+    _, int8 = export_onnx(model, scratch, inputs)
+    session = onnx_session(int8, threads)
 
     def answer(texts: list[str]) -> list[str]:
         labels: list[str] = []
