@@ -116,14 +116,14 @@ class Operator:
         )
 
     async def change(self, action: str, **body: Any) -> dict[str, Any]:
-        async with httpx.AsyncClient(base_url=self._url, timeout=120, headers=ADMIN) as client:
-            answer = await client.post(f"/models/{MODEL}/{action}", json=body)
-            answer.raise_for_status()
-            return dict(answer.json())
+        return await self._request("POST", action, json=body)
 
     async def report(self) -> dict[str, Any]:
-        async with httpx.AsyncClient(base_url=self._url, timeout=60, headers=ADMIN) as client:
-            answer = await client.get(f"/models/{MODEL}/rollout")
+        return await self._request("GET", "rollout")
+
+    async def _request(self, method: str, action: str, **request: Any) -> dict[str, Any]:
+        async with httpx.AsyncClient(base_url=self._url, timeout=120, headers=ADMIN) as client:
+            answer = await client.request(method, f"/models/{MODEL}/{action}", **request)
             answer.raise_for_status()
             return dict(answer.json())
 
