@@ -77,7 +77,7 @@ class Comparison:
     Attributes:
         baseline, level: names of both; the level's name may be empty.
         macs_share: mean cost of both, as a share of the dense network's.
-        accuracy, rival_accuracy: accuracy of the level and of the baseline.
+        accuracy, baseline_accuracy: accuracy of the level and of the baseline.
         gain, low, high: accuracy gained, in percentage points, and its paired 95 % interval.
     """
 
@@ -85,7 +85,7 @@ class Comparison:
     level: str
     macs_share: float
     accuracy: float
-    rival_accuracy: float
+    baseline_accuracy: float
     gain: float
     low: float
     high: float

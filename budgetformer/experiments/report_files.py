@@ -62,7 +62,7 @@ def report_text(report: Report) -> str:
             f"{c.macs_share:.1%}",
             f"{c.accuracy:.4f}",
             c.baseline,
-            f"{c.rival_accuracy:.4f}",
+            f"{c.baseline_accuracy:.4f}",
             f"{c.gain:+.2f}",
             f"{c.low:+.2f} to {c.high:+.2f}",
         ]
