@@ -24,6 +24,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +242,7 @@ def repeat(
 
     runs: list[Callable[[], None]] = [measure_ours]
     runs += [
-        lambda baseline=baseline: measure_baseline(baseline)  # type: ignore[misc]
-        for baseline in baselines
-        if baseline.name not in absent
+        partial(measure_baseline, baseline) for baseline in baselines if baseline.name not in absent
     ]
     random.shuffle(runs)
     for run in runs:
