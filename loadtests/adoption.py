@@ -9,31 +9,30 @@ number of threads. Agreement is with the pipeline's labels.
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from budgetformer.adoption.as_is import add_classifier
-from budgetformer.bench.baselines import quantize
+from budgetformer.bench.dense_twin import export_onnx, onnx_session
 from budgetformer.classifier import Classifier
 from budgetformer.cost.processor import processor_name
 from budgetformer.training.data import read_texts
 from budgetformer.training.pages import markdown_table
 from budgetformer.wilson import interval
-from loadtests.servers import free_port
+from loadtests.servers import Server
 
-BATCH, ROUNDS, WAIT_SECONDS = 32, 3, 120.0
+BATCH, ROUNDS = 32, 3
 LOAD = """
 import sys
 from transformers import pipeline
@@ -46,27 +45,12 @@ Answer = Callable[[list[str]], list[str]]
 
 def seconds_to_serve(folder: Path, store: Path, text: str) -> float:
     """Return the seconds from `serve --model` to the first answer."""
-    port = free_port()
-    command = [sys.executable, "-m", "budgetformer", "serve", "--model", str(folder)]
-    command += ["--model-store", str(store), "--port", str(port)]
+    command = [sys.executable, "-m", "budgetformer", "serve", "--port={port}"]
+    command += [f"--model={folder}", f"--model-store={store}"]
     began = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            while time.perf_counter() - began < WAIT_SECONDS:
-                request = urllib.request.Request(
-                    f"http://127.0.0.1:{port}/classify",
-                    json.dumps({"input": text}).encode(),
-                    {"Content-Type": "application/json"},
-                )
-                try:
-                    with urllib.request.urlopen(request, timeout=10) as response:
-                        json.load(response)
-                    return time.perf_counter() - began
-                except (urllib.error.URLError, OSError):
-                    time.sleep(0.02)
-            raise SystemExit(f"no answer within {WAIT_SECONDS:g} s")
-        finally:
-            server.terminate()
+    with Server(command, sorted(os.sched_getaffinity(0))) as server:
+        httpx.post(f"{server.url}/classify", json={"input": text}, timeout=10).raise_for_status()
+        return time.perf_counter() - began
 
 
 def seconds_of_pipeline(folder: Path, text: str) -> float:
@@ -89,18 +73,12 @@ def of_pipeline(folder: Path, max_tokens: int) -> Answer:
 
 def of_onnx(folder: Path, scratch: Path, max_tokens: int, threads: int) -> Answer:
     """Return a function that classifies in ONNX Runtime, with the weights in int8."""
-    import onnxruntime
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
     inputs = list(tokenizer(["a", "b"], return_tensors="pt"))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        quantize(model, inputs, scratch), options, providers=["CPUExecutionProvider"]
-    )
+    _, int8 = export_onnx(model, scratch, inputs)
+    session = onnx_session(int8, threads)
 
     def answer(texts: list[str]) -> list[str]:
         labels: list[str] = []

@@ -129,7 +129,10 @@ class _ReferenceNetwork:
         encoder = self._network.encoder
         assert encoder.decision is not None
         states = encoder.embed(ids, None)
-        return encoder.decision(masked_mean(states, mask), None, evidence).budget.tolist()
+        shares: list[float] = encoder.decision(
+            masked_mean(states, mask), None, evidence
+        ).budget.tolist()
+        return shares
 
 
 def _batches(ids: list[list[int]], indices: Iterable[int]) -> Iterator[list[int]]:

@@ -20,15 +20,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compare import PROMISE_HEADS, Plan, Repeats, machine, repeat, report, service_promises
-from contenders import CONTENDERS, FLOOR, ONNX_INT8, OURS, PIPELINE
-from openloop import limit_lines
-from promises import Promise, pass_promises
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from servers import ours, run_quietly
-from texts import texts_of
+
+from loadtests.compare import (
+    PROMISE_HEADS,
+    Plan,
+    Repeats,
+    machine,
+    repeat,
+    report,
+    service_promises,
+)
+from loadtests.contenders import CONTENDERS, FLOOR, ONNX_INT8, OURS, PIPELINE
+from loadtests.openloop import limit_lines
+from loadtests.promises import Promise, pass_promises
+from loadtests.servers import ours, run_quietly
+from loadtests.texts import texts_of
 
 BUILD = Path("build")
 QUICK_CONTENDERS = (ONNX_INT8, PIPELINE, FLOOR)
@@ -86,11 +95,12 @@ def main() -> None:
     began = time.monotonic()
     promises = pass_promises(time_pass(given.data, given.quick)) + idle_promises()
     plan = Plan.of(given.checkpoint, given.data, seconds=2.0 if given.quick else 5.0)
-    levels, baselines = (OURS, CONTENDERS) if not given.quick else (("balanced",), QUICK_CONTENDERS)
+    levels = ["balanced"] if given.quick else list(OURS)
+    baselines = QUICK_CONTENDERS if given.quick else CONTENDERS
     facts = machine(plan, given.data)
     client = [] if given.quick else limit_lines(300, [500, 2000, 5000], 2.0)
     plan.cores.hold_client()
-    stored = []
+    stored: list[dict[str, Any]] = []
     for _ in range(given.repeats):
         measured, absent = repeat(plan, levels, baselines)
         stored.append(

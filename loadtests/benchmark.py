@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from openloop import Client, Phase, quantile
-from servers import Cores, Server, ours
-from texts import texts_of
 
 from budgetformer.cost.processor import processor_name
 from budgetformer.training.pages import draw, markdown_table
+from loadtests.openloop import Client, Phase, quantile
+from loadtests.servers import Cores, Server, ours
+from loadtests.texts import texts_of
 
 FIRST_RATE = 25.0
 GROWTH, BISECTIONS = 1.5, 3

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -20,7 +21,7 @@ from infinity_client import Client as InfinityClient
 from infinity_client.api.default import classify as infinity_classify
 from infinity_client.models import ClassifyInput
 
-from budgetformer.client import Client
+from budgetformer.client import Client, Failure
 
 TEXTS = ["Shares fell after the report.", "The home side won."]
 
@@ -40,11 +41,14 @@ def rows_of(url: str, model: str) -> list[tuple[str, str, str, str]]:
         response.raise_for_status()
         return response.json()
 
+    def classified(address: str) -> str:
+        return best(InferenceClient(address).text_classification(TEXTS[0]))
+
     hub = "huggingface_hub"
     for path in ("", "/predict"):
         call(
             "InferenceClient", hub, f"`text_classification` on `{path or '/'}`",
-            lambda path=path: best(InferenceClient(f"{url}{path}").text_classification(TEXTS[0])),
+            partial(classified, f"{url}{path}"),
         )  # fmt: skip
 
     async def asynchronous() -> Any:
@@ -109,7 +113,8 @@ def rows_of(url: str, model: str) -> list[tuple[str, str, str, str]]:
 
     def our_client() -> str:
         with Client(url) as client:
-            return "; ".join(str(result.label) for result in client.classify(TEXTS))
+            results = client.classify(TEXTS)
+            return "; ".join(r.message if isinstance(r, Failure) else r.label for r in results)
 
     call("budgetformer.client", "budgetformer-serving", "`classify`, two texts", our_client)
     return rows

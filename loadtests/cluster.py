@@ -13,22 +13,19 @@ import argparse
 import asyncio
 import os
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
 from loadtests.chaos.load import Load, Seen
 from loadtests.chaos.server import MODEL
-from loadtests.servers import family, free_port, memory
+from loadtests.servers import Server, free_port, ours
 from loadtests.texts import sentence
 from service.cluster import RAY
 
@@ -67,46 +64,9 @@ def until_ready(url: str, engines: int) -> float:
     raise TimeoutError(f"{url} does not have {engines} ready engines after {PATIENCE:g} s")
 
 
-class Server:
-    """A server on this machine, plain or as a cluster of one host."""
-
-    def __init__(self, arguments: argparse.Namespace, cluster: bool) -> None:
-        self.name = "Ray Serve" if cluster else "plain"
-        self.engines = arguments.engines
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self.client = httpx.AsyncClient(base_url=self.url, timeout=60)
-        flags = {
-            "port": port, "engines": self.engines, "models": f'["{MODEL}"]',
-            "model-store": arguments.model_store, "log-level": "error", "dtype": "float32",
-        }  # fmt: skip
-        given = [f"--{name}={value}" for name, value in flags.items()]
-        command = [sys.executable, "-m", "service.cli", "serve", *given]
-        self._process = subprocess.Popen(
-            [*command, "--cluster"] if cluster else command,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-
-    def family(self) -> list[psutil.Process]:
-        return family(self._process.pid)
-
-    def seconds(self) -> float:
-        """Return the processor time of all processes, in seconds."""
-        return sum(sum(process.cpu_times()[:2]) for process in self.family())
-
-    def memory(self) -> float:
-        """Return the memory of all processes in MiB, with shared pages counted once."""
-        return memory(self.family())
-
-    async def stop(self) -> None:
-        await self.client.aclose()
-        self._process.terminate()
-        self._process.wait(60)
-
-
-async def closed_loop(server: Server, callers: int, requests: int) -> tuple[list[float], float]:
+async def closed_loop(
+    server: Server, client: httpx.AsyncClient, callers: int, requests: int
+) -> tuple[list[float], float]:
     """Send requests with one text each from concurrent callers, closed-loop.
 
     Returns:
@@ -114,44 +74,47 @@ async def closed_loop(server: Server, callers: int, requests: int) -> tuple[list
     """
     took: list[float] = []
     left = iter(range(requests))
-    before = server.seconds()
+    before = server.cpu_seconds()
 
     async def call() -> None:
         for _ in left:
             began = time.perf_counter()
-            answer = await server.client.post("/classify", json=body_of(sentence()))
+            answer = await client.post("/classify", json=body_of(sentence()))
             answer.raise_for_status()
             took.append(time.perf_counter() - began)
 
     await asyncio.gather(*(call() for _ in range(callers)))
-    return took, server.seconds() - before
+    return took, server.cpu_seconds() - before
 
 
 async def overhead(arguments: argparse.Namespace) -> None:
     """Measure both servers in turns; print medians over the rounds."""
-    servers = [Server(arguments, cluster) for cluster in (False, True)]
+    flags = (f"--models={MODEL}", f"--model-store={arguments.model_store}", "--dtype=float32")
+    cores = sorted(os.sched_getaffinity(0))
     rows: dict[tuple[str, int], list[tuple[float, float, float, float]]] = {}
     idle = {}
-    try:
-        for server in servers:
+    async with AsyncExitStack() as running:
+        servers: dict[str, tuple[Server, httpx.AsyncClient]] = {}
+        for name, more in (("plain", ()), ("Ray Serve", ("--cluster",))):
+            server = ours(cores, *flags, *more, engines=arguments.engines)
+            running.enter_context(server)
+            client = httpx.AsyncClient(base_url=server.url, timeout=60)
+            servers[name] = server, await running.enter_async_context(client)
             until_ready(server.url, arguments.engines)
-            await closed_loop(server, 8, 200)
-        for server in servers:
-            before = server.seconds()
+            await closed_loop(*servers[name], 8, 200)
+        for name, (server, _) in servers.items():
+            before = server.cpu_seconds()
             await asyncio.sleep(10)
-            idle[server.name] = (server.seconds() - before) / 10, server.memory()
+            idle[name] = (server.cpu_seconds() - before) / 10, server.memory()
         for _ in range(arguments.rounds):
-            for server in servers:
+            for name, asked in servers.items():
                 for callers in (1, 16):
                     began = time.perf_counter()
-                    took, spent = await closed_loop(server, callers, 40 * callers)
+                    took, spent = await closed_loop(*asked, callers, 40 * callers)
                     wall = time.perf_counter() - began
                     p99 = statistics.quantiles(took, n=100)[98]
                     row = (statistics.median(took), p99, len(took) / wall, spent / len(took))
-                    rows.setdefault((server.name, callers), []).append(row)
-    finally:
-        for server in servers:
-            await server.stop()
+                    rows.setdefault((name, callers), []).append(row)
     print("| server | callers | p50 ms | p99 ms | requests/s | processor ms per request |")
     print("|---|---|---|---|---|---|")
     for (name, callers), rounds in sorted(rows.items(), key=lambda row: row[0][1]):

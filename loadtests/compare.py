@@ -24,20 +24,30 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvloop
-from baselines.network import Network
-from contenders import CONTENDERS, DENSE, ENVIRONMENTS, FLOOR, OURS, PIPELINE, Contender, first
-from openloop import Client, Phase, limit_lines, quantile
-from promises import Promise, spread
-from servers import Cores, Server, ours, run_quietly
-from texts import texts_of
 
 from budgetformer.cost.processor import processor_name
 from budgetformer.training.data import read_examples
 from budgetformer.training.pages import draw, markdown_table
+from loadtests.baselines.network import Network
+from loadtests.contenders import (
+    CONTENDERS,
+    DENSE,
+    ENVIRONMENTS,
+    FLOOR,
+    OURS,
+    PIPELINE,
+    Contender,
+    first,
+)
+from loadtests.openloop import Client, Phase, limit_lines, quantile
+from loadtests.promises import Promise, spread
+from loadtests.servers import Cores, Server, ours, run_quietly
+from loadtests.texts import texts_of
 
 CALLERS = 32
 MIN_LATENCIES = 100
@@ -213,10 +223,11 @@ def repeat(
         flags = ("--models=ag_news", f"--model-store={Path('model_store').absolute()}")
         with ours(plan.cores.server, *flags) as server:
             for name in levels:
-                fields = OURS[name]
-                record(uvloop.run(measure(
-                    name, server, plan, lambda text, fields=fields: {"input": text} | fields, first
-                )))  # fmt: skip
+
+                def body(text: str, fields: dict[str, Any] = OURS[name]) -> dict[str, Any]:
+                    return {"input": text} | fields
+
+                record(uvloop.run(measure(name, server, plan, body, first)))
 
     def measure_baseline(baseline: Contender) -> None:
         try:
@@ -231,9 +242,7 @@ def repeat(
 
     runs: list[Callable[[], None]] = [measure_ours]
     runs += [
-        lambda baseline=baseline: measure_baseline(baseline)  # type: ignore[misc]
-        for baseline in baselines
-        if baseline.name not in absent
+        partial(measure_baseline, baseline) for baseline in baselines if baseline.name not in absent
     ]
     random.shuffle(runs)
     for run in runs:

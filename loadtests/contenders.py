@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from servers import Server
+from loadtests.servers import Server
 
 CODE = Path("loadtests/baselines")
 ENVIRONMENTS = Path("build/baselines")

@@ -22,12 +22,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from contenders import FLOOR
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from servers import Server, ours
-from texts import texts_of
+
+from loadtests.contenders import FLOOR
+from loadtests.servers import Server, ours
+from loadtests.texts import texts_of
 
 MODEL = Path("model_store/ag_news/3")
 PARTS = {"frontend": "service.frontend", "engine": "service.engine", "rest": ""}
@@ -72,10 +73,10 @@ def ask(url: str, bodies: Sequence[bytes], callers: int) -> Iterator[bytes]:
     waiting = iter([f"{head}content-length: {len(b)}\r\n\r\n".encode() + b for b in bodies])
     with selectors.DefaultSelector() as selector:
         for _, request in zip(range(callers), waiting, strict=False):
-            connection = socket.create_connection((host, int(port)))
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.sendall(request)
-            selector.register(connection, selectors.EVENT_READ, bytearray())
+            opened = socket.create_connection((host, int(port)))
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            opened.sendall(request)
+            selector.register(opened, selectors.EVENT_READ, bytearray())
         while selector.get_map():
             for key, _ in selector.select():
                 connection, data = key.fileobj, key.data

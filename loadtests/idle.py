@@ -15,9 +15,10 @@ import os
 from pathlib import Path
 
 import uvloop
-from openloop import Client
-from servers import Server, ours
-from texts import texts_of
+
+from loadtests.openloop import Client
+from loadtests.servers import Server, ours
+from loadtests.texts import texts_of
 
 HEADS = (
     "server",

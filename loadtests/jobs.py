@@ -14,9 +14,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,81 +21,34 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
-
 from budgetformer.client import Client, UnreachableError
+from loadtests.openloop import Client as OpenLoop
 from loadtests.openloop import quantile
-from loadtests.servers import START_SECONDS, family, free_port
+from loadtests.servers import Server, ours
 from loadtests.texts import texts_of
 
 MODEL, QUALITY = "ag_news", "balanced"
 SETTLED_ROWS = 1000
 
 
-class Server:
-    """A server that stores its jobs in a folder, and can be killed and started again."""
-
-    def __init__(self, state: Path, engines: int) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self._command = [
-            sys.executable, "-m", "service.cli", "serve", f"--port={port}", f"--models={MODEL}",
-            f"--state-dir={state}", f"--engines={engines}", "--log-level=error",
-            "--quality-floor=balanced",
-        ]  # fmt: skip
-        self.start()
-
-    def start(self) -> None:
-        """Start the server, and return when it is ready."""
-        self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
-        limit = time.monotonic() + START_SECONDS
-        while time.monotonic() < limit:
-            with suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health/ready").status_code == 200:
-                    return
-            time.sleep(0.1)
-        raise SystemExit("the server did not start")
-
-    def kill(self) -> None:
-        """Kill all processes of the server at once."""
-        processes = family(self.process.pid)
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        psutil.wait_procs(processes, 10)
-
-    def kill_job_process(self) -> None:
-        """Kill the process that runs jobs."""
-        for process in family(self.process.pid):
-            if "service.jobs" in process.cmdline():
-                os.kill(process.pid, signal.SIGKILL)
-
-    def stop(self) -> None:
-        """Stop the server with SIGTERM."""
-        self.process.terminate()
-        self.process.wait()
+def kill_job_process(server: Server) -> None:
+    """Kill the process that runs jobs."""
+    for process in server.family():
+        if "service.jobs" in process.cmdline():
+            process.kill()
 
 
 async def latencies(url: str, texts: Sequence[str], rate: float, seconds: float) -> list[float]:
     """Send requests of one text on a schedule; return latencies in seconds from the due times."""
-    took: list[float] = []
-    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-
-        async def ask(text: str, due: float) -> None:
-            body = {"input": text, "model": MODEL, "quality": QUALITY}
-            answer = await client.post("/classify", json=body)
-            answer.raise_for_status()
-            took.append(time.monotonic() - due)
-
-        async with asyncio.TaskGroup() as tasks:
-            started = time.monotonic()
-            for number in range(int(rate * seconds)):
-                due = started + number / rate
-                await asyncio.sleep(max(0.0, due - time.monotonic()))
-                tasks.create_task(ask(texts[number % len(texts)], due))
-    return took
+    client = OpenLoop(f"{url}/classify", spin=False)
+    requests = [
+        client.request({"input": text, "model": MODEL, "quality": QUALITY}) for text in texts
+    ]
+    phase = await client.scheduled("single texts", requests, rate, seconds)
+    client.close()
+    if phase.statuses["200"] < phase.due:
+        raise SystemExit(f"single texts were answered with {dict(phase.statuses)}")
+    return [latency for _, latency in phase.answered]
 
 
 def summary(name: str, latencies: Sequence[float]) -> str:
@@ -145,7 +95,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file, output = Path(folder, "texts.jsonl"), Path(folder, "answers.jsonl")
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        server = Server(Path(folder, "state"), given.engines)
+        server = ours(
+            sorted(os.sched_getaffinity(0)), f"--models={MODEL}", "--quality-floor=balanced",
+            f"--state-dir={folder}/state", engines=given.engines,
+        ).start()  # fmt: skip
         client = Client(server.url)
 
         def submit() -> str:
@@ -164,7 +117,7 @@ def main() -> None:
         client.cancel_job(job)
         job = submit()
         wait_for_rows(client, job, given.rows // 4)
-        server.kill_job_process()
+        kill_job_process(server)
         wait_for_rows(client, job, given.rows // 2)
         server.kill()
         server.start()

@@ -327,11 +327,10 @@ class Client:
 
 def _offsets(rate: float, seconds: float, arrivals: Arrivals) -> Iterator[float]:
     draw = random.Random(2)
-    offset = 0.0
-    while (offset := offset + (1 / rate if arrivals == "constant" else draw.expovariate(rate))) < (
-        seconds
-    ):
-        yield offset
+    gaps = (
+        1 / rate if arrivals == "constant" else draw.expovariate(rate) for _ in itertools.count()
+    )
+    return itertools.takewhile(lambda offset: offset < seconds, itertools.accumulate(gaps))
 
 
 # The limits of the client

@@ -26,9 +26,10 @@ from pathlib import Path
 from statistics import median
 
 import uvloop
-from openloop import Client, Phase, quantile
-from servers import Cores, ours
-from texts import texts_of
+
+from loadtests.openloop import Client, Phase, quantile
+from loadtests.servers import Cores, ours
+from loadtests.texts import texts_of
 
 BODIES = 300
 IN_FLIGHT = 6, 32

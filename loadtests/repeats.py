@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from easy import SETTLE, ask
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from servers import Cores, Server, ours
-from texts import texts_of, with_repeats
+
+from loadtests.easy import SETTLE, ask
+from loadtests.servers import Cores, Server, ours
+from loadtests.texts import texts_of, with_repeats
 
 CALLERS = 32
 CACHE_MIB = 64

@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import os
 import shutil
-import signal
-import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
-import psutil
 import torch
 from rich import box
 from rich.console import Console
@@ -32,7 +29,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from budgetformer.checkpoint.manifest import Manifest, file_entries, write_manifest
-from loadtests.servers import START_SECONDS, free_port
+from loadtests.servers import ours
 from loadtests.texts import texts_of
 
 MODEL, KEY = "ag_news", "load-test"
@@ -60,59 +57,6 @@ def add_version(store: Path, version: int, source: Path, exchange_labels: bool) 
     save_file(tensors, weights, {"format": "pt"})
     files = file_entries(folder)
     write_manifest(folder, manifest.model_copy(update={"version": version, "files": files}))
-
-
-class Server:
-    """`budgetformer serve` with a model store; can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._port = free_port()
-        self.url = f"http://127.0.0.1:{self._port}"
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def start(self) -> None:
-        """Start the server, and return when it is ready."""
-        options = {
-            "model-store": self._folder / "store", "state-dir": self._folder / "state",
-            "port": self._port, "models": json.dumps([MODEL]), "fronts": 2, "log-level": "warning",
-        }  # fmt: skip
-        arguments = [f"--{name}={value}" for name, value in options.items()]
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "budgetformer",
-            "serve",
-            f"--admin-key={KEY}",
-            *arguments,
-            start_new_session=True,
-        )
-        async with httpx.AsyncClient(base_url=self.url) as client, asyncio.timeout(START_SECONDS):
-            while True:
-                try:
-                    if (await client.get("/health/ready")).status_code == 200:
-                        return
-                except httpx.TransportError:
-                    pass
-                await asyncio.sleep(0.1)
-
-    async def kill(self) -> None:
-        """Kill all processes of the server."""
-        assert self._process is not None
-        top = psutil.Process(self._process.pid)
-        for process in [*top.children(recursive=True), top]:
-            process.send_signal(signal.SIGKILL)
-        await self._process.wait()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        assert self._process is not None
-        if self._process.returncode is None:
-            self._process.terminate()
-            await self._process.wait()
 
 
 @dataclass
@@ -172,14 +116,14 @@ class Operator:
         )
 
     async def change(self, action: str, **body: Any) -> dict[str, Any]:
-        async with httpx.AsyncClient(base_url=self._url, timeout=120, headers=ADMIN) as client:
-            answer = await client.post(f"/models/{MODEL}/{action}", json=body)
-            answer.raise_for_status()
-            return dict(answer.json())
+        return await self._request("POST", action, json=body)
 
     async def report(self) -> dict[str, Any]:
-        async with httpx.AsyncClient(base_url=self._url, timeout=60, headers=ADMIN) as client:
-            answer = await client.get(f"/models/{MODEL}/rollout")
+        return await self._request("GET", "rollout")
+
+    async def _request(self, method: str, action: str, **request: Any) -> dict[str, Any]:
+        async with httpx.AsyncClient(base_url=self._url, timeout=120, headers=ADMIN) as client:
+            answer = await client.request(method, f"/models/{MODEL}/{action}", **request)
             answer.raise_for_status()
             return dict(answer.json())
 
@@ -212,7 +156,11 @@ async def run(data: Path | None, source: Path, seconds: float) -> None:
         shutil.copytree(source, folder / "store" / MODEL / source.name)
         first = int(source.name)
         good, bad = first + 1, first + 2
-        async with Server(folder) as server:
+        flags = (
+            f"--model-store={folder / 'store'}", f"--state-dir={folder / 'state'}",
+            f"--models={MODEL}", "--fronts=2", f"--admin-key={KEY}",
+        )  # fmt: skip
+        with ours(sorted(os.sched_getaffinity(0)), *flags) as server:
             add_version(folder / "store", good, source, exchange_labels=False)
             add_version(folder / "store", bad, source, exchange_labels=True)
             traffic = Traffic(server.url, texts_of(data, 2000))
@@ -222,8 +170,8 @@ async def run(data: Path | None, source: Path, seconds: float) -> None:
             await operator.change("rollout", version=good, weight=0.2, shadow=0.5)
             await operator.phase(f"{good}: canary 0.2, shadow 0.5", seconds)
             await traffic.pause()
-            await server.kill()
-            await server.start()
+            server.kill()
+            server.start()
             traffic.paused = False
             await operator.phase("the same, after kill -9 of the server", seconds)
             shadow = await operator.report()

@@ -9,10 +9,12 @@ import argparse
 import random
 import time
 from pathlib import Path
+from typing import Literal
 
 import httpx
 from playwright.sync_api import Browser, expect, sync_playwright
-from texts import sentence
+
+from loadtests.texts import sentence
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images"
 PHASE_SECONDS = 45.0
@@ -32,11 +34,11 @@ def send_load(url: str, seconds: float) -> None:
             time.sleep(random.expovariate(40 if busy else 8))
 
 
-def save_screenshots(browser: Browser, url: str, scheme: str) -> None:
+def save_screenshots(browser: Browser, url: str, scheme: Literal["light", "dark"]) -> None:
     """Save one screenshot of an answer and one of a comparison, in a color scheme."""
     context = browser.new_context(
         viewport={"width": 1240, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
-    )  # type: ignore[arg-type]
+    )
     page = context.new_page()
     page.goto(url)
     expect(page.locator("#ticks span")).not_to_have_count(0)
@@ -65,8 +67,8 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=given.chromium)
-        for scheme in ("light", "dark"):
-            save_screenshots(browser, given.url, scheme)
+        save_screenshots(browser, given.url, "light")
+        save_screenshots(browser, given.url, "dark")
         browser.close()
 
 

@@ -14,7 +14,6 @@ import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import psutil
@@ -94,7 +93,7 @@ class ServerError(RuntimeError):
 
 
 class Server:
-    """A server process that runs until the block ends.
+    """A server process; as a context manager, it runs until the block ends.
 
     Args:
         command: command line; `{port}` is replaced by a free port.
@@ -104,11 +103,8 @@ class Server:
         folder: working directory.
 
     Attributes:
-        url: base URL.
-        start_seconds: seconds from the start until `ready` answered 200.
-
-    Raises:
-        ServerError: on entering the block, if the server ends or is not ready in time.
+        port, url: port and base URL, also after another start.
+        start_seconds: seconds from the last start until `ready` answered 200.
     """
 
     def __init__(
@@ -119,15 +115,20 @@ class Server:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self._command = [part.replace("{port}", str(port)) for part in command]
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = [part.replace("{port}", str(self.port)) for part in command]
         self._cores, self._ready = set(cores), ready
         self._environment = dict(environment or {})
         self._folder = folder
         self.start_seconds = 0.0
 
-    def __enter__(self) -> Self:
+    def start(self) -> Self:
+        """Start the server, and return it when it is ready.
+
+        Raises:
+            ServerError: the server ends, or is not ready in time.
+        """
         started = time.monotonic()
         self._process = subprocess.Popen(
             self._command,
@@ -141,15 +142,16 @@ class Server:
         try:
             self._wait_ready(started)
         except BaseException:
-            self._end()
+            self.stop()
             raise
         self.start_seconds = time.monotonic() - started
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        self._end()
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def _wait_ready(self, started: float) -> None:
         while not self._answers():
@@ -163,16 +165,24 @@ class Server:
                 )
             time.sleep(0.05)
 
-    def _end(self) -> None:
+    def stop(self) -> None:
+        """Stop the server with SIGTERM, and kill processes that it leaves behind."""
         processes = self.family()
         self._process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        self._kill(processes)
+
+    def kill(self) -> None:
+        """Kill all processes of the server at once."""
+        self._kill(self.family())
+
+    def _kill(self, processes: Sequence[psutil.Process]) -> None:
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        self._process.wait()
+        psutil.wait_procs(processes, 10)
 
     def _answers(self) -> bool:
         try:
@@ -212,17 +222,20 @@ class Server:
         return (self.cpu_seconds() - before) / (time.monotonic() - began)
 
 
-def ours(cores: Sequence[int], *flags: str, folder: Path | None = None) -> Server:
-    """Return a server of this project, not started yet, with one engine per core.
+def ours(
+    cores: Sequence[int], *flags: str, engines: int | None = None, folder: Path | None = None
+) -> Server:
+    """Return a server of this project, not started yet.
 
     Args:
         cores: cores of the server.
         flags: further flags of `serve`.
+        engines: number of engines; None: one per core.
         folder: another checkout to serve from, with its own virtual environment; None: this one.
     """
     python = sys.executable if folder is None else str(folder.absolute() / ".venv/bin/python")
     command = [
         python, "-m", "service.cli", "serve", "--port={port}", "--log-level=error",
-        f"--engines={len(cores)}", *flags,
+        f"--engines={engines or len(cores)}", *flags,
     ]  # fmt: skip
     return Server(command, cores, folder=folder)

@@ -17,26 +17,24 @@ import gc
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import httpx
 import numpy as np
 import torch
 
 from budgetformer.checkpoint.store import read_store
 from budgetformer.cost.table import read_tables
-from budgetformer.inference.policy import QUALITY_NAMES
+from budgetformer.inference.policy import QUALITY_NAMES, QualityName
 from budgetformer.tables import read_texts
 from budgetformer.training.pages import draw, markdown_table
+from loadtests.servers import ours
 from service.settings import Settings
 from service.simulation.costs import read_costs
 from service.simulation.engine import SimModel
@@ -45,6 +43,8 @@ from service.simulation.plan import Goals, most_rate
 from service.simulation.texts import measure_texts
 from service.simulation.traffic import Traffic, bursts, steady
 
+Quality = Literal["auto"] | QualityName
+QUALITIES: tuple[Quality, ...] = ("auto", *QUALITY_NAMES)
 COMMAND = (sys.executable, "-m", "service.cli")
 SERVER_CORE, CLIENT_CORE = 0, 1
 MAX_TEXTS = 4000
@@ -64,7 +64,7 @@ class Phase:
     """
 
     load: float
-    quality: str
+    quality: Quality
     form: str = "steady"
     texts: int = 1
 
@@ -113,44 +113,12 @@ PHASES = [
 ]
 
 
-def on_core(core: int) -> dict[str, Any]:
-    """Return arguments of `Popen` that pin the child process to one core."""
-    return {"preexec_fn": lambda: os.sched_setaffinity(0, {core})}
-
-
 def tune(folder: Path, model: str, core: int, *flags: str) -> None:
+    """Measure the costs of a model on one core, and write them to a folder."""
     subprocess.run(
         [*COMMAND, "tune", "--model", model, "--out", folder, *flags],
-        check=True, stdout=subprocess.DEVNULL, **on_core(core),
+        check=True, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, {core}),
     )  # fmt: skip
-
-
-@contextmanager
-def serving(port: int, model: str, costs: Path, log: Path) -> Iterator[str]:
-    """Serve one model with one engine on one core; yield the URL."""
-    url = f"http://127.0.0.1:{port}"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [
-                *COMMAND, "serve", f"--port={port}", f"--models=[\"{model}\"]", "--engines=1",
-                f"--cost-tables={costs}", "--log-format=json", "--access-log=0",
-            ],
-            stdout=output, stderr=output, **on_core(SERVER_CORE),
-        )  # fmt: skip
-    try:
-        for _ in range(120):
-            try:
-                if httpx.get(f"{url}/health/ready", timeout=5).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.5)
-        else:
-            raise SystemExit(f"the server did not start; see {log}")
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
 
 
 class Caller:
@@ -322,7 +290,6 @@ def main() -> None:
     parser.add_argument("--costs", type=Path, help="folder with costs; default: measure them")
     parser.add_argument("--seconds", type=float, default=20.0, help="duration of a phase")
     parser.add_argument("--rest", type=float, default=7.0, help="seconds between phases")
-    parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--phases", type=int, nargs="+", help="run only these phases, from 0")
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {CLIENT_CORE})
@@ -336,15 +303,16 @@ def main() -> None:
     texts = texts[:: math.ceil(len(texts) / MAX_TEXTS)]
     population = measure_texts(checkpoint, texts)
     results: list[dict[str, Any]] = []
-    with serving(arguments.port, arguments.model, costs, arguments.out / "server.log") as url:
+    flags = (f"--models={arguments.model}", f"--cost-tables={costs}")
+    with ours([SERVER_CORE], *flags) as server:
         if arguments.costs is None:
-            tune(costs, arguments.model, CLIENT_CORE, "--url", url, "--data", arguments.data)
+            tune(costs, arguments.model, CLIENT_CORE, "--url", server.url, "--data", arguments.data)
         model = SimModel.of(checkpoint, read_tables(costs)[checkpoint.label])
         fleets = {
             quality: Fleet(
                 model, population, Settings(quality=quality, engines=1), 1, read_costs(costs)
             )
-            for quality in ("auto", *QUALITY_NAMES)
+            for quality in QUALITIES
         }
         capacity = most_rate(
             fleets["balanced"], steady(1.0, arguments.seconds), Goals(CAPACITY_P99)
@@ -361,7 +329,7 @@ def main() -> None:
                 for at, indices in requests(population, traffic, np.random.default_rng(number))
             ]
             time.sleep(arguments.rest)
-            measured = asyncio.run(send(arguments.port, bodies, arguments.seconds, 30.0))
+            measured = asyncio.run(send(server.port, bodies, arguments.seconds, 30.0))
             if phase.quality != "auto":  # overload lowers only `auto`
                 measured = replace(measured, lowered=0.0)
             results.append(

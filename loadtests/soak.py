@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -225,11 +225,10 @@ def draw(samples: list[Sample], path: Path) -> None:
 
 def save(samples: list[Sample], path: Path) -> None:
     """Write every sample as CSV."""
-    names = [f.name for f in fields(Sample)]
     with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows([getattr(s, name) for name in names] for s in samples)
+        writer = csv.DictWriter(file, [f.name for f in fields(Sample)])
+        writer.writeheader()
+        writer.writerows(map(asdict, samples))
 
 
 async def soak(minutes: float, rate: float) -> Record:

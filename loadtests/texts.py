@@ -56,19 +56,19 @@ def distinct(count: int, seed: int, words: list[str]) -> list[str]:
     return list(texts)
 
 
-def texts_of(data: Path | None, count: int, seed: int = 0) -> list[str]:
+def texts_of(data: Path | None, count: int) -> list[str]:
     """Return texts from a table's column `text`, or synthetic ones if `data` is None.
 
-    The same seed gives the same texts. Synthetic texts have one to five sentences. Of a table with
+    Every call gives the same texts. Synthetic texts have one to five sentences. Of a table with
     fewer than `count` texts, all are returned.
     """
-    draw = random.Random(seed)
+    draw = random.Random(0)
     if data is not None:
         from budgetformer.tables import read_texts
 
         texts, _ = read_texts(data)
         return draw.sample(texts, min(count, len(texts)))
-    random.seed(seed)
+    random.seed(0)
     return [" ".join(sentence() for _ in range(draw.randint(1, 5))) for _ in range(count)]
 
 

@@ -69,7 +69,12 @@ def add_classifier(
         CheckpointError: the folder cannot be converted, or the version exists.
         DataError: the texts cannot be read.
     """
-    name = _checked_name(name or folder.resolve().name)
+    name = name or folder.resolve().name
+    if not re.match(NAME, name):
+        raise CheckpointError(
+            f"{name!r} is not a valid model name (letters, digits, '.', '_' and '-', at most 64); "
+            "choose another (--name)"
+        )
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     source = read_classifier(folder)
@@ -92,12 +97,13 @@ def add_classifier(
         log(note)
     max_tokens = tokenizer.longest(config)
     ranges = () if texts is None else _measure(model, tokenizer, max_tokens, texts, log)
+    origin = f"{conversion.origin} {tokenizer.tokenizer.to_str()}"
     fields: dict[str, Any] = {
         "max_tokens": max_tokens,
         "truncation_side": tokenizer.side,
         "labels": tuple(source.label_names),
         "problem_type": source.problem_type,
-        "recipe": {ORIGIN: _digest(conversion.origin, tokenizer)},
+        "recipe": {ORIGIN: hashlib.sha256(origin.encode()).hexdigest()},
         "ranges": ranges,
     }
     if version is None:
@@ -154,15 +160,6 @@ def find_classifier(source: str) -> Path | None:
     return Path(folder)
 
 
-def _checked_name(name: str) -> str:
-    if not re.match(NAME, name):
-        raise CheckpointError(
-            f"{name!r} is not a valid model name (letters, digits, '.', '_' and '-', at most 64); "
-            "choose another (--name)"
-        )
-    return name
-
-
 def _measure(
     model: BudgetFormerForSequenceClassification,
     tokenizer: SourceTokenizer,
@@ -215,10 +212,6 @@ def _is_same(manifest: Manifest, fields: dict[str, Any]) -> bool:
     """Return whether a manifest has the values of `fields`; empty ranges match any."""
     names = [name for name in fields if name != "ranges" or fields[name]]
     return all(getattr(manifest, name) == fields[name] for name in names)
-
-
-def _digest(weights: str, tokenizer: SourceTokenizer) -> str:
-    return hashlib.sha256(f"{weights} {tokenizer.tokenizer.to_str()}".encode()).hexdigest()
 
 
 def _card(manifest: Manifest, dtype: torch.dtype) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,6 @@ from budgetformer.model.tfidf import table_columns
 from budgetformer.training.calibration import answers_of, ranges_of_states
 from budgetformer.training.card import write_card
 from budgetformer.training.data import (
-    Examples,
     TokenizedTexts,
     drawn_rows,
     has_labels,
@@ -45,7 +43,7 @@ from budgetformer.training.pipeline import (
 from budgetformer.training.processes import join_processes
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.step0 import fit_step0
-from budgetformer.training.trainer import Trainer, progress_bar, split_rows
+from budgetformer.training.trainer import Trainer, rows_by_length, split_rows
 
 MAX_HELD_OUT = 5000
 """Maximum number of texts for calibration; more hardly narrow the intervals."""
@@ -95,7 +93,12 @@ def add_budgets(
     log = processes.log_of_main(log)
     source = read_classifier(classifier)
     labelled = has_labels(texts)
-    examples = _read(texts, source.label_names, source.problem_type, labelled)
+    multi_label = source.problem_type == MULTI_LABEL
+    examples = (
+        read_examples(texts, source.label_names, multi_label=multi_label)
+        if labelled
+        else read_texts(texts)
+    )
     if 0 < recipe.max_train_rows < len(examples):
         rows = drawn_rows(len(examples), recipe.max_train_rows, recipe.seed)
         log(f"{len(rows)} of {len(examples)} texts, drawn at random")
@@ -103,7 +106,7 @@ def add_budgets(
     if len(examples) < 2 * MIN_ROWS:
         raise DataError(f"{texts}: has {len(examples)} texts, at least {2 * MIN_ROWS} are required")
     tokenizer = read_tokenizer(classifier)
-    columns = table_columns(len(source.label_names), source.problem_type == MULTI_LABEL)
+    columns = table_columns(len(source.label_names), multi_label)
     torch.manual_seed(recipe.seed)
     conversion = convert_classifier(
         source,
@@ -202,23 +205,12 @@ def add_budgets(
 
 def full_logits(network: PackedPass, tokens: TokenizedTexts) -> Tensor:
     """Return the full network's logits [N, C] of N texts, before fusion with step 0's."""
-    count, last = len(tokens.ids), network.config.num_steps
-    logits = torch.zeros(count, network.config.num_classes)
-    order = np.argsort(tokens.lengths, kind="stable")
-    with progress_bar() as bar:
-        task = bar.add_task("the classifier's answers", total=count, note="")
-        for start in range(0, count, BATCH):
-            rows = order[start : start + BATCH]
-            packed = PackedTokens.of(tokens.columns(rows).window)
-            logits[rows] = network.run(packed, [last] * len(rows), fused=False).logits.cpu()
-            bar.advance(task, len(rows))
+    last = network.config.num_steps
+    logits = torch.zeros(len(tokens.ids), network.config.num_classes)
+    for rows in rows_by_length(tokens, BATCH, "the classifier's answers"):
+        packed = PackedTokens.of(tokens.columns(rows).window)
+        logits[rows] = network.run(packed, [last] * len(rows), fused=False).logits.cpu()
     return logits
-
-
-def _read(path: Path, names: list[str], problem_type: str, labelled: bool) -> Examples:
-    if not labelled:
-        return read_texts(path)
-    return read_examples(path, names, multi_label=problem_type == MULTI_LABEL)
 
 
 def _check_recipe(recipe: Recipe) -> None:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from budgetformer.bench.agreement import Agreement, compare_labels
-from budgetformer.bench.baselines import bfloat16_twin, padded
+from budgetformer.bench.dense_twin import bfloat16_twin, padded
 from budgetformer.bench.passes import small_step
-from budgetformer.bench.timing import TokenIds, random_texts, token_ids
+from budgetformer.bench.timing import TokenIds, token_ids
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.inference.packed import DECISION, BudgetPrediction, PackedPass, PackedTokens
 from budgetformer.inference.precision_choice import make_pass
@@ -36,6 +36,7 @@ TOKENS = (64, 512, 2048, 8192, 16384)
 ROTATED = 8
 """Number of batches that take turns, so that no batch is in the caches already."""
 CHECKED_TEXTS = 512
+RANDOM_TEXTS = 4096
 DENSE = "dense, Transformers sdpa bfloat16"
 
 
@@ -137,7 +138,7 @@ def bench_gpu(
     first = 1 if model.config.budget_scope == "layer" else DECISION
     default = {first, 1, small_step(last), max(1, last // 2), last}
     timed = sorted(default) if steps is None else steps
-    items = _items(checkpoint, texts, model.config.vocab_size)
+    items = token_ids(checkpoint, texts, RANDOM_TEXTS)
     report = GpuReport(checkpoint.label, _facts(device))
     checked = items[:CHECKED_TEXTS]
     for name, network in passes.items():
@@ -257,13 +258,6 @@ def _passes(model: BudgetFormerForSequenceClassification) -> Iterator[tuple[str,
         from budgetformer.inference.backends.kernels import gpu
 
         yield "bfloat16, not recorded", PackedPass(model, "bfloat16", gpu)
-
-
-def _items(checkpoint: Checkpoint, texts: Sequence[str] | None, vocabulary: int) -> list[TokenIds]:
-    if texts is None:
-        longest = min(80, checkpoint.manifest.max_tokens)
-        return random_texts(4096, min(12, longest), longest, vocabulary)
-    return token_ids(checkpoint, texts)
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from budgetformer.bench.baselines import DENSE, baseline_contenders
+from budgetformer.bench.dense_twin import DENSE, baseline_contenders
 from budgetformer.bench.passes import (
     level_contenders,
     picking_contender,
@@ -24,7 +24,6 @@ from budgetformer.bench.timing import (
     Machine,
     Timing,
     TokenIds,
-    random_texts,
     time_in_turns,
     token_ids,
 )
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 4, 8, 16, 32, 64)
 MAX_ROUNDS = 64
-LENGTHS = (12, 80)
-"""Minimum and maximum tokens of random texts."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +146,13 @@ def compare_passes(
     Raises:
         ValueError: there are fewer than two texts.
     """
+    if texts is not None and len(texts) < 2:
+        raise ValueError(f"at least two texts are required, not {len(texts)}")
     torch.set_num_threads(threads)
     model = load_model(checkpoint.path)
     chosen = load_pass(model, "auto", checkpoint.manifest.ranges)
-    items = _items(checkpoint, texts, rounds * max(batches), chosen.config.vocab_size)
+    count = rounds * max(batches)
+    items = token_ids(checkpoint, None if texts is None else texts[:count], count)
     networks = [chosen]
     if chosen.precision != "float32":
         networks.insert(0, load_pass(model))
@@ -229,17 +229,6 @@ def _plot(axes: Axes, report: BenchReport) -> None:
     axes.set_xlabel("texts per batch")
     axes.set_ylabel("ms per text")
     axes.legend(fontsize=7)
-
-
-def _items(
-    checkpoint: Checkpoint, texts: Sequence[str] | None, count: int, vocabulary: int
-) -> list[TokenIds]:
-    if texts is None:
-        longest = min(LENGTHS[1], checkpoint.manifest.max_tokens)
-        return random_texts(count, min(LENGTHS[0], longest), longest, vocabulary)
-    if len(texts) < 2:
-        raise ValueError(f"at least two texts are required, not {len(texts)}")
-    return token_ids(checkpoint, texts[:count])
 
 
 def _round(items: Sequence[TokenIds], turn: int, batch: int) -> list[TokenIds]:

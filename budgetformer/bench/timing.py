@@ -16,7 +16,11 @@ from budgetformer.inference.backends.linear import int8_linear
 from budgetformer.inference.ranges import StateRange
 
 TokenIds = list[int]
+LENGTHS = (12, 80)
+"""Minimum and maximum tokens of random texts."""
 
+MIN_ROUNDS = 10
+"""Number of times that a product and a copy are timed; the fastest counts."""
 INT8_RANGE = StateRange(low=-4, high=4)
 """State range of the random numbers in int8 products."""
 
@@ -89,9 +93,13 @@ def time_in_turns(
     ]
 
 
-def token_ids(checkpoint: Checkpoint, texts: Sequence[str]) -> list[TokenIds]:
-    """Tokenize texts with a checkpoint's tokenizer."""
-    return [tokens.ids for tokens in load_encoder(checkpoint).encode(texts)]
+def token_ids(checkpoint: Checkpoint, texts: Sequence[str] | None, count: int) -> list[TokenIds]:
+    """Return the tokens of real texts or, if `texts` is None, `count` items of random tokens."""
+    if texts is not None:
+        return [tokens.ids for tokens in load_encoder(checkpoint).encode(texts)]
+    longest = min(LENGTHS[1], checkpoint.manifest.max_tokens)
+    vocabulary = checkpoint.architecture.vocab_size
+    return random_texts(count, min(LENGTHS[0], longest), longest, vocabulary)
 
 
 def random_texts(count: int, shortest: int, longest: int, vocabulary: int) -> list[TokenIds]:
@@ -137,9 +145,9 @@ class Machine:
         return max(macs / self.macs[precision], nbytes / self.bandwidth)
 
 
-def _min_seconds(run: Callable[[], object], rounds: int = 10) -> float:
+def _min_seconds(run: Callable[[], object]) -> float:
     seconds = []
-    for _ in range(rounds):
+    for _ in range(MIN_ROUNDS):
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)

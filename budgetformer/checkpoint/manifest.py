@@ -65,16 +65,6 @@ class FixedStep(_Data):
     macs_share: float
 
 
-class Evaluation(_Data):
-    """Accuracy on one data set, with its 95 % interval (low, high)."""
-
-    data: str
-    rows: int
-    accuracy: float
-    low: float
-    high: float
-
-
 class Timing(_Data):
     """Time per text on the machine that made a checkpoint, in batches, tokenization included.
 

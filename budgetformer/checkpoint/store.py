@@ -53,7 +53,8 @@ class _Shape(BaseModel):
     id2label: dict[str, str]
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """Return the key and the message of a schema's first error, on one line."""
     first = error.errors(include_url=False, include_input=False)[0]
     key = ".".join(map(str, first["loc"])) or "the file"
     return f"{key.encode('unicode_escape').decode()}: {first['msg']}"
@@ -224,11 +225,15 @@ class Checkpoint:
 
 @contextmanager
 def _as_checkpoint_errors(path: Path) -> Iterator[None]:
-    """Convert errors of file reads in this block to `CheckpointError`."""
+    """Convert errors of reading and checking a file in this block to `CheckpointError`."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {first_problem(error)}") from error
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _compare(path: Path, digest: str, entry: FileEntry) -> None:
@@ -267,62 +272,54 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: one of them is missing or invalid, or they contradict each other.
     """
-    try:
+    with _as_checkpoint_errors(path / MANIFEST):
         manifest = Manifest.model_validate_json(_read_limited(path, MANIFEST))
-    except OSError as error:
-        raise CheckpointError(f"{path / MANIFEST}: {error.strerror or error}") from error
-    except ValidationError as error:
-        raise CheckpointError(f"{path / MANIFEST}: {_first_problem(error)}") from error
-    if manifest.format != FORMAT:
-        raise CheckpointError(
-            f"{path / MANIFEST}: format {manifest.format} is not supported, only {FORMAT}"
-        )
-    try:
-        config = json.loads(_read_limited(path, CONFIG))
-    except OSError as error:
-        raise CheckpointError(f"{path / CONFIG}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path / CONFIG}: not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("model_type") != "budgetformer":
-        raise CheckpointError(f"{path / CONFIG}: model_type is not 'budgetformer'")
-    try:
+        if manifest.format != FORMAT:
+            raise ValueError(f"format {manifest.format} is not supported, only {FORMAT}")
+    with _as_checkpoint_errors(path / CONFIG):
+        config = _parse_json(_read_limited(path, CONFIG))
+        if not isinstance(config, dict) or config.get("model_type") != "budgetformer":
+            raise ValueError("model_type is not 'budgetformer'")
         shape = _Shape.model_validate(config)
-    except ValidationError as error:
-        raise CheckpointError(f"{path / CONFIG}: {_first_problem(error)}") from error
-    labels = len(shape.id2label)
+    with _as_checkpoint_errors(path / MANIFEST):
+        _check_sizes(manifest, shape)
+        if manifest.policy is not None:
+            _check_chain(manifest.policy.chain, Architecture.read(config))
+    return Checkpoint(path, manifest, config)
+
+
+def _parse_json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+def _check_sizes(manifest: Manifest, shape: _Shape) -> None:
+    """Check that a manifest fits the sizes of its network.
+
+    Raises:
+        ValueError: it does not.
+    """
+    labels, layers, top = len(shape.id2label), shape.num_hidden_layers, len(shape.ladder)
     if len(manifest.labels) != labels:
-        count = len(manifest.labels)
-        raise CheckpointError(f"{path / MANIFEST}: {count} labels, but the network has {labels}")
+        raise ValueError(f"{len(manifest.labels)} labels, but the network has {labels}")
     if manifest.max_tokens > shape.max_position_embeddings:
-        raise CheckpointError(
-            f"{path / MANIFEST}: max_tokens is {manifest.max_tokens}, "
+        raise ValueError(
+            f"max_tokens is {manifest.max_tokens}, "
             f"but the network has only {shape.max_position_embeddings} positions"
         )
     if manifest.exit_tokens is not None and manifest.exit_tokens < manifest.max_tokens:
-        raise CheckpointError(
-            f"{path / MANIFEST}: exit_tokens is {manifest.exit_tokens}, "
-            f"less than max_tokens {manifest.max_tokens}"
+        raise ValueError(
+            f"exit_tokens is {manifest.exit_tokens}, less than max_tokens {manifest.max_tokens}"
         )
-    layers = shape.num_hidden_layers
     if len(manifest.ranges) not in (0, layers):
-        raise CheckpointError(
-            f"{path / MANIFEST}: ranges of {len(manifest.ranges)} layers, "
-            f"but the network has {layers}"
-        )
-    top = len(shape.ladder)
+        raise ValueError(f"ranges of {len(manifest.ranges)} layers, but the network has {layers}")
     for point in manifest.operating_points:
         steps = [band.step for band in point.entry]
         steps += [point.escalation.step] if point.escalation else []
         if steps and max(steps) > top:
-            raise CheckpointError(
-                f"{path / MANIFEST}: step {max(steps)} is not on the ladder of {top}"
-            )
-    if manifest.policy is not None:
-        try:
-            _check_chain(manifest.policy.chain, Architecture.read(config))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path / MANIFEST}: policy: {error}") from error
-    return Checkpoint(path, manifest, config)
+            raise ValueError(f"step {max(steps)} is not on the ladder of {top}")
 
 
 def _check_chain(chain: Sequence[int], architecture: Architecture) -> None:

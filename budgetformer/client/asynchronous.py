@@ -29,7 +29,6 @@ from budgetformer.client.calls import (
     Attempts,
     Budget,
     Call,
-    Connecting,
     Item,
     Limits,
     Options,
@@ -39,6 +38,7 @@ from budgetformer.client.calls import (
     Text,
     Wait,
     check_options,
+    connect,
     drawn,
     headers_of,
     items_of,
@@ -66,20 +66,8 @@ class AsyncClient:
     """Classify over HTTP with keep-alive connections.
 
     Use it as an asynchronous context manager, or call `close`. It belongs to one event loop.
-
-    Args:
-        url: URL of the server, such as "http://127.0.0.1:8000".
-        api_key: API key, if the server requires one.
-        timeout: maximum seconds of a call, including waits and retries; `math.inf`: no limit. The
-            remaining time is sent to the server, which drops requests that would be late.
-        retry: retry policy.
-        batch_items, batch_characters: maximum texts and characters per request; longer lists are
-            split. A server with a lower limit lowers `batch_items`.
-        concurrency: maximum number of requests in flight.
-        headers: headers of every request.
-        http: httpx client to use; it is not closed. None: create one, which uses proxy variables
-            unless the server is on this host.
-        clock, sleep, chance: sources of time and randomness (0..1), for tests.
+    Its methods, arguments and errors are those of `Client`; `http` is an `httpx.AsyncClient`, and
+    `sleep` a coroutine function.
     """
 
     def __init__(
@@ -105,9 +93,9 @@ class AsyncClient:
         self._url = url.rstrip("/")
         self._headers = headers_of(headers, api_key)
         self._owned = http is None
-        connecting = Connecting.to(url)
-        self._proxies = [] if http else connecting.proxies
-        self._http = http or connecting.open(httpx.AsyncClient, concurrency)
+        self._http, self._proxies = (
+            (http, []) if http else connect(httpx.AsyncClient, url, concurrency)
+        )
         self._room = asyncio.Semaphore(concurrency)
         self._clock, self._sleep, self._chance = clock, sleep, chance
 
@@ -137,18 +125,7 @@ class AsyncClient:
     ) -> list[Result]:
         """Classify texts; return the results in the same order.
 
-        Args:
-            texts: one text or several.
-            timeout: maximum seconds of this call; None: the client's `timeout`.
-            progress: True shows a bar on stderr; a function is called with the numbers of answered
-                and of all texts.
-            options: fields of POST /classify.
-
-        Raises:
-            InputError: a text or an option cannot be sent; the message names it (`input[3]`).
-            DeadlineExceededError: the time is over.
-            OverloadedError, UnreachableError: retries did not help.
-            ServerError: the server refused the request.
+        Arguments and errors are those of `Client.classify`.
         """
         stream = self._stream(items_of(texts), timeout, progress, options)
         return [result async for result in stream]
@@ -161,11 +138,7 @@ class AsyncClient:
         progress: bool | Tell = False,
         **options: Unpack[Options],
     ) -> AsyncGenerator[Result, None]:
-        """Classify texts from an iterator, with few of them in memory; yield results in order.
-
-        Arguments and errors are those of `classify`. `timeout` starts with the first result that is
-        requested from the returned iterator.
-        """
+        """Classify texts from an iterator, with few of them in memory; yield results in order."""
         async with aclosing(self._stream(drawn(texts), timeout, progress, options)) as stream:
             async for result in stream:
                 yield result
@@ -217,90 +190,43 @@ class AsyncClient:
         function_to_apply: pipeline.Function | None = None,
         **options: Unpack[Options],
     ) -> pipeline.PipelineOutput:
-        """Answer as `transformers.pipeline("text-classification")` does.
-
-        Without `top_k`, each text gets its best label; with it a list of labels, all of them if it
-        is None.
-
-        Raises:
-            ItemFailedError: a text failed.
-            ClientError: see `classify`.
-        """
+        """Answer as `transformers.pipeline("text-classification")` does."""
         request_options = pipeline.request_options(function_to_apply, options)
         results = await self.classify(inputs, **request_options)
         return pipeline.shaped(inputs, results, "top_k" in options, function_to_apply)
 
     async def models(self) -> list[str]:
-        """Return the names of the served models.
-
-        Raises:
-            UnreachableError: the server cannot be reached.
-            ServerError: the server refused the request.
-        """
-        listed = await self._get("/v1/models")
+        """Return the names of the served models."""
+        listed = await self._request("GET", "/v1/models")
         return [model["id"] for model in listed["data"]]
 
     async def model(self, name: str) -> dict[str, Any]:
-        """Return a model's labels, sizes, and quality levels with their accuracy and cost.
-
-        Raises:
-            UnreachableError: the server cannot be reached.
-            ServerError: the server refused the request.
-        """
-        return await self._get(f"/models/{name}")
+        """Return a model's labels, sizes, and quality levels with their accuracy and cost."""
+        return await self._request("GET", f"/models/{name}")
 
     async def submit_job(self, file: str | Path, **options: Unpack[JobOptions]) -> dict[str, Any]:
-        """Submit a file of texts, or the URL of one, as a background job; return the job.
-
-        The request is not retried.
-
-        Raises:
-            InputError: there is no such file, or it is neither CSV, JSONL nor Parquet.
-            OverloadedError: the server has no room for the job.
-            UnreachableError: the server cannot be reached.
-            ServerError: the server refused the request.
-        """
+        """Submit a file of texts, or the URL of one, as a background job; return the job."""
         submission = Submission.of(file, options)
         content = None if submission.path is None else _in_threads(submission.parts())
-        return await self._job_call(
-            "POST", "", content=content, json=submission.json,
+        return await self._request(
+            "POST", "/jobs", content=content, json=submission.json,
             params=submission.params, headers=submission.headers,
         )  # fmt: skip
 
     async def jobs(self) -> list[dict[str, Any]]:
-        """Return the jobs of this API key, newest first.
-
-        Raises:
-            UnreachableError: the server cannot be reached.
-            ServerError: the server refused the request.
-        """
-        return list((await self._job_call("GET", ""))["data"])
+        """Return the jobs of this API key, newest first."""
+        return list((await self._request("GET", "/jobs"))["data"])
 
     async def job(self, job_id: str) -> dict[str, Any]:
-        """Return the status and the progress of a job.
-
-        Raises:
-            UnreachableError: the server cannot be reached.
-            ServerError: there is no such job.
-        """
-        return await self._job_call("GET", f"/{job_id}")
+        """Return the status and the progress of a job."""
+        return await self._request("GET", f"/jobs/{job_id}")
 
     async def cancel_job(self, job_id: str) -> dict[str, Any]:
-        """Cancel a job if it has not ended, and delete its files.
-
-        Raises:
-            UnreachableError: the server cannot be reached.
-            ServerError: there is no such job.
-        """
-        return await self._job_call("DELETE", f"/{job_id}")
+        """Cancel a job if it has not ended, and delete its files."""
+        return await self._request("DELETE", f"/jobs/{job_id}")
 
     async def follow_job(self, job_id: str, tell: TellJob = lambda _: None) -> dict[str, Any]:
-        """Wait until a job has ended, also over a restart of the server; return the job.
-
-        Raises:
-            OverloadedError, UnreachableError: the server has not answered for a minute.
-            ServerError: the job no longer exists.
-        """
+        """Wait until a job has ended, also over a restart of the server; return the job."""
         seen = self._clock()
         while True:
             try:
@@ -316,13 +242,7 @@ class AsyncClient:
             await self._sleep(POLL_SECONDS)
 
     async def save_job_result(self, job_id: str, output: Path) -> None:
-        """Write the result of a finished job to a file, completely or not at all.
-
-        Raises:
-            UnreachableError: the server cannot be reached, or the connection broke.
-            ServerError: there is no such job, or it has not finished.
-            OSError: the file cannot be written.
-        """
+        """Write the result of a finished job to a file, completely or not at all."""
         part, url = unfinished(output), f"{self._url}/jobs/{job_id}/result"
         try:
             async with self._http.stream(
@@ -330,7 +250,7 @@ class AsyncClient:
             ) as response:
                 if not response.is_success:
                     await response.aread()
-                    raise read_error(response, proxies=self._proxies)
+                    raise read_error(response, 0, self._proxies)
                 with part.open("wb") as file:
                     async for content in response.aiter_bytes():
                         await asyncio.to_thread(file.write, content)
@@ -340,20 +260,11 @@ class AsyncClient:
         finally:
             part.unlink(missing_ok=True)
 
-    async def _job_call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+    async def _request(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         headers = {**self._headers, **request.pop("headers", {})}
         try:
             response = await self._http.request(
-                method, f"{self._url}/jobs{path}", headers=headers, timeout=PATIENCE, **request
-            )
-        except httpx.TransportError as error:
-            raise unreachable(error, self._proxies) from error
-        return read_body(response, self._proxies)
-
-    async def _get(self, path: str) -> dict[str, Any]:
-        try:
-            response = await self._http.get(
-                self._url + path, headers=self._headers, timeout=PATIENCE
+                method, self._url + path, headers=headers, timeout=PATIENCE, **request
             )
         except httpx.TransportError as error:
             raise unreachable(error, self._proxies) from error

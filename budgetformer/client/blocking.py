@@ -20,7 +20,6 @@ from budgetformer.client.calls import (
     Attempts,
     Budget,
     Call,
-    Connecting,
     Item,
     Limits,
     Options,
@@ -30,6 +29,7 @@ from budgetformer.client.calls import (
     Text,
     Wait,
     check_options,
+    connect,
     drawn,
     headers_of,
     items_of,
@@ -96,9 +96,7 @@ class Client:
         self._url = url.rstrip("/")
         self._headers = headers_of(headers, api_key)
         self._owned = http is None
-        connecting = Connecting.to(url)
-        self._proxies = [] if http else connecting.proxies
-        self._http = http or connecting.open(httpx.Client, concurrency)
+        self._http, self._proxies = (http, []) if http else connect(httpx.Client, url, concurrency)
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="budgetformer-client")
         self._clock, self._sleep, self._chance = clock, sleep, chance
 
@@ -221,7 +219,7 @@ class Client:
             UnreachableError: the server cannot be reached.
             ServerError: the server refused the request.
         """
-        listed = self._get("/v1/models")
+        listed = self._request("GET", "/v1/models")
         return [model["id"] for model in listed["data"]]
 
     def model(self, name: str) -> dict[str, Any]:
@@ -231,7 +229,7 @@ class Client:
             UnreachableError: the server cannot be reached.
             ServerError: the server refused the request.
         """
-        return self._get(f"/models/{name}")
+        return self._request("GET", f"/models/{name}")
 
     def submit_job(self, file: str | Path, **options: Unpack[JobOptions]) -> dict[str, Any]:
         """Submit a file of texts, or the URL of one, as a background job; return the job.
@@ -246,8 +244,8 @@ class Client:
         """
         submission = Submission.of(file, options)
         content = None if submission.path is None else submission.parts()
-        return self._job_call(
-            "POST", "", content=content, json=submission.json,
+        return self._request(
+            "POST", "/jobs", content=content, json=submission.json,
             params=submission.params, headers=submission.headers,
         )  # fmt: skip
 
@@ -258,7 +256,7 @@ class Client:
             UnreachableError: the server cannot be reached.
             ServerError: the server refused the request.
         """
-        return list(self._job_call("GET", "")["data"])
+        return list(self._request("GET", "/jobs")["data"])
 
     def job(self, job_id: str) -> dict[str, Any]:
         """Return the status and the progress of a job.
@@ -267,7 +265,7 @@ class Client:
             UnreachableError: the server cannot be reached.
             ServerError: there is no such job.
         """
-        return self._job_call("GET", f"/{job_id}")
+        return self._request("GET", f"/jobs/{job_id}")
 
     def cancel_job(self, job_id: str) -> dict[str, Any]:
         """Cancel a job if it has not ended, and delete its files.
@@ -276,7 +274,7 @@ class Client:
             UnreachableError: the server cannot be reached.
             ServerError: there is no such job.
         """
-        return self._job_call("DELETE", f"/{job_id}")
+        return self._request("DELETE", f"/jobs/{job_id}")
 
     def follow_job(self, job_id: str, tell: TellJob = lambda _: None) -> dict[str, Any]:
         """Wait until a job has ended, also over a restart of the server; return the job.
@@ -312,7 +310,7 @@ class Client:
             with self._http.stream("GET", url, headers=self._headers, timeout=PATIENCE) as response:
                 if not response.is_success:
                     response.read()
-                    raise read_error(response, proxies=self._proxies)
+                    raise read_error(response, 0, self._proxies)
                 with part.open("wb") as file:
                     file.writelines(response.iter_bytes())
             part.replace(output)
@@ -321,19 +319,12 @@ class Client:
         finally:
             part.unlink(missing_ok=True)
 
-    def _job_call(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+    def _request(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         headers = {**self._headers, **request.pop("headers", {})}
         try:
             response = self._http.request(
-                method, f"{self._url}/jobs{path}", headers=headers, timeout=PATIENCE, **request
+                method, self._url + path, headers=headers, timeout=PATIENCE, **request
             )
-        except httpx.TransportError as error:
-            raise unreachable(error, self._proxies) from error
-        return read_body(response, self._proxies)
-
-    def _get(self, path: str) -> dict[str, Any]:
-        try:
-            response = self._http.get(self._url + path, headers=self._headers, timeout=PATIENCE)
         except httpx.TransportError as error:
             raise unreachable(error, self._proxies) from error
         return read_body(response, self._proxies)

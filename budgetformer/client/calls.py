@@ -151,39 +151,27 @@ def headers_of(given: Mapping[str, str] | None, api_key: str | None) -> dict[str
     return dict(given or {}) | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
 
 
-@dataclass(frozen=True)
-class Connecting:
-    """The connection settings of a client.
+def connect(kind: Callable[..., Http], url: str, connections: int) -> tuple[Http, list[str]]:
+    """Return an httpx client with at most `connections` connections to the server at a URL.
 
-    Attributes:
-        proxies: names of the proxy variables that httpx uses; none for a server on this host.
-        options: arguments of the httpx client.
+    Returns:
+        The client, and the names of the proxy variables that it uses; none for a server on this
+        host.
+
+    Raises:
+        UnreachableError: a proxy variable has an unsupported value.
     """
-
-    proxies: list[str]
-    options: dict[str, Any]
-
-    @classmethod
-    def to(cls, url: str) -> Connecting:
-        """Return the settings for the server at a URL."""
-        if is_loopback(url):
-            # `trust_env=False` would also ignore SSL_CERT_FILE, which this context reads.
-            verify = httpx.create_ssl_context() if url.startswith("https") else True
-            return cls([], {"trust_env": False, "verify": verify})
-        return cls(proxy_variables(), {})
-
-    def open(self, kind: Callable[..., Http], connections: int) -> Http:
-        """Return an httpx client with at most `connections` connections.
-
-        Raises:
-            UnreachableError: a proxy variable has an unsupported value.
-        """
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        try:
-            return kind(limits=limits, **self.options)
-        except (ImportError, ValueError) as error:  # SOCKS needs a package, socks:// is unknown
-            message = f"no connection is possible: {error}{_proxy_hint(self.proxies)}"
-            raise UnreachableError(message) from error
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    if is_loopback(url):
+        # `trust_env=False` would also ignore SSL_CERT_FILE, which this context reads.
+        verify = httpx.create_ssl_context() if url.startswith("https") else True
+        return kind(limits=limits, trust_env=False, verify=verify), []
+    proxies = proxy_variables()
+    try:
+        return kind(limits=limits), proxies
+    except (ImportError, ValueError) as error:  # SOCKS needs a package, socks:// is unknown
+        message = f"no connection is possible: {error}{_proxy_hint(proxies)}"
+        raise UnreachableError(message) from error
 
 
 def is_one(given: Any) -> bool:
@@ -351,7 +339,7 @@ class Call:
     retry: Retry
     chance: Callable[[], float]
     limits: Limits
-    proxies: Sequence[str] = ()
+    proxies: Sequence[str]
 
     def attempts(self, chunk: Chunk) -> Attempts:
         """Send a chunk and retry until its results are there; yield the steps.
@@ -421,9 +409,7 @@ def _judge(
     raise error
 
 
-def unreachable(
-    cause: httpx.TransportError | None, proxies: Sequence[str] = ()
-) -> UnreachableError:
+def unreachable(cause: httpx.TransportError | None, proxies: Sequence[str]) -> UnreachableError:
     """Return the error for a connection that could not be opened, or that broke."""
     reason = str(cause) or type(cause).__name__
     error = UnreachableError(f"the server cannot be reached: {reason}{_proxy_hint(proxies)}")
@@ -438,20 +424,18 @@ def _proxy_hint(proxies: Sequence[str]) -> str:
     return f" (proxy variables are set: {', '.join(proxies)}; no_proxy may exempt the server)"
 
 
-def read_body(response: httpx.Response, proxies: Sequence[str] = ()) -> dict[str, Any]:
+def read_body(response: httpx.Response, proxies: Sequence[str]) -> dict[str, Any]:
     """Return the JSON object of a response.
 
     Raises:
         ServerError: the response is an error.
     """
     if not response.is_success:
-        raise read_error(response, proxies=proxies)
+        raise read_error(response, 0, proxies)
     return dict(response.json())
 
 
-def read_error(
-    response: httpx.Response, start: int = 0, proxies: Sequence[str] = ()
-) -> ServerError:
+def read_error(response: httpx.Response, start: int, proxies: Sequence[str]) -> ServerError:
     """Return the error that a response describes; `start` is added to indices of texts."""
     status = response.status_code
     try:

@@ -139,15 +139,6 @@ def encoder_macs(config: Costed, heads: Sequence[int], tokens: int) -> int:
     return embedding_macs(sizes, tokens) + layers + head + sizes.width * sizes.classes
 
 
-def step_macs(config: Architecture, steps: Sequence[int], tokens: int) -> int:
-    """Count the MACs of the decision and of all `steps` that one item runs.
-
-    An escalated item runs several steps; step 0 is part of the decision.
-    """
-    passes = (encoder_macs(config, config.heads_per_layer(s), tokens) for s in steps if s > 0)
-    return decision_macs(config, tokens) + sum(passes)
-
-
 def dense_macs(config: Costed, tokens: int) -> int:
     """Count the MACs of the dense network (all heads, no decision) for one item."""
     sizes = Sizes.of(config)

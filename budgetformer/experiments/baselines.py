@@ -34,10 +34,10 @@ from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.data import Examples, TokenizedTexts, drawn_rows
 from budgetformer.training.importance import order_by_importance
-from budgetformer.training.pipeline import find_device, prepare
+from budgetformer.training.pipeline import find_data, find_device, prepare
 from budgetformer.training.processes import SINGLE_PROCESS, Processes, join_processes
 from budgetformer.training.recipe import Recipe
-from budgetformer.training.trainer import CPU, Log, Trainer, inputs, progress_bar
+from budgetformer.training.trainer import CPU, Log, Trainer, inputs, rows_by_length
 
 EXITS = "exits.safetensors"
 SMALLER = "smaller"
@@ -223,15 +223,14 @@ def _layer_states(
     count = len(tokens.ids)
     states = torch.zeros(config.num_hidden_layers, count, config.hidden_size)
     logits = torch.zeros(count, config.num_classes)
-    with progress_bar() as bar, _recorded_states(model) as recorded:
-        task = bar.add_task(title, total=count, note="")
-        for batch in tokens.batches(BATCH):
+    with _recorded_states(model) as recorded:
+        for rows in rows_by_length(tokens, BATCH, title):
+            batch = tokens.batch(rows)
             recorded.clear()
             encoded = model.encoder(**inputs(batch), steps=config.num_steps)
-            logits[batch.rows] = model.classify(encoded.pooled)
+            logits[rows] = model.classify(encoded.pooled)
             for index, layer in enumerate(recorded):
-                states[index, batch.rows] = masked_mean(layer, batch.attention_mask)
-            bar.advance(task, len(batch.rows))
+                states[index, rows] = masked_mean(layer, batch.attention_mask)
     model.train(training)
     return states, logits
 
@@ -277,7 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         processes, device = join_processes(find_device(options.device))
         log = processes.log_of_main(terminal.log)
-        run = prepare(options.data, options.start, recipe, work_dir, processes, log)
+        train_file, _ = find_data(options.data)
+        run = prepare(train_file, options.start, recipe, work_dir, processes, log)
         train_baselines(
             *(run.conversion.model, run.tokens, run.seen, recipe, work_dir, options.out, log),
             run.conversion.origin,

@@ -25,6 +25,7 @@ from budgetformer.model.architecture import Architecture
 from budgetformer.model.budget import Gating
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts, read_examples
+from budgetformer.training.pages import markdown_table
 from budgetformer.training.pipeline import build_model, find_data, find_start, saved_tokenizer
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import Log, Trainer, inputs
@@ -252,32 +253,30 @@ def _read_outcome(file: Path, recipe: Recipe) -> Outcome | None:
 
 def report(data: DataSet, outcomes: dict[str, Outcome]) -> str:
     """Return the tables of one data set in Markdown."""
-    rows = len(data.test)
-    lines = [
-        f"### {data.name}",
-        "",
-        f"{len(data.train)} training texts, {rows} test texts.",
-        "",
-        "| variant | paper | accuracy | 95 % | s mean | s sd, texts | s sd, layers | same plan "
-        "| saved, attention only | saved, compact |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [_main_row(data.name, name, outcome) for name, outcome in outcomes.items()]
-    steps = list(outcomes[FULL].forced)
-    lines += [
-        "",
-        f"| variant | {' | '.join(f'k = {k}' for k in steps)} | s where full is wrong "
-        "| s where full is right | AUC | s explained by label |",
-        "|---|" + "---|" * (len(steps) + 4),
-    ]
+    headings = [
+        "variant", "paper", "accuracy", "95 %", "s mean", "s sd, texts", "s sd, layers",
+        "same plan", "saved, attention only", "saved, compact",
+    ]  # fmt: skip
+    rows = [_main_row(data.name, name, outcome) for name, outcome in outcomes.items()]
+    by_step = [
+        "variant", *(f"k = {k}" for k in outcomes[FULL].forced),
+        "s where full is wrong", "s where full is right", "AUC", "s explained by label",
+    ]  # fmt: skip
     failed = np.array(outcomes[FULL].right) == 0
-    lines += [
+    second_rows = [
         _second_row(name, outcome, failed, data.test.labels) for name, outcome in outcomes.items()
     ]
-    return "\n".join(lines) + "\n"
+    return f"""### {data.name}
+
+{len(data.train)} training texts, {len(data.test)} test texts.
+
+{markdown_table(headings, rows)}
+
+{markdown_table(by_step, second_rows)}
+"""
 
 
-def _main_row(data_name: str, name: str, outcome: Outcome) -> str:
+def _main_row(data_name: str, name: str, outcome: Outcome) -> list[str]:
     accuracy = float(np.mean(outcome.right))
     low, high = interval(accuracy, len(outcome.right))
     published = PUBLISHED.get(data_name, {}).get(name)
@@ -300,10 +299,10 @@ def _main_row(data_name: str, name: str, outcome: Outcome) -> str:
         ]
     else:
         cells += [""] * 6
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
-def _second_row(name: str, outcome: Outcome, failed: np.ndarray, labels: np.ndarray) -> str:
+def _second_row(name: str, outcome: Outcome, failed: np.ndarray, labels: np.ndarray) -> list[str]:
     cells = [name, *(f"{accuracy:.4f}" for accuracy in outcome.forced.values())]
     if outcome.s:
         s = np.array(outcome.s).mean(1)
@@ -315,7 +314,7 @@ def _second_row(name: str, outcome: Outcome, failed: np.ndarray, labels: np.ndar
         ]
     else:
         cells += [""] * 4
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,12 +8,10 @@ cascade) are chosen on the test texts themselves, so comparisons favour the base
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -161,10 +159,6 @@ class Report:
     curves: list[Curve]
     heads_by_confidence: dict[str, list[float]]
     heads_by_class: dict[str, dict[str, float]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain values."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ MAX_BARS = 20
 def write_report(report: Report, folder: Path) -> None:
     """Write `README.md`, `report.json` and the plots to `folder`, created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    (folder / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
     (folder / PAGE).write_text(report_text(report))
     for name, fill in (("frontier", _frontier), ("difficulty", _difficulty), ("classes", _classes)):
         draw([folder / f"{name}.png", folder / f"{name}.svg"], partial(fill, report=report))

@@ -33,7 +33,7 @@ from budgetformer.training.evaluation import read_test
 from budgetformer.training.exits import pooled_states
 from budgetformer.training.pages import markdown_table
 from budgetformer.training.recipe import Recipe
-from budgetformer.training.trainer import inputs, progress_bar, split_rows
+from budgetformer.training.trainer import inputs, rows_by_length, split_rows
 
 CAPS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Limits on the mean multiply-adds, as shares of the dense network's."""
@@ -104,7 +104,7 @@ def _text_set(
     labels = torch.from_numpy(examples.labels)
     outputs = run_every_step(network, tokens)
     table = AnswerTable(network.config, outputs)
-    pooled = pooled_states(model, tokens, "pooled states")[0]
+    pooled = pooled_states(model, tokens)[0]
     evidence = exit_evidence(outputs.logits[0], network.config.problem_type)
     features = torch.cat([pooled, evidence], dim=1)
     probe, right = _probe_states(model, tokens), table.right(labels)
@@ -115,13 +115,11 @@ def _text_set(
 def _probe_states(model: BudgetFormerForSequenceClassification, tokens: TokenizedTexts) -> Tensor:
     """Return mean token states after the first half of the layers at a small step [N, D]."""
     states = torch.zeros(len(tokens.ids), model.config.hidden_size)
-    with progress_bar() as bar:
-        task = bar.add_task("probe", total=len(tokens.ids), note="")
-        for batch in tokens.batches(32):
-            half = model.config.num_hidden_layers // 2
-            probed = model.encoder.run_at(PROBE_STEP, **inputs(batch), layers=half)
-            states[batch.rows] = masked_mean(probed, batch.attention_mask)
-            bar.advance(task, len(batch.rows))
+    half = model.config.num_hidden_layers // 2
+    for rows in rows_by_length(tokens, 32, "probe"):
+        batch = tokens.batch(rows)
+        probed = model.encoder.run_at(PROBE_STEP, **inputs(batch), layers=half)
+        states[rows] = masked_mean(probed, batch.attention_mask)
     return states
 
 
@@ -134,10 +132,11 @@ def _predict_signals(held: TextSet, test: TextSet) -> None:
     full = table.logits[-1].argmax(-1)
     losses = torch.stack([F.cross_entropy(x, held.labels, reduction="none") for x in table.logits])
     right = torch.from_numpy(held.right).float()
+    smallest_right = torch.where(right.any(0), right.argmax(0), 0)  # 0 if no step is right
     targets = {
         "teacher agreement": (held.features, test.features, table.logits[0].argmax(-1) != full),
         "losses": (held.features, test.features, losses.T),
-        "smallest right step": (held.features, test.features, _smallest_right(right) / len(right)),
+        "smallest right step": (held.features, test.features, smallest_right / len(right)),
         "probe": (held.probe, test.probe, 1 - right[PROBE_STEP]),
     }
     for name, (features, test_features, target) in targets.items():
@@ -152,11 +151,6 @@ def _predict_signals(held: TextSet, test: TextSet) -> None:
     for texts in (held, test):
         confidences = confidence(texts.table.logits[0], texts.table.config.problem_type)
         texts.signals["step 0's confidence"] = (1 - confidences).numpy()
-
-
-def _smallest_right(right: Tensor) -> Tensor:
-    """Return the smallest step whose answer is right [N]; 0 if none is."""
-    return torch.where(right.any(0), right.argmax(0), 0)
 
 
 def _fit(features: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:

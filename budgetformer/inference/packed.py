@@ -71,15 +71,13 @@ class PackedTokens:
     token_type_ids: Tensor
     lengths: tuple[int, ...]
 
-    def part(self, start: int, stop: int) -> PackedTokens:
-        """Return the items `start` .. `stop - 1`."""
-        if stop - start == len(self.lengths):
+    def part(self, items: slice) -> PackedTokens:
+        """Return the items from `items.start` to before `items.stop`."""
+        if items.stop - items.start == len(self.lengths):
             return self
         ends = [0, *accumulate(self.lengths)]
-        rows = slice(ends[start], ends[stop])
-        return PackedTokens(
-            self.input_ids[rows], self.token_type_ids[rows], self.lengths[start:stop]
-        )
+        rows = slice(ends[items.start], ends[items.stop])
+        return PackedTokens(self.input_ids[rows], self.token_type_ids[rows], self.lengths[items])
 
     @classmethod
     def pack(
@@ -306,21 +304,14 @@ class PackedPass:
         """
         if self.sizes.one_budget:
             return BudgetPrediction(torch.ones(len(tokens.lengths)), None, None)
-        parts = self._parts(tokens.lengths)
-        if self.step0 is not None:
-            full_text = full_text or tokens
-            return BudgetPrediction.join(
-                [
-                    self._decide_with_numpy(
-                        self.step0,
-                        tokens.part(part.start, part.stop),
-                        full_text.part(part.start, part.stop),
-                    )
-                    for part in parts
-                ]
-            )
+        step0, full_text = self.step0, full_text or tokens
         return BudgetPrediction.join(
-            [self._decide_part(tokens.part(p.start, p.stop)) for p in parts]
+            [
+                self._decide_part(tokens.part(part))
+                if step0 is None
+                else self._decide_with_numpy(step0, tokens.part(part), full_text.part(part))
+                for part in self._parts(tokens.lengths)
+            ]
         )
 
     def _decide_part(self, tokens: PackedTokens) -> BudgetPrediction:
@@ -339,7 +330,7 @@ class PackedPass:
     def rank(self, tokens: PackedTokens) -> Tensor:
         """Return the heads of each layer ordered by g_d, best first, for B items: [B, L, H]."""
         parts = self._parts(tokens.lengths)
-        return torch.cat([self._rank(tokens.part(part.start, part.stop)) for part in parts])
+        return torch.cat([self._rank(tokens.part(part)) for part in parts])
 
     def _rank(self, tokens: PackedTokens) -> Tensor:
         decision, offsets = self.encoder.decision, self._offsets_of(tokens)
@@ -397,7 +388,7 @@ class PackedPass:
 
         def run_part(part: slice) -> PassResult:
             return self._run(
-                tokens.part(part.start, part.stop),
+                tokens.part(part),
                 None if steps is None else steps[part],
                 None if exit_logits is None else exit_logits[part],
                 None if ranking is None else ranking[part],

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from budgetformer.inference.backends.kernels import Kernels, plain
 from budgetformer.inference.backends.linear import padded_rows
@@ -184,17 +184,9 @@ class RoutedWeights:
 class PlainSums:
     """The sums and norms of a `Backend` in plain torch."""
 
-    def norm(self, states: Tensor, layer_norm: nn.Module) -> Tensor:
-        """Normalise states."""
-        return plain.norm(states, layer_norm)
-
-    def add(self, states: Tensor, change: Tensor) -> Tensor:
-        """Add a change to states."""
-        return plain.add(states, change)
-
-    def add_norm(self, states: Tensor, change: Tensor, layer_norm: nn.Module) -> Tensor:
-        """Normalise the sum of states and a change."""
-        return plain.add_norm(states, change, layer_norm)
+    norm = staticmethod(plain.norm)
+    add = staticmethod(plain.add)
+    add_norm = staticmethod(plain.add_norm)
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class LayerMatrices:
             up, down = self.shared_feed_forward
         else:
             neurons = self._index(head_set, sizes.neurons_per_head)
-            rows = self._index(head_set, sizes.neurons_per_head * self._rows_per_neuron)
+            rows = self._index(head_set, sizes.neurons_per_head * (2 if self.spec.gated else 1))
             unpacked.append(Weights("up", self._up[0][rows], self._up[1][rows]))
             unpacked.append(Weights("down", self._down[0], down_bias, neurons))
             up, down = self._pack_up(unpacked[2]), self._pack_linear(unpacked[3])
@@ -192,11 +192,6 @@ class LayerMatrices:
         if activation is F.gelu and isinstance(up, Product):
             return replace(up, gelu=True)
         return lambda states: activation(up(states))
-
-    @property
-    def _rows_per_neuron(self) -> int:
-        """Rows of the feed-forward net's first map per neuron."""
-        return 2 if self.spec.gated else 1
 
     def _gated(self, gate: WeightAndBias, up: WeightAndBias) -> WeightAndBias:
         """Interleave gate and up by head: a head's gate rows, then its up rows."""

@@ -54,7 +54,7 @@ from budgetformer.training.chains import (
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.exits import wrong
 from budgetformer.training.fusion import StepFusion, fit_fusion
-from budgetformer.training.trainer import progress_bar
+from budgetformer.training.trainer import rows_by_length
 from budgetformer.wilson import interval
 
 FOLDS = 5
@@ -110,24 +110,17 @@ def run_every_step(network: PackedPass, tokens: TokenizedTexts) -> StepOutputs:
     count = len(tokens.ids)
     logits = torch.zeros(config.num_steps + 1, count, config.num_classes)
     s = torch.zeros(count)
-    order = np.argsort(tokens.lengths, kind="stable")
-    with progress_bar() as bar:
-        task = bar.add_task("every step", total=count, note="")
-        for start in range(0, count, BATCH):
-            rows = order[start : start + BATCH]
-            texts = tokens.columns(rows)
-            packed = PackedTokens.of(texts.window)
-            decision = network.decide(packed, PackedTokens.of(texts.full_text))
-            assert decision.budget is not None
-            s[rows] = decision.budget
-            if decision.exit_logits is not None:
-                logits[0, rows] = decision.exit_logits
-            for step in range(1, config.num_steps + 1):
-                result = network.run(
-                    packed, [step] * len(rows), ranking=decision.ranking, fused=False
-                )
-                logits[step, rows] = result.logits
-            bar.advance(task, len(rows))
+    for rows in rows_by_length(tokens, BATCH, "every step"):
+        texts = tokens.columns(rows)
+        packed = PackedTokens.of(texts.window)
+        decision = network.decide(packed, PackedTokens.of(texts.full_text))
+        assert decision.budget is not None
+        s[rows] = decision.budget
+        if decision.exit_logits is not None:
+            logits[0, rows] = decision.exit_logits
+        for step in range(1, config.num_steps + 1):
+            result = network.run(packed, [step] * len(rows), ranking=decision.ranking, fused=False)
+            logits[step, rows] = result.logits
     return StepOutputs(logits, s, tokens.lengths)
 
 

@@ -11,7 +11,7 @@ from budgetformer.model.budget import BudgetController, BudgetDecision
 from budgetformer.model.encoder import SequenceClassifier
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.data import TokenizedTexts
-from budgetformer.training.trainer import inputs, progress_bar
+from budgetformer.training.trainer import inputs, rows_by_length
 
 BATCH = 256
 CONTROLLER_EPOCHS = 8
@@ -30,7 +30,7 @@ def wrong(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
 
 @torch.no_grad()
 def pooled_states(
-    model: BudgetFormerForSequenceClassification, tokens: TokenizedTexts, title: str
+    model: BudgetFormerForSequenceClassification, tokens: TokenizedTexts
 ) -> list[Tensor]:
     """Return the pooled states [N, D] that each budget decision of the network reads.
 
@@ -51,13 +51,10 @@ def pooled_states(
     if skip_layers:
         model.encoder.layers = torch.nn.ModuleList()
     try:
-        with progress_bar() as bar:
-            task = bar.add_task(title, total=len(tokens.ids), note="")
-            for batch in tokens.batches(64):
-                model(**inputs(batch), steps=model.config.num_steps)
-                for i, pooled in pooled_by_decision.items():
-                    states[i][batch.rows] = pooled
-                bar.advance(task, len(batch.rows))
+        for rows in rows_by_length(tokens, 64, "pooled states"):
+            model(**inputs(tokens.batch(rows)), steps=model.config.num_steps)
+            for i, pooled in pooled_by_decision.items():
+                states[i][rows] = pooled
     finally:
         model.encoder.layers = layers
         for hook in hooks:

@@ -97,7 +97,7 @@ class Preparation:
         tokenizer: tokenizer of the network.
         conversion: the network, and notes on its conversion.
         seen, unseen: texts for training and for calibration.
-        tokens, unseen_tokens: tokens of these texts.
+        tokens: tokens of the texts for training.
         test: test texts; None: the data has none.
         max_tokens: length of the encoder's window.
         exit_tokens: maximum tokens of a text that step 0 reads; None: it reads the window.
@@ -110,7 +110,6 @@ class Preparation:
     seen: Examples
     unseen: Examples
     tokens: TokenizedTexts
-    unseen_tokens: TokenizedTexts
     test: Examples | None
     max_tokens: int
     exit_tokens: int | None
@@ -153,20 +152,18 @@ def prepare(
     max_tokens = min(recipe.max_length, config.max_position_embeddings)
     if max_tokens < recipe.max_length:
         log(f"texts are truncated to the encoder's {max_tokens} positions")
-    window = (max_tokens, recipe.truncation_side)
     exit_tokens = max(recipe.exit_tokens, max_tokens) if config.exit_tfidf else None
-    tokens, unseen_tokens = (
-        TokenizedTexts(tokenizer, part.texts, part.pairs, *window, exit_tokens or 0)
-        for part in (seen, unseen)
+    tokens = TokenizedTexts(
+        tokenizer, seen.texts, seen.pairs, max_tokens, recipe.truncation_side, exit_tokens or 0
     )
     log(
         f"{len(seen)} training texts, {len(unseen)} calibration texts, "
         f"{tokens.lengths.mean():.1f} tokens on average"
     )
     return Preparation(
-        *(weights, train_file, tokenizer, conversion, seen, unseen, tokens, unseen_tokens),
-        *(test, max_tokens, exit_tokens),
-    )
+        weights, train_file, tokenizer, conversion, seen, unseen, tokens, test, max_tokens,
+        exit_tokens,
+    )  # fmt: skip
 
 
 def train_checkpoint(
@@ -235,7 +232,11 @@ def train_checkpoint(
     if not processes.is_main:
         return False
     log("fitting f_o, calibrating budgets")
-    network, ranges, calibration = _calibrate(model, run.unseen_tokens, run.unseen, recipe)
+    unseen_tokens = TokenizedTexts(
+        *(run.tokenizer, run.unseen.texts, run.unseen.pairs, run.max_tokens),
+        *(recipe.truncation_side, run.exit_tokens or 0),
+    )
+    network, ranges, calibration = _calibrate(model, unseen_tokens, run.unseen, recipe)
 
     metrics = {
         "train_rows": float(len(run.seen)),
@@ -565,4 +566,4 @@ def _fit_controllers(
     rule = BudgetRule(num_steps=config.num_steps, fixed=1)
     cheapest = torch.from_numpy(answer_all(PackedPass(model), tokens, rule).logits)
     target = wrong(cheapest, labels, config.problem_type)
-    fit_controllers(model, pooled_states(model, tokens, "pooled states"), target, seed)
+    fit_controllers(model, pooled_states(model, tokens), target, seed)

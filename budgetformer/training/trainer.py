@@ -88,6 +88,17 @@ def progress_bar() -> Progress:
     )
 
 
+def rows_by_length(tokens: TokenizedTexts, size: int, title: str) -> Iterator[np.ndarray]:
+    """Yield the rows of all texts, `size` at a time and short texts first, with a progress bar."""
+    order = np.argsort(tokens.lengths, kind="stable")
+    with progress_bar() as bar:
+        task = bar.add_task(title, total=len(order), note="")
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            yield rows
+            bar.advance(task, len(rows))
+
+
 def inputs(batch: TokenBatch) -> dict[str, Tensor]:
     """Return a batch's tensors as arguments of `forward`."""
     return {
@@ -200,11 +211,8 @@ class Trainer:
         self._move(self.device)
         self.model.eval()
         result = torch.zeros(len(tokens.ids), self.model.config.num_classes)
-        with progress_bar() as bar:
-            task = bar.add_task(title, total=len(tokens.ids), note="")
-            for batch in tokens.batches(64):
-                result[batch.rows] = self._logits(batch.to(self.device), step).cpu()
-                bar.advance(task, len(batch.rows))
+        for rows in rows_by_length(tokens, 64, title):
+            result[rows] = self._logits(tokens.batch(rows).to(self.device), step).cpu()
         return result
 
     def labelled_batches(self) -> Iterator[dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from budgetformer.bench.baselines import DenseTwin, export_onnx
+from budgetformer.bench.dense_twin import DenseTwin, export_onnx
 from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, read_checkpoint
 from budgetformer.model.modeling import load_model
 

@@ -51,7 +51,8 @@ class Classifier:
 logging.getLogger("ray.serve").setLevel(logging.ERROR)
 ray.init(include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="error")
 serve.start(http_options={"host": "127.0.0.1", "port": given.port})
-application = Classifier.bind(str(given.network.absolute()), given.threads)
+folder = str(given.network.absolute())
+application = Classifier.bind(folder, given.threads)  # type: ignore[attr-defined]
 serve.run(application, route_prefix="/classify")
 signal.sigwait({signal.SIGTERM})
 os._exit(0)  # a graceful shutdown takes half a minute; the parent process kills the other processes

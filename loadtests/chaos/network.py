@@ -50,8 +50,8 @@ class _Link:
             _ip(*where, "link", "set", name, "up")
         _ip(*inside, "link", "set", "lo", "up")
         loop = asyncio.get_running_loop()
-        for one, other in (self._ends, self._ends[::-1]):
-            loop.add_reader(one, self._carry, one, other)
+        for source, target in (self._ends, self._ends[::-1]):
+            loop.add_reader(source, self._carry, source, target)
 
     def close(self) -> None:
         """Remove the link."""

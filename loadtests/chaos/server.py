@@ -59,7 +59,7 @@ class Server:
     """A running server, and its processes."""
 
     def __init__(self, setup: Setup) -> None:
-        flags = {
+        flags: dict[str, Any] = {
             "host": setup.host, "port": free_port(), "model-store": STORE, "engines": 2,
             "fronts": 2, "admin-key": KEY, "log-level": "error", "hang-seconds": 4,
             "dtype": "float32",  # answers then do not depend on the batch

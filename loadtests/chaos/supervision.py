@@ -136,7 +136,7 @@ async def scrape(repeats: int) -> Seen:
                 loading = asyncio.create_task(server.change("load", MODEL))
                 while not loading.done():
                     for accept in HOSTILE:
-                        headers = {"Accept": accept.encode("latin-1")}
+                        headers = {b"Accept": accept.encode("latin-1")}
                         answer = await server.plain.get("/metrics", headers=headers)
                         statuses.add(answer.status_code)
                         assert answer.status_code != 200 or "budgetformer_" in answer.text

@@ -11,7 +11,7 @@ import pytest
 
 from budgetformer.checkpoint.loading import load_network
 from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
-from budgetformer.cost.macs import step_macs
+from tests.support.counter import step_macs
 from tests.support.serving import Service, service
 from tests.support.stores import CHAIN, CHAINED, HEADS, labelled_sentences
 

@@ -18,8 +18,9 @@ import torch
 
 import budgetformer
 from budgetformer.checkpoint.store import load_tokenizer, read_checkpoint, read_store
-from budgetformer.cost.macs import dense_macs, step_macs
+from budgetformer.cost.macs import dense_macs
 from budgetformer.model.modeling import load_model
+from tests.support.counter import step_macs
 from tests.support.serving import ADMIN, Service, service
 from tests.support.stores import HEADS, LAYERS, TOPICS
 

@@ -11,7 +11,13 @@ from pydantic import ValidationError
 from budgetformer.checkpoint.install.sources import MAX_BYTES, Source, Tell, open_source
 from budgetformer.checkpoint.manifest import CARD, MANIFEST, Manifest, write_manifest
 from budgetformer.checkpoint.staging import disk_errors, move_into_place, scratch_folder
-from budgetformer.checkpoint.store import Checkpoint, load_tokenizer, next_version, read_checkpoint
+from budgetformer.checkpoint.store import (
+    Checkpoint,
+    first_problem,
+    load_tokenizer,
+    next_version,
+    read_checkpoint,
+)
 from budgetformer.errors import CheckpointError
 
 __all__ = ["install"]
@@ -73,9 +79,7 @@ def _copy(source: Source, folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
-        raise CheckpointError(f"{source.label}: {MANIFEST}: {key}: {first['msg']}") from error
+        raise CheckpointError(f"{source.label}: {MANIFEST}: {first_problem(error)}") from error
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
     for name in sizes:
         if name in {"", ".", "..", MANIFEST} or Path(name).name != name:

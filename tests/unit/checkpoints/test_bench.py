@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from budgetformer.bench.agreement import compare_labels
-from budgetformer.bench.baselines import DENSE, ONNX_INT8, DenseTwin, baseline_contenders, padded
+from budgetformer.bench.dense_twin import DENSE, ONNX_INT8, DenseTwin, baseline_contenders, padded
 from budgetformer.bench.gpu import DENSE as DENSE_GPU
 from budgetformer.bench.gpu import GpuReport, bench_gpu, write_gpu_report
 from budgetformer.bench.passes import picked_name, step_name

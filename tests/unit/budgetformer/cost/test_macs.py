@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from budgetformer.cost.counter import MacCounter
 from budgetformer.cost.macs import (
     decision_macs,
     dense_macs,
@@ -14,10 +13,10 @@ from budgetformer.cost.macs import (
     encoder_macs,
     fits_in_full_pass,
     layer_macs,
-    step_macs,
 )
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from tests.support.counter import MacCounter, step_macs
 from tests.support.networks import PROPERTY, configs, networks, small_config
 
 TOKENS = st.integers(0, 12)

@@ -7,9 +7,16 @@ import torch
 from tokenizers import Tokenizer
 
 from budgetformer.errors import DataError
-from budgetformer.experiments.baselines import Baseline, keep_layers, read_baseline, train_baselines
+from budgetformer.experiments.baselines import (
+    Baseline,
+    keep_layers,
+    main,
+    read_baseline,
+    train_baselines,
+)
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.recipe import Recipe
+from tests.support.stores import single_label_rows, write_jsonl
 from tests.support.texts import topic_examples
 from tests.unit.budgetformer.training.test_trainer import new_network
 
@@ -69,3 +76,16 @@ class TestBaseline:
     def test_a_folder_without_one(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no dense network"):
             read_baseline(tmp_path)
+
+
+def test_the_command_needs_no_test_texts(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", single_label_rows())
+    (tmp_path / "test.jsonl").write_text("no JSON\n")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        "hidden_size = 16\nnum_heads = 2\nintermediate_size = 16\nvocab_size = 200\n"
+        "max_length = 12\nbudget_epochs = 1\n"
+    )
+    chosen = ["--data", tmp_path, "--recipe", recipe, "--out", tmp_path / "out", "--threads", 1]
+    assert main([str(word) for word in chosen]) == 0
+    assert read_baseline(tmp_path / "out").smaller

@@ -110,8 +110,8 @@ class TestReport:
         for c in report.comparisons:
             curve = curves[c.baseline]
             expected = np.interp(c.macs_share, curve.cost, curve.accuracy)
-            assert c.rival_accuracy == pytest.approx(expected)
-            assert c.gain == pytest.approx(100 * (c.accuracy - c.rival_accuracy))
+            assert c.baseline_accuracy == pytest.approx(expected)
+            assert c.gain == pytest.approx(100 * (c.accuracy - c.baseline_accuracy))
             assert c.low <= c.gain <= c.high
 
     def test_heads_by_class_and_confidence_average_to_the_mean(self, report: Report) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from budgetformer.cost.counter import MacCounter
 from budgetformer.cost.macs import dense_macs
 from budgetformer.errors import CheckpointError
 from budgetformer.families import FAMILIES
@@ -24,6 +23,7 @@ from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.importance import order_by_importance
 from tests.support.classifiers import CONFIGS, LABELS, SMALL, V3, make
+from tests.support.counter import MacCounter
 from tests.support.networks import assert_close
 
 TOLERANCE = 1e-4

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from budgetformer.cost.counter import MacCounter
-from budgetformer.cost.macs import decision_macs, dense_macs, scorer_macs, step_macs
+from budgetformer.cost.macs import decision_macs, dense_macs, scorer_macs
 from budgetformer.inference import cascade
 from budgetformer.inference.cascade import Batch, Items, Part
 from budgetformer.inference.packed import PackedPass, PackedTokens
@@ -17,6 +16,7 @@ from budgetformer.model.answers import confidence
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.model.step0 import TfidfHead
 from budgetformer.tokenization import Tokens
+from tests.support.counter import MacCounter, step_macs
 from tests.support.networks import (
     PROPERTY,
     Item,

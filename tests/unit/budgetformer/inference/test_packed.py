@@ -10,7 +10,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from budgetformer.cost.counter import MacCounter
 from budgetformer.cost.macs import decision_macs, encoder_macs, scorer_macs
 from budgetformer.inference import precision_choice
 from budgetformer.inference import weights as weights_module
@@ -19,6 +18,7 @@ from budgetformer.inference.backends.linear import PRECISIONS
 from budgetformer.inference.packed import BudgetPrediction, PackedPass, PackedTokens, PassResult
 from budgetformer.inference.precision_choice import MIN_WEIGHTS, choose_precision, load_pass
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from tests.support.counter import MacCounter
 from tests.support.networks import (
     POSITIONS,
     PROPERTY,

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,11 @@ class FailingTexts(TokenizedTexts):
 
     left = 10**9
 
-    def batches(self, batch_size: int, seed: int | None = None) -> Iterator[TokenBatch]:
-        for batch in super().batches(batch_size, seed):
-            if self.left == 0:
-                raise PowerCutError
-            self.left -= 1
-            yield batch
+    def batch(self, rows: np.ndarray) -> TokenBatch:
+        if self.left == 0:
+            raise PowerCutError
+        self.left -= 1
+        return super().batch(rows)
 
 
 def new_network(seed: int = 0, **changes: Any) -> BudgetFormerForSequenceClassification:

@@ -25,6 +25,8 @@ DENSE = "dense, Transformers sdpa"
 DENSE_BFLOAT16 = "dense, Transformers sdpa bfloat16"
 ONNX_FLOAT32 = "dense, ONNX Runtime float32"
 ONNX_INT8 = "dense, ONNX Runtime int8"
+NAMES = ("input_ids", "attention_mask", "token_type_ids")
+"""Inputs of the dense twin."""
 
 
 class DenseTwin(nn.Module):
@@ -123,33 +125,24 @@ def baseline_contenders(
         ValueError: the network is not a BERT with mean pooling.
     """
     twin = DenseTwin(model).eval()
-
-    @torch.inference_mode()
-    def dense(items: Sequence[TokenIds]) -> object:
-        return twin(*map(torch.from_numpy, padded(items)))
-
-    yield Contender(DENSE, dense)
+    yield _torch_contender(DENSE, twin)
     if bfloat16:
-        in_bfloat16 = bfloat16_twin(model)
-
-        @torch.inference_mode()
-        def dense_bfloat16(items: Sequence[TokenIds]) -> object:
-            return in_bfloat16(*map(torch.from_numpy, padded(items)))
-
-        yield Contender(DENSE_BFLOAT16, dense_bfloat16)
+        yield _torch_contender(DENSE_BFLOAT16, bfloat16_twin(model))
     if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
         yield from _onnx_contenders(twin, threads)
 
 
+def _torch_contender(name: str, twin: DenseTwin) -> Contender:
+    @torch.inference_mode()
+    def run(items: Sequence[TokenIds]) -> object:
+        return twin(*map(torch.from_numpy, padded(items)))
+
+    return Contender(name, run)
+
+
 def _onnx_contenders(twin: DenseTwin, threads: int) -> Iterator[Contender]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-
     def contender(name: str, path: Path) -> Contender:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnx_session(path, threads)
 
         def run(items: Sequence[TokenIds]) -> object:
             return session.run(None, dict(zip(NAMES, padded(items), strict=True)))
@@ -162,44 +155,42 @@ def _onnx_contenders(twin: DenseTwin, threads: int) -> Iterator[Contender]:
         yield contender(ONNX_INT8, int8)
 
 
-def export_onnx(twin: DenseTwin, folder: Path) -> tuple[Path, Path]:
-    """Write a dense twin for ONNX Runtime; return the file in float32 and the file in int8."""
-    int8 = quantize(twin, NAMES, folder)
-    return folder / "plain.onnx", int8
-
-
-NAMES = ("input_ids", "attention_mask", "token_type_ids")
-
-
-def quantize(network: nn.Module, inputs: Sequence[str], folder: Path) -> Path:
-    """Write a network for ONNX Runtime, in float32 and in int8; return the file in int8.
+def export_onnx(
+    network: nn.Module, folder: Path, inputs: Sequence[str] = NAMES
+) -> tuple[Path, Path]:
+    """Write a network for ONNX Runtime; return the file in float32 and the file in int8.
 
     Args:
         network: network with integer inputs [B, T].
-        inputs: names of its inputs.
         folder: folder to which `plain.onnx` (float32) and `int8.onnx` are written.
+        inputs: names of the network's inputs.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     float32, int8 = folder / "plain.onnx", folder / "int8.onnx"
-    _export(network, inputs, float32)
-    quantize_dynamic(float32, int8, per_channel=True, weight_type=QuantType.QInt8)
-    return int8
-
-
-def _export(network: nn.Module, inputs: Sequence[str], path: Path) -> None:
-    example = {name: torch.ones(2, 9, dtype=torch.long) for name in inputs}
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         torch.onnx.export(
             network,
             (),
-            path,
-            kwargs=example,
+            float32,
+            kwargs={name: torch.ones(2, 9, dtype=torch.long) for name in inputs},
             input_names=list(inputs),
             output_names=("logits",),
             dynamic_shapes=dict.fromkeys(inputs, sizes),
             external_data=False,
             verbose=False,
         )
+    quantize_dynamic(float32, int8, per_channel=True, weight_type=QuantType.QInt8)
+    return float32, int8
+
+
+def onnx_session(path: Path, threads: int) -> Any:
+    """Return a session of ONNX Runtime for a network's file."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -1,12 +1,16 @@
-"""Count the multiply-adds that torch executes, to check the formulas of `cost.macs`."""
+"""Count the multiply-adds that torch executes, and those of the steps of a text by formula."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+
+from budgetformer.cost.macs import decision_macs, encoder_macs
+from budgetformer.model.architecture import Architecture
 
 
 class MacCounter(TorchFunctionMode):
@@ -46,3 +50,12 @@ class MacCounter(TorchFunctionMode):
             query, key = args[0], args[1]
             self.macs += 2 * query.numel() * key.shape[-2]
         return result
+
+
+def step_macs(config: Architecture, steps: Sequence[int], tokens: int) -> int:
+    """Count the MACs of the decision and of all `steps` that one item runs.
+
+    An escalated item runs several steps; step 0 is part of the decision.
+    """
+    passes = (encoder_macs(config, config.heads_per_layer(s), tokens) for s in steps if s > 0)
+    return decision_macs(config, tokens) + sum(passes)
