@@ -67,7 +67,7 @@ class Traffic:
         url: URL of the server.
         texts: texts to send, in turn.
         answered: number of 200s by model and version.
-        failed: number of other answers by status or exception.
+        failed: number of other answers by status and error code, or by exception.
         paused: whether the clients wait.
     """
 
@@ -92,7 +92,8 @@ class Traffic:
                     if answer.status_code == 200:
                         self.answered[answer.json()["model"]] += 1
                     else:
-                        self.failed[str(answer.status_code)] += 1
+                        code = answer.json()["error"]["code"]
+                        self.failed[f"{answer.status_code} {code}"] += 1
                 except httpx.TransportError as error:
                     self.failed[type(error).__name__] += 1
                 finally:
