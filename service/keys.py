@@ -38,7 +38,7 @@ KEY_BYTES = 32
 MAX_KEYS = 256
 """Most keys: each request is compared with all of them, and each has its own metrics."""
 MAX_FILE_BYTES = 2**20
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 """Interval at which the key file is checked for changes."""
 
 
@@ -273,7 +273,7 @@ class KeyRing:
     def _refresh(self) -> None:
         """Read the key file again if it has changed."""
         now = self._clock()
-        if self._file is None or now - self._checked < LOOK_SECONDS:
+        if self._file is None or now - self._checked < POLL_SECONDS:
             return
         self._checked = now
         stamp = self._file_stamp()

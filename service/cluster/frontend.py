@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from service.background import is_cancelled
-from service.cluster.hub import FleetSeen
+from service.cluster.hub import FleetState
 from service.cluster.pools import through_pools
 from service.cluster.stream import Caller
 from service.http.app import create_app
@@ -47,7 +47,7 @@ ATTEMPTS = 4
 """Tries per request. When a host dies, several of its replicas may be chosen before Ray notices."""
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_fleet = msgspec.msgpack.Decoder(FleetSeen).decode
+_decode_fleet = msgspec.msgpack.Decoder(FleetState).decode
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ class PooledEngines(Engines):
         if (submission.model, submission.version) not in self._wanted:
             raise NotLoadedError
         return await through_pools(
-            self._ask, [pool.pool.computes for pool in self._pools], submission
+            self._request, [pool.pool.computes for pool in self._pools], submission
         )
 
-    async def _ask(self, index: int, submission: Submission) -> Answers:
+    async def _request(self, index: int, submission: Submission) -> Answers:
         pool = self._pools[index]
         model = f"{submission.model}:{submission.version}"
         for attempt in range(1, ATTEMPTS + 1):
@@ -140,7 +140,7 @@ class PooledEngines(Engines):
                 now = time.monotonic()
                 self._wanted = fleet.wanted
                 self.clients = [
-                    EngineClient.seen(
+                    EngineClient.from_state(
                         engine.index,
                         engine.hello,
                         now - engine.silent_seconds,

@@ -16,14 +16,14 @@ from service.control.catalog import Catalog
 from service.control.hub import Hub
 from service.control.mirror import copy_at_start, mirror_of
 from service.control.poll import StorePoll
-from service.ipc.connection import Streams, attend
+from service.ipc.connection import Streams, serve_streams
 from service.ipc.engine_client import ModelKey
 from service.ipc.engine_messages import Hello, ModelInfo
 from service.settings import Settings
 from service.telemetry.logs import configure_logs
 
 
-class EngineSeen(msgspec.Struct, frozen=True, array_like=True):
+class EngineState(msgspec.Struct, frozen=True, array_like=True):
     """State of an engine as the hub knows it.
 
     Attributes:
@@ -43,10 +43,10 @@ class EngineSeen(msgspec.Struct, frozen=True, array_like=True):
     level: QualityName
 
 
-class FleetSeen(msgspec.Struct, frozen=True, array_like=True):
+class FleetState(msgspec.Struct, frozen=True, array_like=True):
     """All engines, and the models that each must load at once or on request."""
 
-    engines: list[EngineSeen]
+    engines: list[EngineState]
     wanted: list[ModelKey]
 
 
@@ -83,13 +83,13 @@ class HubReplica:
         self._switchboard.feed(name, data)
 
     async def fleet(self) -> bytes:
-        """Return an encoded `FleetSeen`."""
+        """Return an encoded `FleetState`."""
         now, watch = time.monotonic(), self._hub.watch
         engines = [
-            EngineSeen(
+            EngineState(
                 client.index,
                 client.hello,
-                now - client.heard,
+                now - client.last_seen,
                 list(client.models.values()),
                 watch.in_flight(client.index),
                 client.level,
@@ -97,7 +97,7 @@ class HubReplica:
             for client in self._hub.fleet.clients
             if client.hello is not None
         ]
-        return msgspec.msgpack.encode(FleetSeen(engines, list(self._hub.fleet.wanted)))
+        return msgspec.msgpack.encode(FleetState(engines, list(self._hub.fleet.wanted)))
 
     async def _frontend(self, streams: Streams) -> None:
-        await attend(streams, self._hub.serve_frontend, "hub")
+        await serve_streams(streams, self._hub.serve_frontend, "hub")

@@ -34,7 +34,7 @@ from service.engine.requests import ModelQueue, Reply, Request
 from service.engine.salvage import salvage
 from service.ipc import engine_messages as protocol
 from service.ipc.engine_messages import (
-    BatchRan,
+    BatchReport,
     Cancel,
     Classify,
     Expired,
@@ -635,7 +635,9 @@ class EngineCore:
         if step == cascade.LAYERWISE:
             step = max(int(span.owner.items.step[span.indices].max()) for span in spans)
         checked, clipped = model.network.range_check.take()
-        self.broadcast(BatchRan(name, version, step, items, tokens, 0.0, seconds, checked, clipped))
+        self.broadcast(
+            BatchReport(name, version, step, items, tokens, 0.0, seconds, checked, clipped)
+        )
 
 
 def _fail(request: Request, index: int, error: Exception) -> None:

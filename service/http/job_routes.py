@@ -23,7 +23,7 @@ from service.http.errors import ApiError, ClientGoneError, errors_as
 from service.http.responses import json_response
 from service.http.schemas import ErrorResponse, JobOptions, JobRequest
 from service.http.state import State, state_of
-from service.ipc.control_messages import Trouble
+from service.ipc.control_messages import ProblemReport
 from service.job_store import (
     JobDescription,
     JobProgress,
@@ -178,7 +178,7 @@ async def submit(request: Request) -> Response:
             await _receive(request, state, upload)
             job = await asyncio.to_thread(upload.accept, description)
     location = f"{request.scope.get('root_path', '')}{PATH}/{description.id}"
-    return json_response(_shown(job, JobProgress()), 202, {"Location": location})
+    return json_response(_job_response(job, JobProgress()), 202, {"Location": location})
 
 
 @router.get(PATH, summary="Jobs", response_model=JobList)
@@ -186,7 +186,7 @@ async def list_jobs(request: Request) -> Response:
     """List the caller's jobs, newest first; all jobs, for a key with the scope `admin`."""
     jobs = await asyncio.to_thread(state_of(request).jobs.jobs)
     own = [job for job in jobs if _may_see(request, job)]
-    data = await asyncio.to_thread(lambda: [_shown(job, job.progress()) for job in own])
+    data = await asyncio.to_thread(lambda: [_job_response(job, job.progress()) for job in own])
     return json_response({"object": "list", "data": data})
 
 
@@ -194,7 +194,7 @@ async def list_jobs(request: Request) -> Response:
 async def show_job(request: Request, job: str) -> Response:
     """Return the state and progress of a job."""
     found = await _find(request, job)
-    return json_response(_shown(found, await asyncio.to_thread(found.progress)))
+    return json_response(_job_response(found, await asyncio.to_thread(found.progress)))
 
 
 @router.get(
@@ -227,7 +227,7 @@ async def remove_job(request: Request, job: str) -> Response:
         await asyncio.to_thread(state.jobs.remove, found)
     if progress.unfinished:
         progress = msgspec.structs.replace(progress, status="cancelled", seconds_left=None)
-    return json_response(_shown(found, progress))
+    return json_response(_job_response(found, progress))
 
 
 def _media_type(request: Request) -> str:
@@ -380,10 +380,12 @@ def _reported(state: State) -> Iterator[None]:
         raise ApiError(429, str(error), code="too_many_jobs", retry_after=FULL_SECONDS) from None
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        state.hub.say(Trouble("storing jobs", f"{state.jobs.folder} cannot be written: {reason}"))
+        state.hub.send(
+            ProblemReport("storing jobs", f"{state.jobs.folder} cannot be written: {reason}")
+        )
         message = f"the server cannot store jobs: {reason}"
         raise ApiError(503, message, code="jobs_unavailable", retry_after=FULL_SECONDS) from None
-    state.hub.say(Trouble("storing jobs", None))
+    state.hub.send(ProblemReport("storing jobs", None))
 
 
 async def _find(request: Request, job_id: str) -> StoredJob:
@@ -403,7 +405,7 @@ def _may_see(request: Request, job: StoredJob) -> bool:
     return caller.name == job.description.owner or "admin" in caller.scopes
 
 
-def _shown(job: StoredJob, progress: JobProgress) -> dict[str, Any]:
+def _job_response(job: StoredJob, progress: JobProgress) -> dict[str, Any]:
     """Return a job as plain data of `JobResponse`."""
     described = job.description
     source = described.source and without_query(described.source)

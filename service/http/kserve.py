@@ -323,7 +323,7 @@ async def repository_index(request: Request) -> Response:
 
 def _index_row(state: State, name: str, version: int) -> dict[str, str]:
     served = state.models.served.get(name)
-    loading = f"{name}:{version}" in state.hub.serving.loading
+    loading = f"{name}:{version}" in state.hub.catalog.loading
     phase, reason = "UNAVAILABLE", "not served"
     if served is not None and served.checkpoint.version == version:
         ready = (name, version) in state.engines.models

@@ -27,7 +27,7 @@ from service.ipc.connection import (
 )
 from service.ipc.engine_messages import (
     Answer,
-    BatchRan,
+    BatchReport,
     Cancel,
     Classify,
     Decisions,
@@ -55,11 +55,11 @@ GRACE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Lost:
+class Disconnected:
     """The connection to an engine broke."""
 
 
-Event = Hello | Models | Lost | Heartbeat | BatchRan
+Event = Hello | Models | Disconnected | Heartbeat | BatchReport
 ModelKey = tuple[str, int]
 """Name and version."""
 
@@ -181,11 +181,11 @@ class EngineClient(Connection):
         self._observe = observe
 
     @classmethod
-    def seen(
+    def from_state(
         cls,
         index: int,
         hello: Hello,
-        heard: float,
+        last_seen: float,
         models: list[ModelInfo],
         items: int,
         level: QualityName,
@@ -193,14 +193,14 @@ class EngineClient(Connection):
         """Return the state of an engine that another process is connected to."""
         client = cls(index, unreachable, lambda *_: None)
         client.level = level
-        client.hello, client.heard, client.items_in_flight = hello, heard, items
+        client.hello, client.last_seen, client.items_in_flight = hello, last_seen, items
         client._set_models(models)
         return client
 
     @property
     def alive(self) -> bool:
         """Whether the engine is connected and not hung."""
-        return self.hello is not None and time.monotonic() - self.heard < HEARTBEAT_LIMIT
+        return self.hello is not None and time.monotonic() - self.last_seen < HEARTBEAT_LIMIT
 
     def _on_message(self, message: protocol.ToFrontend) -> None:
         match message:
@@ -219,7 +219,7 @@ class EngineClient(Connection):
                 self._observe(self.index, message)
             case LevelChanged():
                 self.level = message.quality
-            case BatchRan():
+            case BatchReport():
                 self._observe(self.index, message)
             case _:
                 super()._on_message(message)
@@ -233,12 +233,12 @@ class EngineClient(Connection):
         self.models = {(model.name, model.version): model for model in models}
 
     def _on_abandoned(self, number: int) -> None:
-        self.say(Cancel(number))
+        self.send(Cancel(number))
 
     def _on_disconnect(self) -> None:
         self.hello = None
         self.models = {}
-        self._observe(self.index, Lost())
+        self._observe(self.index, Disconnected())
 
 
 class Engines:
@@ -265,14 +265,14 @@ class Engines:
         """Begin to connect."""
         for client in self.clients:
             self._background.start(client.stay_connected())
-        self._background.start(on_silence(self._last_heard, HEARTBEAT_LIMIT, EngineClient.drop))
+        self._background.start(on_silence(self._last_messages, HEARTBEAT_LIMIT, EngineClient.drop))
 
     async def stop(self) -> None:
         """Close the connections."""
         await self._background.stop()
 
-    def _last_heard(self) -> dict[EngineClient, float]:
-        return {client: client.heard for client in self.clients if client.hello is not None}
+    def _last_messages(self) -> dict[EngineClient, float]:
+        return {client: client.last_seen for client in self.clients if client.hello is not None}
 
     @property
     def alive(self) -> list[EngineClient]:
@@ -302,7 +302,7 @@ class Engines:
             message = request_of(submission)
             client.items_in_flight += len(submission.texts)
             try:
-                reply = await client.ask(message, message.remaining + GRACE_SECONDS)
+                reply = await client.request(message, message.remaining + GRACE_SECONDS)
             except TimeoutError as error:
                 raise DeadlineError from error
             except DisconnectedError:

@@ -27,7 +27,7 @@ from service.source_urls import is_allowed
 
 log = structlog.get_logger()
 
-LOOK_SECONDS = 0.25
+POLL_SECONDS = 0.25
 REPORT_SECONDS = 0.5
 MAX_STARTS = 5
 """Number of starts without an answered row after which a job fails, since it ends its process."""
@@ -65,7 +65,7 @@ class Runner:
         while True:
             job = await asyncio.to_thread(self._store.next)
             if job is None:
-                await asyncio.sleep(LOOK_SECONDS)
+                await asyncio.sleep(POLL_SECONDS)
             else:
                 await self._run(job)
 

@@ -73,7 +73,7 @@ class RecentTraffic:
         spent = {key: tuple(by[key] for by in values) for key in values[0]}
         self._seen.append(_Totals(now, durations, items, spent))
 
-    def tell(self, model: str) -> dict[str, Any]:
+    def report(self, model: str) -> dict[str, Any]:
         """Return the cost of a model's texts and the duration of requests, as JSON types.
 
         `slots` holds the intervals, oldest first; `window` is the total. In each of them, `at` is
