@@ -120,21 +120,24 @@ class RollOut(msgspec.Struct):
 
     def count(self, difference: Difference) -> None:
         """Add the counts of a frontend for these two versions."""
+        candidate = self.figures["candidate"]
         keys = {
             (self.model, str(self.served)): self.figures["served"],
-            (self.model, str(self.candidate)): self.figures["candidate"],
+            (self.model, str(self.candidate)): candidate,
         }
         for (name, *labels), grown in difference.counters.items():
             figures = keys.get((labels[0], labels[1])) if len(labels) > 2 else None
             if figures is None:
                 continue
+            kind = labels[2]
             if name == "model_requests":
-                figures.outcomes[labels[2]] = figures.outcomes.get(labels[2], 0) + int(grown)
-            elif name == "shadow_items" and figures is self.figures["candidate"]:
-                outcome = labels[2]
-                self.shadow_texts[outcome] = self.shadow_texts.get(outcome, 0) + int(grown)
-            elif name.startswith("shadow_") and int(labels[1]) == self.candidate:
-                side = self.figures[labels[2]]  # type: ignore[index]
+                figures.outcomes[kind] = figures.outcomes.get(kind, 0) + int(grown)
+            elif figures is not candidate:
+                continue  # shadow texts of an earlier roll-out, whose candidate is served now
+            elif name == "shadow_items":
+                self.shadow_texts[kind] = self.shadow_texts.get(kind, 0) + int(grown)
+            elif name.startswith("shadow_"):
+                side = self.figures[kind]  # type: ignore[index]
                 setattr(side, name, getattr(side, name) + grown)
         for (name, *labels), observed in difference.histograms.items():
             if name == "model_request_duration_seconds" and tuple(labels) in keys:

@@ -54,6 +54,7 @@ class TestCounting:
         counts = Counts()
         shadowed(counts, 2.0, agreed=290, differed=10)
         counts.shadowed("topics", 2, {"failed": 4, "skipped": 9}, {})
+        counts.shadowed("topics", 1, {"agreed": 50}, {"candidate": Spent(9.0, 9, 9)})
         counts.shadowed("topics", 3, {"agreed": 50}, {})
         one = told(rollout(), counts)
         assert one.shadow_texts == {"agreed": 290, "differed": 10, "failed": 4, "skipped": 9}
