@@ -23,7 +23,7 @@ GZIP_FORMAT = 31
 class Compress:
     """Compress responses with gzip if the client prefers it.
 
-    Streams, probes and responses with a Content-Encoding are not changed.
+    Streams, probes, files with ranges and responses with a Content-Encoding are not changed.
 
     Args:
         app: application.
@@ -60,7 +60,8 @@ class Compress:
         """Return the body message to send, and update the headers in `start`."""
         headers = MutableHeaders(raw=start["headers"])
         body = message.get("body", b"")
-        whole = not message.get("more_body") and "content-encoding" not in headers
+        fixed = "content-encoding" in headers or "accept-ranges" in headers
+        whole = not message.get("more_body") and not fixed
         large = whole and len(body) >= self._min_bytes
         if large or start["status"] == 304:
             headers.add_vary_header("Accept-Encoding")

@@ -41,6 +41,8 @@ _HSTS = (b"strict-transport-security", b"max-age=31536000")
 
 _ADDED = ("route", "outcome", "refusal")
 """Entries that the application adds to the scope of a request for `Observe`."""
+_PATHSEND = "http.response.pathsend"
+"""ASGI extension: the application sends the path of a file instead of its content."""
 _W3C = TraceContextTextMapPropagator()
 
 
@@ -158,12 +160,21 @@ class Head:
             return
 
         async def send_head(message: Message) -> None:
-            if message["type"] == "http.response.body":
+            if message["type"] == _PATHSEND:
+                message = {"type": "http.response.body"}
+            elif message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             await send(message)
 
         # Uvicorn reads the method from its scope, so it must not change there.
-        get_scope = {**scope, "method": "GET"}
+        get_scope = {
+            **scope,
+            "method": "GET",
+            # Only GET has ranges (RFC 9110, 14.2).
+            "headers": [one for one in scope["headers"] if one[0] != b"range"],
+            # Files are then passed as paths, which nobody reads.
+            "extensions": {**scope.get("extensions", {}), _PATHSEND: {}},
+        }
         await self.app(get_scope, receive, send_head)
         scope.update({name: get_scope[name] for name in _ADDED if name in get_scope})
 

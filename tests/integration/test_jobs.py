@@ -6,12 +6,14 @@ import asyncio
 import csv
 import io
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
+import psutil
 import pytest
 import pytest_asyncio
 from structlog.testing import capture_logs
@@ -352,6 +354,34 @@ async def test_every_frontend_answers_for_every_job(running: Service) -> None:
     headers = await head_of_result(other, job)
     assert headers["content-length"] == str(len(content))
     assert headers["content-disposition"] == f'attachment; filename="{job["id"]}.csv"'
+
+
+@pytest.mark.parametrize("headers", [{}, {"range": "bytes=0-33554431"}])
+async def test_a_head_request_does_not_read_the_result(
+    running: Service, headers: dict[str, str]
+) -> None:
+    job = await submitted(running.client, written(ROWS[:10], "csv"), "csv")
+    await ended(running.client, job)
+    jobs = running.app.state.shared.settings.state_dir / "jobs"
+    os.truncate(jobs / job["id"] / "result.csv", 2**26)
+    before = psutil.Process().io_counters().read_chars
+    response = await running.client.head(f"/jobs/{job['id']}/result", headers=headers)
+    assert psutil.Process().io_counters().read_chars - before < 2**20
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-length"] == str(2**26)
+
+
+async def test_a_small_result_has_the_same_size_in_a_head_request(running: Service) -> None:
+    job = await submitted(running.client, written(ROWS[:30], "csv"), "csv")
+    await ended(running.client, job)
+    sizes = [
+        (await running.client.request(method, f"/jobs/{job['id']}/result")).headers[
+            "content-length"
+        ]
+        for method in ("GET", "HEAD")
+    ]
+    assert sizes[0] == sizes[1]
+    assert int(sizes[0]) > 4096, "large enough to be compressed"
 
 
 async def test_what_a_job_counts(running: Service) -> None:
