@@ -93,6 +93,19 @@ def test_newest_first_and_oldest_next(store: JobStore) -> None:
     assert store.count() == {"finished": 1, "running": 1, "queued": 1}
 
 
+def test_the_files_of_a_job_that_has_ended_are_read_once(store: JobStore) -> None:
+    ended, removed, running = added(store), added(store), added(store)
+    for job, status in ((ended, "finished"), (removed, "failed"), (running, "running")):
+        job.write_progress(JobProgress(status=status))
+    assert store.count() == {"finished": 1, "failed": 1, "running": 1}
+    (ended.folder / "progress.json").unlink()
+    store.remove(removed)
+    assert store.count() == {"finished": 1, "running": 1}
+    running.write_progress(JobProgress(status="finished"))
+    assert store.count() == {"finished": 2}
+    assert store.next() is None
+
+
 @pytest.mark.parametrize(
     "name",
     ["..", ".", "", "../jobs", "a/b", "%2e%2e", "0" * 31, "0" * 33, "G" * 32, "0" * 31 + "\n"],
