@@ -7,15 +7,17 @@ import csv
 import io
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import httpx
 import msgspec
 import psutil
 import pytest
 import pytest_asyncio
+from fsspec.implementations.memory import MemoryFileSystem
 from structlog.testing import capture_logs
 
 from budgetformer.client import AsyncClient, InputError, ServerError
@@ -557,6 +559,18 @@ class TestKeys:
         error_of(await keyed.client.get("/jobs"), 401, "no_key")
 
 
+class _S3(MemoryFileSystem):
+    """An object store in this process: fsspec's own, under the scheme of S3."""
+
+    protocol = "s3"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("s3://").strip("/")
+
+
 class TestSources:
     @pytest_asyncio.fixture
     async def place(self) -> AsyncIterator[tuple[str, dict[str, bytes]]]:
@@ -578,11 +592,18 @@ class TestSources:
         async with server:
             yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", files
 
+    @pytest.fixture
+    def bucket(self) -> Iterator[_S3]:
+        """Return an object store, which fsspec opens for URLs that begin with s3://."""
+        fsspec.register_implementation("s3", _S3, clobber=True)
+        yield _S3()
+        _S3.store.clear()
+
     @pytest_asyncio.fixture
     async def sourced(
         self, model_store: Path, tmp_path: Path, place: tuple[str, dict[str, bytes]]
     ) -> AsyncIterator[Service]:
-        sources = [f"{place[0]}/texts/"]
+        sources = [f"{place[0]}/texts/", "s3://bucket/texts/"]
         async with (
             service(
                 model_store, models=[TOPICS], state_dir=tmp_path, job_sources=sources,
@@ -606,6 +627,42 @@ class TestSources:
         assert (job["status"], job["source"]) == ("finished", f"{address}/texts/a.csv")
         rows = read(await result(sourced.client, job), "jsonl")
         assert [row["text"] for row in rows] == [text for text, _ in ROWS]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    async def test_are_read_from_an_object_store(
+        self, sourced: Service, bucket: _S3, kind: str
+    ) -> None:
+        bucket.pipe_file(f"/bucket/texts/day.{kind}", written(ROWS, kind))
+        source = f"s3://bucket/texts/day.{kind}"
+        response = await self.submit(sourced, source, format="jsonl")
+        assert response.status_code == 202
+        job = await ended(sourced.client, response.json())
+        assert (job["status"], job["source"], job["input"]) == ("finished", source, kind)
+        rows = read(await result(sourced.client, job), "jsonl")
+        assert [row["text"] for row in rows] == [text for text, _ in ROWS]
+
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [
+            ("missing.csv", "no such file"),
+            ("folder.csv", "a folder, not a file"),
+            ("large.csv", "larger than 100000 bytes"),
+        ],
+    )
+    async def test_that_an_object_store_lacks_fail_the_job(
+        self, sourced: Service, bucket: _S3, name: str, why: str
+    ) -> None:
+        bucket.pipe_file("/bucket/texts/folder.csv/a.csv", written(ROWS, "csv"))
+        bucket.pipe_file("/bucket/texts/large.csv", b"text\n" + b"x" * 100_000)
+        response = await self.submit(sourced, f"s3://bucket/texts/{name}")
+        job = await ended(sourced.client, response.json())
+        assert job["status"] == "failed"
+        assert why in job["error"]
+        assert f"s3://bucket/texts/{name}" in job["error"]
+
+    async def test_in_other_buckets_are_refused(self, sourced: Service) -> None:
+        for source in ("s3://other/texts/a.csv", "s3://bucket/a.csv", "gs://bucket/texts/a.csv"):
+            error_of(await self.submit(sourced, source), 422, "source_not_allowed", "source")
 
     @pytest.mark.parametrize(
         ("name", "why"),
