@@ -201,7 +201,7 @@ class JobStore:
         """
         if len(self._names(uploads=True)) >= max_jobs:
             raise StoreFullError(
-                f"the server keeps {max_jobs} jobs, the limit; delete a job that has ended"
+                f"the server keeps at most {max_jobs} jobs (max_jobs); delete one that has ended"
             )
         self.check_bytes(max_bytes, more)
 
@@ -213,7 +213,7 @@ class JobStore:
         """
         if self._bytes() + more > max_bytes:
             raise StoreFullError(
-                f"the files of all jobs would take more than {max_bytes} bytes; "
+                f"the files of all jobs would exceed {max_bytes} bytes (max_jobs_bytes); "
                 "delete a job that has ended"
             )
 

@@ -157,14 +157,15 @@ async def submit(request: Request) -> Response:
     """
     state = state_of(request)
     if state.settings.cluster:
-        raise ApiError(501, "jobs do not run on a Ray cluster", code="not_supported")
+        message = "jobs are not supported on a Ray cluster; send the texts to /classify"
+        raise ApiError(501, message, code="not_supported")
     state.admission.refuse_if_draining()
     if _media_type(request) == "application/json":
         body = await read_body(request, JobRequest, state.settings.max_body_bytes)
         _check_source(state, body.source)
         kind = SUFFIXES.get(PurePosixPath(unquote(without_query(body.source))).suffix.lower())
         if kind is None:
-            message = "source must end in .csv, .jsonl, .ndjson or .parquet"
+            message = f"the file name in source must end in {', '.join(SUFFIXES)}"
             raise ApiError(422, message, "source", "invalid_field")
         description = _describe(request, state, body, kind, body.source)
         async with _storing(state, description, 0) as upload:
@@ -208,8 +209,9 @@ async def job_result(request: Request, job: str) -> Response:
     found = await _find(request, job)
     progress = await asyncio.to_thread(found.progress)
     if progress.status != "finished":
-        why = f": {progress.error}" if progress.error else ""
-        message = f"the job is {progress.status}, so it has no result{why}"
+        message = f"the job is {progress.status}; it has a result once it is finished"
+        if progress.error:
+            message = f"the job failed, so it has no result: {progress.error}"
         raise ApiError(409, message, code="no_result")
     kind = found.description.result_kind
     return FileResponse(
@@ -239,7 +241,7 @@ def _kind(request: Request) -> Kind:
     kind = KINDS.get(_media_type(request))
     if kind is None or request.headers.get("content-encoding", "identity").lower() != "identity":
         known = ", ".join((*KINDS, "application/json"))
-        message = f"the body may be {known}, and not compressed"
+        message = f"the body must be uncompressed, with one of the content types {known}"
         raise ApiError(415, message, code="unsupported_media_type")
     return kind
 
@@ -261,7 +263,9 @@ def _check_source(state: State, url: str) -> None:
     except ValueError as error:
         raise ApiError(422, str(error), "source", "invalid_field") from None
     if not allowed:
-        message = "this server does not read from there (its setting job_sources says from where)"
+        message = (
+            "the server's setting job_sources does not allow this URL; upload the file instead"
+        )
         raise ApiError(422, message, "source", "source_not_allowed")
 
 
@@ -278,7 +282,10 @@ def _describe(
     quality = quality_of(state, checkpoint, options.quality, heads=options.heads)
     result = options.format or kind
     if "parquet" in (kind, result) and find_spec("pyarrow") is None:
-        message = "this server has no Parquet: it needs pyarrow ('budgetformer-serving[parquet]')"
+        message = (
+            "Parquet needs pyarrow on the server (pip install 'budgetformer-serving[parquet]'); "
+            "use CSV or JSONL"
+        )
         raise ApiError(415, message, code="unsupported_media_type")
     # A job has no deadline, so overload does not lower its quality.
     level = DEFAULT_QUALITY if quality == "auto" else quality
@@ -309,7 +316,7 @@ def _declared(request: Request, limit: int) -> int:
 
 
 def _too_large(limit: int) -> ApiError:
-    message = f"the file is larger than {limit} bytes (the setting max_job_bytes)"
+    message = f"the file is larger than {limit} bytes, the server's max_job_bytes; split it"
     return ApiError(413, message, code="body_too_large")
 
 
@@ -348,7 +355,9 @@ async def _receive(request: Request, state: State, upload: Upload) -> None:
             async with asyncio.timeout_at(until):
                 part = await request.receive()
         except TimeoutError:
-            message = f"the file arrives at less than {MIN_BYTES_PER_SECOND} bytes per second"
+            message = (
+                f"the upload is slower than {MIN_BYTES_PER_SECOND} bytes per second; send it faster"
+            )
             raise ApiError(408, message, code="request_timeout") from None
         if part["type"] == "http.disconnect":
             raise ClientGoneError
@@ -383,7 +392,7 @@ def _reported(state: State) -> Iterator[None]:
         state.hub.send(
             ProblemReport("storing jobs", f"{state.jobs.folder} cannot be written: {reason}")
         )
-        message = f"the server cannot store jobs: {reason}"
+        message = f"the server cannot store jobs: {reason}; try again later"
         raise ApiError(503, message, code="jobs_unavailable", retry_after=FULL_SECONDS) from None
     state.hub.send(ProblemReport("storing jobs", None))
 
@@ -396,7 +405,7 @@ async def _find(request: Request, job_id: str) -> StoredJob:
     """
     job = await asyncio.to_thread(state_of(request).jobs.get, job_id)
     if job is None or not _may_see(request, job):
-        raise ApiError(404, "there is no such job", "job", "unknown_job")
+        raise ApiError(404, "there is no such job; GET /jobs lists your jobs", "job", "unknown_job")
     return job
 
 

@@ -277,10 +277,10 @@ def _outputs(requested: list[InferOutput]) -> list[tuple[Output, InferOutput]]:
     outputs = []
     for one in requested:
         if one.name not in OUTPUTS:
-            message = f"unexpected output {shorten(one.name)!r}; there are {', '.join(OUTPUTS)}"
+            message = f"unknown output {shorten(one.name)!r}; the outputs are {', '.join(OUTPUTS)}"
             raise ApiError(422, message, "outputs", "invalid_field")
         if one.top_classes and one.name != "probs":
-            message = f"output {one.name!r} cannot be ranked by class; 'probs' can"
+            message = f"the parameter classification is for output 'probs', not for {one.name!r}"
             raise ApiError(422, message, "outputs", "invalid_field")
         outputs.append((OUTPUTS[one.name], one))
     return outputs
@@ -343,7 +343,9 @@ async def repository_load(request: Request, name: str) -> Response:
     """Load a model as `/models/{name}/load` does."""
     body = await read_body(request, RepositoryRequest, MAX_LOAD_BYTES, RepositoryRequest())
     if body.parameters:
-        message = "a checkpoint is its own configuration: load takes no parameters"
+        message = (
+            "load takes no parameters, since the checkpoint has its configuration; remove them"
+        )
         raise ApiError(422, message, "parameters", "invalid_field")
     await load(request, name, None)
     return json_response({})

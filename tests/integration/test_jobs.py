@@ -501,7 +501,7 @@ class TestRefusals:
         blocked.write_text("this is no folder")
         async with service(model_store, models=[TOPICS], state_dir=blocked / "state") as it:
             message = error_of(await self.post(it), 503, "jobs_unavailable")["message"]
-            assert message == "the server cannot store jobs: Not a directory"
+            assert message == "the server cannot store jobs: Not a directory; try again later"
 
             async def told() -> bool:
                 errors = (await it.client.get("/health")).json()["errors"]

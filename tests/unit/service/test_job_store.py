@@ -144,12 +144,12 @@ def test_progress_of_a_removed_job_cannot_be_written(store: JobStore) -> None:
 def test_room_for_jobs_and_for_bytes(store: JobStore) -> None:
     job = added(store, b"x" * 1000)
     store.check_room(2, 2000, 500)
-    with pytest.raises(StoreFullError, match="keeps 1 jobs"):
+    with pytest.raises(StoreFullError, match="keeps at most 1 jobs"):
         store.check_room(1, 2000)
-    with pytest.raises(StoreFullError, match="more than 1400 bytes"):
+    with pytest.raises(StoreFullError, match="exceed 1400 bytes"):
         store.check_room(2, 1400, 500)
     arriving = store.receive(new_id(), "csv")
-    with pytest.raises(StoreFullError, match="keeps 2 jobs"):
+    with pytest.raises(StoreFullError, match="keeps at most 2 jobs"):
         store.check_room(2, 2000)
     arriving.write(b"x" * 1000)
     with pytest.raises(StoreFullError):
