@@ -247,7 +247,7 @@ class ForkServer:
         """Handle one line of the fork server's output; an empty line means that it has ended."""
         if not line:
             return
-        number, pid, *code = (int(word) for word in line.split())
+        number, pid, *code = map(int, line.split())
         if code:
             self._forked.pop(pid).ended(code[0])
         elif pid < 0:

@@ -105,8 +105,8 @@ class Observe:
             if begun:
                 # A new exception, because the message of the first may hold a text.
                 raise ConnectionAbortedError("the answer was cut off") from None
-            told = ApiError(500, "something went wrong in the server; its log says what")
-            response = self.dialects.response(scope["method"], scope["path"], told)
+            internal = ApiError(500, "internal error; the server's log has the cause")
+            response = self.dialects.response(scope["method"], scope["path"], internal)
             await response(scope, receive, send_named)
         finally:
             self.admission.end(scope["state"])

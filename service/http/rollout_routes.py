@@ -11,7 +11,7 @@ from budgetformer.checkpoint.manifest import MAX_VERSION
 from service.http.authentication import needs
 from service.http.bodies import describe_body, read_body
 from service.http.errors import errors_as
-from service.http.model_routes import MAX_LOAD_BYTES, ask_for_change
+from service.http.model_routes import MAX_LOAD_BYTES, request_change
 from service.http.schemas import ErrorResponse, RequestBody
 from service.ipc.control_messages import ChangeRollOut, ContentReply
 
@@ -84,6 +84,6 @@ async def roll_back(request: Request, name: str) -> Response:
 
 
 async def _change_rollout(request: Request, wanted: ChangeRollOut) -> Response:
-    answer = await ask_for_change(request, wanted)
+    answer = await request_change(request, wanted)
     assert isinstance(answer, ContentReply)
     return Response(answer.content, media_type=answer.media_type)

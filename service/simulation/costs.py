@@ -24,7 +24,7 @@ class ProcessCost:
     text: float = 0.0
     token: float = 0.0
 
-    def seconds(self, texts: int, tokens: int) -> float:
+    def seconds(self, texts: float, tokens: float) -> float:
         """Return the seconds of a request."""
         return self.request + self.text * texts + self.token * tokens
 
@@ -58,12 +58,11 @@ class ServerCosts:
     way: float = 0.0
     among: float = 1.0
 
-    def lone(self, asked: Asked) -> float:
+    def lone(self, form: MeasuredRequests) -> float:
         """Return the seconds of a lone request in frontend and engine, without passes and `way`."""
-        frontend, engine = self.frontend, self.engine
-        in_frontend = frontend.request + frontend.text * asked.texts + frontend.token * asked.tokens
-        in_engine = engine.request + engine.text * asked.texts + engine.run * asked.runs
-        return in_frontend + in_engine
+        engine = self.engine
+        in_engine = engine.request + engine.text * form.texts + engine.run * form.runs
+        return self.frontend.seconds(form.texts, form.tokens) + in_engine
 
     def dump(self) -> str:
         """Return the costs as JSON."""
@@ -71,7 +70,7 @@ class ServerCosts:
 
 
 @dataclass(frozen=True)
-class Asked:
+class MeasuredRequests:
     """Measured requests of one form.
 
     Attributes:
@@ -87,21 +86,21 @@ class Asked:
     hub: float
 
 
-def fit_server(asked: Sequence[Asked]) -> ServerCosts:
+def fit_server(forms: Sequence[MeasuredRequests]) -> ServerCosts:
     """Fit non-negative costs to lone requests of several forms, by least relative squares.
 
-    `Asked.engine` must not include the passes.
+    `MeasuredRequests.engine` must not include the passes.
     """
-    shapes = [[1.0, form.texts, form.tokens] for form in asked]
-    runs = [[1.0, form.texts, form.runs] for form in asked]
+    shapes = [[1.0, form.texts, form.tokens] for form in forms]
+    runs = [[1.0, form.texts, form.runs] for form in forms]
 
     def fit(sizes: list[list[float]], seconds: Iterable[float]) -> list[float]:
         return fit_costs(sizes, [max(measured, LEAST) for measured in seconds])
 
     return ServerCosts(
-        ProcessCost(*fit(shapes, (form.frontend for form in asked))),
-        EngineCost(*fit(runs, (form.engine for form in asked))),
-        ProcessCost(*fit(shapes, (form.hub for form in asked))),
+        ProcessCost(*fit(shapes, (form.frontend for form in forms))),
+        EngineCost(*fit(runs, (form.engine for form in forms))),
+        ProcessCost(*fit(shapes, (form.hub for form in forms))),
     )
 
 
