@@ -286,7 +286,7 @@ async def test_a_device_that_is_lost_while_a_model_loads_ends_the_engine(
 ) -> None:
     device, codes = LostDevice(), list[int]()
     async with loaded(model_store, texts, EngineOptions(), probe=device.probe) as frontend:
-        monkeypatch.setattr("service.engine.model_loader.load_model", device.run)
+        monkeypatch.setattr("service.engine.core.load_model", device.run)
         working = asyncio.create_task(EngineServer(frontend.core, exit=codes.append).work())
         frontend.core.receive(Load(7, "another/1"), frontend.reply)
         async with asyncio.timeout(20):
