@@ -5,14 +5,13 @@ Pure logic; `service.control.versions` acts on its results.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from budgetformer.wilson import interval
-from service.telemetry.counts import DURATIONS, Difference, Observations
+from service.telemetry.counts import DURATIONS, Difference, Observations, quantile
 
 State = Literal["running", "promoted", "rolled_back", "stopped"]
 Side = Literal["served", "candidate"]
@@ -83,7 +82,9 @@ class Figures(msgspec.Struct):
     @property
     def slow_seconds(self) -> float | None:
         """The 90th percentile of the durations; None: too few requests."""
-        return quantile(self.durations, SLOW) if self.requests >= MIN_REQUESTS else None
+        if self.requests < MIN_REQUESTS:
+            return None
+        return quantile(self.durations.cumulative(DURATIONS), SLOW)
 
 
 class RollOut(msgspec.Struct):
@@ -246,19 +247,6 @@ def _above(hits: int, count: int, share: float) -> bool:
 def share_bounds(hits: int, count: int) -> tuple[float, float]:
     """Return the confidence interval of an observed share, `DEVIATIONS` to either side."""
     return interval(hits / count, count, DEVIATIONS) if count else (0.0, 1.0)
-
-
-def quantile(durations: Observations, at: float) -> float:
-    """Return a quantile of durations, linear within its bucket, as Prometheus does."""
-    cumulative = durations.cumulative(DURATIONS)
-    rank = at * cumulative[-1]
-    bucket = bisect_left(cumulative, rank)
-    if bucket >= len(DURATIONS):
-        return float(DURATIONS[-1])
-    low = DURATIONS[bucket - 1] if bucket else 0.0
-    before = cumulative[bucket - 1] if bucket else 0
-    inside = cumulative[bucket] - before
-    return low + (DURATIONS[bucket] - low) * (rank - before) / inside if inside else low
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

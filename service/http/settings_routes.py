@@ -56,10 +56,4 @@ async def reload_settings(request: Request) -> Response:
     if isinstance(answer, SettingsRejected):
         raise ApiError(STATUS[answer.reason], answer.message, code=answer.reason)
     assert isinstance(answer, SettingsReloaded)
-    return json_response(
-        {
-            "changed": answer.changed,
-            "needs_restart": answer.needs_restart,
-            "waiting_for": answer.waiting_for,
-        }
-    )
+    return json_response({name: getattr(answer, name) for name in ReloadResponse.model_fields})

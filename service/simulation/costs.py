@@ -115,21 +115,14 @@ def read_costs(path: Path) -> ServerCosts:
         values = json.loads(file.read_text())
         if values.pop("format") != FORMAT:
             raise ValueError(f"this program reads format {FORMAT}")
-        costs = ServerCosts(
-            ProcessCost(
-                **values.pop("front" if "front" in values else "frontend")
-            ),  # the key of older files
+        frontend = "front" if "front" in values else "frontend"  # the key of older files
+        parts = (
+            ProcessCost(**values.pop(frontend)),
             EngineCost(**values.pop("engine")),
             ProcessCost(**values.pop("hub")),
-            **values,
         )
-        numbers = [
-            *astuple(costs.frontend),
-            *astuple(costs.engine),
-            *astuple(costs.hub),
-            costs.way,
-            costs.among,
-        ]
+        costs = ServerCosts(*parts, **values)
+        numbers = [costs.way, costs.among, *(n for part in parts for n in astuple(part))]
         if not all(math.isfinite(n) and n >= 0 for n in numbers):
             raise ValueError("costs must be finite and not negative")
     except OSError as error:
