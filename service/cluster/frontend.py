@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,19 +136,8 @@ class PooledEngines(Engines):
             except Exception as error:  # Ray raises many types of errors if the hub is down
                 log.warning("engine list not received from the hub", reason=type(error).__name__)
             else:
-                now = time.monotonic()
                 self._wanted = fleet.wanted
-                self.clients = [
-                    EngineClient.from_state(
-                        engine.index,
-                        engine.hello,
-                        now - engine.silent_seconds,
-                        engine.models,
-                        engine.items,
-                        engine.level,
-                    )  # fmt: skip
-                    for engine in fleet.engines
-                ]
+                self.clients = list(map(EngineClient.from_state, fleet.engines))
             await asyncio.sleep(POLL_SECONDS)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from budgetformer.inference.policy import QualityName
 from service.background import Background, run_forever
 from service.cluster.stream import Switchboard
 from service.control.catalog import Catalog
@@ -17,30 +15,9 @@ from service.control.hub import Hub
 from service.control.mirror import copy_at_start, mirror_of
 from service.control.poll import StorePoll
 from service.ipc.connection import Streams, serve_streams
-from service.ipc.engine_client import ModelKey
-from service.ipc.engine_messages import Hello, ModelInfo
+from service.ipc.engine_client import EngineState, ModelKey
 from service.settings import Settings
 from service.telemetry.logs import configure_logs
-
-
-class EngineState(msgspec.Struct, frozen=True, array_like=True):
-    """State of an engine as the hub knows it.
-
-    Attributes:
-        index: index of the engine.
-        hello: first message of the engine.
-        silent_seconds: time since its last message.
-        models: loaded models.
-        items: number of unanswered items.
-        level: quality level in force.
-    """
-
-    index: int
-    hello: Hello
-    silent_seconds: float
-    models: list[ModelInfo]
-    items: int
-    level: QualityName
 
 
 class FleetState(msgspec.Struct, frozen=True, array_like=True):
@@ -84,20 +61,10 @@ class HubReplica:
 
     async def fleet(self) -> bytes:
         """Return an encoded `FleetState`."""
-        now, watch = time.monotonic(), self._hub.watch
-        engines = [
-            EngineState(
-                client.index,
-                client.hello,
-                now - client.last_seen,
-                list(client.models.values()),
-                watch.in_flight(client.index),
-                client.level,
-            )
-            for client in self._hub.fleet.clients
-            if client.hello is not None
-        ]
-        return msgspec.msgpack.encode(FleetState(engines, list(self._hub.fleet.wanted)))
+        hub = self._hub
+        states = [client.state(hub.watch.in_flight(client.index)) for client in hub.fleet.clients]
+        engines = [state for state in states if state is not None]
+        return msgspec.msgpack.encode(FleetState(engines, list(hub.fleet.wanted)))
 
     async def _frontend(self, streams: Streams) -> None:
         await serve_streams(streams, self._hub.serve_frontend, "hub")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import structlog
 
@@ -156,6 +157,26 @@ def answers_of(reply: protocol.ToFrontend) -> Answers:
             raise EngineFailedError(f"unexpected reply of an engine: {type(reply).__name__}")
 
 
+class EngineState(msgspec.Struct, frozen=True, array_like=True):
+    """State of an engine as a process that is connected to it knows it.
+
+    Attributes:
+        index: index of the engine.
+        hello: first message of the engine.
+        silent_seconds: time since its last message.
+        models: loaded models.
+        items: number of unanswered items.
+        level: quality level in force.
+    """
+
+    index: int
+    hello: Hello
+    silent_seconds: float
+    models: list[ModelInfo]
+    items: int
+    level: QualityName
+
+
 class EngineClient(Connection):
     """The connection to one engine.
 
@@ -181,21 +202,20 @@ class EngineClient(Connection):
         self._observe = observe
 
     @classmethod
-    def from_state(
-        cls,
-        index: int,
-        hello: Hello,
-        last_seen: float,
-        models: list[ModelInfo],
-        items: int,
-        level: QualityName,
-    ) -> EngineClient:
+    def from_state(cls, state: EngineState) -> EngineClient:
         """Return the state of an engine that another process is connected to."""
-        client = cls(index, unreachable, lambda *_: None)
-        client.level = level
-        client.hello, client.last_seen, client.items_in_flight = hello, last_seen, items
-        client._set_models(models)
+        client = cls(state.index, unreachable, lambda *_: None)
+        client.hello, client.items_in_flight, client.level = state.hello, state.items, state.level
+        client.last_seen = time.monotonic() - state.silent_seconds
+        client._set_models(state.models)
         return client
+
+    def state(self, items: int) -> EngineState | None:
+        """Return the state of the engine, with `items` in flight; None: it is not connected."""
+        if self.hello is None:
+            return None
+        silent, models = time.monotonic() - self.last_seen, list(self.models.values())
+        return EngineState(self.index, self.hello, silent, models, items, self.level)
 
     @property
     def alive(self) -> bool:
