@@ -160,24 +160,20 @@ async def submit(request: Request) -> Response:
         message = "jobs are not supported on a Ray cluster; send the texts to /classify"
         raise ApiError(501, message, code="not_supported")
     state.admission.refuse_if_draining()
+    options: JobOptions
+    source: str | None = None
     if _media_type(request) == "application/json":
-        body = await read_body(request, JobRequest, state.settings.max_body_bytes)
-        _check_source(state, body.source)
-        kind = SUFFIXES.get(PurePosixPath(unquote(without_query(body.source))).suffix.lower())
-        if kind is None:
-            message = f"the file name in source must end in {', '.join(SUFFIXES)}"
-            raise ApiError(422, message, "source", "invalid_field")
-        description = _describe(request, state, body, kind, body.source)
-        async with _storing(state, description, 0) as upload:
-            job = await asyncio.to_thread(upload.accept, description)
+        options = body = await read_body(request, JobRequest, state.settings.max_body_bytes)
+        source, kind = body.source, _kind_of_source(state, body.source)
     else:
         kind = _kind(request)
         options = validate(_query(request), JobOptions)
-        description = _describe(request, state, options, kind, None)
-        size = _declared(request, state.settings.max_job_bytes)
-        async with _storing(state, description, size) as upload:
+    description = _describe(request, state, options, kind, source)
+    size = 0 if source else _declared(request, state.settings.max_job_bytes)
+    async with _storing(state, description, size) as upload:
+        if source is None:
             await _receive(request, state, upload)
-            job = await asyncio.to_thread(upload.accept, description)
+        job = await asyncio.to_thread(upload.accept, description)
     location = f"{request.scope.get('root_path', '')}{PATH}/{description.id}"
     return json_response(_job_response(job, JobProgress()), 202, {"Location": location})
 
@@ -257,7 +253,8 @@ def _query(request: Request) -> dict[str, Any]:
     return given
 
 
-def _check_source(state: State, url: str) -> None:
+def _kind_of_source(state: State, url: str) -> Kind:
+    """Return the file format of the file at a URL, after a check that jobs may read it."""
     try:
         allowed = is_allowed(url, state.settings.job_sources)
     except ValueError as error:
@@ -267,6 +264,11 @@ def _check_source(state: State, url: str) -> None:
             "the server's setting job_sources does not allow this URL; upload the file instead"
         )
         raise ApiError(422, message, "source", "source_not_allowed")
+    kind = SUFFIXES.get(PurePosixPath(unquote(without_query(url))).suffix.lower())
+    if kind is None:
+        message = f"the file name in source must end in {', '.join(SUFFIXES)}"
+        raise ApiError(422, message, "source", "invalid_field")
+    return kind
 
 
 def _describe(
