@@ -72,6 +72,9 @@ Keys = Annotated[dict[Name, Key], Field(max_length=MAX_KEYS)]
 _KEYS: TypeAdapter[dict[str, Key]] = TypeAdapter(Keys)
 
 
+_NO_LIMITS = Key(sha256="0" * 64)
+
+
 def digest(secret: bytes) -> str:
     """Return the hash of a secret that is stored."""
     return hashlib.sha256(secret).hexdigest()
@@ -173,10 +176,10 @@ class Caller:
         self.scopes = frozenset(scopes)
         self.key = key
         self._usage = usage
-        self._max_requests = None if key is None else key.max_requests
-        self._rate = None if key is None else key.texts_per_second
-        burst = None if key is None else key.burst
-        self._burst = 0.0 if self._rate is None else (burst or max(1.0, self._rate)) / self._rate
+        limits = key or _NO_LIMITS
+        self._max_requests, self._rate = limits.max_requests, limits.texts_per_second
+        rate = self._rate or 1.0
+        self._burst = (limits.burst or max(1.0, rate)) / rate
 
     def begin(self) -> bool:
         """Count a request until `end`; return False if `max_requests` are in flight already."""

@@ -221,8 +221,8 @@ class _Server:
         self._job_watch = JobWatch(
             lambda: self.hub.settings, self.hub.metrics, self.hub.report_problem
         )
-        self._job_process: _Child | None = None
-        """Process that runs jobs; None: there are no jobs to run."""
+        self._job_processes: list[_Child] = []
+        """The process that runs jobs, while there are jobs to run."""
 
     async def _start_frontend(self, index: int, descriptors: Sequence[int]) -> Process:
         arguments = (str(self._run_dir), str(index), *map(str, descriptors))
@@ -240,14 +240,14 @@ class _Server:
         while True:
             await self._job_watch.until_wanted()
             process = _Child("jobs", self._start_jobs, self.hub.report_crash_loop)
-            self._job_process = process
+            self._job_processes.append(process)
             running = asyncio.create_task(process.keep_running())
             try:
                 await self._job_watch.until_idle()
             finally:
                 await process.stop(KILL_SECONDS)
                 running.cancel()
-                self._job_process = None
+                self._job_processes.remove(process)
 
     async def run(self) -> None:
         """Run all processes and tasks until cancelled."""
@@ -273,7 +273,7 @@ class _Server:
     async def stop(self) -> None:
         """Let the frontends answer their requests, then end all processes."""
         patience = self._settings.drain_seconds + KILL_SECONDS
-        jobs = [] if self._job_process is None else [self._job_process.stop(KILL_SECONDS)]
+        jobs = [process.stop(KILL_SECONDS) for process in self._job_processes]
         await asyncio.gather(*jobs, *(frontend.stop(patience) for frontend in self._frontends))
         await asyncio.gather(*(engine.stop(KILL_SECONDS) for engine in self._engines))
         await self._forks.stop()
@@ -314,7 +314,7 @@ class _Server:
         return {child: child.silent_since(at, patience) for child, at in last_seen if child.watched}
 
     def _hub_clients(self) -> list[_Child]:
-        return [*self._frontends, *([] if self._job_process is None else [self._job_process])]
+        return [*self._frontends, *self._job_processes]
 
     def _clients(self) -> Iterator[tuple[_Child, EngineClient]]:
         return zip(self._engines, self.hub.fleet.clients, strict=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from dataclasses import dataclass
 
 import structlog
 from opentelemetry import trace
@@ -143,15 +144,11 @@ class Observe:
         write("request", route=route, status=status, outcome=outcome, ms=milliseconds, **names)
 
 
+@dataclass(frozen=True)
 class Head:
-    """Answer HEAD like GET, without the body.
+    """Answer HEAD like GET, without the body."""
 
-    Args:
-        app: application.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -179,19 +176,19 @@ class Head:
         scope.update({name: get_scope[name] for name in _ADDED if name in get_scope})
 
 
+@dataclass(frozen=True)
 class OperationsPort:
     """Serve metrics only on a second port, and nothing else there except probes.
 
-    Args:
+    Attributes:
         app: application.
         port: second port.
         dialects: error responses.
     """
 
-    def __init__(self, app: ASGIApp, port: int, dialects: Dialects) -> None:
-        self.app = app
-        self.port = port
-        self.dialects = dialects
+    app: ASGIApp
+    port: int
+    dialects: Dialects
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or answer 404 on the wrong port."""
